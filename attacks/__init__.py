@@ -1,0 +1,1 @@
+"""Post-training attack job: reads a finished run directory, never trains."""
