@@ -1,0 +1,5 @@
+"""``python -m privtrain``: what ``accelerate launch -m privtrain`` runs."""
+
+from privtrain.cli import main
+
+main()

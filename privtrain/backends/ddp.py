@@ -1,0 +1,65 @@
+"""Data parallelism by one all-reduce a logical step: no wrapper around the model, no hooks, no buckets.
+
+The clipped sum of all trainable tensors is one flat fp32 vector, so a step costs one collective.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist  # noqa: TID251 - this package is the one place for collectives
+
+from privtrain.backends.base import ReplicatedBackend, digest
+
+
+class DdpBackend(ReplicatedBackend):
+    """Several ranks, each with all trainable tensors. The process group must be initialised.
+
+    Args:
+        device: this rank's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return f"ddp, {self.world_size} processes on {self.device.type} ({dist.get_backend()})"
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        assert vector.dtype == torch.float32
+        dist.all_reduce(vector, op=dist.ReduceOp.SUM)
+
+    def broadcast_bytes(self, value: bytes | None) -> bytes:
+        """See :class:`privtrain.backends.base.Backend`."""
+        size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, src=0)
+        if value is not None:
+            payload = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8).to(self.device)
+        else:
+            payload = torch.empty(max(1, int(size)), dtype=torch.uint8, device=self.device)
+        dist.broadcast(payload, src=0)
+        return payload.cpu().numpy().tobytes()[: int(size)]
+
+    def barrier(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        dist.barrier()
+
+    def in_sync(self, tensors: list[torch.Tensor]) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        mine = torch.frombuffer(bytearray(digest(tensors)), dtype=torch.uint8).to(self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine)
+        return all(torch.equal(other, gathered[0]) for other in gathered)
+
+    def close(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

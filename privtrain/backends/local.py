@@ -1,0 +1,40 @@
+"""One process: every collective is the identity."""
+
+from __future__ import annotations
+
+import torch
+
+from privtrain.backends.base import ReplicatedBackend
+
+
+class LocalBackend(ReplicatedBackend):
+    """A job of one rank."""
+
+    rank = 0
+    world_size = 1
+    is_main = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def describe(self) -> str:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return f"local, 1 process on {self.device.type}"
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+
+    def broadcast_bytes(self, value: bytes | None) -> bytes:
+        """See :class:`privtrain.backends.base.Backend`."""
+        assert value is not None
+        return value
+
+    def barrier(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+
+    def in_sync(self, tensors: list[torch.Tensor]) -> bool:  # noqa: ARG002
+        """See :class:`privtrain.backends.base.Backend`."""
+        return True
+
+    def close(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""

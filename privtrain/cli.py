@@ -1,0 +1,91 @@
+"""The command line: thin, lazy, and polite about mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+from privtrain.errors import PrivtrainError
+
+app = typer.Typer(
+    name="privtrain",
+    help="Differentially private fine-tuning of language models, with a contribution ledger.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+ledger_app = typer.Typer(help="Read and check a run's contribution ledger.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+
+ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, e.g. privacy.target_epsilon=4.", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show the privacy budget of a run before paying for it: no weights, no process group."""
+    from privtrain.planning import describe_plan, print_plan
+
+    description = describe_plan(config, overrides or [])
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+    else:
+        print_plan(description)
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train and release; the same command resumes. Start it with: accelerate launch ... -m privtrain train CONFIG."""
+    from privtrain.training.job import train as run_training
+
+    run_training(config, overrides or [])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    from privtrain.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@ledger_app.command("show")
+def ledger_show(run: RunPath) -> None:
+    """Show what each step used, by pseudonym counts; names never appear."""
+    from privtrain.ledger.view import print_ledger
+
+    print_ledger(run)
+
+
+@ledger_app.command("verify")
+def ledger_verify(run: RunPath) -> None:
+    """Check the chain, the contribution bound and the head that the privacy statement quotes."""
+    from privtrain.ledger.view import verify_run
+
+    typer.echo(verify_run(run))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one clear message and an exit code, never a traceback."""
+    try:
+        app()
+    except PrivtrainError as error:
+        # Every rank of a job meets the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"privtrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: rows to users, sealed splits, tokens, microbatches."""

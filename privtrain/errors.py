@@ -1,0 +1,70 @@
+"""Errors that a user can act on. Each says what was given, what is allowed and which key to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+EXIT_WRONG_INPUT = 2
+EXIT_REFUSED_RELEASE = 3
+EXIT_PREEMPTED = 75
+
+
+class PrivtrainError(Exception):
+    """Base of the errors that end a command with one clear message instead of a traceback."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration: the YAML path, and what to do about it."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+
+class ConfigError(PrivtrainError):
+    """A configuration that cannot be run; carries every fault at once."""
+
+    def __init__(self, faults: Sequence[Fault], source: str = "") -> None:
+        self.faults = tuple(faults)
+        head = f"{source}: " if source else ""
+        if len(self.faults) == 1:
+            message = f"{head}{self.faults[0]}"
+        else:
+            message = f"{head}{len(self.faults)} faults\n" + "\n".join(f"  {fault}" for fault in self.faults)
+        super().__init__(message)
+
+
+class PlanMismatch(PrivtrainError):  # noqa: N818 - the name the design uses
+    """The run directory belongs to another plan, data set or run."""
+
+
+class RunBusy(PrivtrainError):  # noqa: N818
+    """Another process holds the run directory."""
+
+
+class UnsupportedLayer(PrivtrainError):  # noqa: N818
+    """A trainable tensor for which no exact per-unit rule is known."""
+
+
+class SelfTestFailed(PrivtrainError):  # noqa: N818
+    """The start-up self-test could not establish the guarantee; nothing was trained."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
+class GuaranteeLost(PrivtrainError):  # noqa: N818
+    """A check during training failed; the job stops rather than release without a guarantee."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
+class LedgerCorrupt(PrivtrainError):  # noqa: N818
+    """The contribution ledger was altered or damaged anywhere but at its torn tail."""
+
+    exit_code = EXIT_REFUSED_RELEASE

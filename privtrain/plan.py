@@ -1,0 +1,141 @@
+"""The privacy plan: one frozen value that holds everything the guarantee depends on, and nothing else.
+
+Made from the config before any process group exists, calibrated by :mod:`accountants`, and passed whole to the trainer.
+``sampling_prob``, ``expected_batch_size`` and ``delta`` are constants of the plan; none is ever computed from the data
+of a step or from the number of users, so neighbouring data sets have the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+
+import accountants
+from privtrain.config.schema import PrivacySection
+
+SCHEMA = "privtrain/plan/1"
+
+#: Grid of the privacy loss for values shown while training: coarse, fast, still certified.
+_COARSE_DISCRETIZATION = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyPlan:
+    """Everything that the guarantee depends on.
+
+    The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
+    adding or removing one ``unit`` with all its records, provided that the secret keys stay secret and that the
+    Gaussian is the ideal one (floating-point attacks, Mironov 2012, are outside the model).
+
+    Attributes:
+        unit: ``"user"`` or ``"example"``.
+        records_per_unit: k, the most records of a unit in one step.
+        selection: how the k records are chosen.
+        neighboring_relation: always ``"add_or_remove_one"``.
+        sampling: ``"poisson"``.
+        sampling_prob: chance that a unit joins a step.
+        expected_batch_size: constant divisor of the noisy sum.
+        clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum.
+        clipping_style: ``"flat"``: one norm over all trainable tensors.
+        noise_multiplier: noise standard deviation over ``clipping_norm``.
+        num_steps: logical steps that are charged.
+        delta: the δ of the guarantee.
+        epsilon: certified ε at ``delta`` after ``num_steps``; infinite without noise.
+        accountant: name of the accountant that certified ``epsilon``.
+        insecure_seed: not ``None`` only in tests; voids the guarantee.
+    """
+
+    unit: str
+    records_per_unit: int
+    selection: str
+    neighboring_relation: str
+    sampling: str
+    sampling_prob: float
+    expected_batch_size: float
+    clipping_norm: float
+    clipping_style: str
+    noise_multiplier: float
+    num_steps: int
+    delta: float
+    epsilon: float
+    accountant: str
+    insecure_seed: int | None
+
+    @classmethod
+    def build(cls, privacy: PrivacySection) -> PrivacyPlan:
+        """Calibrate the noise (or account for the noise given) and freeze.
+
+        Raises:
+            accountants.CalibrationError: if no noise multiplier meets the target.
+        """
+        noise_multiplier = privacy.noise_multiplier
+        if noise_multiplier is None:
+            assert privacy.target_epsilon is not None
+            noise_multiplier = accountants.calibrate_noise_multiplier(
+                target_epsilon=privacy.target_epsilon,
+                target_delta=privacy.target_delta,
+                sampling_prob=privacy.sampling_prob,
+                num_steps=privacy.num_steps,
+            )
+        event = accountants.dp_sgd_event(
+            noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
+        )
+        return cls(
+            unit=privacy.unit,
+            records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
+            selection=privacy.selection,
+            neighboring_relation=privacy.neighboring_relation,
+            sampling=privacy.sampling,
+            sampling_prob=privacy.sampling_prob,
+            expected_batch_size=privacy.expected_batch_size,
+            clipping_norm=privacy.clipping_norm,
+            clipping_style=privacy.clipping_style,
+            noise_multiplier=noise_multiplier,
+            num_steps=privacy.num_steps,
+            delta=privacy.target_delta,
+            epsilon=accountants.epsilon(event, privacy.target_delta).certified_upper(),
+            accountant=privacy.accountant,
+            insecure_seed=privacy.insecure_seed,
+        )
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise on every coordinate of the sum."""
+        return self.noise_multiplier * self.clipping_norm
+
+    @property
+    def not_private_reasons(self) -> tuple[str, ...]:
+        """Why this plan gives no privacy; empty if it does."""
+        reasons = []
+        if self.noise_multiplier == 0:
+            reasons.append("noise_multiplier is 0: no noise is added")
+        if self.insecure_seed is not None:
+            reasons.append("insecure_seed is set: whoever knows it can subtract the noise")
+        return tuple(reasons)
+
+    def epsilon_after(self, num_steps: int) -> float:
+        """Certified ε spent by ``num_steps`` charged steps, at most a fraction of a percent above the tight value."""
+        return _epsilon_after(self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon)
+
+    def fingerprint(self, data_sha256: str) -> str:
+        """SHA-256 over the plan's canonical JSON and the data manifest's digest."""
+        body = {"schema": SCHEMA, "data_sha256": data_sha256, **dataclasses.asdict(self)}
+        canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon_after(
+    noise_multiplier: float, sampling_prob: float, delta: float, num_steps: int, planned_steps: int, planned: float
+) -> float:
+    if num_steps == planned_steps or math.isinf(planned):
+        return planned
+    event = accountants.dp_sgd_event(
+        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
+    )
+    coarse = accountants.epsilon(event, delta, discretization=_COARSE_DISCRETIZATION).certified_upper()
+    # ε grows with the steps, so before the plan is used up its own ε is a certified bound too.
+    return min(coarse, planned) if num_steps < planned_steps else coarse

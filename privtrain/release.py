@@ -1,0 +1,158 @@
+"""What leaves the run: the adapter, its model card, and the privacy statement they both carry."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import pathlib
+from typing import Any
+
+import privtrain
+from privtrain.config import Config
+from privtrain.plan import PrivacyPlan
+from privtrain.rundir import RunDirectory, replace_directory, write_atomically, write_json
+
+SCHEMA = "privtrain/privacy/1"
+
+ASSUMPTIONS = (
+    "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
+    "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
+    "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
+    "(Mironov 2012) are outside the model.",
+    "The owner of a record is the value of the user column; a person with two ids counts as two users.",
+    "The plan (sampling probability, expected batch size, clipping norm, steps, delta) was chosen without looking at "
+    "the private records. The number of users stated here is published without noise.",
+    "Hyper-parameter search over this data, if there was any, is not included.",
+)
+
+
+def privacy_statement(
+    config: Config, plan: PrivacyPlan, *, fingerprint: str, num_users: int, num_charged: int, ledger_head: str
+) -> dict[str, Any]:
+    """The statement of what is guaranteed, for ``privacy.json``.
+
+    Args:
+        config: the resolved configuration.
+        plan: the plan that was carried out.
+        fingerprint: of plan and data.
+        num_users: training units.
+        num_charged: steps charged to the budget; ε is for exactly these.
+        ledger_head: hash of the ledger's last record.
+    """
+    epsilon = plan.epsilon_after(num_charged)
+    return {
+        "schema": SCHEMA,
+        "private": not plan.not_private_reasons,
+        "not_private_reasons": list(plan.not_private_reasons),
+        "unit": plan.unit,
+        "neighboring_relation": plan.neighboring_relation,
+        "contribution_bound": {"records_per_user_per_step": plan.records_per_unit, "selection": plan.selection},
+        "sampling": {"scheme": plan.sampling, "sampling_prob": plan.sampling_prob},
+        "mechanism": {
+            "kind": "gaussian",
+            "noise_multiplier": plan.noise_multiplier,
+            "clipping_norm": plan.clipping_norm,
+            "clipping_style": plan.clipping_style,
+            "expected_batch_size": plan.expected_batch_size,
+        },
+        "num_steps": plan.num_steps,
+        "steps_released": num_charged,
+        "epsilon": _finite(epsilon),
+        "delta": plan.delta,
+        "accountants": [
+            {
+                "method": plan.accountant,
+                "kind": "certified_upper",
+                "upper": _finite(epsilon),
+                "version": f"dp-accounting {importlib.metadata.version('dp-accounting')}",
+            }
+        ],
+        "num_users": num_users,
+        "ledger": {"head": ledger_head, "num_commits": num_charged},
+        "plan_fingerprint": fingerprint,
+        "assumptions": list(ASSUMPTIONS),
+        "not_covered": _not_covered(config),
+        "software": {"privtrain": privtrain.__version__},
+    }
+
+
+def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
+    """Put the statement beside the run and inside the adapter. Written last: it marks the run as complete."""
+    write_json(run.adapter / "privacy.json", statement)
+    write_json(run.privacy, statement)
+
+
+def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:  # noqa: ANN401 - PEFT's types
+    """``save_pretrained`` into a temporary directory, check it, then put it in place."""
+    temporary = run.root / ".adapter.tmp"
+    model.save_pretrained(str(temporary))
+    tokenizer.save_pretrained(str(temporary))
+    write_atomically(temporary / "README.md", card)
+    _check_tensors(temporary / "adapter_model.safetensors", model)
+    replace_directory(temporary, run.adapter)
+
+
+def _check_tensors(path: pathlib.Path, model: Any) -> None:  # noqa: ANN401
+    """Re-open what was saved: an adapter that is empty or differs is never released."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(path)
+    for name, value in get_peft_model_state_dict(model).items():
+        if value.numel() == 0 or name not in saved or not torch.equal(saved[name], value.detach().cpu()):
+            raise RuntimeError(f"{path}: tensor {name} was not saved as it is in memory")
+
+
+def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> str:
+    """Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3)."""
+    reasons = statement["not_private_reasons"]
+    banner = "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
+    epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
+    bound = statement["contribution_bound"]
+    rows = [
+        ("ε", epsilon),
+        ("δ", f"{plan.delta:g}"),
+        ("Privacy unit", plan.unit),
+        ("Neighbouring relation", plan.neighboring_relation.replace("_", " ")),
+        ("Training units", str(statement["num_users"])),
+        ("Records of a unit in a step", f"at most {bound['records_per_user_per_step']}, chosen at {bound['selection']}"),
+        ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
+        ("Steps charged", str(statement["steps_released"])),
+        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {plan.clipping_norm:g}"),
+        ("Noise multiplier", f"{plan.noise_multiplier:g}"),
+        ("Accountant", f"{plan.accountant} (certified upper bound)"),
+        ("Ledger head", f"`{statement['ledger']['head']}`"),
+        ("Plan fingerprint", f"`{statement['plan_fingerprint']}`"),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    base = config.model.public_name
+    return (
+        f"---\nlibrary_name: peft\ntags: [differential-privacy, lora, privtrain]\n---\n\n# {config.run.name}\n\n{banner}"
+        f"A LoRA adapter (rank {config.lora.rank}) for {base}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
+        f"## Privacy statement\n\n| | |\n|---|---|\n{table}\n\n"
+        f"### Assumptions\n\n{_bullets(statement['assumptions'])}\n\n"
+        f"### What ε does not cover\n\n{_bullets(statement['not_covered'])}\n"
+    )
+
+
+def _not_covered(config: Config) -> list[str]:
+    items = [
+        "The attack report: aggregate results measured on private records, published without noise.",
+        "Wall-clock times, which vary with the size of the sample drawn.",
+        "What the base model knew before.",
+        "Facts about a person that other people's records contain.",
+    ]
+    if config.tracking.release_held_out_metrics:
+        items.append("Perplexity on held-out users: published without noise (tracking.release_held_out_metrics).")
+    if config.tracking.private_metrics:
+        items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
+    return items
+
+
+def _bullets(items: list[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

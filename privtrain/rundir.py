@@ -1,0 +1,126 @@
+"""The run directory: where each file lives, who may read it, and how it is written without being lost.
+
+Public files lie at the top; ``secret/`` and ``checkpoints/`` are 0700 and never leave the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from privtrain.errors import PrivtrainError, RunBusy
+from privtrain.secret import SecretKey
+
+
+class RunDirectory:
+    """Paths of one run, and the few operations on them."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.privacy = root / "privacy.json"
+        self.metrics = root / "metrics.jsonl"
+        self.adapter = root / "adapter"
+        self.report = root / "report"
+        self.checkpoints = root / "checkpoints"
+        self.secret = root / "secret"
+        self.identity = self.secret / "identity.json"
+        self.manifest = self.secret / "manifest.json"
+        self.ledger = self.secret / "ledger.jsonl"
+        self.private_metrics = self.secret / "private_metrics.jsonl"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.identity.exists()
+
+    def is_complete(self) -> bool:
+        """Whether training finished and everything was released."""
+        return self.privacy.exists() and self.adapter.exists()
+
+    def create(self) -> None:
+        """Make the directories with their permissions.
+
+        Raises:
+            PrivtrainError: if the directory holds files of something else.
+        """
+        # What a job leaves that was killed before it had an identity is ours to take over.
+        begun = {self.secret.name, self.checkpoints.name, self.config.name}
+        if self.root.exists() and any(p.name not in begun for p in self.root.iterdir()):
+            raise PrivtrainError(
+                f"{self.root} exists and is not a run of privtrain; choose another run.name or run.output_dir"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        for private in (self.secret, self.checkpoints):
+            private.mkdir(mode=0o700, exist_ok=True)
+
+    def check_permissions(self) -> None:
+        """Refuse to use secrets that other users of the machine can read."""
+        for private in (self.secret, self.checkpoints):
+            if private.exists() and stat.S_IMODE(private.stat().st_mode) & 0o077:
+                raise PrivtrainError(f"{private} can be read by other users of this machine; run: chmod 700 {private}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: a second job on the same directory is refused, not interleaved."""
+        self.secret.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.secret / "lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusy(f"another job is running in {self.root}; wait for it or choose another run.name") from None
+            yield
+
+    def load_or_create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
+        """The key stored under ``secret/NAME.key``, made from the operating system's entropy if there is none."""
+        path = self.secret / f"{name}.key"
+        if path.exists():
+            return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+        key = SecretKey.generate() if insecure_seed is None else SecretKey.insecure(insecure_seed, name)
+        write_atomically(path, key.reveal().hex() + "\n", mode=0o600)
+        return key
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644) -> None:
+    """Write, fsync and rename: after a crash the file is the old one or the new one, whole."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any], mode: int = 0o644) -> None:
+    """:func:`write_atomically` for readable JSON."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
+
+
+def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Put a finished directory in place of another, contents on disk before the rename."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+    sync_directory(target.parent)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""The run's secrets, and randomness as a pure function of them.
+
+Public: that ChaCha20 and HMAC-SHA-256 are used, and how streams are keyed. Secret: the keys. Whoever knows a generation
+key can redraw the sample of every step and subtract the noise, so keys live in ``secret/`` alone and print as ``***``.
+
+Everything random that the guarantee rests on is drawn here: the same (key, purpose, context) gives the same bits on
+every rank, machine and backend, which is what makes a run independent of its world size and a resumed step identical.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from scipy import special
+
+KEY_BYTES = 32
+
+
+class SecretKey:
+    """A 256-bit key that never shows itself."""
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+        self._key = key
+
+    @classmethod
+    def generate(cls) -> SecretKey:
+        """A fresh key from the operating system's entropy."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def insecure(cls, seed: int, purpose: str) -> SecretKey:
+        """A key that anybody can recompute: tests only; the run is marked as not private."""
+        return cls(hashlib.sha256(f"insecure:{seed}:{purpose}".encode()).digest())
+
+    def reveal(self) -> bytes:
+        """The raw bytes, for storage in ``secret/`` and for the broadcast to the other ranks."""
+        return self._key
+
+    def derive(self, purpose: str, *context: int | str) -> bytes:
+        """HMAC-SHA-256 of the purpose and context: 32 bytes, different for every different argument list."""
+        message = "\x1f".join([purpose, *(f"{type(item).__name__}:{item}" for item in context)])
+        return hmac.digest(self._key, message.encode(), "sha256")
+
+    def stream(self, purpose: str, *context: int | str) -> KeyStream:
+        """The random stream of this purpose and context, always from its beginning."""
+        return KeyStream(self.derive(purpose, *context))
+
+    def __repr__(self) -> str:
+        return "SecretKey(***)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a secret key is not pickled")
+
+
+class KeyStream:
+    """ChaCha20 keystream under a key used for nothing else, read as numbers."""
+
+    def __init__(self, key: bytes) -> None:
+        # A zero nonce is right because every stream has its own derived key.
+        self._encryptor = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def uint64(self, count: int) -> np.ndarray:
+        """``count`` independent uniform 64-bit integers."""
+        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+
+    def uniform(self, count: int) -> np.ndarray:
+        """``count`` uniforms on the 52-bit grid strictly inside (0, 1), symmetric about one half."""
+        return ((self.uint64(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def standard_normal(self, count: int) -> np.ndarray:
+        """``count`` float64 standard normals by inversion; the grid ends at 8.2 standard deviations."""
+        return special.ndtri(self.uniform(count))
+
+    def choose(self, population: int, count: int) -> list[int]:
+        """``count`` distinct indices below ``population``, uniformly, in increasing order; all if there are fewer."""
+        if population <= count:
+            return list(range(population))
+        # Ranking 64-bit draws is uniform up to ties, whose chance is below population**2 / 2**65.
+        return sorted(np.argsort(self.uint64(population), kind="stable")[:count].tolist())

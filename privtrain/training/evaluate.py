@@ -1,0 +1,46 @@
+"""Perplexity on records of held-out users. Not covered by ε; released only if the config says that it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from privtrain.backends import Backend
+from privtrain.data.microbatch import num_microbatches, pack
+from privtrain.models import row_losses
+
+
+def held_out_loss(
+    model: torch.nn.Module,
+    records: Sequence[np.ndarray],
+    backend: Backend,
+    *,
+    microbatch_size: int,
+    pad_id: int,
+    autocast: torch.autocast,
+) -> float | None:
+    """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records."""
+    if not records:
+        return None
+    by_length = sorted(records, key=len)
+    mine = [[tokens] for tokens in by_length[backend.rank :: backend.world_size]]
+    num_batches = num_microbatches(len(mine), microbatch_size)
+    sums = torch.zeros(2, dtype=torch.float32, device=backend.device)
+    model.eval()
+    with torch.no_grad():
+        for batch in pack(mine, microbatch_size=microbatch_size, num_batches=num_batches, pad_id=pad_id):
+            moved = batch.to(backend.device)
+            with autocast:
+                losses = row_losses(model, moved.input_ids, moved.target_mask)
+            sums += torch.stack([losses.sum(), moved.target_mask.sum()])
+    model.train()
+    backend.reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss, infinite where float64 ends."""
+    return math.exp(loss) if loss < 700 else math.inf

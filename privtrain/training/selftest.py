@@ -1,0 +1,148 @@
+"""The start-up self-test: on the real model and process group, before any private row is touched.
+
+It does not trust the clipper, the reduction or the noise: a planted unit is differentiated a second time by plain
+autograd, without hooks, and what comes out of the job's own path is compared with it. Any doubt stops the job.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy import stats
+
+from privtrain.backends import Backend
+from privtrain.clipping import Layout, PerUnitClipper
+from privtrain.clipping.clipper import RowLosses
+from privtrain.data.microbatch import Microbatch, pack
+from privtrain.errors import SelfTestFailed
+from privtrain.secret import SecretKey
+
+#: Relative error allowed between the clipper and plain autograd, by precision of forward and backward.
+_TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}
+
+_PLANTED_LENGTHS = (7, 12)
+_LOSS_FACTOR = 1e4
+#: Chance that right noise fails the check of one tensor.
+_FALSE_ALARM = 1e-10
+
+
+def run_self_test(
+    *,
+    model: torch.nn.Module,
+    layout: Layout,
+    row_losses: RowLosses,
+    clipping_norm: float,
+    noise_multiplier: float,
+    backend: Backend,
+    vocabulary_size: int,
+    precision: str,
+) -> None:
+    """Check coverage, clipping, reduction, noise and agreement of the ranks.
+
+    The adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
+    moved back bit by bit.
+
+    Raises:
+        SelfTestFailed: naming the check and the tensor or setting.
+    """
+    before = {name: p.detach().clone() for name, p in layout.parameters.items()}
+    if not backend.in_sync(list(before.values())):
+        raise SelfTestFailed("ranks start with different trainable parameters; check that all load the same base model")
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in layout.parameters.values():
+                p.add_((torch.randn(p.shape, generator=generator) * 0.02).to(p))
+        was_training = model.training
+        model.eval()  # dropout off: the two gradients must be of the same function
+        scaled = _scaled(row_losses)
+        unit = _planted_unit(vocabulary_size)
+        _check_clipping(layout, model, scaled, unit, clipping_norm, backend, _TOLERANCE[precision])
+        _check_noise(layout, clipping_norm, noise_multiplier, backend)
+        model.train(was_training)
+    finally:
+        with torch.no_grad():
+            for name, p in layout.parameters.items():
+                p.copy_(before[name])
+                p.grad = None
+
+
+def _scaled(row_losses: RowLosses) -> RowLosses:
+    return lambda input_ids, target_mask: _LOSS_FACTOR * row_losses(input_ids, target_mask)
+
+
+def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, vocabulary_size, size=sum(_PLANTED_LENGTHS))
+    return [tokens[: _PLANTED_LENGTHS[0]], tokens[_PLANTED_LENGTHS[0] :]]
+
+
+def _batches(units: list[list[np.ndarray]], device: torch.device) -> list[Microbatch]:
+    # One row a microbatch: the planted unit must survive being split.
+    num_batches = len(_PLANTED_LENGTHS)
+    return [b.to(device) for b in pack(units, microbatch_size=1, num_batches=num_batches, pad_id=0)]
+
+
+def _check_clipping(
+    layout: Layout,
+    model: torch.nn.Module,
+    row_losses: RowLosses,
+    unit: list[np.ndarray],
+    clipping_norm: float,
+    backend: Backend,
+    tolerance: float,
+) -> None:
+    """The last rank holds one unit with a huge gradient, the others none: the reduced sum is that unit, clipped."""
+    holds_unit = backend.rank == backend.world_size - 1
+    clipper = PerUnitClipper(model, layout, clipping_norm, row_losses, backend.device)
+    clipper.reset()
+    for batch in _batches([unit] if holds_unit else [], backend.device):
+        clipper.accumulate(batch)
+    total = clipper.finish().clone()
+    backend.reduce(total)
+    norm = float(torch.linalg.vector_norm(total))
+    if not norm <= clipping_norm * (1 + 1e-5):
+        raise SelfTestFailed(f"one planted unit moved the reduced sum by {norm:.6g}, above clipping_norm={clipping_norm}")
+    expected = _plain_gradient(layout, row_losses, _batches([unit], backend.device))
+    expected *= clipping_norm / torch.linalg.vector_norm(expected).clamp(min=clipping_norm)
+    for slot in layout.slots:
+        difference = float(torch.linalg.vector_norm(layout.view(total - expected, slot)))
+        size = float(torch.linalg.vector_norm(layout.view(expected, slot)))
+        if not difference <= tolerance * (size + clipping_norm / math.sqrt(len(layout.slots))):
+            raise SelfTestFailed(
+                f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g}; "
+                "a layer is not covered, used in a way its rule does not know, or the reduction is not a sum"
+            )
+
+
+def _plain_gradient(layout: Layout, row_losses: RowLosses, batches: list[Microbatch]) -> torch.Tensor:
+    """The unit's gradient by autograd alone."""
+    parameters = list(layout.parameters.values())
+    result = layout.zeros(batches[0].input_ids.device)
+    for batch in batches:
+        loss = (row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for slot, gradient in zip(layout.slots, gradients, strict=True):
+            if gradient is not None:
+                layout.view(result, slot).add_(gradient.float())
+    return result
+
+
+def _check_noise(layout: Layout, clipping_norm: float, noise_multiplier: float, backend: Backend) -> None:
+    """Noise alone, under a throw-away key: the right spread in every tensor, and the same on every rank."""
+    secret = backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None)
+    vector = layout.zeros(backend.device)
+    backend.reduce(vector)
+    stddev = noise_multiplier * clipping_norm
+    backend.add_noise(vector, layout, SecretKey(secret), 0, stddev)
+    if not backend.in_sync([vector]):
+        raise SelfTestFailed("ranks drew different noise; their parameters would drift apart (mixed CPU types or libraries?)")
+    for slot in layout.slots:
+        part = layout.view(vector, slot).double()
+        measured = float(part.square().mean().sqrt())
+        low, high = stats.chi2.interval(1 - _FALSE_ALARM, slot.num_coordinates)
+        if not low * stddev**2 <= float(part.square().sum()) <= high * stddev**2:
+            raise SelfTestFailed(
+                f"tensor {slot.name!r}: noise has standard deviation {measured:.4g}, the plan asks for {stddev:.4g}"
+            )
