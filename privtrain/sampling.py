@@ -62,7 +62,7 @@ def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> li
 
     Args:
         drawn: the units of the step.
-        costs: a positive cost for each of them, such as its number of tokens.
+        costs: a positive cost for each of them: its longest record, so that rows of similar length share a microbatch.
         num_ranks: world size.
 
     Returns:

@@ -100,6 +100,7 @@ class DataSection(Section):
     held_out_fraction: float = Field(0.5, ge=0, lt=1, description="Chance that a user's coin keeps it out of training.")
     attack_fraction: float = Field(0.2, ge=0, lt=1, description="Share of a user's records kept for the attacker.")
     attack_min_records: int = Field(5, ge=2, description="Users with fewer records are not attacked.")
+    attack_max_records: int = Field(50, ge=1, description="The most records that the attacker gets of one user.")
     num_evaluation_records: int = Field(128, ge=0, description="Held-out records that perplexity is measured on.")
 
 

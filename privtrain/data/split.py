@@ -58,7 +58,7 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey) -> Split
     """Flip every user's coin and draw the attacker's records.
 
     A user with fewer than ``attack_min_records`` records gives none to the attacker. Everybody else gives
-    ``attack_fraction`` of theirs, at least one, and keeps at least one.
+    ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one.
     """
     training: dict[str, tuple[int, ...]] = {}
     held_out: list[str] = []
@@ -68,7 +68,7 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey) -> Split
         is_held_out = stream.uniform(1)[0] < data.held_out_fraction
         taken: set[int] = set()
         if data.attack_fraction > 0 and len(texts) >= data.attack_min_records:
-            count = min(max(1, round(data.attack_fraction * len(texts))), len(texts) - 1)
+            count = min(max(1, round(data.attack_fraction * len(texts))), data.attack_max_records, len(texts) - 1)
             taken = set(stream.choose(len(texts), count))
             attacker[user] = tuple(sorted(taken))
         if is_held_out:

@@ -20,7 +20,7 @@ from privtrain.data.split import Split, split_users
 from privtrain.data.units import UnitData, build_units, tokenize
 from privtrain.errors import ConfigError, GuaranteeLost, PlanMismatch
 from privtrain.ledger import Ledger, open_ledger
-from privtrain.models import add_lora, check_model, load_base, load_tokenizer, resolve_precision, row_losses
+from privtrain.models import add_lora, base_dtype, check_model, load_base, load_tokenizer, resolve_precision, row_losses
 from privtrain.plan import PrivacyPlan
 from privtrain.release import model_card, privacy_statement, write_adapter, write_statement
 from privtrain.rundir import RunDirectory, write_atomically, write_json
@@ -148,10 +148,10 @@ def _run(inputs: Inputs, backend: Backend) -> None:
         for reason in plan.not_private_reasons:
             say(f"[bold red]NOT PRIVATE[/]: {reason}")
     tokenizer = load_tokenizer(config.model)
-    base = load_base(config.model)
+    precision = resolve_precision(config.performance.precision, backend.device)
+    base = load_base(config.model, base_dtype(precision, backend.device))
     model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
     model.train()
-    precision = resolve_precision(config.performance.precision, backend.device)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     if backend.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)  # a replayed step must have the same bits

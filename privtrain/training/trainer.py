@@ -97,7 +97,7 @@ class Trainer:
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
-        costs = [sum(len(self._units.records[d.unit][r]) for r in d.records) for d in drawn]
+        costs = [max(len(self._units.records[d.unit][r]) for r in d.records) for d in drawn]
         hands = deal(drawn, costs, self.backend.world_size)
         size = self._performance.microbatch_size
         num_batches = max(num_microbatches(sum(len(d.records) for d in hand), size) for hand in hands)
