@@ -58,6 +58,11 @@ class SecretKey:
         raise TypeError("a secret key is not pickled")
 
 
+def pseudonym(key: SecretKey, unit_name: str) -> str:
+    """HMAC-SHA-256 of a unit's name under the run's pseudonym key, 128 bits of it in hex."""
+    return key.derive("pseudonym", unit_name).hex()[:32]
+
+
 class KeyStream:
     """ChaCha20 keystream under a key used for nothing else, read as numbers."""
 

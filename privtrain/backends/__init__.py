@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 
 from privtrain.backends.base import Backend, ReplicatedBackend
 from privtrain.backends.ddp import DdpBackend
 from privtrain.backends.local import LocalBackend
 from privtrain.errors import PrivtrainError
+from privtrain.processes import join_processes
 
 _REPLICATED = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU}
 
 
 def create_backend(timeout_seconds: int) -> Backend:
-    """Join the job that accelerate (or torchrun) launched, or be a job of one process.
-
-    Args:
-        timeout_seconds: a collective that waits longer for a lost rank ends the job.
+    """The backend that the accelerate config of this job asks for.
 
     Raises:
-        PrivtrainError: if the launch config asks for a mode whose guarantee we cannot establish.
+        PrivtrainError: if it asks for a mode whose guarantee we cannot establish.
     """
-    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Under torchrun accelerate looks for GPUs unless told; without one each rank would believe it is alone.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    # A job of one process gets no process group, and PartialState refuses a timeout then.
-    arguments = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if num_launched > 1 else {}
-    state = PartialState(cpu=cpu, **arguments)  # pyright: ignore[reportArgumentType]
-    if state.num_processes != num_launched:
-        raise PrivtrainError(
-            f"the launcher started {num_launched} processes but accelerate sees {state.num_processes}: each would train "
-            "and add noise alone; check distributed_type and use_cpu in the accelerate config"
-        )
+    state = join_processes(timeout_seconds)
     if state.distributed_type in _REPLICATED:
         return DdpBackend(state.device)
     if state.distributed_type == DistributedType.NO:

@@ -1,5 +1,5 @@
 """The per-run contribution ledger."""
 
-from privtrain.ledger.log import Ledger, LedgerState, StepEntry, open_ledger, pseudonym, read_records, verify
+from privtrain.ledger.log import Ledger, LedgerState, StepEntry, open_ledger, read_records, verify
 
-__all__ = ["Ledger", "LedgerState", "StepEntry", "open_ledger", "pseudonym", "read_records", "verify"]
+__all__ = ["Ledger", "LedgerState", "StepEntry", "open_ledger", "read_records", "verify"]

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
-from privtrain.secret import SecretKey
+from privtrain.secret import SecretKey, pseudonym
 
 SCHEMA = "privtrain/ledger/1"
 GENESIS = "0" * 64
@@ -66,11 +66,6 @@ class LedgerState:
     def num_charged(self) -> int:
         """Steps charged to the budget: every intent, once, in every generation."""
         return len(self.intents)
-
-
-def pseudonym(key: SecretKey, unit_name: str) -> str:
-    """HMAC-SHA-256 of a unit's name under the run's pseudonym key, 128 bits of it in hex."""
-    return key.derive("pseudonym", unit_name).hex()[:32]
 
 
 def verify(path: pathlib.Path) -> LedgerState:

@@ -1,0 +1,103 @@
+"""Fixtures: a tiny random Llama with a byte-level tokenizer, made on the spot, and a small data set of invented users."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
+    """Two layers, 32 wide, 258 tokens: every byte, one begin-and-end mark and one spare."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0, **{symbol: i + 1 for i, symbol in enumerate(alphabet)}}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>").save_pretrained(
+        directory
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def write_users(path: pathlib.Path, num_users: int = 24, seed: int = 0) -> pathlib.Path:
+    """Users with one to nine records of unequal length."""
+    rng = np.random.default_rng(seed)
+    words = ["alder", "birch", "cedar", "elm", "fir", "gorse", "hazel", "ivy", "larch", "maple"]
+    with open(path, "w", encoding="utf-8") as file:
+        for user in range(num_users):
+            for _ in range(1 + user % 9):
+                text = " ".join(rng.choice(words, size=rng.integers(1, 6)))
+                file.write(json.dumps({"user": f"user-{user:03d}", "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def users_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_users(tmp_path_factory.mktemp("data") / "users.jsonl")
+
+
+@pytest.fixture
+def tree(tiny_llama: pathlib.Path, users_file: pathlib.Path, tmp_path: pathlib.Path) -> dict[str, Any]:
+    """A complete configuration over the tiny model; change it and hand it to ``write_config``."""
+    return {
+        "run": {"name": "tiny", "output_dir": str(tmp_path / "runs")},
+        "model": {"name_or_path": str(tiny_llama)},
+        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        "data": {
+            "source": {"kind": "files", "paths": [str(users_file)]},
+            "max_length": 24,
+            "held_out_fraction": 0.3,
+            "attack_min_records": 4,
+            "num_evaluation_records": 6,
+        },
+        "privacy": {
+            "records_per_user": 3,
+            "sampling_prob": 0.4,
+            "expected_batch_size": 6,
+            "noise_multiplier": 1.0,
+            "target_delta": 1e-3,
+            "num_steps": 4,
+            "insecure_seed": 7,
+        },
+        "training": {"learning_rate": 1e-2},
+        "performance": {"microbatch_size": 4, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 2},
+        "tracking": {"wandb": False},
+    }
+
+
+def write_config(tree: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path

@@ -1,0 +1,160 @@
+"""Whole jobs on two gloo ranks under ``accelerate launch``: release, resume after SIGKILL, empty draws, world size."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from privtrain.ledger import read_records, verify
+from privtrain.ledger.view import verify_run
+from tests import jobs
+from tests.conftest import save_tiny_llama, write_config, write_users
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """One directory for the module: jobs are compared with each other."""
+    directory = tmp_path_factory.mktemp("jobs")
+    save_tiny_llama(directory / "model")
+    write_users(directory / "users.jsonl")
+    return directory
+
+
+def config(place: pathlib.Path, name: str, **privacy) -> pathlib.Path:
+    tree = {
+        "run": {"name": name, "output_dir": str(place / "runs")},
+        "model": {"name_or_path": str(place / "model")},
+        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        "data": {
+            "source": {"kind": "files", "paths": [str(place / "users.jsonl")]},
+            "max_length": 24,
+            "held_out_fraction": 0.3,
+            "attack_min_records": 4,
+            "num_evaluation_records": 4,
+        },
+        "privacy": {
+            "records_per_user": 3,
+            "sampling_prob": 0.4,
+            "expected_batch_size": 6,
+            "noise_multiplier": 1.0,
+            "target_delta": 1e-3,
+            "num_steps": NUM_STEPS,
+            "insecure_seed": 11,
+            **privacy,
+        },
+        "training": {"learning_rate": 1e-2},
+        "performance": {"microbatch_size": 4, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 4},
+        "tracking": {"wandb": False},
+    }
+    return write_config(tree, place / f"{name}.yaml")
+
+
+def adapter(place: pathlib.Path, name: str) -> bytes:
+    return (place / "runs" / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    done = jobs.run("privtrain", "train", config(place, "uninterrupted"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / "runs" / "uninterrupted"
+
+
+def test_a_run_ends_with_an_adapter_a_card_and_a_statement(uninterrupted):
+    statement = json.loads((uninterrupted / "privacy.json").read_text())
+    state = verify(uninterrupted / "secret" / "ledger.jsonl")
+    assert statement["steps_released"] == state.num_charged == len(state.commits) == NUM_STEPS
+    assert statement["ledger"]["head"] == state.head
+    assert statement["unit"] == "user"
+    assert statement["private"] is False, "the test seed voids the guarantee"
+    assert "NOT PRIVATE" in (uninterrupted / "adapter" / "README.md").read_text()
+    assert "matches privacy.json" in verify_run(uninterrupted)
+
+
+def test_killed_at_ten_random_moments_it_ends_in_the_same_adapter(place, uninterrupted):
+    """SIGKILL of a random rank; the same command goes on; bitwise the same result, every step charged once."""
+    path = config(place, "killed")
+    run = place / "runs" / "killed"
+    ledger = run / "secret" / "ledger.jsonl"
+    size = (uninterrupted / "secret" / "ledger.jsonl").stat().st_size
+    rng = np.random.default_rng(0)
+    moments = np.sort(rng.uniform(0, size, 10))
+    num_killed = 0
+    for moment in moments:
+        job = jobs.start("privtrain", "train", path)
+        if jobs.wait_for_ledger(job, ledger, int(moment), timeout_seconds=120):
+            num_killed += 1
+            jobs.kill_rank(job, int(rng.integers(2)))
+        else:
+            job.wait(timeout=120)
+    assert num_killed >= 8, "the kills must hit running jobs"
+    done = jobs.run("privtrain", "train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert adapter(place, "killed") == adapter(place, "uninterrupted")
+    state = verify(ledger)
+    assert len(state.commits) == state.num_charged == NUM_STEPS
+    assert state.generation == 0
+    statement = json.loads((run / "privacy.json").read_text())
+    assert statement["steps_released"] == NUM_STEPS
+    assert "matches privacy.json" in verify_run(run)
+    steps = [json.loads(line)["train/step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s] == sorted(s for s in steps if s)
+
+
+def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
+    from privtrain.training.job import train
+
+    train(config(place, "alone"))
+    alone = load_file(place / "runs" / "alone" / "adapter" / "adapter_model.safetensors")
+    two = load_file(uninterrupted / "adapter" / "adapter_model.safetensors")
+    for name, value in alone.items():
+        assert np.abs(value - two[name]).max() < 1e-5, name
+    intents = [
+        [r["units"] for r in read_records(place / "runs" / n / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
+        for n in ("alone", "uninterrupted")
+    ]
+    assert intents[0] == intents[1], "the sample depends on the world size"
+
+
+def test_empty_steps_and_ranks_without_users_finish(place):
+    path = config(place, "sparse", sampling_prob=0.06, num_steps=16)
+    done = jobs.run("privtrain", "train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = place / "runs" / "sparse"
+    sizes = [len(r["units"]) for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
+    assert 0 in sizes, "no step drew nobody; choose another seed"
+    assert 1 in sizes, "no rank went without a user; choose another seed"
+    assert len(sizes) == 16
+    assert "16 committed" in verify_run(run)
+
+
+def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place, uninterrupted):
+    """Another learning rate must not reuse the noise of steps that were begun; they stay charged."""
+    source, run = place / "runs" / "uninterrupted", place / "runs" / "rewound"
+    shutil.copytree(source, run)
+    for released in ("privacy.json", "metrics.jsonl"):
+        (run / released).unlink()
+    shutil.rmtree(run / "adapter")
+    ledger = run / "secret" / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(line for line in lines if b'"kind":"release"' not in line)[:])
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    kept = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "summary.json").read_text())["step"]
+    path = config(place, "rewound")
+    done = jobs.run("privtrain", "train", path, "training.learning_rate=0.02")
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = verify(ledger)
+    assert state.generation == 1
+    assert state.num_charged == NUM_STEPS, "the budget is spent, so nothing more may be drawn"
+    assert len(state.path) == kept
+    assert (run / "secret" / "generation-0001.key").read_text() != (run / "secret" / "generation-0000.key").read_text()

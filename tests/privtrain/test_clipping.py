@@ -1,0 +1,225 @@
+"""Invariants 1, 2, 3 and 8: sensitivity, a user is one unit, losses of a unit alone, fp32."""
+
+from __future__ import annotations
+
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from privtrain.backends import DdpBackend
+from privtrain.clipping import Layout, PerUnitClipper, rules
+from privtrain.data.microbatch import num_microbatches, pack
+from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.models import row_losses
+from privtrain.sampling import DrawnUnit, deal
+from tests.privtrain.models_for_tests import brute_force_sum, invented_users, plain_unit_gradient, tiny_lora
+from tests.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+def make_clipper(model: nn.Module, layout: Layout, clipping_norm: float, losses=None) -> PerUnitClipper:
+    default = lambda ids, mask: row_losses(model, ids, mask)  # noqa: E731
+    return PerUnitClipper(model, layout, clipping_norm, losses or default, CPU)
+
+
+def clipped_sum(clipper: PerUnitClipper, users, microbatch_size: int, num_batches: int | None = None) -> torch.Tensor:
+    needed = num_microbatches(sum(map(len, users)), microbatch_size)
+    clipper.reset()
+    for batch in pack(users, microbatch_size=microbatch_size, num_batches=num_batches or needed, pad_id=0):
+        clipper.accumulate(batch)
+    return clipper.finish().clone()
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("clipping_norm", [1e-3, 0.5, 1e6])
+def test_sum_equals_brute_force_for_any_microbatch_size(tiny_llama, microbatch_size, clipping_norm):
+    model, layout = tiny_lora(tiny_llama)
+    users = invented_users(7, most_records=4)
+    ours = clipped_sum(make_clipper(model, layout, clipping_norm), users, microbatch_size)
+    assert relative_error(ours, brute_force_sum(model, layout, users, clipping_norm)) < 1e-5
+
+
+def _reduced_sums(directory: pathlib.Path, microbatch_sizes: list[int]) -> list[torch.Tensor]:
+    """What a rank holds after the reduction, with the job's own dealing."""
+    model, layout = tiny_lora(directory)
+    backend = DdpBackend(CPU)
+    users = invented_users(5, most_records=4)
+    drawn = [DrawnUnit(i, tuple(range(len(u)))) for i, u in enumerate(users)]
+    hands = deal(drawn, [max(map(len, u)) for u in users], backend.world_size)
+    mine = [users[d.unit] for d in hands[backend.rank]]
+    sums = []
+    for size in microbatch_sizes:
+        num_batches = max(num_microbatches(sum(len(d.records) for d in hand), size) for hand in hands)
+        total = clipped_sum(make_clipper(model, layout, 0.5), mine, size, num_batches)
+        backend.reduce(total)
+        sums.append(total)
+    return sums
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_reduced_sum_equals_brute_force_on_any_number_of_ranks(tiny_llama, world_size):
+    model, layout = tiny_lora(tiny_llama)
+    reference = brute_force_sum(model, layout, invented_users(5, most_records=4), 0.5)
+    for sums in run_on_ranks(world_size, _reduced_sums, tiny_llama, [1, 3, 4, 16]):
+        for total in sums:
+            assert relative_error(total, reference) < 1e-5
+
+
+@hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_removing_one_user_changes_the_sum_by_at_most_the_clipping_norm(tiny_llama, data):
+    lengths = st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=4), min_size=1, max_size=5)
+    seed = data.draw(st.integers(0, 1000))
+    rng = np.random.default_rng(seed)
+    users = [[rng.integers(0, 257, size=n) for n in records] for records in data.draw(lengths)]
+    clipping_norm = data.draw(st.floats(1e-3, 10))
+    removed = data.draw(st.integers(0, len(users) - 1))
+    size = data.draw(st.integers(1, 6))
+    model, layout = tiny_lora(tiny_llama)
+    clipper = make_clipper(model, layout, clipping_norm)
+    with_user = clipped_sum(clipper, users, size)
+    without = clipped_sum(clipper, users[:removed] + users[removed + 1 :], size)
+    slack = clipping_norm * 1e-5 + 1e-6 * float(with_user.norm())
+    assert float((with_user - without).norm()) <= clipping_norm + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contributions_that_cancel_are_still_clipped_by_their_true_norm(tiny_llama, dtype):
+    """Opposite-signed losses nearly cancel over a user's tokens: where Gram norms in low precision lose the norm."""
+    model, layout = tiny_lora(tiny_llama, dtype)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+    def losses(ids, mask):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return 1e4 * signs[: len(ids)] * row_losses(model, ids, mask)
+
+    tokens = np.arange(3, 15)
+    user = [tokens, tokens.copy(), tokens.copy(), np.append(tokens[:-1], 99)]
+    clipper = make_clipper(model, layout, 0.25, losses)
+    assert float(clipped_sum(clipper, [user], 4).norm()) <= 0.25 * (1 + 1e-5)
+
+
+def test_a_user_with_a_nan_loss_contributes_zero_and_is_counted(tiny_llama):
+    model, layout = tiny_lora(tiny_llama)
+    users = invented_users(4, most_records=2)
+
+    def losses(ids, mask):
+        values = row_losses(model, ids, mask)
+        poisoned = (ids == users[1][0][0]).any(dim=1) & (ids == users[1][0][1]).any(dim=1)
+        return values * torch.where(poisoned, float("nan"), 1.0)
+
+    clipper = make_clipper(model, layout, 0.5, losses)
+    total = clipped_sum(clipper, users, 3)
+    assert clipper.diagnostics.num_nonfinite == 1
+    reference = brute_force_sum(model, layout, [u for i, u in enumerate(users) if i != 1], 0.5)
+    assert relative_error(total, reference) < 1e-5
+
+
+def test_a_user_is_clipped_once_jointly_not_per_record(tiny_llama):
+    model, layout = tiny_lora(tiny_llama)
+    user = invented_users(4, most_records=4)[3]
+    total = clipped_sum(make_clipper(model, layout, 1e-3), [user], 2)
+    assert float(total.norm()) == pytest.approx(1e-3, rel=1e-5)
+    per_record = sum(clipped_sum(make_clipper(model, layout, 1e-3), [[r]], 2) for r in user)
+    assert float(per_record.norm()) > 1.5e-3, "the records' own clipped gradients add up to more: a different mechanism"
+
+
+def test_a_units_gradient_does_not_depend_on_its_batch_mates(tiny_llama):
+    model, layout = tiny_lora(tiny_llama)
+    users = invented_users(5, most_records=3)
+    alone = clipped_sum(make_clipper(model, layout, 1e6), [users[2]], 8)
+    together = clipped_sum(make_clipper(model, layout, 1e6), users, 8)
+    others = sum(clipped_sum(make_clipper(model, layout, 1e6), [u], 8) for i, u in enumerate(users) if i != 2)
+    assert relative_error(together - others, alone.double()) < 1e-4
+    assert relative_error(alone, plain_unit_gradient(model, layout, users[2]).double()) < 1e-5
+
+
+def test_padding_microbatches_add_nothing(tiny_llama):
+    model, layout = tiny_lora(tiny_llama)
+    clipper = make_clipper(model, layout, 0.5)
+    users = invented_users(3, most_records=2)
+    assert torch.equal(clipped_sum(clipper, users, 2), clipped_sum(clipper, users, 2, num_batches=6))
+    assert float(clipped_sum(clipper, [], 2, num_batches=2).norm()) == 0
+
+
+def test_no_unclipped_gradient_is_left_on_a_parameter(tiny_llama):
+    model, layout = tiny_lora(tiny_llama)
+    clipper = make_clipper(model, layout, 0.5)
+    clipped_sum(clipper, invented_users(3, most_records=2), 2)
+    assert all(p.grad is None and p.requires_grad for p in layout.parameters.values())
+    next(iter(layout.parameters.values())).grad = torch.ones_like(next(iter(layout.parameters.values())))
+    with pytest.raises(GuaranteeLost, match="unclipped gradients"):
+        clipper.finish()
+
+
+def test_sums_and_norms_are_fp32_under_bf16_forward(tiny_llama):
+    model, layout = tiny_lora(tiny_llama, torch.bfloat16)
+    clipper = make_clipper(model, layout, 1e-4)
+    total = clipped_sum(clipper, [invented_users(1, most_records=1)[0]], 2)
+    assert total.dtype == torch.float32
+    assert float(total.norm()) == pytest.approx(1e-4, rel=1e-5)
+
+
+class Doubler(nn.Linear):
+    """A layer type nobody registered: y = 2 x Wᵀ."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def _toy(layer: nn.Module) -> tuple[nn.Module, Layout]:
+    model = nn.Sequential(nn.Embedding(300, 6).requires_grad_(False), layer)
+    return model, Layout.of(model)
+
+
+def _toy_losses(model: nn.Module):
+    return lambda ids, mask: (model(ids).square().sum(-1) * mask).sum(1)
+
+
+def test_a_layer_without_a_rule_is_refused_by_name():
+    model, layout = _toy(Doubler(6, 3))
+    with pytest.raises(UnsupportedLayer, match="'1' of type Doubler"):
+        make_clipper(model, layout, 1.0, _toy_losses(model))
+
+
+def test_a_registered_rule_makes_a_new_layer_exact(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    rules.register(Doubler, lambda module, x, g: rules.linear(module, x, 2 * g))
+    model, layout = _toy(Doubler(6, 3))
+    users = invented_users(3, most_records=2)
+    losses = _toy_losses(model)
+    ours = clipped_sum(make_clipper(model, layout, 0.5, losses), users, 2)
+    reference = torch.zeros(layout.num_coordinates, dtype=torch.float64)
+    for records in users:
+        num_predicted = sum(len(t) - 1 for t in records)
+        loss = sum(
+            losses(torch.from_numpy(t)[None], torch.arange(len(t))[None] > 0).sum() for t in records
+        ) / num_predicted
+        g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(layout.parameters.values()))]).double()
+        reference += g * min(1.0, 0.5 / float(g.norm()))
+    assert relative_error(ours, reference) < 1e-5
+
+
+def test_a_tied_trainable_tensor_is_refused():
+    model = nn.Sequential(nn.Embedding(300, 6).requires_grad_(False), nn.Linear(6, 6), nn.Linear(6, 6))
+    model[2].weight = model[1].weight
+    with pytest.raises(UnsupportedLayer, match="tied"):
+        make_clipper(model, Layout.of(model), 1.0, _toy_losses(model))
+
+
+def test_flattened_tokens_are_refused():
+    model, layout = _toy(nn.Linear(6, 3))
+    losses = lambda ids, mask: (model[1](model[0](ids).flatten(0, 1)).sum(-1).view(ids.shape) * mask).sum(1)  # noqa: E731
+    with pytest.raises(UnsupportedLayer, match="cannot be told apart"):
+        clipped_sum(make_clipper(model, layout, 1.0, losses), invented_users(2, 1), 2)

@@ -1,0 +1,98 @@
+"""Global Poisson draw, whole users to ranks, equal numbers of microbatches."""
+
+from __future__ import annotations
+
+import hypothesis
+import numpy as np
+from hypothesis import strategies as st
+from scipy import stats
+
+from privtrain.config.schema import PrivacySection
+from privtrain.data.microbatch import NOBODY, num_microbatches, pack
+from privtrain.plan import PrivacyPlan
+from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.secret import SecretKey
+
+
+def make_plan(**changes) -> PrivacyPlan:
+    values = {
+        "sampling_prob": 0.3,
+        "expected_batch_size": 6,
+        "noise_multiplier": 1.0,
+        "target_delta": 1e-3,
+        "num_steps": 5,
+        "records_per_user": 3,
+    }
+    return PrivacyPlan.build(PrivacySection(**{**values, **changes}))
+
+
+def test_the_draw_is_poisson_with_at_most_k_distinct_records():
+    num_records = [1 + i % 7 for i in range(60)]
+    sampler = PoissonSampler(make_plan(), SecretKey.insecure(0, "s"), num_records)
+    counts = np.zeros(60)
+    sizes = []
+    for step in range(2000):
+        drawn = sampler.draw(step)
+        assert [d.unit for d in drawn] == sorted({d.unit for d in drawn})
+        for d in drawn:
+            assert len(set(d.records)) == len(d.records) == min(3, num_records[d.unit])
+            assert max(d.records) < num_records[d.unit]
+        counts[[d.unit for d in drawn]] += 1
+        sizes.append(len(drawn))
+    assert stats.chisquare(np.histogram(counts, bins=[0, 580, 600, 620, 2001])[0], 60 * np.diff(
+        stats.binom(2000, 0.3).cdf([-1, 579, 599, 619, 2000]))).pvalue > 1e-3
+    assert abs(np.var(sizes) - 60 * 0.3 * 0.7) < 4 * 60 * 0.21 * np.sqrt(2 / 2000)
+
+
+def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
+    plan, sizes = make_plan(), [3] * 40
+    first = PoissonSampler(plan, SecretKey.insecure(0, "s"), sizes)
+    again = PoissonSampler(plan, SecretKey.insecure(0, "s"), sizes)
+    other = PoissonSampler(plan, SecretKey.insecure(1, "s"), sizes)
+    assert first.draw(3) == again.draw(3)
+    assert first.draw(3) != first.draw(4)
+    assert first.draw(3) != other.draw(3)
+
+
+def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
+    sizes = [2] * 10
+    assert PoissonSampler(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
+    assert len(PoissonSampler(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
+
+
+@hypothesis.given(
+    costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3)
+)
+def test_dealing_gives_every_unit_to_exactly_one_rank_evenly(costs, num_ranks, seed):
+    drawn = [DrawnUnit(i * 3 + seed, (0,)) for i in range(len(costs))]
+    hands = deal(drawn, costs, num_ranks)
+    assert sorted(d.unit for hand in hands for d in hand) == [d.unit for d in drawn]
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+@hypothesis.given(
+    sizes=st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), max_size=6),
+    microbatch_size=st.integers(1, 5),
+    extra=st.integers(0, 3),
+)
+def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microbatch_size, extra):
+    value = iter(range(1, 10_000))
+    units = [[np.array([next(value) for _ in range(n)]) for n in records] for records in sizes]
+    num_batches = num_microbatches(sum(map(len, units)), microbatch_size) + extra
+    batches = list(pack(units, microbatch_size=microbatch_size, num_batches=num_batches, pad_id=0))
+    assert len(batches) == num_batches
+    seen, weight = [], np.zeros(len(units))
+    for batch in batches:
+        assert batch.input_ids.shape[0] <= microbatch_size
+        for row, owner in enumerate(batch.owner.tolist()):
+            tokens = batch.input_ids[row][batch.target_mask[row]].tolist()
+            if owner == NOBODY:
+                assert tokens == []
+                assert float(batch.row_weight[row]) == 0
+                continue
+            seen += tokens
+            weight[batch.owners[owner]] += float(batch.row_weight[row]) * len(tokens)
+    assert seen == [t for unit in units for record in unit for t in record[1:].tolist()]
+    assert np.allclose(weight, 1)
+    for batch, following in zip(batches, batches[1:], strict=False):
+        assert batch.last_continues == bool(batch.owners and batch.owners[-1:] == following.owners[:1])
