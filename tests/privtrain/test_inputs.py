@@ -1,0 +1,152 @@
+"""Bad input: one clear line each, exit 2, nothing written over."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+
+import pytest
+
+from privtrain import cli
+from privtrain.config import load_config, validate
+from privtrain.errors import ConfigError, PrivtrainError
+from privtrain.planning import describe_plan
+from tests.conftest import write_config
+
+
+def run_cli(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["privtrain", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+BAD = {
+    "no such file": ({"data": {"source": {"kind": "files", "paths": ["/nowhere/x.jsonl"]}}}, "no such file: /nowhere/x.jsonl"),
+    "no such column": ({"data": {"user_column": "author"}}, "no column 'author'"),
+    "no such model": ({"model": {"name_or_path": "/nowhere/model"}}, "no such model directory"),
+    "k = 0": ({"privacy": {"records_per_user": 0}}, "privacy.records_per_user: given 0"),
+    "negative epsilon": ({"privacy": {"target_epsilon": -1, "noise_multiplier": None}}, "privacy.target_epsilon: given -1"),
+    "both targets": ({"privacy": {"target_epsilon": 1.0}}, "exactly one of privacy.target_epsilon"),
+    "unknown key": ({"privacy": {"cliping_norm": 1}}, "did you mean privacy.clipping_norm?"),
+    "unknown section": ({"privcy": {}}, "did you mean privacy?"),
+    "no LoRA target": ({"lora": {"target_modules": ["nothing"]}}, "lora.target_modules"),
+}
+
+
+def merged(tree, changes):
+    result = copy.deepcopy(tree)
+    for section, values in changes.items():
+        result.setdefault(section, {}).update(values)
+    return result
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input_is_one_clear_line_and_exit_2(tree, tmp_path, monkeypatch, capsys, case):
+    changes, expected = BAD[case]
+    path = write_config(merged(tree, changes), tmp_path / "bad.yaml")
+    code, stderr = run_cli(monkeypatch, capsys, "train", path)
+    assert code == 2
+    (line,) = [line for line in stderr.splitlines() if line.startswith("privtrain: ")]
+    assert expected in line
+    assert "Traceback" not in stderr
+
+
+def test_a_model_directory_that_is_none(tree, tmp_path, monkeypatch, capsys):
+    (tmp_path / "not-a-model").mkdir()
+    tree["model"]["name_or_path"] = str(tmp_path / "not-a-model")
+    code, stderr = run_cli(monkeypatch, capsys, "train", write_config(tree, tmp_path / "c.yaml"))
+    assert code == 2
+    assert "is not a model directory: it has no config.json" in stderr
+
+
+def test_all_faults_come_at_once(tree):
+    tree["privacy"] |= {"records_per_user": 0, "sampling_prob": 2, "spare": 1}
+    tree["training"] = {"learning_rate": -1}
+    with pytest.raises(ConfigError) as error:
+        validate(tree)
+    assert {f.path for f in error.value.faults} == {
+        "privacy.records_per_user",
+        "privacy.sampling_prob",
+        "privacy.spare",
+        "training.learning_rate",
+    }
+
+
+def test_data_and_model_faults_come_at_once(tree, tmp_path):
+    tree = merged(tree, BAD["no such column"][0] | BAD["no such model"][0])
+    with pytest.raises(ConfigError) as error:
+        describe_plan(write_config(tree, tmp_path / "c.yaml"), [])
+    assert {f.path for f in error.value.faults} == {"data.user_column", "model.name_or_path"}
+
+
+def test_no_config_file_and_no_yaml(tmp_path, monkeypatch, capsys):
+    code, stderr = run_cli(monkeypatch, capsys, "train", tmp_path / "none.yaml")
+    assert (code, "no such file" in stderr) == (2, True)
+    (tmp_path / "broken.yaml").write_text("a: [1,\n", encoding="utf-8")
+    code, stderr = run_cli(monkeypatch, capsys, "plan", tmp_path / "broken.yaml")
+    assert (code, "not a YAML file" in stderr) == (2, True)
+
+
+def test_delta_not_below_one_over_units_warns(tree, tmp_path):
+    tree["privacy"]["target_delta"] = 0.2
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [])
+    assert any("privacy.target_delta=0.2 is not below 1/units" in w for w in description["warnings"])
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), ["privacy.target_delta=1e-6"])
+    assert not any("target_delta" in w for w in description["warnings"])
+
+
+def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path, monkeypatch, capsys):
+    from privtrain.training.job import train
+
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    run = tmp_path / "runs" / "tiny"
+    before = snapshot(run)
+    code, stderr = run_cli(monkeypatch, capsys, "train", path, "privacy.clipping_norm=2.0")
+    assert code == 2
+    assert "belongs to another plan or data set" in stderr
+    assert snapshot(run) == before
+    train(path)  # the same plan: complete, and a second run of the same command changes nothing
+    assert snapshot(run) == before
+
+
+def test_a_directory_of_something_else_is_not_written_into(tree, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "runs" / "tiny"
+    other.mkdir(parents=True)
+    (other / "thesis.tex").write_text("years of work", encoding="utf-8")
+    code, stderr = run_cli(monkeypatch, capsys, "train", write_config(tree, tmp_path / "c.yaml"))
+    assert code == 2
+    assert "is not a run of privtrain" in stderr
+    assert snapshot(other) == {"thesis.tex": b"years of work"}
+
+
+def test_readable_secrets_are_refused(tree, tmp_path):
+    from privtrain.training.job import train
+
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    (tmp_path / "runs" / "tiny" / "secret").chmod(0o755)
+    with pytest.raises(PrivtrainError, match="can be read by other users"):
+        train(path)
+
+
+def test_overrides_are_typed_and_checked(tree, tmp_path):
+    path = write_config(tree, tmp_path / "c.yaml")
+    config = load_config(path, ["privacy.target_delta=1e-6", "training.schedule=cosine", "performance.microbatch_size=9"])
+    assert (config.privacy.target_delta, config.training.schedule, config.performance.microbatch_size) == (1e-6, "cosine", 9)
+    with pytest.raises(ConfigError, match="looks like"):
+        load_config(path, ["privacy.target_delta"])
+
+
+def test_schema_is_json(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["privtrain", "schema"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "privacy" in json.loads(capsys.readouterr().out)["properties"]

@@ -1,0 +1,74 @@
+"""Invariant 5: the same noise never covers two sums; invariant 7: whatever happens, no step is uncharged."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from privtrain.errors import LedgerCorrupt
+from privtrain.ledger import LedgerState, StepEntry
+from privtrain.training.resume import Continuation, decide
+
+
+def state_of(path: list[tuple[int, int, str]], generation: int = 0, num_abandoned: int = 0) -> LedgerState:
+    state = LedgerState(generation=generation, path=[StepEntry(*entry) for entry in path])
+    state.intents = {(g, s): "" for g, s, _ in path} | {(-1, s): "" for s in range(num_abandoned)}
+    return state
+
+
+def go_on(state, *, step, generation=0, environment="e", num_steps=10):
+    return decide(
+        state, num_steps=num_steps, environment=environment, checkpoint_step=step, checkpoint_generation=generation
+    )
+
+
+def test_a_fresh_run_begins_at_zero():
+    assert go_on(LedgerState(), step=0) == Continuation(0, 0, 10, 0, 0)
+
+
+def test_the_same_environment_replays_for_free():
+    state = state_of([(0, s, "e") for s in range(7)])
+    assert go_on(state, step=5) == Continuation(0, 5, 10, 2, 0)
+
+
+def test_another_environment_past_the_checkpoint_is_a_new_generation_with_fewer_steps():
+    state = state_of([(0, s, "e") for s in range(7)])
+    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 8, 0, 2)
+
+
+def test_another_environment_at_the_checkpoint_goes_on():
+    state = state_of([(0, s, "e") for s in range(5)])
+    assert go_on(state, step=5, environment="other") == Continuation(0, 5, 10, 0, 0)
+
+
+def test_steps_of_two_environments_are_not_replayed_in_one():
+    state = state_of([(0, s, "e") for s in range(5)] + [(0, s, "f") for s in range(5, 7)])
+    assert go_on(state, step=5, environment="f") == Continuation(0, 5, 10, 2, 0)
+    assert go_on(state, step=4, environment="f") == Continuation(1, 4, 7, 0, 3)
+
+
+def test_a_spent_budget_leaves_the_checkpoint_as_it_is():
+    state = state_of([(0, s, "e") for s in range(10)])
+    assert go_on(state, step=6, environment="other") == Continuation(1, 6, 6, 0, 4)
+
+
+@pytest.mark.parametrize(("step", "generation"), [(8, 0), (3, 1)])
+def test_a_checkpoint_that_the_ledger_does_not_know_is_refused(step, generation):
+    state = state_of([(0, s, "e") for s in range(7)])
+    with pytest.raises(LedgerCorrupt, match="ledger does not show"):
+        go_on(state, step=step, generation=generation)
+
+
+@hypothesis.given(
+    data=st.data(), num_steps=st.integers(1, 30), num_abandoned=st.integers(0, 5), same=st.booleans()
+)
+def test_charged_steps_never_exceed_the_plan(data, num_steps, num_abandoned, same):
+    num_abandoned = min(num_abandoned, num_steps)
+    length = data.draw(st.integers(0, num_steps - num_abandoned))
+    step = data.draw(st.integers(0, length))
+    state = state_of([(0, s, "e") for s in range(length)], num_abandoned=num_abandoned)
+    result = go_on(state, step=step, environment="e" if same else "other", num_steps=num_steps)
+    newly_charged = result.end_step - result.start_step - result.num_replayed
+    assert newly_charged >= 0
+    assert state.num_charged + newly_charged == num_steps
