@@ -34,6 +34,18 @@ def write_atomically(path: pathlib.Path, content: bytes, *, mode: int) -> None:
         os.close(directory)
 
 
+def make_private_directory(path: pathlib.Path) -> None:
+    """Makes a directory and whatever parents are missing, each readable by its owner alone.
+
+    Args:
+        path: the directory; left as it is if it exists.
+    """
+    # mkdir(parents=True) would give the parents the default mode, not this one.
+    for directory in [*reversed(path.parents), path]:
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_json(path: pathlib.Path, facts: Mapping[str, object]) -> None:
     """Writes a public JSON file, readable by a person and free of NaN and infinity.
 

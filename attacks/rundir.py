@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from typing import Any, Self
 
 import pydantic
 
@@ -34,6 +35,22 @@ class Sampling(_Part):
     sampling_prob: float | None
 
 
+class AccountantAnswer(_Part):
+    """One accountant's epsilon."""
+
+    method: str
+    kind: str
+    upper: float | None
+    version: str
+
+
+class Ledger(_Part):
+    """Where the contribution ledger stood when the statement was written."""
+
+    head: str
+    num_commits: int
+
+
 class Mechanism(_Part):
     """What makes a step private."""
 
@@ -59,14 +76,22 @@ class PrivacyStatement(_Part):
     steps_released: int
     epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    accountants: list[AccountantAnswer]
     num_users: int | None
+    ledger: Ledger | None
     plan_fingerprint: str
     assumptions: list[str]
     not_covered: list[str]
 
+    @pydantic.model_validator(mode="after")
+    def _private_needs_epsilon(self) -> Self:
+        if self.private and self.epsilon is None:
+            raise ValueError("private is true and epsilon is null")
+        return self
+
     @property
     def effective_epsilon(self) -> float:
-        """The epsilon that the run stands by: infinity unless it claims to be private and gives a number."""
+        """The epsilon that the run stands by: infinity unless it claims to be private."""
         return self.epsilon if self.private and self.epsilon is not None else math.inf
 
 
@@ -93,7 +118,9 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
     try:
         statement = PrivacyStatement.model_validate_json(path.read_bytes())
     except pydantic.ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'statement'}: {fault['msg']}" for fault in error.errors()
+        )
         raise AttackInputError(
             f"{path} is not a privacy statement ({faults}); expected {STATEMENT_SCHEMA!r}"
         ) from error
@@ -105,6 +132,33 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
             f"run next: privtrain train {run / 'config.yaml'}"
         )
     return statement
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a public JSON file.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Its object.
+
+    Raises:
+        AttackInputError: if it is not one JSON object, or holds NaN or infinity.
+    """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
+    except ValueError as error:
+        raise AttackInputError(
+            f"{path} is not JSON ({error}); expected the file that the previous stage wrote"
+        ) from error
+    if not isinstance(found, dict):
+        raise AttackInputError(f"{path} holds a {type(found).__name__}; expected one JSON object")
+    return found
 
 
 def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:

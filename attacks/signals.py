@@ -116,7 +116,7 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    files.make_private_directory(path.parent)
     files.write_atomically(path, buffer.getvalue(), mode=0o600)
 
 

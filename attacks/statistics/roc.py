@@ -113,15 +113,14 @@ def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, F
         (fpr, tpr), both non-decreasing, from (0, 0) to (1, 1).
     """
     thresholds = np.unique(np.concatenate([held_in, held_out]))[::-1]
-    rates = []
-    for scores in (held_out, held_in):
-        num_at_least = scores.size - np.searchsorted(np.sort(scores), thresholds, side="left")
-        rates.append(np.concatenate([[0.0], num_at_least / scores.size]))
-    fpr, tpr = rates
-    # A vertex in the middle of a straight edge adds nothing; counts below 2^26 make the cross product exact in float64.
-    across, up = np.diff(fpr * held_out.size).round(), np.diff(tpr * held_in.size).round()
+    num_false, num_true = (
+        np.concatenate([[0], scores.size - np.searchsorted(np.sort(scores), thresholds, side="left")])
+        for scores in (held_out, held_in)
+    )
+    # A vertex in the middle of a straight edge adds nothing but size.
+    across, up = np.diff(num_false), np.diff(num_true)
     is_corner = np.concatenate([[True], across[:-1] * up[1:] != across[1:] * up[:-1], [True]])
-    return fpr[is_corner], tpr[is_corner]
+    return num_false[is_corner] / held_out.size, num_true[is_corner] / held_in.size
 
 
 def roc_band(
