@@ -47,7 +47,7 @@ STATEMENT = {
 }
 
 
-def make_rows(
+def build_rows(
     num_users: int, *, shift: float, seed: int = 0, num_documents: int = 3, noise: float = 0.1
 ) -> list[signals.DocumentSignals]:
     """Users of both sides whose fine-tuning gain per token is normal with the given shift of the held-in mean."""
@@ -63,6 +63,11 @@ def make_rows(
                     signals.DocumentSignals(f"pseudonym-{side}-{number:04d}", f"doc-{document}", side, target, base)
                 )
     return rows
+
+
+@pytest.fixture
+def make_rows() -> Callable[..., list[signals.DocumentSignals]]:
+    return build_rows
 
 
 @pytest.fixture
@@ -82,7 +87,7 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         if num_users:
-            signals.write_signals(run / signals.SIGNALS_PATH, make_rows(num_users, shift=shift))
+            signals.write_signals(run / signals.SIGNALS_PATH, build_rows(num_users, shift=shift))
         return run
 
     return make

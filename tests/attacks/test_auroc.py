@@ -141,9 +141,7 @@ def test_null_intervals_cover_one_half(method):
 def test_the_lower_end_exceeds_the_truth_no_more_often_than_it_says():
     truth = scipy.stats.norm.cdf(1.2 / np.sqrt(2.0))
     too_high = sum(
-        statistics.bootstrap_interval(
-            *normal_sides(20, 20, 1.2, 20_000 + seed), seed=seed, num_resamples=1000
-        ).lower
+        statistics.bootstrap_interval(*normal_sides(20, 20, 1.2, 20_000 + seed), seed=seed, num_resamples=1000).lower
         > truth
         for seed in range(300)
     )

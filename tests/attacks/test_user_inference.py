@@ -18,7 +18,11 @@ def test_the_document_ratio_is_the_mean_and_the_sum_of_the_gains():
 
 
 def test_a_user_is_the_equal_weight_mean_of_its_documents():
-    rows = [row("u", "1", "held_in", [1.0]), row("u", "2", "held_in", [0.0, 0.0, 0.0]), row("v", "1", "held_out", [2.0])]
+    rows = [
+        row("u", "1", "held_in", [1.0]),
+        row("u", "2", "held_in", [0.0, 0.0, 0.0]),
+        row("v", "1", "held_out", [2.0]),
+    ]
     first, second = user_inference.user_statistics(rows)
     assert (first.user, first.side, first.num_documents, first.num_tokens) == ("u", "held_in", 2, 4)
     assert first.values == {"token_mean": 0.5, "sequence_sum": 0.5}
