@@ -6,6 +6,7 @@ Public results go to ``report/attacks.json``; anything about one user stays in `
 from __future__ import annotations
 
 import io
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -27,7 +28,7 @@ MIN_USERS_PER_SIDE = 2
 
 _NUM_BAND_RESAMPLES = 1000
 _MAX_BAND_POINTS = 100
-_NUM_BINS = 30
+_MAX_BINS = 30
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -188,7 +189,13 @@ def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap, seed: int)
 
 def _histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
     """Counts of users by value, the two sides on common bins."""
-    edges = np.histogram_bin_edges(np.concatenate([held_in, held_out]), bins=_NUM_BINS)
+    values = np.concatenate([held_in, held_out])
+    # Round edges: the outer ones would otherwise be the exact values of two users.
+    coarse = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
+    power = 10.0 ** math.floor(math.log10(coarse))
+    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= coarse * (1.0 - 1e-9))
+    first, last = math.floor(values.min() / width), math.floor(values.max() / width) + 1
+    edges = np.arange(first, last + 1) * width
     return {
         "edges": edges.tolist(),
         signals.HELD_IN: np.histogram(held_in, edges)[0].tolist(),

@@ -18,7 +18,7 @@ PERPLEXITY_KEY = "eval/held_out_perplexity"
 class _Part(pydantic.BaseModel):
     """Statements may gain keys; those named here must be there."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="allow")
+    model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
 
 
 class ContributionBound(_Part):

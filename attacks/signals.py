@@ -102,7 +102,9 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
     ordered = sorted(rows, key=lambda row: (row.side, row.user, row.document))
     _check_rows(ordered)
     num_tokens = np.array([row.num_tokens for row in ordered], dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(num_tokens, dtype=np.int64)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{offsets[-1]} tokens in all; expected at most {np.iinfo(np.int32).max} in one file")
     table = pa.Table.from_arrays(
         [
             pa.array([row.user for row in ordered], pa.string()),
@@ -159,11 +161,11 @@ def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
 
 
 def _list_array(
-    offsets: npt.NDArray[np.int32], parts: Sequence[npt.NDArray[np.float32]], kind: pa.DataType
+    offsets: npt.NDArray[np.int64], parts: Sequence[npt.NDArray[np.float32]], kind: pa.DataType
 ) -> pa.Array:
     """Joins the documents' values into one arrow list column without a Python object per token."""
     values = np.concatenate([np.zeros(0, np.float32), *parts])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=kind)
 
 
 def _rows(table: pa.Table) -> list[DocumentSignals]:

@@ -148,7 +148,9 @@ def bootstrap_interval(
     share_below = (np.count_nonzero((resampled < area) & ~is_tied) + is_tied.sum() / 2.0) / num_resamples
     bias = scipy.stats.norm.ppf(np.clip(share_below, 0.5 / num_resamples, 1.0 - 0.5 / num_resamples))
     tails = bias + scipy.stats.norm.ppf([(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    ends = np.quantile(resampled, scipy.stats.norm.cdf(bias + tails / (1.0 - acceleration * tails)))
+    # Past its pole the correction would come back from the other side; the extreme resample is the honest end there.
+    shrinkage = np.maximum(1.0 - acceleration * tails, 1e-9)
+    ends = np.quantile(resampled, scipy.stats.norm.cdf(bias + tails / shrinkage))
     return Interval(float(ends[0]), float(ends[1])).no_narrower_than(ceiling)
 
 

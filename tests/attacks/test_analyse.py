@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -64,9 +65,21 @@ def test_values_of_users_stay_secret(make_run):
     assert len(users["user"]) == 60
     public = (run / analyse.ATTACKS_PATH).read_text()
     assert "pseudonym" not in public
-    # The extremes are the histogram's outer edges; no other user's value may be read off the report.
-    inner = sorted(users["token_mean"])[1:-1]
-    assert not set(inner) & set(numbers(json.loads(public)))
+    assert not set(users["token_mean"] + users["sequence_sum"]) & set(numbers(json.loads(public)))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 7.3e4])
+def test_histogram_bins_are_round_and_hold_every_user(scale):
+    rng = np.random.default_rng(0)
+    held_in, held_out = scale * rng.normal(size=300), scale * rng.normal(1.0, 1.0, size=200)
+    found = analyse._histogram(held_in, held_out)
+    assert (sum(found["held_in"]), sum(found["held_out"])) == (300, 200)
+    assert len(found["held_in"]) == len(found["held_out"]) == len(found["edges"]) - 1
+    assert 10 <= len(found["held_in"]) <= 31
+    assert found["edges"][0] <= min(held_in.min(), held_out.min())
+    assert found["edges"][-1] > max(held_in.max(), held_out.max())
+    width = np.diff(found["edges"])[0]
+    assert f"{width:.6e}"[:8] in {"1.000000", "2.000000", "5.000000"}
 
 
 def test_p_values_are_ranks_among_the_held_out(make_run):

@@ -29,6 +29,7 @@ def test_a_statement_that_is_not_private_stands_by_nothing(make_run, epsilon):
         ({"epsilon": math.nan}, "epsilon: "),
         ({"epsilon": None}, "private is true and epsilon is null"),
         ({"delta": 2.0}, "delta: "),
+        ({"private": "false"}, "private: "),
         ({"mechanism": {"kind": "gaussian"}}, r"mechanism\.noise_multiplier: "),
         ({"steps_released": 59}, "released 59 of 60 steps: expected a finished run"),
     ],
