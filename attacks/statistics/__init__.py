@@ -4,7 +4,9 @@ Every function takes one score per *user* on each side. Scores of documents are 
 intervals over documents would be too narrow.
 """
 
-from attacks.statistics.auroc import (
+from attacks.statistics.bounds import DpBound, auroc_cap, tpr_cap
+from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
+from attacks.statistics.mann_whitney import (
     NUM_RESAMPLES,
     Placements,
     auroc,
@@ -12,8 +14,6 @@ from attacks.statistics.auroc import (
     delong_interval,
     delong_variance,
 )
-from attacks.statistics.bounds import DpBound, auroc_cap, tpr_cap
-from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
 from attacks.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
 
 __all__ = [

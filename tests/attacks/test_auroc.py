@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attacks import statistics
 from attacks.statistics.interval import perfect_separation
+from attacks.statistics.mann_whitney import bca_levels
 
 scores = st.lists(st.integers(-20, 20), min_size=2, max_size=25).map(lambda values: np.array(values, dtype=np.float64))
 
@@ -90,6 +91,13 @@ def test_bootstrap_is_scipys_bca_but_for_monte_carlo_error():
     found = statistics.bootstrap_interval(held_in, held_out, seed=1)
     assert found.lower == pytest.approx(reference.low, abs=0.012)
     assert found.upper == pytest.approx(reference.high, abs=0.012)
+
+
+def test_bca_levels_are_those_of_the_textbook():
+    """Efron and Tibshirani 1993, section 14.3: a 90 % interval with bias .146 and acceleration .061."""
+    assert bca_levels(0.146, 0.061, 0.9) == pytest.approx([0.110, 0.985], abs=0.001)
+    assert bca_levels(0.0, 0.0, 0.9).tolist() == pytest.approx([0.05, 0.95])
+    assert bca_levels(3.0, 0.5, 0.9)[1] == 1.0
 
 
 def test_bootstrap_is_a_function_of_the_seed():

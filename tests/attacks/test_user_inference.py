@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,10 @@ def test_a_model_scored_against_itself_gives_exact_zeros():
 
 
 def test_long_documents_do_not_lose_small_gains_to_float32():
-    base = np.full(200_000, -8.0, np.float32)
-    found = user_inference.document_log_ratios(DocumentSignals("u", "d", "held_in", base + np.float32(2**-20), base))
-    assert found["sequence_sum"] == 200_000 * 2**-20
+    rng = np.random.default_rng(0)
+    base = -rng.gamma(2.0, 1.5, 20_000).astype(np.float32)
+    target = base - rng.random(20_000, np.float32) / 100
+    exact = math.fsum(float(t) - float(b) for t, b in zip(target, base, strict=True))
+    found = user_inference.document_log_ratios(DocumentSignals("u", "d", "held_in", target, base))
+    assert found["sequence_sum"] == pytest.approx(exact, rel=1e-12)
+    assert found["token_mean"] == pytest.approx(exact / 20_000, rel=1e-12)

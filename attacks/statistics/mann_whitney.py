@@ -147,11 +147,25 @@ def bootstrap_interval(
     is_tied = np.isclose(resampled, area, rtol=0.0, atol=1e-12)
     share_below = (np.count_nonzero((resampled < area) & ~is_tied) + is_tied.sum() / 2.0) / num_resamples
     bias = scipy.stats.norm.ppf(np.clip(share_below, 0.5 / num_resamples, 1.0 - 0.5 / num_resamples))
+    ends = np.quantile(resampled, bca_levels(float(bias), acceleration, level))
+    return Interval(float(ends[0]), float(ends[1])).no_narrower_than(ceiling)
+
+
+def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
+    """Which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, eq. 14.10).
+
+    Args:
+        bias: normal quantile of the share of resamples below the estimate.
+        acceleration: skewness of the influences, over six.
+        level: confidence level.
+
+    Returns:
+        Two probabilities; ``(1 -+ level) / 2`` without bias and acceleration.
+    """
     tails = bias + scipy.stats.norm.ppf([(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     # Past its pole the correction would come back from the other side; the extreme resample is the honest end there.
     shrinkage = np.maximum(1.0 - acceleration * tails, 1e-9)
-    ends = np.quantile(resampled, scipy.stats.norm.cdf(bias + tails / shrinkage))
-    return Interval(float(ends[0]), float(ends[1])).no_narrower_than(ceiling)
+    return scipy.stats.norm.cdf(bias + tails / shrinkage)
 
 
 def _rank(scores: FloatArray, among: FloatArray) -> FloatArray:
