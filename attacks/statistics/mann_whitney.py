@@ -152,7 +152,7 @@ def bootstrap_interval(
 
 
 def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
-    """Which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, eq. 14.10).
+    """Which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, chapter 14).
 
     Args:
         bias: normal quantile of the share of resamples below the estimate.

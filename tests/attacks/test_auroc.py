@@ -94,7 +94,7 @@ def test_bootstrap_is_scipys_bca_but_for_monte_carlo_error():
 
 
 def test_bca_levels_are_those_of_the_textbook():
-    """Efron and Tibshirani 1993, section 14.3: a 90 % interval with bias .146 and acceleration .061."""
+    """Efron and Tibshirani 1993, chapter 14: a 90 % interval with bias .146 and acceleration .061."""
     assert bca_levels(0.146, 0.061, 0.9) == pytest.approx([0.110, 0.985], abs=0.001)
     assert bca_levels(0.0, 0.0, 0.9).tolist() == pytest.approx([0.05, 0.95])
     assert bca_levels(3.0, 0.5, 0.9)[1] == 1.0
