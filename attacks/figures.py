@@ -1,0 +1,129 @@
+"""The report's figures as SVG text: the same facts give the same bytes, and nothing refers outside the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK = "#22303c"
+MUTED = "#6b7a88"
+GRID = "#e4e8ec"
+HELD_IN_COLOR = "#b4532a"
+HELD_OUT_COLOR = "#2b6a99"
+CAP_COLOR = "#3d7a4e"
+
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "legend.fontsize": 9.0,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "privtrain",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
+    """The ROC on log-log axes with its band, the chance line and what the claim allows.
+
+    Args:
+        result: one entry of ``results`` in ``report/attacks.json``.
+        claim: the guarantee in words for the legend, or None where it caps nothing.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    roc, counts = result["roc"], result["tpr_at_fpr"][0]
+    num_held_in, num_held_out = counts["num_held_in"], counts["num_held_out"]
+    # Log axes have no zero: the left and the lower edge stand for it, half a user below the first count.
+    left, bottom = 0.5 / num_held_out, 0.5 / num_held_in
+    fpr = [max(left, num_allowed / num_held_out) for num_allowed in roc["num_false_positives_allowed"]]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new_figure()
+        axes.fill_between(
+            [*fpr, 1.0],
+            [max(bottom, value) for value in [*roc["band_lower"], 1.0]],
+            [max(bottom, value) for value in [*roc["band_upper"], 1.0]],
+            step="post",
+            color=HELD_IN_COLOR,
+            alpha=0.16,
+            linewidth=0.0,
+            label="95 % band (pointwise)",
+        )
+        chance = [max(left, bottom), 1.0]
+        axes.plot(chance, chance, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")
+        if claim is not None and roc["tpr_cap"] is not None:
+            allowed = [max(bottom, value) for value in [*roc["tpr_cap"], 1.0]]
+            axes.step([*fpr, 1.0], allowed, where="post", color=CAP_COLOR, linewidth=1.4, label=f"allowed by {claim}")
+        axes.step(
+            [max(left, value) for value in roc["corners"]["fpr"]],
+            [max(bottom, value) for value in roc["corners"]["tpr"]],
+            where="post",
+            color=HELD_IN_COLOR,
+            linewidth=1.7,
+            label="user inference",
+        )
+        axes.set(xscale="log", yscale="log", xlim=(left, 1.0), ylim=(bottom, 1.15))
+        axes.set(xlabel="false positive rate (held-out users accused)", ylabel="true positive rate (held-in users)")
+        axes.grid(color=GRID, linewidth=0.7)
+        figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.6)
+        return _svg(figure, "roc")
+
+
+def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
+    """How the statistic is distributed over the users of the two sides.
+
+    Args:
+        result: one entry of ``results`` in ``report/attacks.json``.
+        axis_label: name and unit of the statistic.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    histogram = result["histogram"]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new_figure()
+        for side, color, label in (
+            ("held_in", HELD_IN_COLOR, "held-in users (trained on)"),
+            ("held_out", HELD_OUT_COLOR, "held-out users"),
+        ):
+            total = sum(histogram[side])
+            shares = [count / total for count in histogram[side]]
+            axes.stairs(shares, histogram["edges"], color=color, fill=True, alpha=0.22)
+            axes.stairs(shares, histogram["edges"], color=color, linewidth=1.6, label=label)
+        axes.set(xlabel=axis_label, ylabel="share of the side's users")
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "histogram")
+
+
+def _new_figure() -> tuple[Figure, Axes]:
+    """A figure small enough that its text stays readable on a phone. No pyplot: no global state, no display."""
+    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Renders to an element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

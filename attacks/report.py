@@ -1,0 +1,188 @@
+"""The attack report: one self-contained page, the same facts as JSON, and a summary for the terminal.
+
+Reads public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
+never sees.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import rich.table
+import rich.text
+
+from attacks import analyse, figures, files, rundir
+from attacks.errors import AttackInputError
+
+INDEX_PATH = pathlib.Path("report/index.html")
+REPORT_PATH = pathlib.Path("report/report.json")
+SCHEMA_NAME = "privtrain/report/1"
+
+NOT_RELEASED = "not released"
+
+AXIS_LABELS = {
+    "token_mean": "log-likelihood gain, nats per token",
+    "sequence_sum": "log-likelihood gain, nats per document",
+}
+
+
+def write_report(run: pathlib.Path) -> pathlib.Path:
+    """Writes ``report/index.html`` and ``report/report.json``.
+
+    Args:
+        run: an analysed run directory.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        AttackInputError: if the run is not finished or not analysed, or the analysis belongs to another plan.
+    """
+    statement, attacks = _read(run)
+    perplexity = rundir.held_out_perplexity(run)
+    headline = attacks["results"][attacks["headline"]]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("attacks"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(scientific=scientific, epsilon=format_epsilon, grouped=grouped)
+    page = environment.get_template("report.html").render(
+        statement=statement,
+        attacks=attacks,
+        headline=headline,
+        perplexity=perplexity,
+        axis_labels=AXIS_LABELS,
+        roc_svg=figures.roc_figure(headline, _claim(statement, attacks)),
+        histogram_svg=figures.histogram_figure(headline, AXIS_LABELS[attacks["headline"]]),
+        claim=_claim(statement, attacks),
+    )
+    facts = {
+        "schema": SCHEMA_NAME,
+        "privacy": rundir.read_json(run / "privacy.json"),
+        "held_out_perplexity": None if perplexity is None else {"before": perplexity[0], "after": perplexity[1]},
+        "attacks": attacks,
+    }
+    files.write_json(run / REPORT_PATH, facts)
+    files.write_atomically(run / INDEX_PATH, page.encode(), mode=0o644)
+    return run / INDEX_PATH
+
+
+def summary_table(run: pathlib.Path) -> rich.table.Table:
+    """The run in ten rows, for the terminal.
+
+    Args:
+        run: an analysed run directory.
+
+    Returns:
+        A table of two columns.
+
+    Raises:
+        AttackInputError: if the run is not finished or not analysed.
+    """
+    statement, attacks = _read(run)
+    perplexity = rundir.held_out_perplexity(run)
+    headline = attacks["results"][attacks["headline"]]
+    lower, upper = headline["bootstrap"]["interval"]
+    title = None if statement.private else "NOT PRIVATE: " + "; ".join(statement.not_private_reasons)
+    table = rich.table.Table(show_header=False, title=title, title_style="bold red", title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    before, after = (NOT_RELEASED, NOT_RELEASED) if perplexity is None else (f"{value:.2f}" for value in perplexity)
+    for name, value in (
+        ("epsilon", format_epsilon(statement.epsilon)),
+        ("delta", scientific(statement.delta)),
+        ("unit", f"{statement.unit}, {statement.neighboring_relation}"),
+        ("users", grouped(statement.num_users)),
+        ("steps", grouped(statement.steps_released)),
+        ("held-out perplexity before", before),
+        ("held-out perplexity after", after),
+        ("user-inference AUROC", f"{headline['auroc']:.3f}  (95 % interval {lower:.3f} to {upper:.3f})"),
+        ("cap that epsilon implies", _cap_text(attacks["cap"])),
+        ("verdict", f"{attacks['verdict']}: {attacks['verdict_reason']}"),
+    ):
+        table.add_row(name, rich.text.Text(value))
+    return table
+
+
+def format_epsilon(epsilon: float | None) -> str:
+    """Epsilon to three decimals, rounded up: what is shown is never below what was released.
+
+    Args:
+        epsilon: a certified upper bound, or None for infinity.
+
+    Returns:
+        For example ``"7.991"``.
+    """
+    if epsilon is None:
+        return "∞"
+    # The product may round up past a whole number: 7.99 * 1000 = 7990.000000000001 is still 7.990.
+    scaled = epsilon * 1000.0
+    return (
+        f"{(round(scaled) if math.isclose(scaled, round(scaled), rel_tol=1e-12) else math.ceil(scaled)) / 1000.0:.3f}"
+    )
+
+
+def scientific(value: float) -> str:
+    """A small number with its power of ten.
+
+    Args:
+        value: at least 0.
+
+    Returns:
+        For example ``"1e-4"``.
+    """
+    if value == 0.0 or value >= 0.01:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def grouped(count: int | None) -> str:
+    """A count with thin spaces between thousands.
+
+    Args:
+        count: the count, or None where the statement keeps it.
+
+    Returns:
+        For example ``"12 345"``.
+    """
+    return NOT_RELEASED if count is None else f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]]:
+    """The statement and the attack results, which must belong together."""
+    statement = rundir.read_statement(run)
+    path = run / analyse.ATTACKS_PATH
+    if not path.is_file():
+        raise AttackInputError(
+            f"{run} has no {analyse.ATTACKS_PATH}: expected an analysed run; run next: attacks analyse {run}"
+        )
+    attacks = rundir.read_json(path)
+    if attacks.get("schema") != analyse.SCHEMA_NAME or attacks.get("plan_fingerprint") != statement.plan_fingerprint:
+        raise AttackInputError(
+            f"{path} has schema {attacks.get('schema')!r} and plan {attacks.get('plan_fingerprint')!r}; expected "
+            f"{analyse.SCHEMA_NAME!r} and {statement.plan_fingerprint!r}; run next: attacks analyse {run}"
+        )
+    return statement, attacks
+
+
+def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> str | None:
+    """The guarantee in words, where it caps the attack."""
+    if attacks["cap"]["reason"]:
+        return None
+    equals = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
+    return f"ε{equals}{format_epsilon(statement.epsilon)}, δ{equals}{scientific(statement.delta)}"
+
+
+def _cap_text(cap: Mapping[str, Any]) -> str:
+    """The cap for a table cell."""
+    if cap["reason"]:
+        return f"none: {cap['reason']}"
+    return f"{cap['auroc']:.4f}  ({cap['auroc_of_sample']:.4f} for a sample of this size)"

@@ -1,0 +1,187 @@
+"""What the attack job reads of a finished run: its privacy statement and the metrics that it released."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any, Self
+
+import pydantic
+
+from attacks.errors import AttackInputError
+
+STATEMENT_SCHEMA = "privtrain/privacy/1"
+PERPLEXITY_KEY = "eval/held_out_perplexity"
+
+
+class _Part(pydantic.BaseModel):
+    """Statements may gain keys; those named here must be there."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class ContributionBound(_Part):
+    """How much of one user a step may hold."""
+
+    records_per_user_per_step: int | None = None
+    selection: str | None = None
+
+
+class Sampling(_Part):
+    """How units enter a step."""
+
+    scheme: str
+    sampling_prob: float | None
+
+
+class AccountantAnswer(_Part):
+    """One accountant's epsilon."""
+
+    method: str
+    kind: str
+    upper: float | None
+    version: str
+
+
+class Ledger(_Part):
+    """Where the contribution ledger stood when the statement was written."""
+
+    head: str
+    num_commits: int
+
+
+class Mechanism(_Part):
+    """What makes a step private."""
+
+    kind: str
+    noise_multiplier: float | None
+    clipping_norm: float | None
+    clipping_style: str | None
+    expected_batch_size: float | None = None
+
+
+class PrivacyStatement(_Part):
+    """``privacy.json``, written by the trainer. ``epsilon`` is None where it is infinite."""
+
+    schema_: str = pydantic.Field(alias="schema")
+    private: bool
+    not_private_reasons: list[str]
+    unit: str
+    neighboring_relation: str
+    contribution_bound: ContributionBound | None
+    sampling: Sampling
+    mechanism: Mechanism
+    num_steps: int
+    steps_released: int
+    epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
+    delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    accountants: list[AccountantAnswer]
+    num_users: int | None
+    ledger: Ledger | None
+    plan_fingerprint: str
+    assumptions: list[str]
+    not_covered: list[str]
+
+    @pydantic.model_validator(mode="after")
+    def _private_needs_epsilon(self) -> Self:
+        if self.private and self.epsilon is None:
+            raise ValueError("private is true and epsilon is null")
+        return self
+
+    @property
+    def effective_epsilon(self) -> float:
+        """The epsilon that the run stands by: infinity unless it claims to be private."""
+        return self.epsilon if self.private and self.epsilon is not None else math.inf
+
+
+def read_statement(run: pathlib.Path) -> PrivacyStatement:
+    """Reads the privacy statement of a finished run.
+
+    Args:
+        run: the run directory.
+
+    Returns:
+        The statement.
+
+    Raises:
+        AttackInputError: if there is no such run, it has not finished, or the statement is of another form.
+    """
+    if not run.is_dir():
+        raise AttackInputError(f"no run at {run}: expected a run directory; list yours with: ls {run.parent}")
+    path = run / "privacy.json"
+    if not path.is_file():
+        raise AttackInputError(
+            f"{run} has no privacy.json: expected a finished training run; "
+            f"run next: privtrain train {run / 'config.yaml'}"
+        )
+    try:
+        statement = PrivacyStatement.model_validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'statement'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise AttackInputError(
+            f"{path} is not a privacy statement ({faults}); expected {STATEMENT_SCHEMA!r}"
+        ) from error
+    if statement.schema_ != STATEMENT_SCHEMA:
+        raise AttackInputError(f"{path} has schema {statement.schema_!r}; expected {STATEMENT_SCHEMA!r}")
+    if statement.steps_released < statement.num_steps:
+        raise AttackInputError(
+            f"{run} released {statement.steps_released} of {statement.num_steps} steps: expected a finished run; "
+            f"run next: privtrain train {run / 'config.yaml'}"
+        )
+    return statement
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a public JSON file.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Its object.
+
+    Raises:
+        AttackInputError: if it is not one JSON object, or holds NaN or infinity.
+    """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
+    except ValueError as error:
+        raise AttackInputError(
+            f"{path} is not JSON ({error}); expected the file that the previous stage wrote"
+        ) from error
+    if not isinstance(found, dict):
+        raise AttackInputError(f"{path} holds a {type(found).__name__}; expected one JSON object")
+    return found
+
+
+def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
+    """The held-out perplexity before and after training, if the run released it.
+
+    Args:
+        run: the run directory.
+
+    Returns:
+        The first and the last finite value in ``metrics.jsonl``, or None if fewer than two rows carry one.
+
+    Raises:
+        AttackInputError: if a line is not JSON.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    values = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            value = json.loads(line).get(PERPLEXITY_KEY)
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise AttackInputError(f"{path}, line {number}: expected one JSON object a line") from error
+        if value is not None and math.isfinite(value):
+            values.append(float(value))
+    return (values[0], values[-1]) if len(values) >= 2 else None

@@ -1,0 +1,37 @@
+"""Statistics of an attack's scores: pure numpy and scipy, higher score = more member-like, known answers in the tests.
+
+Every function takes one score per *user* on each side. Scores of documents are not independent within a user, so
+intervals over documents would be too narrow.
+"""
+
+from attacks.statistics.bounds import DpBound, auroc_cap, tpr_cap
+from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
+from attacks.statistics.mann_whitney import (
+    NUM_RESAMPLES,
+    Placements,
+    auroc,
+    bootstrap_interval,
+    delong_interval,
+    delong_variance,
+)
+from attacks.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
+
+__all__ = [
+    "CONFIDENCE_LEVEL",
+    "NUM_RESAMPLES",
+    "DpBound",
+    "Interval",
+    "OperatingPoint",
+    "Placements",
+    "auroc",
+    "auroc_cap",
+    "bootstrap_interval",
+    "clopper_pearson",
+    "delong_interval",
+    "delong_variance",
+    "perfect_separation",
+    "roc_band",
+    "roc_points",
+    "tpr_at_fpr",
+    "tpr_cap",
+]

@@ -1,0 +1,73 @@
+"""Confidence intervals for counts, and the widest claim that a sample of users could ever support."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import scipy.stats
+
+CONFIDENCE_LEVEL = 0.95
+"""Two-sided; half of the error goes to each end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A two-sided confidence interval.
+
+    Attributes:
+        lower: its lower end.
+        upper: its upper end.
+    """
+
+    lower: float
+    upper: float
+
+    def __post_init__(self) -> None:
+        assert self.lower <= self.upper, self
+
+    def no_narrower_than(self, ceiling: Interval) -> Interval:
+        """Widens this AUROC interval so that it claims no more than perfect separation would.
+
+        Bootstrap and DeLong give zero width once the two sides are separated: 3 + 3 users would "prove" an AUROC of 1.
+
+        Args:
+            ceiling: ``perfect_separation`` for the same numbers of users.
+
+        Returns:
+            An interval with ``lower <= ceiling.lower`` and ``upper >= 1 - ceiling.lower``.
+        """
+        return Interval(min(self.lower, ceiling.lower), max(self.upper, 1.0 - ceiling.lower))
+
+
+def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
+    """Exact binomial interval (Clopper and Pearson 1934).
+
+    Args:
+        num_hits: successes.
+        num_trials: independent trials, at least one.
+        level: confidence level.
+
+    Returns:
+        An interval that covers the true proportion with probability at least ``level``.
+    """
+    found = scipy.stats.binomtest(num_hits, num_trials).proportion_ci(level, method="exact")
+    return Interval(float(found.low), float(found.high))
+
+
+def perfect_separation(num_held_in: int, num_held_out: int, level: float = CONFIDENCE_LEVEL) -> Interval:
+    """The ceiling: the interval for AUROC had every held-in user scored above every held-out user.
+
+    No sample of this size can show more. Pair the users off: n = min(num_held_in, num_held_out) disjoint pairs are
+    independent and each is in order with probability AUROC, so perfect separation has probability at most AUROC^n.
+    Inverting this at error (1 - level) / 2 gives the lower end. It is tight: an attack that misses each user of the
+    smaller side outright with probability 1 - AUROC attains it.
+
+    Args:
+        num_held_in: users on the held-in side, at least one.
+        num_held_out: users on the held-out side, at least one.
+        level: confidence level.
+
+    Returns:
+        ``[((1 - level) / 2) ** (1 / n), 1]``.
+    """
+    return Interval(float(((1.0 - level) / 2.0) ** (1.0 / min(num_held_in, num_held_out))), 1.0)

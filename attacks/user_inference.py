@@ -1,0 +1,90 @@
+"""User inference: was the model fine-tuned on this person's documents?
+
+The statistic of Kandpal et al. 2023 (arXiv 2310.09266, section 3, eq. 4): the attacker holds fresh documents x_1..x_m
+of a user, none of them trained on, and averages log p_target(x_i) - log p_base(x_i). A model that learned the user
+finds the documents likelier than its base does. Higher means more member-like; the direction is fixed before any data
+is seen.
+
+Eq. 4 writes log p(x) of the whole document, a sum over its tokens, yet the scale of the paper's figures fits only a
+mean over tokens. The two rank users differently, so both are computed and named, and ``token_mean`` is the declared
+headline.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from attacks import signals
+
+DEFINITIONS: Mapping[str, str] = {
+    "token_mean": "mean over a user's documents of the mean over tokens of log p_target - log p_base (nats per token)",
+    "sequence_sum": "mean over a user's documents of the sum over tokens of log p_target - log p_base (nats)",
+}
+"""The statistics of this attack, by name."""
+
+HEADLINE = "token_mean"
+"""Declared before any run is seen; the others are secondary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UserStatistics:
+    """What the attack says about one user.
+
+    Attributes:
+        user: pseudonym.
+        side: ``"held_in"`` or ``"held_out"``.
+        num_documents: attacker documents of this user.
+        num_tokens: scored tokens of this user.
+        values: the statistics by name, the keys of ``DEFINITIONS``.
+    """
+
+    user: str
+    side: str
+    num_documents: int
+    num_tokens: int
+    values: Mapping[str, float]
+
+
+def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
+    """The log-likelihood ratio of one document, by statistic.
+
+    Args:
+        row: the document's signals.
+
+    Returns:
+        One value for each key of ``DEFINITIONS``, in nats.
+    """
+    # float64 before the difference: over a long document float32 sums lose the digits that the attack lives on.
+    log_ratio = row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64)
+    return {"token_mean": float(log_ratio.mean()), "sequence_sum": float(log_ratio.sum())}
+
+
+def user_statistics(rows: Iterable[signals.DocumentSignals]) -> list[UserStatistics]:
+    """Averages each user's documents, with equal weight whatever their lengths.
+
+    Args:
+        rows: one per document.
+
+    Returns:
+        One entry per user, sorted by (side, user).
+    """
+    by_user: dict[tuple[str, str], list[signals.DocumentSignals]] = collections.defaultdict(list)
+    for row in rows:
+        by_user[row.side, row.user].append(row)
+    found = []
+    for (side, user), documents in sorted(by_user.items(), key=lambda item: item[0]):
+        ratios = [document_log_ratios(row) for row in sorted(documents, key=lambda row: row.document)]
+        found.append(
+            UserStatistics(
+                user=user,
+                side=side,
+                num_documents=len(documents),
+                num_tokens=sum(row.num_tokens for row in documents),
+                values={name: float(np.mean([ratio[name] for ratio in ratios])) for name in DEFINITIONS},
+            )
+        )
+    return found

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import rich.console
+
+from attacks import analyse, report
+from attacks.errors import AttackInputError
+
+CHROMIUM = shutil.which("chromium", path="/usr/bin")
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would fetch, and whether the tags nest."""
+
+    VOID = frozenset({"meta", "link", "br", "path", "use"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.references += [
+            value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "action", "data"}
+        ]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def words(page: Page) -> str:
+    return " ".join(" ".join(page.text).split())
+
+
+@pytest.fixture
+def analysed(make_run):
+    def make(*args, **kwargs) -> pathlib.Path:
+        run = make_run(*args, **kwargs)
+        analyse.analyse_run(run)
+        return run
+
+    return make
+
+
+def render(run: pathlib.Path) -> Page:
+    page = Page(report.write_report(run).read_text())
+    assert page.open == []
+    return page
+
+
+def test_the_page_says_what_was_claimed_and_what_was_found(analysed):
+    run = analysed(100, shift=0.0, epsilon=1.0)
+    found = words(render(run))
+    results = json.loads((run / analyse.ATTACKS_PATH).read_text())
+    headline = results["results"]["token_mean"]
+    for fact in (
+        "Privacy unit one user",
+        "add or remove one",
+        "60 planned, 60 released",
+        "Noise multiplier 0.8",
+        "probability 0.05 per step",
+        "norm 1, flat",
+        "31.40 before, 22.05 after",
+        f"AUROC {headline['auroc']:.3f}",
+        f"{headline['bootstrap']['interval'][0]:.3f} to {headline['bootstrap']['interval'][1]:.3f}",
+        f"Cap {results['cap']['auroc_of_sample']:.4f}",
+        f"Ceiling {results['ceiling']['interval'][0]:.3f}",
+        "Verdict consistent",
+        "What this does not show",
+        "not evidence of privacy",
+        "Pre-training may have seen",
+        "single training run",
+        "not covered by ε",
+        "Hyper-parameters chosen on private rows.",
+    ):
+        assert fact in found, fact
+    assert "NOT PRIVATE" not in found
+
+
+def test_the_page_asks_for_nothing_outside_itself(analysed):
+    run = analysed()
+    page = render(run)
+    assert [reference for reference in page.references if not reference.startswith(("#", "data:"))] == []
+    text = (run / report.INDEX_PATH).read_text()
+    assert "<script" not in text
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    assert "default-src 'none'" in text
+
+
+def test_figures_refer_to_their_own_parts(analysed):
+    page = render(analysed())
+    assert len(page.ids) == len(set(page.ids))
+    assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
+
+
+def test_no_user_appears_in_anything_public(analysed):
+    run = analysed()
+    report.write_report(run)
+    for path in (run / "report").iterdir():
+        assert "pseudonym" not in path.read_text(), path
+        assert "doc-" not in path.read_text(), path
+
+
+def test_a_run_that_is_not_private_says_so_first(analysed):
+    run = analysed(
+        30, private=False, epsilon=None, not_private_reasons=["noise_multiplier is 0", "<script>alert(1)</script>"]
+    )
+    page = render(run)
+    found = words(page)
+    assert found.index("NOT PRIVATE") < found.index("Privacy statement")
+    assert "noise_multiplier is 0" in found
+    assert "<script>alert(1)</script>" in found
+    assert "<script" not in (run / report.INDEX_PATH).read_text()
+    assert "allowed by" not in found
+
+
+def test_a_guarantee_for_examples_shows_no_cap(analysed):
+    found = words(render(analysed(40, unit="example")))
+    assert "Cap none" in found
+    assert "vacuous" in found
+
+
+def test_the_same_facts_give_the_same_page(analysed):
+    run = analysed()
+    first = report.write_report(run).read_bytes()
+    assert report.write_report(run).read_bytes() == first
+
+
+def test_the_json_holds_the_facts_of_the_page(analysed):
+    run = analysed()
+    report.write_report(run)
+    facts = json.loads((run / report.REPORT_PATH).read_text())
+    assert facts["schema"] == "privtrain/report/1"
+    assert facts["privacy"] == json.loads((run / "privacy.json").read_text())
+    assert facts["attacks"] == json.loads((run / analyse.ATTACKS_PATH).read_text())
+    assert facts["held_out_perplexity"] == {"before": 31.4, "after": 22.05}
+
+
+def test_results_of_another_plan_are_refused(analysed):
+    run = analysed()
+    statement = json.loads((run / "privacy.json").read_text())
+    (run / "privacy.json").write_text(json.dumps(statement | {"plan_fingerprint": "00" * 32}))
+    with pytest.raises(AttackInputError, match="run next: attacks analyse"):
+        report.write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "shown"),
+    [(7.99, "7.990"), (7.9901, "7.991"), (1.0, "1.000"), (0.00001, "0.001"), (None, "∞"), (0.0, "0.000")],
+)
+def test_epsilon_is_never_shown_below_what_was_released(epsilon, shown):
+    assert report.format_epsilon(epsilon) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0"), (1e-4, "1e-4"), (1.25e-6, "1.25e-6"), (0.05, "0.05"), (9.999e-5, "1e-4")]
+)
+def test_small_numbers_are_readable(value, shown):
+    assert report.scientific(value) == shown
+
+
+def summary(run: pathlib.Path) -> str:
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(report.summary_table(run))
+    return console.file.getvalue()
+
+
+def test_the_summary_has_the_numbers(analysed):
+    text = summary(analysed(100, shift=0.0, epsilon=1.0))
+    for fact in ("1.000", "1e-4", "user, add_or_remove_one", "700", "60", "31.40", "22.05", "0.7311", "consistent"):
+        assert fact in text
+    assert re.search(r"user-inference AUROC +│ 0\.\d{3}  \(95 % interval 0\.\d{3} to 0\.\d{3}\)", text)
+
+
+def test_the_summary_admits_what_was_not_released_and_not_private(analysed):
+    text = summary(analysed(30, perplexity=False, private=False, not_private_reasons=["fixed seed"]))
+    assert "NOT PRIVATE: fixed seed" in text
+    assert text.count("not released") == 2
+
+
+def browse(page: pathlib.Path, profile: pathlib.Path) -> tuple[str, str]:
+    """Opens a page in a real browser; gives its DOM after loading and the browser's log."""
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *[
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+            ],
+            *["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--dump-dom"],
+            f"--user-data-dir={profile}",
+            "--window-size=1400,1000",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_finds_no_fault(analysed, tmp_path, width):
+    path = report.write_report(analysed())
+    # A headless window cannot be as narrow as a phone; a frame can. It reports its width: here scripts are let in.
+    probe = (
+        "<script>onload = () => parent.postMessage([document.documentElement.scrollWidth,"
+        " document.querySelectorAll('figure svg path').length], '*')</script></body>"
+    )
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", path.read_text()).replace("</body>", probe)
+    (tmp_path / "inner.html").write_text(text)
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<!DOCTYPE html><body><script>onmessage = e => document.body.setAttribute("data-found", e.data)</script>'
+        f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe></body>'
+    )
+    dom, log = browse(outer, tmp_path / "profile-probe")
+    found = re.search(r'data-found="(\d+),(\d+)"', dom)
+    assert found, log
+    assert int(found[1]) <= width
+    assert int(found[2]) > 20
+    # The page as shipped: its policy would turn any request outside it, and any inline script, into a console message.
+    dom, log = browse(path, tmp_path / "profile-page")
+    assert "What this does not show" in dom
+    assert "CONSOLE" not in log
+    assert "Refused to" not in log
