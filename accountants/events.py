@@ -15,7 +15,7 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 
     Returns:
         An event for the add-or-remove-one relation over the unit that is sampled and clipped: if users are sampled and
-        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322, section 3).
+        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322).
 
     Raises:
         ValueError: if an argument is outside its range.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import pathlib
 import sys
 from typing import Annotated
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from attacks.errors import AttackInputError
+from privtrain.errors import PrivtrainError
 
 app = typer.Typer(
     name="attacks",
@@ -25,11 +26,12 @@ Run = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Directory of a
 @app.command()
 def score(
     run: Run,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass, padding included.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass, padding included.")] = 2048,
 ) -> None:
     """Score the attacker's documents under the fine-tuned model and its base (loads both models)."""
-    # By name, so that neither --help nor a type checker without the models' libraries loads the scoring stage.
-    importlib.import_module("attacks.score").score_run(run, batch_tokens)
+    from attacks import score as scoring
+
+    scoring.score_run(run, batch_tokens)
 
 
 @app.command()
@@ -57,9 +59,11 @@ def report(run: Run) -> None:
 
 
 def main() -> None:
-    """Runs the command; a user's own mistake is one line on stderr and exit code 2."""
+    """Runs the command; a user's own mistake is one line on stderr and its exit code."""
     try:
         app()
-    except AttackInputError as error:
-        typer.echo(f"attacks: {error}", err=True)
-        sys.exit(2)
+    except (AttackInputError, PrivtrainError) as error:
+        # Every rank of a scoring job meets the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"attacks: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 2))

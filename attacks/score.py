@@ -51,7 +51,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
     read_statement(run_path)
     run = RunDirectory(run_path)
     config = load_config(run.config)
-    state = join_processes(config.performance.collective_timeout_seconds)
+    state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
         target = run_path / SIGNALS_PATH
         if target.is_file():
@@ -63,16 +63,16 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
             torch.set_num_threads(config.performance.num_threads)
         tokenizer = load_tokenizer(config.model)
         documents = attacker_documents(run, load_corpus(config.data), tokenizer, config.data.max_length)
-        precision = resolve_precision(config.performance.precision, state.device)
-        base = load_base(config.model, base_dtype(precision, state.device))
-        model = load_adapter(base, run.adapter).to(state.device).eval()
-        autocast = torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+        precision = resolve_precision(config.performance.precision, device)
+        base = load_base(config.model, base_dtype(precision, device))
+        model = load_adapter(base, run.adapter).to(device).eval()
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
         key = run.load_or_create_key("pseudonym")
         batches = list(compose_batches(documents, batch_tokens))
         mine = batches[state.process_index :: state.num_processes]
         rows = []
         for batch in track(mine, "scoring", disable=not state.is_main_process):
-            for document, (tuned, reference) in zip(batch, score_batch(model, batch, state.device, autocast), strict=True):
+            for document, (tuned, reference) in zip(batch, score_batch(model, batch, device, autocast), strict=True):
                 name = pseudonym(key, document.user)
                 rows.append(DocumentSignals(name, str(document.index), document.side, tuned, reference))
         part = target.with_name(f"part-{state.process_index:04d}.parquet")
@@ -86,7 +86,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
         state.destroy_process_group()
 
 
-def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length: int) -> list[Document]:  # noqa: ANN001
+def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length: int) -> list[Document]:
     """The documents that the sealed manifest gives to the attacker, tokenised as training tokenises.
 
     Raises:
@@ -101,7 +101,9 @@ def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length:
     held_in = set(manifest["held_in"])
     found = [(user, index) for user, indices in manifest["attacker"].items() for index in indices]
     if not found:
-        raise AttackInputError("the manifest gives the attacker no document; see data.attack_fraction and attack_min_records")
+        raise AttackInputError(
+            "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
+        )
     tokens, _ = tokenize([corpus.records[user][index] for user, index in found], tokenizer, max_length)
     return [
         Document(user, index, HELD_IN if user in held_in else HELD_OUT, ids)

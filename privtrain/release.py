@@ -82,7 +82,7 @@ def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
     write_json(run.privacy, statement)
 
 
-def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:  # noqa: ANN401 - PEFT's types
+def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
     """``save_pretrained`` into a temporary directory, check it, then put it in place."""
     temporary = run.root / ".adapter.tmp"
     model.save_pretrained(str(temporary))
@@ -92,7 +92,7 @@ def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> N
     replace_directory(temporary, run.adapter)
 
 
-def _check_tensors(path: pathlib.Path, model: Any) -> None:  # noqa: ANN401
+def _check_tensors(path: pathlib.Path, model: Any) -> None:
     """Re-open what was saved: an adapter that is empty or differs is never released."""
     import torch
     from peft import get_peft_model_state_dict
@@ -116,7 +116,10 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ("Privacy unit", plan.unit),
         ("Neighbouring relation", plan.neighboring_relation.replace("_", " ")),
         ("Training units", str(statement["num_users"])),
-        ("Records of a unit in a step", f"at most {bound['records_per_user_per_step']}, chosen at {bound['selection']}"),
+        (
+            "Records of a unit in a step",
+            f"at most {bound['records_per_user_per_step']}, chosen at {bound['selection']}",
+        ),
         ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
         ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {plan.clipping_norm:g}"),
@@ -128,8 +131,10 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     base = config.model.public_name
     return (
-        f"---\nlibrary_name: peft\ntags: [differential-privacy, lora, privtrain]\n---\n\n# {config.run.name}\n\n{banner}"
-        f"A LoRA adapter (rank {config.lora.rank}) for {base}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
+        "---\nlibrary_name: peft\ntags: [differential-privacy, lora, privtrain]\n---\n\n"
+        f"# {config.run.name}\n\n{banner}"
+        f"A LoRA adapter (rank {config.lora.rank}) for {base}, "
+        f"fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
         f"## Privacy statement\n\n| | |\n|---|---|\n{table}\n\n"
         f"### Assumptions\n\n{_bullets(statement['assumptions'])}\n\n"
         f"### What ε does not cover\n\n{_bullets(statement['not_covered'])}\n"

@@ -74,7 +74,9 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunBusy(f"another job is running in {self.root}; wait for it or choose another run.name") from None
+                raise RunBusy(
+                    f"another job is running in {self.root}; wait for it or choose another run.name"
+                ) from None
             yield
 
     def load_or_create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:

@@ -50,7 +50,9 @@ class PoissonSampler:
     def draw(self, step: int) -> list[DrawnUnit]:
         """The units of a step in increasing order; possibly none."""
         uniforms = self._key.stream("sample", step).uniform(len(self._num_records))
-        return [DrawnUnit(int(u), self._records_of(int(u), step)) for u in (uniforms < self._sampling_prob).nonzero()[0]]
+        return [
+            DrawnUnit(int(u), self._records_of(int(u), step)) for u in (uniforms < self._sampling_prob).nonzero()[0]
+        ]
 
     def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama with a byte-level tokenizer, made on the spot, and a small data set of invented users."""
+"""Fixtures: a tiny random Llama with a byte-level tokenizer, made on the spot, and a data set of invented users."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>").save_pretrained(
-        directory
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>"
+    ).save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),

@@ -37,7 +37,11 @@ def run(module: str, *arguments: str | pathlib.Path, timeout_seconds: float = 24
 def start(module: str, *arguments: str | pathlib.Path) -> subprocess.Popen[bytes]:
     """Start a job and return at once."""
     return subprocess.Popen(
-        command(module, *arguments), cwd=REPOSITORY, env=_ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(module, *arguments),
+        cwd=REPOSITORY,
+        env=_ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -59,7 +63,9 @@ def worker_pids(launcher: subprocess.Popen[bytes]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for_ledger(launcher: subprocess.Popen[bytes], ledger: pathlib.Path, num_bytes: int, timeout_seconds: float) -> bool:
+def wait_for_ledger(
+    launcher: subprocess.Popen[bytes], ledger: pathlib.Path, num_bytes: int, timeout_seconds: float
+) -> bool:
     """Whether the ledger grew to ``num_bytes`` before the job ended."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline and launcher.poll() is None:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist  # noqa: TID251 - tests start process groups themselves
+import torch.distributed as dist
 import torch.multiprocessing
 
 
-def _worker(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
     try:

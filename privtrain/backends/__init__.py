@@ -10,7 +10,12 @@ from privtrain.backends.local import LocalBackend
 from privtrain.errors import PrivtrainError
 from privtrain.processes import join_processes
 
-_REPLICATED = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU}
+_REPLICATED = {
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+}
 
 
 def create_backend(timeout_seconds: int) -> Backend:
@@ -19,11 +24,11 @@ def create_backend(timeout_seconds: int) -> Backend:
     Raises:
         PrivtrainError: if it asks for a mode whose guarantee we cannot establish.
     """
-    state = join_processes(timeout_seconds)
+    state, device = join_processes(timeout_seconds)
     if state.distributed_type in _REPLICATED:
-        return DdpBackend(state.device)
+        return DdpBackend(device)
     if state.distributed_type == DistributedType.NO:
-        return LocalBackend(state.device)
+        return LocalBackend(device)
     raise PrivtrainError(
         f"the launch config asks for {state.distributed_type.value}, which privtrain does not support yet; "
         "launch with launch/accelerate/cpu.yaml, or a config with distributed_type MULTI_GPU"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from privtrain.clipping.layout import Layout
+from privtrain.layout import Layout
 from privtrain.noise import add_gaussian_noise_
 from privtrain.secret import SecretKey
 
@@ -36,9 +37,7 @@ class Backend(Protocol):
         """Add the step's noise, once per coordinate over the whole job. Only after :meth:`reduce`."""
         ...
 
-    def apply(
-        self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float
-    ) -> None:
+    def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """Step the optimizer on ``vector / divide_by``."""
         ...
 
@@ -50,7 +49,7 @@ class Backend(Protocol):
         """Wait for every rank."""
         ...
 
-    def in_sync(self, tensors: list[torch.Tensor]) -> bool:
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors are bit-identical on every rank."""
         ...
 
@@ -69,9 +68,7 @@ class ReplicatedBackend:
         """See :class:`Backend`."""
         add_gaussian_noise_(vector, layout, key=key, step=step, stddev=stddev)
 
-    def apply(
-        self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float
-    ) -> None:
+    def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """See :class:`Backend`."""
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
             parameter.grad = (layout.view(vector, slot) / divide_by).to(parameter.dtype)
@@ -79,7 +76,7 @@ class ReplicatedBackend:
         optimizer.zero_grad(set_to_none=True)
 
 
-def digest(tensors: list[torch.Tensor]) -> bytes:
+def digest(tensors: Sequence[torch.Tensor]) -> bytes:
     """SHA-256 over the exact bits of the tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:

@@ -5,8 +5,10 @@ The clipped sum of all trainable tensors is one flat fp32 vector, so a step cost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.distributed as dist  # noqa: TID251 - this package is the one place for collectives
+import torch.distributed as dist
 
 from privtrain.backends.base import ReplicatedBackend, digest
 
@@ -52,7 +54,7 @@ class DdpBackend(ReplicatedBackend):
         """See :class:`privtrain.backends.base.Backend`."""
         dist.barrier()
 
-    def in_sync(self, tensors: list[torch.Tensor]) -> bool:
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         """See :class:`privtrain.backends.base.Backend`."""
         mine = torch.frombuffer(bytearray(digest(tensors)), dtype=torch.uint8).to(self.device)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from privtrain.backends.base import ReplicatedBackend
@@ -32,7 +34,7 @@ class LocalBackend(ReplicatedBackend):
     def barrier(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
 
-    def in_sync(self, tensors: list[torch.Tensor]) -> bool:  # noqa: ARG002
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002
         """See :class:`privtrain.backends.base.Backend`."""
         return True
 

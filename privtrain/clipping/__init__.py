@@ -1,6 +1,5 @@
-"""Per-unit clipping: layout of the vector, capture of activations, rules per layer, the clipper itself."""
+"""Per-unit clipping: capture of activations, rules per layer, the clipper itself."""
 
 from privtrain.clipping.clipper import ClippingDiagnostics, PerUnitClipper
-from privtrain.clipping.layout import Layout
 
-__all__ = ["ClippingDiagnostics", "Layout", "PerUnitClipper"]
+__all__ = ["ClippingDiagnostics", "PerUnitClipper"]

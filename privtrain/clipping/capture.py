@@ -19,8 +19,8 @@ Sink = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 class _Capture(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,  # noqa: ANN401 - autograd's context has no public type
+    def forward(
+        ctx: Any,
         output: torch.Tensor,
         activation: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004 - makes the result require a gradient even if nothing before it does
@@ -32,7 +32,7 @@ class _Capture(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401, D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
         ctx.sink(ctx.module, activation, gradients[0])
         return gradients[0], None, None, None, None

@@ -15,9 +15,9 @@ from torch import nn
 
 from privtrain.clipping import rules
 from privtrain.clipping.capture import captured
-from privtrain.clipping.layout import Layout
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.layout import Layout
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -128,8 +128,8 @@ class PerUnitClipper:
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
             if activation.dim() != 3 or activation.shape[0] != num_rows or output_gradient.shape[0] != num_rows:
                 raise UnsupportedLayer(
-                    f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {num_rows} rows; "
-                    "its tokens cannot be told apart by owner"
+                    f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {num_rows} "
+                    "rows; its tokens cannot be told apart by owner"
                 )
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 per_row = self._rules[module](module, activation[kept].float(), output_gradient[kept].float())
@@ -182,7 +182,9 @@ def _cover(
             if id(parameter) in covered:
                 raise UnsupportedLayer(f"{name!r} is tied to {wanted[id(parameter)]!r}; a tied tensor has no rule yet")
             if wanted[id(parameter)] != name:
-                raise UnsupportedLayer(f"{name!r} is also known as {wanted[id(parameter)]!r}; a tied tensor has no rule yet")
+                raise UnsupportedLayer(
+                    f"{name!r} is also known as {wanted[id(parameter)]!r}; a tied tensor has no rule yet"
+                )
             covered.add(id(parameter))
         modules[module_name] = module
     missing = sorted(name for key, name in wanted.items() if key not in covered)

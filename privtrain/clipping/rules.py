@@ -43,7 +43,7 @@ def rule_for(name: str, module: nn.Module) -> Rule:
 
 
 def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """y = x Wᵀ + b over [rows, tokens, features]: ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, materialised per row."""
+    """Y = x Wᵀ + b over [rows, tokens, features]: ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, materialised per row."""
     gradients = {"weight": torch.einsum("rto,rti->roi", output_gradient, activation)}
     if module.bias is not None:
         gradients["bias"] = output_gradient.sum(dim=1)

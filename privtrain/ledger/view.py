@@ -35,18 +35,21 @@ def verify_run(run_path: pathlib.Path) -> str:
     if run.privacy.is_file():
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         if statement["ledger"]["head"] != state.head:
+            head = statement["ledger"]["head"]
             raise LedgerCorrupt(
-                f"{run.privacy} quotes ledger head {statement['ledger']['head'][:12]}, the log ends in {state.head[:12]}: "
+                f"{run.privacy} quotes ledger head {head[:12]}, the log ends in {state.head[:12]}: "
                 "records were removed or added after the release"
             )
         if statement["steps_released"] != state.num_charged:
             raise LedgerCorrupt(
-                f"{run.privacy} accounts for {statement['steps_released']} steps, the ledger charged {state.num_charged}"
+                f"{run.privacy} accounts for {statement['steps_released']} steps, "
+                f"the ledger charged {state.num_charged}"
             )
         quoted = ", matches privacy.json"
     num_open = state.num_charged - len(state.commits)
     return (
-        f"ledger verified: {state.num_records} records, {state.num_charged} steps charged, {len(state.commits)} committed"
+        f"ledger verified: {state.num_records} records, {state.num_charged} steps charged, "
+        f"{len(state.commits)} committed"
         f"{f', {num_open} begun but never committed' if num_open else ''}, generation {state.generation}{quoted}"
     )
 

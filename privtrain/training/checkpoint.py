@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from privtrain.clipping import Layout
+from privtrain.layout import Layout
 from privtrain.rundir import replace_directory, write_atomically
 
 _STATE = "state.pt"

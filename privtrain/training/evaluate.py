@@ -42,5 +42,5 @@ def held_out_loss(
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean loss, infinite where float64 ends."""
+    """Exp of the mean loss, infinite where float64 ends."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -15,12 +15,13 @@ import torch
 from privtrain.backends import Backend, create_backend
 from privtrain.config import Config, load_config, to_yaml
 from privtrain.console import Progress, say
-from privtrain.data.corpus import Corpus, check_source, load_corpus
+from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.data.split import Split, split_users
-from privtrain.data.units import UnitData, build_units, tokenize
-from privtrain.errors import ConfigError, GuaranteeLost, PlanMismatch
+from privtrain.data.units import build_units, tokenize
+from privtrain.errors import GuaranteeLost, PlanMismatch
+from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger, open_ledger
-from privtrain.models import add_lora, base_dtype, check_model, load_base, load_tokenizer, resolve_precision, row_losses
+from privtrain.models import add_lora, base_dtype, load_base, load_tokenizer, resolve_precision, row_losses
 from privtrain.plan import PrivacyPlan
 from privtrain.release import model_card, privacy_statement, write_adapter, write_statement
 from privtrain.rundir import RunDirectory, write_atomically, write_json
@@ -56,17 +57,6 @@ class Session:
     key: SecretKey
     continuation: Continuation
     state: bytes | None
-
-
-def check_inputs(config: Config) -> None:
-    """Everything that can be wrong with a valid config, seen without loading weights.
-
-    Raises:
-        ConfigError: with every fault.
-    """
-    faults = check_model(config.model) + check_source(config.data)
-    if faults:
-        raise ConfigError(faults)
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -136,7 +126,10 @@ def _held(inputs: Inputs, backend: Backend) -> Iterator[None]:
     with run.locked():
         if not run.exists():
             write_atomically(run.config, to_yaml(inputs.config))
-            identity = {"fingerprint": inputs.fingerprint, "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}"}
+            identity = {
+                "fingerprint": inputs.fingerprint,
+                "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}",
+            }
             write_json(run.identity, identity, mode=0o600)
         yield
 
@@ -159,9 +152,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
     with _opened_ledger(inputs, backend) as ledger:
         session = _begin_session(inputs, backend, ledger)
         split = split_users(inputs.corpus, config.data, session.root_key)
-        units = build_units(
-            inputs.corpus, split, tokenizer, unit=plan.unit, max_length=config.data.max_length
-        )
+        units = build_units(inputs.corpus, split, tokenizer, unit=plan.unit, max_length=config.data.max_length)
         _seal_manifest(inputs, backend, split)
         tracker = _open_tracker(inputs, backend, session.continuation.start_step)
         pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
@@ -200,7 +191,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
 
         if session.continuation.start_step == 0:
             evaluate(0)
-        _loop(inputs, trainer, session.continuation, units)
+        _loop(inputs, trainer, session.continuation)
         evaluate(session.continuation.end_step)
         tracker.close()
         if ledger is not None:
@@ -256,8 +247,8 @@ def _begin_session(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> S
 def _explain(continuation: Continuation) -> None:
     if continuation.num_abandoned:
         say(
-            f"The environment changed since {continuation.num_abandoned} steps past the last checkpoint were begun. They "
-            f"stay charged; generation {continuation.generation} goes on with a fresh secret and ends at step "
+            f"The environment changed since {continuation.num_abandoned} steps past the last checkpoint were begun. "
+            f"They stay charged; generation {continuation.generation} goes on with a fresh secret and ends at step "
             f"{continuation.end_step}"
         )
     elif continuation.start_step or continuation.num_replayed:
@@ -310,7 +301,7 @@ def _self_test(
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
-def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, units: UnitData) -> None:
+def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
     performance, backend = inputs.config.performance, trainer.backend
     parameters = list(trainer.layout.parameters.values())
     with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
@@ -340,7 +331,7 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
     return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
 
 
-def _release(inputs: Inputs, ledger: Ledger, model: Any, tokenizer: Any, *, num_users: int) -> None:  # noqa: ANN401
+def _release(inputs: Inputs, ledger: Ledger, model: Any, tokenizer: Any, *, num_users: int) -> None:
     config, plan, run = inputs.config, inputs.plan, inputs.run
     num_charged = ledger.state.num_charged
     if num_charged > plan.num_steps or len(ledger.state.commits) > num_charged:

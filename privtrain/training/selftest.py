@@ -13,10 +13,11 @@ import torch
 from scipy import stats
 
 from privtrain.backends import Backend
-from privtrain.clipping import Layout, PerUnitClipper
+from privtrain.clipping import PerUnitClipper
 from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, pack
 from privtrain.errors import SelfTestFailed
+from privtrain.layout import Layout
 from privtrain.secret import SecretKey
 
 #: Relative error allowed between the clipper and plain autograd, by precision of forward and backward.
@@ -103,7 +104,9 @@ def _check_clipping(
     backend.reduce(total)
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= clipping_norm * (1 + 1e-5):
-        raise SelfTestFailed(f"one planted unit moved the reduced sum by {norm:.6g}, above clipping_norm={clipping_norm}")
+        raise SelfTestFailed(
+            f"one planted unit moved the reduced sum by {norm:.6g}, above clipping_norm={clipping_norm}"
+        )
     expected = _plain_gradient(layout, row_losses, _batches([unit], backend.device))
     expected *= clipping_norm / torch.linalg.vector_norm(expected).clamp(min=clipping_norm)
     for slot in layout.slots:
@@ -137,7 +140,9 @@ def _check_noise(layout: Layout, clipping_norm: float, noise_multiplier: float, 
     stddev = noise_multiplier * clipping_norm
     backend.add_noise(vector, layout, SecretKey(secret), 0, stddev)
     if not backend.in_sync([vector]):
-        raise SelfTestFailed("ranks drew different noise; their parameters would drift apart (mixed CPU types or libraries?)")
+        raise SelfTestFailed(
+            "ranks drew different noise; their parameters would drift apart (mixed CPU types or libraries?)"
+        )
     for slot in layout.slots:
         part = layout.view(vector, slot).double()
         measured = float(part.square().mean().sqrt())

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from privtrain.backends import Backend
-from privtrain.clipping import Layout, PerUnitClipper
+from privtrain.clipping import PerUnitClipper
 from privtrain.config.schema import PerformanceSection, TrainingSection
 from privtrain.data.microbatch import Microbatch, num_microbatches, pack
 from privtrain.data.units import UnitData
+from privtrain.layout import Layout
 from privtrain.ledger import Ledger
 from privtrain.models import row_losses
 from privtrain.plan import PrivacyPlan

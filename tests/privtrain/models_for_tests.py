@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from privtrain.clipping import Layout
 from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.layout import Layout
 from privtrain.models import add_lora, load_base, row_losses
 
 Users = Sequence[Sequence[np.ndarray]]

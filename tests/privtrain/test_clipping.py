@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from privtrain.backends import DdpBackend
-from privtrain.clipping import Layout, PerUnitClipper, rules
+from privtrain.clipping import PerUnitClipper, rules
 from privtrain.data.microbatch import num_microbatches, pack
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.layout import Layout
 from privtrain.models import row_losses
 from privtrain.sampling import DrawnUnit, deal
 from tests.privtrain.models_for_tests import brute_force_sum, invented_users, plain_unit_gradient, tiny_lora
@@ -76,7 +77,9 @@ def test_reduced_sum_equals_brute_force_on_any_number_of_ranks(tiny_llama, world
             assert relative_error(total, reference) < 1e-5
 
 
-@hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
 @hypothesis.given(data=st.data())
 def test_removing_one_user_changes_the_sum_by_at_most_the_clipping_norm(tiny_llama, data):
     lengths = st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=4), min_size=1, max_size=5)
@@ -203,9 +206,10 @@ def test_a_registered_rule_makes_a_new_layer_exact(monkeypatch):
     reference = torch.zeros(layout.num_coordinates, dtype=torch.float64)
     for records in users:
         num_predicted = sum(len(t) - 1 for t in records)
-        loss = sum(
-            losses(torch.from_numpy(t)[None], torch.arange(len(t))[None] > 0).sum() for t in records
-        ) / num_predicted
+        loss = (
+            sum(losses(torch.from_numpy(t)[None], torch.arange(len(t))[None] > 0).sum() for t in records)
+            / num_predicted
+        )
         g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(layout.parameters.values()))]).double()
         reference += g * min(1.0, 0.5 / float(g.norm()))
     assert relative_error(ours, reference) < 1e-5

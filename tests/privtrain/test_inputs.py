@@ -23,11 +23,17 @@ def run_cli(monkeypatch, capsys, *arguments) -> tuple[int, str]:
 
 
 BAD = {
-    "no such file": ({"data": {"source": {"kind": "files", "paths": ["/nowhere/x.jsonl"]}}}, "no such file: /nowhere/x.jsonl"),
+    "no such file": (
+        {"data": {"source": {"kind": "files", "paths": ["/nowhere/x.jsonl"]}}},
+        "no such file: /nowhere/x.jsonl",
+    ),
     "no such column": ({"data": {"user_column": "author"}}, "no column 'author'"),
     "no such model": ({"model": {"name_or_path": "/nowhere/model"}}, "no such model directory"),
     "k = 0": ({"privacy": {"records_per_user": 0}}, "privacy.records_per_user: given 0"),
-    "negative epsilon": ({"privacy": {"target_epsilon": -1, "noise_multiplier": None}}, "privacy.target_epsilon: given -1"),
+    "negative epsilon": (
+        {"privacy": {"target_epsilon": -1, "noise_multiplier": None}},
+        "privacy.target_epsilon: given -1",
+    ),
     "both targets": ({"privacy": {"target_epsilon": 1.0}}, "exactly one of privacy.target_epsilon"),
     "unknown key": ({"privacy": {"cliping_norm": 1}}, "did you mean privacy.clipping_norm?"),
     "unknown section": ({"privcy": {}}, "did you mean privacy?"),
@@ -138,8 +144,14 @@ def test_readable_secrets_are_refused(tree, tmp_path):
 
 def test_overrides_are_typed_and_checked(tree, tmp_path):
     path = write_config(tree, tmp_path / "c.yaml")
-    config = load_config(path, ["privacy.target_delta=1e-6", "training.schedule=cosine", "performance.microbatch_size=9"])
-    assert (config.privacy.target_delta, config.training.schedule, config.performance.microbatch_size) == (1e-6, "cosine", 9)
+    config = load_config(
+        path, ["privacy.target_delta=1e-6", "training.schedule=cosine", "performance.microbatch_size=9"]
+    )
+    assert (config.privacy.target_delta, config.training.schedule, config.performance.microbatch_size) == (
+        1e-6,
+        "cosine",
+        9,
+    )
     with pytest.raises(ConfigError, match="looks like"):
         load_config(path, ["privacy.target_delta"])
 

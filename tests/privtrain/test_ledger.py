@@ -80,7 +80,9 @@ def test_every_torn_tail_is_repaired_to_the_records_before_it(tmp_path):
         verify(path)
 
 
-@hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    max_examples=150, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
 @hypothesis.given(data=st.data())
 def test_any_changed_byte_is_found(tmp_path, data):
     source = tmp_path / "source"
@@ -151,7 +153,10 @@ def test_a_new_generation_abandons_the_steps_past_its_start(tmp_path):
         ledger.intend(1, 3, [])
     state = verify(path)
     assert [(e.generation, e.step, e.environment) for e in state.path] == [
-        (0, 0, "e"), (0, 1, "e"), (0, 2, "e"), (1, 3, "f")
+        (0, 0, "e"),
+        (0, 1, "e"),
+        (0, 2, "e"),
+        (1, 3, "f"),
     ]
     assert state.num_charged == 6
 

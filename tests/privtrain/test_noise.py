@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privtrain.backends import DdpBackend
-from privtrain.clipping import Layout
+from privtrain.layout import Layout
 from privtrain.noise import BLOCK, add_gaussian_noise_, gaussian
 from privtrain.secret import SecretKey
 from tests.ranks import run_on_ranks

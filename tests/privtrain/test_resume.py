@@ -60,9 +60,7 @@ def test_a_checkpoint_that_the_ledger_does_not_know_is_refused(step, generation)
         go_on(state, step=step, generation=generation)
 
 
-@hypothesis.given(
-    data=st.data(), num_steps=st.integers(1, 30), num_abandoned=st.integers(0, 5), same=st.booleans()
-)
+@hypothesis.given(data=st.data(), num_steps=st.integers(1, 30), num_abandoned=st.integers(0, 5), same=st.booleans())
 def test_charged_steps_never_exceed_the_plan(data, num_steps, num_abandoned, same):
     num_abandoned = min(num_abandoned, num_steps)
     length = data.draw(st.integers(0, num_steps - num_abandoned))

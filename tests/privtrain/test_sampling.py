@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
@@ -39,8 +41,13 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
             assert max(d.records) < num_records[d.unit]
         counts[[d.unit for d in drawn]] += 1
         sizes.append(len(drawn))
-    assert stats.chisquare(np.histogram(counts, bins=[0, 580, 600, 620, 2001])[0], 60 * np.diff(
-        stats.binom(2000, 0.3).cdf([-1, 579, 599, 619, 2000]))).pvalue > 1e-3
+    assert (
+        stats.chisquare(
+            np.histogram(counts, bins=[0, 580, 600, 620, 2001])[0],
+            60 * np.diff(stats.binom(2000, 0.3).cdf([-1, 579, 599, 619, 2000])),
+        ).pvalue
+        > 1e-3
+    )
     assert abs(np.var(sizes) - 60 * 0.3 * 0.7) < 4 * 60 * 0.21 * np.sqrt(2 / 2000)
 
 
@@ -60,9 +67,7 @@ def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
     assert len(PoissonSampler(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
 
 
-@hypothesis.given(
-    costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3)
-)
+@hypothesis.given(costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3))
 def test_dealing_gives_every_unit_to_exactly_one_rank_evenly(costs, num_ranks, seed):
     drawn = [DrawnUnit(i * 3 + seed, (0,)) for i in range(len(costs))]
     hands = deal(drawn, costs, num_ranks)
@@ -94,5 +99,5 @@ def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microba
             weight[batch.owners[owner]] += float(batch.row_weight[row]) * len(tokens)
     assert seen == [t for unit in units for record in unit for t in record[1:].tolist()]
     assert np.allclose(weight, 1)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in itertools.pairwise(batches):
         assert batch.last_continues == bool(batch.owners and batch.owners[-1:] == following.owners[:1])

@@ -1,0 +1,19 @@
+"""Everything that can be wrong with a valid config, seen before any weight is loaded."""
+
+from __future__ import annotations
+
+from privtrain.config import Config
+from privtrain.data.corpus import check_source
+from privtrain.errors import ConfigError
+from privtrain.model_files import check_model
+
+
+def check_inputs(config: Config) -> None:
+    """Look for the model, the data files and their columns.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    faults = check_model(config.model) + check_source(config.data)
+    if faults:
+        raise ConfigError(faults)
