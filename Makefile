@@ -1,0 +1,47 @@
+# Two targets do everything: `make demo` and `make test`. Both install what they need into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+RECIPE ?= launch/recipes/demo.yaml
+# Extra flags for pip, e.g. PIP_FLAGS="--index-url …/whl/cpu" for a CPU build of torch where the index offers one.
+PIP_FLAGS ?=
+
+LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
+
+.PHONY: demo test lint format install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "privtrain needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e . --group dev
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --group demo
+	touch $@
+
+demo: install
+	$(BIN)/privtrain plan $(RECIPE) run.name=$(notdir $(RUN)) run.output_dir=$(patsubst %/,%,$(dir $(RUN)))
+	$(LAUNCH) -m privtrain train $(RECIPE) run.name=$(notdir $(RUN)) run.output_dir=$(patsubst %/,%,$(dir $(RUN)))
+	$(LAUNCH) -m attacks score $(RUN)
+	$(BIN)/attacks analyse $(RUN)
+	$(BIN)/attacks report $(RUN)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,169 @@
+"""Rows to users: what is kept, what is dropped and counted, and sealed coins."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from scipy import stats
+
+from privtrain.config.schema import DataSection, ModelSection
+from privtrain.data.corpus import group_by_user, load_corpus
+from privtrain.data.plays import parse_play, read_plays
+from privtrain.data.split import seal, split_users
+from privtrain.data.units import build_units, tokenize
+from privtrain.errors import ConfigError
+from privtrain.models import load_tokenizer
+from privtrain.secret import SecretKey
+
+ROWS = [
+    ("bo", "one"),
+    ("al", "two "),
+    (None, "lost"),
+    ("", "lost"),
+    ("bo", "  "),
+    ("bo", None),
+    (float("nan"), "lost"),
+    (7, "x"),
+]
+
+
+def test_unusable_rows_are_dropped_and_counted():
+    corpus = group_by_user(ROWS)
+    assert corpus.records == {"7": ("x",), "al": ("two",), "bo": ("one",)}
+    assert (corpus.counts.num_rows, corpus.counts.num_without_user, corpus.counts.num_empty) == (8, 3, 2)
+
+
+def test_no_usable_row_is_an_error():
+    with pytest.raises(ConfigError, match="no usable row among 1"):
+        group_by_user([("", "x")])
+
+
+def section(path, **changes) -> DataSection:
+    return DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}, **changes})
+
+
+def test_csv_jsonl_and_parquet_give_the_same_corpus(tmp_path):
+    rows = [("al", "one, two"), ("bo", 'say "hi"\nthere'), ("al", "three")]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("user", "text"), *rows])
+    (tmp_path / "a.jsonl").write_text(
+        "".join(__import__("json").dumps({"user": u, "text": t}) + "\n" for u, t in rows), encoding="utf-8"
+    )
+    pa.parquet.write_table(
+        pa.table({"user": [u for u, _ in rows], "text": [t for _, t in rows]}), tmp_path / "a.parquet"
+    )
+    digests = {load_corpus(section(tmp_path / f"a.{kind}")).manifest_sha256 for kind in ("csv", "jsonl", "parquet")}
+    assert len(digests) == 1
+    assert load_corpus(section(tmp_path / "*.csv")).num_records == 3
+
+
+def test_a_damaged_file_is_a_clear_error(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_corpus(section(tmp_path / "x.parquet"))
+
+
+def test_the_digest_sees_every_record_and_owner():
+    base = group_by_user([("a", "x"), ("b", "y")]).manifest_sha256
+    for rows in (
+        [("a", "xy"), ("b", "")],
+        [("ab", "x"), ("b", "y")],
+        [("a", "x"), ("a", "y")],
+        [("a", "y"), ("b", "x")],
+    ):
+        assert group_by_user(rows).manifest_sha256 != base
+
+
+def corpus_of(num_users: int):
+    return group_by_user((f"u{u}", f"text {u} {i}") for u in range(num_users) for i in range(1 + u % 12))
+
+
+def test_coins_are_fair_independent_and_sealed():
+    corpus, key = corpus_of(2000), SecretKey.insecure(0, "root")
+    data = section("x", held_out_fraction=0.5, attack_min_records=5, attack_fraction=0.2, attack_max_records=2)
+    split = split_users(corpus, data, key)
+    assert stats.binomtest(len(split.held_out), 2000, 0.5).pvalue > 1e-3
+    assert set(split.training) | set(split.held_out) == set(corpus.records)
+    assert not set(split.training) & set(split.held_out)
+    assert split_users(corpus, data, key) == split
+    for user, indices in split.attacker.items():
+        assert len(corpus.records[user]) >= 5
+        assert 1 <= len(indices) <= 2
+        assert not set(indices) & set(split.training.get(user, ()))
+    assert all(len(indices) >= 1 for indices in split.training.values())
+    assert all(i not in split.attacker.get(u, ()) and u in split.held_out for u, i in split.evaluation)
+    manifest = split.manifest(corpus)
+    assert manifest["sha256"] == seal({k: v for k, v in manifest.items() if k != "sha256"})
+
+
+def test_one_users_coin_does_not_depend_on_the_others():
+    key, data = SecretKey.insecure(0, "root"), section("x", held_out_fraction=0.5)
+    few, many = (split_users(corpus_of(n), data, key) for n in (50, 100))
+    assert {u for u in many.held_out if int(u[1:]) < 50} == set(few.held_out)
+
+
+def test_units_are_users_or_examples(tiny_llama):
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+    corpus = corpus_of(30)
+    split = split_users(corpus, section("x", held_out_fraction=0.3), SecretKey.insecure(0, "root"))
+    users = build_units(corpus, split, tokenizer, unit="user", max_length=64)
+    assert list(users.names) == list(split.training)
+    examples = build_units(corpus, split, tokenizer, unit="example", max_length=64)
+    assert len(examples) == sum(map(len, users.records))
+    assert all(len(records) == 1 for records in examples.records)
+
+
+def test_tokens_are_marked_cut_and_counted(tiny_llama):
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+    (short, long), num_truncated = tokenize(["ab", "x" * 50], tokenizer, 10)
+    assert num_truncated == 1
+    assert (len(short), len(long)) == (4, 10)
+    assert short[0] == short[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(short[1:-1]) == "ab"
+
+
+PLAY = """# The Test
+
+## ACT I
+
+### SCENE I. A heath.
+
+_Enter two KINGS_
+
+**KING  ONE**  
+Speak,  
+my friend.
+
+_They fight_
+
+**SECOND KING**  
+_\\[Aside]_  
+I will not.
+
+### SCENE II. The same.
+
+_Enter nobody_
+
+**KING  ONE**  
+*Exeunt*
+"""
+
+
+def test_speeches_are_records_without_stage_directions():
+    assert list(parse_play("test", PLAY)) == [
+        ("test/KING ONE", "Speak,\nmy friend."),
+        ("test/SECOND KING", "I will not."),
+        ("test/KING ONE", ""),
+    ]
+
+
+def test_the_plays_have_over_a_thousand_users_with_a_heavy_tail():
+    corpus = group_by_user(read_plays())
+    sizes = np.sort([len(texts) for texts in corpus.records.values()])
+    assert len(sizes) > 1000
+    assert sizes[-1] > 20 * np.median(sizes)
+    assert "hamlet/HORATIO" in corpus.records

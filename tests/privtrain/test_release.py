@@ -1,0 +1,147 @@
+"""What leaves a run: the card, the statement and the metrics, and nothing private."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from privtrain.config import validate
+from privtrain.errors import LedgerCorrupt
+from privtrain.ledger.view import print_ledger, verify_run
+from privtrain.tracking import METRICS, Release
+from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
+from privtrain.training.job import train
+from tests.conftest import write_config
+
+
+@pytest.fixture
+def finished(tree, tmp_path):
+    """A finished run with W&B in offline mode and operating-system secrets, as in production."""
+    tree["tracking"] = {"wandb": True}
+    del tree["privacy"]["insecure_seed"]
+    train(write_config(tree, tmp_path / "c.yaml"))
+    return tmp_path / "runs" / "tiny"
+
+
+def public_files(run):
+    return [p for p in run.rglob("*") if p.is_file() and not {"secret", "checkpoints"} & set(p.relative_to(run).parts)]
+
+
+def test_nothing_private_is_in_any_public_file(finished):
+    secrets = [key.read_text().strip() for key in (finished / "secret").glob("*.key")]
+    assert len(secrets) == 3
+    ledger = (finished / "secret" / "ledger.jsonl").read_text()
+    pseudonyms = set(re.findall(r'\["([0-9a-f]{32})",\d+\]', ledger))
+    assert pseudonyms
+    private_names = [name for name, release in METRICS.items() if release is not Release.PUBLIC]
+    forbidden = [
+        *secrets,
+        *(bytes.fromhex(s).decode("latin-1") for s in secrets),
+        *pseudonyms,
+        "user-0",
+        *private_names,
+    ]
+    files = public_files(finished)
+    (mirror,) = [p for p in files if p.suffix == ".wandb"]
+    assert b"privacy/epsilon" in mirror.read_bytes(), "the mirror must be readable for this test to mean anything"
+    for file in files:
+        content = file.read_bytes().decode("latin-1")
+        for needle in forbidden:
+            assert needle not in content, f"{needle!r} in {file.relative_to(finished)}"
+
+
+def test_secret_files_are_the_owners_alone(finished):
+    for place in ("secret", "checkpoints"):
+        assert (finished / place).stat().st_mode & 0o777 == 0o700
+    for file in (finished / "secret").iterdir():
+        assert file.name == "lock" or file.stat().st_mode & 0o077 == 0, file
+
+
+def test_the_statement_says_what_was_done(finished):
+    statement = json.loads((finished / "privacy.json").read_text())
+    assert statement == json.loads((finished / "adapter" / "privacy.json").read_text())
+    assert statement["private"] is True
+    assert statement["unit"] == "user"
+    assert statement["neighboring_relation"] == "add_or_remove_one"
+    assert statement["steps_released"] == statement["ledger"]["num_commits"] == 4
+    assert statement["accountants"][0]["kind"] == "certified_upper"
+    card = (finished / "adapter" / "README.md").read_text()
+    assert f"| ε | {statement['epsilon']:.4g} |" in card
+    assert statement["ledger"]["head"] in card
+    assert "NOT PRIVATE" not in card
+
+
+def test_the_adapter_loads_in_peft_and_is_not_empty(finished, tiny_llama):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = peft.PeftModel.from_pretrained(base, str(finished / "adapter"))
+    ids = torch.arange(1, 9)[None]
+    tuned = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert not torch.equal(tuned, model(input_ids=ids).logits)
+    assert str(tiny_llama) not in (finished / "adapter" / "adapter_config.json").read_text()
+
+
+def test_metrics_are_rows_a_step_with_a_growing_epsilon(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    epsilons = [row["privacy/epsilon"] for row in rows]
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] == json.loads((finished / "privacy.json").read_text())["epsilon"]
+    private = [json.loads(line) for line in (finished / "secret" / "private_metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "train/clip_fraction"} <= set(private[1])
+
+
+def test_a_statement_that_quotes_another_ledger_is_found(finished, capsys):
+    assert "matches privacy.json" in verify_run(finished)
+    print_ledger(finished)
+    assert "intent" in capsys.readouterr().out
+    ledger = finished / "secret" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(LedgerCorrupt, match="quotes ledger head"):
+        verify_run(finished)
+
+
+class Recorder:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, values):
+        self.rows.append(dict(values))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tracking", "expected"),
+    [
+        ({}, {"train/lr"}),
+        ({"release_held_out_metrics": True}, {"train/lr", "eval/held_out_loss"}),
+        ({"private_metrics": True}, {"train/lr", "eval/held_out_loss", "train/loss"}),
+    ],
+)
+def test_only_released_metrics_pass_the_gate(tree, tracking, expected):
+    tree["tracking"] = tracking
+    public, private = Recorder(), Recorder()
+    gate = ReleaseGate(validate(tree), [public], private)
+    gate.log(1, {"train/lr": 1.0, "train/loss": 2.0, "eval/held_out_loss": 3.0})
+    assert set(public.rows[0]) == expected
+    assert {name for row in private.rows for name in row} == {"train/lr", "train/loss", "eval/held_out_loss"} - expected
+
+
+def test_an_undeclared_metric_cannot_be_logged(tree):
+    with pytest.raises(KeyError):
+        ReleaseGate(validate(tree), [Recorder()], Recorder()).log(1, {"train/secret": 1.0})
+
+
+def test_resumed_metrics_drop_torn_and_replayed_rows(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"train/step": 1}\n{"train/step": 2}\n{"train/step": 3}\n{"train/st', encoding="utf-8")
+    tracker = JsonlTracker(path, from_step=2)
+    tracker.log(3, {"train/lr": 1.0})
+    tracker.close()
+    assert [json.loads(line)["train/step"] for line in path.read_text().splitlines()] == [1, 2, 3]
