@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -60,6 +61,8 @@ def report(run: Run) -> None:
 
 def main() -> None:
     """Runs the command; a user's own mistake is one line on stderr and its exit code."""
+    # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except (AttackInputError, PrivtrainError) as error:

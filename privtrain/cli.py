@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -78,6 +79,8 @@ def ledger_verify(run: RunPath) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one clear message and an exit code, never a traceback."""
+    # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except PrivtrainError as error:

@@ -43,7 +43,9 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
         ConfigError: if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress
     location = locate(model)
     try:
         base = AutoModelForCausalLM.from_pretrained(location.path, dtype=dtype, **location.arguments)
