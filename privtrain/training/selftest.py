@@ -15,7 +15,7 @@ from scipy import stats
 from privtrain.backends import Backend
 from privtrain.clipping import PerUnitClipper
 from privtrain.clipping.clipper import RowLosses
-from privtrain.data.microbatch import Microbatch, pack
+from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
 from privtrain.secret import SecretKey
@@ -81,8 +81,8 @@ def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
 
 def _batches(units: list[list[np.ndarray]], device: torch.device) -> list[Microbatch]:
     # One row a microbatch: the planted unit must survive being split.
-    num_batches = len(_PLANTED_LENGTHS)
-    return [b.to(device) for b in pack(units, microbatch_size=1, num_batches=num_batches, pad_id=0)]
+    packer = Packer(microbatch_size=1, max_length=max(_PLANTED_LENGTHS), pad_id=0)
+    return [batch.to(device) for batch in packer.pack(units, num_batches=len(_PLANTED_LENGTHS))]
 
 
 def _check_clipping(
