@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -123,7 +124,9 @@ def _load_network(config: Config, backend: Backend) -> Network:
     model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
     model.train()
     if backend.device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)  # so that a replayed step has the same bits
+        # So that a replayed step has the same bits; the ledger finds out if it has not.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
     assert isinstance(pad_id, int)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
