@@ -1,0 +1,99 @@
+"""Renyi accounting: dp-accounting's, over orders wide enough that the optimum is not at an end.
+
+Mironov 2017 (arXiv 1702.07476) for composition; Mironov, Talwar, Zhang 2019 (arXiv 1908.10530) for Poisson sampling; Wang,
+Balle, Kasiviswanathan 2019 (arXiv 1808.00087) for sampling without replacement; the conversion of Canonne, Kamath,
+Steinke 2020 (arXiv 2004.00010, proposition 12). Upper bounds for every delta, without a floor; both directions.
+
+Convention. ``RdpAccountant(REPLACE_ONE)`` reads a noise multiplier as relative to the sensitivity 2C of replacement, where
+``PLDAccountant(REPLACE_ONE)`` reads it as relative to C. All events here are relative to C; under ``REPLACE_ONE`` this module halves every
+multiplier before it hands the event on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from typing import Any
+
+import attr
+import dp_accounting
+import numpy as np
+from dp_accounting import rdp
+
+from accountants.answer import BoundKind, PrivacyAnswer
+from accountants.events import resolve
+from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+#: Orders from close to 1 (large epsilon) to 2048 (small epsilon). Nearer to 1 the conversion loses all digits.
+ORDERS: tuple[float, ...] = (
+    *(1 + x for x in np.geomspace(0.01, 1, 15)[:-1].tolist()),
+    *np.arange(2.0, 11.0, 0.25).tolist(),
+    *(float(order) for order in range(11, 64)),
+    *(float(order) for order in np.unique(np.geomspace(64, 2048, 16).astype(int))),
+)
+
+_VERSION = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
+
+
+class RdpAccountant:
+    """Certified upper bounds from Renyi divergences."""
+
+    name = "rdp"
+
+    def epsilon(
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; any delta in (0, 1)."""
+        check_delta(delta)
+        value, order = _compose(event, relation).get_epsilon_and_optimal_order(delta)
+        return _answer("epsilon", value, order, relation)
+
+    def delta(
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`."""
+        check_epsilon(epsilon)
+        value, order = _compose(event, relation).get_delta_and_optimal_order(epsilon)
+        return _answer("delta", value, order, relation)
+
+
+def _compose(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> rdp.RdpAccountant:
+    event = resolve(event, relation)
+    if relation is NeighboringRelation.REPLACE_ONE:
+        event = halve_noise(event)
+    accountant = rdp.RdpAccountant(ORDERS, relation)
+    try:
+        accountant.compose(event)
+    except dp_accounting.UnsupportedEventError as error:
+        raise UnsupportedEventError(f"rdp under {relation.name}: {error}") from error
+    return accountant
+
+
+def _answer(quantity: str, value: float, order: float, relation: NeighboringRelation) -> PrivacyAnswer:
+    note = "the optimal order is the largest tried" if order == ORDERS[-1] else ""
+    upper = float(value) if not math.isnan(value) else math.inf
+    return PrivacyAnswer(
+        quantity, 0.0, upper, upper, BoundKind.CERTIFIED_UPPER, "rdp", _VERSION, relation=relation.name, note=note
+    )
+
+
+def halve_noise(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+    """The same event with every noise multiplier halved: relative to 2C instead of C."""
+    changes: dict[str, Any] = {}
+    for name in attr.fields_dict(type(event)):
+        value = getattr(event, name)
+        if name == "noise_multiplier":
+            changes[name] = value / 2
+        elif isinstance(value, dp_accounting.DpEvent):
+            changes[name] = halve_noise(value)
+        elif name == "events":
+            changes[name] = [halve_noise(part) for part in value]
+    return attr.evolve(event, **changes)
