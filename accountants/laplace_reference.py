@@ -18,7 +18,6 @@ import math
 
 import dp_accounting
 import numpy as np
-from scipy import optimize
 
 from accountants import closed_form, saddle
 from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer, estimate_answer
@@ -29,7 +28,8 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 
 _DECAY = 34.0
 _BLOCK = 128
-_MAX_POINTS = 1 << 15
+_MAX_POINTS = 1 << 13
+_MAX_NODES = 1 << 14
 
 
 class ContourAccountant:
@@ -62,9 +62,14 @@ class ContourAccountant:
     ) -> PrivacyAnswer:
         check_plain_relation(self.name, relation)
         composed = composition(event)
-        function = contour_epsilon if quantity == "epsilon" else contour_delta
-        values = {add: function(composed, argument, add=add) for add in (False, True)}
-        add = values[True] > values[False]
+        if quantity == "delta":
+            values = {add: contour_delta(composed, argument, add=add) for add in (False, True)}
+            add = values[True] > values[False]
+        else:
+            values = {False: contour_epsilon(composed, argument, add=False)}
+            add = math.isfinite(values[False]) and contour_delta(composed, values[False], add=True) > argument
+            if add:
+                values[True] = contour_epsilon(composed, argument, add=True)
         direction = Direction.ADD if add else Direction.REMOVE
         return estimate_answer(quantity, values[add], BoundKind.ESTIMATE, self.name, OWN_VERSION, direction)
 
@@ -82,12 +87,11 @@ def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:
     if composed.num_steps == 1:
         return closed_form.step_delta(composed.phases[0][0], epsilon, add=add)
     law = saddle.directed_loss(composed, add=add, log_mass=-80.0)
-    start = saddle.saddle_for_epsilon(law, epsilon)
-    return math.exp(min(_log_delta(composed, start.tilt, epsilon, add), 0.0))
+    return math.exp(min(_log_delta(composed, _moderate_tilt(law, epsilon), epsilon, add), 0.0))
 
 
 def contour_epsilon(composed: Composition, delta: float, *, add: bool) -> float:
-    """epsilon >= 0 in one direction, by Newton's method in log delta; see :func:`contour_delta`."""
+    """epsilon >= 0 in one direction, by the secant method in log delta; see :func:`contour_delta`."""
     if composed.non_private:
         return math.inf
     if not composed.phases:
@@ -96,25 +100,37 @@ def contour_epsilon(composed: Composition, delta: float, *, add: bool) -> float:
         return closed_form.step_epsilon(composed.phases[0][0], delta, add=add)
     law = saddle.directed_loss(composed, add=add, log_mass=min(math.log(delta) - 40, -80.0))
 
-    def gap(epsilon: float) -> float:
-        tilt = saddle.saddle_for_epsilon(law, epsilon).tilt
-        return _log_delta(composed, tilt, epsilon, add) - math.log(delta)
-
     start = saddle.saddle_for_delta(law, delta)
-    if gap(0.0) <= 0:
-        return 0.0
-    low, high = 0.0, max(start.epsilon, 1 / start.tilt)
-    while gap(high) > 0:
-        low, high = high, 2 * high
-    return float(optimize.brentq(gap, low, high, xtol=1e-13, rtol=1e-11))
+    target = math.log(delta)
+    epsilon, slope = start.epsilon, -start.tilt
+    previous: tuple[float, float] | None = None
+    for _ in range(40):
+        value = _log_delta(composed, _moderate_tilt(law, epsilon), epsilon, add)
+        if previous is not None and previous[0] != epsilon:
+            slope = min((value - previous[1]) / (epsilon - previous[0]), slope / 4)
+        previous = epsilon, value
+        step = (target - value) / slope
+        if epsilon == 0 and step <= 0:
+            return 0.0
+        if abs(step) <= 1e-11 * max(epsilon, 1e-9):
+            return epsilon + step
+        epsilon = max(epsilon + step, 0.0)
+    raise ValueError("the contour's secant iteration has not converged; use 'tilted'")
+
+
+def _moderate_tilt(law: saddle.DirectedLoss, epsilon: float) -> float:
+    """The saddle, or half of it where the tilted law would be dominated by rare huge losses; any tilt is exact."""
+    tilt = saddle.saddle_for_epsilon(law, epsilon).tilt
+    return min((tilt, tilt / 2), key=lambda t: math.sqrt(law.cumulants(t)[2]) + 2 / t)
 
 
 def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) -> float:
     law = saddle.directed_loss(composed, add=add, log_mass=-80.0)
+    largest = max(float(np.max(loss)) for loss in law.losses)
     log_k, mean, variance = law.cumulants(tilt)
     spread = math.sqrt(variance)
     # The folded image of the loss, at distance 2 pi / spacing, must be negligible, as must the poles' contribution.
-    reach = 14 * spread + abs(mean - epsilon) + 30 / tilt + 6 * max(step.shifts[-1] ** 2 for step, _ in composed.phases)
+    reach = 14 * spread + abs(mean - epsilon) + 30 / tilt + 3 * largest
     spacing = 2 * math.pi / (2 * reach)
     total = 0.0
     for first in range(0, _MAX_POINTS, _BLOCK):
@@ -137,10 +153,12 @@ def _log_moment(step: MixtureStep, tilt: float, y: np.typing.NDArray[np.float64]
     """log E[exp((tilt + iy) loss)] for one step."""
     largest = step.shifts[-1]
     order = -tilt if add else 1 + tilt
-    reach = 13.0
-    low, high = -reach + min(0.0, order * largest), reach + max(largest, order * largest, 0.0)
-    spacing = 1 / (1.4 + (largest * float(y[-1]) + abs(order) * largest * 0.25) / 6)
-    z = np.arange(low, min(high, 60.0 + 2 * largest), min(spacing, 0.3))
+    # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the left.
+    low, high = (-40.0, 14.0 + largest) if add else (-14.0, min(14.0 + order * largest, 60.0 + 2 * largest))
+    spacing = min(0.3, 1 / (1.4 + (largest * float(y[-1]) + abs(order) * largest / 4) / 6))
+    if (high - low) / spacing > _MAX_NODES:
+        raise ValueError("the contour integral oscillates too fast; use 'tilted'")
+    z = np.arange(low, high, spacing)
     loss = step.loss(z)
     log_weight = -z * z / 2 + order * loss - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])
     top = float(np.max(log_weight))

@@ -6,8 +6,9 @@ multipliers relative to C, under replace-one too; see :mod:`accountants.rdp` for
 
 The grid. Connecting the dots on a grid of width h adds a variance of at most h^2/6 a step, which moves epsilon by about
 (1 + t) n h^2 / 12 at tilt t. The width is chosen to make that 1e-4 of epsilon. But the library's second differences leave
-round-off of order 1e-16/h in every bin, which only ever adds probability: finer is not always better, so the width has a floor that grows with the
-number of steps, and an event that would need less than half the floor is refused, with the accountant that can do it.
+round-off of order 1e-16/h in every bin: finer is not always better, so the width has a floor that grows with the
+number of steps. Nor is any delta attainable: n steps leave round-off of order n 1e-16 in delta. An event whose epsilon either effect could
+move by more than about 1e-3 is refused, with the accountant that can do it.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     size, steps = max(start.epsilon, 1e-6), composed.num_steps
     wanted = math.sqrt(12e-4 * size / ((1 + start.tilt) * steps))
     floor = max(math.sqrt(1e-14 * steps), size / 1e6)
-    if wanted < floor / 2 and delta is not None and start.epsilon > 0:
+    noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
+    if delta is not None and start.epsilon > 0 and (wanted < floor / 2 or noisy):
         raise ValueError(
-            f"epsilon near {size:.2g} after {steps} steps needs a grid finer than float64 allows pld; use 'tilted'"
+            f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"
         )
     return min(max(wanted, floor), _COARSEST_GRID)
