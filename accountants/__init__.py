@@ -1,9 +1,9 @@
 """Privacy accounting on its own: events in, certified bounds out. numpy, scipy and dp-accounting; never torch.
 
-    >>> import accountants
-    >>> event = accountants.dp_sgd_event(noise_multiplier=1.0, sampling_prob=0.01, num_steps=1000)
-    >>> round(accountants.epsilon(event, 1e-5).certified_upper(), 2)
-    1.83
+>>> import accountants
+>>> event = accountants.dp_sgd_event(noise_multiplier=1.0, sampling_prob=0.01, num_steps=1000)
+>>> round(accountants.epsilon(event, 1e-5).certified_upper(), 2)
+1.83
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-
 #: The version that answers of our own methods carry; raised whenever a number may change.
 OWN_VERSION = "accountants 1"
 

@@ -17,7 +17,7 @@ def epsilon(
     accountant: str = DEFAULT,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """epsilon of an event at ``delta``, by one accountant.
+    """Epsilon of an event at ``delta``, by one accountant.
 
     Args:
         event: what was released.
@@ -42,7 +42,7 @@ def delta(
     accountant: str = DEFAULT,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
+    """Delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
     return get_accountant(accountant).delta(event, epsilon, relation)
 
 

@@ -25,7 +25,7 @@ MARGIN = 1e-10
 
 
 def step_delta(step: MixtureStep, epsilon: float, *, add: bool) -> float:
-    """delta of one step in one direction, for any real ``epsilon``."""
+    """Delta of one step in one direction, for any real ``epsilon``."""
     point = -epsilon if add else epsilon
     z = step.inverse_loss(np.array([point]))
     if add:

@@ -31,9 +31,10 @@ def _bound(moments: Moments, n: float, e: float) -> float:
     kt = k3 + moments.absolute[0] / scale
     f = 1 - 3 * e
     e3 = math.exp(e * e / 6 + (e / (2 * f)) ** 2)
-    main = 0.1995 * kt / math.sqrt(n) + (
-        0.031 * kt**2 + 0.327 * k4 * (1 / 12 + 1 / (4 * f * f)) + 0.054 * skew * kt + 0.037 * e3 * skew**2
-    ) / n
+    main = (
+        0.1995 * kt / math.sqrt(n)
+        + (0.031 * kt**2 + 0.327 * k4 * (1 / 12 + 1 / (4 * f * f)) + 0.054 * skew * kt + 0.037 * e3 * skew**2) / n
+    )
     return main + _remainder(n, e, k3, k4, skew, kt, e3)
 
 
@@ -57,9 +58,7 @@ def _remainder(n: float, e: float, k3: float, k4: float, skew: float, kt: float,
         + math.sqrt(2) * math.gamma(1.5) * skew / (6 * n**1.5)
         + 8 * math.gamma(4) * skew**2 / (36 * n**2)
         + 2**3.5 * math.gamma(4.5) * k4 * skew / (72 * n**2.5)
-    ) + (_C / math.pi) * e2 * b * (
-        16 * math.gamma(5) / (8 * n**2) + 2**3.5 * math.gamma(4.5) * skew / (12 * n**1.5)
-    )
+    ) + (_C / math.pi) * e2 * b * (16 * math.gamma(5) / (8 * n**2) + 2**3.5 * math.gamma(4.5) * skew / (12 * n**1.5))
     cut = min(math.sqrt(2 * e) * (n / k4) ** 0.25, 2 * math.sqrt(n) / kt)
     return (
         81.2376 * kt**4 / (16 * math.pi**4 * n**2)
@@ -67,9 +66,11 @@ def _remainder(n: float, e: float, k3: float, k4: float, skew: float, kt: float,
         + bar
         + 1.306 * (e2 - e3) * skew**2 / (36 * n)
         + skew / math.sqrt(n) * (_upper_gamma(1.5, cut) - _upper_gamma(1.5, 2 * math.sqrt(n) / kt))
-        + _C * 2**2.5 * k3 / (3 * math.pi * math.sqrt(n)) * (
-            _upper_gamma(1.5, cut**2 / 8) - _upper_gamma(1.5, n / (2 * kt**2))
-        )
+        + _C
+        * 2**2.5
+        * k3
+        / (3 * math.pi * math.sqrt(n))
+        * (_upper_gamma(1.5, cut**2 / 8) - _upper_gamma(1.5, n / (2 * kt**2)))
     )
 
 

@@ -186,7 +186,9 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
     match event:
         case ShuffledBatchesDpEvent():
             if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
-                raise UnsupportedEventError("ShuffledBatchesDpEvent has no bound under ADD_OR_REMOVE_ONE; zero-out only")
+                raise UnsupportedEventError(
+                    "ShuffledBatchesDpEvent has no bound under ADD_OR_REMOVE_ONE; zero-out only"
+                )
             inner = dp_accounting.GaussianDpEvent(event.noise_multiplier)
             return dp_accounting.SelfComposedDpEvent(inner, event.num_epochs)
         case dp_accounting.SelfComposedDpEvent():

@@ -22,7 +22,7 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 
 
 def gdp_parameter(composed: Composition) -> float:
-    """mu of the limit: chi-square divergences of the steps add up to mu^2 (for plain Gaussian steps 1/sigma^2).
+    """Mu of the limit: chi-square divergences of the steps add up to mu^2 (for plain Gaussian steps 1/sigma^2).
 
     Raises:
         UnsupportedEventError: for a mixture of more than two Gaussians.

@@ -75,7 +75,7 @@ class ContourAccountant:
 
 
 def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:
-    """delta in one direction.
+    """Delta in one direction.
 
     Raises:
         ValueError: if the integrand does not decay within the number of points allowed (very few steps).
@@ -91,7 +91,7 @@ def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:
 
 
 def contour_epsilon(composed: Composition, delta: float, *, add: bool) -> float:
-    """epsilon >= 0 in one direction, by the secant method in log delta; see :func:`contour_delta`."""
+    """Epsilon >= 0 in one direction, by the secant method in log delta; see :func:`contour_delta`."""
     if composed.non_private:
         return math.inf
     if not composed.phases:
@@ -140,6 +140,8 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
             log_transform += count * _log_moment(step, tilt, y, add)
         s = tilt + 1j * y
         log_terms = log_transform - log_k - s * epsilon + tilt * epsilon - np.log(s) - np.log1p(s)
+        if float(np.max(log_terms.real)) > 600:
+            raise ValueError("the contour lies outside the strip of convergence; use 'tilted'")
         terms = np.exp(log_terms).real
         if first == 0:
             terms[0] /= 2
@@ -150,7 +152,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
 
 
 def _log_moment(step: MixtureStep, tilt: float, y: np.typing.NDArray[np.float64], add: bool) -> np.ndarray:
-    """log E[exp((tilt + iy) loss)] for one step."""
+    """Log E[exp((tilt + iy) loss)] for one step."""
     largest = step.shifts[-1]
     order = -tilt if add else 1 + tilt
     # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the left.

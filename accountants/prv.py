@@ -72,7 +72,9 @@ class PrvAccountant:
         """Refused: the implementation answers epsilon only."""
         check_epsilon(epsilon)
         check_plain_relation(self.name, relation)
-        raise UnsupportedEventError(f"prv answers epsilon at a delta, not delta; use 'tilted' for {type(event).__name__}")
+        raise UnsupportedEventError(
+            f"prv answers epsilon at a delta, not delta; use 'tilted' for {type(event).__name__}"
+        )
 
     def _answer(self, lower: float, estimate: float, upper: float) -> PrivacyAnswer:
         version = f"opacus {importlib.metadata.version('opacus')}"

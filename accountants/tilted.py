@@ -45,7 +45,7 @@ import math
 
 import dp_accounting
 import numpy as np
-from scipy import special
+from scipy import signal, special
 
 from accountants import closed_form, lattice, saddle
 from accountants.answer import OWN_VERSION, BoundKind, Direction, Interval, PrivacyAnswer
@@ -123,14 +123,16 @@ class Window:
         if lattice_delta <= 0:
             return 0.0
         steps = self.num_steps
-        reach = min(steps, math.ceil(math.sqrt(steps * (_MARGIN - math.log(lattice_delta)))))
+        # Hoeffding around the mean of Xi / h, which is n tanh(h / 4).
+        deviation = math.ceil(math.sqrt(steps * (_MARGIN - math.log(lattice_delta))))
+        reach = min(steps, deviation + math.ceil(steps * math.tanh(spacing / 4)))
         jumps = np.arange(-reach, reach + 1)
         epsilons = epsilon - spacing * jumps
-        if epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
+        if spacing * reach > 50 or epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
             return None
         law = np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
-        # Hoeffding for the jumps left out; each such delta is at most 1.
-        outside = 0.0 if reach == steps else 2 * math.exp(-reach * reach / steps)
+        # The delta at each jump left out is at most 1.
+        outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
         values = self._many(self.upper_values, epsilons)
         best = 0.0
         ratio = np.exp(epsilons - epsilon)
@@ -145,7 +147,8 @@ class Window:
             known = float(law @ np.where(inside, part * end, values))
             weight = float(law @ np.where(inside, 1 - part, 0.0))
             rest = self._scaled(known, self.margin) + self.added + outside
-            best = max(best, (lattice_delta - rest) / weight)
+            if weight > 0:
+                best = max(best, (lattice_delta - rest) / weight)
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
@@ -258,15 +261,15 @@ def _compose(phases: list[_Phase], tilt: float, length: int, low: float, reliabl
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
     """E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
 
-    As ``sum over later points k of e^-(k-1-r)h (1 - e^-h) P(S >= s_k)``: positive terms only, where the usual
-    difference of two sums would cancel.
+    By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual difference
+    of two sums would cancel.
     """
     spacing = points[1] - points[0]
     weight = probability * np.exp(np.minimum(tilt * (centre - points), 600.0))
     exceed = np.cumsum(weight[::-1])[::-1]
-    decay = np.exp(np.clip(centre - points, -600.0, 600.0))
-    tail = np.cumsum((exceed * decay)[::-1])[::-1]
-    return np.append(tail[1:], 0.0) / decay * math.expm1(spacing)
+    ratio = math.exp(-spacing)
+    tail = signal.lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]
+    return np.append(tail[1:], 0.0)
 
 
 def _exp(value: float) -> float:
@@ -335,7 +338,14 @@ class TiltedAccountant:
 def _answer(quantity: str, ends: Interval, relation: dp_accounting.NeighboringRelation) -> PrivacyAnswer:
     middle = ends.upper if math.isinf(ends.upper) else (ends.lower + ends.upper) / 2
     return PrivacyAnswer(
-        quantity, ends.lower, middle, ends.upper, BoundKind.CERTIFIED_UPPER, "tilted", OWN_VERSION, Direction.BOTH,
+        quantity,
+        ends.lower,
+        middle,
+        ends.upper,
+        BoundKind.CERTIFIED_UPPER,
+        "tilted",
+        OWN_VERSION,
+        Direction.BOTH,
         relation.name,
     )
 
@@ -375,7 +385,9 @@ class _EpsilonSearch:
             self.upper = min(self.upper, upper)
             if upper > 0:
                 self.lower = max(self.lower, window.lower_epsilon(self.delta, upper) or 0.0)
-            self._start = saddle.saddle_for_epsilon(self._law, upper)
+            # The saddle-point formula errs high where rare large losses matter; a coarse lattice errs high everywhere.
+            if upper < self._start.epsilon:
+                self._start = saddle.saddle_for_epsilon(self._law, upper)
         return True
 
 

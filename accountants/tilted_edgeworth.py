@@ -32,7 +32,6 @@ import math
 
 import dp_accounting
 import numpy as np
-from scipy import special
 
 from accountants import saddle
 from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer
@@ -92,9 +91,7 @@ class TiltedSum:
         return float(weight @ (np.exp(-self.tilt * x) * -np.expm1(-x) * density))
 
 
-def tilted_sum(
-    composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float
-) -> TiltedSum:
+def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float) -> TiltedSum:
     """Moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side, ``log_mass`` sets the cut."""
     limits = saddle.truncation(composed, log_mass)
     log_moment = mean = variance = third = absolute = 0.0

@@ -100,7 +100,11 @@ def individual_report(
         answer = TiltedAccountant().epsilon(event, delta)
         # An estimate by construction: nobody may build a guarantee on a number that depends on the data.
         answer = dataclasses.replace(
-            answer, lower=0.0, upper=math.inf, kind=BoundKind.ESTIMATE, note="individual report, not a guarantee",
+            answer,
+            lower=0.0,
+            upper=math.inf,
+            kind=BoundKind.ESTIMATE,
+            note="individual report, not a guarantee",
             estimate=answer.upper,
         )
         report.append(IndividualSpending(ratio, levels.count(level), answer))

@@ -136,12 +136,12 @@ def _answer(value: float, method: str, note: str) -> PrivacyAnswer:
 
 
 def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: int) -> PrivacyAnswer:
-    """epsilon for k records by Renyi group privacy."""
+    """Epsilon for k records by Renyi group privacy."""
     check_delta(delta)
     doublings = math.ceil(math.log2(num_records)) if num_records > 1 else 0
     group_orders = [order for order in ORDERS if order >= 2]
     accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
     accountant.compose(event)
-    divergences = [3**doublings * value for value in accountant._rdp]  # noqa: SLF001
+    divergences = [3**doublings * value for value in accountant._rdp]
     value, _ = rdp.compute_epsilon(group_orders, divergences, delta)
     return _answer(float(value), "rdp", f"group of {num_records}")
