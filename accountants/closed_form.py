@@ -20,46 +20,47 @@ from scipy import optimize
 from accountants.answer import Direction, Interval
 from accountants.mixtures import MixtureStep
 
-#: Relative error of delta that the ends allow for.
+#: Relative error of delta that the ends allow for, and absolute error relative to the two terms of the difference.
 MARGIN = 1e-10
+ROUND_OFF = 2.0**-49
 
 
-def step_delta(step: MixtureStep, epsilon: float, *, add: bool) -> float:
-    """Delta of one step in one direction, for any real ``epsilon``."""
+def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
+    """delta of one step in one direction, for any real ``epsilon``; with ``side`` +-1 moved by the margin for round-off."""
     point = -epsilon if add else epsilon
     z = step.inverse_loss(np.array([point]))
     if add:
-        first, second = step.cdf(z, False)[0], step.cdf(z, True)[0]
+        first, second = float(step.cdf(z, False)[0]), float(step.cdf(z, True)[0])
     else:
-        first, second = step.survival(z, True)[0], step.survival(z, False)[0]
-    if first == 0:
-        return 0.0
-    return max(float(first - math.exp(epsilon + math.log(second))) if second > 0 else float(first), 0.0)
+        first, second = float(step.survival(z, True)[0]), float(step.survival(z, False)[0])
+    scaled = math.exp(min(epsilon + math.log(second), 0.0)) if second > 0 else 0.0
+    value = max(first - scaled, 0.0)
+    return max(value + side * (MARGIN * value + ROUND_OFF * (first + scaled)), 0.0)
 
 
-def step_epsilon(step: MixtureStep, delta: float, *, add: bool) -> float:
-    """The epsilon >= 0 at which one step's delta in one direction is ``delta``."""
-    if step_delta(step, 0.0, add=add) <= delta:
+def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -> float:
+    """The epsilon >= 0 at which one step's delta in one direction is ``delta``; ``side`` as in :func:`step_delta`."""
+    if step_delta(step, 0.0, add=add, side=side) <= delta:
         return 0.0
-    if add and math.isfinite(step.infimum) and step_delta(step, -step.infimum, add=True) > delta:
-        raise AssertionError("delta vanishes at the supremum of the loss")
     high = 1.0
-    while step_delta(step, high, add=add) > delta:
+    while step_delta(step, high, add=add, side=side) > delta:
         high *= 2
-    return float(optimize.brentq(lambda e: step_delta(step, e, add=add) - delta, 0.0, high, xtol=1e-300, rtol=1e-14))
+    return float(
+        optimize.brentq(lambda e: step_delta(step, e, add=add, side=side) - delta, 0.0, high, xtol=1e-300, rtol=1e-14)
+    )
 
 
 def epsilon_ends(step: MixtureStep, delta: float) -> Interval:
     """Certified ends of epsilon for one step, the worse direction."""
-    lower = max(step_epsilon(step, min(delta * (1 + MARGIN), 1 - 1e-16), add=add) for add in (False, True))
-    ends = {add: step_epsilon(step, delta * (1 - MARGIN), add=add) for add in (False, True)}
+    lower = max(step_epsilon(step, delta, add=add, side=-1) for add in (False, True))
+    ends = {add: step_epsilon(step, delta, add=add, side=1) for add in (False, True)}
     add = ends[True] > ends[False]
     return Interval(lower * (1 - MARGIN), ends[add] * (1 + MARGIN), Direction.ADD if add else Direction.REMOVE)
 
 
 def delta_ends(step: MixtureStep, epsilon: float) -> Interval:
     """Certified ends of delta for one step, the worse direction."""
-    values = {add: step_delta(step, epsilon, add=add) for add in (False, True)}
+    lower = max(step_delta(step, epsilon, add=add, side=-1) for add in (False, True))
+    values = {add: step_delta(step, epsilon, add=add, side=1) for add in (False, True)}
     add = values[True] > values[False]
-    direction = Direction.ADD if add else Direction.REMOVE
-    return Interval(values[add] * (1 - MARGIN), min(values[add] * (1 + MARGIN), 1.0), direction)
+    return Interval(lower, min(values[add], 1.0), Direction.ADD if add else Direction.REMOVE)

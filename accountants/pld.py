@@ -17,6 +17,7 @@ import importlib.metadata
 import math
 
 import dp_accounting
+import numpy as np
 from dp_accounting import pld
 
 from accountants import saddle
@@ -102,10 +103,13 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     start = saddle.saddle_for_delta(law, delta) if delta is not None else saddle.saddle_for_epsilon(law, epsilon or 0.0)
     size, steps = max(start.epsilon, 1e-6), composed.num_steps
     wanted = math.sqrt(12e-4 * size / ((1 + start.tilt) * steps))
-    floor = max(math.sqrt(1e-14 * steps), size / 1e6)
+    if start.epsilon == 0:
+        return _DEFAULT_GRID
+    largest = max(float(np.max(loss)) for loss in law.losses)
+    floor = max(math.sqrt(1e-14 * steps), size / 1e6, largest / 1e6)
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
     if delta is not None and start.epsilon > 0 and (wanted < floor / 2 or noisy):
         raise ValueError(
             f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"
         )
-    return min(max(wanted, floor), _COARSEST_GRID)
+    return max(min(wanted, _COARSEST_GRID), floor)

@@ -1,4 +1,4 @@
-"""Renyi accounting: dp-accounting's, over orders wide enough that the optimum is not at an end.
+"""Renyi accounting, over orders wide enough that the optimum is not at an end, with dp-accounting's conversions.
 
 Mironov 2017 (arXiv 1702.07476) for composition; Mironov, Talwar, Zhang 2019 (arXiv 1908.10530) for Poisson sampling; Wang,
 Balle, Kasiviswanathan 2019 (arXiv 1808.00087) for sampling without replacement; the conversion of Canonne, Kamath,
@@ -19,9 +19,11 @@ import attr
 import dp_accounting
 import numpy as np
 from dp_accounting import rdp
+from scipy import special
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import resolve
+from accountants.mixtures import Composition, composition
 from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon
 
 NeighboringRelation = dp_accounting.NeighboringRelation
@@ -50,7 +52,8 @@ class RdpAccountant:
     ) -> PrivacyAnswer:
         """See :class:`accountants.protocol.Accountant`; any delta in (0, 1)."""
         check_delta(delta)
-        value, order = _compose(event, relation).get_epsilon_and_optimal_order(delta)
+        orders, divergences = _divergences(event, relation)
+        value, order = rdp.compute_epsilon(orders, divergences, delta)
         return _answer("epsilon", value, order, relation)
 
     def delta(
@@ -61,20 +64,56 @@ class RdpAccountant:
     ) -> PrivacyAnswer:
         """See :class:`accountants.protocol.Accountant`."""
         check_epsilon(epsilon)
-        value, order = _compose(event, relation).get_delta_and_optimal_order(epsilon)
+        orders, divergences = _divergences(event, relation)
+        value, order = rdp.compute_delta(orders, divergences, epsilon)
         return _answer("delta", value, order, relation)
 
 
-def _compose(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> rdp.RdpAccountant:
+def _divergences(
+    event: dp_accounting.DpEvent, relation: NeighboringRelation
+) -> tuple[tuple[float, ...], list[float]]:
+    """Renyi divergences at all orders, the worse direction: by quadrature where there is a normal form, else the library's."""
     event = resolve(event, relation)
-    if relation is NeighboringRelation.REPLACE_ONE:
+    if relation is not NeighboringRelation.REPLACE_ONE:
+        try:
+            return ORDERS, mixture_divergences(composition(event))
+        except UnsupportedEventError:
+            pass
+    else:
         event = halve_noise(event)
     accountant = rdp.RdpAccountant(ORDERS, relation)
     try:
         accountant.compose(event)
     except dp_accounting.UnsupportedEventError as error:
         raise UnsupportedEventError(f"rdp under {relation.name}: {error}") from error
-    return accountant
+    # The library has no public accessor for the divergences that it converts.
+    return tuple(accountant._orders), list(accountant._rdp)
+
+
+def mixture_divergences(composed: Composition) -> list[float]:
+    """Renyi divergences of a normal form: ``log E[exp((a - 1) loss)] / (a - 1)`` summed over steps.
+
+    By the trapezoidal rule, whose error for these Gaussian integrands is below rounding at spacings of 0.1; a relative margin of
+    1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not converge at small noise.
+    """
+    if composed.non_private:
+        return [math.inf] * len(ORDERS)
+    totals = np.zeros(len(ORDERS))
+    for i, order in enumerate(ORDERS):
+        sides = np.zeros(2)
+        for step, count in composed.phases:
+            high = 14.0 + order * step.shifts[-1]
+            z = np.arange(-14.0 - order * step.shifts[0], high, 0.1)
+            loss = step.loss(z)
+            base = -z * z / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
+            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass lies near 0 and below.
+            z_add = np.arange(-14.0 - (order - 1) * step.shifts[-1], 14.0, 0.1) if len(step.shifts) == 1 else z
+            loss_add = loss if z_add is z else step.loss(z_add)
+            base_add = base if z_add is z else -z_add * z_add / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
+            logs = special.logsumexp(base + order * loss), special.logsumexp(base_add - (order - 1) * loss_add)
+            sides += count * (np.maximum(np.array(logs), 0.0) * (1 + 1e-11) + 1e-13)
+        totals[i] = float(np.max(sides)) / (order - 1)
+    return totals.tolist()
 
 
 def _answer(quantity: str, value: float, order: float, relation: NeighboringRelation) -> PrivacyAnswer:
