@@ -6,6 +6,7 @@
 1.83
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib

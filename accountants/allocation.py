@@ -4,6 +4,7 @@ Feldman and Shenfeld 2025 (arXiv 2502.08202), 2026 (arXiv 2602.17284); the ``PLD
 PLD_accounting``). For add-or-remove-one and zero-out; both directions. Takes seconds to minutes.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib

@@ -1,5 +1,6 @@
 """The value that every accountant returns: an interval, and how far each end may be trusted."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,6 @@
 """One call per question: epsilon, delta, or a certified number alone."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dp_accounting

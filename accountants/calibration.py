@@ -5,18 +5,19 @@ then confirms it, in one to three evaluations, and the last step is always round
 evaluated and spends at most the target.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
 import dp_accounting
-from scipy import optimize
 
 from accountants.api import certified_upper
 from accountants.events import dp_sgd_event
 from accountants.protocol import Accountant, UnsupportedEventError
 from accountants.registry import DEFAULT, get_accountant
+from accountants.roots import bracketed_root
 from accountants.tilted import TiltedAccountant
 from accountants.units import group_event
 
@@ -87,7 +88,7 @@ def calibrate_noise(
     root = low
     if low < high:
         root = math.exp(
-            optimize.brentq(
+            bracketed_root(
                 lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon),
                 math.log(low),
                 math.log(high),
@@ -196,7 +197,7 @@ def calibrate_sampling_prob(
     if judge.guide(low) > target_epsilon:
         raise CalibrationError(f"target_epsilon={target_epsilon} needs a sampling probability below {low:g}")
     root = math.exp(
-        optimize.brentq(
+        bracketed_root(
             lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon), math.log(low), 0.0, xtol=1e-4
         )
     )

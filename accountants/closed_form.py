@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import optimize
 
 from accountants.answer import Direction, Interval
 from accountants.mixtures import MixtureStep
+from accountants.roots import bracketed_root
 
 #: Relative error of delta that the ends allow for, and absolute error relative to the two terms of the difference.
 MARGIN = 1e-10
@@ -45,9 +45,7 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
     high = 1.0
     while step_delta(step, high, add=add, side=side) > delta:
         high *= 2
-    return float(
-        optimize.brentq(lambda e: step_delta(step, e, add=add, side=side) - delta, 0.0, high, xtol=1e-300, rtol=1e-14)
-    )
+    return bracketed_root(lambda e: step_delta(step, e, add=add, side=side) - delta, 0.0, high, xtol=1e-300)
 
 
 def epsilon_ends(step: MixtureStep, delta: float) -> Interval:

@@ -1,12 +1,13 @@
 """All accountants on one event, and the curves of one accountant, as data, tables and pictures."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dp_accounting
 import numpy as np
@@ -105,7 +106,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
+
+    plt = cast(Any, pyplot)
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     left.plot(data["epsilon_over_steps"]["num_steps"], data["epsilon_over_steps"]["epsilon"])

@@ -17,6 +17,7 @@ family that is not vacuous see :mod:`accountants.tilted_edgeworth`.
 Both directions are computed; steps may differ; the cost does not depend on their number.
 """
 
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import dataclasses
@@ -87,7 +88,7 @@ class DirectedExpansion:
         """
         k1, k2, *_ = self.first.cumulants
         high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0
-        grid = np.linspace(0.0, min(high, 600.0), 513)
+        grid: Array = np.linspace(0.0, min(high, 600.0), 513)
         for _ in range(8):
             above = np.flatnonzero(self.delta(grid, sign) > delta)
             if sign > 0:

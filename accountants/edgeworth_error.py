@@ -7,6 +7,7 @@ parameter e in (0, 1/3). No continuity is assumed. The leading term 0.1995 K3~/s
 makes the interval vacuous.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math

@@ -5,11 +5,12 @@ sum when it is added or removed. The constructors say for which neighbouring rel
 accountants refuse any other.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import attr
 import dp_accounting
@@ -204,13 +205,24 @@ def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": type(event).__name__}
     for name in attr.fields_dict(type(event)):
         value = getattr(event, name)
-        if isinstance(value, dp_accounting.DpEvent):
-            record[name] = event_to_json(value)
-        elif isinstance(value, list | tuple):
-            record[name] = [event_to_json(v) if isinstance(v, dp_accounting.DpEvent) else v for v in value]
-        else:
-            record[name] = value
+        record[name] = _value_to_json(value)
     return record
+
+
+def _value_to_json(value: Any) -> Any:
+    if isinstance(value, dp_accounting.DpEvent):
+        return event_to_json(value)
+    if isinstance(value, list | tuple):
+        return [_value_to_json(part) for part in cast(Sequence[Any], value)]
+    return value
+
+
+def _value_from_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return event_from_json(cast(Mapping[str, Any], value))
+    if isinstance(value, list):
+        return [_value_from_json(part) for part in cast(list[Any], value)]
+    return value
 
 
 _OWN = {cls.__name__: cls for cls in (RandomAllocationDpEvent, ShuffledBatchesDpEvent)}
@@ -230,11 +242,7 @@ def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
     for name, value in record.items():
         if name == "kind":
             continue
-        if isinstance(value, Mapping):
-            value = event_from_json(value)
-        elif isinstance(value, list):
-            value = [event_from_json(v) if isinstance(v, Mapping) else v for v in value]
-        values[name] = value
+        values[name] = _value_from_json(value)
     fields = attr.fields_dict(cls)
     if unknown := values.keys() - fields.keys():
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}")

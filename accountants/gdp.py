@@ -6,6 +6,7 @@ At any finite T the truth can lie on either side, so a sampled event's answer is
 without sampling is exactly mu-GDP, and is certified.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math

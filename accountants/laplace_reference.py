@@ -12,16 +12,18 @@ It shares no discretisation with :mod:`accountants.tilted` or :mod:`accountants.
 is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a closed form instead.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import dp_accounting
 import numpy as np
 
 from accountants import closed_form, saddle
 from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer, estimate_answer
-from accountants.mixtures import Composition, MixtureStep, composition
+from accountants.mixtures import Array, Composition, MixtureStep, composition
 from accountants.protocol import check_delta, check_epsilon, check_plain_relation
 
 NeighboringRelation = dp_accounting.NeighboringRelation
@@ -142,7 +144,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
         log_terms = log_transform - log_k - s * epsilon + tilt * epsilon - np.log(s) - np.log1p(s)
         if float(np.max(log_terms.real)) > 600:
             raise ValueError("the contour lies outside the strip of convergence; use 'tilted'")
-        terms = np.exp(log_terms).real
+        terms: Array = np.real(np.exp(log_terms))
         if first == 0:
             terms[0] /= 2
         total += float(np.sum(terms))
@@ -151,7 +153,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
     raise ValueError("the contour integral has not converged: too few steps; use 'tilted'")
 
 
-def _log_moment(step: MixtureStep, tilt: float, y: np.typing.NDArray[np.float64], add: bool) -> np.ndarray:
+def _log_moment(step: MixtureStep, tilt: float, y: Array, add: bool) -> np.typing.NDArray[np.complexfloating[Any, Any]]:
     """Log E[exp((tilt + iy) loss)] for one step."""
     largest = step.shifts[-1]
     order = -tilt if add else 1 + tilt
@@ -166,4 +168,4 @@ def _log_moment(step: MixtureStep, tilt: float, y: np.typing.NDArray[np.float64]
     top = float(np.max(log_weight))
     phase = -1j if add else 1j
     moments = np.exp(phase * y[:, None] * loss[None, :]) @ np.exp(log_weight - top)
-    return np.log(moments) + top
+    return cast(Any, np.log(moments) + top)

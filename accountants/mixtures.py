@@ -11,11 +11,14 @@ arXiv 2407.07737). The privacy loss is the increasing function ``loss(z) = log d
 accountant needs (moments, quantiles, discretisations) is a one-dimensional integral over ``z``.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import dp_accounting
 import numpy as np
@@ -24,7 +27,7 @@ from scipy import special
 
 from accountants.protocol import UnsupportedEventError
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -191,8 +194,8 @@ def _add(
     counts: Counter[MixtureStep],
     count: int,
     noise: float,
-    sensitivities: list[float] | tuple[float, ...],
-    probs: list[float] | tuple[float, ...],
+    sensitivities: Sequence[float],
+    probs: Sequence[float],
 ) -> bool:
     merged: dict[float, float] = {}
     for sensitivity, prob in zip(sensitivities, probs, strict=True):

@@ -11,6 +11,7 @@ number of steps. Nor is any delta attainable: n steps leave round-off of order n
 move by more than about 1e-3 is refused, with the accountant that can do it.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib.metadata

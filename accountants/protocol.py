@@ -1,5 +1,6 @@
 """What an accountant is, and the checks that all of them share."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math

@@ -8,6 +8,7 @@ compositions (Lebeda et al. 2024, arXiv 2405.20769), so the answer says ``direct
 Opacus brings torch, so it is imported when a number is asked for, never before.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib
@@ -96,6 +97,6 @@ def _opacus_accountant(composed: Composition) -> Any:
     for step, count in composed.phases:
         if len(step.shifts) > 2 or (len(step.shifts) == 2 and step.shifts[0] != 0):
             raise UnsupportedEventError("prv does not cover mixtures of Gaussians")
-        prob = step.probs[-1] if len(step.shifts) == 2 else 1.0
-        accountant.history.append((1 / step.shifts[-1], prob, count))
+        prob = step.probs[-1]
+        accountant.history.append((1 / max(step.shifts), prob, count))
     return accountant

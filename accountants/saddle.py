@@ -8,6 +8,7 @@ For the direction *remove* the loss is ``loss(z)``, z ~ Q; for *add* it is ``-lo
 ``M(s) = E_P[exp(s * loss)]`` the moment generating functions are ``M(1 + t)`` and ``M(-t)``.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
@@ -15,9 +16,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 from accountants.mixtures import Array, Composition
+from accountants.roots import bracketed_root
 
 _NUM_NODES = 2001
 
@@ -81,7 +83,8 @@ def directed_loss(composed: Composition, *, add: bool, log_mass: float) -> Direc
     low, high = truncation(composed, log_mass)
     z = np.linspace(low, high, _NUM_NODES)
     base = -z * z / 2 - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])
-    losses, log_weights = [], []
+    losses: list[Array] = []
+    log_weights: list[Array] = []
     for step, _ in composed.phases:
         loss = step.loss(z)
         losses.append(-loss if add else loss)
@@ -118,4 +121,4 @@ def _root(decreasing: Callable[[float], float]) -> float:
         return low
     if decreasing(high) >= 0:
         return high
-    return float(optimize.brentq(decreasing, low, high, xtol=1e-4))
+    return bracketed_root(decreasing, low, high, xtol=1e-4)

@@ -38,10 +38,12 @@ Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sa
 any composition of them). Both directions are computed and the worse is reported.
 """
 
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, cast
 
 import dp_accounting
 import numpy as np
@@ -141,8 +143,8 @@ class Window:
             if width > reach:
                 width = reach
             left, right = ratio[reach + width], ratio[reach - width]
-            part = np.where(jumps > 0, (1 - ratio) / (1 - left), (ratio - 1) / (right - 1))
-            end = np.where(jumps > 0, values[reach + width], values[reach - width])
+            part: Array = np.where(jumps > 0, (1 - ratio) / (1 - left), (ratio - 1) / (right - 1))
+            end: Array = np.where(jumps > 0, values[reach + width], values[reach - width])
             inside = np.abs(jumps) <= width
             known = float(law @ np.where(inside, part * end, values))
             weight = float(law @ np.where(inside, 1 - part, 0.0))
@@ -268,7 +270,7 @@ def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float
     weight = probability * np.exp(np.minimum(tilt * (centre - points), 600.0))
     exceed = np.cumsum(weight[::-1])[::-1]
     ratio = math.exp(-spacing)
-    tail = signal.lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]
+    tail: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]
     return np.append(tail[1:], 0.0)
 
 

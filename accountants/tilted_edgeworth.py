@@ -25,6 +25,7 @@ added to delta: without the cut, Renyi divergences of sampled steps explode at o
 composite Gauss-Legendre rules over that stretch; K carries a margin of 1e-12 a step.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses

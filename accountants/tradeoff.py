@@ -6,6 +6,7 @@ certified point of the privacy curve cuts the region of possible attacks and the
 the trade-off function (Dong, Roth, Su 2022, arXiv 1905.02383, proposition 2.12). Using upper bounds on delta keeps the cap certified.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
@@ -87,7 +88,7 @@ def shuffle_lower_bound(noise_multiplier: float, num_batches: int, num_epochs: i
     spread = noise_multiplier
     cuts = np.linspace(-10 * spread, 2 + 10 * spread, 4001)
     shared = (num_batches - 1) * special.log_ndtr(cuts / spread)
-    laws = []
+    laws: list[Array] = []
     for own in (2.0, 1.0):
         cdf = np.exp(special.log_ndtr((cuts - own) / spread) + shared)
         laws.append(np.maximum(np.diff(np.concatenate([[0.0], cdf, [1.0]])), 0.0))

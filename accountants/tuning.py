@@ -8,6 +8,7 @@ Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: 
 itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses

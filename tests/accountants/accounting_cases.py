@@ -24,9 +24,7 @@ GLUE = {
 
 
 def dp_sgd(sampling_prob, noise_multiplier, num_steps):
-    return accountants.dp_sgd_event(
-        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
-    )
+    return accountants.dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps)
 
 
 def worst_contour_delta(event, epsilon):

@@ -67,7 +67,16 @@ def test_certified_ends_enclose_the_truth_everywhere(setting):
     check(setting)
 
 
-@pytest.mark.parametrize(("task", "delta", "sigma"), [("SST-2", 1e-5, 0.7865), ("QNLI", 1e-5, 0.711), ("QQP", 1e-5, 0.5635), ("MNLI", 1e-5, 0.557), ("MNLI", 1e-6, 0.573)])
+@pytest.mark.parametrize(
+    ("task", "delta", "sigma"),
+    [
+        ("SST-2", 1e-5, 0.7865),
+        ("QNLI", 1e-5, 0.711),
+        ("QQP", 1e-5, 0.5635),
+        ("MNLI", 1e-5, 0.557),
+        ("MNLI", 1e-6, 0.573),
+    ],
+)
 def test_glue_settings_are_known_to_a_tenth_of_a_percent(task, delta, sigma):
     event = dp_sgd(GLUE[task][0], sigma, GLUE[task][1])
     answer = accountants.epsilon(event, delta, accountant="tilted")

@@ -10,9 +10,7 @@ MNLI = {"sampling_prob": 2000 / 392702, "num_steps": 3920}
 
 @pytest.mark.parametrize("accountant", ["pld", "tilted", "rdp"])
 def test_the_noise_meets_the_target_and_no_smaller_noise_does(accountant):
-    noise = accountants.calibrate_noise_multiplier(
-        target_epsilon=8.0, target_delta=1e-6, accountant=accountant, **MNLI
-    )
+    noise = accountants.calibrate_noise_multiplier(target_epsilon=8.0, target_delta=1e-6, accountant=accountant, **MNLI)
     spent = [
         accountants.epsilon(dp_sgd(MNLI["sampling_prob"], s, 3920), 1e-6, accountant=accountant).certified_upper()
         for s in (noise, noise - 1e-4)
@@ -38,7 +36,9 @@ def test_every_parameter_can_be_found():
     assert spent(dp_sgd(0.01, 1.0, steps)) <= 2.0 < spent(dp_sgd(0.01, 1.0, round(1.01 * steps)))
     assert spent(dp_sgd(prob, 1.0, 1000)) <= 2.0 < spent(dp_sgd(1.005 * prob, 1.0, 1000))
     group = {"noise_multiplier": 4.0, "sampling_prob": 0.01, "num_steps": 1000}
-    assert spent(group_event(num_records=records, **group)) <= 2.0 < spent(group_event(num_records=records + 1, **group))
+    assert (
+        spent(group_event(num_records=records, **group)) <= 2.0 < spent(group_event(num_records=records + 1, **group))
+    )
 
 
 @pytest.mark.slow

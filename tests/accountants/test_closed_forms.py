@@ -16,11 +16,15 @@ EXACT = ("tilted", "contour")
 
 def gaussian_delta(sigma, epsilon):
     """Balle and Wang 2018, theorem 8, written independently of the package."""
-    return stats.norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * stats.norm.cdf(-0.5 / sigma - epsilon * sigma)
+    return stats.norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * stats.norm.cdf(
+        -0.5 / sigma - epsilon * sigma
+    )
 
 
 @pytest.mark.parametrize("accountant", EXACT)
-@pytest.mark.parametrize(("sigma", "num_steps", "delta"), [(1.0, 1, 1e-6), (20.0, 1000, 1e-6), (4.0, 30, 1e-10), (0.5, 1, 0.1)])
+@pytest.mark.parametrize(
+    ("sigma", "num_steps", "delta"), [(1.0, 1, 1e-6), (20.0, 1000, 1e-6), (4.0, 30, 1e-10), (0.5, 1, 0.1)]
+)
 def test_without_sampling_epsilon_is_the_analytic_gaussian(accountant, sigma, num_steps, delta):
     total = sigma / math.sqrt(num_steps)
     expected = optimize.brentq(lambda e: gaussian_delta(total, e) - delta, 0, 400, xtol=1e-13)
@@ -30,11 +34,15 @@ def test_without_sampling_epsilon_is_the_analytic_gaussian(accountant, sigma, nu
 
 def test_the_analytic_gaussian_agrees_with_dp_accounting():
     expected = gaussian_mechanism.get_epsilon_gaussian(2.0, 1e-5)
-    assert accountants.epsilon(dp_sgd(1.0, 2.0, 1), 1e-5, accountant="tilted").upper == pytest.approx(expected, rel=1e-6)
+    assert accountants.epsilon(dp_sgd(1.0, 2.0, 1), 1e-5, accountant="tilted").upper == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("accountant", EXACT)
-@pytest.mark.parametrize(("q", "sigma", "delta"), [(0.01, 1.0, 1e-6), (0.1, 0.6, 1e-10), (1e-3, 4.0, 1e-5), (0.5, 0.3, 1e-3)])
+@pytest.mark.parametrize(
+    ("q", "sigma", "delta"), [(0.01, 1.0, 1e-6), (0.1, 0.6, 1e-10), (1e-3, 4.0, 1e-5), (0.5, 0.3, 1e-3)]
+)
 def test_one_sampled_step_is_amplification_by_subsampling(accountant, q, sigma, delta):
     # delta_q(log(1 + q (e^e - 1))) = q delta(e) for the remove direction, which is the worse one here.
     inner = optimize.brentq(lambda e: q * gaussian_delta(sigma, e) - delta, 0, 400, xtol=1e-13)

@@ -86,7 +86,9 @@ def test_a_mistake_is_one_line_and_exit_code_two(arguments):
 
 
 def test_help_does_not_import_the_numerics():
-    code = "import sys; import accountants.cli; print(any(m in sys.modules for m in ('numpy', 'dp_accounting', 'torch')))"
+    code = (
+        "import sys; import accountants.cli; print(any(m in sys.modules for m in ('numpy', 'dp_accounting', 'torch')))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "False"
 

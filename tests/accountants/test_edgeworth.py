@@ -16,9 +16,7 @@ def remove(order, event, delta):
     return cls(Direction.REMOVE).epsilon(event, delta).estimate
 
 
-@pytest.mark.parametrize(
-    ("task", "sigma", "logged"), [("SST-2", 0.7865, 7.992898901), ("QNLI", 0.711, 7.997972387)]
-)
+@pytest.mark.parametrize(("task", "sigma", "logged"), [("SST-2", 0.7865, 7.992898901), ("QNLI", 0.711, 7.997972387)])
 def test_order_one_reproduces_the_values_in_ew_tunes_logs(task, sigma, logged):
     q, steps = GLUE[task]
     assert remove(1, dp_sgd(q, sigma, steps), 1e-5) == pytest.approx(logged, abs=6e-7)
@@ -48,7 +46,9 @@ def test_one_direction_is_not_a_guarantee():
         accountants.certified_upper(answer)
 
 
-@pytest.mark.parametrize(("q", "sigma", "steps", "delta"), [(0.01, 1.0, 10_000, 1e-5), (GLUE["MNLI"][0], 0.573, 3920, 1e-6)])
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"), [(0.01, 1.0, 10_000, 1e-5), (GLUE["MNLI"][0], 0.573, 3920, 1e-6)]
+)
 def test_the_interval_says_vacuous_at_realistic_delta(q, sigma, steps, delta):
     answer = accountants.epsilon(dp_sgd(q, sigma, steps), delta, accountant="eeai")
     assert math.isinf(answer.upper)

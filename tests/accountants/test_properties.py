@@ -69,9 +69,7 @@ def test_calibration_inverts_epsilon(q, sigma, steps):
     assert accountants.epsilon(dp_sgd(q, found, steps), 1e-6, accountant="tilted").upper <= target
 
 
-@given(
-    st.floats(0, 1e3), st.floats(0, 10), st.sampled_from(sorted(Direction)), st.text(max_size=20), st.booleans()
-)
+@given(st.floats(0, 1e3), st.floats(0, 10), st.sampled_from(sorted(Direction)), st.text(max_size=20), st.booleans())
 def test_answers_survive_json(lower, width, direction, note, infinite):
     upper = math.inf if infinite else lower + width
     answer = PrivacyAnswer(

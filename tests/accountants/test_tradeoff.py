@@ -40,7 +40,12 @@ def test_no_simulated_attack_beats_the_cap():
 
 @pytest.mark.parametrize(
     ("sigma", "batches", "epochs", "delta", "expected"),
-    [(0.573, 196, 20, 1e-6, 60.37), (0.7865, 33, 20, 1e-5, 32.17), (1.0, 100, 10, 1e-5, 9.36), (0.5, 1000, 1, 1e-6, 11.0)],
+    [
+        (0.573, 196, 20, 1e-6, 60.37),
+        (0.7865, 33, 20, 1e-5, 32.17),
+        (1.0, 100, 10, 1e-5, 9.36),
+        (0.5, 1000, 1, 1e-6, 11.0),
+    ],
 )
 def test_shuffling_certainly_costs_this_much(sigma, batches, epochs, delta, expected):
     assert shuffle_lower_bound(sigma, batches, epochs, delta) == pytest.approx(expected, abs=0.02)

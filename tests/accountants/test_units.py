@@ -20,7 +20,12 @@ def test_the_group_delta_is_the_geometric_sum_and_never_k_delta():
 
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "k", "expected"),
-    [(0.01, 1.0, 1000, 2, 4.5541), (0.001, 1.0, 2000, 5, 1.4287), (0.01, 4.0, 1000, 10, 3.8885), (0.001, 0.6, 200, 2, 2.7192)],
+    [
+        (0.01, 1.0, 1000, 2, 4.5541),
+        (0.001, 1.0, 2000, 5, 1.4287),
+        (0.01, 4.0, 1000, 10, 3.8885),
+        (0.001, 0.6, 200, 2, 2.7192),
+    ],
 )
 def test_the_exact_group_is_the_library_s_and_never_worse_than_the_black_box(q, sigma, steps, k, expected):
     event = group_event(noise_multiplier=sigma, sampling_prob=q, num_steps=steps, num_records=k)
@@ -41,7 +46,9 @@ def test_the_mixture_agrees_with_pld():
 def test_example_sampling_with_one_record_is_user_sampling_with_one():
     els = group_event(noise_multiplier=1.0, sampling_prob=0.01, num_steps=1000, num_records=1)
     uls = dp_sgd(100 / 10_000, 1.0, 1000)
-    assert TiltedAccountant().epsilon(els, 1e-6).upper == pytest.approx(TiltedAccountant().epsilon(uls, 1e-6).upper, rel=1e-9)
+    assert TiltedAccountant().epsilon(els, 1e-6).upper == pytest.approx(
+        TiltedAccountant().epsilon(uls, 1e-6).upper, rel=1e-9
+    )
 
 
 def test_a_hopeless_black_box_is_infinite_and_says_so():
