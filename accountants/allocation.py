@@ -1,7 +1,7 @@
 """Random allocation (balls-and-bins): certified ends from Feldman and Shenfeld's library.
 
-Feldman and Shenfeld 2025 (arXiv 2502.08202), 2026 (arXiv 2602.17284); the ``PLD_accounting`` package (optional: ``pip install
-PLD_accounting``). For add-or-remove-one and zero-out; both directions. Takes seconds to minutes.
+Feldman and Shenfeld 2025 (arXiv 2502.08202), 2026 (arXiv 2602.17284); the ``PLD_accounting`` package (optional: ``pip
+install PLD_accounting``). For add-or-remove-one and zero-out; both directions. Takes seconds to minutes.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

@@ -67,7 +67,8 @@ class PrivacyAnswer:
         assert not any(math.isnan(value) for value in (self.lower, self.estimate, self.upper)), self
         assert 0 <= self.lower <= self.upper, self
         if self.kind in (BoundKind.ESTIMATE, BoundKind.ASYMPTOTIC):
-            assert self.lower == 0 and math.isinf(self.upper), self
+            assert self.lower == 0, self
+            assert math.isinf(self.upper), self
 
     def certified_upper(self) -> float:
         """The upper end, or an error if this accountant does not certify one.

@@ -1,8 +1,8 @@
 """Find any one parameter of a run for a budget. Only certified upper bounds, covering both directions, may decide.
 
-A cheap certified guide (:mod:`accountants.tilted` at a loose tolerance) finds the root; the accountant that will be quoted
-then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the returned value was itself
-evaluated and spends at most the target.
+A cheap certified guide (:mod:`accountants.tilted` at a loose tolerance) finds the root; the accountant that will be
+quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
+returned value was itself evaluated and spends at most the target.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

@@ -1,7 +1,7 @@
 """The command line: ``accountants epsilon | delta | calibrate | compare | curve | convert``.
 
-Everything heavy is imported inside the commands, so that ``--help`` answers at once. A mistake of the user is one line on
-standard error and exit code 2.
+Everything heavy is imported inside the commands, so that ``--help`` answers at once. A mistake of the user is one line
+on standard error and exit code 2.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

@@ -1,7 +1,7 @@
 """A single step in closed form (any number of plain Gaussian steps is one; see :mod:`accountants.mixtures`).
 
-The loss is increasing in the outcome ``z``, so by the Neyman-Pearson lemma the worst set is a half-line (Balle and Wang 2018,
-arXiv 1805.06530, theorem 5, for the plain Gaussian; Zhu, Dong, Wang 2022, arXiv 2106.08567, for the sampled one):
+The loss is increasing in the outcome ``z``, so by the Neyman-Pearson lemma the worst set is a half-line (Balle and Wang
+2018, arXiv 1805.06530, theorem 5, for the plain Gaussian; Zhu, Dong, Wang 2022, arXiv 2106.08567, for the sampled one):
 
     remove: delta(eps) = Q(z > z*) - e^eps P(z > z*),   loss(z*) = eps
     add:    delta(eps) = P(z < z*) - e^eps Q(z < z*),   loss(z*) = -eps.
@@ -26,7 +26,7 @@ ROUND_OFF = 2.0**-49
 
 
 def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
-    """delta of one step in one direction, for any real ``epsilon``; with ``side`` +-1 moved by the margin for round-off."""
+    """Delta of one step in one direction for any real ``epsilon``; ``side`` +-1 moves it by the round-off margin."""
     point = -epsilon if add else epsilon
     z = step.inverse_loss(np.array([point]))
     if add:

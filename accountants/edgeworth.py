@@ -1,18 +1,19 @@
-"""The Edgeworth accountant of Wang et al. 2022 (arXiv 2206.04236), used by EW-Tune (Behnia et al. 2022, arXiv 2210.15042).
+"""The Edgeworth accountant of Wang et al. 2022 (arXiv 2206.04236), used by EW-Tune (arXiv 2210.15042).
 
 With X and Y the sums of the losses under the second and the first law of a direction (P and Q for *remove*),
 
     delta(eps) = [1 - F_Y(eps)] - e^eps [1 - F_X(eps)]      (lossless),
 
-and both distribution functions are expanded around the normal one in powers of one over the square root of the number of steps.
+and both distribution functions are expanded around the normal one in powers of one over the square root of the number
+of steps.
 
-**AEA** of order 1, 2, 3 puts the expansion in place of F. It is an ``ESTIMATE`` and no bound in either direction: at the settings of
-EW-Tune it is up to 20 % too low, and an expansion is not even a distribution function.
+**AEA** of order 1, 2, 3 puts the expansion in place of F. It is an ``ESTIMATE`` and no bound in either direction: at
+the settings of EW-Tune it is up to 20 % too low, and an expansion is not even a distribution function.
 
 **EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.edgeworth_error`):
-delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps Delta_X < delta. At
-any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a bound of this
-family that is not vacuous see :mod:`accountants.tilted_edgeworth`.
+delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps
+Delta_X < delta. At any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a
+bound of this family that is not vacuous see :mod:`accountants.tilted_edgeworth`.
 
 Both directions are computed; steps may differ; the cost does not depend on their number.
 """

@@ -1,10 +1,10 @@
 """The explicit error of a first-order Edgeworth expansion for sums of identical variables.
 
-Derumigny, Girard, Guyonvarch 2024 (Sankhya A; arXiv 2101.05780, theorem 2.3 and its remainder): for independent identically distributed X
-with K3 = E|X - EX|^3/s^3, K4 = E(X - EX)^4/s^4, skewness l3 and K3~ = K3 + E|X - EX|/s, the distribution function of the
-standardised sum of n differs from its first-order expansion by at most the expression below, uniformly, for every free
-parameter e in (0, 1/3). No continuity is assumed. The leading term 0.1995 K3~/sqrt(n) cannot be removed without it; it is what
-makes the interval vacuous.
+Derumigny, Girard, Guyonvarch 2024 (Sankhya A; arXiv 2101.05780, theorem 2.3 and its remainder): for independent
+identically distributed X with K3 = E|X - EX|^3/s^3, K4 = E(X - EX)^4/s^4, skewness l3 and K3~ = K3 + E|X - EX|/s, the
+distribution function of the standardised sum of n differs from its first-order expansion by at most the expression
+below, uniformly, for every free parameter e in (0, 1/3). No continuity is assumed. The leading term 0.1995 K3~/sqrt(n)
+cannot be removed without it; it is what makes the interval vacuous.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

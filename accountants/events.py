@@ -1,8 +1,8 @@
 """What a training run released, as ``dp_accounting`` event values; two events of our own where the library has none.
 
 Every noise multiplier is the standard deviation of the noise over the clipping norm C, the most that one unit moves the
-sum when it is added or removed. The constructors say for which neighbouring relation the event's guarantee is meant; the
-accountants refuse any other.
+sum when it is added or removed. The constructors say for which neighbouring relation the event's guarantee is meant;
+the accountants refuse any other.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -25,7 +25,8 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 class RandomAllocationDpEvent(dp_accounting.DpEvent):
     """Every unit joins ``num_selected`` of ``num_steps`` Gaussian releases, chosen uniformly; once per epoch.
 
-    With ``num_selected = 1`` this is balls-and-bins sampling. Feldman and Shenfeld 2025 (arXiv 2502.08202) and 2026 (arXiv
+    With ``num_selected = 1`` this is balls-and-bins sampling. Feldman and Shenfeld 2025 (arXiv 2502.08202) and 2026
+    (arXiv
     2602.17284).
 
     Attributes:
@@ -68,7 +69,8 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 
     Returns:
         An event for the add-or-remove-one relation over the unit that is sampled and clipped: if users are sampled and
-        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322, section 3).
+        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322, section
+        3).
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -89,8 +91,8 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 def phased_event(phases: Sequence[tuple[float, float, int]]) -> dp_accounting.DpEvent:
     """DP-SGD whose settings change: ``(noise_multiplier, sampling_prob, num_steps)`` per phase.
 
-    Composes distributions, never epsilons; the phases may be chosen adaptively from earlier releases only if the settings
-    themselves are fixed in advance (fully adaptive choice of settings needs a privacy filter).
+    Composes distributions, never epsilons; the phases may be chosen adaptively from earlier releases only if the
+    settings themselves are fixed in advance (fully adaptive choice of settings needs a privacy filter).
     """
     events = [
         dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps) for noise, prob, steps in phases
@@ -103,7 +105,8 @@ def truncated_poisson_event(
 ) -> dp_accounting.DpEvent:
     """Poisson sampling cut to ``max_batch_size`` units by a random subset (Ganesh et al. 2025, arXiv 2508.15089).
 
-    For zero-out adjacency (``REPLACE_SPECIAL``) with the number of units public; dp-accounting also accepts add-or-remove-one.
+    For zero-out adjacency (``REPLACE_SPECIAL``) with the number of units public; dp-accounting also accepts
+    add-or-remove-one.
     """
     _require_probability("sampling_prob", sampling_prob)
     _require_noise(noise_multiplier)
@@ -165,8 +168,8 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
 def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> float:
     """The gradient noise multiplier that leaves room for the noised count of unclipped units.
 
-    Andrew et al. 2021 (arXiv 1905.03871, theorem 1): the count is shifted to take values +-1/2, so its sensitivity is 1/2
-    and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. The step as a whole then has
+    Andrew et al. 2021 (arXiv 1905.03871, theorem 1): the count is shifted to take values +-1/2, so its sensitivity is
+    1/2 and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. The step as a whole then has
     ``noise_multiplier``.
 
     Raises:

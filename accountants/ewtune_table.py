@@ -1,6 +1,7 @@
 """Recompute the table and the picture of ``accountants/README.md``: EW-Tune's settings under every accountant.
 
-``python -m accountants.ewtune_table`` rewrites the text between the two markers of the README and the picture beside it. Behnia et al.
+``python -m accountants.ewtune_table`` rewrites the text between the two markers of the README and the picture beside
+it. Behnia et al.
 2022 (arXiv 2210.15042): RoBERTa on four GLUE tasks, batch 2000, 20 epochs, epsilon 8.
 """
 

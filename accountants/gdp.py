@@ -1,9 +1,9 @@
 """Gaussian differential privacy and its central limit theorem: a closed form, exact without sampling, else asymptotic.
 
 Dong, Roth, Su 2022 (arXiv 1905.02383); for sampled steps Bu, Dong, Long, Su 2020 (arXiv 1911.11607): with
-q sqrt(T) -> constant the composition tends to mu-GDP, mu = q sqrt(T (e^(1/sigma^2) - 1)), and heterogeneous steps add in mu^2.
-At any finite T the truth can lie on either side, so a sampled event's answer is ``ASYMPTOTIC`` and never certifies. An event
-without sampling is exactly mu-GDP, and is certified.
+q sqrt(T) -> constant the composition tends to mu-GDP, mu = q sqrt(T (e^(1/sigma^2) - 1)), and heterogeneous steps add
+in mu^2. At any finite T the truth can lie on either side, so a sampled event's answer is ``ASYMPTOTIC`` and never
+certifies. An event without sampling is exactly mu-GDP, and is certified.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

@@ -4,12 +4,13 @@ With K(s) the sum of the steps' cumulant generating functions under a direction'
 
     delta(eps) = (1/pi) int_0^inf Re exp(K(t + iy) - (t + iy) eps) / ((t + iy)(1 + t + iy)) dy,
 
-because exp(s (S - eps)) / (s (1 + s)) is the two-sided Laplace kernel of (1 - e^(eps - S))_+. At the saddle point the integrand
-decays like a Gaussian; the number of steps enters only as a factor of K. Both integrals, over z and y, use the trapezoidal rule, which
-converges geometrically for integrands that are analytic and decay.
+because exp(s (S - eps)) / (s (1 + s)) is the two-sided Laplace kernel of (1 - e^(eps - S))_+. At the saddle point the
+integrand decays like a Gaussian; the number of steps enters only as a factor of K. Both integrals, over z and y, use
+the trapezoidal rule, which converges geometrically for integrands that are analytic and decay.
 
-It shares no discretisation with :mod:`accountants.tilted` or :mod:`accountants.pld`, which is why it serves as their reference. It
-is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a closed form instead.
+It shares no discretisation with :mod:`accountants.tilted` or :mod:`accountants.pld`, which is why it serves as their
+reference. It is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a closed form
+instead.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -157,7 +158,8 @@ def _log_moment(step: MixtureStep, tilt: float, y: Array, add: bool) -> np.typin
     """Log E[exp((tilt + iy) loss)] for one step."""
     largest = step.shifts[-1]
     order = -tilt if add else 1 + tilt
-    # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the left.
+    # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the
+    # left.
     low, high = (-40.0, 14.0 + largest) if add else (-14.0, min(14.0 + order * largest, 60.0 + 2 * largest))
     spacing = min(0.3, 1 / (1.4 + (largest * float(y[-1]) + abs(order) * largest / 4) / 6))
     if (high - low) / spacing > _MAX_NODES:

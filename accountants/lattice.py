@@ -1,26 +1,26 @@
 """One step's privacy loss, moved onto a lattice so that the guarantee can only get weaker, by a known amount.
 
 The function ``H(g) = sup_S Q(S) - g P(S)`` of ``g = e^eps`` is convex. Its chord through the lattice points
-``g_j = exp(a_j)``, ``a_j = a_0 + j h``, belongs to a discrete pair: the mass of each cell ``a_j <= loss < a_(j+1)`` is split
-between the cell's two ends so that both its Q-mass and its P-mass are kept (Doroshenko et al. 2022, arXiv 2207.04380,
-"connect the dots"). Chords lie above a convex function, so the pair dominates (P, Q), in both directions at once, and
-domination survives composition (Zhu, Dong, Wang 2022, arXiv 2106.08567, theorem 10). What lies beyond the lattice goes to
-its end points, with the rest at infinite loss.
+``g_j = exp(a_j)``, ``a_j = a_0 + j h``, belongs to a discrete pair: the mass of each cell ``a_j <= loss < a_(j+1)`` is
+split between the cell's two ends so that both its Q-mass and its P-mass are kept (Doroshenko et al. 2022, arXiv
+2207.04380, "connect the dots"). Chords lie above a convex function, so the pair dominates (P, Q), in both directions at
+once, and domination survives composition (Zhu, Dong, Wang 2022, arXiv 2106.08567, theorem 10). What lies beyond the
+lattice goes to its end points, with the rest at infinite loss.
 
-How much weaker. With w = e^(-loss), the split is a fair bet: a step at offset x = loss - a_j moves to w e^x or w e^(x-h), with
-mean w. Among all x in [0, h], every such bet is below, in the convex order, the product of two independent variables with
-values e^(h/2), e^(-h/2) and mean one: splitting the bet's two outcomes further onto e^h, 1, e^(-h) leaves a
-three-point law of mean one, such laws are ordered by their mass at e^h, and that mass is (1-e^(x-h))(e^x-1)/((e^x-e^(x-h))(e^h-1)),
-largest at x = h/2, where it is 1/(1+e^(h/2))^2. The product does not depend on the loss, the hockey-stick divergence is
-convex in w, and so after n steps
+How much weaker. With w = e^(-loss), the split is a fair bet: a step at offset x = loss - a_j moves to w e^x or w
+e^(x-h), with mean w. Among all x in [0, h], every such bet is below, in the convex order, the product of two
+independent variables with values e^(h/2), e^(-h/2) and mean one: splitting the bet's two outcomes further onto e^h, 1,
+e^(-h) leaves a three-point law of mean one, such laws are ordered by their mass at e^h, and that mass is
+(1-e^(x-h))(e^x-1)/((e^x-e^(x-h))(e^h-1)), largest at x = h/2, where it is 1/(1+e^(h/2))^2. The product does not depend
+on the loss, the hockey-stick divergence is convex in w, and so after n steps
 
     delta(eps) <= delta'(eps) <= E[delta(eps - Xi)],     Xi = h (Binomial(2n, 1/(1+e^(-h/2))) - n),
 
 where delta' belongs to the lattice pair. :mod:`accountants.tilted` turns the right half into a lower bound.
 
-Accuracy. Masses come from four-point Gauss-Legendre rules on cells narrower than 1/64 in ``z`` (relative error below 1e-14
-for |z| < 15) and from differences of normal distribution functions on wider ones. The callers add ``MASS_ERROR`` a step
-to the logarithm of every probability and ``LOSS_ERROR`` times the largest loss a step to every loss.
+Accuracy. Masses come from four-point Gauss-Legendre rules on cells narrower than 1/64 in ``z`` (relative error below
+1e-14 for |z| < 15) and from differences of normal distribution functions on wider ones. The callers add ``MASS_ERROR``
+a step to the logarithm of every probability and ``LOSS_ERROR`` times the largest loss a step to every loss.
 """
 
 from __future__ import annotations

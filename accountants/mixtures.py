@@ -5,8 +5,8 @@ add-or-remove-one (and zero-out, which coincides with it for a plain sum), two l
 
     P = N(0, 1)        and        Q = sum_i p_i N(mu_i, 1),      mu_i = sensitivity_i / noise standard deviation >= 0:
 
-``p = (1 - q, q)`` for a unit that is sampled with probability ``q`` (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), one
-shift for the plain Gaussian mechanism, and binomial weights for a unit with several records (Charles et al. 2024,
+``p = (1 - q, q)`` for a unit that is sampled with probability ``q`` (Mironov, Talwar, Zhang 2019, arXiv 1908.10530),
+one shift for the plain Gaussian mechanism, and binomial weights for a unit with several records (Charles et al. 2024,
 arXiv 2407.07737). The privacy loss is the increasing function ``loss(z) = log dQ/dP(z)`` and everything that an
 accountant needs (moments, quantiles, discretisations) is a one-dimensional integral over ``z``.
 """
@@ -44,7 +44,8 @@ class MixtureStep:
 
     def __post_init__(self) -> None:
         assert len(self.shifts) == len(self.probs) > 0, self
-        assert self.shifts[0] >= 0 and self.shifts[-1] > 0 and min(self.probs) > 0, self
+        assert 0 <= self.shifts[0] <= self.shifts[-1] != 0, self
+        assert min(self.probs) > 0, self
         assert all(low < high for low, high in zip(self.shifts, self.shifts[1:], strict=False)), self
 
     @property

@@ -1,14 +1,15 @@
 """The privacy-loss-distribution accountant: Google's library, on a grid that is scaled to the answer.
 
-Koskela, Jalko, Honkela 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380) for the pessimistic discretisation
-that makes the upper end certified. Both directions. Relations: add-or-remove-one, zero-out, and replace-one (noise
-multipliers relative to C, under replace-one too; see :mod:`accountants.rdp` for the other convention).
+Koskela, Jalko, Honkela 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380) for the pessimistic
+discretisation that makes the upper end certified. Both directions. Relations: add-or-remove-one, zero-out, and
+replace-one (noise multipliers relative to C, under replace-one too; see :mod:`accountants.rdp` for the other
+convention).
 
 The grid. Connecting the dots on a grid of width h adds a variance of at most h^2/6 a step, which moves epsilon by about
-(1 + t) n h^2 / 12 at tilt t. The width is chosen to make that 1e-4 of epsilon. But the library's second differences leave
-round-off of order 1e-16/h in every bin: finer is not always better, so the width has a floor that grows with the
-number of steps. Nor is any delta attainable: n steps leave round-off of order n 1e-16 in delta. An event whose epsilon either effect could
-move by more than about 1e-3 is refused, with the accountant that can do it.
+(1 + t) n h^2 / 12 at tilt t. The width is chosen to make that 1e-4 of epsilon. But the library's second differences
+leave round-off of order 1e-16/h in every bin: finer is not always better, so the width has a floor that grows with the
+number of steps. Nor is any delta attainable: n steps leave round-off of order n 1e-16 in delta. An event whose epsilon
+either effect could move by more than about 1e-3 is refused, with the accountant that can do it.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -29,8 +30,8 @@ from accountants.protocol import UnsupportedEventError, check_delta, check_epsil
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
-#: Below this delta the float64 round-off of the library's convolutions is of the size of delta itself, and its "pessimistic"
-#: value can fall below the truth; we refuse rather than print it.
+#: Below this delta the float64 round-off of the library's convolutions is of the size of delta itself, and its
+#: "pessimistic" value can fall below the truth; we refuse rather than print it.
 MIN_DELTA = 1e-11
 
 _VERSION = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
@@ -107,7 +108,7 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     if start.epsilon == 0:
         return _DEFAULT_GRID
     largest = max(float(np.max(loss)) for loss in law.losses)
-    floor = max(math.sqrt(1e-14 * steps), size / 1e6, largest / 1e6)
+    floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
     if delta is not None and start.epsilon > 0 and (wanted < floor / 2 or noisy):
         raise ValueError(

@@ -24,7 +24,9 @@ class Accountant(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in the registry and in every answer's ``method``."""
+        ...
 
     def epsilon(
         self, event: dp_accounting.DpEvent, delta: float, relation: dp_accounting.NeighboringRelation = ...
@@ -34,7 +36,8 @@ class Accountant(Protocol):
         Args:
             event: what was released.
             delta: in (0, 1).
-            relation: which data sets count as neighbours; the noise multipliers of all events are relative to the clipping
+            relation: which data sets count as neighbours; the noise multipliers of all events are relative to the
+                clipping
                 norm C whatever the relation (under ``REPLACE_ONE`` the sum then moves by up to 2C).
 
         Returns:

@@ -1,12 +1,12 @@
 """Renyi accounting, over orders wide enough that the optimum is not at an end, with dp-accounting's conversions.
 
-Mironov 2017 (arXiv 1702.07476) for composition; Mironov, Talwar, Zhang 2019 (arXiv 1908.10530) for Poisson sampling; Wang,
-Balle, Kasiviswanathan 2019 (arXiv 1808.00087) for sampling without replacement; the conversion of Canonne, Kamath,
-Steinke 2020 (arXiv 2004.00010, proposition 12). Upper bounds for every delta, without a floor; both directions.
+Mironov 2017 (arXiv 1702.07476) for composition; Mironov, Talwar, Zhang 2019 (arXiv 1908.10530) for Poisson sampling;
+Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087) for sampling without replacement; the conversion of Canonne,
+Kamath, Steinke 2020 (arXiv 2004.00010, proposition 12). Upper bounds for every delta, without a floor; both directions.
 
-Convention. ``RdpAccountant(REPLACE_ONE)`` reads a noise multiplier as relative to the sensitivity 2C of replacement, where
-``PLDAccountant(REPLACE_ONE)`` reads it as relative to C. All events here are relative to C; under ``REPLACE_ONE`` this module halves every
-multiplier before it hands the event on.
+Convention. ``RdpAccountant(REPLACE_ONE)`` reads a noise multiplier as relative to the sensitivity 2C of replacement,
+where ``PLDAccountant(REPLACE_ONE)`` reads it as relative to C. All events here are relative to C; under ``REPLACE_ONE``
+this module halves every multiplier before it hands the event on.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -71,7 +71,7 @@ class RdpAccountant:
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
-    """Renyi divergences at all orders, the worse direction: by quadrature where there is a normal form, else the library's."""
+    """Renyi divergences at all orders, worse direction: by quadrature if there is a normal form, else the library's."""
     event = resolve(event, relation)
     if relation is not NeighboringRelation.REPLACE_ONE:
         try:
@@ -89,11 +89,18 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
     return tuple(vars(accountant)["_orders"]), list(vars(accountant)["_rdp"])
 
 
+def renyi_epsilon(composed: Composition, delta: float) -> float:
+    """The certified epsilon of a normal form, the best over the orders."""
+    return float(conversion.compute_epsilon(ORDERS, mixture_divergences(composed), delta)[0])
+
+
 def mixture_divergences(composed: Composition) -> list[float]:
     """Renyi divergences of a normal form: ``log E[exp((a - 1) loss)] / (a - 1)`` summed over steps.
 
-    By the trapezoidal rule, whose error for these Gaussian integrands is below rounding at spacings of 0.1; a relative margin of
-    1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not converge at small noise.
+    By the trapezoidal rule, whose error for these Gaussian integrands is below rounding at spacings of 0.1; a relative
+    margin of
+    1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not converge at
+    small noise.
     """
     if composed.non_private:
         return [math.inf] * len(ORDERS)
@@ -101,15 +108,16 @@ def mixture_divergences(composed: Composition) -> list[float]:
     for i, order in enumerate(ORDERS):
         sides = np.zeros(2)
         for step, count in composed.phases:
-            high = 14.0 + order * step.shifts[-1]
-            z = np.arange(-14.0 - order * step.shifts[0], high, 0.1)
+            if len(step.shifts) == 1:
+                sides += count * order * (order - 1) * step.shifts[0] ** 2 / 2
+                continue
+            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass lies near 0 and below, for a loss that
+            # is bounded below or, without a zero shift, moved by at most (order - 1) times the largest shift.
+            low = -14.0 - (order - 1) * (step.shifts[-1] if step.shifts[0] > 0 else 0.0)
+            z = np.arange(low, 14.0 + order * step.shifts[-1], 0.1)
             loss = step.loss(z)
             base = -z * z / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
-            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass lies near 0 and below.
-            z_add = np.arange(-14.0 - (order - 1) * step.shifts[-1], 14.0, 0.1) if len(step.shifts) == 1 else z
-            loss_add = loss if z_add is z else step.loss(z_add)
-            base_add = base if z_add is z else -z_add * z_add / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
-            for side, logs in enumerate((base + order * loss, base_add - (order - 1) * loss_add)):
+            for side, logs in enumerate((base + order * loss, base - (order - 1) * loss)):
                 top = float(np.max(logs))
                 value = top + math.log(float(np.sum(np.exp(logs - top))))
                 sides[side] += count * (max(value, 0.0) * (1 + 1e-11) + 1e-13)

@@ -1,14 +1,15 @@
 """The certified, near-exact accountant: tilt first, then invert on a lattice. Cost independent of the number of steps.
 
-Theorem. Let S be the sum of independent losses of one direction, with ``M(t) = E[e^(tS)]`` finite at some ``t > 0``, and
-``P_t`` the exponentially tilted law, ``dP_t = e^(tS) dP / M(t)``. Then for every such t
+Theorem. Let S be the sum of independent losses of one direction, with ``M(t) = E[e^(tS)]`` finite at some ``t > 0``,
+and ``P_t`` the exponentially tilted law, ``dP_t = e^(tS) dP / M(t)``. Then for every such t
 
     delta(eps) = E[(1 - e^(eps - S))_+] = M(t) e^(-t eps) E_t[g(S - eps)],   g(x) = e^(-tx) (1 - e^(-x))_+.
 
-At the saddle point the prefactor carries almost all of delta, however small, and the expectation is a number of moderate
-size under a law centred near eps: it needs few digits. (Wang et al. 2022, arXiv 2206.04236, expand the untilted law
-instead, where an error bound on the distribution function is useless as soon as it exceeds delta. Bounding g by its
-maximum c_t = t^t/(1+t)^(1+t) is the conversion from Renyi divergence of order 1 + t, Canonne et al. 2020, arXiv 2004.00010.)
+At the saddle point the prefactor carries almost all of delta, however small, and the expectation is a number of
+moderate size under a law centred near eps: it needs few digits. (Wang et al. 2022, arXiv 2206.04236, expand the
+untilted law instead, where an error bound on the distribution function is useless as soon as it exceeds delta. Bounding
+g by its maximum c_t = t^t/(1+t)^(1+t) is the conversion from Renyi divergence of order 1 + t, Canonne et al. 2020,
+arXiv 2004.00010.)
 
 Here the expectation is computed rather than expanded.
 
@@ -16,26 +17,30 @@ Here the expectation is computed rather than expanded.
 2. The tilted law of the sum is the inverse discrete Fourier transform, of length N, of the product of the steps'
    transforms raised to their counts. This is the law of S modulo W = N h, exactly: there is no error of truncating or
    sampling a Fourier integral. Only folding remains: probability outside the window of length W appears inside it.
-3. Upper end. Folding only adds to a window's probabilities; what lies above the window adds at most P(S >= top), which a
+3. Upper end. Folding only adds to a window's probabilities; what lies above the window adds at most P(S >= top), which
+   a
    Chernoff bound over several tilts bounds; infinite losses add at most their total mass.
-4. Lower bound on the lattice delta'. Folded from above, a loss S >= eps + W adds at most c_t M e^(-t eps) P_t(S >= eps + W),
+4. Lower bound on the lattice delta'. Folded from above, a loss S >= eps + W adds at most c_t M e^(-t eps) P_t(S >= eps
+   + W),
    by Chernoff; below that it lands under eps and adds nothing. Folded from below, S becomes S + kW >= eps, and
    M e^(-t eps) E_t[e^(-t(S + kW - eps))] <= e^(-tkW), in all at most e^(-tW)/(1 - e^(-tW)). Both are subtracted, as is
    the mass moved from beyond the lattice.
-5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))] (:mod:`accountants.lattice`). If D(g) = v, then
-   between g e^(-c) and g e^c the function D lies below the chords from (g, v) to D' at those two points, elsewhere below D';
-   so D'(g) <= A + v B with known A and B, that is v >= (D'(g) - A) / B. The best of several c is taken. The loss is of
-   order n h^2, as for the upper end.
+5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))] (:mod:`accountants.lattice`). If D(g)
+   = v, then
+   between g e^(-c) and g e^c the function D lies below the chords from (g, v) to D' at those two points, elsewhere
+   below D'; so D'(g) <= A + v B with known A and B, that is v >= (D'(g) - A) / B. The best of several c is taken. The
+   loss is of order n h^2, as for the upper end.
 6. Round-off. A sum of N terms through log2 N butterflies has a forward error of at most c u log2(N) * sum of magnitudes
    (c = 8 is used, u = 2^-53); raising to the count n multiplies it by n; the inverse transform adds its own. This
-   bound on every probability of the window is added (upper) or subtracted (lower). Errors of masses and losses are those
-   allowed for in :mod:`accountants.lattice`.
+   bound on every probability of the window is added (upper) or subtracted (lower). Errors of masses and losses are
+   those allowed for in :mod:`accountants.lattice`.
 
-The spacing is reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest length; in every
-case both ends are certified, assuming double precision arithmetic and scipy's normal distribution function accurate to 1e-14.
+The spacing is reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest length; in
+every case both ends are certified, assuming double precision arithmetic and scipy's normal distribution function
+accurate to 1e-14.
 
-Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps, and
-any composition of them). Both directions are computed and the worse is reported.
+Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps,
+and any composition of them). Both directions are computed and the worse is reported.
 """
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -53,6 +58,7 @@ from accountants import closed_form, lattice, saddle
 from accountants.answer import OWN_VERSION, BoundKind, Direction, Interval, PrivacyAnswer
 from accountants.mixtures import Array, Composition, composition
 from accountants.protocol import check_delta, check_epsilon, check_plain_relation
+from accountants.rdp import renyi_epsilon
 
 _UNIT = 2.0**-53
 _LOG2_LENGTHS = (14, 16, 18, 20)
@@ -61,6 +67,8 @@ _MAX_CELLS = 1 << 20
 _MARGIN = 16.0
 #: Where in the window the answer is looked for: the part of its length that lies below it.
 _BELOW = 1 / 4
+#: Relative gap from which on the upper end is compared with the Renyi bound.
+_WIDE = 0.05
 #: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.
 _CHERNOFF = (24.0, 48.0, 96.0)
 
@@ -263,8 +271,8 @@ def _compose(phases: list[_Phase], tilt: float, length: int, low: float, reliabl
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
     """E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
 
-    By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual difference
-    of two sums would cancel.
+    By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
+    difference of two sums would cancel.
     """
     spacing = points[1] - points[0]
     weight = probability * np.exp(np.minimum(tilt * (centre - points), 600.0))
@@ -316,7 +324,12 @@ class TiltedAccountant:
             return _answer("epsilon", Interval(0.0, 0.0, Direction.BOTH), relation)
         if composed.num_steps == 1:
             return _answer("epsilon", closed_form.epsilon_ends(composed.phases[0][0], delta), relation)
-        return _answer("epsilon", _worst_epsilon(composed, delta, self.tolerance), relation)
+        ends = _worst_epsilon(composed, delta, self.tolerance)
+        if ends.upper - ends.lower > _WIDE * ends.upper or math.isinf(ends.upper):
+            # The branch c_t of the theorem; where rare large losses or the size of epsilon defeat the lattice it can be
+            # better.
+            ends = dataclasses.replace(ends, upper=min(ends.upper, renyi_epsilon(composed, delta)))
+        return _answer("epsilon", ends, relation)
 
     def delta(
         self,

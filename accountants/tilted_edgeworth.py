@@ -4,8 +4,8 @@ With the notation of :mod:`accountants.tilted`, for every t > 0
 
     delta(eps) = e^(K(t) - t eps) E_t[g(S - eps)],   g(x) = e^(-tx) (1 - e^(-x))_+,   0 <= g <= c_t = t^t / (1+t)^(1+t).
 
-If H is any function (a distribution function or an expansion) with sup |P_t(S <= x) - H(x)| <= Delta, integration by parts and
-the total variation 2 c_t of g give  |E_t g - int g dH| <= 2 c_t Delta,  so that
+If H is any function (a distribution function or an expansion) with sup |P_t(S <= x) - H(x)| <= Delta, integration by
+parts and the total variation 2 c_t of g give  |E_t g - int g dH| <= 2 c_t Delta,  so that
 
     delta(eps) <= e^(K(t) - t eps) min{ c_t,  int g dH + 2 c_t Delta }.
 
@@ -15,14 +15,16 @@ Two choices of (H, Delta), the better counts:
   1111.6554), 0.56 sum E|X_i|^3 / (sum Var X_i)^(3/2) otherwise (Shevtsova 2010);
 * for identical steps, the first-order Edgeworth expansion and its explicit error (:mod:`accountants.edgeworth_error`).
 
-The branch c_t alone is the conversion from Renyi divergence, so the bound is never worse than that at the same order: unlike
-an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
-theory allows: Delta is of order n^(-1/2) times the tilted skewness, and g needs Delta << 1/(t sd), so about half of the gap between Renyi
-and the truth goes at n = 1000s. The remaining half needs the smoothness of the law, which :mod:`accountants.tilted` uses numerically.
+The branch c_t alone is the conversion from Renyi divergence, so the bound is never worse than that at the same order:
+unlike an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
+theory allows: Delta is of order n^(-1/2) times the tilted skewness, and g needs Delta << 1/(t sd), so at EW-Tune's
+settings a quarter to two fifths of the noise between Renyi's and the least goes. The rest needs the smoothness of the
+law, which :mod:`accountants.tilted` uses numerically.
 
-All laws are cut where one step's noise exceeds a bound that all steps together exceed with probability at most e^-16 delta, which is
-added to delta: without the cut, Renyi divergences of sampled steps explode at orders near 2 ln(1/q)/mu^2. Quadrature: 2000-point
-composite Gauss-Legendre rules over that stretch; K carries a margin of 1e-12 a step.
+All laws are cut where one step's noise exceeds a bound that all steps together exceed with probability at most e^-16
+delta, which is added to delta: without the cut, Renyi divergences of sampled steps explode at orders near 2
+ln(1/q)/mu^2. Quadrature: 2000-point composite Gauss-Legendre rules over that stretch; K carries a margin of 1e-12 a
+step.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -93,7 +95,10 @@ class TiltedSum:
 
 
 def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float) -> TiltedSum:
-    """Moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side, ``log_mass`` sets the cut."""
+    """Moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side.
+
+    ``log_mass`` sets the cut.
+    """
     limits = saddle.truncation(composed, log_mass)
     log_moment = mean = variance = third = absolute = 0.0
     for step, count in composed.phases:

@@ -1,9 +1,10 @@
 """From (epsilon, delta) to what an attacker can do: the trade-off curve, the advantage, and the cap on every attack.
 
-For a test of "the unit took part" against "it did not", with false-positive rate a and true-positive rate b, a pair (eps, delta)
-gives b <= e^eps a + delta and b <= 1 - e^(-eps) (1 - delta - a) (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776), so every
-certified point of the privacy curve cuts the region of possible attacks and their intersection is
-the trade-off function (Dong, Roth, Su 2022, arXiv 1905.02383, proposition 2.12). Using upper bounds on delta keeps the cap certified.
+For a test of "the unit took part" against "it did not", with false-positive rate a and true-positive rate b, a pair
+(eps, delta) gives b <= e^eps a + delta and b <= 1 - e^(-eps) (1 - delta - a) (Kairouz, Oh, Viswanath 2015, arXiv
+1311.0776), so every certified point of the privacy curve cuts the region of possible attacks and their intersection is
+the trade-off function (Dong, Roth, Su 2022, arXiv 1905.02383, proposition 2.12). Using upper bounds on delta keeps the
+cap certified.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -80,9 +81,10 @@ def privacy_curve(
 def shuffle_lower_bound(noise_multiplier: float, num_batches: int, num_epochs: int, delta: float) -> float:
     """A certified lower bound on epsilon for shuffled fixed batches (zero-out): what shuffling certainly costs.
 
-    The other units contribute so that, after a shift, every batch without the unit has mean 0 and the unit's own batch has mean 2 with
-    it and 1 without (all others -1, the unit +1 or 0, in units of the clipping norm). The test is the largest batch sum w, with laws
-    F_with(c) = Phi((c-2)/s) Phi(c/s)^(t-1) and F_without(c) = Phi((c-1)/s) Phi(c/s)^(t-1) (the shape of Chua et al. 2024, arXiv
+    The other units contribute so that, after a shift, every batch without the unit has mean 0 and the unit's own batch
+    has mean 2 with it and 1 without (all others -1, the unit +1 or 0, in units of the clipping norm). The test is the
+    largest batch sum w, with laws F_with(c) = Phi((c-2)/s) Phi(c/s)^(t-1) and F_without(c) = Phi((c-1)/s)
+    Phi(c/s)^(t-1) (the shape of Chua et al. 2024, arXiv
     2403.17673). Post-processing to buckets of w and rounding the composed buckets' losses down can only lower epsilon.
     """
     spread = noise_multiplier

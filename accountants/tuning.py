@@ -1,11 +1,12 @@
 """The price of choosing the best of several runs, and what single users spent.
 
-Tuning: Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD under one
-common bound, and only the best by a score that is itself private or post-processing is released. The number of runs must be
+Tuning: Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD
+under one common bound, and only the best by a score that is itself private or post-processing is released. The number
+of runs must be
 random: a fixed number of tries has no such bound. Renyi accounting only.
 
-Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: the values depend on the data, releasing them is
-itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
+Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: the values depend on the data, releasing
+them is itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

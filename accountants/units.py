@@ -6,12 +6,15 @@ Four routes for a user with up to k records, all for add-or-remove-one of the us
   2406.14322): users are sampled and each user's gradient is clipped once. Account as DP-SGD with
   ``sampling_prob = cohort / users``: :func:`accountants.events.dp_sgd_event`, no conversion.
 * **ELS** (example-level sampling): records are sampled one by one and clipped one by one. A user with k records
-  contributes Binomial(k, q) clipped vectors to a step, each of norm at most C; the worst pair is the mixture of Gaussians with
-  sensitivities 0..k and binomial weights (Charles et al., theorem 2). Exact: :func:`group_event`.
-* **Black-box group privacy**: an (eps, delta)-DP release for one record is (k eps, delta (e^(k eps) - 1)/(e^eps - 1))-DP
+  contributes Binomial(k, q) clipped vectors to a step, each of norm at most C; the worst pair is the mixture of
+  Gaussians with sensitivities 0..k and binomial weights (Charles et al., theorem 2). Exact: :func:`group_event`.
+* **Black-box group privacy**: an (eps, delta)-DP release for one record is (k eps, delta (e^(k eps) - 1)/(e^eps -
+  1))-DP
   for k; never k delta. Optimised over the record curve: :func:`group_epsilon`.
-* **Renyi group privacy** (Mironov 2017, arXiv 1702.07476, proposition 2): for k <= 2^c, order alpha >= 2 at the group costs
-  3^c times the record's divergence at order 2^c alpha: :func:`rdp_group_epsilon`. Useless under sampling, kept for comparison.
+* **Renyi group privacy** (Mironov 2017, arXiv 1702.07476, proposition 2): for k <= 2^c, order alpha >= 2 at the group
+  costs
+  3^c times the record's divergence at order 2^c alpha: :func:`rdp_group_epsilon`. Useless under sampling, kept for
+comparison.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -60,15 +63,11 @@ def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
     """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe."""
     if prob == 1:
         return [(count, 1.0)]
+    if count == 1:
+        return [(0, 1 - prob), (1, prob)]
     weights: list[tuple[int, float]] = []
     for i in range(1, count + 1):
-        log_weight = (
-            math.lgamma(count + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(count - i + 1)
-            + i * math.log(prob)
-            + (count - i) * math.log1p(-prob)
-        )
+        log_weight = math.log(math.comb(count, i)) + i * math.log(prob) + (count - i) * math.log1p(-prob)
         if log_weight > -650:
             weights.append((i, math.exp(log_weight)))
     if weights[-1][0] < count:
@@ -93,12 +92,12 @@ def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[floa
 
 
 def group_epsilon(
-    event: dp_accounting.DpEvent, delta: float, num_records: int, accountant: Accountant, *, points: int = 16
+    event: dp_accounting.DpEvent, delta: float, num_records: int, accountant: Accountant, *, points: int = 10
 ) -> PrivacyAnswer:
     """Black-box epsilon for k records, optimised over the record's curve.
 
-    For a record epsilon e1 the record needs ``delta1 = delta (e^e1 - 1)/(e^(k e1) - 1)``. Every pair on the curve gives a valid bound; the
-    smallest feasible e1 is found by bisection, and the returned value was itself checked.
+    For a record epsilon e1 the record needs ``delta1 = delta (e^e1 - 1)/(e^(k e1) - 1)``. Every pair on the curve gives
+    a valid bound; the smallest feasible e1 is found by bisection, and the returned value was itself checked.
 
     Args:
         event: the record-level event.

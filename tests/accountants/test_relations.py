@@ -99,7 +99,7 @@ def test_random_allocation_beats_poisson_at_the_same_rate():
 @pytest.mark.parametrize("name", ["pld", "tilted", "rdp"])
 def test_unsupported_events_are_refused_by_name(name):
     event = events.random_allocation_event(noise_multiplier=1.0, num_steps=10)
-    with pytest.raises(UnsupportedEventError, match="RandomAllocation|Unsupported"):
+    with pytest.raises(UnsupportedEventError, match=r"RandomAllocation|Unsupported"):
         accountants.epsilon(event, 1e-5, accountant=name)
 
 
