@@ -20,6 +20,7 @@ from accountants.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
 from accountants.events import dp_sgd_event
 from accountants.laplace_reference import ContourAccountant
 from accountants.protocol import Accountant
+from accountants.prv import PrvAccountant
 from accountants.roots import bracketed_root
 from accountants.tilted_edgeworth import TiltedEdgeworthAccountant
 
@@ -84,13 +85,13 @@ def noise_by_estimate(setting: Setting, accountant: Accountant) -> float:
     return bracketed_root(gap, 0.4, 1.5, xtol=1e-6)
 
 
-def noise_by_expansion(setting: Setting) -> float:
-    """The noise at which the tilted expansion's certified upper end meets the target."""
+def noise_by_upper(setting: Setting, accountant: Accountant) -> float:
+    """The noise at which an accountant's upper end meets the target."""
 
     def gap(noise: float) -> float:
-        return TiltedEdgeworthAccountant().epsilon(setting.event(noise), setting.delta).upper - TARGET
+        return accountant.epsilon(setting.event(noise), setting.delta).upper - TARGET
 
-    return bracketed_root(gap, 0.4, 1.5, xtol=1e-5)
+    return bracketed_root(gap, 0.5, 1.1, xtol=1e-5)
 
 
 def noises(setting: Setting) -> dict[str, float]:
@@ -104,14 +105,15 @@ def noises(setting: Setting) -> dict[str, float]:
             num_steps=setting.num_steps,
             accountant=name,
         )
-    row["tilted expansion"] = noise_by_expansion(setting)
+    row["PRV"] = noise_by_upper(setting, PrvAccountant(eps_error=0.01))
+    row["tilted expansion"] = noise_by_upper(setting, TiltedEdgeworthAccountant())
     row.update({label: noise_by_estimate(setting, accountant) for label, accountant in ESTIMATES.items()})
     if setting.published is not None:
         row["EW-Tune (published)"] = setting.published
     return row
 
 
-COLUMNS = ("tilted", "PLD", "tilted expansion", "RDP", "AEA 1", "AEA 2", "AEA 3", "EW-Tune (published)")
+COLUMNS = ("tilted", "PLD", "PRV", "tilted expansion", "RDP", "AEA 1", "AEA 2", "AEA 3", "EW-Tune (published)")
 
 
 def table(rows: dict[Setting, dict[str, float]]) -> str:
@@ -139,7 +141,7 @@ def draw(rows: dict[Setting, dict[str, float]]) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     labels = [f"{setting.task}\n{setting.delta:g}" for setting in rows]
-    markers = dict(zip(COLUMNS, "ovs^123*", strict=True))
+    markers = dict(zip(COLUMNS, "ovPs^123*", strict=True))
     for column in COLUMNS:
         points = [(i, s.truth(row[column])) for i, (s, row) in enumerate(rows.items()) if column in row]
         axes.plot(*zip(*points, strict=True), markers[column], label=column, alpha=0.8)

@@ -27,6 +27,7 @@ from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import resolve
 from accountants.mixtures import composition
 from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon
+from accountants.tilted import TiltedAccountant
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -103,14 +104,16 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     log_mass = (math.log(delta) if delta is not None else -40.0) - 16
     law = saddle.directed_loss(composed, add=False, log_mass=log_mass)
     start = saddle.saddle_for_delta(law, delta) if delta is not None else saddle.saddle_for_epsilon(law, epsilon or 0.0)
-    size, steps = max(start.epsilon, 1e-6), composed.num_steps
-    wanted = math.sqrt(12e-4 * size / ((1 + start.tilt) * steps))
-    if start.epsilon == 0:
+    # A certified value sizes the grid: the saddle-point formula is poor for few steps.
+    size = epsilon or 0.0 if delta is None else TiltedAccountant(tolerance=5e-3).epsilon(event, delta).upper
+    if size == 0:
         return _DEFAULT_GRID
+    steps = composed.num_steps
+    wanted = min(math.sqrt(12e-4 * size / ((1 + start.tilt) * steps)), size / 100)
     largest = max(float(np.max(loss)) for loss in law.losses)
     floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta
-    if delta is not None and start.epsilon > 0 and (wanted < floor / 2 or noisy):
+    if delta is not None and (wanted < floor / 2 or noisy):
         raise ValueError(
             f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"
         )
