@@ -8,7 +8,7 @@ and both distribution functions are expanded around the normal one in powers of 
 of steps.
 
 **AEA** of order 1, 2, 3 puts the expansion in place of F. It is an ``ESTIMATE`` and no bound in either direction: at
-the settings of EW-Tune it is up to 20 % too low, and an expansion is not even a distribution function.
+the settings of EW-Tune it is up to a sixth too low, and an expansion is not even a distribution function.
 
 **EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.edgeworth_error`):
 delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps

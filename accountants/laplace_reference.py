@@ -70,11 +70,20 @@ class ContourAccountant:
             add = values[True] > values[False]
         else:
             values = {False: contour_epsilon(composed, argument, add=False)}
-            add = math.isfinite(values[False]) and contour_delta(composed, values[False], add=True) > argument
+            add = _may_dominate(composed, values[False], argument)
+            add = add and contour_delta(composed, values[False], add=True) > argument
             if add:
                 values[True] = contour_epsilon(composed, argument, add=True)
         direction = Direction.ADD if add else Direction.REMOVE
         return estimate_answer(quantity, values[add], BoundKind.ESTIMATE, self.name, OWN_VERSION, direction)
+
+
+def _may_dominate(composed: Composition, epsilon: float, delta: float) -> bool:
+    """Whether the add direction's delta at ``epsilon`` comes near ``delta``, by the saddle-point formula."""
+    if composed.num_steps <= 1 or math.isinf(epsilon):
+        return composed.num_steps == 1
+    law = saddle.directed_loss(composed, add=True, log_mass=-80.0)
+    return saddle.saddle_for_epsilon(law, epsilon).log_delta > math.log(delta) - 10
 
 
 def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:

@@ -3,7 +3,7 @@
 Certified ends for the *remove* direction of Poisson-sampled Gaussian steps, at an error in epsilon that is chosen here
 relative to the answer. It has no add direction; the known dominance of remove (Zhu, Dong, Wang 2022) is per step and is
 no theorem for compositions (Lebeda et al. 2024, arXiv 2405.20769), so the answer says ``direction = remove`` and its
-kind is ``CERTIFIED_UPPER`` for that direction only: :func:`accountants.certified_epsilon` takes answers for both
+kind is ``CERTIFIED_UPPER`` for that direction only: :func:`accountants.certified_upper` takes answers for both
 directions alone.
 
 Opacus brings torch, so it is imported when a number is asked for, never before.

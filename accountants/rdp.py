@@ -111,7 +111,7 @@ def mixture_divergences(composed: Composition) -> list[float]:
             if len(step.shifts) == 1:
                 sides += count * order * (order - 1) * step.shifts[0] ** 2 / 2
                 continue
-            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass lies near 0 for a loss bounded below
+            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass is near 0 for a loss bounded below
             # and is moved down by at most (order - 1) times the largest shift for one that is not.
             low = -14.0 - (order - 1) * (step.shifts[-1] if step.shifts[0] > 0 else 0.0)
             z = np.arange(low, 14.0 + order * step.shifts[-1], 0.1)
