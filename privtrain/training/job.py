@@ -98,7 +98,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
             checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
-            begin_session(inputs, ledger, session, split)
+            begin_session(inputs, ledger, session, split, units.num_truncated)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0)
         _loop(inputs, trainer, session.continuation)

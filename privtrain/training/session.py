@@ -100,7 +100,7 @@ def _explain(continuation: Continuation) -> None:
         say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
 
 
-def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split) -> None:
+def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, num_truncated: int) -> None:
     """Put on record that training goes on, and with what."""
     run, continuation = inputs.run, session.continuation
     ledger.begin_session(
@@ -109,6 +109,8 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
     checkpoint.drop_after(run.checkpoints, continuation.start_step)
     write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
     write_atomically(run.config, to_yaml(public_tree(inputs.config)))
+    counts = {**dataclasses.asdict(inputs.corpus.counts), "num_truncated_training_records": num_truncated}
+    write_json(run.data_counts, counts, mode=0o600)
     manifest = split.manifest(inputs.corpus)
     if not run.manifest.exists():
         write_json(run.manifest, manifest, mode=0o600)

@@ -63,7 +63,7 @@ def test_certified_ends_enclose_the_truth(setting):
     check(setting)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("setting", GRID, ids=str)
 def test_certified_ends_enclose_the_truth_everywhere(setting):
     check(setting)

@@ -41,7 +41,7 @@ def test_every_parameter_can_be_found():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_other_samplers_are_calibrated_too():
     def make(noise):
         return accountants.truncated_poisson_event(

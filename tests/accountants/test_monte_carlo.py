@@ -44,13 +44,13 @@ def test_simulated_delta_lies_in_the_interval(setting):
     check(setting, 1_000_000)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_ten_million_simulated_losses_lie_in_the_interval(setting):
     check(setting, 10_000_000)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_ten_million_simulated_allocations_lie_in_the_interval():
     sigma, steps, epsilon = 1.0, 10, 0.5
     answer = accountants.delta(

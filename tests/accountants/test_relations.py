@@ -88,7 +88,7 @@ def test_shuffling_is_a_gaussian_per_epoch_and_no_less_than_its_lower_bound():
         accountants.epsilon(event, 1e-5, relation=ADD)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_random_allocation_beats_poisson_at_the_same_rate():
     event = events.random_allocation_event(noise_multiplier=1.0, num_steps=100)
     answer = accountants.epsilon(event, 1e-5, accountant="allocation")

@@ -24,7 +24,7 @@ def test_the_group_delta_is_the_geometric_sum_and_never_k_delta():
         (0.01, 1.0, 1000, 2, 4.5541),
         (0.001, 1.0, 2000, 5, 1.4287),
         (0.01, 4.0, 1000, 10, 3.8885),
-        pytest.param(0.001, 0.6, 200, 2, 2.7192, marks=pytest.mark.slow),
+        pytest.param(0.001, 0.6, 200, 2, 2.7192, marks=pytest.mark.campaign),
     ],
 )
 def test_the_exact_group_is_the_library_s_and_never_worse_than_the_black_box(q, sigma, steps, k, expected):

@@ -1,6 +1,6 @@
 """Times of the accountants, alternating with dp-accounting and Opacus in one process.
 
-Run with ``pytest tests/bench -m slow -s`` on an idle machine; the ratios, not the milliseconds, are asserted.
+Run with ``pytest tests/bench -m campaign -s`` on an idle machine; the ratios, not the milliseconds, are asserted.
 """
 
 import time
@@ -14,7 +14,7 @@ from accountants.comparison import compare
 from accountants.edgeworth import Aea1Accountant
 from accountants.tilted import TiltedAccountant
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 SETTINGS = [(0.01, 1000, 2.0, 1e-5), (2000 / 392_702, 3920, 8.0, 1e-6)]
 
