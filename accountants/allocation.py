@@ -49,8 +49,16 @@ class AllocationAccountant:
         """See :class:`accountants.protocol.Accountant`; the upper end is never below 1e-11."""
         check_epsilon(epsilon)
         check_plain_relation(self.name, relation)
-        upper, lower = _library().gaussian_allocation_delta_range(epsilon=epsilon, **_arguments(event))
-        return _answer("delta", float(lower), min(max(float(upper), MIN_DELTA), 1.0), relation)
+        library = _library()
+        question = {
+            "params": library.PrivacyParams(epsilon=epsilon, **_arguments(event)),
+            "config": library.AllocationSchemeConfig(),
+        }
+        upper, lower = (
+            float(library.gaussian_allocation_delta_configurable(**question, bound_type=kind))
+            for kind in (library.BoundType.DOMINATES, library.BoundType.IS_DOMINATED)
+        )
+        return _answer("delta", lower, min(max(upper, MIN_DELTA), 1.0), relation)
 
 
 def _library() -> Any:

@@ -104,6 +104,14 @@ def test_delta_at_epsilon_encloses_the_reference(epsilon):
     assert answer.lower <= exact <= answer.upper <= 1.02 * exact
 
 
+def test_pld_is_refused_where_its_round_off_puts_it_below_the_truth():
+    event = dp_sgd(1.0, 1.0, 1000)
+    with pytest.raises(ValueError, match="below the certified lower bound"):
+        accountants.epsilon(event, 1e-10)
+    exact = accountants.epsilon(event, 1e-10, accountant="tilted")
+    assert 701.1 < exact.lower <= exact.upper < 701.2
+
+
 def test_prv_encloses_the_remove_direction():
     event = dp_sgd(0.01, 1.0, 500)
     answer = accountants.epsilon(event, 1e-5, accountant="prv")
