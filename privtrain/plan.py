@@ -67,23 +67,18 @@ class PrivacyPlan:
         """Calibrate the noise (or account for the noise given) and freeze.
 
         Raises:
-            ConfigError: if no noise multiplier meets the target.
+            ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
-        noise_multiplier = privacy.noise_multiplier
-        if noise_multiplier is None:
-            assert privacy.target_epsilon is not None
-            try:
-                noise_multiplier = accountants.calibrate_noise_multiplier(
-                    target_epsilon=privacy.target_epsilon,
-                    target_delta=privacy.target_delta,
-                    sampling_prob=privacy.sampling_prob,
-                    num_steps=privacy.num_steps,
-                )
-            except accountants.CalibrationError as error:
-                raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
-        event = accountants.dp_sgd_event(
-            noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
-        )
+        try:
+            noise_multiplier = _noise_multiplier(privacy)
+            event = accountants.dp_sgd_event(
+                noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
+            )
+            answer = accountants.epsilon(event, privacy.target_delta, accountant=privacy.accountant)
+        except accountants.CalibrationError as error:
+            raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
+        except ValueError as error:
+            raise ConfigError([Fault("privacy.accountant", str(error))]) from None
         return cls(
             unit=privacy.unit,
             records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
@@ -97,7 +92,7 @@ class PrivacyPlan:
             noise_multiplier=noise_multiplier,
             num_steps=privacy.num_steps,
             delta=privacy.target_delta,
-            epsilon=accountants.certified_upper(accountants.epsilon(event, privacy.target_delta)),
+            epsilon=accountants.certified_upper(answer),
             accountant=privacy.accountant,
             insecure_seed=privacy.insecure_seed,
         )
@@ -121,9 +116,20 @@ class PrivacyPlan:
 
     def epsilon_after(self, num_steps: int) -> float:
         """Certified ε spent by ``num_steps`` charged steps."""
-        return _epsilon_after(
-            self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon
-        )
+        if num_steps == self.num_steps or math.isinf(self.epsilon):
+            return self.epsilon
+        try:
+            value = accountants.certified_upper(_answer_after(self, num_steps))
+        except ValueError:
+            if num_steps > self.num_steps:
+                raise
+            # The accountant cannot resolve so few steps. ε grows with them, so the whole plan's ε bounds theirs.
+            return self.epsilon
+        return min(value, self.epsilon) if num_steps < self.num_steps else value
+
+    def answer_after(self, num_steps: int) -> accountants.PrivacyAnswer:
+        """The accountant's whole answer for ``num_steps`` charged steps."""
+        return _answer_after(self, num_steps)
 
     def fingerprint(self, data_sha256: str | None = None) -> str:
         """SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
@@ -135,15 +141,22 @@ class PrivacyPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=4096)
-def _epsilon_after(
-    noise_multiplier: float, sampling_prob: float, delta: float, num_steps: int, planned_steps: int, planned: float
-) -> float:
-    if num_steps == planned_steps or math.isinf(planned):
-        return planned
-    event = accountants.dp_sgd_event(
-        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
+def _noise_multiplier(privacy: PrivacySection) -> float:
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.target_epsilon is not None
+    return accountants.calibrate_noise_multiplier(
+        target_epsilon=privacy.target_epsilon,
+        target_delta=privacy.target_delta,
+        sampling_prob=privacy.sampling_prob,
+        num_steps=privacy.num_steps,
+        accountant=privacy.accountant,
     )
-    value = accountants.certified_upper(accountants.epsilon(event, delta))
-    # ε grows with the steps, so before the plan is used up its own ε is a certified bound too.
-    return min(value, planned) if num_steps < planned_steps else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _answer_after(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
+    event = accountants.dp_sgd_event(
+        noise_multiplier=plan.noise_multiplier, sampling_prob=plan.sampling_prob, num_steps=num_steps
+    )
+    return accountants.epsilon(event, plan.delta, accountant=plan.accountant)

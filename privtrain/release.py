@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import pathlib
 from typing import Any
@@ -53,7 +52,7 @@ def privacy_statement(
         num_commits: steps that the ledger shows as finished.
         ledger_head: hash of the ledger's last record.
     """
-    epsilon = plan.epsilon_after(num_charged)
+    epsilon, answer = plan.epsilon_after(num_charged), plan.answer_after(num_charged)
     return {
         "schema": SCHEMA,
         "private": not plan.not_private_reasons,
@@ -77,9 +76,10 @@ def privacy_statement(
         "accountants": [
             {
                 "method": plan.accountant,
-                "kind": "certified_upper",
+                "kind": answer.kind.value,
+                "lower": _finite(answer.lower),
                 "upper": _finite(epsilon),
-                "version": f"dp-accounting {importlib.metadata.version('dp-accounting')}",
+                "version": answer.version,
             }
         ],
         "num_units": num_units,

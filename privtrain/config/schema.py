@@ -141,11 +141,11 @@ class PrivacySection(Section):
     noise_multiplier: float | None = Field(
         default=None, ge=0, description="0 trains without privacy, and says so everywhere."
     )
-    target_delta: float = Field(
-        ge=1e-11, lt=1, description="Below 1/units; below 1e-11 no float64 accountant is sound."
-    )
+    target_delta: float = Field(gt=0, lt=1, description="Below 1/units. Below 1e-11 it needs accountant: tilted.")
     num_steps: int = Field(ge=1)
-    accountant: Literal["pld"] = "pld"
+    accountant: Literal["pld", "tilted", "rdp"] = Field(
+        default="pld", description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ."
+    )
     insecure_seed: int | None = Field(
         default=None, ge=0, description="For tests: marks the run as not private everywhere."
     )

@@ -37,7 +37,7 @@ BAD = {
     "both targets": ({"privacy": {"target_epsilon": 1.0}}, "exactly one of privacy.target_epsilon"),
     "unknown key": ({"privacy": {"cliping_norm": 1}}, "did you mean privacy.clipping_norm?"),
     "unknown section": ({"privcy": {}}, "did you mean privacy?"),
-    "tiny delta": ({"privacy": {"target_delta": 1e-12}}, "privacy.target_delta: given 1e-12"),
+    "tiny delta": ({"privacy": {"target_delta": 1e-12}}, "privacy.accountant: "),
     "hardly any noise": ({"privacy": {"noise_multiplier": 0.01}}, "must be 0 (no privacy) or at least 0.1"),
     "unreachable epsilon": (
         {"privacy": {"target_epsilon": 1e-9, "target_delta": 1e-10, "noise_multiplier": None}},

@@ -65,6 +65,17 @@ def test_calibration_meets_the_target_from_below(tree):
     assert 2.9 < plan.epsilon <= 3.0
 
 
+@pytest.mark.parametrize("accountant", ["tilted", "rdp"])
+def test_other_certified_accountants_can_be_chosen(tree, accountant):
+    plan = PrivacyPlan.build(validate(tree).privacy)
+    tree["privacy"]["accountant"] = accountant
+    other = PrivacyPlan.build(validate(tree).privacy)
+    assert other.fingerprint() != plan.fingerprint()
+    assert other.epsilon == pytest.approx(plan.epsilon, rel=1e-3 if accountant == "tilted" else 0.3)
+    tree["privacy"] |= {"accountant": "tilted", "target_delta": 1e-14}
+    assert PrivacyPlan.build(validate(tree).privacy).epsilon > plan.epsilon
+
+
 def test_epsilon_shown_never_falls_below_what_was_spent(tree):
     plan = PrivacyPlan.build(validate(tree).privacy)
     curve = [plan.epsilon_after(n) for n in range(plan.num_steps + 3)]
