@@ -11,7 +11,7 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from privtrain.clipping.capture import captured
 from privtrain.clipping.factors import exact_fp32
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.layout import Layout
+from privtrain.layout import Layout, Slot
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -257,7 +257,7 @@ class PerUnitClipper:
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 
 
-def _owners(model: nn.Module, slot_of: dict[int, object]) -> dict[str, nn.Module]:
+def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
     """The modules that own a trainable tensor, each once; a tied tensor has several owners."""
     modules: dict[str, nn.Module] = {}
     owned: set[int] = set()

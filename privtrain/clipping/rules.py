@@ -104,7 +104,9 @@ def embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tenso
 
 def scaled_embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
     """Gemma's embedding: the looked-up row times a constant."""
-    return embedding(module, ids, output_gradient * module.embed_scale.to(output_gradient.dtype))  # pyright: ignore
+    scale = module.embed_scale
+    assert isinstance(scale, torch.Tensor)
+    return embedding(module, ids, output_gradient * scale.to(output_gradient.dtype))
 
 
 def layer_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
