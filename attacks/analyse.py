@@ -54,15 +54,15 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
     users = user_inference.user_statistics(signals.read_signals(run / signals.SIGNALS_PATH))
     counts = {side: _counts([user for user in users if user.side == side]) for side in signals.SIDES}
     for side, count in counts.items():
-        if count["num_users"] < MIN_USERS_PER_SIDE:
+        if count["num_units"] < MIN_USERS_PER_SIDE:
             raise AttackInputError(
-                f"{run / signals.SIGNALS_PATH} has {count['num_users']} {side} users: expected at least "
+                f"{run / signals.SIGNALS_PATH} has {count['num_units']} {side} users: expected at least "
                 f"{MIN_USERS_PER_SIDE} on each side; hold out more users and run next: attacks score {run}"
             )
     cap = verdict.Cap.of(statement)
     results = {name: _result(users, name, cap, seed) for name in user_inference.DEFINITIONS}
     headline = results[user_inference.HEADLINE]
-    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_users"], counts[signals.HELD_OUT]["num_users"])
+    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], counts[signals.HELD_OUT]["num_units"])
     facts: dict[str, object] = {
         "schema": SCHEMA_NAME,
         "attack": "user_inference",
@@ -71,7 +71,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
         "counts": counts,
-        "cap": _cap_facts(cap, counts[signals.HELD_OUT]["num_users"]),
+        "cap": _cap_facts(cap, counts[signals.HELD_OUT]["num_units"]),
         "ceiling": {"auroc": 1.0, "interval": [ceiling.lower, ceiling.upper]},
         "headline": user_inference.HEADLINE,
         "verdict": headline["verdict"],
@@ -87,7 +87,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
 def _counts(users: Sequence[user_inference.UserStatistics]) -> dict[str, int]:
     """What stands behind one side."""
     return {
-        "num_users": len(users),
+        "num_units": len(users),
         "num_documents": sum(user.num_documents for user in users),
         "num_tokens": sum(user.num_tokens for user in users),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
 import warnings
@@ -12,6 +11,7 @@ import typer
 
 from attacks.errors import AttackInputError
 from privtrain.errors import PrivtrainError
+from privtrain.errors import report as report_failure
 
 app = typer.Typer(
     name="attacks",
@@ -66,7 +66,5 @@ def main() -> None:
     try:
         app()
     except (AttackInputError, PrivtrainError) as error:
-        # Every rank of a scoring job meets the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"attacks: {error}", err=True)
+        report_failure(f"attacks: {error}")
         sys.exit(getattr(error, "exit_code", 2))

@@ -24,7 +24,7 @@ class _Part(pydantic.BaseModel):
 class ContributionBound(_Part):
     """How much of one user a step may hold."""
 
-    records_per_user_per_step: int | None = None
+    records_per_unit_per_step: int | None = None
     selection: str | None = None
 
 
@@ -77,7 +77,7 @@ class PrivacyStatement(_Part):
     epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
     accountants: list[AccountantAnswer]
-    num_users: int | None
+    num_units: int | None
     ledger: Ledger | None
     plan_fingerprint: str
     assumptions: list[str]

@@ -50,7 +50,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
     """
     read_statement(run_path)
     run = RunDirectory(run_path)
-    config = load_config(run.config)
+    config = load_config(run.resolved_config)
     state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
         target = run_path / SIGNALS_PATH
@@ -67,7 +67,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
         base = load_base(config.model, base_dtype(precision, device))
         model = load_adapter(base, run.adapter).to(device).eval()
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-        key = run.load_or_create_key("pseudonym")
+        key = run.load_key("pseudonym")
         batches = list(compose_batches(documents, batch_tokens))
         mine = batches[state.process_index :: state.num_processes]
         rows = []

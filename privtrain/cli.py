@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 import warnings
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from privtrain.errors import PrivtrainError
+from privtrain.errors import PrivtrainError, report
 
 app = typer.Typer(
     name="privtrain",
@@ -84,9 +83,7 @@ def main() -> None:
     try:
         app()
     except PrivtrainError as error:
-        # Every rank of a job meets the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"privtrain: {error}", file=sys.stderr)
+        report(f"privtrain: {error}")
         sys.exit(error.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,19 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
     import peft
 
     return peft.PeftModel.from_pretrained(base, str(directory))
+
+
+def weights_checksum(model: torch.nn.Module) -> str:
+    """A digest of every tensor's sum and norm: cheap on any device, and other weights do not pass for the same."""
+    numbers = [
+        (
+            name,
+            float(p.detach().sum(dtype=torch.float64)),
+            float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)),
+        )
+        for name, p in sorted(model.named_parameters())
+    ]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
 def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import math
 
 import accountants
 from privtrain.config.schema import PrivacySection
+from privtrain.errors import ConfigError, Fault
 
 SCHEMA = "privtrain/plan/1"
 
@@ -69,17 +70,20 @@ class PrivacyPlan:
         """Calibrate the noise (or account for the noise given) and freeze.
 
         Raises:
-            accountants.CalibrationError: if no noise multiplier meets the target.
+            ConfigError: if no noise multiplier meets the target.
         """
         noise_multiplier = privacy.noise_multiplier
         if noise_multiplier is None:
             assert privacy.target_epsilon is not None
-            noise_multiplier = accountants.calibrate_noise_multiplier(
-                target_epsilon=privacy.target_epsilon,
-                target_delta=privacy.target_delta,
-                sampling_prob=privacy.sampling_prob,
-                num_steps=privacy.num_steps,
-            )
+            try:
+                noise_multiplier = accountants.calibrate_noise_multiplier(
+                    target_epsilon=privacy.target_epsilon,
+                    target_delta=privacy.target_delta,
+                    sampling_prob=privacy.sampling_prob,
+                    num_steps=privacy.num_steps,
+                )
+            except accountants.CalibrationError as error:
+                raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         event = accountants.dp_sgd_event(
             noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
         )
@@ -114,6 +118,8 @@ class PrivacyPlan:
             reasons.append("noise_multiplier is 0: no noise is added")
         if self.insecure_seed is not None:
             reasons.append("insecure_seed is set: whoever knows it can subtract the noise")
+        if not reasons and math.isinf(self.epsilon):
+            reasons.append("epsilon is infinite")
         return tuple(reasons)
 
     def epsilon_after(self, num_steps: int) -> float:
@@ -122,8 +128,11 @@ class PrivacyPlan:
             self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon
         )
 
-    def fingerprint(self, data_sha256: str) -> str:
-        """SHA-256 over the plan's canonical JSON and the data manifest's digest."""
+    def fingerprint(self, data_sha256: str | None = None) -> str:
+        """SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
+
+        Publish it without the digest only: with it, whoever knows all records but one could test a guess of that one.
+        """
         body = {"schema": SCHEMA, "data_sha256": data_sha256, **dataclasses.asdict(self)}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -10,16 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain.config import Config, load_config
-from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.advice import expected_units, warnings
+from privtrain.config import load_config
+from privtrain.data.corpus import load_corpus
 from privtrain.inputs import check_inputs
 from privtrain.plan import PrivacyPlan
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
-
-#: Relative gap between expected batch size and sampling_prob times users that is worth a warning.
-_BATCH_GAP = 0.25
 
 
 def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +30,6 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
     check_inputs(config)
     corpus = load_corpus(config.data)
     plan = PrivacyPlan.build(config.privacy)
-    expected_units = _expected_units(config, corpus)
     steps = sorted({max(1, round(share * plan.num_steps)) for share in _MILESTONES})
     return {
         "run": str(config.run.directory),
@@ -41,7 +38,7 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "num_records": corpus.num_records,
         "rows_without_user": corpus.counts.num_without_user,
         "rows_empty": corpus.counts.num_empty,
-        "expected_training_units": round(expected_units),
+        "expected_training_units": round(expected_units(config, corpus)),
         "records_per_unit": plan.records_per_unit,
         "sampling_prob": plan.sampling_prob,
         "expected_batch_size": plan.expected_batch_size,
@@ -58,31 +55,6 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "launch": f"accelerate launch --config_file launch/accelerate/cpu.yaml -m privtrain train {config_path}"
         + "".join(f" {override}" for override in overrides),
     }
-
-
-def warnings(config: Config, plan: PrivacyPlan, corpus: Corpus) -> list[str]:
-    """What a careful privacy engineer would point out."""
-    found = []
-    expected_units = _expected_units(config, corpus)
-    if plan.delta >= 1 / max(expected_units, 1):
-        found.append(
-            f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{expected_units:.0f}: a mechanism that "
-            "publishes one unit at random would pass; choose a smaller target_delta"
-        )
-    drawn = plan.sampling_prob * expected_units
-    if abs(drawn / plan.expected_batch_size - 1) > _BATCH_GAP:
-        found.append(
-            f"privacy.sampling_prob draws about {drawn:.1f} units a step but the sum is divided by "
-            f"privacy.expected_batch_size={plan.expected_batch_size:g}: privacy is unaffected, the step size is not"
-        )
-    if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
-        found.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
-    return found
-
-
-def _expected_units(config: Config, corpus: Corpus) -> float:
-    num = len(corpus.records) if config.privacy.unit == "user" else corpus.num_records
-    return num * (1 - config.data.held_out_fraction)
 
 
 def print_plan(description: dict[str, Any]) -> None:

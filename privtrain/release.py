@@ -19,24 +19,38 @@ ASSUMPTIONS = (
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
     "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
     "(Mironov 2012) are outside the model.",
-    "The owner of a record is the value of the user column; a person with two ids counts as two users.",
     "The plan (sampling probability, expected batch size, clipping norm, steps, delta) was chosen without looking at "
-    "the private records. The number of users stated here is published without noise.",
+    "the private records. The number of units stated here is published without noise.",
     "Hyper-parameter search over this data, if there was any, is not included.",
 )
 
+_UNIT_ASSUMPTION = {
+    "user": ("The owner of a record is the value of the user column; a person with two ids counts as two users.",),
+    "example": (
+        "The unit is one record: a user with n records is protected only as far as group privacy over n reaches.",
+    ),
+}
+
 
 def privacy_statement(
-    config: Config, plan: PrivacyPlan, *, fingerprint: str, num_users: int, num_charged: int, ledger_head: str
+    config: Config,
+    plan: PrivacyPlan,
+    *,
+    num_units: int,
+    num_model_steps: int,
+    num_charged: int,
+    num_commits: int,
+    ledger_head: str,
 ) -> dict[str, Any]:
     """The statement of what is guaranteed, for ``privacy.json``.
 
     Args:
         config: the resolved configuration.
         plan: the plan that was carried out.
-        fingerprint: of plan and data.
-        num_users: training units.
-        num_charged: steps charged to the budget; ε is for exactly these.
+        num_units: training units.
+        num_model_steps: steps that the released model has behind it.
+        num_charged: steps charged to the budget, abandoned ones included; ε is for exactly these.
+        num_commits: steps that the ledger shows as finished.
         ledger_head: hash of the ledger's last record.
     """
     epsilon = plan.epsilon_after(num_charged)
@@ -46,7 +60,7 @@ def privacy_statement(
         "not_private_reasons": list(plan.not_private_reasons),
         "unit": plan.unit,
         "neighboring_relation": plan.neighboring_relation,
-        "contribution_bound": {"records_per_user_per_step": plan.records_per_unit, "selection": plan.selection},
+        "contribution_bound": {"records_per_unit_per_step": plan.records_per_unit, "selection": plan.selection},
         "sampling": {"scheme": plan.sampling, "sampling_prob": plan.sampling_prob},
         "mechanism": {
             "kind": "gaussian",
@@ -57,6 +71,7 @@ def privacy_statement(
         },
         "num_steps": plan.num_steps,
         "steps_released": num_charged,
+        "steps_of_the_model": num_model_steps,
         "epsilon": _finite(epsilon),
         "delta": plan.delta,
         "accountants": [
@@ -67,10 +82,10 @@ def privacy_statement(
                 "version": f"dp-accounting {importlib.metadata.version('dp-accounting')}",
             }
         ],
-        "num_users": num_users,
-        "ledger": {"head": ledger_head, "num_commits": num_charged},
-        "plan_fingerprint": fingerprint,
-        "assumptions": list(ASSUMPTIONS),
+        "num_units": num_units,
+        "ledger": {"head": ledger_head, "num_commits": num_commits},
+        "plan_fingerprint": plan.fingerprint(),
+        "assumptions": [*_UNIT_ASSUMPTION[plan.unit], *ASSUMPTIONS],
         "not_covered": _not_covered(config),
         "software": {"privtrain": privtrain.__version__},
     }
@@ -115,10 +130,10 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ("δ", f"{plan.delta:g}"),
         ("Privacy unit", plan.unit),
         ("Neighbouring relation", plan.neighboring_relation.replace("_", " ")),
-        ("Training units", str(statement["num_users"])),
+        ("Training units", str(statement["num_units"])),
         (
             "Records of a unit in a step",
-            f"at most {bound['records_per_user_per_step']}, chosen at {bound['selection']}",
+            f"at most {bound['records_per_unit_per_step']}, chosen at {bound['selection']}",
         ),
         ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from privtrain.errors import PrivtrainError, RunBusy
+from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
 from privtrain.secret import SecretKey
 
 
@@ -25,6 +25,7 @@ class RunDirectory:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self.config = root / "config.yaml"
+        self.resolved_config = root / "secret" / "config.yaml"
         self.privacy = root / "privacy.json"
         self.metrics = root / "metrics.jsonl"
         self.adapter = root / "adapter"
@@ -51,7 +52,7 @@ class RunDirectory:
             PrivtrainError: if the directory holds files of something else.
         """
         # What a job leaves that was killed before it had an identity is ours to take over.
-        begun = {self.secret.name, self.checkpoints.name, self.config.name}
+        begun = {self.secret.name, self.checkpoints.name, self.config.name, temporary_of(self.config).name}
         if self.root.exists() and any(p.name not in begun for p in self.root.iterdir()):
             raise PrivtrainError(
                 f"{self.root} exists and is not a run of privtrain; choose another run.name or run.output_dir"
@@ -79,20 +80,36 @@ class RunDirectory:
                 ) from None
             yield
 
-    def load_or_create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
-        """The key stored under ``secret/NAME.key``, made from the operating system's entropy if there is none."""
-        path = self.secret / f"{name}.key"
-        if path.exists():
-            return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+    def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
+        """A fresh key under ``secret/NAME.key``, in place of one that was never used."""
         key = SecretKey.generate() if insecure_seed is None else SecretKey.insecure(insecure_seed, name)
-        write_atomically(path, key.reveal().hex() + "\n", mode=0o600)
+        write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
         return key
+
+    def load_key(self, name: str) -> SecretKey:
+        """The key stored under ``secret/NAME.key``.
+
+        Raises:
+            GuaranteeLost: if it is gone: another one must never stand in for a key that was used.
+        """
+        path = self.secret / f"{name}.key"
+        try:
+            return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+        except (FileNotFoundError, ValueError):
+            raise GuaranteeLost(
+                f"{path} is missing or damaged; restore it, or start a new run with another run.name"
+            ) from None
+
+
+def temporary_of(path: pathlib.Path) -> pathlib.Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644) -> None:
     """Write, fsync and rename: after a crash the file is the old one or the new one, whole."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)

@@ -12,13 +12,27 @@ import time
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CPU_CONFIG = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
 
-_ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+_ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY),
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def command(module: str, *arguments: str | pathlib.Path) -> list[str]:
     """``accelerate launch`` of a module with the shipped CPU config: two gloo ranks."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_CONFIG)]
     return [*launcher, "-m", module, *map(str, arguments)]
+
+
+def run_script(script: pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks to its end."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_CONFIG), str(script)]
+    return subprocess.run(
+        launcher, cwd=REPOSITORY, env=_ENVIRONMENT, capture_output=True, text=True, timeout=timeout_seconds, check=False
+    )
 
 
 def run(module: str, *arguments: str | pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
@@ -72,6 +86,18 @@ def wait_for_ledger(
         if ledger.exists() and ledger.stat().st_size >= num_bytes:
             return True
         time.sleep(0.002)
+    return False
+
+
+def wait_for_checkpoint(
+    launcher: subprocess.Popen[bytes], run: pathlib.Path, step: int, timeout_seconds: float
+) -> bool:
+    """Whether a checkpoint of ``step`` appeared before the job ended."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline and launcher.poll() is None:
+        if (run / "checkpoints" / f"step-{step:08d}").exists():
+            return True
+        time.sleep(0.001)
     return False
 
 

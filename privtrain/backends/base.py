@@ -49,6 +49,10 @@ class Backend(Protocol):
         """Wait for every rank."""
         ...
 
+    def gather_digests(self, value: bytes) -> list[bytes]:
+        """Every rank's 32 bytes, by rank, on every rank."""
+        ...
+
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors are bit-identical on every rank."""
         ...
@@ -76,6 +80,11 @@ class ReplicatedBackend:
         optimizer.zero_grad(set_to_none=True)
 
 
+def all_equal(values: Sequence[bytes]) -> bool:
+    """Whether there is one value."""
+    return len(set(values)) == 1
+
+
 def digest(tensors: Sequence[torch.Tensor]) -> bytes:
     """SHA-256 over the exact bits of the tensors."""
     sha = hashlib.sha256()
@@ -84,4 +93,4 @@ def digest(tensors: Sequence[torch.Tensor]) -> bytes:
     return sha.digest()
 
 
-__all__ = ["Backend", "ReplicatedBackend", "digest"]
+__all__ = ["Backend", "ReplicatedBackend", "all_equal", "digest"]

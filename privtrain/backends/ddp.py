@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from privtrain.backends.base import ReplicatedBackend, digest
+from privtrain.backends.base import ReplicatedBackend, all_equal, digest
 
 
 class DdpBackend(ReplicatedBackend):
@@ -54,12 +54,16 @@ class DdpBackend(ReplicatedBackend):
         """See :class:`privtrain.backends.base.Backend`."""
         dist.barrier()
 
-    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
+    def gather_digests(self, value: bytes) -> list[bytes]:
         """See :class:`privtrain.backends.base.Backend`."""
-        mine = torch.frombuffer(bytearray(digest(tensors)), dtype=torch.uint8).to(self.device)
+        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self.device)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine)
-        return all(torch.equal(other, gathered[0]) for other in gathered)
+        return [item.cpu().numpy().tobytes() for item in gathered]
+
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return all_equal(self.gather_digests(digest(tensors)))
 
     def close(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""

@@ -34,6 +34,10 @@ class LocalBackend(ReplicatedBackend):
     def barrier(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
 
+    def gather_digests(self, value: bytes) -> list[bytes]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return [value]
+
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002
         """See :class:`privtrain.backends.base.Backend`."""
         return True

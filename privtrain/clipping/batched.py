@@ -6,7 +6,7 @@ of n·(p + d) numbers. One inequality decides, for each layer and batch:
     p·d ≤ n·(p + d)   →  multiply out, one gradient a unit: it takes no more memory than the factors, and its norm no
                          more operations than the Gram matrices. All of LoRA, biases, norms; large layers of long units.
     otherwise         →  keep the factors (book-keeping: Bu et al. 2022, arXiv 2210.00038), norms from Gram matrices in
-                         fp32, and the clipped sum of all units in one product.
+                         float64, and the clipped sum of all units in one product.
 
 Embeddings are always kept as factors: their memory grows with the rows touched.
 """
@@ -68,9 +68,9 @@ class UnitGradients:
             self._add_dense(name, self._by_unit(gradient))
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, units] squared norms in float64, and bounds on their rounding errors."""
+        """[slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
         squares = torch.zeros(len(self._layout.slots), self._num_units, dtype=torch.float64, device=self._device)
-        margins = torch.zeros_like(squares)
+        uncancelled = torch.zeros_like(squares)
         for i, slot in enumerate(self._layout.slots):
             if slot.name in self._dense:
                 squares[i] = torch.linalg.vector_norm(self._dense[slot.name].flatten(1), dim=1).double().square()
@@ -79,11 +79,11 @@ class UnitGradients:
             if outers or lookups:
                 for unit in range(self._num_units):
                     rows = self._rows(unit)
-                    squares[i, unit], margins[i, unit] = squared_norm(
+                    squares[i, unit], uncancelled[i, unit] = squared_norm(
                         [Outer(o.left[rows], o.right[rows]) for o in outers],
                         [Lookup(k.ids[rows], k.values[rows]) for k in lookups],
                     )
-        return squares, margins
+        return squares, uncancelled
 
     def unit(self, index: int) -> dict[str, torch.Tensor]:
         """The whole gradient of one unit, multiplied out: name → [*shape]. A tensor without a use is left out."""

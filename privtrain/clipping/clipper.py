@@ -4,8 +4,8 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
 (user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). Two routes lead to the same sum:
 
 * ``batched``: one forward and backward pass for all rows, and a rule for each layer type (:mod:`.rules`).
-* ``one_unit``: plain autograd over one unit's rows at a time. It needs no rule, so it is exact for any layer, and it
-  is the cheaper one for large tensors when a unit fills a pass.
+* ``one_unit``: plain autograd, one unit after another, row by row. It needs no rule, so it is exact for any layer,
+  and no memory for the other units, so it is the one for full fine-tuning on long records.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from privtrain.layout import Layout, Slot
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: A norm from Gram matrices is used if its rounding error is at most this share of its square; otherwise the unit's
-#: gradient is multiplied out. The error is added to the norm, which is over-estimated by at most half of this share.
-_MARGIN = 2e-4
+#: Contributions of a unit's tokens that cancel to less than this share of what they could add up to (in squares) are
+#: multiplied out, so that the norm is of the very tensor that is added and fp32 rounding of the sum stays below 1e-5.
+_CANCELLED = 1e-4
 
 
 @dataclasses.dataclass
@@ -56,9 +56,9 @@ class PerUnitClipper:
 
     Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
     fp32 rounding), whatever the unit's records; a unit whose gradient is not finite contributes zero. Norms are of the
-    very fp32 tensors that are summed; where a norm comes from Gram matrices instead, a bound on its rounding error is
-    added, and a unit whose contributions cancel beyond that is multiplied out. Assumes that ``row_losses`` gives each
-    row a loss of that row alone; the start-up self-test compares with plain autograd.
+    very fp32 tensors that are summed, or in float64 of the factors whose product is summed; a unit whose tokens cancel
+    is multiplied out first. Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test
+    compares with plain autograd.
 
     Args:
         model: the model that ``row_losses`` runs.
@@ -196,16 +196,16 @@ class PerUnitClipper:
         if not num_units:
             return
         with exact_fp32(self._device):
-            squares, margins = gradients.squares()
-            doubtful = margins.sum(0) > _MARGIN * squares.sum(0)
-            if self._style == "per_layer":
-                doubtful = (margins > _MARGIN * squares).any(0)
-            apart = set(doubtful.nonzero().flatten().tolist())
+            squares, uncancelled = gradients.squares()
+            cancelled = squares < _CANCELLED * uncancelled
+            if self._style != "per_layer":
+                cancelled = squares.sum(0, keepdim=True) < _CANCELLED * uncancelled.sum(0)
+            apart = set(cancelled.any(dim=0).nonzero().flatten().tolist())
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
             if len(apart) < num_units:
-                weights = self._factors(squares + margins, together)
+                weights = self._factors(squares, together)
                 gradients.add_weighted(self.total, weights.float())
             for index in sorted(apart):
                 self._add_unit(batch, index, gradients.unit(index))
@@ -213,16 +213,23 @@ class PerUnitClipper:
     # One unit at a time.
 
     def _accumulate_units(self, batch: Microbatch) -> None:
-        parameters = list(self.layout.parameters.values())
+        owner = batch.owner.tolist()
         for index in range(len(batch.owners)):
-            rows = batch.owner == index
-            losses = self._row_losses(batch.input_ids[rows], batch.target_mask[rows])
-            loss = (losses * batch.row_weight[rows]).sum()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
-            gradient = {s.name: g.float() for s, g in zip(self.layout.slots, found, strict=True) if g is not None}
+            gradient: dict[str, torch.Tensor] = {}
+            for row in (i for i, unit in enumerate(owner) if unit == index):
+                self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
                 self._add_unit(batch, index, gradient)
+
+    def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
+        # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
+        loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
+        found = torch.autograd.grad(loss, list(self.layout.parameters.values()), allow_unused=True)
+        self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+        for slot, value in zip(self.layout.slots, found, strict=True):
+            if value is not None:
+                value = value.float()
+                gradient[slot.name] = gradient[slot.name].add_(value) if slot.name in gradient else value
 
     def _add_unit(self, batch: Microbatch, index: int, gradient: dict[str, torch.Tensor]) -> None:
         """Add one unit's whole gradient, or keep it open if its rows continue."""

@@ -56,15 +56,28 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                 break
             node = node[part]
         else:
-            node[leaf] = _parse_scalar(text)
+            try:
+                node[leaf] = _parse_scalar(text)
+            except yaml.YAMLError:
+                faults.append(Fault(key, f"given {text!r}, which is no YAML value"))
     if faults:
         raise ConfigError(faults, "overrides")
     return result
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def to_yaml(tree: dict[str, Any]) -> str:
+    """A configuration tree as YAML, in the order of the sections."""
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def public_tree(config: Config) -> dict[str, Any]:
+    """The resolved configuration without this machine's paths."""
+    tree = config.model_dump(mode="json", exclude={"run": {"output_dir"}})
+    if config.model.name_or_path is not None:
+        tree["model"]["name_or_path"] = config.model.public_name
+    if "paths" in tree["data"]["source"]:
+        tree["data"]["source"]["paths"] = [pathlib.Path(path).name for path in tree["data"]["source"]["paths"]]
+    return tree
 
 
 def _parse_scalar(text: str) -> Any:

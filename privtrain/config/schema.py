@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
+#: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
+_SMALLEST_NOISE = 0.1
+
 
 class Section(pydantic.BaseModel):
     """Base of every section: frozen, and strict about names."""
@@ -72,7 +75,7 @@ class LoraSection(Section):
 
 
 class FilesSource(Section):
-    """JSONL, CSV or Parquet files."""
+    """JSONL, CSV or Parquet files; ids are taken as written (007 and 7 are two users), text or whole numbers."""
 
     kind: Literal["files"]
     paths: list[pathlib.Path] = Field(min_length=1)
@@ -138,12 +141,21 @@ class PrivacySection(Section):
     noise_multiplier: float | None = Field(
         default=None, ge=0, description="0 trains without privacy, and says so everywhere."
     )
-    target_delta: float = Field(gt=0, lt=1)
+    target_delta: float = Field(
+        ge=1e-11, lt=1, description="Below 1/units; below 1e-11 no float64 accountant is sound."
+    )
     num_steps: int = Field(ge=1)
     accountant: Literal["pld"] = "pld"
     insecure_seed: int | None = Field(
         default=None, ge=0, description="For tests: marks the run as not private everywhere."
     )
+
+    @pydantic.field_validator("noise_multiplier")
+    @classmethod
+    def _enough_noise(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < _SMALLEST_NOISE:
+            raise ValueError(f"given {value}; must be 0 (no privacy) or at least {_SMALLEST_NOISE}")
+        return value
 
     @pydantic.model_validator(mode="after")
     def _one_target(self) -> PrivacySection:

@@ -7,17 +7,22 @@ counts are private diagnostics, because they describe the data.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import glob
 import hashlib
+import json
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
+
+import pyarrow.parquet
 
 from privtrain.config.schema import DataSection, FilesSource, HubSource
 from privtrain.data import plays
 from privtrain.errors import ConfigError, Fault
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FORMATS = (".jsonl", ".csv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +70,23 @@ def check_source(data: DataSection) -> list[Fault]:
         if not files:
             faults.append(Fault("data.source.paths", f"no such file: {pattern}"))
         for file in files:
-            if file.suffix not in _READERS:
-                faults.append(Fault("data.source.paths", f"{file} is not one of {', '.join(_READERS)}"))
-                continue
-            columns = _columns(file)
-            for key in ("user_column", "text_column"):
-                if getattr(data, key) not in columns:
-                    problem = f"no column {getattr(data, key)!r} in {file}; it has {', '.join(sorted(columns))}"
-                    faults.append(Fault(f"data.{key}", problem))
+            faults += _check_file(file, data)
+    return faults
+
+
+def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
+    if file.suffix not in _FORMATS:
+        return [Fault("data.source.paths", f"{file} is not one of {', '.join(_FORMATS)}")]
+    try:
+        columns = _columns(file)
+    except ConfigError as error:
+        return list(error.faults)
+    faults = []
+    for key in ("user_column", "text_column"):
+        name = getattr(data, key)
+        if columns.count(name) != 1:
+            problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
+            faults.append(Fault(f"data.{key}", f"{problem}; it has {', '.join(columns)}"))
     return faults
 
 
@@ -94,7 +108,7 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     num_rows = num_without_user = num_empty = 0
     for user, text in rows:
         num_rows += 1
-        owner = "" if user is None or user != user else str(user).strip()
+        owner = _owner(user)
         content = text.strip() if isinstance(text, str) else ""
         if not owner:
             num_without_user += 1
@@ -106,6 +120,18 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
         raise ConfigError([Fault("data.source", f"no usable row among {num_rows}")])
     ordered = {user: tuple(records[user]) for user in sorted(records)}
     return Corpus(ordered, RowCounts(num_rows, num_without_user, num_empty), _digest(ordered))
+
+
+def _owner(user: object) -> str:
+    """A user id as text; empty if there is none. An id that could be written in two ways is refused."""
+    if user is None or (isinstance(user, float) and math.isnan(user)):
+        return ""
+    if isinstance(user, str):
+        return user.strip()
+    if isinstance(user, int) and not isinstance(user, bool):
+        return str(user)
+    problem = f"user id {user!r} is neither text nor a whole number: one person could count as two; convert the column"
+    raise ConfigError([Fault("data.user_column", problem)])
 
 
 def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
@@ -122,52 +148,62 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     if not isinstance(data.source, FilesSource | HubSource):
         yield from plays.read_plays()
         return
-    import datasets
-
-    datasets.disable_progress_bars()
     if isinstance(data.source, HubSource):
-        table = datasets.load_dataset(data.source.name, split=data.source.split, revision=data.source.revision)
-        missing = {data.user_column, data.text_column} - set(table.column_names or [])
-        if missing:
-            raise ConfigError(
-                [Fault("data", f"no column {sorted(missing)} in {data.source.name}: {table.column_names}")]
-            )
-        for row in table:
-            yield row[data.user_column], row[data.text_column]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        yield from _hub_rows(data.source, data.user_column, data.text_column)
         return
     for pattern in data.source.paths:
         for file in _expand(pattern):
             yield from _file_rows(file, data.user_column, data.text_column)
 
 
+def _hub_rows(source: HubSource, user_column: str, text_column: str) -> Iterator[tuple[object, object]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(source.name, split=source.split, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError([Fault("data.source.name", f"cannot load {source.name}: {error}")]) from None
+    assert isinstance(table, datasets.Dataset)
+    missing = {user_column, text_column} - set(table.column_names)
+    if missing:
+        problem = f"no column {sorted(missing)} in {source.name}; it has {', '.join(table.column_names)}"
+        raise ConfigError([Fault("data", problem)])
+    yield from zip(table[user_column], table[text_column], strict=True)
+
+
 def _file_rows(file: pathlib.Path, user_column: str, text_column: str) -> Iterator[tuple[object, object]]:
+    """Rows as written: no type is guessed, so that 007 and 7 stay the two ids that the file says they are."""
     try:
-        table = _table(file)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+        if file.suffix == ".parquet":
+            table = pyarrow.parquet.read_table(file, columns=[user_column, text_column])
+            yield from zip(table[user_column].to_pylist(), table[text_column].to_pylist(), strict=True)
+        elif file.suffix == ".csv":
+            with open(file, newline="", encoding="utf-8") as lines:
+                yield from ((row[user_column], row[text_column]) for row in csv.DictReader(lines, strict=True))
+        else:
+            with open(file, encoding="utf-8") as lines:
+                yield from (_pick(json.loads(line), user_column, text_column) for line in lines if line.strip())
+    except (OSError, ValueError, csv.Error) as error:
         raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
-    yield from zip(table[user_column].to_pylist(), table[text_column].to_pylist(), strict=True)
 
 
-def _table(file: pathlib.Path):
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
-
-    if file.suffix == ".parquet":
-        return pyarrow.parquet.read_table(file)
-    if file.suffix == ".csv":
-        return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-    return pyarrow.json.read_json(file, parse_options=pyarrow.json.ParseOptions(newlines_in_values=True))
+def _pick(row: object, user_column: str, text_column: str) -> tuple[object, object]:
+    if not isinstance(row, dict):
+        raise ValueError("a line is not a JSON object")
+    return row.get(user_column), row.get(text_column)
 
 
-def _columns(file: pathlib.Path) -> set[str]:
-    import pyarrow.parquet
-
+def _columns(file: pathlib.Path) -> list[str]:
     try:
-        names = pyarrow.parquet.read_schema(file).names if file.suffix == ".parquet" else _table(file).column_names
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.read_schema(file).names
+        with open(file, newline="", encoding="utf-8") as lines:
+            if file.suffix == ".csv":
+                return next(csv.reader(lines), [])
+            return list(json.loads(lines.readline() or "{}"))
+    except (OSError, ValueError, csv.Error) as error:
         raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
-    return set(names)
 
 
 def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:

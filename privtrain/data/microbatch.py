@@ -1,12 +1,19 @@
-"""Pack a rank's units into padded microbatches, whole users in a row.
+"""Pack a rank's units into microbatches whose tensor shapes give nothing away.
 
 A user's records lie next to each other. A user may span microbatches; it never spans ranks. Every rank runs the same
 number of microbatches: missing ones are made of zero-weight rows.
+
+The shape of the tensors that a unit is computed in depends on that unit's own records alone: the width is the smallest
+of a few fixed widths that holds its longest record, units of different widths never share a microbatch, and every
+microbatch has the same number of rows. Padding to the longest batch mate instead would let one user's presence change
+how everybody else's bf16 gradients are rounded (measured: 0.17 clipping norms over 14 users), which is sensitivity
+that nobody accounted for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,13 +22,10 @@ import torch
 #: Owner of a padding row: nobody.
 NOBODY = -1
 
+#: Fixed widths that records are padded to, as a number of equal parts of the longest allowed.
+_NUM_WIDTHS = 4
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One record in a step: its tokens and the position of its owner among the rank's units."""
-
-    tokens: np.ndarray
-    owner: int
+Records = Sequence[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,50 +57,76 @@ class Microbatch:
         return dataclasses.replace(self, **moved)
 
 
-def num_microbatches(num_rows: int, microbatch_size: int) -> int:
-    """Microbatches that ``num_rows`` rows need."""
-    return -(-num_rows // microbatch_size)
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    tokens: np.ndarray
+    owner: int
 
 
-def pack(
-    units: Sequence[Sequence[np.ndarray]], *, microbatch_size: int, num_batches: int, pad_id: int
-) -> Iterator[Microbatch]:
-    """Yield exactly ``num_batches`` microbatches holding the records of ``units`` in order.
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Turns units into microbatches.
 
-    The loss of a unit is the mean over *its own* predicted tokens in the step, so no weight depends on another unit.
-
-    Args:
-        units: per unit its token arrays, each of at least two tokens.
-        microbatch_size: rows per microbatch.
-        num_batches: the largest number that any rank needs.
+    Attributes:
+        microbatch_size: rows in every microbatch.
+        max_length: tokens of the longest record.
         pad_id: token id for padding; never predicted.
     """
-    rows = [Row(tokens, owner) for owner, records in enumerate(units) for tokens in records]
-    weights = [1.0 / max(1, sum(len(tokens) - 1 for tokens in records)) for records in units]
-    assert num_microbatches(len(rows), microbatch_size) <= num_batches
-    for index in range(num_batches):
-        chunk = rows[index * microbatch_size : (index + 1) * microbatch_size]
-        following = rows[(index + 1) * microbatch_size : (index + 1) * microbatch_size + 1]
-        continues = bool(chunk and following and following[0].owner == chunk[-1].owner)
-        yield _assemble(chunk, weights, continues, pad_id)
 
+    microbatch_size: int
+    max_length: int
+    pad_id: int
 
-def _assemble(chunk: Sequence[Row], weights: Sequence[float], continues: bool, pad_id: int) -> Microbatch:
-    if not chunk:
-        chunk = [Row(np.full(2, pad_id, dtype=np.int64), NOBODY)]
-    length = max(len(row.tokens) for row in chunk)
-    input_ids = np.full((len(chunk), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(chunk), length), dtype=bool)
-    owners = tuple(dict.fromkeys(row.owner for row in chunk if row.owner != NOBODY))
-    position = {owner: i for i, owner in enumerate(owners)} | {NOBODY: NOBODY}
-    for i, row in enumerate(chunk):
-        input_ids[i, : len(row.tokens)] = row.tokens
-        mask[i, 1 : len(row.tokens)] = row.owner != NOBODY
-    return Microbatch(
-        input_ids=torch.from_numpy(input_ids),
-        target_mask=torch.from_numpy(mask),
-        row_weight=torch.tensor([0.0 if r.owner == NOBODY else weights[r.owner] for r in chunk], dtype=torch.float32),
-        owner=torch.tensor([position[row.owner] for row in chunk], dtype=torch.int64),
-        owners=owners,
-        last_continues=continues,
-    )
+    def width(self, records: Records) -> int:
+        """The fixed width that a unit's records are padded to: a function of these records alone."""
+        part = -(-self.max_length // _NUM_WIDTHS)
+        longest = max(len(tokens) for tokens in records)
+        assert longest <= self.max_length
+        return min(-(-longest // part) * part, self.max_length)
+
+    def num_batches(self, units: Sequence[Records]) -> int:
+        """Microbatches that these units need."""
+        rows: dict[int, int] = {}
+        for records in units:
+            width = self.width(records)
+            rows[width] = rows.get(width, 0) + len(records)
+        return sum(-(-count // self.microbatch_size) for count in rows.values())
+
+    def pack(self, units: Sequence[Records], num_batches: int) -> Iterator[Microbatch]:
+        """Yield exactly ``num_batches`` microbatches holding the records of ``units``.
+
+        The loss of a unit is the mean over *its own* predicted tokens in the step, so no weight depends on another.
+
+        Args:
+            units: per unit its token arrays, each of at least two tokens.
+            num_batches: the largest number that any rank needs.
+        """
+        weights = [1.0 / max(1, sum(len(tokens) - 1 for tokens in records)) for records in units]
+        by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))
+        num_made = 0
+        for width, group in itertools.groupby(by_width, key=lambda u: self.width(units[u])):
+            rows = [_Row(tokens, unit) for unit in group for tokens in units[unit]]
+            for start in range(0, len(rows), self.microbatch_size):
+                chunk = rows[start : start + self.microbatch_size]
+                following = rows[start + self.microbatch_size : start + self.microbatch_size + 1]
+                continues = bool(following) and following[0].owner == chunk[-1].owner
+                yield self._assemble(chunk, weights, continues, width)
+                num_made += 1
+        assert num_made <= num_batches
+        for _ in range(num_batches - num_made):
+            yield self._assemble([], weights, False, min(-(-self.max_length // _NUM_WIDTHS), self.max_length))
+
+    def _assemble(self, chunk: Sequence[_Row], weights: Sequence[float], continues: bool, width: int) -> Microbatch:
+        input_ids = np.full((self.microbatch_size, width), self.pad_id, dtype=np.int64)
+        mask = np.zeros((self.microbatch_size, width), dtype=bool)
+        row_weight = np.zeros(self.microbatch_size, dtype=np.float32)
+        owner = np.full(self.microbatch_size, NOBODY, dtype=np.int64)
+        owners = tuple(dict.fromkeys(row.owner for row in chunk))
+        position = {unit: i for i, unit in enumerate(owners)}
+        for i, row in enumerate(chunk):
+            input_ids[i, : len(row.tokens)] = row.tokens
+            mask[i, 1 : len(row.tokens)] = True
+            row_weight[i] = weights[row.owner]
+            owner[i] = position[row.owner]
+        tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))
+        return Microbatch(*tensors, owners=owners, last_continues=continues)

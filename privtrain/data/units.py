@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,14 @@ class UnitData:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def sha256(self) -> str:
+        """Digest of every unit's name and tokens."""
+        digest = hashlib.sha256()
+        for name, records in zip(self.names, self.records, strict=True):
+            for part in (name.encode("utf-8", errors="surrogatepass"), *(tokens.tobytes() for tokens in records)):
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
 
 
 def build_units(

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
@@ -46,7 +46,7 @@ class LedgerState:
         plan_fingerprint: the plan that the run is bound to.
         generation: the newest generation; -1 before the first session.
         intents: (generation, step) → digest of its contributions; every one is charged.
-        commits: (generation, step) that finished.
+        commits: (generation, step) that finished → digest of the noised sum that was applied.
         path: the steps that the current model rests on, or would if the newest checkpoint were lost.
         is_released: whether the run ended with a release.
     """
@@ -58,7 +58,7 @@ class LedgerState:
     generation: int = -1
     environment: str = ""
     intents: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-    commits: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    commits: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     path: list[StepEntry] = dataclasses.field(default_factory=list)
     is_released: bool = False
 
@@ -78,7 +78,7 @@ def verify(path: pathlib.Path) -> LedgerState:
     """
     state, end = _replay(path)
     size = path.stat().st_size
-    if end != size:
+    if size > end:
         raise LedgerCorrupt(
             f"{path}: {size - end} bytes of an unfinished record after offset {end}; the last write was torn. "
             "Resuming the run repairs and records it"
@@ -128,10 +128,26 @@ class Ledger:
                 "Start a new run with another run.name"
             )
 
-    def commit(self, generation: int, step: int) -> None:
+    def check_replay(self, generation: int, step: int, update_sha256: str) -> None:
+        """Before a step is applied: if it was committed before, it must give the same noised sum, bit by bit.
+
+        Raises:
+            GuaranteeLost: if it does not. The steps past the checkpoint are given up then; the same command goes on
+                in a new generation.
+        """
+        known = self.state.commits.get((generation, step))
+        if known is not None and known != update_sha256:
+            self._append("diverged", generation=generation, step=step)
+            raise GuaranteeLost(
+                f"step {step} was repeated after a restart and gave another sum under the same noise (other weights, "
+                "or a device that is not deterministic); nothing was applied. Start the same command again: it goes on "
+                "with fresh noise, and the abandoned steps stay charged"
+            )
+
+    def commit(self, generation: int, step: int, update_sha256: str) -> None:
         """Put on disk that the step's update was made. A replayed step is committed once."""
         if (generation, step) not in self.state.commits:
-            self._append("commit", generation=generation, step=step)
+            self._append("commit", generation=generation, step=step, update=update_sha256)
 
     def release(self, epsilon: float | None, delta: float) -> str:
         """Record the release of the model and return the head that the privacy statement quotes."""
@@ -162,9 +178,12 @@ def open_ledger(
         LedgerCorrupt: if anything but an unfinished last line is wrong, or the log belongs to another plan.
     """
     state, end = (LedgerState(), 0) if not path.exists() else _replay(path)
-    num_torn_bytes = path.stat().st_size - end if path.exists() else 0
+    num_torn_bytes = max(0, path.stat().st_size - end) if path.exists() else 0
     if num_torn_bytes:
         os.truncate(path, end)
+    elif path.exists() and path.stat().st_size < end:
+        with open(path, "ab") as file:  # the record is whole; only its line end was lost
+            file.write(b"\n")
     ledger = Ledger(path, state, pseudonym_key)
     try:
         if state.num_records == 0:
@@ -187,11 +206,13 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _replay(path: pathlib.Path) -> tuple[LedgerState, int]:
-    """Replay every finished record; return the state and the offset after the last one."""
+    """Replay every whole record; return the state and the offset after the last one, its line end included."""
     state, end = LedgerState(), 0
     for offset, line in _lines(path):
-        if not line.endswith(b"\n") and _is_torn(line):
-            break
+        if not line.endswith(b"\n"):
+            if _is_torn(line):
+                break
+            line = line + b"\n"
         problem = _check(state, line)
         if problem:
             raise LedgerCorrupt(f"{path}: record {state.num_records} at byte {offset}: {problem}")
@@ -201,13 +222,12 @@ def _replay(path: pathlib.Path) -> tuple[LedgerState, int]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether an unterminated last line is a write cut short, as opposed to a whole record followed by damage."""
+    """Whether an unterminated last line is a write cut short, as opposed to a whole record or a damaged one."""
     try:
         json.JSONDecoder().raw_decode(line.decode("ascii"))
     except ValueError:
         return line.startswith(b'{"'[: len(line)])
-    # Cut just before the line end: never acknowledged, so dropping it loses nothing that was committed.
-    return line.endswith(b"}")
+    return False
 
 
 def _check(state: LedgerState, line: bytes) -> str | None:
@@ -224,23 +244,58 @@ def _check(state: LedgerState, line: bytes) -> str | None:
         return "its content does not match its hash"
     if (record.get("kind") == "begin") != (state.num_records == 0):
         return "a log has one beginning, at its start"
-    if record["kind"] == "intent":
-        return _check_intent(state, record)
-    key = (record.get("generation"), record.get("step"))
-    if record["kind"] == "commit" and (key not in state.intents or key in state.commits):
-        return "a commit without an open intent"
+    return _CHECKS.get(record["kind"], _unknown_kind)(state, record)
+
+
+def _unknown_kind(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
+    return f"a record of unknown kind {record['kind']!r}"
+
+
+def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
     return None
 
 
+def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
+    if record["generation"] not in (max(state.generation, 0), state.generation + 1):
+        return "a session of a generation that is neither the last nor the next"
+    if not 0 <= record["from_step"] <= len(state.path):
+        return "a session that starts past the steps that were taken"
+    return None
+
+
+def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
+    key = (record["generation"], record["step"])
+    return "a commit without an open intent" if key not in state.intents or key in state.commits else None
+
+
+def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
+    return "a release that charges other steps" if record["num_charged"] != state.num_charged else None
+
+
 def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
+    if state.is_released:
+        return "a step after the release"
     if (record["generation"], record["step"]) in state.intents:
         return "a step twice"
+    if record["generation"] != state.generation or record["step"] != len(state.path):
+        return "a step out of order"
     names = [name for name, _ in record["units"]]
     if len(set(names)) != len(names):
         return "a unit twice in one step"
     if any(not 1 <= count <= state.records_per_unit for _, count in record["units"]):
         return f"a unit with more than {state.records_per_unit} records, or none"
     return None
+
+
+_CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
+    "begin": _nothing_to_check,
+    "session": _check_session,
+    "intent": _check_intent,
+    "commit": _check_commit,
+    "diverged": _nothing_to_check,
+    "repair": _nothing_to_check,
+    "release": _check_release,
+}
 
 
 def _apply(state: LedgerState, record: dict[str, Any]) -> None:
@@ -259,7 +314,11 @@ def _apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.intents[record["generation"], record["step"]] = _units_digest(record["units"])
             state.path.append(StepEntry(record["generation"], record["step"], state.environment))
         case "commit":
-            state.commits.add((record["generation"], record["step"]))
+            state.commits[record["generation"], record["step"]] = record["update"]
+        case "diverged":
+            # Nothing of this generation may be replayed again.
+            state.path = [dataclasses.replace(entry, environment="") for entry in state.path]
+            state.environment = ""
         case "release":
             state.is_released = True
 

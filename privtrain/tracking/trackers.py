@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from privtrain.config import Config
+from privtrain.config import Config, public_tree
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
@@ -43,7 +43,7 @@ class JsonlTracker:
 
     Args:
         path: the file.
-        from_step: rows with ``train/step`` above this are dropped.
+        from_step: rows of steps and evaluations that come after this many steps are dropped.
         mode: permissions of a new file.
     """
 
@@ -55,7 +55,7 @@ class JsonlTracker:
                     row = json.loads(line)
                 except ValueError:
                     continue  # the torn last line of a killed run
-                if row["train/step"] <= from_step:
+                if row["train/step"] < from_step or (row["train/step"] == from_step and not _is_evaluation(row)):
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept), mode)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -68,6 +68,10 @@ class JsonlTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
 
 
 class WandbTracker:
@@ -89,6 +93,7 @@ class WandbTracker:
             disable_job_creation=True,
             x_disable_meta=True,
             x_disable_machine_info=True,
+            host="privtrain",
             init_timeout=120,
         )
         tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
@@ -99,7 +104,7 @@ class WandbTracker:
             resume="allow",
             job_type="train",
             dir=str(run.root),
-            config=_public_config(config, plan),
+            config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
             tags=tags,
             settings=settings,
         )
@@ -145,12 +150,3 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
     if config.tracking.wandb:
         public.append(WandbTracker(config, plan, run, run_id))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
-
-
-def _public_config(config: Config, plan: PrivacyPlan) -> dict[str, Any]:
-    """The resolved config without this machine's paths and without the test seed."""
-    tree = config.model_dump(mode="json", exclude={"run": {"output_dir"}, "privacy": {"insecure_seed"}})
-    tree["model"]["name_or_path"] = config.model.public_name
-    tree["data"]["source"].pop("paths", None)
-    tree["privacy"]["noise_multiplier"] = plan.noise_multiplier
-    return tree

@@ -71,6 +71,13 @@ def load_newest(directory: pathlib.Path) -> Checkpoint | None:
     return None
 
 
+def drop_after(directory: pathlib.Path, step: int) -> None:
+    """Remove checkpoints past ``step``: they are damaged, or rest on steps that were abandoned."""
+    for candidate in _newest_first(directory):
+        if int(candidate.name.removeprefix("step-")) > step:
+            shutil.rmtree(candidate)
+
+
 def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's adapter and optimizer state in place."""
     content: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
@@ -88,7 +95,7 @@ def _read(directory: pathlib.Path) -> Checkpoint | None:
     try:
         summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))
         state = (directory / _STATE).read_bytes()
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     if hashlib.sha256(state).hexdigest() != summary.get("sha256"):
         return None

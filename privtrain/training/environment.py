@@ -18,12 +18,15 @@ import accountants
 import privtrain
 from privtrain.backends import Backend
 from privtrain.config import Config
+from privtrain.errors import GuaranteeLost
 
 _LIBRARIES = ("accelerate", "cryptography", "numpy", "peft", "scipy", "tokenizers", "torch", "transformers")
 
 
-def environment_digest(config: Config, backend: Backend) -> str:
-    """SHA-256 over the resolved config, code, library versions, world layout, device and CPU type.
+def environment_digest(
+    config: Config, backend: Backend, *, precision: str, weights_checksum: str, units_sha256: str
+) -> bytes:
+    """SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
 
     The run's name and place and the tracking section cannot change a step and are left out.
     """
@@ -36,14 +39,36 @@ def environment_digest(config: Config, backend: Backend) -> str:
         "backend": type(backend).__name__,
         "device": _device_name(backend.device),
         "num_threads": torch.get_num_threads(),
+        "precision": precision,
+        "weights": weights_checksum,
+        "units": units_sha256,
     }
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
+
+
+def check_ranks_agree(backend: Backend, digests: dict[str, bytes]) -> None:
+    """Refuse to train if a rank has another plan, data set, config or environment than rank 0.
+
+    Units are drawn by index: on a rank with other data an index is another user, and one user could enter a step twice.
+
+    Raises:
+        GuaranteeLost: naming the ranks and what differs.
+    """
+    for name, value in digests.items():
+        gathered = backend.gather_digests(value)
+        others = [str(rank) for rank, item in enumerate(gathered) if item != gathered[0]]
+        if others:
+            raise GuaranteeLost(
+                f"rank {', '.join(others)} has another {name} than rank 0; give every rank the same config, "
+                "data files, base model, software and type of device"
+            )
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {platform.machine()}"
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {sorted(features.items())}"
 
 
 def _code_digest() -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from privtrain.backends import Backend
-from privtrain.data.microbatch import num_microbatches, pack
+from privtrain.data.microbatch import Packer
 from privtrain.models import row_losses
 
 
@@ -18,20 +18,17 @@ def held_out_loss(
     records: Sequence[np.ndarray],
     backend: Backend,
     *,
-    microbatch_size: int,
-    pad_id: int,
+    packer: Packer,
     autocast: torch.autocast,
 ) -> float | None:
     """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records."""
     if not records:
         return None
-    by_length = sorted(records, key=len)
-    mine = [[tokens] for tokens in by_length[backend.rank :: backend.world_size]]
-    num_batches = num_microbatches(len(mine), microbatch_size)
+    mine = [[tokens] for tokens in records[backend.rank :: backend.world_size]]
     sums = torch.zeros(2, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
-        for batch in pack(mine, microbatch_size=microbatch_size, num_batches=num_batches, pad_id=pad_id):
+        for batch in packer.pack(mine, packer.num_batches(mine)):
             moved = batch.to(backend.device)
             with autocast:
                 losses = row_losses(model, moved.input_ids, moved.target_mask)

@@ -1,7 +1,8 @@
 """Where a restarted run goes on, decided from its ledger and its newest checkpoint. A pure function.
 
-A step that was begun after the checkpoint is replayed for free only if everything about it is the same; otherwise a new
-generation with a fresh secret begins, and the abandoned steps stay charged, which leaves fewer steps for the model.
+A session goes on under the same secret only if its environment is the one that drew from that secret so far: then steps
+that were begun after the checkpoint are replayed for free. Otherwise a new generation with a fresh secret begins, and
+abandoned steps stay charged, which leaves fewer steps for the model.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def decide(
     if state.generation < 0:
         return Continuation(0, 0, num_steps, 0, 0)
     past = [entry for entry in state.path if entry.step >= checkpoint_step]
-    same = all(entry.generation == state.generation and entry.environment == environment for entry in past)
+    # Also at a step boundary: a copy of the directory may be going on from here under the old environment.
+    same = environment == state.environment and all(
+        entry.generation == state.generation and entry.environment == environment for entry in past
+    )
     num_left = max(0, num_steps - state.num_charged)
     if same:
         return Continuation(state.generation, checkpoint_step, checkpoint_step + len(past) + num_left, len(past), 0)

@@ -15,7 +15,7 @@ from scipy import stats
 from privtrain.backends import Backend
 from privtrain.clipping import PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
-from privtrain.data.microbatch import Microbatch, num_microbatches, pack
+from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
 from privtrain.secret import SecretKey
@@ -91,9 +91,9 @@ def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
 
 
 def _batches(units: list[list[np.ndarray]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
-    num_batches = num_microbatches(len(_PLANTED_LENGTHS), microbatch_size)
-    batches = pack(units, microbatch_size=microbatch_size, num_batches=num_batches, pad_id=0)
-    return [batch.to(device) for batch in batches]
+    packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
+    num_batches = -(-len(_PLANTED_LENGTHS) // microbatch_size)
+    return [batch.to(device) for batch in packer.pack(units, num_batches)]
 
 
 def _clipped_and_reduced(

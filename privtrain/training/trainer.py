@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from privtrain.backends import Backend
 from privtrain.clipping import PerUnitClipper
-from privtrain.config.schema import PerformanceSection, TrainingSection
-from privtrain.data.microbatch import Microbatch, num_microbatches, pack
+from privtrain.config.schema import TrainingSection
+from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.units import UnitData
 from privtrain.layout import Layout
 from privtrain.ledger import Ledger
@@ -28,7 +30,6 @@ class Trainer:
     Args:
         plan: everything that the guarantee depends on.
         training: optimizer settings.
-        performance: microbatch size and the like.
         model: the model with its adapter, on the backend's device.
         units: the training data by privacy unit.
         backend: this rank's view of the job.
@@ -37,7 +38,7 @@ class Trainer:
         ledger: the open ledger on rank 0, ``None`` elsewhere.
         tracker: where metrics go.
         autocast: precision of forward passes.
-        pad_id: token id for padding.
+        packer: makes microbatches.
     """
 
     def __init__(
@@ -45,7 +46,6 @@ class Trainer:
         *,
         plan: PrivacyPlan,
         training: TrainingSection,
-        performance: PerformanceSection,
         model: torch.nn.Module,
         units: UnitData,
         backend: Backend,
@@ -54,7 +54,7 @@ class Trainer:
         ledger: Ledger | None,
         tracker: Tracker,
         autocast: torch.autocast,
-        pad_id: int,
+        packer: Packer,
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -62,12 +62,11 @@ class Trainer:
         self.tracker = tracker
         self.generation = generation
         self._training = training
-        self._performance = performance
         self._model = model
         self._units = units
         self._key = key
         self._autocast = autocast
-        self._pad_id = pad_id
+        self._packer = packer
         self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
         self.layout = Layout.of(model)
         self.clipper = PerUnitClipper(model, self.layout, plan.clipping_norm, self._losses, backend.device)
@@ -91,20 +90,22 @@ class Trainer:
         self.backend.reduce(total)
         stddev = self.plan.noise_multiplier * self.clipper.sensitivity
         self.backend.add_noise(total, self.layout, self._key, step, stddev)
+        update = self._check_replay(step, total)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
-        self._commit(step)
+        self._commit(step, update)
         self._log(step, time.monotonic() - started)
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
-        costs = [max(len(self._units.records[d.unit][r]) for r in d.records) for d in drawn]
-        hands = deal(drawn, costs, self.backend.world_size)
-        size = self._performance.microbatch_size
-        num_batches = max(num_microbatches(sum(len(d.records) for d in hand), size) for hand in hands)
-        mine = [[self._units.records[d.unit][r] for r in d.records] for d in hands[self.backend.rank]]
-        for batch in pack(mine, microbatch_size=size, num_batches=num_batches, pad_id=self._pad_id):
+        costs = [self._packer.width(self._records_of(d)) for d in drawn]
+        hands = [[self._records_of(d) for d in hand] for hand in deal(drawn, costs, self.backend.world_size)]
+        num_batches = max(self._packer.num_batches(hand) for hand in hands)
+        for batch in self._packer.pack(hands[self.backend.rank], num_batches):
             yield batch.to(self.backend.device)
+
+    def _records_of(self, drawn: DrawnUnit) -> list[np.ndarray]:
+        return [self._units.records[drawn.unit][record] for record in drawn.records]
 
     def _losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         with self._autocast:
@@ -115,9 +116,16 @@ class Trainer:
             units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
-    def _commit(self, step: int) -> None:
+    def _check_replay(self, step: int, noised: torch.Tensor) -> str:
+        if self.ledger is None:
+            return ""
+        update = hashlib.sha256(noised.cpu().numpy().tobytes()).hexdigest()
+        self.ledger.check_replay(self.generation, step, update)
+        return update
+
+    def _commit(self, step: int, update: str) -> None:
         if self.ledger is not None:
-            self.ledger.commit(self.generation, step)
+            self.ledger.commit(self.generation, step, update)
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.

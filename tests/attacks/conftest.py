@@ -16,7 +16,7 @@ STATEMENT = {
     "not_private_reasons": [],
     "unit": "user",
     "neighboring_relation": "add_or_remove_one",
-    "contribution_bound": {"records_per_user_per_step": 4, "selection": "random"},
+    "contribution_bound": {"records_per_unit_per_step": 4, "selection": "random"},
     "sampling": {"scheme": "poisson", "sampling_prob": 0.05},
     "mechanism": {
         "kind": "gaussian",
@@ -39,7 +39,7 @@ STATEMENT = {
             "version": "dp-accounting 0.6.0",
         }
     ],
-    "num_users": 700,
+    "num_units": 700,
     "ledger": {"head": "5d" * 32, "num_commits": 60},
     "plan_fingerprint": "a7" * 32,
     "assumptions": ["The secret key of the run stays secret."],
@@ -48,13 +48,13 @@ STATEMENT = {
 
 
 def build_rows(
-    num_users: int, *, shift: float, seed: int = 0, num_documents: int = 3, noise: float = 0.1
+    num_units: int, *, shift: float, seed: int = 0, num_documents: int = 3, noise: float = 0.1
 ) -> list[signals.DocumentSignals]:
     """Users of both sides whose fine-tuning gain per token is normal with the given shift of the held-in mean."""
     rng = np.random.default_rng(seed)
     rows = []
     for side, mean in ((signals.HELD_IN, 0.1 + shift), (signals.HELD_OUT, 0.1)):
-        for number in range(num_users):
+        for number in range(num_units):
             gain = rng.normal(mean, noise)
             for document in range(num_documents):
                 base = -rng.gamma(2.0, 1.5, size=rng.integers(5, 60))
@@ -75,7 +75,7 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
     """Writes a finished, scored run; keyword arguments replace keys of the privacy statement."""
 
     def make(
-        num_users: int = 40, *, shift: float = 0.02, name: str = "run", perplexity: bool = True, **changes: object
+        num_units: int = 40, *, shift: float = 0.02, name: str = "run", perplexity: bool = True, **changes: object
     ) -> pathlib.Path:
         run = tmp_path / name
         run.mkdir()
@@ -86,8 +86,8 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
             metrics[0] |= {"eval/held_out_perplexity": 31.4}
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-        if num_users:
-            signals.write_signals(run / signals.SIGNALS_PATH, build_rows(num_users, shift=shift))
+        if num_units:
+            signals.write_signals(run / signals.SIGNALS_PATH, build_rows(num_units, shift=shift))
         return run
 
     return make

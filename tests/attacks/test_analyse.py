@@ -36,7 +36,7 @@ def test_the_results_are_complete_and_finite(make_run):
     assert facts["schema"] == "privtrain/attacks/1"
     assert facts["headline"] == "token_mean"
     assert list(facts["results"]) == ["token_mean", "sequence_sum"]
-    assert facts["counts"]["held_in"]["num_users"] == facts["counts"]["held_out"]["num_users"] == 40
+    assert facts["counts"]["held_in"]["num_units"] == facts["counts"]["held_out"]["num_units"] == 40
     assert facts["counts"]["held_in"]["num_documents"] == 120
     assert all(math.isfinite(number) for number in numbers(facts))
     for result in facts["results"].values():
@@ -91,7 +91,7 @@ def test_p_values_are_ranks_among_the_held_out(make_run):
 
 
 @pytest.mark.parametrize(
-    ("num_users", "shift", "epsilon", "expected"),
+    ("num_units", "shift", "epsilon", "expected"),
     [
         (100, 0.0, 1.0, "consistent"),
         (100, 0.5, 1.0, "falsified"),
@@ -99,8 +99,8 @@ def test_p_values_are_ranks_among_the_held_out(make_run):
         (8, 0.5, 1.0, "uninformative"),
     ],
 )
-def test_verdicts(make_run, num_users, shift, epsilon, expected):
-    facts = analyse.analyse_run(make_run(num_users, shift=shift, epsilon=epsilon))
+def test_verdicts(make_run, num_units, shift, epsilon, expected):
+    facts = analyse.analyse_run(make_run(num_units, shift=shift, epsilon=epsilon))
     assert facts["verdict"] == facts["results"]["token_mean"]["verdict"] == expected
     assert facts["verdict_reason"]
 

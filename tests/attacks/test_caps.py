@@ -69,19 +69,19 @@ def test_the_sample_cap_falls_to_the_population_cap():
     assert statistics.auroc_cap(bound, 100_000) == pytest.approx(bound.max_auroc(), abs=1e-4)
 
 
-@pytest.mark.parametrize("num_users", [3, 20])
-def test_a_real_mechanism_keeps_the_sample_caps_and_breaks_the_naive_one(num_users):
+@pytest.mark.parametrize("num_units", [3, 20])
+def test_a_real_mechanism_keeps_the_sample_caps_and_breaks_the_naive_one(num_units):
     """Each user's score is their membership bit under Laplace noise: epsilon-DP in one user, whatever the others do."""
     bound, rng = DpBound(1.0, 0.0), np.random.default_rng(0)
     areas, hits_at_zero = [], []
     for _ in range(2000):
-        held_in = 1.0 + rng.laplace(scale=1.0, size=num_users)
-        held_out = rng.laplace(scale=1.0, size=num_users)
+        held_in = 1.0 + rng.laplace(scale=1.0, size=num_units)
+        held_out = rng.laplace(scale=1.0, size=num_units)
         areas.append(statistics.auroc(held_in, held_out))
         hits_at_zero.append(statistics.tpr_at_fpr(held_in, held_out, 0.0).tpr)
     error = np.std(hits_at_zero) / math.sqrt(len(hits_at_zero))
-    assert np.mean(areas) <= statistics.auroc_cap(bound, num_users) + 4 * np.std(areas) / math.sqrt(len(areas))
-    cap = statistics.tpr_cap(bound, 0, num_users)
+    assert np.mean(areas) <= statistics.auroc_cap(bound, num_units) + 4 * np.std(areas) / math.sqrt(len(areas))
+    cap = statistics.tpr_cap(bound, 0, num_units)
     assert np.mean(hits_at_zero) <= cap + 4 * error
     assert np.mean(hits_at_zero) > 0.5 * cap
     assert bound.max_tpr(0.0) == 0.0 < np.mean(hits_at_zero) - 4 * error
@@ -111,11 +111,11 @@ def test_a_private_mechanism_attains_the_sample_caps_and_exceeds_the_population_
 
 def test_randomised_response_sits_at_the_auroc_cap():
     """The worst mechanism, one bit a user: its expected AUROC with ties at one half is the population cap."""
-    bound, rng, num_users = DpBound(2.0, 0.0), np.random.default_rng(0), 30
+    bound, rng, num_units = DpBound(2.0, 0.0), np.random.default_rng(0), 30
     keep = math.exp(2.0) / (1.0 + math.exp(2.0))
     areas = [
-        statistics.auroc((rng.random(num_users) < keep) * 1.0, (rng.random(num_users) > keep) * 1.0)
+        statistics.auroc((rng.random(num_units) < keep) * 1.0, (rng.random(num_units) > keep) * 1.0)
         for _ in range(4000)
     ]
     assert np.mean(areas) == pytest.approx(bound.max_auroc(), abs=4 * np.std(areas) / math.sqrt(4000))
-    assert bound.max_auroc() <= statistics.auroc_cap(bound, num_users)
+    assert bound.max_auroc() <= statistics.auroc_cap(bound, num_units)

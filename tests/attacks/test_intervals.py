@@ -21,20 +21,20 @@ def test_zero_of_299_is_what_one_percent_at_95_percent_takes():
 
 
 def test_perfect_separation_is_all_pairs_won():
-    for num_users in (1, 3, 68, 350):
-        found = statistics.perfect_separation(num_users, 2 * num_users)
-        assert found == statistics.perfect_separation(2 * num_users, num_users)
+    for num_units in (1, 3, 68, 350):
+        found = statistics.perfect_separation(num_units, 2 * num_units)
+        assert found == statistics.perfect_separation(2 * num_units, num_units)
         assert found.upper == 1.0
-        assert found.lower == pytest.approx(statistics.clopper_pearson(num_users, num_users).lower, abs=1e-12)
+        assert found.lower == pytest.approx(statistics.clopper_pearson(num_units, num_units).lower, abs=1e-12)
 
 
 def test_perfect_separation_is_seen_as_rarely_as_its_lower_end_says():
     # The extremal attack: it misses a held-in user outright with probability 1 - AUROC and is perfect otherwise.
-    num_users, rng = 6, np.random.default_rng(0)
-    lower = statistics.perfect_separation(num_users, num_users).lower
+    num_units, rng = 6, np.random.default_rng(0)
+    lower = statistics.perfect_separation(num_units, num_units).lower
     num_separated = 0
     for _ in range(20_000):
-        held_in = np.where(rng.random(num_users) < lower, 1.0, -1.0)
-        num_separated += statistics.auroc(held_in, np.zeros(num_users)) == 1.0
+        held_in = np.where(rng.random(num_units) < lower, 1.0, -1.0)
+        num_separated += statistics.auroc(held_in, np.zeros(num_units)) == 1.0
     low, high = scipy.stats.binom.ppf([0.0005, 0.9995], 20_000, 0.025)
     assert low <= num_separated <= high

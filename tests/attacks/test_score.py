@@ -48,7 +48,7 @@ def test_signals_are_the_models_log_probabilities(finished, tiny_llama):
         row = json.loads(line)
         texts.setdefault(row["user"], []).append(row["text"])
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
-    names = {pseudonym(RunDirectory(finished).load_or_create_key("pseudonym"), user): user for user in texts}
+    names = {pseudonym(RunDirectory(finished).load_key("pseudonym"), user): user for user in texts}
     for signal in rows:
         text = texts[names[signal.user]][int(signal.document)]
         ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False)["input_ids"], 0]])[:, :24]
@@ -59,7 +59,7 @@ def test_signals_are_the_models_log_probabilities(finished, tiny_llama):
 
 
 def source_of(run) -> pathlib.Path:
-    return load_config(run / "config.yaml").data.source.paths[0]
+    return load_config(run / "secret" / "config.yaml").data.source.paths[0]
 
 
 def test_signals_do_not_depend_on_the_batch(finished):
@@ -101,7 +101,7 @@ def test_altered_data_or_manifest_is_refused(finished, tmp_path):
     shutil.copy(data, copy)
     with open(copy, "a", encoding="utf-8") as file:
         file.write('{"user": "user-000", "text": "one more"}\n')
-    config = finished / "config.yaml"
+    config = finished / "secret" / "config.yaml"
     config.write_text(config.read_text().replace(data, str(copy)))
     with pytest.raises(AttackInputError, match="the data changed"):
         score_run(finished, batch_tokens=64)

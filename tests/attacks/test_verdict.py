@@ -12,8 +12,8 @@ STRONG = Cap(statistics.DpBound(1.0, 0.0), "")
 WEAK = Cap(statistics.DpBound(8.0, 0.0), "")
 
 
-def verdict(cap, lower, num_users=100, *, is_constant=False):
-    return judge(cap, Interval(lower, 1.0), num_users, num_users, is_constant=is_constant)[0]
+def verdict(cap, lower, num_units=100, *, is_constant=False):
+    return judge(cap, Interval(lower, 1.0), num_units, num_units, is_constant=is_constant)[0]
 
 
 def test_an_interval_above_the_cap_falsifies():
@@ -26,17 +26,17 @@ def test_an_interval_above_the_cap_falsifies():
 
 def test_a_sample_that_could_not_have_contradicted_says_nothing():
     assert verdict(WEAK, 0.4) is Verdict.UNINFORMATIVE
-    assert verdict(STRONG, 0.1, num_users=5) is Verdict.UNINFORMATIVE
+    assert verdict(STRONG, 0.1, num_units=5) is Verdict.UNINFORMATIVE
     assert "even perfect separation" in judge(WEAK, Interval(0.4, 0.6), 100, 100, is_constant=False)[1]
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 2.0, 4.0])
 def test_perfect_separation_falsifies_exactly_where_the_sample_is_informative(epsilon):
     cap = Cap(statistics.DpBound(epsilon, 1e-5), "")
-    for num_users in (3, 10, 30, 100, 300, 1000):
-        ceiling = statistics.perfect_separation(num_users, num_users)
-        at_best = judge(cap, ceiling, num_users, num_users, is_constant=False)[0]
-        at_worst = judge(cap, Interval(0.4, 0.6), num_users, num_users, is_constant=False)[0]
+    for num_units in (3, 10, 30, 100, 300, 1000):
+        ceiling = statistics.perfect_separation(num_units, num_units)
+        at_best = judge(cap, ceiling, num_units, num_units, is_constant=False)[0]
+        at_worst = judge(cap, Interval(0.4, 0.6), num_units, num_units, is_constant=False)[0]
         assert (at_best, at_worst) in {
             (Verdict.FALSIFIED, Verdict.CONSISTENT),
             (Verdict.UNINFORMATIVE, Verdict.UNINFORMATIVE),

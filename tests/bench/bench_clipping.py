@@ -2,8 +2,9 @@
 
     python -m tests.bench.bench_clipping [SCENARIO ...] [--rounds N]
 
-Prints a Markdown table of medians of CPU time on one thread. A step is forward, backward and the (clipped) sum of gradients of one microbatch;
-noise and optimizer are left out on every side. Memory is the peak of weights plus all tensors that the step holds.
+Prints a Markdown table of medians of CPU time on one thread. A step is forward, backward and the (clipped) sum of
+gradients of one microbatch; noise and optimizer are left out on every side. Memory is the peak of weights plus all
+tensors of the step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from privtrain.clipping import PerUnitClipper
 from privtrain.config.schema import LoraSection, ModelSection
-from privtrain.data.microbatch import Microbatch, pack
+from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.layout import Layout
 from privtrain.models import add_lora, load_base, row_losses
 
@@ -167,7 +168,7 @@ def rows_of(scenario: Scenario, vocabulary: int) -> Microbatch:
         [rng.integers(0, vocabulary, size=scenario.num_tokens) for _ in range(scenario.records_per_unit)]
         for _ in range(num_units)
     ]
-    (batch,) = pack(units, microbatch_size=scenario.num_rows, num_batches=1, pad_id=0)
+    (batch,) = Packer(scenario.num_rows, scenario.num_tokens, pad_id=0).pack(units, 1)
     return batch
 
 

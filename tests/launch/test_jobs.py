@@ -158,3 +158,56 @@ def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place
     assert state.num_charged == NUM_STEPS, "the budget is spent, so nothing more may be drawn"
     assert len(state.path) == kept
     assert (run / "secret" / "generation-0001.key").read_text() != (run / "secret" / "generation-0000.key").read_text()
+
+
+def test_a_copy_that_goes_on_under_other_settings_never_shares_noise(place):
+    """Kill at a checkpoint, copy the directory, resume one as it is and one with another learning rate."""
+    path = config(place, "forked")
+    run = place / "runs" / "forked"
+    job = jobs.start("privtrain", "train", path)
+    assert jobs.wait_for_checkpoint(job, run, 8, timeout_seconds=120)
+    jobs.kill_rank(job, 0)
+    copy = place / "runs" / "copy"
+    shutil.copytree(run, copy)
+    same = jobs.run("privtrain", "train", path)
+    other = jobs.run("privtrain", "train", config(place, "copy"), "training.learning_rate=0.02")
+    assert (same.returncode, other.returncode) == (0, 0), same.stderr[-2000:] + other.stderr[-2000:]
+    assert verify(run / "secret" / "ledger.jsonl").generation == 0
+    assert verify(copy / "secret" / "ledger.jsonl").generation == 1
+
+
+def test_a_rank_with_other_data_stops_the_job(place):
+    """Units are drawn by index: with other rows on one rank, one user could enter a step twice."""
+    path = config(place, "mixed")
+    data = place / "by-rank"
+    data.mkdir()
+    rows = (place / "users.jsonl").read_text().splitlines(keepends=True)
+    (data / "0.jsonl").write_text("".join(rows))
+    (data / "1.jsonl").write_text("".join(rows[3:]))
+    script = place / "by_rank.py"
+    script.write_text(
+        "import os, sys\n"
+        "from privtrain import cli\n"
+        f"source = '{data}/' + os.environ['RANK'] + '.jsonl'\n"
+        f"sys.argv = ['privtrain', 'train', '{path}', f'data.source.paths=[{{source}}]']\n"
+        "cli.main()\n"
+    )
+    done = jobs.run_script(script)
+    assert done.returncode != 0
+    assert "rank 1 has another plan or data set than rank 0" in done.stderr
+    assert not (place / "runs" / "mixed" / "privacy.json").exists()
+
+
+def test_a_mistake_of_one_rank_alone_is_told(place):
+    path = config(place, "lonely")
+    script = place / "lonely.py"
+    script.write_text(
+        "import os, sys\n"
+        "from privtrain import cli\n"
+        "missing = ['data.source.paths=[/nowhere.jsonl]'] if os.environ['RANK'] == '1' else []\n"
+        f"sys.argv = ['privtrain', 'train', '{path}', *missing]\n"
+        "cli.main()\n"
+    )
+    done = jobs.run_script(script)
+    assert done.returncode != 0
+    assert "rank 1: privtrain: data.source.paths: no such file: /nowhere.jsonl" in done.stderr

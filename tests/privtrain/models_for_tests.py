@@ -12,7 +12,7 @@ import torch
 from privtrain.clipping import PerUnitClipper
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import LoraSection, ModelSection
-from privtrain.data.microbatch import num_microbatches, pack
+from privtrain.data.microbatch import Packer
 from privtrain.layout import Layout
 from privtrain.models import add_lora, load_base, row_losses
 
@@ -104,9 +104,9 @@ def make_clipper(
 def clipped_sum(
     clipper: PerUnitClipper, users: Users, microbatch_size: int, num_batches: int | None = None
 ) -> torch.Tensor:
-    needed = num_microbatches(sum(map(len, users)), microbatch_size)
+    packer = Packer(microbatch_size, max_length=16, pad_id=0)
     clipper.reset()
-    for batch in pack(users, microbatch_size=microbatch_size, num_batches=num_batches or needed, pad_id=0):
+    for batch in packer.pack(users, num_batches or packer.num_batches(users)):
         clipper.accumulate(batch)
     return clipper.finish().clone()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from privtrain.backends import DdpBackend
 from privtrain.clipping import rules
-from privtrain.data.microbatch import num_microbatches
+from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.layout import Layout
 from privtrain.models import row_losses
@@ -51,7 +51,8 @@ def _reduced_sums(directory: pathlib.Path, microbatch_sizes: list[int]) -> list[
     mine = [users[d.unit] for d in hands[backend.rank]]
     sums = []
     for size in microbatch_sizes:
-        num_batches = max(num_microbatches(sum(len(d.records) for d in hand), size) for hand in hands)
+        packer = Packer(size, max_length=16, pad_id=0)
+        num_batches = max(packer.num_batches([users[d.unit] for d in hand]) for hand in hands)
         total = clipped_sum(make_clipper(model, layout, 0.5), mine, size, num_batches)
         backend.reduce(total)
         sums.append(total)
@@ -159,6 +160,24 @@ def test_no_unclipped_gradient_is_left_on_a_parameter(tiny_llama):
             clipper.finish()
     finally:
         parameter.grad = None
+
+
+def test_the_bound_holds_in_bf16_for_the_whole_batch(tiny_llama):
+    """Removing one user re-deals everybody; in bf16 the others' gradients must still be rounded as before."""
+    model, layout = tiny_lora(tiny_llama)
+
+    def losses(ids, mask):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return row_losses(model, ids, mask)
+
+    users = invented_users(24, most_records=3, seed=5)
+    clipper = make_clipper(model, layout, 1.0, lambda ids, mask: 1e3 * losses(ids, mask))
+    everybody = clipped_sum(clipper, users, 4)
+    for removed in range(0, len(users), 3):
+        without = clipped_sum(clipper, users[:removed] + users[removed + 1 :], 4)
+        alone = clipped_sum(clipper, [users[removed]], 4)
+        assert float((everybody - without).norm()) <= 1 + 1e-5
+        assert float((everybody - without - alone).norm()) < 1e-4, "somebody else's contribution changed"
 
 
 def test_sums_and_norms_are_fp32_under_bf16_forward(tiny_llama):

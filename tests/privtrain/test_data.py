@@ -167,3 +167,23 @@ def test_the_plays_have_over_a_thousand_users_with_a_heavy_tail():
     assert len(sizes) > 1000
     assert sizes[-1] > 20 * np.median(sizes)
     assert "hamlet/HORATIO" in corpus.records
+
+
+def test_ids_are_taken_as_written_so_that_one_person_stays_one_user(tmp_path):
+    """Guessed types would read 001 as 1 in one file and as text in another: two units, twice the sensitivity."""
+    (tmp_path / "a.csv").write_text("user,text\n001,11\n002,22\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("user,text\n001,33\nX1,44\n", encoding="utf-8")
+    corpus = load_corpus(section(tmp_path / "*.csv"))
+    assert corpus.records == {"001": ("11", "33"), "002": ("22",), "X1": ("44",)}
+
+
+@pytest.mark.parametrize("bad", [7.0, True, ["a"]])
+def test_ids_that_could_be_written_in_two_ways_are_refused(bad):
+    with pytest.raises(ConfigError, match="neither text nor a whole number"):
+        group_by_user([(bad, "x")])
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("user,text,user\n1,x,2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="stands twice"):
+        load_corpus(section(tmp_path / "a.csv"))

@@ -10,7 +10,7 @@ import pytest
 
 from privtrain import cli
 from privtrain.config import load_config, validate
-from privtrain.errors import ConfigError, PrivtrainError
+from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
 from privtrain.planning import describe_plan
 from tests.conftest import write_config
 
@@ -37,6 +37,12 @@ BAD = {
     "both targets": ({"privacy": {"target_epsilon": 1.0}}, "exactly one of privacy.target_epsilon"),
     "unknown key": ({"privacy": {"cliping_norm": 1}}, "did you mean privacy.clipping_norm?"),
     "unknown section": ({"privcy": {}}, "did you mean privacy?"),
+    "tiny delta": ({"privacy": {"target_delta": 1e-12}}, "privacy.target_delta: given 1e-12"),
+    "hardly any noise": ({"privacy": {"noise_multiplier": 0.01}}, "must be 0 (no privacy) or at least 0.1"),
+    "unreachable epsilon": (
+        {"privacy": {"target_epsilon": 1e-9, "target_delta": 1e-10, "noise_multiplier": None}},
+        "privacy.target_epsilon: target_epsilon=1e-09 needs a noise multiplier above",
+    ),
     "no LoRA target": ({"lora": {"target_modules": ["nothing"]}}, "lora.target_modules"),
 }
 
@@ -122,6 +128,68 @@ def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora.rank", 4),
+        ("data.max_length", 20),
+        ("data.held_out_fraction", 0.4),
+        ("tracking.private_metrics", "true"),
+        ("tracking.release_held_out_metrics", "true"),
+    ],
+)
+def test_what_a_run_cannot_change_on_the_way_is_refused_and_costs_nothing(
+    tree, tmp_path, monkeypatch, capsys, key, value
+):
+    from privtrain.training.job import train
+
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    before = snapshot(tmp_path / "runs" / "tiny")
+    code, stderr = run_cli(monkeypatch, capsys, "train", path, f"{key}={value}")
+    assert code == 2
+    assert f"was begun with another {key}" in stderr
+    assert snapshot(tmp_path / "runs" / "tiny") == before
+
+
+def test_a_second_job_on_a_busy_run_is_refused(tree, tmp_path, monkeypatch, capsys):
+    from privtrain.rundir import RunDirectory
+    from privtrain.training.job import train
+
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    with RunDirectory(tmp_path / "runs" / "tiny").locked():
+        code, stderr = run_cli(monkeypatch, capsys, "train", path)
+    assert code == 2
+    assert "another job is running" in stderr
+
+
+def test_a_run_whose_ledger_is_gone_is_not_begun_again_under_its_keys(tree, tmp_path):
+    from privtrain.training.job import train
+
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    run = tmp_path / "runs" / "tiny"
+    (run / "secret" / "ledger.jsonl").unlink()
+    (run / "privacy.json").unlink()
+    with pytest.raises(LedgerCorrupt, match="is gone but the run had begun"):
+        train(path)
+
+
+def test_a_diverged_model_is_released_all_the_same(tree, tmp_path):
+    from privtrain.training.job import train
+
+    train(write_config(tree, tmp_path / "c.yaml"), ["training.learning_rate=1e30"])
+    assert (tmp_path / "runs" / "tiny" / "privacy.json").exists()
+
+
+def test_nobody_to_train_on_is_an_error(tree, tmp_path, monkeypatch, capsys):
+    path = write_config(tree, tmp_path / "c.yaml")
+    code, stderr = run_cli(monkeypatch, capsys, "train", path, "data.held_out_fraction=0.99999")
+    assert code == 2
+    assert "no user is left to train on" in stderr
+
+
 def test_a_directory_of_something_else_is_not_written_into(tree, tmp_path, monkeypatch, capsys):
     other = tmp_path / "runs" / "tiny"
     other.mkdir(parents=True)
@@ -154,6 +222,8 @@ def test_overrides_are_typed_and_checked(tree, tmp_path):
     )
     with pytest.raises(ConfigError, match="looks like"):
         load_config(path, ["privacy.target_delta"])
+    with pytest.raises(ConfigError, match="no YAML value"):
+        load_config(path, ["run.name=[a"])
 
 
 def test_schema_is_json(monkeypatch, capsys):

@@ -12,7 +12,8 @@ from privtrain.training.resume import Continuation, decide
 
 
 def state_of(path: list[tuple[int, int, str]], generation: int = 0, num_abandoned: int = 0) -> LedgerState:
-    state = LedgerState(generation=generation, path=[StepEntry(*entry) for entry in path])
+    entries = [StepEntry(*entry) for entry in path]
+    state = LedgerState(generation=generation, path=entries, environment=entries[-1].environment if entries else "e")
     state.intents = {(g, s): "" for g, s, _ in path} | {(-1, s): "" for s in range(num_abandoned)}
     return state
 
@@ -37,9 +38,11 @@ def test_another_environment_past_the_checkpoint_is_a_new_generation_with_fewer_
     assert go_on(state, step=5, environment="other") == Continuation(1, 5, 8, 0, 2)
 
 
-def test_another_environment_at_the_checkpoint_goes_on():
+def test_another_environment_at_the_checkpoint_is_a_new_generation_that_loses_nothing():
+    """A copy of the directory may be drawing the next steps from the old secret under the old environment."""
     state = state_of([(0, s, "e") for s in range(5)])
-    assert go_on(state, step=5, environment="other") == Continuation(0, 5, 10, 0, 0)
+    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 10, 0, 0)
+    assert go_on(state, step=5) == Continuation(0, 5, 10, 0, 0)
 
 
 def test_steps_of_two_environments_are_not_replayed_in_one():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privtrain.config.schema import PrivacySection
-from privtrain.data.microbatch import NOBODY, num_microbatches, pack
+from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.plan import PrivacyPlan
 from privtrain.sampling import DrawnUnit, PoissonSampler, deal
 from privtrain.secret import SecretKey
@@ -75,20 +75,23 @@ def test_dealing_gives_every_unit_to_exactly_one_rank_evenly(costs, num_ranks, s
     assert max(map(len, hands)) - min(map(len, hands)) <= 1
 
 
-@hypothesis.given(
-    sizes=st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), max_size=6),
-    microbatch_size=st.integers(1, 5),
-    extra=st.integers(0, 3),
-)
-def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microbatch_size, extra):
+unit_sizes = st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), max_size=6)
+
+
+def units_of(sizes: list[list[int]]) -> list[list[np.ndarray]]:
     value = iter(range(1, 10_000))
-    units = [[np.array([next(value) for _ in range(n)]) for n in records] for records in sizes]
-    num_batches = num_microbatches(sum(map(len, units)), microbatch_size) + extra
-    batches = list(pack(units, microbatch_size=microbatch_size, num_batches=num_batches, pad_id=0))
+    return [[np.array([next(value) for _ in range(n)]) for n in records] for records in sizes]
+
+
+@hypothesis.given(sizes=unit_sizes, microbatch_size=st.integers(1, 5), extra=st.integers(0, 3))
+def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microbatch_size, extra):
+    units = units_of(sizes)
+    packer = Packer(microbatch_size, max_length=9, pad_id=0)
+    num_batches = packer.num_batches(units) + extra
+    batches = list(packer.pack(units, num_batches))
     assert len(batches) == num_batches
     seen, weight = [], np.zeros(len(units))
     for batch in batches:
-        assert batch.input_ids.shape[0] <= microbatch_size
         for row, owner in enumerate(batch.owner.tolist()):
             tokens = batch.input_ids[row][batch.target_mask[row]].tolist()
             if owner == NOBODY:
@@ -97,7 +100,20 @@ def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microba
                 continue
             seen += tokens
             weight[batch.owners[owner]] += float(batch.row_weight[row]) * len(tokens)
-    assert seen == [t for unit in units for record in unit for t in record[1:].tolist()]
+    assert sorted(seen) == [t for unit in units for record in unit for t in record[1:].tolist()]
     assert np.allclose(weight, 1)
     for batch, following in itertools.pairwise(batches):
         assert batch.last_continues == bool(batch.owners and batch.owners[-1:] == following.owners[:1])
+
+
+@hypothesis.given(sizes=unit_sizes, others=unit_sizes, microbatch_size=st.integers(1, 5))
+def test_the_shape_a_unit_is_computed_in_depends_on_that_unit_alone(sizes, others, microbatch_size):
+    """Invariant 3 in low precision: batch mates must not change how a unit's gradient is rounded."""
+    packer = Packer(microbatch_size, max_length=9, pad_id=0)
+    for units in (units_of(sizes), units_of(sizes + others)):
+        shapes = {}
+        for batch in packer.pack(units, packer.num_batches(units)):
+            for owner in batch.owners:
+                shapes.setdefault(owner, set()).add(tuple(batch.input_ids.shape))
+        for owner, found in shapes.items():
+            assert found == {(microbatch_size, packer.width(units[owner]))}

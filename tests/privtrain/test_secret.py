@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
+from privtrain.errors import GuaranteeLost
 from privtrain.rundir import RunDirectory
 from privtrain.secret import SecretKey, pseudonym
 
@@ -57,8 +58,8 @@ def test_choose_is_uniform():
 def test_keys_are_stored_for_the_owner_alone(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.create()
-    key = run.load_or_create_key("root")
-    assert run.load_or_create_key("root").reveal() == key.reveal()
+    key = run.create_key("root")
+    assert run.load_key("root").reveal() == key.reveal()
     assert (run.secret / "root.key").stat().st_mode & 0o777 == 0o600
     assert run.secret.stat().st_mode & 0o777 == 0o700
 
@@ -67,3 +68,13 @@ def test_pseudonyms_need_the_key():
     a, b = SecretKey.generate(), SecretKey.generate()
     assert pseudonym(a, "alice") == pseudonym(a, "alice") != pseudonym(b, "alice")
     assert "alice" not in pseudonym(a, "alice")
+
+
+def test_a_lost_key_is_never_replaced_by_another(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    with pytest.raises(GuaranteeLost, match="missing or damaged"):
+        run.load_key("generation-0000")
+    (run.secret / "root.key").write_text("short")
+    with pytest.raises(GuaranteeLost, match="missing or damaged"):
+        run.load_key("root")

@@ -1,0 +1,36 @@
+"""What a careful privacy engineer would point out about a plan that is valid all the same."""
+
+from __future__ import annotations
+
+from privtrain.config import Config
+from privtrain.data.corpus import Corpus
+from privtrain.plan import PrivacyPlan
+
+#: Relative gap between expected batch size and sampling_prob times users that is worth a warning.
+_BATCH_GAP = 0.25
+
+
+def warnings(config: Config, plan: PrivacyPlan, corpus: Corpus) -> list[str]:
+    """What a careful privacy engineer would point out."""
+    found = []
+    num_units = expected_units(config, corpus)
+    if plan.delta >= 1 / max(num_units, 1):
+        found.append(
+            f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{num_units:.0f}: a mechanism that "
+            "publishes one unit at random would pass; choose a smaller target_delta"
+        )
+    drawn = plan.sampling_prob * num_units
+    if abs(drawn / plan.expected_batch_size - 1) > _BATCH_GAP:
+        found.append(
+            f"privacy.sampling_prob draws about {drawn:.1f} units a step but the sum is divided by "
+            f"privacy.expected_batch_size={plan.expected_batch_size:g}: privacy is unaffected, the step size is not"
+        )
+    if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
+        found.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
+    return found
+
+
+def expected_units(config: Config, corpus: Corpus) -> float:
+    """Units that the coins are expected to leave for training."""
+    num = len(corpus.records) if config.privacy.unit == "user" else corpus.num_records
+    return num * (1 - config.data.held_out_fraction)
