@@ -149,6 +149,7 @@ class PerUnitClipper:
 
     def _find_rules(self, model: nn.Module) -> None:
         try:
+            _refuse_prompt_encoders(model)
             self._modules = _owners(model, self._slot_of)
             self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
         except UnsupportedLayer:
@@ -276,6 +277,14 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
     if len(owned) < len(slot_of):
         raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
     return modules
+
+
+def _refuse_prompt_encoders(model: nn.Module) -> None:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedLayer(
+            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; "
+            "set performance.clipping_route: one_unit"
+        )
 
 
 def _refuse_shared_statistics(model: nn.Module) -> None:

@@ -98,7 +98,7 @@ def embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tenso
     values = _by_token(output_gradient)
     ids = ids.reshape(values.shape[:2])
     if module.padding_idx is not None:
-        values = values.masked_fill((ids == module.padding_idx)[..., None], 0.0)
+        values = values.masked_fill(torch.eq(ids, module.padding_idx)[..., None], 0.0)  # pyright: ignore
     return {"weight": Lookup(ids, values)}
 
 

@@ -35,7 +35,7 @@ from privtrain.models import (
     weights_checksum,
 )
 from privtrain.plan import PrivacyPlan
-from privtrain.release import model_card, privacy_statement, write_adapter, write_statement
+from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.rundir import RunDirectory, write_atomically, write_json
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
@@ -210,8 +210,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    base = load_base(config.model, base_dtype(precision, backend.device))
-    model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
+    model = _trainable_model(config, precision, backend.device).to(backend.device)
     model.train()
     if backend.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)  # so that a replayed step has the same bits
@@ -220,6 +219,18 @@ def _load_network(config: Config, backend: Backend) -> Network:
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     return Network(tokenizer, model, precision, autocast, packer)
+
+
+def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
+    if config.training.method == "full":
+        model = load_base(config.model, torch.float32).requires_grad_(True)
+        base: Any = model
+    else:
+        base = load_base(config.model, base_dtype(precision, device))
+        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+    if config.performance.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 @contextlib.contextmanager
@@ -335,6 +346,7 @@ def _build_trainer(
         tracker=tracker,
         autocast=network.autocast,
         packer=network.packer,
+        clipping_route=inputs.config.performance.clipping_route,
     )
 
 
@@ -352,6 +364,8 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         backend=backend,
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
+        clipping_style=trainer.plan.clipping_style,
+        clipping_route=trainer.clipper.route,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
@@ -428,7 +442,8 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int
         num_commits=len(state.commits),
         ledger_head=head,
     )
-    write_adapter(run, network.model, network.tokenizer, model_card(config, plan, statement))
+    write = write_model if config.training.method == "full" else write_adapter
+    write(run, network.model, network.tokenizer, model_card(config, plan, statement))
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
-    say(f"released {run.adapter} with its privacy statement: {shown}")
+    say(f"released {run.released} with its privacy statement: {shown}")
