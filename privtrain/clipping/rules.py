@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from privtrain.clipping import opacus_rules
 from privtrain.clipping.factors import Lookup, Outer
 from privtrain.errors import UnsupportedLayer
 
@@ -65,10 +66,13 @@ def rule_for(name: str, module: nn.Module) -> Rule:
         rule = rms_norm
     if rule is None and _is_scaled_embedding(module):
         rule = scaled_embedding
+    if rule is None and opacus_rules.covers(module):
+        rule = opacus_rules.per_row
     if rule is None:
+        known = ", ".join(sorted(t.__name__ for t in _RULES))
         raise UnsupportedLayer(
-            f"trainable module {name!r} of type {type(module).__name__} has no exact per-unit clipping rule "
-            f"(known: {', '.join(sorted(t.__name__ for t in _RULES))}, RMS norms); freeze it, register a rule, or set "
+            f"trainable module {name!r} of type {type(module).__name__} has no exact per-unit clipping rule (known: "
+            f"{known}, RMS norms, convolutions, GroupNorm); freeze it, register a rule, or set "
             "performance.clipping_route: one_unit, which is exact for any layer"
         )
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):

@@ -72,6 +72,30 @@ def test_the_documented_example_makes_a_new_layer_exact(monkeypatch):
     check(model, layout, losses=losses, route="batched", expected_route="batched")
 
 
+class Convolutions(nn.Module):
+    """Rows of [tokens, features] through convolutions over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, 6)
+        self.deep = nn.Conv1d(6, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.depthwise = nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=4)
+        self.bare = nn.Conv2d(1, 2, (2, 1), bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.depthwise(torch.tanh(self.norm(self.deep(self.embedding(ids).mT))))
+        return self.bare(hidden[:, None]).flatten(1)
+
+
+@BOTH_ROUTES
+def test_convolutions_and_group_norms_by_opacus_rules(route):
+    torch.manual_seed(0)
+    model = Convolutions()
+    losses = lambda ids, mask: model(ids[:, :2]).square().sum(1) + 0 * mask.sum(1)  # noqa: E731
+    check(model, Layout.of(model), losses=losses, route=route)
+
+
 def test_a_norm_that_only_looks_like_one_gets_no_rule():
     class OddRMSNorm(nn.Module):
         def __init__(self):
