@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from privtrain.clipping.factors import Lookup, Outer, add_multiplied, squared_norm
+from privtrain.clipping.factors import Lookup, Outer, add_multiplied, squared_norm, squared_norms
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import UnsupportedLayer
 from privtrain.layout import Layout, Slot
@@ -73,7 +73,7 @@ class UnitGradients:
         uncancelled = torch.zeros_like(squares)
         for i, slot in enumerate(self._layout.slots):
             if slot.name in self._dense:
-                squares[i] = torch.linalg.vector_norm(self._dense[slot.name].flatten(1), dim=1).double().square()
+                squares[i] = squared_norms(self._dense[slot.name])
                 continue
             outers, lookups = self._outers.get(slot.name, []), self._lookups.get(slot.name, [])
             if outers or lookups:

@@ -19,7 +19,7 @@ from torch import nn
 from privtrain.clipping import rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import captured
-from privtrain.clipping.factors import exact_fp32
+from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.layout import Layout, Slot
@@ -163,6 +163,8 @@ class PerUnitClipper:
         """Per-unit gradients of this microbatch alone."""
         num_rows = batch.input_ids.shape[0]
         owner = [i for i in batch.owner.tolist() if i >= 0]
+        if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):
+            raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
         names = {module: name for name, module in self._modules.items()}
 
@@ -244,7 +246,7 @@ class PerUnitClipper:
         squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
-                squares[i] = torch.linalg.vector_norm(gradient[slot.name]).double().square()
+                squares[i] = squared_norms(gradient[slot.name][None])
         factors = self._factors(squares, torch.ones(1, dtype=torch.bool, device=self._device)).float()
         if not bool((factors > 0).all()):
             return

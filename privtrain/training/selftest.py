@@ -112,16 +112,16 @@ def _clipped_and_reduced(
 def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: str) -> None:
     """What the plan's clipping style makes of one unit's gradient, in place, by the definition alone."""
     if style == "automatic":
-        gradient *= clipping_norm / (torch.linalg.vector_norm(gradient) + styles.AUTOMATIC_GAMMA)
+        gradient *= clipping_norm / (_norm(gradient) + styles.AUTOMATIC_GAMMA)
     elif style == "flat":
-        gradient *= clipping_norm / torch.linalg.vector_norm(gradient).clamp(min=clipping_norm)
+        gradient *= clipping_norm / max(_norm(gradient), clipping_norm)
     else:
         modules: dict[str, list[torch.Tensor]] = {}
         for slot in layout.slots:
             modules.setdefault(slot.name.rpartition(".")[0], []).append(layout.view(gradient, slot))
         bound = clipping_norm / math.sqrt(len(modules))
         for parts in modules.values():
-            norm = math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+            norm = math.hypot(*map(_norm, parts))
             for part in parts:
                 part *= bound / max(norm, bound)
 
@@ -129,19 +129,24 @@ def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: s
 def _compare(
     total: torch.Tensor, expected: torch.Tensor, layout: Layout, clipping_norm: float, tolerance: float
 ) -> None:
-    norm = float(torch.linalg.vector_norm(total))
+    norm = _norm(total)
     if not norm <= clipping_norm * (1 + 1e-5):
         raise SelfTestFailed(
             f"one planted unit moved the reduced sum by {norm:.6g}, above clipping_norm={clipping_norm}"
         )
     for slot in layout.slots:
-        difference = float(torch.linalg.vector_norm(layout.view(total - expected, slot)))
-        size = float(torch.linalg.vector_norm(layout.view(expected, slot)))
+        difference = _norm(layout.view(total - expected, slot))
+        size = _norm(layout.view(expected, slot))
         if not difference <= tolerance * (size + clipping_norm / math.sqrt(len(layout.slots))):
             raise SelfTestFailed(
                 f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g}; "
                 "a layer is not covered, used in a way its rule does not know, or the reduction is not a sum"
             )
+
+
+def _norm(value: torch.Tensor) -> float:
+    # In float64: an fp32 sum over millions of squares is off by more than the bound that is checked.
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
 def _plain_gradient(layout: Layout, row_losses: RowLosses, batches: list[Microbatch]) -> torch.Tensor:

@@ -102,6 +102,14 @@ SCENARIOS = {
 
 
 def plain(model: torch.nn.Module, batch: Microbatch) -> None:
+    """A microbatch in the middle of a step: it adds to gradients that are there, as ours adds to the clipped sum."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    backward(model, batch)
+
+
+def backward(model: torch.nn.Module, batch: Microbatch) -> None:
     losses = row_losses(model, batch.input_ids, batch.target_mask) * batch.row_weight
     losses.sum().backward()
 
@@ -125,7 +133,7 @@ def clipped(route: str) -> Step:
 def opacus_hooks(model: torch.nn.Module, batch: Microbatch) -> None:
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
     try:
-        plain(wrapped, batch)
+        backward(wrapped, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
         norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in trained]).norm(dim=0)
         factors = _CLIPPING_NORM / norms.clamp(min=_CLIPPING_NORM)

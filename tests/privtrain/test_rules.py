@@ -18,7 +18,7 @@ from torch import nn
 
 from privtrain.clipping import clipper as clipper_module
 from privtrain.clipping import rules
-from privtrain.clipping.factors import Lookup, Outer, squared_norm
+from privtrain.clipping.factors import Lookup, Outer, squared_norm, squared_norms
 from privtrain.data.microbatch import Packer
 from privtrain.errors import UnsupportedLayer
 from privtrain.layout import Layout
@@ -151,6 +151,13 @@ def test_the_norm_from_factors_is_the_norm_of_the_product(data, tokens, cancel):
     whole = torch.einsum("rtp,rtd->pd", left.double(), right.double()).index_add(0, ids[0], values[0].double())
     square, uncancelled = squared_norm([Outer(left, right)], [Lookup(ids, values)])
     assert float(square) == pytest.approx(float(whole.square().sum()), rel=1e-9, abs=1e-12 * float(uncancelled))
+
+
+@pytest.mark.parametrize("size", [1, 4096, 4097, 3 * 10**7])
+def test_norms_of_large_tensors_are_not_lost_in_fp32(size):
+    value = torch.rand(2, size, generator=torch.Generator().manual_seed(0)) + 0.5
+    exact = torch.linalg.vector_norm(value, dim=1, dtype=torch.float64)
+    assert torch.allclose(squared_norms(value).sqrt(), exact, rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("style", ["flat", "per_layer"])
