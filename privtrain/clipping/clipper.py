@@ -86,6 +86,10 @@ class PerUnitClipper:
         _refuse_shared_statistics(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
+        known = {id(p) for p in layout.parameters.values()}
+        loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        if loose:
+            raise UnsupportedLayer(f"{loose[:3]} require a gradient but are not in the layout, so nothing clips them")
         self.layout = layout
         self.total = layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()

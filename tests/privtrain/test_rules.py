@@ -118,6 +118,12 @@ def test_layers_that_keep_statistics_of_the_data_are_refused_on_every_route(laye
             make_clipper(model, Layout.of(model), 1.0, None, route=route)
 
 
+def test_a_trainable_tensor_outside_the_layout_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    with pytest.raises(UnsupportedLayer, match=r"1\.weight.*not in the layout"):
+        make_clipper(model, Layout({f"0.{n}": p for n, p in model[0].named_parameters()}), 1.0)
+
+
 def test_embeddings_that_depend_on_the_batch_are_refused():
     for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
         with pytest.raises(UnsupportedLayer, match="depend on others"):
