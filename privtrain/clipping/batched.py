@@ -95,7 +95,7 @@ class UnitGradients:
                 out = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 one = torch.ones(self._counts[index], device=self._device)
                 cut = [Outer(o.left[rows], o.right[rows]) for o in outers]
-                add_multiplied(out, cut, [Lookup(k.ids[rows], k.values[rows]) for k in lookups], one)
+                add_multiplied(out, cut, [Lookup(k.ids[rows], k.values[rows]) for k in lookups], one, masked=False)
                 result[slot.name] = out
         return result
 
@@ -106,17 +106,16 @@ class UnitGradients:
             total: the flat sum.
             weights: [slots, units] float32.
         """
-        kept = weights != 0
+        masked = not bool((weights != 0).all())  # asked once: every question waits for the device
         for i, slot in enumerate(self._layout.slots):
             out = self._layout.view(total, slot)
             if slot.name in self._dense:
-                # 0 · NaN is NaN, so a non-finite unit is masked out, not multiplied away.
                 value = self._dense[slot.name].flatten(1)
-                value = value if bool(kept[i].all()) else torch.where(kept[i][:, None], value, 0.0)
+                value = torch.where((weights[i] != 0)[:, None], value, 0.0) if masked else value
                 out.add_((weights[i] @ value).view(slot.shape))
             else:
                 outers, lookups = self._outers.get(slot.name, []), self._lookups.get(slot.name, [])
-                add_multiplied(out, outers, lookups, weights[i][self._owner])
+                add_multiplied(out, outers, lookups, weights[i][self._owner], masked=masked)
 
     def _is_cheap(self, gradient: Outer) -> bool:
         p, d = gradient.left.shape[-1], gradient.right.shape[-1]

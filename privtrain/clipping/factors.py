@@ -85,31 +85,35 @@ def squared_norm(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> tuple[to
     return square.clamp(min=0), length.square()
 
 
-def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup], weight: torch.Tensor) -> None:
-    """``out += Σ_rows weight_row · gradient_row``, in fp32. Rows of weight zero add nothing, NaN or not."""
+def add_multiplied(
+    out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup], weight: torch.Tensor, *, masked: bool
+) -> None:
+    """``out += Σ_rows weight_row · gradient_row``, in fp32.
+
+    Args:
+        out: where it is added.
+        outers: uses in linear layers.
+        lookups: uses as an embedding.
+        weight: [rows].
+        masked: whether some weights are zero; those rows add nothing, NaN or not.
+    """
+    # 0 · NaN is NaN, so a row of weight zero is masked out, not multiplied away.
+    left_out = (weight == 0)[:, None, None]
+
+    def clean(value: torch.Tensor) -> torch.Tensor:
+        return torch.where(left_out, 0.0, value.float()) if masked else value.float()
+
     for outer in outers:
+        left, right = clean(outer.left), clean(outer.right)
         # Scale the narrower factor: the wider one may have a vocabulary's width.
-        left, right = outer.left, outer.right
         if left.shape[-1] < right.shape[-1]:
-            left = _scaled(left, weight)
-            right = _cleaned(right, weight)
+            left = left * weight[:, None, None]
         else:
-            right = _scaled(right, weight)
-            left = _cleaned(left, weight)
+            right = right * weight[:, None, None]
         out.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
     for lookup in lookups:
-        out.index_add_(0, lookup.ids.flatten(), _scaled(lookup.values, weight).flatten(0, 1))
-
-
-def _scaled(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _cleaned(value, weight) * weight[:, None, None]
-
-
-def _cleaned(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32, and zero in rows of weight zero: 0 · NaN is NaN, so a bad row is masked out, not multiplied away."""
-    if bool((weight == 0).any()):
-        return torch.where((weight == 0)[:, None, None], 0.0, value.float())
-    return value.float()
+        values = clean(lookup.values) * weight[:, None, None]
+        out.index_add_(0, lookup.ids.flatten(), values.flatten(0, 1))
 
 
 def _tokens(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -140,8 +140,8 @@ def _compare(
         if not difference <= tolerance * (size + clipping_norm / math.sqrt(len(layout.slots))):
             raise SelfTestFailed(
                 f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g}; "
-                "a layer is not covered, used in a way its rule does not know (performance.clipping_route: one_unit needs "
-                "no rules), or the reduction is not a sum"
+                "a layer is not covered, used in a way its rule does not know (performance.clipping_route: one_unit "
+                "needs no rules), or the reduction is not a sum"
             )
 
 
