@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test campaign lint format install clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+campaign: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign --timeout 3600 tests tests/bench -s
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,10 +1,16 @@
 """The value that every accountant returns: an interval, and how far each end may be trusted."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
+from typing import Any
+
+#: The version that answers of our own methods carry; raised whenever a number may change.
+OWN_VERSION = "accountants 1"
 
 
 class BoundKind(enum.StrEnum):
@@ -16,6 +22,18 @@ class BoundKind(enum.StrEnum):
     ASYMPTOTIC = "asymptotic"
 
 
+class Direction(enum.StrEnum):
+    """Which of the two orders of a neighbouring pair an answer covers."""
+
+    REMOVE = "remove"
+    ADD = "add"
+    BOTH = "both"
+
+
+class NotCertifiedError(ValueError):
+    """A number that is no certified upper bound was about to be used as one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PrivacyAnswer:
     """One accountant's answer for one event.
@@ -25,9 +43,13 @@ class PrivacyAnswer:
         lower: the largest value known to lie at or below the truth (0 if nothing better is known).
         estimate: the accountant's best point value.
         upper: the smallest value known to lie at or above the truth (infinity if nothing better is known).
-        kind: what the answer certifies; calibration and release accept ``CERTIFIED_UPPER`` only.
+        kind: what the answer certifies; calibration and release accept ``CERTIFIED_UPPER`` only. Where the kind is
+            ``ESTIMATE`` or ``ASYMPTOTIC``, ``lower`` is 0 and ``upper`` infinite: nothing is known.
         method: the accountant's name, for example ``"pld"``.
         version: library and version that computed it.
+        direction: the order of the neighbouring pair that the answer covers.
+        relation: the neighbouring relation, by dp_accounting's names.
+        note: what a reader of the number must know, for example ``"vacuous: ..."``; empty if nothing.
     """
 
     quantity: str
@@ -37,17 +59,59 @@ class PrivacyAnswer:
     kind: BoundKind
     method: str
     version: str
+    direction: Direction = Direction.BOTH
+    relation: str = "ADD_OR_REMOVE_ONE"
+    note: str = ""
 
     def __post_init__(self) -> None:
         assert not any(math.isnan(value) for value in (self.lower, self.estimate, self.upper)), self
-        assert self.lower <= self.upper, self
+        assert 0 <= self.lower <= self.upper, self
+        if self.kind in (BoundKind.ESTIMATE, BoundKind.ASYMPTOTIC):
+            assert self.lower == 0, self
+            assert math.isinf(self.upper), self
 
     def certified_upper(self) -> float:
         """The upper end, or an error if this accountant does not certify one.
 
         Raises:
-            ValueError: if ``kind`` is not ``CERTIFIED_UPPER``.
+            NotCertifiedError: if ``kind`` is not ``CERTIFIED_UPPER``; a ``ValueError``.
         """
         if self.kind is not BoundKind.CERTIFIED_UPPER:
-            raise ValueError(f"{self.method} gives a value of kind {self.kind.value!r}, not a certified upper bound")
+            raise NotCertifiedError(
+                f"{self.method} gives a value of kind {self.kind.value!r}, not a certified upper bound"
+            )
         return self.upper
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON scalars; infinity becomes the string ``"inf"``, which strict JSON allows."""
+        record = dataclasses.asdict(self)
+        for key in ("lower", "estimate", "upper"):
+            if math.isinf(record[key]):
+                record[key] = "inf"
+        return record | {"kind": self.kind.value, "direction": self.direction.value}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> PrivacyAnswer:
+        """The inverse of :meth:`to_json`."""
+        values = dict(record)
+        for key in ("lower", "estimate", "upper"):
+            values[key] = float(values[key])
+        values["kind"] = BoundKind(values["kind"])
+        values["direction"] = Direction(values["direction"])
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Certified ends, with the direction that the upper one comes from."""
+
+    lower: float
+    upper: float
+    direction: Direction
+
+
+def estimate_answer(
+    quantity: str, value: float, kind: BoundKind, method: str, version: str, direction: Direction = Direction.BOTH
+) -> PrivacyAnswer:
+    """A point value about which nothing is known: its interval is the whole range."""
+    return PrivacyAnswer(quantity, 0.0, value, math.inf, kind, method, version, direction)

@@ -1,71 +1,281 @@
-"""Find the noise for a budget. Only certified upper bounds may decide."""
+"""Find any one parameter of a run for a budget. Only certified upper bounds, covering both directions, may decide.
 
+A cheap certified guide (:mod:`accountants.tilted` at a loose tolerance) finds the root; the accountant that will be
+quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
+returned value was itself evaluated and spends at most the target.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from scipy import optimize
+import dp_accounting
 
+from accountants.api import certified_upper
 from accountants.events import dp_sgd_event
-from accountants.pld import pld_epsilon
+from accountants.protocol import Accountant, UnsupportedEventError
+from accountants.registry import DEFAULT, get_accountant
+from accountants.roots import bracketed_root
+from accountants.tilted import TiltedAccountant
+from accountants.units import group_event
+
+NeighboringRelation = dp_accounting.NeighboringRelation
 
 #: Noise multipliers are rounded up to this many decimals: readable in a config, and on the safe side.
 DECIMALS = 4
 
-_SMALLEST, _LARGEST = 0.05, 1e4
+#: Values beyond these are not searched: smaller noise builds huge distributions and has no use.
+SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4
+LARGEST_COUNT = 10_000_000
+
+MakeEvent = Callable[[float], dp_accounting.DpEvent]
 
 
 class CalibrationError(ValueError):
-    """No noise multiplier in the searched range meets the target."""
+    """No value in the searched range meets the target."""
 
 
 def calibrate_noise_multiplier(
-    *, target_epsilon: float, target_delta: float, sampling_prob: float, num_steps: int
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sampling_prob: float,
+    num_steps: int,
+    accountant: str = DEFAULT,
 ) -> float:
-    """The smallest noise multiplier, rounded up, whose certified ε does not exceed the target.
+    """The smallest noise multiplier, rounded up, whose certified epsilon does not exceed the target.
 
     Args:
-        target_epsilon: ε > 0 for the add-or-remove-one relation.
-        target_delta: δ in [1e-11, 1).
+        target_epsilon: epsilon > 0 for the add-or-remove-one relation.
+        target_delta: delta in the accountant's range.
         sampling_prob: Poisson sampling probability per unit and step.
         num_steps: the number of steps, at least 1.
+        accountant: the accountant that certifies; estimates are refused.
 
     Returns:
         The noise multiplier (noise standard deviation over clipping norm), with at most four decimals.
 
     Raises:
         CalibrationError: if the target cannot be met below a noise multiplier of 1e4.
+        NotCertifiedError: if the accountant gives estimates.
         ValueError: if an argument is outside its range.
     """
-    if not target_epsilon > 0:
-        raise ValueError(f"target_epsilon={target_epsilon} must be positive")
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1")
+    return calibrate_noise(
+        lambda noise: dp_sgd_event(noise_multiplier=noise, sampling_prob=sampling_prob, num_steps=num_steps),
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
 
-    def spent(noise_multiplier: float) -> float:
-        event = dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps)
-        return pld_epsilon(event, target_delta).certified_upper()
 
-    low, high = _bracket(spent, target_epsilon)
+def calibrate_noise(
+    make_event: MakeEvent,
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    accountant: str = DEFAULT,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> float:
+    """The smallest noise multiplier, rounded up, for any family of events; see :func:`calibrate_noise_multiplier`."""
+    _check_target(target_epsilon)
+    judge = _Judge(make_event, target_epsilon, target_delta, get_accountant(accountant), relation)
     step = 10.0**-DECIMALS
+    low, high = _noise_bracket(judge.guide, target_epsilon)
+    root = low
     if low < high:
-        root = optimize.brentq(lambda s: math.log(max(spent(s), 1e-300) / target_epsilon), low, high, xtol=step / 4)
-        high = float(root)
-    result = round(math.ceil(high / step) * step, DECIMALS)
-    while spent(result) > target_epsilon:
-        result = round(result + step, DECIMALS)
-    return result
+        root = math.exp(
+            bracketed_root(
+                lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon),
+                math.log(low),
+                math.log(high),
+                xtol=step / 2 / high,
+            )
+        )
+    index = _first_allowed(lambda i: judge.allows(round(i * step, DECIMALS)), math.ceil(root / step - 1e-9))
+    return round(index * step, DECIMALS)
 
 
-def _bracket(spent: Callable[[float], float], target_epsilon: float) -> tuple[float, float]:
+def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:
+    """The smallest allowed index near a good guess, by doubling steps and then bisection."""
+    stride = 1
+    if allows(guess):
+        high = guess
+        while high - stride > 0 and allows(high - stride):
+            high, stride = high - stride, 2 * stride
+        low = max(high - stride, 0)
+    else:
+        low = guess
+        while not allows(low + stride):
+            low, stride = low + stride, 2 * stride
+        high = low + stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if allows(middle) else (middle, high)
+    return high
+
+
+def calibrate_num_steps(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    sampling_prob: float,
+    accountant: str = DEFAULT,
+) -> int:
+    """The largest number of steps that stays within the target.
+
+    Raises:
+        CalibrationError: if even one step exceeds the target, or ten million do not.
+    """
+    return _largest_count(
+        lambda n: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=int(n)),
+        target_epsilon,
+        target_delta,
+        accountant,
+        "num_steps",
+        LARGEST_COUNT,
+    )
+
+
+def calibrate_num_records(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    sampling_prob: float,
+    num_steps: int,
+    accountant: str = DEFAULT,
+) -> int:
+    """The largest number k of records per user for which record-level sampling protects a user within the target.
+
+    The user's k records are Poisson-sampled one by one and clipped one by one; the exact mixture of Gaussians decides
+    (:func:`accountants.units.group_event`).
+
+    Raises:
+        CalibrationError: if even one record exceeds the target.
+    """
+    return _largest_count(
+        lambda k: group_event(
+            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=int(k)
+        ),
+        target_epsilon,
+        target_delta,
+        accountant,
+        "num_records",
+        1024,
+    )
+
+
+def calibrate_sampling_prob(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    num_steps: int,
+    accountant: str = DEFAULT,
+) -> float:
+    """The largest sampling probability, rounded down to four significant digits, within the target.
+
+    Raises:
+        CalibrationError: if the target cannot be met above a probability of 1e-9.
+    """
+    _check_target(target_epsilon)
+    judge = _Judge(
+        lambda q: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=min(q, 1.0), num_steps=num_steps),
+        target_epsilon,
+        target_delta,
+        get_accountant(accountant),
+        NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
+    if judge.allows(1.0):
+        return 1.0
+    low = 1e-9
+    if judge.guide(low) > target_epsilon:
+        raise CalibrationError(f"target_epsilon={target_epsilon} needs a sampling probability below {low:g}")
+    root = math.exp(
+        bracketed_root(
+            lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon), math.log(low), 0.0, xtol=1e-4
+        )
+    )
+    digits = 3 - math.floor(math.log10(root))
+    unit = 10.0**-digits
+    index = math.floor(root / unit)
+    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    mirrored = _first_allowed(lambda i: judge.allows(round((2 * index - i) * unit, digits)), index)
+    return round((2 * index - mirrored) * unit, digits)
+
+
+def _largest_count(
+    make_event: MakeEvent, target_epsilon: float, target_delta: float, accountant: str, name: str, largest: int
+) -> int:
+    _check_target(target_epsilon)
+    judge = _Judge(
+        make_event, target_epsilon, target_delta, get_accountant(accountant), NeighboringRelation.ADD_OR_REMOVE_ONE
+    )
+    if judge.guide(1) > target_epsilon and not judge.allows(1):
+        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
+    low, high = 1, 2
+    while judge.guide(high) <= target_epsilon:
+        low, high = high, 2 * high
+        if high > largest:
+            raise CalibrationError(f"target_epsilon={target_epsilon} is not reached by {name}={largest}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if judge.guide(middle) <= target_epsilon else (low, middle)
+    while low > 1 and not judge.allows(low):
+        low -= max(1, low // 2000)
+    if not judge.allows(low):
+        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
+    return low
+
+
+class _Judge:
+    """The spending of one family of events, by the certifying accountant and by a cheap guide."""
+
+    def __init__(
+        self,
+        make_event: MakeEvent,
+        target_epsilon: float,
+        target_delta: float,
+        accountant: Accountant,
+        relation: NeighboringRelation,
+    ) -> None:
+        self._make_event, self._target, self._delta = make_event, target_epsilon, target_delta
+        self._accountant, self._relation = accountant, relation
+        self._guide: Accountant = accountant if accountant.name == "rdp" else TiltedAccountant(tolerance=5e-3)
+
+    def allows(self, value: float) -> bool:
+        """Whether the certified epsilon stays within the target."""
+        answer = self._accountant.epsilon(self._make_event(value), self._delta, self._relation)
+        return certified_upper(answer) <= self._target
+
+    def guide(self, value: float) -> float:
+        """A cheap certified epsilon near the one that decides."""
+        event = self._make_event(value)
+        try:
+            return self._guide.epsilon(event, self._delta, self._relation).upper
+        except UnsupportedEventError:
+            self._guide = self._accountant
+            return certified_upper(self._guide.epsilon(event, self._delta, self._relation))
+
+
+def _check_target(target_epsilon: float) -> None:
+    if not 0 < target_epsilon < math.inf:
+        raise ValueError(f"target_epsilon={target_epsilon} must be positive and finite")
+
+
+def _noise_bracket(spent: Callable[[float], float], target_epsilon: float) -> tuple[float, float]:
     """Two noise multipliers around the answer, walking down from 1: tiny ones build huge distributions."""
     high = 1.0
     while spent(high) > target_epsilon:
         high *= 2
-        if high > _LARGEST:
-            raise CalibrationError(f"target_epsilon={target_epsilon} needs a noise multiplier above {_LARGEST:g}")
+        if high > LARGEST_NOISE:
+            raise CalibrationError(f"target_epsilon={target_epsilon} needs a noise multiplier above {LARGEST_NOISE:g}")
     low = high / 2
-    while low > _SMALLEST and spent(low) <= target_epsilon:
+    while low > SMALLEST_NOISE and spent(low) <= target_epsilon:
         low, high = low / 2, low
     return (low, high) if spent(low) > target_epsilon else (low, low)

@@ -1,8 +1,62 @@
-"""What a training run released, as ``dp_accounting`` event values."""
+"""What a training run released, as ``dp_accounting`` event values; two events of our own where the library has none.
 
+Every noise multiplier is the standard deviation of the noise over the clipping norm C, the most that one unit moves the
+sum when it is added or removed. The constructors say for which neighbouring relation the event's guarantee is meant;
+the accountants refuse any other.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import attr
 import dp_accounting
+from dp_accounting import dp_event
+
+from accountants.protocol import UnsupportedEventError
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+
+@attr.s(frozen=True, slots=True, auto_attribs=True)
+class RandomAllocationDpEvent(dp_accounting.DpEvent):
+    """Every unit joins ``num_selected`` of ``num_steps`` Gaussian releases, chosen uniformly; once per epoch.
+
+    With ``num_selected = 1`` this is balls-and-bins sampling. Feldman and Shenfeld 2025 (arXiv 2502.08202) and 2026
+    (arXiv
+    2602.17284).
+
+    Attributes:
+        noise_multiplier: of each release.
+        num_steps: releases per epoch.
+        num_selected: in how many of them a unit takes part.
+        num_epochs: independent repetitions.
+    """
+
+    noise_multiplier: float
+    num_steps: int
+    num_selected: int = 1
+    num_epochs: int = 1
+
+
+@attr.s(frozen=True, slots=True, auto_attribs=True)
+class ShuffledBatchesDpEvent(dp_accounting.DpEvent):
+    """Every epoch shuffles the units into ``num_batches`` fixed batches and releases each with Gaussian noise.
+
+    No amplification by the shuffle is claimed: no upper bound better than the fixed order's is known.
+
+    Attributes:
+        noise_multiplier: of each release.
+        num_batches: batches per epoch; one of them holds the unit.
+        num_epochs: independent shuffles.
+    """
+
+    noise_multiplier: float
+    num_batches: int
+    num_epochs: int
 
 
 def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: int) -> dp_accounting.DpEvent:
@@ -10,23 +64,21 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 
     Args:
         noise_multiplier: standard deviation of the noise divided by the clipping norm; 0 means no noise at all.
-        sampling_prob: the probability with which each privacy unit joins a step, independently, in (0, 1].
+        sampling_prob: the probability with which each privacy unit joins a step, independently, in [0, 1].
         num_steps: the number of steps; 0 gives the event that releases nothing.
 
     Returns:
         An event for the add-or-remove-one relation over the unit that is sampled and clipped: if users are sampled and
-        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322).
+        each user's whole gradient is clipped once, the unit is the user (Chua et al. 2024, arXiv 2406.14322, section
+        3).
 
     Raises:
         ValueError: if an argument is outside its range.
     """
-    if not 0 < sampling_prob <= 1:
-        raise ValueError(f"sampling_prob={sampling_prob} must lie in (0, 1]")
-    if noise_multiplier < 0:
-        raise ValueError(f"noise_multiplier={noise_multiplier} must not be negative")
-    if num_steps < 0:
-        raise ValueError(f"num_steps={num_steps} must not be negative")
-    if num_steps == 0:
+    _require_probability("sampling_prob", sampling_prob)
+    _require_noise(noise_multiplier)
+    _require_count("num_steps", num_steps)
+    if num_steps == 0 or sampling_prob == 0:
         return dp_accounting.NoOpDpEvent()
     if noise_multiplier == 0:
         return dp_accounting.NonPrivateDpEvent()
@@ -34,3 +86,182 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
     if sampling_prob < 1:
         step = dp_accounting.PoissonSampledDpEvent(sampling_prob, step)
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
+
+
+def phased_event(phases: Sequence[tuple[float, float, int]]) -> dp_accounting.DpEvent:
+    """DP-SGD whose settings change: ``(noise_multiplier, sampling_prob, num_steps)`` per phase.
+
+    Composes distributions, never epsilons; the phases may be chosen adaptively from earlier releases only if the
+    settings themselves are fixed in advance (fully adaptive choice of settings needs a privacy filter).
+    """
+    events = [
+        dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps) for noise, prob, steps in phases
+    ]
+    return dp_accounting.ComposedDpEvent(events)
+
+
+def truncated_poisson_event(
+    *, noise_multiplier: float, sampling_prob: float, max_batch_size: int, num_units: int, num_steps: int
+) -> dp_accounting.DpEvent:
+    """Poisson sampling cut to ``max_batch_size`` units by a random subset (Ganesh et al. 2025, arXiv 2508.15089).
+
+    For zero-out adjacency (``REPLACE_SPECIAL``) with the number of units public; dp-accounting also accepts
+    add-or-remove-one.
+    """
+    _require_probability("sampling_prob", sampling_prob)
+    _require_noise(noise_multiplier)
+    for name, value in (("num_steps", num_steps), ("num_units", num_units), ("max_batch_size", max_batch_size)):
+        _require_count(name, value)
+    step = dp_event.TruncatedSubsampledGaussianDpEvent(num_units, sampling_prob, max_batch_size, noise_multiplier)
+    return dp_accounting.SelfComposedDpEvent(step, num_steps)
+
+
+def fixed_size_event(
+    *, noise_multiplier: float, batch_size: int, num_units: int, num_steps: int
+) -> dp_accounting.DpEvent:
+    """Batches of exactly ``batch_size`` distinct units, drawn afresh each step; for ``REPLACE_ONE`` only."""
+    _require_noise(noise_multiplier)
+    _require_count("num_steps", num_steps)
+    if not 0 < batch_size <= num_units:
+        raise ValueError(f"batch_size={batch_size} must lie in [1, num_units={num_units}]")
+    inner = dp_accounting.GaussianDpEvent(noise_multiplier)
+    step = dp_accounting.SampledWithoutReplacementDpEvent(num_units, batch_size, inner)
+    return dp_accounting.SelfComposedDpEvent(step, num_steps)
+
+
+def random_allocation_event(
+    *, noise_multiplier: float, num_steps: int, num_selected: int = 1, num_epochs: int = 1
+) -> dp_accounting.DpEvent:
+    """Random allocation of every unit to ``num_selected`` of ``num_steps`` steps, for each of ``num_epochs``.
+
+    For add-or-remove-one and zero-out. With ``num_selected = 1`` every unit takes part once per epoch.
+    """
+    _require_noise(noise_multiplier)
+    _require_count("num_epochs", num_epochs)
+    if not 0 < num_selected <= num_steps:
+        raise ValueError(f"num_selected={num_selected} must lie in [1, num_steps={num_steps}]")
+    return RandomAllocationDpEvent(noise_multiplier, num_steps, num_selected, num_epochs)
+
+
+def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int) -> dp_accounting.DpEvent:
+    """Shuffled fixed batches; for ``REPLACE_SPECIAL`` (zero-out) and ``REPLACE_ONE``, without amplification."""
+    _require_noise(noise_multiplier)
+    for name, value in (("num_batches", num_batches), ("num_epochs", num_epochs)):
+        _require_count(name, value)
+    return ShuffledBatchesDpEvent(noise_multiplier, num_batches, num_epochs)
+
+
+def joint_noise_multiplier(*noise_multipliers: float) -> float:
+    """The noise multiplier of several Gaussian releases made together from one sample: ``(sum 1/s^2)^(-1/2)``.
+
+    For statistics that ride on a step as extra coordinates, each with noise relative to its own bound: the
+    concatenation, every part divided by its noise, is one Gaussian release, so nothing is added to the number of steps.
+
+    Raises:
+        ValueError: if a multiplier is not positive.
+    """
+    if not noise_multipliers or min(noise_multipliers) <= 0:
+        raise ValueError(f"noise_multipliers={noise_multipliers} must all be positive")
+    return 1 / math.sqrt(math.fsum(value**-2 for value in noise_multipliers))
+
+
+def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> float:
+    """The gradient noise multiplier that leaves room for the noised count of unclipped units.
+
+    Andrew et al. 2021 (arXiv 1905.03871, theorem 1): the count is shifted to take values +-1/2, so its sensitivity is
+    1/2 and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. The step as a whole then has
+    ``noise_multiplier``.
+
+    Raises:
+        ValueError: if ``count_noise`` is too small for any gradient noise to suffice.
+    """
+    room = noise_multiplier**-2 - (2 * count_noise) ** -2
+    if room <= 0:
+        raise ValueError(f"count_noise={count_noise} must exceed noise_multiplier/2={noise_multiplier / 2}")
+    return room**-0.5
+
+
+def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_accounting.DpEvent:
+    """Replace shuffled batches by what is known of them: one Gaussian release per epoch, in a fixed order.
+
+    Raises:
+        UnsupportedEventError: for shuffled batches under add-or-remove-one, where a unit's arrival moves the others.
+    """
+    match event:
+        case ShuffledBatchesDpEvent():
+            if relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
+                raise UnsupportedEventError(
+                    "ShuffledBatchesDpEvent has no bound under ADD_OR_REMOVE_ONE; zero-out only"
+                )
+            inner = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+            return dp_accounting.SelfComposedDpEvent(inner, event.num_epochs)
+        case dp_accounting.SelfComposedDpEvent():
+            return dp_accounting.SelfComposedDpEvent(resolve(event.event, relation), event.count)
+        case dp_accounting.ComposedDpEvent():
+            return dp_accounting.ComposedDpEvent([resolve(part, relation) for part in event.events])
+        case _:
+            return event
+
+
+def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
+    """A dictionary of JSON values, with the event's class name under ``"kind"``."""
+    record: dict[str, Any] = {"kind": type(event).__name__}
+    for name in attr.fields_dict(type(event)):
+        value = getattr(event, name)
+        record[name] = _value_to_json(value)
+    return record
+
+
+def _value_to_json(value: Any) -> Any:
+    if isinstance(value, dp_accounting.DpEvent):
+        return event_to_json(value)
+    if isinstance(value, list | tuple):
+        return [_value_to_json(part) for part in cast(Sequence[Any], value)]
+    return value
+
+
+def _value_from_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return event_from_json(cast(Mapping[str, Any], value))
+    if isinstance(value, list):
+        return [_value_from_json(part) for part in cast(list[Any], value)]
+    return value
+
+
+_OWN = {cls.__name__: cls for cls in (RandomAllocationDpEvent, ShuffledBatchesDpEvent)}
+
+
+def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
+    """The inverse of :func:`event_to_json`.
+
+    Raises:
+        ValueError: if the record names no event class, or one of its fields does not exist.
+    """
+    kind = record.get("kind")
+    cls = _OWN.get(str(kind)) or getattr(dp_event, str(kind), None)
+    if not (isinstance(cls, type) and issubclass(cls, dp_accounting.DpEvent)):
+        raise ValueError(f"kind={kind!r} names no event")
+    values: dict[str, Any] = {}
+    for name, value in record.items():
+        if name == "kind":
+            continue
+        values[name] = _value_from_json(value)
+    fields = attr.fields_dict(cls)
+    if unknown := values.keys() - fields.keys():
+        raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}")
+    return cls(**values)
+
+
+def _require_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must lie in [0, 1]")
+
+
+def _require_noise(value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"noise_multiplier={value} must be finite and not negative")
+
+
+def _require_count(name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{name}={value} must not be negative")

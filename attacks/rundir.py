@@ -113,7 +113,7 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
     if not path.is_file():
         raise AttackInputError(
             f"{run} has no privacy.json: expected a finished training run; "
-            f"run next: privtrain train {run / 'config.yaml'}"
+            "run next: the privtrain train command that began it"
         )
     try:
         statement = PrivacyStatement.model_validate_json(path.read_bytes())
@@ -129,7 +129,7 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
     if statement.steps_released < statement.num_steps:
         raise AttackInputError(
             f"{run} released {statement.steps_released} of {statement.num_steps} steps: expected a finished run; "
-            f"run next: privtrain train {run / 'config.yaml'}"
+            "run next: the privtrain train command that began it"
         )
     return statement
 

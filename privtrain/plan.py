@@ -19,9 +19,6 @@ from privtrain.errors import ConfigError, Fault
 
 SCHEMA = "privtrain/plan/1"
 
-#: Grid of the privacy loss for values shown while training: coarse, fast, still certified.
-_COARSE_DISCRETIZATION = 1e-3
-
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyPlan:
@@ -100,7 +97,7 @@ class PrivacyPlan:
             noise_multiplier=noise_multiplier,
             num_steps=privacy.num_steps,
             delta=privacy.target_delta,
-            epsilon=accountants.epsilon(event, privacy.target_delta).certified_upper(),
+            epsilon=accountants.certified_upper(accountants.epsilon(event, privacy.target_delta)),
             accountant=privacy.accountant,
             insecure_seed=privacy.insecure_seed,
         )
@@ -123,7 +120,7 @@ class PrivacyPlan:
         return tuple(reasons)
 
     def epsilon_after(self, num_steps: int) -> float:
-        """Certified ε spent by ``num_steps`` charged steps, at most a fraction of a percent above the tight value."""
+        """Certified ε spent by ``num_steps`` charged steps."""
         return _epsilon_after(
             self.noise_multiplier, self.sampling_prob, self.delta, num_steps, self.num_steps, self.epsilon
         )
@@ -147,6 +144,6 @@ def _epsilon_after(
     event = accountants.dp_sgd_event(
         noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
     )
-    coarse = accountants.epsilon(event, delta, discretization=_COARSE_DISCRETIZATION).certified_upper()
+    value = accountants.certified_upper(accountants.epsilon(event, delta))
     # ε grows with the steps, so before the plan is used up its own ε is a certified bound too.
-    return min(coarse, planned) if num_steps < planned_steps else coarse
+    return min(value, planned) if num_steps < planned_steps else value

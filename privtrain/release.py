@@ -100,7 +100,7 @@ def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
 def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
     """``save_pretrained`` into a temporary directory, check it, then put it in place."""
     temporary = run.root / ".adapter.tmp"
-    model.save_pretrained(str(temporary))
+    model.save_pretrained(str(temporary), save_embedding_layers=False)  # no rule trains them yet
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
     _check_tensors(temporary / "adapter_model.safetensors", model)

@@ -36,6 +36,7 @@ class RunDirectory:
         self.identity = self.secret / "identity.json"
         self.manifest = self.secret / "manifest.json"
         self.ledger = self.secret / "ledger.jsonl"
+        self.data_counts = self.secret / "data_counts.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
 
     def exists(self) -> bool:

@@ -223,6 +223,8 @@ def _replay(path: pathlib.Path) -> tuple[LedgerState, int]:
 
 def _is_torn(line: bytes) -> bool:
     """Whether an unterminated last line is a write cut short, as opposed to a whole record or a damaged one."""
+    if not line.isascii():
+        return False
     try:
         json.JSONDecoder().raw_decode(line.decode("ascii"))
     except ValueError:

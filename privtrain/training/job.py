@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
+import os
 import pathlib
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from privtrain.advice import warnings
 from privtrain.backends import Backend, create_backend
-from privtrain.config import Config, load_config, public_tree, to_yaml
+from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
-from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split, split_users
 from privtrain.data.units import UnitData, build_units, tokenize
-from privtrain.errors import ConfigError, Fault, GuaranteeLost, LedgerCorrupt, PlanMismatch
+from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
-from privtrain.ledger import Ledger, open_ledger
+from privtrain.ledger import Ledger
 from privtrain.models import (
     add_lora,
     base_dtype,
@@ -36,29 +33,18 @@ from privtrain.models import (
 )
 from privtrain.plan import PrivacyPlan
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
-from privtrain.rundir import RunDirectory, write_atomically, write_json
-from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
-from privtrain.training.environment import check_ranks_agree, environment_digest
+from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
+from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import held_out_loss, perplexity
-from privtrain.training.resume import Continuation, decide
+from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
+from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
 from privtrain.training.trainer import Trainer
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What every rank reads for itself before the process group exists."""
-
-    config: Config
-    corpus: Corpus
-    plan: PrivacyPlan
-    fingerprint: str
-    run: RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +56,6 @@ class Network:
     precision: str
     autocast: torch.autocast
     packer: Packer
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What rank 0 decided for this session and told the others."""
-
-    key: SecretKey
-    continuation: Continuation
-    environment: str
-    state: bytes
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -94,93 +70,27 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     """
     config = load_config(config_path, overrides)
     check_inputs(config)
-    inputs = _read_inputs(config)
-    _check_run_directory(inputs)
+    inputs = read_inputs(config)
+    check_run_directory(inputs)
     if config.performance.num_threads is not None:
         torch.set_num_threads(config.performance.num_threads)
     backend = create_backend(config.performance.collective_timeout_seconds)
     try:
-        with _held(inputs, backend):
-            if not _is_complete(inputs, backend):
+        with claimed(inputs, backend):
+            if not is_complete(inputs, backend):
                 _run(inputs, backend)
     finally:
         backend.close()
-
-
-def _read_inputs(config: Config) -> Inputs:
-    corpus = load_corpus(config.data)
-    plan = PrivacyPlan.build(config.privacy)
-    run = RunDirectory(config.run.directory)
-    return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)
-
-
-def _check_run_directory(inputs: Inputs) -> None:
-    """Refuse a directory of another plan, data set or model before anything is written."""
-    run = inputs.run
-    if not run.exists():
-        return
-    run.check_permissions()
-    identity = json.loads(run.identity.read_text(encoding="utf-8"))
-    if identity["fingerprint"] != inputs.fingerprint:
-        raise PlanMismatch(
-            f"{run.root} belongs to another plan or data set (fingerprint {identity['fingerprint'][:12]}, this config "
-            f"gives {inputs.fingerprint[:12]}); nothing was written. Restore its config, or set another run.name"
-        )
-    fixed = _fixed_keys(inputs.config)
-    changed = [key for key, value in identity["fixed"].items() if fixed.get(key) != value]
-    if changed:
-        raise PlanMismatch(
-            f"{run.root} was begun with another {', '.join(changed)}; nothing was written. "
-            "Restore the value, or set another run.name"
-        )
-
-
-def _fixed_keys(config: Config) -> dict[str, Any]:
-    """What a run cannot change on the way, beside its plan: what is trained, on what, and what is published."""
-    tree = config.model_dump(mode="json", include={"model", "lora", "data", "tracking"})
-    del tree["data"]["source"]  # its content is in the fingerprint; files may move
-    keys = {f"{section}.{key}": value for section in ("model", "lora", "data") for key, value in tree[section].items()}
-    published = ("private_metrics", "release_held_out_metrics")
-    return keys | {f"tracking.{key}": tree["tracking"][key] for key in published}
-
-
-@contextlib.contextmanager
-def _held(inputs: Inputs, backend: Backend) -> Iterator[None]:
-    """Rank 0 makes and locks the run directory; the others need no file of it."""
-    if not backend.is_main:
-        yield
-        return
-    run = inputs.run
-    if not run.exists():
-        run.create()
-    with run.locked():
-        _check_run_directory(inputs)  # again: another job may have begun here since the first look
-        if not run.exists():
-            identity = {
-                "fingerprint": inputs.fingerprint,
-                "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}",
-                "fixed": _fixed_keys(inputs.config),
-            }
-            write_json(run.identity, identity, mode=0o600)
-        yield
-
-
-def _is_complete(inputs: Inputs, backend: Backend) -> bool:
-    """Rank 0 looks, since the others may not see the run directory."""
-    complete = backend.broadcast_bytes(bytes([inputs.run.is_complete()]) if backend.is_main else None) == b"\x01"
-    if complete and backend.is_main:
-        say(f"{inputs.run.root} is complete; nothing to do. For another run set run.name")
-    return complete
 
 
 def _run(inputs: Inputs, backend: Backend) -> None:
     if backend.is_main:
         _announce(inputs, backend)
     network = _load_network(inputs.config, backend)
-    with _opened_ledger(inputs, backend) as ledger:
-        split = split_users(inputs.corpus, inputs.config.data, _root_key(inputs, backend, ledger))
+    with opened_ledger(inputs, backend) as ledger:
+        split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
         units = _units_of(inputs, network, split)
-        session = _decide(inputs, backend, ledger, network, units)
+        session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         tracker = _open_tracker(inputs, backend, session.continuation.start_step)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker)
         _self_test(trainer, network, backend)
@@ -188,7 +98,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
             checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
-            _begin_session(inputs, ledger, session, split)
+            begin_session(inputs, ledger, session, split, units.num_truncated)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0)
         _loop(inputs, trainer, session.continuation)
@@ -213,7 +123,9 @@ def _load_network(config: Config, backend: Backend) -> Network:
     model = _trainable_model(config, precision, backend.device).to(backend.device)
     model.train()
     if backend.device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)  # so that a replayed step has the same bits
+        # So that a replayed step has the same bits; the ledger finds out if it has not.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
     assert isinstance(pad_id, int)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
@@ -233,36 +145,6 @@ def _trainable_model(config: Config, precision: str, device: torch.device) -> to
     return model
 
 
-@contextlib.contextmanager
-def _opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
-    """The ledger on rank 0, ``None`` elsewhere. A run that lost its ledger is not begun again under it."""
-    if not backend.is_main:
-        yield None
-        return
-    run, plan = inputs.run, inputs.plan
-    is_new = not run.ledger.exists()
-    if is_new and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
-        raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
-    key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
-    with open_ledger(
-        run.ledger,
-        plan_fingerprint=inputs.fingerprint,
-        records_per_unit=plan.records_per_unit,
-        pseudonym_key=key,
-    ) as ledger:
-        yield ledger
-
-
-def _root_key(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
-    """The key behind the split: made before the first session, kept ever after, sent to every rank."""
-    secret = None
-    if ledger is not None:
-        is_begun = ledger.state.generation >= 0
-        run, seed = inputs.run, inputs.plan.insecure_seed
-        secret = (run.load_key("root") if is_begun else run.create_key("root", seed)).reveal()
-    return SecretKey(backend.broadcast_bytes(secret))
-
-
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
@@ -271,49 +153,14 @@ def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     )
 
 
-def _decide(inputs: Inputs, backend: Backend, ledger: Ledger | None, network: Network, units: UnitData) -> Session:
-    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret and the checkpoint."""
-    environment = environment_digest(
+def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
+    return environment_digest(
         inputs.config,
         backend,
         precision=network.precision,
         weights_checksum=weights_checksum(network.model),
         units_sha256=units.sha256(),
     )
-    data = hashlib.sha256(inputs.fingerprint.encode()).digest()
-    check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
-    message = None
-    if ledger is not None:
-        newest = checkpoint.load_newest(inputs.run.checkpoints)
-        continuation = decide(
-            ledger.state,
-            num_steps=inputs.plan.num_steps,
-            environment=environment.hex(),
-            checkpoint_step=newest.step if newest else 0,
-            checkpoint_generation=newest.generation if newest else 0,
-        )
-        _explain(continuation)
-        name = f"generation-{continuation.generation:04d}"
-        is_used = continuation.generation == ledger.state.generation
-        run, seed = inputs.run, inputs.plan.insecure_seed
-        key = run.load_key(name) if is_used else run.create_key(name, seed)
-        head = json.dumps(dataclasses.asdict(continuation)).encode()
-        message = key.reveal() + len(head).to_bytes(8, "little") + head + (newest.state if newest else b"")
-    message = backend.broadcast_bytes(message)
-    size = int.from_bytes(message[32:40], "little")
-    continuation = Continuation(**json.loads(message[40 : 40 + size]))
-    return Session(SecretKey(message[:32]), continuation, environment.hex(), message[40 + size :])
-
-
-def _explain(continuation: Continuation) -> None:
-    if continuation.num_abandoned:
-        say(
-            f"the environment changed since {continuation.num_abandoned} steps past the last checkpoint were begun. "
-            f"They stay charged; generation {continuation.generation} goes on with a fresh secret and ends at step "
-            f"{continuation.end_step}"
-        )
-    elif continuation.start_step or continuation.num_replayed:
-        say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
 
 
 def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
@@ -369,22 +216,6 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
-
-
-def _begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split) -> None:
-    """Put on record that training goes on, and with what."""
-    run, continuation = inputs.run, session.continuation
-    ledger.begin_session(
-        generation=continuation.generation, from_step=continuation.start_step, environment=session.environment
-    )
-    checkpoint.drop_after(run.checkpoints, continuation.start_step)
-    write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
-    write_atomically(run.config, to_yaml(public_tree(inputs.config)))
-    manifest = split.manifest(inputs.corpus)
-    if not run.manifest.exists():
-        write_json(run.manifest, manifest, mode=0o600)
-    elif json.loads(run.manifest.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
-        raise GuaranteeLost(f"{run.manifest} is not the split that this run's key gives; it was replaced")
 
 
 def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int) -> None:

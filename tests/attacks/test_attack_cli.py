@@ -4,11 +4,10 @@ import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
-from attacks import cli
+from attacks import cli, score
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -55,9 +54,7 @@ def test_analyse_then_report(monkeypatch, capsys, make_run):
 
 def test_score_hands_over_to_the_scoring_stage(monkeypatch, capsys, tmp_path):
     calls = []
-    stage = types.ModuleType("attacks.score")
-    monkeypatch.setattr(stage, "score_run", lambda run, batch_tokens: calls.append((run, batch_tokens)), raising=False)
-    monkeypatch.setitem(sys.modules, "attacks.score", stage)
+    monkeypatch.setattr(score, "score_run", lambda run, batch_tokens: calls.append((run, batch_tokens)))
     assert call(monkeypatch, capsys, "score", tmp_path, "--batch-tokens", "512")[0] == 0
     assert calls == [(pathlib.Path(tmp_path), 512)]
 

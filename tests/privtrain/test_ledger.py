@@ -100,6 +100,16 @@ def test_any_changed_byte_is_found(tmp_path, data):
         pass
 
 
+@pytest.mark.parametrize("change", range(1, 256))
+def test_a_damaged_last_line_end_is_not_taken_for_a_torn_write(tmp_path, change):
+    path = write_steps(tmp_path / "l", num_steps=1)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= change
+    path.write_bytes(content)
+    with pytest.raises(LedgerCorrupt, match="at byte"), opened(path):
+        pass
+
+
 def lines_of(path):
     return path.read_bytes().splitlines(keepends=True)
 

@@ -73,6 +73,13 @@ def test_secret_files_are_the_owners_alone(finished):
         assert file.name == "lock" or file.stat().st_mode & 0o077 == 0, file
 
 
+def test_what_became_of_the_rows_is_counted_in_secret(finished):
+    counts = json.loads((finished / "secret" / "data_counts.json").read_text())
+    assert set(counts) == {"num_rows", "num_without_user", "num_empty", "num_truncated_training_records"}
+    assert counts["num_rows"] > 24
+    assert counts["num_truncated_training_records"] > 0
+
+
 def test_the_statement_says_what_was_done(finished):
     statement = json.loads((finished / "privacy.json").read_text())
     assert statement == json.loads((finished / "adapter" / "privacy.json").read_text())

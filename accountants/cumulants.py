@@ -1,0 +1,92 @@
+"""Cumulants of the privacy loss to order five, accurately.
+
+Central moments on one composite Gauss-Legendre grid: raw moments of nearly constant losses cancel (at sampling
+probability 4e-5 a general quadrature at an absolute tolerance of 1e-8 is 4 % off in the third cumulant). Steps add;
+heterogeneous phases are sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from accountants.mixtures import Array, Composition, MixtureStep
+
+_PANELS = 125
+_PANEL_NODES, _PANEL_WEIGHTS = np.polynomial.legendre.leggauss(16)
+#: A composite rule of 2000 nodes on [0, 1].
+_NODES = ((np.arange(_PANELS)[:, None] + (1 + _PANEL_NODES) / 2) / _PANELS).ravel()
+_WEIGHTS = np.tile(_PANEL_WEIGHTS / (2 * _PANELS), _PANELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of one step's loss in one direction under one law.
+
+    Attributes:
+        mean: the expectation.
+        central: central moments 2 to 5.
+        absolute: E|X - EX| and E|X - EX|^3.
+        log_normaliser: log E[exp(tilt * loss)], 0 up to rounding without a tilt.
+    """
+
+    mean: float
+    central: tuple[float, float, float, float]
+    absolute: tuple[float, float]
+    log_normaliser: float
+
+
+def step_moments(
+    step: MixtureStep,
+    *,
+    add: bool,
+    first_law: bool,
+    tilt: float = 0.0,
+    limits: tuple[float, float] | None = None,
+) -> Moments:
+    """Moments of the directed loss.
+
+    Args:
+        step: one step.
+        add: whether the direction is *add*: loss -log dQ/dP, first law P; otherwise log dQ/dP, first law Q.
+        first_law: under the direction's first law, or under its second.
+        tilt: exponential tilt applied to the law.
+        limits: the stretch of ``z`` that counts; by default all that float64 can see.
+    """
+    low, high = limits or (-14.0, 14.0 + step.shifts[-1])
+    z = low + (high - low) * _NODES
+    loss = step.loss(z)
+    logs = -z * z / 2
+    if add != first_law:
+        # Q is the first law of remove and the second of add.
+        logs = logs + loss
+    if add:
+        loss = -loss
+    logs = logs + tilt * loss
+    top = float(np.max(logs))
+    weight = _WEIGHTS * np.exp(logs - top)
+    total = float(np.sum(weight))
+    return _moments(loss, weight / total, top + math.log(total * (high - low) / math.sqrt(2 * math.pi)))
+
+
+def _moments(loss: Array, weight: Array, log_normaliser: float) -> Moments:
+    mean = float(weight @ loss)
+    centred = loss - mean
+    second, third, fourth, fifth = (float(weight @ centred**k) for k in (2, 3, 4, 5))
+    absolute = float(weight @ np.abs(centred)), float(weight @ np.abs(centred) ** 3)
+    return Moments(mean, (second, third, fourth, fifth), absolute, log_normaliser)
+
+
+def sum_cumulants(composed: Composition, *, add: bool, first_law: bool) -> tuple[float, float, float, float, float]:
+    """Cumulants 1 to 5 of the total loss."""
+    totals = np.zeros(5)
+    for step, count in composed.phases:
+        moments = step_moments(step, add=add, first_law=first_law)
+        m2, m3, m4, m5 = moments.central
+        totals += count * np.array([moments.mean, m2, m3, m4 - 3 * m2 * m2, m5 - 10 * m3 * m2])
+    k1, k2, k3, k4, k5 = (float(value) for value in totals)
+    assert k2 > 0, totals
+    assert math.isfinite(k5), totals
+    return k1, k2, k3, k4, k5

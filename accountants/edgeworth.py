@@ -1,0 +1,262 @@
+"""The Edgeworth accountant of Wang et al. 2022 (arXiv 2206.04236), used by EW-Tune (arXiv 2210.15042).
+
+With X and Y the sums of the losses under the second and the first law of a direction (P and Q for *remove*),
+
+    delta(eps) = [1 - F_Y(eps)] - e^eps [1 - F_X(eps)]      (lossless),
+
+and both distribution functions are expanded around the normal one in powers of one over the square root of the number
+of steps.
+
+**AEA** of order 1, 2, 3 puts the expansion in place of F. It is an ``ESTIMATE`` and no bound in either direction: at
+the settings of EW-Tune it is up to a sixth too low, and an expansion is not even a distribution function.
+
+**EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.edgeworth_error`):
+delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps
+Delta_X < delta. At any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a
+bound of this family that is not vacuous see :mod:`accountants.tilted_edgeworth`.
+
+Both directions are computed; steps may differ; the cost does not depend on their number.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import dp_accounting
+import numpy as np
+from scipy import special
+
+from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer, estimate_answer
+from accountants.cumulants import step_moments, sum_cumulants
+from accountants.edgeworth_error import sup_error
+from accountants.mixtures import Array, Composition, composition
+from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon, check_plain_relation
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """The Edgeworth expansion of a sum's survival function.
+
+    Attributes:
+        cumulants: of the sum, 1 to 5.
+        order: 1, 2 or 3; order k uses cumulants up to k + 2.
+    """
+
+    cumulants: tuple[float, float, float, float, float]
+    order: int
+
+    def survival(self, x: Array) -> Array:
+        """The expansion of P(sum > x); can leave [0, 1] and need not be monotone."""
+        k1, k2, k3, k4, k5 = self.cumulants
+        scale = math.sqrt(k2)
+        z = (x - k1) / scale
+        skew, kurtosis, fifth = k3 / scale**3, k4 / scale**4, k5 / scale**5
+        terms = skew / 6 * (z**2 - 1)
+        if self.order >= 2:
+            terms = terms + kurtosis / 24 * (z**3 - 3 * z) + skew**2 / 72 * (z**5 - 10 * z**3 + 15 * z)
+        if self.order >= 3:
+            he4, he6 = z**4 - 6 * z**2 + 3, z**6 - 15 * z**4 + 45 * z**2 - 15
+            he8 = z**8 - 28 * z**6 + 210 * z**4 - 420 * z**2 + 105
+            terms = terms + fifth / 120 * he4 + skew * kurtosis / 144 * he6 + skew**3 / 1296 * he8
+        return special.ndtr(-z) + np.exp(-z * z / 2) / math.sqrt(2 * math.pi) * terms
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectedExpansion:
+    """Both expansions of one direction, with error bounds (0 for the point estimate)."""
+
+    first: Expansion
+    second: Expansion
+    first_error: float = 0.0
+    second_error: float = 0.0
+
+    def delta(self, epsilon: Array, sign: float = 0.0) -> Array:
+        """Delta at ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end."""
+        first = self.first.survival(epsilon) + sign * self.first_error
+        second = self.second.survival(epsilon) - sign * self.second_error
+        return first - np.exp(epsilon) * second
+
+    def epsilon(self, delta: float, sign: float = 0.0) -> float:
+        """The smallest epsilon from which on delta stays at or below ``delta``, by bracketing; infinity if none.
+
+        The curve of an expansion is not monotone, so the last crossing below the point where the expansion has died out
+        is taken.
+        """
+        k1, k2, *_ = self.first.cumulants
+        high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0
+        grid: Array = np.linspace(0.0, min(high, 600.0), 513)
+        for _ in range(8):
+            above = np.flatnonzero(self.delta(grid, sign) > delta)
+            if sign > 0:
+                # An upper end may be read at any epsilon at which the bound holds: the first is the best.
+                below = np.flatnonzero(self.delta(grid, sign) <= delta)
+                if len(below) == 0:
+                    return math.inf
+                index = int(below[0])
+                if index == 0:
+                    return float(grid[0])
+                grid = np.linspace(grid[index - 1], grid[index], 65)
+                continue
+            if len(above) == 0:
+                return float(grid[0])
+            index = int(above[-1])
+            if index == len(grid) - 1:
+                return math.inf
+            grid = np.linspace(grid[index], grid[index + 1], 65)
+        return float(grid[-1])
+
+
+def expand(composed: Composition, order: int, *, add: bool) -> DirectedExpansion:
+    """The point estimate's expansions for one direction."""
+    return DirectedExpansion(
+        Expansion(sum_cumulants(composed, add=add, first_law=True), order),
+        Expansion(sum_cumulants(composed, add=add, first_law=False), order),
+    )
+
+
+class AeaAccountant:
+    """The approximate Edgeworth accountant of one order: an estimate.
+
+    Attributes:
+        direction: ``BOTH`` takes the larger of the two; EW-Tune's code computes ``REMOVE`` only.
+    """
+
+    order: ClassVar[int] = 1
+
+    def __init__(self, direction: Direction = Direction.BOTH) -> None:
+        self.direction = direction
+
+    @property
+    def name(self) -> str:
+        """``aea`` and the order."""
+        return f"aea{self.order}"
+
+    def epsilon(
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; an estimate that never certifies."""
+        check_delta(delta)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            return self._estimate("epsilon", math.inf if composed.non_private else 0.0)
+        values = [expand(composed, self.order, add=add).epsilon(delta) for add in self._directions()]
+        return self._estimate("epsilon", max(values))
+
+    def delta(
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; an estimate, moved into [0, 1] if the expansion leaves it."""
+        check_epsilon(epsilon)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            return self._estimate("delta", 1.0 if composed.non_private else 0.0)
+        point = np.array([epsilon])
+        values = [float(expand(composed, self.order, add=add).delta(point)[0]) for add in self._directions()]
+        return self._estimate("delta", min(max(*values, 0.0), 1.0))
+
+    def _estimate(self, quantity: str, value: float) -> PrivacyAnswer:
+        return estimate_answer(quantity, value, BoundKind.ESTIMATE, self.name, OWN_VERSION, self.direction)
+
+    def _directions(self) -> tuple[bool, ...]:
+        return {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
+
+
+class Aea1Accountant(AeaAccountant):
+    """Order 1, the point estimate that EW-Tune used."""
+
+    order = 1
+
+
+class Aea2Accountant(AeaAccountant):
+    """Order 2."""
+
+    order = 2
+
+
+class Aea3Accountant(AeaAccountant):
+    """Order 3."""
+
+    order = 3
+
+
+class EeaiAccountant:
+    """The exact Edgeworth accountant interval of order 1: certified, and vacuous at realistic delta."""
+
+    name = "eeai"
+
+    def epsilon(
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; infinite, with the note ``vacuous``, where it says nothing."""
+        check_delta(delta)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            value = math.inf if composed.non_private else 0.0
+            return self._answer("epsilon", value, value, value, relation, "")
+        sides = [with_error(composed, add=add) for add in (False, True)]
+        lower = max(side.epsilon(delta, -1.0) for side in sides)
+        upper = max(side.epsilon(delta, 1.0) for side in sides)
+        lower = 0.0 if math.isinf(lower) else lower
+        error = max(side.first_error for side in sides)
+        note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""
+        estimate = max(side.epsilon(delta) for side in sides)
+        return self._answer("epsilon", min(lower, upper), estimate, upper, relation, note)
+
+    def delta(
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; 1, with the note ``vacuous``, where it says nothing."""
+        check_epsilon(epsilon)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            value = 1.0 if composed.non_private else 0.0
+            return self._answer("delta", value, value, value, relation, "")
+        point = np.array([epsilon])
+        sides = [with_error(composed, add=add) for add in (False, True)]
+        ends = [max(float(side.delta(point, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]
+        lower, estimate, upper = (min(max(end, 0.0), 1.0) for end in ends)
+        note = "vacuous: the error bound exceeds 1" if upper == 1 else ""
+        return self._answer("delta", lower, estimate, upper, relation, note)
+
+    def _answer(
+        self, quantity: str, lower: float, estimate: float, upper: float, relation: NeighboringRelation, note: str
+    ) -> PrivacyAnswer:
+        kind = BoundKind.CERTIFIED_UPPER
+        return PrivacyAnswer(
+            quantity, lower, estimate, upper, kind, self.name, OWN_VERSION, relation=relation.name, note=note
+        )
+
+
+def with_error(composed: Composition, *, add: bool) -> DirectedExpansion:
+    """The order-1 expansions of one direction with certified errors.
+
+    Raises:
+        UnsupportedEventError: if the steps differ; the error bound coded here is the one for identical steps.
+    """
+    if len(composed.phases) != 1:
+        raise UnsupportedEventError("eeai covers identical steps only; use 'tilted' for phases")
+    step, count = composed.phases[0]
+    estimate = expand(composed, 1, add=add)
+    errors = [sup_error(step_moments(step, add=add, first_law=first), count) for first in (True, False)]
+    return dataclasses.replace(estimate, first_error=errors[0], second_error=errors[1])

@@ -1,0 +1,211 @@
+"""The normal form of an event: independent steps, each a Gaussian against a mixture of shifted Gaussians.
+
+Every mechanism here that adds Gaussian noise to a clipped sum compares, for the worst neighbouring pair under
+add-or-remove-one (and zero-out, which coincides with it for a plain sum), two laws of one real number,
+
+    P = N(0, 1)        and        Q = sum_i p_i N(mu_i, 1),      mu_i = sensitivity_i / noise standard deviation >= 0:
+
+``p = (1 - q, q)`` for a unit that is sampled with probability ``q`` (Mironov, Talwar, Zhang 2019, arXiv 1908.10530),
+one shift for the plain Gaussian mechanism, and binomial weights for a unit with several records (Charles et al. 2024,
+arXiv 2407.07737). The privacy loss is the increasing function ``loss(z) = log dQ/dP(z)`` and everything that an
+accountant needs (moments, quantiles, discretisations) is a one-dimensional integral over ``z``.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from accountants.protocol import UnsupportedEventError
+
+Array = npt.NDArray[np.floating[Any]]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class MixtureStep:
+    """One step: standard normal noise, shifted by ``shifts[i]`` with probability ``probs[i]``.
+
+    Attributes:
+        shifts: increasing, not negative, the last one positive.
+        probs: positive, of sum one.
+    """
+
+    shifts: tuple[float, ...]
+    probs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.shifts) == len(self.probs) > 0, self
+        assert 0 <= self.shifts[0] <= self.shifts[-1] != 0, self
+        assert min(self.probs) > 0, self
+        assert all(low < high for low, high in zip(self.shifts, self.shifts[1:], strict=False)), self
+
+    @property
+    def infimum(self) -> float:
+        """The greatest lower bound of the loss: finite if the unit may contribute nothing."""
+        if self.shifts[0] > 0:
+            return -math.inf
+        return math.log1p(-math.fsum(self.probs[1:])) if len(self.probs) > 1 else 0.0
+
+    def loss(self, z: Array) -> Array:
+        """``log dQ/dP`` at ``z``, with an absolute error of a few units in the last place of max(1, loss)."""
+        if self.shifts[0] == 0 and len(self.shifts) == 2:
+            return self._poisson_loss(z)
+        exponents = [mu * z - mu * mu / 2 for mu in self.shifts]
+        if len(exponents) == 1:
+            return exponents[0]
+        top = np.max(exponents, axis=0)
+        near = np.zeros_like(z)
+        far = np.zeros_like(z)
+        for prob, exponent in zip(self.probs, exponents, strict=True):
+            near += prob * np.expm1(np.minimum(exponent, 1.0))
+            far += prob * np.exp(exponent - top)
+        return np.where(top < 1, np.log1p(near), top + np.log(far))
+
+    def _poisson_loss(self, z: Array) -> Array:
+        prob, mu = self.probs[1], self.shifts[1]
+        exponent = mu * z - mu * mu / 2
+        near = np.log1p(prob * np.expm1(np.minimum(exponent, 1.0)))
+        far = exponent + math.log(prob) + np.log1p((1 - prob) / prob * np.exp(-np.maximum(exponent, 1.0)))
+        return np.where(exponent < 1, near, far)
+
+    def inverse_loss(self, loss: Array) -> Array:
+        """The ``z`` at which the loss takes the given increasing values; minus infinity at or below the infimum."""
+        if len(self.shifts) == 1:
+            return loss / self.shifts[0] + self.shifts[0] / 2
+        inside = loss > self.infimum
+        values = loss[inside]
+        if self.shifts[0] == 0 and len(self.shifts) == 2:
+            prob, mu = self.probs[1], self.shifts[1]
+            # expm1(loss)/prob > -1 mathematically; rounding at the infimum must not leave the domain of log1p.
+            near = np.log1p(np.maximum(np.expm1(np.minimum(values, 30.0)) / prob, -1 + 2**-53))
+            far = values - math.log(prob) + np.log1p(-(1 - prob) * np.exp(-np.maximum(values, 30.0)))
+            roots = np.where(values < 30, near, far) / mu + mu / 2
+        else:
+            roots = self._invert_numerically(values)
+        return np.concatenate([np.full(int(np.count_nonzero(~inside)), -math.inf), roots])
+
+    def _invert_numerically(self, values: Array) -> Array:
+        low, high = -40.0, max(self.shifts[-1], 1.0)
+        while values.size and float(self.loss(np.array([high]))[0]) < values[-1]:
+            high *= 2
+        grid = np.linspace(low, high, 4096)
+        left = np.full_like(values, low)
+        right = np.full_like(values, high)
+        roots = np.interp(values, self.loss(grid), grid)
+        for _ in range(60):
+            excess = self.loss(roots) - values
+            right = np.where(excess > 0, roots, right)
+            left = np.where(excess > 0, left, roots)
+            slope = np.maximum(self.loss_slope(roots), 1e-300)
+            newton = roots - excess / slope
+            middle = (left + right) / 2
+            step = np.where((newton > left) & (newton < right), newton, middle)
+            done = float(np.max(np.abs(step - roots), initial=0.0)) < 1e-13 * high
+            roots = step
+            if done:
+                break
+        return np.maximum.accumulate(roots) if roots.size else roots
+
+    def loss_slope(self, z: Array) -> Array:
+        """The derivative of the loss: the mean shift given ``z``."""
+        logs = np.stack([math.log(p) + mu * z - mu * mu / 2 for p, mu in zip(self.probs, self.shifts, strict=True)])
+        weights = np.exp(logs - np.max(logs, axis=0))
+        return np.asarray(self.shifts) @ weights / np.sum(weights, axis=0)
+
+    def survival(self, z: Array, under_q: bool) -> Array:
+        """The probability of exceeding ``z`` under Q or P, accurate in its tail."""
+        if not under_q:
+            return special.ndtr(-z)
+        return sum((p * special.ndtr(mu - z) for p, mu in zip(self.probs, self.shifts, strict=True)), np.zeros_like(z))
+
+    def cdf(self, z: Array, under_q: bool) -> Array:
+        """The probability of not exceeding ``z`` under Q or P, accurate in its tail."""
+        if not under_q:
+            return special.ndtr(z)
+        return sum((p * special.ndtr(z - mu) for p, mu in zip(self.probs, self.shifts, strict=True)), np.zeros_like(z))
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """Independent steps with their counts, in an order that does not depend on how the event was written.
+
+    Attributes:
+        phases: pairs of a step and a positive count; all plain Gaussian steps are merged into one step of count one,
+            which is exact because normal noise at standard deviations ``s_j`` composes to ``1 / sqrt(sum 1/s_j^2)``.
+        non_private: whether some part releases its input in the clear.
+    """
+
+    phases: tuple[tuple[MixtureStep, int], ...]
+    non_private: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """The total count."""
+        return sum(count for _, count in self.phases)
+
+
+def composition(event: dp_accounting.DpEvent) -> Composition:
+    """The normal form of an event for add-or-remove-one.
+
+    Raises:
+        UnsupportedEventError: if some part is not Gaussian noise on a (Poisson-sampled or mixture) sum; by name.
+    """
+    counts: Counter[MixtureStep] = Counter()
+    non_private = _collect(event, 1, counts)
+    plain = [(step, count) for step, count in counts.items() if len(step.shifts) == 1]
+    phases = [(step, count) for step, count in counts.items() if len(step.shifts) > 1]
+    if plain:
+        shift = math.sqrt(math.fsum(count * step.shifts[0] ** 2 for step, count in plain))
+        phases.append((MixtureStep((shift,), (1.0,)), 1))
+    return Composition(tuple(sorted(phases)), non_private)
+
+
+def _collect(event: dp_accounting.DpEvent, count: int, counts: Counter[MixtureStep]) -> bool:
+    """Add the event's steps to ``counts``; True if it is not private."""
+    match event:
+        case dp_accounting.NoOpDpEvent():
+            return False
+        case dp_accounting.NonPrivateDpEvent():
+            return count > 0
+        case dp_accounting.SelfComposedDpEvent():
+            return _collect(event.event, count * event.count, counts) if event.count else False
+        case dp_accounting.ComposedDpEvent():
+            return any([_collect(part, count, counts) for part in event.events])
+        case dp_accounting.GaussianDpEvent():
+            return _add(counts, count, event.noise_multiplier, [1.0], [1.0])
+        case dp_accounting.PoissonSampledDpEvent(event=dp_accounting.GaussianDpEvent() as inner):
+            q = event.sampling_probability
+            return _add(counts, count, inner.noise_multiplier, [0.0, 1.0], [1 - q, q])
+        case dp_accounting.dp_event.MixtureOfGaussiansDpEvent():
+            return _add(counts, count, event.standard_deviation, event.sensitivities, event.sampling_probs)
+        case _:
+            raise UnsupportedEventError(f"{type(event).__name__} has no form as Gaussian noise on a sampled sum")
+
+
+def _add(
+    counts: Counter[MixtureStep],
+    count: int,
+    noise: float,
+    sensitivities: Sequence[float],
+    probs: Sequence[float],
+) -> bool:
+    merged: dict[float, float] = {}
+    for sensitivity, prob in zip(sensitivities, probs, strict=True):
+        if prob > 0:
+            merged[float(sensitivity)] = merged.get(float(sensitivity), 0.0) + float(prob)
+    pairs = sorted(merged.items())
+    if not pairs or pairs[-1][0] == 0:
+        return False
+    if noise == 0:
+        return True
+    counts[MixtureStep(tuple(s / noise for s, _ in pairs), tuple(p for _, p in pairs))] += count
+    return False

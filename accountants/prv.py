@@ -1,0 +1,103 @@
+"""The privacy-random-variable accountant of Gopi, Lee, Wutschitz 2021 (arXiv 2106.02848): Opacus' implementation.
+
+Certified ends for the *remove* direction of Poisson-sampled Gaussian steps, at an error in epsilon that is chosen here
+relative to the answer. It has no add direction; the known dominance of remove (Zhu, Dong, Wang 2022) is per step and is
+no theorem for compositions (Lebeda et al. 2024, arXiv 2405.20769), so the answer says ``direction = remove`` and its
+kind is ``CERTIFIED_UPPER`` for that direction only: :func:`accountants.certified_upper` takes answers for both
+directions alone.
+
+Opacus brings torch, so it is imported when a number is asked for, never before.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+from typing import Any
+
+import dp_accounting
+
+from accountants import saddle
+from accountants.answer import BoundKind, Direction, PrivacyAnswer
+from accountants.mixtures import Composition, composition
+from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon, check_plain_relation
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+#: The error in epsilon that is asked of the method, relative to an approximate answer, and its limits.
+RELATIVE_ERROR = 0.01
+MIN_DELTA = 1e-14
+
+
+class PrvAccountant:
+    """Certified ends in the remove direction, from Opacus.
+
+    Attributes:
+        eps_error: the half-width of the interval in epsilon; None scales it to the answer.
+    """
+
+    name = "prv"
+
+    def __init__(self, eps_error: float | None = None) -> None:
+        self.eps_error = eps_error
+
+    def epsilon(
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; delta in [1e-14, 1), remove direction."""
+        check_delta(delta, MIN_DELTA, self.name)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private:
+            return self._answer(math.inf, math.inf, math.inf)
+        if not composed.phases:
+            return self._answer(0.0, 0.0, 0.0)
+        error = self.eps_error or _scaled_error(composed, delta)
+        discrete: Any = _opacus_accountant(composed)._get_dprv(eps_error=error, delta_error=delta / 1000)
+        try:
+            lower, estimate, upper = discrete.compute_epsilon(delta, delta / 1000, error)
+        except (RuntimeError, ValueError) as failure:
+            raise ValueError(f"prv: {failure}; use 'tilted'") from failure
+        return self._answer(max(lower, 0.0), max(estimate, 0.0), max(upper, 0.0))
+
+    def delta(
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """Refused: the implementation answers epsilon only."""
+        check_epsilon(epsilon)
+        check_plain_relation(self.name, relation)
+        raise UnsupportedEventError(
+            f"prv answers epsilon at a delta, not delta; use 'tilted' for {type(event).__name__}"
+        )
+
+    def _answer(self, lower: float, estimate: float, upper: float) -> PrivacyAnswer:
+        version = f"opacus {importlib.metadata.version('opacus')}"
+        kind = BoundKind.CERTIFIED_UPPER
+        note = "remove direction only"
+        return PrivacyAnswer("epsilon", lower, estimate, upper, kind, self.name, version, Direction.REMOVE, note=note)
+
+
+def _scaled_error(composed: Composition, delta: float) -> float:
+    law = saddle.directed_loss(composed, add=False, log_mass=math.log(delta) - 16)
+    return min(max(RELATIVE_ERROR * saddle.saddle_for_delta(law, delta).epsilon, 1e-3), 0.1)
+
+
+def _opacus_accountant(composed: Composition) -> Any:
+    """An Opacus accountant with the composition as its history."""
+    # A dynamic import keeps torch out of everything that only imports this module.
+    opacus_prv = importlib.import_module("opacus.accountants.prv")
+    accountant = opacus_prv.PRVAccountant()
+    for step, count in composed.phases:
+        if len(step.shifts) > 2 or (len(step.shifts) == 2 and step.shifts[0] != 0):
+            raise UnsupportedEventError("prv does not cover mixtures of Gaussians")
+        prob = step.probs[-1]
+        accountant.history.append((1 / max(step.shifts), prob, count))
+    return accountant

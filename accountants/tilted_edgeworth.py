@@ -1,0 +1,217 @@
+"""A finite-sample Edgeworth bound that is not vacuous: tilt first, expand second.
+
+With the notation of :mod:`accountants.tilted`, for every t > 0
+
+    delta(eps) = e^(K(t) - t eps) E_t[g(S - eps)],   g(x) = e^(-tx) (1 - e^(-x))_+,   0 <= g <= c_t = t^t / (1+t)^(1+t).
+
+If H is any function (a distribution function or an expansion) with sup |P_t(S <= x) - H(x)| <= Delta, integration by
+parts and the total variation 2 c_t of g give  |E_t g - int g dH| <= 2 c_t Delta,  so that
+
+    delta(eps) <= e^(K(t) - t eps) min{ c_t,  int g dH + 2 c_t Delta }.
+
+Two choices of (H, Delta), the better counts:
+
+* the normal law and the Berry-Esseen bound: 0.33554 (b3 + 0.415) / sqrt(n) for identical steps (Shevtsova 2011, arXiv
+  1111.6554), 0.56 sum E|X_i|^3 / (sum Var X_i)^(3/2) otherwise (Shevtsova 2010);
+* for identical steps, the first-order Edgeworth expansion and its explicit error (:mod:`accountants.edgeworth_error`).
+
+The branch c_t alone is the conversion from Renyi divergence, so the bound is never worse than that at the same order:
+unlike an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
+theory allows: Delta is of order n^(-1/2) times the tilted skewness, and g needs Delta << 1/(t sd), so at EW-Tune's
+settings a quarter to two fifths of the noise between Renyi's and the least goes. The rest needs the smoothness of the
+law, which :mod:`accountants.tilted` uses numerically.
+
+All laws are cut where one step's noise exceeds a bound that all steps together exceed with probability at most e^-16
+delta, which is added to delta: without the cut, Renyi divergences of sampled steps explode at orders near 2
+ln(1/q)/mu^2. Quadrature: 2000-point composite Gauss-Legendre rules over that stretch; K carries a margin of 1e-12 a
+step.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import dp_accounting
+import numpy as np
+
+from accountants import saddle
+from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer
+from accountants.cumulants import step_moments
+from accountants.edgeworth_error import sup_error
+from accountants.mixtures import Composition, composition
+from accountants.protocol import check_delta, check_epsilon, check_plain_relation
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+_K_MARGIN = 1e-12
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
+@dataclasses.dataclass(frozen=True)
+class TiltedSum:
+    """The tilted sum of one direction, as far as the bounds need it.
+
+    Attributes:
+        tilt: t.
+        log_moment: K(t), with its margin.
+        mean, scale: of S under the tilted law.
+        skew: third cumulant over scale^3.
+        normal_error: Berry-Esseen bound.
+        edgeworth_error: bound for the first-order expansion; infinite where none is known.
+    """
+
+    tilt: float
+    log_moment: float
+    mean: float
+    scale: float
+    skew: float
+    normal_error: float
+    edgeworth_error: float
+
+    def log_delta(self, epsilon: float, sign: float) -> float:
+        """Log of the upper (``sign`` 1) or lower (-1) bound on delta."""
+        log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
+        peak = math.exp(log_peak)
+        values = [self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error]
+        if math.isfinite(self.edgeworth_error):
+            values.append(self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error)
+        value = min(*values, peak) if sign > 0 else max(*values, 0.0)
+        if value <= 0:
+            return -math.inf
+        return math.log(value) + self.log_moment - self.tilt * epsilon
+
+    def _integral(self, epsilon: float, skew: float) -> float:
+        """The integral of g against the expansion, on the stretch where g matters."""
+        top = min(45 / self.tilt, max(self.mean - epsilon, 0.0) + 14 * self.scale)
+        # A square map: the kink of g at 0 and its peak near 1/t get most of the nodes.
+        unit = (1 + _NODES) / 2
+        x = top * unit**2
+        weight = _WEIGHTS * top * unit
+        u = (x + epsilon - self.mean) / self.scale
+        density = np.exp(-u * u / 2) / (math.sqrt(2 * math.pi) * self.scale) * (1 + skew / 6 * (u**3 - 3 * u))
+        return float(weight @ (np.exp(-self.tilt * x) * -np.expm1(-x) * density))
+
+
+def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float) -> TiltedSum:
+    """Moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side.
+
+    ``log_mass`` sets the cut.
+    """
+    limits = saddle.truncation(composed, log_mass)
+    log_moment = mean = variance = third = absolute = 0.0
+    for step, count in composed.phases:
+        moments = step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits)
+        log_moment += count * (moments.log_normaliser + margin * _K_MARGIN)
+        mean += count * moments.mean
+        variance += count * moments.central[0]
+        third += count * moments.central[1]
+        absolute += count * moments.absolute[1]
+    scale = math.sqrt(variance)
+    edgeworth, normal = math.inf, 0.56 * absolute / scale**3
+    if len(composed.phases) == 1:
+        step, count = composed.phases[0]
+        moments = step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits)
+        normal = 0.33554 * (moments.absolute[1] / moments.central[0] ** 1.5 + 0.415) / math.sqrt(count)
+        edgeworth = sup_error(moments, count)
+    return TiltedSum(tilt, log_moment, mean, scale, third / scale**3, min(normal, 1.0), edgeworth)
+
+
+_FACTORS = (0.35, 0.5, 0.65, 0.75, 0.85, 0.95, 1.0, 1.05)
+#: Log of the probability cut away where delta is not known beforehand.
+_DELTA_CUT = -60.0
+
+
+class TiltedEdgeworthAccountant:
+    """Certified ends from the tilted expansions of this module."""
+
+    name = "tilted-edgeworth"
+
+    def epsilon(
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`; any delta."""
+        check_delta(delta)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            value = math.inf if composed.non_private else 0.0
+            return self._answer("epsilon", value, value, value, relation)
+        sides = [_epsilon_ends(composed, delta, add=add) for add in (False, True)]
+        lower, estimate, upper = (max(values) for values in zip(*sides, strict=True))
+        return self._answer("epsilon", min(lower, upper), estimate, upper, relation)
+
+    def delta(
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> PrivacyAnswer:
+        """See :class:`accountants.protocol.Accountant`."""
+        check_epsilon(epsilon)
+        check_plain_relation(self.name, relation)
+        composed = composition(event)
+        if composed.non_private or not composed.phases:
+            value = 1.0 if composed.non_private else 0.0
+            return self._answer("delta", value, value, value, relation)
+        logs: list[tuple[float, float, float]] = []
+        for add in (False, True):
+            law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
+            start = saddle.saddle_for_epsilon(law, epsilon)
+            sums = [tilted_sum(composed, start.tilt * f, add=add, margin=1, log_mass=_DELTA_CUT) for f in _FACTORS]
+            upper = min(float(np.logaddexp(side.log_delta(epsilon, 1), _DELTA_CUT)) for side in sums)
+            below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
+            logs.append((below.log_delta(epsilon, -1), start.log_delta, upper))
+        lower, estimate, upper = (math.exp(min(max(values), 0.0)) for values in zip(*logs, strict=True))
+        return self._answer("delta", min(lower, upper), estimate, upper, relation)
+
+    def _answer(
+        self, quantity: str, lower: float, estimate: float, upper: float, relation: NeighboringRelation
+    ) -> PrivacyAnswer:
+        return PrivacyAnswer(
+            quantity,
+            lower,
+            estimate,
+            upper,
+            BoundKind.CERTIFIED_UPPER,
+            self.name,
+            OWN_VERSION,
+            Direction.BOTH,
+            relation.name,
+        )
+
+
+def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:
+    cut = math.log(delta) - 16
+    law = saddle.directed_loss(composed, add=add, log_mass=cut)
+    start = saddle.saddle_for_delta(law, delta)
+    scale = max(start.epsilon, 1 / start.tilt)
+    upper = math.inf
+    for factor in _FACTORS:
+        tilted = tilted_sum(composed, start.tilt * factor, add=add, margin=1, log_mass=cut)
+        upper = min(upper, _solve(tilted, math.log(delta) + math.log1p(-math.exp(-16)), 1, scale))
+    below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=cut)
+    return _solve(below, math.log(delta), -1, scale), start.epsilon, upper
+
+
+def _solve(tilted: TiltedSum, log_delta: float, sign: float, scale: float) -> float:
+    """An epsilon on the safe side of the crossing of the bound with delta; 0 if the bound is below delta at 0."""
+
+    def above(epsilon: float) -> bool:
+        return tilted.log_delta(epsilon, sign) > log_delta
+
+    if not above(0.0):
+        return 0.0
+    low, high = 0.0, scale
+    while above(high):
+        low, high = high, 2 * high
+        if high > 1e9:
+            return math.inf if sign > 0 else low
+    for _ in range(36):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) else (low, middle)
+    return high if sign > 0 else low

@@ -1,0 +1,113 @@
+"""The price of choosing the best of several runs, and what single users spent.
+
+Tuning: Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD
+under one common bound, and only the best by a score that is itself private or post-processing is released. The number
+of runs must be
+random: a fixed number of tries has no such bound. Renyi accounting only.
+
+Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: the values depend on the data, releasing
+them is itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import dp_accounting
+from dp_accounting import dp_event
+
+from accountants.answer import BoundKind, PrivacyAnswer
+from accountants.events import dp_sgd_event
+from accountants.rdp import RdpAccountant
+from accountants.tilted import TiltedAccountant
+
+#: Shapes of the number of runs by name: truncated negative binomial, and Poisson as its limit.
+SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
+
+
+def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str = "geometric") -> dp_accounting.DpEvent:
+    """The event of releasing the best of a random number of runs.
+
+    Args:
+        event: one run.
+        mean_runs: the expected number of runs, at least 1.
+        shape: ``"logarithmic"``, ``"geometric"`` or ``"poisson"`` (which may draw no run at all).
+
+    Raises:
+        ValueError: if the shape is unknown or the mean below 1.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape={shape!r} is unknown; choose from {', '.join(SHAPES)}")
+    if not mean_runs >= 1:
+        raise ValueError(f"mean_runs={mean_runs} must be at least 1")
+    return dp_event.RepeatAndSelectDpEvent(event, mean_runs, SHAPES[shape])
+
+
+def tuning_epsilon(
+    event: dp_accounting.DpEvent, delta: float, *, mean_runs: float, shape: str = "geometric"
+) -> PrivacyAnswer:
+    """A certified upper bound on epsilon for the best of a random number of runs; at least that of one run."""
+    return RdpAccountant().epsilon(tuning_event(event, mean_runs=mean_runs, shape=shape), delta)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndividualSpending:
+    """What users of one contribution level spent; a report, not a guarantee.
+
+    Attributes:
+        norm_ratio: the upper end of the level: the largest clipped norm over the clipping norm.
+        num_users: how many users fall in the level.
+        answer: epsilon at that level, with a note that it is a report.
+    """
+
+    norm_ratio: float
+    num_users: int
+    answer: PrivacyAnswer
+
+
+def individual_report(
+    norm_ratios: Sequence[float],
+    *,
+    noise_multiplier: float,
+    sampling_prob: float,
+    num_steps: int,
+    delta: float,
+    num_levels: int = 10,
+) -> list[IndividualSpending]:
+    """Spending by level of contribution.
+
+    Args:
+        norm_ratios: per user, an upper bound on the norm of its clipped contribution over the clipping norm, in [0, 1].
+        noise_multiplier: relative to the clipping norm.
+        sampling_prob: per user and step.
+        num_steps: the number of steps.
+        delta: in (0, 1).
+        num_levels: users are grouped by rounding up to multiples of ``1 / num_levels``.
+
+    Raises:
+        ValueError: if a ratio is outside [0, 1].
+    """
+    if norm_ratios and not (min(norm_ratios) >= 0 and max(norm_ratios) <= 1):
+        raise ValueError("norm_ratios must lie in [0, 1]")
+    levels = [math.ceil(ratio * num_levels - 1e-12) for ratio in norm_ratios]
+    report: list[IndividualSpending] = []
+    for level in sorted(set(levels)):
+        ratio = level / num_levels
+        steps = num_steps if level else 0
+        noise = noise_multiplier / ratio if level else noise_multiplier
+        event = dp_sgd_event(noise_multiplier=noise, sampling_prob=sampling_prob, num_steps=steps)
+        answer = TiltedAccountant().epsilon(event, delta)
+        # An estimate by construction: nobody may build a guarantee on a number that depends on the data.
+        answer = dataclasses.replace(
+            answer,
+            lower=0.0,
+            upper=math.inf,
+            kind=BoundKind.ESTIMATE,
+            note="individual report, not a guarantee",
+            estimate=answer.upper,
+        )
+        report.append(IndividualSpending(ratio, levels.count(level), answer))
+    return report

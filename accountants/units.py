@@ -1,0 +1,148 @@
+"""Whose privacy: from records to users.
+
+Four routes for a user with up to k records, all for add-or-remove-one of the user:
+
+* **ULS** (user-level sampling; Charles et al. 2024, arXiv 2407.07737; User-wise DP-SGD of Chua et al. 2024, arXiv
+  2406.14322): users are sampled and each user's gradient is clipped once. Account as DP-SGD with
+  ``sampling_prob = cohort / users``: :func:`accountants.events.dp_sgd_event`, no conversion.
+* **ELS** (example-level sampling): records are sampled one by one and clipped one by one. A user with k records
+  contributes Binomial(k, q) clipped vectors to a step, each of norm at most C; the worst pair is the mixture of
+  Gaussians with sensitivities 0..k and binomial weights (Charles et al., theorem 2). Exact: :func:`group_event`.
+* **Black-box group privacy**: an (eps, delta)-DP release for one record is (k eps, delta (e^(k eps) - 1)/(e^eps -
+  1))-DP
+  for k; never k delta. Optimised over the record curve: :func:`group_epsilon`.
+* **Renyi group privacy** (Mironov 2017, arXiv 1702.07476, proposition 2): for k <= 2^c, order alpha >= 2 at the group
+  costs
+  3^c times the record's divergence at order 2^c alpha: :func:`rdp_group_epsilon`. Useless under sampling, kept for
+comparison.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import math
+
+import dp_accounting
+from dp_accounting import dp_event, rdp
+from dp_accounting.rdp import rdp_privacy_accountant as conversion
+from scipy import special
+
+from accountants.answer import BoundKind, PrivacyAnswer
+from accountants.protocol import Accountant, check_delta
+from accountants.rdp import ORDERS
+
+
+def group_event(
+    *, noise_multiplier: float, sampling_prob: float, num_steps: int, num_records: int
+) -> dp_accounting.DpEvent:
+    """DP-SGD on records, seen by a user who owns ``num_records`` of them: an exact mixture of Gaussians (ELS).
+
+    Args:
+        noise_multiplier: noise standard deviation over the clipping norm of one record.
+        sampling_prob: of one record and step.
+        num_steps: the number of steps.
+        num_records: k, the cap on a user's records; must not depend on the data.
+
+    Raises:
+        ValueError: if ``num_records`` is below 1 or another argument outside its range.
+    """
+    if num_records < 1:
+        raise ValueError(f"num_records={num_records} must be at least 1")
+    if not 0 <= sampling_prob <= 1:
+        raise ValueError(f"sampling_prob={sampling_prob} must lie in [0, 1]")
+    if num_steps == 0 or sampling_prob == 0:
+        return dp_accounting.NoOpDpEvent()
+    if noise_multiplier == 0:
+        return dp_accounting.NonPrivateDpEvent()
+    weights = _binomial(num_records, sampling_prob)
+    step = dp_event.MixtureOfGaussiansDpEvent(noise_multiplier, [float(i) for i, _ in weights], [p for _, p in weights])
+    return dp_accounting.SelfComposedDpEvent(step, num_steps)
+
+
+def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
+    """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe."""
+    if prob == 1:
+        return [(count, 1.0)]
+    if count == 1:
+        return [(0, 1 - prob), (1, prob)]
+    weights: list[tuple[int, float]] = []
+    for i in range(1, count + 1):
+        log_weight = math.log(math.comb(count, i)) + i * math.log(prob) + (count - i) * math.log1p(-prob)
+        if log_weight > -650:
+            weights.append((i, math.exp(log_weight)))
+    if weights[-1][0] < count:
+        last = weights[-1][0]
+        tail = float(special.bdtrc(last, count, prob))
+        weights.append((count, max(tail, 1e-290)))
+    return [(0, 1 - math.fsum(p for _, p in weights)), *weights]
+
+
+def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[float, float]:
+    """Black-box group privacy: the (epsilon, delta) of k records from that of one.
+
+    ``(k eps, delta (e^(k eps) - 1) / (e^eps - 1))`` (Vadhan 2017, lemma 2.2), with the limit k delta only at eps = 0.
+    """
+    if num_records < 1:
+        raise ValueError(f"num_records={num_records} must be at least 1")
+    if epsilon == 0:
+        return 0.0, min(num_records * delta, 1.0)
+    log_factor = num_records * epsilon - epsilon
+    log_factor += math.log1p(-math.exp(-num_records * epsilon)) - math.log1p(-math.exp(-epsilon))
+    return num_records * epsilon, min(math.exp(min(math.log(delta) + log_factor, 0.0)) if delta > 0 else 0.0, 1.0)
+
+
+def group_epsilon(
+    event: dp_accounting.DpEvent, delta: float, num_records: int, accountant: Accountant, *, points: int = 10
+) -> PrivacyAnswer:
+    """Black-box epsilon for k records, optimised over the record's curve.
+
+    For a record epsilon e1 the record needs ``delta1 = delta (e^e1 - 1)/(e^(k e1) - 1)``. Every pair on the curve gives
+    a valid bound; the smallest feasible e1 is found by bisection, and the returned value was itself checked.
+
+    Args:
+        event: the record-level event.
+        delta: for the user.
+        num_records: k.
+        accountant: a certified one without a floor in delta: ``tilted``, not ``pld``.
+        points: bisection steps.
+
+    Returns:
+        A certified upper bound, infinite (with a note) if no record epsilon below 400 works.
+    """
+    check_delta(delta)
+
+    def feasible(record_epsilon: float) -> bool:
+        _, factor = group_delta_of(record_epsilon, 1e-300, num_records)
+        log_delta1 = math.log(delta) - (math.log(factor) - math.log(1e-300))
+        if log_delta1 < -690:
+            return False
+        return accountant.epsilon(event, math.exp(log_delta1)).certified_upper() <= record_epsilon
+
+    low, high = 0.0, max(accountant.epsilon(event, delta).certified_upper(), 1e-6)
+    while not feasible(high):
+        low, high = high, 1.5 * high
+        if high * num_records > 680 or high > 400:
+            note = "no record epsilon works: delta for one record would underflow"
+            return _answer(math.inf, accountant.name, note)
+    for _ in range(points):
+        middle = (low + high) / 2
+        low, high = (low, middle) if feasible(middle) else (middle, high)
+    return _answer(num_records * high, accountant.name, f"group of {num_records}")
+
+
+def _answer(value: float, method: str, note: str) -> PrivacyAnswer:
+    return PrivacyAnswer(
+        "epsilon", 0.0, value, value, BoundKind.CERTIFIED_UPPER, f"group({method})", "accountants 1", note=note
+    )
+
+
+def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: int) -> PrivacyAnswer:
+    """Epsilon for k records by Renyi group privacy."""
+    check_delta(delta)
+    doublings = math.ceil(math.log2(num_records)) if num_records > 1 else 0
+    group_orders = [order for order in ORDERS if order >= 2]
+    accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
+    accountant.compose(event)
+    divergences = [3**doublings * value for value in vars(accountant)["_rdp"]]
+    value, _ = conversion.compute_epsilon(group_orders, divergences, delta)
+    return _answer(float(value), "rdp", f"group of {num_records}")

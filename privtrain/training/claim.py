@@ -1,0 +1,96 @@
+"""Read what a job needs before any process group exists, and claim its run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from privtrain.backends import Backend
+from privtrain.config import Config
+from privtrain.console import say
+from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.errors import PlanMismatch
+from privtrain.plan import PrivacyPlan
+from privtrain.rundir import RunDirectory, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What every rank reads for itself before the process group exists."""
+
+    config: Config
+    corpus: Corpus
+    plan: PrivacyPlan
+    fingerprint: str
+    run: RunDirectory
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Load the rows and build the plan."""
+    corpus = load_corpus(config.data)
+    plan = PrivacyPlan.build(config.privacy)
+    run = RunDirectory(config.run.directory)
+    return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)
+
+
+def check_run_directory(inputs: Inputs) -> None:
+    """Refuse a directory of another plan, data set or model before anything is written."""
+    run = inputs.run
+    if not run.exists():
+        return
+    run.check_permissions()
+    identity = json.loads(run.identity.read_text(encoding="utf-8"))
+    if identity["fingerprint"] != inputs.fingerprint:
+        raise PlanMismatch(
+            f"{run.root} belongs to another plan or data set (fingerprint {identity['fingerprint'][:12]}, this config "
+            f"gives {inputs.fingerprint[:12]}); nothing was written. Restore its config, or set another run.name"
+        )
+    fixed = _fixed_keys(inputs.config)
+    changed = [key for key, value in identity["fixed"].items() if fixed.get(key) != value]
+    if changed:
+        raise PlanMismatch(
+            f"{run.root} was begun with another {', '.join(changed)}; nothing was written. "
+            "Restore the value, or set another run.name"
+        )
+
+
+def _fixed_keys(config: Config) -> dict[str, Any]:
+    """What a run cannot change on the way, beside its plan: what is trained, on what, and what is published."""
+    tree = config.model_dump(mode="json", include={"model", "lora", "data", "tracking"})
+    del tree["data"]["source"]  # its content is in the fingerprint; files may move
+    keys = {f"{section}.{key}": value for section in ("model", "lora", "data") for key, value in tree[section].items()}
+    published = ("private_metrics", "release_held_out_metrics")
+    return keys | {f"tracking.{key}": tree["tracking"][key] for key in published}
+
+
+@contextlib.contextmanager
+def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
+    """Rank 0 makes and locks the run directory; the others need no file of it."""
+    if not backend.is_main:
+        yield
+        return
+    run = inputs.run
+    if not run.exists():
+        run.create()
+    with run.locked():
+        check_run_directory(inputs)  # again: another job may have begun here since the first look
+        if not run.exists():
+            identity = {
+                "fingerprint": inputs.fingerprint,
+                "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}",
+                "fixed": _fixed_keys(inputs.config),
+            }
+            write_json(run.identity, identity, mode=0o600)
+        yield
+
+
+def is_complete(inputs: Inputs, backend: Backend) -> bool:
+    """Rank 0 looks, since the others may not see the run directory."""
+    complete = backend.broadcast_bytes(bytes([inputs.run.is_complete()]) if backend.is_main else None) == b"\x01"
+    if complete and backend.is_main:
+        say(f"{inputs.run.root} is complete; nothing to do. For another run set run.name")
+    return complete

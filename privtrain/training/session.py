@@ -1,0 +1,118 @@
+"""Begin or go on: which secret, which checkpoint, which steps, and all ranks of one mind about it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+
+from privtrain.backends import Backend
+from privtrain.config import public_tree, to_yaml
+from privtrain.console import say
+from privtrain.data.split import Split
+from privtrain.errors import GuaranteeLost, LedgerCorrupt
+from privtrain.ledger import Ledger, open_ledger
+from privtrain.rundir import write_atomically, write_json
+from privtrain.secret import SecretKey
+from privtrain.training import checkpoint
+from privtrain.training.claim import Inputs
+from privtrain.training.environment import check_ranks_agree
+from privtrain.training.resume import Continuation, decide
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What rank 0 decided for this session and told the others."""
+
+    key: SecretKey
+    continuation: Continuation
+    environment: str
+    state: bytes
+
+
+@contextlib.contextmanager
+def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
+    """The ledger on rank 0, ``None`` elsewhere. A run that lost its ledger is not begun again under it."""
+    if not backend.is_main:
+        yield None
+        return
+    run, plan = inputs.run, inputs.plan
+    is_new = not run.ledger.exists()
+    if is_new and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
+        raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
+    key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
+    with open_ledger(
+        run.ledger,
+        plan_fingerprint=inputs.fingerprint,
+        records_per_unit=plan.records_per_unit,
+        pseudonym_key=key,
+    ) as ledger:
+        yield ledger
+
+
+def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
+    """The key behind the split: made before the first session, kept ever after, sent to every rank."""
+    secret = None
+    if ledger is not None:
+        is_begun = ledger.state.generation >= 0
+        run, seed = inputs.run, inputs.plan.insecure_seed
+        secret = (run.load_key("root") if is_begun else run.create_key("root", seed)).reveal()
+    return SecretKey(backend.broadcast_bytes(secret))
+
+
+def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
+    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret and the checkpoint."""
+    data = hashlib.sha256(inputs.fingerprint.encode()).digest()
+    check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
+    message = None
+    if ledger is not None:
+        newest = checkpoint.load_newest(inputs.run.checkpoints)
+        continuation = decide(
+            ledger.state,
+            num_steps=inputs.plan.num_steps,
+            environment=environment.hex(),
+            checkpoint_step=newest.step if newest else 0,
+            checkpoint_generation=newest.generation if newest else 0,
+        )
+        _explain(continuation)
+        name = f"generation-{continuation.generation:04d}"
+        is_used = continuation.generation == ledger.state.generation
+        run, seed = inputs.run, inputs.plan.insecure_seed
+        key = run.load_key(name) if is_used else run.create_key(name, seed)
+        head = json.dumps(dataclasses.asdict(continuation)).encode()
+        message = key.reveal() + len(head).to_bytes(8, "little") + head + (newest.state if newest else b"")
+    message = backend.broadcast_bytes(message)
+    size = int.from_bytes(message[32:40], "little")
+    continuation = Continuation(**json.loads(message[40 : 40 + size]))
+    return Session(SecretKey(message[:32]), continuation, environment.hex(), message[40 + size :])
+
+
+def _explain(continuation: Continuation) -> None:
+    if continuation.num_abandoned:
+        say(
+            f"the environment changed since {continuation.num_abandoned} steps past the last checkpoint were begun. "
+            f"They stay charged; generation {continuation.generation} goes on with a fresh secret and ends at step "
+            f"{continuation.end_step}"
+        )
+    elif continuation.start_step or continuation.num_replayed:
+        say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
+
+
+def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, num_truncated: int) -> None:
+    """Put on record that training goes on, and with what."""
+    run, continuation = inputs.run, session.continuation
+    ledger.begin_session(
+        generation=continuation.generation, from_step=continuation.start_step, environment=session.environment
+    )
+    checkpoint.drop_after(run.checkpoints, continuation.start_step)
+    write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
+    write_atomically(run.config, to_yaml(public_tree(inputs.config)))
+    counts = {**dataclasses.asdict(inputs.corpus.counts), "num_truncated_training_records": num_truncated}
+    write_json(run.data_counts, counts, mode=0o600)
+    manifest = split.manifest(inputs.corpus)
+    if not run.manifest.exists():
+        write_json(run.manifest, manifest, mode=0o600)
+    elif json.loads(run.manifest.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
+        raise GuaranteeLost(f"{run.manifest} is not the split that this run's key gives; it was replaced")

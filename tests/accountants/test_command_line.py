@@ -1,0 +1,106 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from accountants import cli
+
+RUN = ["-s", "1", "-q", "0.01", "-t", "1000", "-d", "1e-5"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+def test_epsilon_prints_the_number_with_its_kind():
+    result = invoke("epsilon", *RUN)
+    assert result.output.startswith("epsilon = 1.82")
+    assert "certified_upper" in result.output
+
+
+def test_json_is_strict_json():
+    answer = json.loads(invoke("epsilon", *RUN, "-a", "eeai", "--json").output)
+    assert answer["upper"] == "inf"
+    assert answer["note"].startswith("vacuous")
+
+
+def test_delta_of_one_command_is_the_epsilon_of_the_other():
+    epsilon = json.loads(invoke("epsilon", *RUN, "-a", "tilted", "--json").output)["upper"]
+    answer = json.loads(invoke("delta", "-s", "1", "-q", "0.01", "-t", "1000", "-e", str(epsilon), "--json").output)
+    assert answer["lower"] <= 1e-5 <= answer["upper"] * 1.01
+
+
+def test_calibrate_finds_what_it_is_asked_for():
+    common = ["-e", "2", "-d", "1e-5", "-q", "0.01", "-a", "tilted", "--json"]
+    noise = json.loads(invoke("calibrate", *common, "-t", "1000").output)["value"]
+    steps = json.loads(invoke("calibrate", *common, "--for", "num-steps", "-s", str(noise)).output)["value"]
+    assert steps >= 1000
+
+
+def test_compare_names_every_accountant_and_its_kind():
+    rows = json.loads(invoke("compare", *RUN, "--json").output)
+    kinds = {row["name"]: row["answer"]["kind"] for row in rows}
+    assert kinds["tilted"] == "certified_upper"
+    assert kinds["aea1"] == "estimate"
+    assert kinds["gdp"] == "asymptotic"
+    assert "tilted" in invoke("compare", *RUN, "--accountants", "tilted,gdp").output
+
+
+def test_curve_draws_and_caps_attacks(tmp_path):
+    picture = tmp_path / "curve.png"
+    data = json.loads(invoke("curve", *RUN, "--points", "6", "--json", "--plot", str(picture)).output)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert data["certified"] is True
+    caps = data["attack_cap"]
+    assert all(tpr >= fpr for fpr, tpr in zip(caps["false_positive_rate"], caps["true_positive_rate"], strict=True))
+    assert max(data["epsilon_over_steps"]["epsilon"]) == pytest.approx(1.828, abs=0.01)
+
+
+def test_convert_is_the_black_box_group():
+    result = json.loads(invoke("convert", "-e", "0.5", "-d", "1e-6", "-k", "3", "--json").output)
+    assert result["epsilon"] == pytest.approx(1.5)
+    assert result["delta"] > 3e-6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["epsilon", "-s", "1", "-q", "1.5", "-t", "10", "-d", "1e-5"],
+        ["epsilon", *RUN, "-a", "nobody"],
+        ["epsilon", *RUN, "--sampler", "fixed-size", "--batch-size", "5", "--num-units", "100"],
+        ["calibrate", "-e", "-1", "-d", "1e-5"],
+        ["calibrate", "-e", "2", "-d", "1e-5", "-q", "0.01", "-t", "10", "-a", "aea1"],
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", "accountants", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("accountants: ")
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_help_does_not_import_the_numerics():
+    code = (
+        "import sys; import accountants.cli; print(any(m in sys.modules for m in ('numpy', 'dp_accounting', 'torch')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_no_accountant_needs_torch():
+    code = (
+        "import sys, accountants; e = accountants.dp_sgd_event(noise_multiplier=1, sampling_prob=.1, num_steps=200)\n"
+        "for name in accountants.ACCOUNTANTS:\n"
+        "    if name not in ('prv', 'allocation'): accountants.epsilon(e, 1e-5, accountant=name)\n"
+        "print('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "False"
+    assert time.perf_counter() - start < 60

@@ -1,0 +1,98 @@
+import math
+
+import numpy as np
+import pytest
+from accounting_cases import GLUE, dp_sgd
+
+import accountants
+from accountants import edgeworth
+from accountants.answer import Direction, NotCertifiedError
+from accountants.cumulants import sum_cumulants
+from accountants.mixtures import composition
+
+
+def remove(order, event, delta):
+    cls = {1: edgeworth.Aea1Accountant, 2: edgeworth.Aea2Accountant, 3: edgeworth.Aea3Accountant}[order]
+    return cls(Direction.REMOVE).epsilon(event, delta).estimate
+
+
+@pytest.mark.parametrize(("task", "sigma", "logged"), [("SST-2", 0.7865, 7.992898901), ("QNLI", 0.711, 7.997972387)])
+def test_order_one_reproduces_the_values_in_ew_tunes_logs(task, sigma, logged):
+    q, steps = GLUE[task]
+    assert remove(1, dp_sgd(q, sigma, steps), 1e-5) == pytest.approx(logged, abs=6e-7)
+
+
+def test_the_published_noise_spends_more_than_it_claims():
+    event = dp_sgd(*GLUE["MNLI"][:1], 0.573, GLUE["MNLI"][1])
+    assert remove(1, event, 1e-6) < 8
+    assert accountants.epsilon(event, 1e-6, accountant="tilted").lower > 9.59
+
+
+@pytest.mark.parametrize("name", ["aea1", "aea2", "aea3", "contour", "gdp"])
+def test_estimates_never_certify(name):
+    answer = accountants.epsilon(dp_sgd(0.01, 1.0, 1000), 1e-5, accountant=name)
+    with pytest.raises(NotCertifiedError):
+        accountants.certified_upper(answer)
+    with pytest.raises(NotCertifiedError):
+        accountants.calibrate_noise_multiplier(
+            target_epsilon=2.0, target_delta=1e-5, sampling_prob=0.01, num_steps=1000, accountant=name
+        )
+    assert math.isinf(answer.upper)
+
+
+def test_one_direction_is_not_a_guarantee():
+    answer = accountants.epsilon(dp_sgd(0.01, 1.0, 100), 1e-5, accountant="prv")
+    with pytest.raises(NotCertifiedError, match="remove"):
+        accountants.certified_upper(answer)
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"), [(0.01, 1.0, 10_000, 1e-5), (GLUE["MNLI"][0], 0.573, 3920, 1e-6)]
+)
+def test_the_interval_says_vacuous_at_realistic_delta(q, sigma, steps, delta):
+    answer = accountants.epsilon(dp_sgd(q, sigma, steps), delta, accountant="eeai")
+    assert math.isinf(answer.upper)
+    assert answer.note.startswith("vacuous")
+
+
+def test_the_interval_encloses_the_truth_where_it_says_something():
+    event = dp_sgd(2.97e-4, 0.8, 1_000_000)
+    answer = accountants.epsilon(event, 0.1, accountant="eeai")
+    exact = accountants.epsilon(event, 0.1, accountant="tilted")
+    assert math.isfinite(answer.upper)
+    assert 0.2 < answer.lower <= exact.upper
+    assert exact.lower <= answer.upper < 0.6
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_expansions_converge_for_many_small_steps(order):
+    event = dp_sgd(0.01, 20.0, 1_000_000)
+    exact = accountants.epsilon(event, 1e-5, accountant="contour").estimate
+    assert remove(order, event, 1e-5) == pytest.approx(exact, rel=2e-6)
+
+
+def test_cumulants_match_simulated_moments():
+    composed = composition(dp_sgd(0.2, 1.5, 1))
+    rng = np.random.default_rng(7)
+    z = rng.standard_normal(4_000_000) + (rng.random(4_000_000) < 0.2) / 1.5
+    loss = composed.phases[0][0].loss(z)
+    k1, k2, k3, *_ = sum_cumulants(composed, add=False, first_law=True)
+    assert k1 == pytest.approx(float(loss.mean()), abs=5 * float(loss.std()) / 2000)
+    assert k2 == pytest.approx(float(loss.var()), rel=0.01)
+    assert k3 == pytest.approx(float(((loss - loss.mean()) ** 3).mean()), rel=0.03)
+
+
+def test_cumulants_add_over_phases():
+    first, second = dp_sgd(0.1, 1.0, 30), dp_sgd(0.02, 0.7, 50)
+    both = accountants.phased_event([(1.0, 0.1, 30), (0.7, 0.02, 50)])
+    parts = [np.array(sum_cumulants(composition(e), add=True, first_law=True)) for e in (first, second)]
+    assert sum_cumulants(composition(both), add=True, first_law=True) == pytest.approx(parts[0] + parts[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_the_tilted_expansion_lies_between_the_truth_and_renyi(task):
+    event = dp_sgd(GLUE[task][0], 0.7, GLUE[task][1])
+    exact = accountants.epsilon(event, 1e-5, accountant="tilted").upper
+    expansion = accountants.epsilon(event, 1e-5, accountant="tilted-edgeworth").certified_upper()
+    renyi = accountants.epsilon(event, 1e-5, accountant="rdp").certified_upper()
+    assert exact < expansion < renyi
