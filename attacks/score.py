@@ -51,6 +51,8 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
     read_statement(run_path)
     run = RunDirectory(run_path)
     config = load_config(run.resolved_config)
+    if config.training.method == "full":
+        raise AttackInputError("attacks compare an adapter with its base; a run with training.method: full has none")
     state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
         target = run_path / SIGNALS_PATH

@@ -123,7 +123,8 @@ def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Te
     Returns:
         [rows, tokens - 1]; position t is the token ``input_ids[:, t + 1]``.
     """
-    logits = model(input_ids=input_ids).logits[:, :-1].float()
+    # Prompt tuning puts its virtual tokens before the row's own.
+    logits = model(input_ids=input_ids).logits[:, -input_ids.shape[1] : -1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
     return -losses.view(input_ids.shape[0], -1)
 
@@ -132,6 +133,21 @@ def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: tor
     """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
     log_probs = token_log_probs(model, input_ids)
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
+
+
+def sequence_losses(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-likelihood of each row's label under a sequence classifier: [rows], fp32, no term of another row.
+
+    Args:
+        model: a sequence classification model.
+        input_ids: [rows, tokens].
+        attention_mask: [rows, tokens]; false on padding.
+        labels: [rows] class numbers.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits.float()
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -37,7 +37,7 @@ class PrivacyPlan:
         sampling_prob: chance that a unit joins a step.
         expected_batch_size: constant divisor of the noisy sum.
         clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum.
-        clipping_style: ``"flat"``: one norm over all trainable tensors.
+        clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
         noise_multiplier: noise standard deviation over ``clipping_norm``.
         num_steps: logical steps that are charged.
         delta: the δ of the guarantee.

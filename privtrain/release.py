@@ -92,8 +92,8 @@ def privacy_statement(
 
 
 def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
-    """Put the statement beside the run and inside the adapter. Written last: it marks the run as complete."""
-    write_json(run.adapter / "privacy.json", statement)
+    """Put the statement beside the run and inside what is released. Written last: it marks the run as complete."""
+    write_json(run.released / "privacy.json", statement)
     write_json(run.privacy, statement)
 
 
@@ -105,6 +105,25 @@ def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> N
     write_atomically(temporary / "README.md", card)
     _check_tensors(temporary / "adapter_model.safetensors", model)
     replace_directory(temporary, run.adapter)
+
+
+def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
+    """The same where all weights were trained: the model is loaded again and compared before it is put in place.
+
+    Raises:
+        RuntimeError: if what was saved is not what is in memory; nothing is released then.
+    """
+    import torch
+
+    temporary = run.root / ".model.tmp"
+    model.save_pretrained(str(temporary))
+    tokenizer.save_pretrained(str(temporary))
+    write_atomically(temporary / "README.md", card)
+    saved = dict(type(model).from_pretrained(str(temporary), dtype=torch.float32).named_parameters())
+    for name, value in model.named_parameters():
+        if name not in saved or not torch.equal(saved[name].detach(), value.detach().cpu()):
+            raise RuntimeError(f"{temporary}: tensor {name} was not saved as it is in memory")
+    replace_directory(temporary, run.model)
 
 
 def _check_tensors(path: pathlib.Path, model: Any) -> None:
@@ -145,11 +164,13 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     base = config.model.public_name
+    is_full = config.training.method == "full"
+    library = "transformers" if is_full else "peft"
+    what = f"All weights of {base}" if is_full else f"A LoRA adapter (rank {config.lora.rank}) for {base}"
     return (
-        "---\nlibrary_name: peft\ntags: [differential-privacy, lora, privtrain]\n---\n\n"
+        f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
         f"# {config.run.name}\n\n{banner}"
-        f"A LoRA adapter (rank {config.lora.rank}) for {base}, "
-        f"fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
+        f"{what}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
         f"## Privacy statement\n\n| | |\n|---|---|\n{table}\n\n"
         f"### Assumptions\n\n{_bullets(statement['assumptions'])}\n\n"
         f"### What ε does not cover\n\n{_bullets(statement['not_covered'])}\n"

@@ -29,6 +29,7 @@ class RunDirectory:
         self.privacy = root / "privacy.json"
         self.metrics = root / "metrics.jsonl"
         self.adapter = root / "adapter"
+        self.model = root / "model"
         self.report = root / "report"
         self.checkpoints = root / "checkpoints"
         self.secret = root / "secret"
@@ -44,7 +45,12 @@ class RunDirectory:
 
     def is_complete(self) -> bool:
         """Whether training finished and everything was released."""
-        return self.privacy.exists() and self.adapter.exists()
+        return self.privacy.exists() and self.released.exists()
+
+    @property
+    def released(self) -> pathlib.Path:
+        """What is published: the whole model where all weights were trained, otherwise the adapter."""
+        return self.model if self.model.exists() else self.adapter
 
     def create(self) -> None:
         """Make the directories with their permissions.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from privtrain.errors import UnsupportedLayer
+
 Sink = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
@@ -39,21 +41,34 @@ class _Capture(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], sink: Sink) -> Iterator[None]:
+def captured(
+    modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int, sink: Sink
+) -> Iterator[None]:
     """Within the block, every backward pass feeds ``sink`` and leaves no gradient on ``parameters``.
 
-    The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it.
+    The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it. A layer that is
+    called once for all rows, as learned positions are with ids of shape [1, tokens], has its output expanded to
+    ``num_rows``: what autograd would have summed over rows when it broadcasts stays apart.
     """
     anchor = torch.zeros((), requires_grad=True)
+    names = {module: name for name, module in modules.items()}
 
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return output
-        captured_output = _Capture.apply(output, inputs[0].detach(), anchor, module, sink)
-        assert isinstance(captured_output, torch.Tensor)
-        return captured_output
+        activation = inputs[0] if inputs else next(iter(keywords.values()), None)
+        if not isinstance(activation, torch.Tensor) or not isinstance(output, torch.Tensor):
+            raise UnsupportedLayer(
+                f"module {names[module]!r} of type {type(module).__name__} does not map one tensor to one tensor, "
+                "which is what a clipping rule needs"
+            )
+        activation = activation.detach()
+        if num_rows > 1 and output.shape[0] == 1 == activation.shape[0]:
+            activation = activation.expand(num_rows, *activation.shape[1:])
+            output = output.expand(num_rows, *output.shape[1:])
+        return _Capture.apply(output, activation, anchor, module, sink)
 
-    handles = [module.register_forward_hook(hook) for module in modules.values()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules.values()]
     trainable = [p for p in parameters if p.requires_grad]
     try:
         for parameter in trainable:

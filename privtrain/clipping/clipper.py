@@ -1,26 +1,35 @@
 """Exact joint clipping: the sum over units of each unit's whole gradient, scaled to at most the clipping norm.
 
 A unit's gradient is formed over all of its rows in the step, also when they span microbatches, and clipped once
-(user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). The norm is taken of the very fp32 tensors that are
-summed, so no cancellation, autocast or rounding in forward and backward can loosen the bound.
+(user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). Two routes lead to the same sum:
+
+* ``batched``: one forward and backward pass for all rows, and a rule for each layer type (:mod:`.rules`).
+* ``one_unit``: plain autograd, one unit after another, row by row. It needs no rule, so it is exact for any layer,
+  and no memory for the other units, so it is the one for full fine-tuning on long records.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from privtrain.clipping import rules
+from privtrain.clipping import rules, styles
+from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import captured
+from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.layout import Layout
+from privtrain.layout import Layout, Slot
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Contributions of a unit's tokens that cancel to less than this share of what they could add up to (in squares) are
+#: multiplied out, so that the norm is of the very tensor that is added and fp32 rounding of the sum stays below 1e-5.
+_CANCELLED = 1e-4
 
 
 @dataclasses.dataclass
@@ -39,15 +48,17 @@ class _OpenUnit:
     """A unit whose rows continue in the next microbatch, with its gradient so far."""
 
     owner: int
-    gradients: dict[str, torch.Tensor]
+    gradient: dict[str, torch.Tensor]
 
 
 class PerUnitClipper:
-    """Accumulates Σ_u g_u · min(1, C / ‖g_u‖) over the units of a step.
+    """Accumulates Σ_u clip(g_u) over the units of a step.
 
     Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
-    fp32 rounding), whatever the unit's records; a unit whose gradient is not finite contributes zero. Assumes that
-    ``row_losses`` gives each row a loss of that row alone; the start-up self-test compares with plain autograd.
+    fp32 rounding), whatever the unit's records; a unit whose gradient is not finite contributes zero. Norms are of the
+    very fp32 tensors that are summed, or in float64 of the factors whose product is summed; a unit whose tokens cancel
+    is multiplied out first. Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test
+    compares with plain autograd.
 
     Args:
         model: the model that ``row_losses`` runs.
@@ -55,26 +66,49 @@ class PerUnitClipper:
         clipping_norm: C > 0.
         row_losses: see :data:`RowLosses`.
         device: where ``total`` lives.
+        style: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :mod:`.styles`.
+        route: ``"batched"``, ``"one_unit"`` or ``"auto"``, which takes the batched route where every layer has a rule.
 
     Raises:
-        UnsupportedLayer: if a trainable tensor belongs to a layer without an exact rule.
+        UnsupportedLayer: if a layer shares statistics between units, or on the batched route has no exact rule.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, clipping_norm: float, row_losses: RowLosses, device: torch.device
+        self,
+        model: nn.Module,
+        layout: Layout,
+        clipping_norm: float,
+        row_losses: RowLosses,
+        device: torch.device,
+        style: str = "flat",
+        route: str = "auto",
     ) -> None:
+        _refuse_shared_statistics(model)
+        if not layout.slots:
+            raise UnsupportedLayer("the model has no trainable tensor")
+        known = {id(p) for p in layout.parameters.values()}
+        loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        if loose:
+            raise UnsupportedLayer(f"{loose[:3]} require a gradient but are not in the layout, so nothing clips them")
         self.layout = layout
         self.total = layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
+        self.route = route
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
-        self._modules, self._rules, self._names = _cover(model, layout)
+        self._style = style
+        self._groups = styles.groups(style, layout)
+        self._slot_of = slots_by_tensor(layout)
+        self._modules: dict[str, nn.Module] = {}
+        self._rules: dict[nn.Module, rules.Rule] = {}
+        if route != "one_unit":
+            self._find_rules(model)
         self._open: _OpenUnit | None = None
 
     @property
     def sensitivity(self) -> float:
-        """Largest change of ``total``, summed over ranks, when one unit is added or removed."""
+        """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
         return self._clipping_norm
 
     def reset(self) -> None:
@@ -89,18 +123,20 @@ class PerUnitClipper:
         Args:
             batch: rows on this clipper's device; the units of a rank come in the same order in every microbatch.
         """
-        gradients = self._unit_gradients(batch)
-        if self._open is not None:
-            if batch.owners[:1] != (self._open.owner,):
-                raise GuaranteeLost("a unit's rows are not contiguous across microbatches; this is a bug, report it")
-            for name, value in self._open.gradients.items():
-                gradients[name][0] += value
-            self._open = None
-        complete = len(batch.owners)
-        if batch.last_continues:
-            complete -= 1
-            self._open = _OpenUnit(batch.owners[-1], {name: g[-1].clone() for name, g in gradients.items()})
-        self._add_clipped({name: g[:complete] for name, g in gradients.items()}, complete)
+        if self._open is not None and batch.owners[:1] != (self._open.owner,):
+            raise GuaranteeLost("a unit's rows are not contiguous across microbatches; this is a bug, report it")
+        if self.route == "one_unit":
+            self._accumulate_units(batch)
+            return
+        try:
+            gradients = self._unit_gradients(batch)
+        except UnsupportedLayer:
+            if self.route != "auto":
+                raise
+            self.route = "one_unit"  # nothing of this batch was added yet
+            self._accumulate_units(batch)
+        else:
+            self._accumulate_gradients(batch, gradients)
 
     def finish(self) -> torch.Tensor:
         """End the step on this rank and return the flat clipped sum.
@@ -115,82 +151,154 @@ class PerUnitClipper:
             raise GuaranteeLost(f"unclipped gradients appeared on {loose[:3]}; something else runs a backward pass")
         return self.total
 
-    def _unit_gradients(self, batch: Microbatch) -> dict[str, torch.Tensor]:
-        """Per-unit gradients of this microbatch alone: name → [units, *shape], fp32."""
+    def _find_rules(self, model: nn.Module) -> None:
+        try:
+            _refuse_prompt_encoders(model)
+            self._modules = _owners(model, self._slot_of)
+            self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
+        except UnsupportedLayer:
+            if self.route != "auto":
+                raise
+            self.route = "one_unit"
+
+    # The batched route.
+
+    def _unit_gradients(self, batch: Microbatch) -> UnitGradients:
+        """Per-unit gradients of this microbatch alone."""
         num_rows = batch.input_ids.shape[0]
-        kept = batch.owner >= 0
-        owner = batch.owner[kept]
-        found: dict[str, torch.Tensor] = {
-            slot.name: torch.zeros((len(batch.owners), *slot.shape), dtype=torch.float32, device=self._device)
-            for slot in self.layout.slots
-        }
+        owner = [i for i in batch.owner.tolist() if i >= 0]
+        if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):
+            raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
+        gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
+        names = {module: name for name, module in self._modules.items()}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
-            if activation.dim() != 3 or activation.shape[0] != num_rows or output_gradient.shape[0] != num_rows:
+            if activation.dim() < 2 or activation.shape[0] != num_rows or output_gradient.shape[0] != num_rows:
                 raise UnsupportedLayer(
-                    f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {num_rows} "
-                    "rows; its tokens cannot be told apart by owner"
+                    f"module {names[module]!r} saw an input of shape {tuple(activation.shape)} for {num_rows} rows; "
+                    "its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
                 )
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                per_row = self._rules[module](module, activation[kept].float(), output_gradient[kept].float())
-                for local_name, value in per_row.items():
-                    name = _join(self._names[module], local_name)
-                    if name in found:
-                        found[name].index_add_(0, owner, value)
+            if not gradients.num_rows:
+                return
+            with exact_fp32(self._device):
+                kept = slice(0, gradients.num_rows)
+                found = self._rules[module](module, activation[kept], output_gradient[kept])
+                for local_name, parameter in module.named_parameters(recurse=False):
+                    slot = self._slot_of.get(id(parameter))
+                    if slot is None:
+                        continue
+                    if local_name not in found:
+                        raise UnsupportedLayer(f"the rule of {names[module]!r} gives no gradient for {local_name!r}")
+                    gradients.add(slot.name, found[local_name])
 
-        with captured(self._modules, list(self.layout.parameters.values()), sink):
+        with captured(self._modules, list(self.layout.parameters.values()), num_rows, sink):
             losses = self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
             losses.sum().backward()
         self.diagnostics.sum_losses += float(losses.detach().nansum())
-        return found
+        return gradients
 
-    def _add_clipped(self, gradients: dict[str, torch.Tensor], num_units: int) -> None:
-        if num_units == 0:
+    def _accumulate_gradients(self, batch: Microbatch, gradients: UnitGradients) -> None:
+        """Add the units of a microbatch; those that span microbatches, or cancel, are multiplied out."""
+        num_units = len(batch.owners)
+        if not num_units:
             return
-        squares = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()])
-        norms = torch.linalg.vector_norm(squares, dim=0)
-        finite = torch.isfinite(norms)
-        factors = torch.where(finite, self._clipping_norm / norms.clamp(min=self._clipping_norm), 0.0)
-        for slot in self.layout.slots:
-            # 0 · NaN is NaN, so a non-finite unit is masked out, not multiplied away.
-            clean = gradients[slot.name].flatten(1)
-            clean = clean if bool(finite.all()) else torch.where(finite[:, None], clean, 0.0)
-            self.layout.view(self.total, slot).add_((factors @ clean).view(slot.shape))
-        self.diagnostics.num_units += num_units
-        self.diagnostics.num_clipped += int((norms[finite] > self._clipping_norm).sum())
+        with exact_fp32(self._device):
+            squares, uncancelled = gradients.squares()
+            cancelled = squares < _CANCELLED * uncancelled
+            if self._style != "per_layer":
+                cancelled = squares.sum(0, keepdim=True) < _CANCELLED * uncancelled.sum(0)
+            apart = set(cancelled.any(dim=0).nonzero().flatten().tolist())
+            apart |= {0} if self._open is not None else set()
+            apart |= {num_units - 1} if batch.last_continues else set()
+            together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
+            if len(apart) < num_units:
+                weights = self._factors(squares, together)
+                gradients.add_weighted(self.total, weights.float())
+            for index in sorted(apart):
+                self._add_unit(batch, index, gradients.unit(index))
+
+    # One unit at a time.
+
+    def _accumulate_units(self, batch: Microbatch) -> None:
+        owner = batch.owner.tolist()
+        for index in range(len(batch.owners)):
+            gradient: dict[str, torch.Tensor] = {}
+            for row in (i for i, unit in enumerate(owner) if unit == index):
+                self._add_row(batch, slice(row, row + 1), gradient)
+            with exact_fp32(self._device):
+                self._add_unit(batch, index, gradient)
+
+    def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
+        # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
+        loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
+        found = torch.autograd.grad(loss, list(self.layout.parameters.values()), allow_unused=True)
+        self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+        for slot, value in zip(self.layout.slots, found, strict=True):
+            if value is not None:
+                value = value.float()
+                gradient[slot.name] = gradient[slot.name].add_(value) if slot.name in gradient else value
+
+    def _add_unit(self, batch: Microbatch, index: int, gradient: dict[str, torch.Tensor]) -> None:
+        """Add one unit's whole gradient, or keep it open if its rows continue."""
+        if index == 0 and self._open is not None:
+            for name, value in self._open.gradient.items():
+                gradient[name] = gradient[name].add_(value) if name in gradient else value
+            self._open = None
+        if batch.last_continues and index == len(batch.owners) - 1:
+            self._open = _OpenUnit(batch.owners[index], gradient)
+            return
+        squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
+        for i, slot in enumerate(self.layout.slots):
+            if slot.name in gradient:
+                squares[i] = squared_norms(gradient[slot.name][None])
+        factors = self._factors(squares, torch.ones(1, dtype=torch.bool, device=self._device)).float()
+        if not bool((factors > 0).all()):
+            return
+        for i, slot in enumerate(self.layout.slots):
+            if slot.name in gradient:
+                self.layout.view(self.total, slot).addcmul_(gradient[slot.name], factors[i])
+
+    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """[slots, units] factors; zero for units that are not ``chosen`` or not finite. Counts the chosen ones."""
+        norms = styles.group_norms(squares, self._groups)
+        factors = styles.factors(self._style, norms, self._clipping_norm)
+        whole = squares.sum(dim=0).sqrt()[chosen]
+        finite = torch.isfinite(whole)
+        self.diagnostics.num_units += int(chosen.sum())
+        self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
         self.diagnostics.num_nonfinite += int((~finite).sum())
-        self.diagnostics.sum_norms += float(norms[finite].sum())
+        self.diagnostics.sum_norms += float(whole[finite].sum())
+        return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 
 
-def _join(module_name: str, parameter_name: str) -> str:
-    return f"{module_name}.{parameter_name}" if module_name else parameter_name
-
-
-def _cover(
-    model: nn.Module, layout: Layout
-) -> tuple[dict[str, nn.Module], dict[nn.Module, rules.Rule], dict[nn.Module, str]]:
-    """Find the module and rule of every trainable tensor, or refuse."""
-    wanted = {id(p): name for name, p in layout.parameters.items()}
+def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
+    """The modules that own a trainable tensor, each once; a tied tensor has several owners."""
     modules: dict[str, nn.Module] = {}
-    covered: set[int] = set()
-    for module_name, module in model.named_modules():
-        own = [(_join(module_name, local), p) for local, p in module.named_parameters(recurse=False)]
-        trainable = [(name, p) for name, p in own if id(p) in wanted]
-        if not trainable:
-            continue
-        for name, parameter in trainable:
-            if id(parameter) in covered:
-                raise UnsupportedLayer(f"{name!r} is tied to {wanted[id(parameter)]!r}; a tied tensor has no rule yet")
-            if wanted[id(parameter)] != name:
-                raise UnsupportedLayer(
-                    f"{name!r} is also known as {wanted[id(parameter)]!r}; a tied tensor has no rule yet"
-                )
-            covered.add(id(parameter))
-        modules[module_name] = module
-    missing = sorted(name for key, name in wanted.items() if key not in covered)
-    if missing:
-        raise UnsupportedLayer(f"trainable tensors that no module owns: {missing[:5]}")
-    if not modules:
-        raise UnsupportedLayer("the model has no trainable tensor")
-    names = {module: name for name, module in modules.items()}
-    return modules, {module: rules.rule_for(name, module) for name, module in modules.items()}, names
+    owned: set[int] = set()
+    for name, module in model.named_modules():
+        trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
+        if trainable:
+            modules[name] = module
+            owned.update(map(id, trainable))
+    if len(owned) < len(slot_of):
+        raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
+    return modules
+
+
+def _refuse_prompt_encoders(model: nn.Module) -> None:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedLayer(
+            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; "
+            "set performance.clipping_route: one_unit"
+        )
+
+
+def _refuse_shared_statistics(model: nn.Module) -> None:
+    """Refuse layers whose buffers collect unclipped statistics of the data, on any route."""
+    for name, module in model.named_modules():
+        tracks = getattr(module, "track_running_stats", False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracks:
+            raise UnsupportedLayer(
+                f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
+                "noise; replace it by GroupNorm or LayerNorm"
+            )

@@ -1,10 +1,27 @@
 """How a layer's per-row gradients follow from its input and the gradient of its output: one small rule a layer type.
 
-To support another layer type, write a function with the signature of :func:`linear` and register it::
+A rule gets the module, its input and the gradient of its output, rows first, and returns for each of its parameters
+either the gradient of every row, ``[rows, *shape]`` in fp32, or, where that would be large, its factors
+(:class:`~privtrain.clipping.factors.Outer`, :class:`~privtrain.clipping.factors.Lookup`). To support another layer
+type, write such a function and register it::
 
+    import torch
     from privtrain.clipping import rules
 
-    rules.register(MyLayer, my_rule)
+    class Scale(torch.nn.Module):                       # y = s · x, one s a feature
+        def __init__(self, width):
+            super().__init__()
+            self.s = torch.nn.Parameter(torch.ones(width))
+
+        def forward(self, x):
+            return self.s * x
+
+    def scale(module, x, g):                            # x, g: [rows, tokens, features]
+        return {"s": (x.float() * g.float()).sum(dim=1)}
+
+    rules.register(Scale, scale)
+
+The start-up self-test compares every trainable tensor with plain autograd, so a wrong rule stops the job.
 """
 
 from __future__ import annotations
@@ -13,13 +30,21 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from privtrain.clipping import opacus_rules
+from privtrain.clipping.factors import Lookup, Outer
 from privtrain.errors import UnsupportedLayer
 
-#: (module, input, gradient of output) → {parameter name within the module: per-row gradients [rows, *shape]}, fp32.
-Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+#: One parameter's gradient: [rows, *shape] or factors with rows first.
+Gradient = torch.Tensor | Outer | Lookup
+#: (module, input, gradient of output) → {parameter name within the module: gradient}.
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, Gradient]]
 
 _RULES: dict[type[nn.Module], Rule] = {}
+
+#: Relative error allowed when a rule found by a layer's name is tried on that layer.
+_PROBE_TOLERANCE = 1e-3
 
 
 def register(layer_type: type[nn.Module], rule: Rule) -> None:
@@ -30,24 +55,134 @@ def register(layer_type: type[nn.Module], rule: Rule) -> None:
 def rule_for(name: str, module: nn.Module) -> Rule:
     """The rule of a module that owns trainable tensors.
 
+    Transformers has a class of RMS norms for every architecture. They get :func:`rms_norm` by their name, after it has
+    been tried on the layer itself against autograd.
+
     Raises:
         UnsupportedLayer: naming the module, if there is none.
     """
     rule = _RULES.get(type(module))
+    if rule is None and _looks_like_rms_norm(module) and _agrees_with_autograd(rms_norm, module):
+        rule = rms_norm
+    if rule is None and _is_scaled_embedding(module):
+        rule = scaled_embedding
+    if rule is None and opacus_rules.covers(module):
+        rule = opacus_rules.per_row
     if rule is None:
+        known = ", ".join(sorted(t.__name__ for t in _RULES))
         raise UnsupportedLayer(
-            f"trainable module {name!r} of type {type(module).__name__} has no exact per-unit clipping rule "
-            f"(known: {', '.join(sorted(t.__name__ for t in _RULES))}); freeze it or register a rule"
+            f"trainable module {name!r} of type {type(module).__name__} has no exact per-unit clipping rule (known: "
+            f"{known}, RMS norms, convolutions, GroupNorm); freeze it, register a rule, or set "
+            "performance.clipping_route: one_unit, which is exact for any layer"
+        )
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        raise UnsupportedLayer(
+            f"embedding {name!r} has max_norm or scale_grad_by_freq, which make one row's gradient depend on others"
         )
     return rule
 
 
-def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Y = x Wᵀ + b over [rows, tokens, features]: ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, materialised per row."""
-    gradients = {"weight": torch.einsum("rto,rti->roi", output_gradient, activation)}
+def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """Y = x Wᵀ + b: ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t."""
+    left, right = _by_token(output_gradient), _by_token(activation)
+    gradients: dict[str, Gradient] = {"weight": Outer(left, right)}
     if module.bias is not None:
-        gradients["bias"] = output_gradient.sum(dim=1)
+        gradients["bias"] = left.float().sum(dim=1)
     return gradients
 
 
+def conv1d(_module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """GPT-2's Conv1D, Y = x W + b: a linear layer with its weight transposed."""
+    left, right = _by_token(activation), _by_token(output_gradient)
+    return {"weight": Outer(left, right), "bias": right.float().sum(dim=1)}
+
+
+def embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """Y = W[ids]: ∂W[v] = Σ_{t: id_t = v} g_t; none for ``padding_idx``, as in PyTorch. Never one-hot."""
+    values = _by_token(output_gradient)
+    ids = ids.reshape(values.shape[:2])
+    if module.padding_idx is not None:
+        values = values.masked_fill(torch.eq(ids, module.padding_idx)[..., None], 0.0)  # pyright: ignore
+    return {"weight": Lookup(ids, values)}
+
+
+def scaled_embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """Gemma's embedding: the looked-up row times a constant."""
+    scale = module.embed_scale
+    assert isinstance(scale, torch.Tensor)
+    return embedding(module, ids, output_gradient * scale.to(output_gradient.dtype))
+
+
+def layer_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """Y = x̂ ∘ w + b over the last dimensions: ∂w = Σ_t g_t ∘ x̂_t, ∂b = Σ_t g_t."""
+    shape: tuple[int, ...] = module.normalized_shape  # pyright: ignore[reportAssignmentType]
+    eps: float = module.eps  # pyright: ignore[reportAssignmentType]
+    gradient = output_gradient.float()
+    gradients: dict[str, Gradient] = {}
+    if module.weight is not None:
+        normalised = nn.functional.layer_norm(activation.float(), shape, eps=eps)
+        gradients["weight"] = _sum_between(gradient * normalised, len(shape))
+    if module.bias is not None:
+        gradients["bias"] = _sum_between(gradient, len(shape))
+    return gradients
+
+
+def rms_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
+    """Y = x / rms(x) ∘ (w + constant): ∂w = Σ_t g_t ∘ x_t / rms(x_t). Gemma's constant is 1 and changes nothing.
+
+    The sum runs over all dimensions but the first and the last: query and key norms see heads there too.
+    """
+    values = activation.float()
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    eps = torch.finfo(activation.dtype).eps if eps is None else eps
+    normalised = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
+    return {"weight": _sum_between(output_gradient.float() * normalised, 1)}
+
+
+def _by_token(value: torch.Tensor) -> torch.Tensor:
+    """[rows, features] or [rows, …, features] → [rows, tokens, features]."""
+    return value[:, None] if value.dim() == 2 else value.flatten(1, -2)
+
+
+def _sum_between(value: torch.Tensor, num_last: int) -> torch.Tensor:
+    """Sum over all dimensions but the first and the last ``num_last``."""
+    dims = tuple(range(1, value.dim() - num_last))
+    return value.sum(dim=dims) if dims else value
+
+
+def _looks_like_rms_norm(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters())
+    return type(module).__name__.endswith("RMSNorm") and list(parameters) == ["weight"]
+
+
+def _is_scaled_embedding(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__.startswith("transformers.") and kind.__name__.endswith("TextScaledWordEmbedding")
+
+
+def _agrees_with_autograd(rule: Rule, module: nn.Module) -> bool:
+    """Whether ``rule`` gives what autograd gives on random rows of the layer itself."""
+    weight = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradient = (torch.randn(2, 3, weight.shape[-1], generator=generator).to(weight) for _ in range(2))
+    with torch.enable_grad():
+        free = {name: p.detach().clone().requires_grad_(True) for name, p in module.named_parameters()}
+        output = torch.func.functional_call(module, free, (inputs,))
+        if not isinstance(output, torch.Tensor) or output.shape != inputs.shape:
+            return False
+        expected = torch.autograd.grad(output, list(free.values()), gradient)
+    with torch.no_grad():
+        found = rule(module, inputs, gradient)
+    tolerance = max(_PROBE_TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
+    return all(
+        isinstance(value := found[name], torch.Tensor)
+        and float((value.sum(0) - e.float()).norm()) <= tolerance * float(e.float().norm())
+        for name, e in zip(free, expected, strict=True)
+    )
+
+
 register(nn.Linear, linear)
+register(Conv1D, conv1d)
+register(nn.Embedding, embedding)
+register(nn.LayerNorm, layer_norm)
+register(nn.RMSNorm, rms_norm)

@@ -64,7 +64,7 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """The trainable adapter."""
+    """The trainable adapter, where training.method is lora."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
@@ -134,7 +134,10 @@ class PrivacySection(Section):
     sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
-    clipping_style: Literal["flat"] = "flat"
+    clipping_style: Literal["flat", "per_layer", "automatic"] = Field(
+        default="flat",
+        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic).",
+    )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
     )
@@ -165,8 +168,11 @@ class PrivacySection(Section):
 
 
 class TrainingSection(Section):
-    """The optimizer: post-processing of the private gradient, free to change."""
+    """What is trained, and the optimizer: post-processing of the private gradient, free to change."""
 
+    method: Literal["lora", "full"] = Field(
+        default="lora", description="Train an adapter, or all weights of the model (held in fp32)."
+    )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     num_warmup_steps: int = Field(default=0, ge=0)
@@ -178,6 +184,12 @@ class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
+    clipping_route: Literal["auto", "batched", "one_unit"] = Field(
+        default="auto",
+        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, or by plain "
+        "autograd one unit at a time, for any layer. auto: batched where every layer has a rule.",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a rank; default: what the launcher set."

@@ -32,7 +32,7 @@ from privtrain.models import (
     weights_checksum,
 )
 from privtrain.plan import PrivacyPlan
-from privtrain.release import model_card, privacy_statement, write_adapter, write_statement
+from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
@@ -120,8 +120,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    base = load_base(config.model, base_dtype(precision, backend.device))
-    model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
+    model = _trainable_model(config, precision, backend.device).to(backend.device)
     model.train()
     if backend.device.type == "cuda":
         # So that a replayed step has the same bits; the ledger finds out if it has not.
@@ -132,6 +131,18 @@ def _load_network(config: Config, backend: Backend) -> Network:
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     return Network(tokenizer, model, precision, autocast, packer)
+
+
+def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
+    if config.training.method == "full":
+        model = load_base(config.model, torch.float32).requires_grad_(True)
+        base: Any = model
+    else:
+        base = load_base(config.model, base_dtype(precision, device))
+        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+    if config.performance.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
@@ -182,6 +193,7 @@ def _build_trainer(
         tracker=tracker,
         autocast=network.autocast,
         packer=network.packer,
+        clipping_route=inputs.config.performance.clipping_route,
     )
 
 
@@ -199,6 +211,8 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         backend=backend,
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
+        clipping_style=trainer.plan.clipping_style,
+        clipping_route=trainer.clipper.route,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
@@ -259,7 +273,8 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int
         num_commits=len(state.commits),
         ledger_head=head,
     )
-    write_adapter(run, network.model, network.tokenizer, model_card(config, plan, statement))
+    write = write_model if config.training.method == "full" else write_adapter
+    write(run, network.model, network.tokenizer, model_card(config, plan, statement))
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
-    say(f"released {run.adapter} with its privacy statement: {shown}")
+    say(f"released {run.released} with its privacy statement: {shown}")

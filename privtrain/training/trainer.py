@@ -39,6 +39,7 @@ class Trainer:
         tracker: where metrics go.
         autocast: precision of forward passes.
         packer: makes microbatches.
+        clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Trainer:
         tracker: Tracker,
         autocast: torch.autocast,
         packer: Packer,
+        clipping_route: str = "auto",
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -69,7 +71,9 @@ class Trainer:
         self._packer = packer
         self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
         self.layout = Layout.of(model)
-        self.clipper = PerUnitClipper(model, self.layout, plan.clipping_norm, self._losses, backend.device)
+        self.clipper = PerUnitClipper(
+            model, self.layout, plan.clipping_norm, self._losses, backend.device, plan.clipping_style, clipping_route
+        )
         self.optimizer = torch.optim.AdamW(
             list(self.layout.parameters.values()),
             lr=training.learning_rate,

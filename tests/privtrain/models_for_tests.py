@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from privtrain.clipping import PerUnitClipper
+from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.data.microbatch import Packer
 from privtrain.layout import Layout
 from privtrain.models import add_lora, load_base, row_losses
 
@@ -39,7 +42,9 @@ def invented_users(num_users: int, most_records: int, seed: int = 0) -> list[lis
     ]
 
 
-def plain_unit_gradient(model: torch.nn.Module, layout: Layout, records: Sequence[np.ndarray]) -> torch.Tensor:
+def plain_unit_gradient(
+    model: torch.nn.Module, layout: Layout, records: Sequence[np.ndarray], losses: RowLosses | None = None
+) -> torch.Tensor:
     """One user's gradient by one plain backward: mean over its predicted tokens, no padding, no hooks."""
     num_predicted = sum(len(tokens) - 1 for tokens in records)
     loss = torch.zeros(())
@@ -47,17 +52,64 @@ def plain_unit_gradient(model: torch.nn.Module, layout: Layout, records: Sequenc
         ids = torch.from_numpy(tokens)[None]
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[:, 0] = False
-        loss = loss + row_losses(model, ids, mask).sum()
-    gradients = torch.autograd.grad(loss / num_predicted, list(layout.parameters.values()))
-    return torch.cat([g.flatten() for g in gradients])
+        loss = loss + (losses(ids, mask) if losses else row_losses(model, ids, mask)).sum()
+    parameters = list(layout.parameters.values())
+    gradients = torch.autograd.grad(loss / num_predicted, parameters, allow_unused=True)
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
 
-def brute_force_sum(model: torch.nn.Module, layout: Layout, users: Users, clipping_norm: float) -> torch.Tensor:
+def clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: str) -> torch.Tensor:
+    """The definition of each clipping style, for one unit's whole gradient."""
+    if style == "automatic":
+        return gradient * (clipping_norm / (gradient.norm() + 0.01))
+    if style == "flat":
+        return gradient * min(1.0, clipping_norm / float(gradient.norm()))
+    clipped = gradient.clone()
+    modules: dict[str, list[torch.Tensor]] = {}
+    for slot in layout.slots:
+        modules.setdefault(slot.name.rsplit(".", 1)[0], []).append(layout.view(clipped, slot))
+    for parts in modules.values():
+        norm = float(torch.cat([p.flatten() for p in parts]).norm())
+        for part in parts:
+            part *= min(1.0, clipping_norm / len(modules) ** 0.5 / norm) if norm else 1.0
+    return clipped
+
+
+def brute_force_sum(
+    model: torch.nn.Module,
+    layout: Layout,
+    users: Users,
+    clipping_norm: float,
+    *,
+    style: str = "flat",
+    losses: RowLosses | None = None,
+) -> torch.Tensor:
     """The definition: loop over users, one backward each, clip, add."""
     total = torch.zeros(layout.num_coordinates, dtype=torch.float64)
     for records in users:
-        gradient = plain_unit_gradient(model, layout, records).double()
-        norm = gradient.norm()
-        if torch.isfinite(norm):
-            total += gradient * min(1.0, clipping_norm / float(norm))
+        gradient = plain_unit_gradient(model, layout, records, losses).double()
+        if torch.isfinite(gradient.norm()):
+            total += clip(gradient, layout, clipping_norm, style)
     return total
+
+
+def make_clipper(
+    model: torch.nn.Module, layout: Layout, clipping_norm: float, losses: RowLosses | None = None, **options: str
+) -> PerUnitClipper:
+    default = lambda ids, mask: row_losses(model, ids, mask)  # noqa: E731
+    return PerUnitClipper(model, layout, clipping_norm, losses or default, torch.device("cpu"), **options)
+
+
+def clipped_sum(
+    clipper: PerUnitClipper, users: Users, microbatch_size: int, num_batches: int | None = None
+) -> torch.Tensor:
+    packer = Packer(microbatch_size, max_length=16, pad_id=0)
+    clipper.reset()
+    for batch in packer.pack(users, num_batches or packer.num_batches(users)):
+        clipper.accumulate(batch)
+    return clipper.finish().clone()
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())

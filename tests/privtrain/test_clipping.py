@@ -12,33 +12,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from privtrain.backends import DdpBackend
-from privtrain.clipping import PerUnitClipper, rules
+from privtrain.clipping import rules
 from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.layout import Layout
 from privtrain.models import row_losses
 from privtrain.sampling import DrawnUnit, deal
-from tests.privtrain.models_for_tests import brute_force_sum, invented_users, plain_unit_gradient, tiny_lora
+from tests.privtrain.models_for_tests import (
+    brute_force_sum,
+    clipped_sum,
+    invented_users,
+    make_clipper,
+    plain_unit_gradient,
+    relative_error,
+    tiny_lora,
+)
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
-
-
-def make_clipper(model: nn.Module, layout: Layout, clipping_norm: float, losses=None) -> PerUnitClipper:
-    default = lambda ids, mask: row_losses(model, ids, mask)  # noqa: E731
-    return PerUnitClipper(model, layout, clipping_norm, losses or default, CPU)
-
-
-def clipped_sum(clipper: PerUnitClipper, users, microbatch_size: int, num_batches: int | None = None) -> torch.Tensor:
-    packer = Packer(microbatch_size, max_length=16, pad_id=0)
-    clipper.reset()
-    for batch in packer.pack(users, num_batches or packer.num_batches(users)):
-        clipper.accumulate(batch)
-    return clipper.finish().clone()
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2, 3, 5, 64])
@@ -216,7 +207,7 @@ def _toy_losses(model: nn.Module):
 def test_a_layer_without_a_rule_is_refused_by_name():
     model, layout = _toy(Doubler(6, 3))
     with pytest.raises(UnsupportedLayer, match="'1' of type Doubler"):
-        make_clipper(model, layout, 1.0, _toy_losses(model))
+        make_clipper(model, layout, 1.0, _toy_losses(model), route="batched")
 
 
 def test_a_registered_rule_makes_a_new_layer_exact(monkeypatch):
@@ -226,27 +217,15 @@ def test_a_registered_rule_makes_a_new_layer_exact(monkeypatch):
     users = invented_users(3, most_records=2)
     losses = _toy_losses(model)
     ours = clipped_sum(make_clipper(model, layout, 0.5, losses), users, 2)
-    reference = torch.zeros(layout.num_coordinates, dtype=torch.float64)
-    for records in users:
-        num_predicted = sum(len(t) - 1 for t in records)
-        loss = (
-            sum(losses(torch.from_numpy(t)[None], torch.arange(len(t))[None] > 0).sum() for t in records)
-            / num_predicted
-        )
-        g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(layout.parameters.values()))]).double()
-        reference += g * min(1.0, 0.5 / float(g.norm()))
+    reference = brute_force_sum(model, layout, users, 0.5, losses=losses)
     assert relative_error(ours, reference) < 1e-5
 
 
-def test_a_tied_trainable_tensor_is_refused():
-    model = nn.Sequential(nn.Embedding(300, 6).requires_grad_(False), nn.Linear(6, 6), nn.Linear(6, 6))
-    model[2].weight = model[1].weight
-    with pytest.raises(UnsupportedLayer, match="tied"):
-        make_clipper(model, Layout.of(model), 1.0, _toy_losses(model))
-
-
-def test_flattened_tokens_are_refused():
+def test_flattened_tokens_are_refused_by_the_batched_route_and_exact_one_unit_at_a_time():
     model, layout = _toy(nn.Linear(6, 3))
     losses = lambda ids, mask: (model[1](model[0](ids).flatten(0, 1)).sum(-1).view(ids.shape) * mask).sum(1)  # noqa: E731
+    users = invented_users(3, most_records=2)
     with pytest.raises(UnsupportedLayer, match="cannot be told apart"):
-        clipped_sum(make_clipper(model, layout, 1.0, losses), invented_users(2, 1), 2)
+        clipped_sum(make_clipper(model, layout, 0.5, losses, route="batched"), users, 2)
+    ours = clipped_sum(make_clipper(model, layout, 0.5, losses), users, 2)
+    assert relative_error(ours, brute_force_sum(model, layout, users, 0.5, losses=losses)) < 1e-5

@@ -17,6 +17,8 @@ def fingerprint(tree) -> str:
 
 OTHER_VALUES = {
     "microbatch_size": 2,
+    "clipping_route": "one_unit",
+    "gradient_checkpointing": True,
     "precision": "bf16",
     "num_threads": 2,
     "checkpoint_interval_steps": 7,
@@ -42,6 +44,7 @@ def test_no_performance_key_changes_the_fingerprint(tree):
         ("sampling_prob", 0.41),
         ("expected_batch_size", 7),
         ("clipping_norm", 2.0),
+        ("clipping_style", "automatic"),
         ("noise_multiplier", 1.1),
         ("target_delta", 1e-4),
         ("num_steps", 5),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from privtrain.backends import LocalBackend, ddp
-from privtrain.clipping import capture, clipper, rules
+from privtrain.clipping import capture, clipper, rules, styles
 from privtrain.errors import SelfTestFailed
 from privtrain.models import row_losses
 from privtrain.noise import add_gaussian_noise_
@@ -39,13 +41,12 @@ def test_it_passes_and_leaves_the_model_bit_for_bit_as_it_was(tiny_llama):
     assert all(p.grad is None for p in layout.parameters.values())
 
 
-def unclipped(self, gradients, num_units):
-    for slot in self.layout.slots:
-        self.layout.view(self.total, slot).add_(gradients[slot.name].sum(0))
+def unclipped(style, norms, clipping_norm):
+    return torch.ones_like(norms)
 
 
 def wrong_rule(module, activation, output_gradient):
-    return {name: 0 * g for name, g in rules.linear(module, activation, output_gradient).items()}
+    return rules.linear(module, activation, 0 * output_gradient)
 
 
 class DoubleNoise(LocalBackend):
@@ -69,7 +70,7 @@ class Doubled(LocalBackend):
 
 
 def test_mutant_clipping_skipped(tiny_llama, monkeypatch):
-    monkeypatch.setattr(clipper.PerUnitClipper, "_add_clipped", unclipped)
+    monkeypatch.setattr(styles, "factors", unclipped)
     with pytest.raises(SelfTestFailed, match="above clipping_norm"):
         self_test(tiny_llama, LocalBackend(CPU))
 
@@ -85,7 +86,9 @@ def test_mutant_one_layer_is_not_captured(tiny_llama, monkeypatch):
     monkeypatch.setattr(
         clipper,
         "captured",
-        lambda modules, parameters, sink: original(dict(list(modules.items())[1:]), parameters, sink),
+        lambda modules, parameters, num_rows, sink: original(
+            dict(list(modules.items())[1:]), parameters, num_rows, sink
+        ),
     )
     with pytest.raises(SelfTestFailed, match="a layer is not covered"):
         self_test(tiny_llama, LocalBackend(CPU))
@@ -97,8 +100,8 @@ def test_mutant_a_unit_is_clipped_record_by_record(tiny_llama, monkeypatch):
     def forgetful(self, batch):
         original(self, batch)
         if self._open is not None:
-            self._add_clipped({name: g[None] for name, g in self._open.gradients.items()}, 1)
-            self._open.gradients = {name: torch.zeros_like(g) for name, g in self._open.gradients.items()}
+            so_far, self._open.gradient = self._open.gradient, {}
+            self._add_unit(dataclasses.replace(batch, last_continues=False), len(batch.owners), so_far)
 
     monkeypatch.setattr(clipper.PerUnitClipper, "accumulate", forgetful)
     with pytest.raises(SelfTestFailed):

@@ -1,0 +1,60 @@
+"""From a unit's norms to the factor that its gradient is multiplied by: one function a clipping style.
+
+Every style bounds the L2 norm of a unit's contribution, over all trainable tensors, by the plan's clipping norm C; that
+is the sensitivity that the clipper states and the noise is scaled by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from privtrain.layout import Layout
+
+#: Gamma of automatic clipping (Bu et al. 2022, arXiv 2206.07136, section 3.2): limits how far small ones are blown up.
+AUTOMATIC_GAMMA = 0.01
+
+
+def groups(style: str, layout: Layout) -> list[int]:
+    """The group of each slot: one norm is taken over each group.
+
+    ``per_layer`` puts the tensors of a module (weight and bias) in a group; the other styles have one group.
+    """
+    if style != "per_layer":
+        return [0] * len(layout.slots)
+    modules = [slot.name.rpartition(".")[0] for slot in layout.slots]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(modules))}
+    return [numbers[name] for name in modules]
+
+
+def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
+    """What to multiply each unit's gradient by, group by group.
+
+    * ``flat``: min(1, C/‖g‖), Abadi et al. 2016 (arXiv 1607.00133).
+    * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
+      (McMahan et al. 2018, arXiv 1812.06210, section 2).
+    * ``automatic``: C/(‖g‖ + gamma), Bu et al. 2022 (arXiv 2206.07136): every unit counts alike.
+
+    Args:
+        style: one of the above.
+        norms: [groups, units], not negative.
+        clipping_norm: C.
+
+    Returns:
+        [groups, units]; zero for a unit with a norm that is not finite in any group.
+    """
+    if style == "automatic":
+        scaled = clipping_norm / (norms + AUTOMATIC_GAMMA)
+    else:
+        bound = clipping_norm / math.sqrt(norms.shape[0])
+        scaled = bound / norms.clamp(min=bound)
+    return torch.where(torch.isfinite(norms).all(dim=0), scaled, 0.0)
+
+
+def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
+    """[groups, units] norms from [slots, units] squared norms."""
+    index = torch.tensor(group_of_slot, device=squares.device)
+    sums = torch.zeros(max(group_of_slot) + 1, squares.shape[1], dtype=squares.dtype, device=squares.device)
+    return sums.index_add_(0, index, squares).sqrt()

