@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import files, rundir, signals, statistics, user_inference, verdict
+from attacks import rundir, signals, statistics, user_inference, verdict
 from attacks.errors import AttackInputError
+from privtrain.rundir import write_atomically, write_json
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")
@@ -80,7 +81,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
     }
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
     _write_per_user(run / PER_USER_PATH, users)
-    files.write_json(run / ATTACKS_PATH, facts)
+    write_json(run / ATTACKS_PATH, facts)
     return facts
 
 
@@ -223,4 +224,4 @@ def _write_per_user(path: pathlib.Path, users: Sequence[user_inference.UserStati
         ]
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
-    files.write_atomically(path, buffer.getvalue(), mode=0o600)
+    write_atomically(path, buffer.getvalue(), mode=0o600)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import sys
-import warnings
 from typing import Annotated
 
 import typer
 
-from attacks.errors import AttackInputError
-from privtrain.errors import PrivtrainError
-from privtrain.errors import report as report_failure
+from privtrain.command import run_command
 
 app = typer.Typer(
     name="attacks",
@@ -61,10 +57,4 @@ def report(run: Run) -> None:
 
 def main() -> None:
     """Runs the command; a user's own mistake is one line on stderr and its exit code."""
-    # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        app()
-    except (AttackInputError, PrivtrainError) as error:
-        report_failure(f"attacks: {error}")
-        sys.exit(getattr(error, "exit_code", 2))
+    run_command("attacks", app)

@@ -15,8 +15,9 @@ import jinja2
 import rich.table
 import rich.text
 
-from attacks import analyse, figures, files, rundir
+from attacks import analyse, figures, rundir
 from attacks.errors import AttackInputError
+from privtrain.rundir import write_atomically, write_json
 
 INDEX_PATH = pathlib.Path("report/index.html")
 REPORT_PATH = pathlib.Path("report/report.json")
@@ -69,8 +70,8 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
         "held_out_perplexity": None if perplexity is None else {"before": perplexity[0], "after": perplexity[1]},
         "attacks": attacks,
     }
-    files.write_json(run / REPORT_PATH, facts)
-    files.write_atomically(run / INDEX_PATH, page.encode(), mode=0o644)
+    write_json(run / REPORT_PATH, facts)
+    write_atomically(run / INDEX_PATH, page.encode(), mode=0o644)
     return run / INDEX_PATH
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import files
 from attacks.errors import AttackInputError
+from privtrain.rundir import make_private_directory, write_atomically
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")
 """Where a run directory keeps its signals."""
@@ -118,8 +118,8 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    files.make_private_directory(path.parent)
-    files.write_atomically(path, buffer.getvalue(), mode=0o600)
+    make_private_directory(path.parent)
+    write_atomically(path, buffer.getvalue(), mode=0o600)
 
 
 def read_signals(path: pathlib.Path) -> list[DocumentSignals]:

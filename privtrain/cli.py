@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
-import warnings
 from typing import Annotated
 
 import typer
 
-from privtrain.errors import PrivtrainError, report
+from privtrain.command import run_command
 
 app = typer.Typer(
     name="privtrain",
@@ -78,13 +76,7 @@ def ledger_verify(run: RunPath) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one clear message and an exit code, never a traceback."""
-    # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        app()
-    except PrivtrainError as error:
-        report(f"privtrain: {error}")
-        sys.exit(error.exit_code)
+    run_command("privtrain", app)
 
 
 if __name__ == "__main__":

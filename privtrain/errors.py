@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import time
 from collections.abc import Sequence
 
 EXIT_WRONG_INPUT = 2
 EXIT_REFUSED_RELEASE = 3
-
-#: A mistake that every rank meets is told by rank 0; the launcher ends the others before this many seconds are over.
-_OTHER_RANKS_WAIT_SECONDS = 3.0
 
 
 class PrivtrainError(Exception):
@@ -73,12 +67,3 @@ class LedgerCorrupt(PrivtrainError):  # noqa: N818
     """The contribution ledger was altered or damaged anywhere but at its torn tail."""
 
     exit_code = EXIT_REFUSED_RELEASE
-
-
-def report(message: str) -> None:
-    """Print a failure once a job: at once on rank 0, on another rank only if the launcher has not ended it by then."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(_OTHER_RANKS_WAIT_SECONDS)
-        message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr)

@@ -141,6 +141,11 @@ class PrivacyPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def finite(value: float) -> float | None:
+    """The value, or ``None`` for one that JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def _noise_multiplier(privacy: PrivacySection) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from privtrain.advice import expected_units, warnings
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.inputs import check_inputs
-from privtrain.plan import PrivacyPlan
+from privtrain.plan import PrivacyPlan, finite
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -48,9 +47,9 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "clipping_style": plan.clipping_style,
         "noise_multiplier": plan.noise_multiplier,
         "noise_stddev_of_mean": plan.noise_stddev / plan.expected_batch_size,
-        "epsilon": _finite(plan.epsilon),
+        "epsilon": finite(plan.epsilon),
         "delta": plan.delta,
-        "epsilon_after_steps": {str(n): _finite(plan.epsilon_after(n)) for n in steps},
+        "epsilon_after_steps": {str(n): finite(plan.epsilon_after(n)) for n in steps},
         "not_private_reasons": list(plan.not_private_reasons),
         "warnings": warnings(config, plan, corpus),
         "launch": f"accelerate launch --config_file launch/accelerate/cpu.yaml -m privtrain train {config_path}"
@@ -94,7 +93,3 @@ def print_plan(description: dict[str, Any]) -> None:
     for warning in description["warnings"]:
         console.print(f"[yellow]warning[/]: {warning}")
     console.print(f"launch with: {description['launch']}", soft_wrap=True)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from typing import Any
 
 import privtrain
 from privtrain.config import Config
-from privtrain.plan import PrivacyPlan
+from privtrain.plan import PrivacyPlan, finite
 from privtrain.rundir import RunDirectory, replace_directory, write_atomically, write_json
 
 SCHEMA = "privtrain/privacy/1"
@@ -71,14 +70,14 @@ def privacy_statement(
         "num_steps": plan.num_steps,
         "steps_released": num_charged,
         "steps_of_the_model": num_model_steps,
-        "epsilon": _finite(epsilon),
+        "epsilon": finite(epsilon),
         "delta": plan.delta,
         "accountants": [
             {
                 "method": plan.accountant,
                 "kind": answer.kind.value,
-                "lower": _finite(answer.lower),
-                "upper": _finite(epsilon),
+                "lower": finite(answer.lower),
+                "upper": finite(epsilon),
                 "version": answer.version,
             }
         ],
@@ -193,7 +192,3 @@ def _not_covered(config: Config) -> list[str]:
 
 def _bullets(items: list[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
@@ -117,16 +117,28 @@ def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644
     """Write, fsync and rename: after a crash the file is the old one or the new one, whole."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = temporary_of(path)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
-def write_json(path: pathlib.Path, value: dict[str, Any], mode: int = 0o644) -> None:
+def make_private_directory(path: pathlib.Path) -> None:
+    """Make a directory and whatever parents are missing, each readable by its owner alone."""
+    # mkdir(parents=True) would give the parents the default mode, not this one.
+    for directory in [*reversed(path.parents), path]:
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:
     """:func:`write_atomically` for readable JSON."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
 

@@ -28,10 +28,9 @@ from privtrain.models import (
     load_base,
     load_tokenizer,
     resolve_precision,
-    row_losses,
     weights_checksum,
 )
-from privtrain.plan import PrivacyPlan
+from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
@@ -198,14 +197,10 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
-    def losses(input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        with network.autocast:
-            return row_losses(network.model, input_ids, target_mask)
-
     run_self_test(
         model=network.model,
         layout=trainer.layout,
-        row_losses=losses,
+        row_losses=trainer.row_losses,
         clipping_norm=trainer.plan.clipping_norm,
         noise_multiplier=trainer.plan.noise_multiplier,
         backend=backend,
@@ -263,7 +258,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int
             f"{state.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
     epsilon = plan.epsilon_after(state.num_charged)
-    head = ledger.release(epsilon if math.isfinite(epsilon) else None, plan.delta)
+    head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
         plan,

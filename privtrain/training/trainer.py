@@ -18,7 +18,7 @@ from privtrain.data.units import UnitData
 from privtrain.layout import Layout
 from privtrain.ledger import Ledger
 from privtrain.models import row_losses
-from privtrain.plan import PrivacyPlan
+from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, PoissonSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
@@ -72,7 +72,7 @@ class Trainer:
         self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
         self.layout = Layout.of(model)
         self.clipper = PerUnitClipper(
-            model, self.layout, plan.clipping_norm, self._losses, backend.device, plan.clipping_style, clipping_route
+            model, self.layout, plan.clipping_norm, self.row_losses, backend.device, plan.clipping_style, clipping_route
         )
         self.optimizer = torch.optim.AdamW(
             list(self.layout.parameters.values()),
@@ -111,7 +111,8 @@ class Trainer:
     def _records_of(self, drawn: DrawnUnit) -> list[np.ndarray]:
         return [self._units.records[drawn.unit][record] for record in drawn.records]
 
-    def _losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+        """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
             return row_losses(self._model, input_ids, target_mask)
 
@@ -153,14 +154,14 @@ class Trainer:
             step + 1,
             {
                 "train/lr": learning_rate(self._training, step, self.plan.num_steps),
-                "privacy/epsilon": _finite(epsilon),
+                "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,
                 "privacy/budget_fraction": num_charged / self.plan.num_steps,
                 "perf/step_seconds": round(step_seconds, 4),
-                "train/loss": _finite(sum_losses / max(num_units, 1)),
+                "train/loss": finite(sum_losses / max(num_units, 1)),
                 "train/num_units": int(num_units),
                 "train/clip_fraction": num_clipped / max(num_units, 1),
-                "train/mean_norm": _finite(sum_norms / max(num_units - num_nonfinite, 1)),
+                "train/mean_norm": finite(sum_norms / max(num_units - num_nonfinite, 1)),
                 "train/num_nonfinite_units": int(num_nonfinite),
             },
         )
@@ -173,7 +174,3 @@ def learning_rate(training: TrainingSection, step: int, num_steps: int) -> float
     progress = (step - training.num_warmup_steps) / max(1, num_steps - training.num_warmup_steps)
     factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return training.learning_rate * factor[training.schedule]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attacks import files, signals
+from attacks import signals
 from attacks.errors import AttackInputError
 from attacks.signals import DocumentSignals
+from privtrain import rundir
 
 
 def row(user: str = "u", document: str = "d", side: str = "held_in", target=(-1.0, -2.0), base=(-1.5, -2.5)):
@@ -73,7 +74,7 @@ def test_a_crash_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monke
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(rundir.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         signals.write_signals(path, ROWS[:2])
     assert path.read_bytes() == before
