@@ -4,10 +4,10 @@ A tensor of shape [p, d] used by a linear layer has, for a unit of n tokens, a g
 of n·(p + d) numbers, whose norm takes 2n²(p + d) operations from Gram matrices and 2n·p·d multiplied out. One inequality
 decides, for each layer and batch:
 
-    p·d ≤ 2n·(p + d)  →  multiply out, one gradient a unit. All of LoRA, biases, norms; large layers of long units. (The
-                         2 is what the Gram matrices cost in time: it is 1 where the gradient is not kept.)
-    otherwise         →  keep the factors (book-keeping: Bu et al. 2022, arXiv 2210.00038), norms from Gram matrices,
-                         and the clipped sum of all units in one product.
+    p·d ≤ 1.25 n·(p + d)  →  multiply out, one gradient a unit. All of LoRA, biases, norms; large layers of long units.
+                             (Where nothing is kept it is 1, not 1.25.)
+    otherwise             →  keep the factors (book-keeping: Bu et al. 2022, arXiv 2210.00038), norms from Gram
+                             matrices, and the clipped sum of all units in one product.
 
 Embeddings are always kept as factors: their memory grows with the rows touched.
 """
@@ -180,7 +180,7 @@ class UnitGradients:
     def _is_cheap(self, gradient: Outer, *, keep: bool) -> bool:
         p, d = gradient.left.shape[-1], gradient.right.shape[-1]
         num_tokens = gradient.left.shape[0] * gradient.left.shape[1]
-        return self._num_units * p * d <= (2 if keep else 1) * num_tokens * (p + d)
+        return self._num_units * p * d <= (1.25 if keep else 1) * num_tokens * (p + d)
 
     def _multiplied(self, gradient: Outer) -> torch.Tensor:
         """[units, p, d]. Rows of a unit are joined first, so that no gradient of a single row is formed."""

@@ -8,7 +8,7 @@ A linear layer's weight has the gradient Σ_t l_t r_tᵀ (:class:`Outer`), an em
     ⟨Σ_s l_s r_sᵀ, Σ_t e(i_t) v_tᵀ⟩ = Σ_{s,t} l_s[i_t] ⟨r_s, v_t⟩                     Li et al. 2021, arXiv 2110.05679)
 
 These sums can cancel; :func:`squared_norms_of` says how they are taken so that a norm is never under-estimated by more
-than half of 1e-5, and by how much a unit's tokens cancel, so that callers can multiply such a unit out.
+than a share of 1e-5, and by how much a unit's tokens cancel, so that callers can multiply such a unit out.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import torch
 
 #: Numbers that are summed in fp32 before float64 takes over.
 _BLOCK = 4096
-#: Rounding of an fp32 product of two token vectors of at most _BLOCK numbers, in units of 2⁻²⁴, root mean square over a
-#: Gram matrix: so many times |⟨x, y⟩| (the bias of sums of like terms, measured up to 15) plus so many times ‖x‖‖y‖
-#: (the rest, measured below 1).
-_BIAS, _SCATTER = 20.0, 2.0
+#: Rounding of an fp32 product of two token vectors of at most _BLOCK numbers, in units of 2⁻²⁴: so many times |⟨x, y⟩|
+#: (the bias of sums of like terms, measured up to 15) plus so many times ‖x‖‖y‖ (the rest, measured below 1). Then what adding the products up costs.
+_BIAS, _SCATTER, _SUMMING = 16.0, 1.0, 4.0
 #: Largest error of a squared norm, as a share of it, that fp32 Gram matrices may leave; beyond it they are float64.
-_GRAM_TOLERANCE = 1e-5
+_GRAM_TOLERANCE = 2e-5
 #: A trace below this may have lost tokens to the end of fp32's range.
 _SMALLEST_TRACE = 1e-20
 
@@ -66,15 +65,15 @@ class GramCache:
         self._recent: list[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]] = []
 
     def gram(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[units, n, n] inner products of [units, n, features]: fp32 in blocks, which are added up in float64."""
+        """[units, n, n] inner products of [units, n, features]: fp32, in blocks that are added up in float64."""
         key = (tokens.data_ptr(), tokens.shape, tokens.stride(), tokens.dtype, tokens._version)
         for known, _, gram in self._recent:
             if known == key:
                 return gram
-        gram = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        for piece in tokens.split(_BLOCK, dim=2):
-            values = piece.float()
-            gram = gram + torch.bmm(values, values.transpose(1, 2))
+        first, *others = (piece.float() for piece in tokens.split(_BLOCK, dim=2))
+        gram = torch.bmm(first, first.transpose(1, 2))
+        for piece in others:
+            gram = gram.double() + torch.bmm(piece, piece.transpose(1, 2))
         # Holding the tensor keeps its address from being given to another one.
         self._recent = [*self._recent[-1:], (key, tokens, gram)]
         return gram
@@ -101,12 +100,14 @@ def squared_norms_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared norm of each unit's gradient of one tensor, and the square that it could have without cancellation.
 
-    The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products, everything summed over
-    them is float64. If rounding puts L off by at most e(L) = 2⁻²⁴ (20 ‖L‖_F + 2 tr L) in Frobenius norm, and R
-    likewise, then the sum S is off by at most E = e(L) ‖R‖_F + e(R) ‖L‖_F (Cauchy-Schwarz). The two constants are
-    measured, with a margin, on aligned, repeated, cancelling and random tokens; a test measures them again.
+    The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts L_ts off by at most 2⁻²⁴ (16 |L_ts| + ‖l_t‖‖l_s‖), and R likewise, then their sum S is off by
+    at most
 
-    Units for which E is not below 1e-5 S, because their tokens cancel or leave fp32's range, get float64 Gram matrices,
+        E = 2⁻²⁴ Σ_ts (36 |L_ts R_ts| + ‖r_t‖‖r_s‖ |L_ts| + ‖l_t‖‖l_s‖ |R_ts|).
+
+    The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test measures
+    them again. Units for which E is not below 2e-5 S, because their tokens cancel or leave fp32's range, get float64
+    Gram matrices,
     where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value.
 
     Args:
@@ -142,20 +143,23 @@ def _outer_squares(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, for each unit."""
     left, right = grams.gram(outer.left), grams.gram(outer.right)
-    squared_left, squared_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0) for g in (left, right))
-    trace_left, trace_right = squared_left.sum(dim=1), squared_right.sum(dim=1)
-    size_left, size_right = (torch.linalg.vector_norm(g, dim=(1, 2)) for g in (left, right))
-    error_left, error_right = _gram_error(trace_left, size_left), _gram_error(trace_right, size_right)
+    norms_left, norms_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().to(g.dtype) for g in (left, right))
+    product = left * right
+    # In fp32, where torch sums in pairs: what that rounds is part of the first term of E.
+    square, bias = product.sum(dim=(1, 2)).double(), product.abs_().sum(dim=(1, 2)).double()
+    scatter = _quadratic(left, norms_right) + _quadratic(right, norms_left)
     return (
-        (left * right).sum(dim=(1, 2)),
-        (squared_left * squared_right).sqrt().sum(dim=1),
-        error_left * size_right + error_right * size_left,
-        (trace_left > _SMALLEST_TRACE) & (trace_right > _SMALLEST_TRACE),
+        square,
+        (norms_left.double() * norms_right).sum(dim=1),
+        2.0**-24 * ((2 * _BIAS + _SUMMING) * bias + _SCATTER * scatter),
+        (norms_left.square().sum(dim=1) > _SMALLEST_TRACE) & (norms_right.square().sum(dim=1) > _SMALLEST_TRACE),
     )
 
 
-def _gram_error(trace: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    return 2.0**-24 * (_BIAS * size + _SCATTER * trace)
+def _quadratic(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """[units] Σ_ts norm_t |gram_ts| norm_s."""
+    norms = norms.to(gram.dtype)
+    return (torch.bmm(gram.abs(), norms[:, :, None])[:, :, 0] * norms).sum(dim=1).double()
 
 
 def _outer_squares_float64(outer: Outer) -> torch.Tensor:

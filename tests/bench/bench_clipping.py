@@ -85,15 +85,26 @@ SCENARIOS = {
     "lora": Scenario("LoRA r=16, 8 examples of 128 tokens", lora, 8, 128, 1, _ALL),
     "lora_users": Scenario("LoRA r=16, 2 users of 4 x 128 tokens", lora, 8, 128, 4, ("plain", "ours")),
     "lora_long": Scenario("LoRA r=16, 1 example of 1024 tokens", lora, 1, 1024, 1, _ALL),
-    "full": Scenario("all weights, 4 examples of 128 tokens", full, 4, 128, 1, ("plain", "batched", "one_unit")),
-    "full_users": Scenario("all weights, 2 users of 4 x 128 tokens", full, 8, 128, 4, ("plain", "batched", "one_unit")),
+    "full_small": Scenario("all weights, 4 examples of 128 tokens", full, 4, 128, 1, ("plain", "batched", "one_unit")),
+    "full": Scenario("all weights, 8 examples of 128 tokens", full, 8, 128, 1, ("plain", "batched", "two_pass")),
+    "full_users": Scenario(
+        "all weights, 2 users of 4 x 128 tokens", full, 8, 128, 4, ("plain", "batched", "two_pass", "one_unit")
+    ),
     "full_checkpointed": Scenario(
+        "all weights, checkpointed, 8 examples of 128 tokens",
+        full_checkpointed,
+        8,
+        128,
+        1,
+        ("plain", "ours", "batched", "one_unit"),
+    ),
+    "full_users_checkpointed": Scenario(
         "all weights, checkpointed, 2 users of 4 x 128 tokens",
         full_checkpointed,
         8,
         128,
         4,
-        ("plain", "batched", "one_unit"),
+        ("plain", "ours", "batched", "one_unit"),
     ),
     "embedding": Scenario(
         "embedding of 262,144 x 640, 4 examples of 128 tokens", wide_vocabulary, 4, 128, 1, ("plain", "ours")
@@ -163,6 +174,7 @@ STEPS: dict[str, Step] = {
     "plain": plain,
     "ours": clipped("auto"),
     "batched": clipped("batched"),
+    "two_pass": clipped("two_pass"),
     "one_unit": clipped("one_unit"),
     "opacus_hooks": opacus_hooks,
     "opacus_ghost": opacus_ghost,
