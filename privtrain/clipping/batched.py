@@ -116,6 +116,11 @@ class UnitGradients:
         for kept in (self._dense, self._outers, self._lookups):
             kept.pop(name, None)
 
+    def forget(self) -> None:
+        """Let everything go that is not a norm."""
+        for kept in (self._dense, self._outers, self._lookups):
+            kept.clear()
+
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
         for slot in self._layout.slots:

@@ -60,9 +60,7 @@ class _Capture(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def captured(
-    modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int
-) -> Iterator[Calls]:
+def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int) -> Iterator[Calls]:
     """Within the block, every backward pass feeds the ``sink`` of what is yielded, and leaves no gradient on ``parameters``.
 
     The block is one forward pass and one or more backward passes over its graph; the caller clears ``is_forward`` of the

@@ -37,7 +37,7 @@ RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _CANCELLED = 1e-4
 
 #: Per-unit gradients that the two-pass route keeps, as a share of the weights and the sum, which are held in any case.
-_KEPT_SHARE = 0.15
+_KEPT_SHARE = 0.3
 #: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
 _MOSTLY_TRAINED = 0.5
 
@@ -199,9 +199,7 @@ class PerUnitClipper:
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
         names = {module: name for name, module in self._modules.items()}
-        passes = Passes(
-            names, self._rules, self._slot_of, gradients, num_rows, self._memory_budget, self._device
-        )
+        passes = Passes(names, self._rules, self._slot_of, gradients, num_rows, self._memory_budget, self._device)
         with captured(self._modules, list(self.layout.parameters.values()), num_rows) as calls:
             try:
                 losses = passes.first(
@@ -237,6 +235,8 @@ class PerUnitClipper:
         for index in later:
             gradient = {} if index is None else self._begin(index, passes.gradients.unit(index))
             is_first, is_last = index == later[0], index == later[-1]
+            if is_last:
+                passes.gradients.forget()
             if not passes.is_complete:
                 self._pass_again(passes, calls, weights if is_first else None, index, gradient, is_last=is_last)
             if index is not None:

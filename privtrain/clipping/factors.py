@@ -138,9 +138,7 @@ def _joined(outers: Sequence[Outer]) -> Outer:
     return Outer(*(torch.cat([getattr(o, side).float() for o in outers], dim=1) for side in ("left", "right")))
 
 
-def _outer_squares(
-    outer: Outer, grams: GramCache
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, for each unit."""
     left, right = grams.gram(outer.left), grams.gram(outer.right)
     norms_left, norms_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().to(g.dtype) for g in (left, right))
