@@ -1,8 +1,8 @@
 """The units' gradients of one microbatch, tensor by tensor, in whichever form is cheaper.
 
 A tensor of shape [p, d] used by a linear layer has, for a unit of n tokens, a gradient of p·d numbers made of factors
-of n·(p + d) numbers, whose norm takes 2n²(p + d) operations from Gram matrices and 2n·p·d multiplied out. One inequality
-decides, for each layer and batch:
+of n·(p + d) numbers, whose norm takes 2n²(p + d) operations from Gram matrices and 2n·p·d multiplied out. One
+inequality decides, for each layer and batch:
 
     p·d ≤ 1.25 n·(p + d)  →  multiply out, one gradient a unit. All of LoRA, biases, norms; large layers of long units.
                              (Where nothing is kept it is 1, not 1.25.)

@@ -25,14 +25,14 @@ class Calls:
     """What the forward pass called, and a handle on it in the graph.
 
     Attributes:
-        anchors: a leaf of the graph for each module. ``backward(inputs=anchors)`` runs only what leads to those modules.
+        anchors: a leaf of the graph for each module; ``backward(inputs=anchors)`` runs only what leads to them.
         sink: what every backward pass feeds; may be changed between two passes over one graph.
         num_calls: how often each was called before the first backward pass, in the order of first calls.
         num_values: numbers in the inputs and outputs of these calls.
     """
 
     anchors: dict[nn.Module, torch.Tensor]
-    sink: Sink = dataclasses.field(default=lambda module, activation, output_gradient: None)
+    sink: Sink | None = None
     num_calls: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
     num_values: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
     is_forward: bool = True
@@ -55,16 +55,17 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
+        assert ctx.calls.sink is not None, "a backward pass before its sink was set"
         ctx.calls.sink(ctx.module, activation, gradients[0])
         return gradients[0], None, None, None, None
 
 
 @contextlib.contextmanager
 def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int) -> Iterator[Calls]:
-    """Within the block, every backward pass feeds the ``sink`` of what is yielded, and leaves no gradient on ``parameters``.
+    """Within the block, every backward pass feeds the result's ``sink`` and leaves no gradient on ``parameters``.
 
-    The block is one forward pass and one or more backward passes over its graph; the caller clears ``is_forward`` of the
-    result in between, since gradient checkpointing calls modules once more during a backward pass.
+    The block is one forward pass and one or more backward passes over its graph; the caller clears the result's
+    ``is_forward`` in between, since gradient checkpointing calls modules once more during a backward pass.
 
     The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it. A layer that is
     called once for all rows, as learned positions are with ids of shape [1, tokens], has its output expanded to

@@ -65,10 +65,12 @@ class PerUnitClipper:
     """Accumulates Σ_u clip(g_u) over the units of a step.
 
     Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
-    fp32 rounding), whatever the unit's records; a unit whose gradient is not finite contributes zero. Norms are of the
-    very fp32 tensors that are summed, or in float64 of the factors whose product is summed; a unit whose tokens cancel
-    is multiplied out first. Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test
-    compares with plain autograd.
+    fp32 rounding), whatever the unit's records and whatever precision forward and backward run in; a unit whose
+    gradient is not finite contributes zero. Norms are of the very fp32 tensors that are summed, or of the fp32 factors
+    whose product is summed, at most 1e-5 too small (:func:`.factors.squared_norms_of`); a unit whose tokens cancel is
+    multiplied out first. On the two-pass route the factors are had twice, and that they are the same is checked.
+    Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test compares with plain
+    autograd.
 
     Args:
         model: the model that ``row_losses`` runs.
@@ -77,8 +79,8 @@ class PerUnitClipper:
         row_losses: see :data:`RowLosses`.
         device: where ``total`` lives.
         style: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :mod:`.styles`.
-        route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no rule,
-            two passes for full fine-tuning with gradient checkpointing, otherwise batched.
+        route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no
+            rule, two passes for full fine-tuning with gradient checkpointing, otherwise batched.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units, or on a route other than one unit at a time has no
@@ -184,15 +186,15 @@ class PerUnitClipper:
     def _refuse_reentrant(self) -> None:
         if self._checkpointing == "reentrant":
             raise UnsupportedLayer(
-                "re-entrant gradient checkpointing gives no gradient to anyone who asks for it by name, which two passes "
-                "and one unit at a time need; call gradient_checkpointing_enable({'use_reentrant': False}), or set "
+                "re-entrant gradient checkpointing gives no gradient to who asks for it by name, which two passes and "
+                "one unit at a time need; call gradient_checkpointing_enable({'use_reentrant': False}), or set "
                 "performance.clipping_route: batched"
             )
 
     # The batched and the two-pass route.
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
-        """Add a whole microbatch; false if it turned out that only one unit at a time is exact. Then nothing was added."""
+        """Add a whole microbatch; false, and nothing added, if only one unit at a time turned out to be exact."""
         num_rows = batch.input_ids.shape[0]
         owner = [i for i in batch.owner.tolist() if i >= 0]
         if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):

@@ -22,7 +22,8 @@ import torch
 #: Numbers that are summed in fp32 before float64 takes over.
 _BLOCK = 4096
 #: Rounding of an fp32 product of two token vectors of at most _BLOCK numbers, in units of 2⁻²⁴: so many times |⟨x, y⟩|
-#: (the bias of sums of like terms, measured up to 15) plus so many times ‖x‖‖y‖ (the rest, measured below 1). Then what adding the products up costs.
+#: (the bias of sums of like terms, measured up to 15) plus so many times ‖x‖‖y‖ (the rest, measured below 1).
+#: Then what adding up their products costs, in fp32 and in pairs.
 _BIAS, _SCATTER, _SUMMING = 16.0, 1.0, 4.0
 #: Largest error of a squared norm, as a share of it, that fp32 Gram matrices may leave; beyond it they are float64.
 _GRAM_TOLERANCE = 2e-5
@@ -70,12 +71,17 @@ class GramCache:
         for known, _, gram in self._recent:
             if known == key:
                 return gram
+        gram = self._product(tokens)
+        # Holding the tensor keeps its address from being given to another one.
+        self._recent = [*self._recent[-1:], (key, tokens, gram)]
+        return gram
+
+    @staticmethod
+    def _product(tokens: torch.Tensor) -> torch.Tensor:
         first, *others = (piece.float() for piece in tokens.split(_BLOCK, dim=2))
         gram = torch.bmm(first, first.transpose(1, 2))
         for piece in others:
             gram = gram.double() + torch.bmm(piece, piece.transpose(1, 2))
-        # Holding the tensor keeps its address from being given to another one.
-        self._recent = [*self._recent[-1:], (key, tokens, gram)]
         return gram
 
     def clear(self) -> None:
@@ -100,15 +106,15 @@ def squared_norms_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared norm of each unit's gradient of one tensor, and the square that it could have without cancellation.
 
-    The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts L_ts off by at most 2⁻²⁴ (16 |L_ts| + ‖l_t‖‖l_s‖), and R likewise, then their sum S is off by
-    at most
+    The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
+    L_ts off by at most 2⁻²⁴ (16 |L_ts| + ‖l_t‖‖l_s‖), and R_ts likewise, then S = Σ_ts L_ts R_ts is off by at most
 
         E = 2⁻²⁴ Σ_ts (36 |L_ts R_ts| + ‖r_t‖‖r_s‖ |L_ts| + ‖l_t‖‖l_s‖ |R_ts|).
 
-    The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test measures
-    them again. Units for which E is not below 2e-5 S, because their tokens cancel or leave fp32's range, get float64
-    Gram matrices,
-    where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value.
+    The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test compares E
+    with the truth on all of these (it was 100 times too large on a real model). Units for which E is not below 2e-5 S,
+    because their tokens cancel or leave fp32's range, get float64 Gram matrices, where products of fp32 numbers are
+    exact and rounding is at most 1e-10 of the second value.
 
     Args:
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.

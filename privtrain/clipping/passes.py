@@ -1,13 +1,13 @@
 """The backward passes over one microbatch: one where memory allows, two where it does not.
 
 The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If some were let go,
-a second pass runs over the same graph, no further than to the layers it is needed for, and adds the clipped sum layer by
-layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the layers and not through re-weighted losses).
+a second pass runs over the same graph, no further than to the layers it is needed for, and adds the clipped sum layer
+by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the layers and not through re-weighted losses).
 
-Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one whose
-norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the others
-add; a row that is NaN would poison everybody; and clipping per layer has no such loss. So the second pass is the first
-one again, without the factors: it multiplies each unit's own rows by the unit's factor in fp32 as the gradient of a
+Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one
+whose norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the
+others add; a row that is NaN would poison everybody; and clipping per layer has no such loss. So the second pass is the
+first one again, without the factors: it multiplies each unit's own rows by the unit's factor in fp32 as the gradient of a
 layer is formed, and leaves rows of factor zero out. Dropout is the same because the forward pass is not repeated, or
 repeated by gradient checkpointing from the random state that it stored. That the passes agree is checked, for every
 layer and row, on sums over what both passes saw.
@@ -101,7 +101,7 @@ class Passes:
         Args:
             calls: of the block that captures them.
             add: called once for each tensor.
-            used_rows: [rows of units] bool: the rows that ``add`` gives a weight; they are compared with the first pass.
+            used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
             is_last: whether the graph may be freed.
         """
         assert self._losses is not None
