@@ -6,11 +6,11 @@ by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the layers a
 
 Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one
 whose norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the
-others add; a row that is NaN would poison everybody; and clipping per layer has no such loss. So the second pass is the
-first one again, without the factors: it multiplies each unit's own rows by the unit's factor in fp32 as the gradient of a
-layer is formed, and leaves rows of factor zero out. Dropout is the same because the forward pass is not repeated, or
-repeated by gradient checkpointing from the random state that it stored. That the passes agree is checked, for every
-layer and row, on sums over what both passes saw.
+others add; a row that is NaN would poison everybody; and clipping per layer has no such loss. So the second pass is
+the first one again, without the factors: it multiplies each unit's own rows by the unit's factor in fp32 as the
+gradient of a layer is formed, and leaves rows of factor zero out. Dropout is the same because the forward pass is not
+repeated, or repeated by gradient checkpointing from the random state that it stored. That the passes agree is checked,
+for every layer and row, on sums over what both passes saw.
 """
 
 from __future__ import annotations
