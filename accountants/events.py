@@ -16,7 +16,7 @@ import attr
 import dp_accounting
 from dp_accounting import dp_event
 
-from accountants.protocol import UnsupportedEventError
+from accountants.answer import UnsupportedEventError
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
