@@ -14,7 +14,7 @@ from typing import Any
 import dp_accounting
 
 from accountants.answer import Ends
-from accountants.events import RandomAllocationDpEvent, dp_sgd_event
+from accountants.events import RandomAllocationDpEvent, poisson_counterpart
 from accountants.protocol import Accountant, Question, UnsupportedEventError
 from accountants.tilted import TiltedAccountant
 
@@ -46,12 +46,12 @@ class AllocationAccountant(Accountant):
     def ends(self, question: Question) -> Ends:
         """See :class:`accountants.protocol.Accountant`; the upper end of delta is never below 1e-11."""
         event = question.event
+        if isinstance(event, dp_accounting.NoOpDpEvent):
+            return Ends(0.0, 0.0)
+        if isinstance(event, dp_accounting.NonPrivateDpEvent):
+            return Ends(question.largest, question.largest)
         if not isinstance(event, RandomAllocationDpEvent):
             raise UnsupportedEventError(f"allocation covers RandomAllocationDpEvent only, not {type(event).__name__}")
-        if event.num_epochs == 0:
-            return Ends(0.0, 0.0)
-        if event.noise_multiplier == 0:
-            return Ends(question.largest, question.largest)
         upper = self._bound(question, event, "DOMINATES")
         if question.quantity == "delta":
             upper = min(max(upper, self.min_delta), 1.0)
@@ -83,15 +83,6 @@ def _poisson_epsilon(event: RandomAllocationDpEvent, delta: float) -> float:
     """The epsilon of Poisson sampling at the same rate: the size of the answer."""
     poisson = poisson_counterpart(event)
     return TiltedAccountant(tolerance=5e-2).epsilon(poisson, delta).upper
-
-
-def poisson_counterpart(event: RandomAllocationDpEvent) -> dp_accounting.DpEvent:
-    """Poisson sampling with as many steps and the same rate: a guide to sizes, no bound."""
-    return dp_sgd_event(
-        noise_multiplier=event.noise_multiplier,
-        sampling_prob=event.num_selected / event.num_steps,
-        num_steps=event.num_steps * event.num_epochs,
-    )
 
 
 def _library() -> Any:

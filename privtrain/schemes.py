@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -201,11 +202,12 @@ class RandomAllocation(Scheme):
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
         """Floyd's sampling without replacement, for all units at once."""
-        stream = key.stream("allocation", epoch)
-        chosen = np.empty((num_units, self.steps_per_unit), dtype=np.int64)
+        shape = num_units, self.steps_per_unit
+        draws = key.stream("allocation", epoch).uint64(math.prod(shape)).reshape(shape)
+        chosen = np.empty(shape, dtype=np.int64)
         for i, last in enumerate(range(self.steps_per_epoch - self.steps_per_unit, self.steps_per_epoch)):
             # The remainder of a 64-bit integer is uniform up to (last + 1) / 2**64.
-            candidate = (stream.uint64(num_units) % np.uint64(last + 1)).astype(np.int64)
+            candidate = (draws[:, i] % np.uint64(last + 1)).astype(np.int64)
             taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
             chosen[:, i] = np.where(taken, last, candidate)
         units = np.repeat(np.arange(num_units), self.steps_per_unit)

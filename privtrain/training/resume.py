@@ -32,7 +32,7 @@ class Continuation:
     end_step: int
     num_replayed: int
     num_abandoned: int
-    first_step: int = 0
+    first_step: int
 
 
 def decide(
@@ -65,7 +65,7 @@ def decide(
             "the ledger does not show: one of them was replaced. Restore both from one backup or start a new run"
         )
     if state.generation < 0:
-        return Continuation(0, 0, num_steps, 0, 0)
+        return Continuation(0, 0, num_steps, 0, 0, 0)
     past = [entry for entry in state.path if entry.step >= checkpoint_step]
     # Also at a step boundary: a copy of the directory may be going on from here under the old environment.
     same = environment == state.environment and all(
