@@ -24,6 +24,7 @@ from dp_accounting import pld
 
 from accountants import saddle
 from accountants.answer import Ends
+from accountants.events import poisson_counterpart
 from accountants.mixtures import composition
 from accountants.protocol import Accountant, Question, UnsupportedEventError
 from accountants.tilted import TiltedAccountant
@@ -96,6 +97,8 @@ def _refuse_if_refuted(event: dp_accounting.DpEvent, delta: float, relation: Nei
 
 def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: float | None) -> float:
     try:
+        # Plain Poisson sampling spends less than truncated: a grid for it is fine enough for both.
+        event = poisson_counterpart(event)
         composed = composition(event)
     except UnsupportedEventError:
         return _DEFAULT_GRID
