@@ -59,7 +59,8 @@ from accountants.protocol import NormalFormAccountant
 from accountants.rdp import renyi_epsilon
 from accountants.window import MARGIN, Window
 
-_LOG2_LENGTHS = (14, 16, 18, 20)
+#: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
+_SHORTEST, _LONGEST = 13, 20
 _MAX_CELLS = 1 << 20
 #: Where in the window the answer is looked for: the part of its length that lies below it.
 _BELOW = 1 / 4
@@ -104,7 +105,7 @@ def _both(ends: Ends) -> Ends:
 
 def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Ends:
     """Refine the direction with the larger upper end until its own ends agree."""
-    searches = [_EpsilonSearch(composed, delta, add) for add in (False, True)]
+    searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
     for search in searches:
         search.refine()
     while True:
@@ -117,17 +118,17 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> End
 class _EpsilonSearch:
     """One direction's ends, tightened by one transform length at a time."""
 
-    def __init__(self, composed: Composition, delta: float, add: bool) -> None:
-        self.composed, self.delta, self.add = composed, delta, add
+    def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
+        self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
         self.lower, self.upper = 0.0, math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
-        self._lengths = iter(_LOG2_LENGTHS)
+        self._log2_length = _SHORTEST
 
     def refine(self) -> bool:
         """Try the next transform length; False if there is none."""
-        log2_length = next(self._lengths, None)
-        if log2_length is None:
+        log2_length = self._log2_length
+        if log2_length > _LONGEST:
             return False
         window = _window(self.composed, self._law, self._start, math.log(self.delta), 1 << log2_length, self.add)
         at_zero = window.upper_delta(0.0)
@@ -140,7 +141,18 @@ class _EpsilonSearch:
             # The saddle-point formula errs high where rare large losses matter; a coarse lattice errs high everywhere.
             if upper < self._start.epsilon:
                 self._start = saddle.saddle_for_epsilon(self._law, upper)
+        self._log2_length = self._next_length(log2_length)
         return True
+
+    def _next_length(self, log2_length: int) -> int:
+        """The gap between the ends falls with the square of the length: go straight to where it should suffice."""
+        if log2_length == _LONGEST:
+            return _LONGEST + 1
+        doublings = 2
+        if 0 < self.lower < self.upper < math.inf:
+            excess = 1.1 * (self.upper - self.lower) / (self.tolerance * self.upper)
+            doublings = min(max(math.ceil(0.5 * math.log2(excess)), 1), 3)
+        return min(log2_length + doublings, _LONGEST)
 
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Ends:
@@ -153,7 +165,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
         start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
-        for log2_length in _LOG2_LENGTHS:
+        for log2_length in range(14, _LONGEST + 1, 2):
             window = _window(composed, law, start, log_delta, 1 << log2_length, add)
             best_upper = min(best_upper, value if (value := window.upper_delta(epsilon)) is not None else 1.0)
             best_lower = max(best_lower, window.lower_delta(epsilon) or 0.0)
