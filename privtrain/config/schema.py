@@ -237,10 +237,11 @@ class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
-    clipping_route: Literal["auto", "batched", "one_unit"] = Field(
+    clipping_route: Literal["auto", "batched", "two_pass", "one_unit"] = Field(
         default="auto",
-        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, or by plain "
-        "autograd one unit at a time, for any layer. auto: batched where every layer has a rule.",
+        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
+        "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")

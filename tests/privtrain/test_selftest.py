@@ -86,9 +86,7 @@ def test_mutant_one_layer_is_not_captured(tiny_llama, monkeypatch):
     monkeypatch.setattr(
         clipper,
         "captured",
-        lambda modules, parameters, num_rows, sink: original(
-            dict(list(modules.items())[1:]), parameters, num_rows, sink
-        ),
+        lambda modules, parameters, num_rows: original(dict(list(modules.items())[1:]), parameters, num_rows),
     )
     with pytest.raises(SelfTestFailed, match="a layer is not covered"):
         self_test(tiny_llama, LocalBackend(CPU))
