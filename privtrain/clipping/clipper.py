@@ -11,7 +11,7 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,13 +34,17 @@ _CANCELLED = 1e-4
 
 @dataclasses.dataclass
 class ClippingDiagnostics:
-    """What happened on this rank in a step. Private: none of it is covered by ε."""
+    """What happened on this rank in a step. Private: none of it is covered by ε.
+
+    ``nonfinite_owners`` are the units that counted as zero, by their position among the rank's units.
+    """
 
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
     sum_norms: float = 0.0
     sum_losses: float = 0.0
+    nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -212,7 +216,7 @@ class PerUnitClipper:
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
             if len(apart) < num_units:
-                weights = self._factors(squares, together)
+                weights = self._factors(squares, together, batch.owners)
                 gradients.add_weighted(self.total, weights.float())
             for index in sorted(apart):
                 self._add_unit(batch, index, gradients.unit(index))
@@ -251,14 +255,15 @@ class PerUnitClipper:
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
-        factors = self._factors(squares, torch.ones(1, dtype=torch.bool, device=self._device)).float()
+        chosen = torch.ones(1, dtype=torch.bool, device=self._device)
+        factors = self._factors(squares, chosen, batch.owners[index : index + 1]).float()
         if not bool((factors > 0).all()):
             return
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 self.layout.view(self.total, slot).addcmul_(gradient[slot.name], factors[i])
 
-    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """[slots, units] factors; zero for units that are not ``chosen`` or not finite. Counts the chosen ones."""
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
@@ -266,7 +271,11 @@ class PerUnitClipper:
         finite = torch.isfinite(whole)
         self.diagnostics.num_units += int(chosen.sum())
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
-        self.diagnostics.num_nonfinite += int((~finite).sum())
+        num_nonfinite = int((~finite).sum())
+        self.diagnostics.num_nonfinite += num_nonfinite
+        if num_nonfinite:
+            places = chosen.nonzero().flatten()[~finite].tolist()
+            self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 

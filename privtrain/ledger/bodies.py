@@ -13,6 +13,7 @@ import hashlib
 import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +87,7 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
 def to_parquet(table: pa.Table) -> bytes:
     """The file of a segment. Pseudonyms are random bytes, so only the other columns are worth a dictionary."""
     buffer = io.BytesIO()
-    small = ["generation", "step", "records"]
+    small: Any = ["generation", "step", "records"]
     pq.write_table(table, buffer, compression="zstd", use_dictionary=small, write_statistics=small)
     return buffer.getvalue()
 

@@ -15,6 +15,7 @@ import base64
 import binascii
 import bisect
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -97,7 +98,9 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
         "user": user,
         "pseudonym": unit_pseudonym,
         "head": state.head,
-        "records": [line.decode("ascii").rstrip("\n") for _, line in lines_of(log)],
+        "records": [
+            line.decode("ascii").rstrip("\n") for _, line in itertools.islice(lines_of(log), state.num_records)
+        ],
         "steps": steps,
     }
 
@@ -204,10 +207,14 @@ def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tupl
             raise ProofRejected(f"{where}: a leaf does not lead to the root")
         if leaf["leaf"] != leaves[0]["leaf"] + len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES):
             raise ProofRejected(f"{where}: leaves that are not neighbours")
+        if len(content) != merkle.ROW_BYTES * min(
+            merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS
+        ):
+            raise ProofRejected(f"{where}: a leaf of another size than its place asks for")
         rows += content
     first = leaves[0]["leaf"] * merkle.BUCKET_ROWS if leaves else 0
     tags = _tags(rows)
-    if any(a >= b for a, b in zip(tags, tags[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(tags)):
         raise ProofRejected(f"{where}: rows out of order")
     (own,) = merkle.row_hashes(merkle.step_context(body.generation, body.step), secret)
     place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])

@@ -49,6 +49,8 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
         records_per_unit=plan.records_per_unit,
         pseudonym_key=key,
     ) as ledger:
+        if ledger.repair:
+            say(ledger.repair)
         yield ledger
 
 
@@ -72,7 +74,7 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
         continuation = decide(
             ledger.state,
             num_steps=inputs.plan.num_steps,
-            environment=environment.hex(),
+            environment=ledger.blinded("environment", environment.hex()),
             checkpoint_step=newest.step if newest else 0,
             checkpoint_generation=newest.generation if newest else 0,
         )
