@@ -75,18 +75,14 @@ class RunDirectory:
             Files behind a directory that was closed but wider than 0600 themselves, which nobody else could reach; they
             are 0600 now.
         """
-        tightened = []
+        tightened: list[pathlib.Path] = []
         for private in (self.secret, self.checkpoints):
             if private.exists() and stat.S_IMODE(private.stat().st_mode) & 0o077:
                 raise PrivtrainError(
                     f"{private} can be read by other users of this machine, who may have copied the keys. "
-                    f"If you are sure that nobody did: chmod 700 {private}; otherwise start a new run with another run.name"
+                    f"If you are sure that nobody did: chmod 700 {private}; if not, set another run.name"
                 )
-            for path in sorted(private.rglob("*")):
-                mode = stat.S_IMODE(path.lstat().st_mode)
-                if mode & 0o077 and not path.is_symlink():
-                    path.chmod(mode & 0o700)
-                    tightened.append(path)
+            tightened += [path for path in sorted(private.rglob("*")) if _close(path)]
         return tightened
 
     @contextlib.contextmanager
@@ -130,6 +126,16 @@ def load_key_file(path: pathlib.Path) -> SecretKey:
         raise GuaranteeLost(
             f"{path} is missing or damaged; restore it, or start a new run with another run.name"
         ) from None
+
+
+def _close(path: pathlib.Path) -> bool:
+    """Take a file's permissions from everybody but its owner; whether there were any."""
+    with contextlib.suppress(FileNotFoundError):  # another job may be at work here; it is refused later
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & 0o077 and not path.is_symlink():
+            path.chmod(mode & 0o700)
+            return True
+    return False
 
 
 def temporary_of(path: pathlib.Path) -> pathlib.Path:

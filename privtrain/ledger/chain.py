@@ -77,7 +77,7 @@ class LedgerState:
 
     Attributes:
         head: hash of the last record.
-        previous_head: hash of the record before it.
+        earlier_heads: hashes of the two records before it, the later first.
         num_records: records in the log.
         plan: digest of the plan's fingerprint under the pseudonym key.
         key_sha256: commitment to the pseudonym key.
@@ -94,7 +94,7 @@ class LedgerState:
     """
 
     head: str = GENESIS
-    previous_head: str = GENESIS
+    earlier_heads: tuple[str, str] = (GENESIS, GENESIS)
     num_records: int = 0
     plan: str = ""
     key_sha256: str = ""
@@ -260,7 +260,7 @@ _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
 
 def apply(state: LedgerState, record: dict[str, Any]) -> None:
     """Take in a record that holds."""
-    state.previous_head, state.head = state.head, record["hash"]
+    state.earlier_heads, state.head = (state.head, state.earlier_heads[0]), record["hash"]
     state.num_records += 1
     match record["kind"]:
         case "begin":

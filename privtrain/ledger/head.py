@@ -95,7 +95,8 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
         LedgerCorrupt: if records are missing at the end of the log, or the head file was altered.
     """
     path = head_path(log)
-    slots = _read(path, log)
+    content = _read(path, log)
+    slots = [_decode(content[0]), _decode(content[1])]
     known = [slot for slot in slots if slot is not None]
     if not known:
         raise LedgerCorrupt(f"{path}: both slots are damaged; the last record of {log} cannot be told to be the last")
@@ -106,13 +107,19 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
             "were removed or damaged. Restore the log from a backup, or start a new run with another run.name"
         )
     lag = state.num_records - num_records
-    if lag > 1 or head != (state.head if lag == 0 else state.previous_head):
+    if lag > 1 or head != (state.head, *state.earlier_heads)[lag]:
         raise LedgerCorrupt(f"{path}: byte {(num_records % 2) * _SLOT_BYTES}: not the head of {log}; it was replaced")
-    older = slots[(num_records + 1) % 2]
-    # A slot is only ever half written while it takes the record that the other slot is behind by.
-    if (older is None and lag == 0) or (older is not None and older[0] != max(num_records - 1, 0)):
-        raise LedgerCorrupt(f"{path}: byte {((num_records + 1) % 2) * _SLOT_BYTES}: a damaged slot")
+    place = (num_records + 1) % 2
+    earlier = (max(num_records - 1, 0), state.earlier_heads[lag])
+    # A slot is half written only while it takes the record by which the other slot is behind.
+    is_torn = lag == 1 and _is_torn(content[place], _encode(*earlier), _encode(state.num_records, state.head))
+    if slots[place] != earlier and not is_torn:
+        raise LedgerCorrupt(f"{path}: byte {place * _SLOT_BYTES}: a damaged slot")
     return lag
+
+
+def _is_torn(content: bytes, old: bytes, new: bytes) -> bool:
+    return all(byte in (a, b) for byte, a, b in zip(content, old, new, strict=True))
 
 
 def _encode(num_records: int, head: str) -> bytes:
@@ -121,14 +128,14 @@ def _encode(num_records: int, head: str) -> bytes:
     return f"{content}{check}\n".encode()
 
 
-def _read(path: pathlib.Path, log: pathlib.Path) -> list[Slot]:
+def _read(path: pathlib.Path, log: pathlib.Path) -> list[bytes]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise LedgerCorrupt(f"{path} is gone, so records cut off the end of {log} would not be missed") from None
     if len(content) != 2 * _SLOT_BYTES:
         raise LedgerCorrupt(f"{path}: has {len(content)} bytes, not {2 * _SLOT_BYTES}; it was altered")
-    return [_decode(content[i : i + _SLOT_BYTES]) for i in (0, _SLOT_BYTES)]
+    return [content[:_SLOT_BYTES], content[_SLOT_BYTES:]]
 
 
 def _decode(slot: bytes) -> Slot:
