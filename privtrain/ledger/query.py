@@ -108,16 +108,18 @@ class Contributions:
 
     def statistics(self, cap: int | None = None) -> Statistics:
         """How the contributions are spread."""
+        # Two passes: a table of users with two sums each is what fits in memory at millions of users.
         spread = self._rows(
-            "SELECT steps, records, sum(zeroed)::BIGINT AS zeroed, sum(at_k)::BIGINT AS at_k, "
-            "sum(above_k)::BIGINT AS above_k, count(*) AS users FROM ("
-            "SELECT count(*)::INT AS steps, sum(records)::INT AS records, count(*) FILTER (zeroed)::INT AS zeroed, "
-            "count(*) FILTER (records = $k)::INT AS at_k, count(*) FILTER (records > $k)::INT AS above_k "
-            "FROM contributions GROUP BY unit) GROUP BY steps, records ORDER BY records, steps".replace(
-                "$k", str(int(self.state.records_per_unit))
-            )
+            "SELECT steps, records, count(*) AS users FROM ("
+            "SELECT count(*)::INT AS steps, sum(records)::INT AS records FROM contributions GROUP BY unit"
+            ") GROUP BY steps, records ORDER BY records, steps"
         )
-        return _statistics(self.state, spread, cap)
+        (totals,) = self._rows(
+            "SELECT count(*) FILTER (zeroed) AS zeroed, count(*) FILTER (records = $1) AS at_k, "
+            "count(*) FILTER (records > $1) AS above_k FROM contributions",
+            [self.state.records_per_unit],
+        )
+        return _statistics(self.state, spread, totals, cap)
 
     def export(self, target: pathlib.Path, file_format: str) -> int:
         """Write all contributions to a file that only its owner may read; return how many."""
@@ -194,7 +196,7 @@ def _steps_table(state: LedgerState) -> pa.Table:
     )
 
 
-def _statistics(state: LedgerState, spread: list[Row], cap: int | None) -> Statistics:
+def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | None) -> Statistics:
     """From the numbers of users with so many steps and records."""
     column = {name: np.array([row[name] for row in spread], dtype=np.int64) for name in (spread[0] if spread else ())}
     users = column.get("users", np.zeros(0, dtype=np.int64))
@@ -203,19 +205,15 @@ def _statistics(state: LedgerState, spread: list[Row], cap: int | None) -> Stati
     num_contributions = int((users * steps).sum())
     num_above = int((users * (records > cap)).sum()) if cap is not None else 0
     num_beyond = int((users * np.maximum(records - cap, 0)).sum()) if cap is not None else 0
-
-    def total(name: str) -> int:
-        return int(column[name].sum()) if spread else 0
-
     return Statistics(
         num_steps=state.num_charged,
         num_contributions=num_contributions,
         num_records=num_records,
         num_users=num_users,
-        num_zeroed=total("zeroed"),
+        num_zeroed=totals["zeroed"],
         records_per_unit=state.records_per_unit,
-        share_at_k=total("at_k") / max(num_contributions, 1),
-        share_above_k=total("above_k") / max(num_contributions, 1),
+        share_at_k=totals["at_k"] / max(num_contributions, 1),
+        share_above_k=totals["above_k"] / max(num_contributions, 1),
         records_per_user=_quantiles(records, users),
         steps_per_user=_quantiles(steps, users),
         gini=_gini(records, users),
