@@ -159,11 +159,24 @@ def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
         if not line.endswith(b"\n"):
             break
         try:
-            apply(state, parse(state, line))
+            advance(state, line)
         except ValueError as error:
             raise LedgerCorrupt(f"{path}: record {state.num_records} at byte {offset}: {error}") from None
         end = offset + len(line)
     return state, end
+
+
+def advance(state: LedgerState, line: bytes) -> None:
+    """Check the next line and take it in.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    record = parse(state, line)
+    try:
+        apply(state, record)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
 
 
 def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
@@ -219,7 +232,8 @@ def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a step twice"
     if record["generation"] != state.generation or record["step"] != len(state.path):
         return "a step out of order"
-    return "a negative number of units" if record["num_units"] < 0 else None
+    num_units = record["num_units"]
+    return None if isinstance(num_units, int) and num_units >= 0 else "a number of units that cannot be"
 
 
 def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:

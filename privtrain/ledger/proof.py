@@ -25,7 +25,7 @@ import numpy as np
 from privtrain.errors import ProofRejected
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import each_segment
-from privtrain.ledger.chain import Body, LedgerState, apply, lines_of, parse
+from privtrain.ledger.chain import Body, LedgerState, advance, lines_of
 from privtrain.ledger.log import key_commitment, verify_chain
 from privtrain.secret import SecretKey, pseudonym
 
@@ -183,7 +183,7 @@ def _replayed(records: list[str]) -> LedgerState:
     state = LedgerState()
     for record in records:
         try:
-            apply(state, parse(state, record.encode() + b"\n"))
+            advance(state, record.encode() + b"\n")
         except ValueError as error:
             raise ProofRejected(f"record {state.num_records}: {error}") from None
     return state

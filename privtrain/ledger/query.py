@@ -23,6 +23,8 @@ from privtrain.ledger.log import verify_chain
 
 #: What DuckDB may hold; it spills to the ledger's own directory beyond.
 _MEMORY_LIMIT = "700MB"
+#: Each thread holds tables of its own.
+_NUM_THREADS = 4
 
 Row = dict[str, Any]
 
@@ -127,11 +129,10 @@ class Contributions:
         options = "FORMAT parquet, COMPRESSION zstd" if file_format == "parquet" else "FORMAT csv, HEADER"
         previous = os.umask(0o077)
         try:
-            path = str(target).replace("'", "''")
             self._connection.execute(
                 "COPY (SELECT generation, step, replace(unit::VARCHAR, '-', '') AS pseudonym, records, zeroed, "
                 "committed, in_model FROM contributions JOIN commits USING (generation, step) "
-                f"ORDER BY generation, step) TO '{path}' ({options})"
+                f"ORDER BY generation, step) TO {_quoted(target)} ({options})"
             )
         finally:
             os.umask(previous)
@@ -153,15 +154,15 @@ def opened_contributions(log: pathlib.Path) -> Iterator[Contributions]:
     for file, segment in zip(files, state.segments, strict=True):
         if not file.is_file() or file.stat().st_size != segment.num_bytes:
             raise LedgerCorrupt(f"{file} is missing or was cut; restore it from a backup")
-    spill = pathlib.Path(tempfile.mkdtemp(prefix=".query-", dir=directory_of(log)))
+    spill = _spill_directory(log)
     connection = duckdb.connect()
     try:
-        connection.execute(f"SET memory_limit='{_MEMORY_LIMIT}'; SET preserve_insertion_order=false")
-        connection.execute("SET temp_directory='{}'".format(str(spill).replace("'", "''")))
+        connection.execute(f"SET memory_limit='{_MEMORY_LIMIT}'; SET threads={min(_NUM_THREADS, os.cpu_count() or 1)}")
+        connection.execute("SET preserve_insertion_order=false; SET temp_directory={}".format(_quoted(spill)))
         connection.register("open_rows", _open_table(log, state))
         sources = ["SELECT * FROM open_rows"]
         if files:
-            quoted = ", ".join("'{}'".format(str(file).replace("'", "''")) for file in files)
+            quoted = ", ".join(_quoted(file) for file in files)
             sources.append(f"SELECT * FROM read_parquet([{quoted}])")
         connection.execute(f"CREATE VIEW contributions AS {' UNION ALL '.join(sources)}")
         yield Contributions(connection, state)
@@ -169,7 +170,20 @@ def opened_contributions(log: pathlib.Path) -> Iterator[Contributions]:
         raise PrivtrainError(f"{log}: the query failed: {error}") from None
     finally:
         connection.close()
-        shutil.rmtree(spill, ignore_errors=True)
+        if spill is not None:
+            shutil.rmtree(spill, ignore_errors=True)
+
+
+def _spill_directory(log: pathlib.Path) -> pathlib.Path | None:
+    """A directory beside the segments; none where an auditor may only read, and then big queries fail for memory."""
+    try:
+        return pathlib.Path(tempfile.mkdtemp(prefix=".query-", dir=directory_of(log)))
+    except OSError:
+        return None
+
+
+def _quoted(path: pathlib.Path | None) -> str:
+    return "'{}'".format(str(path or "").replace("'", "''"))
 
 
 def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:

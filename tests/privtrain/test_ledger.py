@@ -284,7 +284,8 @@ COMMIT = {"generation": 0, "step": 0, "update": "", "zeroed": []}
         ([("intent", STEP), ("commit", {**COMMIT, "zeroed": [0]})], "not in the step"),
         ([("intent", {**STEP, "step": 1})], "out of order"),
         ([("intent", {**STEP, "generation": 1})], "out of order"),
-        ([("intent", {**STEP, "num_units": -1})], "negative"),
+        ([("intent", {**STEP, "num_units": -1})], "cannot be"),
+        ([("intent", {**STEP, "num_units": 0.0})], "cannot be"),
         ([("intent", STEP), ("intent", STEP)], "a step twice"),
         ([("session", {**SESSION, "generation": 2})], "neither the last nor the next"),
         ([("session", {**SESSION, "from_step": 1})], "past the steps"),
@@ -295,6 +296,7 @@ COMMIT = {"generation": 0, "step": 0, "update": "", "zeroed": []}
         ([("begin", {"schema": "privtrain/ledger/2"})], "one beginning"),
         ([("note", {})], "unknown kind"),
         ([("intent", {})], "lacks what a record"),
+        ([("release", {"num_charged": 0}), ("session", {"generation": 0, "from_step": 0})], "lacks what a record"),
     ],
 )
 def test_a_well_chained_log_of_impossible_events_is_refused(tmp_path, records, message):
