@@ -158,7 +158,7 @@ def opened_contributions(log: pathlib.Path) -> Iterator[Contributions]:
     connection = duckdb.connect()
     try:
         connection.execute(f"SET memory_limit='{_MEMORY_LIMIT}'; SET threads={min(_NUM_THREADS, os.cpu_count() or 1)}")
-        connection.execute("SET preserve_insertion_order=false; SET temp_directory={}".format(_quoted(spill)))
+        connection.execute(f"SET preserve_insertion_order=false; SET temp_directory={_quoted(spill)}")
         connection.register("open_rows", _open_table(log, state))
         sources = ["SELECT * FROM open_rows"]
         if files:
