@@ -209,3 +209,10 @@ def each_segment(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[tuple[
     for index, segment in enumerate(state.segments):
         yield segment.bodies, read_segment(log, index, segment, state)
     yield tuple(state.open_bodies), read_open(log, state)[0]
+
+
+def charged_units(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[str, int]]:
+    """(pseudonym, records) of every contribution of every step charged, out of checked bodies."""
+    for _, rows in each_segment(log, state):
+        units, width = np.ascontiguousarray(rows["unit"]).tobytes().hex(), 2 * _WIDTH
+        yield from ((units[i * width : (i + 1) * width], n) for i, n in enumerate(rows["records"].tolist()))

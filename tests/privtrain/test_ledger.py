@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
-from privtrain.ledger import merkle, read_records, verify
+from privtrain.ledger import charged_units, merkle, read_records, verify
 from privtrain.ledger.bodies import ROW, rows_path, segment_path
 from privtrain.ledger.head import head_path
 from privtrain.ledger.log import verify_chain
@@ -57,6 +57,12 @@ def test_sealed_bodies_say_what_the_open_ones_said(tmp_path, segment_rows):
     assert verify(path).num_charged == 34
     rows = sorted(file.name for file in path.with_suffix("").glob("rows-*"))
     assert len(rows) == 1, "the rows of sealed segments are gone"
+
+
+def test_the_units_of_all_steps_are_those_that_were_charged(tmp_path):
+    path = write_steps(tmp_path / "l.jsonl", 12, segment_rows=20, last_committed=False)
+    expected = [(pseudonym(KEY, name), n) for step in range(12) for name, n in units_of(step)]
+    assert sorted(charged_units(path, verify(path))) == sorted(expected)
 
 
 def test_who_counted_as_zero_is_on_record(tmp_path):
