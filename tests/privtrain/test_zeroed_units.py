@@ -17,8 +17,10 @@ from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
 
-#: Two users say these words, which nobody else says.
+#: Two users say this word, which nobody else says.
 POISON = "zzzzzz"
+#: As long as any record: these users, the last to be drawn, are then not the last to be clipped.
+LONG = f"{POISON} alder birch cedar elm"
 POISONED = {"user-900", "user-901"}
 
 
@@ -37,7 +39,7 @@ def poison(tree, tmp_path):
     from transformers import AutoTokenizer
 
     (source,) = tree["data"]["source"]["paths"]
-    rows = [json.dumps({"user": user, "text": text}) for user in sorted(POISONED) for text in ("alder", POISON)]
+    rows = [json.dumps({"user": user, "text": text}) for user in sorted(POISONED) for text in ("alder", LONG)]
     with open(source, encoding="utf-8") as file:
         content = file.read() + "\n".join(rows) + "\n"
     target = tmp_path / "poisoned.jsonl"
