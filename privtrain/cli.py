@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.ledger_cli import ledger_app
 
 app = typer.Typer(
     name="privtrain",
@@ -16,11 +17,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read and check a run's contribution ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
-RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. privacy.target_epsilon=4.", metavar="[KEY=VALUE]...")
 ]
@@ -56,22 +55,6 @@ def schema() -> None:
     from privtrain.config import Config
 
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@ledger_app.command("show")
-def ledger_show(run: RunPath) -> None:
-    """Show what each step used, by pseudonym counts; names never appear."""
-    from privtrain.ledger.view import print_ledger
-
-    print_ledger(run)
-
-
-@ledger_app.command("verify")
-def ledger_verify(run: RunPath) -> None:
-    """Check the chain, the contribution bound and the head that the privacy statement quotes."""
-    from privtrain.ledger.view import verify_run
-
-    typer.echo(verify_run(run))
 
 
 def main() -> None:

@@ -67,3 +67,9 @@ class LedgerCorrupt(PrivtrainError):  # noqa: N818
     """The contribution ledger was altered or damaged anywhere but at its torn tail."""
 
     exit_code = EXIT_REFUSED_RELEASE
+
+
+class ProofRejected(PrivtrainError):  # noqa: N818
+    """A proof of a user's part in a run that does not hold."""
+
+    exit_code = EXIT_REFUSED_RELEASE

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -44,13 +44,17 @@ _MOSTLY_TRAINED = 0.5
 
 @dataclasses.dataclass
 class ClippingDiagnostics:
-    """What happened on this rank in a step. Private: none of it is covered by ε."""
+    """What happened on this rank in a step. Private: none of it is covered by ε.
+
+    ``nonfinite_owners`` are the units that counted as zero, by their position among the rank's units.
+    """
 
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
     sum_norms: float = 0.0
     sum_losses: float = 0.0
+    nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -230,7 +234,7 @@ class PerUnitClipper:
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
-            weights = self._factors(squares, together).float()
+            weights = self._factors(squares, together, batch.owners).float()
             if len(apart) < num_units:
                 passes.gradients.add_weighted(self.total, weights)
         later = sorted(apart) or [None]
@@ -314,14 +318,15 @@ class PerUnitClipper:
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
-        factors = self._factors(squares, torch.ones(1, dtype=torch.bool, device=self._device)).float()
+        chosen = torch.ones(1, dtype=torch.bool, device=self._device)
+        factors = self._factors(squares, chosen, batch.owners[index : index + 1]).float()
         if not bool((factors > 0).all()):
             return
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 self.layout.view(self.total, slot).addcmul_(gradient[slot.name], factors[i])
 
-    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """[slots, units] factors; zero for units that are not ``chosen`` or not finite. Counts the chosen ones."""
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
@@ -329,7 +334,11 @@ class PerUnitClipper:
         finite = torch.isfinite(whole)
         self.diagnostics.num_units += int(chosen.sum())
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
-        self.diagnostics.num_nonfinite += int((~finite).sum())
+        num_nonfinite = int((~finite).sum())
+        self.diagnostics.num_nonfinite += num_nonfinite
+        if num_nonfinite:
+            places = chosen.nonzero().flatten()[~finite].tolist()
+            self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 

@@ -14,6 +14,7 @@ from privtrain.console import say
 from privtrain.data.split import Split
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger import Ledger, open_ledger
+from privtrain.ledger.head import head_path
 from privtrain.rundir import write_atomically, write_json
 from privtrain.secret import SecretKey
 from privtrain.training import checkpoint
@@ -39,9 +40,10 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
         yield None
         return
     run, plan = inputs.run, inputs.plan
-    is_new = not run.ledger.exists()
-    if is_new and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
+    is_gone = not run.ledger.exists()
+    if is_gone and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
         raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
+    is_new = is_gone and not head_path(run.ledger).exists()  # a key that was used is never replaced
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
     with open_ledger(
         run.ledger,
@@ -49,6 +51,8 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
         records_per_unit=plan.records_per_unit,
         pseudonym_key=key,
     ) as ledger:
+        if ledger.repair:
+            say(ledger.repair)
         yield ledger
 
 
@@ -72,7 +76,7 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
         continuation = decide(
             ledger.state,
             num_steps=inputs.plan.num_steps,
-            environment=environment.hex(),
+            environment=ledger.blinded("environment", environment.hex()),
             checkpoint_step=newest.step if newest else 0,
             checkpoint_generation=newest.generation if newest else 0,
             period=inputs.plan.scheme.period,

@@ -71,6 +71,7 @@ class Trainer:
         self._key = key
         self._autocast = autocast
         self._packer = packer
+        self._hand: Sequence[DrawnUnit] = ()
         self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.layout = Layout.of(model)
         self.clipper = PerUnitClipper(
@@ -99,13 +100,16 @@ class Trainer:
         update = self._check_replay(step, total)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
-        self._commit(step, update)
-        self._log(step, time.monotonic() - started)
+        counts = self._reduced_counts()
+        self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
+        self._log(step, time.monotonic() - started, counts)
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
         costs = [self._packer.width(self._records_of(d)) for d in drawn]
-        hands = [[self._records_of(d) for d in hand] for hand in deal(drawn, costs, self.backend.world_size)]
+        dealt = deal(drawn, costs, self.backend.world_size)
+        self._hand = dealt[self.backend.rank]
+        hands = [[self._records_of(d) for d in hand] for hand in dealt]
         num_batches = max(self._packer.num_batches(hand) for hand in hands)
         for batch in self._packer.pack(hands[self.backend.rank], num_batches):
             yield batch.to(self.backend.device)
@@ -130,9 +134,26 @@ class Trainer:
         self.ledger.check_replay(self.generation, step, update)
         return update
 
-    def _commit(self, step: int, update: str) -> None:
+    def _reduced_counts(self) -> list[float]:
+        """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses."""
+        counts = self.clipper.diagnostics
+        raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
+        sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
+        self.backend.reduce(sums)
+        return sums.tolist()
+
+    def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
+        """Names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
+        if not num_nonfinite:
+            return []
+        clipped_here = {self._hand[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
+        flags = torch.tensor([float(d.unit in clipped_here) for d in drawn], device=self.backend.device)
+        self.backend.reduce(flags)
+        return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
+
+    def _commit(self, step: int, update: str, zeroed: Sequence[str]) -> None:
         if self.ledger is not None:
-            self.ledger.commit(self.generation, step, update)
+            self.ledger.commit(self.generation, step, update, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.
@@ -142,14 +163,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
 
-    def _log(self, step: int, step_seconds: float) -> None:
-        counts = self.clipper.diagnostics
-        raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
-        sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
-        self.backend.reduce(sums)
+    def _log(self, step: int, step_seconds: float, counts: Sequence[float]) -> None:
         if self.ledger is None:
             return
-        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = sums.tolist()
+        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = counts
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         self.tracker.log(

@@ -15,6 +15,7 @@ from privtrain.ledger import read_records, verify
 from privtrain.ledger.view import verify_run
 from tests import jobs
 from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.privtrain.ledgers import contents, drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -119,10 +120,7 @@ def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
     two = load_file(uninterrupted / "adapter" / "adapter_model.safetensors")
     for name, value in alone.items():
         assert np.abs(value - two[name]).max() < 1e-5, name
-    intents = [
-        [r["units"] for r in read_records(place / "runs" / n / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
-        for n in ("alone", "uninterrupted")
-    ]
+    intents = [contents(place / "runs" / n / "secret" / "ledger.jsonl") for n in ("alone", "uninterrupted")]
     assert intents[0] == intents[1], "the sample depends on the world size"
 
 
@@ -131,7 +129,7 @@ def test_empty_steps_and_ranks_without_users_finish(place):
     done = jobs.run("privtrain", "train", path)
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs" / "sparse"
-    sizes = [len(r["units"]) for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
+    sizes = [r["num_units"] for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
     assert 0 in sizes, "no step drew nobody; choose another seed"
     assert 1 in sizes, "no rank went without a user; choose another seed"
     assert len(sizes) == 16
@@ -174,8 +172,7 @@ def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place
         (run / released).unlink()
     shutil.rmtree(run / "adapter")
     ledger = run / "secret" / "ledger.jsonl"
-    lines = ledger.read_bytes().splitlines(keepends=True)
-    ledger.write_bytes(b"".join(line for line in lines if b'"kind":"release"' not in line)[:])
+    drop_records(ledger, "release")
     newest = sorted((run / "checkpoints").iterdir())[-1]
     shutil.rmtree(newest)
     kept = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "summary.json").read_text())["step"]
