@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import resource
 import signal
 import socket
 import sys
@@ -265,7 +266,10 @@ class _Plant:
 
 
 def fill_disk(directory: pathlib.Path) -> None:
-    """Use up the last byte of a small file system."""
+    """Use up the last byte of a small file system; where none could be mounted, let no file of this process grow."""
+    if not directory.is_mount():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return
     with contextlib.suppress(OSError), open(directory / "filler", "wb", buffering=0) as file:
         for size in (65536, 512, 1):
             with contextlib.suppress(OSError):
