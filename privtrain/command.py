@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from privtrain.errors import PrivtrainError, Preempted
+from privtrain.errors import Preempted, PrivtrainError
+from privtrain.slurm import adopt_slurm_tasks
 
 #: A mistake that every rank meets is told by rank 0; the launcher ends the others before this many seconds are over.
 _OTHER_RANKS_WAIT_SECONDS = 3.0
 
-#: Names a file in which the first rank to fail leaves its exit code, for launchers that turn every code into 1.
-EXIT_CODE_FILE = "PRIVTRAIN_EXIT_CODE_FILE"
+#: Set by ``privtrain launch``: a directory of this machine in which ranks leave word, since launchers lose it.
+LAUNCH_DIRECTORY = "PRIVTRAIN_LAUNCH_DIRECTORY"
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
@@ -28,6 +29,7 @@ def run_command(name: str, app: Callable[[], None]) -> None:
     """
     # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    adopt_slurm_tasks(os.environ)
     try:
         app()
     except Preempted as stop:
@@ -44,13 +46,27 @@ def run_command(name: str, app: Callable[[], None]) -> None:
 
 
 def record_exit_code(code: int) -> None:
-    """Leave the code where ``privtrain launch`` finds it; the first rank's stands, the others follow from it."""
-    path = os.environ.get(EXIT_CODE_FILE)
-    if path is None:
+    """Leave the code for ``privtrain launch``; the first rank's stands, the others follow from it."""
+    _leave_word("exit-code", str(code))
+
+
+def record_stop_request() -> None:
+    """Leave word that a rank of this machine was asked to stop."""
+    _leave_word("asked-to-stop", "")
+
+
+def was_asked_to_stop(directory: str) -> bool:
+    """Whether a rank left that word."""
+    return os.path.exists(os.path.join(directory, "asked-to-stop"))
+
+
+def _leave_word(name: str, content: str) -> None:
+    directory = os.environ.get(LAUNCH_DIRECTORY)
+    if directory is None:
         return
     try:
-        with open(path, "x", encoding="ascii") as file:
-            file.write(str(code))
+        with open(os.path.join(directory, name), "x", encoding="ascii") as file:
+            file.write(content)
     except OSError:
         pass  # told already, or no room for it: the launcher's own code stands then
 
@@ -58,7 +74,9 @@ def record_exit_code(code: int) -> None:
 def leave_at_once(message: str, code: int) -> NoReturn:
     """End this process from any thread, as a crash would: everything durable is on disk at every moment.
 
-    One rank a machine prints the message.
+    Args:
+        message: what one rank a machine prints.
+        code: exit code.
     """
     record_exit_code(code)
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -21,7 +21,11 @@ import time
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+#: Phases of a step and of the release; before them a job can be struck in "join", "load" and "evaluate", at step -1.
 PHASES = ("intent", "forward", "reduce", "noise", "optimizer", "commit", "checkpoint", "export")
+
+
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Fault:
         phase: one of ``PHASES``.
         step: in which step; for a checkpoint the number of steps behind it.
         moment: before, inside (a torn write, or while the others wait) or after.
-        action: kill, term or stop a rank; or fill the disk.
+        action: kill, term, usr1 or stop: a signal to a rank; fill: the disk; raise: an error of the rank's own.
         rank: who is hit.
     """
 
@@ -147,10 +151,13 @@ class _Plant:
         self.is_spent = False
 
     def install(self) -> None:
-        from privtrain.training import checkpoint, job
+        from privtrain.training import checkpoint, job, supervise
         from privtrain.training.trainer import Trainer
 
         plant, original_init, original_step = self, Trainer.__init__, Trainer.train_step
+        self._wrap(supervise, "create_backend", "join")
+        self._wrap(job, "_load_network", "load")
+        self._wrap(job, "held_out_loss", "evaluate")
         self._wrap(Trainer, "_intend", "intent", torn=True)
         self._wrap(Trainer, "_commit", "commit", torn=True)
 
@@ -233,7 +240,7 @@ class _Plant:
     def tear(self, size: int) -> None:
         """Leave the record that was just written half on disk, as a machine that lost power would."""
         path = self.run / "secret" / "ledger.jsonl"
-        if self.rank == 0 and path.stat().st_size > size:
+        if self.rank == 0 and self.fault and self.fault.action == "kill" and path.stat().st_size > size:
             os.truncate(path, size + (path.stat().st_size - size) // 2)
 
     def record(self, vector: Any) -> None:
@@ -261,7 +268,9 @@ class _Plant:
         if fault.action == "fill":
             fill_disk(self.run.parent)
             return
-        number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[fault.action]
+        if fault.action == "raise":
+            raise MemoryError("planted")
+        number = _SIGNALS[fault.action]
         os.kill(int((self.place / f"pid-{fault.rank}").read_text()), number)
 
 

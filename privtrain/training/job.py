@@ -32,6 +32,7 @@ from privtrain.models import (
 )
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
+from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
@@ -69,15 +70,16 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
-    config = load_config(config_path, overrides)
-    check_inputs(config)
-    inputs = read_inputs(config)
-    check_run_directory(inputs)
-    if config.performance.num_threads is not None:
-        torch.set_num_threads(config.performance.num_threads)
-    with listening() as stop, joined(config.performance, stop) as backend, claimed(inputs, backend):
-        if not is_complete(inputs, backend):
-            _run(inputs, backend, stop)
+    with listening() as stop:
+        config = load_config(config_path, overrides)
+        check_inputs(config)
+        inputs = read_inputs(config)
+        check_run_directory(inputs)
+        if config.performance.num_threads is not None:
+            torch.set_num_threads(config.performance.num_threads)
+        with joined(config.performance, stop) as backend, claimed(inputs, backend):
+            if not is_complete(inputs, backend):
+                _run(inputs, backend, stop)
 
 
 def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
@@ -106,6 +108,24 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         if ledger is not None:
             _release(inputs, ledger, network, num_units=len(units))
     backend.barrier()
+
+
+def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
+    """Load, build and self-test as a run would, under a throw-away key and without a run directory.
+
+    Returns:
+        The number of trainable coordinates.
+
+    Raises:
+        PrivtrainError: as the run would.
+    """
+    network = _load_network(inputs.config, backend)
+    key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
+    units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
+    session = Session(key, Continuation(0, 0, 0, 0, 0), "", b"")
+    trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
+    _self_test(trainer, network, backend)
+    return trainer.layout.num_coordinates
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from privtrain.backends import Backend
-from privtrain.command import leave_at_once
+from privtrain.command import leave_at_once, record_stop_request
 from privtrain.errors import EXIT_PREEMPTED, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -63,6 +63,7 @@ class StopRequest:
                     continue
                 self._signal_name = signal.Signals(number[0]).name
                 self.requested.set()
+                record_stop_request()
                 if not self._is_joined:
                     leave_at_once(f"asked to stop ({self._signal_name}) before the job began", EXIT_PREEMPTED)
 

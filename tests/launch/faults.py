@@ -27,6 +27,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from privtrain.config import load_config
+from privtrain.errors import PrivtrainError
 from privtrain.ledger import read_records, verify
 from privtrain.ledger.view import verify_run
 from privtrain.plan import PrivacyPlan
@@ -35,7 +36,6 @@ from tests.conftest import save_tiny_llama, write_config, write_users
 
 NUM_STEPS = 6
 CHECKPOINT_INTERVAL = 2
-NOT_PROMPT_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ def main() -> None:
         for index, case in enumerate(long_cases()[: arguments.num_cases]):
             try:
                 codes = run_case(place, case, index, undisturbed)
-            except AssertionError as error:
+            except (AssertionError, PrivtrainError, ValueError) as error:
                 failures.append(case)
                 print(f"FAILED {case.name}: {error}", flush=True)
                 continue
