@@ -1,7 +1,7 @@
 """``privtrain launch COMMAND``: run a launcher so that a cluster sees how the job ended.
 
-torchrun and ``accelerate launch`` turn every exit code of a rank into 1, give ranks 30 seconds after SIGTERM, and die of
-SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the config), and a step may take longer.
+torchrun and ``accelerate launch`` turn every exit code of a rank into 1, give ranks 30 seconds after SIGTERM, and die
+of SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the config), and a step may take longer.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class Case:
         return {"kill": "SIGKILL", "term": "SIGTERM", "fill": "disk full"}[self.fault.action]
 
 
-def job_config(place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float) -> pathlib.Path:
+def job_config(
+    place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float
+) -> pathlib.Path:
     tree = {
         "run": {"name": name, "output_dir": str(output or place / "runs")},
         "model": {"name_or_path": str(place / "model")},
@@ -191,7 +193,7 @@ def small_disk(directory: pathlib.Path, is_wanted: bool) -> Iterator[pathlib.Pat
 
 
 def long_cases(seed: int = 0) -> list[Case]:
-    """Every phase × moment × rank × {SIGKILL, SIGTERM}, full disks, cut checkpoints; steps at random."""
+    """Every phase x moment x rank x {SIGKILL, SIGTERM}, full disks, cut checkpoints; steps at random."""
     rng = np.random.default_rng(seed)
 
     def step_of(phase: str, lowest: int = 0) -> int:
@@ -225,7 +227,7 @@ def short_cases() -> list[Case]:
 
 
 def table(results: list[tuple[Case, str]]) -> str:
-    """Markdown: phase × fault → runs, all of which passed."""
+    """Markdown: phase x fault → runs, all of which passed."""
     kinds = ["SIGKILL", "SIGTERM", "disk full", "SIGKILL, newest checkpoint cut"]
     counts = collections.Counter((case.fault.phase, case.kind) for case, _ in results)
     lines = ["| struck in | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
