@@ -24,11 +24,12 @@ def held_out_loss(
     """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records."""
     if not records:
         return None
-    mine = [[tokens] for tokens in records[backend.rank :: backend.world_size]]
+    shares = [[[tokens] for tokens in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
+    mine, num_batches = shares[backend.rank], max(packer.num_batches(share) for share in shares)
     sums = torch.zeros(2, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
-        for batch in packer.pack(mine, packer.num_batches(mine)):
+        for batch in packer.pack(mine, num_batches):
             moved = batch.to(backend.device)
             with autocast:
                 losses = row_losses(model, moved.input_ids, moved.target_mask)
