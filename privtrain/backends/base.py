@@ -43,15 +43,12 @@ class Backend(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    #: Name of the backend and of what it shards: equal if a replayed step is to be the same.
+    kind: str
 
     @property
     def is_main(self) -> bool:
         """Whether this is global rank 0, the only one that writes."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """Name of the backend and what it shards: part of what must be equal for a replayed step to be the same."""
         ...
 
     def describe(self) -> str:
@@ -88,6 +85,10 @@ class Backend(Protocol):
 
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
         """The whole tensor on rank 0's CPU, put together from every rank's ``part`` of it; ``None`` elsewhere."""
+        ...
+
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """Replace ``vector`` by its sum over the ranks that hold the parts of one copy of the trainable tensors."""
         ...
 
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -157,6 +158,9 @@ class ReplicatedBackend:
         """See :class:`Backend`."""
         return part.detach().cpu().view(slot.whole_shape) if self.rank == 0 else None
 
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """See :class:`Backend`. Every rank holds all parts."""
+
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """See :class:`Backend`."""
         for name, parameter in model.named_parameters():
@@ -185,7 +189,7 @@ def digest(tensors: Sequence[torch.Tensor]) -> bytes:
     sha = hashlib.sha256()
     for tensor in tensors:
         if tensor.numel():
-            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.digest()
 
 

@@ -67,16 +67,11 @@ class Fsdp2Backend(ShardedBackend):
         if num_replicas < 1 or self.world_size % num_replicas:
             problem = f"given {num_replicas}; must divide the {self.world_size} processes"
             raise ConfigError([Fault("parallelism_config_dp_replicate_size", problem)], "accelerate config")
+        self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
         self._num_replicas = num_replicas
         shape = (num_replicas, self.world_size // num_replicas)
         self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        self._shards: ArrivingShards | None = None
         self._weights: dict[str, torch.nn.Parameter] = {}
-
-    @property
-    def kind(self) -> str:
-        """See :class:`privtrain.backends.base.Backend`."""
-        return "fsdp2" if self._num_replicas == 1 else f"fsdp2 ({self._num_replicas} replicas)"
 
     @property
     def is_contributor(self) -> bool:

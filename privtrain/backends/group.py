@@ -35,6 +35,8 @@ class ProcessGroup:
         device: this rank's device.
     """
 
+    kind: str
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank = dist.get_rank()
@@ -44,11 +46,6 @@ class ProcessGroup:
     def is_main(self) -> bool:
         """See :class:`privtrain.backends.base.Backend`."""
         return self.rank == 0
-
-    @property
-    def kind(self) -> str:
-        """See :class:`privtrain.backends.base.Backend`."""
-        raise NotImplementedError
 
     def describe(self) -> str:
         """See :class:`privtrain.backends.base.Backend`."""

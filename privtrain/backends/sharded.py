@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from privtrain.backends.base import Placement, digest, step_optimizer
 from privtrain.backends.group import ProcessGroup
 from privtrain.backends.split import SplitStep
+from privtrain.clipping import GradientShards
 from privtrain.layout import Layout, Slot
 from privtrain.noise import add_gaussian_noise_
 from privtrain.secret import SecretKey
@@ -18,7 +20,7 @@ class ShardedBackend(ProcessGroup):
     """Each rank noises and steps its own parts of the trainable tensors. Subclasses say which, and where they live."""
 
     _split: SplitStep | None = None
-    _placement: Placement
+    _shards: GradientShards | None = None
 
     @property
     def is_contributor(self) -> bool:
@@ -50,6 +52,13 @@ class ShardedBackend(ProcessGroup):
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
         """See :class:`privtrain.backends.base.Backend`."""
         return self.assemble(slot, part, self._split is not None or self.is_contributor)
+
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if self._shards is not None:
+            self._shards.sum_over_group(vector)
+        else:
+            dist.all_reduce(vector, op=dist.ReduceOp.SUM)
 
     def combined_digest(self, value: bytes) -> bytes:
         """See :class:`privtrain.backends.base.Backend`."""

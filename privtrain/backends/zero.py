@@ -101,15 +101,11 @@ class ZeroBackend(ShardedBackend):
     def __init__(self, device: torch.device, settings: ZeroSettings) -> None:
         super().__init__(device)
         self.settings = settings
+        self.kind = f"zero{settings.stage}" + ("-offload" if settings.offload_optimizer else "")
         self._optimizer_device = torch.device("cpu") if settings.offload_optimizer else device
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._layout = Layout({})
         self._engine: Any = None
-
-    @property
-    def kind(self) -> str:
-        """See :class:`privtrain.backends.base.Backend`."""
-        return f"zero{self.settings.stage}" + ("-offload" if self.settings.offload_optimizer else "")
 
     def load_base(self, source: BaseSource) -> torch.nn.Module:
         """See :class:`privtrain.backends.base.Backend`. At stage 3 each module is cut as soon as it is made."""
@@ -136,7 +132,7 @@ class ZeroBackend(ShardedBackend):
         """See :class:`privtrain.backends.base.Backend`."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
-        self._split, self._weights = None, {}
+        self._split, self._shards, self._weights, self._layout = None, None, {}, Layout({})
         if self.settings.stage == 1 or not (is_sharded or _trains_everything(model)):
             self._split = SplitStep(model, self._optimizer_device, equal_passes=self.settings.stage == 3)
             return self._split.placement
@@ -148,8 +144,8 @@ class ZeroBackend(ShardedBackend):
             parts[name] = (first, _shape(parameter))
         self._layout = Layout(stepped, parts)
         self._weights = trainable
-        shards = ReducedShards(trainable, self._layout, None, self.device)
-        return Placement(self._layout, self._layout, 0, 1, shards=shards)
+        self._shards = ReducedShards(trainable, self._layout, None, self.device)
+        return Placement(self._layout, self._layout, hand=0, num_hands=1, shards=self._shards)
 
     def publish(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""

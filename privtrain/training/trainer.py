@@ -64,7 +64,7 @@ class Trainer:
         self.tracker = tracker
         self.generation = generation
         self._training = training
-        self._model = model
+        self.model = model
         self._units = units
         self._key = key
         self._autocast = autocast
@@ -102,8 +102,8 @@ class Trainer:
         """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         if self.placement.shards is not None:
-            return CooperativeClipper(self._model, self.placement.shards, norm, losses, device, style)
-        clipper = PerUnitClipper(self._model, self.placement.clipped, norm, losses, device, style, route)
+            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
+        clipper = PerUnitClipper(self.model, self.placement.clipped, norm, losses, device, style, route)
         clipper.equal_passes = self.placement.equal_passes
         return clipper
 
@@ -121,7 +121,7 @@ class Trainer:
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
-            return row_losses(self._model, input_ids, target_mask)
+            return row_losses(self.model, input_ids, target_mask)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:
