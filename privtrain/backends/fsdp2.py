@@ -69,14 +69,19 @@ class Fsdp2Backend(ShardedBackend):
             raise ConfigError([Fault("parallelism_config_dp_replicate_size", problem)], "accelerate config")
         self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
         self._num_replicas = num_replicas
-        shape = (num_replicas, self.world_size // num_replicas)
-        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        size = self.world_size // num_replicas
+        # Without names: PEFT takes a named mesh for tensor parallelism and makes adapters of the size of a part.
+        self._mesh: DeviceMesh = init_device_mesh(device.type, (size,) if num_replicas == 1 else (num_replicas, size))
         self._weights: dict[str, torch.nn.Parameter] = {}
+
+    @property
+    def _replica(self) -> int:
+        return self._mesh.get_local_rank(0) if self._num_replicas > 1 else 0
 
     @property
     def is_contributor(self) -> bool:
         """See :class:`~.sharded.ShardedBackend`."""
-        return self._mesh.get_local_rank("replicate") == 0
+        return self._replica == 0
 
     def load_base(self, source: BaseSource) -> torch.nn.Module:
         """See :class:`privtrain.backends.base.Backend`. At most one layer is whole on a rank, and only as empty memory."""
@@ -113,15 +118,15 @@ class Fsdp2Backend(ShardedBackend):
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
         self._layout = layout
-        self._shards = ArrivingShards(trainable, layout, self._mesh.get_group("shard"), self.device)
-        hand = self._mesh.get_local_rank("replicate")
+        self._shards = ArrivingShards(trainable, layout, self._mesh.get_group(self._mesh.ndim - 1), self.device)
+        hand = self._replica
         return Placement(layout, layout, hand, self._num_replicas, shards=self._shards)
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
         """See :class:`privtrain.backends.base.Backend`."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.float32
-            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._mesh.get_group("replicate"))
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._mesh.get_group(0))
         return super().reduce_total(total)
 
     def publish(self) -> None:
@@ -148,8 +153,7 @@ class Fsdp2Backend(ShardedBackend):
         return all(mine[rank] == mine[rank % size] for rank in range(self.world_size))
 
     def _shard(self, module: torch.nn.Module) -> None:
-        mesh = self._mesh if self._num_replicas > 1 else self._mesh["shard"]
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fully_shard(module, mesh=self._mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
     def _fill(self, model: torch.nn.Module, read: PartReader) -> None:
         with torch.no_grad():

@@ -150,7 +150,7 @@ class ZeroBackend(ShardedBackend):
     def publish(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
         super().publish()
-        if self._engine is not None:
+        if self._engine is not None and self._weights:
             # DeepSpeed keeps a layer whose backward it did not see, such as the embedding: it would go on with old values.
             self._engine.optimizer.partition_all_parameters()
         for slot in self._layout.slots:

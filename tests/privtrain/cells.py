@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 
@@ -133,7 +134,7 @@ def trained(trainer: Trainer) -> dict[str, np.ndarray]:
 
 def run_cell(name: str, directory: pathlib.Path, cell: Cell, with_self_test: bool = True) -> dict[str, np.ndarray]:
     """Self-test, then three steps; the trained tensors."""
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         trainer = make_trainer(make_backend(name), directory, cell)
     if with_self_test:
         self_test(trainer)
