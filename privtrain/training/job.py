@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ from privtrain.ledger import Ledger
 from privtrain.models import (
     add_lora,
     base_dtype,
-    load_base,
     load_tokenizer,
     resolve_precision,
     weights_checksum,
@@ -44,6 +44,7 @@ from privtrain.training.session import Session, begin_session, decide_session, o
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.weights import BaseSource
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0
@@ -95,8 +96,8 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
-        if session.state:
-            checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
+        if session.continuation.start_step:
+            checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
             begin_session(inputs, ledger, session, split, units.num_truncated)
@@ -105,8 +106,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         _loop(inputs, trainer, session.continuation, stop)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         tracker.close()
+        state = _whole_state(trainer) if inputs.config.training.method == "full" else {}
         if ledger is not None:
-            _release(inputs, ledger, network, num_units=len(units))
+            _release(inputs, ledger, network, state, num_units=len(units))
     backend.barrier()
 
 
@@ -139,7 +141,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    model = _trainable_model(config, precision, backend.device).to(backend.device)
+    model = _trainable_model(config, precision, backend)
     model.train()
     if backend.device.type == "cuda":
         # So that a replayed step has the same bits; the ledger finds out if it has not.
@@ -152,13 +154,13 @@ def _load_network(config: Config, backend: Backend) -> Network:
     return Network(tokenizer, model, precision, autocast, packer)
 
 
-def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
+def _trainable_model(config: Config, precision: str, backend: Backend) -> torch.nn.Module:
     if config.training.method == "full":
-        model = load_base(config.model, torch.float32).requires_grad_(True)
-        base: Any = model
+        base: Any = backend.load_base(BaseSource(config.model, torch.float32))
+        model = base.requires_grad_(True)
     else:
-        base = load_base(config.model, base_dtype(precision, device))
-        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+        base = backend.load_base(BaseSource(config.model, base_dtype(precision, backend.device)))
+        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -177,9 +179,14 @@ def _environment(inputs: Inputs, backend: Backend, network: Network, units: Unit
         inputs.config,
         backend,
         precision=network.precision,
-        weights_checksum=weights_checksum(network.model),
+        weights_checksum=_weights_checksum(network.model, backend),
         units_sha256=units.sha256(),
     )
+
+
+def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
+    mine = weights_checksum(backend.local_tensors(model))
+    return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
 def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
@@ -221,7 +228,8 @@ def _build_trainer(
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
     run_self_test(
         model=network.model,
-        layout=trainer.layout,
+        placement=trainer.placement,
+        new_clipper=functools.partial(trainer.new_clipper, route=trainer.clipper.route),
         row_losses=trainer.row_losses,
         clipping_norm=trainer.plan.clipping_norm,
         noise_multiplier=trainer.plan.noise_multiplier,
@@ -229,7 +237,6 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
         clipping_style=trainer.plan.clipping_style,
-        clipping_route=trainer.clipper.route,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
@@ -252,23 +259,22 @@ def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, 
 
 def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
-    parameters = list(trainer.layout.parameters.values())
     with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1
             if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step or trainer.must_stop:
-                if not backend.in_sync(parameters):
+                if not backend.parameters_agree(trainer.model):
                     raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
-                if backend.is_main:
-                    checkpoint.save(
-                        inputs.run.checkpoints,
-                        step=done,
-                        generation=trainer.generation,
-                        layout=trainer.layout,
-                        optimizer=trainer.optimizer,
-                        num_kept=performance.num_checkpoints_kept,
-                    )
+                checkpoint.save(
+                    inputs.run.checkpoints,
+                    step=done,
+                    generation=trainer.generation,
+                    layout=trainer.layout,
+                    optimizer=trainer.optimizer,
+                    num_kept=performance.num_checkpoints_kept,
+                    backend=backend,
+                )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
                 trainer.tracker.close()
@@ -283,25 +289,40 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
     return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
 
 
-def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int) -> None:
-    config, plan, run, state = inputs.config, inputs.plan, inputs.run, ledger.state
-    if state.num_charged > plan.num_steps:
+def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every trained tensor of the model, whole, on rank 0's CPU; empty elsewhere. Every rank calls it."""
+    state: dict[str, torch.Tensor] = {}
+    for slot, parameter in zip(trainer.layout.slots, trainer.layout.parameters.values(), strict=True):
+        value = trainer.backend.whole(slot, parameter)
+        if value is not None:
+            state[slot.name] = value
+    return state
+
+
+def _release(
+    inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
+) -> None:
+    config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
+    if past.num_charged > plan.num_steps:
         raise GuaranteeLost(
-            f"{state.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{past.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(state.num_charged)
+    epsilon = plan.epsilon_after(past.num_charged)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
         plan,
         num_units=num_units,
-        num_model_steps=len(state.path),
-        num_charged=state.num_charged,
-        num_commits=len(state.commits),
+        num_model_steps=len(past.path),
+        num_charged=past.num_charged,
+        num_commits=len(past.commits),
         ledger_head=head,
     )
-    write = write_model if config.training.method == "full" else write_adapter
-    write(run, network.model, network.tokenizer, model_card(config, plan, statement))
+    card = model_card(config, plan, statement)
+    if config.training.method == "full":
+        write_model(run, network.model, network.tokenizer, card, state)
+    else:
+        write_adapter(run, network.model, network.tokenizer, card)
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
     say(f"released {run.released} with its privacy statement: {shown}")
