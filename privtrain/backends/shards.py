@@ -67,9 +67,7 @@ class ArrivingShards:
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
         if not self._is_collecting:
-            raise GuaranteeLost(
-                f"a gradient appeared on {slot.name!r} outside clipping; something else runs a backward"
-            )
+            raise GuaranteeLost(f"a gradient appeared on {slot.name!r} outside clipping; something else runs a backward")
         assert gradient is not None
         with torch.no_grad():
             self._take(slot, gradient)

@@ -168,7 +168,7 @@ class ZeroBackend(ShardedBackend):
 
     def parameters_agree(self, model: torch.nn.Module) -> bool:
         """See :class:`privtrain.backends.base.Backend`. Parts of stage 3 have no second copy to compare with."""
-        return (bool(self._weights) and self.settings.stage == 3) or super().parameters_agree(model)
+        return bool(self._weights) and self.settings.stage == 3 or super().parameters_agree(model)
 
     def _mine(self, weight: torch.nn.Parameter, first: int, count: int) -> torch.Tensor:
         if _is_partitioned(weight):

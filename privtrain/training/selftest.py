@@ -259,9 +259,7 @@ def _plain_gradient(
     result = placement.stepped.zeros(whole.device)
     for slot, part in zip(placement.clipped.slots, placement.stepped.slots, strict=True):
         flat = placement.clipped.view(whole, slot).flatten()
-        placement.stepped.view(result, part).copy_(
-            flat[part.first : part.first + part.num_coordinates].view(part.shape)
-        )
+        placement.stepped.view(result, part).copy_(flat[part.first : part.first + part.num_coordinates].view(part.shape))
     return result
 
 

@@ -13,10 +13,7 @@ from tests.ranks import run_on_ranks
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 MATRIX = [
-    (name, Cell(method, unit))
-    for name in ("ddp", *SHARDED)
-    for method in ("lora", "full")
-    for unit in ("example", "user")
+    (name, Cell(method, unit)) for name in ("ddp", *SHARDED) for method in ("lora", "full") for unit in ("example", "user")
 ]
 
 
