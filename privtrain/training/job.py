@@ -127,7 +127,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     session = Session(key, Continuation(0, 0, 0, 0, 0), "", b"")
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
-    return trainer.layout.num_coordinates
+    return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:

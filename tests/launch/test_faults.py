@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -91,3 +92,19 @@ def test_an_error_of_one_rank_ends_the_others_with_its_reason(place):
     assert codes[0] in (1, 4)
     assert "rank 1" in job.output(0)
     assert "planted" in job.output(0)
+
+
+def test_a_job_that_is_suspended_as_a_whole_and_continued_loses_nobody(place, expected):
+    """As schedulers do to make room: no rank hears the others for longer than the time-out, and none is lost."""
+    name = "suspended"
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=2)
+    job = Job(config, place / name, fault=Fault("forward", 2, "before", "stop", 1))
+    end = time.monotonic() + 60
+    while not (place / name / "struck").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    job.send(0, signal.SIGSTOP)
+    time.sleep(4)
+    for rank in (0, 1):
+        job.send(rank, signal.SIGCONT)
+    assert job.wait() == [0, 0], job.output()
+    assert faults.adapter_of(place / "runs" / name) == expected("ddp")

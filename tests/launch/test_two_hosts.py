@@ -23,7 +23,9 @@ NUM_STEPS = 60
 TIMEOUT_SECONDS = 4
 #: After the watch has spoken: the ranks end, and torch's launcher its own business with a store that is gone.
 LAUNCHER_SECONDS = 60
-LAUNCH_FILES = ["cpu.yaml"]
+#: Launch file → backend of the forked ranks that give the undisturbed result.
+LAUNCH_FILES = {"cpu.yaml": "ddp", "zero3.yaml": "zero3"}
+DIRECTORY = jobs.REPOSITORY / "launch" / "accelerate"
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +42,11 @@ def config_of(place: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def undisturbed(place: pathlib.Path) -> bytes:
-    job = Job(config_of(place, "one-host"), place / "one-host")
+def undisturbed(place: pathlib.Path, backend: str) -> bytes:
+    name = f"one-host-{backend}"
+    job = Job(config_of(place, name), place / name, backend=backend)
     assert job.wait() == [0, 0], job.output()
-    return adapter_of(place / "runs" / "one-host")
+    return adapter_of(place / "runs" / name)
 
 
 def launch(
@@ -55,7 +57,7 @@ def launch(
     for rank, host in enumerate(both):
         command = [
             *(sys.executable, "-m", "privtrain", "launch", sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(jobs.REPOSITORY / "launch" / "accelerate" / launch_file)),
+            *("--config_file", str(DIRECTORY / launch_file)),
             *("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)),
             *("--main_process_ip", both[0].address, "--main_process_port", "29611"),
             *("-m", "privtrain", "train", str(config)),
@@ -82,11 +84,12 @@ def wait_for_commits(ledger: pathlib.Path, num_commits: int, timeout_seconds: fl
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("launch_file", LAUNCH_FILES)
+@pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if (DIRECTORY / name).exists()])
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.campaign)])
-def test_a_host_that_goes_dark_ends_the_job_and_the_same_command_goes_on(place, undisturbed, launch_file, lost):
-    config = config_of(place, f"lost-{lost}")
-    run = place / "runs" / f"lost-{lost}"
+def test_a_host_that_goes_dark_ends_the_job_and_the_same_command_goes_on(place, launch_file, lost):
+    name = f"lost-{lost}-{LAUNCH_FILES[launch_file]}"
+    config = config_of(place, name)
+    run = place / "runs" / name
     ledger = run / "secret" / "ledger.jsonl"
     with hosts.two_hosts() as both:
         started = launch(both, place, config, launch_file)
@@ -105,7 +108,7 @@ def test_a_host_that_goes_dark_ends_the_job_and_the_same_command_goes_on(place, 
         again = launch(both, place, config, launch_file)
         codes = [process.wait(150) for process in again]
         assert codes == [0, 0], (place / f"{config.stem}-0.log").read_text()
-    assert adapter_of(run) == undisturbed
+    assert adapter_of(run) == undisturbed(place, LAUNCH_FILES[launch_file])
     state = verify(ledger)
     assert len(state.commits) == state.num_charged == NUM_STEPS
     assert not (place / "elsewhere").exists(), "only the host of rank 0 needs the run directory"
