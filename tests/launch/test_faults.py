@@ -68,7 +68,7 @@ def test_sigusr1_to_one_rank_stops_all_at_a_step_boundary(place, expected):
 def test_without_a_launcher_a_lost_rank_ends_the_job_with_its_name(place, expected, action, rank):
     """A stopped rank leaves its connections open: nothing but its silence tells. Rank 0 takes the store along."""
     name = f"lost-{action}"
-    config = faults.job_config(place, name, heartbeat_timeout_seconds=3)
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=5)
     job = Job(config, place / name, fault=Fault("reduce", 3, "before", action, rank))
     survivor = 1 - rank
     job.ranks[survivor].join(timeout=60)
@@ -97,13 +97,13 @@ def test_an_error_of_one_rank_ends_the_others_with_its_reason(place):
 def test_a_job_that_is_suspended_as_a_whole_and_continued_loses_nobody(place, expected):
     """As schedulers do to make room: no rank hears the others for longer than the time-out, and none is lost."""
     name = "suspended"
-    config = faults.job_config(place, name, heartbeat_timeout_seconds=2)
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=4)
     job = Job(config, place / name, fault=Fault("forward", 2, "before", "stop", 1))
     end = time.monotonic() + 60
     while not (place / name / "struck").exists() and time.monotonic() < end:
         time.sleep(0.005)
     job.send(0, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(6)
     for rank in (0, 1):
         job.send(rank, signal.SIGCONT)
     assert job.wait() == [0, 0], job.output()
