@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -68,7 +67,6 @@ def launch(
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         started.append(host.start(command, place / f"{config.stem}-{rank}.log", jobs.REPOSITORY, **environment))
     return started
