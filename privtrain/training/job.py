@@ -124,7 +124,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
-    session = Session(key, Continuation(0, 0, 0, 0, 0), "", b"")
+    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", b"")
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
@@ -222,6 +222,7 @@ def _build_trainer(
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
         stop=stop,
+        first_step=session.continuation.first_step,
     )
 
 
@@ -286,7 +287,7 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
         return ""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
-    return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
+    return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
 
 
 def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -303,11 +304,12 @@ def _release(
     inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
 ) -> None:
     config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
-    if past.num_charged > plan.num_steps:
+    num_accounted = plan.accounted_steps(past.intents)
+    if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{past.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(past.num_charged)
+    epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
@@ -315,6 +317,7 @@ def _release(
         num_units=num_units,
         num_model_steps=len(past.path),
         num_charged=past.num_charged,
+        num_accounted=num_accounted,
         num_commits=len(past.commits),
         ledger_head=head,
     )

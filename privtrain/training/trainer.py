@@ -19,7 +19,7 @@ from privtrain.data.units import UnitData
 from privtrain.ledger import Ledger
 from privtrain.models import row_losses
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
 from privtrain.training.stop import StopRequest
@@ -41,6 +41,7 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        first_step: the generation's first step.
         stop: who asked this rank to stop.
 
     Attributes:
@@ -62,6 +63,7 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        first_step: int = 0,
         stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
@@ -77,7 +79,7 @@ class Trainer:
         self._key = key
         self._autocast = autocast
         self._packer = packer
-        self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
+        self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
@@ -166,7 +168,7 @@ class Trainer:
         if self.ledger is None:
             return
         num_charged = self.ledger.state.num_charged
-        epsilon = self.plan.epsilon_after(num_charged)
+        epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         self.tracker.log(
             step + 1,
             {
