@@ -119,21 +119,30 @@ def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> N
     replace_directory(temporary, run.adapter)
 
 
-def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
+def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str, state: dict[str, Any]) -> None:
     """The same where all weights were trained: the model is loaded again and compared before it is put in place.
+
+    Args:
+        run: where to.
+        model: the model, whose weights may be sharded; it says how to save.
+        tokenizer: saved beside it.
+        card: its model card.
+        state: name → whole tensor.
 
     Raises:
         RuntimeError: if what was saved is not what is in memory; nothing is released then.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     temporary = run.root / ".model.tmp"
-    model.save_pretrained(str(temporary))
+    model.save_pretrained(str(temporary), state_dict=dict(state))
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
-    saved = dict(type(model).from_pretrained(str(temporary), dtype=torch.float32).named_parameters())
-    for name, value in model.named_parameters():
-        if name not in saved or not torch.equal(saved[name].detach(), value.detach().cpu()):
+    loaded = AutoModelForCausalLM.from_pretrained(str(temporary), dtype=torch.float32)
+    saved = dict(loaded.named_parameters())
+    for name, value in state.items():
+        if name not in saved or not torch.equal(saved[name].detach(), value):
             raise RuntimeError(f"{temporary}: tensor {name} was not saved as it is in memory")
     replace_directory(temporary, run.model)
 

@@ -101,7 +101,7 @@ class PerUnitClipper:
         style: str = "flat",
         route: str = "auto",
     ) -> None:
-        _refuse_shared_statistics(model)
+        refuse_shared_statistics(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
         known = {id(p) for p in layout.parameters.values()}
@@ -112,6 +112,8 @@ class PerUnitClipper:
         self.total = layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
+        #: Whether padding rows run a pass too, so that every rank of a sharded base gathers its layers equally often.
+        self.equal_passes = False
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
@@ -298,6 +300,9 @@ class PerUnitClipper:
                 self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
                 self._add_unit(batch, index, self._begin(index, gradient))
+        if self.equal_passes:
+            for row in (i for i, unit in enumerate(owner) if unit < 0):
+                self._add_row(batch, slice(row, row + 1), {})
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
@@ -365,7 +370,7 @@ def _refuse_prompt_encoders(model: nn.Module) -> None:
         )
 
 
-def _refuse_shared_statistics(model: nn.Module) -> None:
+def refuse_shared_statistics(model: nn.Module) -> None:
     """Refuse layers whose buffers collect unclipped statistics of the data, on any route."""
     for name, module in model.named_modules():
         tracks = getattr(module, "track_running_stats", False)

@@ -36,7 +36,7 @@ def environment_digest(
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "world_size": backend.world_size,
-        "backend": type(backend).__name__,
+        "backend": backend.kind,
         "device": _device_name(backend.device),
         "num_threads": torch.get_num_threads(),
         "precision": precision,

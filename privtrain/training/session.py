@@ -25,7 +25,7 @@ from privtrain.training.resume import Continuation, decide
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What rank 0 decided for this session and told the others."""
+    """What rank 0 decided for this session and told the others; ``state`` is the checkpoint, on rank 0 alone."""
 
     key: SecretKey
     continuation: Continuation
@@ -67,10 +67,10 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> Secr
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
-    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret and the checkpoint."""
+    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret."""
     data = hashlib.sha256(inputs.fingerprint.encode()).digest()
     check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
-    message = None
+    message, state = None, b""
     if ledger is not None:
         newest = checkpoint.load_newest(inputs.run.checkpoints)
         continuation = decide(
@@ -87,11 +87,9 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
         run, seed = inputs.run, inputs.plan.insecure_seed
         key = run.load_key(name) if is_used else run.create_key(name, seed)
         head = json.dumps(dataclasses.asdict(continuation)).encode()
-        message = key.reveal() + len(head).to_bytes(8, "little") + head + (newest.state if newest else b"")
+        message, state = key.reveal() + head, newest.state if newest else b""
     message = backend.broadcast_bytes(message)
-    size = int.from_bytes(message[32:40], "little")
-    continuation = Continuation(**json.loads(message[40 : 40 + size]))
-    return Session(SecretKey(message[:32]), continuation, environment.hex(), message[40 + size :])
+    return Session(SecretKey(message[:32]), Continuation(**json.loads(message[32:])), environment.hex(), state)
 
 
 def _explain(continuation: Continuation) -> None:

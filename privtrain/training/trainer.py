@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,22 +9,24 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from privtrain.backends import Backend
-from privtrain.clipping import PerUnitClipper
+from privtrain.backends import Backend, Placement
+from privtrain.backends.base import digest
+from privtrain.clipping import CooperativeClipper, PerUnitClipper
+from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.units import UnitData
-from privtrain.layout import Layout
 from privtrain.ledger import Ledger
 from privtrain.models import row_losses
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
+from privtrain.training.stop import StopRequest
 
 
 class Trainer:
-    """User-level DP-SGD with Adam on a replicated adapter.
+    """User-level DP-SGD with Adam, on whatever part of the trainable tensors the backend gives this rank.
 
     Args:
         plan: everything that the guarantee depends on.
@@ -41,6 +42,10 @@ class Trainer:
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
         first_step: the generation's first step.
+        stop: who asked this rank to stop.
+
+    Attributes:
+        must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
     """
 
     def __init__(
@@ -59,24 +64,26 @@ class Trainer:
         packer: Packer,
         clipping_route: str = "auto",
         first_step: int = 0,
+        stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
+        self.must_stop = False
+        self._stop = stop or StopRequest()
         self.backend = backend
         self.ledger = ledger
         self.tracker = tracker
         self.generation = generation
         self._training = training
-        self._model = model
+        self.model = model
         self._units = units
         self._key = key
         self._autocast = autocast
         self._packer = packer
         self._hand: Sequence[DrawnUnit] = ()
         self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
-        self.layout = Layout.of(model)
-        self.clipper = PerUnitClipper(
-            model, self.layout, plan.clipping_norm, self.row_losses, backend.device, plan.clipping_style, clipping_route
-        )
+        self.placement: Placement = backend.place(model)
+        self.layout = self.placement.stepped
+        self.clipper = self.new_clipper(self.row_losses, clipping_route)
         self.optimizer = torch.optim.AdamW(
             list(self.layout.parameters.values()),
             lr=training.learning_rate,
@@ -93,8 +100,7 @@ class Trainer:
         self.clipper.reset()
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        total = self.clipper.finish()
-        self.backend.reduce(total)
+        total = self.backend.reduce_total(self.clipper.finish())
         stddev = self.plan.noise_multiplier * self.clipper.sensitivity
         self.backend.add_noise(total, self.layout, self._key, step, stddev)
         update = self._check_replay(step, total)
@@ -104,14 +110,23 @@ class Trainer:
         self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
         self._log(step, time.monotonic() - started, counts)
 
+    def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
+        """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
+        norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
+        if self.placement.shards is not None:
+            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
+        clipper = PerUnitClipper(self.model, self.placement.clipped, norm, losses, device, style, route)
+        clipper.equal_passes = self.placement.equal_passes
+        return clipper
+
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
         costs = [self._packer.width(self._records_of(d)) for d in drawn]
-        dealt = deal(drawn, costs, self.backend.world_size)
-        self._hand = dealt[self.backend.rank]
+        dealt = deal(drawn, costs, self.placement.num_hands)
+        self._hand = dealt[self.placement.hand]
         hands = [[self._records_of(d) for d in hand] for hand in dealt]
         num_batches = max(self._packer.num_batches(hand) for hand in hands)
-        for batch in self._packer.pack(hands[self.backend.rank], num_batches):
+        for batch in self._packer.pack(hands[self.placement.hand], num_batches):
             yield batch.to(self.backend.device)
 
     def _records_of(self, drawn: DrawnUnit) -> list[np.ndarray]:
@@ -120,7 +135,7 @@ class Trainer:
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
-            return row_losses(self._model, input_ids, target_mask)
+            return row_losses(self.model, input_ids, target_mask)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:
@@ -128,19 +143,25 @@ class Trainer:
             self.ledger.intend(self.generation, step, units)
 
     def _check_replay(self, step: int, noised: torch.Tensor) -> str:
+        update = self.backend.combined_digest(digest([noised])).hex()
         if self.ledger is None:
             return ""
-        update = hashlib.sha256(noised.cpu().numpy().tobytes()).hexdigest()
         self.ledger.check_replay(self.generation, step, update)
         return update
 
     def _reduced_counts(self) -> list[float]:
-        """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses."""
+        """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
+
+        Whether any rank was asked to stop rides along, so that it needs no collective of its own.
+        """
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
+        raw.append(float(self._stop.requested.is_set()))
         sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
         self.backend.reduce(sums)
-        return sums.tolist()
+        *reduced, num_stopping = sums.tolist()
+        self.must_stop = num_stopping > 0
+        return reduced
 
     def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
         """Names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
