@@ -182,7 +182,7 @@ def check_result(directory: pathlib.Path, run: pathlib.Path, config: pathlib.Pat
     statement = json.loads((run / "privacy.json").read_text())
     plan = PrivacyPlan.build(load_config(config, ()).privacy)
     assert statement["steps_released"] == NUM_STEPS
-    assert statement["accountants"][0]["upper"] == plan.epsilon_after(NUM_STEPS) or statement["epsilon"] is None
+    assert statement["epsilon"] == statement["accountants"][0]["upper"] == plan.epsilon_after(NUM_STEPS) > 0
     assert "matches privacy.json" in verify_run(run)
 
 
