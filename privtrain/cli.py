@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.registry import commands as registry_commands
 
 app = typer.Typer(
     name="privtrain",
@@ -18,6 +19,9 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(help="Read and check a run's contribution ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(registry_commands.app, name="registry")
+ledger_app.command("forget")(registry_commands.forget)
+ledger_app.command("serve")(registry_commands.serve)
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
@@ -72,6 +76,15 @@ def ledger_verify(run: RunPath) -> None:
     from privtrain.ledger.view import verify_run
 
     typer.echo(verify_run(run))
+
+
+@registry_commands.app.command("refund")
+def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> None:
+    """End a run that was given up; steps that its ledger never began are given back."""
+    from privtrain.registry.database import default_url
+    from privtrain.training.budget import refund_run
+
+    typer.echo(refund_run(run, registry or default_url()))
 
 
 def main() -> None:

@@ -67,3 +67,15 @@ class LedgerCorrupt(PrivtrainError):  # noqa: N818
     """The contribution ledger was altered or damaged anywhere but at its torn tail."""
 
     exit_code = EXIT_REFUSED_RELEASE
+
+
+class RegistryUnreachable(PrivtrainError):  # noqa: N818
+    """The budget registry did not answer in time; without it no training starts."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
+class BudgetExceeded(PrivtrainError):  # noqa: N818
+    """A run would spend more than a budget allows; says what is left and which knob fits. Nothing was reserved."""
+
+    exit_code = EXIT_REFUSED_RELEASE

@@ -34,6 +34,7 @@ from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
+from privtrain.training.budget import budgeted
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import held_out_loss, perplexity
@@ -75,9 +76,9 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         torch.set_num_threads(config.performance.num_threads)
     backend = create_backend(config.performance.collective_timeout_seconds)
     try:
-        with claimed(inputs, backend):
-            if not is_complete(inputs, backend):
-                _run(inputs, backend)
+        with claimed(inputs, backend), budgeted(inputs, backend) as allowed:
+            if not is_complete(allowed, backend):
+                _run(allowed, backend)
     finally:
         backend.close()
 
