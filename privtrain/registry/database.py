@@ -11,11 +11,13 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import event, exc
 from sqlalchemy.pool import NullPool
 
 from privtrain.config.schema import RegistrySection
@@ -36,7 +38,7 @@ _UPGRADE_LOCK = 0x70726976
 #: What a retry cannot mend.
 _HOPELESS = (
     *("authentication failed", "does not exist", "no password supplied", "permission denied"),
-    *("no such table", "unable to open", "readonly database", "read-only transaction", "not a database"),
+    *("no such table", "unable to open", "readonly", "read-only transaction", "not a database"),
 )
 
 T = TypeVar("T")
@@ -82,10 +84,12 @@ class Database:
         self._retry_seconds = retry_seconds
         self._read_only = read_only
         self._file = _sqlite_file(self.url)
-        self._engine = sa.create_engine(self.url, poolclass=NullPool, connect_args=self._connect_arguments())
+        # A server's connections are kept, since each costs a password check; a file's are not, so that none outlives it.
+        pool = {"poolclass": NullPool} if self._file is not None else {"pool_size": 2, "pool_pre_ping": True}
+        self._engine = sa.create_engine(self.url, connect_args=self._connect_arguments(), **pool)
         if self._file is not None:
-            sa.event.listen(self._engine, "connect", _prepare_sqlite)
-            sa.event.listen(self._engine, "begin", _begin_sqlite)
+            event.listen(self._engine, "connect", self._prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
         self._key: SecretKey | None = None
 
     @property
@@ -187,7 +191,7 @@ class Database:
                     connection = plain.execution_options(registry_write=write)
                     with connection.begin():
                         return work(connection)
-            except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            except (exc.OperationalError, exc.InterfaceError, exc.InternalError) as error:
                 reason = self._reason(error)
                 if any(text in reason for text in _HOPELESS) or time.monotonic() + wait > deadline:
                     raise RegistryUnreachable(
@@ -197,7 +201,7 @@ class Database:
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
-    def _reason(self, error: sa.exc.DBAPIError) -> str:
+    def _reason(self, error: exc.DBAPIError) -> str:
         text = " ".join(str(error.orig).split())
         secrets = [self.url.password, *(str(value) for value in self.url.query.values())]
         for secret in filter(None, secrets):
@@ -209,6 +213,14 @@ class Database:
             return {"timeout": _SQLITE_BUSY_SECONDS}
         options = "-c default_transaction_read_only=on" if self._read_only else ""
         return {"connect_timeout": _CONNECT_TIMEOUT_SECONDS, "application_name": "privtrain", "options": options}
+
+    def _prepare_sqlite(self, connection: sqlite3.Connection, record: object) -> None:  # noqa: ARG002
+        # The driver's own transaction handling would commit before a schema change; see _begin_sqlite.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = EXTRA")
+        if self._read_only:
+            connection.execute("PRAGMA query_only = ON")
 
     def _ensure_key(self) -> None:
         path = key_path(self.url)
@@ -261,7 +273,7 @@ def _parse(url: str) -> sa.URL:
     text = url if "://" in url else f"sqlite:///{pathlib.Path(url).absolute()}"
     try:
         parsed = sa.make_url(text)
-    except sa.exc.ArgumentError:
+    except exc.ArgumentError:
         raise PrivtrainError(f"{URL_VARIABLE} or registry.url is not a database URL (its value is not shown)") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -291,13 +303,6 @@ def _file_lock(file: pathlib.Path) -> Iterator[None]:
     with open(file.with_name(f".{file.name}.lock"), "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _prepare_sqlite(connection, record) -> None:  # noqa: ARG001
-    # The driver's own transaction handling would commit before a schema change; see _begin_sqlite.
-    connection.isolation_level = None
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = EXTRA")
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -463,7 +463,7 @@ def _insert(
     return Reservation(reservation_id, "open", num_opt_outs, is_new=True)
 
 
-def _with_mechanism(uid: str) -> sa.Select[Any]:
+def _with_mechanism(uid: str) -> sa.Select[*tuple[Any, ...]]:
     return (
         sa.select(ReservationRow, Mechanism.event)
         .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)

@@ -170,7 +170,7 @@ def user(database: Database, pseudonym: str) -> UserView:
     )
 
 
-def _run_columns() -> sa.Select[Any]:
+def _run_columns() -> sa.Select[*tuple[Any, ...]]:
     return (
         sa.select(
             ReservationRow,
