@@ -84,7 +84,7 @@ class Database:
         self._retry_seconds = retry_seconds
         self._read_only = read_only
         self._file = _sqlite_file(self.url)
-        # A server's connections are kept, since each costs a password check; a file's are not, so that none outlives it.
+        # A server's connections are kept, since each costs a password check; a file's are not: none outlives it.
         pool = {"poolclass": NullPool} if self._file is not None else {"pool_size": 2, "pool_pre_ping": True}
         self._engine = sa.create_engine(self.url, connect_args=self._connect_arguments(), **pool)
         if self._file is not None:

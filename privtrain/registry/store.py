@@ -341,10 +341,9 @@ def charges(
 ) -> list[Part]:
     """Mechanisms that count against a budget: every live reservation, and those closed after ``since``."""
     chosen = (
-        sa.select(Mechanism.event, Mechanism.divergences, sa.func.sum(ReservationRow.num_charged))
-        .join(ReservationRow, ReservationRow.mechanism_id == Mechanism.id)
+        sa.select(ReservationRow.mechanism_id, sa.func.sum(ReservationRow.num_charged).label("count"))
         .where(ReservationRow.num_charged > 0)
-        .group_by(Mechanism.id)
+        .group_by(ReservationRow.mechanism_id)
     )
     if dataset_id is not None:
         chosen = chosen.where(ReservationRow.dataset_id == dataset_id)
@@ -353,9 +352,14 @@ def charges(
         chosen = chosen.where(ReservationRow.dataset_id.in_(members))
     if since is not None:
         chosen = chosen.where(sa.or_(ReservationRow.state != "closed", ReservationRow.closed_at > since))
+    # Added up first: joining every reservation with its mechanism's kilobyte takes several times as long.
+    totals = chosen.subquery()
+    mechanisms = sa.select(Mechanism.event, Mechanism.divergences, totals.c.count).join(
+        totals, totals.c.mechanism_id == Mechanism.id
+    )
     return [
         Part(text, int(count), None if divergences is None else np.frombuffer(divergences))
-        for text, divergences, count in connection.execute(chosen)
+        for text, divergences, count in connection.execute(mechanisms).all()
     ]
 
 

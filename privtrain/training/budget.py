@@ -90,6 +90,17 @@ class Hold:
 
         A complete run reserves nothing; it may still have to settle.
         """
+        try:
+            return cls._take(inputs)
+        except PrivtrainError as error:
+            # A plan that was refused does not keep the directory from the one that fits. After a lost connection
+            # the run may hold a reservation under its name.
+            if not isinstance(error, RegistryUnreachable) and not inputs.run.ledger.exists():
+                inputs.run.identity.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def _take(cls, inputs: Inputs) -> Hold | None:
         section = inputs.config.registry
         url = registry_url(section)
         note = _note(inputs.run)
@@ -161,11 +172,12 @@ class Hold:
 
     def give_up(self) -> None:
         """After a failure: a run that never began a step costs nothing. Any other keeps its reservation."""
-        run = self._inputs.run
-        if self._reservation is None or _num_begun(run) > 0:
+        if self._reservation is None:
             return
-        with contextlib.suppress(PrivtrainError):  # the failure itself is what is told; the reservation will expire
-            self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="")
+        # The failure itself is what is told; a reservation that cannot be given back stays and expires.
+        with contextlib.suppress(PrivtrainError):
+            if _num_begun(self._inputs.run) == 0:
+                self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="")
 
     def _beat(self, stop: threading.Event, reservation_id: str) -> None:
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
@@ -179,22 +191,24 @@ class Hold:
 
 
 def contributions_of(run: RunDirectory, corpus: Corpus, unit: str) -> dict[str, tuple[int, int]]:
-    """User → (steps, records), of every user that the run's ledger charged."""
+    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
     key = run.load_key("pseudonym")
     owner = {}
     for user, texts in corpus.records.items():
         names = [user] if unit == "user" else [f"{user}#{index}" for index in range(len(texts))]
         owner |= {pseudonym(key, name): user for name in names}
-    steps: dict[str, set[tuple[int, int]]] = {}
-    records: dict[str, int] = {}
+    totals: dict[str, tuple[int, int]] = {}
+    for name, num_steps, num_records in _charged_units(run):
+        steps, records = totals.get(owner[name], (0, 0))
+        totals[owner[name]] = (steps + num_steps, records + num_records)
+    return totals
+
+
+def _charged_units(run: RunDirectory) -> Iterator[tuple[str, int, int]]:
+    """Units by the run's own pseudonyms, with steps and records; a unit may come more than once."""
     for record in read_records(run.ledger):
-        if record["kind"] != "intent":
-            continue
-        for name, count in record["units"]:
-            user = owner[name]
-            steps.setdefault(user, set()).add((record["generation"], record["step"]))
-            records[user] = records.get(user, 0) + count
-    return {user: (len(taken), records[user]) for user, taken in steps.items()}
+        if record["kind"] == "intent":
+            yield from ((name, 1, count) for name, count in record["units"])
 
 
 def refund_run(run_path: pathlib.Path, url: str) -> str:
@@ -234,6 +248,8 @@ def _request(inputs: Inputs, uid: str) -> RunRequest:
     if plan.not_private_reasons:
         reasons = "; ".join(plan.not_private_reasons)
         raise PrivtrainError(f"a run that is not private cannot be charged to any budget: {reasons}")
+    if plan.sampling != "poisson":
+        raise PrivtrainError(f"privacy.sampling: given {plan.sampling}; the registry accounts for poisson sampling")
     settings = _settings(plan)
     return RunRequest(
         uid=uid,

@@ -44,22 +44,35 @@ def request(
     return RunRequest(**(values | changes))
 
 
-def reserve_at_once(url: str, uid: str, barrier: Any, results: Any) -> None:
+def _use_key(path: str) -> None:
+    # A process that is forked from a server has the environment that the server was started with.
+    os.environ["PRIVTRAIN_REGISTRY_KEY"] = path
+
+
+def reserve_at_once(url: str, key: str, uid: str, barrier: Any, results: Any) -> None:
     """One racer."""
+    _use_key(key)
     registry = Registry(url)
     registry.database.key()
-    barrier.wait()
+    barrier.wait(120)
     try:
         results.put((uid, registry.reserve(request(uid)).id))
     except BudgetExceeded:
         results.put((uid, None))
 
 
-def open_at_once(url: str, barrier: Any, results: Any) -> None:
+def open_at_once(url: str, key: str, barrier: Any, results: Any) -> None:
     """Make the same SQLite registry from many processes."""
-    barrier.wait()
+    _use_key(key)
+    barrier.wait(120)
     registry = Registry(url)
     results.put(registry.pseudonym("somebody"))
+
+
+def start_working(url: str, key: str, journal: str, seed: int, num_runs: int, ready: Any) -> None:
+    """:func:`work_until_killed` in a process of its own."""
+    _use_key(key)
+    work_until_killed(url, journal, seed, num_runs, ready)
 
 
 def work_until_killed(url: str, journal: str, seed: int, num_runs: int, ready: Any) -> None:

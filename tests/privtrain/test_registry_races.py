@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from privtrain.errors import RegistryUnreachable
 from privtrain.registry import views
+from privtrain.registry.database import Database, key_path
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import Contribution, OptOut, ReservationRow, Settlement
 from tests.privtrain import registry_work as work
@@ -22,18 +23,25 @@ NUM_RACERS = 16
 pytestmark = [pytest.mark.timeout(600)]
 
 
+def key_of(url: str) -> str:
+    """The key file that this test's registry uses."""
+    return str(key_path(Database(url).url))
+
+
 def test_of_sixteen_that_race_for_the_last_of_a_budget_exactly_those_that_fit_get_it(registry, registry_url, processes):
     taken = 9
     for index in range(taken):
         registry.reserve(request(f"before-{index}"))
     barrier, results = processes.Barrier(NUM_RACERS), processes.Queue()
     racers = [
-        processes.Process(target=work.reserve_at_once, args=(registry_url, f"racer-{i}", barrier, results))
+        processes.Process(
+            target=work.reserve_at_once, args=(registry_url, key_of(registry_url), f"racer-{i}", barrier, results)
+        )
         for i in range(NUM_RACERS)
     ]
     for racer in racers:
         racer.start()
-    answers = dict(results.get(timeout=300) for _ in racers)
+    answers = dict(results.get(timeout=150) for _ in racers)
     for racer in racers:
         racer.join()
     winners = {uid for uid, held in answers.items() if held is not None}
@@ -46,11 +54,14 @@ def test_of_sixteen_that_race_for_the_last_of_a_budget_exactly_those_that_fit_ge
 def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, registry_url, processes):
     barrier, results = processes.Barrier(6), processes.Queue()
     racers = [
-        processes.Process(target=work.reserve_at_once, args=(registry_url, "same", barrier, results)) for _ in range(6)
+        processes.Process(
+            target=work.reserve_at_once, args=(registry_url, key_of(registry_url), "same", barrier, results)
+        )
+        for _ in range(6)
     ]
     for racer in racers:
         racer.start()
-    held = {results.get(timeout=300)[1] for _ in racers}
+    held = {results.get(timeout=150)[1] for _ in racers}
     for racer in racers:
         racer.join()
     assert len(held) == 1
@@ -60,10 +71,10 @@ def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, re
 def test_a_sqlite_registry_made_by_many_processes_at_once_is_one(tmp_path, processes):
     url = f"sqlite:///{tmp_path}/new/registry.db"
     barrier, results = processes.Barrier(6), processes.Queue()
-    makers = [processes.Process(target=work.open_at_once, args=(url, barrier, results)) for _ in range(6)]
+    makers = [processes.Process(target=work.open_at_once, args=(url, key_of(url), barrier, results)) for _ in range(6)]
     for maker in makers:
         maker.start()
-    names = {results.get(timeout=300) for _ in makers}
+    names = {results.get(timeout=150) for _ in makers}
     for maker in makers:
         maker.join()
     assert len(names) == 1
@@ -79,7 +90,7 @@ def kill_at_random_points(url: str, journal: pathlib.Path, processes, num_kills:
     for number in range(num_kills):
         ready = processes.Event()
         worker = processes.Process(
-            target=work.work_until_killed, args=(url, str(journal), 1000 * seed + number, 10_000, ready)
+            target=work.start_working, args=(url, key_of(url), str(journal), 1000 * seed + number, 10_000, ready)
         )
         worker.start()
         assert ready.wait(120)
@@ -109,13 +120,11 @@ def test_two_hundred_kills_leave_nothing_half_applied(registry, registry_url, tm
 
 def test_a_server_that_is_killed_leaves_nothing_half_applied_and_the_jobs_go_on(postgres, tmp_path, processes):
     url = postgres.new_database()
-    from privtrain.registry.database import Database
-
     Database(url).upgrade()
     wide_budget(Registry(url))
     journal = tmp_path / "journal"
     ready = processes.Event()
-    worker = processes.Process(target=work.work_until_killed, args=(url, str(journal), 77, 60, ready))
+    worker = processes.Process(target=work.start_working, args=(url, key_of(url), str(journal), 77, 60, ready))
     worker.start()
     assert ready.wait(120)
     for _ in range(3):
@@ -131,8 +140,6 @@ def test_a_server_that_is_killed_leaves_nothing_half_applied_and_the_jobs_go_on(
 
 def test_without_its_server_a_job_waits_and_then_says_so(postgres):
     url = postgres.new_database()
-    from privtrain.registry.database import Database
-
     Database(url).upgrade()
     patient, hurried = Registry(url, retry_seconds=60), Registry(url, retry_seconds=0.5)
     wide_budget(patient)
