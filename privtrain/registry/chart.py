@@ -16,8 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 28
 def budget_chart(view: BudgetView, now: float | None = None) -> markupsafe.Markup:
     """The picture; without runs, only its frame. Colours come from the page's style sheet."""
     end = time.time() if now is None else now
-    begin = min([point[0] for point in view.history], default=end - 86400)
-    begin = min(begin, end - 60)
+    begin = min([point[0] for point in view.history] + [end - 86400])
     top = 1.15 * max([view.epsilon, *(value for _, value in view.history if value < float("inf"))])
 
     def x(seconds: float) -> float:

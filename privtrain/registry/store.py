@@ -446,7 +446,9 @@ def _insert(
         created_at=now,
     )
     run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
-    num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs)).scalar_one()
+    # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
+    # this run among the unfinished.
+    num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
     reservation_id = uuid.uuid4().hex
     connection.execute(
         sa.insert(ReservationRow).values(
