@@ -165,6 +165,8 @@ class Registry:
             )
         if scope not in SCOPES:
             raise PrivtrainError(f"given --per {scope}; it is one of {', '.join(SCOPES)}")
+        if scope == "user" and unit != "user":
+            raise PrivtrainError("a guarantee for one example is none for its user; give --per dataset, or --unit user")
 
         def work(connection: sa.Connection) -> BudgetKey:
             dataset_id, population_id, population_name = _ensure_dataset(connection, dataset, population, unit)
