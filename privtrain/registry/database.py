@@ -195,7 +195,7 @@ class Database:
                 reason = self._reason(error)
                 if any(text in reason for text in _HOPELESS) or time.monotonic() + wait > deadline:
                     raise RegistryUnreachable(
-                        f"cannot reach the registry {self.shown}: {reason}. "
+                        f"cannot reach the registry {self.shown}: {reason.rstrip('.?')}. "
                         "Nothing was reserved by this call; start the server or mend the URL, then run the same command"
                     ) from None
             time.sleep(wait)

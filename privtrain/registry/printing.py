@@ -47,11 +47,14 @@ def print_budgets(views: Sequence[BudgetView]) -> None:
     if not views:
         console.print("no budgets yet; set one: privtrain registry budget set DATASET --epsilon 8 --delta 1e-6")
         return
+    bar_width = _BAR if console.width >= 120 else 0
     table = Table("budget of", "ε, δ", "spent ε", "", "left ε", "sum of the runs' ε (not used)", "runs", "open")
+    table.columns[0].overflow = "fold"
     for view in views:
         share = min(1.0, view.spent / view.epsilon)
         colour = "red" if share >= 0.95 else "yellow" if share >= 0.7 else "green"
-        bar = f"[{colour}]{'█' * round(share * _BAR)}[/]{'·' * (_BAR - round(share * _BAR))}"
+        filled = round(share * bar_width)
+        bar = f"[{colour}]{'█' * filled}[/]{'·' * (bar_width - filled)}"
         table.add_row(
             f"{'each user of' if view.scope == 'user' else 'data set'} {escape(view.name)}",
             f"{view.epsilon:g}, {view.delta:g}{describe_period(view.period_seconds)}",
@@ -113,7 +116,6 @@ def print_user(view: UserView) -> None:
         console.print(table)
     if view.unfinished:
         names = ", ".join(f"{escape(run.name)} ({run.state}, began {day(run.created_at)})" for run in view.unfinished)
-        console.print(
-            f"not finished, and begun without knowing of this opt-out: {names}. "
-            "Whom they use is known when they settle; to keep this user out, stop them and start new runs"
-        )
+        console.print(f"not finished: {names}. Whom these runs use is known when they settle")
+        if view.opted_out_at is not None:
+            console.print("they began before this user opted out; to keep the user out, stop them and start new runs")

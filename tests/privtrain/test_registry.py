@@ -268,7 +268,7 @@ def test_what_the_registry_does_not_know_is_refused_with_the_command_to_type(reg
         registry.set_budget("records", epsilon=8, delta=1e-6, unit="example")
     registry.set_budget("records", epsilon=8, delta=1e-6, unit="example", scope="dataset")
     with pytest.raises(PrivtrainError, match="per example"):
-        registry.reserve(request("run", dataset="records"))
+        registry.reserve(request("of-records", dataset="records"))
     for wrong in ({"epsilon": -1}, {"delta": 2.0}, {"scope": "month"}, {"period_seconds": -1.0}, {"unit": "example"}):
         with pytest.raises(PrivtrainError):
             registry.set_budget(DATASET, **({"epsilon": 8, "delta": 1e-6} | wrong))

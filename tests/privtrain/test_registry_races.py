@@ -85,11 +85,22 @@ def test_a_sqlite_registry_made_by_many_processes_at_once_is_one(tmp_path, proce
     ]
 
 
+def num_entries(journal: pathlib.Path) -> int:
+    return journal.read_bytes().count(b"\n")
+
+
+def wait_for_entries(journal: pathlib.Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while num_entries(journal) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def kill_at_random_points(url: str, journal: pathlib.Path, processes, num_kills: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     began = time.monotonic()
     work.work_until_killed(url, str(journal), 1000 * seed + 999, 3, threading.Event())
-    cycle_seconds = (time.monotonic() - began) / 3
+    call_seconds = (time.monotonic() - began) / 9
     for number in range(num_kills):
         ready = processes.Event()
         worker = processes.Process(
@@ -97,7 +108,8 @@ def kill_at_random_points(url: str, journal: pathlib.Path, processes, num_kills:
         )
         worker.start()
         assert ready.wait(120)
-        time.sleep(rng.uniform(0, 2.5 * cycle_seconds))
+        wait_for_entries(journal, num_entries(journal) + int(rng.integers(0, 4)))
+        time.sleep(rng.uniform(0, 1.5 * call_seconds))
         worker.kill()
         worker.join()
     work.check_whole(url, journal)
