@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
-from privtrain.ledger_cli import ledger_app
+from privtrain.ledger_cli import RunPath, ledger_app
+from privtrain.registry import commands as registry_commands
 
 app = typer.Typer(
     name="privtrain",
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(registry_commands.app, name="registry")
+ledger_app.command("forget")(registry_commands.forget)
+ledger_app.command("serve")(registry_commands.serve)
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -79,6 +83,15 @@ def schema() -> None:
     from privtrain.config import Config
 
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@registry_commands.app.command("refund")
+def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> None:
+    """End a run that was given up; steps that its ledger never began are given back."""
+    from privtrain.registry.database import default_url
+    from privtrain.training.budget import refund_run
+
+    typer.echo(refund_run(run, registry or default_url()))
 
 
 def main() -> None:

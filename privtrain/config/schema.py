@@ -7,6 +7,7 @@ could change it. The rest (model, data, training) is public context.
 from __future__ import annotations
 
 import pathlib
+import urllib.parse
 from typing import Annotated, Literal
 
 import pydantic
@@ -272,6 +273,25 @@ class TrackingSection(Section):
     )
 
 
+class RegistrySection(Section):
+    """The registry of budgets over runs. Not part of the guarantee: it decides whether a run may begin."""
+
+    url: str | None = Field(
+        default=None,
+        description="SQLite file or postgresql://host/name; PRIVTRAIN_REGISTRY comes first. Without a password.",
+    )
+    dataset: str | None = Field(default=None, min_length=1, description="Name of the data set whose budget is spent.")
+    lease_hours: float = Field(default=168.0, gt=0, description="A run that is silent for so long is charged in full.")
+    retry_seconds: float = Field(default=60.0, ge=0, description="How long an unreachable registry is waited for.")
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and (urllib.parse.urlsplit(value).password or "password=" in value):
+            raise ValueError("holds a password; put the URL into PRIVTRAIN_REGISTRY or the password into ~/.pgpass")
+        return value
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -283,3 +303,4 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
+    registry: RegistrySection = RegistrySection()

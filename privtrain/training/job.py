@@ -35,6 +35,7 @@ from privtrain.release import model_card, privacy_statement, write_adapter, writ
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
+from privtrain.training.budget import budgeted
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import held_out_loss, perplexity
@@ -78,9 +79,9 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        with joined(config.performance, stop) as backend, claimed(inputs, backend):
-            if not is_complete(inputs, backend):
-                _run(inputs, backend, stop)
+        with joined(config.performance, stop) as backend, claimed(inputs, backend), budgeted(inputs, backend) as allowed:
+            if not is_complete(allowed, backend):
+                _run(allowed, backend, stop)
 
 
 def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
