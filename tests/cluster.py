@@ -223,14 +223,14 @@ class _Plant:
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
             plant.strike(phase, "before")
-            size = plant.ledger_bytes() if torn else 0
+            before = plant.ledger_files() if torn else (0, b"")
             if not torn:
                 plant.strike(phase, "inside", pause_seconds=0.05)
             if phase == "optimizer" and plant.step >= 0:
                 plant.record(arguments[0])
             result = original(*arguments, **named)
             if torn and plant.is_due(phase, "inside"):
-                plant.tear(size)
+                plant.tear(*before)
                 plant.strike(phase, "inside")
             plant.strike(phase, "after")
             return result
@@ -244,15 +244,17 @@ class _Plant:
         section = yaml.safe_load(self.config.read_text())["run"]
         return pathlib.Path(section["output_dir"]) / section["name"]
 
-    def ledger_bytes(self) -> int:
+    def ledger_files(self) -> tuple[int, bytes]:
+        """The size of the log, and its head file."""
         path = self.run / "secret" / "ledger.jsonl"
-        return path.stat().st_size if path.exists() else 0
+        return (path.stat().st_size, path.with_suffix(".head").read_bytes()) if path.exists() else (0, b"")
 
-    def tear(self, size: int) -> None:
-        """Leave the record that was just written half on disk, as a machine that lost power would."""
+    def tear(self, size: int, head: bytes) -> None:
+        """Leave the record that was just written half on disk and not in the head, as a loss of power would."""
         path = self.run / "secret" / "ledger.jsonl"
         if self.rank == 0 and self.fault and self.fault.action == "kill" and path.stat().st_size > size:
             os.truncate(path, size + (path.stat().st_size - size) // 2)
+            path.with_suffix(".head").write_bytes(head)
 
     def record(self, vector: Any) -> None:
         """What is about to be applied: an account that does not rest on the ledger."""
