@@ -14,6 +14,7 @@ import datetime
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,13 +74,14 @@ class Fsdp2Backend(ShardedBackend):
         self._num_replicas = num_replicas
         size = self.world_size // num_replicas
         self._replica = self.rank // size
-        self._shard_group, self._replicate_group = _whole_job(), _whole_job()
+        self._shard_group: Any = dist.group.WORLD
+        self._replicate_group: Any = None
         if num_replicas > 1:
             ranks = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
             shard_groups = [dist.new_group(group, timeout) for group in ranks]  # every rank makes every group
             replicate_groups = [dist.new_group(list(group), timeout) for group in zip(*ranks, strict=True)]
-            self._shard_group = shard_groups[self._replica]  # pyright: ignore[reportAttributeAccessIssue]
-            self._replicate_group = replicate_groups[self.rank % size]  # pyright: ignore[reportAttributeAccessIssue]
+            self._shard_group = shard_groups[self._replica]
+            self._replicate_group = replicate_groups[self.rank % size]
         # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
         # since PEFT takes a named one for tensor parallelism and makes adapters of the size of a part.
         self._mesh = DeviceMesh.from_group(self._shard_group, device.type)
@@ -165,12 +167,6 @@ class Fsdp2Backend(ShardedBackend):
                 local = _local(parameter)
                 if local.numel():
                     local.copy_(read(name, _first(parameter), local.numel()))
-
-
-def _whole_job() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -200,6 +200,7 @@ def _build_trainer(
         autocast=network.autocast,
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
+        first_step=session.continuation.first_step,
     )
 
 
@@ -254,7 +255,7 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
         return ""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
-    return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
+    return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
 
 
 def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -271,11 +272,12 @@ def _release(
     inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
 ) -> None:
     config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
-    if past.num_charged > plan.num_steps:
+    num_accounted = plan.accounted_steps(past.intents)
+    if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{past.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(past.num_charged)
+    epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
@@ -283,6 +285,7 @@ def _release(
         num_units=num_units,
         num_model_steps=len(past.path),
         num_charged=past.num_charged,
+        num_accounted=num_accounted,
         num_commits=len(past.commits),
         ledger_head=head,
     )

@@ -52,8 +52,8 @@ def run_self_test(
 ) -> None:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
-    An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and moved
-    back bit by bit. Every rank calls it, and on a failure of any, all fail.
+    An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
+    moved back bit by bit. Every rank calls it, and on a failure of any, all fail.
 
     Raises:
         SelfTestFailed: naming the check and the tensor or setting.

@@ -19,7 +19,7 @@ from privtrain.data.units import UnitData
 from privtrain.ledger import Ledger
 from privtrain.models import row_losses
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
 
@@ -40,6 +40,7 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        first_step: the generation's first step.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        first_step: int = 0,
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -69,7 +71,7 @@ class Trainer:
         self._key = key
         self._autocast = autocast
         self._packer = packer
-        self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
+        self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
@@ -156,7 +158,7 @@ class Trainer:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = sums.tolist()
         num_charged = self.ledger.state.num_charged
-        epsilon = self.plan.epsilon_after(num_charged)
+        epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         self.tracker.log(
             step + 1,
             {
