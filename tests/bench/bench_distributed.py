@@ -11,6 +11,7 @@ import contextlib
 import io
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -141,12 +142,12 @@ def full(name: str, directory: pathlib.Path) -> dict[str, Any]:
     return {"whole_bytes": whole, "part_share": part / whole, "tensor_in_flight_share": in_flight["largest"] / whole}
 
 
-def main() -> None:
-    """Print the tables."""
+def main(chosen: list[str]) -> None:
+    """Print the tables, for all backends or for those named on the command line."""
     with tempfile.TemporaryDirectory() as place:
         directory = save_model(pathlib.Path(place), hidden_size=256, num_layers=4)
         print("LoRA: private step / plain step, ms a step, noise's share, bytes handed to collectives (private, plain)")
-        for name in ("ddp", *cells.SHARDED):
+        for name in chosen or ("ddp", *cells.SHARDED):
             row = run_on_ranks(NUM_RANKS, lora, name, directory)[0]
             print(
                 f"  {name:6} {row['ratio']:.3f}  {row['step_ms']:7.1f}  {row['noise_share']:.4f}  "
@@ -155,10 +156,10 @@ def main() -> None:
             )
         print("All weights: gradient part a rank keeps / whole gradient (of the unit; of the total: the same again),")
         print("largest tensor in flight / whole gradient")
-        for name in ("zero2", "zero3", "fsdp2"):
+        for name in [name for name in ("zero2", "zero3", "fsdp2") if name in (chosen or cells.SHARDED)]:
             row = run_on_ranks(NUM_RANKS, full, name, directory)[0]
             print(f"  {name:6} {row['part_share']:.3f}  {row['tensor_in_flight_share']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
