@@ -116,6 +116,9 @@ class ZeroBackend(ShardedBackend):
 
         os.environ.setdefault("LOCAL_RANK", str(self.rank))  # deepspeed.zero.Init asks for it
         config = _stage_3_config()
+        if self.device.type == "cpu":
+            # Else it compiles a library at the first start, under a lock that a killed start leaves behind for good.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         cut = deepspeed.zero.Init(config_dict_or_path=config, dtype=source.dtype)
         # zero.Init would make the frequencies of rotary positions in the dtype of the weights.
         with prevent_arange_dtype_change(), cut, no_init_weights():
