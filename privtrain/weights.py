@@ -1,8 +1,8 @@
 """Read a base model's weights tensor by tensor, or only a part of one, for ranks that hold only parts.
 
-Where the files are safetensors and name their tensors as the model does, a part is read from the file and the whole is
-nowhere in memory. Other files (GGUF, or weights that transformers renames or fuses while it loads) are loaded whole into
-host memory first, once a rank, and freed after the parts were copied.
+Where the files are safetensors and name their tensors as the model does, a part is read from the file and the whole
+is nowhere in memory. Other files (GGUF, or weights that transformers renames or fuses while it loads) are loaded whole
+into host memory first, once a rank, and freed after the parts were copied.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from privtrain.backends.base import Backend, Placement, ReplicatedBackend
@@ -34,7 +36,7 @@ def create_backend(timeout_seconds: int) -> Backend:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         from privtrain.backends.fsdp2 import Fsdp2Backend, replicas_from_launch
 
-        return Fsdp2Backend(device, replicas_from_launch())
+        return Fsdp2Backend(device, replicas_from_launch(), datetime.timedelta(seconds=timeout_seconds))
     if state.distributed_type in _REPLICATED:
         return DdpBackend(device)
     if state.distributed_type == DistributedType.NO:

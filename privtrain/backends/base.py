@@ -26,7 +26,7 @@ class Placement:
         hand: which share of a step's units this rank works on.
         num_hands: shares that a step's units are dealt into.
         shards: set where ranks work on each unit together and hold parts of its gradient.
-        equal_passes: whether every rank must run the same number of forward passes, because weights are gathered in them.
+        equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
     clipped: Layout

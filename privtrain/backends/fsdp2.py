@@ -5,23 +5,25 @@
   together (:mod:`privtrain.clipping.cooperative`). FSDP reduces gradients in fp32 as a SUM.
 * HSDP: a mesh of replicas times shards. Replicas work on different units and add up their parts once a logical step.
 
-accelerate launches, and its config says how many replicas there are; it cannot build FSDP on a CPU, and is not asked to.
+accelerate launches, and its config says how many replicas there are; it cannot build FSDP on a CPU and is not asked to.
 """
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from privtrain.backends.base import Placement
+from privtrain.backends.base import Placement, digest
 from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ArrivingShards
 from privtrain.backends.split import SplitStep
@@ -57,12 +59,13 @@ class Fsdp2Backend(ShardedBackend):
     Args:
         device: this rank's device.
         num_replicas: replicas of the sharded model; 1 shards over all ranks.
+        timeout: of collectives among the ranks of a replica.
 
     Raises:
         ConfigError: if the ranks cannot be dealt into that many replicas.
     """
 
-    def __init__(self, device: torch.device, num_replicas: int = 1) -> None:
+    def __init__(self, device: torch.device, num_replicas: int = 1, timeout: datetime.timedelta | None = None) -> None:
         super().__init__(device)
         if num_replicas < 1 or self.world_size % num_replicas:
             problem = f"given {num_replicas}; must divide the {self.world_size} processes"
@@ -70,13 +73,20 @@ class Fsdp2Backend(ShardedBackend):
         self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
         self._num_replicas = num_replicas
         size = self.world_size // num_replicas
-        # Without names: PEFT takes a named mesh for tensor parallelism and makes adapters of the size of a part.
-        self._mesh: DeviceMesh = init_device_mesh(device.type, (size,) if num_replicas == 1 else (num_replicas, size))
+        self._replica = self.rank // size
+        self._shard_group: Any = dist.group.WORLD
+        self._replicate_group: Any = None
+        if num_replicas > 1:
+            ranks = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+            shard_groups = [dist.new_group(group, timeout) for group in ranks]  # every rank makes every group
+            replicate_groups = [dist.new_group(list(group), timeout) for group in zip(*ranks, strict=True)]
+            self._shard_group = shard_groups[self._replica]
+            self._replicate_group = replicate_groups[self.rank % size]
+        # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
+        # since PEFT takes a named one for tensor parallelism and makes adapters of the size of a part.
+        self._mesh = DeviceMesh.from_group(self._shard_group, device.type)
         self._weights: dict[str, torch.nn.Parameter] = {}
-
-    @property
-    def _replica(self) -> int:
-        return self._mesh.get_local_rank(0) if self._num_replicas > 1 else 0
+        self._layout = Layout({})
 
     @property
     def is_contributor(self) -> bool:
@@ -84,7 +94,7 @@ class Fsdp2Backend(ShardedBackend):
         return self._replica == 0
 
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """See :class:`privtrain.backends.base.Backend`. At most one layer is whole on a rank, and only as empty memory."""
+        """See :class:`privtrain.backends.base.Backend`. One layer at a time is whole here, and only as empty memory."""
         with init_empty_weights(include_buffers=False):
             model = source.empty()
         model.tie_weights()
@@ -112,21 +122,19 @@ class Fsdp2Backend(ShardedBackend):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-                module.set_requires_all_reduce(False)  # replicas add up once a logical step
         stepped = {name: torch.nn.Parameter(_local(p)) for name, p in trainable.items()}
         parts = {name: (_first(p), tuple(p.shape)) for name, p in trainable.items()}
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
         self._layout = layout
-        self._shards = ArrivingShards(trainable, layout, self._mesh.get_group(self._mesh.ndim - 1), self.device)
-        hand = self._replica
-        return Placement(layout, layout, hand, self._num_replicas, shards=self._shards)
+        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device)
+        return Placement(layout, layout, self._replica, self._num_replicas, shards=self._shards)
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
         """See :class:`privtrain.backends.base.Backend`."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.float32
-            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._mesh.get_group(0))
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
         return super().reduce_total(total)
 
     def publish(self) -> None:
@@ -146,9 +154,7 @@ class Fsdp2Backend(ShardedBackend):
         """See :class:`privtrain.backends.base.Backend`. Replicas of a shard are compared."""
         if self._split is not None:
             return super().parameters_agree(model)
-        from privtrain.backends.base import digest
-
-        mine = self.gather_digests(digest([p for p in self._layout.parameters.values()]))
+        mine = self.gather_digests(digest(list(self._layout.parameters.values())))
         size = self.world_size // self._num_replicas
         return all(mine[rank] == mine[rank % size] for rank in range(self.world_size))
 
@@ -170,12 +176,11 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _first(parameter: torch.Tensor) -> int:
-    """First coordinate of this rank's part: rows are dealt out in equal runs, of which the last may be short or empty."""
+    """First coordinate of this rank's part: rows lie in equal runs, of which the last may be short or empty."""
     assert isinstance(parameter, DTensor)
     mesh, num_rows = parameter.device_mesh, parameter.shape[0]
-    dim = mesh.ndim - 1
-    rows = -(-num_rows // mesh.size(dim))
-    first_row = min(mesh.get_local_rank(dim) * rows, num_rows)
+    rows = -(-num_rows // mesh.size())
+    first_row = min(mesh.get_local_rank() * rows, num_rows)
     width = math.prod(parameter.shape[1:])
     assert _local(parameter).numel() == min(rows, num_rows - first_row) * width, "another way of sharding than Shard(0)"
     return first_row * width

@@ -1,4 +1,4 @@
-"""Gradients that arrive in parts: each rank sees the SUM over its shard group of its own part of each tensor, and no more.
+"""Gradients that arrive in parts: each rank sees the SUM over its shard group of its own part of each tensor, no more.
 
 :class:`ArrivingShards` is for a framework that hands out summed parts itself (FSDP2). :class:`ReducedShards` does the
 reduce-scatter, where backward leaves whole gradients one tensor at a time (ZeRO 2 and 3): a few of them share a bucket,
@@ -67,7 +67,9 @@ class ArrivingShards:
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
         if not self._is_collecting:
-            raise GuaranteeLost(f"a gradient appeared on {slot.name!r} outside clipping; something else runs a backward")
+            raise GuaranteeLost(
+                f"a gradient appeared on {slot.name!r} outside clipping; something else runs a backward"
+            )
         assert gradient is not None
         with torch.no_grad():
             self._take(slot, gradient)

@@ -1,8 +1,8 @@
 """Trainable tensors on every rank; sum, noise and optimizer split over the ranks.
 
 What ZeRO stage 1 does, and all that LoRA needs beside a sharded base: each rank accumulates a clipped sum of its own
-units, one reduce-scatter a logical step leaves it an equal part of the whole sum, it noises and steps that part, and one
-all-gather brings the stepped parts together. Both together send what one all-reduce sends.
+units, one reduce-scatter a logical step leaves it an equal part of the whole sum, it noises and steps that part, and
+one all-gather brings the stepped parts together. Both together send what one all-reduce sends.
 """
 
 from __future__ import annotations

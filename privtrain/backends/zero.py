@@ -6,17 +6,16 @@
   (:mod:`privtrain.clipping.cooperative`).
 * Stage 3: DeepSpeed shards the weights and gathers a layer while it computes.
 
-DeepSpeed is driven where it brings something that torch does not: ``zero.Init`` and the stage 3 engine. Its optimizer is
-not used. Between its gradient reduction and its step there is no place for clipping per unit and for noise on a rank's
-own part but inside it, and its step skips updates when gradients overflow, which a private step must not. What stages 1
-and 2 do is a reduce-scatter, a step on a part and an all-gather, which is done here in fp32 over named parts of tensors:
-so noise, replay and checkpoints are the same as in every other backend. The optimizer may live on the CPU
+DeepSpeed is driven where it brings something that torch does not: ``zero.Init`` and the stage 3 engine. Its optimizer
+is not used: between its gradient reduction and its step there is no place for clipping per unit and for noise on a
+rank's own part, and its step skips updates when gradients overflow, which a private step must not. What stages 1 and 2
+do is a reduce-scatter, a step on a part and an all-gather; that is done here, in fp32, over named parts of tensors, so
+that noise, replay and checkpoints are the same as in every other backend. The optimizer may live on the CPU
 (``offload_optimizer``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -113,10 +112,16 @@ class ZeroBackend(ShardedBackend):
             return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
         import deepspeed
         from transformers.initialization import no_init_weights
+        from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
         os.environ.setdefault("LOCAL_RANK", str(self.rank))  # deepspeed.zero.Init asks for it
         config = _stage_3_config()
-        with _rope_in_fp32(), deepspeed.zero.Init(config_dict_or_path=config, dtype=source.dtype), no_init_weights():
+        if self.device.type == "cpu":
+            # Else it compiles a library at the first start, under a lock that a killed start leaves behind for good.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        cut = deepspeed.zero.Init(config_dict_or_path=config, dtype=source.dtype)
+        # zero.Init would make the frequencies of rotary positions in the dtype of the weights.
+        with prevent_arange_dtype_change(), cut, no_init_weights():
             model = source.empty()
         model.tie_weights()
         parameters = dict(model.named_parameters())
@@ -151,7 +156,7 @@ class ZeroBackend(ShardedBackend):
         """See :class:`privtrain.backends.base.Backend`."""
         super().publish()
         if self._engine is not None and self._weights:
-            # DeepSpeed keeps a layer whose backward it did not see, such as the embedding: it would go on with old values.
+            # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
             self._engine.optimizer.partition_all_parameters()
         for slot in self._layout.slots:
             weight, mine = self._weights[slot.name], self._layout.parameters[slot.name].detach()
@@ -168,7 +173,8 @@ class ZeroBackend(ShardedBackend):
 
     def parameters_agree(self, model: torch.nn.Module) -> bool:
         """See :class:`privtrain.backends.base.Backend`. Parts of stage 3 have no second copy to compare with."""
-        return bool(self._weights) and self.settings.stage == 3 or super().parameters_agree(model)
+        has_parts = bool(self._weights) and self.settings.stage == 3
+        return has_parts or super().parameters_agree(model)
 
     def _mine(self, weight: torch.nn.Parameter, first: int, count: int) -> torch.Tensor:
         if _is_partitioned(weight):
@@ -189,15 +195,6 @@ def _stage_3_config() -> dict[str, Any]:
         "stage3_param_persistence_threshold": 0,
     }
     return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
-
-
-@contextlib.contextmanager
-def _rope_in_fp32() -> Iterator[None]:
-    """``zero.Init`` makes new tensors in the dtype of the weights, also the frequencies of rotary positions."""
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
-
-    with prevent_arange_dtype_change():
-        yield
 
 
 def _is_partitioned(parameter: torch.nn.Parameter) -> bool:

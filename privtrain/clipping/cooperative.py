@@ -121,7 +121,7 @@ class CooperativeClipper:
         return self.total
 
     def _add_rows(self, batch: Microbatch, rows: list[int]) -> None:
-        """One row a rank and pass; a rank without a row runs the last one with weight zero, since all must take part."""
+        """One row a rank and pass; a rank without a row runs the last with weight zero, since all must take part."""
         for start in range(0, len(rows), self._shards.size):
             position = start + self._shards.rank
             has_row = position < len(rows)

@@ -20,7 +20,17 @@ from privtrain.backends import Backend
 from privtrain.config import Config
 from privtrain.errors import GuaranteeLost
 
-_LIBRARIES = ("accelerate", "cryptography", "numpy", "peft", "scipy", "tokenizers", "torch", "transformers")
+_LIBRARIES = (
+    "accelerate",
+    "cryptography",
+    "deepspeed",
+    "numpy",
+    "peft",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def environment_digest(

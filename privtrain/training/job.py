@@ -79,9 +79,10 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        with joined(config.performance, stop) as backend, claimed(inputs, backend), budgeted(inputs, backend) as allowed:
-            if not is_complete(allowed, backend):
-                _run(allowed, backend, stop)
+        with joined(config.performance, stop) as backend, claimed(inputs, backend):
+            with budgeted(inputs, backend) as allowed:
+                if not is_complete(allowed, backend):
+                    _run(allowed, backend, stop)
 
 
 def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:

@@ -52,8 +52,8 @@ def run_self_test(
 ) -> None:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
-    An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and moved
-    back bit by bit. Every rank calls it, and on a failure of any, all fail.
+    An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
+    moved back bit by bit. Every rank calls it, and on a failure of any, all fail.
 
     Raises:
         SelfTestFailed: naming the check and the tensor or setting.
@@ -258,8 +258,8 @@ def _plain_gradient(
                 placement.clipped.view(whole, slot).add_(gradient.float())
     result = placement.stepped.zeros(whole.device)
     for slot, part in zip(placement.clipped.slots, placement.stepped.slots, strict=True):
-        flat = placement.clipped.view(whole, slot).flatten()
-        placement.stepped.view(result, part).copy_(flat[part.first : part.first + part.num_coordinates].view(part.shape))
+        values = placement.clipped.view(whole, slot).flatten()[part.first : part.first + part.num_coordinates]
+        placement.stepped.view(result, part).copy_(values.view(part.shape))
     return result
 
 
@@ -312,7 +312,7 @@ def _check_noise(placement: Placement, clipping_norm: float, noise_multiplier: f
     stddev = noise_multiplier * clipping_norm
     layout = placement.stepped
     backend.add_noise(vector, layout, key, 0, stddev)
-    faults = [""]
+    faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
         if not len(part):
@@ -328,10 +328,10 @@ def _check_noise(placement: Placement, clipping_norm: float, noise_multiplier: f
         own = gaussian(key, 0, slot.name, slot.first, slot.first + len(sample)) * stddev
         if not torch.allclose(sample, own, rtol=1e-5, atol=1e-6 * stddev):
             faults.append(
-                f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift apart "
-                "or share noise (mixed CPU types or libraries?)"
+                f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
+                "apart or share noise (mixed CPU types or libraries?)"
             )
-    _agree_on_faults(faults[-1], backend)
+    _agree_on_faults(faults[0] if faults else "", backend)
 
 
 def _agree_on_faults(fault: str, backend: Backend) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from privtrain.backends import Backend, DdpBackend, LocalBackend
 from privtrain.backends.fsdp2 import Fsdp2Backend
 from privtrain.backends.zero import ZeroBackend, ZeroSettings
-from privtrain.config.schema import LoraSection, ModelSection, TrainingSection
+from privtrain.config.schema import LoraSection, ModelSection, PrivacySection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.models import add_lora
@@ -49,23 +49,24 @@ class Cell:
 
     @property
     def plan(self) -> PrivacyPlan:
-        return PrivacyPlan(
-            unit=self.unit,
-            records_per_unit=1 if self.unit == "example" else 3,
-            selection="random",
-            neighboring_relation="add_or_remove_one",
-            sampling="poisson",
-            sampling_prob=self.sampling_prob,
-            expected_batch_size=4.0,
-            clipping_norm=self.clipping_norm,
-            clipping_style=self.style,
-            noise_multiplier=self.noise_multiplier,
-            num_steps=NUM_STEPS,
-            delta=1e-3,
-            epsilon=1.0,
-            accountant="pld",
-            insecure_seed=5,
-        )
+        return _plan(self)
+
+
+@functools.cache
+def _plan(cell: Cell) -> PrivacyPlan:
+    section = PrivacySection(
+        unit=cell.unit,
+        records_per_user=3,
+        sampling_prob=cell.sampling_prob,
+        expected_batch_size=4.0,
+        clipping_norm=cell.clipping_norm,
+        clipping_style=cell.style,
+        noise_multiplier=cell.noise_multiplier,
+        num_steps=NUM_STEPS,
+        target_delta=1e-3,
+        insecure_seed=5,
+    )
+    return PrivacyPlan.build(section)
 
 
 def make_backend(name: str) -> Backend:

@@ -13,7 +13,26 @@ from tests.ranks import run_on_ranks
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 MATRIX = [
-    (name, Cell(method, unit)) for name in ("ddp", *SHARDED) for method in ("lora", "full") for unit in ("example", "user")
+    (name, Cell(method, unit))
+    for name in ("ddp", *SHARDED)
+    for method in ("lora", "full")
+    for unit in ("example", "user")
+]
+#: Few draws, so that a rank, or a step, has no user at all.
+SPARSE = [(name, Cell(method, sampling_prob=0.15)) for name in ("ddp", *SHARDED) for method in ("lora", "full")]
+OPTIONS = [
+    *[(name, Cell("full", style="per_layer")) for name in ("zero2", "fsdp2")],
+    *[(name, Cell("full", style="automatic")) for name in ("zero3", "fsdp2")],
+    *[(name, Cell("lora", route="one_unit")) for name in ("zero3", "fsdp2")],
+    *[(name, Cell(method, gradient_checkpointing=True)) for name in ("zero3", "fsdp2") for method in ("lora", "full")],
+    *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2, 3)],
+]
+FOUR_RANKS = [
+    ("ddp", Cell()),
+    ("zero3", Cell()),
+    ("zero3", Cell("full")),
+    ("fsdp2-hsdp", Cell()),
+    ("fsdp2-hsdp", Cell("full")),
 ]
 
 
@@ -36,3 +55,15 @@ def check(directory, world_size: int, cells: list[tuple[str, Cell]]) -> None:
 
 def test_parity_matrix_on_two_ranks(tiny_llama):
     check(tiny_llama, 2, MATRIX)
+
+
+def test_ranks_and_steps_without_users(tiny_llama):
+    check(tiny_llama, 2, SPARSE)
+
+
+def test_styles_routes_checkpointing_and_offload(tiny_llama):
+    check(tiny_llama, 2, OPTIONS)
+
+
+def test_four_ranks_and_replicas_of_shards(tiny_llama):
+    check(tiny_llama, 4, FOUR_RANKS)
