@@ -104,7 +104,31 @@ class DataSection(Section):
 
     source: DataSource
     user_column: str = Field(default="user", description="Column that names the owner of a row.")
-    text_column: str = Field(default="text", description="Column that holds the text.")
+    format: Literal["text", "prompt_completion", "chat", "classification"] = Field(
+        default="text",
+        description="What a record is, and what is learned of it: a text, all of it; a completion after a prompt; the "
+        "assistant's turns of a conversation; the label of a text, which makes the model a sequence classifier.",
+    )
+    text_column: str = Field(default="text", description="Column that holds the text (text, classification).")
+    text_pair_column: str | None = Field(
+        default=None, description="Column of the second text, for classification of pairs."
+    )
+    prompt_column: str = Field(default="prompt", description="Column of the prompt (prompt_completion).")
+    completion_column: str = Field(default="completion", description="Column of the completion (prompt_completion).")
+    messages_column: str = Field(
+        default="messages", description="Column of the conversation (chat): a list of {role, content}."
+    )
+    chat_template_file: pathlib.Path | None = Field(
+        default=None, description="Jinja file that replaces the tokenizer's chat template."
+    )
+    label_column: str = Field(default="label", description="Column of the label (classification).")
+    labels: list[int | str] | None = Field(
+        default=None,
+        min_length=2,
+        description="Every label (classification). Public, hence declared and never read off the rows; a row with "
+        "another label is dropped and counted.",
+    )
+    packing: bool = Field(default=False, description="Refused: a row holds one record of one user.")
     max_length: int = Field(
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
@@ -121,6 +145,32 @@ class DataSection(Section):
     num_evaluation_records: int = Field(
         default=128, ge=0, description="Held-out records that perplexity is measured on."
     )
+
+    @pydantic.field_validator("packing")
+    @classmethod
+    def _no_packing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("packing puts several users into one row, where they cannot be clipped apart; remove it")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _fits_the_format(self) -> DataSection:
+        if (self.format == "classification") != (self.labels is not None):
+            raise ValueError("data.labels declares the labels of data.format: classification, and of no other")
+        if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
+            raise ValueError(f"data.labels={self.labels} names a label twice")
+        if self.text_pair_column is not None and self.format != "classification":
+            raise ValueError("data.text_pair_column belongs to data.format: classification")
+        if self.chat_template_file is not None and self.format != "chat":
+            raise ValueError("data.chat_template_file belongs to data.format: chat")
+        if self.format != "text" and self.source.kind == "plays":
+            raise ValueError("the plays are data.format: text")
+        return self
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the model is a sequence classifier, not a causal language model."""
+        return self.format == "classification"
 
 
 class PrivacySection(Section):

@@ -33,6 +33,7 @@ METRICS: dict[str, Release] = {
     "perf/step_seconds": Release.PUBLIC,
     "eval/held_out_perplexity": Release.HELD_OUT,
     "eval/held_out_loss": Release.HELD_OUT,
+    "eval/held_out_accuracy": Release.HELD_OUT,
     "train/loss": Release.PRIVATE,
     "train/num_units": Release.PRIVATE,
     "train/clip_fraction": Release.PRIVATE,

@@ -16,9 +16,10 @@ from privtrain.advice import warnings
 from privtrain.backends import Backend, create_backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
+from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split, split_users
-from privtrain.data.units import UnitData, build_units, tokenize
+from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
@@ -26,17 +27,19 @@ from privtrain.models import (
     add_lora,
     base_dtype,
     load_base,
+    load_classifier,
     load_tokenizer,
     resolve_precision,
     weights_checksum,
 )
+from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
-from privtrain.training.evaluate import held_out_loss, perplexity
+from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
 from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
@@ -55,6 +58,8 @@ class Network:
     precision: str
     autocast: torch.autocast
     packer: Packer
+    encoder: Encoder
+    objective: Objective
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -97,7 +102,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
             checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
-            begin_session(inputs, ledger, session, split, units.num_truncated)
+            begin_session(inputs, ledger, session, split, units)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0)
         _loop(inputs, trainer, session.continuation)
@@ -119,26 +124,41 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    model = _trainable_model(config, precision, backend.device).to(backend.device)
+    encoder = Encoder(config.data, tokenizer)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)
+    model = _trainable_model(config, precision, backend.device, pad_id).to(backend.device)
     model.train()
     if backend.device.type == "cuda":
         # So that a replayed step has the same bits; the ledger finds out if it has not.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
-    assert isinstance(pad_id, int)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-    return Network(tokenizer, model, precision, autocast, packer)
+    objective = _objective(config, model, tokenizer, pad_id)
+    return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
 
 
-def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
-    if config.training.method == "full":
-        model = load_base(config.model, torch.float32).requires_grad_(True)
-        base: Any = model
+def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
+    labels, is_pair = config.data.labels, config.data.text_pair_column is not None
+    if labels is None:
+        return CausalLM()
+    return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
+
+
+def _trainable_model(config: Config, precision: str, device: torch.device, pad_id: int) -> torch.nn.Module:
+    is_full, labels = config.training.method == "full", config.data.labels
+    dtype = torch.float32 if is_full else base_dtype(precision, device)
+    if labels is None:
+        base: Any = load_base(config.model, dtype)
     else:
-        base = load_base(config.model, base_dtype(precision, device))
-        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+        base = load_classifier(config.model, dtype, labels=labels, pad_id=pad_id, init_seed=_INIT_SEED)
+    if is_full:
+        model = base.requires_grad_(True)
+    else:
+        model = add_lora(
+            base, config.lora, _INIT_SEED, config.model.public_name, is_classifier=config.data.is_classification
+        )
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -147,9 +167,7 @@ def _trainable_model(config: Config, precision: str, device: torch.device) -> to
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
-    return build_units(
-        inputs.corpus, split, network.tokenizer, unit=inputs.plan.unit, max_length=inputs.config.data.max_length
-    )
+    return build_units(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
@@ -193,6 +211,7 @@ def _build_trainer(
         autocast=network.autocast,
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
+        objective=network.objective,
     )
 
 
@@ -208,17 +227,29 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         precision=network.precision,
         clipping_style=trainer.plan.clipping_style,
         clipping_route=trainer.clipper.route,
+        plant=network.objective.plant,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
 def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int) -> None:
-    texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
-    records, _ = tokenize(texts, network.tokenizer, inputs.config.data.max_length)
-    loss = held_out_loss(network.model, records, trainer.backend, packer=network.packer, autocast=network.autocast)
-    if loss is not None and math.isfinite(perplexity(loss)):
-        trainer.tracker.log(step, {"eval/held_out_loss": loss, "eval/held_out_perplexity": perplexity(loss)})
+    encoded = network.encoder.encode([inputs.corpus.records[user][index] for user, index in split.evaluation])
+    found = evaluate(
+        network.model,
+        encoded.records,
+        trainer.backend,
+        objective=network.objective,
+        packer=network.packer,
+        autocast=network.autocast,
+    )
+    if found is None or not math.isfinite(perplexity(found.loss)):
+        return
+    if inputs.config.data.is_classification:
+        trainer.tracker.log(step, {"eval/held_out_loss": found.loss, "eval/held_out_accuracy": found.accuracy})
+    else:
+        values = {"eval/held_out_loss": found.loss, "eval/held_out_perplexity": perplexity(found.loss)}
+        trainer.tracker.log(step, values)
 
 
 def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:

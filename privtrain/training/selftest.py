@@ -7,6 +7,7 @@ autograd, without hooks, and what comes out of the job's own path is compared wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from privtrain.backends import Backend
 from privtrain.clipping import PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
 from privtrain.secret import SecretKey
@@ -43,6 +45,7 @@ def run_self_test(
     precision: str,
     clipping_style: str = "flat",
     clipping_route: str = "auto",
+    plant: Callable[[np.ndarray], Record] = Record.of,
 ) -> None:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
@@ -63,7 +66,7 @@ def run_self_test(
         was_training = model.training
         model.eval()  # dropout off: the two gradients must be of the same function
         scaled = _scaled(row_losses)
-        unit = _planted_unit(vocabulary_size)
+        unit = [plant(tokens) for tokens in _planted_unit(vocabulary_size)]
         for microbatch_size in _MICROBATCH_SIZES:
             clipper = PerUnitClipper(
                 model, layout, clipping_norm, scaled, backend.device, clipping_style, clipping_route
@@ -90,14 +93,14 @@ def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
     return [tokens[: _PLANTED_LENGTHS[0]], tokens[_PLANTED_LENGTHS[0] :]]
 
 
-def _batches(units: list[list[np.ndarray]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
+def _batches(units: list[list[Record]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
     packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
     num_batches = -(-len(_PLANTED_LENGTHS) // microbatch_size)
     return [batch.to(device) for batch in packer.pack(units, num_batches)]
 
 
 def _clipped_and_reduced(
-    clipper: PerUnitClipper, unit: list[np.ndarray], microbatch_size: int, backend: Backend
+    clipper: PerUnitClipper, unit: list[Record], microbatch_size: int, backend: Backend
 ) -> torch.Tensor:
     """The last rank holds one unit with a huge gradient, the others none: the reduced sum is that unit, clipped."""
     holds_unit = backend.rank == backend.world_size - 1

@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from privtrain.backends import Backend
 from privtrain.clipping import PerUnitClipper
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.layout import Layout
 from privtrain.ledger import Ledger
-from privtrain.models import row_losses
+from privtrain.objectives import CausalLM, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, PoissonSampler, deal
 from privtrain.secret import SecretKey
@@ -40,6 +40,7 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        objective: the loss of a row.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        objective: Objective | None = None,
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -69,6 +71,7 @@ class Trainer:
         self._key = key
         self._autocast = autocast
         self._packer = packer
+        self._objective = objective or CausalLM()
         self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
         self.layout = Layout.of(model)
         self.clipper = PerUnitClipper(
@@ -108,13 +111,13 @@ class Trainer:
         for batch in self._packer.pack(hands[self.backend.rank], num_batches):
             yield batch.to(self.backend.device)
 
-    def _records_of(self, drawn: DrawnUnit) -> list[np.ndarray]:
+    def _records_of(self, drawn: DrawnUnit) -> list[Record]:
         return [self._units.records[drawn.unit][record] for record in drawn.records]
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
-            return row_losses(self._model, input_ids, target_mask)
+            return self._objective.losses(self._model, input_ids, target_mask)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:
