@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -65,6 +66,7 @@ def privacy_statement(
             "noise_multiplier": plan.noise_multiplier,
             "clipping_norm": plan.clipping_norm,
             "clipping_style": plan.clipping_style,
+            "adaptive_clipping": _adaptive(plan),
             "expected_batch_size": plan.expected_batch_size,
         },
         "num_steps": plan.num_steps,
@@ -87,6 +89,17 @@ def privacy_statement(
         "assumptions": [*_UNIT_ASSUMPTION[plan.unit], *ASSUMPTIONS],
         "not_covered": _not_covered(config),
         "software": {"privtrain": privtrain.__version__},
+    }
+
+
+def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """What adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    if plan.adaptive_clipping is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.adaptive_clipping),
+        "count_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
     }
 
 
@@ -155,7 +168,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ),
         ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
-        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {plan.clipping_norm:g}"),
+        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
@@ -188,6 +201,16 @@ def _not_covered(config: Config) -> list[str]:
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
+
+
+def _norm_text(plan: PrivacyPlan) -> str:
+    if plan.adaptive_clipping is None:
+        return f"{plan.clipping_norm:g}"
+    adaptive = plan.adaptive_clipping
+    return (
+        f"{plan.clipping_norm:g} at first, then following quantile {adaptive.target_quantile:g} by a count released in "
+        f"every step with noise {adaptive.count_noise:g}; gradient and count together have the noise multiplier below"
+    )
 
 
 def _bullets(items: list[str]) -> str:

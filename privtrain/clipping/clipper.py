@@ -39,6 +39,7 @@ class ClippingDiagnostics:
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
+    sum_within: float = 0.0
     sum_norms: float = 0.0
     sum_losses: float = 0.0
 
@@ -66,7 +67,7 @@ class PerUnitClipper:
         clipping_norm: C > 0.
         row_losses: see :data:`RowLosses`.
         device: where ``total`` lives.
-        style: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :mod:`.styles`.
+        style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``, see :mod:`.styles`.
         route: ``"batched"``, ``"one_unit"`` or ``"auto"``, which takes the batched route where every layer has a rule.
 
     Raises:
@@ -110,6 +111,16 @@ class PerUnitClipper:
     def sensitivity(self) -> float:
         """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
         return self._clipping_norm
+
+    @property
+    def clipping_norm(self) -> float:
+        """C of this step; adaptive clipping sets it between steps."""
+        return self._clipping_norm
+
+    @clipping_norm.setter
+    def clipping_norm(self, value: float) -> None:
+        assert self._open is None
+        self._clipping_norm = value
 
     def reset(self) -> None:
         """Begin a step."""
@@ -268,6 +279,7 @@ class PerUnitClipper:
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
         self.diagnostics.num_nonfinite += int((~finite).sum())
         self.diagnostics.sum_norms += float(whole[finite].sum())
+        self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 
 

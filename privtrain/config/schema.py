@@ -173,6 +173,19 @@ class DataSection(Section):
         return self.format == "classification"
 
 
+class AdaptiveClippingSection(Section):
+    """Adaptive quantile clipping; privacy.clipping_norm is where it starts."""
+
+    target_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units whose norm is to be within C.")
+    learning_rate: float = Field(default=0.2, gt=0, le=1, description="Of the logarithm of C.")
+    count_noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviation of the noise on the released count. Default: expected_batch_size / 20, at "
+        "least twice the noise multiplier, which raises the gradient's noise by at most 3.3 %.",
+    )
+
+
 class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
 
@@ -184,9 +197,13 @@ class PrivacySection(Section):
     sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
-    clipping_style: Literal["flat", "per_layer", "automatic"] = Field(
+    clipping_style: Literal["flat", "per_layer", "automatic", "adaptive"] = Field(
         default="flat",
-        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic).",
+        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic); "
+        "or flat with a C that follows a quantile of the units' norms (adaptive).",
+    )
+    adaptive_clipping: AdaptiveClippingSection | None = Field(
+        default=None, description="Settings of clipping_style: adaptive."
     )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
@@ -214,6 +231,12 @@ class PrivacySection(Section):
     def _one_target(self) -> PrivacySection:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _adaptive_settings(self) -> PrivacySection:
+        if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
+            raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")
         return self
 
 

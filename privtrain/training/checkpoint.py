@@ -1,4 +1,4 @@
-"""Resumable state: adapter, optimizer and step, written whole or not at all, verified before use.
+"""Resumable state: adapter, optimizer, clipping norm and step, written whole or not at all, verified before use.
 
 Everything else a resumed run needs (sample, noise, data order) is a pure function of the secret and the step.
 """
@@ -44,12 +44,14 @@ def save(
     generation: int,
     layout: Layout,
     optimizer: torch.optim.Optimizer,
+    clipping_norm: float,
     num_kept: int,
 ) -> None:
     """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``."""
     buffer = io.BytesIO()
     tensors = {name: p.detach().cpu() for name, p in layout.parameters.items()}
-    torch.save({"adapter": tensors, "optimizer": optimizer.state_dict()}, buffer)
+    state_dict = {"adapter": tensors, "optimizer": optimizer.state_dict(), "clipping_norm": clipping_norm}
+    torch.save(state_dict, buffer)
     state = buffer.getvalue()
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -78,13 +80,14 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
             shutil.rmtree(candidate)
 
 
-def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's adapter and optimizer state in place."""
+def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer) -> float:
+    """Put a checkpoint's adapter and optimizer state in place, and return the next step's clipping norm."""
     content: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
     with torch.no_grad():
         for name, parameter in layout.parameters.items():
             parameter.copy_(content["adapter"][name])
     optimizer.load_state_dict(content["optimizer"])
+    return content["clipping_norm"]
 
 
 def _newest_first(directory: pathlib.Path) -> list[pathlib.Path]:

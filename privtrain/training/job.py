@@ -99,7 +99,7 @@ def _run(inputs: Inputs, backend: Backend) -> None:
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker)
         _self_test(trainer, network, backend)
         if session.state:
-            checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
+            trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
             begin_session(inputs, ledger, session, split, units)
@@ -221,7 +221,7 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         layout=trainer.layout,
         row_losses=trainer.row_losses,
         clipping_norm=trainer.plan.clipping_norm,
-        noise_multiplier=trainer.plan.noise_multiplier,
+        noise_multiplier=trainer.plan.gradient_noise_multiplier,
         backend=backend,
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
@@ -260,7 +260,8 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
             trainer.train_step(step)
             done = step + 1
             if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step:
-                if not backend.in_sync(parameters):
+                norm = torch.tensor([trainer.clipping_norm], dtype=torch.float64)
+                if not backend.in_sync([*parameters, norm]):
                     raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
                 if backend.is_main:
                     checkpoint.save(
@@ -269,6 +270,7 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
                         generation=trainer.generation,
                         layout=trainer.layout,
                         optimizer=trainer.optimizer,
+                        clipping_norm=trainer.clipping_norm,
                         num_kept=performance.num_checkpoints_kept,
                     )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))

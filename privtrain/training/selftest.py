@@ -116,7 +116,7 @@ def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: s
     """What the plan's clipping style makes of one unit's gradient, in place, by the definition alone."""
     if style == "automatic":
         gradient *= clipping_norm / (_norm(gradient) + styles.AUTOMATIC_GAMMA)
-    elif style == "flat":
+    elif style in ("flat", "adaptive"):
         gradient *= clipping_norm / max(_norm(gradient), clipping_norm)
     else:
         modules: dict[str, list[torch.Tensor]] = {}

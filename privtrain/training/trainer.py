@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 import time
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,7 @@ from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, PoissonSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
+from privtrain.training.adaptive import next_norm, release_share
 
 
 class Trainer:
@@ -95,13 +97,15 @@ class Trainer:
             self.clipper.accumulate(batch)
         total = self.clipper.finish()
         self.backend.reduce(total)
-        stddev = self.plan.noise_multiplier * self.clipper.sensitivity
+        stddev = self.plan.gradient_noise_multiplier * self.clipper.sensitivity
         self.backend.add_noise(total, self.layout, self._key, step, stddev)
-        update = self._check_replay(step, total)
+        share = self._release_share(step)
+        update = self._check_replay(step, total, share)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         self._commit(step, update)
-        self._log(step, time.monotonic() - started)
+        self._log(step, time.monotonic() - started, share)
+        self._adapt(share)
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
@@ -119,15 +123,43 @@ class Trainer:
         with self._autocast:
             return self._objective.losses(self._model, input_ids, target_mask)
 
+    @property
+    def clipping_norm(self) -> float:
+        """The next step's clipping norm: the plan's, unless clipping is adaptive; part of a checkpoint."""
+        return self.clipper.clipping_norm
+
+    @clipping_norm.setter
+    def clipping_norm(self, value: float) -> None:
+        self.clipper.clipping_norm = value
+
+    def _release_share(self, step: int) -> float | None:
+        settings = self.plan.adaptive_clipping
+        if settings is None:
+            return None
+        return release_share(
+            settings,
+            self.clipper.diagnostics,
+            backend=self.backend,
+            key=self._key,
+            step=step,
+            expected_batch_size=self.plan.expected_batch_size,
+        )
+
+    def _adapt(self, share: float | None) -> None:
+        if share is not None:
+            assert self.plan.adaptive_clipping is not None
+            self.clipping_norm = next_norm(self.plan.adaptive_clipping, self.clipping_norm, share)
+
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:
             units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
-    def _check_replay(self, step: int, noised: torch.Tensor) -> str:
+    def _check_replay(self, step: int, noised: torch.Tensor, share: float | None) -> str:
         if self.ledger is None:
             return ""
-        update = hashlib.sha256(noised.cpu().numpy().tobytes()).hexdigest()
+        released = noised.cpu().numpy().tobytes() + (b"" if share is None else struct.pack("<d", share))
+        update = hashlib.sha256(released).hexdigest()
         self.ledger.check_replay(self.generation, step, update)
         return update
 
@@ -143,7 +175,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
 
-    def _log(self, step: int, step_seconds: float) -> None:
+    def _log(self, step: int, step_seconds: float, share: float | None) -> None:
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
         sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
@@ -153,9 +185,11 @@ class Trainer:
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = sums.tolist()
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(num_charged)
+        adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
         self.tracker.log(
             step + 1,
             {
+                **(adaptive if share is not None else {}),
                 "train/lr": learning_rate(self._training, step, self.plan.num_steps),
                 "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,
