@@ -51,8 +51,10 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
     read_statement(run_path)
     run = RunDirectory(run_path)
     config = load_config(run.resolved_config)
-    if config.training.method == "full":
-        raise AttackInputError("attacks compare an adapter with its base; a run with training.method: full has none")
+    if config.training.releases_model:
+        raise AttackInputError(
+            f"attacks compare an adapter with its base; a run with training.method: {config.training.method} has none"
+        )
     if config.data.is_classification:
         raise AttackInputError("attacks score tokens of texts; a run with data.format: classification predicts none")
     state, device = join_processes(config.performance.collective_timeout_seconds)

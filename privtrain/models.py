@@ -86,6 +86,8 @@ def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: A
 
     logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress
     location = locate(model)
+    if model.quantization is not None:
+        options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
         base = auto_class.from_pretrained(location.path, dtype=dtype, **options, **location.arguments)
     except (OSError, ValueError) as error:
@@ -95,6 +97,16 @@ def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: A
         delattr(base.config, "quantization_config")
     base.config.use_cache = False
     return base.requires_grad_(False)
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def add_lora(
@@ -120,6 +132,9 @@ def add_lora(
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
@@ -140,14 +155,12 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
 
 def weights_checksum(model: torch.nn.Module) -> str:
     """A digest of every tensor's sum and norm: cheap on any device, and other weights do not pass for the same."""
-    numbers = [
-        (
-            name,
-            float(p.detach().sum(dtype=torch.float64)),
-            float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)),
-        )
-        for name, p in sorted(model.named_parameters())
-    ]
+    numbers = []
+    for name, parameter in sorted(model.named_parameters()):
+        value = parameter.detach()
+        value = value if value.is_floating_point() else value.double()  # quantised weights are whole numbers
+        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
+        numbers.append((name, float(value.sum(dtype=torch.float64)), float(norm)))
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 

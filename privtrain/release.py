@@ -112,7 +112,7 @@ def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
 def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
     """``save_pretrained`` into a temporary directory, check it, then put it in place."""
     temporary = run.root / ".adapter.tmp"
-    model.save_pretrained(str(temporary), save_embedding_layers=False)  # no rule trains them yet
+    model.save_pretrained(str(temporary), save_embedding_layers=False)  # unless modules_to_save names them
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
     _check_tensors(temporary / "adapter_model.safetensors", model)
@@ -145,7 +145,7 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(path)
-    for name, value in get_peft_model_state_dict(model).items():
+    for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         if value.numel() == 0 or name not in saved or not torch.equal(saved[name], value.detach().cpu()):
             raise RuntimeError(f"{path}: tensor {name} was not saved as it is in memory")
 
@@ -176,9 +176,14 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     base = config.model.public_name
-    is_full = config.training.method == "full"
-    library = "transformers" if is_full else "peft"
-    what = f"All weights of {base}" if is_full else f"A LoRA adapter (rank {config.lora.rank}) for {base}"
+    library = "transformers" if config.training.releases_model else "peft"
+    what = {
+        "full": f"All weights of {base}",
+        "bias": f"{base}, its biases",
+        "lora": f"A LoRA adapter (rank {config.lora.rank}) for {base}",
+        "prompt_tuning": f"A prompt of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+        "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+    }[config.training.method]
     return (
         f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
         f"# {config.run.name}\n\n{banner}"

@@ -43,6 +43,9 @@ class ModelSection(Section):
     )
     gguf_file: str | None = Field(default=None, description="GGUF file name inside the directory or package.")
     revision: str | None = Field(default=None, description="Hub revision to pin.")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="Hold the frozen base in 4 or 8 bits (bitsandbytes), for adapters only."
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -70,8 +73,19 @@ class LoraSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = Field(
-        default="all-linear", description="Module names that get LoRA."
+        default="all-linear", description="Module names that get LoRA; embeddings too (embed_tokens)."
     )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    use_dora: bool = Field(default=False, description="Also train each weight's magnitude (one unit at a time).")
+    modules_to_save: list[str] = Field(
+        default=[], description="Modules that are trained whole and saved with the adapter, e.g. lm_head."
+    )
+
+
+class PromptSection(Section):
+    """Virtual tokens, where training.method is prompt_tuning or prefix_tuning."""
+
+    num_virtual_tokens: int = Field(default=20, ge=1)
 
 
 class FilesSource(Section):
@@ -243,14 +257,20 @@ class PrivacySection(Section):
 class TrainingSection(Section):
     """What is trained, and the optimizer: post-processing of the private gradient, free to change."""
 
-    method: Literal["lora", "full"] = Field(
-        default="lora", description="Train an adapter, or all weights of the model (held in fp32)."
+    method: Literal["lora", "full", "bias", "prompt_tuning", "prefix_tuning"] = Field(
+        default="lora",
+        description="Train an adapter; or all weights, or all biases, of the model (held in fp32); or virtual tokens.",
     )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     num_warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+
+    @property
+    def releases_model(self) -> bool:
+        """Whether the base model's own weights change, and the whole model is released."""
+        return self.method in ("full", "bias")
 
 
 class PerformanceSection(Section):
@@ -292,8 +312,18 @@ class Config(Section):
     run: RunSection
     model: ModelSection
     lora: LoraSection = LoraSection()
+    prompt: PromptSection = PromptSection()
     data: DataSection
     privacy: PrivacySection
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
+
+    @pydantic.model_validator(mode="after")
+    def _method_fits(self) -> Config:
+        method = self.training.method
+        if self.model.quantization is not None and self.training.releases_model:
+            raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
+        if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
+            raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
+        return self

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from privtrain.adapters import make_trainable
 from privtrain.advice import warnings
 from privtrain.backends import Backend, create_backend
 from privtrain.config import Config, load_config
@@ -24,7 +25,6 @@ from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
 from privtrain.models import (
-    add_lora,
     base_dtype,
     load_base,
     load_classifier,
@@ -147,18 +147,13 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
 
 
 def _trainable_model(config: Config, precision: str, device: torch.device, pad_id: int) -> torch.nn.Module:
-    is_full, labels = config.training.method == "full", config.data.labels
-    dtype = torch.float32 if is_full else base_dtype(precision, device)
+    labels = config.data.labels
+    dtype = torch.float32 if config.training.releases_model else base_dtype(precision, device)
     if labels is None:
         base: Any = load_base(config.model, dtype)
     else:
         base = load_classifier(config.model, dtype, labels=labels, pad_id=pad_id, init_seed=_INIT_SEED)
-    if is_full:
-        model = base.requires_grad_(True)
-    else:
-        model = add_lora(
-            base, config.lora, _INIT_SEED, config.model.public_name, is_classifier=config.data.is_classification
-        )
+    model = make_trainable(base, config, _INIT_SEED)
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -301,7 +296,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int
         num_commits=len(state.commits),
         ledger_head=head,
     )
-    write = write_model if config.training.method == "full" else write_adapter
+    write = write_model if config.training.releases_model else write_adapter
     write(run, network.model, network.tokenizer, model_card(config, plan, statement))
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
