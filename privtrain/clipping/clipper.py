@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from privtrain.clipping import rules, styles
+from privtrain.clipping import opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
@@ -84,7 +84,7 @@ class PerUnitClipper:
         style: str = "flat",
         route: str = "auto",
     ) -> None:
-        _refuse_shared_statistics(model)
+        refusals.refuse_coupled_units(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
         known = {id(p) for p in layout.parameters.values()}
@@ -106,6 +106,7 @@ class PerUnitClipper:
         if route != "one_unit":
             self._find_rules(model)
         self._open: _OpenUnit | None = None
+        self._saw_every_use = False
 
     @property
     def sensitivity(self) -> float:
@@ -164,7 +165,7 @@ class PerUnitClipper:
 
     def _find_rules(self, model: nn.Module) -> None:
         try:
-            _refuse_prompt_encoders(model)
+            refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
             self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
         except UnsupportedLayer:
@@ -182,6 +183,7 @@ class PerUnitClipper:
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
         names = {module: name for name, module in self._modules.items()}
+        seen: set[str] = set()
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
             if activation.dim() < 2 or activation.shape[0] != num_rows or output_gradient.shape[0] != num_rows:
@@ -201,12 +203,32 @@ class PerUnitClipper:
                     if local_name not in found:
                         raise UnsupportedLayer(f"the rule of {names[module]!r} gives no gradient for {local_name!r}")
                     gradients.add(slot.name, found[local_name])
+                    seen.add(slot.name)
 
         with captured(self._modules, list(self.layout.parameters.values()), num_rows, sink):
             losses = self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
             losses.sum().backward()
+        self._refuse_hidden_uses(batch, seen)
         self.diagnostics.sum_losses += float(losses.detach().nansum())
         return gradients
+
+    def _refuse_hidden_uses(self, batch: Microbatch, seen: set[str]) -> None:
+        """Once: a tensor that no hook saw must have no gradient, or a kernel that reads the weight itself hides it."""
+        unseen = {name: p for name, p in self.layout.parameters.items() if name not in seen}
+        if self._saw_every_use or not batch.owners:
+            return
+        if unseen:
+            devices = [self._device] if self._device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):  # a replay may begin elsewhere, and must see the same dropout
+                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+                found = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
+            hidden = [name for name, gradient in zip(unseen, found, strict=True) if gradient is not None]
+            if hidden:
+                raise UnsupportedLayer(
+                    f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel reads "
+                    "the weight and hides the activations. Switch it off, or set performance.clipping_route: one_unit"
+                )
+        self._saw_every_use = True
 
     def _accumulate_gradients(self, batch: Microbatch, gradients: UnitGradients) -> None:
         """Add the units of a microbatch; those that span microbatches, or cancel, are multiplied out."""
@@ -289,28 +311,9 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
     owned: set[int] = set()
     for name, module in model.named_modules():
         trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
-        if trainable:
+        if trainable and not opacus_rules.only_names(module):
             modules[name] = module
             owned.update(map(id, trainable))
     if len(owned) < len(slot_of):
         raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
     return modules
-
-
-def _refuse_prompt_encoders(model: nn.Module) -> None:
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedLayer(
-            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; "
-            "set performance.clipping_route: one_unit"
-        )
-
-
-def _refuse_shared_statistics(model: nn.Module) -> None:
-    """Refuse layers whose buffers collect unclipped statistics of the data, on any route."""
-    for name, module in model.named_modules():
-        tracks = getattr(module, "track_running_stats", False)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracks:
-            raise UnsupportedLayer(
-                f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
-                "noise; replace it by GroupNorm or LayerNorm"
-            )

@@ -211,7 +211,7 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
-    run_self_test(
+    trainer.clipper.route = run_self_test(
         model=network.model,
         layout=trainer.layout,
         row_losses=trainer.row_losses,

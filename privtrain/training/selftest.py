@@ -46,11 +46,14 @@ def run_self_test(
     clipping_style: str = "flat",
     clipping_route: str = "auto",
     plant: Callable[[np.ndarray], Record] = Record.of,
-) -> None:
+) -> str:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
     The adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
     moved back bit by bit.
+
+    Returns:
+        The clipping route that passed: ``"one_unit"`` where ``"auto"`` found a layer that needs it. Train on that one.
 
     Raises:
         SelfTestFailed: naming the check and the tensor or setting.
@@ -72,6 +75,7 @@ def run_self_test(
                 model, layout, clipping_norm, scaled, backend.device, clipping_style, clipping_route
             )
             total = _clipped_and_reduced(clipper, unit, microbatch_size, backend)
+            clipping_route = clipper.route
             expected = _plain_gradient(layout, scaled, _batches([unit], 1, backend.device))
             _clip(expected, layout, clipping_norm, clipping_style)
             _compare(total, expected, layout, clipping_norm, _TOLERANCE[precision])
@@ -82,6 +86,7 @@ def run_self_test(
             for name, p in layout.parameters.items():
                 p.copy_(before[name])
                 p.grad = None
+    return clipping_route
 
 
 def _scaled(row_losses: RowLosses) -> RowLosses:
