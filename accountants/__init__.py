@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accountants.api import certified_upper, delta, epsilon
     from accountants.calibration import (
         CalibrationError,
+        calibrate_noise,
         calibrate_noise_multiplier,
         calibrate_num_records,
         calibrate_num_steps,
@@ -40,6 +41,7 @@ _HOME = {
     "api": ("certified_upper", "delta", "epsilon"),
     "calibration": (
         "CalibrationError",
+        "calibrate_noise",
         "calibrate_noise_multiplier",
         "calibrate_num_records",
         "calibrate_num_steps",
@@ -70,6 +72,7 @@ __all__ = [
     "PrivacyAnswer",
     "UnsupportedEventError",
     "adaptive_clipping_noise",
+    "calibrate_noise",
     "calibrate_noise_multiplier",
     "calibrate_num_records",
     "calibrate_num_steps",

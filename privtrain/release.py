@@ -14,7 +14,6 @@ from privtrain.rundir import RunDirectory, replace_directory, write_atomically, 
 SCHEMA = "privtrain/privacy/1"
 
 ASSUMPTIONS = (
-    "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
     "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
     "(Mironov 2012) are outside the model.",
@@ -22,6 +21,12 @@ ASSUMPTIONS = (
     "the private records. The number of units stated here is published without noise.",
     "Hyper-parameter search over this data, if there was any, is not included.",
 )
+
+_RELATION_ASSUMPTION = {
+    "add_or_remove_one": "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
+    "zero_out": "Neighbouring data sets differ by all the records of one privacy unit, replaced by nothing: its place "
+    "stays, and the number of places is public (zero-out).",
+}
 
 _UNIT_ASSUMPTION = {
     "user": ("The owner of a record is the value of the user column; a person with two ids counts as two users.",),
@@ -38,6 +43,7 @@ def privacy_statement(
     num_units: int,
     num_model_steps: int,
     num_charged: int,
+    num_accounted: int,
     num_commits: int,
     ledger_head: str,
 ) -> dict[str, Any]:
@@ -48,11 +54,12 @@ def privacy_statement(
         plan: the plan that was carried out.
         num_units: training units.
         num_model_steps: steps that the released model has behind it.
-        num_charged: steps charged to the budget, abandoned ones included; ε is for exactly these.
+        num_charged: steps charged to the budget, abandoned ones included.
+        num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
         num_commits: steps that the ledger shows as finished.
         ledger_head: hash of the ledger's last record.
     """
-    epsilon, answer = plan.epsilon_after(num_charged), plan.answer_after(num_charged)
+    epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
     return {
         "schema": SCHEMA,
         "private": not plan.not_private_reasons,
@@ -60,7 +67,7 @@ def privacy_statement(
         "unit": plan.unit,
         "neighboring_relation": plan.neighboring_relation,
         "contribution_bound": {"records_per_unit_per_step": plan.records_per_unit, "selection": plan.selection},
-        "sampling": {"scheme": plan.sampling, "sampling_prob": plan.sampling_prob},
+        "sampling": plan.scheme.parameters(),
         "mechanism": {
             "kind": "gaussian",
             "noise_multiplier": plan.noise_multiplier,
@@ -71,6 +78,7 @@ def privacy_statement(
         },
         "num_steps": plan.num_steps,
         "steps_released": num_charged,
+        "steps_accounted": num_accounted,
         "steps_of_the_model": num_model_steps,
         "epsilon": finite(epsilon),
         "delta": plan.delta,
@@ -86,7 +94,12 @@ def privacy_statement(
         "num_units": num_units,
         "ledger": {"head": ledger_head, "num_commits": num_commits},
         "plan_fingerprint": plan.fingerprint(),
-        "assumptions": [*_UNIT_ASSUMPTION[plan.unit], *ASSUMPTIONS],
+        "assumptions": [
+            _RELATION_ASSUMPTION[plan.neighboring_relation],
+            *_UNIT_ASSUMPTION[plan.unit],
+            *ASSUMPTIONS,
+            plan.scheme.assumption,
+        ],
         "not_covered": _not_covered(config),
         "software": {"privtrain": privtrain.__version__},
     }
@@ -166,7 +179,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
             "Records of a unit in a step",
             f"at most {bound['records_per_unit_per_step']}, chosen at {bound['selection']}",
         ),
-        ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
+        ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
         ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),

@@ -15,6 +15,15 @@ from pydantic import Field
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
 
+_BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
+#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.schemes`.
+_SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "poisson": (("sampling_prob",), (), _BOTH, _ALL),
+    "truncated_poisson": (("sampling_prob", "max_batch_size", "max_num_units"), (), ("zero_out",), ("pld",)),
+    "random_allocation": (("steps_per_epoch",), ("steps_per_unit",), _BOTH, ("allocation",)),
+    "shuffle": (("steps_per_epoch", "max_num_units"), (), ("zero_out",), _ALL),
+}
+
 
 class Section(pydantic.BaseModel):
     """Base of every section: frozen, and strict about names."""
@@ -206,9 +215,31 @@ class PrivacySection(Section):
     unit: Literal["user", "example"] = "user"
     records_per_user: int = Field(default=4, ge=1, description="k: the most records of one user in one step.")
     selection: Literal["random"] = "random"
-    neighboring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    sampling: Literal["poisson"] = "poisson"
-    sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
+    neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
+        default="add_or_remove_one",
+        description="zero_out: a unit's records vanish, its place stays; all that truncated_poisson and shuffle have.",
+    )
+    sampling: Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"] = Field(
+        default="poisson", description="How units are chosen; shuffle is accounted without amplification."
+    )
+    sampling_prob: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Chance that a unit joins a step; a constant, not |batch|/N. For poisson and truncated_poisson.",
+    )
+    max_batch_size: int | None = Field(
+        default=None, ge=1, description="truncated_poisson: the most units of a step. Well above the mean costs no ε."
+    )
+    max_num_units: int | None = Field(
+        default=None, ge=1, description="truncated_poisson, shuffle: public number of places, at least the units."
+    )
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="random_allocation, shuffle: steps over which a unit's turns are spread."
+    )
+    steps_per_unit: int | None = Field(
+        default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins; 1 if not given."
+    )
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
     clipping_style: Literal["flat", "per_layer", "automatic", "adaptive"] = Field(
@@ -227,8 +258,10 @@ class PrivacySection(Section):
     )
     target_delta: float = Field(gt=0, lt=1, description="Below 1/units. Below 1e-11 it needs accountant: tilted.")
     num_steps: int = Field(ge=1)
-    accountant: Literal["pld", "tilted", "rdp"] = Field(
-        default="pld", description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ."
+    accountant: Literal["pld", "tilted", "rdp", "allocation"] | None = Field(
+        default=None,
+        description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ. Default: pld, or "
+        "allocation for random_allocation (pip install 'privtrain[allocation]').",
     )
     insecure_seed: int | None = Field(
         default=None, ge=0, description="For tests: marks the run as not private everywhere."
@@ -251,6 +284,26 @@ class PrivacySection(Section):
     def _adaptive_settings(self) -> PrivacySection:
         if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
             raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sampling_keys(self) -> PrivacySection:
+        needed, optional, relations, accountants = _SAMPLING[self.sampling]
+        faults = [f"privacy.{key} is required by" for key in needed if getattr(self, key) is None]
+        others = {key for keys in _SAMPLING.values() for key in (*keys[0], *keys[1])} - {*needed, *optional}
+        faults += [f"privacy.{key} is not used by" for key in sorted(others) if getattr(self, key) is not None]
+        if self.neighboring_relation not in relations:
+            faults.append(f"privacy.neighboring_relation must be {' or '.join(relations)} for")
+        if self.accountant is not None and self.accountant not in accountants:
+            faults.append(f"privacy.accountant must be {' or '.join(accountants)} for")
+        faults = [f"{fault} privacy.sampling={self.sampling}" for fault in faults]
+        if self.steps_per_epoch is not None:
+            if self.num_steps % self.steps_per_epoch:
+                faults.append(f"privacy.num_steps={self.num_steps} must be a multiple of privacy.steps_per_epoch")
+            if (self.steps_per_unit or 1) > self.steps_per_epoch:
+                faults.append("privacy.steps_per_unit must not exceed privacy.steps_per_epoch")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 

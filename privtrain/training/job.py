@@ -207,6 +207,7 @@ def _build_trainer(
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
         objective=network.objective,
+        first_step=session.continuation.first_step,
     )
 
 
@@ -276,16 +277,17 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
         return ""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
-    return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
+    return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
 
 
 def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int) -> None:
     config, plan, run, state = inputs.config, inputs.plan, inputs.run, ledger.state
-    if state.num_charged > plan.num_steps:
+    num_accounted = plan.accounted_steps(state.intents)
+    if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{state.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(state.num_charged)
+    epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
@@ -293,6 +295,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int
         num_units=num_units,
         num_model_steps=len(state.path),
         num_charged=state.num_charged,
+        num_accounted=num_accounted,
         num_commits=len(state.commits),
         ledger_head=head,
     )

@@ -76,6 +76,7 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
             environment=environment.hex(),
             checkpoint_step=newest.step if newest else 0,
             checkpoint_generation=newest.generation if newest else 0,
+            period=inputs.plan.scheme.period,
         )
         _explain(continuation)
         name = f"generation-{continuation.generation:04d}"

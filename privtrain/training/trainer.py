@@ -20,7 +20,7 @@ from privtrain.layout import Layout
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
 from privtrain.training.adaptive import next_norm, release_share
@@ -43,6 +43,7 @@ class Trainer:
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
         objective: the loss of a row.
+        first_step: the generation's first step.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Trainer:
         packer: Packer,
         clipping_route: str = "auto",
         objective: Objective | None = None,
+        first_step: int = 0,
     ) -> None:
         self.plan = plan
         self.backend = backend
@@ -74,7 +76,7 @@ class Trainer:
         self._autocast = autocast
         self._packer = packer
         self._objective = objective or CausalLM()
-        self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
+        self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.layout = Layout.of(model)
         self.clipper = PerUnitClipper(
             model, self.layout, plan.clipping_norm, self.row_losses, backend.device, plan.clipping_style, clipping_route
@@ -184,7 +186,7 @@ class Trainer:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = sums.tolist()
         num_charged = self.ledger.state.num_charged
-        epsilon = self.plan.epsilon_after(num_charged)
+        epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
         self.tracker.log(
             step + 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -135,6 +136,34 @@ def test_empty_steps_and_ranks_without_users_finish(place):
     assert 1 in sizes, "no rank went without a user; choose another seed"
     assert len(sizes) == 16
     assert "16 committed" in verify_run(run)
+
+
+def test_random_allocation_survives_a_kill_and_another_world_size(place):
+    """Killed inside an epoch and resumed on two ranks, or alone: the same draw, every user once an epoch."""
+    from privtrain.training.job import train
+
+    settings = {"sampling": "random_allocation", "sampling_prob": None, "steps_per_epoch": 6, "num_steps": 12}
+    path = config(place, "allocated", **settings)
+    run = place / "runs" / "allocated"
+    job = jobs.start("privtrain", "train", path)
+    assert jobs.wait_for_checkpoint(job, run, 4, timeout_seconds=120)
+    jobs.kill_rank(job, 1)
+    done = jobs.run("privtrain", "train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(config(place, "allocated-alone", **settings))
+    drawn = []
+    for name in ("allocated", "allocated-alone"):
+        records = read_records(place / "runs" / name / "secret" / "ledger.jsonl")
+        drawn.append([[unit for unit, _ in r["units"]] for r in records if r["kind"] == "intent"])
+    assert drawn[0] == drawn[1], "the sample depends on the world size or on what was drawn before"
+    assert len(drawn[0]) == 12
+    first, second = (sorted(itertools.chain(*drawn[0][i : i + 6])) for i in (0, 6))
+    assert first == second
+    assert len(first) == len(set(first)) > 10
+    statement = json.loads((run / "privacy.json").read_text())
+    assert statement["sampling"]["scheme"] == "random_allocation"
+    assert statement["steps_accounted"] == 12
+    assert statement["accountants"][0]["method"] == "allocation"
 
 
 def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place, uninterrupted):
