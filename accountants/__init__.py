@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         calibrate_sampling_prob,
     )
     from accountants.events import (
+        adaptive_clipping_noise,
         dp_sgd_event,
         fixed_size_event,
+        joint_noise_multiplier,
         phased_event,
         random_allocation_event,
         shuffled_event,
@@ -46,8 +48,10 @@ _HOME = {
         "calibrate_sampling_prob",
     ),
     "events": (
+        "adaptive_clipping_noise",
         "dp_sgd_event",
         "fixed_size_event",
+        "joint_noise_multiplier",
         "phased_event",
         "random_allocation_event",
         "shuffled_event",
@@ -67,6 +71,7 @@ __all__ = [
     "NotCertifiedError",
     "PrivacyAnswer",
     "UnsupportedEventError",
+    "adaptive_clipping_noise",
     "calibrate_noise",
     "calibrate_noise_multiplier",
     "calibrate_num_records",
@@ -78,6 +83,7 @@ __all__ = [
     "epsilon",
     "fixed_size_event",
     "get_accountant",
+    "joint_noise_multiplier",
     "phased_event",
     "random_allocation_event",
     "shuffled_event",

@@ -20,8 +20,8 @@ from attacks.rundir import read_statement
 from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals, write_signals
 from privtrain.config import load_config
 from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.data.encode import Encoder
 from privtrain.data.split import seal
-from privtrain.data.units import tokenize
 from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision, token_log_probs
 from privtrain.processes import join_processes
 from privtrain.rundir import RunDirectory
@@ -51,8 +51,12 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
     read_statement(run_path)
     run = RunDirectory(run_path)
     config = load_config(run.resolved_config)
-    if config.training.method == "full":
-        raise AttackInputError("attacks compare an adapter with its base; a run with training.method: full has none")
+    if config.training.releases_model:
+        raise AttackInputError(
+            f"attacks compare an adapter with its base; a run with training.method: {config.training.method} has none"
+        )
+    if config.data.is_classification:
+        raise AttackInputError("attacks score tokens of texts; a run with data.format: classification predicts none")
     state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
         target = run_path / SIGNALS_PATH
@@ -64,7 +68,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
         tokenizer = load_tokenizer(config.model)
-        documents = attacker_documents(run, load_corpus(config.data), tokenizer, config.data.max_length)
+        documents = attacker_documents(run, load_corpus(config.data), Encoder(config.data, tokenizer))
         precision = resolve_precision(config.performance.precision, device)
         base = load_base(config.model, base_dtype(precision, device))
         model = load_adapter(base, run.adapter).to(device).eval()
@@ -88,7 +92,7 @@ def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
         state.destroy_process_group()
 
 
-def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length: int) -> list[Document]:
+def attacker_documents(run: RunDirectory, corpus: Corpus, encoder: Encoder) -> list[Document]:
     """The documents that the sealed manifest gives to the attacker, tokenised as training tokenises.
 
     Raises:
@@ -106,10 +110,10 @@ def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length:
         raise AttackInputError(
             "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
         )
-    tokens, _ = tokenize([corpus.records[user][index] for user, index in found], tokenizer, max_length)
+    encoded = encoder.encode([corpus.records[user][index] for user, index in found])
     return [
-        Document(user, index, HELD_IN if user in held_in else HELD_OUT, ids)
-        for (user, index), ids in zip(found, tokens, strict=True)
+        Document(user, index, HELD_IN if user in held_in else HELD_OUT, record.tokens)
+        for (user, index), record in zip(found, encoded.records, strict=True)
     ]
 
 

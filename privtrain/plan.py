@@ -15,11 +15,31 @@ import math
 from collections.abc import Iterable
 
 import accountants
-from privtrain.config.schema import PrivacySection
+from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
 from privtrain.schemes import Scheme, relation_of, scheme_of
 
 SCHEMA = "privtrain/plan/1"
+
+
+#: Shares of the plan's noise: what the count of adaptive clipping gets unless told otherwise.
+_COUNT_NOISE_OF_BATCH = 1 / 20
+_COUNT_NOISE_OF_MULTIPLIER = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClipping:
+    """How the clipping norm follows a quantile (Andrew et al. 2021, arXiv 1905.03871).
+
+    Attributes:
+        target_quantile: share of units whose norm is to be within the clipping norm.
+        learning_rate: of the norm's logarithm.
+        count_noise: standard deviation of the noise on the released count, whose sensitivity is 1/2.
+    """
+
+    target_quantile: float
+    learning_rate: float
+    count_noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +57,17 @@ class PrivacyPlan:
         neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
         scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.
         expected_batch_size: constant divisor of the noisy sum.
-        clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum.
-        clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
-        noise_multiplier: noise standard deviation over ``clipping_norm``.
+        clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum. With adaptive clipping
+            the first step's; the others follow from released counts.
+        clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"``, ``"automatic"`` or
+            ``"adaptive"``.
+        noise_multiplier: noise standard deviation over sensitivity, of a step's whole release: what is accounted for.
         num_steps: logical steps that are charged.
         delta: the δ of the guarantee.
         epsilon: certified ε at ``delta`` after ``num_steps``; infinite without noise.
         accountant: name of the accountant that certified ``epsilon``.
         insecure_seed: not ``None`` only in tests; voids the guarantee.
+        adaptive_clipping: not ``None`` where ``clipping_style`` is ``"adaptive"``.
     """
 
     unit: str
@@ -61,6 +84,7 @@ class PrivacyPlan:
     epsilon: float
     accountant: str
     insecure_seed: int | None
+    adaptive_clipping: AdaptiveClipping | None = None
 
     @classmethod
     def build(cls, privacy: PrivacySection) -> PrivacyPlan:
@@ -94,7 +118,18 @@ class PrivacyPlan:
             epsilon=accountants.certified_upper(answer),
             accountant=accountant,
             insecure_seed=privacy.insecure_seed,
+            adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
         )
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """Noise standard deviation over clipping norm of the clipped sum alone.
+
+        More than ``noise_multiplier`` where a count is released beside it: both together have that.
+        """
+        if self.adaptive_clipping is None or self.noise_multiplier == 0:
+            return self.noise_multiplier
+        return accountants.adaptive_clipping_noise(self.noise_multiplier, self.adaptive_clipping.count_noise)
 
     @property
     def sampling(self) -> str:
@@ -112,8 +147,8 @@ class PrivacyPlan:
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation of the noise on every coordinate of the sum."""
-        return self.noise_multiplier * self.clipping_norm
+        """Standard deviation of the noise on every coordinate of the (first) sum."""
+        return self.gradient_noise_multiplier * self.clipping_norm
 
     @property
     def not_private_reasons(self) -> tuple[str, ...]:
@@ -172,6 +207,23 @@ def _noise_multiplier(privacy: PrivacySection, scheme: Scheme, accountant: str) 
         accountant=accountant,
         relation=relation_of(privacy.neighboring_relation),
     )
+
+
+def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
+    if privacy.clipping_style != "adaptive":
+        return None
+    given = privacy.adaptive_clipping or AdaptiveClippingSection()
+    count_noise = given.count_noise
+    if count_noise is None:
+        count_noise = max(
+            _COUNT_NOISE_OF_BATCH * privacy.expected_batch_size, _COUNT_NOISE_OF_MULTIPLIER * noise_multiplier
+        )
+    if noise_multiplier == 0:
+        count_noise = 0.0
+    elif count_noise <= noise_multiplier / 2:
+        problem = f"given {count_noise:g}; must exceed half the noise multiplier, {noise_multiplier / 2:g}"
+        raise ConfigError([Fault("privacy.adaptive_clipping.count_noise", problem)])
+    return AdaptiveClipping(given.target_quantile, given.learning_rate, count_noise)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -47,6 +47,7 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "expected_steps_per_unit": round(plan.num_steps * plan.sampling_prob, 2),
         "clipping_norm": plan.clipping_norm,
         "clipping_style": plan.clipping_style,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
         "noise_multiplier": plan.noise_multiplier,
         "noise_stddev_of_mean": plan.noise_stddev / plan.expected_batch_size,
         "accountant": plan.accountant,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -72,6 +73,7 @@ def privacy_statement(
             "noise_multiplier": plan.noise_multiplier,
             "clipping_norm": plan.clipping_norm,
             "clipping_style": plan.clipping_style,
+            "adaptive_clipping": _adaptive(plan),
             "expected_batch_size": plan.expected_batch_size,
         },
         "num_steps": plan.num_steps,
@@ -103,6 +105,17 @@ def privacy_statement(
     }
 
 
+def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """What adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    if plan.adaptive_clipping is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.adaptive_clipping),
+        "count_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+    }
+
+
 def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
     """Put the statement beside the run and inside what is released. Written last: it marks the run as complete."""
     write_json(run.released / "privacy.json", statement)
@@ -112,7 +125,7 @@ def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
 def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
     """``save_pretrained`` into a temporary directory, check it, then put it in place."""
     temporary = run.root / ".adapter.tmp"
-    model.save_pretrained(str(temporary), save_embedding_layers=False)  # no rule trains them yet
+    model.save_pretrained(str(temporary), save_embedding_layers=False)  # unless modules_to_save names them
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
     _check_tensors(temporary / "adapter_model.safetensors", model)
@@ -154,7 +167,7 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(path)
-    for name, value in get_peft_model_state_dict(model).items():
+    for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         if value.numel() == 0 or name not in saved or not torch.equal(saved[name], value.detach().cpu()):
             raise RuntimeError(f"{path}: tensor {name} was not saved as it is in memory")
 
@@ -177,7 +190,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ),
         ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
-        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {plan.clipping_norm:g}"),
+        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
@@ -185,9 +198,14 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     base = config.model.public_name
-    is_full = config.training.method == "full"
-    library = "transformers" if is_full else "peft"
-    what = f"All weights of {base}" if is_full else f"A LoRA adapter (rank {config.lora.rank}) for {base}"
+    library = "transformers" if config.training.releases_model else "peft"
+    what = {
+        "full": f"All weights of {base}",
+        "bias": f"{base}, its biases",
+        "lora": f"A LoRA adapter (rank {config.lora.rank}) for {base}",
+        "prompt_tuning": f"A prompt of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+        "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+    }[config.training.method]
     return (
         f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
         f"# {config.run.name}\n\n{banner}"
@@ -210,6 +228,16 @@ def _not_covered(config: Config) -> list[str]:
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
+
+
+def _norm_text(plan: PrivacyPlan) -> str:
+    if plan.adaptive_clipping is None:
+        return f"{plan.clipping_norm:g}"
+    adaptive = plan.adaptive_clipping
+    return (
+        f"{plan.clipping_norm:g} at first, then following quantile {adaptive.target_quantile:g} by a count released in "
+        f"every step with noise {adaptive.count_noise:g}; gradient and count together have the noise multiplier below"
+    )
 
 
 def _bullets(items: list[str]) -> str:

@@ -7,6 +7,7 @@ into host memory first, once a rank, and freed after the parts were copied.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config.schema import ModelSection
+from privtrain.errors import ConfigError, Fault
 from privtrain.model_files import locate
-from privtrain.models import load_base
+from privtrain.models import load_base, load_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,17 +28,32 @@ if TYPE_CHECKING:
 PartReader = Callable[[str, int, int], torch.Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierHead:
+    """What makes a base model a sequence classifier; see :func:`~privtrain.models.load_classifier`."""
+
+    labels: tuple[int | str, ...]
+    pad_id: int
+    init_seed: int
+
+
 class BaseSource:
     """A base model that can be had whole, empty, or in parts.
 
     Args:
         model: which one.
         dtype: what its weights are held in.
+        head: for a classifier.
+        method: what will be trained of it, see ``training.method``.
     """
 
-    def __init__(self, model: ModelSection, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelSection, dtype: torch.dtype, head: ClassifierHead | None = None, method: str = "lora"
+    ) -> None:
         self.model = model
         self.dtype = dtype
+        self.head = head
+        self.method = method
 
     def whole(self) -> PreTrainedModel:
         """The model with its weights, frozen.
@@ -44,12 +61,20 @@ class BaseSource:
         Raises:
             ConfigError: if it cannot be loaded.
         """
-        return load_base(self.model, self.dtype)
+        if self.head is None:
+            return load_base(self.model, self.dtype)
+        head = self.head
+        return load_classifier(self.model, self.dtype, labels=head.labels, pad_id=head.pad_id, init_seed=head.init_seed)
 
     def empty(self) -> PreTrainedModel:
-        """The model without weights, frozen; the caller chooses by context where its tensors are made."""
+        """The model without weights, frozen; the caller chooses by context where its tensors are made.
+
+        Raises:
+            ConfigError: if this model or method needs the whole base on every rank.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self._refuse_parts()
         location = locate(self.model)
         config = AutoConfig.from_pretrained(location.path, **location.arguments)
         if getattr(config, "quantization_config", None) is not None and self.model.gguf_file:
@@ -57,6 +82,18 @@ class BaseSource:
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         model.config.use_cache = False
         return model.eval().requires_grad_(False)
+
+    def _refuse_parts(self) -> None:
+        elsewhere = "a base that is sharded over ranks (ZeRO-3, FSDP2); launch with ddp, zero1 or zero2"
+        faults = []
+        if self.head is not None:
+            faults.append(Fault("data.format", f"classification does not run on {elsewhere}"))
+        if self.method not in ("lora", "full"):
+            faults.append(Fault("training.method", f"{self.method} does not run on {elsewhere}"))
+        if self.model.quantization is not None:
+            faults.append(Fault("model.quantization", f"{self.model.quantization} does not run on {elsewhere}"))
+        if faults:
+            raise ConfigError(faults)
 
     def reader(self, shapes: Mapping[str, tuple[int, ...]]) -> PartReader:
         """Reads parts of the tensors with these names and shapes."""
@@ -132,4 +169,4 @@ def _weight_files(model: ModelSection) -> list[pathlib.Path]:
     return [pathlib.Path(str(cached_file(location.path, part, **location.arguments))) for part in parts]
 
 
-__all__ = ["BaseSource", "PartReader"]
+__all__ = ["BaseSource", "ClassifierHead", "PartReader"]

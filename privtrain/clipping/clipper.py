@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from privtrain.clipping import rules, styles
+from privtrain.clipping import opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
@@ -52,6 +52,7 @@ class ClippingDiagnostics:
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
+    sum_within: float = 0.0
     sum_norms: float = 0.0
     sum_losses: float = 0.0
     nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
@@ -82,7 +83,7 @@ class PerUnitClipper:
         clipping_norm: C > 0.
         row_losses: see :data:`RowLosses`.
         device: where ``total`` lives.
-        style: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :mod:`.styles`.
+        style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``, see :mod:`.styles`.
         route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no
             rule, two passes for full fine-tuning with gradient checkpointing, otherwise batched.
 
@@ -101,7 +102,7 @@ class PerUnitClipper:
         style: str = "flat",
         route: str = "auto",
     ) -> None:
-        refuse_shared_statistics(model)
+        refusals.refuse_coupled_units(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
         known = {id(p) for p in layout.parameters.values()}
@@ -129,11 +130,22 @@ class PerUnitClipper:
         if self.route in ("one_unit", "two_pass"):
             self._refuse_reentrant()
         self._open: _OpenUnit | None = None
+        self._saw_every_use = False
 
     @property
     def sensitivity(self) -> float:
         """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
         return self._clipping_norm
+
+    @property
+    def clipping_norm(self) -> float:
+        """C of this step; adaptive clipping sets it between steps."""
+        return self._clipping_norm
+
+    @clipping_norm.setter
+    def clipping_norm(self, value: float) -> None:
+        assert self._open is None
+        self._clipping_norm = value
 
     def reset(self) -> None:
         """Begin a step."""
@@ -171,7 +183,7 @@ class PerUnitClipper:
 
     def _find_rules(self, model: nn.Module) -> None:
         try:
-            _refuse_prompt_encoders(model)
+            refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
             self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
         except UnsupportedLayer:
@@ -208,19 +220,55 @@ class PerUnitClipper:
         gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
         names = {module: name for name, module in self._modules.items()}
         passes = Passes(names, self._rules, self._slot_of, gradients, num_rows, self._memory_budget, self._device)
+        try:
+            self._refuse_hidden_uses(batch)
+        except UnsupportedLayer:
+            return self._falls_back()
         with captured(self._modules, list(self.layout.parameters.values()), num_rows) as calls:
             try:
                 losses = passes.first(
                     calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
                 )
             except UnsupportedLayer:
-                if self.route != "auto":
-                    raise
-                self.route = "one_unit"
-                return False
+                return self._falls_back()
             self.diagnostics.sum_losses += float(losses.nansum())
             self._add_units(batch, passes, calls)
         return True
+
+    def _falls_back(self) -> bool:
+        """In an ``except`` block, with nothing of the microbatch added: one unit at a time, if that was left open."""
+        if self.route != "auto":
+            raise
+        self.route = "one_unit"
+        return False
+
+    def _refuse_hidden_uses(self, batch: Microbatch) -> None:
+        """Once: a tensor that no hook saw must have no gradient, or a kernel that reads the weight itself hides it.
+
+        On the first microbatch, whatever is in it: under a sharded base every rank must run the same passes.
+        """
+        if self._saw_every_use:
+            return
+        seen: set[int] = set()
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a replay may begin elsewhere, and must see the same dropout
+            with captured(self._modules, list(self.layout.parameters.values()), 1) as calls:
+                calls.sink = lambda module, *_: seen.update(id(p) for p in module.parameters(recurse=False))
+                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+                calls.is_forward = False
+                loss.backward()
+            unseen = {name: p for name, p in self.layout.parameters.items() if id(p) not in seen}
+            if unseen:
+                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+                found = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
+                hidden = [name for name, gradient in zip(unseen, found, strict=True) if gradient is not None]
+                if hidden:
+                    raise UnsupportedLayer(
+                        f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel "
+                        "reads the weight and hides the activations. Switch it off, or set "
+                        "performance.clipping_route: one_unit"
+                    )
+        self._saw_every_use = True
 
     def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
         """Add the units of a microbatch; those that span microbatches, or cancel, are multiplied out."""
@@ -345,6 +393,7 @@ class PerUnitClipper:
             places = chosen.nonzero().flatten()[~finite].tolist()
             self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
+        self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 
 
@@ -354,31 +403,12 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
     owned: set[int] = set()
     for name, module in model.named_modules():
         trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
-        if trainable:
+        if trainable and not opacus_rules.only_names(module):
             modules[name] = module
             owned.update(map(id, trainable))
     if len(owned) < len(slot_of):
         raise UnsupportedLayer(f"{len(slot_of) - len(owned)} trainable tensors belong to no module of the model")
     return modules
-
-
-def _refuse_prompt_encoders(model: nn.Module) -> None:
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedLayer(
-            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; "
-            "set performance.clipping_route: one_unit"
-        )
-
-
-def refuse_shared_statistics(model: nn.Module) -> None:
-    """Refuse layers whose buffers collect unclipped statistics of the data, on any route."""
-    for name, module in model.named_modules():
-        tracks = getattr(module, "track_running_stats", False)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracks:
-            raise UnsupportedLayer(
-                f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
-                "noise; replace it by GroupNorm or LayerNorm"
-            )
 
 
 def _checkpointing(model: nn.Module) -> str | None:

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from privtrain.clipping import styles
-from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses, refuse_shared_statistics
+from privtrain.clipping import refusals, styles
+from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost
@@ -73,12 +73,12 @@ class CooperativeClipper:
         device: torch.device,
         style: str = "flat",
     ) -> None:
-        refuse_shared_statistics(model)
+        refusals.refuse_coupled_units(model)
         self.layout = shards.layout
         self.total = self.layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
         self._shards = shards
-        self._clipping_norm = clipping_norm
+        self.clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
         self._style = style
@@ -88,7 +88,7 @@ class CooperativeClipper:
     @property
     def sensitivity(self) -> float:
         """Largest change of the whole sum when one unit is added or removed: C in every style."""
-        return self._clipping_norm
+        return self.clipping_norm
 
     def reset(self) -> None:
         """Begin a step."""
@@ -143,7 +143,7 @@ class CooperativeClipper:
                     squares[i] = squared_norms(self.layout.view(gradient, slot)[None])
             self._shards.sum_over_group(squares)
             norms = styles.group_norms(squares, self._groups)
-            factors = styles.factors(self._style, norms, self._clipping_norm)
+            factors = styles.factors(self._style, norms, self.clipping_norm)
             whole = float(squares.sum().sqrt())
             is_finite = whole < float("inf")
             if not is_finite:
@@ -153,6 +153,7 @@ class CooperativeClipper:
                 self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
                 self.diagnostics.num_nonfinite += int(not is_finite)
                 self.diagnostics.sum_norms += whole if is_finite else 0.0
+                self.diagnostics.sum_within += float(styles.within(norms.new_tensor([whole]), self.clipping_norm).sum())
             if not bool((factors > 0).all()):
                 return
             per_slot = factors.float()[torch.tensor(self._groups, device=self._device)]

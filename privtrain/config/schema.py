@@ -53,6 +53,9 @@ class ModelSection(Section):
     )
     gguf_file: str | None = Field(default=None, description="GGUF file name inside the directory or package.")
     revision: str | None = Field(default=None, description="Hub revision to pin.")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="Hold the frozen base in 4 or 8 bits (bitsandbytes), for adapters only."
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -80,8 +83,19 @@ class LoraSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = Field(
-        default="all-linear", description="Module names that get LoRA."
+        default="all-linear", description="Module names that get LoRA; embeddings too (embed_tokens)."
     )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    use_dora: bool = Field(default=False, description="Also train each weight's magnitude (one unit at a time).")
+    modules_to_save: list[str] = Field(
+        default=[], description="Modules that are trained whole and saved with the adapter, e.g. lm_head."
+    )
+
+
+class PromptSection(Section):
+    """Virtual tokens, where training.method is prompt_tuning or prefix_tuning."""
+
+    num_virtual_tokens: int = Field(default=20, ge=1)
 
 
 class FilesSource(Section):
@@ -114,7 +128,31 @@ class DataSection(Section):
 
     source: DataSource
     user_column: str = Field(default="user", description="Column that names the owner of a row.")
-    text_column: str = Field(default="text", description="Column that holds the text.")
+    format: Literal["text", "prompt_completion", "chat", "classification"] = Field(
+        default="text",
+        description="What a record is, and what is learned of it: a text, all of it; a completion after a prompt; the "
+        "assistant's turns of a conversation; the label of a text, which makes the model a sequence classifier.",
+    )
+    text_column: str = Field(default="text", description="Column that holds the text (text, classification).")
+    text_pair_column: str | None = Field(
+        default=None, description="Column of the second text, for classification of pairs."
+    )
+    prompt_column: str = Field(default="prompt", description="Column of the prompt (prompt_completion).")
+    completion_column: str = Field(default="completion", description="Column of the completion (prompt_completion).")
+    messages_column: str = Field(
+        default="messages", description="Column of the conversation (chat): a list of {role, content}."
+    )
+    chat_template_file: pathlib.Path | None = Field(
+        default=None, description="Jinja file that replaces the tokenizer's chat template."
+    )
+    label_column: str = Field(default="label", description="Column of the label (classification).")
+    labels: list[int | str] | None = Field(
+        default=None,
+        min_length=2,
+        description="Every label (classification). Public, hence declared and never read off the rows; a row with "
+        "another label is dropped and counted.",
+    )
+    packing: bool = Field(default=False, description="Refused: a row holds one record of one user.")
     max_length: int = Field(
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
@@ -130,6 +168,45 @@ class DataSection(Section):
     )
     num_evaluation_records: int = Field(
         default=128, ge=0, description="Held-out records that perplexity is measured on."
+    )
+
+    @pydantic.field_validator("packing")
+    @classmethod
+    def _no_packing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("packing puts several users into one row, where they cannot be clipped apart; remove it")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _fits_the_format(self) -> DataSection:
+        if (self.format == "classification") != (self.labels is not None):
+            raise ValueError("data.labels declares the labels of data.format: classification, and of no other")
+        if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
+            raise ValueError(f"data.labels={self.labels} names a label twice")
+        if self.text_pair_column is not None and self.format != "classification":
+            raise ValueError("data.text_pair_column belongs to data.format: classification")
+        if self.chat_template_file is not None and self.format != "chat":
+            raise ValueError("data.chat_template_file belongs to data.format: chat")
+        if self.format != "text" and self.source.kind == "plays":
+            raise ValueError("the plays are data.format: text")
+        return self
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the model is a sequence classifier, not a causal language model."""
+        return self.format == "classification"
+
+
+class AdaptiveClippingSection(Section):
+    """Adaptive quantile clipping; privacy.clipping_norm is where it starts."""
+
+    target_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units whose norm is to be within C.")
+    learning_rate: float = Field(default=0.2, gt=0, le=1, description="Of the logarithm of C.")
+    count_noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviation of the noise on the released count. Default: expected_batch_size / 20, at "
+        "least twice the noise multiplier, which raises the gradient's noise by at most 3.3 %.",
     )
 
 
@@ -166,9 +243,13 @@ class PrivacySection(Section):
     )
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
-    clipping_style: Literal["flat", "per_layer", "automatic"] = Field(
+    clipping_style: Literal["flat", "per_layer", "automatic", "adaptive"] = Field(
         default="flat",
-        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic).",
+        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic); "
+        "or flat with a C that follows a quantile of the units' norms (adaptive).",
+    )
+    adaptive_clipping: AdaptiveClippingSection | None = Field(
+        default=None, description="Settings of clipping_style: adaptive."
     )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
@@ -201,6 +282,12 @@ class PrivacySection(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _adaptive_settings(self) -> PrivacySection:
+        if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
+            raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _sampling_keys(self) -> PrivacySection:
         needed, optional, relations, accountants = _SAMPLING[self.sampling]
         faults = [f"privacy.{key} is required by" for key in needed if getattr(self, key) is None]
@@ -224,14 +311,20 @@ class PrivacySection(Section):
 class TrainingSection(Section):
     """What is trained, and the optimizer: post-processing of the private gradient, free to change."""
 
-    method: Literal["lora", "full"] = Field(
-        default="lora", description="Train an adapter, or all weights of the model (held in fp32)."
+    method: Literal["lora", "full", "bias", "prompt_tuning", "prefix_tuning"] = Field(
+        default="lora",
+        description="Train an adapter; or all weights, or all biases, of the model (held in fp32); or virtual tokens.",
     )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     num_warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+
+    @property
+    def releases_model(self) -> bool:
+        """Whether the base model's own weights change, and the whole model is released."""
+        return self.method in ("full", "bias")
 
 
 class PerformanceSection(Section):
@@ -298,9 +391,19 @@ class Config(Section):
     run: RunSection
     model: ModelSection
     lora: LoraSection = LoraSection()
+    prompt: PromptSection = PromptSection()
     data: DataSection
     privacy: PrivacySection
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
     registry: RegistrySection = RegistrySection()
+
+    @pydantic.model_validator(mode="after")
+    def _method_fits(self) -> Config:
+        method = self.training.method
+        if self.model.quantization is not None and self.training.releases_model:
+            raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
+        if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
+            raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
+        return self

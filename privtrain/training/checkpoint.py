@@ -1,4 +1,4 @@
-"""Resumable state: trained tensors, optimizer and step, written whole or not at all, verified before use.
+"""Resumable state: trained tensors, optimizer, clipping norm and step, whole or not at all, verified before use.
 
 The state is by name of tensor, and whole: whichever backend and number of ranks wrote it, any other can go on from it.
 Sharded backends put it together on rank 0's host memory one tensor after another (12 bytes a trained parameter), and
@@ -50,6 +50,7 @@ def save(
     generation: int,
     layout: Layout,
     optimizer: torch.optim.Optimizer,
+    clipping_norm: float,
     num_kept: int,
     backend: Backend,
 ) -> None:
@@ -61,7 +62,13 @@ def save(
     if not backend.is_main:
         return
     buffer = io.BytesIO()
-    torch.save({"tensors": tensors, "moments": moments, "num_updates": _num_updates(optimizer)}, buffer)
+    content = {
+        "tensors": tensors,
+        "moments": moments,
+        "num_updates": _num_updates(optimizer),
+        "clipping_norm": clipping_norm,
+    }
+    torch.save(content, buffer)
     state = buffer.getvalue()
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -91,12 +98,16 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
             shutil.rmtree(candidate)
 
 
-def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> None:
-    """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts."""
+def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
+    """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts.
+
+    Returns:
+        The next step's clipping norm.
+    """
     content: dict[str, Any] = {}
     if backend.is_main:
         content = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-        head = {"moments": sorted(content["moments"]), "num_updates": content["num_updates"]}
+        head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
         content["head"] = json.dumps(head).encode()
     head = json.loads(backend.broadcast_bytes(content.get("head")))
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
@@ -112,6 +123,7 @@ def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, back
             else:
                 parameter.detach().copy_(value)
     backend.publish()
+    return head["clipping_norm"]
 
 
 def _collected(

@@ -19,6 +19,7 @@ from privtrain.backends import Backend, Placement
 from privtrain.clipping import CooperativeClipper, GradientShards, PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout, Slot
 from privtrain.noise import gaussian
@@ -49,11 +50,15 @@ def run_self_test(
     vocabulary_size: int,
     precision: str,
     clipping_style: str = "flat",
-) -> None:
+    plant: Callable[[np.ndarray], Record] = Record.of,
+) -> str:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
     An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
     moved back bit by bit. Every rank calls it, and on a failure of any, all fail.
+
+    Returns:
+        The clipping route that passed: ``"one_unit"`` where ``"auto"`` found a layer that needs it. Train on that one.
 
     Raises:
         SelfTestFailed: naming the check and the tensor or setting.
@@ -69,13 +74,13 @@ def run_self_test(
         model.eval()  # dropout off: the two gradients must be of the same function
         if is_adapter:
             _move(layout, backend)
-        _check_clipping(
+        route = _check_clipping(
             model,
             placement,
             new_clipper,
             row_losses,
             backend,
-            unit=_planted_unit(vocabulary_size),
+            unit=[plant(tokens) for tokens in _planted_unit(vocabulary_size)],
             clipping_norm=clipping_norm,
             style=clipping_style,
             tolerance=_TOLERANCE[precision],
@@ -90,6 +95,7 @@ def run_self_test(
             for parameter in placement.clipped.parameters.values():
                 parameter.grad = None
             backend.publish()
+    return route
 
 
 def _move(layout: Layout, backend: Backend) -> None:
@@ -129,14 +135,18 @@ def _check_clipping(
     row_losses: RowLosses,
     backend: Backend,
     *,
-    unit: list[np.ndarray],
+    unit: list[Record],
     clipping_norm: float,
     style: str,
     tolerance: float,
-) -> None:
-    """The job's own path against plain autograd, for a huge gradient and, where ranks share a unit, for a small one."""
+) -> str:
+    """The job's own path against plain autograd, for a huge gradient and, where ranks share a unit, for a small one.
+
+    Returns:
+        The route that passed.
+    """
     factors = [_LOSS_FACTOR]
-    norm = math.inf
+    norm, routes = math.inf, []
     while factors:
         scaled = _scaled(row_losses, factors.pop())
         expected = _plain_gradient(model, placement, scaled, _batches([unit], 1, backend.device))
@@ -145,10 +155,12 @@ def _check_clipping(
             clipper = new_clipper(scaled)
             total = _clipped_and_reduced(clipper, placement, unit, microbatch_size, backend)
             _compare(total, expected, placement.stepped, clipping_norm, tolerance, backend)
+            routes.append(clipper.route)
         if placement.shards is not None and norm == math.inf and 0 < plain_norm < math.inf:
             # Clipping hides a mean in place of a sum over a unit's rows; half the clipping norm does not.
             factors.append(_LOSS_FACTOR * 0.5 * clipping_norm / plain_norm)
         norm = plain_norm
+    return "one_unit" if "one_unit" in routes else routes[-1]
 
 
 def _scaled(row_losses: RowLosses, factor: float) -> RowLosses:
@@ -160,7 +172,7 @@ def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
     return [tokens[: _PLANTED_LENGTHS[0]], tokens[_PLANTED_LENGTHS[0] :]]
 
 
-def _batches(units: list[list[np.ndarray]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
+def _batches(units: list[list[Record]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
     packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
     num_batches = -(-len(_PLANTED_LENGTHS) // microbatch_size)
     return [batch.to(device) for batch in packer.pack(units, num_batches)]
@@ -169,7 +181,7 @@ def _batches(units: list[list[np.ndarray]], microbatch_size: int, device: torch.
 def _clipped_and_reduced(
     clipper: PerUnitClipper | CooperativeClipper,
     placement: Placement,
-    unit: list[np.ndarray],
+    unit: list[Record],
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
@@ -187,7 +199,7 @@ def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: s
     whole = math.hypot(*norms)
     if style == "automatic":
         gradient *= clipping_norm / (whole + styles.AUTOMATIC_GAMMA)
-    elif style == "flat":
+    elif style in ("flat", "adaptive"):
         gradient *= clipping_norm / max(whole, clipping_norm)
     else:
         modules: dict[str, list[int]] = {}

@@ -12,6 +12,7 @@ from privtrain.backends import Backend
 from privtrain.config import public_tree, to_yaml
 from privtrain.console import say
 from privtrain.data.split import Split
+from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger import Ledger, open_ledger
 from privtrain.ledger.head import head_path
@@ -103,7 +104,7 @@ def _explain(continuation: Continuation) -> None:
         say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
 
 
-def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, num_truncated: int) -> None:
+def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, units: UnitData) -> None:
     """Put on record that training goes on, and with what."""
     run, continuation = inputs.run, session.continuation
     ledger.begin_session(
@@ -112,7 +113,11 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
     checkpoint.drop_after(run.checkpoints, continuation.start_step)
     write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
     write_atomically(run.config, to_yaml(public_tree(inputs.config)))
-    counts = {**dataclasses.asdict(inputs.corpus.counts), "num_truncated_training_records": num_truncated}
+    counts = {
+        **dataclasses.asdict(inputs.corpus.counts),
+        "num_truncated_training_records": units.num_truncated,
+        "num_training_records_without_target": units.num_without_target,
+    }
     write_json(run.data_counts, counts, mode=0o600)
     manifest = split.manifest(inputs.corpus)
     if not run.manifest.exists():

@@ -102,7 +102,13 @@ def test_wide_files_are_closed_at_the_start_and_wide_directories_refused(tree, t
 
 def test_what_became_of_the_rows_is_counted_in_secret(finished):
     counts = json.loads((finished / "secret" / "data_counts.json").read_text())
-    assert set(counts) == {"num_rows", "num_without_user", "num_empty", "num_truncated_training_records"}
+    assert set(counts) == {
+        "num_rows",
+        "num_without_user",
+        "num_empty",
+        "num_truncated_training_records",
+        "num_training_records_without_target",
+    }
     assert counts["num_rows"] > 24
     assert counts["num_truncated_training_records"] > 0
 
