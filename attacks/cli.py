@@ -24,11 +24,26 @@ Run = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Directory of a
 def score(
     run: Run,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass, padding included.")] = 2048,
+    training_records: Annotated[
+        int, typer.Option(min=0, help="Records of each user to score beside the attacker's: for record membership.")
+    ] = 2,
+    variants: Annotated[
+        str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N; comma-separated.")
+    ] = "",
+    spans: Annotated[
+        str | None, typer.Option(help="Column of labelled [start, end] spans of sensitive text, or: presidio.")
+    ] = None,
+    date: Annotated[str | None, typer.Option(help="Column of dates, for the blind baseline.")] = None,
+    language: Annotated[str | None, typer.Option(help="Column of languages; guessed from the text without.")] = None,
+    documents_of: Annotated[
+        pathlib.Path | None, typer.Option(help="Another run, of which this one is a shadow: score its documents.")
+    ] = None,
 ) -> None:
-    """Score the attacker's documents under the fine-tuned model and its base (loads both models)."""
+    """Score documents under the fine-tuned model and its base (loads the models; resumes where it was killed)."""
     from attacks import score as scoring
 
-    scoring.score_run(run, batch_tokens)
+    options = scoring.ScoreOptions(batch_tokens, training_records, variants, spans, date, language)
+    scoring.score_run(run, options, documents_of=documents_of)
 
 
 @app.command()
