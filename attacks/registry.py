@@ -1,0 +1,51 @@
+"""All attacks that the analysis runs. A new one is a file with an ``ATTACK`` and a line here."""
+
+from __future__ import annotations
+
+from attacks.membership import (
+    calibrated,
+    ez_mia,
+    lira,
+    loss,
+    lowercase,
+    min_k,
+    min_k_plus_plus,
+    neighbourhood,
+    ratio,
+    recall,
+    rmia,
+    wbc,
+    zlib_ratio,
+)
+from attacks.protocol import Attack
+
+ATTACKS: dict[str, Attack] = {}
+
+
+def register(attack: Attack) -> None:
+    """Adds an attack; every later analysis runs it.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if attack.name in ATTACKS:
+        raise ValueError(f"an attack named {attack.name!r} is registered already")
+    ATTACKS[attack.name] = attack
+
+
+for _module in (
+    loss,
+    ratio,
+    zlib_ratio,
+    lowercase,
+    min_k,
+    min_k_plus_plus,
+    neighbourhood,
+    recall,
+    ez_mia,
+    wbc,
+    calibrated,
+    lira,
+    rmia,
+):
+    register(_module.ATTACK)
