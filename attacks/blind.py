@@ -72,9 +72,7 @@ def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
     }
 
 
-def cross_validate(
-    features: Matrix, is_held_in: BoolArray, *, seed: int, level: float
-) -> BlindResult:
+def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level: float) -> BlindResult:
     """Nested cross-validation of one family.
 
     The AUROC is taken within each fold: scores of different fits are not comparable, and pooling them makes noise

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.errors import EXIT_REFUSED_RELEASE
 
 app = typer.Typer(
     name="attacks",
@@ -59,15 +60,33 @@ def analyse(
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write report/index.html and report/report.json of an analysed run, and print the summary."""
+def report(
+    run: Run,
+    policy: Annotated[
+        pathlib.Path | None, typer.Option(help="YAML file that says which findings end with exit code 3.")
+    ] = None,
+    wandb: Annotated[bool, typer.Option(help="Also log the report to Weights & Biases (offline by default).")] = False,
+    wandb_project: Annotated[str, typer.Option(help="Its project.")] = "privtrain",
+) -> None:
+    """Write report/index.html, report.json and report.md of an analysed run, and print the summary."""
     import rich.console
 
+    from attacks import policy as policies
     from attacks import report as reporting
 
+    rules = None if policy is None else policies.read_policy(policy)
     path = reporting.write_report(run)
     rich.console.Console().print(reporting.summary_table(run))
+    if wandb:
+        from attacks import tracking
+
+        tracking.log_report(run, reporting.read_results(run), project=wandb_project)
     typer.echo(f"report: {path}")
+    violations = [] if rules is None else rules.violations(reporting.read_results(run))
+    for violation in violations:
+        typer.echo(f"attacks: the policy {policy} is violated: {violation}", err=True)
+    if violations:
+        raise typer.Exit(EXIT_REFUSED_RELEASE)
 
 
 def main() -> None:

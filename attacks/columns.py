@@ -46,7 +46,9 @@ def read_columns(data: DataSection, corpus: Corpus, names: Sequence[str]) -> Ext
         index = counts.get(owner, 0)
         counts[owner] = index + 1
         if owner not in corpus.records or corpus.records[owner][index : index + 1] != (text.strip(),):
-            raise AttackInputError("the rows are not those that were trained on; restore the files named in config.yaml")
+            raise AttackInputError(
+                "the rows are not those that were trained on; restore the files named in config.yaml"
+            )
         offset = len(text) - len(text.lstrip())
         found[owner, index] = {name: row[name] for name in names} | {"offset": offset}
     return found

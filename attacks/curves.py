@@ -125,5 +125,3 @@ def _point(statistic: FloatArray, is_held_in: BoolArray) -> dict[str, Any] | Non
 def _two_digits(value: float) -> float:
     """Rounded, so that an edge is not one user's exact value."""
     return float(f"{value:.2g}")
-
-

@@ -44,7 +44,9 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
         AttackInputError: if they are missing or were altered.
     """
     if not run.manifest.is_file():
-        raise AttackInputError(f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split")
+        raise AttackInputError(
+            f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split"
+        )
     manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
     body = {name: value for name, value in manifest.items() if name != "sha256"}
     if seal(body) != manifest["sha256"]:
@@ -81,7 +83,9 @@ def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_rec
 
 def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
     """Neighbours in length together; the cut depends on nothing but the documents."""
-    return [list(documents[start : start + DOCUMENTS_PER_PART]) for start in range(0, len(documents), DOCUMENTS_PER_PART)]
+    return [
+        list(documents[start : start + DOCUMENTS_PER_PART]) for start in range(0, len(documents), DOCUMENTS_PER_PART)
+    ]
 
 
 def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -166,9 +166,7 @@ class _Summary:
         return cls((row.side, row.user), row.document, row.num_tokens, mean, scores, *facts)
 
 
-def _table(
-    kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]
-) -> DocumentTable:
+def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]) -> DocumentTable:
     rows = sorted(kept, key=lambda item: (item.user, item.document))
     names = [name for name in (rows[0].scores if rows else ()) if name not in missing]
     return DocumentTable(
@@ -195,9 +193,7 @@ def _matrix(
     return scipy.sparse.csr_matrix((values.astype(np.float64), (rows, places)), shape=(len(order), len(columns)))
 
 
-def _traits(
-    kept: list[_Summary], place: Mapping[tuple[str, str], int]
-) -> tuple[Mapping[str, FloatArray], list[str]]:
+def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple[Mapping[str, FloatArray], list[str]]:
     """Length, compressibility, date and language of each user's fresh documents."""
     by_user: dict[int, list[_Summary]] = collections.defaultdict(list)
     for item in kept:

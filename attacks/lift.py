@@ -25,9 +25,7 @@ AGGREGATIONS: Mapping[str, Callable[[FloatArray], float]] = {
 """``trimmed`` leaves out a tenth of the documents at each end."""
 
 
-def lift(
-    scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean"
-) -> FloatArray:
+def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean") -> FloatArray:
     """One number per user.
 
     Args:

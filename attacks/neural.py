@@ -47,10 +47,7 @@ class NeuralScorer:
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
         """Signals of each sequence's tokens after its first: one forward pass."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
-        found = [
-            _signals_of(block, labels[start : start + len(block)])
-            for start, block in self._blocks(sequences)
-        ]
+        found = [_signals_of(block, labels[start : start + len(block)]) for start, block in self._blocks(sequences)]
         joined = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]

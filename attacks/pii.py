@@ -54,7 +54,9 @@ def _analyzer() -> Any:
         ) from None
     # Presidio would download a missing model; private text is not scored by a job that calls out.
     if not spacy.util.is_package(_SPACY_MODEL):
-        raise AttackInputError(f"the spaCy model {_SPACY_MODEL} is not installed: python -m spacy download {_SPACY_MODEL}")
+        raise AttackInputError(
+            f"the spaCy model {_SPACY_MODEL} is not installed: python -m spacy download {_SPACY_MODEL}"
+        )
     models = [{"lang_code": "en", "model_name": _SPACY_MODEL}]
     provider = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
     return AnalyzerEngine(nlp_engine=provider.create_engine(), supported_languages=["en"])

@@ -214,9 +214,7 @@ def _changes_the_base(model: torch.nn.Module) -> bool:
 
 def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> int:
     """Scores what is not there yet, each part on one rank, and joins all parts."""
-    parts = planning.in_parts(
-        planning.plan_documents(job.manifest, job.corpus, job.options.num_training_records)
-    )
+    parts = planning.in_parts(planning.plan_documents(job.manifest, job.corpus, job.options.num_training_records))
     # One listing for all ranks: each rank's own could already see what another has just written.
     missing = [[number for number in range(len(parts)) if not job.part(number).is_file()]]
     accelerate.utils.broadcast_object_list(missing)

@@ -33,5 +33,8 @@ def _spread(models: UnderOtherModels, chosen: BoolArray) -> float:
 
 
 ATTACK = ReferenceAttack(
-    "lira", "log N(target; in) - log N(target; out), else log Φ, pooled variance (Carlini et al. 2022)", score, min_out=2
+    "lira",
+    "log N(target; in) - log N(target; out), else log Φ, pooled variance (Carlini et al. 2022)",
+    score,
+    min_out=2,
 )

@@ -28,4 +28,6 @@ def score(models: UnderOtherModels) -> FloatArray:
     return np.searchsorted(ordered, ratio / GAMMA, side="left") / max(1, ratio.size - 1)
 
 
-ATTACK = ReferenceAttack("rmia", "share of other units whose ratio to the shadows is lower (Zarifzadeh et al. 2024)", score)
+ATTACK = ReferenceAttack(
+    "rmia", "share of other units whose ratio to the shadows is lower (Zarifzadeh et al. 2024)", score
+)

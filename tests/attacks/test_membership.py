@@ -158,7 +158,9 @@ def test_every_attack_runs_where_its_signals_are_there(complete_run):
 def test_a_new_attack_is_one_registration_and_needs_no_new_signals(complete_run, monkeypatch):
     before = (complete_run / signals.SIGNALS_PATH).stat().st_mtime_ns
     monkeypatch.setattr(registry, "ATTACKS", dict(registry.ATTACKS))
-    attack = DocumentAttack("surprise", "share of tokens below one nat", lambda row: float((row.target_logp > -1).mean()))
+    attack = DocumentAttack(
+        "surprise", "share of tokens below one nat", lambda row: float((row.target_logp > -1).mean())
+    )
     registry.register(attack)
     facts = analyse.analyse_run(complete_run)
     assert {"surprise", "surprise_training", "surprise_records"} < set(facts["results"])

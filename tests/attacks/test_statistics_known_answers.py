@@ -129,7 +129,9 @@ def test_records_as_if_independent_would_be_too_narrow():
 
 def gaussian_points(mu, epsilons):
     """Balle and Wang 2018, theorem 8: the exact curve of the Gaussian mechanism."""
-    deltas = scipy.stats.norm.cdf(mu / 2 - epsilons / mu) - np.exp(epsilons) * scipy.stats.norm.cdf(-mu / 2 - epsilons / mu)
+    deltas = scipy.stats.norm.cdf(mu / 2 - epsilons / mu) - np.exp(epsilons) * scipy.stats.norm.cdf(
+        -mu / 2 - epsilons / mu
+    )
     return tuple(DpBound(float(e), float(max(d, 0.0))) for e, d in zip(epsilons, deltas, strict=True))
 
 
