@@ -48,6 +48,16 @@ def score(
 
 
 @app.command()
+def shadows(run: Run, count: Annotated[int, typer.Option(min=1, help="How many shadow models.")] = 8) -> None:
+    """Write recipes of shadow models for LiRA and RMIA into secret/attack/shadows (trains nothing)."""
+    from attacks.shadows import write_recipes
+
+    for path in write_recipes(run, count):
+        name = f"{run.resolve().name}-{path.stem}"
+        typer.echo(f"privtrain train {path} && attacks score {path.parent / 'runs' / name} --documents-of {run}")
+
+
+@app.command()
 def analyse(
     run: Run,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; it protects nobody.")] = 0,
