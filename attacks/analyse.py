@@ -145,7 +145,7 @@ def _of_shadows(
         models = features.under_other_models(table, scored, references)
     except KeyError:
         raise AttackInputError(
-            f"{references[0].parent} holds other documents than the run's signals; delete it and score the shadows again"
+            f"{references[0].parent} holds other documents than the run's signals; score the shadows again"
         ) from None
     suffix = "" if kind == signals.FRESH else "_training"
     for attack in registry.ATTACKS.values():

@@ -93,7 +93,10 @@ def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level:
         sides = scores[is_held_in[judged]], scores[~is_held_in[judged]]
         areas.append(statistics.auroc(*sides))
         variances.append(_null_variance(*sides))
-    area, error = float(np.mean(areas)), float(np.sqrt(np.sum(variances))) / NUM_FOLDS
+    # Fits that share users err together: without Nadeau and Bengio's correction (2003, test over training users added
+    # to 1 / folds) noise separates the sides in 6 to 9 % of samples where 2.5 % is nominal.
+    area = float(np.mean(areas))
+    error = float(np.sqrt(np.mean(variances) * (1.0 / NUM_FOLDS + 1.0 / (NUM_FOLDS - 1))))
     half = float(scipy.stats.norm.ppf((1.0 + level) / 2.0)) * error
     ends = statistics.Interval(max(0.0, area - half), min(1.0, area + half))
     return BlindResult(area, ends, int(features.shape[1]))

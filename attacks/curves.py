@@ -94,7 +94,7 @@ def distinctness(scored: Scored) -> FloatArray:
 
 
 def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:
-    """Who stands at the top: how many of the most exposed users were trained on, against how many would be by chance."""
+    """Who stands at the top: how many of the most exposed users were trained on, and how many would be by chance."""
     known = np.flatnonzero(~np.isnan(statistic))
     count = max(1, math.ceil(share * known.size))
     top = known[np.argsort(-statistic[known], kind="stable")[:count]]

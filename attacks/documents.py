@@ -1,7 +1,7 @@
 """Which documents are scored, in which order, and what is known of each before any model sees it.
 
-Two kinds, drawn by the same rule on both sides: the attacker's fresh documents that the sealed manifest names, and a few
-of the records that training could use. Only users who have fresh documents are scored at all.
+Two kinds, drawn by the same rule on both sides: the attacker's fresh documents, which the sealed manifest names, and
+some of the records that training could use. Only users who have fresh documents are scored at all.
 """
 
 from __future__ import annotations

@@ -67,10 +67,14 @@ class Scored:
     languages: list[str]
 
 
+def _ignore(row: DocumentSignals) -> None:
+    """Watches nothing."""
+
+
 def collect(
     rows: Iterable[DocumentSignals],
     attacks: Iterable[DocumentAttack],
-    watch: Callable[[DocumentSignals], None] = lambda row: None,
+    watch: Callable[[DocumentSignals], None] = _ignore,
 ) -> Scored:
     """Scores every document by every attack that its signals suffice for.
 

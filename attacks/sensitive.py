@@ -1,8 +1,9 @@
 """Sensitive against other tokens (Das et al. 2025, arXiv 2502.13313): who remembers what, and at which cost.
 
 A model that learned a domain finds all its texts likelier; one that memorised finds the *sensitive tokens* of its
-*training* records likelier than those of others. So the panel gives negative log-likelihoods by {sensitive, other} ×
-{train, test} × {base, tuned}, and the difference in differences with an interval over users. Micro-averages over tokens.
+*training* records likelier than those of others. So the panel gives the negative log-likelihood of sensitive and of
+other tokens, on train and on test, under the base and under the tuned model, and the difference in differences with an
+interval over users. Averages are over tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NUM_RESAMPLES = 1000
 
 @dataclasses.dataclass
 class _User:
-    """Sums of one user: [sensitive, other] × [count, NLL tuned, NLL base]."""
+    """Sums of one user: a row for sensitive and for other tokens: count, NLL tuned, NLL base."""
 
     sums: FloatArray = dataclasses.field(default_factory=lambda: np.zeros((2, 3)))
 

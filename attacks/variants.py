@@ -83,9 +83,7 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
     """
     donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]))
     if not donors:
-        raise AttackInputError(
-            "variant recall needs a held-out user without attacker documents; lower data.attack_fraction or leave it out"
-        )
+        raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
     text = " ".join(" ".join(corpus.records[user]) for user in donors[:20])
     size = max(2, int(_PREFIX_SHARE * max_length))
     return tokens_of([text], tokenizer, size + 1)[0][:size]

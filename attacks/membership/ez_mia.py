@@ -2,7 +2,7 @@
 
 The paper's score is P / N with P the sum of positive and N of negative differences over the tokens that are not the
 model's first choice. Its code gives 0, the least member-like value, where there is no error or no loss, that is to the
-best memorised records. Here the score is P / (P + N), which orders records as P / N does and is 1 in both of these cases.
+best memorised records. Here the score is P / (P + N), which orders records as P / N does and is 1 in both cases.
 """
 
 from __future__ import annotations

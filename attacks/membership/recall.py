@@ -1,4 +1,4 @@
-"""ReCaLL: a non-member prefix hurts a text that was trained on more than another (Xie et al. 2024, arXiv 2406.15968)."""
+"""ReCaLL: a non-member prefix hurts a text that was trained on most (Xie et al. 2024, arXiv 2406.15968)."""
 
 from __future__ import annotations
 

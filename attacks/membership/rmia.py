@@ -1,7 +1,7 @@
 """RMIA: how many other units' ratios a unit's ratio beats (Zarifzadeh et al. 2024, arXiv 2312.03262).
 
 p is exp(mean log p). The reference probability is the mean over shadows with and without the owner where there are
-both; else OUT alone is corrected by (1 + a) / 2 · out + (1 - a) / 2 with the paper's a, which is not tuned on this split.
+both; else OUT alone is corrected by (1 + a) / 2 · out + (1 - a) / 2 with the paper's a, not tuned on this split.
 The units compared with are all others, whatever their side.
 """
 

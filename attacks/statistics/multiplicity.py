@@ -40,7 +40,7 @@ def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
 
 
 def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
-    """Holm's (1979) adjusted p-values: reject those at most α and the chance of any false rejection is at most α.
+    """Holm's (1979) adjusted p-values: reject those at most a level and any false rejection is that rare.
 
     Args:
         p_values: in [0, 1], however dependent.

@@ -53,7 +53,7 @@ def test_a_mixture_is_the_law_that_it_says(kind):
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_the_statistic_lies_in_the_bounds_of_proposition_1(kind, share, spread):
-    """Kandpal et al. 2023, proposition 1: log α + KL(D_u ‖ D_−u) < T̄(D_u) ≤ α χ²(D_u ‖ D_−u), by enumeration."""
+    """Kandpal et al. 2023, proposition 1: log a + KL(D_u, D_others) < E T <= a chi2(D_u, D_others), by enumeration."""
     models = users_of(kind, 4, 1, spread)
     own, others = models[0], Mixture([1.0, 1.0, 1.0], models[1:])
     target = Mixture([share, 1.0 - share], [own, others])

@@ -10,8 +10,21 @@ import pytest
 import scipy.stats
 
 from attacks import analyse, features, registry, signals
-from attacks.membership import calibrated, ez_mia, lira, loss, min_k, min_k_plus_plus, neighbourhood, ratio, recall
-from attacks.membership import lowercase, rmia, wbc, zlib_ratio
+from attacks.membership import (
+    calibrated,
+    ez_mia,
+    lira,
+    loss,
+    lowercase,
+    min_k,
+    min_k_plus_plus,
+    neighbourhood,
+    ratio,
+    recall,
+    rmia,
+    wbc,
+    zlib_ratio,
+)
 from attacks.protocol import DocumentAttack, UnderOtherModels
 from attacks.signals import FRESH, TRAINING, DocumentSignals
 

@@ -51,13 +51,13 @@ def test_null_experiments_short(heavy):
 def test_holm_over_the_attacks_of_a_null_run_keeps_the_family_error():
     """Ten correlated attacks on the same users, none of which knows anything."""
     num_false = 0
-    for seed in range(300):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         common = rng.normal(size=(2, 30))
         attacks = [common + rng.normal(size=(2, 30)) for _ in range(10)]
         p_values = statistics.holm([statistics.auroc_p_value(*sides) for sides in attacks])
         num_false += p_values.min() <= 0.05
-    assert num_false <= plausible(300, 0.05)[1]
+    assert num_false <= plausible(120, 0.05)[1]
 
 
 def test_a_private_mechanism_at_its_cap_is_rarely_called_broken():
@@ -75,16 +75,15 @@ def test_a_private_mechanism_at_its_cap_is_rarely_called_broken():
 @pytest.mark.parametrize("num_users", [20, 68, 300])
 @pytest.mark.parametrize("heavy", [False, True])
 def test_two_thousand_null_experiments(num_users, heavy):
-    """AUROC intervals cover 1/2 in 95 +- 1.5 %; lower ends exceed it in at most alpha / 2, up to what 2 000 can tell."""
+    """AUROC intervals cover 1/2 in 95 +- 1.5 %; lower ends exceed it in at most alpha / 2, as far as can be told."""
     num = 2000
     found = run(num, num_users, heavy=heavy, first_seed=100_000)
     for name in ("bootstrap", "delong"):
         covered, above = 1.0 - found[name][0] / num, found[name][1] / num
-        print(
-            f"null, {num_users}+{num_users}, {'t3' if heavy else 'normal'}, {name}: covers {covered:.4f}, above {above:.4f}"
-        )
+        law = "t3" if heavy else "normal"
+        print(f"null, {num_users}+{num_users}, {law}, {name}: covers {covered:.4f}, above {above:.4f}")
         assert abs(covered - LEVEL) <= 0.015
-        assert found[name][1] <= plausible(num, HALF)[1] * 1.3
+        assert found[name][1] <= plausible(num, HALF)[1]
     print(f"null, {num_users}+{num_users}: p <= .05 in {found['p'] / num:.4f}")
     assert found["p"] <= plausible(num, 0.05)[1]
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from attacks.analyse import analyse_run
 from attacks.cli import app
-from attacks.errors import AttackInputError
 from attacks.documents import compose_batches
+from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config

@@ -17,7 +17,7 @@ import torch
 from attacks import documents, pii
 from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
-from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, iterate_signals, read_signals
+from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
 from attacks.variants import Variants
 from privtrain.config.schema import ModelSection
 from privtrain.models import load_base, load_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from attacks.sensitive import SensitivePanel
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, TRAINING, DocumentSignals
@@ -25,9 +26,12 @@ def panel_of(memorised: float, num: int = 30, seed: int = 0, learned: float = 0.
 
 
 def test_having_learned_the_domain_is_not_memorisation():
-    found = panel_of(0.0).facts(seed=0)["difference_in_differences"]
-    for difference in found.values():
-        assert difference["interval"][0] <= 0.0 <= difference["interval"][1]
+    misses = 0
+    for seed in range(15):
+        found = panel_of(0.0, seed=seed).facts(seed=0)["difference_in_differences"]["sensitive"]
+        misses += not found["interval"][0] <= 0.0 <= found["interval"][1]
+        assert abs(found["value"]) < 0.03
+    assert misses <= scipy.stats.binom.ppf(0.9995, 15, 0.05)
 
 
 def test_memorised_sensitive_tokens_are_the_difference_in_differences():
