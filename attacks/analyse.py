@@ -99,6 +99,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "blind": {name: _blind_facts(result) for name, result in families.items()},
         "user_inference": _user_inference_facts(scored, users, seed),
         "sensitive": panel.facts(seed),
+        "panels": {name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
     }
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
     _write_per_user(run / PER_USER_PATH, scored, users)

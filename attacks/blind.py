@@ -8,6 +8,7 @@ cross-validation), and is judged on users it never saw. If its interval excludes
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from attacks.protocol import BoolArray
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Matrix = scipy.sparse.csr_matrix
+Matrix = Any  # scipy.sparse.csr_matrix, whose stubs know too little of it
 
 NUM_FOLDS = 5
 _NUM_INNER_FOLDS = 3

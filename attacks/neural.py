@@ -27,7 +27,7 @@ class NeuralScorer:
 
     Args:
         model: anything that gives ``.logits`` for ``input_ids``.
-        device: where it is.
+        device: where it is put.
         precision: ``"bf16"`` computes the forward pass in bf16; what follows it is fp32 always.
         context: entered around every forward pass, for example ``model.disable_adapter``.
     """
@@ -39,7 +39,7 @@ class NeuralScorer:
         precision: str = "fp32",
         context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self._model = model
+        self._model = model.to(device).eval()
         self._device = device
         self._is_bf16 = precision == "bf16"
         self._context = context

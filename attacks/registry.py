@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
 from attacks.membership import (
     calibrated,
     ez_mia,
@@ -18,8 +22,15 @@ from attacks.membership import (
     zlib_ratio,
 )
 from attacks.protocol import Attack
+from attacks.rundir import PrivacyStatement
 
 ATTACKS: dict[str, Attack] = {}
+
+Panel = Callable[[pathlib.Path, PrivacyStatement, int], dict[str, Any] | None]
+
+PANELS: dict[str, Panel] = {}
+"""Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run has not what they
+need. ``attacks.json`` holds them under ``panels``."""
 
 
 def register(attack: Attack) -> None:

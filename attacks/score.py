@@ -196,13 +196,12 @@ def load_scorers(run: RunDirectory, config: Config, device: torch.device) -> tup
     dtype = base_dtype(precision, device)
     base = load_base(config.model, dtype)
     if config.training.method == "full":
-        tuned = load_base(ModelSection(name_or_path=str(run.model)), dtype).to(device).eval()
-        return NeuralScorer(tuned, device, precision), NeuralScorer(base.to(device).eval(), device, precision)
-    model = load_adapter(base, run.adapter).to(device).eval()
+        tuned = load_base(ModelSection(name_or_path=str(run.model)), dtype)
+        return NeuralScorer(tuned, device, precision), NeuralScorer(base, device, precision)
+    model = load_adapter(base, run.adapter)
     if _changes_the_base(model):
-        alone = load_base(config.model, dtype).to(device).eval()
-        return NeuralScorer(model, device, precision), NeuralScorer(alone, device, precision)
-    without_adapter = model.disable_adapter  # pyright: ignore[reportAttributeAccessIssue] - PEFT's method
+        return NeuralScorer(model, device, precision), NeuralScorer(load_base(config.model, dtype), device, precision)
+    without_adapter: Any = model.disable_adapter
     return NeuralScorer(model, device, precision), NeuralScorer(model, device, precision, without_adapter)
 
 

@@ -82,7 +82,8 @@ def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -
                 "plan_fingerprint": attacks["plan_fingerprint"],
             }
         )
-        logged.log({"attacks/results": wandb.Table(columns=list(TABLE_COLUMNS), data=table_rows(attacks))})
+        rows: Any = table_rows(attacks)
+        logged.log({"attacks/results": wandb.Table(columns=list(TABLE_COLUMNS), data=rows)})
         artifact = wandb.Artifact(f"{name}-attack-report", type="attack-report")
         for file in sorted((run / "report").iterdir()):
             artifact.add_file(str(file), name=file.name)

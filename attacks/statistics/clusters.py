@@ -45,7 +45,7 @@ def cluster_interval(
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     influences = [
-        np.bincount(owners, (side - area) / side.size)
+        np.bincount(owners, (side - area) / side.size).astype(np.float64)
         for owners, side in ((owners_in, placements.held_in), (owners_out, placements.held_out))
     ]
     ceiling = interval.perfect_separation(num_in, num_out, level)

@@ -36,7 +36,7 @@ def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
         held_out: of held-out users.
     """
     num_lower = np.searchsorted(np.sort(held_out), scores, side="left")
-    return (1.0 + held_out.size - num_lower) / (held_out.size + 1.0)
+    return np.asarray((1.0 + held_out.size - num_lower) / (held_out.size + 1.0), dtype=np.float64)
 
 
 def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
