@@ -71,8 +71,12 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
 
     references = sorted((run / signals.REFERENCES_PATH).glob("shadow-*.parquet"))
     found, not_run = {}, _not_run(scored)
+    declared: Statistic | None = None
     for statistic in _statistics(scored, references, not_run):
         found[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by)
+        declared = declared or statistic
+        if statistic is not declared and (statistic.unit, statistic.documents) == ("user", signals.FRESH):
+            found[statistic.name]["less_headline"] = results.compare(statistic, declared)
     results.correct_for_multiplicity(found, user_inference.HEADLINE)
     headline = found[user_inference.HEADLINE]
     num_held_out = counts[signals.HELD_OUT]["num_units"]

@@ -29,7 +29,7 @@ ATTACKS: dict[str, Attack] = {}
 Panel = Callable[[pathlib.Path, PrivacyStatement, int], dict[str, Any] | None]
 
 PANELS: dict[str, Panel] = {}
-"""Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run has not what they
+"""Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run lacks what they
 need. ``attacks.json`` holds them under ``panels``."""
 
 

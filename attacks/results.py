@@ -104,6 +104,14 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
     return facts
 
 
+def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
+    """The AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
+    pairs = ((item.held_in, item.held_out) for item in (statistic, headline))
+    found = statistics.paired_difference(*pairs)
+    ends = [found.interval.lower, found.interval.upper]
+    return {"difference": found.difference, "interval": ends, "p_value": found.p_value}
+
+
 def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> None:
     """Adds ``p_holm`` to every result with a p-value but the headline, which was declared beforehand."""
     names = [name for name, result in results.items() if name != headline and "p_value" in result]

@@ -166,6 +166,11 @@ def test_every_attack_runs_where_its_signals_are_there(complete_run):
     assert all(result["p_holm"] >= result["p_value"] for result in facts["results"].values() if "p_holm" in result)
     assert "p_holm" not in facts["results"]["token_mean"]
     assert facts["shadows"] == {"num": 6}
+    for name in ("sequence_sum", "loss", "lira"):
+        paired = facts["results"][name]["less_headline"]
+        difference = facts["results"][name]["auroc"] - facts["results"]["token_mean"]["auroc"]
+        assert paired["difference"] == pytest.approx(difference)
+        assert paired["interval"][0] <= difference <= paired["interval"][1]
 
 
 def test_a_new_attack_is_one_registration_and_needs_no_new_signals(complete_run, monkeypatch):
