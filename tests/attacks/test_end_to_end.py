@@ -70,7 +70,7 @@ def test_a_model_that_did_not_move_gives_one_half(run_of):
 
 @pytest.mark.slow
 def test_overfitted_users_are_found(run_of):
-    facts = analyse_run(run_of(36, 90))
+    facts = analyse_run(run_of(40, 150))
     assert facts["results"]["token_mean"]["auroc"] >= 0.9
     assert facts["results"]["ratio_records"]["auroc"] >= 0.9
     assert facts["cap"]["reason"] == "the run is not private, so it caps nothing"
@@ -87,7 +87,7 @@ def under_the_cap(facts) -> bool:
 @pytest.mark.slow
 def test_users_protected_at_epsilon_one_stay_under_the_cap(run_of):
     """The same users, who are found outright without noise. The fixed seed voids the claim, so the cap is set here."""
-    facts = analyse_run(run_of(36, 20, target_epsilon=1.0, clipping_norm=1.0))
+    facts = analyse_run(run_of(40, 20, target_epsilon=1.0, clipping_norm=1.0))
     assert under_the_cap(facts)
 
 
@@ -111,7 +111,7 @@ def test_two_hundred_protected_users(run_of):
 @pytest.mark.campaign
 def test_shadows_by_the_recipe_make_lira_and_rmia_run(run_of):
     """Sixteen shadows through the ordinary trainer: few enough to run, enough for two of each kind for most users."""
-    run = run_of(36, 90)
+    run = run_of(40, 150)
     for recipe in write_recipes(run, 16):
         train(recipe)
         shadow = recipe.parent / "runs" / f"tiny-{recipe.stem}"
