@@ -123,7 +123,7 @@ def test_shadows_by_the_recipe_make_lira_and_rmia_run(run_of):
 
 
 def test_a_shadow_recipe_trains_on_no_document_of_the_attacker(run_of):
-    run = run_of(12, 1)
+    run = run_of(12, 1, learning_rate=0.01)
     manifest = json.loads((run / "secret" / "manifest.json").read_text())
     recipes = write_recipes(run, 2)
     lines = [json.loads(line) for line in (recipes[0].parent / "records.jsonl").read_text().splitlines()]
