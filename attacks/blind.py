@@ -133,7 +133,8 @@ def _fit_and_score(
     from sklearn.utils.sparsefuncs import mean_variance_axis
 
     train = features[fitted]
-    spread = np.sqrt(mean_variance_axis(train, axis=0)[1])
+    moments: Any = mean_variance_axis(train, axis=0)
+    spread = np.sqrt(moments[1])
     scale = scipy.sparse.diags(np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-12))
     # The penalty is per column: as many columns as a vocabulary has need as much more of it.
     model = LogisticRegression(C=strength / features.shape[1], solver="liblinear", random_state=0)
@@ -146,10 +147,13 @@ def _bag_of_words(tokens: Matrix) -> Matrix:
     num_users = np.asarray((tokens > 0).sum(axis=0)).ravel()
     useful = np.flatnonzero((num_users >= 2) & (num_users < tokens.shape[0]))
     chosen = np.sort(useful[np.argsort(-num_users[useful], kind="stable")[:_MAX_WORDS]])
-    counts = scipy.sparse.csr_matrix(tokens[:, chosen]).log1p()
+    if not chosen.size:
+        return scipy.sparse.csr_matrix((tokens.shape[0], 1))
+    counts: Matrix = tokens[:, chosen]
+    counts = counts.log1p()
     norms = np.sqrt(np.asarray(counts.multiply(counts).sum(axis=1)).ravel())
     scaled = scipy.sparse.diags(1.0 / np.maximum(norms, 1e-12)) @ counts
-    return scipy.sparse.csr_matrix(scaled) if chosen.size else scipy.sparse.csr_matrix((tokens.shape[0], 1))
+    return scipy.sparse.csr_matrix(scaled)
 
 
 def _traits(scored: Scored) -> Matrix:

@@ -106,8 +106,8 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
 
 def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
     """The AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
-    pairs = ((item.held_in, item.held_out) for item in (statistic, headline))
-    found = statistics.paired_difference(*pairs)
+    ours, theirs = ((item.held_in, item.held_out) for item in (statistic, headline))
+    found = statistics.paired_difference(ours, theirs)
     ends = [found.interval.lower, found.interval.upper]
     return {"difference": found.difference, "interval": ends, "p_value": found.p_value}
 
