@@ -30,10 +30,10 @@ def test_a_shifted_vocabulary_is_found():
 def test_a_fair_split_is_called_confounded_no_more_often_than_it_says():
     num_false = sum(
         blind.cross_validate(blind._bag_of_words(counts), is_held_in, seed=seed, level=0.95).separates
-        for seed in range(40)
+        for seed in range(20)
         for counts, is_held_in in [users(25, seed)]
     )
-    assert num_false <= scipy.stats.binom.ppf(0.9995, 40, 0.025)
+    assert num_false <= scipy.stats.binom.ppf(0.9995, 20, 0.025)
 
 
 def few_traits(num, seed):

@@ -16,7 +16,7 @@ def scored_users(num=40, num_documents=8, seed=0):
     for side, gain in ((HELD_IN, 0.05), (HELD_OUT, 0.0)):
         for user in range(num):
             common = rng.integers(0, 5, 30)
-            own = np.full(10 * (user % 4), 100 + user)
+            own = np.full(10 * (user % 4), 100 + user + 1000 * (side == HELD_IN))
             for document in range(num_documents if user % 2 else 2):
                 target = np.full(common.size + own.size, -3.0 + gain + rng.normal(0, 0.2))
                 facts = {"user_num_records": 2 + user, "user_num_bytes": 100 * (user + 1)}
