@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accountants.api import certified_upper, delta, epsilon
     from accountants.calibration import (
         CalibrationError,
+        calibrate_noise,
         calibrate_noise_multiplier,
         calibrate_num_records,
         calibrate_num_steps,
@@ -38,6 +39,7 @@ _HOME = {
     "api": ("certified_upper", "delta", "epsilon"),
     "calibration": (
         "CalibrationError",
+        "calibrate_noise",
         "calibrate_noise_multiplier",
         "calibrate_num_records",
         "calibrate_num_steps",
@@ -65,6 +67,7 @@ __all__ = [
     "NotCertifiedError",
     "PrivacyAnswer",
     "UnsupportedEventError",
+    "calibrate_noise",
     "calibrate_noise_multiplier",
     "calibrate_num_records",
     "calibrate_num_steps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,15 +98,15 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
     return peft.PeftModel.from_pretrained(base, str(directory))
 
 
-def weights_checksum(model: torch.nn.Module) -> str:
-    """A digest of every tensor's sum and norm: cheap on any device, and other weights do not pass for the same."""
+def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A digest of every named tensor's sum and norm: cheap, and other weights do not pass for the same."""
     numbers = [
         (
             name,
             float(p.detach().sum(dtype=torch.float64)),
             float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)),
         )
-        for name, p in sorted(model.named_parameters())
+        for name, p in sorted(tensors, key=lambda item: item[0])
     ]
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 

@@ -12,10 +12,12 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 
 import accountants
 from privtrain.config.schema import PrivacySection
 from privtrain.errors import ConfigError, Fault
+from privtrain.schemes import Scheme, relation_of, scheme_of
 
 SCHEMA = "privtrain/plan/1"
 
@@ -32,9 +34,8 @@ class PrivacyPlan:
         unit: ``"user"`` or ``"example"``.
         records_per_unit: k, the most records of a unit in one step.
         selection: how the k records are chosen.
-        neighboring_relation: always ``"add_or_remove_one"``.
-        sampling: ``"poisson"``.
-        sampling_prob: chance that a unit joins a step.
+        neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
+        scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.
         expected_batch_size: constant divisor of the noisy sum.
         clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum.
         clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
@@ -50,8 +51,7 @@ class PrivacyPlan:
     records_per_unit: int
     selection: str
     neighboring_relation: str
-    sampling: str
-    sampling_prob: float
+    scheme: Scheme
     expected_batch_size: float
     clipping_norm: float
     clipping_style: str
@@ -69,12 +69,12 @@ class PrivacyPlan:
         Raises:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
+        scheme = scheme_of(privacy)
+        relation, accountant = relation_of(privacy.neighboring_relation), privacy.accountant or scheme.accountants[0]
         try:
-            noise_multiplier = _noise_multiplier(privacy)
-            event = accountants.dp_sgd_event(
-                noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
-            )
-            answer = accountants.epsilon(event, privacy.target_delta, accountant=privacy.accountant)
+            noise_multiplier = _noise_multiplier(privacy, scheme, accountant)
+            event = scheme.event_of_steps(noise_multiplier, privacy.num_steps)
+            answer = accountants.epsilon(event, privacy.target_delta, accountant=accountant, relation=relation)
         except accountants.CalibrationError as error:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
@@ -84,8 +84,7 @@ class PrivacyPlan:
             records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
             selection=privacy.selection,
             neighboring_relation=privacy.neighboring_relation,
-            sampling=privacy.sampling,
-            sampling_prob=privacy.sampling_prob,
+            scheme=scheme,
             expected_batch_size=privacy.expected_batch_size,
             clipping_norm=privacy.clipping_norm,
             clipping_style=privacy.clipping_style,
@@ -93,9 +92,23 @@ class PrivacyPlan:
             num_steps=privacy.num_steps,
             delta=privacy.target_delta,
             epsilon=accountants.certified_upper(answer),
-            accountant=privacy.accountant,
+            accountant=accountant,
             insecure_seed=privacy.insecure_seed,
         )
+
+    @property
+    def sampling(self) -> str:
+        """Name of the sampling scheme."""
+        return self.scheme.name
+
+    @property
+    def sampling_prob(self) -> float:
+        """Chance that a unit joins a step."""
+        return self.scheme.rate
+
+    def accounted_steps(self, begun: Iterable[tuple[int, int]]) -> int:
+        """Steps to account for, given (generation, step) of all steps begun: an epoch that was begun counts whole."""
+        return self.scheme.accounted_steps(generation for generation, _ in begun)
 
     @property
     def noise_stddev(self) -> float:
@@ -115,7 +128,8 @@ class PrivacyPlan:
         return tuple(reasons)
 
     def epsilon_after(self, num_steps: int) -> float:
-        """Certified ε spent by ``num_steps`` charged steps."""
+        """Certified ε spent by ``num_steps`` charged steps; a part of an epoch of the sampling scheme counts whole."""
+        num_steps = self.scheme.whole_steps(num_steps)
         if num_steps == self.num_steps or math.isinf(self.epsilon):
             return self.epsilon
         try:
@@ -137,6 +151,7 @@ class PrivacyPlan:
         Publish it without the digest only: with it, whoever knows all records but one could test a guess of that one.
         """
         body = {"schema": SCHEMA, "data_sha256": data_sha256, **dataclasses.asdict(self)}
+        body["scheme"] = self.scheme.parameters()
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -146,22 +161,21 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _noise_multiplier(privacy: PrivacySection) -> float:
+def _noise_multiplier(privacy: PrivacySection, scheme: Scheme, accountant: str) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
-    return accountants.calibrate_noise_multiplier(
+    return accountants.calibrate_noise(
+        lambda noise: scheme.event_of_steps(noise, privacy.num_steps),
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
-        sampling_prob=privacy.sampling_prob,
-        num_steps=privacy.num_steps,
-        accountant=privacy.accountant,
+        accountant=accountant,
+        relation=relation_of(privacy.neighboring_relation),
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def _answer_after(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
-    event = accountants.dp_sgd_event(
-        noise_multiplier=plan.noise_multiplier, sampling_prob=plan.sampling_prob, num_steps=num_steps
-    )
-    return accountants.epsilon(event, plan.delta, accountant=plan.accountant)
+    event = plan.scheme.event_of_steps(plan.noise_multiplier, num_steps)
+    relation = relation_of(plan.neighboring_relation)
+    return accountants.epsilon(event, plan.delta, accountant=plan.accountant, relation=relation)

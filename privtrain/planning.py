@@ -39,6 +39,8 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "rows_empty": corpus.counts.num_empty,
         "expected_training_units": round(expected_units(config, corpus)),
         "records_per_unit": plan.records_per_unit,
+        "neighboring_relation": plan.neighboring_relation,
+        "sampling": plan.sampling,
         "sampling_prob": plan.sampling_prob,
         "expected_batch_size": plan.expected_batch_size,
         "num_steps": plan.num_steps,
@@ -47,6 +49,7 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "clipping_style": plan.clipping_style,
         "noise_multiplier": plan.noise_multiplier,
         "noise_stddev_of_mean": plan.noise_stddev / plan.expected_batch_size,
+        "accountant": plan.accountant,
         "epsilon": finite(plan.epsilon),
         "delta": plan.delta,
         "epsilon_after_steps": {str(n): finite(plan.epsilon_after(n)) for n in steps},
@@ -63,14 +66,15 @@ def print_plan(description: dict[str, Any]) -> None:
     epsilon = description["epsilon"]
     table = Table("privacy plan", description["run"], title=None)
     rows = [
-        ("unit, relation", f"{description['unit']}, add or remove one"),
+        ("unit, relation", f"{description['unit']}, {description['neighboring_relation'].replace('_', ' ')}"),
         ("users, records", f"{description['num_users']:,}, {description['num_records']:,}"),
         ("rows dropped", f"{description['rows_without_user']} without user, {description['rows_empty']} empty"),
         ("units trained on (expected)", f"{description['expected_training_units']:,}"),
         ("records of a unit in a step", f"at most {description['records_per_unit']}"),
         (
             "sampling probability",
-            f"{description['sampling_prob']:g} (Poisson), batch {description['expected_batch_size']:g}",
+            f"{description['sampling_prob']:g} ({description['sampling'].replace('_', ' ')}), "
+            f"batch {description['expected_batch_size']:g}",
         ),
         ("steps", f"{description['num_steps']}; a unit joins about {description['expected_steps_per_unit']:g}"),
         (
@@ -79,7 +83,7 @@ def print_plan(description: dict[str, Any]) -> None:
         ),
         ("noise multiplier", f"{description['noise_multiplier']:g}"),
         ("noise on a coordinate of the mean", f"{description['noise_stddev_of_mean']:.3g}"),
-        ("ε (PLD, certified upper bound)", "∞" if epsilon is None else f"{epsilon:.4f}"),
+        (f"ε ({description['accountant']}, certified upper bound)", "∞" if epsilon is None else f"{epsilon:.4f}"),
         ("δ", f"{description['delta']:g}"),
     ]
     for row in rows:

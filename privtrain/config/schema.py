@@ -7,6 +7,7 @@ could change it. The rest (model, data, training) is public context.
 from __future__ import annotations
 
 import pathlib
+import urllib.parse
 from typing import Annotated, Literal
 
 import pydantic
@@ -14,6 +15,15 @@ from pydantic import Field
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
+
+_BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
+#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.schemes`.
+_SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "poisson": (("sampling_prob",), (), _BOTH, _ALL),
+    "truncated_poisson": (("sampling_prob", "max_batch_size", "max_num_units"), (), ("zero_out",), ("pld",)),
+    "random_allocation": (("steps_per_epoch",), ("steps_per_unit",), _BOTH, ("allocation",)),
+    "shuffle": (("steps_per_epoch", "max_num_units"), (), ("zero_out",), _ALL),
+}
 
 
 class Section(pydantic.BaseModel):
@@ -129,9 +139,31 @@ class PrivacySection(Section):
     unit: Literal["user", "example"] = "user"
     records_per_user: int = Field(default=4, ge=1, description="k: the most records of one user in one step.")
     selection: Literal["random"] = "random"
-    neighboring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    sampling: Literal["poisson"] = "poisson"
-    sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
+    neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
+        default="add_or_remove_one",
+        description="zero_out: a unit's records vanish, its place stays; all that truncated_poisson and shuffle have.",
+    )
+    sampling: Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"] = Field(
+        default="poisson", description="How units are chosen; shuffle is accounted without amplification."
+    )
+    sampling_prob: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Chance that a unit joins a step; a constant, not |batch|/N. For poisson and truncated_poisson.",
+    )
+    max_batch_size: int | None = Field(
+        default=None, ge=1, description="truncated_poisson: the most units of a step. Well above the mean costs no ε."
+    )
+    max_num_units: int | None = Field(
+        default=None, ge=1, description="truncated_poisson, shuffle: public number of places, at least the units."
+    )
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="random_allocation, shuffle: steps over which a unit's turns are spread."
+    )
+    steps_per_unit: int | None = Field(
+        default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins; 1 if not given."
+    )
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
     clipping_style: Literal["flat", "per_layer", "automatic"] = Field(
@@ -146,8 +178,10 @@ class PrivacySection(Section):
     )
     target_delta: float = Field(gt=0, lt=1, description="Below 1/units. Below 1e-11 it needs accountant: tilted.")
     num_steps: int = Field(ge=1)
-    accountant: Literal["pld", "tilted", "rdp"] = Field(
-        default="pld", description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ."
+    accountant: Literal["pld", "tilted", "rdp", "allocation"] | None = Field(
+        default=None,
+        description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ. Default: pld, or "
+        "allocation for random_allocation (pip install 'privtrain[allocation]').",
     )
     insecure_seed: int | None = Field(
         default=None, ge=0, description="For tests: marks the run as not private everywhere."
@@ -164,6 +198,26 @@ class PrivacySection(Section):
     def _one_target(self) -> PrivacySection:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sampling_keys(self) -> PrivacySection:
+        needed, optional, relations, accountants = _SAMPLING[self.sampling]
+        faults = [f"privacy.{key} is required by" for key in needed if getattr(self, key) is None]
+        others = {key for keys in _SAMPLING.values() for key in (*keys[0], *keys[1])} - {*needed, *optional}
+        faults += [f"privacy.{key} is not used by" for key in sorted(others) if getattr(self, key) is not None]
+        if self.neighboring_relation not in relations:
+            faults.append(f"privacy.neighboring_relation must be {' or '.join(relations)} for")
+        if self.accountant is not None and self.accountant not in accountants:
+            faults.append(f"privacy.accountant must be {' or '.join(accountants)} for")
+        faults = [f"{fault} privacy.sampling={self.sampling}" for fault in faults]
+        if self.steps_per_epoch is not None:
+            if self.num_steps % self.steps_per_epoch:
+                faults.append(f"privacy.num_steps={self.num_steps} must be a multiple of privacy.steps_per_epoch")
+            if (self.steps_per_unit or 1) > self.steps_per_epoch:
+                faults.append("privacy.steps_per_unit must not exceed privacy.steps_per_epoch")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 
@@ -184,10 +238,11 @@ class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
-    clipping_route: Literal["auto", "batched", "one_unit"] = Field(
+    clipping_route: Literal["auto", "batched", "two_pass", "one_unit"] = Field(
         default="auto",
-        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, or by plain "
-        "autograd one unit at a time, for any layer. auto: batched where every layer has a rule.",
+        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
+        "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
@@ -196,7 +251,12 @@ class PerformanceSection(Section):
     )
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     num_checkpoints_kept: int = Field(default=2, ge=1)
-    collective_timeout_seconds: int = Field(default=600, ge=10)
+    collective_timeout_seconds: int = Field(
+        default=600, ge=10, description="How long a rank that lives may keep the others waiting in a collective."
+    )
+    heartbeat_timeout_seconds: int = Field(
+        default=60, ge=2, description="A rank that gives no sign of life for so long is lost, and the job ends."
+    )
 
 
 class TrackingSection(Section):
@@ -213,6 +273,25 @@ class TrackingSection(Section):
     )
 
 
+class RegistrySection(Section):
+    """The registry of budgets over runs. Not part of the guarantee: it decides whether a run may begin."""
+
+    url: str | None = Field(
+        default=None,
+        description="SQLite file or postgresql://host/name; PRIVTRAIN_REGISTRY comes first. Without a password.",
+    )
+    dataset: str | None = Field(default=None, min_length=1, description="Name of the data set whose budget is spent.")
+    lease_hours: float = Field(default=168.0, gt=0, description="A run that is silent for so long is charged in full.")
+    retry_seconds: float = Field(default=60.0, ge=0, description="How long an unreachable registry is waited for.")
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and (urllib.parse.urlsplit(value).password or "password=" in value):
+            raise ValueError("holds a password; put the URL into PRIVTRAIN_REGISTRY or the password into ~/.pgpass")
+        return value
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -224,3 +303,4 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
+    registry: RegistrySection = RegistrySection()

@@ -32,6 +32,7 @@ class RowCounts:
     num_rows: int
     num_without_user: int
     num_empty: int
+    num_users_opted_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,8 @@
-"""Resumable state: adapter, optimizer and step, written whole or not at all, verified before use.
+"""Resumable state: trained tensors, optimizer and step, written whole or not at all, verified before use.
 
+The state is by name of tensor, and whole: whichever backend and number of ranks wrote it, any other can go on from it.
+Sharded backends put it together on rank 0's host memory one tensor after another (12 bytes a trained parameter), and
+hand it out the same way; no rank's accelerator ever holds more than one whole tensor of it.
 Everything else a resumed run needs (sample, noise, data order) is a pure function of the secret and the step.
 """
 
@@ -13,8 +16,11 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
 import torch
 
+from privtrain.backends import Backend
+from privtrain.console import say
 from privtrain.layout import Layout
 from privtrain.rundir import replace_directory, write_atomically
 
@@ -29,7 +35,7 @@ class Checkpoint:
     Attributes:
         step: steps behind the model.
         generation: generation that wrote it.
-        state: serialised adapter and optimizer.
+        state: serialised trained tensors and optimizer.
     """
 
     step: int
@@ -45,11 +51,17 @@ def save(
     layout: Layout,
     optimizer: torch.optim.Optimizer,
     num_kept: int,
+    backend: Backend,
 ) -> None:
-    """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``."""
+    """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``.
+
+    Every rank calls it; rank 0 writes.
+    """
+    tensors, moments = _collected(layout, optimizer, backend)
+    if not backend.is_main:
+        return
     buffer = io.BytesIO()
-    tensors = {name: p.detach().cpu() for name, p in layout.parameters.items()}
-    torch.save({"adapter": tensors, "optimizer": optimizer.state_dict()}, buffer)
+    torch.save({"tensors": tensors, "moments": moments, "num_updates": _num_updates(optimizer)}, buffer)
     state = buffer.getvalue()
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -63,11 +75,12 @@ def save(
 
 
 def load_newest(directory: pathlib.Path) -> Checkpoint | None:
-    """The newest intact checkpoint: a damaged one is passed over, since its steps can be replayed."""
+    """The newest intact checkpoint: a damaged one is passed over with a word, since its steps can be replayed."""
     for candidate in _newest_first(directory):
         checkpoint = _read(candidate)
         if checkpoint is not None:
             return checkpoint
+        say(f"[yellow]warning[/]: {candidate} is damaged (its checksum does not hold); going back to an older one")
     return None
 
 
@@ -78,13 +91,45 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
             shutil.rmtree(candidate)
 
 
-def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's adapter and optimizer state in place."""
-    content: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-    with torch.no_grad():
-        for name, parameter in layout.parameters.items():
-            parameter.copy_(content["adapter"][name])
-    optimizer.load_state_dict(content["optimizer"])
+def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> None:
+    """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts."""
+    content: dict[str, Any] = {}
+    if backend.is_main:
+        content = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
+        head = {"moments": sorted(content["moments"]), "num_updates": content["num_updates"]}
+        content["head"] = json.dumps(head).encode()
+    head = json.loads(backend.broadcast_bytes(content.get("head")))
+    for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+        optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
+        for key in [None, *head["moments"]]:
+            values = content.get("moments", {}).get(key) if key else content.get("tensors")
+            whole = backend.broadcast_bytes(values[slot.name].numpy().tobytes() if values else None)
+            count = slot.num_coordinates
+            part = np.frombuffer(whole, dtype=np.float32)[slot.first : slot.first + count].copy()
+            value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
+            if key:
+                optimizer.state[parameter][key] = value
+            else:
+                parameter.detach().copy_(value)
+    backend.publish()
+
+
+def _collected(
+    layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend
+) -> tuple[dict[str, torch.Tensor | None], dict[str, dict[str, torch.Tensor | None]]]:
+    """Whole tensors, and per kind of moment the optimizer's, by name; on rank 0."""
+    tensors: dict[str, torch.Tensor | None] = {}
+    moments: dict[str, dict[str, torch.Tensor | None]] = {}
+    for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+        tensors[slot.name] = backend.whole(slot, parameter)
+        for key, value in sorted(optimizer.state[parameter].items()):
+            if key != "step":
+                moments.setdefault(key, {})[slot.name] = backend.whole(slot, value)
+    return tensors, moments
+
+
+def _num_updates(optimizer: torch.optim.Optimizer) -> float:
+    return float(next(iter(optimizer.state.values()))["step"])
 
 
 def _newest_first(directory: pathlib.Path) -> list[pathlib.Path]:

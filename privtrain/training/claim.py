@@ -42,7 +42,9 @@ def check_run_directory(inputs: Inputs) -> None:
     run = inputs.run
     if not run.exists():
         return
-    run.check_permissions()
+    tightened = run.check_permissions()
+    if tightened:
+        say(f"closed to other users: {', '.join(str(path) for path in tightened)}")
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     if identity["fingerprint"] != inputs.fingerprint:
         raise PlanMismatch(

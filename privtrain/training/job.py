@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from privtrain.advice import warnings
-from privtrain.backends import Backend, create_backend
+from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
 from privtrain.data.microbatch import Packer
@@ -25,22 +26,26 @@ from privtrain.ledger import Ledger
 from privtrain.models import (
     add_lora,
     base_dtype,
-    load_base,
     load_tokenizer,
     resolve_precision,
     weights_checksum,
 )
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
+from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
+from privtrain.training.budget import budgeted
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import held_out_loss, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
 from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
+from privtrain.training.stop import StopRequest, listening
+from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.weights import BaseSource
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0
@@ -67,45 +72,64 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
-    config = load_config(config_path, overrides)
-    check_inputs(config)
-    inputs = read_inputs(config)
-    check_run_directory(inputs)
-    if config.performance.num_threads is not None:
-        torch.set_num_threads(config.performance.num_threads)
-    backend = create_backend(config.performance.collective_timeout_seconds)
-    try:
-        with claimed(inputs, backend):
-            if not is_complete(inputs, backend):
-                _run(inputs, backend)
-    finally:
-        backend.close()
+    with listening() as stop:
+        config = load_config(config_path, overrides)
+        check_inputs(config)
+        inputs = read_inputs(config)
+        check_run_directory(inputs)
+        if config.performance.num_threads is not None:
+            torch.set_num_threads(config.performance.num_threads)
+        with joined(config.performance, stop) as backend, claimed(inputs, backend):
+            with budgeted(inputs, backend) as allowed:
+                if not is_complete(allowed, backend):
+                    _run(allowed, backend, stop)
 
 
-def _run(inputs: Inputs, backend: Backend) -> None:
+def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     if backend.is_main:
         _announce(inputs, backend)
     network = _load_network(inputs.config, backend)
+    stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         tracker = _open_tracker(inputs, backend, session.continuation.start_step)
-        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker)
+        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
-        if session.state:
-            checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
+        stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
+        if session.continuation.start_step:
+            checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
             begin_session(inputs, ledger, session, split, units.num_truncated)
         if session.continuation.start_step == 0:
-            _evaluate(inputs, trainer, network, split, 0)
-        _loop(inputs, trainer, session.continuation)
-        _evaluate(inputs, trainer, network, split, session.continuation.end_step)
+            _evaluate(inputs, trainer, network, split, 0, stop)
+        _loop(inputs, trainer, session.continuation, stop)
+        _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         tracker.close()
+        state = _whole_state(trainer) if inputs.config.training.method == "full" else {}
         if ledger is not None:
-            _release(inputs, ledger, network, num_units=len(units))
+            _release(inputs, ledger, network, state, num_units=len(units))
     backend.barrier()
+
+
+def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
+    """Load, build and self-test as a run would, under a throw-away key and without a run directory.
+
+    Returns:
+        The number of trainable coordinates.
+
+    Raises:
+        PrivtrainError: as the run would.
+    """
+    network = _load_network(inputs.config, backend)
+    key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
+    units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
+    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", b"")
+    trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
+    _self_test(trainer, network, backend)
+    return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:
@@ -119,7 +143,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    model = _trainable_model(config, precision, backend.device).to(backend.device)
+    model = _trainable_model(config, precision, backend)
     model.train()
     if backend.device.type == "cuda":
         # So that a replayed step has the same bits; the ledger finds out if it has not.
@@ -132,13 +156,13 @@ def _load_network(config: Config, backend: Backend) -> Network:
     return Network(tokenizer, model, precision, autocast, packer)
 
 
-def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
+def _trainable_model(config: Config, precision: str, backend: Backend) -> torch.nn.Module:
     if config.training.method == "full":
-        model = load_base(config.model, torch.float32).requires_grad_(True)
-        base: Any = model
+        base: Any = backend.load_base(BaseSource(config.model, torch.float32))
+        model = base.requires_grad_(True)
     else:
-        base = load_base(config.model, base_dtype(precision, device))
-        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+        base = backend.load_base(BaseSource(config.model, base_dtype(precision, backend.device)))
+        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name).to(backend.device)
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -157,9 +181,14 @@ def _environment(inputs: Inputs, backend: Backend, network: Network, units: Unit
         inputs.config,
         backend,
         precision=network.precision,
-        weights_checksum=weights_checksum(network.model),
+        weights_checksum=_weights_checksum(network.model, backend),
         units_sha256=units.sha256(),
     )
+
+
+def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
+    mine = weights_checksum(backend.local_tensors(model))
+    return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
 def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
@@ -179,6 +208,7 @@ def _build_trainer(
     units: UnitData,
     session: Session,
     tracker: Tracker,
+    stop: StopRequest,
 ) -> Trainer:
     return Trainer(
         plan=inputs.plan,
@@ -193,13 +223,16 @@ def _build_trainer(
         autocast=network.autocast,
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
+        stop=stop,
+        first_step=session.continuation.first_step,
     )
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
     run_self_test(
         model=network.model,
-        layout=trainer.layout,
+        placement=trainer.placement,
+        new_clipper=functools.partial(trainer.new_clipper, route=trainer.clipper.route),
         row_losses=trainer.row_losses,
         clipping_norm=trainer.plan.clipping_norm,
         noise_multiplier=trainer.plan.noise_multiplier,
@@ -207,40 +240,48 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
         clipping_style=trainer.plan.clipping_style,
-        clipping_route=trainer.clipper.route,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
-def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int) -> None:
+def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest) -> None:
     texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
     records, _ = tokenize(texts, network.tokenizer, inputs.config.data.max_length)
-    loss = held_out_loss(network.model, records, trainer.backend, packer=network.packer, autocast=network.autocast)
+    loss = held_out_loss(
+        network.model,
+        records,
+        trainer.backend,
+        packer=network.packer,
+        autocast=network.autocast,
+        between_batches=lambda: stop.leave_if_agreed(trainer.backend, f"evaluating after step {step}"),
+    )
     if loss is not None and math.isfinite(perplexity(loss)):
         trainer.tracker.log(step, {"eval/held_out_loss": loss, "eval/held_out_perplexity": perplexity(loss)})
 
 
-def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
+def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
-    parameters = list(trainer.layout.parameters.values())
     with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1
-            if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step:
-                if not backend.in_sync(parameters):
+            if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step or trainer.must_stop:
+                if not backend.parameters_agree(trainer.model):
                     raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
-                if backend.is_main:
-                    checkpoint.save(
-                        inputs.run.checkpoints,
-                        step=done,
-                        generation=trainer.generation,
-                        layout=trainer.layout,
-                        optimizer=trainer.optimizer,
-                        num_kept=performance.num_checkpoints_kept,
-                    )
+                checkpoint.save(
+                    inputs.run.checkpoints,
+                    step=done,
+                    generation=trainer.generation,
+                    layout=trainer.layout,
+                    optimizer=trainer.optimizer,
+                    num_kept=performance.num_checkpoints_kept,
+                    backend=backend,
+                )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
+            if trainer.must_stop:
+                trainer.tracker.close()
+                raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
 
 
 def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
@@ -248,28 +289,45 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
         return ""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
-    return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
+    return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
 
 
-def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int) -> None:
-    config, plan, run, state = inputs.config, inputs.plan, inputs.run, ledger.state
-    if state.num_charged > plan.num_steps:
+def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every trained tensor of the model, whole, on rank 0's CPU; empty elsewhere. Every rank calls it."""
+    state: dict[str, torch.Tensor] = {}
+    for slot, parameter in zip(trainer.layout.slots, trainer.layout.parameters.values(), strict=True):
+        value = trainer.backend.whole(slot, parameter)
+        if value is not None:
+            state[slot.name] = value
+    return state
+
+
+def _release(
+    inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
+) -> None:
+    config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
+    num_accounted = plan.accounted_steps(past.intents)
+    if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{state.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(state.num_charged)
+    epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
         plan,
         num_units=num_units,
-        num_model_steps=len(state.path),
-        num_charged=state.num_charged,
-        num_commits=len(state.commits),
+        num_model_steps=len(past.path),
+        num_charged=past.num_charged,
+        num_accounted=num_accounted,
+        num_commits=len(past.commits),
         ledger_head=head,
     )
-    write = write_model if config.training.method == "full" else write_adapter
-    write(run, network.model, network.tokenizer, model_card(config, plan, statement))
+    card = model_card(config, plan, statement)
+    if config.training.method == "full":
+        write_model(run, network.model, network.tokenizer, card, state)
+    else:
+        write_adapter(run, network.model, network.tokenizer, card)
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
     say(f"released {run.released} with its privacy statement: {shown}")
