@@ -140,21 +140,23 @@ def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str, state:
         model: the model, whose weights may be sharded; it says how to save.
         tokenizer: saved beside it.
         card: its model card.
-        state: name → whole tensor.
+        state: name → whole tensor, of everything that was trained; what was not is whole in ``model``.
 
     Raises:
         RuntimeError: if what was saved is not what is in memory; nothing is released then.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     temporary = run.root / ".model.tmp"
-    model.save_pretrained(str(temporary), state_dict=dict(state))
+    whole = {name: p.detach().cpu() for name, p in model.named_parameters() if name not in state} | state
+    model.save_pretrained(str(temporary), state_dict=dict(whole))
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
-    loaded = AutoModelForCausalLM.from_pretrained(str(temporary), dtype=torch.float32)
+    (architecture,) = transformers.AutoConfig.from_pretrained(str(temporary)).architectures or []
+    loaded = getattr(transformers, architecture).from_pretrained(str(temporary), dtype=torch.float32)
     saved = dict(loaded.named_parameters())
-    for name, value in state.items():
+    for name, value in whole.items():
         if name not in saved or not torch.equal(saved[name].detach(), value):
             raise RuntimeError(f"{temporary}: tensor {name} was not saved as it is in memory")
     replace_directory(temporary, run.model)

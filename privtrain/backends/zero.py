@@ -114,6 +114,8 @@ class ZeroBackend(ShardedBackend):
         from transformers.initialization import no_init_weights
         from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+        with torch.device("meta"):
+            source.empty()  # whatever it imports must not be imported while zero.Init has torch.Tensor replaced
         os.environ.setdefault("LOCAL_RANK", str(self.rank))  # deepspeed.zero.Init asks for it
         config = _stage_3_config()
         if self.device.type == "cpu":

@@ -86,6 +86,8 @@ class PerUnitClipper:
         style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``, see :mod:`.styles`.
         route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no
             rule, two passes for full fine-tuning with gradient checkpointing, otherwise batched.
+        equal_passes: every rank must run as many passes over the model as any other, whatever its units: padding rows
+            run too, and two passes become one. For a sharded base, whose ranks gather its layers together.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units, or on a route other than one unit at a time has no
@@ -101,6 +103,8 @@ class PerUnitClipper:
         device: torch.device,
         style: str = "flat",
         route: str = "auto",
+        *,
+        equal_passes: bool = False,
     ) -> None:
         refusals.refuse_coupled_units(model)
         if not layout.slots:
@@ -113,8 +117,7 @@ class PerUnitClipper:
         self.total = layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
-        #: Whether padding rows run a pass too, so that every rank of a sharded base gathers its layers equally often.
-        self.equal_passes = False
+        self._equal_passes = equal_passes
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
@@ -196,7 +199,7 @@ class PerUnitClipper:
         num_weights = sum(p.numel() for p in model.parameters())
         mostly_trained = self.layout.num_coordinates >= _MOSTLY_TRAINED * num_weights
         is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and mostly_trained
-        if self.route != "two_pass" and not is_auto:
+        if self._equal_passes or (self.route != "two_pass" and not is_auto):
             return math.inf
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         return _KEPT_SHARE * (weights + self.total.numel() * self.total.element_size())
@@ -348,7 +351,7 @@ class PerUnitClipper:
                 self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
                 self._add_unit(batch, index, self._begin(index, gradient))
-        if self.equal_passes:
+        if self._equal_passes:
             for row in (i for i, unit in enumerate(owner) if unit < 0):
                 self._add_row(batch, slice(row, row + 1), {})
 

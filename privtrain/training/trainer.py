@@ -121,11 +121,8 @@ class Trainer:
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         if self.placement.shards is not None:
             return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
-        if self.placement.equal_passes and route == "two_pass":
-            route = "batched"  # how many passes a rank needs depends on its units; an adapter's gradients are small
-        clipper = PerUnitClipper(self.model, self.placement.clipped, norm, losses, device, style, route)
-        clipper.equal_passes = self.placement.equal_passes
-        return clipper
+        layout, equal_passes = self.placement.clipped, self.placement.equal_passes
+        return PerUnitClipper(self.model, layout, norm, losses, device, style, route, equal_passes=equal_passes)
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""

@@ -24,6 +24,7 @@ OTHER_VALUES = {
     "checkpoint_interval_steps": 7,
     "num_checkpoints_kept": 5,
     "collective_timeout_seconds": 60,
+    "heartbeat_timeout_seconds": 30,
 }
 
 

@@ -105,6 +105,7 @@ def test_what_became_of_the_rows_is_counted_in_secret(finished):
     assert set(counts) == {
         "num_rows",
         "num_without_user",
+        "num_users_opted_out",
         "num_empty",
         "num_truncated_training_records",
         "num_training_records_without_target",

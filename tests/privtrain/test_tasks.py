@@ -13,7 +13,7 @@ import transformers as hf
 from tokenizers import processors
 
 from attacks.errors import AttackInputError
-from attacks.score import score_run
+from attacks.score import ScoreOptions, score_run
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
@@ -178,7 +178,7 @@ def test_a_classification_job_learns_its_labels_and_releases_the_head(tree, tmp_
         found = model.eval()(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits.argmax(1)
     assert [LABELS[i] for i in found] == list(texts.values())
     with pytest.raises(AttackInputError, match=r"data\.format: classification|training\.method: full"):
-        score_run(run, batch_tokens=64)
+        score_run(run, ScoreOptions(batch_tokens=64))
 
 
 def test_a_causal_model_becomes_a_classifier_that_reads_the_last_token(tree, tmp_path, tiny_llama):
@@ -217,7 +217,7 @@ def test_a_job_on_masked_tokens_learns_the_answers_and_can_be_attacked(tree, tmp
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [m["eval/held_out_loss"] for m in metrics if "eval/held_out_loss" in m]
     assert losses[-1] < losses[0] - 0.2
-    score_run(run, batch_tokens=128)
+    score_run(run, ScoreOptions(batch_tokens=128))
 
 
 def test_context_tokens_pull_no_gradient_of_their_own(tiny_llama):

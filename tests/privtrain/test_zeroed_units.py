@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import privtrain.training.trainer as trainer_module
+import privtrain.objectives
 from privtrain.ledger import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.view import pseudonym_of
@@ -68,7 +68,7 @@ def check_ledger(run_path):
 @pytest.mark.parametrize("route", ["batched", "one_unit"])
 def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeypatch, route):
     path = poison(tree, tmp_path)
-    monkeypatch.setattr(trainer_module, "row_losses", poisoned_row_losses)
+    monkeypatch.setattr(privtrain.objectives, "row_losses", poisoned_row_losses)
     train(path, [f"performance.clipping_route={route}", "performance.microbatch_size=3"])
     check_ledger(tmp_path / "runs" / "tiny")
 
@@ -80,11 +80,11 @@ def test_flags_reach_the_ledger_from_the_rank_that_clipped(tree, tmp_path):
     script = tmp_path / "poisoned.py"
     script.write_text(
         "import sys\n"
-        "import privtrain.training.trainer as trainer\n"
+        "import privtrain.objectives\n"
         "from privtrain import cli\n"
         "from tests.privtrain import test_zeroed_units as test\n"
         f"test._TOKEN[0] = {_TOKEN[0]}\n"
-        "trainer.row_losses = test.poisoned_row_losses\n"
+        "privtrain.objectives.row_losses = test.poisoned_row_losses\n"
         f"sys.argv = ['privtrain', 'train', {str(path)!r}]\n"
         "cli.main()\n"
     )
