@@ -51,6 +51,33 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def synthetic(
+    output: Annotated[pathlib.Path, typer.Argument(help="JSONL file to write; must not exist.")],
+    num_users: Annotated[int, typer.Option(help="Customers.")] = 1000,
+    mean_records: Annotated[float, typer.Option(help="Messages of a customer, on average.")] = 12.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+) -> None:
+    """Write synthetic customers' messages with their sensitive spans labelled, to try things on."""
+    from privtrain.data.synthetic import customer_records, write_customers
+
+    num_records = write_customers(output, customer_records(num_users, seed=seed, mean_records=mean_records))
+    typer.echo(f"wrote {num_records} messages of {num_users} customers to {output}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[pathlib.Path, typer.Argument(help="Directory to make; must not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base model.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of merged or full weights: fp32, bf16 or fp16.")] = "bf16",
+) -> None:
+    """Copy what a finished run released, or merge it into one model, with tokenizer, card and privacy statement."""
+    from privtrain.export import export_run
+
+    typer.echo(export_run(run, output, merge=merge, dtype=dtype))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration."""
     from privtrain.config import Config
