@@ -30,12 +30,21 @@ Overrides = Annotated[
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
+    accelerate: Annotated[
+        pathlib.Path | None, typer.Option(help="Accelerate config of the launch: memory and command are for it.")
+    ] = None,
+    num_users: Annotated[
+        int | None, typer.Option(help="Users of a data set that is not at hand; nothing is read then.", min=1)
+    ] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Throughput of one rank, for the time.")] = None,
+    prices: Annotated[bool, typer.Option(help="Show what ε, batch and steps trade for one another.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Show the privacy budget of a run before paying for it: no weights, no process group."""
-    from privtrain.planning import describe_plan, print_plan
+    """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
+    from privtrain.plan_view import print_plan
+    from privtrain.planning import PlanOptions, describe_plan
 
-    description = describe_plan(config, overrides or [])
+    description = describe_plan(config, overrides or [], PlanOptions(num_users, accelerate, tokens_per_second, prices))
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:

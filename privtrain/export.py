@@ -52,7 +52,9 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
 def _check(run: RunDirectory, output: pathlib.Path, dtype: str) -> None:
     faults = []
     if not run.is_complete():
-        faults.append(Fault("RUN", f"{run.root} holds no finished run (no privacy.json); finish it with privtrain train"))
+        faults.append(
+            Fault("RUN", f"{run.root} holds no finished run (no privacy.json); finish it with privtrain train")
+        )
     if output.exists():
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
     if dtype not in DTYPES:
@@ -83,7 +85,7 @@ def _whole_model(run: RunDirectory) -> Any:
     if run.model.exists():
         import transformers
 
-        architecture = transformers.AutoConfig.from_pretrained(str(run.model)).architectures[0]
+        (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
         return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32)
     base = load_base(load_config(run.resolved_config).model, torch.float32)
     adapted: Any = load_adapter(base, run.adapter)

@@ -128,7 +128,9 @@ _OLDEST, _YOUNGEST = datetime.date(1935, 1, 1), datetime.date(2005, 12, 31)
 _CHOICES = {"product": _PRODUCTS, "problem": _PROBLEMS, "mood": _MOODS, "closing": _CLOSINGS}
 
 
-def _message(user: str, profile: dict[str, str], habit: dict[str, list[str]], rng: np.random.Generator) -> CustomerRecord:
+def _message(
+    user: str, profile: dict[str, str], habit: dict[str, list[str]], rng: np.random.Generator
+) -> CustomerRecord:
     template = _TEMPLATES[int(rng.integers(len(_TEMPLATES)))]
     text, spans = "", []
     for literal, slot, _, _ in string.Formatter().parse(template):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from privtrain.advice import warnings
+from privtrain.advice import expected_units, warnings
 from privtrain.backends import Backend, create_backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
@@ -112,7 +112,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     say(f"{backend.describe()}; loading {inputs.config.model.public_name}")
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
-    for warning in warnings(inputs.config, inputs.plan, inputs.corpus):
+    for warning in warnings(inputs.config, inputs.plan, expected_units(inputs.config, inputs.corpus)):
         say(f"[yellow]warning[/]: {warning}")
 
 

@@ -1,4 +1,4 @@
-"""What a finished run hands out: an adapter or one model, re-opened, with its statement, and never over something else."""
+"""What a finished run hands out: re-opened, with its statement, and never over something else."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_weights_that_overflow_the_dtype_are_not_handed_out(finished, tmp_path):
     shutil.copytree(finished, damaged)
     path = damaged / "adapter" / "adapter_model.safetensors"
     save_file({name: value + 300.0 for name, value in load_file(path).items()}, path)
-    with pytest.raises(RuntimeError, match="not finite in torch.float16"):
+    with pytest.raises(RuntimeError, match="is not finite"):
         export_run(damaged, tmp_path / "out", merge=True, dtype="fp16")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
