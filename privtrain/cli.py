@@ -36,6 +36,9 @@ def plan(
     num_users: Annotated[
         int | None, typer.Option(help="Users of a data set that is not at hand; nothing is read then.", min=1)
     ] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(help="Processes of the launch; default: the accelerate config's.", min=1)
+    ] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Throughput of one rank, for the time.")] = None,
     prices: Annotated[bool, typer.Option(help="Show what ε, batch and steps trade for one another.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
@@ -44,7 +47,8 @@ def plan(
     from privtrain.plan_view import print_plan
     from privtrain.planning import PlanOptions, describe_plan
 
-    description = describe_plan(config, overrides or [], PlanOptions(num_users, accelerate, tokens_per_second, prices))
+    options = PlanOptions(num_users, accelerate, tokens_per_second, prices, num_ranks)
+    description = describe_plan(config, overrides or [], options)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:

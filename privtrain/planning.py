@@ -33,12 +33,19 @@ class PlanOptions:
         accelerate: accelerate config of the launch, for memory and the command to type.
         tokens_per_second: throughput of one rank, for the time that training takes.
         prices: whether to calculate the price list.
+        num_ranks: processes of the launch, where they are not the accelerate config's.
     """
 
     num_users: int | None = None
     accelerate: pathlib.Path | None = None
     tokens_per_second: float | None = None
     prices: bool = True
+    num_ranks: int | None = None
+
+    def layout(self) -> LaunchLayout:
+        """How the launch divides the model."""
+        layout = LaunchLayout() if self.accelerate is None else LaunchLayout.from_accelerate(self.accelerate)
+        return layout if self.num_ranks is None else dataclasses.replace(layout, num_ranks=self.num_ranks)
 
 
 def describe_plan(
@@ -53,7 +60,7 @@ def describe_plan(
     config = load_config(config_path, overrides)
     if options.num_users is None:
         check_inputs(config)
-    layout = LaunchLayout() if options.accelerate is None else LaunchLayout.from_accelerate(options.accelerate)
+    layout = options.layout()
     plan = PrivacyPlan.build(config.privacy)
     population = _population(config, options.num_users)
     prices = price_list(config.privacy, plan) if options.prices else []
