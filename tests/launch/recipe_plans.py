@@ -67,7 +67,8 @@ def header(name: str) -> list[str]:
     text = path.read_text(encoding="utf-8")
     model = re.search(r"name_or_path: (\S+)", text)
     launcher = re.search(r"--config_file (\S+)", text)
-    assert model and launcher
+    assert model
+    assert launcher
     ranks = re.search(r"--num_processes (\d+)", text)
     with tempfile.TemporaryDirectory() as directory:
         MODELS[model[1]].save_pretrained(directory)
