@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(help="Read and check a run's contribution ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+track_app = typer.Typer(help="Metrics of a run, elsewhere.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
@@ -112,6 +114,14 @@ def ledger_verify(run: RunPath) -> None:
     from privtrain.ledger.view import verify_run
 
     typer.echo(verify_run(run))
+
+
+@track_app.command("sync")
+def track_sync(run: RunPath) -> None:
+    """Replay a run's released metrics into one W&B run, whatever was resumed offline in between."""
+    from privtrain.tracking.sync import sync_run
+
+    typer.echo(sync_run(run))
 
 
 def main() -> None:

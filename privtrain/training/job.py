@@ -102,9 +102,10 @@ def _run(inputs: Inputs, backend: Backend) -> None:
             _evaluate(inputs, trainer, network, split, 0)
         _loop(inputs, trainer, session.continuation)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step)
-        tracker.close()
         if ledger is not None:
             _release(inputs, ledger, network, num_units=len(units))
+            tracker.publish(inputs.run)
+        tracker.close()
     backend.barrier()
 
 

@@ -46,17 +46,8 @@ def entrypoint(tmp_path: pathlib.Path, *arguments: str, **environment: str) -> l
 
 def test_the_entry_point_trains_on_one_machine_or_several(tmp_path):
     one = entrypoint(tmp_path, "a.yaml", "b.yaml", "run.name=x")
-    assert one == [
-        "accelerate",
-        "launch",
-        "--config_file",
-        "a.yaml",
-        "-m",
-        "privtrain",
-        "train",
-        "b.yaml",
-        "run.name=x",
-    ]
+    launch = ["accelerate", "launch", "--config_file", "a.yaml"]
+    assert one == [*launch, "-m", "privtrain", "train", "b.yaml", "run.name=x"]
     several = entrypoint(
         tmp_path, "a.yaml", "b.yaml", NUM_MACHINES="2", MACHINE_RANK="1", MAIN_ADDRESS="m0", NUM_PROCESSES="16"
     )
