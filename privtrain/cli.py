@@ -65,6 +65,30 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     run_training(config, overrides or [])
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[list[str], typer.Argument(help="e.g. accelerate launch ... -m privtrain train CONFIG")],
+) -> None:
+    """Run a launcher and leave with the job's own exit code: 75 to be queued again, 2 for a mistake, ..."""
+    from privtrain.launcher import launch as run_launcher
+
+    raise typer.Exit(run_launcher(command))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        pathlib.Path | None, typer.Argument(help="YAML file of the run; without it the environment alone.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check ranks, versions, network, disk, W&B and, with CONFIG, the guarantee on the real model; trains nothing."""
+    from privtrain.training.doctor import examine
+
+    raise typer.Exit(examine(config, overrides or [], as_json=as_json))
+
+
 @app.command()
 def synthetic(
     output: Annotated[pathlib.Path, typer.Argument(help="JSONL file to write; must not exist.")],

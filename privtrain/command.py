@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
-from privtrain.errors import PrivtrainError
+from privtrain.errors import Preempted, PrivtrainError
+from privtrain.slurm import adopt_slurm_tasks
 
 #: A mistake that every rank meets is told by rank 0; the launcher ends the others before this many seconds are over.
 _OTHER_RANKS_WAIT_SECONDS = 3.0
+
+#: Set by ``privtrain launch``: a directory of this machine in which ranks leave word, since launchers lose it.
+LAUNCH_DIRECTORY = "PRIVTRAIN_LAUNCH_DIRECTORY"
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
@@ -23,11 +29,59 @@ def run_command(name: str, app: Callable[[], None]) -> None:
     """
     # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    adopt_slurm_tasks(os.environ)
     try:
         app()
+    except Preempted as stop:
+        # The job is saved: a launcher that signals the rest of the ranks now must not change their exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        record_exit_code(stop.exit_code)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except PrivtrainError as error:
+        record_exit_code(error.exit_code)
         _report(f"{name}: {error}")
         sys.exit(error.exit_code)
+
+
+def record_exit_code(code: int) -> None:
+    """Leave the code for ``privtrain launch``; the first rank's stands, the others follow from it."""
+    _leave_word("exit-code", str(code))
+
+
+def record_stop_request() -> None:
+    """Leave word that a rank of this machine was asked to stop."""
+    _leave_word("asked-to-stop", "")
+
+
+def was_asked_to_stop(directory: str) -> bool:
+    """Whether a rank left that word."""
+    return os.path.exists(os.path.join(directory, "asked-to-stop"))
+
+
+def _leave_word(name: str, content: str) -> None:
+    directory = os.environ.get(LAUNCH_DIRECTORY)
+    if directory is None:
+        return
+    try:
+        with open(os.path.join(directory, name), "x", encoding="ascii") as file:
+            file.write(content)
+    except OSError:
+        pass  # told already, or no room for it: the launcher's own code stands then
+
+
+def leave_at_once(message: str, code: int) -> NoReturn:
+    """End this process from any thread, as a crash would: everything durable is on disk at every moment.
+
+    Args:
+        message: what one rank a machine prints.
+        code: exit code.
+    """
+    record_exit_code(code)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"rank {os.environ.get('RANK', '0')}: privtrain: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _report(message: str) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 EXIT_WRONG_INPUT = 2
 EXIT_REFUSED_RELEASE = 3
+#: The machine failed the job (a lost rank, a full disk): nothing is lost, the same command goes on.
+EXIT_MACHINE_FAILED = 4
+#: EX_TEMPFAIL: the job was asked to stop, saved itself, and is to be queued again.
+EXIT_PREEMPTED = 75
 
 
 class PrivtrainError(Exception):
@@ -67,3 +71,21 @@ class LedgerCorrupt(PrivtrainError):  # noqa: N818
     """The contribution ledger was altered or damaged anywhere but at its torn tail."""
 
     exit_code = EXIT_REFUSED_RELEASE
+
+
+class RankLost(PrivtrainError):  # noqa: N818
+    """Another rank died, or gave no sign of life for ``performance.heartbeat_timeout_seconds``."""
+
+    exit_code = EXIT_MACHINE_FAILED
+
+
+class StorageFailed(PrivtrainError):  # noqa: N818
+    """The disk of the run directory is full, or a quota or file size limit was reached."""
+
+    exit_code = EXIT_MACHINE_FAILED
+
+
+class Preempted(PrivtrainError):  # noqa: N818
+    """SIGTERM or SIGUSR1 on any rank: all ranks saved the job together and left."""
+
+    exit_code = EXIT_PREEMPTED

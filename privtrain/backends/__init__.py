@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from privtrain.backends.base import Backend, ReplicatedBackend
 from privtrain.backends.ddp import DdpBackend
 from privtrain.backends.local import LocalBackend
+from privtrain.backends.watch import Watch
 from privtrain.errors import PrivtrainError
 from privtrain.processes import join_processes
 
@@ -35,4 +36,4 @@ def create_backend(timeout_seconds: int) -> Backend:
     )
 
 
-__all__ = ["Backend", "DdpBackend", "LocalBackend", "ReplicatedBackend", "create_backend"]
+__all__ = ["Backend", "DdpBackend", "LocalBackend", "ReplicatedBackend", "Watch", "create_backend"]

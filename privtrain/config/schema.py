@@ -196,7 +196,12 @@ class PerformanceSection(Section):
     )
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     num_checkpoints_kept: int = Field(default=2, ge=1)
-    collective_timeout_seconds: int = Field(default=600, ge=10)
+    collective_timeout_seconds: int = Field(
+        default=600, ge=10, description="How long a rank that lives may keep the others waiting in a collective."
+    )
+    heartbeat_timeout_seconds: int = Field(
+        default=60, ge=2, description="A rank that gives no sign of life for so long is lost, and the job ends."
+    )
 
 
 class TrackingSection(Section):

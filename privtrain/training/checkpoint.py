@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from privtrain.console import say
 from privtrain.layout import Layout
 from privtrain.rundir import replace_directory, write_atomically
 
@@ -63,11 +64,12 @@ def save(
 
 
 def load_newest(directory: pathlib.Path) -> Checkpoint | None:
-    """The newest intact checkpoint: a damaged one is passed over, since its steps can be replayed."""
+    """The newest intact checkpoint: a damaged one is passed over with a word, since its steps can be replayed."""
     for candidate in _newest_first(directory):
         checkpoint = _read(candidate)
         if checkpoint is not None:
             return checkpoint
+        say(f"[yellow]warning[/]: {candidate} is damaged (its checksum does not hold); going back to an older one")
     return None
 
 

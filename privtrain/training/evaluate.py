@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,15 +20,21 @@ def held_out_loss(
     *,
     packer: Packer,
     autocast: torch.autocast,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records."""
+    """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records.
+
+    Every rank runs as many batches as the busiest one, and ``between_batches`` before each, where all ranks may talk.
+    """
     if not records:
         return None
-    mine = [[tokens] for tokens in records[backend.rank :: backend.world_size]]
+    shares = [[[tokens] for tokens in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
+    num_batches = max(packer.num_batches(share) for share in shares)
     sums = torch.zeros(2, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
-        for batch in packer.pack(mine, packer.num_batches(mine)):
+        for batch in packer.pack(shares[backend.rank], num_batches):
+            between_batches()
             moved = batch.to(backend.device)
             with autocast:
                 losses = row_losses(model, moved.input_ids, moved.target_mask)

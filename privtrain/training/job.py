@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from privtrain.advice import expected_units, warnings
-from privtrain.backends import Backend, create_backend
+from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
 from privtrain.data.microbatch import Packer
@@ -32,6 +32,7 @@ from privtrain.models import (
 )
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
+from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
@@ -40,6 +41,8 @@ from privtrain.training.evaluate import held_out_loss, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
 from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
+from privtrain.training.stop import StopRequest, listening
+from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
 
 #: Public seed of the adapter's initial values, which do not depend on data.
@@ -67,46 +70,63 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
-    config = load_config(config_path, overrides)
-    check_inputs(config)
-    inputs = read_inputs(config)
-    check_run_directory(inputs)
-    if config.performance.num_threads is not None:
-        torch.set_num_threads(config.performance.num_threads)
-    backend = create_backend(config.performance.collective_timeout_seconds)
-    try:
-        with claimed(inputs, backend):
+    with listening() as stop:
+        config = load_config(config_path, overrides)
+        check_inputs(config)
+        inputs = read_inputs(config)
+        check_run_directory(inputs)
+        if config.performance.num_threads is not None:
+            torch.set_num_threads(config.performance.num_threads)
+        with joined(config.performance, stop) as backend, claimed(inputs, backend):
             if not is_complete(inputs, backend):
-                _run(inputs, backend)
-    finally:
-        backend.close()
+                _run(inputs, backend, stop)
 
 
-def _run(inputs: Inputs, backend: Backend) -> None:
+def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     if backend.is_main:
         _announce(inputs, backend)
     network = _load_network(inputs.config, backend)
+    stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         tracker = _open_tracker(inputs, backend, session.continuation.start_step)
-        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker)
+        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
+        stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.state:
             checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
             begin_session(inputs, ledger, session, split, units.num_truncated)
         if session.continuation.start_step == 0:
-            _evaluate(inputs, trainer, network, split, 0)
-        _loop(inputs, trainer, session.continuation)
-        _evaluate(inputs, trainer, network, split, session.continuation.end_step)
+            _evaluate(inputs, trainer, network, split, 0, stop)
+        _loop(inputs, trainer, session.continuation, stop)
+        _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         if ledger is not None:
             _release(inputs, ledger, network, num_units=len(units))
             tracker.publish(inputs.run)
         tracker.close()
     backend.barrier()
+
+
+def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
+    """Load, build and self-test as a run would, under a throw-away key and without a run directory.
+
+    Returns:
+        The number of trainable coordinates.
+
+    Raises:
+        PrivtrainError: as the run would.
+    """
+    network = _load_network(inputs.config, backend)
+    key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
+    units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
+    session = Session(key, Continuation(0, 0, 0, 0, 0), "", b"")
+    trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
+    _self_test(trainer, network, backend)
+    return trainer.layout.num_coordinates
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:
@@ -180,6 +200,7 @@ def _build_trainer(
     units: UnitData,
     session: Session,
     tracker: Tracker,
+    stop: StopRequest,
 ) -> Trainer:
     return Trainer(
         plan=inputs.plan,
@@ -194,6 +215,7 @@ def _build_trainer(
         autocast=network.autocast,
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
+        stop=stop,
     )
 
 
@@ -214,22 +236,31 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
-def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int) -> None:
+def _evaluate(
+    inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest
+) -> None:
     texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
     records, _ = tokenize(texts, network.tokenizer, inputs.config.data.max_length)
-    loss = held_out_loss(network.model, records, trainer.backend, packer=network.packer, autocast=network.autocast)
+    loss = held_out_loss(
+        network.model,
+        records,
+        trainer.backend,
+        packer=network.packer,
+        autocast=network.autocast,
+        between_batches=lambda: stop.leave_if_agreed(trainer.backend, f"evaluating after step {step}"),
+    )
     if loss is not None and math.isfinite(perplexity(loss)):
         trainer.tracker.log(step, {"eval/held_out_loss": loss, "eval/held_out_perplexity": perplexity(loss)})
 
 
-def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
+def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
     parameters = list(trainer.layout.parameters.values())
     with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1
-            if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step:
+            if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step or trainer.must_stop:
                 if not backend.in_sync(parameters):
                     raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
                 if backend.is_main:
@@ -242,6 +273,10 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation) -> None:
                         num_kept=performance.num_checkpoints_kept,
                     )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
+            if trainer.must_stop:
+                trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
+                trainer.tracker.close()
+                raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
 
 
 def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:

@@ -22,6 +22,7 @@ from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, PoissonSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
+from privtrain.training.stop import StopRequest
 
 
 class Trainer:
@@ -40,6 +41,10 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        stop: who asked this rank to stop.
+
+    Attributes:
+        must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
     """
 
     def __init__(
@@ -57,8 +62,11 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
+        self.must_stop = False
+        self._stop = stop or StopRequest()
         self.backend = backend
         self.ledger = ledger
         self.tracker = tracker
@@ -143,11 +151,13 @@ class Trainer:
     def _log(self, step: int, step_seconds: float) -> None:
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
+        raw.append(float(self._stop.requested.is_set()))  # rides along: no collective of its own
         sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
         self.backend.reduce(sums)
+        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_stopping = sums.tolist()
+        self.must_stop = num_stopping > 0
         if self.ledger is None:
             return
-        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = sums.tolist()
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(num_charged)
         self.tracker.log(

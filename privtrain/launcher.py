@@ -1,0 +1,76 @@
+"""``privtrain launch COMMAND``: run a launcher so that a cluster sees how the job ended.
+
+torchrun and ``accelerate launch`` turn every exit code of a rank into 1, give ranks 30 seconds after SIGTERM, and die of
+SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the config), and a step may take longer.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from privtrain.command import LAUNCH_DIRECTORY, was_asked_to_stop
+from privtrain.errors import EXIT_PREEMPTED, EXIT_REFUSED_RELEASE, EXIT_WRONG_INPUT
+
+#: What ranks get to finish their step and save; the cluster's own patience usually ends first.
+_SHUTDOWN_TIMEOUT_SECONDS = 300
+#: Schedulers often signal every process of a job. torch's launcher gives up its ranks when it gets a second signal, so
+#: ours is passed on only if no rank has had one by then.
+_PASS_ON_AFTER_SECONDS = 2.0
+
+
+def launch(command: Sequence[str]) -> int:
+    """Run ``command``, pass SIGTERM, SIGUSR1 and SIGINT on to it, and return the exit code of the job inside.
+
+    Args:
+        command: e.g. ``accelerate launch ... -m privtrain train run.yaml``.
+
+    Returns:
+        0, or the code of the first rank that failed (2, 3, 4, 75), or the launcher's own. 75 whenever this process was
+        asked to stop and the job neither finished nor was refused: the same command goes on.
+    """
+    with tempfile.TemporaryDirectory(prefix="privtrain-launch-") as directory:
+        environment = {
+            "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_TIMEOUT_SECONDS),
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            **os.environ,
+            LAUNCH_DIRECTORY: directory,
+        }
+        process = subprocess.Popen(command, env=environment)
+        received: list[int] = []
+
+        def pass_on() -> None:
+            if process.poll() is None and (received[0] == signal.SIGINT or not was_asked_to_stop(directory)):
+                process.send_signal(received[0])
+
+        def note(number: int, _: object) -> None:
+            received.append(number)
+            if len(received) == 1:
+                timer = threading.Timer(_PASS_ON_AFTER_SECONDS, pass_on)
+                timer.daemon = True
+                timer.start()
+
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        previous = {number: signal.signal(number, note) for number in numbers}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return _exit_code(code, pathlib.Path(directory), received)
+
+
+def _exit_code(launcher_code: int, directory: pathlib.Path, received: list[int]) -> int:
+    if launcher_code == 0:
+        return 0
+    recorded = directory / "exit-code"
+    code = int(recorded.read_text(encoding="ascii")) if recorded.exists() else launcher_code
+    is_final = code in (EXIT_WRONG_INPUT, EXIT_REFUSED_RELEASE)
+    if received and received[0] != signal.SIGINT and not is_final:
+        return EXIT_PREEMPTED
+    return code if code > 0 else 128 - code

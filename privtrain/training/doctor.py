@@ -1,0 +1,278 @@
+"""``privtrain doctor``: what would stop or spoil a run on these machines, each with its fix. Trains nothing.
+
+Without a config it looks at the environment; with one also at the run directory, W&B and the self-test on the real model,
+process group and device. Start it the way the job will be started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from privtrain.backends import Backend
+from privtrain.config import Config, load_config
+from privtrain.config.schema import PerformanceSection
+from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
+from privtrain.inputs import check_inputs
+from privtrain.rundir import write_atomically
+from privtrain.training.claim import check_run_directory, read_inputs
+from privtrain.training.job import rehearse
+from privtrain.training.stop import StopRequest, listening
+from privtrain.training.supervise import joined
+
+#: Free space below which a run directory gets a warning; a LoRA run needs far less, a full model's checkpoints more.
+_LITTLE_SPACE_BYTES = 2**30
+_BANDWIDTH_NUM_FLOATS = 2**22
+_NUM_TRIALS = 3
+_MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "fault": "[bold red]fault[/]  "}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at.
+        status: whether a run would go well.
+        what: what was seen.
+        fix: what to do about it; empty where all is well.
+        values: the measured numbers, for machines.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "fault"]
+    what: str
+    fix: str = ""
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Look at everything, print what was found on rank 0, and return the exit code.
+
+    Args:
+        config_path: YAML file of the run, or ``None``.
+        overrides: dotted assignments.
+        as_json: print one JSON object instead of lines.
+
+    Returns:
+        0, or 2 if there is a fault.
+
+    Raises:
+        ConfigError: for a config that cannot be run.
+    """
+    config = load_config(config_path, overrides) if config_path is not None else None
+    if config is not None:
+        check_inputs(config)
+    findings = [*_versions(), *_launcher(), _disk(config), _wandb(config)]
+    # Everything on the way may print; with --json stdout is for the report alone.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        try:
+            findings += _together(config)
+        except PrivtrainError as error:
+            findings.append(Finding("ranks and self-test", "fault", str(error), "see the message; nothing was trained"))
+    is_well = not any(finding.status == "fault" for finding in findings)
+    if os.environ.get("RANK", "0") == "0":
+        if as_json:
+            print(json.dumps({"ok": is_well, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2))
+        else:
+            _print(findings, is_well)
+    return 0 if is_well else EXIT_WRONG_INPUT
+
+
+def _print(findings: list[Finding], is_well: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        console.print(f"{_MARKS[finding.status]} {finding.name}: {finding.what}")
+        if finding.fix:
+            console.print(f"        fix: {finding.fix}")
+    console.print("ready to train" if is_well else "[bold red]not ready[/]: mend the faults above")
+
+
+def _versions() -> list[Finding]:
+    """Installed libraries against what this version of privtrain was tested with."""
+    wrong, seen = [], {"python": platform.python_version(), "torch_device": _accelerator()}
+    for line in importlib.metadata.requires("privtrain") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        try:
+            seen[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(seen[requirement.name], prereleases=True):
+            wrong.append(f"{requirement.name} {seen[requirement.name]} is not {requirement.specifier}")
+    names = ("python", "torch", "accelerate", "transformers", "peft", "deepspeed", "torch_device")
+    text = ", ".join(f"{name} {seen[name]}" for name in names if name in seen)
+    if wrong:
+        return [Finding("versions", "fault", "; ".join(wrong), "pip install -c constraints.txt privtrain", seen)]
+    return [Finding("versions", "ok", text, values=seen)]
+
+
+def _accelerator() -> str:
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = str(torch.accelerator.current_accelerator())
+    return f"{torch.accelerator.device_count()} x {torch.cuda.get_device_name() if kind == 'cuda' else kind}"
+
+
+def _launcher() -> list[Finding]:
+    """What clusters do to a job that its launcher must be told of."""
+    findings = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "PRIVTRAIN_LAUNCH_DIRECTORY" not in os.environ:
+        is_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+        if not is_srun:
+            findings.append(
+                Finding(
+                    "exit code",
+                    "warning",
+                    "torchrun and accelerate launch end with 1 whatever the job's exit code is",
+                    "start them with: privtrain launch accelerate launch ...; pre-empted jobs then end with 75",
+                )
+            )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        findings.append(
+            Finding(
+                "mixed_precision",
+                "warning",
+                f"the accelerate config asks for {os.environ['ACCELERATE_MIXED_PRECISION']}; it is not used",
+                'set mixed_precision: "no" there and performance.precision in the run\'s config',
+            )
+        )
+    return findings
+
+
+def _disk(config: Config | None) -> Finding:
+    """Room, durable renames and locks where the run directory will be; only global rank 0 needs them."""
+    wanted = config.run.directory if config is not None else pathlib.Path.cwd()
+    place = next(path for path in [wanted, *wanted.absolute().parents] if path.is_dir())
+    free_bytes = shutil.disk_usage(place).free
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".privtrain-doctor-") as directory:
+            began = time.monotonic()
+            write_atomically(pathlib.Path(directory) / "probe", b"\0" * 4096)
+            fsync_seconds = time.monotonic() - began
+    except OSError as error:
+        return Finding("disk", "fault", f"{place}: {error}", "choose another run.output_dir, or make room there")
+    what = f"{place}: {free_bytes / 2**30:.1f} GiB free, a durable write takes {fsync_seconds * 1e3:.1f} ms"
+    values = {"path": str(place), "free_bytes": free_bytes, "fsync_seconds": fsync_seconds}
+    if free_bytes < _LITTLE_SPACE_BYTES:
+        return Finding("disk", "warning", what, "make room or set run.output_dir: a full disk stops the job", values)
+    return Finding("disk", "ok", what, values=values)
+
+
+def _wandb(config: Config | None) -> Finding:
+    """Whether metrics would get to W&B; nothing is sent."""
+    if config is not None and not config.tracking.wandb:
+        return Finding("W&B", "ok", "off (tracking.wandb); metrics.jsonl has everything that is released")
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if mode != "online":
+        return Finding("W&B", "ok", f"{mode}; later: wandb sync RUN/wandb/offline-run-*")
+    netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and host in netrc.read_text(encoding="utf-8"))
+    if not has_key:
+        return Finding("W&B", "fault", f"WANDB_MODE=online without a key for {host}", "run: wandb login, or unset it")
+    return Finding("W&B", "ok", f"online at {host}, a key is there")
+
+
+def _together(config: Config | None) -> list[Finding]:
+    """What can be seen only with all ranks: who is there, how fast they talk, and the self-test."""
+    performance = config.performance if config is not None else PerformanceSection()
+    inputs = read_inputs(config) if config is not None else None
+    if inputs is not None:
+        check_run_directory(inputs)
+    with listening() as stop, joined(performance, stop) as backend:
+        findings = [_world(backend), _agreement(backend), _network(backend)]
+        if inputs is not None:
+            findings.append(_self_test(inputs, backend, stop))
+        backend.barrier()
+    return findings
+
+
+def _world(backend: Backend) -> Finding:
+    """Which rank sits where; two ranks on one GPU are almost always a mistake."""
+    places = [text.decode() for text in _gather(backend, f"{platform.node()} {backend.device}".encode())]
+    shared = sorted({place for place in places if places.count(place) > 1 and not place.endswith(("cpu", "cpu:0"))})
+    lines = "".join(f"\n          rank {rank}: {place}" for rank, place in enumerate(places))
+    what = f"{backend.describe()}{lines}"
+    values = {"world_size": backend.world_size, "ranks": places}
+    if shared:
+        fix = "start as many processes a machine as it has GPUs (num_processes, --nproc-per-node, --ntasks-per-node)"
+        return Finding("world", "fault", f"several ranks share {', '.join(shared)}; {what}", fix, values)
+    return Finding("world", "ok", what, values=values)
+
+
+def _gather(backend: Backend, text: bytes, num_pieces: int = 4) -> list[bytes]:
+    """Every rank's short text, by rank, over the one gathering collective that there is."""
+    padded = text[: 32 * num_pieces].ljust(32 * num_pieces, b"\0")
+    pieces = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]
+    return [b"".join(parts).rstrip(b"\0") for parts in zip(*pieces, strict=True)]
+
+
+def _agreement(backend: Backend) -> Finding:
+    """Whether all ranks run the same software."""
+    own = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    text = json.dumps([platform.python_version(), platform.machine(), sorted(own.items())])
+    digests = backend.gather_digests(hashlib.sha256(text.encode()).digest())
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        return Finding(
+            "software",
+            "warning",
+            f"rank {', '.join(others)} has other packages than rank 0",
+            "use one image or environment on every machine: a job with other libraries on a rank is refused",
+        )
+    return Finding("software", "ok", "the same packages on every rank")
+
+
+def _network(backend: Backend) -> Finding:
+    """Bandwidth and latency of one all-reduce in fp32, the only large thing that a step sends under DDP."""
+    large, small = (_reduce_seconds(backend, size) for size in (_BANDWIDTH_NUM_FLOATS, 1))
+    num_bytes = 4 * _BANDWIDTH_NUM_FLOATS
+    what = (
+        f"all-reduce of {num_bytes / 1e6:.1f} MB in {large * 1e3:.1f} ms ({num_bytes / large / 1e9:.2f} GB/s), "
+        f"of one number in {small * 1e3:.2f} ms"
+    )
+    if backend.world_size == 1:
+        return Finding("network", "ok", "one process, nothing to send")
+    return Finding("network", "ok", what, values={"bytes_per_second": num_bytes / large, "latency_seconds": small})
+
+
+def _reduce_seconds(backend: Backend, num_floats: int) -> float:
+    vector = torch.zeros(num_floats, dtype=torch.float32, device=backend.device)
+    best = float("inf")
+    for _ in range(_NUM_TRIALS):
+        backend.barrier()
+        began = time.monotonic()
+        backend.reduce(vector)
+        float(vector[0])  # waits for the device
+        best = min(best, time.monotonic() - began)
+    return best
+
+
+def _self_test(inputs: Any, backend: Backend, stop: StopRequest) -> Finding:
+    began = time.monotonic()
+    num_coordinates = rehearse(inputs, backend, stop)
+    seconds = time.monotonic() - began
+    what = (
+        f"passed on {inputs.config.model.public_name}: {num_coordinates:,} trainable coordinates "
+        f"({4 * num_coordinates / 1e6:.1f} MB a reduction), {seconds:.1f} s with loading"
+    )
+    return Finding("self-test", "ok", what, values={"num_coordinates": num_coordinates, "seconds": seconds})

@@ -1,0 +1,91 @@
+"""Pre-emption: SIGTERM or SIGUSR1 on any rank stops all of them together at the next step boundary.
+
+A signal may reach one rank, some or all, at any time. So a rank never acts on its own signal: the flags are summed in a
+collective that every rank enters anyway, and all leave at the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from privtrain.backends import Backend
+from privtrain.command import leave_at_once, record_stop_request
+from privtrain.errors import EXIT_PREEMPTED, Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether somebody asked this rank to stop. Use :func:`listening`.
+
+    Attributes:
+        requested: set once a signal came to this rank.
+    """
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self._signal_name = "a signal to another rank"
+        self._is_joined = False
+
+    def joined(self) -> None:
+        """From here on other ranks count on this one; before, a signal ends the process at once."""
+        self._is_joined = True
+
+    def agreed(self, backend: Backend) -> bool:
+        """Whether any rank was asked to stop: one number, summed. All ranks must call this at the same place."""
+        flag = torch.tensor([float(self.requested.is_set())], dtype=torch.float32, device=backend.device)
+        backend.reduce(flag)
+        return bool(flag.item() > 0)
+
+    def leave_if_agreed(self, backend: Backend, where: str) -> None:
+        """The same, and leave.
+
+        Raises:
+            Preempted: on every rank or on none.
+        """
+        if self.agreed(backend):
+            raise self.preempted(where)
+
+    def preempted(self, where: str) -> Preempted:
+        """The way out, with the reason for people."""
+        return Preempted(f"asked to stop ({self._signal_name}): {where}. The same command goes on from there")
+
+    def _listen(self, reader: int) -> None:
+        with os.fdopen(reader, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] not in SIGNALS:
+                    continue
+                self._signal_name = signal.Signals(number[0]).name
+                self.requested.set()
+                record_stop_request()
+                if not self._is_joined:
+                    leave_at_once(f"asked to stop ({self._signal_name}) before the job began", EXIT_PREEMPTED)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread signals are left as they are."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    # Python runs handlers between two byte codes of the main thread, which may sit in a collective for minutes; the
+    # wake-up pipe is written at once, and a thread reads it.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    threading.Thread(target=request._listen, args=(reader,), name="stop-signals", daemon=True).start()
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_pipe)
+        os.close(writer)

@@ -1,0 +1,286 @@
+"""Ranks of a whole job without a launcher, and faults at chosen moments of it.
+
+A fork server that has everything imported makes a rank in well under a second. Faults are planted from outside the
+product: its methods are wrapped in the rank's process, told when to strike, and record what was applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import signal
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+#: Phases of a step and of the release; before them a job can be struck in "join", "load" and "evaluate", at step -1.
+PHASES = ("intent", "forward", "reduce", "noise", "optimizer", "commit", "checkpoint", "export")
+
+
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What happens, when.
+
+    Attributes:
+        phase: one of ``PHASES``.
+        step: in which step; for a checkpoint the number of steps behind it.
+        moment: before, inside (a torn write, or while the others wait) or after.
+        action: kill, term, usr1 or stop: a signal to a rank; fill: the disk; raise: an error of the rank's own.
+        rank: who is hit.
+    """
+
+    phase: str
+    step: int
+    moment: str = "before"
+    action: str = "kill"
+    rank: int = 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Job:
+    """A job of forked ranks, its output and what it applied.
+
+    Args:
+        config: YAML file.
+        place: directory for logs, process ids and the record of what was applied; kept over several jobs of a run.
+        world_size: number of ranks.
+        fault: what to plant.
+        overrides: dotted assignments.
+    """
+
+    def __init__(
+        self,
+        config: pathlib.Path,
+        place: pathlib.Path,
+        *,
+        world_size: int = 2,
+        fault: Fault | None = None,
+        overrides: tuple[str, ...] = (),
+    ) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        self._logs = [place / f"log-{time.monotonic_ns()}-{rank}" for rank in range(world_size)]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.cluster_imports"])
+        port = free_port()
+        self.ranks: list[BaseProcess] = []
+        for rank in range(world_size):
+            arguments = (rank, world_size, port, config, place, self._logs[rank], fault, overrides)
+            self.ranks.append(context.Process(target=_rank, args=arguments))
+            self.ranks[-1].start()
+
+    def output(self, rank: int | None = None) -> str:
+        logs = self._logs if rank is None else [self._logs[rank]]
+        return "\n".join(log.read_text() for log in logs if log.exists())
+
+    def send(self, rank: int, number: int) -> None:
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    def wait(self, timeout_seconds: float = 120, *, as_launcher: bool = True) -> list[int]:
+        """Exit codes by rank. As torch's launcher would: once a rank fails the others get SIGTERM, later SIGKILL."""
+        end = time.monotonic() + timeout_seconds
+        is_ending = False
+        while any(rank.is_alive() for rank in self.ranks) and time.monotonic() < end:
+            if as_launcher and not is_ending and any(rank.exitcode for rank in self.ranks):
+                is_ending, end = True, min(end, time.monotonic() + 30)
+                for index, rank in enumerate(self.ranks):
+                    if rank.is_alive():
+                        self.send(index, signal.SIGTERM)
+            time.sleep(0.01)
+        hung = [index for index, rank in enumerate(self.ranks) if rank.is_alive()]
+        for index in hung:
+            self.send(index, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.join()
+        codes = [rank.exitcode for rank in self.ranks]
+        assert all(code is not None for code in codes)
+        return [-99 if index in hung else code for index, code in enumerate(codes)]  # type: ignore[misc]
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    config: pathlib.Path,
+    place: pathlib.Path,
+    log: pathlib.Path,
+    fault: Fault | None,
+    overrides: tuple[str, ...],
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    if world_size > 1:
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    (place / f"pid-{rank}").write_text(str(os.getpid()))
+    _Plant(rank, place, config, fault).install()
+    sys.argv = ["privtrain", "train", str(config), *overrides]
+    from privtrain import cli
+
+    cli.main()
+
+
+class _Plant:
+    """Wraps the phases of a step in this process, strikes once, and records what was applied to the parameters."""
+
+    def __init__(self, rank: int, place: pathlib.Path, config: pathlib.Path, fault: Fault | None) -> None:
+        self.rank, self.place, self.fault = rank, place, fault
+        self.config = config
+        self.step = -1
+        self.is_spent = False
+
+    def install(self) -> None:
+        from privtrain.training import checkpoint, job, supervise
+        from privtrain.training.trainer import Trainer
+
+        plant, original_init, original_step = self, Trainer.__init__, Trainer.train_step
+        self._wrap(supervise, "create_backend", "join")
+        self._wrap(job, "_load_network", "load")
+        self._wrap(job, "held_out_loss", "evaluate")
+        self._wrap(Trainer, "_intend", "intent", torn=True)
+        self._wrap(Trainer, "_commit", "commit", torn=True)
+
+        def init(trainer: Any, **arguments: Any) -> None:
+            original_init(trainer, **arguments)
+            plant._wrap(trainer.clipper, "accumulate", "forward")
+            plant._wrap(trainer.backend, "reduce", "reduce")
+            plant._wrap(trainer.backend, "add_noise", "noise")
+            plant._wrap(trainer.backend, "apply", "optimizer")
+
+        def train_step(trainer: Any, step: int) -> None:
+            plant.step = step
+            original_step(trainer, step)
+            plant.step = -1
+
+        Trainer.__init__ = init
+        Trainer.train_step = train_step
+        original_replace = checkpoint.replace_directory
+
+        def replace(source: pathlib.Path, target: pathlib.Path) -> None:
+            plant.step = int(target.name.removeprefix("step-"))
+            plant.strike("checkpoint", "inside")  # the files are written, the directory is not in place
+            original_replace(source, target)
+            plant.step = -1
+
+        checkpoint.replace_directory = replace
+        original_save, original_export = checkpoint.save, job.write_adapter
+        original_statement = job.write_statement
+
+        def save(directory: pathlib.Path, **arguments: Any) -> None:
+            plant.step = arguments["step"]
+            plant.strike("checkpoint", "before")
+            original_save(directory, **arguments)
+            plant.step = arguments["step"]
+            plant.strike("checkpoint", "after")
+            plant.step = -1
+
+        def export(*arguments: Any) -> None:
+            plant.step = plant.fault.step if plant.fault else -1
+            plant.strike("export", "before")
+            original_export(*arguments)
+            plant.strike("export", "inside")
+
+        def statement(*arguments: Any) -> None:
+            original_statement(*arguments)
+            plant.strike("export", "after")
+
+        checkpoint.save, job.write_adapter, job.write_statement = save, export, statement
+
+    def _wrap(self, owner: Any, name: str, phase: str, *, torn: bool = False) -> None:
+        original, plant = getattr(owner, name), self
+
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            plant.strike(phase, "before")
+            size = plant.ledger_bytes() if torn else 0
+            if not torn:
+                plant.strike(phase, "inside", pause_seconds=0.05)
+            if phase == "optimizer" and plant.step >= 0:
+                plant.record(arguments[0])
+            result = original(*arguments, **named)
+            if torn and plant.is_due(phase, "inside"):
+                plant.tear(size)
+                plant.strike(phase, "inside")
+            plant.strike(phase, "after")
+            return result
+
+        setattr(owner, name, wrapped)
+
+    @property
+    def run(self) -> pathlib.Path:
+        import yaml
+
+        section = yaml.safe_load(self.config.read_text())["run"]
+        return pathlib.Path(section["output_dir"]) / section["name"]
+
+    def ledger_bytes(self) -> int:
+        path = self.run / "secret" / "ledger.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def tear(self, size: int) -> None:
+        """Leave the record that was just written half on disk, as a machine that lost power would."""
+        path = self.run / "secret" / "ledger.jsonl"
+        if self.rank == 0 and self.fault and self.fault.action == "kill" and path.stat().st_size > size:
+            os.truncate(path, size + (path.stat().st_size - size) // 2)
+
+    def record(self, vector: Any) -> None:
+        """What is about to be applied: an account that does not rest on the ledger."""
+        digest = hashlib.sha256(vector.cpu().numpy().tobytes()).hexdigest()
+        with open(self.place / f"applied-{self.rank}", "a", encoding="utf-8") as file:
+            file.write(json.dumps([self.step, digest]) + "\n")
+
+    def is_due(self, phase: str, moment: str) -> bool:
+        fault = self.fault
+        if fault is None or self.is_spent or (fault.phase, fault.step, fault.moment) != (phase, self.step, moment):
+            return False
+        # Where only rank 0 is at work it strikes for the others; a torn write is rank 0's and takes its machine along.
+        lone = phase in ("checkpoint", "export") or fault.action == "fill"
+        return self.rank == (0 if lone else fault.rank)
+
+    def strike(self, phase: str, moment: str, pause_seconds: float = 0.0) -> None:
+        if not self.is_due(phase, moment):
+            return
+        self.is_spent = True
+        fault = self.fault
+        assert fault is not None
+        time.sleep(pause_seconds)  # so that the other ranks wait in the collective by now
+        (self.place / "struck").write_text(f"{phase} {moment} {fault.action} {fault.rank}")
+        if fault.action == "fill":
+            fill_disk(self.run.parent)
+            return
+        if fault.action == "raise":
+            raise MemoryError("planted")
+        number = _SIGNALS[fault.action]
+        os.kill(int((self.place / f"pid-{fault.rank}").read_text()), number)
+
+
+def fill_disk(directory: pathlib.Path) -> None:
+    """Use up the last byte of a small file system; where none could be mounted, let no file of this process grow."""
+    if not directory.is_mount():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return
+    with contextlib.suppress(OSError), open(directory / "filler", "wb", buffering=0) as file:
+        for size in (65536, 512, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)

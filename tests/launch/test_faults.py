@@ -1,0 +1,84 @@
+"""What clusters do to a job: kill or stop a rank, ask it to leave, fill its disk, damage its files."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+
+import pytest
+
+from tests.cluster import Fault, Job
+from tests.launch import faults
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: pathlib.Path) -> bytes:
+    return faults.prepare(place)
+
+
+@pytest.mark.parametrize("case", faults.short_cases(), ids=lambda case: case.name)
+def test_a_struck_job_resumes_to_the_result_of_the_undisturbed_one(place, undisturbed, case):
+    faults.run_case(place, case, faults.short_cases().index(case), undisturbed)
+
+
+@pytest.mark.campaign
+def test_the_whole_campaign(place, undisturbed):
+    for index, case in enumerate(faults.long_cases()):
+        faults.run_case(place, case, 100 + index, undisturbed)
+
+
+@pytest.mark.parametrize("phase", ["join", "load", "evaluate"])
+def test_a_job_that_is_asked_to_stop_before_its_first_step_stops_with_75(place, undisturbed, phase):
+    """In the rendezvous, where Python cannot act, too; nothing is charged."""
+    name = f"early-{phase}"
+    job = Job(faults.job_config(place, name), place / name, fault=Fault(phase, -1, "before", "term", 1))
+    assert job.wait(60) == [75, 75], job.output()
+    intents = place / "runs" / name / "secret" / "ledger.jsonl"
+    assert not intents.exists() or b'"intent"' not in intents.read_bytes()
+
+
+def test_sigusr1_to_one_rank_stops_all_at_a_step_boundary(place, undisturbed):
+    name = "usr1"
+    config = faults.job_config(place, name)
+    job = Job(config, place / name, fault=Fault("forward", 2, "before", "usr1", 1))
+    assert job.wait(60) == [75, 75], job.output()
+    assert "saved after step 3 of 6" in job.output(0)
+    assert Job(config, place / name).wait() == [0, 0]
+    assert faults.adapter_of(place / "runs" / name) == undisturbed
+
+
+@pytest.mark.parametrize(("action", "rank"), [("stop", 1), ("kill", 0)])
+def test_without_a_launcher_a_lost_rank_ends_the_job_with_its_name(place, undisturbed, action, rank):
+    """A stopped rank leaves its connections open: nothing but its silence tells. Rank 0 takes the store along."""
+    name = f"lost-{action}"
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=3)
+    job = Job(config, place / name, fault=Fault("reduce", 3, "before", action, rank))
+    survivor = 1 - rank
+    job.ranks[survivor].join(timeout=60)
+    code, output = job.ranks[survivor].exitcode, job.output(survivor)
+    job.send(rank, signal.SIGKILL)
+    job.wait(10)
+    assert code == 4, output
+    assert ("no sign of life from rank 1" if rank else "rank 0's machine") in output
+    assert Job(config, place / name).wait() == [0, 0]
+    assert faults.adapter_of(place / "runs" / name) == undisturbed
+
+
+def test_an_error_of_one_rank_ends_the_others_with_its_reason(place, undisturbed):
+    """A rank that fails alone must not leave the others in a collective until it times out."""
+    name = "alone"
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=60)
+    job = Job(config, place / name, fault=Fault("forward", 2, "before", "raise", 1))
+    codes = job.wait(45, as_launcher=False)
+    assert codes[1] == 1
+    assert "MemoryError: planted" in job.output(1)
+    assert codes[0] in (1, 4)
+    assert "rank 1" in job.output(0)
+    assert "planted" in job.output(0)
