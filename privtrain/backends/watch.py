@@ -96,7 +96,9 @@ class Watch:
         end = time.monotonic() + self.timeout_seconds + 2 * self._interval
         while time.monotonic() < end and not self._decided.wait(0.1):
             if is_stopping.is_set():
-                return RankLost("another rank ended, and the launcher asked this one to; see its message above or below")
+                return RankLost(
+                    "another rank ended, and the launcher asked this one to; see its message above or below"
+                )
         if self._decided.is_set():
             return RankLost(self._text())
         late = [str(rank) for rank in range(self._world_size) if not self._has(self._key("failing", rank))]

@@ -236,9 +236,7 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
-def _evaluate(
-    inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest
-) -> None:
+def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest) -> None:
     texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
     records, _ = tokenize(texts, network.tokenizer, inputs.config.data.max_length)
     loss = held_out_loss(

@@ -60,7 +60,9 @@ class Case:
         return {"kill": "SIGKILL", "term": "SIGTERM", "fill": "disk full"}[self.fault.action]
 
 
-def job_config(place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float) -> pathlib.Path:
+def job_config(
+    place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float
+) -> pathlib.Path:
     tree = {
         "run": {"name": name, "output_dir": str(output or place / "runs")},
         "model": {"name_or_path": str(place / "model")},
