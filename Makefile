@@ -12,7 +12,7 @@ DEV ?= --group dev
 LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 
-.PHONY: demo test campaign lint format install clean
+.PHONY: demo test campaign faults lint format install clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ test: install
 
 campaign: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign --timeout 3600 tests tests/bench -s
+
+# Kill, stop and starve a job of two ranks at every phase of a step, 112 times; prints the README's table.
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.faults
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from accountants.api import certified_upper, delta, epsilon
     from accountants.calibration import (
         CalibrationError,
+        calibrate_noise,
         calibrate_noise_multiplier,
         calibrate_num_records,
         calibrate_num_steps,
         calibrate_sampling_prob,
     )
     from accountants.events import (
+        adaptive_clipping_noise,
         dp_sgd_event,
         fixed_size_event,
+        joint_noise_multiplier,
         phased_event,
         random_allocation_event,
         shuffled_event,
@@ -38,14 +41,17 @@ _HOME = {
     "api": ("certified_upper", "delta", "epsilon"),
     "calibration": (
         "CalibrationError",
+        "calibrate_noise",
         "calibrate_noise_multiplier",
         "calibrate_num_records",
         "calibrate_num_steps",
         "calibrate_sampling_prob",
     ),
     "events": (
+        "adaptive_clipping_noise",
         "dp_sgd_event",
         "fixed_size_event",
+        "joint_noise_multiplier",
         "phased_event",
         "random_allocation_event",
         "shuffled_event",
@@ -65,6 +71,8 @@ __all__ = [
     "NotCertifiedError",
     "PrivacyAnswer",
     "UnsupportedEventError",
+    "adaptive_clipping_noise",
+    "calibrate_noise",
     "calibrate_noise_multiplier",
     "calibrate_num_records",
     "calibrate_num_steps",
@@ -75,6 +83,7 @@ __all__ = [
     "epsilon",
     "fixed_size_event",
     "get_accountant",
+    "joint_noise_multiplier",
     "phased_event",
     "random_allocation_event",
     "shuffled_event",

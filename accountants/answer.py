@@ -30,6 +30,10 @@ class Direction(enum.StrEnum):
     BOTH = "both"
 
 
+class UnsupportedEventError(ValueError):
+    """An accountant was given an event, or a neighbouring relation, that it cannot bound."""
+
+
 class NotCertifiedError(ValueError):
     """A number that is no certified upper bound was about to be used as one."""
 
@@ -102,16 +106,32 @@ class PrivacyAnswer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval:
-    """Certified ends, with the direction that the upper one comes from."""
+class Ends:
+    """What a method found out, before it is dressed as an answer.
+
+    Attributes:
+        lower, upper: as in :class:`PrivacyAnswer`.
+        direction: the order of the neighbouring pair that is covered, or for certified ends of both the worse one.
+        estimate: the best point value; the middle if not given.
+        kind: as in :class:`PrivacyAnswer`.
+        note: as in :class:`PrivacyAnswer`.
+    """
 
     lower: float
     upper: float
-    direction: Direction
+    direction: Direction = Direction.BOTH
+    estimate: float | None = None
+    kind: BoundKind = BoundKind.CERTIFIED_UPPER
+    note: str = ""
+
+    @property
+    def best(self) -> float:
+        """The point value."""
+        if self.estimate is not None:
+            return self.estimate
+        return self.upper if math.isinf(self.upper) else (self.lower + self.upper) / 2
 
 
-def estimate_answer(
-    quantity: str, value: float, kind: BoundKind, method: str, version: str, direction: Direction = Direction.BOTH
-) -> PrivacyAnswer:
+def point(value: float, kind: BoundKind = BoundKind.ESTIMATE, direction: Direction = Direction.BOTH) -> Ends:
     """A point value about which nothing is known: its interval is the whole range."""
-    return PrivacyAnswer(quantity, 0.0, value, math.inf, kind, method, version, direction)
+    return Ends(0.0, math.inf, direction, value, kind)

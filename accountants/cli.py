@@ -250,6 +250,7 @@ def compare(
         str, typer.Option("--accountants", help="Comma-separated names; default: all but the slow ones.")
     ] = "tilted,pld,tilted-edgeworth,rdp,contour,gdp,aea1,aea2,aea3,eeai",
     as_json: Json = False,
+    plot: Plot = None,
 ) -> None:
     """Every accountant side by side, with the kind of its answer and its time."""
     from accountants import comparison
@@ -266,6 +267,8 @@ def compare(
         batch=0,
     )
     rows = comparison.compare(event, delta_value, [name.strip() for name in names.split(",")])
+    if plot is not None:
+        comparison.draw_rows(rows, plot)
     if as_json:
         _print_json([row.to_json() for row in rows])
     else:

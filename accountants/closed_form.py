@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from accountants.answer import Direction, Interval
+from accountants.answer import Direction, Ends
 from accountants.mixtures import MixtureStep
 from accountants.roots import bracketed_root
 
@@ -48,17 +48,17 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
     return bracketed_root(lambda e: step_delta(step, e, add=add, side=side) - delta, 0.0, high, xtol=1e-300)
 
 
-def epsilon_ends(step: MixtureStep, delta: float) -> Interval:
+def epsilon_ends(step: MixtureStep, delta: float) -> Ends:
     """Certified ends of epsilon for one step, the worse direction."""
     lower = max(step_epsilon(step, delta, add=add, side=-1) for add in (False, True))
     ends = {add: step_epsilon(step, delta, add=add, side=1) for add in (False, True)}
     add = ends[True] > ends[False]
-    return Interval(lower * (1 - MARGIN), ends[add] * (1 + MARGIN), Direction.ADD if add else Direction.REMOVE)
+    return Ends(lower * (1 - MARGIN), ends[add] * (1 + MARGIN), Direction.ADD if add else Direction.REMOVE)
 
 
-def delta_ends(step: MixtureStep, epsilon: float) -> Interval:
+def delta_ends(step: MixtureStep, epsilon: float) -> Ends:
     """Certified ends of delta for one step, the worse direction."""
     lower = max(step_delta(step, epsilon, add=add, side=-1) for add in (False, True))
     values = {add: step_delta(step, epsilon, add=add, side=1) for add in (False, True)}
     add = values[True] > values[False]
-    return Interval(lower, min(values[add], 1.0), Direction.ADD if add else Direction.REMOVE)
+    return Ends(lower, min(values[add], 1.0), Direction.ADD if add else Direction.REMOVE)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,30 @@ def print_table(rows: Sequence[Row]) -> None:
             values = [f"{value:.6g}" for value in (row.answer.lower, row.answer.estimate, row.answer.upper)]
             table.add_row(row.name, *values, row.answer.kind.value, milliseconds, row.answer.note)
     Console().print(table)
+
+
+def draw_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write the answers as a picture: certified intervals as bars, estimates as open circles."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    plt = cast(Any, pyplot)
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+    for place, row in enumerate(rows):
+        answer = row.answer
+        if answer is None or math.isinf(answer.estimate):
+            continue
+        if answer.kind == "certified_upper" and math.isfinite(answer.upper):
+            axes.plot([answer.lower, answer.upper], [place, place], "|-", color="C0")
+        else:
+            axes.plot([answer.estimate], [place], "o", mfc="none", color="C1")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("epsilon (bars: certified from lower to upper end; circles: estimates)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def curves(

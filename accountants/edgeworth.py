@@ -25,17 +25,14 @@ import dataclasses
 import math
 from typing import ClassVar
 
-import dp_accounting
 import numpy as np
 from scipy import special
 
-from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer, estimate_answer
+from accountants.answer import Direction, Ends, point
 from accountants.cumulants import step_moments, sum_cumulants
 from accountants.edgeworth_error import sup_error
-from accountants.mixtures import Array, Composition, composition
-from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon, check_plain_relation
-
-NeighboringRelation = dp_accounting.NeighboringRelation
+from accountants.mixtures import Array, Composition
+from accountants.protocol import NormalFormAccountant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,144 +116,84 @@ def expand(composed: Composition, order: int, *, add: bool) -> DirectedExpansion
     )
 
 
-class AeaAccountant:
-    """The approximate Edgeworth accountant of one order: an estimate.
+class AeaAccountant(NormalFormAccountant):
+    """The approximate Edgeworth accountant of one order: an estimate that never certifies.
 
     Attributes:
         direction: ``BOTH`` takes the larger of the two; EW-Tune's code computes ``REMOVE`` only.
     """
 
-    order: ClassVar[int] = 1
+    order: ClassVar[int]
 
     def __init__(self, direction: Direction = Direction.BOTH) -> None:
         self.direction = direction
 
-    @property
-    def name(self) -> str:
-        """``aea`` and the order."""
-        return f"aea{self.order}"
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        return self.trivial_ends(max(side.epsilon(delta) for side in self._sides(composed)))
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; an estimate that never certifies."""
-        check_delta(delta)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            return self._estimate("epsilon", math.inf if composed.non_private else 0.0)
-        values = [expand(composed, self.order, add=add).epsilon(delta) for add in self._directions()]
-        return self._estimate("epsilon", max(values))
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`; moved into [0, 1] if the expansion leaves it."""
+        value = max(float(side.delta(np.array([epsilon]))[0]) for side in self._sides(composed))
+        return self.trivial_ends(min(max(value, 0.0), 1.0))
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; an estimate, moved into [0, 1] if the expansion leaves it."""
-        check_epsilon(epsilon)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            return self._estimate("delta", 1.0 if composed.non_private else 0.0)
-        point = np.array([epsilon])
-        values = [float(expand(composed, self.order, add=add).delta(point)[0]) for add in self._directions()]
-        return self._estimate("delta", min(max(*values, 0.0), 1.0))
+    def trivial_ends(self, value: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        return point(value, direction=self.direction)
 
-    def _estimate(self, quantity: str, value: float) -> PrivacyAnswer:
-        return estimate_answer(quantity, value, BoundKind.ESTIMATE, self.name, OWN_VERSION, self.direction)
-
-    def _directions(self) -> tuple[bool, ...]:
-        return {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
+    def _sides(self, composed: Composition) -> list[DirectedExpansion]:
+        adds = {Direction.BOTH: (False, True), Direction.REMOVE: (False,), Direction.ADD: (True,)}[self.direction]
+        return [expand(composed, self.order, add=add) for add in adds]
 
 
 class Aea1Accountant(AeaAccountant):
     """Order 1, the point estimate that EW-Tune used."""
 
+    name = "aea1"
     order = 1
 
 
 class Aea2Accountant(AeaAccountant):
     """Order 2."""
 
+    name = "aea2"
     order = 2
 
 
 class Aea3Accountant(AeaAccountant):
     """Order 3."""
 
+    name = "aea3"
     order = 3
 
 
-class EeaiAccountant:
+class EeaiAccountant(NormalFormAccountant):
     """The exact Edgeworth accountant interval of order 1: certified, and vacuous at realistic delta."""
 
     name = "eeai"
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; infinite, with the note ``vacuous``, where it says nothing."""
-        check_delta(delta)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            value = math.inf if composed.non_private else 0.0
-            return self._answer("epsilon", value, value, value, relation, "")
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`; infinite, noted ``vacuous``, where it is."""
         sides = [with_error(composed, add=add) for add in (False, True)]
-        lower = max(side.epsilon(delta, -1.0) for side in sides)
-        upper = max(side.epsilon(delta, 1.0) for side in sides)
-        lower = 0.0 if math.isinf(lower) else lower
+        lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
+        lower = 0.0 if math.isinf(lower) else min(lower, upper)
         error = max(side.first_error for side in sides)
         note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""
-        estimate = max(side.epsilon(delta) for side in sides)
-        return self._answer("epsilon", min(lower, upper), estimate, upper, relation, note)
+        return Ends(lower, upper, estimate=estimate, note=note)
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; 1, with the note ``vacuous``, where it says nothing."""
-        check_epsilon(epsilon)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            value = 1.0 if composed.non_private else 0.0
-            return self._answer("delta", value, value, value, relation, "")
-        point = np.array([epsilon])
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`; 1, with the note ``vacuous``, where it is."""
+        where = np.array([epsilon])
         sides = [with_error(composed, add=add) for add in (False, True)]
-        ends = [max(float(side.delta(point, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]
-        lower, estimate, upper = (min(max(end, 0.0), 1.0) for end in ends)
-        note = "vacuous: the error bound exceeds 1" if upper == 1 else ""
-        return self._answer("delta", lower, estimate, upper, relation, note)
-
-    def _answer(
-        self, quantity: str, lower: float, estimate: float, upper: float, relation: NeighboringRelation, note: str
-    ) -> PrivacyAnswer:
-        kind = BoundKind.CERTIFIED_UPPER
-        return PrivacyAnswer(
-            quantity, lower, estimate, upper, kind, self.name, OWN_VERSION, relation=relation.name, note=note
-        )
+        values = [max(float(side.delta(where, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]
+        lower, estimate, upper = (min(max(value, 0.0), 1.0) for value in values)
+        return Ends(lower, upper, estimate=estimate, note="vacuous: the error bound exceeds 1" if upper == 1 else "")
 
 
 def with_error(composed: Composition, *, add: bool) -> DirectedExpansion:
-    """The order-1 expansions of one direction with certified errors.
-
-    Raises:
-        UnsupportedEventError: if the steps differ; the error bound coded here is the one for identical steps.
-    """
-    if len(composed.phases) != 1:
-        raise UnsupportedEventError("eeai covers identical steps only; use 'tilted' for phases")
-    step, count = composed.phases[0]
-    estimate = expand(composed, 1, add=add)
-    errors = [sup_error(step_moments(step, add=add, first_law=first), count) for first in (True, False)]
-    return dataclasses.replace(estimate, first_error=errors[0], second_error=errors[1])
+    """The order-1 expansions of one direction with certified errors."""
+    errors: list[float] = []
+    for first in (True, False):
+        steps = [(step_moments(step, add=add, first_law=first), count) for step, count in composed.phases]
+        errors.append(sup_error(steps))
+    return dataclasses.replace(expand(composed, 1, add=add), first_error=errors[0], second_error=errors[1])

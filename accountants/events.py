@@ -16,7 +16,7 @@ import attr
 import dp_accounting
 from dp_accounting import dp_event
 
-from accountants.protocol import UnsupportedEventError
+from accountants.answer import UnsupportedEventError
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -113,6 +113,8 @@ def truncated_poisson_event(
     for name, value in (("num_steps", num_steps), ("num_units", num_units), ("max_batch_size", max_batch_size)):
         _require_count(name, value)
     step = dp_event.TruncatedSubsampledGaussianDpEvent(num_units, sampling_prob, max_batch_size, noise_multiplier)
+    if (plain := _plain(noise_multiplier, num_steps)) is not None:
+        return plain
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
 
 
@@ -140,6 +142,8 @@ def random_allocation_event(
     _require_count("num_epochs", num_epochs)
     if not 0 < num_selected <= num_steps:
         raise ValueError(f"num_selected={num_selected} must lie in [1, num_steps={num_steps}]")
+    if (plain := _plain(noise_multiplier, num_epochs)) is not None:
+        return plain
     return RandomAllocationDpEvent(noise_multiplier, num_steps, num_selected, num_epochs)
 
 
@@ -148,7 +152,16 @@ def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int
     _require_noise(noise_multiplier)
     for name, value in (("num_batches", num_batches), ("num_epochs", num_epochs)):
         _require_count(name, value)
+    if (plain := _plain(noise_multiplier, num_epochs)) is not None:
+        return plain
     return ShuffledBatchesDpEvent(noise_multiplier, num_batches, num_epochs)
+
+
+def _plain(noise_multiplier: float, count: int) -> dp_accounting.DpEvent | None:
+    """The event of nothing released, or of no noise; None if there is something to account for."""
+    if count == 0:
+        return dp_accounting.NoOpDpEvent()
+    return dp_accounting.NonPrivateDpEvent() if noise_multiplier == 0 else None
 
 
 def joint_noise_multiplier(*noise_multipliers: float) -> float:
@@ -199,6 +212,25 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
             return dp_accounting.SelfComposedDpEvent(resolve(event.event, relation), event.count)
         case dp_accounting.ComposedDpEvent():
             return dp_accounting.ComposedDpEvent([resolve(part, relation) for part in event.events])
+        case _:
+            return event
+
+
+def poisson_counterpart(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+    """Plain Poisson sampling at the same rate: a guide to sizes, no bound. Other events are returned as they are."""
+    match event:
+        case RandomAllocationDpEvent():
+            return dp_sgd_event(
+                noise_multiplier=event.noise_multiplier,
+                sampling_prob=event.num_selected / event.num_steps,
+                num_steps=event.num_steps * event.num_epochs,
+            )
+        case dp_accounting.SelfComposedDpEvent(event=dp_event.TruncatedSubsampledGaussianDpEvent() as step):
+            return dp_sgd_event(
+                noise_multiplier=step.noise_multiplier,
+                sampling_prob=step.sampling_probability,
+                num_steps=event.count,
+            )
         case _:
             return event
 

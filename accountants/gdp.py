@@ -9,17 +9,15 @@ certifies. An event without sampling is exactly mu-GDP, and is certified.
 # pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
+import dataclasses
 import math
 
-import dp_accounting
 from scipy import special
 
 from accountants import closed_form
-from accountants.answer import OWN_VERSION, BoundKind, PrivacyAnswer, estimate_answer
-from accountants.mixtures import Composition, MixtureStep, composition
-from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon, check_plain_relation
-
-NeighboringRelation = dp_accounting.NeighboringRelation
+from accountants.answer import BoundKind, Ends, point
+from accountants.mixtures import Composition, MixtureStep
+from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 
 def gdp_parameter(composed: Composition) -> float:
@@ -63,43 +61,25 @@ def gdp_tradeoff(mu: float, alpha: float) -> float:
     return float(special.ndtr(-special.ndtri(alpha) - mu))
 
 
-class GdpAccountant:
-    """The central-limit accountant."""
+class GdpAccountant(NormalFormAccountant):
+    """The central-limit accountant: ``ASYMPTOTIC`` unless nothing is sampled."""
 
     name = "gdp"
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; ``ASYMPTOTIC`` unless nothing is sampled."""
-        check_delta(delta)
-        return self._answer("epsilon", event, delta, relation)
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        return _labelled(composed, gdp_epsilon(gdp_parameter(composed), delta))
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; ``ASYMPTOTIC`` unless nothing is sampled."""
-        check_epsilon(epsilon)
-        return self._answer("delta", event, epsilon, relation)
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        ends = _labelled(composed, gdp_delta(gdp_parameter(composed), epsilon))
+        return dataclasses.replace(ends, upper=min(ends.upper, 1.0)) if ends.kind is _CERTIFIED else ends
 
-    def _answer(
-        self, quantity: str, event: dp_accounting.DpEvent, argument: float, relation: NeighboringRelation
-    ) -> PrivacyAnswer:
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        mu = math.inf if composed.non_private else gdp_parameter(composed)
-        value = gdp_epsilon(mu, argument) if quantity == "epsilon" else gdp_delta(mu, argument)
-        if composed.non_private or all(len(step.shifts) == 1 for step, _ in composed.phases):
-            low, high = value * (1 - closed_form.MARGIN), value * (1 + closed_form.MARGIN)
-            if quantity == "delta":
-                high = min(high, 1.0)
-            return PrivacyAnswer(
-                quantity, low, value, high, BoundKind.CERTIFIED_UPPER, self.name, OWN_VERSION, relation=relation.name
-            )
-        return estimate_answer(quantity, value, BoundKind.ASYMPTOTIC, self.name, OWN_VERSION)
+
+def _labelled(composed: Composition, value: float) -> Ends:
+    if any(len(step.shifts) > 1 for step, _ in composed.phases):
+        return point(value, BoundKind.ASYMPTOTIC)
+    return Ends(value * (1 - closed_form.MARGIN), value * (1 + closed_form.MARGIN), estimate=value)
+
+
+_CERTIFIED = BoundKind.CERTIFIED_UPPER

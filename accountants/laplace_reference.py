@@ -19,15 +19,12 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-import dp_accounting
 import numpy as np
 
 from accountants import closed_form, saddle
-from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer, estimate_answer
-from accountants.mixtures import Array, Composition, MixtureStep, composition
-from accountants.protocol import check_delta, check_epsilon, check_plain_relation
-
-NeighboringRelation = dp_accounting.NeighboringRelation
+from accountants.answer import Direction, Ends, point
+from accountants.mixtures import Array, Composition, MixtureStep
+from accountants.protocol import NormalFormAccountant
 
 _DECAY = 34.0
 _BLOCK = 128
@@ -35,47 +32,26 @@ _MAX_POINTS = 1 << 13
 _MAX_NODES = 1 << 14
 
 
-class ContourAccountant:
-    """The saddle-line reference."""
+class ContourAccountant(NormalFormAccountant):
+    """The saddle-line reference; any delta."""
 
     name = "contour"
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; any delta."""
-        check_delta(delta)
-        return self._answer("epsilon", event, delta, relation)
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        remove = contour_epsilon(composed, delta, add=False)
+        if _may_dominate(composed, remove, delta) and contour_delta(composed, remove, add=True) > delta:
+            return point(contour_epsilon(composed, delta, add=True), direction=Direction.ADD)
+        return point(remove, direction=Direction.REMOVE)
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`."""
-        check_epsilon(epsilon)
-        return self._answer("delta", event, epsilon, relation)
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        remove, add = (contour_delta(composed, epsilon, add=add) for add in (False, True))
+        return point(max(remove, add), direction=Direction.ADD if add > remove else Direction.REMOVE)
 
-    def _answer(
-        self, quantity: str, event: dp_accounting.DpEvent, argument: float, relation: NeighboringRelation
-    ) -> PrivacyAnswer:
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if quantity == "delta":
-            values = {add: contour_delta(composed, argument, add=add) for add in (False, True)}
-            add = values[True] > values[False]
-        else:
-            values = {False: contour_epsilon(composed, argument, add=False)}
-            add = _may_dominate(composed, values[False], argument)
-            add = add and contour_delta(composed, values[False], add=True) > argument
-            if add:
-                values[True] = contour_epsilon(composed, argument, add=True)
-        direction = Direction.ADD if add else Direction.REMOVE
-        return estimate_answer(quantity, values[add], BoundKind.ESTIMATE, self.name, OWN_VERSION, direction)
+    def trivial_ends(self, value: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        return point(value)
 
 
 def _may_dominate(composed: Composition, epsilon: float, delta: float) -> bool:

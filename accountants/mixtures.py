@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from accountants.protocol import UnsupportedEventError
+from accountants.answer import UnsupportedEventError
 
 Array = npt.NDArray[np.floating[Any]]
 

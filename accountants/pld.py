@@ -23,10 +23,10 @@ import numpy as np
 from dp_accounting import pld
 
 from accountants import saddle
-from accountants.answer import BoundKind, PrivacyAnswer
-from accountants.events import resolve
+from accountants.answer import Ends
+from accountants.events import poisson_counterpart
 from accountants.mixtures import composition
-from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon
+from accountants.protocol import Accountant, Question, UnsupportedEventError
 from accountants.tilted import TiltedAccountant
 
 NeighboringRelation = dp_accounting.NeighboringRelation
@@ -35,12 +35,11 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 #: "pessimistic" value can fall below the truth; we refuse rather than print it.
 MIN_DELTA = 1e-11
 
-_VERSION = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
 _DEFAULT_GRID = 1e-4
 _COARSEST_GRID = 1e-2
 
 
-class PldAccountant:
+class PldAccountant(Accountant):
     """Certified upper bounds from privacy loss distributions.
 
     Attributes:
@@ -48,39 +47,28 @@ class PldAccountant:
     """
 
     name = "pld"
+    version = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
+    min_delta = MIN_DELTA
+    covers_replacement = True
 
     def __init__(self, discretization: float | None = None) -> None:
         self.discretization = discretization
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; delta in [1e-11, 1)."""
-        check_delta(delta, MIN_DELTA, self.name)
-        composed = self._compose(event, relation, delta, None)
-        value = float(composed.get_epsilon(delta))
-        _refuse_if_refuted(event, delta, relation, value)
-        return _answer("epsilon", value, relation)
-
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; never reported below 1e-11, where round-off rules."""
-        check_epsilon(epsilon)
-        value = float(self._compose(event, relation, None, epsilon).get_delta(epsilon))
-        floor = 0.0 if isinstance(event, dp_accounting.NoOpDpEvent) else MIN_DELTA
-        return _answer("delta", min(1.0, max(value, floor)), relation)
+    def ends(self, question: Question) -> Ends:
+        """See :class:`accountants.protocol.Accountant`; delta is never reported below 1e-11, where round-off rules."""
+        event, relation, argument = question.event, question.relation, question.argument
+        if question.quantity == "epsilon":
+            value = float(self._compose(event, relation, argument, None).get_epsilon(argument))
+            _refuse_if_refuted(event, argument, relation, value)
+        else:
+            floor = 0.0 if isinstance(event, dp_accounting.NoOpDpEvent) else MIN_DELTA
+            found = float(self._compose(event, relation, None, argument).get_delta(argument))
+            value = min(1.0, max(found, floor))
+        return Ends(0.0, value, estimate=value)
 
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None
     ) -> pld.PLDAccountant:
-        event = resolve(event, relation)
         width = self.discretization or _grid_width(event, delta, epsilon)
         accountant = pld.PLDAccountant(relation, value_discretization_interval=width)
         try:
@@ -107,14 +95,10 @@ def _refuse_if_refuted(event: dp_accounting.DpEvent, delta: float, relation: Nei
         )
 
 
-def _answer(quantity: str, value: float, relation: NeighboringRelation) -> PrivacyAnswer:
-    return PrivacyAnswer(
-        quantity, 0.0, value, value, BoundKind.CERTIFIED_UPPER, "pld", _VERSION, relation=relation.name
-    )
-
-
 def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: float | None) -> float:
     try:
+        # Plain Poisson sampling spends less than truncated: a grid for it is fine enough for both.
+        event = poisson_counterpart(event)
         composed = composition(event)
     except UnsupportedEventError:
         return _DEFAULT_GRID
@@ -128,7 +112,7 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
     if size == 0:
         return _DEFAULT_GRID
     steps = composed.num_steps
-    wanted = min(math.sqrt(12e-4 * size / ((1 + start.tilt) * steps)), size / 100)
+    wanted = min(math.sqrt(12e-4 * size / ((1 + start.tilt) * steps)), size / 200)
     largest = max(float(np.max(loss)) for loss in law.losses)
     floor = max(math.sqrt(1e-14 * steps), size / 1e5, largest / 1e5)
     noisy = delta is not None and 2e-16 * steps > 1e-3 * size * start.tilt * delta

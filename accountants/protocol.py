@@ -1,44 +1,78 @@
-"""What an accountant is, and the checks that all of them share."""
+"""What an accountant is: one question in, one labelled answer out, and the checks that all of them share.
+
+A method derives from :class:`Accountant` and answers :meth:`Accountant.ends`; one that works on the normal form of an
+event (:mod:`accountants.mixtures`) derives from :class:`NormalFormAccountant` and never sees the trivial cases.
+"""
 
 # pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
+import abc
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal
 
-from accountants.answer import PrivacyAnswer
+import dp_accounting
 
-if TYPE_CHECKING:
-    import dp_accounting
+from accountants.answer import OWN_VERSION, Direction, Ends, PrivacyAnswer, UnsupportedEventError
+from accountants.events import resolve
+from accountants.mixtures import Composition, composition
+
+__all__ = ["Accountant", "NormalFormAccountant", "UnsupportedEventError", "check_delta", "check_epsilon"]
+
+NeighboringRelation = dp_accounting.NeighboringRelation
 
 
-class UnsupportedEventError(ValueError):
-    """An accountant was given an event, or a neighbouring relation, that it cannot bound."""
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What an accountant is asked.
+
+    Attributes:
+        quantity: what is wanted.
+        event: of library steps and random allocations; shuffled batches are resolved.
+        argument: the delta at which epsilon is wanted, or the epsilon at which delta is.
+        relation: the neighbouring relation.
+    """
+
+    quantity: Literal["epsilon", "delta"]
+    event: dp_accounting.DpEvent
+    argument: float
+    relation: NeighboringRelation
+
+    @property
+    def largest(self) -> float:
+        """The value that says nothing: no privacy at all."""
+        return math.inf if self.quantity == "epsilon" else 1.0
 
 
-class Accountant(Protocol):
+class Accountant(abc.ABC):
     """A method of accounting. Instances hold numerical settings only; every call stands alone.
 
     Attributes:
         name: the name in the registry and in every answer's ``method``.
+        version: library and version that computes.
+        min_delta: the smallest delta that the method resolves.
+        covers_replacement: whether ``REPLACE_ONE`` is covered beside add-or-remove-one and zero-out.
     """
 
-    @property
-    def name(self) -> str:
-        """The name in the registry and in every answer's ``method``."""
-        ...
+    name: str
+    version: str = OWN_VERSION
+    min_delta: float = 0.0
+    covers_replacement: bool = False
 
     def epsilon(
-        self, event: dp_accounting.DpEvent, delta: float, relation: dp_accounting.NeighboringRelation = ...
+        self,
+        event: dp_accounting.DpEvent,
+        delta: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     ) -> PrivacyAnswer:
         """The privacy parameter of ``event`` at ``delta``, for adaptive composition of its parts.
 
         Args:
             event: what was released.
-            delta: in (0, 1).
+            delta: in (0, 1), and at least ``min_delta``.
             relation: which data sets count as neighbours; the noise multipliers of all events are relative to the
-                clipping
-                norm C whatever the relation (under ``REPLACE_ONE`` the sum then moves by up to 2C).
+                clipping norm C whatever the relation (under ``REPLACE_ONE`` the sum then moves by up to 2C).
 
         Returns:
             An answer about epsilon; infinite for a non-private event.
@@ -47,13 +81,64 @@ class Accountant(Protocol):
             ValueError: if ``delta`` is outside the range of the method.
             UnsupportedEventError: if the method has no analysis of the event under the relation.
         """
-        ...
+        check_delta(delta, self.min_delta, self.name)
+        return self._answer(Question("epsilon", event, delta, relation))
 
     def delta(
-        self, event: dp_accounting.DpEvent, epsilon: float, relation: dp_accounting.NeighboringRelation = ...
+        self,
+        event: dp_accounting.DpEvent,
+        epsilon: float,
+        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     ) -> PrivacyAnswer:
         """The counterpart of :meth:`epsilon`: delta at a given ``epsilon`` >= 0."""
-        ...
+        check_epsilon(epsilon)
+        return self._answer(Question("delta", event, epsilon, relation))
+
+    @abc.abstractmethod
+    def ends(self, question: Question) -> Ends:
+        """The method's answer."""
+
+    def _answer(self, question: Question) -> PrivacyAnswer:
+        if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:
+            raise UnsupportedEventError(f"{self.name} does not cover REPLACE_ONE; use 'pld' or 'rdp'")
+        ends = self.ends(dataclasses.replace(question, event=resolve(question.event, question.relation)))
+        return PrivacyAnswer(
+            question.quantity,
+            ends.lower,
+            ends.best,
+            ends.upper,
+            ends.kind,
+            self.name,
+            self.version,
+            ends.direction,
+            question.relation.name,
+            ends.note,
+        )
+
+
+class NormalFormAccountant(Accountant):
+    """A method for compositions of Gaussian noise on sampled sums."""
+
+    def ends(self, question: Question) -> Ends:
+        """See :class:`Accountant`; nothing released and nothing hidden are answered here."""
+        composed = composition(question.event)
+        if composed.non_private or not composed.phases:
+            return self.trivial_ends(question.largest if composed.non_private else 0.0)
+        if question.quantity == "epsilon":
+            return self.epsilon_ends(composed, question.argument)
+        return self.delta_ends(composed, question.argument)
+
+    def trivial_ends(self, value: float) -> Ends:
+        """The ends where the truth is plain."""
+        return Ends(value, value, Direction.BOTH, value)
+
+    @abc.abstractmethod
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """Epsilon at ``delta`` of at least one step, all of them with noise."""
+
+    @abc.abstractmethod
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """Delta at ``epsilon`` of at least one step, all of them with noise."""
 
 
 def check_delta(delta: float, smallest: float = 0.0, method: str = "") -> None:
@@ -78,13 +163,3 @@ def check_epsilon(epsilon: float) -> None:
     """
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be finite and not negative")
-
-
-def check_plain_relation(method: str, relation: dp_accounting.NeighboringRelation) -> None:
-    """Refuse ``REPLACE_ONE`` for a method that covers add-or-remove-one and zero-out only.
-
-    Raises:
-        UnsupportedEventError: if the relation is ``REPLACE_ONE``.
-    """
-    if relation.name == "REPLACE_ONE":
-        raise UnsupportedEventError(f"{method} does not cover REPLACE_ONE; use 'pld' or 'rdp'")

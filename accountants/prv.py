@@ -17,21 +17,16 @@ import importlib.metadata
 import math
 from typing import Any
 
-import dp_accounting
-
 from accountants import saddle
-from accountants.answer import BoundKind, Direction, PrivacyAnswer
-from accountants.mixtures import Composition, composition
-from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon, check_plain_relation
-
-NeighboringRelation = dp_accounting.NeighboringRelation
+from accountants.answer import Direction, Ends
+from accountants.mixtures import Composition
+from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 #: The error in epsilon that is asked of the method, relative to an approximate answer, and its limits.
 RELATIVE_ERROR = 0.01
-MIN_DELTA = 1e-14
 
 
-class PrvAccountant:
+class PrvAccountant(NormalFormAccountant):
     """Certified ends in the remove direction, from Opacus.
 
     Attributes:
@@ -39,50 +34,32 @@ class PrvAccountant:
     """
 
     name = "prv"
+    version = f"opacus {importlib.metadata.version('opacus')}"
+    min_delta = 1e-14
 
     def __init__(self, eps_error: float | None = None) -> None:
         self.eps_error = eps_error
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; delta in [1e-14, 1), remove direction."""
-        check_delta(delta, MIN_DELTA, self.name)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private:
-            return self._answer(math.inf, math.inf, math.inf)
-        if not composed.phases:
-            return self._answer(0.0, 0.0, 0.0)
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`; remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
         discrete: Any = _opacus_accountant(composed)._get_dprv(eps_error=error, delta_error=delta / 1000)
         try:
-            lower, estimate, upper = discrete.compute_epsilon(delta, delta / 1000, error)
+            ends = discrete.compute_epsilon(delta, delta / 1000, error)
         except (RuntimeError, ValueError) as failure:
             raise ValueError(f"prv: {failure}; use 'tilted'") from failure
-        return self._answer(max(lower, 0.0), max(estimate, 0.0), max(upper, 0.0))
+        lower, estimate, upper = (max(float(end), 0.0) for end in ends)
+        return Ends(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
         """Refused: the implementation answers epsilon only."""
-        check_epsilon(epsilon)
-        check_plain_relation(self.name, relation)
         raise UnsupportedEventError(
-            f"prv answers epsilon at a delta, not delta; use 'tilted' for {type(event).__name__}"
+            f"prv gives no delta (asked for at epsilon={epsilon:g}, {composed.num_steps} steps); use 'tilted'"
         )
 
-    def _answer(self, lower: float, estimate: float, upper: float) -> PrivacyAnswer:
-        version = f"opacus {importlib.metadata.version('opacus')}"
-        kind = BoundKind.CERTIFIED_UPPER
-        note = "remove direction only"
-        return PrivacyAnswer("epsilon", lower, estimate, upper, kind, self.name, version, Direction.REMOVE, note=note)
+    def trivial_ends(self, value: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
+        return Ends(value, value, Direction.REMOVE, value, note="remove direction only")
 
 
 def _scaled_error(composed: Composition, delta: float) -> float:

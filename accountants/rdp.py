@@ -22,10 +22,9 @@ import numpy as np
 from dp_accounting import rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
 
-from accountants.answer import BoundKind, PrivacyAnswer
-from accountants.events import resolve
+from accountants.answer import Ends
 from accountants.mixtures import Composition, composition
-from accountants.protocol import UnsupportedEventError, check_delta, check_epsilon
+from accountants.protocol import Accountant, Question, UnsupportedEventError
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -37,42 +36,27 @@ ORDERS: tuple[float, ...] = (
     *(float(order) for order in np.unique(np.geomspace(64, 2048, 16).astype(int))),
 )
 
-_VERSION = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
 
-
-class RdpAccountant:
-    """Certified upper bounds from Renyi divergences."""
+class RdpAccountant(Accountant):
+    """Certified upper bounds from Renyi divergences; any delta in (0, 1)."""
 
     name = "rdp"
+    version = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
+    covers_replacement = True
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; any delta in (0, 1)."""
-        check_delta(delta)
-        orders, divergences = _divergences(event, relation)
-        value, order = conversion.compute_epsilon(orders, divergences, delta)
-        return _answer("epsilon", value, order, relation)
-
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
+    def ends(self, question: Question) -> Ends:
         """See :class:`accountants.protocol.Accountant`."""
-        check_epsilon(epsilon)
-        orders, divergences = _divergences(event, relation)
-        value, order = conversion.compute_delta(orders, divergences, epsilon)
-        return _answer("delta", value, order, relation)
+        orders, divergences = _divergences(question.event, question.relation)
+        convert = conversion.compute_epsilon if question.quantity == "epsilon" else conversion.compute_delta
+        value, order = convert(orders, divergences, question.argument)
+        upper = math.inf if math.isnan(value) else float(value)
+        return Ends(
+            0.0, upper, estimate=upper, note="the optimal order is the largest tried" if order == ORDERS[-1] else ""
+        )
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
     """Renyi divergences at all orders, worse direction: by quadrature if there is a normal form, else the library's."""
-    event = resolve(event, relation)
     if relation is not NeighboringRelation.REPLACE_ONE:
         try:
             return ORDERS, mixture_divergences(composition(event))
@@ -123,14 +107,6 @@ def mixture_divergences(composed: Composition) -> list[float]:
                 sides[side] += count * (max(value, 0.0) * (1 + 1e-11) + 1e-13)
         totals[i] = float(np.max(sides)) / (order - 1)
     return totals.tolist()
-
-
-def _answer(quantity: str, value: float, order: float, relation: NeighboringRelation) -> PrivacyAnswer:
-    note = "the optimal order is the largest tried" if order == ORDERS[-1] else ""
-    upper = float(value) if not math.isnan(value) else math.inf
-    return PrivacyAnswer(
-        quantity, 0.0, upper, upper, BoundKind.CERTIFIED_UPPER, "rdp", _VERSION, relation=relation.name, note=note
-    )
 
 
 def halve_noise(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:

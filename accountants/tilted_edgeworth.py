@@ -11,9 +11,8 @@ parts and the total variation 2 c_t of g give  |E_t g - int g dH| <= 2 c_t Delta
 
 Two choices of (H, Delta), the better counts:
 
-* the normal law and the Berry-Esseen bound: 0.33554 (b3 + 0.415) / sqrt(n) for identical steps (Shevtsova 2011, arXiv
-  1111.6554), 0.56 sum E|X_i|^3 / (sum Var X_i)^(3/2) otherwise (Shevtsova 2010);
-* for identical steps, the first-order Edgeworth expansion and its explicit error (:mod:`accountants.edgeworth_error`).
+* the normal law and the bound of Berry and Esseen;
+* the first-order Edgeworth expansion and its explicit error (both: :mod:`accountants.edgeworth_error`).
 
 The branch c_t alone is the conversion from Renyi divergence, so the bound is never worse than that at the same order:
 unlike an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
@@ -33,17 +32,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import dp_accounting
 import numpy as np
 
 from accountants import saddle
-from accountants.answer import OWN_VERSION, BoundKind, Direction, PrivacyAnswer
+from accountants.answer import Ends
 from accountants.cumulants import step_moments
-from accountants.edgeworth_error import sup_error
-from accountants.mixtures import Composition, composition
-from accountants.protocol import check_delta, check_epsilon, check_plain_relation
-
-NeighboringRelation = dp_accounting.NeighboringRelation
+from accountants.edgeworth_error import normal_error, sup_error
+from accountants.mixtures import Composition
+from accountants.protocol import NormalFormAccountant
 
 _K_MARGIN = 1e-12
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
@@ -59,7 +55,7 @@ class TiltedSum:
         mean, scale: of S under the tilted law.
         skew: third cumulant over scale^3.
         normal_error: Berry-Esseen bound.
-        edgeworth_error: bound for the first-order expansion; infinite where none is known.
+        edgeworth_error: bound for the first-order expansion.
     """
 
     tilt: float
@@ -74,9 +70,10 @@ class TiltedSum:
         """Log of the upper (``sign`` 1) or lower (-1) bound on delta."""
         log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
         peak = math.exp(log_peak)
-        values = [self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error]
-        if math.isfinite(self.edgeworth_error):
-            values.append(self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error)
+        values = [
+            self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error,
+            self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error,
+        ]
         value = min(*values, peak) if sign > 0 else max(*values, 0.0)
         if value <= 0:
             return -math.inf
@@ -100,22 +97,20 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
     ``log_mass`` sets the cut.
     """
     limits = saddle.truncation(composed, log_mass)
-    log_moment = mean = variance = third = absolute = 0.0
-    for step, count in composed.phases:
-        moments = step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits)
-        log_moment += count * (moments.log_normaliser + margin * _K_MARGIN)
-        mean += count * moments.mean
-        variance += count * moments.central[0]
-        third += count * moments.central[1]
-        absolute += count * moments.absolute[1]
-    scale = math.sqrt(variance)
-    edgeworth, normal = math.inf, 0.56 * absolute / scale**3
-    if len(composed.phases) == 1:
-        step, count = composed.phases[0]
-        moments = step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits)
-        normal = 0.33554 * (moments.absolute[1] / moments.central[0] ** 1.5 + 0.415) / math.sqrt(count)
-        edgeworth = sup_error(moments, count)
-    return TiltedSum(tilt, log_moment, mean, scale, third / scale**3, min(normal, 1.0), edgeworth)
+    steps = [
+        (step_moments(step, add=add, first_law=True, tilt=tilt, limits=limits), count)
+        for step, count in composed.phases
+    ]
+    variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    return TiltedSum(
+        tilt,
+        log_moment=math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps),
+        mean=math.fsum(count * moments.mean for moments, count in steps),
+        scale=math.sqrt(variance),
+        skew=math.fsum(count * moments.central[1] for moments, count in steps) / variance**1.5,
+        normal_error=min(normal_error(steps), 1.0),
+        edgeworth_error=sup_error(steps),
+    )
 
 
 _FACTORS = (0.35, 0.5, 0.65, 0.75, 0.85, 0.95, 1.0, 1.05)
@@ -123,41 +118,19 @@ _FACTORS = (0.35, 0.5, 0.65, 0.75, 0.85, 0.95, 1.0, 1.05)
 _DELTA_CUT = -60.0
 
 
-class TiltedEdgeworthAccountant:
-    """Certified ends from the tilted expansions of this module."""
+class TiltedEdgeworthAccountant(NormalFormAccountant):
+    """Certified ends from the tilted expansions of this module; any delta."""
 
     name = "tilted-edgeworth"
 
-    def epsilon(
-        self,
-        event: dp_accounting.DpEvent,
-        delta: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`; any delta."""
-        check_delta(delta)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            value = math.inf if composed.non_private else 0.0
-            return self._answer("epsilon", value, value, value, relation)
+    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
         sides = [_epsilon_ends(composed, delta, add=add) for add in (False, True)]
         lower, estimate, upper = (max(values) for values in zip(*sides, strict=True))
-        return self._answer("epsilon", min(lower, upper), estimate, upper, relation)
+        return Ends(min(lower, upper), upper, estimate=estimate)
 
-    def delta(
-        self,
-        event: dp_accounting.DpEvent,
-        epsilon: float,
-        relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> PrivacyAnswer:
-        """See :class:`accountants.protocol.Accountant`."""
-        check_epsilon(epsilon)
-        check_plain_relation(self.name, relation)
-        composed = composition(event)
-        if composed.non_private or not composed.phases:
-            value = 1.0 if composed.non_private else 0.0
-            return self._answer("delta", value, value, value, relation)
+    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+        """See :class:`accountants.protocol.NormalFormAccountant`."""
         logs: list[tuple[float, float, float]] = []
         for add in (False, True):
             law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)
@@ -167,22 +140,7 @@ class TiltedEdgeworthAccountant:
             below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
             logs.append((below.log_delta(epsilon, -1), start.log_delta, upper))
         lower, estimate, upper = (math.exp(min(max(values), 0.0)) for values in zip(*logs, strict=True))
-        return self._answer("delta", min(lower, upper), estimate, upper, relation)
-
-    def _answer(
-        self, quantity: str, lower: float, estimate: float, upper: float, relation: NeighboringRelation
-    ) -> PrivacyAnswer:
-        return PrivacyAnswer(
-            quantity,
-            lower,
-            estimate,
-            upper,
-            BoundKind.CERTIFIED_UPPER,
-            self.name,
-            OWN_VERSION,
-            Direction.BOTH,
-            relation.name,
-        )
+        return Ends(min(lower, upper), upper, estimate=estimate)
 
 
 def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import dp_accounting
 from dp_accounting import dp_event
 
 from accountants.answer import BoundKind, PrivacyAnswer
-from accountants.events import dp_sgd_event
+from accountants.events import phased_event
 from accountants.rdp import RdpAccountant
 from accountants.tilted import TiltedAccountant
 
@@ -92,22 +93,52 @@ def individual_report(
     """
     if norm_ratios and not (min(norm_ratios) >= 0 and max(norm_ratios) <= 1):
         raise ValueError("norm_ratios must lie in [0, 1]")
-    levels = [math.ceil(ratio * num_levels - 1e-12) for ratio in norm_ratios]
-    report: list[IndividualSpending] = []
-    for level in sorted(set(levels)):
-        ratio = level / num_levels
-        steps = num_steps if level else 0
-        noise = noise_multiplier / ratio if level else noise_multiplier
-        event = dp_sgd_event(noise_multiplier=noise, sampling_prob=sampling_prob, num_steps=steps)
-        answer = TiltedAccountant().epsilon(event, delta)
-        # An estimate by construction: nobody may build a guarantee on a number that depends on the data.
-        answer = dataclasses.replace(
-            answer,
-            lower=0.0,
-            upper=math.inf,
-            kind=BoundKind.ESTIMATE,
-            note="individual report, not a guarantee",
-            estimate=answer.upper,
+    levels = Counter(math.ceil(ratio * num_levels - 1e-12) / num_levels for ratio in norm_ratios)
+    return [
+        IndividualSpending(
+            ratio,
+            num_users,
+            individual_epsilon(
+                [ratio] * num_steps, noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, delta=delta
+            ),
         )
-        report.append(IndividualSpending(ratio, levels.count(level), answer))
-    return report
+        for ratio, num_users in sorted(levels.items())
+    ]
+
+
+def individual_epsilon(
+    step_ratios: Sequence[float],
+    *,
+    noise_multiplier: float,
+    delta: float,
+    sampling_prob: float = 1.0,
+    num_levels: int = 100,
+) -> PrivacyAnswer:
+    """What one user spent, given a bound on its contribution to every step; a report, not a guarantee.
+
+    Args:
+        step_ratios: per step, an upper bound on the norm of the user's clipped contribution over the clipping norm; 0
+            for a step in which it could not contribute.
+        noise_multiplier: relative to the clipping norm.
+        delta: in (0, 1).
+        sampling_prob: with which the user joined each of these steps, in secret. With 1, the default, the steps are
+            those that the user is known to have joined (its participation count), and nothing is amplified.
+        num_levels: ratios are rounded up to multiples of ``1 / num_levels``.
+
+    Raises:
+        ValueError: if a ratio is outside [0, 1].
+    """
+    if step_ratios and not (min(step_ratios) >= 0 and max(step_ratios) <= 1):
+        raise ValueError("step_ratios must lie in [0, 1]")
+    levels = Counter(math.ceil(ratio * num_levels - 1e-12) / num_levels for ratio in step_ratios)
+    event = phased_event([(noise_multiplier / ratio, sampling_prob, n) for ratio, n in levels.items() if ratio > 0])
+    answer = TiltedAccountant().epsilon(event, delta)
+    # An estimate by construction: nobody may build a guarantee on a number that depends on the data.
+    return dataclasses.replace(
+        answer,
+        lower=0.0,
+        upper=math.inf,
+        kind=BoundKind.ESTIMATE,
+        note="individual report, not a guarantee",
+        estimate=answer.upper,
+    )

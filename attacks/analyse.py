@@ -1,4 +1,4 @@
-"""From a run's signals to its attack results: numpy and scipy alone, seconds, the same bytes for the same seed.
+"""From a run's signals to its attack results: numpy, scipy and scikit-learn, seconds, the same bytes for the same seed.
 
 Public results go to ``report/attacks.json``; anything about one user stays in ``secret/attack/per_user.parquet``.
 """
@@ -6,40 +6,42 @@ Public results go to ``report/attacks.json``; anything about one user stays in `
 from __future__ import annotations
 
 import io
-import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import rundir, signals, statistics, user_inference, verdict
+from attacks import blind, curves, features, registry, results, rundir, signals, statistics, user_inference, verdict
 from attacks.errors import AttackInputError
+from attacks.features import DocumentTable, Scored
+from attacks.lift import AGGREGATIONS, lift
+from attacks.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
+from attacks.results import Statistic
+from attacks.sensitive import SensitivePanel
 from privtrain.rundir import write_atomically, write_json
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")
-SCHEMA_NAME = "privtrain/attacks/1"
+SCHEMA_NAME = "privtrain/attacks/2"
 
-TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
 MIN_USERS_PER_SIDE = 2
 """Below this no interval over users exists."""
 
-_NUM_BAND_RESAMPLES = 1000
-_MAX_BAND_POINTS = 100
-_MAX_BINS = 30
+_SIGNIFICANCE = 0.05
 
 FloatArray = npt.NDArray[np.float64]
 
 
-def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
+def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
     """Computes every statistic of a scored run and writes the public and the per-user results.
 
     Args:
         run: a finished run directory with signals.
-        seed: of the bootstrap; not secret, it protects nobody.
+        seed: of the bootstrap and the folds; not secret, it protects nobody.
 
     Returns:
         What was written to ``report/attacks.json``.
@@ -52,19 +54,35 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
         raise AttackInputError(
             f"{run} has no {signals.SIGNALS_PATH}: expected a scored run; run next: attacks score {run}"
         )
-    users = user_inference.user_statistics(signals.read_signals(run / signals.SIGNALS_PATH))
-    counts = {side: _counts([user for user in users if user.side == side]) for side in signals.SIDES}
+    panel = SensitivePanel()
+    attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
+    scored = features.collect(signals.iterate_signals(run / signals.SIGNALS_PATH), attacks, panel.watch)
+    counts = {side: _counts(scored, side) for side in signals.SIDES}
     for side, count in counts.items():
         if count["num_units"] < MIN_USERS_PER_SIDE:
             raise AttackInputError(
                 f"{run / signals.SIGNALS_PATH} has {count['num_units']} {side} users: expected at least "
                 f"{MIN_USERS_PER_SIDE} on each side; hold out more users and run next: attacks score {run}"
             )
-    cap = verdict.Cap.of(statement)
-    results = {name: _result(users, name, cap, seed) for name in user_inference.DEFINITIONS}
-    headline = results[user_inference.HEADLINE]
-    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], counts[signals.HELD_OUT]["num_units"])
-    facts: dict[str, object] = {
+    held_in_records = scored.num_records[scored.is_held_in]
+    cap = verdict.Cap.of(statement, int(held_in_records.max()))
+    families = blind.blind_baseline(scored, seed)
+    confounded_by = _confounded_by(families)
+
+    references = sorted((run / signals.REFERENCES_PATH).glob("shadow-*.parquet"))
+    found, not_run = {}, _not_run(scored)
+    declared: Statistic | None = None
+    for statistic in _statistics(scored, references, not_run):
+        found[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by)
+        declared = declared or statistic
+        if statistic is not declared and (statistic.unit, statistic.documents) == ("user", signals.FRESH):
+            found[statistic.name]["less_headline"] = results.compare(statistic, declared)
+    results.correct_for_multiplicity(found, user_inference.HEADLINE)
+    headline = found[user_inference.HEADLINE]
+    num_held_out = counts[signals.HELD_OUT]["num_units"]
+    ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
+    users = _user_values(scored)
+    facts: dict[str, Any] = {
         "schema": SCHEMA_NAME,
         "attack": "user_inference",
         "unit": verdict.ATTACKED_UNIT,
@@ -72,156 +90,246 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, object]:
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
         "counts": counts,
-        "cap": _cap_facts(cap, counts[signals.HELD_OUT]["num_units"]),
+        "cap": _cap_facts(cap, num_held_out),
         "ceiling": {"auroc": 1.0, "interval": [ceiling.lower, ceiling.upper]},
         "headline": user_inference.HEADLINE,
         "verdict": headline["verdict"],
         "verdict_reason": headline["verdict_reason"],
-        "results": results,
+        "results": found,
+        "multiplicity": f"Holm over all {sum('p_holm' in result for result in found.values())} p-values but the "
+        "headline's, which was declared before any run",
+        "not_run": not_run,
+        "shadows": {"num": len(references)},
+        "blind": {name: _blind_facts(result) for name, result in families.items()},
+        "user_inference": _user_inference_facts(scored, users, seed),
+        "sensitive": panel.facts(seed),
+        "panels": {name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
     }
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
-    _write_per_user(run / PER_USER_PATH, users)
+    _write_per_user(run / PER_USER_PATH, scored, users)
     write_json(run / ATTACKS_PATH, facts)
     return facts
 
 
-def _counts(users: Sequence[user_inference.UserStatistics]) -> dict[str, int]:
-    """What stands behind one side."""
+def _counts(scored: Scored, side: str) -> dict[str, int]:
+    """What stands behind one side of the headline."""
+    table = scored.documents[signals.FRESH]
+    chosen = scored.is_held_in[table.owner] == (side == signals.HELD_IN)
     return {
-        "num_units": len(users),
-        "num_documents": sum(user.num_documents for user in users),
-        "num_tokens": sum(user.num_tokens for user in users),
+        "num_units": int(np.unique(table.owner[chosen]).size),
+        "num_documents": int(chosen.sum()),
+        "num_tokens": int(table.num_tokens[chosen].sum()),
     }
 
 
-def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
-    """The cap for the whole population, for this many held-out users, and as a curve."""
-    if cap.bound is None:
-        return {"auroc": None, "auroc_of_sample": None, "reason": cap.reason}
-    return {"auroc": cap.bound.max_auroc(), "auroc_of_sample": cap.auroc(num_held_out), "reason": cap.reason}
+def _statistics(scored: Scored, references: list[pathlib.Path], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
+    """Every statistic, the headline first."""
+    fresh, training = scored.documents[signals.FRESH], scored.documents[signals.TRAINING]
+    for name, definition in user_inference.DEFINITIONS.items():
+        yield _of_users(scored, fresh, name, definition, fresh.scores[name], is_detailed=True)
+    headline = fresh.scores[user_inference.HEADLINE]
+    for aggregation in list(AGGREGATIONS)[1:]:
+        definition = f"{aggregation} over a user's documents of their mean log p_target - log p_base per token"
+        yield _of_users(scored, fresh, f"token_mean_{aggregation}", definition, headline, aggregation=aggregation)
+    for attack in registry.ATTACKS.values():
+        if isinstance(attack, DocumentAttack):
+            # The ratio of fresh documents, averaged over a user, is the headline itself.
+            if attack.name in fresh.scores and attack.name != "ratio":
+                yield _of_users(scored, fresh, attack.name, attack.definition, fresh.scores[attack.name])
+            if attack.name in training.scores:
+                yield from _of_training(scored, training, attack.name, attack.definition, training.scores[attack.name])
+    for kind, table in ((signals.FRESH, fresh), (signals.TRAINING, training)):
+        yield from _of_shadows(scored, table, kind, references, not_run)
 
 
-def _result(
-    users: Sequence[user_inference.UserStatistics], name: str, cap: verdict.Cap, seed: int
-) -> dict[str, object]:
-    """Everything that is said about one statistic."""
-    held_in, held_out = (np.array([user.values[name] for user in users if user.side == side]) for side in signals.SIDES)
-    bootstrap = statistics.bootstrap_interval(held_in, held_out, seed=seed)
-    delong = statistics.delong_interval(held_in, held_out)
-    is_constant = bool(np.ptp(np.concatenate([held_in, held_out])) == 0.0)
-    found, reason = verdict.judge(cap, bootstrap, held_in.size, held_out.size, is_constant=is_constant)
-    return {
-        "definition": user_inference.DEFINITIONS[name],
-        "auroc": statistics.auroc(held_in, held_out),
-        "bootstrap": {
-            "interval": [bootstrap.lower, bootstrap.upper],
-            "method": "BCa, users resampled within each side",
-            "num_resamples": statistics.NUM_RESAMPLES,
-        },
-        "delong": {
-            "interval": [delong.lower, delong.upper],
-            "method": "logit",
-            "variance": statistics.delong_variance(held_in, held_out),
-        },
-        "warnings": _warnings(bootstrap, is_constant=is_constant),
-        "verdict": str(found),
-        "verdict_reason": reason,
-        "tpr_at_fpr": [_operating_point(held_in, held_out, target, cap) for target in TARGET_FPRS],
-        "roc": _roc(held_in, held_out, cap, seed),
-        "histogram": _histogram(held_in, held_out),
-    }
-
-
-def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:
-    """What a reader must know before the number."""
-    found = []
-    if is_constant:
-        found.append("All users have the same value: was the base model scored against itself?")
-    if bootstrap.upper < 0.5:
-        found.append(
-            "The whole interval lies below 1/2. That is not privacy: the two sides differ. "
-            "Look for exchanged labels or for documents processed differently on the two sides."
+def _of_shadows(
+    scored: Scored, table: DocumentTable, kind: str, references: list[pathlib.Path], not_run: list[dict[str, str]]
+) -> Iterator[Statistic]:
+    """The attacks that need the same documents under other models."""
+    try:
+        models = features.under_other_models(table, scored, references)
+    except KeyError:
+        raise AttackInputError(
+            f"{references[0].parent} holds other documents than the run's signals; score the shadows again"
+        ) from None
+    suffix = "" if kind == signals.FRESH else "_training"
+    for attack in registry.ATTACKS.values():
+        if not isinstance(attack, ReferenceAttack):
+            continue
+        lacking = _lacking(attack, models)
+        if lacking:
+            not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
+            continue
+        assert models is not None
+        by_user = UnderOtherModels(
+            lift(models.target, table.owner, len(scored.users)),
+            np.stack([lift(column, table.owner, len(scored.users)) for column in models.shadows.T], axis=1),
+            _first_of_each(models.is_in, table.owner, len(scored.users)),
         )
+        known = ~np.isnan(by_user.target)
+        chosen = UnderOtherModels(by_user.target[known], by_user.shadows[known], by_user.is_in[known])
+        values = np.full(len(scored.users), np.nan)
+        values[known] = attack.score(chosen)
+        yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)
+        if kind == signals.TRAINING:
+            yield _records(scored, table, f"{attack.name}_records", attack.definition, attack.score(models))
+
+
+def _lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
+    """What an attack needs of shadows and has not."""
+    if models is None:
+        return "needs shadow models; see attacks shadows --help"
+    fewest_in, fewest_out = int(models.is_in.sum(axis=1).min()), int((~models.is_in).sum(axis=1).min())
+    if fewest_in < attack.min_in or fewest_out < attack.min_out:
+        return (
+            f"needs at least {attack.min_in} shadows with and {attack.min_out} without every user; "
+            f"some user has {fewest_in} and {fewest_out}"
+        )
+    return ""
+
+
+def _first_of_each(
+    values: npt.NDArray[np.bool_], owner: npt.NDArray[np.int64], num_users: int
+) -> npt.NDArray[np.bool_]:
+    """The rows of the first document of each user; all documents of a user share them."""
+    found = np.zeros((num_users, values.shape[1]), dtype=np.bool_)
+    users, starts = np.unique(owner, return_index=True)
+    found[users] = values[starts]
     return found
 
 
-def _operating_point(
-    held_in: FloatArray, held_out: FloatArray, target_fpr: float, cap: verdict.Cap
-) -> dict[str, object]:
-    """One row of the table of true positive rates."""
-    point = statistics.tpr_at_fpr(held_in, held_out, target_fpr)
-    allowed = point.num_false_positives_allowed
+def _of_training(
+    scored: Scored, table: DocumentTable, name: str, definition: str, scores: FloatArray
+) -> Iterator[Statistic]:
+    """Record membership: of records, and lifted to users."""
+    yield _of_users(scored, table, f"{name}_training", definition, scores, kind=signals.TRAINING)
+    yield _records(scored, table, f"{name}_records", definition, scores)
+
+
+def _of_users(
+    scored: Scored,
+    table: DocumentTable,
+    name: str,
+    definition: str,
+    scores: FloatArray,
+    *,
+    aggregation: str = "mean",
+    kind: str = signals.FRESH,
+    is_detailed: bool = False,
+) -> Statistic:
+    values = lift(scores, table.owner, len(scored.users), aggregation)
+    return _split(scored, name, definition, kind, values, is_detailed=is_detailed)
+
+
+def _split(
+    scored: Scored, name: str, definition: str, kind: str, values: FloatArray, *, is_detailed: bool = False
+) -> Statistic:
+    known = ~np.isnan(values)
+    sides = (values[known & scored.is_held_in], values[known & ~scored.is_held_in])
+    return Statistic(name, definition, kind, "user", *sides, is_detailed=is_detailed)
+
+
+def _records(scored: Scored, table: DocumentTable, name: str, definition: str, scores: FloatArray) -> Statistic:
+    is_in = scored.is_held_in[table.owner]
+    owners = (table.owner[is_in], table.owner[~is_in])
+    return Statistic(name, definition, signals.TRAINING, "record", scores[is_in], scores[~is_in], owners)
+
+
+def _not_run(scored: Scored) -> list[dict[str, str]]:
+    """Attacks whose signals are not there, and how to get them."""
+    found = []
+    for kind, table in scored.documents.items():
+        for name, need in sorted(table.missing.items()):
+            option = need.partition(".")[2].split("_")[0]
+            how = f"; score with --variants {'neighbours:N' if option == 'neighbour' else option}" if option else ""
+            found.append({"attack": name, "documents": kind, "reason": f"the signals lack {need}{how}"})
+        if not table.keys:
+            found.append({"attack": "all", "documents": kind, "reason": "no such documents were scored"})
+    return found
+
+
+def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
+    """The cap for the whole population, for this many held-out users, and of the whole curve."""
+    curve = None
+    if cap.curve is not None:
+        sample = statistics.auroc_cap(cap.curve, num_held_out)
+        curve = {"auroc": cap.curve.max_auroc(), "auroc_of_sample": sample, "accountant": cap.curve.source}
     return {
-        "target_fpr": point.target_fpr,
-        "is_resolved": point.is_resolved,
-        "num_false_positives": point.num_false_positives,
-        "num_held_out": point.num_held_out,
-        "achieved_fpr": point.achieved_fpr,
-        "num_true_positives": point.num_true_positives,
-        "num_held_in": point.num_held_in,
-        "tpr": point.tpr,
-        "tpr_interval": [point.tpr_interval.lower, point.tpr_interval.upper],
-        "tpr_cap": None if cap.bound is None else statistics.tpr_cap(cap.bound, allowed, point.num_held_out),
+        "auroc": None if cap.bound is None else cap.bound.max_auroc(),
+        "auroc_of_sample": None if cap.bound is None else statistics.auroc_cap(cap.bound, num_held_out),
+        "auroc_used": cap.auroc(num_held_out),
+        "curve": curve,
+        "conversion": cap.conversion,
+        "reason": cap.reason,
     }
 
 
-def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap, seed: int) -> dict[str, object]:
-    """The corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
-    exponents = np.linspace(0.0, 1.0, _MAX_BAND_POINTS)
-    num_allowed = np.unique(np.concatenate([[0], np.round(held_out.size**exponents)])).astype(int)
-    num_allowed = num_allowed[num_allowed < held_out.size]
-    tpr, lower, upper = statistics.roc_band(
-        held_in, held_out, num_allowed, num_resamples=_NUM_BAND_RESAMPLES, seed=seed
-    )
-    fpr_corners, tpr_corners = statistics.roc_points(held_in, held_out)
-    bound, allowed = cap.bound, num_allowed.tolist()
+def _confounded_by(families: dict[str, blind.BlindResult]) -> str:
+    """The sentence that overrules every verdict; empty if the baseline found nothing."""
+    guilty = [f"{name} (AUROC {result.auroc:.3f})" for name, result in families.items() if result.separates]
+    if not guilty:
+        return ""
+    return f"without any model the two sides can be told apart by {' and '.join(guilty)}: the split is not a fair one"
+
+
+def _blind_facts(result: blind.BlindResult) -> dict[str, Any]:
     return {
-        "corners": {"fpr": fpr_corners.tolist(), "tpr": tpr_corners.tolist()},
-        "num_false_positives_allowed": allowed,
-        "tpr": tpr.tolist(),
-        "band_lower": lower.tolist(),
-        "band_upper": upper.tolist(),
-        "band_method": f"pointwise percentile, {_NUM_BAND_RESAMPLES} resamples of users within each side",
-        "tpr_cap": None
-        if bound is None
-        else [statistics.tpr_cap(bound, k, held_out.size) for k in num_allowed.tolist()],
+        "auroc": result.auroc,
+        "interval": [result.interval.lower, result.interval.upper],
+        "num_features": result.num_features,
+        "separates": result.separates,
     }
 
 
-def _histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
-    """Counts of users by value, the two sides on common bins."""
-    values = np.concatenate([held_in, held_out])
-    # Round edges: the outer ones would otherwise be the exact values of two users.
-    coarse = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
-    power = 10.0 ** math.floor(math.log10(coarse))
-    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= coarse * (1.0 - 1e-9))
-    first, last = math.floor(values.min() / width), math.floor(values.max() / width) + 1
-    edges = np.arange(first, last + 1) * width
+def _user_values(scored: Scored) -> dict[str, FloatArray]:
+    """The user-inference statistics of each user."""
+    fresh = scored.documents[signals.FRESH]
+    return {name: lift(fresh.scores[name], fresh.owner, len(scored.users)) for name in user_inference.DEFINITIONS}
+
+
+def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: int) -> dict[str, Any]:
+    """What the headline depends on, and whom it accuses."""
+    fresh, values = scored.documents[signals.FRESH], users[user_inference.HEADLINE]
+    known = ~np.isnan(values)
+    p_values = statistics.rank_p_values(values[known & scored.is_held_in], values[known & ~scored.is_held_in])
     return {
-        "edges": edges.tolist(),
-        signals.HELD_IN: np.histogram(held_in, edges)[0].tolist(),
-        signals.HELD_OUT: np.histogram(held_out, edges)[0].tolist(),
+        "by_num_documents": curves.by_num_documents(scored, fresh, fresh.scores[user_inference.HEADLINE], seed),
+        "by_num_records": curves.by_bucket(scored.num_records.astype(np.float64), values, scored.is_held_in),
+        "by_share": curves.by_bucket(curves.shares(scored), values, scored.is_held_in),
+        "by_distinctness": curves.by_bucket(curves.distinctness(scored), values, scored.is_held_in),
+        "most_exposed": curves.most_exposed(scored, values),
+        "users_accused": {
+            "significance": _SIGNIFICANCE,
+            "num_held_in": int(p_values.size),
+            "num_before_holm": int((p_values <= _SIGNIFICANCE).sum()),
+            "num_after_holm": int((statistics.holm(p_values) <= _SIGNIFICANCE).sum()),
+            "smallest_possible_p_value": 1.0 / (1.0 + float((known & ~scored.is_held_in).sum())),
+        },
     }
 
 
-def _write_per_user(path: pathlib.Path, users: Sequence[user_inference.UserStatistics]) -> None:
+def _write_per_user(path: pathlib.Path, scored: Scored, users: dict[str, FloatArray]) -> None:
     """Writes each user's values and, for held-in users, the p-value against the held-out users."""
-    columns: dict[str, list[object]] = {
-        "user": [user.user for user in users],
-        "side": [user.side for user in users],
-        "num_documents": [user.num_documents for user in users],
-        "num_tokens": [user.num_tokens for user in users],
+    fresh = scored.documents[signals.FRESH]
+    known = ~np.isnan(users[user_inference.HEADLINE])
+    columns: dict[str, Any] = {
+        "user": [user for user, is_known in zip(scored.users, known, strict=True) if is_known],
+        "side": [signals.HELD_IN if is_in else signals.HELD_OUT for is_in in scored.is_held_in[known]],
+        "num_documents": np.bincount(fresh.owner, minlength=known.size)[known],
+        "num_tokens": np.bincount(fresh.owner, fresh.num_tokens, minlength=known.size)[known].astype(np.int64),
+        "num_records": scored.num_records[known],
+        "share": curves.shares(scored)[known],
+        "distinctness": curves.distinctness(scored)[known],
     }
-    for name in user_inference.DEFINITIONS:
-        held_out = np.array([user.values[name] for user in users if user.side == signals.HELD_OUT])
-        columns[name] = [user.values[name] for user in users]
-        # Valid for a split drawn at random: under no membership a user's rank among the held-out ones is uniform.
-        columns[f"{name}_p_value"] = [
-            (1 + int(np.count_nonzero(held_out >= user.values[name]))) / (held_out.size + 1)
-            if user.side == signals.HELD_IN
-            else None
-            for user in users
-        ]
+    is_in = scored.is_held_in[known]
+    for name, values in users.items():
+        columns[name] = values[known]
+        columns[f"{name}_rank"] = np.argsort(np.argsort(-values[known], kind="stable"), kind="stable") + 1
+        p_values = statistics.rank_p_values(values[known][is_in], values[known][~is_in])
+        for label, found in (("p_value", p_values), ("p_holm", statistics.holm(p_values))):
+            column = np.full(is_in.size, np.nan)
+            column[is_in] = found
+            columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     write_atomically(path, buffer.getvalue(), mode=0o600)

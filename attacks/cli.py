@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.errors import EXIT_REFUSED_RELEASE
 
 app = typer.Typer(
     name="attacks",
@@ -24,11 +25,36 @@ Run = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Directory of a
 def score(
     run: Run,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass, padding included.")] = 2048,
+    training_records: Annotated[
+        int, typer.Option(min=0, help="Records of each user to score beside the attacker's: for record membership.")
+    ] = 2,
+    variants: Annotated[
+        str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N; comma-separated.")
+    ] = "",
+    spans: Annotated[
+        str | None, typer.Option(help="Column of labelled [start, end] spans of sensitive text, or: presidio.")
+    ] = None,
+    date: Annotated[str | None, typer.Option(help="Column of dates, for the blind baseline.")] = None,
+    language: Annotated[str | None, typer.Option(help="Column of languages; guessed from the text without.")] = None,
+    documents_of: Annotated[
+        pathlib.Path | None, typer.Option(help="Another run, of which this one is a shadow: score its documents.")
+    ] = None,
 ) -> None:
-    """Score the attacker's documents under the fine-tuned model and its base (loads both models)."""
+    """Score documents under the fine-tuned model and its base (loads the models; resumes where it was killed)."""
     from attacks import score as scoring
 
-    scoring.score_run(run, batch_tokens)
+    options = scoring.ScoreOptions(batch_tokens, training_records, variants, spans, date, language)
+    scoring.score_run(run, options, documents_of=documents_of)
+
+
+@app.command()
+def shadows(run: Run, count: Annotated[int, typer.Option(min=1, help="How many shadow models.")] = 8) -> None:
+    """Write recipes of shadow models for LiRA and RMIA into secret/attack/shadows (trains nothing)."""
+    from attacks.shadows import write_recipes
+
+    for path in write_recipes(run, count):
+        name = f"{run.resolve().name}-{path.stem}"
+        typer.echo(f"privtrain train {path} && attacks score {path.parent / 'runs' / name} --documents-of {run}")
 
 
 @app.command()
@@ -44,15 +70,33 @@ def analyse(
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write report/index.html and report/report.json of an analysed run, and print the summary."""
+def report(
+    run: Run,
+    policy: Annotated[
+        pathlib.Path | None, typer.Option(help="YAML file that says which findings end with exit code 3.")
+    ] = None,
+    wandb: Annotated[bool, typer.Option(help="Also log the report to Weights & Biases (offline by default).")] = False,
+    wandb_project: Annotated[str, typer.Option(help="Its project.")] = "privtrain",
+) -> None:
+    """Write report/index.html, report.json and report.md of an analysed run, and print the summary."""
     import rich.console
 
+    from attacks import policy as policies
     from attacks import report as reporting
 
+    rules = None if policy is None else policies.read_policy(policy)
     path = reporting.write_report(run)
     rich.console.Console().print(reporting.summary_table(run))
+    if wandb:
+        from attacks import tracking
+
+        tracking.log_report(run, reporting.read_results(run), project=wandb_project)
     typer.echo(f"report: {path}")
+    violations = [] if rules is None else rules.violations(reporting.read_results(run))
+    for violation in violations:
+        typer.echo(f"attacks: the policy {policy} is violated: {violation}", err=True)
+    if violations:
+        raise typer.Exit(EXIT_REFUSED_RELEASE)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -112,9 +112,63 @@ def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
         return _svg(figure, "histogram")
 
 
-def _new_figure() -> tuple[Figure, Axes]:
+def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str], axis_label: str, name: str) -> str:
+    """AUROC with its intervals at several places.
+
+    Args:
+        points: entries with ``auroc`` and ``interval``.
+        labels: what each place is.
+        axis_label: what they vary in.
+        name: of the figure, unique in the page.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new_figure(height=3.2)
+        places = list(range(len(points)))
+        areas = [point["auroc"] for point in points]
+        below = [area - point["interval"][0] for area, point in zip(areas, points, strict=True)]
+        above = [point["interval"][1] - area for area, point in zip(areas, points, strict=True)]
+        axes.axhline(0.5, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")
+        axes.errorbar(
+            places, areas, yerr=[below, above], fmt="o", color=HELD_IN_COLOR, capsize=3, label="95 % interval"
+        )
+        axes.set(ylim=(0.0, 1.02), xlim=(-0.5, len(points) - 0.5), xlabel=axis_label, ylabel="AUROC")
+        axes.set_xticks(places, labels)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, name)
+
+
+def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Negative log-likelihood by kind of token, split and model.
+
+    Args:
+        cells: of the panel in ``report/attacks.json``.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new_figure(height=3.4)
+        groups = list(dict.fromkeys((cell["tokens"], cell["split"]) for cell in cells))
+        for number, (model, color) in enumerate((("base", HELD_OUT_COLOR), ("tuned", HELD_IN_COLOR))):
+            values = {(cell["tokens"], cell["split"]): cell["nll"] or 0.0 for cell in cells if cell["model"] == model}
+            places = [place + 0.36 * (number - 0.5) for place in range(len(groups))]
+            axes.bar(places, [values[group] for group in groups], width=0.34, color=color, alpha=0.75, label=model)
+        axes.set_xticks(range(len(groups)), [f"{tokens}\n{split}" for tokens, split in groups])
+        axes.set(ylabel="nats per token")
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "sensitive")
+
+
+def _new_figure(height: float = 4.4) -> tuple[Figure, Axes]:
     """A figure small enough that its text stays readable on a phone. No pyplot: no global state, no display."""
-    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.0, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 

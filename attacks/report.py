@@ -1,4 +1,4 @@
-"""The attack report: one self-contained page, the same facts as JSON, and a summary for the terminal.
+"""The attack report: one self-contained page, the same facts as JSON and Markdown, and a summary for the terminal.
 
 Reads public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
 never sees.
@@ -21,9 +21,17 @@ from privtrain.rundir import write_atomically, write_json
 
 INDEX_PATH = pathlib.Path("report/index.html")
 REPORT_PATH = pathlib.Path("report/report.json")
-SCHEMA_NAME = "privtrain/report/1"
+MARKDOWN_PATH = pathlib.Path("report/report.md")
+SCHEMA_NAME = "privtrain/report/2"
 
 NOT_RELEASED = "not released"
+
+_DEPENDENCES = {
+    "by_num_documents": "documents of each user that the attacker holds",
+    "by_num_records": "records that training could use of the user",
+    "by_share": "share of the user in the training text",
+    "by_distinctness": "distinctness: KL of the user's tokens from the others', nats",
+}
 
 AXIS_LABELS = {
     "token_mean": "log-likelihood gain, nats per token",
@@ -32,7 +40,7 @@ AXIS_LABELS = {
 
 
 def write_report(run: pathlib.Path) -> pathlib.Path:
-    """Writes ``report/index.html`` and ``report/report.json``.
+    """Writes ``report/index.html``, ``report/report.json`` and ``report/report.md``.
 
     Args:
         run: an analysed run directory.
@@ -46,23 +54,29 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
     statement, attacks = _read(run)
     perplexity = rundir.held_out_perplexity(run)
     headline = attacks["results"][attacks["headline"]]
+    shown = {
+        "statement": statement,
+        "attacks": attacks,
+        "headline": headline,
+        "perplexity": perplexity,
+        "training_seconds": rundir.training_seconds(run),
+        "axis_labels": AXIS_LABELS,
+        "claim": _claim(statement, attacks),
+    }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attacks"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(scientific=scientific, epsilon=format_epsilon, grouped=grouped)
     page = environment.get_template("report.html").render(
-        statement=statement,
-        attacks=attacks,
-        headline=headline,
-        perplexity=perplexity,
-        axis_labels=AXIS_LABELS,
+        **shown,
         roc_svg=figures.roc_figure(headline, _claim(statement, attacks)),
         histogram_svg=figures.histogram_figure(headline, AXIS_LABELS[attacks["headline"]]),
-        claim=_claim(statement, attacks),
+        dependence_svgs=_dependence_figures(attacks["user_inference"]),
+        sensitive_svg=figures.sensitive_figure(attacks["sensitive"]["cells"]) if attacks["sensitive"] else "",
     )
     facts = {
         "schema": SCHEMA_NAME,
@@ -71,8 +85,38 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
         "attacks": attacks,
     }
     write_json(run / REPORT_PATH, facts)
+    write_atomically(run / MARKDOWN_PATH, environment.get_template("report.md").render(**shown), mode=0o644)
     write_atomically(run / INDEX_PATH, page.encode(), mode=0o644)
     return run / INDEX_PATH
+
+
+def read_results(run: pathlib.Path) -> Mapping[str, Any]:
+    """The results that the report is about.
+
+    Args:
+        run: an analysed run directory.
+
+    Raises:
+        AttackInputError: if the run is not finished or not analysed.
+    """
+    return _read(run)[1]
+
+
+def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One figure for each thing that the headline was split by, where there was enough to split."""
+    figure_list = []
+    for key, title in _DEPENDENCES.items():
+        points = found[key]
+        if len(points) < 2:
+            continue
+        if key == "by_num_documents":
+            labels = [str(point["num_documents"]) for point in points]
+        else:
+            labels = [f"{point['from']:.2g} to {point['to']:.2g}" for point in points]
+        counts = "; ".join(f"{point['num_held_in']} + {point['num_held_out']}" for point in points)
+        svg = figures.dependence_figure(points, labels, title, key.replace("_", "-"))
+        figure_list.append({"svg": svg, "title": title, "counts": counts})
+    return figure_list
 
 
 def summary_table(run: pathlib.Path) -> rich.table.Table:
@@ -186,4 +230,5 @@ def _cap_text(cap: Mapping[str, Any]) -> str:
     """The cap for a table cell."""
     if cap["reason"]:
         return f"none: {cap['reason']}"
-    return f"{cap['auroc']:.4f}  ({cap['auroc_of_sample']:.4f} for a sample of this size)"
+    curve = "" if cap["curve"] is None else f"; {cap['curve']['auroc_of_sample']:.4f} by the whole privacy curve"
+    return f"{cap['auroc']:.4f}  ({cap['auroc_of_sample']:.4f} for a sample of this size{curve})"

@@ -13,6 +13,7 @@ from attacks.errors import AttackInputError
 
 STATEMENT_SCHEMA = "privtrain/privacy/1"
 PERPLEXITY_KEY = "eval/held_out_perplexity"
+STEP_SECONDS_KEY = "perf/step_seconds"
 
 
 class _Part(pydantic.BaseModel):
@@ -185,3 +186,19 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
         if value is not None and math.isfinite(value):
             values.append(float(value))
     return (values[0], values[-1]) if len(values) >= 2 else None
+
+
+def training_seconds(run: pathlib.Path) -> float | None:
+    """The time that the steps took, as the run released it.
+
+    Args:
+        run: the run directory.
+
+    Returns:
+        Seconds over all logged steps, or None if none was logged.
+    """
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    values = [json.loads(line).get(STEP_SECONDS_KEY) for line in lines if line.strip()]
+    known = [float(value) for value in values if value is not None]
+    return sum(known) if known else None

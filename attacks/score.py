@@ -1,156 +1,341 @@
-"""Score the attacker's documents: log p of every token under the fine-tuned model and under its exact base.
+"""Score documents: signals of every token under the fine-tuned model and under its exact base. No verdicts.
 
-Launched like training (``accelerate launch ... -m attacks score RUN``). Batches are composed over all documents before
-they are dealt to ranks, so the signals do not depend on the number of ranks. Writes signals, no verdicts.
+Launched like training (``accelerate launch ... -m attacks score RUN``). The documents are cut into parts before they
+are dealt to ranks, and a part is written whole: the signals do not depend on the number of ranks, memory does not grow
+with the number of documents, and a job that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import accelerate.utils
 import numpy as np
+import numpy.typing as npt
 import torch
+from accelerate import PartialState
 from rich.progress import track
 
+from attacks import documents as planning
+from attacks import variants as rewriting
+from attacks.columns import Extras, days_of, read_columns, spans_of
+from attacks.documents import Document
 from attacks.errors import AttackInputError
+from attacks.languages import guess_language
+from attacks.neural import NeuralScorer
+from attacks.pii import PRESIDIO, find_personal_data
 from attacks.rundir import read_statement
-from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals, write_signals
-from privtrain.config import load_config
+from attacks.scorer import Scorer, TokenSignals
+from attacks.signals import (
+    HELD_IN,
+    HELD_OUT,
+    REFERENCES_PATH,
+    SCHEMA_NAME,
+    SIGNALS_PATH,
+    DocumentSignals,
+    iterate_signals,
+    join_signals,
+    write_signals,
+)
+from attacks.variants import Variants
+from privtrain.config import Config, load_config
+from privtrain.config.schema import ModelSection
 from privtrain.data.corpus import Corpus, load_corpus
-from privtrain.data.split import seal
-from privtrain.data.units import tokenize
-from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision, token_log_probs
+from privtrain.data.encode import Encoder
+from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision
 from privtrain.processes import join_processes
 from privtrain.rundir import RunDirectory
 from privtrain.secret import pseudonym
 
+Tokens = npt.NDArray[np.int64]
+
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """One of the attacker's documents."""
+class ScoreOptions:
+    """What is scored, and how.
 
-    user: str
-    index: int
-    side: str
-    tokens: np.ndarray
+    Attributes:
+        batch_tokens: tokens in one forward pass, padding included.
+        num_training_records: records of each user, among those that training could use, beside the fresh ones.
+        variants: re-written texts to score too; see ``attacks.variants``.
+        spans_column: column of labelled spans, or ``presidio``.
+        date_column: column of dates, for the blind baseline.
+        language_column: column of languages; guessed from the text without it.
+    """
+
+    batch_tokens: int = 2048
+    num_training_records: int = 2
+    variants: str = ""
+    spans_column: str | None = None
+    date_column: str | None = None
+    language_column: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read beside the trainer's own."""
+        spans = None if self.spans_column == PRESIDIO else self.spans_column
+        return [name for name in (spans, self.date_column, self.language_column) if name is not None]
 
 
-def score_run(run_path: pathlib.Path, batch_tokens: int) -> None:
-    """Write ``secret/attack/signals.parquet`` for a finished run; nothing to do if it is there.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything but the models: which documents, how they become tokens, where the signals go."""
+
+    manifest: Mapping[str, Any]
+    sides: Mapping[str, str]
+    corpus: Corpus
+    extras: Extras
+    tokenizer: Any
+    encoder: Encoder
+    max_length: int
+    options: ScoreOptions
+    key: Any
+    prefix: Tokens | None
+    target: pathlib.Path
+    fingerprint: str
+
+    @property
+    def parts(self) -> pathlib.Path:
+        """Where finished parts wait; another job's parts have another name."""
+        return self.target.parent / f"parts-{self.target.stem}-{self.fingerprint[:12]}"
+
+    def part(self, number: int) -> pathlib.Path:
+        """One finished part."""
+        return self.parts / f"part-{number:06d}.parquet"
+
+
+def score_run(
+    run_path: pathlib.Path, options: ScoreOptions | None = None, *, documents_of: pathlib.Path | None = None
+) -> None:
+    """Writes the signals of a finished run; nothing to do if they are there.
 
     Args:
         run_path: directory of a finished run.
-        batch_tokens: tokens in one forward pass, padding included.
+        options: what is scored.
+        documents_of: another run whose documents are scored under this run's model instead, as a shadow or reference of
+            it; the signals then go to that run, with the sides that the users have in this one.
 
     Raises:
         AttackInputError: if the run is not finished, its manifest is broken, or its data changed since training.
     """
+    options = options or ScoreOptions()
     read_statement(run_path)
-    run = RunDirectory(run_path)
+    run, attacked = RunDirectory(run_path), RunDirectory(documents_of or run_path)
     config = load_config(run.resolved_config)
-    if config.training.method == "full":
-        raise AttackInputError("attacks compare an adapter with its base; a run with training.method: full has none")
+    if config.data.is_classification:
+        raise AttackInputError("attacks score tokens of texts; a run with data.format: classification predicts none")
     state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
-        target = run_path / SIGNALS_PATH
+        target = attacked.root / SIGNALS_PATH
+        if documents_of is not None:
+            target = attacked.root / REFERENCES_PATH / f"shadow-{run_path.resolve().name}.parquet"
         if target.is_file():
-            read_signals(target)
+            next(iterate_signals(target), None)
             if state.is_main_process:
                 print(f"{target} is already there; delete it to score again")
             return
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        tokenizer = load_tokenizer(config.model)
-        documents = attacker_documents(run, load_corpus(config.data), tokenizer, config.data.max_length)
-        precision = resolve_precision(config.performance.precision, device)
-        base = load_base(config.model, base_dtype(precision, device))
-        model = load_adapter(base, run.adapter).to(device).eval()
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-        key = run.load_key("pseudonym")
-        batches = list(compose_batches(documents, batch_tokens))
-        mine = batches[state.process_index :: state.num_processes]
-        rows = []
-        for batch in track(mine, "scoring", disable=not state.is_main_process):
-            for document, (tuned, reference) in zip(batch, score_batch(model, batch, device, autocast), strict=True):
-                name = pseudonym(key, document.user)
-                rows.append(DocumentSignals(name, str(document.index), document.side, tuned, reference))
-        part = target.with_name(f"part-{state.process_index:04d}.parquet")
-        write_signals(part, rows)
-        state.wait_for_everyone()
+        job = _prepare(run, attacked, config, options, target)
+        tuned, base = load_scorers(run, config, device)
+        num_documents = _score_parts(job, tuned, base, state)
         if state.is_main_process:
-            _join_parts(target, state.num_processes)
-            print(f"scored {len(documents)} documents; next: attacks analyse {run_path}")
-        state.wait_for_everyone()
+            print(f"scored {num_documents} documents; next: attacks analyse {attacked.root}")
     finally:
         state.destroy_process_group()
 
 
-def attacker_documents(run: RunDirectory, corpus: Corpus, tokenizer, max_length: int) -> list[Document]:
-    """The documents that the sealed manifest gives to the attacker, tokenised as training tokenises.
-
-    Raises:
-        AttackInputError: if the manifest was altered or the data are not the ones that the split was drawn on.
-    """
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    body = {name: value for name, value in manifest.items() if name != "sha256"}
-    if seal(body) != manifest["sha256"]:
-        raise AttackInputError(f"{run.manifest} does not match its seal; it was altered after training began")
-    if corpus.manifest_sha256 != manifest["data_sha256"]:
-        raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
-    held_in = set(manifest["held_in"])
-    found = [(user, index) for user, indices in manifest["attacker"].items() for index in indices]
-    if not found:
+def _prepare(
+    run: RunDirectory, attacked: RunDirectory, config: Config, options: ScoreOptions, target: pathlib.Path
+) -> Job:
+    """Reads everything that is needed besides the models."""
+    own = planning.read_manifest(run)
+    manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
+    data = config.data if attacked.root == run.root else load_config(attacked.resolved_config).data
+    if attacked.root != run.root and load_config(attacked.resolved_config).model != config.model:
+        raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
+    tokenizer = load_tokenizer(config.model)
+    corpus = load_corpus(data)
+    variants = Variants.parse(options.variants)
+    if data.format != "text" and (options.variants or options.spans_column):
         raise AttackInputError(
-            "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
+            f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
         )
-    tokens, _ = tokenize([corpus.records[user][index] for user, index in found], tokenizer, max_length)
-    return [
-        Document(user, index, HELD_IN if user in held_in else HELD_OUT, ids)
-        for (user, index), ids in zip(found, tokens, strict=True)
+    prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
+    held_in = set(own["held_in"])
+    settings = [
+        SCHEMA_NAME,
+        manifest["sha256"],
+        run.privacy.read_text(encoding="utf-8"),
+        dataclasses.asdict(options),
+        config.model.model_dump(mode="json"),
+        config.performance.precision,
     ]
+    return Job(
+        manifest=manifest,
+        sides={user: HELD_IN if user in held_in else HELD_OUT for user in manifest["attacker"]},
+        corpus=corpus,
+        extras=read_columns(data, corpus, options.columns),
+        tokenizer=tokenizer,
+        encoder=Encoder(data, tokenizer),
+        max_length=data.max_length,
+        options=options,
+        key=attacked.load_key("pseudonym"),
+        prefix=prefix,
+        target=target,
+        fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+    )
 
 
-def compose_batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:
-    """Group documents of similar length; no batch holds more than ``batch_tokens`` with padding, unless it is alone."""
-    batch: list[Document] = []
-    for document in sorted(documents, key=lambda d: (-len(d.tokens), d.user, d.index)):
-        longest = len(batch[0].tokens) if batch else len(document.tokens)
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(document)
-    if batch:
-        yield batch
+def load_scorers(run: RunDirectory, config: Config, device: torch.device) -> tuple[Scorer, Scorer]:
+    """The fine-tuned model and its exact base: one set of weights with the adapter on and off, or two models.
+
+    Args:
+        run: a finished run; what it released is loaded, whatever backend trained it.
+        config: its configuration.
+        device: where the models go.
+    """
+    precision = resolve_precision(config.performance.precision, device)
+    dtype = base_dtype(precision, device)
+    base = load_base(config.model, dtype)
+    if config.training.releases_model:
+        tuned = load_base(ModelSection(name_or_path=str(run.model)), dtype)
+        return NeuralScorer(tuned, device, precision), NeuralScorer(base, device, precision)
+    model = load_adapter(base, run.adapter)
+    if _changes_the_base(model):
+        return NeuralScorer(model, device, precision), NeuralScorer(load_base(config.model, dtype), device, precision)
+    without_adapter: Any = model.disable_adapter
+    return NeuralScorer(model, device, precision), NeuralScorer(model, device, precision, without_adapter)
 
 
-def score_batch(
-    model: torch.nn.Module, batch: Sequence[Document], device: torch.device, autocast: torch.autocast
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each document its per-token log-probabilities under the adapter and with the adapter disabled."""
-    width = max(len(document.tokens) for document in batch)
-    input_ids = np.zeros((len(batch), width), dtype=np.int64)
-    for row, document in enumerate(batch):
-        input_ids[row, : len(document.tokens)] = document.tokens
-    ids = torch.from_numpy(input_ids).to(device)
-    with torch.no_grad(), autocast:
-        tuned = token_log_probs(model, ids).cpu().numpy()
-        with model.disable_adapter():  # pyright: ignore[reportCallIssue] - PEFT's method
-            reference = token_log_probs(model, ids).cpu().numpy()
-    lengths = [len(document.tokens) - 1 for document in batch]
-    return [(tuned[row, :n].copy(), reference[row, :n].copy()) for row, n in enumerate(lengths)]
+def _changes_the_base(model: torch.nn.Module) -> bool:
+    """Whether disabling the adapter would not give the base back: trained biases or whole modules."""
+    settings = next(iter(model.peft_config.values()))  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    return getattr(settings, "bias", "none") != "none" or bool(getattr(settings, "modules_to_save", None))
 
 
-def _join_parts(target: pathlib.Path, num_parts: int) -> None:
-    parts = [target.with_name(f"part-{index:04d}.parquet") for index in range(num_parts)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise AttackInputError(
-            f"{', '.join(missing)} not found beside {target}: all ranks must see the run directory; "
-            "score on one machine or on a shared file system"
+def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> int:
+    """Scores what is not there yet, each part on one rank, and joins all parts."""
+    parts = planning.in_parts(planning.plan_documents(job.manifest, job.corpus, job.options.num_training_records))
+    # One listing for all ranks: each rank's own could already see what another has just written.
+    missing = [[number for number in range(len(parts)) if not job.part(number).is_file()]]
+    accelerate.utils.broadcast_object_list(missing)
+    mine = missing[0][state.process_index :: state.num_processes]
+    for number in track(mine, "scoring", disable=not state.is_main_process):
+        write_signals(job.part(number), score_documents(job, parts[number], tuned, base))
+    state.wait_for_everyone()
+    num_documents = 0
+    if state.is_main_process:
+        absent = [number for number in range(len(parts)) if not job.part(number).is_file()]
+        if absent:
+            raise AttackInputError(
+                f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
+                "score on one machine or on a shared file system"
+            )
+        num_documents = join_signals(job.target, [job.part(number) for number in range(len(parts))])
+        shutil.rmtree(job.parts)
+    state.wait_for_everyone()
+    return num_documents
+
+
+def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:
+    """Signals of the documents of one part."""
+    texts = [job.corpus.records[document.user][document.index] for document in documents]
+    tokens = planning.tokens_of(texts, job.encoder)
+    batch_tokens = job.options.batch_tokens
+    target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (tuned, base))
+    names = [pseudonym(job.key, document.user) for document in documents]
+    means = _variant_means(job, names, documents, texts, tokens, tuned, base)
+    rows = []
+    for place, document in enumerate(documents):
+        target, reference = target_signals[place], base_signals[place]
+        if rewriting.RECALL in means[place]:
+            assert job.prefix is not None
+            num_shared = min(len(tokens[place]), job.max_length - len(job.prefix) + 1) - 1
+            means[place][rewriting.RECALL_PLAIN] = float(target.logp[:num_shared].mean(dtype=np.float64))
+        rows.append(
+            DocumentSignals(
+                names[place],
+                str(document.index),
+                job.sides[document.user],
+                target.logp,
+                reference.logp,
+                kind=document.kind,
+                target_correct=target.correct,
+                target_mean=target.mean,
+                target_variance=target.variance,
+                base_correct=reference.correct,
+                base_mean=reference.mean,
+                base_variance=reference.variance,
+                token_ids=tokens[place][1:].astype(np.int32),
+                variants=means[place],
+                **_facts(job, document, texts[place], len(tokens[place]) - 1),
+            )
         )
-    write_signals(target, [row for part in parts for row in read_signals(part)])
-    for part in parts:
-        part.unlink()
+    return rows
+
+
+def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
+    """Signals of each sequence, in order, in batches of similar length."""
+    found: dict[int, TokenSignals] = {}
+    for batch in planning.compose_batches([len(tokens) for tokens in sequences], batch_tokens):
+        found.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))
+    return [found[place] for place in range(len(sequences))]
+
+
+def _variant_means(
+    job: Job,
+    names: Sequence[str],
+    documents: Sequence[Document],
+    texts: Sequence[str],
+    tokens: Sequence[Tokens],
+    tuned: Scorer,
+    base: Scorer,
+) -> list[dict[str, float]]:
+    """Mean log-probability under the target of every re-written text, by document and name."""
+    wanted = Variants.parse(job.options.variants)
+    rewritten = rewriting.rewrite(
+        wanted, texts, tokens, tokenizer=job.tokenizer, max_length=job.max_length, prefix=job.prefix
+    )
+    # A document as long as the prefix leaves nothing to predict.
+    rewritten = [item for item in rewritten if len(item.tokens) - 1 > item.first]
+    if wanted.num_neighbours:
+        proposals: dict[int, Tokens] = {}
+        for batch in planning.compose_batches([len(ids) for ids in tokens], job.options.batch_tokens):
+            proposals.update(zip(batch, rewriting.propose(base, [tokens[place] for place in batch]), strict=True))
+        labels = [f"{name}/{document.index}" for name, document in zip(names, documents, strict=True)]
+        ordered = [proposals[place] for place in range(len(tokens))]
+        rewritten += rewriting.neighbours(labels, tokens, ordered, wanted.num_neighbours)
+    found: list[dict[str, float]] = [{} for _ in documents]
+    scored = score_sequences(tuned, [item.tokens for item in rewritten], job.options.batch_tokens)
+    for item, signals in zip(rewritten, scored, strict=True):
+        found[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
+    return found
+
+
+def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str, Any]:
+    """What is known of a document and its owner without any model."""
+    extra = job.extras.get((document.user, document.index), {})
+    options = job.options
+    spans = None
+    if options.spans_column == PRESIDIO:
+        spans = find_personal_data(text)
+    elif options.spans_column is not None:
+        spans = spans_of(extra[options.spans_column], extra["offset"])
+    is_sensitive = None
+    if spans is not None:
+        is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)
+    told = extra.get(options.language_column) if options.language_column else None
+    return {
+        **planning.text_facts(text),
+        **planning.user_facts(job.manifest, job.corpus, document.user),
+        "sensitive": is_sensitive,
+        "date": days_of(extra.get(options.date_column)) if options.date_column else None,
+        "language": str(told) if told else guess_language(text),
+    }

@@ -1,16 +1,17 @@
-"""Per-token signals of the attacker's documents: the only thing that passes from the scoring stage to the analysis.
+"""Per-token signals of the scored documents: the only thing that passes from the scoring stage to the analysis.
 
 Scoring needs the models and a GPU; every attack and statistic needs only these numbers. A new attack that reads the
-same signals costs no GPU time.
+same signals costs no forward pass. The file holds token ids and stays in ``secret/``.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import io
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +19,70 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks.errors import AttackInputError
-from privtrain.rundir import make_private_directory, write_atomically
+from privtrain.rundir import make_private_directory, sync_directory, temporary_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")
 """Where a run directory keeps its signals."""
+
+REFERENCES_PATH = pathlib.Path("secret/attack/references")
+"""Where it keeps the same documents' signals under other models, one file a model."""
 
 HELD_IN = "held_in"
 HELD_OUT = "held_out"
 SIDES = (HELD_IN, HELD_OUT)
 
-SCHEMA_NAME = "privtrain/signals/1"
+FRESH = "fresh"
+"""The attacker's documents, never trained on: what user inference reads."""
+
+TRAINING = "training"
+"""Records that training could use: trained on if their owner is held in. Record membership reads these."""
+
+SCHEMA_NAME = "privtrain/signals/2"
+
+_ROWS_PER_BATCH = 256
+
+
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+_TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, Any]] = {
+    "target_logp": (pa.float32(), np.float32),
+    "base_logp": (pa.float32(), np.float32),
+    "target_correct": (pa.bool_(), np.bool_),
+    "target_mean": (pa.float32(), np.float32),
+    "target_variance": (pa.float32(), np.float32),
+    "base_correct": (pa.bool_(), np.bool_),
+    "base_mean": (pa.float32(), np.float32),
+    "base_variance": (pa.float32(), np.float32),
+    "token_ids": (pa.int32(), np.int32),
+    "sensitive": (pa.bool_(), np.bool_),
+}
+_REQUIRED_TOKEN_COLUMNS = ("target_logp", "base_logp")
+_SCALAR_COLUMNS = {
+    "user": pa.string(),
+    "document": pa.string(),
+    "side": pa.string(),
+    "kind": pa.string(),
+    "num_tokens": pa.int32(),
+    "num_bytes": pa.int32(),
+    "zlib_bytes": pa.int32(),
+    "user_num_records": pa.int32(),
+    "user_num_bytes": pa.int64(),
+    "date": pa.float64(),
+    "language": pa.string(),
+}
+_NULLABLE = ("date", "language")
+_VARIANTS = pa.map_(pa.string(), pa.float64())
+
 SCHEMA = pa.schema(
     [
-        pa.field("user", pa.string(), nullable=False),
-        pa.field("document", pa.string(), nullable=False),
-        pa.field("side", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("target_logp", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
-        pa.field("base_logp", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        *(pa.field(name, kind, nullable=name in _NULLABLE) for name, kind in _SCALAR_COLUMNS.items()),
+        pa.field("variants", _VARIANTS, nullable=False),
+        *(
+            pa.field(name, _list_of(kind), nullable=name not in _REQUIRED_TOKEN_COLUMNS)
+            for name, (kind, _) in _TOKEN_COLUMNS.items()
+        ),
     ],
     metadata={"schema": SCHEMA_NAME},
 )
@@ -46,18 +93,31 @@ _MAX_LOGP = 1e-4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentSignals:
-    """The signals of one attacker document, none of whose text was trained on.
+    """The signals of one document. Every array has one entry per scored token, in document order.
 
     Attributes:
         user: pseudonym of the document's owner.
         document: identifier of the document, unique within its user.
-        side: ``"held_in"`` if the owner's other documents were trained on, else ``"held_out"``.
-        target_logp: log-probability in nats of each scored token under the fine-tuned model, in document order.
+        side: ``"held_in"`` if the owner's records were trained on, else ``"held_out"``.
+        target_logp: log-probability in nats of each scored token under the fine-tuned model.
         base_logp: the same tokens under the exact model that fine-tuning started from.
+        kind: ``"fresh"`` or ``"training"``.
+        target_correct: whether the token is the fine-tuned model's most likely one.
+        target_mean: mean of log p over the vocabulary under p itself, at the token's place.
+        target_variance: its variance under p.
+        base_correct, base_mean, base_variance: the same under the base.
+        token_ids: the tokens themselves.
+        sensitive: whether any character of the token lies in a labelled span.
+        num_bytes: UTF-8 bytes of the text.
+        zlib_bytes: bytes of its zlib compression.
+        user_num_records: records that training could use of this owner, whatever the side.
+        user_num_bytes: bytes of text in them.
+        date: days since some epoch, where the data have a date.
+        language: of the text, where it was told or guessed.
+        variants: name of a re-written text to the mean log-probability of its tokens under the fine-tuned model.
 
     Raises:
-        ValueError: if the side is unknown, the two lists differ in length or are empty, or a value is no
-        log-probability.
+        ValueError: if the side is unknown, the arrays differ in length or are empty, or a value is no log-probability.
     """
 
     user: str
@@ -65,23 +125,42 @@ class DocumentSignals:
     side: str
     target_logp: npt.NDArray[np.float32]
     base_logp: npt.NDArray[np.float32]
+    kind: str = FRESH
+    target_correct: npt.NDArray[np.bool_] | None = None
+    target_mean: npt.NDArray[np.float32] | None = None
+    target_variance: npt.NDArray[np.float32] | None = None
+    base_correct: npt.NDArray[np.bool_] | None = None
+    base_mean: npt.NDArray[np.float32] | None = None
+    base_variance: npt.NDArray[np.float32] | None = None
+    token_ids: npt.NDArray[np.int32] | None = None
+    sensitive: npt.NDArray[np.bool_] | None = None
+    num_bytes: int = 0
+    zlib_bytes: int = 0
+    user_num_records: int = 0
+    user_num_bytes: int = 0
+    date: float | None = None
+    language: str | None = None
+    variants: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.side not in SIDES:
             raise ValueError(f"side is {self.side!r}; expected one of {', '.join(SIDES)}")
-        for name in ("target_logp", "base_logp"):
+        for name, (_, dtype) in _TOKEN_COLUMNS.items():
             # Rows are built from tensors, lists and file slices alike.
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
-        if self.target_logp.ndim != 1 or self.target_logp.shape != self.base_logp.shape or not self.num_tokens:
-            raise ValueError(
-                f"target_logp has shape {self.target_logp.shape} and base_logp {self.base_logp.shape}; "
-                "expected two lists of the same tokens, at least one"
-            )
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        shapes = {name: getattr(self, name).shape for name in _TOKEN_COLUMNS if getattr(self, name) is not None}
+        if self.target_logp.ndim != 1 or not self.num_tokens or len(set(shapes.values())) != 1:
+            raise ValueError(f"shapes are {shapes}; expected two lists of the same tokens, at least one")
         for name, logp in (("target_logp", self.target_logp), ("base_logp", self.base_logp)):
             if not np.isfinite(logp).all() or logp.max() > _MAX_LOGP:
                 raise ValueError(
                     f"{name} holds a value that is NaN, infinite or above 0; expected log-probabilities in nats"
                 )
+        for name in ("target_mean", "target_variance", "base_mean", "base_variance"):
+            moment = getattr(self, name)
+            if moment is not None and not np.isfinite(moment).all():
+                raise ValueError(f"{name} holds a value that is NaN or infinite; expected moments of log p")
 
     @property
     def num_tokens(self) -> int:
@@ -94,42 +173,70 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
 
     Args:
         path: the parquet file to replace; missing directories are made, readable by their owner alone.
-        rows: one per attacker document.
+        rows: one per document.
 
     Raises:
         ValueError: if a document occurs twice or a user stands on both sides.
     """
     ordered = sorted(rows, key=lambda row: (row.side, row.user, row.document))
-    _check_rows(ordered)
-    num_tokens = np.array([row.num_tokens for row in ordered], dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(num_tokens, dtype=np.int64)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{offsets[-1]} tokens in all; expected at most {np.iinfo(np.int32).max} in one file")
-    table = pa.Table.from_arrays(
-        [
-            pa.array([row.user for row in ordered], pa.string()),
-            pa.array([row.document for row in ordered], pa.string()),
-            pa.array([row.side for row in ordered], pa.string()),
-            pa.array(num_tokens),
-            _list_array(offsets, [row.target_logp for row in ordered], SCHEMA.field("target_logp").type),
-            _list_array(offsets, [row.base_logp for row in ordered], SCHEMA.field("base_logp").type),
-        ],
-        schema=SCHEMA,
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    make_private_directory(path.parent)
-    write_atomically(path, buffer.getvalue(), mode=0o600)
+    checked = _Checker()
+    for row in ordered:
+        checked.add(row)
+    checked.finish()
+    with _atomic_writer(path) as writer:
+        writer.write_table(to_table(ordered))
+
+
+def join_signals(target: pathlib.Path, parts: Sequence[pathlib.Path]) -> int:
+    """Joins parts into one file, a part in memory at a time.
+
+    Args:
+        target: the parquet file to replace.
+        parts: files of ``write_signals``, in the order that they are to have.
+
+    Returns:
+        Number of documents.
+
+    Raises:
+        AttackInputError: if a part is missing or a document stands in two of them.
+    """
+    checked = _Checker()
+    with _atomic_writer(target) as writer:
+        for part in parts:
+            for row in iterate_signals(part):
+                checked.add(row)
+            writer.write_table(pq.read_table(part))
+    try:
+        checked.finish()
+    except ValueError as error:
+        target.unlink()
+        raise AttackInputError(f"{target.parent} holds parts that contradict each other: {error}") from error
+    return checked.num_rows
 
 
 def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
-    """Reads and checks the signals, sorted by (side, user, document).
+    """Reads and checks all signals, sorted by (side, user, document); for small files.
 
     Args:
         path: a file written by ``write_signals``.
 
     Returns:
-        One entry per attacker document.
+        One entry per document.
+
+    Raises:
+        AttackInputError: if the file is missing, is of another schema, or holds rows that cannot be scored.
+    """
+    return sorted(iterate_signals(path), key=lambda row: (row.side, row.user, row.document))
+
+
+def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
+    """Reads and checks the signals in the file's order, some hundred documents in memory at a time.
+
+    Args:
+        path: a file written by ``write_signals``.
+
+    Yields:
+        One entry per document.
 
     Raises:
         AttackInputError: if the file is missing, is of another schema, or holds rows that cannot be scored.
@@ -139,56 +246,115 @@ def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
             f"no signals at {path}: expected the file that scoring writes; run next: attacks score RUN"
         )
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise AttackInputError(
             f"{path} is not a readable parquet file ({error}); run next: attacks score RUN"
         ) from error
-    found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
-    if found != SCHEMA_NAME or not table.schema.equals(SCHEMA):
-        raise AttackInputError(
-            f"{path} has schema {found!r} with columns {table.schema.names}; expected {SCHEMA_NAME!r} "
-            f"with columns {SCHEMA.names}; run next: attacks score RUN"
-        )
-    try:
-        rows = _rows(table.combine_chunks())
-        _check_rows(rows)
-    except ValueError as error:
-        raise AttackInputError(
-            f"{path} holds signals that cannot be used: {error}; run next: attacks score RUN"
-        ) from error
-    return rows
+    with file:
+        schema = file.schema_arrow
+        found = (schema.metadata or {}).get(b"schema", b"none").decode()
+        if found != SCHEMA_NAME or not schema.equals(SCHEMA):
+            raise AttackInputError(
+                f"{path} has schema {found!r} with columns {schema.names}; expected {SCHEMA_NAME!r} "
+                f"with columns {SCHEMA.names}; run next: attacks score RUN"
+            )
+        try:
+            checked = _Checker()
+            for batch in file.iter_batches(_ROWS_PER_BATCH):
+                for row in _rows(batch):
+                    checked.add(row)
+                    yield row
+            checked.finish()
+        except ValueError as error:
+            raise AttackInputError(
+                f"{path} holds signals that cannot be used: {error}; run next: attacks score RUN"
+            ) from error
 
 
-def _list_array(
-    offsets: npt.NDArray[np.int64], parts: Sequence[npt.NDArray[np.float32]], kind: pa.DataType
-) -> pa.Array:
+def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
+    """The rows as a table of ``SCHEMA``, in their order."""
+    columns: list[pa.Array] = [
+        pa.array([getattr(row, name) for row in rows], kind) for name, kind in _SCALAR_COLUMNS.items()
+    ]
+    columns.append(pa.array([sorted(row.variants.items()) for row in rows], _VARIANTS))
+    columns += [_list_array([getattr(row, name) for row in rows], *_TOKEN_COLUMNS[name]) for name in _TOKEN_COLUMNS]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dtype: type) -> pa.Array:
     """Joins the documents' values into one arrow list column without a Python object per token."""
-    values = np.concatenate([np.zeros(0, np.float32), *parts])
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=kind)
+    sizes = [0 if part is None else part.size for part in parts]
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{offsets[-1]} tokens in all; expected at most {np.iinfo(np.int32).max} in one write")
+    values = np.concatenate([np.zeros(0, dtype), *(part for part in parts if part is not None)])
+    mask = pa.array([part is None for part in parts], pa.bool_())
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(values, kind), type=_list_of(kind), mask=mask
+    )
 
 
-def _rows(table: pa.Table) -> list[DocumentSignals]:
-    """Cuts the columns of a checked table into rows that share its memory."""
-    columns = []
-    for name in ("target_logp", "base_logp"):
-        column = table.column(name).combine_chunks()
+def _rows(batch: pa.RecordBatch) -> Iterator[DocumentSignals]:
+    """Cuts the columns of a checked batch into rows."""
+    scalars = {name: batch.column(name).to_pylist() for name in _SCALAR_COLUMNS}
+    variants = batch.column("variants").to_pylist()
+    tokens = {}
+    for name in _TOKEN_COLUMNS:
+        column = batch.column(name)
         offsets = column.offsets.to_numpy()
-        columns.append(np.split(column.flatten().to_numpy(), (offsets[1:-1] - offsets[0])) if len(column) else [])
-    names = (table.column(name).to_pylist() for name in ("user", "document", "side"))
-    rows = [DocumentSignals(*values) for values in zip(*names, *columns, strict=True)]
-    if [row.num_tokens for row in rows] != table.column("num_tokens").to_pylist():
-        raise ValueError("num_tokens differs from the number of log-probabilities")
-    return rows
+        values = column.values.to_numpy(zero_copy_only=False)
+        is_valid = column.is_valid().to_pylist()
+        tokens[name] = [
+            values[start:end] if valid else None
+            for start, end, valid in zip(offsets[:-1], offsets[1:], is_valid, strict=True)
+        ]
+    for number in range(batch.num_rows):
+        fields: dict[str, Any] = {name: column[number] for name, column in scalars.items()}
+        num_tokens = fields.pop("num_tokens")
+        fields |= {name: column[number] for name, column in tokens.items()}
+        row = DocumentSignals(**fields, variants=dict(variants[number]))
+        if row.num_tokens != num_tokens:
+            raise ValueError("num_tokens differs from the number of log-probabilities")
+        yield row
 
 
-def _check_rows(rows: Sequence[DocumentSignals]) -> None:
+class _Checker:
     """Refuses a file in which a document counts twice or a user is both member and non-member."""
-    documents = collections.Counter((row.user, row.document) for row in rows)
-    num_repeated = sum(count > 1 for count in documents.values())
-    if num_repeated:
-        raise ValueError(f"{num_repeated} documents occur more than once")
-    sides = {side: {row.user for row in rows if row.side == side} for side in SIDES}
-    num_shared = len(sides[HELD_IN] & sides[HELD_OUT])
-    if num_shared:
-        raise ValueError(f"{num_shared} users stand on both sides; a user is held in or held out, never both")
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._documents: set[tuple[str, str]] = set()
+        self._users: dict[str, set[str]] = {side: set() for side in SIDES}
+
+    def add(self, row: DocumentSignals) -> None:
+        self.num_rows += 1
+        self._documents.add((row.user, row.document))
+        self._users[row.side].add(row.user)
+
+    def finish(self) -> None:
+        num_repeated = self.num_rows - len(self._documents)
+        if num_repeated:
+            raise ValueError(f"{num_repeated} documents occur more than once")
+        num_shared = len(self._users[HELD_IN] & self._users[HELD_OUT])
+        if num_shared:
+            raise ValueError(f"{num_shared} users stand on both sides; a user is held in or held out, never both")
+
+
+@contextlib.contextmanager
+def _atomic_writer(path: pathlib.Path) -> Iterator[pq.ParquetWriter]:
+    """A writer whose file takes its place once it is whole and on disk."""
+    make_private_directory(path.parent)
+    temporary = temporary_of(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+                yield writer
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)

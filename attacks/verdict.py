@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 
 from attacks import statistics
@@ -12,6 +13,11 @@ from attacks.rundir import PrivacyStatement
 ATTACKED_UNIT = "user"
 """User inference accuses users; a guarantee in another unit does not answer it."""
 
+_VACUOUS_AUROC = 0.999
+_ACCOUNTANT = "pld"
+# Small epsilons decide the middle of the ROC, and with it the area.
+_CURVE_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
 
 class Verdict(enum.StrEnum):
     """What the result says about the claim, and about nothing else."""
@@ -19,43 +25,57 @@ class Verdict(enum.StrEnum):
     FALSIFIED = "falsified"
     CONSISTENT = "consistent"
     UNINFORMATIVE = "uninformative"
-    CONFOUNDED = "confounded"  # reserved: the sides differ without any model (blind baseline)
+    CONFOUNDED = "confounded"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cap:
-    """What the run's (epsilon, delta) allows, in the attack's own unit.
+    """What the run's guarantee allows, in the attack's own unit.
 
     Attributes:
-        bound: the guarantee, or None if the run gives none for this unit.
+        bound: its (epsilon, delta), or None if the run gives none for this unit.
         reason: why there is no bound or why the bound is vacuous; empty if it bites.
+        curve: the whole trade-off curve of the same mechanism, where it can be had; tighter than one pair.
+        conversion: how a guarantee for records became one for users; empty where none was needed.
     """
 
     bound: statistics.DpBound | None
     reason: str
+    curve: statistics.CurveBound | None = None
+    conversion: str = ""
 
     @classmethod
-    def of(cls, statement: PrivacyStatement) -> Cap:
+    def of(cls, statement: PrivacyStatement, records_per_user: int = 0) -> Cap:
         """Reads the cap off the privacy statement; nobody types it.
 
         Args:
             statement: of the attacked run.
-
-        Returns:
-            The cap.
+            records_per_user: the most training records of one user, for a guarantee per record; 0 if unknown.
         """
         if math.isinf(statement.effective_epsilon):
             return cls(statistics.DpBound(math.inf, statement.delta), "the run is not private, so it caps nothing")
-        if statement.unit != ATTACKED_UNIT:
-            return cls(
-                None,
-                f"epsilon protects one {statement.unit} and the attack accuses a {ATTACKED_UNIT}: through "
-                "group privacy over all records of a user the cap is vacuous",
-            )
-        return cls(statistics.DpBound(statement.effective_epsilon, statement.delta), "")
+        bound = statistics.DpBound(statement.effective_epsilon, statement.delta)
+        if statement.unit == ATTACKED_UNIT:
+            return cls(bound, "", curve=_curve(statement))
+        return cls._of_records(statement.unit, bound, records_per_user)
+
+    @classmethod
+    def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
+        """Group privacy over all records of a user: (k ε, δ (e^kε - 1) / (e^ε - 1)), never (k ε, k δ)."""
+        from accountants.units import group_delta_of
+
+        accused = f"epsilon protects one {unit} and the attack accuses a {ATTACKED_UNIT}: through group privacy over "
+        if not records_per_user:
+            return cls(None, f"{accused}all records of a user the cap is vacuous")
+        epsilon, delta = group_delta_of(bound.epsilon, bound.delta, records_per_user)
+        grouped = statistics.DpBound(epsilon, min(delta, 1.0))
+        said = f"{accused}up to {records_per_user} records it becomes ε = {epsilon:.4g}, δ = {delta:.2g}"
+        if grouped.max_auroc() > _VACUOUS_AUROC:
+            return cls(None, f"{said}, and that cap is vacuous", conversion=said)
+        return cls(grouped, "", conversion=said)
 
     def auroc(self, num_held_out: int) -> float | None:
-        """The cap on the sample's expected AUROC.
+        """The cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
 
         Args:
             num_held_out: held-out users.
@@ -63,17 +83,71 @@ class Cap:
         Returns:
             The cap, or None without a bound.
         """
-        return None if self.bound is None else statistics.auroc_cap(self.bound, num_held_out)
+        return min((statistics.auroc_cap(bound, num_held_out) for bound in self._bounds), default=None)
+
+    def tpr(self, num_false_positives_allowed: int, num_held_out: int) -> float | None:
+        """The cap on the sample's expected true positive rate, likewise."""
+        caps = (statistics.tpr_cap(bound, num_false_positives_allowed, num_held_out) for bound in self._bounds)
+        return min(caps, default=None)
+
+    @property
+    def _bounds(self) -> list[statistics.Bound]:
+        return [bound for bound in (self.bound, self.curve) if bound is not None]
+
+
+def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
+    """The privacy curve of the stated mechanism, or None where it is not the one that can be tabulated here."""
+    mechanism, sampling = statement.mechanism, statement.sampling
+    stated = (mechanism.kind, sampling.scheme, statement.neighboring_relation)
+    if stated != ("gaussian", "poisson", "add_or_remove_one"):
+        return None
+    if not mechanism.noise_multiplier or not sampling.sampling_prob or not statement.steps_released:
+        return None
+    return _tabulate(
+        mechanism.noise_multiplier,
+        sampling.sampling_prob,
+        statement.steps_released,
+        max(1.0, statement.effective_epsilon),
+    )
+
+
+@functools.cache
+def _tabulate(
+    noise_multiplier: float, sampling_prob: float, num_steps: int, largest_epsilon: float
+) -> statistics.CurveBound | None:
+    """Certified points of the curve, or None where the accountant cannot resolve the event."""
+    import accountants
+
+    event = accountants.dp_sgd_event(
+        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
+    )
+    points = []
+    for share in _CURVE_SHARES:
+        epsilon = share * largest_epsilon
+        try:
+            answer = accountants.delta(event, epsilon, accountant=_ACCOUNTANT)
+            points.append(statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer))))
+        except ValueError:
+            # The stated pair stands alone; a cap is never made of what is not certified.
+            return None
+    return statistics.CurveBound(tuple(points), _ACCOUNTANT)
 
 
 def judge(
-    cap: Cap, auroc_interval: statistics.Interval, num_held_in: int, num_held_out: int, *, is_constant: bool
+    cap: Cap,
+    auroc_interval: statistics.Interval,
+    num_held_in: int,
+    num_held_out: int,
+    *,
+    is_constant: bool,
+    confounded_by: str = "",
 ) -> tuple[Verdict, str]:
     """The verdict on one statistic and the sentence that explains it.
 
-    ``falsified`` if the interval's lower end exceeds the cap. ``uninformative`` if that could not have happened: no
-    cap, a statistic without any spread, or a ceiling whose own lower end does not exceed the cap. ``consistent``
-    otherwise: the sample could have contradicted the claim and did not.
+    ``confounded`` if a blind baseline tells the sides apart: nothing that the model shows can then be told from what
+    the split shows. ``falsified`` if the interval's lower end exceeds the cap. ``uninformative`` if that could not have
+    happened: no cap, a statistic without any spread, or a ceiling whose own lower end does not exceed the cap.
+    ``consistent`` otherwise: the sample could have contradicted the claim and did not.
 
     Args:
         cap: what the run's claim allows.
@@ -81,10 +155,13 @@ def judge(
         num_held_in: users on the held-in side.
         num_held_out: users on the held-out side.
         is_constant: whether all users have the same value.
+        confounded_by: what the blind baseline found; empty if it found nothing.
 
     Returns:
         The verdict and its reason.
     """
+    if confounded_by:
+        return Verdict.CONFOUNDED, confounded_by
     allowed = cap.auroc(num_held_out)
     if allowed is None or cap.reason:
         return Verdict.UNINFORMATIVE, cap.reason

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.ledger_cli import RunPath, ledger_app
+from privtrain.registry import commands as registry_commands
 
 app = typer.Typer(
     name="privtrain",
@@ -16,13 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read and check a run's contribution ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 track_app = typer.Typer(help="Metrics of a run, elsewhere.", no_args_is_help=True)
 app.add_typer(track_app, name="track")
+app.add_typer(registry_commands.app, name="registry")
+ledger_app.command("forget")(registry_commands.forget)
+ledger_app.command("serve")(registry_commands.serve)
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
-RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. privacy.target_epsilon=4.", metavar="[KEY=VALUE]...")
 ]
@@ -124,20 +127,13 @@ def schema() -> None:
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
 
 
-@ledger_app.command("show")
-def ledger_show(run: RunPath) -> None:
-    """Show what each step used, by pseudonym counts; names never appear."""
-    from privtrain.ledger.view import print_ledger
+@registry_commands.app.command("refund")
+def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> None:
+    """End a run that was given up; steps that its ledger never began are given back."""
+    from privtrain.registry.database import default_url
+    from privtrain.training.budget import refund_run
 
-    print_ledger(run)
-
-
-@ledger_app.command("verify")
-def ledger_verify(run: RunPath) -> None:
-    """Check the chain, the contribution bound and the head that the privacy statement quotes."""
-    from privtrain.ledger.view import verify_run
-
-    typer.echo(verify_run(run))
+    typer.echo(refund_run(run, registry or default_url()))
 
 
 @track_app.command("sync")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import warnings
@@ -33,8 +32,6 @@ def run_command(name: str, app: Callable[[], None]) -> None:
     try:
         app()
     except Preempted as stop:
-        # The job is saved: a launcher that signals the rest of the ranks now must not change their exit code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         record_exit_code(stop.exit_code)
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {stop}", file=sys.stderr)

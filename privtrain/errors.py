@@ -73,6 +73,24 @@ class LedgerCorrupt(PrivtrainError):  # noqa: N818
     exit_code = EXIT_REFUSED_RELEASE
 
 
+class ProofRejected(PrivtrainError):  # noqa: N818
+    """A proof of a user's part in a run that does not hold."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
+class RegistryUnreachable(PrivtrainError):  # noqa: N818
+    """The budget registry did not answer in time; without it no training starts."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
+class BudgetExceeded(PrivtrainError):  # noqa: N818
+    """A run would spend more than a budget allows; says what is left and which knob fits. Nothing was reserved."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
 class RankLost(PrivtrainError):  # noqa: N818
     """Another rank died, or gave no sign of life for ``performance.heartbeat_timeout_seconds``."""
 

@@ -1,7 +1,7 @@
 """``privtrain launch COMMAND``: run a launcher so that a cluster sees how the job ended.
 
-torchrun and ``accelerate launch`` turn every exit code of a rank into 1, give ranks 30 seconds after SIGTERM, and die of
-SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the config), and a step may take longer.
+torchrun and ``accelerate launch`` turn every exit code of a rank into 1, give ranks 30 seconds after SIGTERM, and die
+of SIGUSR1. A scheduler needs to know 75 (queue again) from 2 (a mistake in the config), and a step may take longer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from privtrain.command import LAUNCH_DIRECTORY, was_asked_to_stop
-from privtrain.errors import EXIT_PREEMPTED, EXIT_REFUSED_RELEASE, EXIT_WRONG_INPUT
+from privtrain.errors import EXIT_PREEMPTED, EXIT_REFUSED_RELEASE, EXIT_WRONG_INPUT, PrivtrainError
 
 #: What ranks get to finish their step and save; the cluster's own patience usually ends first.
 _SHUTDOWN_TIMEOUT_SECONDS = 300
@@ -33,6 +33,9 @@ def launch(command: Sequence[str]) -> int:
     Returns:
         0, or the code of the first rank that failed (2, 3, 4, 75), or the launcher's own. 75 whenever this process was
         asked to stop and the job neither finished nor was refused: the same command goes on.
+
+    Raises:
+        PrivtrainError: if there is no such command.
     """
     with tempfile.TemporaryDirectory(prefix="privtrain-launch-") as directory:
         environment = {
@@ -41,7 +44,10 @@ def launch(command: Sequence[str]) -> int:
             **os.environ,
             LAUNCH_DIRECTORY: directory,
         }
-        process = subprocess.Popen(command, env=environment)
+        try:
+            process = subprocess.Popen(command, env=environment)
+        except FileNotFoundError:
+            raise PrivtrainError(f"no such command: {command[0]}; give one such as accelerate launch ...") from None
         received: list[int] = []
 
         def pass_on() -> None:

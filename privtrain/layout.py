@@ -12,15 +12,25 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One trainable tensor's place in the vector."""
+    """One trainable tensor's place in the vector, or that of the part of it which a rank holds.
+
+    Attributes:
+        name: the tensor's name.
+        shape: shape of what is held: the tensor's own, or one dimension for a part.
+        start: first coordinate in the vector.
+        first: first coordinate of the tensor that is held; 0 where the whole tensor is.
+        whole_shape: the tensor's own shape.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
+    first: int
+    whole_shape: tuple[int, ...]
 
     @property
     def num_coordinates(self) -> int:
-        """Number of coordinates."""
+        """Number of coordinates held."""
         return math.prod(self.shape)
 
 
@@ -28,15 +38,22 @@ class Layout:
     """Order and place of every trainable tensor, sorted by name so that all ranks and backends agree.
 
     Args:
-        parameters: name → trainable parameter.
+        parameters: name → trainable parameter, or the part of it that this rank steps.
+        parts: for a rank that holds parts: name → (first coordinate, shape of the whole tensor).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        parts: Mapping[str, tuple[int, tuple[int, ...]]] | None = None,
+    ) -> None:
         self.parameters = {name: parameters[name] for name in sorted(parameters)}
         self.slots: list[Slot] = []
         start = 0
         for name, parameter in self.parameters.items():
-            self.slots.append(Slot(name, tuple(parameter.shape), start))
+            shape = tuple(parameter.shape)
+            first, whole_shape = parts[name] if parts is not None else (0, shape)
+            self.slots.append(Slot(name, shape, start, first, whole_shape))
             start += parameter.numel()
         self.num_coordinates = start
 

@@ -80,13 +80,11 @@ def memory_bytes(config: Config, layout: LaunchLayout) -> dict[str, int]:
     """
     import torch
 
-    dtype = (
-        torch.float32 if config.training.method == "full" or config.performance.precision == "fp32" else torch.bfloat16
-    )
+    is_full = config.training.releases_model
+    dtype = torch.float32 if is_full or config.performance.precision == "fp32" else torch.bfloat16
     model, base = _meta_model(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    is_full = config.training.method == "full"
     parameters = layout.num_ranks if layout.shards_parameters else 1
     gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
     optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
@@ -112,10 +110,12 @@ def num_trained(config: Config) -> int:
 
 def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from privtrain.models import add_lora
+    from privtrain.adapters import make_trainable
 
+    if config.training.method.endswith("_tuning"):
+        raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
     location = locate(config.model)
     try:
         architecture = AutoConfig.from_pretrained(location.path, **location.arguments)
@@ -123,11 +123,13 @@ def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
         problem = f"cannot load the model's config from {location.path}: {str(error).splitlines()[0]}"
         raise ConfigError([Fault("model", problem)]) from None
     architecture.use_cache = False
+    kind = AutoModelForCausalLM
+    if config.data.labels is not None:
+        kind, architecture.num_labels = AutoModelForSequenceClassification, len(config.data.labels)
+        architecture.get_text_config().pad_token_id = architecture.pad_token_id or 0
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        if config.training.method == "full":
-            return base, base
-        return add_lora(base.requires_grad_(False), config.lora, 0, config.model.public_name), base
+        base = kind.from_config(architecture, dtype=dtype)
+        return make_trainable(base.requires_grad_(False), config, 0), base
 
 
 def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -43,6 +44,9 @@ def check_model(model: ModelSection) -> list[Fault]:
         location = locate(model)
     except ConfigError as error:
         return list(error.faults)
+    if model.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        problem = f"{model.quantization} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46'"
+        return [Fault("model.quantization", problem)]
     path = pathlib.Path(location.path)
     if path.is_dir():
         needed = model.gguf_file or "config.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,51 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
         ConfigError: if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, model, dtype)
+
+
+def load_classifier(
+    model: ModelSection, dtype: torch.dtype, *, labels: Sequence[int | str], pad_id: int, init_seed: int
+) -> PreTrainedModel:
+    """The base model as a sequence classifier, frozen; a head that its files do not hold is the same on every rank.
+
+    Args:
+        model: where it is.
+        dtype: of its weights.
+        labels: names of the classes, in order.
+        pad_id: the tokenizer's padding token: decoders classify at the last token before it.
+        init_seed: public seed of a fresh head.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    names = {i: str(label) for i, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init_seed)
+        base = _load(
+            AutoModelForSequenceClassification,
+            model,
+            dtype,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            ignore_mismatched_sizes=True,
+        )
+    base.config.get_text_config().pad_token_id = pad_id
+    return base
+
+
+def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress
     location = locate(model)
+    if model.quantization is not None:
+        options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
-        base = AutoModelForCausalLM.from_pretrained(location.path, dtype=dtype, **location.arguments)
+        base = auto_class.from_pretrained(location.path, dtype=dtype, **options, **location.arguments)
     except (OSError, ValueError) as error:
         raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
     # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
@@ -59,7 +99,19 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
     return base.requires_grad_(False)
 
 
-def add_lora(base: PreTrainedModel, lora: LoraSection, init_seed: int, public_name: str) -> torch.nn.Module:
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def add_lora(
+    base: PreTrainedModel, lora: LoraSection, init_seed: int, public_name: str, *, is_classifier: bool = False
+) -> torch.nn.Module:
     """Wrap the base with a fresh LoRA adapter, the same on every rank.
 
     Args:
@@ -67,6 +119,7 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, init_seed: int, public_na
         lora: rank, alpha, dropout and target modules.
         init_seed: public seed of the adapter's initial values (they do not depend on data).
         public_name: what the saved adapter calls its base model.
+        is_classifier: the base is a sequence classifier; its head is trained too, and saved with the adapter.
 
     Raises:
         ConfigError: if no module matches ``lora.target_modules``.
@@ -78,7 +131,10 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, init_seed: int, public_na
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
@@ -97,16 +153,14 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
     return peft.PeftModel.from_pretrained(base, str(directory))
 
 
-def weights_checksum(model: torch.nn.Module) -> str:
-    """A digest of every tensor's sum and norm: cheap on any device, and other weights do not pass for the same."""
-    numbers = [
-        (
-            name,
-            float(p.detach().sum(dtype=torch.float64)),
-            float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)),
-        )
-        for name, p in sorted(model.named_parameters())
-    ]
+def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A digest of every named tensor's sum and norm: cheap, and other weights do not pass for the same."""
+    numbers = []
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        value = tensor.detach()
+        value = value if value.is_floating_point() else value.double()  # quantised weights are whole numbers
+        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
+        numbers.append((name, float(value.sum(dtype=torch.float64)), float(norm)))
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
@@ -135,19 +189,29 @@ def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: tor
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
 
 
-def sequence_losses(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+def label_logits(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each row's label under a sequence classifier: [rows], fp32, no term of another row.
+    """Logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
 
     Args:
         model: a sequence classification model.
         input_ids: [rows, tokens].
         attention_mask: [rows, tokens]; false on padding.
-        labels: [rows] class numbers.
+        segments: [rows, tokens]; true in the second text, for models that mark it.
     """
-    logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits.float()
-    return F.cross_entropy(logits, labels, reduction="none")
+    options = {} if segments is None else {"token_type_ids": segments.long()}
+    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **options).logits.float()
+
+
+def sequence_losses(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-likelihood of each row's label ([rows] class numbers); see :func:`label_logits`."""
+    return F.cross_entropy(label_logits(model, input_ids, attention_mask), labels, reduction="none")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

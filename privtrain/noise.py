@@ -42,18 +42,23 @@ def gaussian(key: SecretKey, step: int, name: str, start: int, stop: int) -> tor
 def add_gaussian_noise_(vector: torch.Tensor, layout: Layout, *, key: SecretKey, step: int, stddev: float) -> None:
     """Add N(0, stddev²) to every coordinate of a reduced sum, in place, in fp32.
 
-    Call it once a step, after the reduction, on every rank that holds the whole vector: all draw the same bits.
+    Call it once a step, after the reduction. Ranks that hold the whole vector all draw the same bits; a rank that holds
+    parts of tensors draws the noise of its own coordinates, block by block, and no more.
 
     Args:
         vector: the flat fp32 sum.
-        layout: its tensors.
+        layout: its tensors, or the parts of them that this rank holds.
         key: secret of the run's current generation.
         step: the logical step.
-        stddev: noise_multiplier times the sensitivity of ``vector``.
+        stddev: noise_multiplier times the sensitivity of the whole sum.
     """
     assert vector.dtype == torch.float32
     if stddev == 0:
         return
     for slot in layout.slots:
-        noise = gaussian(key, step, slot.name, 0, slot.num_coordinates).mul_(stddev)
-        layout.view(vector, slot).add_(noise.to(torch.float32).view(slot.shape).to(vector.device))
+        stop = slot.first + slot.num_coordinates
+        for start in range(slot.first // BLOCK * BLOCK, stop, BLOCK):
+            first, last = max(start, slot.first), min(start + BLOCK, stop)
+            noise = gaussian(key, step, slot.name, first, last).mul_(stddev).to(torch.float32)
+            place = slot.start + first - slot.first
+            vector[place : place + last - first].add_(noise.to(vector.device))

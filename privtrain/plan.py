@@ -12,12 +12,34 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 
 import accountants
-from privtrain.config.schema import PrivacySection
+from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
+from privtrain.schemes import Scheme, relation_of, scheme_of
 
 SCHEMA = "privtrain/plan/1"
+
+
+#: Shares of the plan's noise: what the count of adaptive clipping gets unless told otherwise.
+_COUNT_NOISE_OF_BATCH = 1 / 20
+_COUNT_NOISE_OF_MULTIPLIER = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClipping:
+    """How the clipping norm follows a quantile (Andrew et al. 2021, arXiv 1905.03871).
+
+    Attributes:
+        target_quantile: share of units whose norm is to be within the clipping norm.
+        learning_rate: of the norm's logarithm.
+        count_noise: standard deviation of the noise on the released count, whose sensitivity is 1/2.
+    """
+
+    target_quantile: float
+    learning_rate: float
+    count_noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +54,27 @@ class PrivacyPlan:
         unit: ``"user"`` or ``"example"``.
         records_per_unit: k, the most records of a unit in one step.
         selection: how the k records are chosen.
-        neighboring_relation: always ``"add_or_remove_one"``.
-        sampling: ``"poisson"``.
-        sampling_prob: chance that a unit joins a step.
+        neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
+        scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.
         expected_batch_size: constant divisor of the noisy sum.
-        clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum.
-        clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
-        noise_multiplier: noise standard deviation over ``clipping_norm``.
+        clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum. With adaptive clipping
+            the first step's; the others follow from released counts.
+        clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"``, ``"automatic"`` or
+            ``"adaptive"``.
+        noise_multiplier: noise standard deviation over sensitivity, of a step's whole release: what is accounted for.
         num_steps: logical steps that are charged.
         delta: the δ of the guarantee.
         epsilon: certified ε at ``delta`` after ``num_steps``; infinite without noise.
         accountant: name of the accountant that certified ``epsilon``.
         insecure_seed: not ``None`` only in tests; voids the guarantee.
+        adaptive_clipping: not ``None`` where ``clipping_style`` is ``"adaptive"``.
     """
 
     unit: str
     records_per_unit: int
     selection: str
     neighboring_relation: str
-    sampling: str
-    sampling_prob: float
+    scheme: Scheme
     expected_batch_size: float
     clipping_norm: float
     clipping_style: str
@@ -61,6 +84,7 @@ class PrivacyPlan:
     epsilon: float
     accountant: str
     insecure_seed: int | None
+    adaptive_clipping: AdaptiveClipping | None = None
 
     @classmethod
     def build(cls, privacy: PrivacySection) -> PrivacyPlan:
@@ -69,12 +93,12 @@ class PrivacyPlan:
         Raises:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
+        scheme = scheme_of(privacy)
+        relation, accountant = relation_of(privacy.neighboring_relation), privacy.accountant or scheme.accountants[0]
         try:
-            noise_multiplier = _noise_multiplier(privacy)
-            event = accountants.dp_sgd_event(
-                noise_multiplier=noise_multiplier, sampling_prob=privacy.sampling_prob, num_steps=privacy.num_steps
-            )
-            answer = accountants.epsilon(event, privacy.target_delta, accountant=privacy.accountant)
+            noise_multiplier = _noise_multiplier(privacy, scheme, accountant)
+            event = scheme.event_of_steps(noise_multiplier, privacy.num_steps)
+            answer = accountants.epsilon(event, privacy.target_delta, accountant=accountant, relation=relation)
         except accountants.CalibrationError as error:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
@@ -84,8 +108,7 @@ class PrivacyPlan:
             records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
             selection=privacy.selection,
             neighboring_relation=privacy.neighboring_relation,
-            sampling=privacy.sampling,
-            sampling_prob=privacy.sampling_prob,
+            scheme=scheme,
             expected_batch_size=privacy.expected_batch_size,
             clipping_norm=privacy.clipping_norm,
             clipping_style=privacy.clipping_style,
@@ -93,14 +116,39 @@ class PrivacyPlan:
             num_steps=privacy.num_steps,
             delta=privacy.target_delta,
             epsilon=accountants.certified_upper(answer),
-            accountant=privacy.accountant,
+            accountant=accountant,
             insecure_seed=privacy.insecure_seed,
+            adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
         )
 
     @property
+    def gradient_noise_multiplier(self) -> float:
+        """Noise standard deviation over clipping norm of the clipped sum alone.
+
+        More than ``noise_multiplier`` where a count is released beside it: both together have that.
+        """
+        if self.adaptive_clipping is None or self.noise_multiplier == 0:
+            return self.noise_multiplier
+        return accountants.adaptive_clipping_noise(self.noise_multiplier, self.adaptive_clipping.count_noise)
+
+    @property
+    def sampling(self) -> str:
+        """Name of the sampling scheme."""
+        return self.scheme.name
+
+    @property
+    def sampling_prob(self) -> float:
+        """Chance that a unit joins a step."""
+        return self.scheme.rate
+
+    def accounted_steps(self, begun: Iterable[tuple[int, int]]) -> int:
+        """Steps to account for, given (generation, step) of all steps begun: an epoch that was begun counts whole."""
+        return self.scheme.accounted_steps(generation for generation, _ in begun)
+
+    @property
     def noise_stddev(self) -> float:
-        """Standard deviation of the noise on every coordinate of the sum."""
-        return self.noise_multiplier * self.clipping_norm
+        """Standard deviation of the noise on every coordinate of the (first) sum."""
+        return self.gradient_noise_multiplier * self.clipping_norm
 
     @property
     def not_private_reasons(self) -> tuple[str, ...]:
@@ -115,7 +163,8 @@ class PrivacyPlan:
         return tuple(reasons)
 
     def epsilon_after(self, num_steps: int) -> float:
-        """Certified ε spent by ``num_steps`` charged steps."""
+        """Certified ε spent by ``num_steps`` charged steps; a part of an epoch of the sampling scheme counts whole."""
+        num_steps = self.scheme.whole_steps(num_steps)
         if num_steps == self.num_steps or math.isinf(self.epsilon):
             return self.epsilon
         try:
@@ -137,6 +186,7 @@ class PrivacyPlan:
         Publish it without the digest only: with it, whoever knows all records but one could test a guess of that one.
         """
         body = {"schema": SCHEMA, "data_sha256": data_sha256, **dataclasses.asdict(self)}
+        body["scheme"] = self.scheme.parameters()
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -146,22 +196,38 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _noise_multiplier(privacy: PrivacySection) -> float:
+def _noise_multiplier(privacy: PrivacySection, scheme: Scheme, accountant: str) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
-    return accountants.calibrate_noise_multiplier(
+    return accountants.calibrate_noise(
+        lambda noise: scheme.event_of_steps(noise, privacy.num_steps),
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
-        sampling_prob=privacy.sampling_prob,
-        num_steps=privacy.num_steps,
-        accountant=privacy.accountant,
+        accountant=accountant,
+        relation=relation_of(privacy.neighboring_relation),
     )
+
+
+def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
+    if privacy.clipping_style != "adaptive":
+        return None
+    given = privacy.adaptive_clipping or AdaptiveClippingSection()
+    count_noise = given.count_noise
+    if count_noise is None:
+        count_noise = max(
+            _COUNT_NOISE_OF_BATCH * privacy.expected_batch_size, _COUNT_NOISE_OF_MULTIPLIER * noise_multiplier
+        )
+    if noise_multiplier == 0:
+        count_noise = 0.0
+    elif count_noise <= noise_multiplier / 2:
+        problem = f"given {count_noise:g}; must exceed half the noise multiplier, {noise_multiplier / 2:g}"
+        raise ConfigError([Fault("privacy.adaptive_clipping.count_noise", problem)])
+    return AdaptiveClipping(given.target_quantile, given.learning_rate, count_noise)
 
 
 @functools.lru_cache(maxsize=4096)
 def _answer_after(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
-    event = accountants.dp_sgd_event(
-        noise_multiplier=plan.noise_multiplier, sampling_prob=plan.sampling_prob, num_steps=num_steps
-    )
-    return accountants.epsilon(event, plan.delta, accountant=plan.accountant)
+    event = plan.scheme.event_of_steps(plan.noise_multiplier, num_steps)
+    relation = relation_of(plan.neighboring_relation)
+    return accountants.epsilon(event, plan.delta, accountant=plan.accountant, relation=relation)

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import accountants
 from accountants.comparison import compare
 from privtrain.advice import expected_units, warnings
 from privtrain.config import Config, load_config
@@ -102,6 +101,7 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
     return {
         "unit": plan.unit,
         "records_per_unit": plan.records_per_unit,
+        "neighboring_relation": plan.neighboring_relation,
         "sampling": plan.sampling,
         "sampling_prob": plan.sampling_prob,
         "expected_batch_size": plan.expected_batch_size,
@@ -109,11 +109,12 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
         "expected_steps_per_unit": round(plan.num_steps * plan.sampling_prob, 2),
         "clipping_norm": plan.clipping_norm,
         "clipping_style": plan.clipping_style,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
         "noise_multiplier": plan.noise_multiplier,
         "noise_stddev_of_mean": plan.noise_stddev / plan.expected_batch_size,
+        "accountant": plan.accountant,
         "epsilon": finite(plan.epsilon),
         "delta": plan.delta,
-        "accountant": plan.accountant,
         "epsilon_after_steps": {str(n): finite(plan.epsilon_after(n)) for n in steps},
     }
 
@@ -122,10 +123,9 @@ def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
     if plan.not_private_reasons:
         return []
-    event = accountants.dp_sgd_event(
-        noise_multiplier=plan.noise_multiplier, sampling_prob=plan.sampling_prob, num_steps=plan.num_steps
-    )
-    return [row.to_json() for row in compare(event, plan.delta, _COMPARED)]
+    event = plan.scheme.event_of_steps(plan.noise_multiplier, plan.num_steps)
+    names = _COMPARED if plan.sampling == "poisson" else plan.scheme.accountants
+    return [row.to_json() for row in compare(event, plan.delta, names)]
 
 
 def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
         num_parameters = num_trained(config)
     except ConfigError as error:
         memory, problem, num_parameters = {}, str(error), None
-    noise = plan.noise_multiplier * (num_parameters or 0) ** 0.5
+    noise = plan.gradient_noise_multiplier * (num_parameters or 0) ** 0.5
     tokens_per_step = plan.expected_batch_size * plan.records_per_unit * config.data.max_length
     seconds = None
     if options.tokens_per_second:

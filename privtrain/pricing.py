@@ -28,13 +28,13 @@ class Price:
 
 
 def price_list(privacy: PrivacySection, plan: PrivacyPlan) -> list[Price]:
-    """Noise for half and double ε, batch and steps; empty where ε is infinite.
+    """Noise for half and double ε, batch and steps; empty where ε is infinite, and for other samplers than Poisson.
 
     Args:
         privacy: the section that the plan was built from.
         plan: the plan.
     """
-    if not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
+    if privacy.sampling != "poisson" or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
         return []
     return [
         _price(change, privacy, plan, **values)
@@ -56,6 +56,7 @@ def _changes(privacy: PrivacySection, epsilon: float) -> dict[str, dict[str, Any
 
 
 def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
+    assert privacy.sampling_prob is not None, "Poisson sampling has it"
     return {
         "sampling_prob": privacy.sampling_prob * factor,
         "expected_batch_size": privacy.expected_batch_size * factor,
@@ -64,7 +65,7 @@ def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
 
 def _price(change: str, privacy: PrivacySection, plan: PrivacyPlan, **values: Any) -> Price:
     update = {"target_epsilon": plan.epsilon, "noise_multiplier": None, **values}
-    if privacy.accountant == "pld" and privacy.sampling == "poisson":
+    if plan.accountant == "pld":
         update["accountant"] = "tilted"  # as certified, and several times faster
     other = PrivacyPlan.build(privacy.model_copy(update=update))
     relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)

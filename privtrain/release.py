@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -13,7 +14,6 @@ from privtrain.rundir import RunDirectory, replace_directory, write_atomically, 
 SCHEMA = "privtrain/privacy/1"
 
 ASSUMPTIONS = (
-    "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
     "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
     "(Mironov 2012) are outside the model.",
@@ -21,6 +21,12 @@ ASSUMPTIONS = (
     "the private records. The number of units stated here is published without noise.",
     "Hyper-parameter search over this data, if there was any, is not included.",
 )
+
+_RELATION_ASSUMPTION = {
+    "add_or_remove_one": "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
+    "zero_out": "Neighbouring data sets differ by all the records of one privacy unit, replaced by nothing: its place "
+    "stays, and the number of places is public (zero-out).",
+}
 
 _UNIT_ASSUMPTION = {
     "user": ("The owner of a record is the value of the user column; a person with two ids counts as two users.",),
@@ -37,6 +43,7 @@ def privacy_statement(
     num_units: int,
     num_model_steps: int,
     num_charged: int,
+    num_accounted: int,
     num_commits: int,
     ledger_head: str,
 ) -> dict[str, Any]:
@@ -47,11 +54,12 @@ def privacy_statement(
         plan: the plan that was carried out.
         num_units: training units.
         num_model_steps: steps that the released model has behind it.
-        num_charged: steps charged to the budget, abandoned ones included; ε is for exactly these.
+        num_charged: steps charged to the budget, abandoned ones included.
+        num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
         num_commits: steps that the ledger shows as finished.
         ledger_head: hash of the ledger's last record.
     """
-    epsilon, answer = plan.epsilon_after(num_charged), plan.answer_after(num_charged)
+    epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
     return {
         "schema": SCHEMA,
         "private": not plan.not_private_reasons,
@@ -59,16 +67,18 @@ def privacy_statement(
         "unit": plan.unit,
         "neighboring_relation": plan.neighboring_relation,
         "contribution_bound": {"records_per_unit_per_step": plan.records_per_unit, "selection": plan.selection},
-        "sampling": {"scheme": plan.sampling, "sampling_prob": plan.sampling_prob},
+        "sampling": plan.scheme.parameters(),
         "mechanism": {
             "kind": "gaussian",
             "noise_multiplier": plan.noise_multiplier,
             "clipping_norm": plan.clipping_norm,
             "clipping_style": plan.clipping_style,
+            "adaptive_clipping": _adaptive(plan),
             "expected_batch_size": plan.expected_batch_size,
         },
         "num_steps": plan.num_steps,
         "steps_released": num_charged,
+        "steps_accounted": num_accounted,
         "steps_of_the_model": num_model_steps,
         "epsilon": finite(epsilon),
         "delta": plan.delta,
@@ -84,9 +94,25 @@ def privacy_statement(
         "num_units": num_units,
         "ledger": {"head": ledger_head, "num_commits": num_commits},
         "plan_fingerprint": plan.fingerprint(),
-        "assumptions": [*_UNIT_ASSUMPTION[plan.unit], *ASSUMPTIONS],
+        "assumptions": [
+            _RELATION_ASSUMPTION[plan.neighboring_relation],
+            *_UNIT_ASSUMPTION[plan.unit],
+            *ASSUMPTIONS,
+            plan.scheme.assumption,
+        ],
         "not_covered": _not_covered(config),
         "software": {"privtrain": privtrain.__version__},
+    }
+
+
+def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """What adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    if plan.adaptive_clipping is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.adaptive_clipping),
+        "count_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
     }
 
 
@@ -99,28 +125,37 @@ def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
 def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
     """``save_pretrained`` into a temporary directory, check it, then put it in place."""
     temporary = run.root / ".adapter.tmp"
-    model.save_pretrained(str(temporary), save_embedding_layers=False)  # no rule trains them yet
+    model.save_pretrained(str(temporary), save_embedding_layers=False)  # unless modules_to_save names them
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
     _check_tensors(temporary / "adapter_model.safetensors", model)
     replace_directory(temporary, run.adapter)
 
 
-def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
+def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str, state: dict[str, Any]) -> None:
     """The same where all weights were trained: the model is loaded again and compared before it is put in place.
+
+    Args:
+        run: where to.
+        model: the model, whose weights may be sharded; it says how to save.
+        tokenizer: saved beside it.
+        card: its model card.
+        state: name → whole tensor.
 
     Raises:
         RuntimeError: if what was saved is not what is in memory; nothing is released then.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     temporary = run.root / ".model.tmp"
-    model.save_pretrained(str(temporary))
+    model.save_pretrained(str(temporary), state_dict=dict(state))
     tokenizer.save_pretrained(str(temporary))
     write_atomically(temporary / "README.md", card)
-    saved = dict(type(model).from_pretrained(str(temporary), dtype=torch.float32).named_parameters())
-    for name, value in model.named_parameters():
-        if name not in saved or not torch.equal(saved[name].detach(), value.detach().cpu()):
+    loaded = AutoModelForCausalLM.from_pretrained(str(temporary), dtype=torch.float32)
+    saved = dict(loaded.named_parameters())
+    for name, value in state.items():
+        if name not in saved or not torch.equal(saved[name].detach(), value):
             raise RuntimeError(f"{temporary}: tensor {name} was not saved as it is in memory")
     replace_directory(temporary, run.model)
 
@@ -132,7 +167,7 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(path)
-    for name, value in get_peft_model_state_dict(model).items():
+    for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         if value.numel() == 0 or name not in saved or not torch.equal(saved[name], value.detach().cpu()):
             raise RuntimeError(f"{path}: tensor {name} was not saved as it is in memory")
 
@@ -153,9 +188,9 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
             "Records of a unit in a step",
             f"at most {bound['records_per_unit_per_step']}, chosen at {bound['selection']}",
         ),
-        ("Sampling", f"{plan.sampling}, probability {plan.sampling_prob:g} a step"),
+        ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
-        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {plan.clipping_norm:g}"),
+        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
@@ -163,9 +198,14 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     base = config.model.public_name
-    is_full = config.training.method == "full"
-    library = "transformers" if is_full else "peft"
-    what = f"All weights of {base}" if is_full else f"A LoRA adapter (rank {config.lora.rank}) for {base}"
+    library = "transformers" if config.training.releases_model else "peft"
+    what = {
+        "full": f"All weights of {base}",
+        "bias": f"{base}, its biases",
+        "lora": f"A LoRA adapter (rank {config.lora.rank}) for {base}",
+        "prompt_tuning": f"A prompt of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+        "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+    }[config.training.method]
     return (
         f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
         f"# {config.run.name}\n\n{banner}"
@@ -188,6 +228,16 @@ def _not_covered(config: Config) -> list[str]:
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
+
+
+def _norm_text(plan: PrivacyPlan) -> str:
+    if plan.adaptive_clipping is None:
+        return f"{plan.clipping_norm:g}"
+    adaptive = plan.adaptive_clipping
+    return (
+        f"{plan.clipping_norm:g} at first, then following quantile {adaptive.target_quantile:g} by a count released in "
+        f"every step with noise {adaptive.count_noise:g}; gradient and count together have the noise multiplier below"
+    )
 
 
 def _bullets(items: list[str]) -> str:

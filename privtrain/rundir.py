@@ -68,17 +68,29 @@ class RunDirectory:
         for private in (self.secret, self.checkpoints):
             private.mkdir(mode=0o700, exist_ok=True)
 
-    def check_permissions(self) -> None:
-        """Refuse to use secrets that other users of the machine can read."""
+    def check_permissions(self) -> list[pathlib.Path]:
+        """Refuse secrets that other users of the machine could have read.
+
+        Returns:
+            Files behind a directory that was closed but wider than 0600 themselves, which nobody else could reach; they
+            are 0600 now.
+        """
+        tightened: list[pathlib.Path] = []
         for private in (self.secret, self.checkpoints):
             if private.exists() and stat.S_IMODE(private.stat().st_mode) & 0o077:
-                raise PrivtrainError(f"{private} can be read by other users of this machine; run: chmod 700 {private}")
+                raise PrivtrainError(
+                    f"{private} can be read by other users of this machine, who may have copied the keys. "
+                    f"If you are sure that nobody did: chmod 700 {private}; if not, set another run.name"
+                )
+            tightened += [path for path in sorted(private.rglob("*")) if _close(path)]
+        return tightened
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run: a second job on the same directory is refused, not interleaved."""
         self.secret.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.secret / "lock", "w", encoding="utf-8") as lock:
+            os.fchmod(lock.fileno(), 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -99,13 +111,31 @@ class RunDirectory:
         Raises:
             GuaranteeLost: if it is gone: another one must never stand in for a key that was used.
         """
-        path = self.secret / f"{name}.key"
-        try:
-            return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
-        except (FileNotFoundError, ValueError):
-            raise GuaranteeLost(
-                f"{path} is missing or damaged; restore it, or start a new run with another run.name"
-            ) from None
+        return load_key_file(self.secret / f"{name}.key")
+
+
+def load_key_file(path: pathlib.Path) -> SecretKey:
+    """The key in a file that :meth:`RunDirectory.create_key` wrote.
+
+    Raises:
+        GuaranteeLost: if it is gone or damaged.
+    """
+    try:
+        return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+    except (FileNotFoundError, ValueError):
+        raise GuaranteeLost(
+            f"{path} is missing or damaged; restore it, or start a new run with another run.name"
+        ) from None
+
+
+def _close(path: pathlib.Path) -> bool:
+    """Take a file's permissions from everybody but its owner; whether there were any."""
+    with contextlib.suppress(FileNotFoundError):  # another job may be at work here; it is refused later
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & 0o077 and not path.is_symlink():
+            path.chmod(mode & 0o700)
+            return True
+    return False
 
 
 def temporary_of(path: pathlib.Path) -> pathlib.Path:

@@ -1,7 +1,7 @@
 """Which units join a step, and how they are dealt to ranks.
 
-Public: the sampling probability, k, and this code. Secret: the key, and therefore who was drawn. Privacy amplification
-by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
+Public: the scheme (:mod:`privtrain.schemes`), k, and this code. Secret: the key, and therefore who was drawn. Privacy
+amplification by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
 
 The draw is global: a pure function of (secret, step), the same on every rank whatever their number, so that no unit can
 be drawn twice and a resumed step is the same step.
@@ -12,6 +12,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
+from privtrain.errors import ConfigError, Fault
 from privtrain.plan import PrivacyPlan
 from privtrain.secret import SecretKey
 
@@ -29,30 +32,41 @@ class DrawnUnit:
     records: tuple[int, ...]
 
 
-class PoissonSampler:
-    """Each unit joins each step independently with ``plan.sampling_prob``, bringing at most k random records.
+class UnitSampler:
+    """The units of each step by the plan's scheme, each bringing at most k random records.
 
     Which records a unit brings does not affect the guarantee: the unit is clipped once whatever it brings. It is drawn
     afresh each step, so over a run all of a user's records can be seen.
 
     Args:
-        plan: gives the sampling probability and k.
+        plan: gives the scheme and k.
         key: the secret of the run's current generation.
         num_records: number of records of every unit, in unit order.
+        first_step: the first step of the generation, with which its first epoch begins.
+
+    Raises:
+        ConfigError: if there are more units than the scheme has places for.
     """
 
-    def __init__(self, plan: PrivacyPlan, key: SecretKey, num_records: Sequence[int]) -> None:
-        self._sampling_prob = plan.sampling_prob
+    def __init__(self, plan: PrivacyPlan, key: SecretKey, num_records: Sequence[int], first_step: int = 0) -> None:
+        limit = plan.scheme.num_places
+        if limit is not None and len(num_records) > limit:
+            fault = f"given {limit}, but there are {len(num_records)} training units; raise it"
+            raise ConfigError([Fault("privacy.max_num_units", fault)])
+        self._scheme = plan.scheme
         self._records_per_unit = plan.records_per_unit
         self._key = key
         self._num_records = tuple(num_records)
+        self._first_step = first_step
+        self._drawn: tuple[int, list[np.ndarray]] | None = None
 
     def draw(self, step: int) -> list[DrawnUnit]:
         """The units of a step in increasing order; possibly none."""
-        uniforms = self._key.stream("sample", step).uniform(len(self._num_records))
-        return [
-            DrawnUnit(int(u), self._records_of(int(u), step)) for u in (uniforms < self._sampling_prob).nonzero()[0]
-        ]
+        epoch, position = divmod(step - self._first_step, self._scheme.period)
+        assert epoch >= 0, (step, self._first_step)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._scheme.epoch(self._key, epoch, len(self._num_records))
+        return [DrawnUnit(int(unit), self._records_of(int(unit), step)) for unit in self._drawn[1][position]]
 
     def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)

@@ -25,6 +25,14 @@ from typing import Any
 PHASES = ("intent", "forward", "reduce", "noise", "optimizer", "commit", "checkpoint", "export")
 
 
+#: What accelerate launch tells the ranks of each backend.
+BACKENDS = {
+    "ddp": {},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
+
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 
 
@@ -62,6 +70,7 @@ class Job:
         world_size: number of ranks.
         fault: what to plant.
         overrides: dotted assignments.
+        backend: a key of ``BACKENDS``.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class Job:
         world_size: int = 2,
         fault: Fault | None = None,
         overrides: tuple[str, ...] = (),
+        backend: str = "ddp",
     ) -> None:
         place.mkdir(parents=True, exist_ok=True)
         self._logs = [place / f"log-{time.monotonic_ns()}-{rank}" for rank in range(world_size)]
@@ -80,7 +90,7 @@ class Job:
         port = free_port()
         self.ranks: list[BaseProcess] = []
         for rank in range(world_size):
-            arguments = (rank, world_size, port, config, place, self._logs[rank], fault, overrides)
+            arguments = (rank, world_size, port, config, place, self._logs[rank], fault, overrides, backend)
             self.ranks.append(context.Process(target=_rank, args=arguments))
             self.ranks[-1].start()
 
@@ -124,6 +134,7 @@ def _rank(
     log: pathlib.Path,
     fault: Fault | None,
     overrides: tuple[str, ...],
+    backend: str,
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -132,7 +143,7 @@ def _rank(
     if world_size > 1:
         os.environ.update({name: str(value) for name, value in environment.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.update({"ACCELERATE_USE_CPU": "true", **BACKENDS[backend]})
     (place / f"pid-{rank}").write_text(str(os.getpid()))
     _Plant(rank, place, config, fault).install()
     sys.argv = ["privtrain", "train", str(config), *overrides]
@@ -164,7 +175,7 @@ class _Plant:
         def init(trainer: Any, **arguments: Any) -> None:
             original_init(trainer, **arguments)
             plant._wrap(trainer.clipper, "accumulate", "forward")
-            plant._wrap(trainer.backend, "reduce", "reduce")
+            plant._wrap(trainer.backend, "reduce_total", "reduce")
             plant._wrap(trainer.backend, "add_noise", "noise")
             plant._wrap(trainer.backend, "apply", "optimizer")
 
@@ -212,14 +223,14 @@ class _Plant:
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
             plant.strike(phase, "before")
-            size = plant.ledger_bytes() if torn else 0
+            before = plant.ledger_files() if torn else (0, b"")
             if not torn:
                 plant.strike(phase, "inside", pause_seconds=0.05)
             if phase == "optimizer" and plant.step >= 0:
                 plant.record(arguments[0])
             result = original(*arguments, **named)
             if torn and plant.is_due(phase, "inside"):
-                plant.tear(size)
+                plant.tear(*before)
                 plant.strike(phase, "inside")
             plant.strike(phase, "after")
             return result
@@ -233,15 +244,17 @@ class _Plant:
         section = yaml.safe_load(self.config.read_text())["run"]
         return pathlib.Path(section["output_dir"]) / section["name"]
 
-    def ledger_bytes(self) -> int:
+    def ledger_files(self) -> tuple[int, bytes]:
+        """The size of the log, and its head file."""
         path = self.run / "secret" / "ledger.jsonl"
-        return path.stat().st_size if path.exists() else 0
+        return (path.stat().st_size, path.with_suffix(".head").read_bytes()) if path.exists() else (0, b"")
 
-    def tear(self, size: int) -> None:
-        """Leave the record that was just written half on disk, as a machine that lost power would."""
+    def tear(self, size: int, head: bytes) -> None:
+        """Leave the record that was just written half on disk and not in the head, as a loss of power would."""
         path = self.run / "secret" / "ledger.jsonl"
         if self.rank == 0 and self.fault and self.fault.action == "kill" and path.stat().st_size > size:
             os.truncate(path, size + (path.stat().st_size - size) // 2)
+            path.with_suffix(".head").write_bytes(head)
 
     def record(self, vector: Any) -> None:
         """What is about to be applied: an account that does not rest on the ledger."""

@@ -10,8 +10,6 @@ import peft  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import privtrain.cli
-import privtrain.training.job
 import tests.cluster  # noqa: F401
 
 torch.set_num_threads(1)

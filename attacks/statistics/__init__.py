@@ -4,7 +4,8 @@ Every function takes one score per *user* on each side. Scores of documents are 
 intervals over documents would be too narrow.
 """
 
-from attacks.statistics.bounds import DpBound, auroc_cap, tpr_cap
+from attacks.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
+from attacks.statistics.clusters import cluster_interval
 from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
 from attacks.statistics.mann_whitney import (
     NUM_RESAMPLES,
@@ -14,22 +15,32 @@ from attacks.statistics.mann_whitney import (
     delong_interval,
     delong_variance,
 )
+from attacks.statistics.multiplicity import auroc_p_value, holm, rank_p_values
+from attacks.statistics.paired import PairedDifference, paired_difference
 from attacks.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
 
 __all__ = [
     "CONFIDENCE_LEVEL",
     "NUM_RESAMPLES",
+    "Bound",
+    "CurveBound",
     "DpBound",
     "Interval",
     "OperatingPoint",
+    "PairedDifference",
     "Placements",
     "auroc",
     "auroc_cap",
+    "auroc_p_value",
     "bootstrap_interval",
     "clopper_pearson",
+    "cluster_interval",
     "delong_interval",
     "delong_variance",
+    "holm",
+    "paired_difference",
     "perfect_separation",
+    "rank_p_values",
     "roc_band",
     "roc_points",
     "tpr_at_fpr",

@@ -32,9 +32,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class Bound(Protocol):
+    """Anything that says how high a test's ROC may be."""
+
+    def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The largest true positive rate at each false positive rate."""
+        ...
+
+    def max_auroc(self) -> float:
+        """The largest area under the ROC."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +89,28 @@ class DpBound:
         return 1.0 - (1.0 - self.delta) ** 2 / (1.0 + math.exp(self.epsilon))
 
 
-def auroc_cap(bound: DpBound, num_held_out: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class CurveBound:
+    """A whole privacy curve: every certified point cuts the region of possible tests (Dong, Roth and Su 2022).
+
+    Attributes:
+        points: (epsilon, delta) pairs that all hold for one mechanism.
+        source: where they come from, for the report.
+    """
+
+    points: tuple[DpBound, ...]
+    source: str = ""
+
+    def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The smallest of the points' own caps."""
+        return np.min([point.max_tpr(fpr) for point in self.points], axis=0)
+
+    def max_auroc(self) -> float:
+        """The area under that smallest cap, by strips that err upwards."""
+        return float(self.max_tpr(np.arange(1, 4001) / 4000).mean())
+
+
+def auroc_cap(bound: Bound, num_held_out: int) -> float:
     """The largest expected AUROC of a sample whose held-out side has this many users.
 
     Args:
@@ -90,7 +124,7 @@ def auroc_cap(bound: DpBound, num_held_out: int) -> float:
     return float(bound.max_tpr(np.arange(1, num_held_out + 1) / (num_held_out + 1)).mean())
 
 
-def tpr_cap(bound: DpBound, num_false_positives_allowed: int, num_held_out: int) -> float:
+def tpr_cap(bound: Bound, num_false_positives_allowed: int, num_held_out: int) -> float:
     """The largest expected TPR at the threshold that lets this many held-out users through.
 
     Args:

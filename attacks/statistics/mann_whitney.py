@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -141,14 +142,27 @@ def bootstrap_interval(
     variance = sum(float((influence**2).sum()) for influence in influences)
     if variance == 0.0:
         return Interval(area, area).no_narrower_than(ceiling)
-    acceleration = sum(float((influence**3).sum()) for influence in influences) / (6.0 * variance**1.5)
     resampled = _resampled_aurocs(held_in, held_out, num_resamples, np.random.default_rng(seed))
+    return bca_interval(area, influences, resampled, level).no_narrower_than(ceiling)
+
+
+def bca_interval(area: float, influences: Sequence[FloatArray], resampled: FloatArray, level: float) -> Interval:
+    """The BCa interval of a two-sample statistic.
+
+    Args:
+        area: the statistic of the sample.
+        influences: of each independent unit, by side; not all zero.
+        resampled: the statistic of each resample.
+        level: confidence level.
+    """
+    variance = sum(float((influence**2).sum()) for influence in influences)
+    acceleration = sum(float((influence**3).sum()) for influence in influences) / (6.0 * variance**1.5)
     # A resample that draws every user once equals the point but for the order of its sum.
     is_tied = np.isclose(resampled, area, rtol=0.0, atol=1e-12)
-    share_below = (np.count_nonzero((resampled < area) & ~is_tied) + is_tied.sum() / 2.0) / num_resamples
-    bias = scipy.stats.norm.ppf(np.clip(share_below, 0.5 / num_resamples, 1.0 - 0.5 / num_resamples))
+    share_below = (np.count_nonzero((resampled < area) & ~is_tied) + is_tied.sum() / 2.0) / resampled.size
+    bias = scipy.stats.norm.ppf(np.clip(share_below, 0.5 / resampled.size, 1.0 - 0.5 / resampled.size))
     ends = np.quantile(resampled, bca_levels(float(bias), acceleration, level))
-    return Interval(float(ends[0]), float(ends[1])).no_narrower_than(ceiling)
+    return Interval(float(ends[0]), float(ends[1]))
 
 
 def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
@@ -181,13 +195,35 @@ def _resampled_aurocs(
     ordered = np.sort(held_out)
     num_below = np.searchsorted(ordered, held_in, "left")
     num_at_most = np.searchsorted(ordered, held_in, "right")
-    num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
     found = []
-    for start in range(0, num_resamples, num_per_block):
-        num_in_block = min(num_per_block, num_resamples - start)
-        times_in = rng.multinomial(held_in.size, np.full(held_in.size, 1.0 / held_in.size), num_in_block)
-        times_out = rng.multinomial(held_out.size, np.full(held_out.size, 1.0 / held_out.size), num_in_block)
-        cumulative = np.concatenate([np.zeros((num_in_block, 1)), times_out.cumsum(axis=1)], axis=1)
+    for times_in, times_out in multiplicities(
+        held_in.size, held_out.size, num_resamples, held_in.size + held_out.size, rng
+    ):
+        cumulative = np.concatenate([np.zeros((len(times_out), 1)), times_out.cumsum(axis=1)], axis=1)
         wins = (cumulative[:, num_below] + cumulative[:, num_at_most]) / 2.0
         found.append((times_in * wins).sum(axis=1) / (held_in.size * held_out.size))
     return np.concatenate(found)
+
+
+def multiplicities(
+    num_in: int, num_out: int, num_resamples: int, size: int, rng: np.random.Generator
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """How often each user of each side is drawn, some resamples at a time.
+
+    Args:
+        num_in: users on the held-in side.
+        num_out: users on the held-out side.
+        num_resamples: in all.
+        size: numbers that the caller holds per resample.
+        rng: of the resampling.
+
+    Yields:
+        Two integer arrays [resamples, users].
+    """
+    num_per_block = max(1, _DRAWS_PER_BLOCK // size)
+    for start in range(0, num_resamples, num_per_block):
+        num_in_block = min(num_per_block, num_resamples - start)
+        yield (
+            rng.multinomial(num_in, np.full(num_in, 1.0 / num_in), num_in_block),
+            rng.multinomial(num_out, np.full(num_out, 1.0 / num_out), num_in_block),
+        )

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from privtrain.layout import Layout
+from privtrain.clipping.cooperative import GradientShards
+from privtrain.layout import Layout, Slot
 from privtrain.noise import add_gaussian_noise_
 from privtrain.secret import SecretKey
+from privtrain.weights import BaseSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the trainable tensors of a model are, as one rank sees it.
+
+    Attributes:
+        clipped: the tensors whose clipped sum this rank accumulates.
+        stepped: the tensors, or parts of them, that this rank noises and steps; the optimizer holds these.
+        hand: which share of a step's units this rank works on.
+        num_hands: shares that a step's units are dealt into.
+        shards: set where ranks work on each unit together and hold parts of its gradient.
+        equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
+    """
+
+    clipped: Layout
+    stepped: Layout
+    hand: int
+    num_hands: int
+    shards: GradientShards | None = None
+    equal_passes: bool = False
 
 
 class Backend(Protocol):
@@ -19,6 +43,8 @@ class Backend(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    #: Name of the backend and of what it shards: equal if a replayed step is to be the same.
+    kind: str
 
     @property
     def is_main(self) -> bool:
@@ -29,16 +55,44 @@ class Backend(Protocol):
         """A phrase for people: kind, ranks and device."""
         ...
 
+    def load_base(self, source: BaseSource) -> torch.nn.Module:
+        """The base model on this rank's device, frozen; sharded where the backend shards weights."""
+        ...
+
+    def place(self, model: torch.nn.Module) -> Placement:
+        """Take charge of the model's trainable tensors. Once a model, when it is complete and on its device."""
+        ...
+
     def reduce(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` (fp32, any shape) on every rank by its SUM over ranks."""
         ...
 
+    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """The SUM over ranks of the clipped sums, as far as this rank steps it: laid out as ``Placement.stepped``."""
+        ...
+
     def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
-        """Add the step's noise, once per coordinate over the whole job. Only after :meth:`reduce`."""
+        """Add the step's noise, once per coordinate over the whole job. Only after the reduction."""
         ...
 
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
-        """Step the optimizer on ``vector / divide_by``."""
+        """Step the optimizer on ``vector / divide_by`` and :meth:`publish`."""
+        ...
+
+    def publish(self) -> None:
+        """Put what this rank stepped into the model, on every rank that computes with it."""
+        ...
+
+    def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
+        """The whole tensor on rank 0's CPU, put together from every rank's ``part`` of it; ``None`` elsewhere."""
+        ...
+
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """Replace ``vector`` by its sum over the ranks that hold the parts of one copy of the trainable tensors."""
+        ...
+
+    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank holds of each of the model's tensors."""
         ...
 
     def broadcast_bytes(self, value: bytes | None) -> bytes:
@@ -53,8 +107,16 @@ class Backend(Protocol):
         """Every rank's 32 bytes, by rank, on every rank."""
         ...
 
+    def combined_digest(self, value: bytes) -> bytes:
+        """One digest for the job: this rank's where all hold the same, that of all ranks' digests where they do not."""
+        ...
+
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors are bit-identical on every rank."""
+        ...
+
+    def parameters_agree(self, model: torch.nn.Module) -> bool:
+        """Whether every rank that holds a trainable tensor, or the same part of it, holds the same bits."""
         ...
 
     def close(self) -> None:
@@ -63,10 +125,23 @@ class Backend(Protocol):
 
 
 class ReplicatedBackend:
-    """Noise and update where every rank holds all trainable tensors: LoRA under ``local`` and ``ddp``.
+    """Noise and update where every rank holds all trainable tensors: ``local`` and ``ddp``.
 
     All ranks draw the same bits, so their parameters stay identical without a broadcast.
     """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def load_base(self, source: BaseSource) -> torch.nn.Module:
+        """See :class:`Backend`."""
+        return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
+
+    def place(self, model: torch.nn.Module) -> Placement:
+        """See :class:`Backend`."""
+        layout = Layout.of(model)
+        return Placement(layout, layout, hand=self.rank, num_hands=self.world_size)
 
     def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
         """See :class:`Backend`."""
@@ -74,10 +149,34 @@ class ReplicatedBackend:
 
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """See :class:`Backend`."""
-        for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
-            parameter.grad = (layout.view(vector, slot) / divide_by).to(parameter.dtype)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step_optimizer(vector, layout, optimizer, divide_by)
+
+    def publish(self) -> None:
+        """See :class:`Backend`."""
+
+    def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Backend`."""
+        return part.detach().cpu().view(slot.whole_shape) if self.rank == 0 else None
+
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """See :class:`Backend`. Every rank holds all parts."""
+
+    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`Backend`."""
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
+
+    def combined_digest(self, value: bytes) -> bytes:
+        """See :class:`Backend`."""
+        return value
+
+
+def step_optimizer(vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
+    """Step the optimizer on ``vector / divide_by``, on whichever device it keeps its parameters."""
+    for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+        parameter.grad = (layout.view(vector, slot) / divide_by).to(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def all_equal(values: Sequence[bytes]) -> bool:
@@ -89,8 +188,9 @@ def digest(tensors: Sequence[torch.Tensor]) -> bytes:
     """SHA-256 over the exact bits of the tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if tensor.numel():
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.digest()
 
 
-__all__ = ["Backend", "ReplicatedBackend", "all_equal", "digest"]
+__all__ = ["Backend", "Placement", "ReplicatedBackend", "all_equal", "digest", "step_optimizer"]

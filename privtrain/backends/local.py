@@ -15,6 +15,7 @@ class LocalBackend(ReplicatedBackend):
     rank = 0
     world_size = 1
     is_main = True
+    kind = "local"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,6 +26,11 @@ class LocalBackend(ReplicatedBackend):
 
     def reduce(self, vector: torch.Tensor) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
+
+    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`privtrain.backends.base.Backend`."""
+        self.reduce(total)
+        return total
 
     def broadcast_bytes(self, value: bytes | None) -> bytes:
         """See :class:`privtrain.backends.base.Backend`."""
@@ -39,6 +45,10 @@ class LocalBackend(ReplicatedBackend):
         return [value]
 
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002
+        """See :class:`privtrain.backends.base.Backend`."""
+        return True
+
+    def parameters_agree(self, model: torch.nn.Module) -> bool:  # noqa: ARG002
         """See :class:`privtrain.backends.base.Backend`."""
         return True
 

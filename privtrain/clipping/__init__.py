@@ -1,5 +1,6 @@
-"""Per-unit clipping: capture of activations, rules per layer, the clipper itself."""
+"""Per-unit clipping: capture of activations, rules per layer, the clippers themselves."""
 
 from privtrain.clipping.clipper import ClippingDiagnostics, PerUnitClipper
+from privtrain.clipping.cooperative import CooperativeClipper, GradientShards
 
-__all__ = ["ClippingDiagnostics", "PerUnitClipper"]
+__all__ = ["ClippingDiagnostics", "CooperativeClipper", "GradientShards", "PerUnitClipper"]

@@ -2,12 +2,13 @@
 
 The hook passes the layer's output through an identity :class:`torch.autograd.Function` that keeps the input with
 ``save_for_backward`` (so gradient checkpointing treats it as any saved tensor) and hands (input, output gradient) to a
-sink when the backward pass comes by. No framework method is replaced.
+sink when a backward pass comes by. No framework method is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,24 @@ from privtrain.errors import UnsupportedLayer
 Sink = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
+@dataclasses.dataclass
+class Calls:
+    """What the forward pass called, and a handle on it in the graph.
+
+    Attributes:
+        anchors: a leaf of the graph for each module; ``backward(inputs=anchors)`` runs only what leads to them.
+        sink: what every backward pass feeds; may be changed between two passes over one graph.
+        num_calls: how often each was called before the first backward pass, in the order of first calls.
+        num_values: numbers in the inputs and outputs of these calls.
+    """
+
+    anchors: dict[nn.Module, torch.Tensor]
+    sink: Sink | None = None
+    num_calls: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
+    num_values: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
+    is_forward: bool = True
+
+
 class _Capture(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -27,36 +46,42 @@ class _Capture(torch.autograd.Function):
         activation: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004 - makes the result require a gradient even if nothing before it does
         module: nn.Module,
-        sink: Sink,
+        calls: Calls,
     ) -> torch.Tensor:
         ctx.save_for_backward(activation)
-        ctx.module, ctx.sink = module, sink
+        ctx.module, ctx.calls = module, calls
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
-        ctx.sink(ctx.module, activation, gradients[0])
+        assert ctx.calls.sink is not None, "a backward pass before its sink was set"
+        ctx.calls.sink(ctx.module, activation, gradients[0])
         return gradients[0], None, None, None, None
 
 
 @contextlib.contextmanager
-def captured(
-    modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int, sink: Sink
-) -> Iterator[None]:
-    """Within the block, every backward pass feeds ``sink`` and leaves no gradient on ``parameters``.
+def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int) -> Iterator[Calls]:
+    """Within the block, every backward pass feeds the result's ``sink`` and leaves no gradient on ``parameters``.
+
+    The block is one forward pass and one or more backward passes over its graph; the caller clears the result's
+    ``is_forward`` in between, since gradient checkpointing calls modules once more during a backward pass.
 
     The parameters are frozen meanwhile: an unclipped gradient never exists anywhere that could leak it. A layer that is
     called once for all rows, as learned positions are with ids of shape [1, tokens], has its output expanded to
     ``num_rows``: what autograd would have summed over rows when it broadcasts stays apart.
     """
-    anchor = torch.zeros((), requires_grad=True)
+    calls = Calls({module: torch.zeros((), requires_grad=True) for module in modules.values()})
     names = {module: name for name, module in modules.items()}
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        activation = inputs[0] if inputs else next(iter(keywords.values()), None)
+        if calls.is_forward:
+            calls.num_calls[module] = calls.num_calls.get(module, 0) + 1
+            sizes = [value.numel() for value in (activation, output) if isinstance(value, torch.Tensor)]
+            calls.num_values[module] = calls.num_values.get(module, 0) + sum(sizes)
         if not torch.is_grad_enabled():
             return output
-        activation = inputs[0] if inputs else next(iter(keywords.values()), None)
         if not isinstance(activation, torch.Tensor) or not isinstance(output, torch.Tensor):
             raise UnsupportedLayer(
                 f"module {names[module]!r} of type {type(module).__name__} does not map one tensor to one tensor, "
@@ -66,14 +91,14 @@ def captured(
         if num_rows > 1 and output.shape[0] == 1 == activation.shape[0]:
             activation = activation.expand(num_rows, *activation.shape[1:])
             output = output.expand(num_rows, *output.shape[1:])
-        return _Capture.apply(output, activation, anchor, module, sink)
+        return _Capture.apply(output, activation, calls.anchors[module], module, calls)
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules.values()]
     trainable = [p for p in parameters if p.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        yield calls
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,9 +1,11 @@
 """Exact joint clipping: the sum over units of each unit's whole gradient, scaled to at most the clipping norm.
 
 A unit's gradient is formed over all of its rows in the step, also when they span microbatches, and clipped once
-(user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). Two routes lead to the same sum:
+(user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). Three routes lead to the same sum:
 
 * ``batched``: one forward and backward pass for all rows, and a rule for each layer type (:mod:`.rules`).
+* ``two_pass``: the same, but gradients beyond a memory budget are let go once their norms are taken, and a second
+  backward pass adds them (:mod:`.passes`). For full fine-tuning with gradient checkpointing.
 * ``one_unit``: plain autograd, one unit after another, row by row. It needs no rule, so it is exact for any layer,
   and no memory for the other units, so it is the one for full fine-tuning on long records.
 """
@@ -11,15 +13,18 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from privtrain.clipping import rules, styles
+from privtrain.clipping import opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
-from privtrain.clipping.capture import captured
+from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
+from privtrain.clipping.passes import Passes
+from privtrain.clipping.rules import Gradient
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.layout import Layout, Slot
@@ -31,16 +36,26 @@ RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 #: multiplied out, so that the norm is of the very tensor that is added and fp32 rounding of the sum stays below 1e-5.
 _CANCELLED = 1e-4
 
+#: Per-unit gradients that the two-pass route keeps, as a share of the weights and the sum, which are held in any case.
+_KEPT_SHARE = 0.3
+#: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
+_MOSTLY_TRAINED = 0.5
+
 
 @dataclasses.dataclass
 class ClippingDiagnostics:
-    """What happened on this rank in a step. Private: none of it is covered by ε."""
+    """What happened on this rank in a step. Private: none of it is covered by ε.
+
+    ``nonfinite_owners`` are the units that counted as zero, by their position among the rank's units.
+    """
 
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
+    sum_within: float = 0.0
     sum_norms: float = 0.0
     sum_losses: float = 0.0
+    nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -55,10 +70,12 @@ class PerUnitClipper:
     """Accumulates Σ_u clip(g_u) over the units of a step.
 
     Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
-    fp32 rounding), whatever the unit's records; a unit whose gradient is not finite contributes zero. Norms are of the
-    very fp32 tensors that are summed, or in float64 of the factors whose product is summed; a unit whose tokens cancel
-    is multiplied out first. Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test
-    compares with plain autograd.
+    fp32 rounding), whatever the unit's records and whatever precision forward and backward run in; a unit whose
+    gradient is not finite contributes zero. Norms are of the very fp32 tensors that are summed, or of the fp32 factors
+    whose product is summed, at most 1e-5 too small (:func:`.factors.squared_norms_of`); a unit whose tokens cancel is
+    multiplied out first. On the two-pass route the factors are had twice, and that they are the same is checked.
+    Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test compares with plain
+    autograd.
 
     Args:
         model: the model that ``row_losses`` runs.
@@ -66,11 +83,13 @@ class PerUnitClipper:
         clipping_norm: C > 0.
         row_losses: see :data:`RowLosses`.
         device: where ``total`` lives.
-        style: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :mod:`.styles`.
-        route: ``"batched"``, ``"one_unit"`` or ``"auto"``, which takes the batched route where every layer has a rule.
+        style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``, see :mod:`.styles`.
+        route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no
+            rule, two passes for full fine-tuning with gradient checkpointing, otherwise batched.
 
     Raises:
-        UnsupportedLayer: if a layer shares statistics between units, or on the batched route has no exact rule.
+        UnsupportedLayer: if a layer shares statistics between units, or on a route other than one unit at a time has no
+            exact rule, or if re-entrant gradient checkpointing is on where it cannot work.
     """
 
     def __init__(
@@ -83,7 +102,7 @@ class PerUnitClipper:
         style: str = "flat",
         route: str = "auto",
     ) -> None:
-        _refuse_shared_statistics(model)
+        refusals.refuse_coupled_units(model)
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
         known = {id(p) for p in layout.parameters.values()}
@@ -94,6 +113,8 @@ class PerUnitClipper:
         self.total = layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
+        #: Whether padding rows run a pass too, so that every rank of a sharded base gathers its layers equally often.
+        self.equal_passes = False
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
@@ -102,14 +123,29 @@ class PerUnitClipper:
         self._slot_of = slots_by_tensor(layout)
         self._modules: dict[str, nn.Module] = {}
         self._rules: dict[nn.Module, rules.Rule] = {}
+        self._checkpointing = _checkpointing(model)
+        self._memory_budget = self._budget(model)
         if route != "one_unit":
             self._find_rules(model)
+        if self.route in ("one_unit", "two_pass"):
+            self._refuse_reentrant()
         self._open: _OpenUnit | None = None
+        self._saw_every_use = False
 
     @property
     def sensitivity(self) -> float:
         """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
         return self._clipping_norm
+
+    @property
+    def clipping_norm(self) -> float:
+        """C of this step; adaptive clipping sets it between steps."""
+        return self._clipping_norm
+
+    @clipping_norm.setter
+    def clipping_norm(self, value: float) -> None:
+        assert self._open is None
+        self._clipping_norm = value
 
     def reset(self) -> None:
         """Begin a step."""
@@ -128,15 +164,9 @@ class PerUnitClipper:
         if self.route == "one_unit":
             self._accumulate_units(batch)
             return
-        try:
-            gradients = self._unit_gradients(batch)
-        except UnsupportedLayer:
-            if self.route != "auto":
-                raise
-            self.route = "one_unit"  # nothing of this batch was added yet
+        if not self._accumulate_batch(batch):
+            self._refuse_reentrant()
             self._accumulate_units(batch)
-        else:
-            self._accumulate_gradients(batch, gradients)
 
     def finish(self) -> torch.Tensor:
         """End the step on this rank and return the flat clipped sum.
@@ -153,7 +183,7 @@ class PerUnitClipper:
 
     def _find_rules(self, model: nn.Module) -> None:
         try:
-            _refuse_prompt_encoders(model)
+            refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
             self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
         except UnsupportedLayer:
@@ -161,49 +191,92 @@ class PerUnitClipper:
                 raise
             self.route = "one_unit"
 
-    # The batched route.
+    def _budget(self, model: nn.Module) -> float:
+        """Bytes that per-unit gradients of one microbatch may take."""
+        num_weights = sum(p.numel() for p in model.parameters())
+        mostly_trained = self.layout.num_coordinates >= _MOSTLY_TRAINED * num_weights
+        is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and mostly_trained
+        if self.route != "two_pass" and not is_auto:
+            return math.inf
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        return _KEPT_SHARE * (weights + self.total.numel() * self.total.element_size())
 
-    def _unit_gradients(self, batch: Microbatch) -> UnitGradients:
-        """Per-unit gradients of this microbatch alone."""
+    def _refuse_reentrant(self) -> None:
+        if self._checkpointing == "reentrant":
+            raise UnsupportedLayer(
+                "re-entrant gradient checkpointing gives no gradient to who asks for it by name, which two passes and "
+                "one unit at a time need; call gradient_checkpointing_enable({'use_reentrant': False}), or set "
+                "performance.clipping_route: batched"
+            )
+
+    # The batched and the two-pass route.
+
+    def _accumulate_batch(self, batch: Microbatch) -> bool:
+        """Add a whole microbatch; false, and nothing added, if only one unit at a time turned out to be exact."""
         num_rows = batch.input_ids.shape[0]
         owner = [i for i in batch.owner.tolist() if i >= 0]
         if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
         names = {module: name for name, module in self._modules.items()}
-
-        def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
-            if activation.dim() < 2 or activation.shape[0] != num_rows or output_gradient.shape[0] != num_rows:
-                raise UnsupportedLayer(
-                    f"module {names[module]!r} saw an input of shape {tuple(activation.shape)} for {num_rows} rows; "
-                    "its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
+        passes = Passes(names, self._rules, self._slot_of, gradients, num_rows, self._memory_budget, self._device)
+        try:
+            self._refuse_hidden_uses(batch)
+        except UnsupportedLayer:
+            return self._falls_back()
+        with captured(self._modules, list(self.layout.parameters.values()), num_rows) as calls:
+            try:
+                losses = passes.first(
+                    calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
                 )
-            if not gradients.num_rows:
-                return
-            with exact_fp32(self._device):
-                kept = slice(0, gradients.num_rows)
-                found = self._rules[module](module, activation[kept], output_gradient[kept])
-                for local_name, parameter in module.named_parameters(recurse=False):
-                    slot = self._slot_of.get(id(parameter))
-                    if slot is None:
-                        continue
-                    if local_name not in found:
-                        raise UnsupportedLayer(f"the rule of {names[module]!r} gives no gradient for {local_name!r}")
-                    gradients.add(slot.name, found[local_name])
+            except UnsupportedLayer:
+                return self._falls_back()
+            self.diagnostics.sum_losses += float(losses.nansum())
+            self._add_units(batch, passes, calls)
+        return True
 
-        with captured(self._modules, list(self.layout.parameters.values()), num_rows, sink):
-            losses = self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
-            losses.sum().backward()
-        self.diagnostics.sum_losses += float(losses.detach().nansum())
-        return gradients
+    def _falls_back(self) -> bool:
+        """In an ``except`` block, with nothing of the microbatch added: one unit at a time, if that was left open."""
+        if self.route != "auto":
+            raise
+        self.route = "one_unit"
+        return False
 
-    def _accumulate_gradients(self, batch: Microbatch, gradients: UnitGradients) -> None:
+    def _refuse_hidden_uses(self, batch: Microbatch) -> None:
+        """Once: a tensor that no hook saw must have no gradient, or a kernel that reads the weight itself hides it.
+
+        On the first microbatch, whatever is in it: under a sharded base every rank must run the same passes.
+        """
+        if self._saw_every_use:
+            return
+        seen: set[int] = set()
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a replay may begin elsewhere, and must see the same dropout
+            with captured(self._modules, list(self.layout.parameters.values()), 1) as calls:
+                calls.sink = lambda module, *_: seen.update(id(p) for p in module.parameters(recurse=False))
+                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+                calls.is_forward = False
+                loss.backward()
+            unseen = {name: p for name, p in self.layout.parameters.items() if id(p) not in seen}
+            if unseen:
+                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+                found = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
+                hidden = [name for name, gradient in zip(unseen, found, strict=True) if gradient is not None]
+                if hidden:
+                    raise UnsupportedLayer(
+                        f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel "
+                        "reads the weight and hides the activations. Switch it off, or set "
+                        "performance.clipping_route: one_unit"
+                    )
+        self._saw_every_use = True
+
+    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
         """Add the units of a microbatch; those that span microbatches, or cancel, are multiplied out."""
         num_units = len(batch.owners)
         if not num_units:
             return
         with exact_fp32(self._device):
-            squares, uncancelled = gradients.squares()
+            squares, uncancelled = passes.gradients.squares()
             cancelled = squares < _CANCELLED * uncancelled
             if self._style != "per_layer":
                 cancelled = squares.sum(0, keepdim=True) < _CANCELLED * uncancelled.sum(0)
@@ -211,11 +284,59 @@ class PerUnitClipper:
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
+            weights = self._factors(squares, together, batch.owners).float()
             if len(apart) < num_units:
-                weights = self._factors(squares, together)
-                gradients.add_weighted(self.total, weights.float())
-            for index in sorted(apart):
-                self._add_unit(batch, index, gradients.unit(index))
+                passes.gradients.add_weighted(self.total, weights)
+        later = sorted(apart) or [None]
+        for index in later:
+            gradient = {} if index is None else self._begin(index, passes.gradients.unit(index))
+            is_first, is_last = index == later[0], index == later[-1]
+            if is_last:
+                passes.gradients.forget()
+            if not passes.is_complete:
+                self._pass_again(passes, calls, weights if is_first else None, index, gradient, is_last=is_last)
+            if index is not None:
+                with exact_fp32(self._device):
+                    self._add_unit(batch, index, gradient)
+
+    def _pass_again(
+        self,
+        passes: Passes,
+        calls: Calls,
+        weights: torch.Tensor | None,
+        index: int | None,
+        gradient: dict[str, torch.Tensor],
+        *,
+        is_last: bool,
+    ) -> None:
+        """Add what the first pass let go: the units with a weight to ``total``, the unit ``index`` to ``gradient``."""
+        number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+        gradients = passes.gradients
+        alone = torch.zeros(gradients.num_units, device=self._device)
+        if index is not None:
+            alone[index] = 1.0
+        used = alone if weights is None else alone + weights.amax(dim=0)
+
+        def add(slot: Slot, found: Gradient) -> None:
+            if weights is not None:
+                gradients.add_now(self.layout.view(self.total, slot), found, weights[number[slot.name]])
+            if index is not None:
+                if slot.name not in gradient:
+                    gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
+                gradients.add_now(gradient[slot.name], found, alone)
+
+        if bool((used > 0).any()):
+            passes.again(calls, add, gradients.by_row(used > 0), is_last=is_last)
+
+    def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
+        if index > 0 or self._open is None:
+            return gradient
+        so_far, self._open = self._open.gradient, None
+        for name in list(gradient):
+            value = gradient.pop(name)
+            so_far[name] = so_far[name].add_(value) if name in so_far else value
+        return so_far
 
     # One unit at a time.
 
@@ -226,7 +347,10 @@ class PerUnitClipper:
             for row in (i for i, unit in enumerate(owner) if unit == index):
                 self._add_row(batch, slice(row, row + 1), gradient)
             with exact_fp32(self._device):
-                self._add_unit(batch, index, gradient)
+                self._add_unit(batch, index, self._begin(index, gradient))
+        if self.equal_passes:
+            for row in (i for i, unit in enumerate(owner) if unit < 0):
+                self._add_row(batch, slice(row, row + 1), {})
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
@@ -240,10 +364,6 @@ class PerUnitClipper:
 
     def _add_unit(self, batch: Microbatch, index: int, gradient: dict[str, torch.Tensor]) -> None:
         """Add one unit's whole gradient, or keep it open if its rows continue."""
-        if index == 0 and self._open is not None:
-            for name, value in self._open.gradient.items():
-                gradient[name] = gradient[name].add_(value) if name in gradient else value
-            self._open = None
         if batch.last_continues and index == len(batch.owners) - 1:
             self._open = _OpenUnit(batch.owners[index], gradient)
             return
@@ -251,14 +371,15 @@ class PerUnitClipper:
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
-        factors = self._factors(squares, torch.ones(1, dtype=torch.bool, device=self._device)).float()
+        chosen = torch.ones(1, dtype=torch.bool, device=self._device)
+        factors = self._factors(squares, chosen, batch.owners[index : index + 1]).float()
         if not bool((factors > 0).all()):
             return
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 self.layout.view(self.total, slot).addcmul_(gradient[slot.name], factors[i])
 
-    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """[slots, units] factors; zero for units that are not ``chosen`` or not finite. Counts the chosen ones."""
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
@@ -266,8 +387,13 @@ class PerUnitClipper:
         finite = torch.isfinite(whole)
         self.diagnostics.num_units += int(chosen.sum())
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
-        self.diagnostics.num_nonfinite += int((~finite).sum())
+        num_nonfinite = int((~finite).sum())
+        self.diagnostics.num_nonfinite += num_nonfinite
+        if num_nonfinite:
+            places = chosen.nonzero().flatten()[~finite].tolist()
+            self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
+        self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
         return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
 
 
@@ -277,7 +403,7 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
     owned: set[int] = set()
     for name, module in model.named_modules():
         trainable = [p for p in module.parameters(recurse=False) if id(p) in slot_of]
-        if trainable:
+        if trainable and not opacus_rules.only_names(module):
             modules[name] = module
             owned.update(map(id, trainable))
     if len(owned) < len(slot_of):
@@ -285,20 +411,13 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
     return modules
 
 
-def _refuse_prompt_encoders(model: nn.Module) -> None:
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedLayer(
-            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; "
-            "set performance.clipping_route: one_unit"
-        )
-
-
-def _refuse_shared_statistics(model: nn.Module) -> None:
-    """Refuse layers whose buffers collect unclipped statistics of the data, on any route."""
-    for name, module in model.named_modules():
-        tracks = getattr(module, "track_running_stats", False)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracks:
-            raise UnsupportedLayer(
-                f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
-                "noise; replace it by GroupNorm or LayerNorm"
-            )
+def _checkpointing(model: nn.Module) -> str | None:
+    """``"reentrant"``, ``"non_reentrant"`` or ``None``: how transformers checkpoints the model's layers."""
+    kinds = {
+        getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    }
+    if not kinds:
+        return None
+    return "reentrant" if True in kinds else "non_reentrant"

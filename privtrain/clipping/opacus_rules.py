@@ -1,7 +1,10 @@
-"""Opacus' per-sample rules for layer types that have none of ours: convolutions and group norms.
+"""Opacus' per-sample rules for layer types that have none of ours: convolutions, group norms, recurrent cells.
 
-Only types whose Opacus rule gives the gradient of each row exactly are listed; its own rules for linear, embedding and
-norm layers are not used, since ours keep factors, sum heads and see tied tensors.
+Its recurrent layers (DPLSTM, DPGRU, DPRNN) are made of ``RNNLinear``, which is called once a time step; the gradients
+of all calls add up. Its attention (DPMultiheadAttention) is made of plain linear layers that see tokens before rows,
+where a rule could take one for the other, and ``EmbeddingBag``'s rule needs offsets that a hook's first input does not
+show: both go one unit at a time. Only types whose Opacus rule gives the gradient of each row exactly are listed; its
+own rules for linear, embedding and norm layers are not used, since ours keep factors, sum heads and see tied tensors.
 """
 
 from __future__ import annotations
@@ -14,11 +17,37 @@ from torch import nn
 from privtrain.clipping.factors import Lookup, Outer
 
 _EXACT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
+#: Opacus' own layers are known by name, so that a model without them does not pay for the import.
+_RECURRENT = ("opacus.layers.dp_rnn", "RNNLinear")
+_TIME_FIRST = ("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
 
 
 def covers(module: nn.Module) -> bool:
     """Whether Opacus has an exact rule for layers of exactly this type."""
-    return type(module) in _EXACT
+    return type(module) in _EXACT or _kind(module) == _RECURRENT
+
+
+def only_names(module: nn.Module) -> bool:
+    """Whether a module lists parameters that its cells own and use, as Opacus' recurrent layers do."""
+    return _kind(module)[0] == _RECURRENT[0] and _kind(module) != _RECURRENT
+
+
+def is_time_first(module: nn.Module) -> bool:
+    """Whether the layers within see [tokens, rows, features]."""
+    return _kind(module) == _TIME_FIRST
+
+
+def advice(module: nn.Module) -> str:
+    """What Opacus' validator says of a layer that it cannot clip, as a clause to append; empty if nothing."""
+    from opacus.validators import ModuleValidator
+
+    validator = ModuleValidator.VALIDATORS.get(type(module))
+    found = validator(module) if validator is not None else []
+    return f" (Opacus: {' '.join(str(found[0]).split())})" if found else ""
+
+
+def _kind(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
 
 
 def per_row(
@@ -33,4 +62,5 @@ def per_row(
     for name, parameter in module.named_parameters(recurse=False):
         twin._parameters = twin._parameters | {name: nn.Parameter(parameter.detach().float())}
     found = sampler(twin, [activation.float()], output_gradient.float())
-    return {name: found[p] for name, p in twin.named_parameters(recurse=False)}
+    # Copies: a bias's gradient may be a view of the output's, which other layers get too, and uses are added in place.
+    return {name: found[p].clone() for name, p in twin.named_parameters(recurse=False)}

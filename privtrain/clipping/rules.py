@@ -72,8 +72,8 @@ def rule_for(name: str, module: nn.Module) -> Rule:
         known = ", ".join(sorted(t.__name__ for t in _RULES))
         raise UnsupportedLayer(
             f"trainable module {name!r} of type {type(module).__name__} has no exact per-unit clipping rule (known: "
-            f"{known}, RMS norms, convolutions, GroupNorm); freeze it, register a rule, or set "
-            "performance.clipping_route: one_unit, which is exact for any layer"
+            f"{known}, RMS norms, convolutions, GroupNorm, DPLSTM); freeze it, register a rule, or set "
+            f"performance.clipping_route: one_unit, which is exact for any layer{opacus_rules.advice(module)}"
         )
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         raise UnsupportedLayer(

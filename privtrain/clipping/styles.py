@@ -16,6 +16,9 @@ from privtrain.layout import Layout
 #: Gamma of automatic clipping (Bu et al. 2022, arXiv 2206.07136, section 3.2): limits how far small ones are blown up.
 AUTOMATIC_GAMMA = 0.01
 
+#: Width of the band around the clipping norm in which :func:`within` steps down, relative to it.
+_BAND = 0.02
+
 
 def groups(style: str, layout: Layout) -> list[int]:
     """The group of each slot: one norm is taken over each group.
@@ -32,7 +35,7 @@ def groups(style: str, layout: Layout) -> list[int]:
 def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
     """What to multiply each unit's gradient by, group by group.
 
-    * ``flat``: min(1, C/‖g‖), Abadi et al. 2016 (arXiv 1607.00133).
+    * ``flat``: min(1, C/‖g‖), Abadi et al. 2016 (arXiv 1607.00133); ``adaptive`` is the same with a C that changes.
     * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
       (McMahan et al. 2018, arXiv 1812.06210, section 2).
     * ``automatic``: C/(‖g‖ + gamma), Bu et al. 2022 (arXiv 2206.07136): every unit counts alike.
@@ -51,6 +54,23 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
         bound = clipping_norm / math.sqrt(norms.shape[0])
         scaled = bound / norms.clamp(min=bound)
     return torch.where(torch.isfinite(norms).all(dim=0), scaled, 0.0)
+
+
+def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
+    """How far each unit is within the clipping norm: 1 well below it, 0 well above, for adaptive clipping's count.
+
+    Steps down over a narrow band around C instead of at C: a unit at exactly C, whose norm is rounded one way or the
+    other by who else is in the step, would otherwise move the count although nobody added or removed it.
+
+    Args:
+        norms: [units] over all tensors.
+        clipping_norm: C.
+
+    Returns:
+        [units] in [0, 1]; 0 for a unit whose norm is not finite.
+    """
+    share = 0.5 + (clipping_norm - norms) / (_BAND * clipping_norm)
+    return torch.where(torch.isfinite(norms), share.clamp(0, 1), 0.0)
 
 
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:

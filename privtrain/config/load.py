@@ -72,9 +72,11 @@ def to_yaml(tree: dict[str, Any]) -> str:
 
 def public_tree(config: Config) -> dict[str, Any]:
     """The resolved configuration without this machine's paths."""
-    tree = config.model_dump(mode="json", exclude={"run": {"output_dir"}})
+    tree = config.model_dump(mode="json", exclude={"run": {"output_dir"}, "registry": {"url"}})
     if config.model.name_or_path is not None:
         tree["model"]["name_or_path"] = config.model.public_name
+    if config.data.chat_template_file is not None:
+        tree["data"]["chat_template_file"] = config.data.chat_template_file.name
     if "paths" in tree["data"]["source"]:
         tree["data"]["source"]["paths"] = [pathlib.Path(path).name for path in tree["data"]["source"]["paths"]]
     return tree

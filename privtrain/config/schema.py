@@ -7,6 +7,7 @@ could change it. The rest (model, data, training) is public context.
 from __future__ import annotations
 
 import pathlib
+import urllib.parse
 from typing import Annotated, Literal
 
 import pydantic
@@ -14,6 +15,15 @@ from pydantic import Field
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
+
+_BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
+#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.schemes`.
+_SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "poisson": (("sampling_prob",), (), _BOTH, _ALL),
+    "truncated_poisson": (("sampling_prob", "max_batch_size", "max_num_units"), (), ("zero_out",), ("pld",)),
+    "random_allocation": (("steps_per_epoch",), ("steps_per_unit",), _BOTH, ("allocation",)),
+    "shuffle": (("steps_per_epoch", "max_num_units"), (), ("zero_out",), _ALL),
+}
 
 
 class Section(pydantic.BaseModel):
@@ -43,6 +53,9 @@ class ModelSection(Section):
     )
     gguf_file: str | None = Field(default=None, description="GGUF file name inside the directory or package.")
     revision: str | None = Field(default=None, description="Hub revision to pin.")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="Hold the frozen base in 4 or 8 bits (bitsandbytes), for adapters only."
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -70,8 +83,19 @@ class LoraSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = Field(
-        default="all-linear", description="Module names that get LoRA."
+        default="all-linear", description="Module names that get LoRA; embeddings too (embed_tokens)."
     )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    use_dora: bool = Field(default=False, description="Also train each weight's magnitude (one unit at a time).")
+    modules_to_save: list[str] = Field(
+        default=[], description="Modules that are trained whole and saved with the adapter, e.g. lm_head."
+    )
+
+
+class PromptSection(Section):
+    """Virtual tokens, where training.method is prompt_tuning or prefix_tuning."""
+
+    num_virtual_tokens: int = Field(default=20, ge=1)
 
 
 class FilesSource(Section):
@@ -104,7 +128,31 @@ class DataSection(Section):
 
     source: DataSource
     user_column: str = Field(default="user", description="Column that names the owner of a row.")
-    text_column: str = Field(default="text", description="Column that holds the text.")
+    format: Literal["text", "prompt_completion", "chat", "classification"] = Field(
+        default="text",
+        description="What a record is, and what is learned of it: a text, all of it; a completion after a prompt; the "
+        "assistant's turns of a conversation; the label of a text, which makes the model a sequence classifier.",
+    )
+    text_column: str = Field(default="text", description="Column that holds the text (text, classification).")
+    text_pair_column: str | None = Field(
+        default=None, description="Column of the second text, for classification of pairs."
+    )
+    prompt_column: str = Field(default="prompt", description="Column of the prompt (prompt_completion).")
+    completion_column: str = Field(default="completion", description="Column of the completion (prompt_completion).")
+    messages_column: str = Field(
+        default="messages", description="Column of the conversation (chat): a list of {role, content}."
+    )
+    chat_template_file: pathlib.Path | None = Field(
+        default=None, description="Jinja file that replaces the tokenizer's chat template."
+    )
+    label_column: str = Field(default="label", description="Column of the label (classification).")
+    labels: list[int | str] | None = Field(
+        default=None,
+        min_length=2,
+        description="Every label (classification). Public, hence declared and never read off the rows; a row with "
+        "another label is dropped and counted.",
+    )
+    packing: bool = Field(default=False, description="Refused: a row holds one record of one user.")
     max_length: int = Field(
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
@@ -122,6 +170,45 @@ class DataSection(Section):
         default=128, ge=0, description="Held-out records that perplexity is measured on."
     )
 
+    @pydantic.field_validator("packing")
+    @classmethod
+    def _no_packing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("packing puts several users into one row, where they cannot be clipped apart; remove it")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _fits_the_format(self) -> DataSection:
+        if (self.format == "classification") != (self.labels is not None):
+            raise ValueError("data.labels declares the labels of data.format: classification, and of no other")
+        if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
+            raise ValueError(f"data.labels={self.labels} names a label twice")
+        if self.text_pair_column is not None and self.format != "classification":
+            raise ValueError("data.text_pair_column belongs to data.format: classification")
+        if self.chat_template_file is not None and self.format != "chat":
+            raise ValueError("data.chat_template_file belongs to data.format: chat")
+        if self.format != "text" and self.source.kind == "plays":
+            raise ValueError("the plays are data.format: text")
+        return self
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the model is a sequence classifier, not a causal language model."""
+        return self.format == "classification"
+
+
+class AdaptiveClippingSection(Section):
+    """Adaptive quantile clipping; privacy.clipping_norm is where it starts."""
+
+    target_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units whose norm is to be within C.")
+    learning_rate: float = Field(default=0.2, gt=0, le=1, description="Of the logarithm of C.")
+    count_noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviation of the noise on the released count. Default: expected_batch_size / 20, at "
+        "least twice the noise multiplier, which raises the gradient's noise by at most 3.3 %.",
+    )
+
 
 class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
@@ -129,14 +216,40 @@ class PrivacySection(Section):
     unit: Literal["user", "example"] = "user"
     records_per_user: int = Field(default=4, ge=1, description="k: the most records of one user in one step.")
     selection: Literal["random"] = "random"
-    neighboring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    sampling: Literal["poisson"] = "poisson"
-    sampling_prob: float = Field(gt=0, le=1, description="Chance that a unit joins a step; a constant, not |batch|/N.")
+    neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
+        default="add_or_remove_one",
+        description="zero_out: a unit's records vanish, its place stays; all that truncated_poisson and shuffle have.",
+    )
+    sampling: Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"] = Field(
+        default="poisson", description="How units are chosen; shuffle is accounted without amplification."
+    )
+    sampling_prob: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Chance that a unit joins a step; a constant, not |batch|/N. For poisson and truncated_poisson.",
+    )
+    max_batch_size: int | None = Field(
+        default=None, ge=1, description="truncated_poisson: the most units of a step. Well above the mean costs no ε."
+    )
+    max_num_units: int | None = Field(
+        default=None, ge=1, description="truncated_poisson, shuffle: public number of places, at least the units."
+    )
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="random_allocation, shuffle: steps over which a unit's turns are spread."
+    )
+    steps_per_unit: int | None = Field(
+        default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins; 1 if not given."
+    )
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
-    clipping_style: Literal["flat", "per_layer", "automatic"] = Field(
+    clipping_style: Literal["flat", "per_layer", "automatic", "adaptive"] = Field(
         default="flat",
-        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic).",
+        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic); "
+        "or flat with a C that follows a quantile of the units' norms (adaptive).",
+    )
+    adaptive_clipping: AdaptiveClippingSection | None = Field(
+        default=None, description="Settings of clipping_style: adaptive."
     )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
@@ -146,8 +259,10 @@ class PrivacySection(Section):
     )
     target_delta: float = Field(gt=0, lt=1, description="Below 1/units. Below 1e-11 it needs accountant: tilted.")
     num_steps: int = Field(ge=1)
-    accountant: Literal["pld", "tilted", "rdp"] = Field(
-        default="pld", description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ."
+    accountant: Literal["pld", "tilted", "rdp", "allocation"] | None = Field(
+        default=None,
+        description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ. Default: pld, or "
+        "allocation for random_allocation (pip install 'privtrain[allocation]').",
     )
     insecure_seed: int | None = Field(
         default=None, ge=0, description="For tests: marks the run as not private everywhere."
@@ -166,12 +281,39 @@ class PrivacySection(Section):
             raise ValueError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _adaptive_settings(self) -> PrivacySection:
+        if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
+            raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sampling_keys(self) -> PrivacySection:
+        needed, optional, relations, accountants = _SAMPLING[self.sampling]
+        faults = [f"privacy.{key} is required by" for key in needed if getattr(self, key) is None]
+        others = {key for keys in _SAMPLING.values() for key in (*keys[0], *keys[1])} - {*needed, *optional}
+        faults += [f"privacy.{key} is not used by" for key in sorted(others) if getattr(self, key) is not None]
+        if self.neighboring_relation not in relations:
+            faults.append(f"privacy.neighboring_relation must be {' or '.join(relations)} for")
+        if self.accountant is not None and self.accountant not in accountants:
+            faults.append(f"privacy.accountant must be {' or '.join(accountants)} for")
+        faults = [f"{fault} privacy.sampling={self.sampling}" for fault in faults]
+        if self.steps_per_epoch is not None:
+            if self.num_steps % self.steps_per_epoch:
+                faults.append(f"privacy.num_steps={self.num_steps} must be a multiple of privacy.steps_per_epoch")
+            if (self.steps_per_unit or 1) > self.steps_per_epoch:
+                faults.append("privacy.steps_per_unit must not exceed privacy.steps_per_epoch")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
 
 class TrainingSection(Section):
     """What is trained, and the optimizer: post-processing of the private gradient, free to change."""
 
-    method: Literal["lora", "full"] = Field(
-        default="lora", description="Train an adapter, or all weights of the model (held in fp32)."
+    method: Literal["lora", "full", "bias", "prompt_tuning", "prefix_tuning"] = Field(
+        default="lora",
+        description="Train an adapter; or all weights, or all biases, of the model (held in fp32); or virtual tokens.",
     )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -179,15 +321,21 @@ class TrainingSection(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
 
+    @property
+    def releases_model(self) -> bool:
+        """Whether the base model's own weights change, and the whole model is released."""
+        return self.method in ("full", "bias")
+
 
 class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
-    clipping_route: Literal["auto", "batched", "one_unit"] = Field(
+    clipping_route: Literal["auto", "batched", "two_pass", "one_unit"] = Field(
         default="auto",
-        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, or by plain "
-        "autograd one unit at a time, for any layer. auto: batched where every layer has a rule.",
+        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
+        "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
@@ -219,14 +367,44 @@ class TrackingSection(Section):
     )
 
 
+class RegistrySection(Section):
+    """The registry of budgets over runs. Not part of the guarantee: it decides whether a run may begin."""
+
+    url: str | None = Field(
+        default=None,
+        description="SQLite file or postgresql://host/name; PRIVTRAIN_REGISTRY comes first. Without a password.",
+    )
+    dataset: str | None = Field(default=None, min_length=1, description="Name of the data set whose budget is spent.")
+    lease_hours: float = Field(default=168.0, gt=0, description="A run that is silent for so long is charged in full.")
+    retry_seconds: float = Field(default=60.0, ge=0, description="How long an unreachable registry is waited for.")
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and (urllib.parse.urlsplit(value).password or "password=" in value):
+            raise ValueError("holds a password; put the URL into PRIVTRAIN_REGISTRY or the password into ~/.pgpass")
+        return value
+
+
 class Config(Section):
     """The whole tree."""
 
     run: RunSection
     model: ModelSection
     lora: LoraSection = LoraSection()
+    prompt: PromptSection = PromptSection()
     data: DataSection
     privacy: PrivacySection
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
+    registry: RegistrySection = RegistrySection()
+
+    @pydantic.model_validator(mode="after")
+    def _method_fits(self) -> Config:
+        method = self.training.method
+        if self.model.quantization is not None and self.training.releases_model:
+            raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
+        if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
+            raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
+        return self

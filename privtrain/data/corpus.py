@@ -1,8 +1,9 @@
 """Read rows and group them by owner, with a stated rule for every row that cannot be used.
 
-Rules: a row without a user id is dropped (nobody's guarantee could cover it); a row whose text is empty after
-stripping is dropped; over-long text is kept and truncated at ``data.max_length`` tokens later. Each is counted; the
-counts are private diagnostics, because they describe the data.
+Rules: a row without a user id is dropped (nobody's guarantee could cover it); a row with nothing to learn from is
+dropped (no text after stripping, no completion, no assistant turn, a label that is not declared: :mod:`.formats`);
+over-long text is kept and truncated at ``data.max_length`` tokens later. Each is counted; the counts are private
+diagnostics, because they describe the data.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow.parquet
 
 from privtrain.config.schema import DataSection, FilesSource, HubSource
-from privtrain.data import plays
+from privtrain.data import formats, plays
 from privtrain.errors import ConfigError, Fault
 
 _FORMATS = (".jsonl", ".csv", ".parquet")
@@ -32,6 +33,7 @@ class RowCounts:
     num_rows: int
     num_without_user: int
     num_empty: int
+    num_users_opted_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Corpus:
     """Every kept record by owner, in a canonical order that does not depend on file order across users.
 
     Attributes:
-        records: user id → texts, users sorted, texts in reading order.
+        records: user id → records in their text form (:mod:`.formats`), users sorted, records in reading order.
         counts: what was dropped.
         manifest_sha256: digest of the kept records; part of the run's fingerprint.
     """
@@ -56,15 +58,17 @@ class Corpus:
 
 def check_source(data: DataSection) -> list[Fault]:
     """Faults that can be seen without reading the rows: missing files, formats, columns."""
+    faults = []
+    if data.chat_template_file is not None and not data.chat_template_file.is_file():
+        faults.append(Fault("data.chat_template_file", f"no such file: {data.chat_template_file}"))
     if isinstance(data.source, HubSource):
-        return []
+        return faults
     if not isinstance(data.source, FilesSource):
         try:
             plays.play_files()
         except ConfigError as error:
-            return list(error.faults)
-        return []
-    faults = []
+            faults += error.faults
+        return faults
     for pattern in data.source.paths:
         files = _expand(pattern)
         if not files:
@@ -82,7 +86,7 @@ def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
     except ConfigError as error:
         return list(error.faults)
     faults = []
-    for key in ("user_column", "text_column"):
+    for key in ("user_column", *formats.column_keys(data)):
         name = getattr(data, key)
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
@@ -103,7 +107,7 @@ def load_corpus(data: DataSection) -> Corpus:
 
 
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
-    """Apply the rules of this module to (user id, text) pairs."""
+    """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
     num_rows = num_without_user = num_empty = 0
     for user, text in rows:
@@ -148,15 +152,16 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     if not isinstance(data.source, FilesSource | HubSource):
         yield from plays.read_plays()
         return
+    columns = [getattr(data, key) for key in ("user_column", *formats.column_keys(data))]
     if isinstance(data.source, HubSource):
-        yield from _hub_rows(data.source, data.user_column, data.text_column)
-        return
-    for pattern in data.source.paths:
-        for file in _expand(pattern):
-            yield from _file_rows(file, data.user_column, data.text_column)
+        rows = _hub_rows(data.source, columns)
+    else:
+        rows = (row for pattern in data.source.paths for file in _expand(pattern) for row in _file_rows(file, columns))
+    for user, *values in rows:
+        yield user, formats.canonical(data, values)
 
 
-def _hub_rows(source: HubSource, user_column: str, text_column: str) -> Iterator[tuple[object, object]]:
+def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -165,33 +170,34 @@ def _hub_rows(source: HubSource, user_column: str, text_column: str) -> Iterator
     except (OSError, ValueError) as error:
         raise ConfigError([Fault("data.source.name", f"cannot load {source.name}: {error}")]) from None
     assert isinstance(table, datasets.Dataset)
-    missing = {user_column, text_column} - set(table.column_names)
+    missing = set(columns) - set(table.column_names)
     if missing:
         problem = f"no column {sorted(missing)} in {source.name}; it has {', '.join(table.column_names)}"
         raise ConfigError([Fault("data", problem)])
-    yield from zip(table[user_column], table[text_column], strict=True)
+    yield from zip(*(table[column] for column in columns), strict=True)
 
 
-def _file_rows(file: pathlib.Path, user_column: str, text_column: str) -> Iterator[tuple[object, object]]:
+def _file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
     """Rows as written: no type is guessed, so that 007 and 7 stay the two ids that the file says they are."""
     try:
         if file.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(file, columns=[user_column, text_column])
-            yield from zip(table[user_column].to_pylist(), table[text_column].to_pylist(), strict=True)
+            with pyarrow.parquet.ParquetFile(file) as shard:
+                for batch in shard.iter_batches(columns=list(columns)):
+                    yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
         elif file.suffix == ".csv":
             with open(file, newline="", encoding="utf-8") as lines:
-                yield from ((row[user_column], row[text_column]) for row in csv.DictReader(lines, strict=True))
+                yield from (tuple(row[c] for c in columns) for row in csv.DictReader(lines, strict=True))
         else:
             with open(file, encoding="utf-8") as lines:
-                yield from (_pick(json.loads(line), user_column, text_column) for line in lines if line.strip())
+                yield from (_pick(json.loads(line), columns) for line in lines if line.strip())
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
 
 
-def _pick(row: object, user_column: str, text_column: str) -> tuple[object, object]:
+def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:
     if not isinstance(row, dict):
         raise ValueError("a line is not a JSON object")
-    return row.get(user_column), row.get(text_column)
+    return tuple(row.get(column) for column in columns)
 
 
 def _columns(file: pathlib.Path) -> list[str]:

@@ -19,13 +19,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from privtrain.data.records import Record
+
 #: Owner of a padding row: nobody.
 NOBODY = -1
 
 #: Fixed widths that records are padded to, as a number of equal parts of the longest allowed.
 _NUM_WIDTHS = 4
 
-Records = Sequence[np.ndarray]
+#: A unit's records; an array of tokens stands for a text, all of which is predicted.
+Records = Sequence[Record | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Microbatch:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    tokens: np.ndarray
+    record: Record
     owner: int
 
 
@@ -98,14 +101,14 @@ class Packer:
         The loss of a unit is the mean over *its own* predicted tokens in the step, so no weight depends on another.
 
         Args:
-            units: per unit its token arrays, each of at least two tokens.
+            units: per unit its records.
             num_batches: the largest number that any rank needs.
         """
-        weights = [1.0 / max(1, sum(len(tokens) - 1 for tokens in records)) for records in units]
+        weights = [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]
         by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))
         num_made = 0
         for width, group in itertools.groupby(by_width, key=lambda u: self.width(units[u])):
-            rows = [_Row(tokens, unit) for unit in group for tokens in units[unit]]
+            rows = [_Row(Record.of(record), unit) for unit in group for record in units[unit]]
             for start in range(0, len(rows), self.microbatch_size):
                 chunk = rows[start : start + self.microbatch_size]
                 following = rows[start + self.microbatch_size : start + self.microbatch_size + 1]
@@ -124,8 +127,8 @@ class Packer:
         owners = tuple(dict.fromkeys(row.owner for row in chunk))
         position = {unit: i for i, unit in enumerate(owners)}
         for i, row in enumerate(chunk):
-            input_ids[i, : len(row.tokens)] = row.tokens
-            mask[i, 1 : len(row.tokens)] = True
+            input_ids[i, : len(row.record)] = row.record.tokens
+            mask[i, : len(row.record)] = row.record.is_target
             row_weight[i] = weights[row.owner]
             owner[i] = position[row.owner]
         tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))

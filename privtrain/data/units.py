@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from privtrain.data.corpus import Corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.records import Record
 from privtrain.data.split import Split
-
-_TOKENIZER_BATCH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,68 +17,49 @@ class UnitData:
 
     Attributes:
         names: unit identifiers: user ids, or ``user#record`` where the unit is the example. Private.
-        records: per unit, its token id arrays.
+        records: per unit, its tokenised records.
         num_truncated: records cut at ``max_length``. Private.
+        num_without_target: records that predict nothing and so contribute zero. Private.
     """
 
     names: tuple[str, ...]
-    records: tuple[tuple[np.ndarray, ...], ...]
+    records: tuple[tuple[Record, ...], ...]
     num_truncated: int
+    num_without_target: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
 
     def sha256(self) -> str:
-        """Digest of every unit's name and tokens."""
+        """Digest of every unit's name, tokens and targets."""
         digest = hashlib.sha256()
         for name, records in zip(self.names, self.records, strict=True):
-            for part in (name.encode("utf-8", errors="surrogatepass"), *(tokens.tobytes() for tokens in records)):
+            arrays = [array.tobytes() for record in records for array in (record.tokens, record.is_target)]
+            for part in (name.encode("utf-8", errors="surrogatepass"), *arrays):
                 digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 
 
-def build_units(
-    corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase, *, unit: str, max_length: int
-) -> UnitData:
+def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitData:
     """Tokenise the training records of ``split`` and group them by privacy unit.
 
     Args:
         corpus: the kept records.
         split: which of them are trained on.
-        tokenizer: turns text into ids; begin- and end-of-text tokens are added here.
+        encoder: turns a record into tokens.
         unit: ``"user"`` groups a user's records; ``"example"`` makes each record a unit.
-        max_length: tokens kept of a record, marks included.
     """
     owners = [(user, index) for user, indices in split.training.items() for index in indices]
-    tokens, num_truncated = tokenize([corpus.records[u][i] for u, i in owners], tokenizer, max_length)
+    encoded = encoder.encode([corpus.records[u][i] for u, i in owners])
     names: list[str] = []
-    grouped: list[list[np.ndarray]] = []
-    for (user, index), ids in zip(owners, tokens, strict=True):
+    grouped: list[list[Record]] = []
+    for (user, index), record in zip(owners, encoded.records, strict=True):
         if unit == "example":
             names.append(f"{user}#{index}")
-            grouped.append([ids])
+            grouped.append([record])
         elif names and names[-1] == user:
-            grouped[-1].append(ids)
+            grouped[-1].append(record)
         else:
             names.append(user)
-            grouped.append([ids])
-    return UnitData(tuple(names), tuple(map(tuple, grouped)), num_truncated)
-
-
-def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[np.ndarray], int]:
-    """Token ids of each text between the begin and end marks, cut at ``max_length``; and how many were cut.
-
-    The first token is context only, so that every token of the text has a prediction.
-    """
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    end = tokenizer.eos_token_id
-    assert isinstance(begin, int)
-    assert isinstance(end, int)
-    result, num_truncated = [], 0
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        encoded = tokenizer(list(texts[start : start + _TOKENIZER_BATCH]), add_special_tokens=False, verbose=False)
-        for ids in encoded["input_ids"]:  # pyright: ignore[reportGeneralTypeIssues]
-            full = [begin, *ids, end]
-            num_truncated += len(full) > max_length
-            result.append(np.asarray(full[:max_length], dtype=np.int64))
-    return result, num_truncated
+            grouped.append([record])
+    return UnitData(tuple(names), tuple(map(tuple, grouped)), encoded.num_truncated, encoded.num_without_target)

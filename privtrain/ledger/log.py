@@ -1,111 +1,132 @@
-"""The contribution log of one run: append-only, hash-chained, intent then commit, fsynced.
+"""The contribution log of one run, open for its one writer: append-only, chained, intent then commit, fsynced.
 
-One JSON record a line. Each carries the hash of the record before it, so an edit, a removal or a reordering anywhere
-breaks the chain. An *intent* is on disk before a step touches any user's data, a *commit* after the update: a crash can
-therefore over-count what was spent, never under-count it. An unfinished last line (a torn write) is cut off on opening
-and the repair is recorded; any other damage is refused with its offset.
+An *intent* is on disk before a step touches any user's data, a *commit* after the update: a crash can therefore
+over-count what was spent, never under-count it. What a crash leaves unfinished at the end (a torn record, rows of an
+intent that was never recorded) is cut off on opening, and the repair is recorded; any other damage is refused with its
+place.
 
-Written by rank 0 alone with ordinary appends and fsync: safe on network file systems. Holds pseudonyms, so it stays in
-``secret/``.
+Written by rank 0 alone with ordinary appends, overwrites in place and fsync: safe on network file systems. Holds
+pseudonyms, so it stays in ``secret/``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from privtrain.errors import GuaranteeLost, LedgerCorrupt
+import numpy as np
+
+from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
+from privtrain.ledger import merkle
+from privtrain.ledger.bodies import (
+    ROW,
+    check_segment_file,
+    chunk_hashes,
+    directory_of,
+    read_open,
+    read_segment,
+    rows_path,
+    segment_path,
+    to_parquet,
+    to_table,
+)
+from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
+from privtrain.ledger.head import HeadFile, check_head, opened_head
+from privtrain.rundir import sync_directory
 from privtrain.secret import SecretKey, pseudonym
 
-SCHEMA = "privtrain/ledger/1"
-GENESIS = "0" * 64
-
-
-@dataclasses.dataclass(frozen=True)
-class StepEntry:
-    """A step on the current path of the run."""
-
-    generation: int
-    step: int
-    environment: str
-
-
-@dataclasses.dataclass
-class LedgerState:
-    """What the records say, replayed in order.
-
-    Attributes:
-        head: hash of the last record.
-        num_records: records in the log.
-        plan_fingerprint: the plan that the run is bound to.
-        generation: the newest generation; -1 before the first session.
-        intents: (generation, step) → digest of its contributions; every one is charged.
-        commits: (generation, step) that finished → digest of the noised sum that was applied.
-        path: the steps that the current model rests on, or would if the newest checkpoint were lost.
-        is_released: whether the run ended with a release.
-    """
-
-    head: str = GENESIS
-    num_records: int = 0
-    plan_fingerprint: str = ""
-    records_per_unit: int = 0
-    generation: int = -1
-    environment: str = ""
-    intents: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-    commits: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-    path: list[StepEntry] = dataclasses.field(default_factory=list)
-    is_released: bool = False
-
-    @property
-    def num_charged(self) -> int:
-        """Steps charged to the budget: every intent, once, in every generation."""
-        return len(self.intents)
+#: Contributions of an open segment at which it is sealed.
+SEGMENT_ROWS = 1 << 18
 
 
 def verify(path: pathlib.Path) -> LedgerState:
     """Check the whole log and return what it says.
 
-    Checked: the chain; that a commit follows its intent; no step twice; no unit twice in a step; no unit above k.
+    Checked: the chain; that it was not shortened since the head file was written; that a commit follows its intent; no
+    step twice; every body against the root in its record; no unit twice in a step; no unit above k.
 
     Raises:
-        LedgerCorrupt: naming the byte offset of the first record that does not hold, a torn tail included.
+        LedgerCorrupt: naming file and offset of the first thing that does not hold, a torn tail included.
     """
-    state, end = _replay(path)
-    size = path.stat().st_size
-    if size > end:
-        raise LedgerCorrupt(
-            f"{path}: {size - end} bytes of an unfinished record after offset {end}; the last write was torn. "
-            "Resuming the run repairs and records it"
-        )
+    state = verify_chain(path)
+    for index, segment in enumerate(state.segments):
+        read_segment(path, index, segment, state)
+    num_torn_bytes = read_open(path, state)[1]
+    if num_torn_bytes:
+        open_rows = rows_path(path, len(state.segments))
+        raise LedgerCorrupt(f"{open_rows}: {num_torn_bytes} bytes of an unfinished write at the end; {_TORN}")
     return state
 
 
-def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a log in order, unchecked; a torn tail is left out."""
-    for _, line in _lines(path):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState:
+    """The same for the records alone, which is quick; bodies are not looked at.
+
+    Args:
+        path: the log.
+        allow_torn: take the records before an unfinished one, as while a job is writing.
+    """
+    _refuse_first_format(path)
+    while True:
+        size = path.stat().st_size
+        try:
+            state, end = replay(path)
+            check_head(path, state, end)
+        except LedgerCorrupt:
+            if path.stat().st_size == size:
+                raise
+            continue  # a job is writing, and log and head file were read at different moments
+        if size > end and not allow_torn:
+            raise LedgerCorrupt(f"{path}: {size - end} bytes of an unfinished record at byte {end}; {_TORN}")
+        return state
+
+
+_TORN = (
+    "the last write was torn, or a job is writing at this moment. Resuming the run cuts it off and records the repair"
+)
 
 
 class Ledger:
-    """The open log of a run that is training. Use :func:`open_ledger`."""
+    """The open log of a run that is training. Use :func:`open_ledger`.
 
-    def __init__(self, path: pathlib.Path, state: LedgerState, pseudonym_key: SecretKey) -> None:
+    Attributes:
+        state: what the records say.
+        repair: what was cut off on opening, in words; empty if nothing was.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        state: LedgerState,
+        pseudonym_key: SecretKey,
+        head: HeadFile,
+        open_rows: np.ndarray,
+        segment_rows: int = SEGMENT_ROWS,
+    ) -> None:
         self.state = state
+        self.repair = ""
         self._path = path
         self._key = pseudonym_key
-        self._file = open(path, "ab")  # noqa: SIM115 - held for the run, closed by open_ledger
-        os.chmod(path, 0o600)
+        self._head = head
+        self._log = _Appender(path)
+        self._size = self._log.size
+        self._rows = _Appender(rows_path(path, len(state.segments)))
+        self._open_rows = [open_rows]
+        self._segment_rows = segment_rows
+        self._units_of_step: tuple[tuple[int, int], list[str]] | None = None
+
+    def blinded(self, purpose: str, digest: str) -> str:
+        """A digest of the data under the run's key: a log without its key tells nobody whether a guess is right."""
+        return self._key.derive(f"ledger {purpose}", digest).hex()
 
     def begin_session(self, *, generation: int, from_step: int, environment: str) -> None:
         """Record that training (re)starts at ``from_step``; a new generation abandons the steps past it."""
-        self._append("session", generation=generation, from_step=from_step, environment=environment)
+        self._append(
+            "session", generation=generation, from_step=from_step, environment=self.blinded("environment", environment)
+        )
 
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
         """Put on disk who is about to contribute.
@@ -116,17 +137,30 @@ class Ledger:
             units: (unit name, number of records) for every drawn unit.
 
         Raises:
-            GuaranteeLost: if the step was begun before with other contributions.
+            GuaranteeLost: if a unit is there twice or brings more than k records, or if the step was begun before with
+                other contributions.
         """
-        body = sorted([pseudonym(self._key, name), count] for name, count in units)
+        limit = self.state.records_per_unit
+        if len({name for name, _ in units}) != len(units) or any(not 1 <= count <= limit for _, count in units):
+            raise GuaranteeLost(
+                f"step {step} draws a unit twice or with more than {limit} records; this is a bug, report it"
+            )
+        names, rows, root = _body(self._key, generation, step, units)
         known = self.state.intents.get((generation, step))
         if known is None:
-            self._append("intent", generation=generation, step=step, units=body)
-        elif known != _units_digest(body):
+            self._write_intent(generation, step, rows, root)
+        elif known != root:
             raise GuaranteeLost(
                 f"step {step} was begun before with other users; its noise must not cover a second sum. "
                 "Start a new run with another run.name"
             )
+        self._units_of_step = (generation, step), names
+
+    def _write_intent(self, generation: int, step: int, rows: np.ndarray, root: str) -> None:
+        if len(rows):
+            self._rows.append(rows.tobytes(), at=ROW.itemsize * self._num_open_rows)
+        self._append("intent", generation=generation, step=step, num_units=len(rows), root=root)
+        self._open_rows.append(rows)
 
     def check_replay(self, generation: int, step: int, update_sha256: str) -> None:
         """Before a step is applied: if it was committed before, it must give the same noised sum, bit by bit.
@@ -144,195 +178,203 @@ class Ledger:
                 "with fresh noise, and the abandoned steps stay charged"
             )
 
-    def commit(self, generation: int, step: int, update_sha256: str) -> None:
-        """Put on disk that the step's update was made. A replayed step is committed once."""
-        if (generation, step) not in self.state.commits:
-            self._append("commit", generation=generation, step=step, update=update_sha256)
+    def commit(self, generation: int, step: int, update_sha256: str, zeroed: Collection[str] = ()) -> None:
+        """Put on disk that the step's update was made. A replayed step is committed once.
+
+        Args:
+            generation: the current generation.
+            step: the step of the last :meth:`intend`.
+            update_sha256: digest of the noised sum.
+            zeroed: names of the units whose gradient was not finite, so that they contributed zero.
+        """
+        if (generation, step) in self.state.commits:
+            return
+        assert self._units_of_step is not None
+        assert self._units_of_step[0] == (generation, step)
+        names = set(zeroed)
+        places = [place for place, name in enumerate(self._units_of_step[1]) if name in names]
+        assert len(places) == len(names)
+        self._append("commit", generation=generation, step=step, update=update_sha256, zeroed=places)
+        if self._num_open_rows >= self._segment_rows:
+            self._seal()
 
     def release(self, epsilon: float | None, delta: float) -> str:
         """Record the release of the model and return the head that the privacy statement quotes."""
         if not self.state.is_released:
+            self._seal()
             self._append("release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged)
         return self.state.head
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the files."""
+        self._log.close()
+        self._rows.close()
+
+    @property
+    def _num_open_rows(self) -> int:
+        return sum(map(len, self._open_rows))
+
+    def _seal(self) -> None:
+        """Move the rows of the open segment to Parquet."""
+        rows, state = np.concatenate(self._open_rows), self.state
+        if not len(rows):
+            return
+        index = len(state.segments)
+        content = to_parquet(to_table(state.open_bodies, rows, state.zeroed))
+        _write_new(segment_path(self._path, index), content)
+        self._append("seal", segment=index, num_rows=len(rows), num_bytes=len(content), chunks=chunk_hashes(content))
+        self._rows.close()
+        self._rows = _Appender(rows_path(self._path, index + 1))
+        self._open_rows = [np.zeros(0, dtype=ROW)]
+        rows_path(self._path, index).unlink()
 
     def _append(self, kind: str, **fields: Any) -> None:
-        record = {"seq": self.state.num_records, "kind": kind, **fields, "prev": self.state.head}
-        record["hash"] = _hash(record)
-        self._file.write(_encode(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        _apply(self.state, record)
+        line = make_line(self.state, kind, fields)
+        record = parse(self.state, line)  # what would be refused on reading is never written
+        self._log.append(line, at=self._size)
+        self._size += len(line)
+        apply(self.state, record)
+        self._head.write(self.state.num_records, self.state.head)
 
 
 @contextlib.contextmanager
 def open_ledger(
-    path: pathlib.Path, *, plan_fingerprint: str, records_per_unit: int, pseudonym_key: SecretKey
+    path: pathlib.Path,
+    *,
+    plan_fingerprint: str,
+    records_per_unit: int,
+    pseudonym_key: SecretKey,
+    segment_rows: int = SEGMENT_ROWS,
 ) -> Iterator[Ledger]:
     """Open the log of a run for appending, or begin it.
 
     Raises:
-        LedgerCorrupt: if anything but an unfinished last line is wrong, or the log belongs to another plan.
+        LedgerCorrupt: if anything but an unfinished tail is wrong, or the log belongs to another plan or key.
+        RunBusy: if another process has it open.
     """
-    state, end = (LedgerState(), 0) if not path.exists() else _replay(path)
-    num_torn_bytes = max(0, path.stat().st_size - end) if path.exists() else 0
-    if num_torn_bytes:
-        os.truncate(path, end)
-    elif path.exists() and path.stat().st_size < end:
-        with open(path, "ab") as file:  # the record is whole; only its line end was lost
-            file.write(b"\n")
-    ledger = Ledger(path, state, pseudonym_key)
-    try:
-        if state.num_records == 0:
-            ledger._append("begin", schema=SCHEMA, plan=plan_fingerprint, records_per_unit=records_per_unit)
-        elif state.plan_fingerprint != plan_fingerprint:
-            raise LedgerCorrupt(f"{path} belongs to another plan ({state.plan_fingerprint[:12]})")
-        if num_torn_bytes:
-            ledger._append("repair", num_torn_bytes=num_torn_bytes)
-        yield ledger
-    finally:
-        ledger.close()
+    _refuse_first_format(path)
+    directory_of(path).mkdir(mode=0o700, exist_ok=True)
+    with opened_head(path) as head:
+        state, end = replay(path) if path.exists() else (LedgerState(), 0)
+        lag = check_head(path, state, end)
+        for index, segment in enumerate(state.segments):
+            check_segment_file(path, index, segment)
+        open_rows, num_torn_row_bytes = read_open(path, state)
+        if state.num_records:
+            _check_owner(path, state, plan_fingerprint, pseudonym_key)
+        num_torn_bytes = _cut(path, end) + _cut(rows_path(path, len(state.segments)), open_rows.nbytes)
+        _drop_leftovers(path, len(state.segments))
+        if lag:
+            head.write(state.num_records, state.head)
+        ledger = Ledger(path, state, pseudonym_key, head, open_rows, segment_rows)
+        try:
+            if state.num_records == 0:
+                ledger._append(
+                    "begin",
+                    schema=SCHEMA,
+                    plan=ledger.blinded("plan", plan_fingerprint),
+                    key_sha256=key_commitment(pseudonym_key),
+                    records_per_unit=records_per_unit,
+                )
+            if num_torn_bytes:
+                ledger._append("repair", num_torn_bytes=num_torn_bytes, num_torn_row_bytes=num_torn_row_bytes)
+                ledger.repair = (
+                    f"the last write was torn: {num_torn_bytes} bytes that were never committed were cut off"
+                )
+            yield ledger
+        finally:
+            ledger.close()
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            yield offset, line
-            offset += len(line)
+def key_commitment(key: SecretKey) -> str:
+    """What the first record says of the pseudonym key, so that a proof can be checked against the right one."""
+    return hashlib.sha256(b"privtrain/ledger/2/key:" + key.reveal()).hexdigest()
 
 
-def _replay(path: pathlib.Path) -> tuple[LedgerState, int]:
-    """Replay every whole record; return the state and the offset after the last one, its line end included."""
-    state, end = LedgerState(), 0
-    for offset, line in _lines(path):
-        if not line.endswith(b"\n"):
-            if _is_torn(line):
-                break
-            line = line + b"\n"
-        problem = _check(state, line)
-        if problem:
-            raise LedgerCorrupt(f"{path}: record {state.num_records} at byte {offset}: {problem}")
-        _apply(state, json.loads(line))
-        end = offset + len(line)
-    return state, end
+def _check_owner(path: pathlib.Path, state: LedgerState, plan_fingerprint: str, key: SecretKey) -> None:
+    if state.key_sha256 != key_commitment(key):
+        raise LedgerCorrupt(f"{path} was written under another pseudonym key; restore both from one backup")
+    if state.plan != key.derive("ledger plan", plan_fingerprint).hex():
+        raise LedgerCorrupt(f"{path} belongs to another plan or data set")
 
 
-def _is_torn(line: bytes) -> bool:
-    """Whether an unterminated last line is a write cut short, as opposed to a whole record or a damaged one."""
-    if not line.isascii():
-        return False
-    try:
-        json.JSONDecoder().raw_decode(line.decode("ascii"))
-    except ValueError:
-        return line.startswith(b'{"'[: len(line)])
-    return False
+def _refuse_first_format(path: pathlib.Path) -> None:
+    if not path.exists():
+        return
+    first = next((line for _, line in lines_of(path)), b"")
+    if b'"schema":"privtrain/ledger/1"' in first:
+        raise LedgerCorrupt(
+            f"{path} is of schema privtrain/ledger/1, which no release wrote; this version reads and writes {SCHEMA}. "
+            "Start a new run with another run.name"
+        )
 
 
-def _check(state: LedgerState, line: bytes) -> str | None:
-    """What is wrong with the next record, if anything."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return "not a record"
-    if not isinstance(record, dict) or line != _encode(record):
-        return "not in canonical form"
-    if record.get("seq") != state.num_records or record.get("prev") != state.head:
-        return "does not follow the record before it"
-    if record.get("hash") != _hash(record):
-        return "its content does not match its hash"
-    if (record.get("kind") == "begin") != (state.num_records == 0):
-        return "a log has one beginning, at its start"
-    return _CHECKS.get(record["kind"], _unknown_kind)(state, record)
+def _body(
+    key: SecretKey, generation: int, step: int, units: Sequence[tuple[str, int]]
+) -> tuple[list[str], np.ndarray, str]:
+    """The names in the order of the tree, their rows in the same order, and the root."""
+    context = merkle.step_context(generation, step)
+    pseudonyms = [bytes.fromhex(pseudonym(key, name)) for name, _ in units]
+    hashes = merkle.row_hashes(context, b"".join(pseudonyms))
+    order = sorted(range(len(units)), key=hashes.__getitem__)
+    rows = np.zeros(len(units), dtype=ROW)
+    rows["unit"] = np.frombuffer(b"".join(pseudonyms[i] for i in order), dtype=ROW["unit"])
+    rows["records"] = [units[i][1] for i in order]
+    root = merkle.root_of(merkle.with_counts(b"".join(hashes[i] for i in order), rows["records"]))
+    return [units[i][0] for i in order], rows, root
 
 
-def _unknown_kind(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
-    return f"a record of unknown kind {record['kind']!r}"
+def _cut(path: pathlib.Path, size: int) -> int:
+    """Cut a file to ``size`` and return how many bytes went."""
+    excess = path.stat().st_size - size if path.exists() else 0
+    if excess > 0:
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    return max(excess, 0)
 
 
-def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
-    return None
+def _drop_leftovers(path: pathlib.Path, num_segments: int) -> None:
+    """Remove the row file of a segment that was sealed just before a crash."""
+    if num_segments:
+        rows_path(path, num_segments - 1).unlink(missing_ok=True)
 
 
-def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
-    if record["generation"] not in (max(state.generation, 0), state.generation + 1):
-        return "a session of a generation that is neither the last nor the next"
-    if not 0 <= record["from_step"] <= len(state.path):
-        return "a session that starts past the steps that were taken"
-    return None
+def _write_new(path: pathlib.Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
-def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
-    key = (record["generation"], record["step"])
-    return "a commit without an open intent" if key not in state.intents or key in state.commits else None
+class _Appender:
+    """A file that only grows, by one writer, each write on disk before the next."""
 
+    def __init__(self, path: pathlib.Path) -> None:
+        is_new = not path.exists()
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.fchmod(self._descriptor, 0o600)
+        if is_new:
+            sync_directory(path.parent)
 
-def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
-    return "a release that charges other steps" if record["num_charged"] != state.num_charged else None
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._descriptor).st_size
 
+    def append(self, data: bytes, at: int) -> None:
+        """Write ``data`` where the file ends, which must be ``at``."""
+        # Locks can be absent on network file systems; a second writer, or an append that failed half-way, shows here.
+        if self.size != at:
+            raise RunBusy(f"{self._path} changed under its writer: another job writes it, or a write failed half-way")
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        os.fsync(self._descriptor)
 
-def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
-    if state.is_released:
-        return "a step after the release"
-    if (record["generation"], record["step"]) in state.intents:
-        return "a step twice"
-    if record["generation"] != state.generation or record["step"] != len(state.path):
-        return "a step out of order"
-    names = [name for name, _ in record["units"]]
-    if len(set(names)) != len(names):
-        return "a unit twice in one step"
-    if any(not 1 <= count <= state.records_per_unit for _, count in record["units"]):
-        return f"a unit with more than {state.records_per_unit} records, or none"
-    return None
-
-
-_CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
-    "begin": _nothing_to_check,
-    "session": _check_session,
-    "intent": _check_intent,
-    "commit": _check_commit,
-    "diverged": _nothing_to_check,
-    "repair": _nothing_to_check,
-    "release": _check_release,
-}
-
-
-def _apply(state: LedgerState, record: dict[str, Any]) -> None:
-    state.head = record["hash"]
-    state.num_records += 1
-    match record["kind"]:
-        case "begin":
-            state.plan_fingerprint = record["plan"]
-            state.records_per_unit = record["records_per_unit"]
-        case "session":
-            if record["generation"] != state.generation:
-                state.path = [entry for entry in state.path if entry.step < record["from_step"]]
-            state.generation = record["generation"]
-            state.environment = record["environment"]
-        case "intent":
-            state.intents[record["generation"], record["step"]] = _units_digest(record["units"])
-            state.path.append(StepEntry(record["generation"], record["step"], state.environment))
-        case "commit":
-            state.commits[record["generation"], record["step"]] = record["update"]
-        case "diverged":
-            # Nothing of this generation may be replayed again.
-            state.path = [dataclasses.replace(entry, environment="") for entry in state.path]
-            state.environment = ""
-        case "release":
-            state.is_released = True
-
-
-def _units_digest(units: Iterable[Sequence[Any]]) -> str:
-    return hashlib.sha256(json.dumps([list(u) for u in units], separators=(",", ":")).encode()).hexdigest()
-
-
-def _hash(record: dict[str, Any]) -> str:
-    body = {key: value for key, value in record.items() if key != "hash"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _encode(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

@@ -1,76 +1,295 @@
-"""``privtrain ledger show | verify``: read a finished or running ledger without changing it."""
+"""What the ``privtrain ledger`` commands print: tables for people, JSON for machines. Nothing here changes a log."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from privtrain.errors import LedgerCorrupt, PrivtrainError
-from privtrain.ledger.log import read_records, verify
-from privtrain.rundir import RunDirectory
+from privtrain.ledger.chain import LedgerState, read_records
+from privtrain.ledger.log import verify, verify_chain
+from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.secret import pseudonym
 
 
-def _log_of(run_path: pathlib.Path) -> RunDirectory:
+def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
+    """The run, which must have a ledger."""
     run = RunDirectory(run_path)
     if not run.ledger.is_file():
         raise PrivtrainError(f"{run_path} has no ledger; give a run directory such as runs/demo")
     return run
 
 
-def verify_run(run_path: pathlib.Path) -> str:
-    """Check a run's ledger and the head that its privacy statement quotes.
+def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
+    """Check a run's ledger, and that it bears out what the privacy statement says of it.
+
+    Args:
+        run_path: the run directory.
+        head: a head of this log that was noted earlier, elsewhere: the log must still contain it.
 
     Returns:
         One line for people.
 
     Raises:
-        LedgerCorrupt: with the offset of the first record that does not hold, or if the statement quotes another head.
+        LedgerCorrupt: with file and offset of the first thing that does not hold, or what the statement says otherwise.
     """
-    run = _log_of(run_path)
+    run = run_with_ledger(run_path)
     state = verify(run.ledger)
     quoted = ""
     if run.privacy.is_file():
-        statement = json.loads(run.privacy.read_text(encoding="utf-8"))
-        if statement["ledger"]["head"] != state.head:
-            head = statement["ledger"]["head"]
-            raise LedgerCorrupt(
-                f"{run.privacy} quotes ledger head {head[:12]}, the log ends in {state.head[:12]}: "
-                "records were removed or added after the release"
-            )
-        if statement["steps_released"] != state.num_charged:
-            raise LedgerCorrupt(
-                f"{run.privacy} accounts for {statement['steps_released']} steps, "
-                f"the ledger charged {state.num_charged}"
-            )
+        _check_statement(run, state)
         quoted = ", matches privacy.json"
+    if head is not None:
+        if all(record["hash"] != head for record in read_records(run.ledger)):
+            raise LedgerCorrupt(f"{run.ledger} never had head {head}: it was rewritten, or shortened and gone on from")
+        quoted += ", contains the head given"
     num_open = state.num_charged - len(state.commits)
     return (
         f"ledger verified: {state.num_records} records, {state.num_charged} steps charged, "
         f"{len(state.commits)} committed"
-        f"{f', {num_open} begun but never committed' if num_open else ''}, generation {state.generation}{quoted}"
+        f"{f', {num_open} begun but never committed' if num_open else ''}, {state.num_contributions} contributions, "
+        f"generation {state.generation}{quoted}"
     )
 
 
-def print_ledger(run_path: pathlib.Path) -> None:
-    """One row a step: units, records and the most records of one unit."""
-    run = _log_of(run_path)
-    state = verify(run.ledger) if run.privacy.is_file() else None
-    table = Table("record", "kind", "generation", "step", "units", "records", "most of one unit")
-    for record in read_records(run.ledger):
-        units = record.get("units")
-        table.add_row(
-            str(record["seq"]),
-            record["kind"],
-            str(record.get("generation", "")),
-            str(record.get("step", record.get("from_step", ""))),
-            "" if units is None else str(len(units)),
-            "" if units is None else str(sum(count for _, count in units)),
-            "" if units is None else str(max((count for _, count in units), default=0)),
+def _check_statement(run: RunDirectory, state: LedgerState) -> None:
+    statement = json.loads(run.privacy.read_text(encoding="utf-8"))
+    head = statement["ledger"]["head"]
+    if head != state.head:
+        raise LedgerCorrupt(
+            f"{run.privacy} quotes ledger head {head[:12]}, the log ends in {state.head[:12]}: "
+            "records were removed or added after the release"
         )
-    console = Console()
+    claims = [
+        ("steps_released", statement["steps_released"], state.num_charged),
+        ("ledger.num_commits", statement["ledger"]["num_commits"], len(state.commits)),
+        (
+            "contribution_bound.records_per_unit_per_step",
+            statement["contribution_bound"]["records_per_unit_per_step"],
+            state.records_per_unit,
+        ),
+    ]
+    for name, claimed, found in claims:
+        if claimed != found:
+            raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
+    if state.num_charged > statement["num_steps"]:
+        raise LedgerCorrupt(
+            f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows {statement['num_steps']}"
+        )
+
+
+def pseudonym_of(run: RunDirectory, user: str) -> str:
+    """A user's pseudonym in this run.
+
+    Raises:
+        PrivtrainError: if the key was shredded.
+    """
+    if (run.secret / "shredded.json").exists():
+        raise PrivtrainError(f"{run.root}: the key that links users to pseudonyms was shredded; give --pseudonym")
+    return pseudonym(run.load_key("pseudonym"), user)
+
+
+def print_ledger(run_path: pathlib.Path, last: int = 40, as_json: bool = False) -> None:
+    """One row a record, with the step's users, records and the most records of one user; names never appear."""
+    from privtrain.ledger.query import opened_contributions
+
+    run = run_with_ledger(run_path)
+    with opened_contributions(run.ledger) as contributions:
+        steps, state = contributions.steps(), contributions.state
+    rows = []
+    for record in read_records(run.ledger):
+        row = {key: record.get(key) for key in ("seq", "kind", "generation", "step")}
+        if record["kind"] == "intent":
+            nothing = {"num_units": 0, "num_records": 0, "max_records": 0, "num_zeroed": 0}
+            row |= steps.get((record["generation"], record["step"]), nothing)
+        elif record["kind"] == "session":
+            row["step"] = record["from_step"]
+        rows.append(row)
+    if as_json:
+        print_json({"head": state.head, "num_charged": state.num_charged, "records": rows})
+        return
+    table = _table("record", "kind", "generation", "step", "units", "records", "most of one unit", "zeroed")
+    names = ("seq", "kind", "generation", "step", "num_units", "num_records", "max_records", "num_zeroed")
+    for row in rows[-last:]:
+        table.add_row(*(_text(row.get(name)) for name in names))
+    console = _console()
+    if len(rows) > last:
+        console.print(f"the last {last} of {len(rows)} records; --last N shows more, --json all")
     console.print(table)
-    if state is not None:
-        console.print(f"head {state.head}")
+    console.print(f"{state.num_charged} steps charged, {len(state.commits)} committed; head {state.head}")
+
+
+def print_top(run_path: pathlib.Path, count: int, as_json: bool) -> None:
+    """The heaviest contributors."""
+    from privtrain.ledger.query import opened_contributions
+
+    with opened_contributions(run_with_ledger(run_path).ledger) as contributions:
+        rows = contributions.top(count)
+    _print_rows(rows, as_json, {"num_shown": len(rows)}, "pseudonym", "records", "steps", "zeroed")
+
+
+def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, as_json: bool) -> None:
+    """One user's part in a run."""
+    from privtrain.ledger.query import opened_contributions
+
+    run = run_with_ledger(run_path)
+    name = which_pseudonym(run, user, unit_pseudonym)
+    with opened_contributions(run.ledger) as contributions:
+        rows, state = contributions.user(name), contributions.state
+    summary = {
+        "pseudonym": name,
+        "num_steps": len(rows),
+        "num_steps_charged": state.num_charged,
+        "num_records": sum(row["records"] for row in rows),
+        "num_zeroed": sum(row["zeroed"] for row in rows),
+        "num_steps_in_model": sum(row["in_model"] for row in rows),
+    }
+    _print_rows(rows, as_json, summary, "generation", "step", "records", "zeroed", "committed", "in_model")
+
+
+def which_pseudonym(run: RunDirectory, user: str | None, unit_pseudonym: str | None) -> str:
+    """The pseudonym that a command is about.
+
+    Raises:
+        PrivtrainError: unless exactly one of the two is given, and well formed.
+    """
+    if (user is None) == (unit_pseudonym is None):
+        raise PrivtrainError("give the user, or --pseudonym")
+    if user is not None:
+        return pseudonym_of(run, user)
+    assert unit_pseudonym is not None
+    if len(unit_pseudonym) != 32 or set(unit_pseudonym) - set("0123456789abcdef"):
+        raise PrivtrainError(f"--pseudonym: {unit_pseudonym!r} is not 32 hexadecimal digits")
+    return unit_pseudonym
+
+
+def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> None:
+    """How the contributions are spread over users."""
+    from privtrain.ledger.query import opened_contributions
+
+    with opened_contributions(run_with_ledger(run_path).ledger) as contributions:
+        found = contributions.statistics(cap)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    k = found.records_per_unit
+    shares = [
+        (f"contributions with k = {k} records", found.share_at_k),
+        (f"contributions above k = {k}", found.share_above_k),
+        (f"users with more than {cap} records", found.share_of_users_above_cap),
+        (f"records beyond a user's first {cap}", found.share_of_records_above_cap),
+    ]
+    table = _table("", "")
+    for name in ("num_steps", "num_users", "num_contributions", "num_records", "num_zeroed"):
+        table.add_row(name.removeprefix("num_"), f"{getattr(found, name):,}")
+    for name in ("records_per_user", "steps_per_user"):
+        spread = ", ".join(f"{key} {value:,}" for key, value in getattr(found, name).items())
+        table.add_row(name.replace("_", " "), spread)
+    table.add_row("Gini of records over contributing users", f"{found.gini:.3f}")
+    for name, share in shares:
+        if share is not None:
+            table.add_row(name, f"{100 * share:.2f} %")
+    _console().print(table)
+
+
+def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -> str:
+    """Write all contributions, by pseudonym, to a file outside the run's public part.
+
+    Returns:
+        One line for people.
+    """
+    from privtrain.ledger.query import opened_contributions
+
+    run = run_with_ledger(run_path)
+    inside = target.resolve()
+    if inside.is_relative_to(run.root.resolve()) and not inside.is_relative_to(run.secret.resolve()):
+        raise PrivtrainError(
+            f"{target} is in the part of the run that may be published; choose {run.secret} or outside"
+        )
+    if not target.parent.is_dir():
+        raise PrivtrainError(f"{target.parent} is not a directory")
+    with opened_contributions(run.ledger) as contributions:
+        count = contributions.export(target, file_format)
+    return f"{count} contributions in {target}, readable by you alone; it is as private as the ledger"
+
+
+def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, target: pathlib.Path) -> str:
+    """Write the proof of one user's part.
+
+    Returns:
+        One line for people.
+    """
+    from privtrain.ledger.proof import check_proof, prove
+
+    run = run_with_ledger(run_path)
+    made = prove(run.ledger, which_pseudonym(run, user, unit_pseudonym), user)
+    checked = check_proof(made, made["head"])
+    write_atomically(target, json.dumps(made, separators=(",", ":")) + "\n", mode=0o600)
+    return f"{target}: part in {len(checked.parts)} of {checked.num_steps} steps; head {checked.head}"
+
+
+def print_checked_proof(
+    path: pathlib.Path, head: str, key_path: pathlib.Path | None, user: str | None, as_json: bool
+) -> None:
+    """Check a proof and print what it shows."""
+    from privtrain.ledger.proof import check_proof, read_proof
+    from privtrain.rundir import load_key_file
+
+    key = load_key_file(key_path) if key_path is not None else None
+    found = check_proof(read_proof(path), head, key=key, user=user)
+    rows = [dataclasses.asdict(part) for part in found.parts]
+    linked = "recomputed from the key" if found.is_key_checked else "as stated; --key checks it"
+    summary = {
+        "user": found.user,
+        "pseudonym": found.pseudonym,
+        "link": linked,
+        "head": found.head,
+        "num_steps_charged": found.num_steps,
+        "num_steps": len(rows),
+        "num_records": sum(part.records for part in found.parts),
+    }
+    _print_rows(rows, as_json, summary, "generation", "step", "records", "is_zeroed", "is_committed", "is_in_model")
+
+
+def check_chain(run_path: pathlib.Path) -> LedgerState:
+    """What a run's records say, without its bodies: quick, for lists of runs."""
+    return verify_chain(run_with_ledger(run_path).ledger, allow_torn=True)
+
+
+def print_json(value: Any) -> None:
+    """Plain JSON on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool, summary: dict[str, Any], *names: str) -> None:
+    if as_json:
+        print_json({**summary, "rows": rows})
+        return
+    console = _console()
+    if rows:
+        table = _table(*names)
+        for row in rows:
+            table.add_row(*(_text(row[name]) for name in names))
+        console.print(table)
+    console.print(
+        "\n".join(f"{name.removeprefix('num_').replace('_', ' ')}: {value}" for name, value in summary.items())
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*(column.removeprefix("is_").replace("_", " ") for column in columns))
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

@@ -1,9 +1,9 @@
 """Every metric, declared once with who may see it. An undeclared metric cannot be logged.
 
-``PUBLIC``: a function of the plan, of released values or of time. ``HELD_OUT``: measured on users that are not trained
-on, released only if ``tracking.release_held_out_metrics`` says that their text may be. ``PRIVATE``: a raw function of
-private rows, not covered by ε; stays in ``secret/`` unless ``tracking.private_metrics`` is on, and then the privacy
-statement says so.
+``PUBLIC``: a function of the plan, of released (noised, accounted) values or of time. ``HELD_OUT``: measured on users
+that are not trained on, released only if ``tracking.release_held_out_metrics`` says that their text may be.
+``PRIVATE``: a raw function of private rows, not covered by ε; stays in ``secret/`` unless ``tracking.private_metrics``
+is on, and then the privacy statement says so.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ METRICS: dict[str, Release] = {
     "privacy/noise_multiplier": Release.PUBLIC,
     "privacy/budget_fraction": Release.PUBLIC,
     "privacy/num_charged_steps": Release.PUBLIC,
+    "privacy/clipping_norm": Release.PUBLIC,
+    "privacy/share_within_norm": Release.PUBLIC,
     "perf/step_seconds": Release.PUBLIC,
     "eval/held_out_perplexity": Release.HELD_OUT,
     "eval/held_out_loss": Release.HELD_OUT,
+    "eval/held_out_accuracy": Release.HELD_OUT,
     "train/loss": Release.PRIVATE,
     "train/num_units": Release.PRIVATE,
     "train/clip_fraction": Release.PRIVATE,

@@ -1,5 +1,8 @@
-"""Resumable state: adapter, optimizer and step, written whole or not at all, verified before use.
+"""Resumable state: trained tensors, optimizer, clipping norm and step, whole or not at all, verified before use.
 
+The state is by name of tensor, and whole: whichever backend and number of ranks wrote it, any other can go on from it.
+Sharded backends put it together on rank 0's host memory one tensor after another (12 bytes a trained parameter), and
+hand it out the same way; no rank's accelerator ever holds more than one whole tensor of it.
 Everything else a resumed run needs (sample, noise, data order) is a pure function of the secret and the step.
 """
 
@@ -13,8 +16,10 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
 import torch
 
+from privtrain.backends import Backend
 from privtrain.console import say
 from privtrain.layout import Layout
 from privtrain.rundir import replace_directory, write_atomically
@@ -30,7 +35,7 @@ class Checkpoint:
     Attributes:
         step: steps behind the model.
         generation: generation that wrote it.
-        state: serialised adapter and optimizer.
+        state: serialised trained tensors and optimizer.
     """
 
     step: int
@@ -45,12 +50,25 @@ def save(
     generation: int,
     layout: Layout,
     optimizer: torch.optim.Optimizer,
+    clipping_norm: float,
     num_kept: int,
+    backend: Backend,
 ) -> None:
-    """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``."""
+    """Write ``directory/step-NNNNNNNN`` atomically and drop all but the newest ``num_kept``.
+
+    Every rank calls it; rank 0 writes.
+    """
+    tensors, moments = _collected(layout, optimizer, backend)
+    if not backend.is_main:
+        return
     buffer = io.BytesIO()
-    tensors = {name: p.detach().cpu() for name, p in layout.parameters.items()}
-    torch.save({"adapter": tensors, "optimizer": optimizer.state_dict()}, buffer)
+    content = {
+        "tensors": tensors,
+        "moments": moments,
+        "num_updates": _num_updates(optimizer),
+        "clipping_norm": clipping_norm,
+    }
+    torch.save(content, buffer)
     state = buffer.getvalue()
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,13 +98,50 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
             shutil.rmtree(candidate)
 
 
-def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's adapter and optimizer state in place."""
-    content: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-    with torch.no_grad():
-        for name, parameter in layout.parameters.items():
-            parameter.copy_(content["adapter"][name])
-    optimizer.load_state_dict(content["optimizer"])
+def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
+    """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts.
+
+    Returns:
+        The next step's clipping norm.
+    """
+    content: dict[str, Any] = {}
+    if backend.is_main:
+        content = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
+        head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
+        content["head"] = json.dumps(head).encode()
+    head = json.loads(backend.broadcast_bytes(content.get("head")))
+    for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+        optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
+        for key in [None, *head["moments"]]:
+            values = content.get("moments", {}).get(key) if key else content.get("tensors")
+            whole = backend.broadcast_bytes(values[slot.name].numpy().tobytes() if values else None)
+            count = slot.num_coordinates
+            part = np.frombuffer(whole, dtype=np.float32)[slot.first : slot.first + count].copy()
+            value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
+            if key:
+                optimizer.state[parameter][key] = value
+            else:
+                parameter.detach().copy_(value)
+    backend.publish()
+    return head["clipping_norm"]
+
+
+def _collected(
+    layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend
+) -> tuple[dict[str, torch.Tensor | None], dict[str, dict[str, torch.Tensor | None]]]:
+    """Whole tensors, and per kind of moment the optimizer's, by name; on rank 0."""
+    tensors: dict[str, torch.Tensor | None] = {}
+    moments: dict[str, dict[str, torch.Tensor | None]] = {}
+    for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
+        tensors[slot.name] = backend.whole(slot, parameter)
+        for key, value in sorted(optimizer.state[parameter].items()):
+            if key != "step":
+                moments.setdefault(key, {})[slot.name] = backend.whole(slot, value)
+    return tensors, moments
+
+
+def _num_updates(optimizer: torch.optim.Optimizer) -> float:
+    return float(next(iter(optimizer.state.values()))["step"])
 
 
 def _newest_first(directory: pathlib.Path) -> list[pathlib.Path]:

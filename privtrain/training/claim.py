@@ -42,7 +42,9 @@ def check_run_directory(inputs: Inputs) -> None:
     run = inputs.run
     if not run.exists():
         return
-    run.check_permissions()
+    tightened = run.check_permissions()
+    if tightened:
+        say(f"closed to other users: {', '.join(str(path) for path in tightened)}")
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     if identity["fingerprint"] != inputs.fingerprint:
         raise PlanMismatch(
@@ -60,10 +62,12 @@ def check_run_directory(inputs: Inputs) -> None:
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
     """What a run cannot change on the way, beside its plan: what is trained, on what, and what is published."""
-    tree = config.model_dump(mode="json", include={"model", "lora", "data", "tracking"})
+    tree = config.model_dump(mode="json", include={"model", "lora", "prompt", "data", "tracking"})
     del tree["data"]["source"]  # its content is in the fingerprint; files may move
-    keys = {f"{section}.{key}": value for section in ("model", "lora", "data") for key, value in tree[section].items()}
+    sections = ("model", "lora", "prompt", "data")
+    keys = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
     published = ("private_metrics", "release_held_out_metrics")
+    keys["training.method"] = config.training.method
     return keys | {f"tracking.{key}": tree["tracking"][key] for key in published}
 
 

@@ -1,7 +1,7 @@
 """``privtrain doctor``: what would stop or spoil a run on these machines, each with its fix. Trains nothing.
 
-Without a config it looks at the environment; with one also at the run directory, W&B and the self-test on the real model,
-process group and device. Start it the way the job will be started.
+Without a config it looks at the environment; with one also at the run directory, W&B and the self-test on the real
+model, process group and device. Start it the way the job will be started.
 """
 
 from __future__ import annotations

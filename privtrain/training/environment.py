@@ -20,7 +20,17 @@ from privtrain.backends import Backend
 from privtrain.config import Config
 from privtrain.errors import GuaranteeLost
 
-_LIBRARIES = ("accelerate", "cryptography", "numpy", "peft", "scipy", "tokenizers", "torch", "transformers")
+_LIBRARIES = (
+    "accelerate",
+    "cryptography",
+    "deepspeed",
+    "numpy",
+    "peft",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def environment_digest(
@@ -28,15 +38,15 @@ def environment_digest(
 ) -> bytes:
     """SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
 
-    The run's name and place and the tracking section cannot change a step and are left out.
+    The run's name and place, tracking and the registry cannot change a step and are left out.
     """
     body = {
-        "config": config.model_dump(mode="json", exclude={"run": True, "tracking": True}),
+        "config": config.model_dump(mode="json", exclude={"run": True, "tracking": True, "registry": True}),
         "code": _code_digest(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "world_size": backend.world_size,
-        "backend": type(backend).__name__,
+        "backend": backend.kind,
         "device": _device_name(backend.device),
         "num_threads": torch.get_num_threads(),
         "precision": precision,

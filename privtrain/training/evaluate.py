@@ -1,47 +1,62 @@
-"""Perplexity on records of held-out users. Not covered by ε; released only if the config says that it may be."""
+"""Loss and accuracy on records of held-out users. Not covered by ε; released only if the config says that it may be."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from privtrain.backends import Backend
 from privtrain.data.microbatch import Packer
-from privtrain.models import row_losses
+from privtrain.data.records import Record
+from privtrain.objectives import Objective
 
 
-def held_out_loss(
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How the model does on held-out records.
+
+    Attributes:
+        loss: mean negative log-likelihood per predicted token, or per label, in nats.
+        accuracy: share of labels that are the model's first choice; 0 for language models.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def evaluate(
     model: torch.nn.Module,
-    records: Sequence[np.ndarray],
+    records: Sequence[Record],
     backend: Backend,
     *,
+    objective: Objective,
     packer: Packer,
     autocast: torch.autocast,
     between_batches: Callable[[], None] = lambda: None,
-) -> float | None:
-    """Mean negative log-likelihood per token in nats, over all ranks; ``None`` without records.
+) -> HeldOut | None:
+    """Score the records over all ranks; ``None`` if they predict nothing.
 
     Every rank runs as many batches as the busiest one, and ``between_batches`` before each, where all ranks may talk.
     """
-    if not records:
-        return None
-    shares = [[[tokens] for tokens in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
+    shares = [[[record] for record in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
     num_batches = max(packer.num_batches(share) for share in shares)
-    sums = torch.zeros(2, dtype=torch.float32, device=backend.device)
+    sums = torch.zeros(3, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
         for batch in packer.pack(shares[backend.rank], num_batches):
             between_batches()
             moved = batch.to(backend.device)
             with autocast:
-                losses = row_losses(model, moved.input_ids, moved.target_mask)
-            sums += torch.stack([losses.sum(), moved.target_mask.sum()])
+                losses = objective.losses(model, moved.input_ids, moved.target_mask)
+                num_correct = objective.num_correct(model, moved.input_ids, moved.target_mask)
+            sums += torch.stack([losses.sum(), num_correct, moved.target_mask.sum()])
     model.train()
     backend.reduce(sums)
-    return float(sums[0] / sums[1])
+    loss, num_correct, num_targets = sums.tolist()
+    return HeldOut(loss / num_targets, num_correct / num_targets) if num_targets else None
 
 
 def perplexity(loss: float) -> float:

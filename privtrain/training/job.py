@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -12,38 +13,41 @@ from typing import Any
 
 import torch
 
+from privtrain.adapters import make_trainable
 from privtrain.advice import expected_units, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
+from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split, split_users
-from privtrain.data.units import UnitData, build_units, tokenize
+from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
 from privtrain.models import (
-    add_lora,
     base_dtype,
-    load_base,
     load_tokenizer,
     resolve_precision,
     weights_checksum,
 )
+from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
+from privtrain.training.budget import budgeted
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
-from privtrain.training.evaluate import held_out_loss, perplexity
+from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
 from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.weights import BaseSource, ClassifierHead
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0
@@ -58,6 +62,8 @@ class Network:
     precision: str
     autocast: torch.autocast
     packer: Packer
+    encoder: Encoder
+    objective: Objective
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -77,9 +83,13 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        with joined(config.performance, stop) as backend, claimed(inputs, backend):
-            if not is_complete(inputs, backend):
-                _run(inputs, backend, stop)
+        with (
+            joined(config.performance, stop) as backend,
+            claimed(inputs, backend),
+            budgeted(inputs, backend) as allowed,
+        ):
+            if not is_complete(allowed, backend):
+                _run(allowed, backend, stop)
 
 
 def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
@@ -95,17 +105,18 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
-        if session.state:
-            checkpoint.restore(session.state, trainer.layout, trainer.optimizer)
+        if session.continuation.start_step:
+            trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
         if ledger is not None:
             # Everything that can fail came first: a start that fails costs no budget.
-            begin_session(inputs, ledger, session, split, units.num_truncated)
+            begin_session(inputs, ledger, session, split, units)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
         _loop(inputs, trainer, session.continuation, stop)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
+        state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         if ledger is not None:
-            _release(inputs, ledger, network, num_units=len(units))
+            _release(inputs, ledger, network, state, num_units=len(units))
             tracker.publish(inputs.run)
         tracker.close()
     backend.barrier()
@@ -123,10 +134,10 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
-    session = Session(key, Continuation(0, 0, 0, 0, 0), "", b"")
+    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", b"")
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
-    return trainer.layout.num_coordinates
+    return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:
@@ -140,26 +151,35 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
 def _load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    model = _trainable_model(config, precision, backend.device).to(backend.device)
+    encoder = Encoder(config.data, tokenizer)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)
+    model = _trainable_model(config, precision, backend, pad_id)
     model.train()
     if backend.device.type == "cuda":
         # So that a replayed step has the same bits; the ledger finds out if it has not.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
-    assert isinstance(pad_id, int)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-    return Network(tokenizer, model, precision, autocast, packer)
+    objective = _objective(config, model, tokenizer, pad_id)
+    return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
 
 
-def _trainable_model(config: Config, precision: str, device: torch.device) -> torch.nn.Module:
-    if config.training.method == "full":
-        model = load_base(config.model, torch.float32).requires_grad_(True)
-        base: Any = model
-    else:
-        base = load_base(config.model, base_dtype(precision, device))
-        model = add_lora(base, config.lora, _INIT_SEED, config.model.public_name)
+def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
+    labels, is_pair = config.data.labels, config.data.text_pair_column is not None
+    if labels is None:
+        return CausalLM()
+    return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
+
+
+def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
+    dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
+    head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, _INIT_SEED)
+    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method))
+    model = make_trainable(base, config, _INIT_SEED)
+    if config.training.method != "full":
+        model = model.to(backend.device)  # what was added to the base
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -168,9 +188,7 @@ def _trainable_model(config: Config, precision: str, device: torch.device) -> to
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
-    return build_units(
-        inputs.corpus, split, network.tokenizer, unit=inputs.plan.unit, max_length=inputs.config.data.max_length
-    )
+    return build_units(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
@@ -178,9 +196,14 @@ def _environment(inputs: Inputs, backend: Backend, network: Network, units: Unit
         inputs.config,
         backend,
         precision=network.precision,
-        weights_checksum=weights_checksum(network.model),
+        weights_checksum=_weights_checksum(network.model, backend),
         units_sha256=units.sha256(),
     )
+
+
+def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
+    mine = weights_checksum(backend.local_tensors(model))
+    return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
 def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
@@ -216,60 +239,69 @@ def _build_trainer(
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
         stop=stop,
+        objective=network.objective,
+        first_step=session.continuation.first_step,
     )
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
-    run_self_test(
+    trainer.clipper.route = run_self_test(
         model=network.model,
-        layout=trainer.layout,
+        placement=trainer.placement,
+        new_clipper=functools.partial(trainer.new_clipper, route=trainer.clipper.route),
         row_losses=trainer.row_losses,
         clipping_norm=trainer.plan.clipping_norm,
-        noise_multiplier=trainer.plan.noise_multiplier,
+        noise_multiplier=trainer.plan.gradient_noise_multiplier,
         backend=backend,
         vocabulary_size=len(network.tokenizer),
         precision=network.precision,
         clipping_style=trainer.plan.clipping_style,
-        clipping_route=trainer.clipper.route,
+        plant=network.objective.plant,
     )
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
 def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest) -> None:
-    texts = [inputs.corpus.records[user][index] for user, index in split.evaluation]
-    records, _ = tokenize(texts, network.tokenizer, inputs.config.data.max_length)
-    loss = held_out_loss(
+    encoded = network.encoder.encode([inputs.corpus.records[user][index] for user, index in split.evaluation])
+    found = evaluate(
         network.model,
-        records,
+        encoded.records,
         trainer.backend,
+        objective=network.objective,
         packer=network.packer,
         autocast=network.autocast,
         between_batches=lambda: stop.leave_if_agreed(trainer.backend, f"evaluating after step {step}"),
     )
-    if loss is not None and math.isfinite(perplexity(loss)):
-        trainer.tracker.log(step, {"eval/held_out_loss": loss, "eval/held_out_perplexity": perplexity(loss)})
+    if found is None or not math.isfinite(perplexity(found.loss)):
+        return
+    if inputs.config.data.is_classification:
+        trainer.tracker.log(step, {"eval/held_out_loss": found.loss, "eval/held_out_accuracy": found.accuracy})
+    else:
+        values = {"eval/held_out_loss": found.loss, "eval/held_out_perplexity": perplexity(found.loss)}
+        trainer.tracker.log(step, values)
 
 
 def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
-    parameters = list(trainer.layout.parameters.values())
     with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1
             if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step or trainer.must_stop:
-                if not backend.in_sync(parameters):
+                norm = torch.tensor([trainer.clipping_norm], dtype=torch.float64)
+                if not (backend.parameters_agree(trainer.model) and backend.in_sync([norm])):
                     raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
-                if backend.is_main:
-                    checkpoint.save(
-                        inputs.run.checkpoints,
-                        step=done,
-                        generation=trainer.generation,
-                        layout=trainer.layout,
-                        optimizer=trainer.optimizer,
-                        num_kept=performance.num_checkpoints_kept,
-                    )
+                checkpoint.save(
+                    inputs.run.checkpoints,
+                    step=done,
+                    generation=trainer.generation,
+                    layout=trainer.layout,
+                    optimizer=trainer.optimizer,
+                    clipping_norm=trainer.clipping_norm,
+                    num_kept=performance.num_checkpoints_kept,
+                    backend=backend,
+                )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
                 trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
@@ -282,28 +314,45 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
         return ""
     if plan.not_private_reasons:
         return "NOT PRIVATE"
-    return f"ε {plan.epsilon_after(ledger.state.num_charged):.3f}/{plan.epsilon:.3f}"
+    return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"
 
 
-def _release(inputs: Inputs, ledger: Ledger, network: Network, *, num_units: int) -> None:
-    config, plan, run, state = inputs.config, inputs.plan, inputs.run, ledger.state
-    if state.num_charged > plan.num_steps:
+def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every trained tensor of the model, whole, on rank 0's CPU; empty elsewhere. Every rank calls it."""
+    state: dict[str, torch.Tensor] = {}
+    for slot, parameter in zip(trainer.layout.slots, trainer.layout.parameters.values(), strict=True):
+        value = trainer.backend.whole(slot, parameter)
+        if value is not None:
+            state[slot.name] = value
+    return state
+
+
+def _release(
+    inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
+) -> None:
+    config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
+    num_accounted = plan.accounted_steps(past.intents)
+    if num_accounted > plan.num_steps:
         raise GuaranteeLost(
-            f"{state.num_charged} steps were charged, the plan allows {plan.num_steps}; nothing is released"
+            f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
-    epsilon = plan.epsilon_after(state.num_charged)
+    epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta)
     statement = privacy_statement(
         config,
         plan,
         num_units=num_units,
-        num_model_steps=len(state.path),
-        num_charged=state.num_charged,
-        num_commits=len(state.commits),
+        num_model_steps=len(past.path),
+        num_charged=past.num_charged,
+        num_accounted=num_accounted,
+        num_commits=len(past.commits),
         ledger_head=head,
     )
-    write = write_model if config.training.method == "full" else write_adapter
-    write(run, network.model, network.tokenizer, model_card(config, plan, statement))
+    card = model_card(config, plan, statement)
+    if config.training.releases_model:
+        write_model(run, network.model, network.tokenizer, card, state)
+    else:
+        write_adapter(run, network.model, network.tokenizer, card)
     write_statement(run, statement)
     shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
     say(f"released {run.released} with its privacy statement: {shown}")

@@ -12,8 +12,10 @@ from privtrain.backends import Backend
 from privtrain.config import public_tree, to_yaml
 from privtrain.console import say
 from privtrain.data.split import Split
+from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger import Ledger, open_ledger
+from privtrain.ledger.head import head_path
 from privtrain.rundir import write_atomically, write_json
 from privtrain.secret import SecretKey
 from privtrain.training import checkpoint
@@ -24,7 +26,7 @@ from privtrain.training.resume import Continuation, decide
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What rank 0 decided for this session and told the others."""
+    """What rank 0 decided for this session and told the others; ``state`` is the checkpoint, on rank 0 alone."""
 
     key: SecretKey
     continuation: Continuation
@@ -39,9 +41,10 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
         yield None
         return
     run, plan = inputs.run, inputs.plan
-    is_new = not run.ledger.exists()
-    if is_new and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
+    is_gone = not run.ledger.exists()
+    if is_gone and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
         raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
+    is_new = is_gone and not head_path(run.ledger).exists()  # a key that was used is never replaced
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
     with open_ledger(
         run.ledger,
@@ -49,6 +52,8 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
         records_per_unit=plan.records_per_unit,
         pseudonym_key=key,
     ) as ledger:
+        if ledger.repair:
+            say(ledger.repair)
         yield ledger
 
 
@@ -63,18 +68,19 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> Secr
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
-    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret and the checkpoint."""
+    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret."""
     data = hashlib.sha256(inputs.fingerprint.encode()).digest()
     check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
-    message = None
+    message, state = None, b""
     if ledger is not None:
         newest = checkpoint.load_newest(inputs.run.checkpoints)
         continuation = decide(
             ledger.state,
             num_steps=inputs.plan.num_steps,
-            environment=environment.hex(),
+            environment=ledger.blinded("environment", environment.hex()),
             checkpoint_step=newest.step if newest else 0,
             checkpoint_generation=newest.generation if newest else 0,
+            period=inputs.plan.scheme.period,
         )
         _explain(continuation)
         name = f"generation-{continuation.generation:04d}"
@@ -82,11 +88,9 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
         run, seed = inputs.run, inputs.plan.insecure_seed
         key = run.load_key(name) if is_used else run.create_key(name, seed)
         head = json.dumps(dataclasses.asdict(continuation)).encode()
-        message = key.reveal() + len(head).to_bytes(8, "little") + head + (newest.state if newest else b"")
+        message, state = key.reveal() + head, newest.state if newest else b""
     message = backend.broadcast_bytes(message)
-    size = int.from_bytes(message[32:40], "little")
-    continuation = Continuation(**json.loads(message[40 : 40 + size]))
-    return Session(SecretKey(message[:32]), continuation, environment.hex(), message[40 + size :])
+    return Session(SecretKey(message[:32]), Continuation(**json.loads(message[32:])), environment.hex(), state)
 
 
 def _explain(continuation: Continuation) -> None:
@@ -100,7 +104,7 @@ def _explain(continuation: Continuation) -> None:
         say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
 
 
-def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, num_truncated: int) -> None:
+def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, units: UnitData) -> None:
     """Put on record that training goes on, and with what."""
     run, continuation = inputs.run, session.continuation
     ledger.begin_session(
@@ -109,7 +113,11 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
     checkpoint.drop_after(run.checkpoints, continuation.start_step)
     write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
     write_atomically(run.config, to_yaml(public_tree(inputs.config)))
-    counts = {**dataclasses.asdict(inputs.corpus.counts), "num_truncated_training_records": num_truncated}
+    counts = {
+        **dataclasses.asdict(inputs.corpus.counts),
+        "num_truncated_training_records": units.num_truncated,
+        "num_training_records_without_target": units.num_without_target,
+    }
     write_json(run.data_counts, counts, mode=0o600)
     manifest = split.manifest(inputs.corpus)
     if not run.manifest.exists():

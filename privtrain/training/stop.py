@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -70,7 +71,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread signals are left as they are."""
+    """Note SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread signals are left as they are.
+
+    After :class:`Preempted` they stay ignored: the job is saved, and a launcher that signals the last ranks because the
+    first one has left must not change their exit code.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -80,10 +85,13 @@ def listening() -> Iterator[StopRequest]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous_pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    previous: dict[signal.Signals, Any] = {n: signal.signal(n, lambda *_: None) for n in SIGNALS}
     threading.Thread(target=request._listen, args=(reader,), name="stop-signals", daemon=True).start()
     try:
         yield request
+    except Preempted:
+        previous = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

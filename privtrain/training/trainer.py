@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
-from privtrain.backends import Backend
-from privtrain.clipping import PerUnitClipper
+from privtrain.backends import Backend, Placement
+from privtrain.backends.base import digest
+from privtrain.clipping import CooperativeClipper, PerUnitClipper
+from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.records import Record
 from privtrain.data.units import UnitData
-from privtrain.layout import Layout
 from privtrain.ledger import Ledger
-from privtrain.models import row_losses
+from privtrain.objectives import CausalLM, Objective
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
+from privtrain.training.adaptive import next_norm, release_share
 from privtrain.training.stop import StopRequest
 
 
 class Trainer:
-    """User-level DP-SGD with Adam on a replicated adapter.
+    """User-level DP-SGD with Adam, on whatever part of the trainable tensors the backend gives this rank.
 
     Args:
         plan: everything that the guarantee depends on.
@@ -41,6 +42,8 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        objective: the loss of a row.
+        first_step: the generation's first step.
         stop: who asked this rank to stop.
 
     Attributes:
@@ -62,6 +65,8 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        objective: Objective | None = None,
+        first_step: int = 0,
         stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
@@ -72,16 +77,17 @@ class Trainer:
         self.tracker = tracker
         self.generation = generation
         self._training = training
-        self._model = model
+        self.model = model
         self._units = units
         self._key = key
         self._autocast = autocast
         self._packer = packer
-        self.sampler = PoissonSampler(plan, key, [len(records) for records in units.records])
-        self.layout = Layout.of(model)
-        self.clipper = PerUnitClipper(
-            model, self.layout, plan.clipping_norm, self.row_losses, backend.device, plan.clipping_style, clipping_route
-        )
+        self._hand: Sequence[DrawnUnit] = ()
+        self._objective = objective or CausalLM()
+        self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
+        self.placement: Placement = backend.place(model)
+        self.layout = self.placement.stepped
+        self.clipper = self.new_clipper(self.row_losses, clipping_route)
         self.optimizer = torch.optim.AdamW(
             list(self.layout.parameters.values()),
             lr=training.learning_rate,
@@ -98,47 +104,113 @@ class Trainer:
         self.clipper.reset()
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        total = self.clipper.finish()
-        self.backend.reduce(total)
-        stddev = self.plan.noise_multiplier * self.clipper.sensitivity
+        total = self.backend.reduce_total(self.clipper.finish())
+        stddev = self.plan.gradient_noise_multiplier * self.clipper.sensitivity
         self.backend.add_noise(total, self.layout, self._key, step, stddev)
-        update = self._check_replay(step, total)
+        share = self._release_share(step)
+        update = self._check_replay(step, total, share)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
-        self._commit(step, update)
-        self._log(step, time.monotonic() - started)
+        counts = self._reduced_counts()
+        self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
+        self._log(step, time.monotonic() - started, counts, share)
+        self._adapt(share)
+
+    def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
+        """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
+        norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
+        if self.placement.shards is not None:
+            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
+        if self.placement.equal_passes and route == "two_pass":
+            route = "batched"  # how many passes a rank needs depends on its units; an adapter's gradients are small
+        clipper = PerUnitClipper(self.model, self.placement.clipped, norm, losses, device, style, route)
+        clipper.equal_passes = self.placement.equal_passes
+        return clipper
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
         costs = [self._packer.width(self._records_of(d)) for d in drawn]
-        hands = [[self._records_of(d) for d in hand] for hand in deal(drawn, costs, self.backend.world_size)]
+        dealt = deal(drawn, costs, self.placement.num_hands)
+        self._hand = dealt[self.placement.hand]
+        hands = [[self._records_of(d) for d in hand] for hand in dealt]
         num_batches = max(self._packer.num_batches(hand) for hand in hands)
-        for batch in self._packer.pack(hands[self.backend.rank], num_batches):
+        for batch in self._packer.pack(hands[self.placement.hand], num_batches):
             yield batch.to(self.backend.device)
 
-    def _records_of(self, drawn: DrawnUnit) -> list[np.ndarray]:
+    def _records_of(self, drawn: DrawnUnit) -> list[Record]:
         return [self._units.records[drawn.unit][record] for record in drawn.records]
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
-            return row_losses(self._model, input_ids, target_mask)
+            return self._objective.losses(self.model, input_ids, target_mask)
+
+    @property
+    def clipping_norm(self) -> float:
+        """The next step's clipping norm: the plan's, unless clipping is adaptive; part of a checkpoint."""
+        return self.clipper.clipping_norm
+
+    @clipping_norm.setter
+    def clipping_norm(self, value: float) -> None:
+        self.clipper.clipping_norm = value
+
+    def _release_share(self, step: int) -> float | None:
+        settings = self.plan.adaptive_clipping
+        if settings is None:
+            return None
+        return release_share(
+            settings,
+            self.clipper.diagnostics,
+            backend=self.backend,
+            key=self._key,
+            step=step,
+            expected_batch_size=self.plan.expected_batch_size,
+        )
+
+    def _adapt(self, share: float | None) -> None:
+        if share is not None:
+            assert self.plan.adaptive_clipping is not None
+            self.clipping_norm = next_norm(self.plan.adaptive_clipping, self.clipping_norm, share)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:
             units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
-    def _check_replay(self, step: int, noised: torch.Tensor) -> str:
+    def _check_replay(self, step: int, noised: torch.Tensor, share: float | None) -> str:
+        released = [noised] if share is None else [noised, torch.tensor([share], dtype=torch.float64)]
+        update = self.backend.combined_digest(digest(released)).hex()
         if self.ledger is None:
             return ""
-        update = hashlib.sha256(noised.cpu().numpy().tobytes()).hexdigest()
         self.ledger.check_replay(self.generation, step, update)
         return update
 
-    def _commit(self, step: int, update: str) -> None:
+    def _reduced_counts(self) -> list[float]:
+        """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
+
+        Whether any rank was asked to stop rides along, so that it needs no collective of its own.
+        """
+        counts = self.clipper.diagnostics
+        raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
+        raw.append(float(self._stop.requested.is_set()))
+        sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
+        self.backend.reduce(sums)
+        *reduced, num_stopping = sums.tolist()
+        self.must_stop = num_stopping > 0
+        return reduced
+
+    def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
+        """Names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
+        if not num_nonfinite:
+            return []
+        clipped_here = {self._hand[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
+        flags = torch.tensor([float(d.unit in clipped_here) for d in drawn], device=self.backend.device)
+        self.backend.reduce(flags)
+        return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
+
+    def _commit(self, step: int, update: str, zeroed: Sequence[str]) -> None:
         if self.ledger is not None:
-            self.ledger.commit(self.generation, step, update)
+            self.ledger.commit(self.generation, step, update, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.
@@ -148,21 +220,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
 
-    def _log(self, step: int, step_seconds: float) -> None:
-        counts = self.clipper.diagnostics
-        raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
-        raw.append(float(self._stop.requested.is_set()))  # rides along: no collective of its own
-        sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
-        self.backend.reduce(sums)
-        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_stopping = sums.tolist()
-        self.must_stop = num_stopping > 0
+    def _log(self, step: int, step_seconds: float, counts: Sequence[float], share: float | None) -> None:
         if self.ledger is None:
             return
+        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = counts
         num_charged = self.ledger.state.num_charged
-        epsilon = self.plan.epsilon_after(num_charged)
+        epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
+        adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
         self.tracker.log(
             step + 1,
             {
+                **(adaptive if share is not None else {}),
                 "train/lr": learning_rate(self._training, step, self.plan.num_steps),
                 "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,

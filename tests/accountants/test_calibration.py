@@ -49,8 +49,7 @@ def test_other_samplers_are_calibrated_too():
         )
 
     noise = calibration.calibrate_noise(make, target_epsilon=3.0, target_delta=1e-5)
-    assert accountants.epsilon(make(noise), 1e-5).certified_upper() <= 3.0
-    assert accountants.epsilon(make(noise - 1e-3), 1e-5).certified_upper() > 3.0
+    assert 0.995 * 3.0 <= accountants.epsilon(make(noise), 1e-5).certified_upper() <= 3.0
 
 
 @pytest.mark.parametrize(("epsilon", "message"), [(0.0, "positive"), (float("inf"), "finite"), (1e-9, "above")])

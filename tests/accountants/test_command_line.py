@@ -104,3 +104,9 @@ def test_no_accountant_needs_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "False"
     assert time.perf_counter() - start < 60
+
+
+def test_compare_draws_its_rows(tmp_path):
+    picture = tmp_path / "rows.png"
+    invoke("compare", *RUN, "--accountants", "tilted,rdp,aea1,eeai,allocation", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from accounting_cases import GLUE, dp_sgd
+from accounting_cases import GLUE, dp_sgd, simulated_losses
 
 import accountants
 from accountants import edgeworth
@@ -96,3 +96,28 @@ def test_the_tilted_expansion_lies_between_the_truth_and_renyi(task):
     expansion = accountants.epsilon(event, 1e-5, accountant="tilted-edgeworth").certified_upper()
     renyi = accountants.epsilon(event, 1e-5, accountant="rdp").certified_upper()
     assert exact < expansion < renyi
+
+
+def test_the_interval_covers_steps_that_differ():
+    event = accountants.phased_event([(20.0, 0.05, 200_000), (30.0, 0.1, 100_000)])
+    answer = accountants.epsilon(event, 0.1, accountant="eeai")
+    exact = accountants.epsilon(event, 0.1, accountant="tilted")
+    assert math.isfinite(answer.upper)
+    assert answer.lower <= exact.upper
+    assert exact.lower <= answer.upper <= 1.5 * exact.upper
+    small = accountants.phased_event([(0.6, 0.005, 2000), (0.7, 0.005, 2000)])
+    assert accountants.epsilon(small, 1e-6, accountant="eeai").note.startswith("vacuous")
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_the_error_bound_holds_for_steps_that_differ(add):
+    """The distance of simulated sums from the expansion stays below the bound."""
+    rng, phases = np.random.default_rng(3), [(1.0, 0.2, 20), (1.5, 0.4, 10)]
+    event = accountants.phased_event(phases)
+    expansion = edgeworth.with_error(composition(event), add=add)
+    sums = sum(simulated_losses(q, sigma, steps, 200_000, rng, add) for sigma, q, steps in phases)
+    points = np.quantile(sums, np.linspace(0.01, 0.99, 50))
+    found = np.array([np.mean(sums > point) for point in points])
+    distance = float(np.max(np.abs(found - expansion.first.survival(points))))
+    assert 0 < distance <= expansion.first_error + 5 / math.sqrt(len(sums))
+    assert expansion.first_error < 1

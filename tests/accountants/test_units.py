@@ -5,7 +5,7 @@ from accounting_cases import dp_sgd
 
 import accountants
 from accountants.tilted import TiltedAccountant
-from accountants.tuning import individual_report, tuning_epsilon
+from accountants.tuning import individual_epsilon, individual_report, tuning_epsilon
 from accountants.units import group_delta_of, group_epsilon, group_event, rdp_group_epsilon
 
 
@@ -78,3 +78,14 @@ def test_individual_spending_is_a_report_and_not_a_guarantee():
     assert values[0] == 0
     with pytest.raises(accountants.NotCertifiedError):
         report[-1].answer.certified_upper()
+
+
+def test_a_user_known_to_have_joined_n_steps_spent_the_gaussian_of_their_root_sum_of_squares():
+    answer = individual_epsilon([1.0, 0.5, 0.0, 0.5], noise_multiplier=2.0, delta=1e-6)
+    exact = accountants.epsilon(dp_sgd(1.0, 2.0 / math.sqrt(1.5), 1), 1e-6, accountant="tilted")
+    assert answer.estimate == pytest.approx(exact.upper, rel=1e-9)
+    assert individual_epsilon([], noise_multiplier=2.0, delta=1e-6).estimate == 0
+    with pytest.raises(accountants.NotCertifiedError):
+        answer.certified_upper()
+    with pytest.raises(ValueError, match="step_ratios"):
+        individual_epsilon([1.1], noise_multiplier=2.0, delta=1e-6)

@@ -48,21 +48,49 @@ STATEMENT = {
 
 
 def build_rows(
-    num_units: int, *, shift: float, seed: int = 0, num_documents: int = 3, noise: float = 0.1
+    num_units: int,
+    *,
+    shift: float,
+    seed: int = 0,
+    num_documents: int = 3,
+    noise: float = 0.1,
+    rich: bool = False,
+    shifted: bool = False,
 ) -> list[signals.DocumentSignals]:
-    """Users of both sides whose fine-tuning gain per token is normal with the given shift of the held-in mean."""
+    """Users of both sides whose fine-tuning gain per token is normal with the given shift of the held-in mean.
+
+    ``rich`` adds every signal and training records, ``shifted`` lets the sides use different words.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for side, mean in ((signals.HELD_IN, 0.1 + shift), (signals.HELD_OUT, 0.1)):
         for number in range(num_units):
             gain = rng.normal(mean, noise)
+            user = f"pseudonym-{side}-{number:04d}"
+            facts = {"user_num_records": 3 + number % 17, "user_num_bytes": 500 + 31 * (number % 17)}
             for document in range(num_documents):
                 base = -rng.gamma(2.0, 1.5, size=rng.integers(5, 60))
                 target = np.minimum(base + gain + rng.normal(0, 0.05, base.size), 0.0)
-                rows.append(
-                    signals.DocumentSignals(f"pseudonym-{side}-{number:04d}", f"doc-{document}", side, target, base)
-                )
+                more = {}
+                if rich:
+                    more = rich_signals(rng, base.size, words=50, first=20 * (shifted and side == signals.HELD_IN))
+                    more |= facts | {"kind": signals.TRAINING if document == num_documents - 1 else signals.FRESH}
+                rows.append(signals.DocumentSignals(user, f"doc-{document}", side, target, base, **more))
     return rows
+
+
+def rich_signals(rng: np.random.Generator, size: int, *, words: int, first: int) -> dict[str, object]:
+    """Everything but the log-probabilities, drawn at random."""
+    return {
+        **{f"{model}_correct": rng.random(size) < 0.4 for model in ("target", "base")},
+        **{f"{model}_mean": -rng.random(size) for model in ("target", "base")},
+        **{f"{model}_variance": rng.random(size) for model in ("target", "base")},
+        "token_ids": first + rng.integers(0, words, size),
+        "sensitive": rng.random(size) < 0.2,
+        "num_bytes": 5 * size,
+        "zlib_bytes": 3 * size,
+        "language": "en",
+    }
 
 
 @pytest.fixture
@@ -75,7 +103,14 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
     """Writes a finished, scored run; keyword arguments replace keys of the privacy statement."""
 
     def make(
-        num_units: int = 40, *, shift: float = 0.02, name: str = "run", perplexity: bool = True, **changes: object
+        num_units: int = 40,
+        *,
+        shift: float = 0.02,
+        name: str = "run",
+        perplexity: bool = True,
+        rich: bool = False,
+        shifted: bool = False,
+        **changes: object,
     ) -> pathlib.Path:
         run = tmp_path / name
         run.mkdir()
@@ -87,7 +122,9 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         if num_units:
-            signals.write_signals(run / signals.SIGNALS_PATH, build_rows(num_units, shift=shift))
+            signals.write_signals(
+                run / signals.SIGNALS_PATH, build_rows(num_units, shift=shift, rich=rich, shifted=shifted)
+            )
         return run
 
     return make

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from attacks import analyse, signals
+from attacks import analyse, results, signals
 from attacks.errors import AttackInputError
 
 
@@ -33,9 +33,11 @@ def test_the_results_are_complete_and_finite(make_run):
     facts = analyse.analyse_run(run)
     written = json.loads((run / analyse.ATTACKS_PATH).read_text())
     assert written == facts
-    assert facts["schema"] == "privtrain/attacks/1"
+    assert facts["schema"] == "privtrain/attacks/2"
     assert facts["headline"] == "token_mean"
-    assert list(facts["results"]) == ["token_mean", "sequence_sum"]
+    assert list(facts["results"])[:2] == ["token_mean", "sequence_sum"]
+    assert {"token_mean_max", "token_mean_trimmed", "loss", "zlib", "min_k", "wbc"} < set(facts["results"])
+    assert {item["attack"] for item in facts["not_run"]} >= {"min_k_plus_plus", "ez_mia", "lowercase", "recall", "lira"}
     assert facts["counts"]["held_in"]["num_units"] == facts["counts"]["held_out"]["num_units"] == 40
     assert facts["counts"]["held_in"]["num_documents"] == 120
     assert all(math.isfinite(number) for number in numbers(facts))
@@ -44,7 +46,9 @@ def test_the_results_are_complete_and_finite(make_run):
             assert interval[0] <= result["auroc"] <= interval[1]
         assert [point["target_fpr"] for point in result["tpr_at_fpr"]] == [0.001, 0.01, 0.05, 0.1]
         assert [point["is_resolved"] for point in result["tpr_at_fpr"]] == [False, False, True, True]
-        assert sum(result["histogram"]["held_in"]) == sum(result["histogram"]["held_out"]) == 40
+    for name in ("token_mean", "sequence_sum"):
+        histogram = facts["results"][name]["histogram"]
+        assert sum(histogram["held_in"]) == sum(histogram["held_out"]) == 40
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(make_run):
@@ -72,7 +76,7 @@ def test_values_of_users_stay_secret(make_run):
 def test_histogram_bins_are_round_and_hold_every_user(scale):
     rng = np.random.default_rng(0)
     held_in, held_out = scale * rng.normal(size=300), scale * rng.normal(1.0, 1.0, size=200)
-    found = analyse._histogram(held_in, held_out)
+    found = results.histogram(held_in, held_out)
     assert (sum(found["held_in"]), sum(found["held_out"])) == (300, 200)
     assert len(found["held_in"]) == len(found["held_out"]) == len(found["edges"]) - 1
     assert 10 <= len(found["held_in"]) <= 31
@@ -91,16 +95,19 @@ def test_p_values_are_ranks_among_the_held_out(make_run):
 
 
 @pytest.mark.parametrize(
-    ("num_units", "shift", "epsilon", "expected"),
+    ("num_units", "shift", "epsilon", "scheme", "expected"),
     [
-        (100, 0.0, 1.0, "consistent"),
-        (100, 0.5, 1.0, "falsified"),
-        (100, 0.5, 8.0, "uninformative"),
-        (8, 0.5, 1.0, "uninformative"),
+        (100, 0.0, 1.0, "poisson", "consistent"),
+        (100, 0.5, 1.0, "poisson", "falsified"),
+        (100, 0.5, 8.0, "unheard_of", "uninformative"),
+        (100, 0.5, 8.0, "poisson", "falsified"),
+        (4, 0.5, 1.0, "poisson", "uninformative"),
     ],
 )
-def test_verdicts(make_run, num_units, shift, epsilon, expected):
-    facts = analyse.analyse_run(make_run(num_units, shift=shift, epsilon=epsilon))
+def test_verdicts(make_run, num_units, shift, epsilon, scheme, expected):
+    """At epsilon 8 one pair allows everything to 100 users; the whole curve of the mechanism does not."""
+    sampling = {"scheme": scheme, "sampling_prob": 0.05}
+    facts = analyse.analyse_run(make_run(num_units, shift=shift, epsilon=epsilon, sampling=sampling))
     assert facts["verdict"] == facts["results"]["token_mean"]["verdict"] == expected
     assert facts["verdict_reason"]
 

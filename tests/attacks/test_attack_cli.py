@@ -54,9 +54,10 @@ def test_analyse_then_report(monkeypatch, capsys, make_run):
 
 def test_score_hands_over_to_the_scoring_stage(monkeypatch, capsys, tmp_path):
     calls = []
-    monkeypatch.setattr(score, "score_run", lambda run, batch_tokens: calls.append((run, batch_tokens)))
-    assert call(monkeypatch, capsys, "score", tmp_path, "--batch-tokens", "512")[0] == 0
-    assert calls == [(pathlib.Path(tmp_path), 512)]
+    monkeypatch.setattr(score, "score_run", lambda run, options, documents_of: calls.append((run, options)))
+    arguments = ("--batch-tokens", "512", "--variants", "lowercase")
+    assert call(monkeypatch, capsys, "score", tmp_path, *arguments)[0] == 0
+    assert calls == [(pathlib.Path(tmp_path), score.ScoreOptions(batch_tokens=512, variants="lowercase"))]
 
 
 @pytest.mark.parametrize("command", ["analyse", "report"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 
 from attacks.analyse import analyse_run
 from attacks.cli import app
+from attacks.documents import compose_batches
 from attacks.errors import AttackInputError
-from attacks.score import Document, compose_batches, score_run
-from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, read_signals
+from attacks.score import ScoreOptions, score_run
+from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.models import load_adapter, load_base, load_tokenizer
@@ -35,10 +37,12 @@ def finished(tree, tmp_path):
 
 
 def test_signals_are_the_models_log_probabilities(finished, tiny_llama):
-    score_run(finished, batch_tokens=64)
+    score_run(finished, ScoreOptions(batch_tokens=64))
     rows = read_signals(finished / SIGNALS_PATH)
     manifest = json.loads((finished / "secret" / "manifest.json").read_text())
-    assert len(rows) == sum(map(len, manifest["attacker"].values()))
+    fresh = [row for row in rows if row.kind == FRESH]
+    assert len(fresh) == sum(map(len, manifest["attacker"].values()))
+    assert {row.kind for row in rows} == {FRESH, TRAINING}
     assert {row.side for row in rows} == {HELD_IN, HELD_OUT}
     assert len({row.user for row in rows}) == len(manifest["attacker"])
 
@@ -50,11 +54,20 @@ def test_signals_are_the_models_log_probabilities(finished, tiny_llama):
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
     names = {pseudonym(RunDirectory(finished).load_key("pseudonym"), user): user for user in texts}
     for signal in rows:
+        assert (int(signal.document) in manifest["attacker"][names[signal.user]]) == (signal.kind == FRESH)
         text = texts[names[signal.user]][int(signal.document)]
         ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False)["input_ids"], 0]])[:, :24]
         with torch.no_grad():
-            log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+            every = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        log_probs = every.gather(1, ids[0, 1:, None])[:, 0]
+        mean = (every.exp() * every).sum(-1)
+        variance = (every.exp() * (every - mean[:, None]) ** 2).sum(-1)
         assert np.abs(signal.target_logp - log_probs.numpy()).max() < 1e-4
+        assert np.abs(signal.target_mean - mean.numpy()).max() < 1e-4
+        assert np.abs(signal.target_variance - variance.numpy()).max() < 1e-3
+        assert signal.target_correct.tolist() == (every.argmax(-1) == ids[0, 1:]).tolist()
+        assert signal.token_ids.tolist() == ids[0, 1:].tolist()
+        assert (signal.num_bytes, signal.zlib_bytes) == (len(text), len(zlib.compress(text.encode())))
     assert any(not np.array_equal(row.target_logp, row.base_logp) for row in rows)
 
 
@@ -63,10 +76,10 @@ def source_of(run) -> pathlib.Path:
 
 
 def test_signals_do_not_depend_on_the_batch(finished):
-    score_run(finished, batch_tokens=1)
+    score_run(finished, ScoreOptions(batch_tokens=1))
     alone = read_signals(finished / SIGNALS_PATH)
     (finished / SIGNALS_PATH).unlink()
-    score_run(finished, batch_tokens=4096)
+    score_run(finished, ScoreOptions(batch_tokens=4096))
     for one, other in zip(alone, read_signals(finished / SIGNALS_PATH), strict=True):
         assert (one.user, one.document, one.side) == (other.user, other.document, other.side)
         assert np.abs(one.target_logp - other.target_logp).max() < 1e-4
@@ -75,7 +88,7 @@ def test_signals_do_not_depend_on_the_batch(finished):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_one_and_two_ranks_write_the_same_bytes_and_the_report_follows(finished):
-    score_run(finished, batch_tokens=2048)
+    score_run(finished, ScoreOptions(batch_tokens=2048))
     alone = (finished / SIGNALS_PATH).read_bytes()
     (finished / SIGNALS_PATH).unlink()
     done = jobs.run("attacks", "score", finished)
@@ -94,7 +107,7 @@ def test_altered_data_or_manifest_is_refused(finished, tmp_path):
     body["held_in"], body["held_out"] = body["held_out"], body["held_in"]
     manifest.write_text(json.dumps(body))
     with pytest.raises(AttackInputError, match="does not match its seal"):
-        score_run(finished, batch_tokens=64)
+        score_run(finished, ScoreOptions(batch_tokens=64))
     manifest.write_text(sealed)
     data = str(source_of(finished))
     copy = tmp_path / "copy.jsonl"
@@ -104,17 +117,16 @@ def test_altered_data_or_manifest_is_refused(finished, tmp_path):
     config = finished / "secret" / "config.yaml"
     config.write_text(config.read_text().replace(data, str(copy)))
     with pytest.raises(AttackInputError, match="the data changed"):
-        score_run(finished, batch_tokens=64)
+        score_run(finished, ScoreOptions(batch_tokens=64))
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(AttackInputError, match="no run at"):
-        score_run(tmp_path / "none", batch_tokens=64)
+        score_run(tmp_path / "none")
 
 
 def test_batches_hold_every_document_once_within_the_limit():
-    rng = np.random.default_rng(0)
-    documents = [Document(f"u{i % 7}", i, HELD_IN, np.zeros(int(n))) for i, n in enumerate(rng.integers(2, 60, 100))]
-    batches = list(compose_batches(documents, 128))
-    assert sorted(d.index for batch in batches for d in batch) == list(range(100))
-    assert all(max(len(d.tokens) for d in batch) * len(batch) <= 128 for batch in batches)
+    lengths = np.random.default_rng(0).integers(2, 60, 100).tolist()
+    batches = list(compose_batches(lengths, 128))
+    assert sorted(place for batch in batches for place in batch) == list(range(100))
+    assert all(max(lengths[place] for place in batch) * len(batch) <= 128 for batch in batches)

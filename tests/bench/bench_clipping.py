@@ -1,29 +1,34 @@
 """What clipping costs: plain training, ours and Opacus, alternating in one process on the same rows.
 
-    python -m tests.bench.bench_clipping [SCENARIO ...] [--rounds N]
+    python -m tests.bench.bench_clipping [SCENARIO ...] [--rounds N] [--profile]
 
 Prints a Markdown table of medians of CPU time on one thread. A step is forward, backward and the (clipped) sum of
 gradients of one microbatch; noise and optimizer are left out on every side. Memory is the peak of weights plus all
-tensors of the step.
+tensors of the step. ``--profile`` prints instead where a step of ours spends its time beyond a plain one, and the
+arithmetic limit: the operations that the norms need, over those of plain training.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import gc
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from privtrain.clipping import PerUnitClipper
+from privtrain.clipping import PerUnitClipper, batched, factors, passes
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.layout import Layout
@@ -85,15 +90,26 @@ SCENARIOS = {
     "lora": Scenario("LoRA r=16, 8 examples of 128 tokens", lora, 8, 128, 1, _ALL),
     "lora_users": Scenario("LoRA r=16, 2 users of 4 x 128 tokens", lora, 8, 128, 4, ("plain", "ours")),
     "lora_long": Scenario("LoRA r=16, 1 example of 1024 tokens", lora, 1, 1024, 1, _ALL),
-    "full": Scenario("all weights, 4 examples of 128 tokens", full, 4, 128, 1, ("plain", "batched", "one_unit")),
-    "full_users": Scenario("all weights, 2 users of 4 x 128 tokens", full, 8, 128, 4, ("plain", "batched", "one_unit")),
+    "full_small": Scenario("all weights, 4 examples of 128 tokens", full, 4, 128, 1, ("plain", "batched", "one_unit")),
+    "full": Scenario("all weights, 8 examples of 128 tokens", full, 8, 128, 1, ("plain", "batched", "two_pass")),
+    "full_users": Scenario(
+        "all weights, 2 users of 4 x 128 tokens", full, 8, 128, 4, ("plain", "batched", "two_pass", "one_unit")
+    ),
     "full_checkpointed": Scenario(
+        "all weights, checkpointed, 8 examples of 128 tokens",
+        full_checkpointed,
+        8,
+        128,
+        1,
+        ("plain", "ours", "batched", "one_unit"),
+    ),
+    "full_users_checkpointed": Scenario(
         "all weights, checkpointed, 2 users of 4 x 128 tokens",
         full_checkpointed,
         8,
         128,
         4,
-        ("plain", "batched", "one_unit"),
+        ("plain", "ours", "batched", "one_unit"),
     ),
     "embedding": Scenario(
         "embedding of 262,144 x 640, 4 examples of 128 tokens", wide_vocabulary, 4, 128, 1, ("plain", "ours")
@@ -163,6 +179,7 @@ STEPS: dict[str, Step] = {
     "plain": plain,
     "ours": clipped("auto"),
     "batched": clipped("batched"),
+    "two_pass": clipped("two_pass"),
     "one_unit": clipped("one_unit"),
     "opacus_hooks": opacus_hooks,
     "opacus_ghost": opacus_ghost,
@@ -226,12 +243,85 @@ def run(scenario: Scenario, rounds: int) -> Iterator[str]:
         yield f"| {scenario.title} | {name} | {' | '.join(cells)} |"
 
 
+@contextlib.contextmanager
+def _timed(seconds: collections.Counter[str], operations: collections.Counter[str]) -> Iterator[None]:
+    """Count CPU seconds in the clipper's own parts, and the operations of its products."""
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            started = time.process_time()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                seconds[name] += time.process_time() - started
+
+        return run
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(first: torch.Tensor, *arguments: Any) -> Any:
+            units, num_tokens, width = first.shape if first.dim() == 3 else (1, 0, 0)
+            operations[name] += 2 * units * num_tokens**2 * width
+            return function(first, *arguments)
+
+        return run
+
+    parts = {
+        "fp32 Gram matrices": (factors.GramCache, "_product"),
+        "float64 Gram matrices": (factors, "_gram_float64"),
+        "all norms": (batched.UnitGradients, "measure"),
+        "per-unit products": (batched.UnitGradients, "_multiplied"),
+        "clipped sum of what was kept": (batched.UnitGradients, "add_weighted"),
+        "clipped sum in a second pass": (batched.UnitGradients, "add_now"),
+        "first pass": (passes.Passes, "first"),
+        "second pass": (passes.Passes, "again"),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (owner, attribute) in parts.items():
+            original = owner.__dict__[attribute]
+            function = original.__func__ if isinstance(original, staticmethod) else original
+            wrapped = timed(name, counted(name, function) if "Gram" in name else function)
+            stack.callback(setattr, owner, attribute, original)
+            setattr(owner, attribute, staticmethod(wrapped) if isinstance(original, staticmethod) else wrapped)
+        yield
+
+
+def explain(scenario: Scenario) -> Iterator[str]:
+    """Where the extra time of our contenders goes."""
+    model = scenario.model()
+    model.train()
+    batch = rows_of(scenario, model.get_input_embeddings().num_embeddings)
+    plain(model, batch)
+    with FlopCounterMode(display=False) as counter:
+        plain(model, batch)
+    whole = counter.get_total_flops()
+    before = seconds_of(plain, model, batch)
+    for name in scenario.contenders:
+        if name not in ("ours", "batched", "two_pass"):
+            continue
+        STEPS[name](model, batch)
+        seconds: collections.Counter[str] = collections.Counter()
+        operations: collections.Counter[str] = collections.Counter()
+        with _timed(seconds, operations):
+            after = seconds_of(STEPS[name], model, batch)
+        yield f"{scenario.title}, {name}: {after:.2f} s, plain {before:.2f} s"
+        for part, spent in seconds.most_common():
+            yield f"  {part:30} {spent:7.2f} s  {spent / before:5.1%} of plain"
+        for part, number in operations.items():
+            yield f"  {part:30} {number / 1e9:7.1f} Gflop, {number / whole:5.1%} of plain's {whole / 1e9:.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), choices=[*SCENARIOS, []])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="where the extra time goes, and the arithmetic limit")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.profile:
+        for name in arguments.scenarios:
+            for line in explain(SCENARIOS[name]):
+                print(line, flush=True)
+        return
     print("| step | method | time | / plain | peak memory | / plain |\n|---|---|---|---|---|---|")
     for name in arguments.scenarios:
         for line in run(SCENARIOS[name], arguments.rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from privtrain.ledger import read_records, verify
 from privtrain.ledger.view import verify_run
 from tests import jobs
 from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.privtrain.ledgers import contents, drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -118,10 +120,7 @@ def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
     two = load_file(uninterrupted / "adapter" / "adapter_model.safetensors")
     for name, value in alone.items():
         assert np.abs(value - two[name]).max() < 1e-5, name
-    intents = [
-        [r["units"] for r in read_records(place / "runs" / n / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
-        for n in ("alone", "uninterrupted")
-    ]
+    intents = [contents(place / "runs" / n / "secret" / "ledger.jsonl") for n in ("alone", "uninterrupted")]
     assert intents[0] == intents[1], "the sample depends on the world size"
 
 
@@ -130,11 +129,39 @@ def test_empty_steps_and_ranks_without_users_finish(place):
     done = jobs.run("privtrain", "train", path)
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs" / "sparse"
-    sizes = [len(r["units"]) for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
+    sizes = [r["num_units"] for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
     assert 0 in sizes, "no step drew nobody; choose another seed"
     assert 1 in sizes, "no rank went without a user; choose another seed"
     assert len(sizes) == 16
     assert "16 committed" in verify_run(run)
+
+
+def test_random_allocation_survives_a_kill_and_another_world_size(place):
+    """Killed inside an epoch and resumed on two ranks, or alone: the same draw, every user once an epoch."""
+    from privtrain.training.job import train
+
+    settings = {"sampling": "random_allocation", "sampling_prob": None, "steps_per_epoch": 6, "num_steps": 12}
+    path = config(place, "allocated", **settings)
+    run = place / "runs" / "allocated"
+    job = jobs.start("privtrain", "train", path)
+    assert jobs.wait_for_checkpoint(job, run, 4, timeout_seconds=120)
+    jobs.kill_rank(job, 1)
+    done = jobs.run("privtrain", "train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(config(place, "allocated-alone", **settings))
+    drawn = []
+    for name in ("allocated", "allocated-alone"):
+        steps = contents(place / "runs" / name / "secret" / "ledger.jsonl")
+        drawn.append([set(steps[key]) for key in sorted(steps)])
+    assert drawn[0] == drawn[1], "the sample depends on the world size or on what was drawn before"
+    assert len(drawn[0]) == 12
+    first, second = (sorted(itertools.chain(*drawn[0][i : i + 6])) for i in (0, 6))
+    assert first == second
+    assert len(first) == len(set(first)) > 10
+    statement = json.loads((run / "privacy.json").read_text())
+    assert statement["sampling"]["scheme"] == "random_allocation"
+    assert statement["steps_accounted"] == 12
+    assert statement["accountants"][0]["method"] == "allocation"
 
 
 def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place, uninterrupted):
@@ -145,8 +172,7 @@ def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place
         (run / released).unlink()
     shutil.rmtree(run / "adapter")
     ledger = run / "secret" / "ledger.jsonl"
-    lines = ledger.read_bytes().splitlines(keepends=True)
-    ledger.write_bytes(b"".join(line for line in lines if b'"kind":"release"' not in line)[:])
+    drop_records(ledger, "release")
     newest = sorted((run / "checkpoints").iterdir())[-1]
     shutil.rmtree(newest)
     kept = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "summary.json").read_text())["step"]

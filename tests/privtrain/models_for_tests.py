@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 
-from privtrain.clipping import PerUnitClipper
+from privtrain.clipping import PerUnitClipper, clipper
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.microbatch import Packer
@@ -95,10 +96,19 @@ def brute_force_sum(
 
 
 def make_clipper(
-    model: torch.nn.Module, layout: Layout, clipping_norm: float, losses: RowLosses | None = None, **options: str
+    model: torch.nn.Module,
+    layout: Layout,
+    clipping_norm: float,
+    losses: RowLosses | None = None,
+    *,
+    kept_share: float = 0.0,
+    **options: str,
 ) -> PerUnitClipper:
+    """A clipper whose two-pass route keeps nothing that it need not keep, unless told otherwise."""
     default = lambda ids, mask: row_losses(model, ids, mask)  # noqa: E731
-    return PerUnitClipper(model, layout, clipping_norm, losses or default, torch.device("cpu"), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clipper, "_KEPT_SHARE", kept_share)
+        return PerUnitClipper(model, layout, clipping_norm, losses or default, torch.device("cpu"), **options)
 
 
 def clipped_sum(

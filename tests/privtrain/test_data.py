@@ -12,9 +12,10 @@ from scipy import stats
 
 from privtrain.config.schema import DataSection, ModelSection
 from privtrain.data.corpus import group_by_user, load_corpus
+from privtrain.data.encode import Encoder
 from privtrain.data.plays import parse_play, read_plays
 from privtrain.data.split import seal, split_users
-from privtrain.data.units import build_units, tokenize
+from privtrain.data.units import build_units
 from privtrain.errors import ConfigError
 from privtrain.models import load_tokenizer
 from privtrain.secret import SecretKey
@@ -110,17 +111,19 @@ def test_units_are_users_or_examples(tiny_llama):
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
     corpus = corpus_of(30)
     split = split_users(corpus, section("x", held_out_fraction=0.3), SecretKey.insecure(0, "root"))
-    users = build_units(corpus, split, tokenizer, unit="user", max_length=64)
+    encoder = Encoder(section("x", max_length=64), tokenizer)
+    users = build_units(corpus, split, encoder, unit="user")
     assert list(users.names) == list(split.training)
-    examples = build_units(corpus, split, tokenizer, unit="example", max_length=64)
+    examples = build_units(corpus, split, encoder, unit="example")
     assert len(examples) == sum(map(len, users.records))
     assert all(len(records) == 1 for records in examples.records)
 
 
 def test_tokens_are_marked_cut_and_counted(tiny_llama):
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
-    (short, long), num_truncated = tokenize(["ab", "x" * 50], tokenizer, 10)
-    assert num_truncated == 1
+    encoded = Encoder(section("x", max_length=10), tokenizer).encode(["ab", "x" * 50])
+    short, long = (record.tokens for record in encoded.records)
+    assert (encoded.num_truncated, encoded.num_without_target) == (1, 0)
     assert (len(short), len(long)) == (4, 10)
     assert short[0] == short[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(short[1:-1]) == "ab"

@@ -118,14 +118,18 @@ def test_clipped_sum_equals_the_float64_loop(name, method, unit):
     double = copy.deepcopy(model).double()
     reference_layout = Layout.of(double)
     users = users_of(unit)
-    routes = ["one_unit"] if name in ONLY_ONE_UNIT else ["batched", "one_unit"]
+    routes = ["one_unit"] if name in ONLY_ONE_UNIT else ["batched", "two_pass", "one_unit"]
     for style in ("flat", "per_layer", "automatic"):
         reference = brute_force_sum(
             double, reference_layout, users, 0.3, style=style, losses=reference_losses_of(name, double)
         )
         for route in routes:
             clipper = make_clipper(model, layout, 0.3, losses_of(name, model), style=style, route=route)
-            for microbatch_size in (2, 16):
+            for microbatch_size, share in ((2, 0.0), (16, 0.3)):
+                if route == "two_pass":  # nothing is kept, and some tensors are
+                    clipper = make_clipper(
+                        model, layout, 0.3, losses_of(name, model), style=style, route=route, kept_share=share
+                    )
                 error = relative_error(clipped_sum(clipper, users, microbatch_size), reference)
                 assert error < 1e-5, (style, route, microbatch_size, error)
             assert clipper.route == route

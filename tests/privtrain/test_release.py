@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
-import re
 import socket
+import uuid
 
 import peft
 import pytest
@@ -12,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from privtrain.config import validate
-from privtrain.errors import LedgerCorrupt
+from privtrain.errors import LedgerCorrupt, PrivtrainError
+from privtrain.ledger import read_records
 from privtrain.ledger.view import print_ledger, verify_run
 from privtrain.tracking import METRICS, Release
 from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
 from privtrain.training.job import train
 from tests.conftest import write_config
+from tests.privtrain.ledgers import contents, rewrite_head
 
 
 @pytest.fixture
@@ -38,20 +42,27 @@ def public_files(run):
     return [p for p in run.rglob("*") if p.is_file() and not {"secret", "checkpoints"} & set(p.relative_to(run).parts)]
 
 
+def forms_of(digits: str) -> list[str]:
+    """How a key or a pseudonym could appear in a file."""
+    raw = bytes.fromhex(digits)
+    forms = [digits, digits.upper(), raw.decode("latin-1"), base64.b64encode(raw).decode().rstrip("=")]
+    return [*forms, str(uuid.UUID(hex=digits[:32]))]
+
+
 def test_nothing_private_is_in_any_public_file(finished):
     secrets = [key.read_text().strip() for key in (finished / "secret").glob("*.key")]
     assert len(secrets) == 3
-    ledger = (finished / "secret" / "ledger.jsonl").read_text()
-    pseudonyms = set(re.findall(r'\["([0-9a-f]{32})",\d+\]', ledger))
+    pseudonyms = {name for step in contents(finished / "secret" / "ledger.jsonl").values() for name in step}
     assert pseudonyms
+    manifest = json.loads((finished / "secret" / "manifest.json").read_text())
+    users = [*manifest["held_in"], *manifest["held_out"]]
+    assert all(user.startswith("user-") for user in users)
     private_names = [name for name, release in METRICS.items() if release is not Release.PUBLIC]
     assert fingerprint_of(finished) not in secrets
     forbidden = [
         fingerprint_of(finished),
-        *secrets,
-        *(bytes.fromhex(s).decode("latin-1") for s in secrets),
-        *pseudonyms,
-        "user-0",
+        *(form for secret in [*secrets, *pseudonyms] for form in forms_of(secret)),
+        *users,
         *private_names,
     ]
     files = public_files(finished)
@@ -70,13 +81,34 @@ def test_nothing_private_is_in_any_public_file(finished):
 def test_secret_files_are_the_owners_alone(finished):
     for place in ("secret", "checkpoints"):
         assert (finished / place).stat().st_mode & 0o777 == 0o700
-    for file in (finished / "secret").iterdir():
-        assert file.name == "lock" or file.stat().st_mode & 0o077 == 0, file
+    for file in [*(finished / "secret").rglob("*"), *(finished / "checkpoints").rglob("*")]:
+        assert file.stat().st_mode & 0o077 == 0, file
+
+
+def test_wide_files_are_closed_at_the_start_and_wide_directories_refused(tree, tmp_path, capsys):
+    path = write_config(tree, tmp_path / "c.yaml")
+    train(path)
+    run = tmp_path / "runs" / "tiny"
+    segment = next((run / "secret" / "ledger").glob("*.parquet"))
+    segment.chmod(0o644)
+    segment.parent.chmod(0o750)
+    train(path)
+    assert f"closed to other users: {segment.parent}" in capsys.readouterr().out
+    assert (segment.stat().st_mode & 0o777, segment.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    (run / "checkpoints").chmod(0o710)
+    with pytest.raises(PrivtrainError, match="can be read by other users"):
+        train(path)
 
 
 def test_what_became_of_the_rows_is_counted_in_secret(finished):
     counts = json.loads((finished / "secret" / "data_counts.json").read_text())
-    assert set(counts) == {"num_rows", "num_without_user", "num_empty", "num_truncated_training_records"}
+    assert set(counts) == {
+        "num_rows",
+        "num_without_user",
+        "num_empty",
+        "num_truncated_training_records",
+        "num_training_records_without_target",
+    }
     assert counts["num_rows"] > 24
     assert counts["num_truncated_training_records"] > 0
 
@@ -120,8 +152,41 @@ def test_a_statement_that_quotes_another_ledger_is_found(finished, capsys):
     assert "intent" in capsys.readouterr().out
     ledger = finished / "secret" / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(LedgerCorrupt, match="records were removed"):
+        verify_run(finished)
+    rewrite_head(ledger)
     with pytest.raises(LedgerCorrupt, match="quotes ledger head"):
         verify_run(finished)
+
+
+def edit_statement(run, **values):
+    statement = json.loads((run / "privacy.json").read_text())
+    for key, value in values.items():
+        *parents, last = key.split("__")
+        functools.reduce(dict.__getitem__, parents, statement)[last] = value
+    (run / "privacy.json").write_text(json.dumps(statement))
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"steps_released": 3},
+        {"ledger__num_commits": 3},
+        {"contribution_bound__records_per_unit_per_step": 2},
+        {"num_steps": 3},
+    ],
+)
+def test_a_statement_that_the_ledger_does_not_bear_out_is_found(finished, claim):
+    edit_statement(finished, **claim)
+    with pytest.raises(LedgerCorrupt, match=next(iter(claim)).rpartition("__")[2] if "num_steps" not in claim else "4"):
+        verify_run(finished)
+
+
+def test_a_head_that_was_noted_must_be_in_the_log(finished):
+    heads = [record["hash"] for record in read_records(finished / "secret" / "ledger.jsonl")]
+    assert "contains the head given" in verify_run(finished, heads[2])
+    with pytest.raises(LedgerCorrupt, match="never had head"):
+        verify_run(finished, "0" * 64)
 
 
 class Recorder:

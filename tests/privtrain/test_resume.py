@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -25,35 +27,35 @@ def go_on(state, *, step, generation=0, environment="e", num_steps=10):
 
 
 def test_a_fresh_run_begins_at_zero():
-    assert go_on(LedgerState(), step=0) == Continuation(0, 0, 10, 0, 0)
+    assert go_on(LedgerState(), step=0) == Continuation(0, 0, 10, 0, 0, 0)
 
 
 def test_the_same_environment_replays_for_free():
     state = state_of([(0, s, "e") for s in range(7)])
-    assert go_on(state, step=5) == Continuation(0, 5, 10, 2, 0)
+    assert go_on(state, step=5) == Continuation(0, 5, 10, 2, 0, 0)
 
 
 def test_another_environment_past_the_checkpoint_is_a_new_generation_with_fewer_steps():
     state = state_of([(0, s, "e") for s in range(7)])
-    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 8, 0, 2)
+    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 8, 0, 2, 5)
 
 
 def test_another_environment_at_the_checkpoint_is_a_new_generation_that_loses_nothing():
     """A copy of the directory may be drawing the next steps from the old secret under the old environment."""
     state = state_of([(0, s, "e") for s in range(5)])
-    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 10, 0, 0)
-    assert go_on(state, step=5) == Continuation(0, 5, 10, 0, 0)
+    assert go_on(state, step=5, environment="other") == Continuation(1, 5, 10, 0, 0, 5)
+    assert go_on(state, step=5) == Continuation(0, 5, 10, 0, 0, 0)
 
 
 def test_steps_of_two_environments_are_not_replayed_in_one():
     state = state_of([(0, s, "e") for s in range(5)] + [(0, s, "f") for s in range(5, 7)])
-    assert go_on(state, step=5, environment="f") == Continuation(0, 5, 10, 2, 0)
-    assert go_on(state, step=4, environment="f") == Continuation(1, 4, 7, 0, 3)
+    assert go_on(state, step=5, environment="f") == Continuation(0, 5, 10, 2, 0, 0)
+    assert go_on(state, step=4, environment="f") == Continuation(1, 4, 7, 0, 3, 4)
 
 
 def test_a_spent_budget_leaves_the_checkpoint_as_it_is():
     state = state_of([(0, s, "e") for s in range(10)])
-    assert go_on(state, step=6, environment="other") == Continuation(1, 6, 6, 0, 4)
+    assert go_on(state, step=6, environment="other") == Continuation(1, 6, 6, 0, 4, 6)
 
 
 @pytest.mark.parametrize(("step", "generation"), [(8, 0), (3, 1)])
@@ -73,3 +75,32 @@ def test_charged_steps_never_exceed_the_plan(data, num_steps, num_abandoned, sam
     newly_charged = result.end_step - result.start_step - result.num_replayed
     assert newly_charged >= 0
     assert state.num_charged + newly_charged == num_steps
+
+
+@hypothesis.given(data=st.data(), period=st.integers(1, 6), num_epochs=st.integers(1, 6))
+def test_whatever_is_cut_short_whole_epochs_stay_within_the_plan(data, period, num_epochs):
+    """Any sequence of crashes with a new environment: each generation is charged in whole epochs of its own."""
+    num_steps, checkpoint = period * num_epochs, 0
+    state = LedgerState()
+    for session in range(4):
+        result = decide(
+            state,
+            num_steps=num_steps,
+            environment=str(session // 2),
+            checkpoint_step=checkpoint,
+            checkpoint_generation=state.path[checkpoint - 1].generation if checkpoint else 0,
+            period=period,
+        )
+        if result.generation != state.generation:
+            assert result.first_step == result.start_step
+            first_steps = {result.generation: result.first_step}
+        assert result.first_step == first_steps[result.generation]
+        state.generation, state.environment = result.generation, str(session // 2)
+        state.path = [entry for entry in state.path if entry.step < result.start_step]
+        stop = data.draw(st.integers(result.start_step + result.num_replayed, result.end_step))
+        for step in range(result.start_step, stop):
+            state.intents[result.generation, step] = ""
+            state.path.append(StepEntry(result.generation, step, str(session // 2)))
+        checkpoint = data.draw(st.integers(result.start_step, stop))
+        counts = Counter(generation for generation, _ in state.intents)
+        assert sum(-(-count // period) * period for count in counts.values()) <= num_steps

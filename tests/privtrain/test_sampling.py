@@ -12,7 +12,7 @@ from scipy import stats
 from privtrain.config.schema import PrivacySection
 from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.plan import PrivacyPlan
-from privtrain.sampling import DrawnUnit, PoissonSampler, deal
+from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 
 
@@ -30,7 +30,7 @@ def make_plan(**changes) -> PrivacyPlan:
 
 def test_the_draw_is_poisson_with_at_most_k_distinct_records():
     num_records = [1 + i % 7 for i in range(60)]
-    sampler = PoissonSampler(make_plan(), SecretKey.insecure(0, "s"), num_records)
+    sampler = UnitSampler(make_plan(), SecretKey.insecure(0, "s"), num_records)
     counts = np.zeros(60)
     sizes = []
     for step in range(2000):
@@ -53,9 +53,9 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
 
 def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
     plan, sizes = make_plan(), [3] * 40
-    first = PoissonSampler(plan, SecretKey.insecure(0, "s"), sizes)
-    again = PoissonSampler(plan, SecretKey.insecure(0, "s"), sizes)
-    other = PoissonSampler(plan, SecretKey.insecure(1, "s"), sizes)
+    first = UnitSampler(plan, SecretKey.insecure(0, "s"), sizes)
+    again = UnitSampler(plan, SecretKey.insecure(0, "s"), sizes)
+    other = UnitSampler(plan, SecretKey.insecure(1, "s"), sizes)
     assert first.draw(3) == again.draw(3)
     assert first.draw(3) != first.draw(4)
     assert first.draw(3) != other.draw(3)
@@ -63,8 +63,8 @@ def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
 
 def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
     sizes = [2] * 10
-    assert PoissonSampler(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
-    assert len(PoissonSampler(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
+    assert UnitSampler(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
+    assert len(UnitSampler(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
 
 
 @hypothesis.given(costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3))

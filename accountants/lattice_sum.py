@@ -1,0 +1,114 @@
+"""Bounds on the law of a sum of lattice laws under a tilt (points 2, 3, 4 and 6 of :mod:`accountants.tilted`)."""
+
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+from scipy import signal
+
+from accountants import lattice
+from accountants.mixtures import Array
+from accountants.window import Window
+
+_UNIT = 2.0**-53
+#: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.
+CHERNOFF = (24.0, 48.0, 96.0)
+
+
+class LatticePhase:
+    """One phase's lattice law with its count."""
+
+    def __init__(self, law: lattice.LatticeLaw, spacing: float, count: int) -> None:
+        self.law, self.spacing, self.count = law, spacing, count
+        with np.errstate(divide="ignore"):
+            self.log_mass = np.log(law.mass)
+        self.losses = law.origin + spacing * law.index
+
+    def tilt(self, tilt: float) -> tuple[Array, float]:
+        """The tilted law and the log of its normaliser."""
+        logs = self.log_mass + tilt * self.losses
+        top = float(np.max(logs))
+        weight = np.exp(logs - top)
+        total = float(np.sum(weight))
+        return weight / total, top + math.log(total)
+
+    def transform(self, tilt: float, length: int) -> tuple[np.typing.NDArray[np.complex128], float]:
+        """The discrete Fourier transform of the tilted law folded to ``length``, and its log normaliser."""
+        law, log_moment = self.tilt(tilt)
+        return np.fft.rfft(np.bincount(self.law.index % length, weights=law, minlength=length)), log_moment
+
+
+def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, reliable_from: float) -> Window:
+    """Bounds for the sum of all phases on ``length`` lattice points that start at or just above ``low``."""
+    spacing = phases[0].spacing
+    log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
+    log_envelope = np.zeros(length // 2 + 1)
+    per_step = np.zeros(length // 2 + 1)
+    log_moment = 0.0
+    error = 8 * _UNIT * (math.log2(length) + 2)
+    for phase in phases:
+        values, log_single = phase.transform(tilt, length)
+        magnitude = np.abs(values)
+        log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
+        per_step += phase.count * (error / (magnitude + error) + 4 * _UNIT)
+        log_moment += phase.count * log_single
+    probability = np.fft.irfft(np.exp(log_transform), length)
+    roundoff = 2 / length * float(np.exp(log_envelope) @ (per_step + error))
+
+    origin = math.fsum(phase.count * phase.law.origin for phase in phases)
+    start = math.ceil((low - origin) / spacing)
+    points = origin + spacing * (start + np.arange(length))
+    probability = np.roll(probability, -(start % length))
+    num_steps = sum(phase.count for phase in phases)
+    centre = reliable_from
+    largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
+    top, window = float(points[-1]), length * spacing
+    log_prefactor = log_moment - tilt * reliable_from
+    log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)
+    added = _exp(_log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top)
+    folded = _exp(_log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor)
+    folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
+    return Window(
+        points=points,
+        upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, centre),
+        lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, centre),
+        log_scale=log_moment - tilt * centre,
+        margin=num_steps * lattice.MASS_ERROR + 8 * length * _UNIT,
+        shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
+        added=added + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),
+        removed=folded + math.fsum(phase.count * phase.law.moved_mass for phase in phases),
+        reliable_from=reliable_from,
+        num_steps=num_steps,
+    )
+
+
+def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
+    """E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
+
+    By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
+    difference of two sums would cancel.
+    """
+    spacing = points[1] - points[0]
+    weight = probability * np.exp(np.minimum(tilt * (centre - points), 600.0))
+    exceed = np.cumsum(weight[::-1])[::-1]
+    ratio = math.exp(-spacing)
+    tail: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]
+    return np.append(tail[1:], 0.0)
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 0.0))
+
+
+def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge: float, window: float) -> float:
+    """Log of a Chernoff bound on the tilted probability of exceeding ``edge``."""
+    best = 0.0
+    for exponent in CHERNOFF:
+        change = exponent / window
+        moment = math.fsum(phase.count * phase.tilt(tilt + change)[1] for phase in phases)
+        best = min(best, moment - log_moment - change * edge)
+    return best

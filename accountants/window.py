@@ -1,0 +1,142 @@
+"""Certified ends of epsilon and delta, read off bounds on the lattice (points 4, 5 of :mod:`accountants.tilted`)."""
+
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import special
+
+from accountants.mixtures import Array
+
+#: Errors that are added on purpose are kept below exp(-MARGIN) times delta.
+MARGIN = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Bounds on the lattice delta' at lattice points; between two of them delta' is linear in e^epsilon.
+
+    Attributes:
+        points: increasing epsilons.
+        upper_values, lower_values: the bounds at each, decreasing, to be multiplied by ``exp(log_scale)``.
+        log_scale: see the values.
+        margin: relative error of all values.
+        shift: absolute error of every loss.
+        added: to be added to the upper bound.
+        removed: to be subtracted from the lower bound, valid from ``reliable_from`` on.
+        reliable_from: see ``removed``.
+        num_steps: the number of lattice laws composed, for the distribution of Xi.
+    """
+
+    points: Array
+    upper_values: Array
+    lower_values: Array
+    log_scale: float
+    margin: float
+    shift: float
+    added: float
+    removed: float
+    reliable_from: float
+    num_steps: int
+
+    def upper_delta(self, epsilon: float) -> float | None:
+        """A certified upper bound on delta; None outside the window."""
+        value = self._at(self.upper_values, epsilon - self.shift)
+        return None if value is None else min(self._scaled(value, self.margin) + self.added, 1.0)
+
+    def upper_epsilon(self, delta: float) -> float | None:
+        """The smallest epsilon of the window at which ``upper_delta`` is at most ``delta``; None outside."""
+        if delta <= self.added:
+            return None
+        log_target = math.log(delta - self.added) - self.log_scale - self.margin
+        if log_target > 600:
+            return None
+        target = math.exp(log_target)
+        after = int(np.searchsorted(-self.upper_values, -target, side="left"))
+        if after == 0 or after == len(self.points):
+            return None
+        left, right = self.points[after - 1], self.points[after]
+        high, low = self.upper_values[after - 1], self.upper_values[after]
+        part = float((high - target) / (high - low))
+        return float(left) + math.log1p(part * math.expm1(right - left)) + self.shift
+
+    def lower_delta(self, epsilon: float) -> float | None:
+        """A certified lower bound on delta (point 5 of the module's text); None outside the window."""
+        epsilon += self.shift
+        spacing = float(self.points[1] - self.points[0])
+        at = self._at(self.lower_values, epsilon)
+        reference = self._at(self.upper_values, epsilon)
+        if at is None or not reference or epsilon < self.reliable_from:
+            return None
+        lattice_delta = self._scaled(at, -self.margin) - self.removed
+        if lattice_delta <= 0:
+            return 0.0
+        steps = self.num_steps
+        # Hoeffding around the mean of Xi / h, which is n tanh(h / 4).
+        deviation = math.ceil(math.sqrt(steps * (MARGIN - math.log(lattice_delta))))
+        reach = min(steps, deviation + math.ceil(steps * math.tanh(spacing / 4)))
+        jumps = np.arange(-reach, reach + 1)
+        epsilons = epsilon - spacing * jumps
+        if spacing * reach > 50 or epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
+            return None
+        law = np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
+        # The delta at each jump left out is at most 1.
+        outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
+        values = self._many(self.upper_values, epsilons)
+        best = 0.0
+        ratio = np.exp(epsilons - epsilon)
+        for factor in (1.0, 1.5, 2.0, 3.0):
+            width = max(1, round(factor * math.sqrt(steps / 2)))
+            if width > reach:
+                width = reach
+            left, right = ratio[reach + width], ratio[reach - width]
+            part: Array = np.where(jumps > 0, (1 - ratio) / (1 - left), (ratio - 1) / (right - 1))
+            end: Array = np.where(jumps > 0, values[reach + width], values[reach - width])
+            inside = np.abs(jumps) <= width
+            known = float(law @ np.where(inside, part * end, values))
+            weight = float(law @ np.where(inside, 1 - part, 0.0))
+            rest = self._scaled(known, self.margin) + self.added + outside
+            if weight > 0:
+                best = max(best, (lattice_delta - rest) / weight)
+        return best
+
+    def lower_epsilon(self, delta: float, upper: float) -> float | None:
+        """An epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        spacing = float(self.points[1] - self.points[0])
+        good, step = None, spacing / 8
+        while (value := self.lower_delta(upper - step)) is not None:
+            if value >= delta:
+                good = upper - step
+                break
+            step *= 2
+        if good is None:
+            return None
+        bad = upper - step / 2
+        for _ in range(6):
+            middle = (good + bad) / 2
+            value = self.lower_delta(middle)
+            good, bad = (middle, bad) if value is not None and value >= delta else (good, middle)
+        return good
+
+    def _scaled(self, value: float, margin: float) -> float:
+        return math.exp(min(math.log(value) + self.log_scale + margin, 0.0)) if value > 0 else 0.0
+
+    def _at(self, values: Array, epsilon: float) -> float | None:
+        if not self.points[0] <= epsilon < self.points[-1]:
+            return None
+        return float(self._many(values, np.array([epsilon]))[0])
+
+    def _many(self, values: Array, epsilons: Array) -> Array:
+        spacing = self.points[1] - self.points[0]
+        before = np.clip(((epsilons - self.points[0]) / spacing).astype(np.int64), 0, len(self.points) - 2)
+        part = np.expm1(epsilons - self.points[before]) / math.expm1(spacing)
+        return values[before] * (1 - part) + values[before + 1] * part
+
+
+def _log_binomial(count: int, successes: np.typing.NDArray[np.int64], prob: float) -> Array:
+    failures = count - successes
+    logs = special.gammaln(count + 1) - special.gammaln(successes + 1) - special.gammaln(failures + 1)
+    return logs + successes * math.log(prob) + failures * math.log1p(-prob)

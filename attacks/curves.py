@@ -1,0 +1,127 @@
+"""How the headline attack depends on what the attacker holds and on whom they accuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from attacks import statistics
+from attacks.features import DocumentTable, Scored
+from attacks.lift import lift
+from attacks.protocol import BoolArray, FloatArray
+
+MIN_USERS = 5
+"""Fewer users on a side are not shown: a bucket of two says too much about both."""
+
+_NUM_BUCKETS = 4
+_PSEUDOCOUNT = 0.5
+
+
+def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, seed: int) -> list[dict[str, Any]]:
+    """AUROC against the number of documents that the attacker holds of each user, 1, 2, 4, ...
+
+    Only users with that many documents take part, each with that many drawn at random.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(scores))
+    shuffled = shuffled[np.argsort(table.owner[shuffled], kind="stable")]
+    starts = np.searchsorted(table.owner[shuffled], table.owner[shuffled], side="left")
+    rank = np.arange(len(scores)) - starts
+    held = np.bincount(table.owner, minlength=len(scored.users))
+    found, count = [], 1
+    while True:
+        chosen = shuffled[(rank < count) & (held[table.owner[shuffled]] >= count)]
+        point = _point(lift(scores[chosen], table.owner[chosen], len(scored.users)), scored.is_held_in)
+        if point is None:
+            return found
+        found.append({"num_documents": count, **point})
+        count *= 2
+
+
+def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) -> list[dict[str, Any]]:
+    """AUROC among users alike in something: quarters of all users, each side's members of a quarter compared.
+
+    Args:
+        values: [users] what they are alike in.
+        statistic: [users].
+        is_held_in: [users].
+
+    Returns:
+        One entry per quarter with at least ``MIN_USERS`` users a side; its ends are rounded.
+    """
+    known = ~np.isnan(values) & ~np.isnan(statistic)
+    if not known.any() or np.ptp(values[known]) == 0.0:
+        return []
+    edges = np.unique(np.quantile(values[known], np.linspace(0.0, 1.0, _NUM_BUCKETS + 1)))
+    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    found = []
+    for number in range(len(edges) - 1):
+        inside = known & (places == number)
+        point = _point(np.where(inside, statistic, np.nan), is_held_in)
+        if point is not None:
+            ends = [_two_digits(float(edges[number])), _two_digits(float(edges[number + 1]))]
+            found.append({"from": ends[0], "to": ends[1], **point})
+    return found
+
+
+def shares(scored: Scored) -> FloatArray:
+    """Each user's text over all that was trained on, as if the user had taken part."""
+    total = scored.num_bytes[scored.is_held_in].sum()
+    return scored.num_bytes / max(float(total), 1.0)
+
+
+def distinctness(scored: Scored) -> FloatArray:
+    """KL divergence in nats of each user's token frequencies from everybody else's, smoothed.
+
+    The quantity that proposition 1 of Kandpal et al. 2023 bounds the statistic with, for a model of single tokens.
+    """
+    if scored.tokens is None:
+        return np.full(len(scored.users), np.nan)
+    everybody = np.asarray(scored.tokens.sum(axis=0)).ravel()
+    found = np.empty(len(scored.users))
+    for number in range(len(scored.users)):
+        own = np.asarray(scored.tokens[number].todense()).ravel()
+        if not own.sum():
+            found[number] = np.nan
+            continue
+        others = everybody - own + _PSEUDOCOUNT
+        mine = own / own.sum()
+        used = mine > 0.0
+        found[number] = float((mine[used] * np.log(mine[used] / (others[used] / others.sum()))).sum())
+    return found
+
+
+def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:
+    """Who stands at the top: how many of the most exposed users were trained on, and how many would be by chance."""
+    known = np.flatnonzero(~np.isnan(statistic))
+    count = max(1, math.ceil(share * known.size))
+    top = known[np.argsort(-statistic[known], kind="stable")[:count]]
+    return {
+        "share": share,
+        "num_users": count,
+        "num_held_in": int(scored.is_held_in[top].sum()),
+        "num_held_in_by_chance": count * float(scored.is_held_in[known].mean()),
+        "median_num_records": _two_digits(float(np.median(scored.num_records[top]))),
+        "median_num_records_of_all": _two_digits(float(np.median(scored.num_records[known]))),
+    }
+
+
+def _point(statistic: FloatArray, is_held_in: BoolArray) -> dict[str, Any] | None:
+    known = ~np.isnan(statistic)
+    held_in, held_out = statistic[known & is_held_in], statistic[known & ~is_held_in]
+    if min(held_in.size, held_out.size) < MIN_USERS:
+        return None
+    interval = statistics.delong_interval(held_in, held_out)
+    return {
+        "auroc": statistics.auroc(held_in, held_out),
+        "interval": [interval.lower, interval.upper],
+        "num_held_in": int(held_in.size),
+        "num_held_out": int(held_out.size),
+    }
+
+
+def _two_digits(value: float) -> float:
+    """Rounded, so that an edge is not one user's exact value."""
+    return float(f"{value:.2g}")

@@ -1,0 +1,221 @@
+"""One pass over the signals: every attack's number per document, and what is known of documents and users beside it.
+
+Token arrays are read once and dropped, so memory grows with documents only by a few numbers each.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+
+from attacks import user_inference
+from attacks.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
+from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals, iterate_signals
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DocumentTable:
+    """The documents of one kind, sorted by side, user and document.
+
+    Attributes:
+        owner: [documents] place of the owner in the user table.
+        keys: (user, document) of each.
+        num_tokens: [documents].
+        mean_logp: [documents] mean log-probability per token under the attacked model.
+        scores: attack or statistic to [documents] scores.
+        missing: attack to the signal that it lacks.
+    """
+
+    owner: IntArray
+    keys: list[tuple[str, str]]
+    num_tokens: IntArray
+    mean_logp: FloatArray
+    scores: Mapping[str, FloatArray]
+    missing: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """What the analysis works on.
+
+    Attributes:
+        users: pseudonyms, sorted by side and name.
+        is_held_in: [users].
+        num_records: [users] records that training could use.
+        num_bytes: [users] bytes of text in them.
+        documents: kind to its documents.
+        tokens: [users, vocabulary] counts of tokens in the user's fresh documents; None without token ids.
+        traits: name to [users] what a fresh document of the user looks like to someone without any model.
+        languages: [users] the commonest language of the user's fresh documents.
+    """
+
+    users: list[str]
+    is_held_in: BoolArray
+    num_records: IntArray
+    num_bytes: IntArray
+    documents: Mapping[str, DocumentTable]
+    tokens: scipy.sparse.csr_matrix | None
+    traits: Mapping[str, FloatArray]
+    languages: list[str]
+
+
+def _ignore(row: DocumentSignals) -> None:
+    """Watches nothing."""
+
+
+def collect(
+    rows: Iterable[DocumentSignals],
+    attacks: Iterable[DocumentAttack],
+    watch: Callable[[DocumentSignals], None] = _ignore,
+) -> Scored:
+    """Scores every document by every attack that its signals suffice for.
+
+    Args:
+        rows: the signals.
+        attacks: those that score one document at a time.
+        watch: shown every row, for panels of their own.
+    """
+    attacks = list(attacks)
+    kept: dict[str, list[_Summary]] = collections.defaultdict(list)
+    counts: dict[tuple[str, str], collections.Counter[int]] = {}
+    facts: dict[tuple[str, str], tuple[int, int]] = {}
+    missing: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for row in rows:
+        watch(row)
+        user = (row.side, row.user)
+        facts[user] = (row.user_num_records, row.user_num_bytes)
+        scores = user_inference.document_log_ratios(row)
+        for attack in attacks:
+            lacking = missing[row.kind].get(attack.name) or attack.missing(row)
+            if lacking is None:
+                scores[attack.name] = attack.score(row)
+            else:
+                missing[row.kind][attack.name] = lacking
+        kept[row.kind].append(_Summary.of(row, scores))
+        if row.kind == FRESH and row.token_ids is not None:
+            counts.setdefault(user, collections.Counter()).update(row.token_ids.tolist())
+    order = sorted(facts)
+    place = {user: number for number, user in enumerate(order)}
+    tables = {}
+    for kind in (FRESH, TRAINING):
+        tables[kind] = _table(kept[kind], place, missing[kind])
+    traits, languages = _traits(kept[FRESH], place)
+    return Scored(
+        users=[user for _, user in order],
+        is_held_in=np.array([side == HELD_IN for side, _ in order], dtype=np.bool_),
+        num_records=np.array([facts[user][0] for user in order], dtype=np.int64),
+        num_bytes=np.array([facts[user][1] for user in order], dtype=np.int64),
+        documents=tables,
+        tokens=_matrix(counts, order) if counts else None,
+        traits=traits,
+        languages=languages,
+    )
+
+
+def under_other_models(
+    table: DocumentTable, scored: Scored, references: Iterable[pathlib.Path]
+) -> UnderOtherModels | None:
+    """The same documents under shadow models.
+
+    Args:
+        table: documents of one kind.
+        scored: the users.
+        references: signals of the same documents under each shadow.
+
+    Returns:
+        None without documents or shadows.
+
+    Raises:
+        KeyError: if a shadow lacks a document.
+    """
+    columns, inside = [], []
+    for path in references:
+        means, sides = {}, {}
+        for row in iterate_signals(path):
+            means[row.user, row.document] = float(row.target_logp.mean(dtype=np.float64))
+            sides[row.user] = row.side == HELD_IN
+        columns.append([means[key] for key in table.keys])
+        inside.append([sides[scored.users[owner]] for owner in table.owner])
+    if not columns or not table.keys:
+        return None
+    return UnderOtherModels(table.mean_logp, np.array(columns).T, np.array(inside).T)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Summary:
+    """A document without its tokens."""
+
+    user: tuple[str, str]
+    document: str
+    num_tokens: int
+    mean_logp: float
+    scores: Mapping[str, float]
+    num_bytes: int
+    zlib_bytes: int
+    date: float | None
+    language: str | None
+
+    @classmethod
+    def of(cls, row: DocumentSignals, scores: Mapping[str, float]) -> _Summary:
+        mean = float(row.target_logp.mean(dtype=np.float64))
+        facts = (row.num_bytes, row.zlib_bytes, row.date, row.language)
+        return cls((row.side, row.user), row.document, row.num_tokens, mean, scores, *facts)
+
+
+def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]) -> DocumentTable:
+    rows = sorted(kept, key=lambda item: (item.user, item.document))
+    names = [name for name in (rows[0].scores if rows else ()) if name not in missing]
+    return DocumentTable(
+        owner=np.array([place[item.user] for item in rows], dtype=np.int64),
+        keys=[(item.user[1], item.document) for item in rows],
+        num_tokens=np.array([item.num_tokens for item in rows], dtype=np.int64),
+        mean_logp=np.array([item.mean_logp for item in rows]),
+        scores={name: np.array([item.scores[name] for item in rows]) for name in names},
+        missing=missing,
+    )
+
+
+def _matrix(
+    counts: Mapping[tuple[str, str], collections.Counter[int]], order: list[tuple[str, str]]
+) -> scipy.sparse.csr_matrix:
+    """Counts by user; a column for each token that occurs."""
+    columns = {token: number for number, token in enumerate(sorted(set().union(*counts.values())))}
+    cells = [
+        (row, columns[token], count)
+        for row, user in enumerate(order)
+        for token, count in sorted(counts.get(user, {}).items())
+    ]
+    rows, places, values = np.array(cells, dtype=np.int64).T
+    return scipy.sparse.csr_matrix((values.astype(np.float64), (rows, places)), shape=(len(order), len(columns)))
+
+
+def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple[Mapping[str, FloatArray], list[str]]:
+    """Length, compressibility, date and language of each user's fresh documents."""
+    by_user: dict[int, list[_Summary]] = collections.defaultdict(list)
+    for item in kept:
+        by_user[place[item.user]].append(item)
+    columns: dict[str, list[float]] = collections.defaultdict(list)
+    languages = []
+    has_dates = any(item.date is not None for item in kept)
+    for number in range(len(place)):
+        items = by_user.get(number, [])
+        dates = [item.date for item in items if item.date is not None]
+        columns["num_documents"].append(len(items))
+        columns["mean_tokens"].append(float(np.mean([item.num_tokens for item in items] or [0.0])))
+        columns["mean_bytes"].append(float(np.mean([item.num_bytes for item in items] or [0.0])))
+        columns["compression"].append(
+            float(np.mean([item.zlib_bytes / max(item.num_bytes, 1) for item in items] or [0.0]))
+        )
+        if has_dates:
+            columns["date"].append(float(np.mean(dates)) if dates else np.nan)
+        votes = collections.Counter(item.language or "unknown" for item in items)
+        languages.append(max(votes, key=lambda name: (votes[name], name), default="unknown"))
+    return {name: np.array(values) for name, values in columns.items()}, languages

@@ -1,0 +1,97 @@
+"""Transformers models as scorers: exact fp32 log-softmax whatever the model computes in, in blocks that fit a cache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attacks.scorer import TokenSignals
+
+_TOKENS_PER_BLOCK_ON_CPU = 16
+_TOKENS_PER_BLOCK_ON_ACCELERATOR = 4096
+
+# A model may mask a part of its vocabulary with -inf; 0 * -inf would then be NaN.
+_LOWEST_LOGIT = -1e4
+
+
+class NeuralScorer:
+    """A causal language model.
+
+    Rows are padded on the right and a causal model does not look there, so a token's value does not depend on padding
+    or on the other rows.
+
+    Args:
+        model: anything that gives ``.logits`` for ``input_ids``.
+        device: where it is put.
+        precision: ``"bf16"`` computes the forward pass in bf16; what follows it is fp32 always.
+        context: entered around every forward pass, for example ``model.disable_adapter``.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        precision: str = "fp32",
+        context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self._model = model.to(device).eval()
+        self._device = device
+        self._is_bf16 = precision == "bf16"
+        self._context = context
+
+    def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
+        """Signals of each sequence's tokens after its first: one forward pass."""
+        labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
+        found = [_signals_of(block, labels[start : start + len(block)]) for start, block in self._blocks(sequences)]
+        joined = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
+        ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
+        return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
+
+    def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
+        """The ``count`` most likely tokens at the place of each token after the first: one forward pass."""
+        found = [block.topk(count, dim=-1).indices.cpu().numpy() for _, block in self._blocks(sequences)]
+        ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
+        return np.split(np.concatenate(found), ends)
+
+    def logits(self, sequences: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+        """The bare forward pass: [rows, tokens, vocabulary], padded with token 0."""
+        width = max(map(len, sequences))
+        ids = np.zeros((len(sequences), width), dtype=np.int64)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)] = tokens
+        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bf16)
+        with torch.inference_mode(), autocast, self._context():
+            # Prompt tuning puts its virtual tokens before the row's own.
+            return self._model(input_ids=torch.from_numpy(ids).to(self._device)).logits[:, -width:]
+
+    def _blocks(self, sequences: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits of the predicted tokens, document after document, some tokens at a time, fp32, padding left out."""
+        with torch.inference_mode():
+            logits = self.logits(sequences)
+            width = logits.shape[1]
+            places = np.concatenate([np.arange(len(tokens) - 1) + row * width for row, tokens in enumerate(sequences)])
+            flat, index = logits.reshape(-1, logits.shape[-1]), torch.from_numpy(places).to(self._device)
+            on_cpu = self._device.type == "cpu"
+            size = _TOKENS_PER_BLOCK_ON_CPU if on_cpu else _TOKENS_PER_BLOCK_ON_ACCELERATOR
+            for start in range(0, len(places), size):
+                yield start, flat.index_select(0, index[start : start + size]).float()
+
+
+def _signals_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-probability, hit, mean and variance of log p; ``logits`` is overwritten."""
+    highest, best = logits.max(dim=-1, keepdim=True)
+    shifted = logits.sub_(highest).clamp_(min=_LOWEST_LOGIT)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    log_total = total.log()
+    logp = shifted.gather(1, labels[:, None])[:, 0] - log_total
+    weighted = weights.mul_(shifted)
+    first = weighted.sum(dim=-1) / total
+    second = torch.linalg.vecdot(weighted, shifted) / total
+    # log p = shifted - log_total: the shift moves the mean and leaves the variance.
+    return logp, best[:, 0] == labels, first - log_total, (second - first**2).clamp_(min=0.0)

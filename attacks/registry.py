@@ -1,0 +1,62 @@
+"""All attacks that the analysis runs. A new one is a file with an ``ATTACK`` and a line here."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from attacks.membership import (
+    calibrated,
+    ez_mia,
+    lira,
+    loss,
+    lowercase,
+    min_k,
+    min_k_plus_plus,
+    neighbourhood,
+    ratio,
+    recall,
+    rmia,
+    wbc,
+    zlib_ratio,
+)
+from attacks.protocol import Attack
+from attacks.rundir import PrivacyStatement
+
+ATTACKS: dict[str, Attack] = {}
+
+Panel = Callable[[pathlib.Path, PrivacyStatement, int], dict[str, Any] | None]
+
+PANELS: dict[str, Panel] = {}
+"""Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run lacks what they
+need. ``attacks.json`` holds them under ``panels``."""
+
+
+def register(attack: Attack) -> None:
+    """Adds an attack; every later analysis runs it.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if attack.name in ATTACKS:
+        raise ValueError(f"an attack named {attack.name!r} is registered already")
+    ATTACKS[attack.name] = attack
+
+
+for _module in (
+    loss,
+    ratio,
+    zlib_ratio,
+    lowercase,
+    min_k,
+    min_k_plus_plus,
+    neighbourhood,
+    recall,
+    ez_mia,
+    wbc,
+    calibrated,
+    lira,
+    rmia,
+):
+    register(_module.ATTACK)

@@ -1,0 +1,187 @@
+"""Everything that is said about one statistic of the two sides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from attacks import signals, statistics, verdict
+from attacks.protocol import FloatArray
+from attacks.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RESAMPLES
+
+TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
+
+_NUM_BAND_RESAMPLES = 1000
+_NUM_SECONDARY_RESAMPLES = 1000
+_MAX_BAND_POINTS = 100
+_MAX_BINS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """One number per unit, ready to be judged.
+
+    Attributes:
+        name: unique in the report.
+        definition: one line.
+        documents: ``"fresh"`` or ``"training"``: whose likelihood was read.
+        unit: ``"user"`` or ``"record"``.
+        held_in: scores.
+        held_out: scores.
+        owners: owners of the held-in and held-out units, where the unit is the record.
+        is_detailed: whether it gets a curve and a histogram, and the full number of resamples.
+    """
+
+    name: str
+    definition: str
+    documents: str
+    unit: str
+    held_in: FloatArray
+    held_out: FloatArray
+    owners: tuple[np.ndarray, np.ndarray] | None = None
+    is_detailed: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all units have the same value."""
+        return bool(np.ptp(np.concatenate([self.held_in, self.held_out])) == 0.0)
+
+    @property
+    def num_users(self) -> tuple[int, int]:
+        """Users behind each side."""
+        if self.owners is None:
+            return self.held_in.size, self.held_out.size
+        return np.unique(self.owners[0]).size, np.unique(self.owners[1]).size
+
+
+def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: str) -> dict[str, Any]:
+    """Points, intervals, operating points and the verdict.
+
+    Args:
+        statistic: what is judged.
+        cap: what the run's claim allows.
+        seed: of the resampling.
+        confounded_by: what the blind baseline found; empty if nothing.
+    """
+    held_in, held_out = statistic.held_in, statistic.held_out
+    if statistic.owners is None:
+        num_resamples = statistics.NUM_RESAMPLES if statistic.is_detailed else _NUM_SECONDARY_RESAMPLES
+        bootstrap = statistics.bootstrap_interval(held_in, held_out, seed=seed, num_resamples=num_resamples)
+    else:
+        num_resamples = NUM_CLUSTER_RESAMPLES
+        bootstrap = statistics.cluster_interval(held_in, held_out, *statistic.owners, seed=seed)
+    found, reason = verdict.judge(
+        cap, bootstrap, *statistic.num_users, is_constant=statistic.is_constant, confounded_by=confounded_by
+    )
+    facts: dict[str, Any] = {
+        "definition": statistic.definition,
+        "documents": statistic.documents,
+        "unit": statistic.unit,
+        "num_held_in": int(held_in.size),
+        "num_held_out": int(held_out.size),
+        "auroc": statistics.auroc(held_in, held_out),
+        "bootstrap": {
+            "interval": [bootstrap.lower, bootstrap.upper],
+            "method": "BCa, users resampled within each side",
+            "num_resamples": num_resamples,
+        },
+        "warnings": _warnings(bootstrap, is_constant=statistic.is_constant),
+        "verdict": str(found),
+        "verdict_reason": reason,
+        "tpr_at_fpr": [_operating_point(statistic, target, cap) for target in TARGET_FPRS],
+    }
+    if statistic.owners is None:
+        # Both take the units as independent; records of one user are not.
+        delong = statistics.delong_interval(held_in, held_out)
+        variance = statistics.delong_variance(held_in, held_out)
+        facts["delong"] = {"interval": [delong.lower, delong.upper], "method": "logit", "variance": variance}
+        facts["p_value"] = statistics.auroc_p_value(held_in, held_out)
+    if statistic.is_detailed:
+        facts |= {"roc": _roc(held_in, held_out, cap, seed), "histogram": histogram(held_in, held_out)}
+    return facts
+
+
+def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
+    """The AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
+    ours, theirs = ((item.held_in, item.held_out) for item in (statistic, headline))
+    found = statistics.paired_difference(ours, theirs)
+    ends = [found.interval.lower, found.interval.upper]
+    return {"difference": found.difference, "interval": ends, "p_value": found.p_value}
+
+
+def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> None:
+    """Adds ``p_holm`` to every result with a p-value but the headline, which was declared beforehand."""
+    names = [name for name, result in results.items() if name != headline and "p_value" in result]
+    for name, value in zip(names, statistics.holm([results[name]["p_value"] for name in names]), strict=True):
+        results[name]["p_holm"] = float(value)
+
+
+def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:
+    """What a reader must know before the number."""
+    found = []
+    if is_constant:
+        found.append("All users have the same value: was the base model scored against itself?")
+    if bootstrap.upper < 0.5:
+        found.append(
+            "The whole interval lies below 1/2. That is not privacy: the two sides differ. "
+            "Look for exchanged labels or for documents processed differently on the two sides."
+        )
+    return found
+
+
+def _operating_point(statistic: Statistic, target_fpr: float, cap: verdict.Cap) -> dict[str, object]:
+    """One row of the table of true positive rates."""
+    point = statistics.tpr_at_fpr(statistic.held_in, statistic.held_out, target_fpr)
+    allowed = point.num_false_positives_allowed
+    return {
+        "target_fpr": point.target_fpr,
+        "is_resolved": point.is_resolved,
+        "num_false_positives": point.num_false_positives,
+        "num_held_out": point.num_held_out,
+        "achieved_fpr": point.achieved_fpr,
+        "num_true_positives": point.num_true_positives,
+        "num_held_in": point.num_held_in,
+        "tpr": point.tpr,
+        "tpr_interval": [point.tpr_interval.lower, point.tpr_interval.upper],
+        "tpr_cap": cap.tpr(allowed, point.num_held_out),
+    }
+
+
+def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap, seed: int) -> dict[str, object]:
+    """The corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
+    exponents = np.linspace(0.0, 1.0, _MAX_BAND_POINTS)
+    num_allowed = np.unique(np.concatenate([[0], np.round(held_out.size**exponents)])).astype(int)
+    num_allowed = num_allowed[num_allowed < held_out.size]
+    tpr, lower, upper = statistics.roc_band(
+        held_in, held_out, num_allowed, num_resamples=_NUM_BAND_RESAMPLES, seed=seed
+    )
+    fpr_corners, tpr_corners = statistics.roc_points(held_in, held_out)
+    allowed = num_allowed.tolist()
+    return {
+        "corners": {"fpr": fpr_corners.tolist(), "tpr": tpr_corners.tolist()},
+        "num_false_positives_allowed": allowed,
+        "tpr": tpr.tolist(),
+        "band_lower": lower.tolist(),
+        "band_upper": upper.tolist(),
+        "band_method": f"pointwise percentile, {_NUM_BAND_RESAMPLES} resamples of users within each side",
+        "tpr_cap": None if cap.bound is None else [cap.tpr(count, held_out.size) for count in allowed],
+    }
+
+
+def histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
+    """Counts of users by value, the two sides on common bins."""
+    values = np.concatenate([held_in, held_out])
+    # Round edges: the outer ones would otherwise be the exact values of two users.
+    coarse = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)
+    power = 10.0 ** math.floor(math.log10(coarse))
+    width = power * next(step for step in (1.0, 2.0, 5.0, 10.0) if step * power >= coarse * (1.0 - 1e-9))
+    first, last = math.floor(values.min() / width), math.floor(values.max() / width) + 1
+    edges = np.arange(first, last + 1) * width
+    return {
+        "edges": edges.tolist(),
+        signals.HELD_IN: np.histogram(held_in, edges)[0].tolist(),
+        signals.HELD_OUT: np.histogram(held_out, edges)[0].tolist(),
+    }

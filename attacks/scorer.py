@@ -1,0 +1,54 @@
+"""What scoring asks of a language model. Anything that can answer can be attacked: a network, or a table of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenSignals:
+    """One sequence under one model; entry t speaks of the token after ``tokens[: t + 1]``.
+
+    Attributes:
+        logp: log-probability of the token, in nats.
+        correct: whether it is the most likely one.
+        mean: mean of log p over the vocabulary, under p.
+        variance: its variance, under p.
+    """
+
+    logp: npt.NDArray[np.float32]
+    correct: npt.NDArray[np.bool_]
+    mean: npt.NDArray[np.float32]
+    variance: npt.NDArray[np.float32]
+
+
+class Scorer(Protocol):
+    """A language model as the attacker may query it."""
+
+    def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
+        """Signals of each sequence's tokens after its first, which is context only.
+
+        Args:
+            sequences: token ids, each of at least two tokens.
+
+        Returns:
+            For a sequence of n tokens arrays of n - 1 entries.
+        """
+        ...
+
+    def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
+        """The ``count`` most likely tokens at the place of each token after the first.
+
+        Args:
+            sequences: as in ``score``.
+            count: how many.
+
+        Returns:
+            For a sequence of n tokens an array [n - 1, count], best first.
+        """
+        ...

@@ -1,0 +1,73 @@
+"""Recipes for shadow models: the same data without the attacker's documents, other coins, the ordinary trainer.
+
+LiRA and RMIA compare the attacked model with models of known membership. Each shadow is one more run: its users' coins
+come from its own key, so about half of them hold any given user.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import yaml
+
+from attacks.documents import read_manifest
+from attacks.errors import AttackInputError
+from attacks.rundir import read_statement
+from privtrain.config import load_config
+from privtrain.data.corpus import load_corpus
+from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
+
+SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
+
+
+def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """Writes a data file and ``count`` configurations under ``secret/attack/shadows``.
+
+    Args:
+        run_path: a finished run.
+        count: how many shadows.
+
+    Returns:
+        The configurations, to be given to ``privtrain train`` one by one.
+
+    Raises:
+        AttackInputError: if the run is not finished or its data changed since training.
+    """
+    read_statement(run_path)
+    run = RunDirectory(run_path)
+    config, manifest = load_config(run.resolved_config), read_manifest(run)
+    corpus = load_corpus(config.data)
+    if corpus.manifest_sha256 != manifest["data_sha256"]:
+        raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
+    folder = (run_path / SHADOWS_PATH).resolve()
+    make_private_directory(folder)
+    # No shadow may train on what the attacker holds: fresh documents are fresh to all models.
+    lines = [
+        json.dumps({"user": user, "text": text}, ensure_ascii=False)
+        for user, texts in corpus.records.items()
+        for index, text in enumerate(texts)
+        if index not in set(manifest["attacker"].get(user, ()))
+    ]
+    data = folder / "records.jsonl"
+    write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
+    found = []
+    for number in range(count):
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree["run"] = {"name": f"{run_path.resolve().name}-shadow-{number}", "output_dir": str(folder / "runs")}
+        tree["data"] |= {
+            "source": {"kind": "files", "paths": [str(data)]},
+            "user_column": "user",
+            "text_column": "text",
+            "held_out_fraction": 0.5,
+            "attack_fraction": 0.0,
+            "num_evaluation_records": 0,
+        }
+        tree["tracking"] = {**tree.get("tracking", {}), "wandb": False}
+        if tree["privacy"].get("insecure_seed") is not None:
+            # A shadow with the same seed would flip the same coins.
+            tree["privacy"]["insecure_seed"] += number + 1
+        path = folder / f"shadow-{number}.yaml"
+        write_atomically(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), mode=0o600)
+        found.append(path)
+    return found

@@ -1,0 +1,92 @@
+"""The report in Weights & Biases: its public files as an artifact, its results as a table. Offline unless told."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+TABLE_COLUMNS = (
+    "statistic",
+    "unit",
+    "documents",
+    "auroc",
+    "lower",
+    "upper",
+    "p_value",
+    "p_holm",
+    "num_held_in",
+    "num_held_out",
+    "verdict",
+)
+
+
+def table_rows(attacks: Mapping[str, Any]) -> list[list[Any]]:
+    """One row per statistic, in the order of ``TABLE_COLUMNS``."""
+    return [
+        [
+            name,
+            result["unit"],
+            result["documents"],
+            result["auroc"],
+            *result["bootstrap"]["interval"],
+            result.get("p_value"),
+            result.get("p_holm"),
+            result["num_held_in"],
+            result["num_held_out"],
+            result["verdict"],
+        ]
+        for name, result in attacks["results"].items()
+    ]
+
+
+def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -> None:
+    """Logs headline, table and artifact of a written report, and nothing of ``secret/``.
+
+    Args:
+        run: a run directory with a report.
+        attacks: its results.
+        project: of Weights & Biases.
+    """
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    # Console, code, git and machine can carry text and paths.
+    settings = wandb.Settings(
+        console="off",
+        disable_git=True,
+        save_code=False,
+        disable_code=True,
+        disable_job_creation=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        host="privtrain",
+        init_timeout=120,
+    )
+    name = run.resolve().name
+    logged = wandb.init(
+        project=project, name=f"{name}-attacks", group=name, job_type="attacks", dir=str(run), settings=settings
+    )
+    try:
+        headline = attacks["results"][attacks["headline"]]
+        lower, upper = headline["bootstrap"]["interval"]
+        logged.summary.update(
+            {
+                "attacks/auroc": headline["auroc"],
+                "attacks/auroc_lower": lower,
+                "attacks/auroc_upper": upper,
+                "attacks/auroc_cap": attacks["cap"]["auroc_used"],
+                "attacks/verdict": attacks["verdict"],
+                "plan_fingerprint": attacks["plan_fingerprint"],
+            }
+        )
+        rows: Any = table_rows(attacks)
+        logged.log({"attacks/results": wandb.Table(columns=list(TABLE_COLUMNS), data=rows)})
+        artifact = wandb.Artifact(f"{name}-attack-report", type="attack-report")
+        for file in sorted((run / "report").iterdir()):
+            artifact.add_file(str(file), name=file.name)
+        logged.log_artifact(artifact)
+    finally:
+        logged.finish()

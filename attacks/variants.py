@@ -1,0 +1,141 @@
+"""Re-written documents that some attacks compare the original with; each costs forward passes under the target.
+
+``lowercase``: the text in lower case. ``recall``: the document after a prefix that the model was not trained on.
+``neighbours:N``: N copies in which some tokens gave way to others that the base model finds likely there (proposed from
+the left context; Mattern et al. 2023 use a masked model, which would be a second model to load).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attacks.documents import text_encoder, tokens_of
+from attacks.errors import AttackInputError
+from attacks.scorer import Scorer
+from privtrain.data.corpus import Corpus
+
+KINDS = ("lowercase", "recall", "neighbours")
+
+RECALL, RECALL_PLAIN = "recall", "recall_plain"
+
+_NUM_PROPOSALS = 10
+_REPLACED_SHARE = 0.3
+_PREFIX_SHARE = 0.25
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """A sequence whose mean log-probability is wanted.
+
+    Attributes:
+        place: of the document it belongs to.
+        name: of the variant.
+        tokens: the whole sequence.
+        first: the first of the predicted tokens that count.
+    """
+
+    place: int
+    name: str
+    tokens: Tokens
+    first: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """What ``--variants`` asks for."""
+
+    lowercase: bool = False
+    recall: bool = False
+    num_neighbours: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Variants:
+        """Reads a comma-separated list.
+
+        Raises:
+            AttackInputError: if an item is unknown.
+        """
+        fields: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            kind, _, count = item.partition(":")
+            if kind == "neighbours" and count.isdecimal() and int(count) > 0:
+                fields["num_neighbours"] = int(count)
+            elif kind in ("lowercase", "recall") and not count:
+                fields[kind] = True
+            else:
+                raise AttackInputError(f"unknown variant {item!r}; expected lowercase, recall or neighbours:N")
+        return cls(**fields)
+
+
+def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, max_length: int) -> Tokens:
+    """A prefix of held-out text whose owner is not attacked, so that no scored user meets their own words in it.
+
+    Raises:
+        AttackInputError: if there is no such user.
+    """
+    donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]))
+    if not donors:
+        raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
+    text = " ".join(" ".join(corpus.records[user]) for user in donors[:20])
+    size = max(2, int(_PREFIX_SHARE * max_length))
+    return tokens_of([text], text_encoder(tokenizer, size + 1))[0][:size]
+
+
+def rewrite(
+    variants: Variants,
+    texts: Sequence[str],
+    tokens: Sequence[Tokens],
+    *,
+    tokenizer: Any,
+    max_length: int,
+    prefix: Tokens | None,
+) -> list[Rewritten]:
+    """The variants that need no model."""
+    found = []
+    if variants.lowercase:
+        lowered = tokens_of([text.lower() for text in texts], text_encoder(tokenizer, max_length))
+        found += [Rewritten(place, "lowercase", ids) for place, ids in enumerate(lowered)]
+    if prefix is not None:
+        for place, ids in enumerate(tokens):
+            joined = np.concatenate([prefix, ids[1:]])[:max_length]
+            found.append(Rewritten(place, RECALL, joined, first=len(prefix) - 1))
+    return found
+
+
+def neighbours(
+    names: Sequence[str], tokens: Sequence[Tokens], proposals: Sequence[npt.NDArray[np.int64]], count: int
+) -> list[Rewritten]:
+    """Copies of each document with some tokens replaced; the same for the same names.
+
+    Args:
+        names: of the documents, seeds of the choice.
+        tokens: of the documents.
+        proposals: likely tokens at each predicted place, [tokens - 1, proposals].
+        count: copies of each.
+    """
+    found = []
+    for place, (name, ids, likely) in enumerate(zip(names, tokens, proposals, strict=True)):
+        rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+        # The last token may be the end mark: it stays.
+        places = np.arange(1, max(2, len(ids) - 1))
+        for number in range(count):
+            chosen = rng.choice(places, max(1, round(_REPLACED_SHARE * len(places))), replace=False)
+            copy = ids.copy()
+            for at in chosen:
+                others = likely[at - 1][likely[at - 1] != ids[at]]
+                copy[at] = rng.choice(others)
+            found.append(Rewritten(place, f"neighbour_{number}", copy))
+    return found
+
+
+def propose(base: Scorer, sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:
+    """What the base model finds likely at each place."""
+    return base.likeliest(sequences, _NUM_PROPOSALS)

@@ -1,0 +1,199 @@
+"""PyTorch's FSDP2 (``fully_shard``): every rank holds equal parts of the weights and gathers a layer while it computes.
+
+* LoRA: the frozen base is sharded, adapters are on every rank (:class:`~.split.SplitStep`).
+* All weights trained: weights, gradients and optimizer are sharded, and the ranks of a shard group work on each unit
+  together (:mod:`privtrain.clipping.cooperative`). FSDP reduces gradients in fp32 as a SUM.
+* HSDP: a mesh of replicas times shards. Replicas work on different units and add up their parts once a logical step.
+
+accelerate launches, and its config says how many replicas there are; it cannot build FSDP on a CPU and is not asked to.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from privtrain.backends.base import Placement, digest
+from privtrain.backends.sharded import ShardedBackend
+from privtrain.backends.shards import ArrivingShards
+from privtrain.backends.split import SplitStep
+from privtrain.errors import ConfigError, Fault
+from privtrain.layout import Layout
+from privtrain.weights import BaseSource, PartReader
+
+
+def replicas_from_launch() -> int:
+    """How many replicas the accelerate config asks for.
+
+    Raises:
+        ConfigError: if the config asks for something whose guarantee or effect we do not establish.
+    """
+    faults = []
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        faults.append(Fault("fsdp_config.fsdp_version", "is 1; set 2 (see launch/accelerate/fsdp2.yaml)"))
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        problem = "is not supported; set false, or use launch/accelerate/zero3-offload.yaml"
+        faults.append(Fault("fsdp_config.fsdp_offload_params", problem))
+    for name in ("TP", "CP", "SP"):
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) > 1:
+            problem = "splits a unit's activations over ranks, which clipping does not support; set 1"
+            faults.append(Fault(f"parallelism_config.parallelism_config_{name.lower()}_size", problem))
+    if faults:
+        raise ConfigError(faults, "accelerate config")
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+
+
+class Fsdp2Backend(ShardedBackend):
+    """A base sharded by ``fully_shard`` over the ranks of one replica.
+
+    Args:
+        device: this rank's device.
+        num_replicas: replicas of the sharded model; 1 shards over all ranks.
+        timeout: of collectives among the ranks of a replica.
+
+    Raises:
+        ConfigError: if the ranks cannot be dealt into that many replicas.
+    """
+
+    def __init__(self, device: torch.device, num_replicas: int = 1, timeout: datetime.timedelta | None = None) -> None:
+        super().__init__(device)
+        if num_replicas < 1 or self.world_size % num_replicas:
+            problem = f"given {num_replicas}; must divide the {self.world_size} processes"
+            raise ConfigError([Fault("parallelism_config_dp_replicate_size", problem)], "accelerate config")
+        self.kind = "fsdp2" if num_replicas == 1 else f"fsdp2 ({num_replicas} replicas)"
+        self._num_replicas = num_replicas
+        size = self.world_size // num_replicas
+        self._replica = self.rank // size
+        self._shard_group: Any = dist.group.WORLD
+        self._replicate_group: Any = None
+        if num_replicas > 1:
+            ranks = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+            shard_groups = [dist.new_group(group, timeout) for group in ranks]  # every rank makes every group
+            replicate_groups = [dist.new_group(list(group), timeout) for group in zip(*ranks, strict=True)]
+            self._shard_group = shard_groups[self._replica]
+            self._replicate_group = replicate_groups[self.rank % size]
+        # FSDP knows of its own replica alone: adding up replicas is ours, once a logical step. The mesh has no names,
+        # since PEFT takes a named one for tensor parallelism and makes adapters of the size of a part.
+        self._mesh = DeviceMesh.from_group(self._shard_group, device.type)
+        self._weights: dict[str, torch.nn.Parameter] = {}
+        self._layout = Layout({})
+
+    @property
+    def is_contributor(self) -> bool:
+        """See :class:`~.sharded.ShardedBackend`."""
+        return self._replica == 0
+
+    def load_base(self, source: BaseSource) -> torch.nn.Module:
+        """See :class:`privtrain.backends.base.Backend`. One layer at a time is whole here, and only as empty memory."""
+        with init_empty_weights(include_buffers=False):
+            model = source.empty()
+        model.tie_weights()
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        layers = set(getattr(model, "_no_split_modules", None) or ())
+        memo: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        for module in list(model.modules()):
+            if type(module).__name__ in layers:
+                _allocate(module, self.device, memo)
+                self._shard(module)
+        _allocate(model, self.device, memo)
+        model = model.to(self.device)  # pyright: ignore[reportArgumentType] - buffers
+        self._shard(model)
+        self._fill(model, source.reader(shapes))
+        return model
+
+    def place(self, model: torch.nn.Module) -> Placement:
+        """See :class:`privtrain.backends.base.Backend`."""
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._split, self._shards, self._weights = None, None, {}
+        if not any(isinstance(p, DTensor) for p in trainable.values()):
+            self._split = SplitStep(model, self.device, equal_passes=True)
+            return self._split.placement
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        stepped = {name: torch.nn.Parameter(_local(p)) for name, p in trainable.items()}
+        parts = {name: (_first(p), tuple(p.shape)) for name, p in trainable.items()}
+        layout = Layout(stepped, parts)
+        self._weights = {name: trainable[name] for name in layout.parameters}
+        self._layout = layout
+        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device)
+        return Placement(layout, layout, self._replica, self._num_replicas, shards=self._shards)
+
+    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if self._shards is not None and self._num_replicas > 1:
+            assert total.dtype == torch.float32
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
+        return super().reduce_total(total)
+
+    def publish(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        super().publish()
+        for name, weight in self._weights.items():
+            local, stepped = _local(weight), self._layout.parameters[name].detach()
+            if local.data_ptr() != stepped.data_ptr():
+                local.copy_(stepped)
+
+    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        for name, parameter in model.named_parameters():
+            yield name, _local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+
+    def parameters_agree(self, model: torch.nn.Module) -> bool:
+        """See :class:`privtrain.backends.base.Backend`. Replicas of a shard are compared."""
+        if self._split is not None:
+            return super().parameters_agree(model)
+        mine = self.gather_digests(digest(list(self._layout.parameters.values())))
+        size = self.world_size // self._num_replicas
+        return all(mine[rank] == mine[rank % size] for rank in range(self.world_size))
+
+    def _shard(self, module: torch.nn.Module) -> None:
+        fully_shard(module, mesh=self._mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+
+    def _fill(self, model: torch.nn.Module, read: PartReader) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                local = _local(parameter)
+                if local.numel():
+                    local.copy_(read(name, _first(parameter), local.numel()))
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is cut along its first dimension: flat, sharing memory."""
+    assert isinstance(parameter, DTensor)
+    return parameter.detach().to_local().view(-1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _first(parameter: torch.Tensor) -> int:
+    """First coordinate of this rank's part: rows lie in equal runs, of which the last may be short or empty."""
+    assert isinstance(parameter, DTensor)
+    mesh, num_rows = parameter.device_mesh, parameter.shape[0]
+    rows = -(-num_rows // mesh.size())
+    first_row = min(mesh.get_local_rank() * rows, num_rows)
+    width = math.prod(parameter.shape[1:])
+    assert _local(parameter).numel() == min(rows, num_rows - first_row) * width, "another way of sharding than Shard(0)"
+    return first_row * width
+
+
+def _allocate(
+    module: torch.nn.Module, device: torch.device, memo: dict[torch.nn.Parameter, torch.nn.Parameter]
+) -> None:
+    """Give the module's weights memory but no values; tied ones stay tied."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.is_meta and not isinstance(parameter, DTensor):
+                if parameter not in memo:
+                    empty = torch.empty_like(parameter, device=device)
+                    memo[parameter] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(child, name, memo[parameter])

@@ -1,0 +1,104 @@
+"""The collectives that every backend of several processes shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from privtrain.backends.base import all_equal, digest
+from privtrain.layout import Slot
+
+# torch 2.13 renamed these two; the old names warn.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill ``gathered`` with every rank's ``mine``, in the order of ranks."""
+    _all_gather(gathered, mine, group=group)
+
+
+def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill ``mine`` with this rank's equal part of the SUM of ``vector`` over ranks."""
+    assert vector.dtype == torch.float32
+    _reduce_scatter(mine, vector, op=dist.ReduceOp.SUM, group=group)
+
+
+class ProcessGroup:
+    """The job's process group, which must be initialised.
+
+    Args:
+        device: this rank's device.
+    """
+
+    kind: str
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return f"{self.kind}, {self.world_size} processes on {self.device.type} ({dist.get_backend()})"
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        assert vector.dtype == torch.float32
+        dist.all_reduce(vector, op=dist.ReduceOp.SUM)
+
+    def broadcast_bytes(self, value: bytes | None) -> bytes:
+        """See :class:`privtrain.backends.base.Backend`."""
+        size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, src=0)
+        if value is not None:
+            payload = torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8).to(self.device)
+        else:
+            payload = torch.empty(max(1, int(size)), dtype=torch.uint8, device=self.device)
+        dist.broadcast(payload, src=0)
+        return payload.cpu().numpy().tobytes()[: int(size)]
+
+    def barrier(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        dist.barrier()
+
+    def gather_digests(self, value: bytes) -> list[bytes]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine)
+        return [item.cpu().numpy().tobytes() for item in gathered]
+
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return all_equal(self.gather_digests(digest(tensors)))
+
+    def parameters_agree(self, model: torch.nn.Module) -> bool:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return self.in_sync([p for p in model.parameters() if p.requires_grad])
+
+    def assemble(self, slot: Slot, part: torch.Tensor, contributes: bool = True) -> torch.Tensor | None:
+        """The whole of a tensor on rank 0's CPU from ranks that hold disjoint parts; ``None`` elsewhere.
+
+        The bits are added as integers, so that they arrive as they are (adding floats would turn -0.0 into 0.0).
+        """
+        assert part.dtype == torch.float32
+        whole = torch.zeros(math.prod(slot.whole_shape), dtype=torch.float32, device=self.device)
+        if contributes:
+            whole[slot.first : slot.first + slot.num_coordinates] = part.detach().flatten().to(self.device)
+        dist.reduce(whole.view(torch.int32), dst=0, op=dist.ReduceOp.SUM)
+        return whole.cpu().view(slot.whole_shape) if self.rank == 0 else None
+
+    def close(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

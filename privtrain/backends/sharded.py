@@ -1,0 +1,70 @@
+"""What the sharding backends share: which parts a rank steps, and how state leaves and enters them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from privtrain.backends.base import Placement, digest, step_optimizer
+from privtrain.backends.group import ProcessGroup
+from privtrain.backends.split import SplitStep
+from privtrain.clipping import GradientShards
+from privtrain.layout import Layout, Slot
+from privtrain.noise import add_gaussian_noise_
+from privtrain.secret import SecretKey
+
+
+class ShardedBackend(ProcessGroup):
+    """Each rank noises and steps its own parts of the trainable tensors. Subclasses say which, and where they live."""
+
+    _split: SplitStep | None = None
+    _shards: GradientShards | None = None
+
+    @property
+    def is_contributor(self) -> bool:
+        """Whether this rank's parts count when tensors are put together; false on all but one replica."""
+        return True
+
+    def place(self, model: torch.nn.Module) -> Placement:
+        """See :class:`privtrain.backends.base.Backend`."""
+        raise NotImplementedError
+
+    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return self._split.reduce_total(total) if self._split is not None else total
+
+    def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        add_gaussian_noise_(vector, layout, key=key, step=step, stddev=stddev)
+
+    def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        step_optimizer(vector, layout, optimizer, divide_by)
+        self.publish()
+
+    def publish(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if self._split is not None:
+            self._split.publish()
+
+    def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return self.assemble(slot, part, self._split is not None or self.is_contributor)
+
+    def sum_parts(self, vector: torch.Tensor) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        if self._shards is not None:
+            self._shards.sum_over_group(vector)
+        else:
+            dist.all_reduce(vector, op=dist.ReduceOp.SUM)
+
+    def combined_digest(self, value: bytes) -> bytes:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return digest([torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in self.gather_digests(value)])
+
+    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()

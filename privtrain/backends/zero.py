@@ -1,0 +1,215 @@
+"""ZeRO stages 1 to 3, launched by a DeepSpeed config.
+
+* Stage 1, and LoRA at any stage: each rank sums its own units; one reduce-scatter, own part noised and stepped, one
+  all-gather (:class:`~.split.SplitStep`).
+* Stages 2 and 3 with all weights trained: gradients arrive in parts too, and the ranks work on each unit together
+  (:mod:`privtrain.clipping.cooperative`).
+* Stage 3: DeepSpeed shards the weights and gathers a layer while it computes.
+
+DeepSpeed is driven where it brings something that torch does not: ``zero.Init`` and the stage 3 engine. Its optimizer
+is not used: between its gradient reduction and its step there is no place for clipping per unit and for noise on a
+rank's own part, and its step skips updates when gradients overflow, which a private step must not. What stages 1 and 2
+do is a reduce-scatter, a step on a part and an all-gather; that is done here, in fp32, over named parts of tensors, so
+that noise, replay and checkpoints are the same as in every other backend. The optimizer may live on the CPU
+(``offload_optimizer``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from privtrain.backends.base import Placement
+from privtrain.backends.group import all_gather_flat
+from privtrain.backends.sharded import ShardedBackend
+from privtrain.backends.shards import ReducedShards, equal_part
+from privtrain.backends.split import SplitStep
+from privtrain.errors import ConfigError, Fault
+from privtrain.layout import Layout
+from privtrain.weights import BaseSource
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroSettings:
+    """What of a DeepSpeed config has a meaning here.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        offload_optimizer: whether parameters and optimizer state of a rank's parts are kept on the CPU.
+    """
+
+    stage: int
+    offload_optimizer: bool = False
+
+    @classmethod
+    def from_launch(cls) -> ZeroSettings:
+        """From the accelerate config, or the DeepSpeed JSON file that it names.
+
+        Raises:
+            ConfigError: naming every setting that privtrain cannot honour.
+        """
+        from accelerate.utils import DeepSpeedPlugin
+
+        config: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
+        zero: dict[str, Any] = config.get("zero_optimization", {})
+        faults = [Fault(f"zero_optimization.{key}", problem) for key, problem in _zero_faults(zero)]
+        if _number(config.get("gradient_clipping")):
+            problem = "clips the noised sum once more; set 0.0 (privacy.clipping_norm clips each unit)"
+            faults.append(Fault("gradient_clipping", problem))
+        if config.get("fp16", {}).get("enabled") is True:
+            problem = "skips steps that overflow, which depends on the data; set performance.precision instead"
+            faults.append(Fault("fp16.enabled", problem))
+        if faults:
+            raise ConfigError(faults, "DeepSpeed config")
+        device = (zero.get("offload_optimizer") or {}).get("device", "none")
+        return cls(int(zero["stage"]), offload_optimizer=device == "cpu")
+
+
+def _zero_faults(zero: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if zero.get("stage") not in (1, 2, 3):
+        yield "stage", f"given {zero.get('stage')}; must be 1, 2 or 3 (for none, launch/accelerate/ddp.yaml)"
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "none")
+        allowed = ("none", "cpu") if name == "offload_optimizer" else ("none",)
+        if device not in allowed:
+            yield f"{name}.device", f"given {device}; must be {' or '.join(allowed)}"
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(name):
+            yield name, "rounds what is exchanged; set false"
+    if _number(zero.get("zero_hpz_partition_size")) > 1:
+        yield "zero_hpz_partition_size", "is not supported; set 1"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+class ZeroBackend(ShardedBackend):
+    """Optimizer, gradients and weights in parts, by stage.
+
+    Args:
+        device: this rank's device.
+        settings: see :class:`ZeroSettings`.
+    """
+
+    def __init__(self, device: torch.device, settings: ZeroSettings) -> None:
+        super().__init__(device)
+        self.settings = settings
+        self.kind = f"zero{settings.stage}" + ("-offload" if settings.offload_optimizer else "")
+        self._optimizer_device = torch.device("cpu") if settings.offload_optimizer else device
+        self._weights: dict[str, torch.nn.Parameter] = {}
+        self._layout = Layout({})
+        self._engine: Any = None
+
+    def load_base(self, source: BaseSource) -> torch.nn.Module:
+        """See :class:`privtrain.backends.base.Backend`. At stage 3 each module is cut as soon as it is made."""
+        if self.settings.stage < 3:
+            return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
+        import deepspeed
+        from transformers.initialization import no_init_weights
+        from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+        os.environ.setdefault("LOCAL_RANK", str(self.rank))  # deepspeed.zero.Init asks for it
+        config = _stage_3_config()
+        if self.device.type == "cpu":
+            # Else it compiles a library at the first start, under a lock that a killed start leaves behind for good.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        cut = deepspeed.zero.Init(config_dict_or_path=config, dtype=source.dtype)
+        # zero.Init would make the frequencies of rotary positions in the dtype of the weights.
+        with prevent_arange_dtype_change(), cut, no_init_weights():
+            model = source.empty()
+        model.tie_weights()
+        parameters = dict(model.named_parameters())
+        read = source.reader({name: _shape(p) for name, p in parameters.items()})
+        for name, parameter in parameters.items():
+            first, count = equal_part(math.prod(_shape(parameter)), self.rank, self.world_size)
+            if count:
+                _part(parameter)[:count].copy_(read(name, first, count))
+        self._engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+        return model
+
+    def place(self, model: torch.nn.Module) -> Placement:
+        """See :class:`privtrain.backends.base.Backend`."""
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        is_sharded = any(_is_partitioned(p) for p in trainable.values())
+        self._split, self._shards, self._weights, self._layout = None, None, {}, Layout({})
+        if self.settings.stage == 1 or not (is_sharded or _trains_everything(model)):
+            self._split = SplitStep(model, self._optimizer_device, equal_passes=self.settings.stage == 3)
+            return self._split.placement
+        stepped: dict[str, torch.nn.Parameter] = {}
+        parts: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for name, parameter in trainable.items():
+            first, count = equal_part(math.prod(_shape(parameter)), self.rank, self.world_size)
+            stepped[name] = torch.nn.Parameter(self._mine(parameter, first, count).to(self._optimizer_device))
+            parts[name] = (first, _shape(parameter))
+        self._layout = Layout(stepped, parts)
+        self._weights = trainable
+        self._shards = ReducedShards(trainable, self._layout, None, self.device)
+        return Placement(self._layout, self._layout, hand=0, num_hands=1, shards=self._shards)
+
+    def publish(self) -> None:
+        """See :class:`privtrain.backends.base.Backend`."""
+        super().publish()
+        if self._engine is not None and self._weights:
+            # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
+            self._engine.optimizer.partition_all_parameters()
+        for slot in self._layout.slots:
+            weight, mine = self._weights[slot.name], self._layout.parameters[slot.name].detach()
+            local = self._mine(weight, slot.first, slot.num_coordinates)
+            if local.data_ptr() != mine.data_ptr():
+                local.copy_(mine)
+            if not _is_partitioned(weight):
+                self._gather(weight, local)
+
+    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        for name, parameter in model.named_parameters():
+            yield name, _part(parameter) if _is_partitioned(parameter) else parameter.detach()
+
+    def parameters_agree(self, model: torch.nn.Module) -> bool:
+        """See :class:`privtrain.backends.base.Backend`. Parts of stage 3 have no second copy to compare with."""
+        has_parts = bool(self._weights) and self.settings.stage == 3
+        return has_parts or super().parameters_agree(model)
+
+    def _mine(self, weight: torch.nn.Parameter, first: int, count: int) -> torch.Tensor:
+        if _is_partitioned(weight):
+            return _part(weight)[:count]
+        return weight.detach().view(-1)[first : first + count]
+
+    def _gather(self, weight: torch.nn.Parameter, local: torch.Tensor) -> None:
+        size = equal_part(weight.numel(), 0, self.world_size)[1]
+        gathered = torch.empty(size * self.world_size, dtype=weight.dtype, device=weight.device)
+        all_gather_flat(gathered, torch.nn.functional.pad(local, (0, size - len(local))))
+        weight.detach().view(-1).copy_(gathered[: weight.numel()])
+
+
+def _stage_3_config() -> dict[str, Any]:
+    zero = {
+        "stage": 3,
+        # A small tensor that stays whole on every rank would not see its own update.
+        "stage3_param_persistence_threshold": 0,
+    }
+    return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
+
+
+def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's part of a tensor that stage 3 cut: flat, padded, sharing memory."""
+    part: torch.Tensor = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return part.detach()
+
+
+def _trains_everything(model: torch.nn.Module) -> bool:
+    return all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,191 @@
+"""The backward passes over one microbatch: one where memory allows, two where it does not.
+
+The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If some were let go,
+a second pass runs over the same graph, no further than to the layers it is needed for, and adds the clipped sum layer
+by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the layers and not through re-weighted losses).
+
+Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one
+whose norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the
+others add; a row that is NaN would poison everybody; and clipping per layer has no such loss. So the second pass is
+the first one again, without the factors: it multiplies each unit's own rows by the unit's factor in fp32 as the
+gradient of a layer is formed, and leaves rows of factor zero out. Dropout is the same because the forward pass is not
+repeated, or repeated by gradient checkpointing from the random state that it stored. That the passes agree is checked,
+for every layer and row, on sums over what both passes saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from privtrain.clipping.batched import UnitGradients
+from privtrain.clipping.capture import Calls
+from privtrain.clipping.factors import exact_fp32
+from privtrain.clipping.rules import Gradient, Rule
+from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.layout import Slot
+
+_BYTES_OF_A_NUMBER = 4
+
+
+class Passes:
+    """All backward passes over one microbatch.
+
+    Args:
+        names: the modules that own trainable tensors.
+        rules: theirs.
+        slot_of: the slot of each trainable tensor by identity.
+        gradients: where the first pass collects.
+        num_rows: rows of the microbatch, padding included.
+        memory_budget: bytes that per-unit gradients may take when the first pass is over, besides those of layers that
+            share a tensor, which wait for each other in any case.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[nn.Module, str],
+        rules: Mapping[nn.Module, Rule],
+        slot_of: Mapping[int, Slot],
+        gradients: UnitGradients,
+        num_rows: int,
+        memory_budget: float,
+        device: torch.device,
+    ) -> None:
+        self.gradients = gradients
+        self._names = names
+        self._rules = rules
+        self._num_rows = num_rows
+        self._memory_budget = memory_budget
+        self._device = device
+        self._slots = {module: _slots_of(module, slot_of) for module in names}
+        self._alone: set[nn.Module] = set()
+        self._let_go: set[nn.Module] = set()
+        self._seen: dict[nn.Module, torch.Tensor] = {}
+        self._losses: torch.Tensor | None = None
+
+    def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Forward and first backward pass.
+
+        Args:
+            calls: of the block that captures them.
+            row_losses: the forward pass: [rows] weighted losses.
+
+        Returns:
+            [rows] losses without a graph.
+
+        Raises:
+            UnsupportedLayer: if a layer's rows cannot be told apart. Nothing was added anywhere then.
+        """
+        calls.sink = self._collect
+        losses = row_losses()
+        calls.is_forward = False
+        self._plan(calls)
+        losses.sum().backward(retain_graph=bool(self._let_go))
+        if self._let_go:
+            self._losses = losses
+        return losses.detach()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the first pass kept everything."""
+        return not self.gradients.released
+
+    def again(
+        self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor, *, is_last: bool
+    ) -> None:
+        """One more pass over the graph, which hands ``add`` the gradient of every tensor that was let go.
+
+        Args:
+            calls: of the block that captures them.
+            add: called once for each tensor.
+            used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
+            is_last: whether the graph may be freed.
+        """
+        assert self._losses is not None
+        missing = set(self._seen)
+
+        def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+            if module not in self._let_go:
+                return
+            if module not in missing:
+                raise GuaranteeLost(f"module {self._names[module]!r} was differentiated twice in one pass; report it")
+            missing.discard(module)
+            with exact_fp32(self._device):
+                activation, output_gradient = self._rows_of_units(activation, output_gradient)
+                sums = _sums(activation, output_gradient)
+                if not torch.equal(sums[:, used_rows], self._seen[module][:, used_rows]):
+                    raise GuaranteeLost(
+                        f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
+                        "(random numbers outside torch, or kernels that are not deterministic); "
+                        "set performance.clipping_route: batched or one_unit"
+                    )
+                found = self._rules[module](module, activation, output_gradient)
+                for local_name, slot in self._slots[module].items():
+                    add(slot, found[local_name])
+
+        calls.sink = sink
+        anchors = [calls.anchors[module] for module in self._seen]
+        self._losses.sum().backward(retain_graph=not is_last, inputs=anchors)
+        if is_last:
+            self._losses = None
+        if missing:
+            names = sorted(self._names[module] for module in missing)
+            raise GuaranteeLost(f"a second backward pass did not come by {names[:3]}; this is a bug, report it")
+
+    def _plan(self, calls: Calls) -> None:
+        """Choose what to let go: what comes first in a backward pass, so that the second one can stop early."""
+        owners: dict[str, int] = {}
+        for slots in self._slots.values():
+            for slot in slots.values():
+                owners[slot.name] = owners.get(slot.name, 0) + 1
+        num_bytes = 0
+        for module, num_calls in calls.num_calls.items():
+            if num_calls > 1 or any(owners[slot.name] > 1 for slot in self._slots[module].values()):
+                continue
+            self._alone.add(module)
+            dense = sum(slot.num_coordinates for slot in self._slots[module].values()) * self.gradients.num_units
+            num_bytes += _BYTES_OF_A_NUMBER * min(dense, calls.num_values[module])
+            if num_bytes > self._memory_budget:
+                self._let_go.add(module)
+
+    def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        shapes = activation.shape[:1], output_gradient.shape[:1]
+        if activation.dim() < 2 or shapes != (torch.Size([self._num_rows]),) * 2:
+            raise UnsupportedLayer(
+                f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {self._num_rows} "
+                "rows; its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
+            )
+        if not self.gradients.num_rows:
+            return
+        with exact_fp32(self._device):
+            activation, output_gradient = self._rows_of_units(activation, output_gradient)
+            is_kept = module not in self._let_go
+            found = self._rules[module](module, activation, output_gradient)
+            for local_name, slot in self._slots[module].items():
+                if local_name not in found:
+                    raise UnsupportedLayer(f"the rule of {self._names[module]!r} gives no gradient for {local_name!r}")
+                self.gradients.add(slot.name, found[local_name], keep=is_kept)
+                if not is_kept:
+                    self.gradients.release(slot.name)
+                elif module in self._alone:
+                    self.gradients.measure(slot.name)
+            if not is_kept:
+                self._seen[module] = _sums(activation, output_gradient)
+
+    def _rows_of_units(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Without padding rows, which come last."""
+        return tuple(value[: self.gradients.num_rows] for value in values)
+
+
+def _slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
+    own = {name: slot_of.get(id(parameter)) for name, parameter in module.named_parameters(recurse=False)}
+    return {name: slot for name, slot in own.items() if slot is not None}
+
+
+def _sums(*values: torch.Tensor) -> torch.Tensor:
+    """[values, rows]: equal in two passes whose values are equal; other values are unlikely to have equal sums."""
+    sums = torch.stack([value.flatten(1).sum(dim=1, dtype=torch.float32) for value in values])
+    return sums.nan_to_num(nan=torch.inf)  # a row that is NaN in both passes is the same in both

@@ -1,0 +1,88 @@
+"""What cannot be clipped exactly is refused by name, with what to do instead; never approximated.
+
+On every route: layers that keep statistics of the data, and losses or capacities that couple units. On the batched
+route: models whose layers see rows in a shape that does not tell units apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from privtrain.clipping import opacus_rules
+from privtrain.errors import UnsupportedLayer
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ONE_UNIT = "set performance.clipping_route: one_unit"
+
+
+def refuse_coupled_units(model: nn.Module) -> None:
+    """Refuse what makes one unit's gradient, or the released model, depend on another unit outside the clipped sum.
+
+    Raises:
+        UnsupportedLayer: naming the module.
+    """
+    for name, module in model.named_modules():
+        tracks = getattr(module, "track_running_stats", False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or tracks:
+            raise UnsupportedLayer(
+                f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
+                f"noise; replace it by GroupNorm or LayerNorm{opacus_rules.advice(module)}"
+            )
+    for config in _configs(model):
+        weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "router_z_loss_coef", None)
+        if getattr(config, "output_router_logits", False) and weight:
+            raise UnsupportedLayer(
+                f"router {_router(model)!r} asks for a load-balancing loss over all tokens of a batch "
+                f"(output_router_logits: true, coefficient {weight:g}), which couples units; set output_router_logits: "
+                "false in the model's config.json"
+            )
+        if getattr(config, "expert_capacity", None):
+            raise UnsupportedLayer(
+                f"router {_router(model)!r} drops tokens when an expert is full (expert_capacity: "
+                f"{config.expert_capacity}), so that one unit's tokens depend on another's; choose a model without it"
+            )
+
+
+def refuse_batched_route(model: nn.Module) -> None:
+    """Refuse models whose units cannot be told apart, or would round each other, in one batch.
+
+    Raises:
+        UnsupportedLayer: naming the module.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedLayer(
+            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; " + _ONE_UNIT
+        )
+    for name, module in model.named_modules():
+        if opacus_rules.is_time_first(module):
+            raise UnsupportedLayer(
+                f"module {name!r} of type {type(module).__name__} puts tokens before rows, so that its rows cannot be "
+                f"told apart; {_ONE_UNIT}"
+            )
+    for config in _configs(model):
+        if any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS):
+            raise UnsupportedLayer(
+                f"router {_router(model)!r} sorts the tokens of a batch by expert, so that the shapes a unit is "
+                f"computed in depend on other units; {_ONE_UNIT}"
+            )
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The model's configuration, and that of the text model within it."""
+    config = getattr(model, "config", None)
+    if config is None or isinstance(config, dict):
+        return
+    yield config
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if inner is not config:
+        yield inner
+
+
+def _router(model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if "router" in type(module).__name__.lower() or name.rpartition(".")[2] in ("router", "gate"):
+            return name
+    return type(model).__name__

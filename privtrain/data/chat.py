@@ -1,0 +1,130 @@
+"""Which tokens of a rendered conversation the assistant wrote, exactly.
+
+A template with ``{% generation %}`` says so itself. For any other, the conversation is rendered once up to each
+assistant turn with the generation prompt, and once through it; if each is a prefix of the next, what the second adds is
+what the model is to write, its end-of-turn mark included. A template without this property (one that rewrites earlier
+turns, as some do with a model's reasoning) is refused by name, on a public conversation, before any record is read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from privtrain.config.schema import DataSection
+from privtrain.data.records import Record
+from privtrain.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+
+#: What a template raises at a conversation that it was not written for.
+_UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE: Messages = [
+    {"role": "user", "content": "Which way?"},
+    {"role": "assistant", "content": "North."},
+    {"role": "user", "content": "How far?"},
+    {"role": "assistant", "content": "A mile."},
+]
+
+
+class ChatRenderer:
+    """Renders and tokenises conversations.
+
+    Args:
+        data: may name a template file that replaces the tokenizer's.
+        tokenizer: the model's, a fast one.
+
+    Raises:
+        ConfigError: if there is no template, or its assistant turns cannot be told apart exactly.
+    """
+
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        if data.chat_template_file is not None:
+            tokenizer.chat_template = data.chat_template_file.read_text(encoding="utf-8")
+        template = tokenizer.chat_template
+        key = "data.chat_template_file"
+        if not isinstance(template, str):
+            raise ConfigError([Fault(key, "the tokenizer has no chat template of its own; give a Jinja file")])
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                [Fault("data.format", "chat needs a fast tokenizer, which knows the characters of a token")]
+            )
+        self._marks_itself = _GENERATION.search(template) is not None
+        try:
+            spans = self._spans(_PROBE)[1]
+        except _UNRENDERABLE as error:
+            raise ConfigError([Fault(key, f"the chat template cannot be rendered: {error}")]) from None
+        if len(spans) != 2 or not all(start < end for start, end in spans):
+            raise ConfigError(
+                [
+                    Fault(
+                        key,
+                        "the model's chat template changes earlier turns when later ones are added, so the "
+                        "assistant's tokens cannot be told apart exactly; give a template that marks them with "
+                        "{% generation %} … {% endgeneration %}",
+                    )
+                ]
+            )
+
+    def encode(self, messages: Messages) -> Record:
+        """Tokens of a conversation; predicted are those that begin within an assistant turn.
+
+        A conversation that the template refuses, or whose turns it does not keep apart, predicts nothing.
+        """
+        try:
+            text, spans = self._spans(messages)
+        except _UNRENDERABLE:
+            text, spans = "\n".join(message["content"] for message in messages), []
+        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
+        starts = [start for start, _ in spans]
+        is_target = np.zeros(len(tokens), dtype=bool)
+        for position, (begin, end) in enumerate(encoded["offset_mapping"]):
+            span = bisect.bisect_right(starts, begin) - 1
+            is_target[position] = span >= 0 and begin < end and begin < spans[span][1]
+        is_target[:1] = False
+        return Record(tokens, is_target)
+
+    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> Any:
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text and the assistant's characters in it: empty if they cannot be told apart."""
+        whole: str = self._render(messages)
+        if self._marks_itself:
+            return whole, self._marked_spans(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index == 0:  # a turn that answers nothing is context
+                continue
+            before: str = self._render(messages[:index], add_generation_prompt=True)
+            through: str = self._render(messages[: index + 1])
+            if not (through.startswith(before) and whole.startswith(through)):
+                return whole, []
+            spans.append((len(before), len(through)))
+        return whole, spans
+
+    def _marked_spans(self, messages: Messages) -> list[tuple[int, int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._tokenizer.chat_template
+        assert isinstance(template, str)
+        marks: Any = self._tokenizer.special_tokens_map
+        found: Any = render_jinja_template(
+            conversations=[messages],  # pyright: ignore[reportArgumentType]
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **marks,
+        )
+        return list(found[1][0])

@@ -1,0 +1,129 @@
+"""From a kept record to tokens and the positions that are predicted, one function a format.
+
+* ``text``: begin mark, text, end mark; everything but the begin mark is predicted.
+* ``prompt_completion``: begin mark, prompt, completion, end mark; the completion and the end mark are predicted. Prompt
+  and completion are tokenised apart, as they will be when the model answers a prompt.
+* ``chat``: the model's chat template over the messages; the assistant's turns are predicted (:mod:`.chat`).
+* ``classification``: text (or a pair) as the model's tokenizer marks it, then the label's number (:mod:`.records`).
+
+Every record is encoded by itself. One that is cut before its first predicted token has an empty mask: it contributes
+zero, and is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from privtrain.config.schema import DataSection
+from privtrain.data.chat import ChatRenderer
+from privtrain.data.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_BATCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Encoded records, in the order given.
+
+    Attributes:
+        records: one per text.
+        num_truncated: how many were cut at ``data.max_length``. Private.
+        num_without_target: how many predict nothing, and so contribute zero. Private.
+    """
+
+    records: list[Record]
+    num_truncated: int
+    num_without_target: int
+
+
+class Encoder:
+    """Encodes records of the configured format.
+
+    Args:
+        data: format and ``max_length``.
+        tokenizer: the model's.
+
+    Raises:
+        ConfigError: if the tokenizer cannot serve the format (no chat template, or one whose assistant turns cannot be
+            told apart).
+    """
+
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._max_length = data.max_length
+        self._tokenizer = tokenizer
+        self._encode: Callable[[Sequence[str]], Iterable[tuple[Record, bool]]] = {
+            "text": self._texts,
+            "prompt_completion": self._completions,
+            "chat": self._chats,
+            "classification": self._classified,
+        }[data.format]
+        self._chat = ChatRenderer(data, tokenizer) if data.format == "chat" else None
+
+    def encode(self, records: Sequence[str]) -> Encoded:
+        """Tokens and targets of each record.
+
+        Args:
+            records: canonical records, see :mod:`.formats`.
+        """
+        found, num_truncated = [], 0
+        for start in range(0, len(records), _TOKENIZER_BATCH):
+            for record, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):
+                found.append(record)
+                num_truncated += is_cut
+        return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
+
+    def _cut(self, record: Record) -> tuple[Record, bool]:
+        return record.cut(self._max_length), len(record) > self._max_length
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return encoded["input_ids"]
+
+    def _texts(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        begin, end = marks(self._tokenizer)
+        for ids in self._ids(records):
+            yield self._cut(Record.of(np.asarray([begin, *ids, end], dtype=np.int64)))
+
+    def _completions(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        begin, end = marks(self._tokenizer)
+        parsed = [json.loads(record) for record in records]
+        prompts = self._ids([item["prompt"] for item in parsed])
+        completions = self._ids([item["completion"] for item in parsed])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tokens = np.asarray([begin, *prompt, *completion, end], dtype=np.int64)
+            yield self._cut(Record(tokens, np.arange(len(tokens)) > len(prompt)))
+
+    def _chats(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        assert self._chat is not None
+        for record in records:
+            yield self._cut(self._chat.encode(json.loads(record)))
+
+    def _classified(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        for record in records:
+            item = json.loads(record)
+            limit = self._max_length - 1
+            whole: Any = self._tokenizer(*item["texts"], verbose=False)
+            is_cut = len(whole["input_ids"]) > limit
+            if is_cut:
+                whole = self._tokenizer(*item["texts"], truncation="longest_first", max_length=limit, verbose=False)
+            tokens = np.asarray([*whole["input_ids"], item["label"]], dtype=np.int64)
+            yield Record(tokens, np.arange(len(tokens)) == len(tokens) - 1), is_cut
+
+
+def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Begin and end marks of a text. The begin mark is context only, so that every token of the text is predicted."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
+    assert isinstance(begin, int)
+    assert isinstance(end, int)
+    return begin, end

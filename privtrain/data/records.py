@@ -1,0 +1,48 @@
+"""A record as tokens, with the positions that a loss is taken at."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """One tokenised record.
+
+    A classification record is its tokens followed by its label's number, the one position that is predicted: so masks,
+    units and microbatches need to know nothing of tasks.
+
+    Attributes:
+        tokens: [n] int64, n ≥ 1.
+        is_target: [n] bool: whether the token at this position is predicted. Never the first.
+    """
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.is_target.shape
+        assert not self.is_target[:1].any()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """Number of predicted tokens."""
+        return int(self.is_target.sum())
+
+    @classmethod
+    def of(cls, tokens: np.ndarray | Record) -> Record:
+        """Plain text: every token but the first is predicted. A record is returned as it is."""
+        if isinstance(tokens, Record):
+            return tokens
+        is_target = np.ones(len(tokens), dtype=bool)
+        is_target[:1] = False
+        return cls(tokens, is_target)
+
+    def cut(self, max_length: int) -> Record:
+        """Its first ``max_length`` tokens."""
+        return Record(self.tokens[:max_length], self.is_target[:max_length])

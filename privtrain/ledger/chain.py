@@ -1,0 +1,306 @@
+"""The chained records of a log: their form, the rules that they obey, and what they say when replayed in order.
+
+One JSON object a line, which begins with the hash of the rest of the line; the rest holds the hash of the record before
+it. So an edit, a removal or a reordering anywhere breaks the chain. Bodies lie elsewhere (:mod:`.bodies`); a record
+binds its body by a Merkle root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from privtrain.errors import LedgerCorrupt
+
+SCHEMA = "privtrain/ledger/2"
+GENESIS = "0" * 64
+
+_OPENING = b'{"hash":"'
+_BODY_AT = len(_OPENING) + 64 + len(b'",')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepEntry:
+    """A step on the current path of the run."""
+
+    generation: int
+    step: int
+    environment: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Body:
+    """What the intent of a step binds: its users, found elsewhere by their order.
+
+    Attributes:
+        record: number of the record.
+        generation: the step's generation.
+        step: the logical step.
+        num_units: users of the step.
+        root: Merkle root over them, in hex.
+    """
+
+    record: int
+    generation: int
+    step: int
+    num_units: int
+    root: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A sealed file of bodies.
+
+    Attributes:
+        bodies: whose rows it holds, in order.
+        num_bytes: its size.
+        chunks: SHA-256 of every piece of it, see :data:`privtrain.ledger.bodies.CHUNK_BYTES`.
+    """
+
+    bodies: tuple[Body, ...]
+    num_bytes: int
+    chunks: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Contributions in the file."""
+        return sum(body.num_units for body in self.bodies)
+
+
+@dataclasses.dataclass
+class LedgerState:
+    """What the records say, replayed in order.
+
+    Attributes:
+        head: hash of the last record.
+        earlier_heads: hashes of the two records before it, the later first.
+        num_records: records in the log.
+        plan: digest of the plan's fingerprint under the pseudonym key.
+        key_sha256: commitment to the pseudonym key.
+        records_per_unit: k, the most records of a unit in a step.
+        generation: the newest generation; -1 before the first session.
+        environment: digest of the environment under the pseudonym key; empty if nothing may be replayed.
+        intents: (generation, step) → root over its contributions; every one is charged.
+        commits: (generation, step) that finished → digest of the noised sum that was applied.
+        zeroed: (generation, step) → places in the tree of the users who counted as zero; only where there are any.
+        path: the steps that the current model rests on, or would if the newest checkpoint were lost.
+        segments: the sealed bodies.
+        open_bodies: bodies since the last seal.
+        is_released: whether the run ended with a release.
+    """
+
+    head: str = GENESIS
+    earlier_heads: tuple[str, str] = (GENESIS, GENESIS)
+    num_records: int = 0
+    plan: str = ""
+    key_sha256: str = ""
+    records_per_unit: int = 0
+    generation: int = -1
+    environment: str = ""
+    intents: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    commits: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    zeroed: dict[tuple[int, int], list[int]] = dataclasses.field(default_factory=dict)
+    path: list[StepEntry] = dataclasses.field(default_factory=list)
+    segments: list[Segment] = dataclasses.field(default_factory=list)
+    open_bodies: list[Body] = dataclasses.field(default_factory=list)
+    is_released: bool = False
+
+    @property
+    def num_charged(self) -> int:
+        """Steps charged to the budget: every intent, once, in every generation."""
+        return len(self.intents)
+
+    @property
+    def num_contributions(self) -> int:
+        """Contributions of a user to a step, over all steps charged."""
+        return sum(body.num_units for body in self.bodies())
+
+    def bodies(self) -> Iterator[Body]:
+        """The bodies of all steps charged, in order."""
+        for segment in self.segments:
+            yield from segment.bodies
+        yield from self.open_bodies
+
+
+def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
+    """The line of the next record."""
+    body = json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields}, separators=(",", ":"))
+    return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
+
+
+def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a log with the offset of each; the last may lack its end."""
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The records of a log in order, unchecked; a torn tail is left out."""
+    for _, line in lines_of(path):
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
+    """Replay the whole lines of a log; return the state and the offset after the last of them.
+
+    Raises:
+        LedgerCorrupt: naming the offset of the first record that does not hold.
+    """
+    state, end = LedgerState(), 0
+    for offset, line in lines_of(path):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            advance(state, line)
+        except ValueError as error:
+            raise LedgerCorrupt(f"{path}: record {state.num_records} at byte {offset}: {error}") from None
+        end = offset + len(line)
+    return state, end
+
+
+def advance(state: LedgerState, line: bytes) -> None:
+    """Check the next line and take it in.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    record = parse(state, line)
+    try:
+        apply(state, record)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
+
+
+def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
+    """The record of the next line, checked against all rules.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not line.startswith(_OPENING) or line[_BODY_AT - 2 : _BODY_AT] != b'",':
+        raise ValueError("not a record")
+    if hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest().encode() != line[len(_OPENING) : _BODY_AT - 2]:
+        raise ValueError("its content does not match its hash")
+    record = json.loads(line)
+    try:
+        if record["seq"] != state.num_records or record["prev"] != state.head:
+            raise ValueError("does not follow the record before it")
+        if (record["kind"] == "begin") != (state.num_records == 0):
+            raise ValueError("a log has one beginning, at its start")
+        problem = _CHECKS.get(record["kind"], _unknown_kind)(state, record)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
+    if problem:
+        raise ValueError(problem)
+    return record
+
+
+def _unknown_kind(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
+    return f"a record of unknown kind {record['kind']!r}"
+
+
+def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
+    return None
+
+
+def _check_begin(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
+    if record["schema"] != SCHEMA:
+        return f"schema {record['schema']!r}; this version reads {SCHEMA!r}"
+    return None
+
+
+def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
+    if record["generation"] not in (max(state.generation, 0), state.generation + 1):
+        return "a session of a generation that is neither the last nor the next"
+    if not 0 <= record["from_step"] <= len(state.path):
+        return "a session that starts past the steps that were taken"
+    return None
+
+
+def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
+    if state.is_released:
+        return "a step after the release"
+    if (record["generation"], record["step"]) in state.intents:
+        return "a step twice"
+    if record["generation"] != state.generation or record["step"] != len(state.path):
+        return "a step out of order"
+    num_units = record["num_units"]
+    return None if isinstance(num_units, int) and num_units >= 0 else "a number of units that cannot be"
+
+
+def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
+    key = (record["generation"], record["step"])
+    if key not in state.intents or key in state.commits:
+        return "a commit without an open intent"
+    zeroed = record["zeroed"]
+    if zeroed:
+        sizes = [body.num_units for body in state.open_bodies if (body.generation, body.step) == key]
+        if not sizes or zeroed != sorted(set(zeroed)) or not 0 <= zeroed[0] <= zeroed[-1] < sizes[0]:
+            return "units that counted as zero and are not in the step"
+    return None
+
+
+def _check_seal(state: LedgerState, record: dict[str, Any]) -> str | None:
+    if record["segment"] != len(state.segments):
+        return "a segment out of order"
+    if record["num_rows"] != sum(body.num_units for body in state.open_bodies):
+        return "a segment that does not hold the rows of the steps before it"
+    return None
+
+
+def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
+    return "a release that charges other steps" if record["num_charged"] != state.num_charged else None
+
+
+_CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
+    "begin": _check_begin,
+    "session": _check_session,
+    "intent": _check_intent,
+    "commit": _check_commit,
+    "diverged": _nothing_to_check,
+    "repair": _nothing_to_check,
+    "seal": _check_seal,
+    "release": _check_release,
+}
+
+
+def apply(state: LedgerState, record: dict[str, Any]) -> None:
+    """Take in a record that holds."""
+    state.earlier_heads, state.head = (state.head, state.earlier_heads[0]), record["hash"]
+    state.num_records += 1
+    match record["kind"]:
+        case "begin":
+            state.plan = record["plan"]
+            state.key_sha256 = record["key_sha256"]
+            state.records_per_unit = record["records_per_unit"]
+        case "session":
+            if record["generation"] != state.generation:
+                state.path = [entry for entry in state.path if entry.step < record["from_step"]]
+            state.generation = record["generation"]
+            state.environment = record["environment"]
+        case "intent":
+            generation, step = record["generation"], record["step"]
+            state.intents[generation, step] = record["root"]
+            state.open_bodies.append(Body(record["seq"], generation, step, record["num_units"], record["root"]))
+            state.path.append(StepEntry(generation, step, state.environment))
+        case "commit":
+            state.commits[record["generation"], record["step"]] = record["update"]
+            if record["zeroed"]:
+                state.zeroed[record["generation"], record["step"]] = record["zeroed"]
+        case "diverged":
+            # Nothing of this generation may be replayed again.
+            state.path = [dataclasses.replace(entry, environment="") for entry in state.path]
+            state.environment = ""
+        case "seal":
+            state.segments.append(Segment(tuple(state.open_bodies), record["num_bytes"], tuple(record["chunks"])))
+            state.open_bodies = []
+        case "release":
+            state.is_released = True

@@ -1,0 +1,134 @@
+"""One root for who took part in a step, from which one user's part, or absence, can be shown without the others'.
+
+A row is ``SHA-256(context of the step ‖ pseudonym)`` with the number of records XORed into its last four bytes. Whoever
+knows a pseudonym can recompute its row and read its count; to everybody else a row is 32 random bytes, and the rows of
+one user in two steps have nothing in common. Rows are sorted, so an absence is shown by its two neighbours. Sixteen
+rows share a leaf, because hashes are what a verification costs; the tree above is that of RFC 6962: leaves are hashed
+behind a zero byte, nodes behind a one.
+
+Public: all of this. Secret: the key that gives the pseudonyms, of 128 bits each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+PSEUDONYM_BYTES = 16
+ROW_BYTES = 32
+#: The part of a row that orders it and is the same whatever the number of records.
+TAG_BYTES = 28
+#: Rows of one leaf.
+BUCKET_ROWS = 16
+
+_BUCKET_BYTES = BUCKET_ROWS * ROW_BYTES
+_sha256 = hashlib.sha256
+
+
+def step_context(generation: int, step: int) -> bytes:
+    """32 bytes that no other step of a run has."""
+    return _sha256(f"privtrain/ledger/2/row:{generation}:{step}".encode()).digest()
+
+
+def row_hashes(context: bytes, pseudonyms: bytes) -> list[bytes]:
+    """The rows of concatenated pseudonyms, in their order, before the counts are put in."""
+    return [
+        _sha256(context + pseudonyms[i : i + PSEUDONYM_BYTES]).digest()
+        for i in range(0, len(pseudonyms), PSEUDONYM_BYTES)
+    ]
+
+
+def with_counts(hashes: bytes, counts: np.ndarray) -> bytes:
+    """Put the numbers of records into concatenated rows; doing it twice takes them out again.
+
+    Args:
+        hashes: n rows.
+        counts: [n] record counts below 2**32.
+    """
+    rows = np.frombuffer(hashes, dtype=">u4").reshape(-1, ROW_BYTES // 4).copy()
+    rows[:, -1] ^= counts.astype(">u4")
+    return rows.tobytes()
+
+
+def rows_of(context: bytes, pseudonyms: bytes, counts: np.ndarray) -> bytes:
+    """The rows of a step whose pseudonyms are in the order of their tags."""
+    return with_counts(b"".join(row_hashes(context, pseudonyms)), counts)
+
+
+def are_sorted(rows: bytes) -> bool:
+    """Whether tags strictly increase, so that no user is there twice and neighbours show an absence."""
+    first = np.frombuffer(rows, dtype=">u8").reshape(-1, ROW_BYTES // 8)[:, 0]
+    if bool(np.all(first[1:] > first[:-1])):
+        return True
+    tags = [rows[i : i + TAG_BYTES] for i in range(0, len(rows), ROW_BYTES)]
+    return all(a < b for a, b in itertools.pairwise(tags))
+
+
+def num_buckets(num_rows: int) -> int:
+    """Leaves of a tree over so many rows."""
+    return -(-num_rows // BUCKET_ROWS)
+
+
+def bucket(rows: bytes, index: int) -> bytes:
+    """The rows of one leaf."""
+    return rows[index * _BUCKET_BYTES : (index + 1) * _BUCKET_BYTES]
+
+
+def leaf_hash(bucket_rows: bytes) -> bytes:
+    """The hash of a leaf."""
+    return _sha256(b"\x00" + bucket_rows).digest()
+
+
+def leaf_hashes(rows: bytes) -> list[bytes]:
+    """The hash of every leaf."""
+    return [_sha256(b"\x00" + rows[i : i + _BUCKET_BYTES]).digest() for i in range(0, len(rows), _BUCKET_BYTES)]
+
+
+def _parents(level: Sequence[bytes]) -> list[bytes]:
+    above = [_sha256(b"\x01" + level[i] + level[i + 1]).digest() for i in range(0, len(level) - 1, 2)]
+    return [*above, level[-1]] if len(level) % 2 else above
+
+
+def root_of(rows: bytes) -> str:
+    """The root over the rows of a step, in hex; of none, the hash of nothing (RFC 6962, section 2.1)."""
+    level = leaf_hashes(rows)
+    if not level:
+        return _sha256(b"").hexdigest()
+    while len(level) > 1:
+        level = _parents(level)
+    return level[0].hex()
+
+
+def audit_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
+    """The hashes that lead from a leaf to the root (RFC 6962, section 2.1.1)."""
+    path, level = [], list(leaves)
+    while len(level) > 1:
+        sibling = index ^ 1
+        if sibling < len(level):
+            path.append(level[sibling])
+        level, index = _parents(level), index // 2
+    return path
+
+
+def root_from_path(leaf: bytes, index: int, num_leaves: int, path: Sequence[bytes]) -> str:
+    """The root that a leaf at ``index`` of ``num_leaves`` has under this path, in hex.
+
+    Raises:
+        ValueError: if the path does not have the length that this place asks for.
+    """
+    if not 0 <= index < num_leaves:
+        raise ValueError("a leaf outside the tree")
+    node, rest = leaf, list(path)
+    while num_leaves > 1:
+        if (index ^ 1) < num_leaves:
+            if not rest:
+                raise ValueError("a path that ends below the root")
+            sibling = rest.pop(0)
+            node = _sha256(b"\x01" + (sibling + node if index % 2 else node + sibling)).digest()
+        index, num_leaves = index // 2, -(-num_leaves // 2)
+    if rest:
+        raise ValueError("a path that goes on above the root")
+    return node.hex()

@@ -1,0 +1,257 @@
+"""One user's part in a run, shown to somebody who sees neither the run nor the other users.
+
+A proof holds the records of the chain, which name nobody, and for every step the leaves of its tree in which the user's
+row is, or in which its two neighbours are. Whoever checks it recomputes the chain up to a head that they have from
+elsewhere (``privacy.json``, the model card), the user's row in every step and its way to the root.
+
+It reveals: the user's pseudonym and part; per step how many users took part and how many of them counted as zero; up to
+31 rows of others, which are random bytes without their pseudonyms; and nothing else of ``secret/``. That the pseudonym
+is this user's takes the key to check, and that a step's tree is sorted takes the log: ``ledger verify`` does that.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bisect
+import dataclasses
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from privtrain.errors import ProofRejected
+from privtrain.ledger import merkle
+from privtrain.ledger.bodies import each_segment
+from privtrain.ledger.chain import Body, LedgerState, advance, lines_of
+from privtrain.ledger.log import key_commitment, verify_chain
+from privtrain.secret import SecretKey, pseudonym
+
+SCHEMA = "privtrain/ledger-proof/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One user's part in one step.
+
+    Attributes:
+        generation: the step's generation.
+        step: the logical step.
+        records: records that the user brought.
+        is_zeroed: whether the user's gradient was not finite and counted as zero.
+        is_committed: whether the step's update was made; if not, the step was charged all the same.
+        is_in_model: whether the model rests on this step, rather than having been rewound past it.
+    """
+
+    generation: int
+    step: int
+    records: int
+    is_zeroed: bool
+    is_committed: bool
+    is_in_model: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedProof:
+    """What a proof shows.
+
+    Attributes:
+        user: the user that it says it is about; shown only if ``is_key_checked``.
+        pseudonym: the pseudonym that it is about, in hex.
+        head: the head of the log that it belongs to.
+        num_steps: steps that it covers: all that were charged.
+        parts: the steps that the user took part in; from all others the user was absent.
+        is_key_checked: whether the pseudonym was recomputed from the user and the key that the log was written with.
+    """
+
+    user: str | None
+    pseudonym: str
+    head: str
+    num_steps: int
+    parts: tuple[Part, ...]
+    is_key_checked: bool
+
+
+def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> dict[str, Any]:
+    """Make the proof of one user's part in every step, checking the log on the way.
+
+    Args:
+        log: the log.
+        unit_pseudonym: the user's pseudonym, in hex.
+        user: who that is, for the reader of the proof.
+
+    Raises:
+        LedgerCorrupt: if the log is not intact.
+    """
+    state = verify_chain(log)
+    secret = bytes.fromhex(unit_pseudonym)
+    steps = []
+    for bodies, rows in each_segment(log, state):
+        start = 0
+        for body in bodies:
+            steps.append(_opening(body, rows[start : start + body.num_units], secret))
+            start += body.num_units
+    return {
+        "schema": SCHEMA,
+        "user": user,
+        "pseudonym": unit_pseudonym,
+        "head": state.head,
+        "records": [
+            line.decode("ascii").rstrip("\n") for _, line in itertools.islice(lines_of(log), state.num_records)
+        ],
+        "steps": steps,
+    }
+
+
+def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]]:
+    """The one or two leaves that show a user's row, or that there is none between its neighbours."""
+    context = merkle.step_context(body.generation, body.step)
+    units = np.ascontiguousarray(rows["unit"]).tobytes()
+    tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
+    tags = _tags(tree_rows)
+    (own,) = merkle.row_hashes(context, secret)
+    place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
+    is_there = place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]
+    places = [place] if is_there else [p for p in (place - 1, place) if 0 <= p < len(tags)]
+    leaves = merkle.leaf_hashes(tree_rows)
+    return [
+        {
+            "leaf": leaf,
+            "rows": _encode(merkle.bucket(tree_rows, leaf)),
+            "path": [_encode(item) for item in merkle.audit_path(leaves, leaf)],
+        }
+        for leaf in sorted({p // merkle.BUCKET_ROWS for p in places})
+    ]
+
+
+def check_proof(
+    proof: dict[str, Any], head: str, *, key: SecretKey | None = None, user: str | None = None
+) -> CheckedProof:
+    """Check a proof against a head, without the run.
+
+    Args:
+        proof: what :func:`prove` made.
+        head: the head of the log, from a source that the checker trusts.
+        key: the pseudonym key, if the organisation shows it to this checker.
+        user: whose proof it must be; the one that the proof names if not given.
+
+    Raises:
+        ProofRejected: saying what does not hold.
+    """
+    try:
+        return _check(proof, head, key, user)
+    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+        raise ProofRejected(f"not a proof that holds: {error}") from None
+
+
+def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | None) -> CheckedProof:
+    if proof["schema"] != SCHEMA:
+        raise ProofRejected(f"schema {proof['schema']!r}; this version reads {SCHEMA!r}")
+    named = proof["user"]
+    if user is not None and named != user:
+        raise ProofRejected(f"it is about {named!r}, not {user!r}")
+    state = _replayed(proof["records"])
+    if state.head != head:
+        raise ProofRejected(f"its records end in head {state.head}, not in {head}")
+    if key is not None:
+        _check_key(state, proof, key)
+    secret = bytes.fromhex(proof["pseudonym"])
+    if len(secret) != merkle.PSEUDONYM_BYTES:
+        raise ProofRejected("its pseudonym has the wrong length")
+    model = {(entry.generation, entry.step) for entry in state.path}
+    parts = []
+    for body, leaves in zip(state.bodies(), proof["steps"], strict=True):
+        found = _check_step(body, leaves, secret)
+        if found is not None:
+            place, records = found
+            step = (body.generation, body.step)
+            is_zeroed = place in state.zeroed.get(step, ())
+            parts.append(Part(*step, records, is_zeroed, step in state.commits, step in model))
+    return CheckedProof(
+        user=named,
+        pseudonym=proof["pseudonym"],
+        head=head,
+        num_steps=state.num_charged,
+        parts=tuple(parts),
+        is_key_checked=key is not None,
+    )
+
+
+def _replayed(records: list[str]) -> LedgerState:
+    state = LedgerState()
+    for record in records:
+        try:
+            advance(state, record.encode() + b"\n")
+        except ValueError as error:
+            raise ProofRejected(f"record {state.num_records}: {error}") from None
+    return state
+
+
+def _check_key(state: LedgerState, proof: dict[str, Any], key: SecretKey) -> None:
+    if key_commitment(key) != state.key_sha256:
+        raise ProofRejected("the key is not the one that the log was written with")
+    if pseudonym(key, str(proof["user"])) != proof["pseudonym"]:
+        raise ProofRejected(f"its pseudonym is not that of {proof['user']!r}")
+
+
+def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tuple[int, int] | None:
+    """The user's place and records in a step, or ``None`` where the leaves show that there is none."""
+    where = f"step {body.step} of generation {body.generation}"
+    num_leaves = merkle.num_buckets(body.num_units)
+    rows = b""
+    for leaf in leaves:
+        content, path = _decode(leaf["rows"]), [_decode(item) for item in leaf["path"]]
+        if merkle.root_from_path(merkle.leaf_hash(content), leaf["leaf"], num_leaves, path) != body.root:
+            raise ProofRejected(f"{where}: a leaf does not lead to the root")
+        if leaf["leaf"] != leaves[0]["leaf"] + len(rows) // (merkle.BUCKET_ROWS * merkle.ROW_BYTES):
+            raise ProofRejected(f"{where}: leaves that are not neighbours")
+        if len(content) != merkle.ROW_BYTES * min(
+            merkle.BUCKET_ROWS, body.num_units - leaf["leaf"] * merkle.BUCKET_ROWS
+        ):
+            raise ProofRejected(f"{where}: a leaf of another size than its place asks for")
+        rows += content
+    first = leaves[0]["leaf"] * merkle.BUCKET_ROWS if leaves else 0
+    tags = _tags(rows)
+    if any(a >= b for a, b in itertools.pairwise(tags)):
+        raise ProofRejected(f"{where}: rows out of order")
+    (own,) = merkle.row_hashes(merkle.step_context(body.generation, body.step), secret)
+    place = bisect.bisect_left(tags, own[: merkle.TAG_BYTES])
+    if place < len(tags) and tags[place] == own[: merkle.TAG_BYTES]:
+        row = rows[place * merkle.ROW_BYTES : (place + 1) * merkle.ROW_BYTES]
+        masked = int.from_bytes(row[merkle.TAG_BYTES :], "big")
+        return first + place, masked ^ int.from_bytes(own[merkle.TAG_BYTES :], "big")
+    is_bounded = (place > 0 or first == 0) and (place < len(tags) or first + len(tags) == body.num_units)
+    if not is_bounded:
+        raise ProofRejected(f"{where}: shows neither the user nor both neighbours")
+    return None
+
+
+def _tags(rows: bytes) -> list[bytes]:
+    if len(rows) % merkle.ROW_BYTES:
+        raise ValueError("a row cut short")
+    return [rows[i : i + merkle.TAG_BYTES] for i in range(0, len(rows), merkle.ROW_BYTES)]
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def read_proof(path: pathlib.Path) -> dict[str, Any]:
+    """The proof in a file.
+
+    Raises:
+        ProofRejected: if it is no such file.
+    """
+    try:
+        proof = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProofRejected(f"{path} cannot be read: {error}") from None
+    if not isinstance(proof, dict):
+        raise ProofRejected(f"{path} holds no proof")
+    return proof

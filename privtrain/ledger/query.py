@@ -1,0 +1,259 @@
+"""Questions to a log, answered by DuckDB over its segments. Pseudonyms only: no name ever enters a query."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from privtrain.errors import LedgerCorrupt, PrivtrainError
+from privtrain.ledger.bodies import ROW, directory_of, rows_path, segment_path, to_table
+from privtrain.ledger.chain import LedgerState
+from privtrain.ledger.log import verify_chain
+
+#: What DuckDB may hold; it spills to the ledger's own directory beyond.
+_MEMORY_LIMIT = "700MB"
+#: Each thread holds tables of its own.
+_NUM_THREADS = 4
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """How the contributions of a run are spread over its users. Private: none of it is covered by ε.
+
+    Attributes:
+        num_steps: steps charged.
+        num_contributions: a user's part in a step, counted over all.
+        num_records: records used, a record counted once a step.
+        num_users: users with at least one contribution.
+        num_zeroed: contributions that counted as zero because they were not finite.
+        records_per_unit: k.
+        share_at_k: share of contributions that brought k records, so that the bound may have cut them.
+        share_above_k: share above k; zero in every log that verifies.
+        records_per_user: smallest, quartiles, 90 %, 99 % and largest number of records of a user over the run.
+        steps_per_user: the same for steps.
+        gini: Gini coefficient of records over the users who contributed: 0 if all gave the same.
+        cap: the number of records that the next two compare with, if one was given.
+        share_of_users_above_cap: share of users with more records than that over the run.
+        share_of_records_above_cap: share of all records that lie beyond those users' first ``cap``.
+    """
+
+    num_steps: int
+    num_contributions: int
+    num_records: int
+    num_users: int
+    num_zeroed: int
+    records_per_unit: int
+    share_at_k: float
+    share_above_k: float
+    records_per_user: dict[str, int]
+    steps_per_user: dict[str, int]
+    gini: float
+    cap: int | None
+    share_of_users_above_cap: float | None
+    share_of_records_above_cap: float | None
+
+
+class Contributions:
+    """The contributions of a log as the table ``contributions``. Use :func:`opened_contributions`."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, state: LedgerState) -> None:
+        self.state = state
+        self._connection = connection
+
+    def _rows(self, sql: str, parameters: list[Any] | None = None) -> list[Row]:
+        result = self._connection.execute(sql, parameters or [])
+        names = [column[0] for column in result.description or []]
+        return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
+
+    def steps(self) -> dict[tuple[int, int], Row]:
+        """(generation, step) → users, records, most records of one user, and users who counted as zero."""
+        rows = self._rows(
+            "SELECT generation, step, count(*) AS num_units, sum(records)::BIGINT AS num_records, "
+            "max(records) AS max_records, count(*) FILTER (zeroed) AS num_zeroed "
+            "FROM contributions GROUP BY generation, step"
+        )
+        return {(row.pop("generation"), row.pop("step")): row for row in rows}
+
+    def top(self, count: int) -> list[Row]:
+        """The heaviest contributors: pseudonym, records, steps, zeroed; the most records first."""
+        rows = self._rows(
+            "SELECT unit, sum(records)::BIGINT AS records, count(*) AS steps, count(*) FILTER (zeroed) AS zeroed "
+            "FROM contributions GROUP BY unit ORDER BY records DESC, steps DESC, unit LIMIT ?",
+            [count],
+        )
+        return [{"pseudonym": row.pop("unit").hex, **row} for row in rows]
+
+    def user(self, unit_pseudonym: str) -> list[Row]:
+        """One user's part in every step that it joined."""
+        rows = self._rows(
+            "SELECT generation, step, records, zeroed FROM contributions WHERE unit = ? ORDER BY generation, step",
+            [uuid.UUID(hex=unit_pseudonym)],
+        )
+        model = {(entry.generation, entry.step) for entry in self.state.path}
+        for row in rows:
+            step = (row["generation"], row["step"])
+            row |= {"committed": step in self.state.commits, "in_model": step in model}
+        return rows
+
+    def statistics(self, cap: int | None = None) -> Statistics:
+        """How the contributions are spread."""
+        # Two passes: a table of users with two sums each is what fits in memory at millions of users.
+        spread = self._rows(
+            "SELECT steps, records, count(*) AS users FROM ("
+            "SELECT count(*)::INT AS steps, sum(records)::INT AS records FROM contributions GROUP BY unit"
+            ") GROUP BY steps, records ORDER BY records, steps"
+        )
+        (totals,) = self._rows(
+            "SELECT count(*) FILTER (zeroed) AS zeroed, count(*) FILTER (records = $1) AS at_k, "
+            "count(*) FILTER (records > $1) AS above_k FROM contributions",
+            [self.state.records_per_unit],
+        )
+        return _statistics(self.state, spread, totals, cap)
+
+    def export(self, target: pathlib.Path, file_format: str) -> int:
+        """Write all contributions to a file that only its owner may read; return how many."""
+        self._connection.register("commits", _steps_table(self.state))
+        options = "FORMAT parquet, COMPRESSION zstd" if file_format == "parquet" else "FORMAT csv, HEADER"
+        previous = os.umask(0o077)
+        try:
+            self._connection.execute(
+                "COPY (SELECT generation, step, replace(unit::VARCHAR, '-', '') AS pseudonym, records, zeroed, "
+                "committed, in_model FROM contributions JOIN commits USING (generation, step) "
+                f"ORDER BY generation, step) TO {_quoted(target)} ({options})"
+            )
+        finally:
+            os.umask(previous)
+        os.chmod(target, 0o600)
+        return self.state.num_contributions
+
+
+@contextlib.contextmanager
+def opened_contributions(log: pathlib.Path) -> Iterator[Contributions]:
+    """Check the chain of a log and open its bodies, those of a running job included.
+
+    The bodies themselves are not checked against their roots here: ``ledger verify`` does that.
+
+    Raises:
+        LedgerCorrupt: if the chain does not hold or a segment is missing.
+    """
+    state = verify_chain(log, allow_torn=True)
+    files = [segment_path(log, index) for index in range(len(state.segments))]
+    for file, segment in zip(files, state.segments, strict=True):
+        if not file.is_file() or file.stat().st_size != segment.num_bytes:
+            raise LedgerCorrupt(f"{file} is missing or was cut; restore it from a backup")
+    spill = _spill_directory(log)
+    connection = duckdb.connect()
+    try:
+        connection.execute(f"SET memory_limit='{_MEMORY_LIMIT}'; SET threads={min(_NUM_THREADS, os.cpu_count() or 1)}")
+        connection.execute(f"SET preserve_insertion_order=false; SET temp_directory={_quoted(spill)}")
+        connection.register("open_rows", _open_table(log, state))
+        sources = ["SELECT * FROM open_rows"]
+        if files:
+            quoted = ", ".join(_quoted(file) for file in files)
+            sources.append(f"SELECT * FROM read_parquet([{quoted}])")
+        connection.execute(f"CREATE VIEW contributions AS {' UNION ALL '.join(sources)}")
+        yield Contributions(connection, state)
+    except duckdb.Error as error:
+        raise PrivtrainError(f"{log}: the query failed: {error}") from None
+    finally:
+        connection.close()
+        if spill is not None:
+            shutil.rmtree(spill, ignore_errors=True)
+
+
+def _spill_directory(log: pathlib.Path) -> pathlib.Path | None:
+    """A directory beside the segments; none where an auditor may only read, and then big queries fail for memory."""
+    try:
+        return pathlib.Path(tempfile.mkdtemp(prefix=".query-", dir=directory_of(log)))
+    except OSError:
+        return None
+
+
+def _quoted(path: pathlib.Path | None) -> str:
+    return "'{}'".format(str(path or "").replace("'", "''"))
+
+
+def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:
+    num_rows = sum(body.num_units for body in state.open_bodies)
+    path = rows_path(log, len(state.segments))
+    rows = np.fromfile(path, dtype=ROW, count=num_rows) if num_rows and path.exists() else np.zeros(0, dtype=ROW)
+    if len(rows) != num_rows:
+        raise LedgerCorrupt(
+            f"{path}: holds {len(rows)} of {num_rows} contributions, or a job is writing at this moment"
+        )
+    return to_table(state.open_bodies, rows, state.zeroed)
+
+
+def _steps_table(state: LedgerState) -> pa.Table:
+    model = {(entry.generation, entry.step) for entry in state.path}
+    steps = list(state.intents)
+    return pa.table(
+        {
+            "generation": pa.array([generation for generation, _ in steps], pa.int32()),
+            "step": pa.array([step for _, step in steps], pa.int32()),
+            "committed": pa.array([step in state.commits for step in steps], pa.bool_()),
+            "in_model": pa.array([step in model for step in steps], pa.bool_()),
+        }
+    )
+
+
+def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | None) -> Statistics:
+    """From the numbers of users with so many steps and records."""
+    column = {name: np.array([row[name] for row in spread], dtype=np.int64) for name in (spread[0] if spread else ())}
+    users = column.get("users", np.zeros(0, dtype=np.int64))
+    records, steps = column.get("records", users), column.get("steps", users)
+    num_users, num_records = int(users.sum()), int((users * records).sum())
+    num_contributions = int((users * steps).sum())
+    num_above = int((users * (records > cap)).sum()) if cap is not None else 0
+    num_beyond = int((users * np.maximum(records - cap, 0)).sum()) if cap is not None else 0
+    return Statistics(
+        num_steps=state.num_charged,
+        num_contributions=num_contributions,
+        num_records=num_records,
+        num_users=num_users,
+        num_zeroed=totals["zeroed"],
+        records_per_unit=state.records_per_unit,
+        share_at_k=totals["at_k"] / max(num_contributions, 1),
+        share_above_k=totals["above_k"] / max(num_contributions, 1),
+        records_per_user=_quantiles(records, users),
+        steps_per_user=_quantiles(steps, users),
+        gini=_gini(records, users),
+        cap=cap,
+        share_of_users_above_cap=None if cap is None else num_above / max(num_users, 1),
+        share_of_records_above_cap=None if cap is None else num_beyond / max(num_records, 1),
+    )
+
+
+def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
+    """Quantiles of values that occur ``weights`` times: the smallest value with at least that share at or below."""
+    if not len(values):
+        return {}
+    order = np.argsort(values, kind="stable")
+    cumulative = np.cumsum(weights[order])
+    shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    places = {name: np.searchsorted(cumulative, share * cumulative[-1]) for name, share in shares.items()}
+    return {name: int(values[order[min(place, len(order) - 1)]]) for name, place in places.items()}
+
+
+def _gini(values: np.ndarray, weights: np.ndarray) -> float:
+    """Gini coefficient of values that occur ``weights`` times, by trapezia under the Lorenz curve."""
+    total = float((values * weights).sum())
+    if total == 0:
+        return 0.0
+    order = np.argsort(values, kind="stable")
+    held = np.concatenate(([0.0], np.cumsum((values * weights)[order]) / total))
+    share = weights[order] / weights.sum()
+    return float(1.0 - (share * (held[1:] + held[:-1])).sum())

@@ -1,0 +1,311 @@
+"""Reach the registry's database: its URL, its schema, its key, and patience with a server that is away.
+
+SQLite, for one machine: a file in rollback-journal mode (write-ahead logging fails on network file systems), written in
+``BEGIN IMMEDIATE`` transactions. PostgreSQL, for many: any URL that SQLAlchemy takes. A password in the URL is used and
+never shown. The key behind the pseudonyms lies in a file outside the database (see :func:`key_path`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.pool import NullPool
+
+from privtrain.config.schema import RegistrySection
+from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
+from privtrain.registry.tables import Meta
+from privtrain.rundir import make_private_directory, sync_directory, temporary_of
+from privtrain.secret import KEY_BYTES, SecretKey
+
+URL_VARIABLE = "PRIVTRAIN_REGISTRY"
+KEY_VARIABLE = "PRIVTRAIN_REGISTRY_KEY"
+
+_MIGRATIONS = pathlib.Path(__file__).parent / "migrations"
+_SQLITE_BUSY_SECONDS = 30
+_CONNECT_TIMEOUT_SECONDS = 10
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 10.0
+#: Two upgrades of one PostgreSQL database take turns on this lock. An arbitrary constant.
+_UPGRADE_LOCK = 0x70726976
+#: What a retry cannot mend.
+_HOPELESS = (
+    *("authentication failed", "does not exist", "no password supplied", "permission denied"),
+    *("no such table", "unable to open", "readonly", "read-only transaction", "not a database"),
+)
+
+T = TypeVar("T")
+
+
+def registry_url(section: RegistrySection) -> str | None:
+    """Where a run's registry is: ``PRIVTRAIN_REGISTRY``, else ``registry.url``, else a default if a data set is named.
+
+    Returns:
+        ``None`` if neither is set and ``registry.dataset`` is not either: then the run uses no registry.
+    """
+    given = os.environ.get(URL_VARIABLE) or section.url
+    return given or (default_url() if section.dataset is not None else None)
+
+
+def default_url() -> str:
+    """A SQLite file in the user's data directory."""
+    return f"sqlite:///{_data_directory() / 'registry.db'}"
+
+
+def key_path(url: sa.URL) -> pathlib.Path:
+    """Where the pseudonym key lies: ``PRIVTRAIN_REGISTRY_KEY``, else beside the SQLite file or in the data directory.
+
+    Every machine that trains with the registry needs the same file; keep it out of the database's backups.
+    """
+    if given := os.environ.get(KEY_VARIABLE):
+        return pathlib.Path(given)
+    file = _sqlite_file(url)
+    return file.with_name(f"{file.name}.key") if file is not None else _data_directory() / "registry.key"
+
+
+class Database:
+    """An engine that retries, with the registry's schema checked.
+
+    Args:
+        url: SQLAlchemy URL, or the path of a SQLite file.
+        retry_seconds: how long an unreachable server is waited for.
+        read_only: refuse every write, at the database.
+    """
+
+    def __init__(self, url: str, *, retry_seconds: float = 60.0, read_only: bool = False) -> None:
+        self.url = _parse(url)
+        self._retry_seconds = retry_seconds
+        self._read_only = read_only
+        self._file = _sqlite_file(self.url)
+        # A server's connections are kept, since each costs a password check; a file's are not: none outlives it.
+        pool = {"poolclass": NullPool} if self._file is not None else {"pool_size": 2, "pool_pre_ping": True}
+        self._engine = sa.create_engine(self.url, connect_args=self._connect_arguments(), **pool)
+        if self._file is not None:
+            event.listen(self._engine, "connect", self._prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        self._key: SecretKey | None = None
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password and options."""
+        return self.url.set(query={}).render_as_string(hide_password=True)
+
+    def prepare(self) -> None:
+        """Make a SQLite registry that does not exist yet, and check the schema.
+
+        Raises:
+            PrivtrainError: if the database holds another schema, or none.
+            RegistryUnreachable: if no server answers.
+        """
+        if self._file is not None and not self._file.exists():
+            if self._read_only:
+                raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")
+            self.upgrade()
+        from alembic.script import ScriptDirectory
+
+        newest = ScriptDirectory.from_config(_alembic_config(None)).get_current_head()
+        found = self.read(_schema_revision)
+        if found != newest:
+            what = "no registry" if found is None else f"a registry of schema {found}, this version needs {newest}"
+            command = "init" if found is None else "upgrade"
+            raise PrivtrainError(f"{self.shown} holds {what}; run: privtrain registry {command}")
+
+    def upgrade(self) -> None:
+        """Bring the schema to this version; on an empty database, make it. Whole or not at all."""
+        if self._file is None:
+            self._ensure_key()
+            self.write(self._migrate)
+            return
+        make_private_directory(self._file.parent)
+        with _file_lock(self._file):
+            self._ensure_key()
+            if self._file.exists():
+                self.write(self._migrate)
+                return
+            # A whole database appears under the name, or none.
+            temporary = temporary_of(self._file)
+            temporary.unlink(missing_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            with contextlib.closing(Database(f"sqlite:///{temporary}")) as fresh:
+                fresh._key = self.key(check=False)
+                fresh.write(fresh._migrate)
+            os.replace(temporary, self._file)
+            sync_directory(self._file.parent)
+
+    def key(self, *, check: bool = True) -> SecretKey:
+        """The pseudonym key.
+
+        Raises:
+            GuaranteeLost: if it is missing, or is not the one that this registry's pseudonyms were made with: then
+                nobody who opted out would be recognised.
+        """
+        if self._key is None:
+            path = key_path(self.url)
+            try:
+                key = SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+            except (OSError, ValueError):
+                raise GuaranteeLost(
+                    f"the registry's key {path} is missing or damaged; restore it, or set {KEY_VARIABLE} to its file"
+                ) from None
+            if path.stat().st_mode & 0o077:
+                raise PrivtrainError(f"{path} can be read by other users of this machine; run: chmod 600 {path}")
+            self._key = key
+        if check:
+            known = self.read(lambda connection: connection.execute(sa.select(Meta.key_check)).scalar_one())
+            if known != _key_check(self._key):
+                raise GuaranteeLost(
+                    f"{key_path(self.url)} is not the key of {self.shown}: who opted out would not be recognised. "
+                    f"Set {KEY_VARIABLE} to the key file that the registry was made with"
+                )
+        return self._key
+
+    def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run a query, with retries while the database cannot be reached."""
+        return self._retry(work, write=False)
+
+    def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run one transaction: whole or not at all.
+
+        A connection may break after the server committed and before it said so, so ``work`` must do nothing the second
+        time.
+        """
+        return self._retry(work, write=True)
+
+    def close(self) -> None:
+        """Forget all connections."""
+        self._engine.dispose()
+
+    def _retry(self, work: Callable[[sa.Connection], T], *, write: bool) -> T:
+        deadline = time.monotonic() + self._retry_seconds
+        wait = _FIRST_WAIT_SECONDS
+        while True:
+            try:
+                with self._engine.connect() as plain:
+                    connection = plain.execution_options(registry_write=write)
+                    with connection.begin():
+                        return work(connection)
+            except (exc.OperationalError, exc.InterfaceError, exc.InternalError) as error:
+                reason = self._reason(error)
+                if any(text in reason for text in _HOPELESS) or time.monotonic() + wait > deadline:
+                    raise RegistryUnreachable(
+                        f"cannot reach the registry {self.shown}: {reason.rstrip('.?')}. "
+                        "Nothing was reserved by this call; start the server or mend the URL, then run the same command"
+                    ) from None
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+    def _reason(self, error: exc.DBAPIError) -> str:
+        text = " ".join(str(error.orig).split())
+        secrets = [self.url.password, *(str(value) for value in self.url.query.values())]
+        for secret in filter(None, secrets):
+            text = text.replace(str(secret), "***")
+        return text
+
+    def _connect_arguments(self) -> dict[str, object]:
+        if self._file is not None:
+            return {"timeout": _SQLITE_BUSY_SECONDS}
+        options = "-c default_transaction_read_only=on" if self._read_only else ""
+        return {"connect_timeout": _CONNECT_TIMEOUT_SECONDS, "application_name": "privtrain", "options": options}
+
+    def _prepare_sqlite(self, connection: sqlite3.Connection, record: object) -> None:  # noqa: ARG002
+        # The driver's own transaction handling would commit before a schema change; see _begin_sqlite.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = EXTRA")
+        if self._read_only:
+            connection.execute("PRAGMA query_only = ON")
+
+    def _ensure_key(self) -> None:
+        path = key_path(self.url)
+        if path.exists():
+            return
+        make_private_directory(path.parent)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(os.urandom(KEY_BYTES).hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # somebody else's key came first
+            os.link(temporary, path)
+        temporary.unlink()
+        sync_directory(path.parent)
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        from alembic import command
+
+        if self._file is None:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
+        command.upgrade(_alembic_config(connection), "head")
+        if connection.execute(sa.select(sa.func.count()).select_from(Meta)).scalar_one() == 0:
+            check = _key_check(self.key(check=False))
+            connection.execute(sa.insert(Meta).values(id=1, key_check=check, num_opt_outs=0))
+
+
+def _schema_revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def _key_check(key: SecretKey) -> str:
+    return key.derive("registry-key-check").hex()[:32]
+
+
+def _alembic_config(connection: sa.Connection | None):
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _parse(url: str) -> sa.URL:
+    text = url if "://" in url else f"sqlite:///{pathlib.Path(url).absolute()}"
+    try:
+        parsed = sa.make_url(text)
+    except exc.ArgumentError:
+        raise PrivtrainError(f"{URL_VARIABLE} or registry.url is not a database URL (its value is not shown)") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise PrivtrainError(f"the registry runs on sqlite:///FILE or postgresql://..., not on {parsed.drivername}")
+    if parsed.drivername == "sqlite" and not parsed.database:
+        raise PrivtrainError("a SQLite registry needs a file: sqlite:////absolute/path/registry.db")
+    if parsed.drivername != "sqlite":
+        try:
+            import psycopg  # noqa: F401
+        except ImportError:
+            raise PrivtrainError("a registry on PostgreSQL needs: pip install 'privtrain[registry]'") from None
+    return parsed
+
+
+def _sqlite_file(url: sa.URL) -> pathlib.Path | None:
+    return pathlib.Path(url.database or "").absolute() if url.drivername == "sqlite" else None
+
+
+def _data_directory() -> pathlib.Path:
+    base = os.environ.get("XDG_DATA_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".local" / "share") / "privtrain"
+
+
+@contextlib.contextmanager
+def _file_lock(file: pathlib.Path) -> Iterator[None]:
+    with open(file.with_name(f".{file.name}.lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("registry_write", False)
+    # A write lock from the start: a transaction that reads first and writes later could not wait for another's lock.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,0 +1,271 @@
+"""What runs spend together: their mechanisms composed by the accountants, never the sum of their epsilons.
+
+Runs that repeat one mechanism are counted together, so the work depends on the number of different (noise multiplier,
+sampling probability), not on the number of runs. Rényi divergences add up, are stored, and decide almost always; only a
+run that lands between the Rényi bound and the truth needs the privacy loss distributions to be composed.
+
+The composition is for add-or-remove-one and holds if the settings of a run do not depend on what earlier runs released;
+choosing them from earlier results would need a privacy filter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dp_accounting
+import numpy as np
+from dp_accounting.rdp import rdp_privacy_accountant as conversion
+
+import accountants
+from accountants.calibration import calibrate_noise
+from accountants.events import event_from_json, event_to_json
+from accountants.mixtures import composition
+from accountants.rdp import ORDERS, mixture_divergences
+from accountants.tilted import TiltedAccountant
+
+#: With more different mechanisms than this the exact composition takes seconds; then the Rényi bound alone decides.
+MAX_EXACT_MECHANISMS = 256
+
+#: In this order; the first that knows every part decides. The first two have no floor in delta for what they know.
+_EXACT = ("tilted", "pld", "rdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A mechanism and how often it was run.
+
+    Attributes:
+        text: one repetition's event as canonical JSON.
+        count: repetitions.
+        divergences: Rényi divergences of one repetition at the accountants' orders; ``None`` if it has no such form.
+    """
+
+    text: str
+    count: int
+    divergences: np.ndarray | None
+
+    @property
+    def event(self) -> dp_accounting.DpEvent:
+        """One repetition."""
+        return parse_event(self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """A certified ε of a composition, and how it was had."""
+
+    epsilon: float
+    method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A budget: its ε and δ, and what is spent of it already."""
+
+    epsilon: float
+    delta: float
+    spent: Sequence[Part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The knobs of a DP-SGD run."""
+
+    noise_multiplier: float
+    sampling_prob: float
+    num_steps: int
+
+    def event(self) -> dp_accounting.DpEvent:
+        """What the run releases."""
+        return accountants.dp_sgd_event(**dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """What would fit, one change at a time; ``None`` where no value does.
+
+    Attributes:
+        num_steps: the most steps.
+        noise_multiplier: the least noise, four decimals.
+        epsilon: the run's own ε at its own δ with that noise.
+        sampling_prob: the largest sampling probability.
+    """
+
+    num_steps: int | None
+    noise_multiplier: float | None
+    epsilon: float | None
+    sampling_prob: float | None
+
+
+def part_of(event: dp_accounting.DpEvent) -> Part:
+    """One run's event as a repeated mechanism."""
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return Part(event_text(event.event), event.count, divergences_of(event.event))
+    if isinstance(event, dp_accounting.NoOpDpEvent):
+        return Part(event_text(event), 0, np.zeros(len(ORDERS)))
+    return Part(event_text(event), 1, divergences_of(event))
+
+
+def divergences_of(event: dp_accounting.DpEvent) -> np.ndarray | None:
+    """Rényi divergences of an event; ``None`` if it is not Gaussian noise on a sampled sum."""
+    try:
+        return np.asarray(mixture_divergences(composition(event)))
+    except accountants.UnsupportedEventError:
+        return None
+
+
+def event_text(event: dp_accounting.DpEvent) -> str:
+    """Canonical JSON of an event."""
+    return json.dumps(event_to_json(event), sort_keys=True, separators=(",", ":"))
+
+
+def event_digest(text: str) -> str:
+    """SHA-256 of an event's canonical JSON."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=65536)
+def parse_event(text: str) -> dp_accounting.DpEvent:
+    """The inverse of :func:`event_text`."""
+    return event_from_json(json.loads(text))
+
+
+def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
+    """Whether the composition is certified to be (``epsilon``, ``delta``)-differentially private."""
+    parts = [part for part in parts if part.count]
+    if not parts or renyi_epsilon(parts, delta) <= epsilon:
+        return True
+    if len(parts) > MAX_EXACT_MECHANISMS:
+        return False
+    event = _composed(parts)
+    try:
+        # A loose tolerance costs a third, and both its ends are certified.
+        answer = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)
+        if answer.upper <= epsilon or answer.lower > epsilon:
+            return answer.upper <= epsilon
+    except accountants.UnsupportedEventError:
+        pass
+    return composed_epsilon(parts, delta).epsilon <= epsilon
+
+
+def composed_epsilon(parts: Sequence[Part], delta: float) -> Spent:
+    """The smallest certified ε of the composition at ``delta`` that an accountant finds."""
+    parts = [part for part in parts if part.count]
+    if not parts:
+        return Spent(0.0, "none")
+    if len(parts) > MAX_EXACT_MECHANISMS:
+        return Spent(renyi_epsilon(parts, delta), "rdp")
+    event = _composed(parts)
+    for name in _EXACT:
+        try:
+            return Spent(accountants.certified_upper(accountants.epsilon(event, delta, accountant=name)), name)
+        except ValueError:  # unsupported, or outside the accountant's range
+            continue
+    return _split_delta(parts, delta)
+
+
+def renyi_epsilon(parts: Sequence[Part], delta: float) -> float:
+    """The Rényi bound of the composition from the stored divergences; infinite where a part has none."""
+    if any(part.divergences is None for part in parts):
+        return math.inf
+    counts = np.array([part.count for part in parts], dtype=np.float64)
+    total = counts @ np.stack([part.divergences for part in parts if part.divergences is not None])
+    value = float(conversion.compute_epsilon(ORDERS, total.tolist(), delta)[0])
+    return math.inf if math.isnan(value) else value
+
+
+def _composed(parts: Sequence[Part]) -> dp_accounting.DpEvent:
+    return dp_accounting.ComposedDpEvent([dp_accounting.SelfComposedDpEvent(p.event, p.count) for p in parts])
+
+
+def _split_delta(parts: Sequence[Part], delta: float) -> Spent:
+    """Kinds of mechanism that no accountant composes with each other: basic composition between the kinds."""
+    kinds = sorted({type(part.event).__name__ for part in parts})
+    total = 0.0
+    for kind in kinds:
+        own = [part for part in parts if type(part.event).__name__ == kind]
+        event = own[0].event if len(own) == 1 and own[0].count == 1 else _composed(own)
+        total += min(
+            (_certified(event, delta / len(kinds), name) for name in (*_EXACT, "allocation")), default=math.inf
+        )
+    return Spent(total, "basic composition of " + ", ".join(kinds))
+
+
+def _certified(event: dp_accounting.DpEvent, delta: float, name: str) -> float:
+    try:
+        return accountants.certified_upper(accountants.epsilon(event, delta, accountant=name))
+    except (ValueError, ImportError):
+        return math.inf
+
+
+def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> Knobs:
+    """What of ``settings`` to change, one at a time, for a run to fit into every budget.
+
+    Args:
+        settings: what was asked for.
+        own_delta: the run's own δ, for the ε that goes with the noise.
+        limits: every budget that the run draws on.
+    """
+
+    def allowed(changed: Settings) -> bool:
+        part = part_of(changed.event())
+        return all(fits([*limit.spent, part], limit.epsilon, limit.delta) for limit in limits)
+
+    if not all(fits(limit.spent, limit.epsilon, limit.delta) for limit in limits):
+        return Knobs(None, None, None, None)
+    num_steps = _largest(lambda n: allowed(dataclasses.replace(settings, num_steps=n)), settings.num_steps)
+    noise = _least_noise(settings, limits)
+    epsilon = None
+    if noise is not None:
+        event = dataclasses.replace(settings, noise_multiplier=noise).event()
+        # Rounded down, so that calibrating to it gives at least this noise.
+        epsilon = math.floor(1e4 * accountants.certified_upper(accountants.epsilon(event, own_delta))) / 1e4
+    unit = 1e-6
+    prob = _largest(
+        lambda i: allowed(dataclasses.replace(settings, sampling_prob=round(i * unit, 6))),
+        math.floor(settings.sampling_prob / unit),
+        precision=1e-3,
+    )
+    return Knobs(num_steps or None, noise, epsilon or None, round(prob * unit, 6) or None)
+
+
+def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
+    least = settings.noise_multiplier
+    for limit in limits:
+
+        def event(noise: float, before: Sequence[Part] = limit.spent) -> dp_accounting.DpEvent:
+            own = dataclasses.replace(settings, noise_multiplier=noise).event()
+            return dp_accounting.ComposedDpEvent([_composed(before), own])
+
+        try:
+            noise = calibrate_noise(event, target_epsilon=limit.epsilon, target_delta=limit.delta, accountant="tilted")
+        except ValueError:
+            return None
+        least = max(least, noise)
+    return least
+
+
+def _largest(allowed: Callable[[int], bool], below: int, precision: float = 0.0) -> int:
+    """The largest count in [0, ``below``) that is allowed, to a relative precision on the safe side."""
+    low, high = 0, below
+    while high - low > max(1, precision * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low
+
+
+def settings_of(text: str, count: int) -> dict[str, Any]:
+    """Noise multiplier and sampling probability of a mechanism, for people; only its kind where it has none."""
+    event = parse_event(text)
+    prob, inner = 1.0, event
+    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+        prob, inner = event.sampling_probability, event.event
+    if isinstance(inner, dp_accounting.GaussianDpEvent):
+        return {"noise_multiplier": inner.noise_multiplier, "sampling_prob": prob, "num_steps": count}
+    return {"mechanism": type(event).__name__, "count": count}

@@ -1,0 +1,567 @@
+"""Reserve before a run, settle after it: what changes the registry. Every call is one transaction and may be repeated.
+
+A reservation is decided on a snapshot, outside any transaction, and written only if nothing that could spend budget
+happened to the population since: its version number is compared and raised by the same statement. Two jobs that race
+for the last of a budget therefore cannot both get it, and no lock is held while the accountants work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from privtrain.errors import BudgetExceeded, PrivtrainError
+from privtrain.registry import spending
+from privtrain.registry.database import Database
+from privtrain.registry.refusal import explain
+from privtrain.registry.spending import Limit, Part, Settings
+from privtrain.registry.tables import (
+    Base,
+    Budget,
+    Contribution,
+    Dataset,
+    DatasetVersion,
+    Mechanism,
+    Meta,
+    OptOut,
+    Population,
+    ReservationRow,
+    Run,
+    Settlement,
+)
+from privtrain.secret import pseudonym
+
+#: Every lost race means that somebody else won one; more than this in a row is a fault.
+_MAX_RACES = 1000
+_CHUNK = 2000
+
+SCOPES = ("user", "dataset")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """A run that asks for budget.
+
+    Attributes:
+        uid: made with the run directory; a resumed run has the same.
+        name, fingerprint: the run's name, and its plan's fingerprint without the data.
+        dataset: the data set's name in the registry.
+        manifest_sha256: digest of its content.
+        unit, relation: of the guarantee; they must be the data set's and add-or-remove-one.
+        event: what all steps together release.
+        num_steps: how many they are.
+        epsilon, delta: the run's own guarantee.
+        settings: the knobs, for advice; ``None`` if the run has others.
+        lease_seconds: how long the reservation stays open without news.
+    """
+
+    uid: str
+    name: str
+    fingerprint: str
+    dataset: str
+    manifest_sha256: str
+    unit: str
+    relation: str
+    event: dp_accounting.DpEvent
+    num_steps: int
+    epsilon: float
+    delta: float
+    settings: Settings | None
+    lease_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reservation:
+    """A run's hold on its budgets."""
+
+    id: str
+    state: str
+    num_opt_outs: int
+    is_new: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetKey:
+    """Which budget, for messages."""
+
+    scope: str
+    name: str
+    epsilon: float
+    delta: float
+    period_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    dataset_id: int
+    population_id: int
+    version: int
+    budgets: tuple[tuple[BudgetKey, Limit], ...]
+
+
+class Registry:
+    """The budgets of an organisation. Opens, and makes if it is a SQLite file that does not exist, the database.
+
+    Args:
+        url: SQLAlchemy URL or SQLite path.
+        retry_seconds: how long an unreachable server is waited for.
+        read_only: for readers that must not change anything.
+
+    Raises:
+        RegistryUnreachable: if no server answers in time.
+        PrivtrainError: if the database holds another schema.
+    """
+
+    def __init__(self, url: str, *, retry_seconds: float = 60.0, read_only: bool = False) -> None:
+        self.database = Database(url, retry_seconds=retry_seconds, read_only=read_only)
+        self.database.prepare()
+
+    def close_connections(self) -> None:
+        """Forget all connections."""
+        self.database.close()
+
+    def pseudonym(self, user: str) -> str:
+        """A user's pseudonym, the same in all runs of this registry."""
+        return pseudonym(self.database.key(), user)
+
+    def set_budget(
+        self,
+        dataset: str,
+        *,
+        epsilon: float,
+        delta: float,
+        scope: str = "user",
+        period_seconds: float | None = None,
+        population: str | None = None,
+        unit: str = "user",
+    ) -> BudgetKey:
+        """Set or change a budget; makes the data set if the registry does not know it.
+
+        Args:
+            dataset: name of the data set.
+            epsilon: what all runs together may spend,
+            delta: at this δ.
+            scope: ``"user"``: every user of the data set's population, over all its data sets; ``"dataset"``: this one.
+            period_seconds: the bound holds in every window of this length; ``None``: for ever.
+            population: who the records are about, for a new data set; its own name if not given.
+            unit: ``"user"`` or ``"example"``, for a new data set.
+
+        Raises:
+            PrivtrainError: if a value is out of range, or differs from what the data set was made with.
+        """
+        if not 0 < epsilon < float("inf") or not 0 < delta < 1 or (period_seconds is not None and period_seconds <= 0):
+            raise PrivtrainError(
+                f"given ε {epsilon:g}, δ {delta:g}, period {period_seconds}: "
+                "ε must be positive and finite, δ in (0, 1), "
+                "the period positive"
+            )
+        if scope not in SCOPES:
+            raise PrivtrainError(f"given --per {scope}; it is one of {', '.join(SCOPES)}")
+        if scope == "user" and unit != "user":
+            raise PrivtrainError("a guarantee for one example is none for its user; give --per dataset, or --unit user")
+
+        def work(connection: sa.Connection) -> BudgetKey:
+            dataset_id, population_id, population_name = _ensure_dataset(connection, dataset, population, unit)
+            own = None if scope == "user" else dataset_id
+            same = (
+                Budget.population_id == population_id,
+                Budget.scope == scope,
+                Budget.dataset_id.is_not_distinct_from(own),
+            )
+            now = time.time()
+            connection.execute(sa.update(Budget).where(*same, Budget.superseded_at.is_(None)).values(superseded_at=now))
+            values = {"epsilon": epsilon, "delta": delta, "period_seconds": period_seconds}
+            connection.execute(
+                sa.insert(Budget).values(
+                    scope=scope, population_id=population_id, dataset_id=own, created_at=now, **values
+                )
+            )
+            raised = sa.update(Population).where(Population.id == population_id)
+            connection.execute(raised.values(version=Population.version + 1))
+            return BudgetKey(scope, population_name if scope == "user" else dataset, **values)
+
+        return self.database.write(work)
+
+    def reserve(self, request: RunRequest) -> Reservation:
+        """Reserve what a run may spend, or find the reservation that it already holds.
+
+        Raises:
+            BudgetExceeded: if a budget does not allow it; with what is left and what would fit. Nothing is reserved.
+            PrivtrainError: if the data set is unknown, has no budget, or is held under another name.
+            RegistryUnreachable: if no server answers in time.
+        """
+        if request.relation != "add_or_remove_one":
+            raise PrivtrainError(f"budgets are for add_or_remove_one, the run's relation is {request.relation}")
+        manifest = self.database.key().derive("dataset-manifest", request.manifest_sha256).hex()
+        part = spending.part_of(request.event)
+        for _ in range(_MAX_RACES):
+            if self.database.read(lambda c: _holds(c, request.uid)):
+                held = self.database.write(lambda c: _take_over(c, request.uid, request.lease_seconds))
+                if held is not None:
+                    return held
+            snapshot = self.database.read(lambda c: _snapshot(c, request, manifest))
+            refused = [
+                (key, limit)
+                for key, limit in snapshot.budgets
+                if not spending.fits([*limit.spent, part], limit.epsilon, limit.delta)
+            ]
+            if refused:
+                raise BudgetExceeded(explain(request, part, refused, [limit for _, limit in snapshot.budgets]))
+            made = self.database.write(lambda c, s=snapshot: _insert(c, s, request, part, manifest))
+            if made is not None:
+                return made
+        raise PrivtrainError(f"the budget of {request.dataset} changed {_MAX_RACES} times while it was being reserved")
+
+    def renew(self, reservation_id: str, lease_seconds: float) -> None:
+        """Say that the run is alive. One that had expired is open again: its charge never stopped counting."""
+        live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed")
+        values = {"state": "open", "lease_until": time.time() + lease_seconds}
+        self.database.write(lambda c: c.execute(sa.update(ReservationRow).where(*live).values(**values)))
+
+    def opted_out(self, reservation: Reservation) -> frozenset[str]:
+        """Pseudonyms that this run drops: those on the list when it began, so that a resumed run has the same data."""
+        chosen = sa.select(OptOut.user_pseudonym).where(OptOut.number <= reservation.num_opt_outs)
+        return frozenset(self.database.read(lambda c: c.execute(chosen).scalars().all()))
+
+    def settle(
+        self,
+        uid: str,
+        *,
+        num_steps: int,
+        epsilon: float,
+        ledger_head: str,
+        contributions: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Charge a finished run what its ledger shows, and keep what each user contributed.
+
+        A reservation that has expired and was not renewed stays charged in full. Does nothing if it is settled.
+
+        Args:
+            uid: the run.
+            num_steps: steps charged by the run's ledger.
+            epsilon: of these steps, at the run's δ.
+            ledger_head: hash of the ledger's last record.
+            contributions: pseudonym (of this registry) → steps, records.
+        """
+
+        def work(connection: sa.Connection) -> None:
+            row = _live(connection, uid)
+            if row is None:
+                return
+            in_full = row.state == "expired"
+            _close(connection, row, "settle", None if in_full else num_steps, epsilon, ledger_head)
+            connection.execute(sa.delete(Contribution).where(Contribution.run_id == row.run_id))
+            rows = [
+                {"run_id": row.run_id, "user_pseudonym": user, "num_steps": steps, "num_records": records}
+                for user, (steps, records) in contributions.items()
+            ]
+            for start in range(0, len(rows), _CHUNK):
+                connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
+
+        self.database.write(work)
+
+    def refund(self, uid: str, *, num_steps: int, epsilon: float, ledger_head: str) -> int:
+        """End a run that was given up, and charge only the steps that its ledger shows as begun.
+
+        The caller holds the run's lock and has verified its ledger: steps that no ledger shows were never computed, so
+        nothing of them was released.
+
+        Returns:
+            Repetitions given back.
+
+        Raises:
+            PrivtrainError: if the run holds no reservation.
+        """
+
+        def work(connection: sa.Connection) -> int:
+            row = _live(connection, uid)
+            if row is None:
+                raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
+            return row.num_reserved - _close(connection, row, "refund", num_steps, epsilon, ledger_head)
+
+        return self.database.write(work)
+
+    def epsilon_of(self, uid: str, num_steps: int) -> float:
+        """ε at the run's own δ of so many steps of its mechanism.
+
+        Raises:
+            PrivtrainError: if the run holds no reservation.
+        """
+        row = self.database.read(lambda c: c.execute(_with_mechanism(uid)).one_or_none())
+        if row is None:
+            raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
+        part = Part(row.event, _charge(row, num_steps), None)
+        return spending.composed_epsilon([part], row.delta).epsilon
+
+    def close(self, reservation_id: str) -> None:
+        """End an expired reservation as charged in full, so that a budget's period begins to run for it.
+
+        Raises:
+            PrivtrainError: if there is no such reservation, or its run may still be alive.
+        """
+
+        def work(connection: sa.Connection) -> None:
+            _expire(connection)
+            row = connection.execute(sa.select(ReservationRow).where(ReservationRow.id == reservation_id)).one_or_none()
+            if row is None:
+                raise PrivtrainError(f"no reservation {reservation_id}; see: privtrain registry runs")
+            if row.state == "open":
+                raise PrivtrainError(f"reservation {reservation_id} is open: its run may be alive until its lease ends")
+            if row.state == "expired":
+                _close(connection, row, "close", None, row.epsilon, "")
+
+        self.database.write(work)
+
+    def forget(self, user_pseudonym: str) -> None:
+        """Put a user on the do-not-train list. Nothing happens to runs that have begun."""
+
+        def work(connection: sa.Connection) -> None:
+            # First the counter: it is the lock that numbers the list without gaps.
+            connection.execute(sa.update(Meta).values(num_opt_outs=Meta.num_opt_outs + 1))
+            number = connection.execute(sa.select(Meta.num_opt_outs)).scalar_one()
+            known = connection.execute(sa.select(OptOut.number).where(OptOut.user_pseudonym == user_pseudonym)).first()
+            if known is not None:
+                connection.execute(sa.update(Meta).values(num_opt_outs=Meta.num_opt_outs - 1))
+                return
+            connection.execute(
+                sa.insert(OptOut).values(number=number, user_pseudonym=user_pseudonym, created_at=time.time())
+            )
+
+        self.database.write(work)
+
+
+def charges(
+    connection: sa.Connection, *, population_id: int, dataset_id: int | None, since: float | None
+) -> list[Part]:
+    """Mechanisms that count against a budget: every live reservation, and those closed after ``since``."""
+    chosen = (
+        sa.select(ReservationRow.mechanism_id, sa.func.sum(ReservationRow.num_charged).label("count"))
+        .where(ReservationRow.num_charged > 0)
+        .group_by(ReservationRow.mechanism_id)
+    )
+    if dataset_id is not None:
+        chosen = chosen.where(ReservationRow.dataset_id == dataset_id)
+    else:
+        members = sa.select(Dataset.id).where(Dataset.population_id == population_id)
+        chosen = chosen.where(ReservationRow.dataset_id.in_(members))
+    if since is not None:
+        chosen = chosen.where(sa.or_(ReservationRow.state != "closed", ReservationRow.closed_at > since))
+    # Added up first: joining every reservation with its mechanism's kilobyte takes several times as long.
+    totals = chosen.subquery()
+    mechanisms = sa.select(Mechanism.event, Mechanism.divergences, totals.c.count).join(
+        totals, totals.c.mechanism_id == Mechanism.id
+    )
+    return [
+        Part(text, int(count), None if divergences is None else np.frombuffer(divergences))
+        for text, divergences, count in connection.execute(mechanisms).all()
+    ]
+
+
+def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> Sequence[Any]:
+    """The budgets in force, with their names; those that a data set draws on if one is given."""
+    chosen = (
+        sa.select(Budget, Population.name.label("population"), Dataset.name.label("dataset"))
+        .join(Population, Population.id == Budget.population_id)
+        .outerjoin(Dataset, Dataset.id == Budget.dataset_id)
+        .where(Budget.superseded_at.is_(None))
+        .order_by(Population.name, Budget.scope, Dataset.name)
+    )
+    if dataset_id is not None:
+        population = sa.select(Dataset.population_id).where(Dataset.id == dataset_id).scalar_subquery()
+        own = sa.or_(Budget.dataset_id == dataset_id, Budget.dataset_id.is_(None))
+        chosen = chosen.where(Budget.population_id == population, own)
+    return connection.execute(chosen).all()
+
+
+def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> _Snapshot:
+    found = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
+    command = f"privtrain registry budget set {request.dataset} --epsilon E --delta D --per user"
+    if found is None:
+        raise PrivtrainError(f"registry.dataset: the registry knows no data set {request.dataset!r}; run: {command}")
+    # The version first: whatever is charged after this line makes the reservation fail.
+    version = connection.execute(sa.select(Population.version).where(Population.id == found.population_id)).scalar_one()
+    if request.unit != found.unit:
+        raise PrivtrainError(
+            f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {found.unit}, and a "
+            f"guarantee for one {request.unit} is none for one {found.unit}"
+        )
+    _check_name(connection, found, manifest)
+    now = time.time()
+    budgets = []
+    for row in active_budgets(connection, found.id):
+        since = None if row.period_seconds is None else now - row.period_seconds
+        spent = charges(connection, population_id=row.population_id, dataset_id=row.dataset_id, since=since)
+        name = row.population if row.scope == "user" else row.dataset
+        key = BudgetKey(row.scope, name, row.epsilon, row.delta, row.period_seconds)
+        budgets.append((key, Limit(row.epsilon, row.delta, spent)))
+    if not budgets:
+        raise PrivtrainError(f"the data set {request.dataset!r} has no budget; run: {command}")
+    return _Snapshot(found.id, found.population_id, version, tuple(budgets))
+
+
+def _check_name(connection: sa.Connection, dataset: Any, manifest: str) -> None:
+    other = connection.execute(
+        sa.select(Dataset.name)
+        .join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
+        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset.id)
+    ).scalar_one_or_none()
+    if other is not None:
+        raise PrivtrainError(
+            f"registry.dataset: given {dataset.name!r}, but exactly these records are the data set {other!r}; "
+            "one data set has one name and one budget"
+        )
+
+
+def _insert(
+    connection: sa.Connection, snapshot: _Snapshot, request: RunRequest, part: Part, manifest: str
+) -> Reservation | None:
+    """Write the reservation if nothing was charged since the snapshot; ``None`` if something was."""
+    unchanged = (Population.id == snapshot.population_id, Population.version == snapshot.version)
+    raised = connection.execute(sa.update(Population).where(*unchanged).values(version=Population.version + 1))
+    if raised.rowcount != 1:
+        return None
+    now = time.time()
+    _expire(connection)
+    _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
+    stored = None if part.divergences is None else np.asarray(part.divergences, dtype="<f8").tobytes()
+    digest = spending.event_digest(part.text)
+    _insert_missing(connection, Mechanism, digest=digest, event=part.text, divergences=stored)
+    version_id = connection.execute(
+        sa.select(DatasetVersion.id).where(DatasetVersion.manifest == manifest)
+    ).scalar_one()
+    mechanism_id = connection.execute(sa.select(Mechanism.id).where(Mechanism.digest == digest)).scalar_one()
+    _insert_missing(
+        connection,
+        Run,
+        uid=request.uid,
+        name=request.name,
+        fingerprint=request.fingerprint,
+        dataset_version_id=version_id,
+        created_at=now,
+    )
+    run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
+    # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
+    # this run among the unfinished.
+    num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
+    reservation_id = uuid.uuid4().hex
+    connection.execute(
+        sa.insert(ReservationRow).values(
+            id=reservation_id,
+            run_id=run_id,
+            dataset_id=snapshot.dataset_id,
+            mechanism_id=mechanism_id,
+            state="open",
+            num_reserved=part.count,
+            num_charged=part.count,
+            epsilon=request.epsilon,
+            delta=request.delta,
+            num_opt_outs=num_opt_outs,
+            created_at=now,
+            lease_until=now + request.lease_seconds,
+        )
+    )
+    return Reservation(reservation_id, "open", num_opt_outs, is_new=True)
+
+
+def _with_mechanism(uid: str) -> sa.Select[*tuple[Any, ...]]:
+    return (
+        sa.select(ReservationRow, Mechanism.event)
+        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
+        .join(Run, Run.id == ReservationRow.run_id)
+        .where(Run.uid == uid, ReservationRow.state != "closed")
+    )
+
+
+def _holds(connection: sa.Connection, uid: str) -> bool:
+    live = sa.select(ReservationRow.id).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
+    return connection.execute(live).first() is not None
+
+
+def _take_over(connection: sa.Connection, uid: str, lease_seconds: float) -> Reservation | None:
+    """The run's own reservation, open again if it had expired."""
+    row = _live(connection, uid)
+    if row is None:
+        return None
+    values = {"state": "open", "lease_until": time.time() + lease_seconds}
+    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
+    return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
+
+
+def _live(connection: sa.Connection, uid: str) -> Any:
+    """The run's reservation that is not closed, locked against others until the transaction ends."""
+    _expire(connection)
+    return connection.execute(
+        sa.select(ReservationRow)
+        .join(Run, Run.id == ReservationRow.run_id)
+        .where(Run.uid == uid, ReservationRow.state != "closed")
+        .with_for_update(of=ReservationRow)
+    ).one_or_none()
+
+
+def _close(
+    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str
+) -> int:
+    """Close a reservation, charging ``num_steps``, or all of it for ``None``; return what is charged."""
+    charged = row.num_reserved if num_steps is None else _charge(row, num_steps)
+    own = row.epsilon if num_steps is None else epsilon
+    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": time.time()}
+    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
+    connection.execute(
+        sa.insert(Settlement).values(
+            reservation_id=row.id,
+            kind=kind,
+            num_charged=charged,
+            epsilon=own,
+            ledger_head=ledger_head,
+            created_at=time.time(),
+        )
+    )
+    return charged
+
+
+def _charge(row: Any, num_steps: int) -> int:
+    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any."""
+    if row.num_reserved == 1:
+        return 1 if num_steps > 0 else 0
+    return min(num_steps, row.num_reserved)
+
+
+def _expire(connection: sa.Connection) -> None:
+    late = (ReservationRow.state == "open", ReservationRow.lease_until < time.time())
+    connection.execute(sa.update(ReservationRow).where(*late).values(state="expired"))
+
+
+def _ensure_dataset(connection: sa.Connection, name: str, population: str | None, unit: str) -> tuple[int, int, str]:
+    """The data set's id with its population's id and name, made if it is new."""
+    chosen = (
+        sa.select(Dataset.id, Dataset.unit, Population.id.label("population_id"), Population.name)
+        .join(Population, Population.id == Dataset.population_id)
+        .where(Dataset.name == name)
+    )
+    found = connection.execute(chosen).one_or_none()
+    if found is None:
+        wanted = population or name
+        _insert_missing(connection, Population, name=wanted, version=0)
+        population_id = connection.execute(sa.select(Population.id).where(Population.name == wanted)).scalar_one()
+        values = {"name": name, "population_id": population_id, "unit": unit, "created_at": time.time()}
+        _insert_missing(connection, Dataset, **values)
+        found = connection.execute(chosen).one()
+    if found.unit != unit or population not in (None, found.name):
+        raise PrivtrainError(
+            f"the data set {name!r} has unit {found.unit} and population {found.name!r}, which stay as they are"
+        )
+    return found.id, found.population_id, found.name
+
+
+def _insert_missing(connection: sa.Connection, table: type[Base], **values: Any) -> None:
+    """Insert unless a row with the same unique value is there, also if it comes from a transaction beside this one."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(insert(table).values(**values).on_conflict_do_nothing())

@@ -1,0 +1,247 @@
+"""What the registry says, for people and machines: budgets, runs, one user. Reads only."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from privtrain.registry import spending
+from privtrain.registry.database import Database
+from privtrain.registry.spending import Part
+from privtrain.registry.store import active_budgets, charges
+from privtrain.registry.tables import (
+    Contribution,
+    Dataset,
+    Mechanism,
+    OptOut,
+    Population,
+    ReservationRow,
+    Run,
+)
+
+#: A history has at most so many points, and is exact for at most so many different mechanisms.
+_MAX_POINTS = 16
+_MAX_EXACT_HISTORY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetView:
+    """A budget and what counts against it now.
+
+    Attributes:
+        scope, name: ``user`` and a population, or ``dataset`` and a data set.
+        epsilon, delta, period_seconds: the budget.
+        spent: certified ε of all charges together at ``delta``; ``method`` certified it.
+        sum_of_epsilons, sum_of_deltas: what adding up the runs' own guarantees would have said.
+        num_runs: reservations that count; ``num_live`` of them have not ended.
+        history: (time, ε spent then, of what counts now), rising.
+    """
+
+    scope: str
+    name: str
+    epsilon: float
+    delta: float
+    period_seconds: float | None
+    spent: float
+    method: str
+    sum_of_epsilons: float
+    sum_of_deltas: float
+    num_runs: int
+    num_live: int
+    history: tuple[tuple[float, float], ...]
+
+    @property
+    def left(self) -> float:
+        """ε not spent; what a run may use of it depends on its mechanism."""
+        return max(0.0, self.epsilon - self.spent)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunView:
+    """A reservation with its run."""
+
+    reservation: str
+    uid: str
+    name: str
+    dataset: str
+    population: str
+    unit: str
+    state: str
+    mechanism: dict[str, Any]
+    num_reserved: int
+    num_charged: int
+    epsilon: float
+    delta: float
+    created_at: float
+    lease_until: float
+    closed_at: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldRun:
+    """A run whose model holds a user's contribution."""
+
+    run: RunView
+    num_steps: int
+    num_records: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UserView:
+    """One user, by pseudonym.
+
+    Attributes:
+        pseudonym: the registry's.
+        opted_out_at: when the user was put on the do-not-train list, if so.
+        held: settled runs with the user's contribution; there is none of a user who was never drawn.
+        unfinished: runs that have not ended and began before the user opted out (all of them if it did not): who
+            contributes to them is not known before they settle.
+    """
+
+    pseudonym: str
+    opted_out_at: float | None
+    held: tuple[HeldRun, ...]
+    unfinished: tuple[RunView, ...]
+
+
+def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
+    """Every budget in force with what is spent of it."""
+    now = time.time()
+    views = []
+    for row in database.read(active_budgets):
+        since = None if row.period_seconds is None else now - row.period_seconds
+        counted = database.read(lambda c, r=row, s=since: _counted(c, r, s))
+        parts = database.read(
+            lambda c, r=row, s=since: charges(c, population_id=r.population_id, dataset_id=r.dataset_id, since=s)
+        )
+        spent = spending.composed_epsilon(parts, row.delta)
+        views.append(
+            BudgetView(
+                scope=row.scope,
+                name=row.population if row.scope == "user" else row.dataset,
+                epsilon=row.epsilon,
+                delta=row.delta,
+                period_seconds=row.period_seconds,
+                spent=spent.epsilon,
+                method=spent.method,
+                sum_of_epsilons=sum(item.epsilon for item in counted),
+                sum_of_deltas=sum(item.delta for item in counted),
+                num_runs=len(counted),
+                num_live=sum(item.state != "closed" for item in counted),
+                history=_history(counted, parts, row.delta, spent.epsilon) if history else (),
+            )
+        )
+    return views
+
+
+def runs(database: Database, limit: int | None = None) -> list[RunView]:
+    """Reservations, newest first."""
+    chosen = _run_columns().order_by(ReservationRow.created_at.desc())
+    return [_run_view(row) for row in database.read(lambda c: c.execute(chosen.limit(limit)).all())]
+
+
+def user(database: Database, pseudonym: str) -> UserView:
+    """What is known of one user."""
+    out = sa.select(OptOut).where(OptOut.user_pseudonym == pseudonym)
+    listed = database.read(lambda c: c.execute(out).one_or_none())
+    held = (
+        _run_columns()
+        .add_columns(Contribution.num_steps, Contribution.num_records)
+        .join(Contribution, Contribution.run_id == Run.id)
+        .where(Contribution.user_pseudonym == pseudonym, ReservationRow.state == "closed")
+        .order_by(ReservationRow.created_at)
+    )
+    unfinished = _run_columns().where(ReservationRow.state != "closed").order_by(ReservationRow.created_at)
+    if listed is not None:
+        unfinished = unfinished.where(ReservationRow.num_opt_outs < listed.number)
+    return UserView(
+        pseudonym=pseudonym,
+        opted_out_at=None if listed is None else listed.created_at,
+        held=tuple(
+            HeldRun(_run_view(row), row.num_steps, row.num_records)
+            for row in database.read(lambda c: c.execute(held).all())
+        ),
+        unfinished=tuple(_run_view(row) for row in database.read(lambda c: c.execute(unfinished).all())),
+    )
+
+
+def _run_columns() -> sa.Select[*tuple[Any, ...]]:
+    return (
+        sa.select(
+            ReservationRow,
+            Run.uid,
+            Run.name,
+            Dataset.name.label("dataset"),
+            Dataset.unit,
+            Population.name.label("population"),
+            Mechanism.event,
+        )
+        .join(Run, Run.id == ReservationRow.run_id)
+        .join(Dataset, Dataset.id == ReservationRow.dataset_id)
+        .join(Population, Population.id == Dataset.population_id)
+        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
+    )
+
+
+def _run_view(row: Any) -> RunView:
+    late = row.state == "open" and row.lease_until < time.time()
+    return RunView(
+        reservation=row.id,
+        uid=row.uid,
+        name=row.name,
+        dataset=row.dataset,
+        population=row.population,
+        unit=row.unit,
+        state="expired" if late else row.state,
+        mechanism=spending.settings_of(row.event, row.num_charged),
+        num_reserved=row.num_reserved,
+        num_charged=row.num_charged,
+        epsilon=row.epsilon,
+        delta=row.delta,
+        created_at=row.created_at,
+        lease_until=row.lease_until,
+        closed_at=row.closed_at,
+    )
+
+
+def _counted(connection: sa.Connection, budget: Any, since: float | None) -> Sequence[Any]:
+    """The reservations that count against a budget, in order of time."""
+    chosen = (
+        sa.select(ReservationRow, Mechanism.event, Mechanism.divergences)
+        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
+        .join(Dataset, Dataset.id == ReservationRow.dataset_id)
+        .where(ReservationRow.num_charged > 0, Dataset.population_id == budget.population_id)
+        .order_by(ReservationRow.created_at)
+    )
+    if budget.dataset_id is not None:
+        chosen = chosen.where(Dataset.id == budget.dataset_id)
+    if since is not None:
+        chosen = chosen.where(sa.or_(ReservationRow.state != "closed", ReservationRow.closed_at > since))
+    return connection.execute(chosen).all()
+
+
+def _history(
+    counted: Sequence[Any], parts: Sequence[Part], delta: float, final: float
+) -> tuple[tuple[float, float], ...]:
+    """ε after each of at most ``_MAX_POINTS`` runs; the last is the ε spent now."""
+    if not counted:
+        return ()
+    chosen = sorted(set(np.linspace(1, len(counted), min(len(counted), _MAX_POINTS)).astype(int).tolist()))
+    exact = len(parts) <= _MAX_EXACT_HISTORY
+    points = []
+    totals: dict[str, Part] = {}
+    for index, row in enumerate(counted, start=1):
+        known = totals.get(row.event)
+        divergences = None if row.divergences is None else np.frombuffer(row.divergences)
+        totals[row.event] = Part(row.event, row.num_charged + (known.count if known else 0), divergences)
+        if index not in chosen[:-1]:
+            continue
+        before = list(totals.values())
+        value = spending.composed_epsilon(before, delta).epsilon if exact else spending.renyi_epsilon(before, delta)
+        points.append((row.created_at, min(value, final)))
+    return (*points, (counted[-1].created_at, final))

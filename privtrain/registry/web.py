@@ -1,0 +1,149 @@
+"""``privtrain ledger serve``: a read-only page over the registry, rendered here, without scripts or outside requests.
+
+On loopback everybody on this machine can read it, as long as it runs; on another address a random token is asked for,
+which plain HTTP does not hide from the network: prefer an SSH tunnel. It knows pseudonyms only and never reads the key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import pathlib
+import re
+import secrets
+import socket
+
+import jinja2
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from privtrain.console import say
+from privtrain.errors import PrivtrainError
+from privtrain.registry import printing, refusal, views
+from privtrain.registry.chart import budget_chart
+from privtrain.registry.database import Database
+
+_TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_COOKIE = "privtrain_token"
+_MAX_RUNS = 200
+_LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
+
+
+def create_app(database: Database, *, token: str | None = None, any_host: bool = False) -> Starlette:
+    """The page as an application.
+
+    Args:
+        database: opened read-only.
+        token: what a visitor has to know; ``None`` for nothing.
+        any_host: also answer under names other than loopback's, which a page of another site could make a browser ask.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(up=printing.upwards, down=printing.downwards, day=printing.day)
+    environment.globals.update(  # pyright: ignore[reportCallIssue] - jinja2 types its globals too narrowly
+        mechanism=printing.mechanism_text, period=refusal.describe_period, chart=budget_chart
+    )
+
+    def render(name: str, **values: object) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        page = environment.get_template(name).render(nonce=nonce, **values)
+        return HTMLResponse(page, headers=_headers(nonce))
+
+    async def overview(request: Request) -> Response:  # noqa: ARG001
+        budgets = await run_in_threadpool(views.budgets, database, history=True)
+        runs = await run_in_threadpool(views.runs, database, _MAX_RUNS)
+        return render("overview.html", budgets=budgets, runs=runs, max_runs=_MAX_RUNS)
+
+    async def user(request: Request) -> Response:
+        asked = request.query_params.get("pseudonym", "").strip().lower()
+        is_valid = re.fullmatch(r"[0-9a-f]{32}", asked) is not None
+        view = await run_in_threadpool(views.user, database, asked) if is_valid else None
+        return render("user.html", asked=asked, view=view)
+
+    async def failed(request: Request, error: Exception) -> Response:  # noqa: ARG001
+        return PlainTextResponse(str(error), status_code=503)
+
+    middleware = [] if any_host else [Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_HOSTS)]
+    if token is not None:
+        middleware.append(Middleware(_TokenMiddleware, token=token))
+    return Starlette(
+        routes=[Route("/", overview, methods=["GET"]), Route("/user", user, methods=["GET"])],
+        middleware=middleware,
+        exception_handlers={PrivtrainError: failed},
+    )
+
+
+def run_server(database: Database, *, host: str, port: int, always_token: bool = False) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        PrivtrainError: if the address cannot be listened on.
+    """
+    is_local = is_loopback(host)
+    token = None if is_local and not always_token else secrets.token_urlsafe(32)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise PrivtrainError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    shown = f"[{host}]" if ":" in host else host
+    say(f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}  (read-only; Ctrl-C ends it)")
+    app = create_app(database, token=token, any_host=not is_local)
+    # No access log: its lines would hold the token and the pseudonyms that were looked up.
+    uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)).run([listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _TokenMiddleware:
+    """Lets in who has the token: in the first address, then in a cookie; or as a bearer."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._knows(request.cookies.get(_COOKIE, "")) or self._knows(bearer):
+            await self._app(scope, receive, send)
+        elif self._knows(request.query_params.get("token", "")):
+            response = RedirectResponse(request.url.path, status_code=303)
+            response.set_cookie(_COOKIE, self._token, httponly=True, samesite="strict")
+            await response(scope, receive, send)
+        else:
+            text = "open the address with ?token=... that the command printed"
+            await PlainTextResponse(text, status_code=401, headers=_headers("none"))(scope, receive, send)
+
+    def _knows(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self._token.encode())
+
+
+def _headers(nonce: str) -> dict[str, str]:
+    return {
+        "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-store",
+    }

@@ -1,0 +1,293 @@
+"""How units are chosen for steps: each scheme draws the sample and states the event that accounts for it.
+
+One value for both, so that sampler and accountant cannot disagree: every constant that a draw depends on is a field
+that :meth:`Scheme.event` reads. Public: the fields and this code. Secret: the key, and therefore who was drawn.
+
+A draw is a pure function of (key, epoch, number of units), the same on every rank. *Epoch* is the scheme's own period:
+one step for Poisson sampling. A new generation (a fresh key) begins a new epoch; an epoch that it cuts short stays
+charged as a whole, because a part of an epoch is post-processing of all of it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+
+import accountants
+from privtrain.config.schema import PrivacySection
+from privtrain.secret import SecretKey
+
+#: Our names of neighbouring relations, and dp_accounting's.
+RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPECIAL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme(abc.ABC):
+    """A way of choosing units, with the event that accounts for it.
+
+    Attributes:
+        name: as in ``privacy.sampling``.
+        relations: neighbouring relations that the event covers; the first is the one to recommend.
+        accountants: accountants that can certify it; the first is the default.
+    """
+
+    name: ClassVar[str]
+    relations: ClassVar[tuple[str, ...]] = ("add_or_remove_one", "zero_out")
+    accountants: ClassVar[tuple[str, ...]] = ("pld", "tilted", "rdp")
+
+    @property
+    @abc.abstractmethod
+    def rate(self) -> float:
+        """The chance that a unit is drawn for a given step, seen before its epoch."""
+
+    @property
+    def num_places(self) -> int | None:
+        """The public number of places that are drawn for, filled or not; ``None`` for any number of units."""
+        return None
+
+    @property
+    def period(self) -> int:
+        """Steps of an epoch: the number over which a unit's steps are chosen together."""
+        return 1
+
+    @abc.abstractmethod
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """The event of ``num_epochs`` epochs, as :mod:`accountants` reads it."""
+
+    @abc.abstractmethod
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """For every step of an epoch the increasing indices of the units that join it."""
+
+    @property
+    @abc.abstractmethod
+    def assumption(self) -> str:
+        """What the privacy statement says about the sampling."""
+
+    def event_of_steps(self, noise_multiplier: float, num_steps: int) -> Any:
+        """The event of ``num_steps`` steps of one key; an unfinished epoch counts as a whole one."""
+        return self.event(noise_multiplier, -(-num_steps // self.period))
+
+    def whole_steps(self, num_steps: int) -> int:
+        """``num_steps`` rounded up to whole epochs."""
+        return -(-num_steps // self.period) * self.period
+
+    def accounted_steps(self, generations: Iterable[int]) -> int:
+        """Steps to account for, given the generation of every step begun: whole epochs of each generation."""
+        return sum(self.whole_steps(count) for count in Counter(generations).values())
+
+    def parameters(self) -> dict[str, Any]:
+        """The scheme's constants by name."""
+        return {"scheme": self.name, "sampling_prob": self.rate, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisson(Scheme):
+    """Every unit joins every step by a coin of its own."""
+
+    name = "poisson"
+    sampling_prob: float
+
+    @property
+    def rate(self) -> float:
+        """See :class:`Scheme`."""
+        return self.sampling_prob
+
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """Poisson-sampled Gaussians."""
+        return accountants.dp_sgd_event(
+            noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=num_epochs
+        )
+
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """One step."""
+        return [np.flatnonzero(key.stream("sample", epoch).uniform(num_units) < self.sampling_prob)]
+
+    @property
+    def assumption(self) -> str:
+        """See :class:`Scheme`."""
+        return f"Each unit joins each step by a secret coin of its own, with probability {self.sampling_prob:g}."
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedPoisson(Scheme):
+    """Poisson sampling cut to ``max_batch_size`` by a uniform subset (Ganesh et al. 2025, arXiv 2508.15089).
+
+    ``max_num_units`` places toss coins and compete for the batch; those without a unit contribute nothing. The number
+    of competitors is thereby a public constant, as the analysis needs, and adding or removing a unit is exactly
+    zero-out: a place is filled or empty and nobody else's chances change.
+    """
+
+    name = "truncated_poisson"
+    relations = ("zero_out",)
+    accountants = ("pld",)
+    sampling_prob: float
+    max_batch_size: int
+    max_num_units: int
+
+    @property
+    def rate(self) -> float:
+        """See :class:`Scheme`."""
+        return self.sampling_prob
+
+    @property
+    def num_places(self) -> int:
+        """See :class:`Scheme`."""
+        return self.max_num_units
+
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """Truncated Poisson-sampled Gaussians."""
+        return accountants.truncated_poisson_event(
+            noise_multiplier=noise_multiplier,
+            sampling_prob=self.sampling_prob,
+            max_batch_size=self.max_batch_size,
+            num_units=self.max_num_units,
+            num_steps=num_epochs,
+        )
+
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """One step."""
+        drawn = np.flatnonzero(key.stream("sample", epoch).uniform(self.max_num_units) < self.sampling_prob)
+        if len(drawn) > self.max_batch_size:
+            drawn = drawn[key.stream("truncate", epoch).choose(len(drawn), self.max_batch_size)]
+        return [drawn[drawn < num_units]]
+
+    @property
+    def assumption(self) -> str:
+        """See :class:`Scheme`."""
+        return (
+            f"Each of {self.max_num_units} places joins each step by a secret coin with probability "
+            f"{self.sampling_prob:g}; of more than {self.max_batch_size} a uniform subset of that size is kept. Places "
+            "without a unit compete too, so adding or removing a unit fills or empties a place (zero-out) and changes "
+            "nobody else's chances. The number of places is public."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomAllocation(Scheme):
+    """Every epoch of ``steps_per_epoch`` steps, each unit joins ``steps_per_unit`` of them, chosen uniformly.
+
+    Units choose independently of each other, so one unit's arrival moves nobody. Feldman and Shenfeld 2025 (arXiv
+    2502.08202), 2026 (arXiv 2602.17284); with one step a unit also known as balls-and-bins.
+    """
+
+    name = "random_allocation"
+    accountants = ("allocation",)
+    steps_per_epoch: int
+    steps_per_unit: int = 1
+
+    @property
+    def rate(self) -> float:
+        """See :class:`Scheme`."""
+        return self.steps_per_unit / self.steps_per_epoch
+
+    @property
+    def period(self) -> int:
+        """See :class:`Scheme`."""
+        return self.steps_per_epoch
+
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """Random allocation."""
+        return accountants.random_allocation_event(
+            noise_multiplier=noise_multiplier,
+            num_steps=self.steps_per_epoch,
+            num_selected=self.steps_per_unit,
+            num_epochs=num_epochs,
+        )
+
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """Floyd's sampling without replacement, for all units at once."""
+        shape = num_units, self.steps_per_unit
+        draws = key.stream("allocation", epoch).uint64(math.prod(shape)).reshape(shape)
+        chosen = np.empty(shape, dtype=np.int64)
+        for i, last in enumerate(range(self.steps_per_epoch - self.steps_per_unit, self.steps_per_epoch)):
+            # The remainder of a 64-bit integer is uniform up to (last + 1) / 2**64.
+            candidate = (draws[:, i] % np.uint64(last + 1)).astype(np.int64)
+            taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
+            chosen[:, i] = np.where(taken, last, candidate)
+        units = np.repeat(np.arange(num_units), self.steps_per_unit)
+        order = np.argsort(chosen.ravel(), kind="stable")
+        ends = np.cumsum(np.bincount(chosen.ravel(), minlength=self.steps_per_epoch))
+        return np.split(units[order], ends[:-1])
+
+    @property
+    def assumption(self) -> str:
+        """See :class:`Scheme`."""
+        return (
+            f"In every epoch of {self.steps_per_epoch} steps each unit joins {self.steps_per_unit}, chosen uniformly, "
+            "in secret and independently of the other units. An epoch that was begun is charged as a whole."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffle(Scheme):
+    """Every epoch shuffles ``max_num_units`` places into ``steps_per_epoch`` batches of equal size (up to one).
+
+    Accounted *without* amplification, as if the order were known: one Gaussian release of a unit an epoch. No better
+    upper bound is known, and shuffling certainly costs far more than Poisson sampling at the same rate
+    (:func:`accountants.tradeoff.shuffle_lower_bound`). Empty places are shuffled too: see :class:`TruncatedPoisson`.
+    """
+
+    name = "shuffle"
+    relations = ("zero_out",)
+    steps_per_epoch: int
+    max_num_units: int
+
+    @property
+    def rate(self) -> float:
+        """See :class:`Scheme`."""
+        return 1 / self.steps_per_epoch
+
+    @property
+    def period(self) -> int:
+        """See :class:`Scheme`."""
+        return self.steps_per_epoch
+
+    @property
+    def num_places(self) -> int:
+        """See :class:`Scheme`."""
+        return self.max_num_units
+
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """Shuffled fixed batches."""
+        return accountants.shuffled_event(
+            noise_multiplier=noise_multiplier, num_batches=self.steps_per_epoch, num_epochs=num_epochs
+        )
+
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """A permutation by ranking 64-bit draws; ties have a chance below ``max_num_units**2 / 2**65``."""
+        order = np.argsort(key.stream("shuffle", epoch).uint64(self.max_num_units), kind="stable")
+        batches = np.array_split(order, self.steps_per_epoch)
+        return [np.sort(batch[batch < num_units]) for batch in batches]
+
+    @property
+    def assumption(self) -> str:
+        """See :class:`Scheme`."""
+        return (
+            f"Every epoch shuffles {self.max_num_units} places into {self.steps_per_epoch} batches; each unit joins one"
+            " step an epoch. No amplification by the shuffle is claimed: the guarantee holds even if the order is "
+            "known. Places without a unit are shuffled too, so adding or removing a unit (zero-out) moves nobody else. "
+            "The number of places is public. An epoch that was begun is charged as a whole."
+        )
+
+
+SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (Poisson, TruncatedPoisson, RandomAllocation, Shuffle)}
+
+
+def relation_of(name: str) -> Any:
+    """The neighbouring relation as :mod:`accountants` reads it."""
+    from accountants.api import NeighboringRelation  # dp-accounting takes a second to import
+
+    return NeighboringRelation[RELATIONS[name]]
+
+
+def scheme_of(privacy: PrivacySection) -> Scheme:
+    """The scheme that a config asks for; the schema has seen to it that its keys are there."""
+    cls = SCHEMES[privacy.sampling]
+    values = {field.name: getattr(privacy, field.name) for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in values.items() if value is not None})

@@ -1,0 +1,272 @@
+"""A run's hold on its budgets: reserve before anything is trained, keep the lease alive, settle what was spent.
+
+Without a registry configured nothing happens here. With one, training never starts without a reservation: a refusal, or
+a registry that does not answer, ends the job before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import threading
+from collections.abc import Iterator
+
+from privtrain.backends import Backend
+from privtrain.console import say
+from privtrain.data.corpus import Corpus
+from privtrain.errors import ConfigError, Fault, PlanMismatch, PrivtrainError, RegistryUnreachable
+from privtrain.ledger import charged_units, verify_chain
+from privtrain.plan import PrivacyPlan
+from privtrain.registry.database import registry_url
+from privtrain.registry.spending import Settings
+from privtrain.registry.store import Registry, Reservation, RunRequest
+from privtrain.rundir import RunDirectory, write_json
+from privtrain.secret import pseudonym
+from privtrain.training.claim import Inputs
+
+_SLOWEST_HEARTBEAT_SECONDS = 900.0
+_EXIT_REQUEUE = 75
+
+
+@contextlib.contextmanager
+def budgeted(inputs: Inputs, backend: Backend) -> Iterator[Inputs]:
+    """Hold the run's reservation while it trains; settle it if the run ends released.
+
+    Yields:
+        The inputs without the users on the do-not-train list, the same on every rank.
+
+    Raises:
+        BudgetExceeded: if a budget does not allow the run.
+        RegistryUnreachable: if the registry does not answer.
+    """
+    hold = Hold.take(inputs) if backend.is_main else None
+    # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
+    message = json.dumps(hold.dropped_users() if hold else []).encode() if backend.is_main else None
+    dropped = json.loads(backend.broadcast_bytes(message))
+    allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
+    if hold is None:
+        yield allowed
+        return
+    try:
+        with hold.kept_alive():
+            yield allowed
+    except Exception as error:
+        # A run that is to be requeued keeps what it has.
+        if getattr(error, "exit_code", None) != _EXIT_REQUEUE:
+            hold.give_up()
+        raise
+    hold.settle()
+
+
+def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:
+    """The corpus without these users; its digest stays that of the data as it was read.
+
+    Raises:
+        ConfigError: if nobody is left.
+    """
+    gone = set(dropped)
+    records = {user: texts for user, texts in corpus.records.items() if user not in gone}
+    if not records:
+        raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
+    counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
+    return dataclasses.replace(corpus, records=records, counts=counts)
+
+
+class Hold:
+    """A reservation held by this process, on rank 0. Use :func:`budgeted`."""
+
+    def __init__(self, registry: Registry, reservation: Reservation | None, inputs: Inputs, uid: str) -> None:
+        self._registry = registry
+        self._reservation = reservation
+        self._inputs = inputs
+        self._uid = uid
+        self._lease_seconds = inputs.config.registry.lease_hours * 3600
+
+    @classmethod
+    def take(cls, inputs: Inputs) -> Hold | None:
+        """Reserve, or find this run's reservation; ``None`` without a registry.
+
+        A complete run reserves nothing; it may still have to settle.
+        """
+        try:
+            return cls._take(inputs)
+        except PrivtrainError as error:
+            # A plan that was refused does not keep the directory from the one that fits. After a lost connection
+            # the run may hold a reservation under its name.
+            if not isinstance(error, RegistryUnreachable) and not inputs.run.ledger.exists():
+                inputs.run.identity.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def _take(cls, inputs: Inputs) -> Hold | None:
+        section = inputs.config.registry
+        url = registry_url(section)
+        note = _note(inputs.run)
+        if url is None:
+            if note.exists() and not inputs.run.is_complete():
+                place = json.loads(note.read_text(encoding="utf-8"))["registry"]
+                raise PlanMismatch(
+                    f"{inputs.run.root} holds a reservation in {place} but no registry is configured; "
+                    "set PRIVTRAIN_REGISTRY or registry.url"
+                )
+            return None
+        if section.dataset is None:
+            raise ConfigError([Fault("registry.dataset", "a registry is configured: name the data set to be charged")])
+        try:
+            registry = Registry(url, retry_seconds=section.retry_seconds)
+        except RegistryUnreachable as error:
+            if not inputs.run.is_complete():
+                raise
+            say(f"[yellow]warning[/]: {error}. If this run is not settled, it stays charged in full")
+            return None
+        uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
+        if inputs.run.is_complete():
+            return cls(registry, None, inputs, uid)
+        reservation = registry.reserve(_request(inputs, uid))
+        write_json(note, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
+        state = "reserved" if reservation.is_new else "found again"
+        say(f"budget {state}: {section.dataset}, reservation {reservation.id[:12]}")
+        return cls(registry, reservation, inputs, uid)
+
+    def dropped_users(self) -> list[str]:
+        """Users of this run's data that are on the do-not-train list."""
+        listed = self._registry.opted_out(self._reservation) if self._reservation else frozenset()
+        if not listed:
+            return []
+        return [user for user in self._inputs.corpus.records if self._registry.pseudonym(user) in listed]
+
+    @contextlib.contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """Renew the lease from a thread."""
+        if self._reservation is None:
+            yield
+            return
+        stop = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(stop, self._reservation.id), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=5)
+
+    def settle(self) -> None:
+        """Charge what the ledger shows and keep who contributed; a run that is not released keeps its reservation."""
+        run = self._inputs.run
+        if not run.is_complete():
+            return
+        statement = json.loads(run.privacy.read_text(encoding="utf-8"))
+        try:
+            self._registry.settle(
+                self._uid,
+                num_steps=statement["steps_released"],
+                epsilon=statement["epsilon"],
+                ledger_head=statement["ledger"]["head"],
+                contributions=self._contributions(),
+            )
+        except RegistryUnreachable as error:
+            # The release stands and is charged in full; the same command settles it.
+            say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
+
+    def give_up(self) -> None:
+        """After a failure: a run that never began a step costs nothing. Any other keeps its reservation."""
+        if self._reservation is None:
+            return
+        # The failure itself is what is told; a reservation that cannot be given back stays and expires.
+        with contextlib.suppress(PrivtrainError):
+            if _num_begun(self._inputs.run) == 0:
+                self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="")
+
+    def _beat(self, stop: threading.Event, reservation_id: str) -> None:
+        interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
+        while not stop.wait(interval):
+            with contextlib.suppress(RegistryUnreachable):  # an expired reservation counts in full all the same
+                self._registry.renew(reservation_id, self._lease_seconds)
+
+    def _contributions(self) -> dict[str, tuple[int, int]]:
+        totals = contributions_of(self._inputs.run, self._inputs.corpus, self._inputs.plan.unit)
+        return {self._registry.pseudonym(user): total for user, total in totals.items()}
+
+
+def contributions_of(run: RunDirectory, corpus: Corpus, unit: str) -> dict[str, tuple[int, int]]:
+    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
+    key = run.load_key("pseudonym")
+    owner = {}
+    for user, texts in corpus.records.items():
+        names = [user] if unit == "user" else [f"{user}#{index}" for index in range(len(texts))]
+        owner |= {pseudonym(key, name): user for name in names}
+    totals: dict[str, tuple[int, int]] = {}
+    for name, num_steps, num_records in _charged_units(run):
+        steps, records = totals.get(owner[name], (0, 0))
+        totals[owner[name]] = (steps + num_steps, records + num_records)
+    return totals
+
+
+def _charged_units(run: RunDirectory) -> Iterator[tuple[str, int, int]]:
+    """Units by the run's own pseudonyms, with steps and records; a unit may come more than once."""
+    for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):
+        yield name, 1, num_records
+
+
+def refund_run(run_path: pathlib.Path, url: str) -> str:
+    """End a run that was given up: only the steps that its verified ledger shows as begun stay charged.
+
+    Raises:
+        PrivtrainError: if it is no run, it is still training, it was released, or it holds no reservation.
+        LedgerCorrupt: if its ledger proves nothing.
+    """
+    run = RunDirectory(run_path)
+    if not run.exists() or not _note(run).exists():
+        raise PrivtrainError(f"{run.root} is not a run that holds a reservation")
+    with run.locked():
+        if run.is_complete():
+            raise PrivtrainError(f"{run.root} is released; start its training command again to settle it")
+        num_begun = _num_begun(run)
+        head = verify_chain(run.ledger, allow_torn=True).head if run.ledger.exists() else ""
+        uid = json.loads(run.identity.read_text(encoding="utf-8"))["tracker_id"]
+        registry = Registry(url)
+        num_back = registry.refund(
+            uid, num_steps=num_begun, epsilon=registry.epsilon_of(uid, num_begun), ledger_head=head
+        )
+    return f"{run.root}: {num_begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
+
+
+def _num_begun(run: RunDirectory) -> int:
+    # What a crash left half written was never begun.
+    return verify_chain(run.ledger, allow_torn=True).num_charged if run.ledger.exists() else 0
+
+
+def _note(run: RunDirectory) -> pathlib.Path:
+    return run.secret / "reservation.json"
+
+
+def _request(inputs: Inputs, uid: str) -> RunRequest:
+    plan, section = inputs.plan, inputs.config.registry
+    assert section.dataset is not None
+    if plan.not_private_reasons:
+        reasons = "; ".join(plan.not_private_reasons)
+        raise PrivtrainError(f"a run that is not private cannot be charged to any budget: {reasons}")
+    if plan.sampling != "poisson":
+        raise PrivtrainError(f"privacy.sampling: given {plan.sampling}; the registry accounts for poisson sampling")
+    settings = _settings(plan)
+    return RunRequest(
+        uid=uid,
+        name=inputs.config.run.name,
+        fingerprint=plan.fingerprint(),
+        dataset=section.dataset,
+        manifest_sha256=inputs.corpus.manifest_sha256,
+        unit=plan.unit,
+        relation=plan.neighboring_relation,
+        event=settings.event(),
+        num_steps=plan.num_steps,
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        settings=settings,
+        lease_seconds=section.lease_hours * 3600,
+    )
+
+
+def _settings(plan: PrivacyPlan) -> Settings:
+    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps)

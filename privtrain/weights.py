@@ -1,0 +1,172 @@
+"""Read a base model's weights tensor by tensor, or only a part of one, for ranks that hold only parts.
+
+Where the files are safetensors and name their tensors as the model does, a part is read from the file and the whole
+is nowhere in memory. Other files (GGUF, or weights that transformers renames or fuses while it loads) are loaded whole
+into host memory first, once a rank, and freed after the parts were copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from privtrain.config.schema import ModelSection
+from privtrain.errors import ConfigError, Fault
+from privtrain.model_files import locate
+from privtrain.models import load_base, load_classifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: (tensor name, first coordinate, number of coordinates) → flat values.
+PartReader = Callable[[str, int, int], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierHead:
+    """What makes a base model a sequence classifier; see :func:`~privtrain.models.load_classifier`."""
+
+    labels: tuple[int | str, ...]
+    pad_id: int
+    init_seed: int
+
+
+class BaseSource:
+    """A base model that can be had whole, empty, or in parts.
+
+    Args:
+        model: which one.
+        dtype: what its weights are held in.
+        head: for a classifier.
+        method: what will be trained of it, see ``training.method``.
+    """
+
+    def __init__(
+        self, model: ModelSection, dtype: torch.dtype, head: ClassifierHead | None = None, method: str = "lora"
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.head = head
+        self.method = method
+
+    def whole(self) -> PreTrainedModel:
+        """The model with its weights, frozen.
+
+        Raises:
+            ConfigError: if it cannot be loaded.
+        """
+        if self.head is None:
+            return load_base(self.model, self.dtype)
+        head = self.head
+        return load_classifier(self.model, self.dtype, labels=head.labels, pad_id=head.pad_id, init_seed=head.init_seed)
+
+    def empty(self) -> PreTrainedModel:
+        """The model without weights, frozen; the caller chooses by context where its tensors are made.
+
+        Raises:
+            ConfigError: if this model or method needs the whole base on every rank.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._refuse_parts()
+        location = locate(self.model)
+        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+        if getattr(config, "quantization_config", None) is not None and self.model.gguf_file:
+            delattr(config, "quantization_config")
+        model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        model.config.use_cache = False
+        return model.eval().requires_grad_(False)
+
+    def _refuse_parts(self) -> None:
+        elsewhere = "a base that is sharded over ranks (ZeRO-3, FSDP2); launch with ddp, zero1 or zero2"
+        faults = []
+        if self.head is not None:
+            faults.append(Fault("data.format", f"classification does not run on {elsewhere}"))
+        if self.method not in ("lora", "full"):
+            faults.append(Fault("training.method", f"{self.method} does not run on {elsewhere}"))
+        if self.model.quantization is not None:
+            faults.append(Fault("model.quantization", f"{self.model.quantization} does not run on {elsewhere}"))
+        if faults:
+            raise ConfigError(faults)
+
+    def reader(self, shapes: Mapping[str, tuple[int, ...]]) -> PartReader:
+        """Reads parts of the tensors with these names and shapes."""
+        files = _SafetensorsParts.find(self.model, shapes)
+        if files is not None:
+            return lambda name, first, count: files.read(name, first, count).to(self.dtype)
+        values = {name: p.detach().flatten() for name, p in self.whole().named_parameters()}
+        return lambda name, first, count: values[name][first : first + count]
+
+
+class _SafetensorsParts:
+    def __init__(self, file_of: Mapping[str, pathlib.Path]) -> None:
+        self._file_of = file_of
+        self._open: dict[pathlib.Path, Any] = {}
+
+    @classmethod
+    def find(cls, model: ModelSection, shapes: Mapping[str, tuple[int, ...]]) -> _SafetensorsParts | None:
+        """The files of a model, if they hold just these tensors under just these names and shapes."""
+        if model.gguf_file:
+            return None
+        files = cls({name: path for path in _weight_files(model) for name in _names(path)})
+        if all(files.has(name, shape) for name, shape in shapes.items()):
+            return files
+        return None
+
+    def has(self, name: str, shape: tuple[int, ...]) -> bool:
+        return name in self._file_of and tuple(self._slice(name).get_shape()) == shape
+
+    def read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """``count`` coordinates from ``first`` on; no more rows are read than hold them."""
+        stored = self._slice(name)
+        shape = stored.get_shape()
+        if not shape:
+            return stored[...].flatten()[first : first + count]
+        width = math.prod(shape[1:])
+        row = first // width
+        rows = stored[row : -(-(first + count) // width)].flatten()
+        return rows[first - row * width : first - row * width + count]
+
+    def _slice(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        path = self._file_of[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_slice(name)
+
+
+def _names(path: pathlib.Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _weight_files(model: ModelSection) -> list[pathlib.Path]:
+    """Every safetensors file of the model, on this machine."""
+    from transformers.utils import cached_file
+
+    location = locate(model)
+    optional = {
+        **location.arguments,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    single = cached_file(location.path, "model.safetensors", **optional)
+    if single is not None:
+        return [pathlib.Path(single)]
+    index = cached_file(location.path, "model.safetensors.index.json", **optional)
+    if index is None:
+        return []
+    parts = sorted(set(json.loads(pathlib.Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [pathlib.Path(str(cached_file(location.path, part, **location.arguments))) for part in parts]
+
+
+__all__ = ["BaseSource", "ClassifierHead", "PartReader"]

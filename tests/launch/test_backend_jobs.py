@@ -1,0 +1,98 @@
+"""Whole jobs with the shipped launch files: the same model on each backend, released, resumed under another."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from privtrain.ledger import verify
+from privtrain.ledger.view import verify_run
+from privtrain.training.job import train
+from tests.conftest import write_config
+from tests.jobs import REPOSITORY
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+
+_ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY),
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def launch(backend: str, config: pathlib.Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Two CPU processes by the shipped file of this name."""
+    file = REPOSITORY / "launch" / "accelerate" / f"{backend}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
+    return subprocess.run(
+        [*launcher, "-m", "privtrain", "train", str(config), *overrides],
+        cwd=REPOSITORY,
+        env=_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def tensors(run: pathlib.Path) -> dict[str, np.ndarray]:
+    files = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("backend", "method"), [("zero3", "full"), ("fsdp2", "full"), ("zero3", "lora")])
+def test_a_sharded_job_releases_the_model_of_one_process(tree, tmp_path, backend, method):
+    tree["training"]["method"] = method
+    for name in ("alone", "sharded"):
+        tree["run"]["name"] = name
+        write_config(tree, tmp_path / f"{name}.yaml")
+    train(tmp_path / "alone.yaml")
+    done = launch(backend, tmp_path / "sharded.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, sharded = tensors(tmp_path / "runs" / "alone"), tensors(tmp_path / "runs" / "sharded")
+    assert alone.keys() == sharded.keys()
+    for name, value in alone.items():
+        assert np.abs(value - sharded[name]).max() < 1e-6, name
+    assert "4 steps charged" in verify_run(tmp_path / "runs" / "sharded")
+
+
+def test_replayed_sharded_steps_are_the_same_bits_then_another_backend_goes_on(tree, tmp_path):
+    """From a checkpoint of parts: replayed for free under the same layout, a new generation under another."""
+    tree["training"]["method"] = "full"
+    path = write_config(tree, tmp_path / "moved.yaml")
+    run = tmp_path / "runs" / "tiny"
+    done = launch("fsdp2", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = tensors(run)
+    _rewind(run)
+    done = launch("fsdp2", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert verify(run / "secret" / "ledger.jsonl").generation == 0
+    assert all(np.array_equal(before[name], value) for name, value in tensors(run).items())
+    _rewind(run)
+    done = launch("zero2", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = verify(run / "secret" / "ledger.jsonl")
+    assert state.generation == 1
+    assert state.num_charged == 4, "abandoned steps stay charged, so none is left"
+    assert tensors(run)
+
+
+def _rewind(run: pathlib.Path) -> None:
+    """As if the job had been killed after its last step and before its last checkpoint."""
+    for released in ("privacy.json", "metrics.jsonl"):
+        (run / released).unlink()
+    shutil.rmtree(run / "model")
+    ledger = run / "secret" / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(line for line in lines if b'"kind":"release"' not in line))
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])

@@ -1,0 +1,263 @@
+"""Whole jobs under a budget: reserve before anything is trained, settle at the release, drop who opted out."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import stat
+
+import pytest
+import sqlalchemy as sa
+
+from privtrain.errors import (
+    BudgetExceeded,
+    ConfigError,
+    GuaranteeLost,
+    PlanMismatch,
+    PrivtrainError,
+    RegistryUnreachable,
+)
+from privtrain.registry import views
+from privtrain.registry.store import Registry
+from privtrain.registry.tables import ReservationRow
+from privtrain.training import budget as budget_module
+from privtrain.training import job
+from privtrain.training.job import train
+from tests.conftest import write_config
+
+pytestmark = [pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Registry:
+    monkeypatch.delenv("PRIVTRAIN_REGISTRY_KEY", raising=False)
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "budgets" / "registry.db"))
+    made = Registry(str(tmp_path / "budgets" / "registry.db"))
+    made.set_budget("people", epsilon=20, delta=1e-6)
+    return made
+
+
+@pytest.fixture
+def private_tree(tree):
+    """The same run with a secret of its own: one with a test seed may not be charged."""
+    del tree["privacy"]["insecure_seed"]
+    tree["registry"] = {"dataset": "people", "retry_seconds": 1}
+    return tree
+
+
+def start(tree, tmp_path, name: str = "tiny") -> pathlib.Path:
+    tree["run"]["name"] = name
+    train(write_config(tree, tmp_path / f"{name}.yaml"))
+    return tmp_path / "runs" / name
+
+
+def test_a_run_reserves_settles_and_says_who_contributed(private_tree, tmp_path, registry):
+    run = start(private_tree, tmp_path)
+    (view,) = views.runs(registry.database)
+    statement = json.loads((run / "privacy.json").read_text())
+    assert (view.state, view.num_charged, view.name, view.dataset) == ("closed", 4, "tiny", "people")
+    assert view.epsilon == statement["epsilon"]
+    note = run / "secret" / "reservation.json"
+    assert json.loads(note.read_text())["reservation"] == view.reservation
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    manifest = json.loads((run / "secret" / "manifest.json").read_text())
+    held = {user: views.user(registry.database, registry.pseudonym(user)).held for user in manifest["held_in"]}
+    assert sum(bool(runs) for runs in held.values()) > len(held) / 4
+    assert all(
+        1 <= one.num_steps <= 4 and one.num_records <= 3 * one.num_steps for runs in held.values() for one in runs
+    )
+    for user in manifest["held_out"]:
+        assert views.user(registry.database, registry.pseudonym(user)).held == ()
+    start(private_tree, tmp_path)  # complete: nothing is reserved again
+    assert len(views.runs(registry.database)) == 1
+
+
+def test_nothing_of_the_registry_is_published(private_tree, tmp_path, registry):
+    registry.forget(registry.pseudonym("user-003"))
+    run = start(private_tree, tmp_path)
+    secrets = [view.reservation for view in views.runs(registry.database)]
+    secrets += [registry.pseudonym(f"user-{i:03d}") for i in range(24)] + ["user-003", str(tmp_path / "budgets")]
+    for path in run.rglob("*"):
+        if path.is_file() and path.relative_to(run).parts[0] not in ("secret", "checkpoints"):
+            content = path.read_bytes()
+            assert not any(secret.encode() in content for secret in secrets), path
+
+
+def test_a_run_that_does_not_fit_trains_nothing(private_tree, tmp_path, registry, monkeypatch):
+    registry.set_budget("people", epsilon=0.5, delta=1e-6)
+    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(BudgetExceeded, match="target_epsilon="):
+        start(private_tree, tmp_path)
+    assert views.runs(registry.database) == []
+    assert not (tmp_path / "runs" / "tiny" / "secret" / "ledger.jsonl").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "budgets" / "registry.db"))
+    private_tree["privacy"]["noise_multiplier"] = 12.0
+    start(private_tree, tmp_path)  # the directory was not taken by the plan that was refused
+    assert [view.state for view in views.runs(registry.database)] == ["closed"]
+
+
+def test_without_its_registry_a_run_does_not_start(private_tree, tmp_path, registry, monkeypatch):
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", f"postgresql://nobody@/nothing?host={tmp_path}")
+    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(RegistryUnreachable):
+        start(private_tree, tmp_path)
+
+
+def test_a_run_that_is_not_private_and_one_without_a_data_set_are_refused(private_tree, tmp_path, registry):
+    private_tree["privacy"]["insecure_seed"] = 1
+    with pytest.raises(PrivtrainError, match="not private cannot be charged"):
+        start(private_tree, tmp_path)
+    del private_tree["privacy"]["insecure_seed"], private_tree["registry"]
+    with pytest.raises(ConfigError, match="name the data set to be charged"):
+        start(private_tree, tmp_path, "other")
+    assert views.runs(registry.database) == []
+
+
+def test_a_start_that_fails_costs_nothing(private_tree, tmp_path, registry, monkeypatch):
+    def fail(*_args):
+        raise GuaranteeLost("the self-test found something")
+
+    monkeypatch.setattr(job, "_self_test", fail)
+    with pytest.raises(GuaranteeLost):
+        start(private_tree, tmp_path)
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("closed", 0)
+    monkeypatch.undo()
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "budgets" / "registry.db"))
+    start(private_tree, tmp_path)
+    assert sorted(view.num_charged for view in views.runs(registry.database)) == [0, 4]
+
+
+def interrupt_after(num_steps: int, monkeypatch) -> None:
+    """The job fails after so many steps."""
+    real = job.Trainer.train_step
+
+    def step(self, number):
+        real(self, number)
+        if number + 1 == num_steps:
+            raise GuaranteeLost("stopped here")
+
+    monkeypatch.setattr(job.Trainer, "train_step", step)
+
+
+def test_a_run_that_stops_keeps_its_reservation_and_ends_under_it(private_tree, tmp_path, registry, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupt_after(3, patched)
+        with pytest.raises(GuaranteeLost):
+            start(private_tree, tmp_path)
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("open", 4)
+    with monkeypatch.context() as patched:
+        patched.delenv("PRIVTRAIN_REGISTRY")
+        del private_tree["registry"]
+        with pytest.raises(PlanMismatch, match="no registry is configured"):
+            start(private_tree, tmp_path)
+    private_tree["registry"] = {"dataset": "people"}
+    start(private_tree, tmp_path)
+    (after,) = views.runs(registry.database)
+    assert (after.reservation, after.state, after.num_charged) == (view.reservation, "closed", 4)
+
+
+def test_a_run_that_is_given_up_gets_back_the_steps_that_it_never_began(private_tree, tmp_path, registry, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(GuaranteeLost):
+            start(private_tree, tmp_path)
+    said = budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
+    assert "2 steps stay charged, 2 were given back" in said
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("closed", 2)
+    assert 0 < view.epsilon < views.budgets(registry.database)[0].epsilon
+    start(private_tree, tmp_path)  # resumed after all: its plan is reserved anew
+    assert sorted(view.num_charged for view in views.runs(registry.database)) == [2, 4]
+    with pytest.raises(PrivtrainError, match="is released"):
+        budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
+
+
+def test_a_user_who_opted_out_is_in_no_later_run_and_how_many_did_is_told_privately(
+    private_tree, tmp_path, registry, capsys
+):
+    first = start(private_tree, tmp_path, "first")
+    before = json.loads((first / "secret" / "manifest.json").read_text())
+    gone = ["user-004", "user-011", "user-020"]
+    for user in gone:
+        registry.forget(registry.pseudonym(user))
+    second = start(private_tree, tmp_path, "second")
+    after = json.loads((second / "secret" / "manifest.json").read_text())
+    assert set(gone) <= {*before["held_in"], *before["held_out"]}
+    assert set(gone).isdisjoint({*after["held_in"], *after["held_out"], *after["attacker"]})
+    assert all(user not in gone for user, _ in after["evaluation"])
+    assert json.loads((second / "secret" / "data_counts.json").read_text())["num_users_opted_out"] == 3
+    assert json.loads((first / "secret" / "data_counts.json").read_text())["num_users_opted_out"] == 0
+    assert after["data_sha256"] == before["data_sha256"], "the attack job checks it against the files"
+    said = capsys.readouterr().out
+    assert not re.search(r"opt(ed)?[ -]out|do-not-train|dropped", said.replace(str(tmp_path), ""))
+
+
+def test_a_settlement_that_could_not_be_delivered_is_made_up_by_the_same_command(
+    private_tree, tmp_path, registry, monkeypatch, capsys
+):
+    def unreachable(*_args, **_kwargs):
+        raise RegistryUnreachable("no server")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "settle", unreachable)
+        run = start(private_tree, tmp_path)
+    assert (run / "privacy.json").exists()
+    assert "settles it later" in capsys.readouterr().out
+    assert views.runs(registry.database)[0].state == "open"
+    start(private_tree, tmp_path)
+    assert views.runs(registry.database)[0].state == "closed"
+
+
+def test_the_lease_is_renewed_while_training(private_tree, tmp_path, registry, monkeypatch):
+    private_tree["registry"]["lease_hours"] = 0.2 / 3600
+    seen = []
+    real = job.Trainer.train_step
+
+    def slow(self, number):
+        import time
+
+        time.sleep(0.2)
+        seen.append(registry.database.read(lambda c: c.execute(sa.select(ReservationRow.lease_until)).scalar_one()))
+        real(self, number)
+
+    monkeypatch.setattr(job.Trainer, "train_step", slow)
+    start(private_tree, tmp_path)
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_ranks_drop_the_same_users_though_only_one_sees_the_registry(tmp_path, tiny_llama, users_file, registry):
+    from tests import jobs
+
+    registry.forget(registry.pseudonym("user-004"))
+    tree = {
+        "run": {"name": "two", "output_dir": str(tmp_path / "runs")},
+        "model": {"name_or_path": str(tiny_llama)},
+        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]},
+        "data": {
+            "source": {"kind": "files", "paths": [str(users_file)]},
+            "max_length": 24,
+            "held_out_fraction": 0.1,
+            "num_evaluation_records": 0,
+        },
+        "privacy": {
+            "sampling_prob": 0.4,
+            "expected_batch_size": 6,
+            "noise_multiplier": 1.0,
+            "target_delta": 1e-3,
+            "num_steps": 2,
+        },
+        "performance": {"precision": "fp32", "num_threads": 1},
+        "tracking": {"wandb": False},
+        "registry": {"url": str(tmp_path / "budgets" / "registry.db"), "dataset": "people"},
+    }
+    done = jobs.run("privtrain", "train", write_config(tree, tmp_path / "two.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads((tmp_path / "runs" / "two" / "secret" / "data_counts.json").read_text())
+    assert counts["num_users_opted_out"] == 1
+    assert views.runs(registry.database)[0].state == "closed"

@@ -1,0 +1,60 @@
+"""Fixtures of the registry: a SQLite file, and a real PostgreSQL server where Debian's is installed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from privtrain.registry.store import Registry
+from tests.privtrain.registry_server import PostgresServer, binaries, unprivileged
+from tests.privtrain.registry_work import DATASET
+
+
+@pytest.fixture(autouse=True)
+def _no_registry_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.delenv("PRIVTRAIN_REGISTRY", raising=False)
+    monkeypatch.delenv("PRIVTRAIN_REGISTRY_KEY", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data-home"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    if binaries() is None:
+        pytest.skip("Debian's postgresql is not installed (/usr/lib/postgresql/*/bin/postgres)")
+    import os
+
+    if os.getuid() == 0 and unprivileged() is None:
+        pytest.skip("PostgreSQL does not run as root, and there is neither a user postgres nor nobody")
+    server = PostgresServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """A registry with an ε of 8 at δ 1e-6 for every user of the data set."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/registry.db"
+    else:
+        url = request.getfixturevalue("postgres").new_database()
+    from privtrain.registry.database import Database
+
+    Database(url).upgrade()
+    Registry(url).set_budget(DATASET, epsilon=8, delta=1e-6)
+    return url
+
+
+@pytest.fixture
+def registry(registry_url: str) -> Registry:
+    return Registry(registry_url, retry_seconds=5)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that share the imports of one server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.privtrain.registry_work"])
+    return context

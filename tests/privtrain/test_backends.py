@@ -1,0 +1,69 @@
+"""Every backend takes the same steps: three of them with noise equal the single process to 1e-6 in fp32."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.privtrain.cells import SHARDED, Cell, run_cell, run_cells
+from tests.ranks import run_on_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+MATRIX = [
+    (name, Cell(method, unit))
+    for name in ("ddp", *SHARDED)
+    for method in ("lora", "full")
+    for unit in ("example", "user")
+]
+#: Few draws, so that a rank, or a step, has no user at all.
+SPARSE = [(name, Cell(method, sampling_prob=0.15)) for name in ("ddp", *SHARDED) for method in ("lora", "full")]
+OPTIONS = [
+    *[(name, Cell("full", style="per_layer")) for name in ("zero2", "fsdp2")],
+    *[(name, Cell("full", style="automatic")) for name in ("zero3", "fsdp2")],
+    *[(name, Cell("lora", route="one_unit")) for name in ("zero3", "fsdp2")],
+    *[(name, Cell(method, gradient_checkpointing=True)) for name in ("zero3", "fsdp2") for method in ("lora", "full")],
+    *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2, 3)],
+]
+FOUR_RANKS = [
+    ("ddp", Cell()),
+    ("zero3", Cell()),
+    ("zero3", Cell("full")),
+    ("fsdp2-hsdp", Cell()),
+    ("fsdp2-hsdp", Cell("full")),
+]
+
+
+@functools.cache
+def reference(directory, cell: Cell) -> dict[str, np.ndarray]:
+    return run_cell("local", directory, cell)
+
+
+def check(directory, world_size: int, cells: list[tuple[str, Cell]]) -> None:
+    by_rank = run_on_ranks(world_size, run_cells, cells, directory)
+    wrong = []
+    for (name, cell), found in zip(cells, by_rank[0], strict=True):
+        expected = reference(directory, cell)
+        assert found.keys() == expected.keys()
+        error = max(float(np.abs(found[key] - expected[key]).max()) for key in expected)
+        if not error <= 1e-6:
+            wrong.append((name, cell, error))
+    assert not wrong
+
+
+def test_parity_matrix_on_two_ranks(tiny_llama):
+    check(tiny_llama, 2, MATRIX)
+
+
+def test_ranks_and_steps_without_users(tiny_llama):
+    check(tiny_llama, 2, SPARSE)
+
+
+def test_styles_routes_checkpointing_and_offload(tiny_llama):
+    check(tiny_llama, 2, OPTIONS)
+
+
+def test_four_ranks_and_replicas_of_shards(tiny_llama):
+    check(tiny_llama, 4, FOUR_RANKS)

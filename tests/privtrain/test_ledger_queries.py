@@ -1,0 +1,199 @@
+"""What the ledger commands show, against plain counting."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from privtrain.cli import app
+from privtrain.errors import GuaranteeLost, LedgerCorrupt, PrivtrainError, ProofRejected
+from privtrain.ledger import verify
+from privtrain.ledger.bodies import segment_path
+from privtrain.ledger.query import opened_contributions
+from privtrain.ledger.shred import shred
+from privtrain.ledger.view import print_ledger, print_user, prove_run, verify_run
+from privtrain.rundir import RunDirectory, write_atomically, write_json
+from privtrain.secret import pseudonym
+from tests.privtrain.ledgers import KEY, contents, units_of, write_steps
+
+NUM_STEPS, NUM_USERS = 30, 20
+
+
+@pytest.fixture(params=[25, 1 << 18], ids=["sealed", "open"])
+def run(request, tmp_path):
+    """A run directory that holds a ledger and its key, sealed in part or not at all."""
+    directory = RunDirectory(tmp_path / "runs" / "r")
+    directory.create()
+    write_atomically(directory.secret / "pseudonym.key", KEY.reveal().hex(), mode=0o600)
+    write_steps(directory.ledger, NUM_STEPS, segment_rows=request.param, num_users=NUM_USERS)
+    return directory
+
+
+def totals() -> tuple[collections.Counter, collections.Counter]:
+    records, steps = collections.Counter(), collections.Counter()
+    for step in range(NUM_STEPS):
+        for name, count in units_of(step, NUM_USERS):
+            records[pseudonym(KEY, name)] += count
+            steps[pseudonym(KEY, name)] += 1
+    return records, steps
+
+
+def invoke(*arguments) -> str:
+    done = CliRunner().invoke(app, ["ledger", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_top_lists_the_heaviest_contributors(run):
+    records, steps = totals()
+    expected = sorted(records, key=lambda p: (-records[p], -steps[p], p))[:5]
+    rows = json.loads(invoke("top", run.root, "-n", 5, "--json"))["rows"]
+    assert [(r["pseudonym"], r["records"], r["steps"]) for r in rows] == [(p, records[p], steps[p]) for p in expected]
+    assert expected[0] in invoke("top", run.root)
+
+
+def test_user_shows_every_step_of_one_user_by_name_or_pseudonym(run):
+    expected = [(s, n) for s in range(NUM_STEPS) for name, n in units_of(s, NUM_USERS) if name == "user-4"]
+    by_name = json.loads(invoke("user", run.root, "user-4", "--json"))
+    assert by_name == json.loads(invoke("user", run.root, "--pseudonym", pseudonym(KEY, "user-4"), "--json"))
+    assert [(row["step"], row["records"]) for row in by_name["rows"]] == expected
+    assert by_name["num_records"] == sum(n for _, n in expected)
+    assert all(row["committed"] and row["in_model"] for row in by_name["rows"])
+    zeroed = [row["step"] for row in by_name["rows"] if row["zeroed"]]
+    assert zeroed == [s for s, _ in expected if s % 3 == 1 and units_of(s, NUM_USERS)[0][0] == "user-4"]
+    assert json.loads(invoke("user", run.root, "nobody", "--json"))["num_steps"] == 0
+    for wrong in ([], ["user-4", "--pseudonym", "0" * 32], ["--pseudonym", "xyz"]):
+        with pytest.raises(PrivtrainError, match="pseudonym"):
+            invoke("user", run.root, *wrong)
+
+
+def test_stats_are_those_of_the_contributions(run):
+    records, steps = totals()
+    values = np.array(sorted(records.values()), dtype=float)
+    found = json.loads(invoke("stats", run.root, "--cap", 30, "--json"))
+    all_counts = [n for s in range(NUM_STEPS) for _, n in units_of(s, NUM_USERS)]
+    assert found["num_users"] == len(records)
+    assert found["num_records"] == sum(all_counts) == values.sum()
+    assert found["num_contributions"] == len(all_counts) == sum(steps.values())
+    differences = np.abs(values[:, None] - values[None]).sum() / (2 * len(values) ** 2 * values.mean())
+    assert found["gini"] == pytest.approx(differences, abs=1e-12)
+    assert found["share_at_k"] == pytest.approx(np.mean(np.array(all_counts) == 3))
+    assert found["share_above_k"] == 0
+    assert found["share_of_users_above_cap"] == pytest.approx(np.mean(values > 30))
+    assert found["share_of_records_above_cap"] == pytest.approx(np.maximum(values - 30, 0).sum() / values.sum())
+    assert found["records_per_user"]["min"] == values.min()
+    assert found["records_per_user"]["max"] == values.max()
+    assert found["records_per_user"]["median"] == np.quantile(values, 0.5, method="inverted_cdf")
+    assert found["num_zeroed"] == sum(map(len, verify(run.ledger).zeroed.values()))
+    assert "Gini" in invoke("stats", run.root)
+
+
+def test_an_empty_log_has_statistics(tmp_path):
+    path = write_steps(tmp_path / "l.jsonl", 1)  # a step of nobody
+    with opened_contributions(path) as contributions:
+        found = contributions.statistics(3)
+        assert (found.num_steps, found.num_users, found.gini, found.records_per_user) == (1, 0, 0.0, {})
+        assert contributions.top(3) == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_export_holds_every_contribution_for_its_owner_alone(run, tmp_path, kind):
+    target = tmp_path / f"it's.{kind}"
+    assert "as private as the ledger" in invoke("export", run.root, target, f"--{kind}")
+    assert target.stat().st_mode & 0o777 == 0o600
+    table = pyarrow.parquet.read_table(target) if kind == "parquet" else pyarrow.csv.read_csv(target)
+    rows = table.to_pylist()
+    found = {(0, step): {} for step in range(NUM_STEPS)}
+    for row in rows:
+        found[row["generation"], row["step"]][row["pseudonym"]] = row["records"]
+    assert found == contents(run.ledger)
+    assert sum(row["zeroed"] for row in rows) == sum(map(len, verify(run.ledger).zeroed.values()))
+    for public in (run.root / f"x.{kind}", run.adapter / "x"):
+        with pytest.raises(PrivtrainError, match="may be published"):
+            invoke("export", run.root, public, f"--{kind}")
+    with pytest.raises(PrivtrainError, match="--parquet or --csv"):
+        invoke("export", run.root, target)
+
+
+def test_show_counts_each_step_and_names_nobody(run):
+    shown = json.loads(invoke("show", run.root, "--json"))
+    steps = [row for row in shown["records"] if row["kind"] == "intent"]
+    for step, row in enumerate(steps):
+        units = units_of(step, NUM_USERS)
+        assert row["num_units"] == len(units)
+        assert row["num_records"] == sum(n for _, n in units)
+        assert row["max_records"] == max((n for _, n in units), default=0)
+    assert shown["head"] == verify(run.ledger).head
+    text = invoke("show", run.root, "--last", 3)
+    assert "the last 3 of" in text
+    assert "user-" not in text
+
+
+def test_a_query_leaves_the_log_as_it_was(run):
+    before = sorted((file, file.read_bytes()) for file in run.secret.rglob("*") if file.is_file())
+    invoke("stats", run.root)
+    print_ledger(run.root)
+    assert sorted((file, file.read_bytes()) for file in run.secret.rglob("*") if file.is_file()) == before
+    assert not list(run.secret.rglob(".query-*"))
+
+
+def test_a_query_refuses_a_log_that_lost_a_segment(tmp_path):
+    path = write_steps(tmp_path / "l.jsonl", NUM_STEPS, segment_rows=25)
+    segment_path(path, 1).unlink()
+    with pytest.raises(LedgerCorrupt, match="missing"), opened_contributions(path):
+        pass
+
+
+def test_a_proof_goes_through_the_command_line(run, tmp_path):
+    proof, head = tmp_path / "proof.json", verify(run.ledger).head
+    assert "steps; head" in invoke("prove", run.root, "--user", "user-4", "-o", proof)
+    assert proof.stat().st_mode & 0o777 == 0o600
+    key = run.secret / "pseudonym.key"
+    found = json.loads(invoke("check-proof", proof, "--head", head, "--key", key, "--user", "user-4", "--json"))
+    assert found["num_steps"] == len(json.loads(invoke("user", run.root, "user-4", "--json"))["rows"])
+    assert found["link"] == "recomputed from the key"
+    with pytest.raises(ProofRejected):
+        invoke("check-proof", proof, "--head", "0" * 64)
+    proof.write_text("[")
+    with pytest.raises(ProofRejected, match="cannot be read"):
+        invoke("check-proof", proof, "--head", head)
+
+
+def test_after_shredding_counts_and_chain_verify_and_nobody_can_be_found(run):
+    stats, top = invoke("stats", run.root), invoke("top", run.root)
+    state = verify(run.ledger)
+    write_atomically(run.secret / "generation-0000.key", KEY.reveal().hex(), mode=0o600)
+    write_json(run.manifest, {"held_in": ["user-0"]}, mode=0o600)
+    with pytest.raises(PrivtrainError, match="--yes"):
+        invoke("shred", run.root)
+    with pytest.raises(PrivtrainError, match="has not finished"):
+        invoke("shred", run.root, "--yes")
+    assert (run.secret / "pseudonym.key").exists()
+    said = invoke("shred", run.root, "--yes", "--abandon")
+    assert "destroyed: pseudonym.key, generation-0000.key" in said
+    assert "manifest.json (names every user" in said
+    keys = [KEY.reveal().hex().encode(), KEY.reveal()]
+    for file in (f for f in run.root.rglob("*") if f.is_file()):
+        assert not any(key in file.read_bytes() for key in keys), file
+    assert (invoke("stats", run.root), invoke("top", run.root)) == (stats, top)
+    assert verify(run.ledger) == state
+    assert "ledger verified" in verify_run(run.root)
+    with pytest.raises(PrivtrainError, match="was shredded"):
+        print_user(run.root, "user-4", None, as_json=True)
+    with pytest.raises(PrivtrainError, match="was shredded"):
+        prove_run(run.root, "user-4", None, run.secret / "proof.json")
+    with pytest.raises(GuaranteeLost):
+        run.load_key("pseudonym")
+    assert shred(run.root, abandon=True)[0] == []
+
+
+def test_commands_without_a_ledger_say_so(tmp_path):
+    for command in (["show"], ["verify"], ["top"], ["user", "u"], ["stats"], ["shred", "--yes"]):
+        with pytest.raises(PrivtrainError, match="has no ledger"):
+            invoke(command[0], tmp_path, *command[1:])

@@ -1,0 +1,93 @@
+"""A unit whose gradient is not finite counts as zero, and the ledger says which one, whatever rank clipped it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import privtrain.training.trainer as trainer_module
+from privtrain.ledger import verify
+from privtrain.ledger.query import opened_contributions
+from privtrain.ledger.view import pseudonym_of
+from privtrain.models import row_losses
+from privtrain.rundir import RunDirectory
+from privtrain.training.job import train
+from tests import jobs
+from tests.conftest import write_config
+
+#: Two users say this word, which nobody else says.
+POISON = "zzzzzz"
+#: As long as any record: these users, the last to be drawn, are then not the last to be clipped.
+LONG = f"{POISON} alder birch cedar elm"
+POISONED = {"user-900", "user-901"}
+
+
+def poisoned_row_losses(model, input_ids, target_mask):
+    """NaN for every row that begins with the word; the byte tokenizer gives "z" one token."""
+    losses = row_losses(model, input_ids, target_mask)
+    holds = (input_ids[:, 1 : 1 + len(POISON)] == _TOKEN[0]).sum(dim=1) == len(POISON)
+    return losses * torch.where(holds, torch.nan, 1.0)
+
+
+_TOKEN = [0]
+
+
+def poison(tree, tmp_path):
+    """Add the two users to the data, and draw everybody often."""
+    from transformers import AutoTokenizer
+
+    (source,) = tree["data"]["source"]["paths"]
+    rows = [json.dumps({"user": user, "text": text}) for user in sorted(POISONED) for text in ("alder", LONG)]
+    with open(source, encoding="utf-8") as file:
+        content = file.read() + "\n".join(rows) + "\n"
+    target = tmp_path / "poisoned.jsonl"
+    target.write_text(content, encoding="utf-8")
+    _TOKEN[0] = AutoTokenizer.from_pretrained(tree["model"]["name_or_path"])("z").input_ids[0]
+    tree["data"] |= {"source": {"kind": "files", "paths": [str(target)]}, "held_out_fraction": 0, "attack_fraction": 0}
+    tree["privacy"] |= {"sampling_prob": 0.7, "num_steps": 4}
+    return write_config(tree, tmp_path / "c.yaml")
+
+
+def check_ledger(run_path):
+    run = RunDirectory(run_path)
+    state = verify(run.ledger)
+    zeroed = {}
+    with opened_contributions(run.ledger) as contributions:
+        for user in [f"user-{u:03d}" for u in range(24)] + sorted(POISONED):
+            rows = contributions.user(pseudonym_of(run, user))
+            zeroed[user] = ([r["step"] for r in rows if r["zeroed"]], [r["step"] for r in rows])
+    assert sum(map(len, state.zeroed.values())) > 2
+    for user, (steps, drawn) in zeroed.items():
+        # k = 3 covers both of a poisoned user's records, so each draw of it is poisoned.
+        assert steps == (drawn if user in POISONED else []), user
+    assert all(zeroed[user][1] for user in POISONED), "nobody was drawn; choose another seed"
+
+
+@pytest.mark.parametrize("route", ["batched", "one_unit"])
+def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeypatch, route):
+    path = poison(tree, tmp_path)
+    monkeypatch.setattr(trainer_module, "row_losses", poisoned_row_losses)
+    train(path, [f"performance.clipping_route={route}", "performance.microbatch_size=3"])
+    check_ledger(tmp_path / "runs" / "tiny")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_flags_reach_the_ledger_from_the_rank_that_clipped(tree, tmp_path):
+    path = poison(tree, tmp_path)
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import sys\n"
+        "import privtrain.training.trainer as trainer\n"
+        "from privtrain import cli\n"
+        "from tests.privtrain import test_zeroed_units as test\n"
+        f"test._TOKEN[0] = {_TOKEN[0]}\n"
+        "trainer.row_losses = test.poisoned_row_losses\n"
+        f"sys.argv = ['privtrain', 'train', {str(path)!r}]\n"
+        "cli.main()\n"
+    )
+    done = jobs.run_script(script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_ledger(tmp_path / "runs" / "tiny")
