@@ -41,23 +41,23 @@ def budgeted(inputs: Inputs, backend: Backend) -> Iterator[Inputs]:
         BudgetExceeded: if a budget does not allow the run.
         RegistryUnreachable: if the registry does not answer.
     """
-    hold = Hold.take(inputs) if backend.is_main else None
+    with backend.main_alone():
+        hold = Hold.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
     message = json.dumps(hold.dropped_users() if hold else []).encode() if backend.is_main else None
     dropped = json.loads(backend.broadcast_bytes(message))
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
-    if hold is None:
-        yield allowed
-        return
     try:
-        with hold.kept_alive():
+        with hold.kept_alive() if hold else contextlib.nullcontext():
             yield allowed
     except Exception as error:
         # A run that is to be requeued keeps what it has.
-        if getattr(error, "exit_code", None) != _EXIT_REQUEUE:
+        if hold is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
             hold.give_up()
         raise
-    hold.settle()
+    with backend.main_alone():
+        if hold is not None:
+            hold.settle()
 
 
 def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:

@@ -101,25 +101,27 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
-        tracker = _open_tracker(inputs, backend, session.continuation.start_step)
+        with backend.main_alone():
+            tracker = _open_tracker(inputs, backend, session.continuation.start_step)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.continuation.start_step:
             trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
-        if ledger is not None:
-            # Everything that can fail came first: a start that fails costs no budget.
-            begin_session(inputs, ledger, session, split, units)
+        with backend.main_alone():
+            if ledger is not None:
+                # Everything that can fail came first: a start that fails costs no budget.
+                begin_session(inputs, ledger, session, split, units)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
         _loop(inputs, trainer, session.continuation, stop)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
-        if ledger is not None:
-            _release(inputs, ledger, network, state, num_units=len(units))
-            tracker.publish(inputs.run)
-        tracker.close()
-    backend.barrier()
+        with backend.main_alone():
+            if ledger is not None:
+                _release(inputs, ledger, network, state, num_units=len(units))
+                tracker.publish(inputs.run)
+            tracker.close()
 
 
 def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
@@ -134,7 +136,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
-    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", b"")
+    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
@@ -304,8 +306,9 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: St
                 )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
-                trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
-                trainer.tracker.close()
+                with backend.main_alone():
+                    trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
+                    trainer.tracker.close()
                 raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
 
 
