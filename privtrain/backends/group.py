@@ -80,7 +80,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def main_alone(self) -> Iterator[None]:
-        """See :class:`privtrain.backends.base.Backend`. The others look into the group's store, which never times out."""
+        """See :class:`privtrain.backends.base.Backend`. The others look into the group's store."""
         store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
         if self.is_main:
             try:

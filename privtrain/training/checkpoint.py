@@ -166,8 +166,8 @@ def _loaded(state: pathlib.Path) -> dict[str, Any]:
     missing = sorted({"tensors", "moments", "num_updates", "clipping_norm"} - set(content))
     if missing:
         raise GuaranteeLost(
-            f"{state.parent} was written by another version of privtrain (it lacks {', '.join(missing)}); go on with that "
-            "version, or remove this checkpoint: the steps behind it are then replayed or, elsewhere, stay charged"
+            f"{state.parent} was written by another version of privtrain (it lacks {', '.join(missing)}); go on with "
+            "that version, or remove this checkpoint: the steps behind it are then replayed or, elsewhere, stay charged"
         )
     head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
     return {**content, "head": json.dumps(head).encode()}

@@ -17,6 +17,7 @@ from privtrain.adapters import make_trainable
 from privtrain.advice import expected_units, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
+from privtrain.config.schema import PerformanceSection
 from privtrain.console import Progress, say
 from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
@@ -158,14 +159,22 @@ def _load_network(config: Config, backend: Backend) -> Network:
     assert isinstance(pad_id, int)
     model = _trainable_model(config, precision, backend, pad_id)
     model.train()
-    if backend.device.type == "cuda":
-        # So that a replayed step has the same bits; the ledger finds out if it has not.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    _make_repeatable(config.performance, backend.device)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     objective = _objective(config, model, tokenizer, pad_id)
     return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
+
+
+def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
+    """So that a replayed step has the same bits (the ledger finds out if not), and a second backward pass too."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    route = performance.clipping_route
+    if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
+        # With warn_only its backward adds up in any order. Flash attention heeds the setting, plain attention needs none.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
@@ -178,7 +187,7 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
 def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
     dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
     head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, _INIT_SEED)
-    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method))
+    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
     model = make_trainable(base, config, _INIT_SEED)
     if config.training.method != "full":
         model = model.to(backend.device)  # what was added to the base
