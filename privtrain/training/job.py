@@ -173,7 +173,7 @@ def _make_repeatable(performance: PerformanceSection, device: torch.device) -> N
         torch.use_deterministic_algorithms(True, warn_only=True)
     route = performance.clipping_route
     if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
-        # With warn_only its backward adds up in any order. Flash attention heeds the setting, plain attention needs none.
+        # Under warn_only its backward adds up in any order; flash attention heeds the setting, plain needs none.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
