@@ -81,7 +81,7 @@ def _write(directory: pathlib.Path, summary: dict[str, Any], content: dict[str, 
     with os.fdopen(descriptor, "wb") as file:
         writer = _Hashing(file)
         try:
-            torch.save(content, writer)
+            torch.save(content, writer)  # pyright: ignore[reportArgumentType] - it asks for no more than write
         except Exception:
             # torch says only that its positions do not fit, not that the disk is full.
             if writer.error is not None:
