@@ -168,7 +168,7 @@ class _Plant:
         plant, original_init, original_step = self, Trainer.__init__, Trainer.train_step
         self._wrap(supervise, "create_backend", "join")
         self._wrap(job, "_load_network", "load")
-        self._wrap(job, "held_out_loss", "evaluate")
+        self._wrap(job, "evaluate", "evaluate")
         self._wrap(Trainer, "_intend", "intent", torn=True)
         self._wrap(Trainer, "_commit", "commit", torn=True)
 
