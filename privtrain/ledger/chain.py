@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from privtrain.errors import LedgerCorrupt
+from privtrain.ledger import strict_json
 
 SCHEMA = "privtrain/ledger/2"
 GENESIS = "0" * 64
 
 _OPENING = b'{"hash":"'
 _BODY_AT = len(_OPENING) + 64 + len(b'",')
+
+#: Fields that count something, in any kind of record.
+_COUNTS = frozenset(
+    "seq generation step from_step num_units records_per_unit segment num_rows num_bytes num_charged".split()
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class LedgerState:
 
 def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
     """The line of the next record."""
-    body = json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields}, separators=(",", ":"))
+    body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields})
     return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
 
 
@@ -142,10 +147,17 @@ def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a log in order, unchecked; a torn tail is left out."""
-    for _, line in lines_of(path):
+    """The records of a log in order, each checked by itself and not how they follow; a torn tail is left out.
+
+    Raises:
+        LedgerCorrupt: naming the offset of a line that is no record.
+    """
+    for offset, line in lines_of(path):
         if line.endswith(b"\n"):
-            yield json.loads(line)
+            try:
+                yield record_of(line)
+            except ValueError as error:
+                raise LedgerCorrupt(f"{path}: the line at byte {offset}: {error}") from None
 
 
 def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
@@ -179,17 +191,34 @@ def advance(state: LedgerState, line: bytes) -> None:
         raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
 
 
-def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
-    """The record of the next line, checked against all rules.
+def record_of(line: bytes) -> dict[str, Any]:
+    """The record of a line, which must be the only line that says this: its hash, no key twice, the one form.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
     if not line.startswith(_OPENING) or line[_BODY_AT - 2 : _BODY_AT] != b'",':
         raise ValueError("not a record")
-    if hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest().encode() != line[len(_OPENING) : _BODY_AT - 2]:
+    digest = hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest()
+    if digest.encode() != line[len(_OPENING) : _BODY_AT - 2]:
         raise ValueError("its content does not match its hash")
-    record = json.loads(line)
+    # The hash does not cover itself, so a second one in the body would be the forger's to choose.
+    record = strict_json.loads(line)
+    first = {name: record[name] for name in ("hash", "seq", "prev", "kind") if name in record}
+    if strict_json.dumps({**first, **record}).encode() + b"\n" != line:
+        raise ValueError("it is not in the form in which records are written")
+    if any(type(record[name]) is not int or record[name] < 0 for name in _COUNTS & record.keys()):
+        raise ValueError("a number that cannot be")
+    return {**record, "hash": digest}
+
+
+def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
+    """The record of the next line, checked against all rules.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    record = record_of(line)
     try:
         if record["seq"] != state.num_records or record["prev"] != state.head:
             raise ValueError("does not follow the record before it")
@@ -232,8 +261,7 @@ def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a step twice"
     if record["generation"] != state.generation or record["step"] != len(state.path):
         return "a step out of order"
-    num_units = record["num_units"]
-    return None if isinstance(num_units, int) and num_units >= 0 else "a number of units that cannot be"
+    return None
 
 
 def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
