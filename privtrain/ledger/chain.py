@@ -24,7 +24,8 @@ _BODY_AT = len(_OPENING) + 64 + len(b'",')
 
 #: Fields that count something, in any kind of record.
 _COUNTS = frozenset(
-    "seq generation step from_step num_units records_per_unit segment num_rows num_bytes num_charged".split()
+    {"seq", "generation", "step", "from_step", "num_units", "records_per_unit"}
+    | {"segment", "num_rows", "num_bytes", "num_charged"}
 )
 
 
@@ -76,6 +77,21 @@ class Segment:
         return sum(body.num_units for body in self.bodies)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Release:
+    """What the last record of a finished run promises.
+
+    Attributes:
+        epsilon: ε for all steps charged; ``None`` where no finite one is guaranteed.
+        delta: δ.
+        plan: the public fingerprint of the plan, without the digest of the data; empty where none was given.
+    """
+
+    epsilon: float | None
+    delta: float
+    plan: str
+
+
 @dataclasses.dataclass
 class LedgerState:
     """What the records say, replayed in order.
@@ -95,7 +111,7 @@ class LedgerState:
         path: the steps that the current model rests on, or would if the newest checkpoint were lost.
         segments: the sealed bodies.
         open_bodies: bodies since the last seal.
-        is_released: whether the run ended with a release.
+        release: what was promised when the run ended with a release.
     """
 
     head: str = GENESIS
@@ -112,7 +128,12 @@ class LedgerState:
     path: list[StepEntry] = dataclasses.field(default_factory=list)
     segments: list[Segment] = dataclasses.field(default_factory=list)
     open_bodies: list[Body] = dataclasses.field(default_factory=list)
-    is_released: bool = False
+    release: Release | None = None
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the run ended with a release."""
+        return self.release is not None
 
     @property
     def num_charged(self) -> int:
@@ -331,4 +352,4 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.segments.append(Segment(tuple(state.open_bodies), record["num_bytes"], tuple(record["chunks"])))
             state.open_bodies = []
         case "release":
-            state.is_released = True
+            state.release = Release(record["epsilon"], record["delta"], record.get("plan", ""))

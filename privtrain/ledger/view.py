@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from privtrain.errors import LedgerCorrupt, PrivtrainError
+from privtrain.ledger import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
-from privtrain.ledger.log import verify, verify_chain
+from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.secret import pseudonym
 
@@ -58,13 +59,35 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
 
 
 def _check_statement(run: RunDirectory, state: LedgerState) -> None:
-    statement = json.loads(run.privacy.read_text(encoding="utf-8"))
-    head = statement["ledger"]["head"]
-    if head != state.head:
-        raise LedgerCorrupt(
-            f"{run.privacy} quotes ledger head {head[:12]}, the log ends in {state.head[:12]}: "
-            "records were removed or added after the release"
-        )
+    statement = _read(run.privacy)
+    try:
+        head = statement["ledger"]["head"]
+        if head != state.head:
+            raise LedgerCorrupt(
+                f"{run.privacy} quotes ledger head {str(head)[:12]}, the log ends in {state.head[:12]}: "
+                "records were removed or added after the release"
+            )
+        for name, claimed, found in _claims(statement, state, run.ledger):
+            if claimed != found:
+                raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
+        if state.num_charged > statement["num_steps"]:
+            raise LedgerCorrupt(
+                f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows "
+                f"{statement['num_steps']}"
+            )
+    except (KeyError, TypeError) as error:
+        raise LedgerCorrupt(f"{run.privacy}: lacks what a privacy statement holds ({error!r})") from None
+    copy = run.released / run.privacy.name
+    if copy.is_file() and _read(copy) != statement:
+        raise LedgerCorrupt(f"{copy} is not the statement in {run.privacy}")
+    _check_plan(run, state)
+
+
+def _claims(statement: Any, state: LedgerState, log: pathlib.Path) -> list[tuple[str, Any, Any]]:
+    """(name, what the statement says, what the log shows)."""
+    release = state.release
+    if release is None:
+        raise LedgerCorrupt(f"{log}: has no release, but there is a privacy statement")
     claims = [
         ("steps_released", statement["steps_released"], state.num_charged),
         ("ledger.num_commits", statement["ledger"]["num_commits"], len(state.commits)),
@@ -73,14 +96,32 @@ def _check_statement(run: RunDirectory, state: LedgerState) -> None:
             statement["contribution_bound"]["records_per_unit_per_step"],
             state.records_per_unit,
         ),
+        ("epsilon", statement["epsilon"], release.epsilon),
+        ("delta", statement["delta"], release.delta),
+        *(("accountants: upper", item["upper"], release.epsilon) for item in statement["accountants"]),
     ]
-    for name, claimed, found in claims:
-        if claimed != found:
-            raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
-    if state.num_charged > statement["num_steps"]:
-        raise LedgerCorrupt(
-            f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows {statement['num_steps']}"
-        )
+    if release.plan:
+        claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.plan))
+    return claims
+
+
+def _check_plan(run: RunDirectory, state: LedgerState) -> None:
+    """While the key exists: that the log was begun for the plan and the data of this run."""
+    if not (run.secret / "pseudonym.key").is_file() or not run.identity.is_file():
+        return
+    identity = _read(run.identity)
+    if state.plan != blinded_plan(run.load_key("pseudonym"), str(identity.get("fingerprint"))):
+        raise LedgerCorrupt(f"{run.ledger} belongs to another plan or data set than {run.identity}")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LedgerCorrupt(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise LedgerCorrupt(f"{path} holds no JSON object")
+    return found
 
 
 def pseudonym_of(run: RunDirectory, user: str) -> str:
