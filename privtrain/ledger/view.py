@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -238,6 +239,21 @@ def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> 
     _console().print(table)
 
 
+def _check_target(target: pathlib.Path) -> None:
+    """Refuse a file that is there already, or in a part of any run that may be published."""
+    place = target.resolve()
+    for root in place.parents:
+        run = RunDirectory(root)
+        if run.ledger.is_file() and not place.is_relative_to(run.secret):
+            raise PrivtrainError(
+                f"{target} is in the part of a run that may be published; choose {run.secret} or outside"
+            )
+    if not target.parent.is_dir():
+        raise PrivtrainError(f"{target.parent} is not a directory")
+    if os.path.lexists(target):
+        raise PrivtrainError(f"{target} is there already; remove it, or give another name")
+
+
 def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -> str:
     """Write all contributions, by pseudonym, to a file outside the run's public part.
 
@@ -247,20 +263,14 @@ def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
-    inside = target.resolve()
-    if inside.is_relative_to(run.root.resolve()) and not inside.is_relative_to(run.secret.resolve()):
-        raise PrivtrainError(
-            f"{target} is in the part of the run that may be published; choose {run.secret} or outside"
-        )
-    if not target.parent.is_dir():
-        raise PrivtrainError(f"{target.parent} is not a directory")
+    _check_target(target)
     with opened_contributions(run.ledger) as contributions:
         count = contributions.export(target, file_format)
     return f"{count} contributions in {target}, readable by you alone; it is as private as the ledger"
 
 
 def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, target: pathlib.Path) -> str:
-    """Write the proof of one user's part.
+    """Write the proof of one user's part to a file outside the runs' public parts.
 
     Returns:
         One line for people.
@@ -268,6 +278,7 @@ def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | No
     from privtrain.ledger.proof import check_proof, prove
 
     run = run_with_ledger(run_path)
+    _check_target(target)
     made = prove(run.ledger, which_pseudonym(run, user, unit_pseudonym), user)
     checked = check_proof(made, made["head"])
     write_atomically(target, json.dumps(made, separators=(",", ":")) + "\n", mode=0o600)
