@@ -337,7 +337,7 @@ def _release(
             f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
     epsilon = plan.epsilon_after(num_accounted)
-    head = ledger.release(finite(epsilon), plan.delta)
+    head = ledger.release(finite(epsilon), plan.delta, plan.fingerprint())
     statement = privacy_statement(
         config,
         plan,
