@@ -24,6 +24,7 @@ from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest
 from privtrain.rundir import RunDirectory, write_json
 from privtrain.secret import pseudonym
+from privtrain.training.begun import num_begun, traces
 from privtrain.training.claim import Inputs
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
@@ -95,7 +96,7 @@ class Hold:
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.
-            if not isinstance(error, RegistryUnreachable) and not inputs.run.ledger.exists():
+            if not isinstance(error, RegistryUnreachable) and not _has_begun(inputs.run):
                 inputs.run.identity.unlink(missing_ok=True)
             raise
 
@@ -171,12 +172,12 @@ class Hold:
             say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
 
     def give_up(self) -> None:
-        """After a failure: a run that never began a step costs nothing. Any other keeps its reservation."""
+        """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
         if self._reservation is None:
             return
         # The failure itself is what is told; a reservation that cannot be given back stays and expires.
         with contextlib.suppress(PrivtrainError):
-            if _num_begun(self._inputs.run) == 0:
+            if num_begun(self._inputs.run) == 0:
                 self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="")
 
     def _beat(self, stop: threading.Event, reservation_id: str) -> None:
@@ -215,7 +216,7 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
     Raises:
         PrivtrainError: if it is no run, it is still training, it was released, or it holds no reservation.
-        LedgerCorrupt: if its ledger proves nothing.
+        LedgerCorrupt: if its ledger proves nothing: it is gone, damaged, or older than what lies beside it.
     """
     run = RunDirectory(run_path)
     if not run.exists() or not _note(run).exists():
@@ -223,19 +224,18 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
     with run.locked():
         if run.is_complete():
             raise PrivtrainError(f"{run.root} is released; start its training command again to settle it")
-        num_begun = _num_begun(run)
+        begun = num_begun(run)
         head = verify_chain(run.ledger, allow_torn=True).head if run.ledger.exists() else ""
         uid = json.loads(run.identity.read_text(encoding="utf-8"))["tracker_id"]
         registry = Registry(url)
         num_back = registry.refund(
-            uid, num_steps=num_begun, epsilon=registry.epsilon_of(uid, num_begun), ledger_head=head
+            uid, num_steps=begun, epsilon=registry.epsilon_of(uid, begun), ledger_head=head
         )
-    return f"{run.root}: {num_begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
+    return f"{run.root}: {begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
 
 
-def _num_begun(run: RunDirectory) -> int:
-    # What a crash left half written was never begun.
-    return verify_chain(run.ledger, allow_torn=True).num_charged if run.ledger.exists() else 0
+def _has_begun(run: RunDirectory) -> bool:
+    return run.ledger.exists() or bool(traces(run))
 
 
 def _note(run: RunDirectory) -> pathlib.Path:

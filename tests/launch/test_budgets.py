@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shutil
 import stat
 
 import pytest
@@ -14,13 +15,16 @@ from privtrain.errors import (
     BudgetExceeded,
     ConfigError,
     GuaranteeLost,
+    LedgerCorrupt,
     PlanMismatch,
     PrivtrainError,
     RegistryUnreachable,
 )
+from privtrain.ledger.head import head_path
 from privtrain.registry import views
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
+from privtrain.rundir import RunDirectory
 from privtrain.training import budget as budget_module
 from privtrain.training import job
 from privtrain.training.job import train
@@ -174,6 +178,59 @@ def test_a_run_that_is_given_up_gets_back_the_steps_that_it_never_began(private_
     assert sorted(view.num_charged for view in views.runs(registry.database)) == [2, 4]
     with pytest.raises(PrivtrainError, match="is released"):
         budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
+
+
+def stopped_after(num_steps: int, tree, tmp_path, monkeypatch) -> RunDirectory:
+    tree["performance"]["checkpoint_interval_steps"] = 1
+    with monkeypatch.context() as patched:
+        interrupt_after(num_steps, patched)
+        with pytest.raises(GuaranteeLost):
+            start(tree, tmp_path)
+    return RunDirectory(tmp_path / "runs" / "tiny")
+
+
+def lose_all_but_a_key(run: RunDirectory) -> None:
+    for path in (head_path(run.ledger), run.manifest):
+        path.unlink()
+    for path in (run.checkpoints, run.ledger.with_suffix("")):
+        shutil.rmtree(path)
+        path.mkdir(mode=0o700)
+
+
+def lose_the_head(run: RunDirectory) -> None:
+    head_path(run.ledger).unlink()
+
+
+@pytest.mark.parametrize("lose_more", [None, lose_the_head, lose_all_but_a_key])
+def test_a_lost_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch, lose_more):
+    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+    run.ledger.unlink()
+    if lose_more is not None:
+        lose_more(run)
+    with pytest.raises(LedgerCorrupt, match="is gone"):
+        start(private_tree, tmp_path)
+    with pytest.raises(LedgerCorrupt, match="is gone"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("open", 4)
+    assert run.exists(), "it keeps its identity, and with it its reservation"
+
+
+def test_an_older_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch):
+    real = job.begin_session
+
+    def keep_a_copy(inputs, *others):
+        real(inputs, *others)
+        secret = inputs.run.secret
+        shutil.copytree(secret, tmp_path / "older")
+
+    monkeypatch.setattr(job, "begin_session", keep_a_copy)
+    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+    for name in ("ledger.jsonl", "ledger.head"):
+        shutil.copy(tmp_path / "older" / name, run.secret / name)
+    with pytest.raises(LedgerCorrupt, match="is past"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    assert views.runs(registry.database)[0].num_charged == 4
 
 
 def test_a_user_who_opted_out_is_in_no_later_run_and_how_many_did_is_told_privately(
