@@ -18,7 +18,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from privtrain.errors import BudgetExceeded, PrivtrainError
+from privtrain.errors import BudgetExceeded, GuaranteeLost, PrivtrainError
 from privtrain.registry import spending
 from privtrain.registry.database import Database
 from privtrain.registry.refusal import explain
@@ -61,6 +61,7 @@ class RunRequest:
         epsilon, delta: the run's own guarantee.
         settings: the knobs, for advice; ``None`` if the run has others.
         lease_seconds: how long the reservation stays open without news.
+        has_split: whether the run's users are split already: then it keeps the do-not-train list of its last reservation.
     """
 
     uid: str
@@ -76,6 +77,7 @@ class RunRequest:
     delta: float
     settings: Settings | None
     lease_seconds: float
+    has_split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,8 @@ class Registry:
             unit: ``"user"`` or ``"example"``, for a new data set.
 
         Raises:
-            PrivtrainError: if a value is out of range, or differs from what the data set was made with.
+            PrivtrainError: if a value is out of range, or differs from what the data set was made with, or the unit from
+                that of the population's other data sets.
         """
         if not 0 < epsilon < float("inf") or not 0 < delta < 1 or (period_seconds is not None and period_seconds <= 0):
             raise PrivtrainError(
@@ -186,6 +189,8 @@ class Registry:
             )
             raised = sa.update(Population).where(Population.id == population_id)
             connection.execute(raised.values(version=Population.version + 1))
+            # After the update, which makes whoever changes this population at the same time wait.
+            _check_unit(connection, dataset, population_id, unit)
             return BudgetKey(scope, population_name if scope == "user" else dataset, **values)
 
         return self.database.write(work)
@@ -393,7 +398,8 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
             f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {found.unit}, and a "
             f"guarantee for one {request.unit} is none for one {found.unit}"
         )
-    _check_name(connection, found, manifest)
+    _check_unit(connection, request.dataset, found.population_id, found.unit)
+    _check_name(connection, found.id, request.dataset, manifest)
     now = time.time()
     budgets = []
     for row in active_budgets(connection, found.id):
@@ -407,15 +413,32 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
     return _Snapshot(found.id, found.population_id, version, tuple(budgets))
 
 
-def _check_name(connection: sa.Connection, dataset: Any, manifest: str) -> None:
+def _check_unit(connection: sa.Connection, dataset: str, population_id: int, unit: str) -> None:
+    """Losses of a user and losses of an example are not added up: one population, one unit."""
+    chosen = sa.select(Dataset.name, Dataset.unit).where(Dataset.population_id == population_id, Dataset.unit != unit)
+    other = connection.execute(chosen.order_by(Dataset.id)).first()
+    if other is not None:
+        raise PrivtrainError(
+            f"the data set {dataset!r} has unit {unit}, but {other.name!r} of the same population has unit "
+            f"{other.unit}, and their losses do not add up; give {dataset!r} the same --unit, or a --population of its own"
+        )
+    per_user = (Budget.population_id == population_id, Budget.scope == "user", Budget.superseded_at.is_(None))
+    if unit != "user" and connection.execute(sa.select(Budget.id).where(*per_user)).first() is not None:
+        raise PrivtrainError(
+            f"the data set {dataset!r} has unit {unit}, but its population has a budget for every user, of which the "
+            "loss of such a run is not known; give it a --population of its own"
+        )
+
+
+def _check_name(connection: sa.Connection, dataset_id: int, name: str, manifest: str) -> None:
     other = connection.execute(
         sa.select(Dataset.name)
         .join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
-        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset.id)
+        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset_id)
     ).scalar_one_or_none()
     if other is not None:
         raise PrivtrainError(
-            f"registry.dataset: given {dataset.name!r}, but exactly these records are the data set {other!r}; "
+            f"registry.dataset: given {name!r}, but exactly these records are the data set {other!r}; "
             "one data set has one name and one budget"
         )
 
@@ -431,6 +454,8 @@ def _insert(
     now = time.time()
     _expire(connection)
     _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
+    # Again: another data set may have taken these records since the snapshot, and its population's version is another.
+    _check_name(connection, snapshot.dataset_id, request.dataset, manifest)
     stored = None if part.divergences is None else np.asarray(part.divergences, dtype="<f8").tobytes()
     digest = spending.event_digest(part.text)
     _insert_missing(connection, Mechanism, digest=digest, event=part.text, divergences=stored)
@@ -451,6 +476,10 @@ def _insert(
     # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
     # this run among the unfinished.
     num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
+    earlier = sa.select(ReservationRow.num_opt_outs).where(ReservationRow.run_id == run_id)
+    last = connection.execute(earlier.order_by(ReservationRow.created_at.desc())).scalars().first()
+    if request.has_split and last is not None:
+        num_opt_outs = last
     reservation_id = uuid.uuid4().hex
     connection.execute(
         sa.insert(ReservationRow).values(
@@ -528,10 +557,19 @@ def _close(
 
 
 def _charge(row: Any, num_steps: int) -> int:
-    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any."""
+    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any.
+
+    Raises:
+        GuaranteeLost: if they are more than what was reserved; the reservation stays as it is.
+    """
     if row.num_reserved == 1:
         return 1 if num_steps > 0 else 0
-    return min(num_steps, row.num_reserved)
+    if not 0 <= num_steps <= row.num_reserved:
+        raise GuaranteeLost(
+            f"the ledger shows {num_steps} steps, but {row.num_reserved} were reserved (reservation {row.id}); the "
+            "run spent what no budget allowed"
+        )
+    return num_steps
 
 
 def _expire(connection: sa.Connection) -> None:

@@ -265,6 +265,7 @@ def _request(inputs: Inputs, uid: str) -> RunRequest:
         delta=plan.delta,
         settings=settings,
         lease_seconds=section.lease_hours * 3600,
+        has_split=inputs.run.manifest.exists(),
     )
 
 
