@@ -99,7 +99,7 @@ class UserView:
     Attributes:
         pseudonym: the registry's.
         opted_out_at: when the user was put on the do-not-train list, if so.
-        held: settled runs with the user's contribution, each with its whole ε; there is none of a user who was never drawn.
+        held: settled runs with the user's contribution, each with its whole ε; none of a user who was never drawn.
         unfinished: runs that have not ended and began before the user opted out (all of them if it did not): who
             contributes to them is not known before they settle.
     """

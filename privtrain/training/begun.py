@@ -1,4 +1,4 @@
-"""How many steps a run directory proves to have begun: what the ledger shows, and only if nothing says that it lost some.
+"""How many steps a run directory proves to have begun: what the ledger shows, unless other files show more.
 
 A ledger that is gone, or an older one put in its place, must not look like a run that never began: its steps may have
 been computed and their checkpoints copied.
@@ -40,7 +40,11 @@ def traces(run: RunDirectory) -> list[pathlib.Path]:
     """What a run without a ledger would not have: files that are made only once there is one."""
     certain = [head_path(run.ledger), run.manifest, run.privacy, run.adapter, run.model]
     found = [path for path in certain if path.exists()]
-    for directory, pattern in ((run.secret, "generation-*.key"), (run.checkpoints, "*"), (directory_of(run.ledger), "*")):
+    for directory, pattern in (
+        (run.secret, "generation-*.key"),
+        (run.checkpoints, "*"),
+        (directory_of(run.ledger), "*"),
+    ):
         found += sorted(directory.glob(pattern))
     return found
 

@@ -13,6 +13,7 @@ import time
 import dp_accounting
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given, settings
@@ -357,6 +358,71 @@ def test_a_database_that_others_can_read_is_refused(tmp_path):
     file.chmod(0o640)
     with pytest.raises(PrivtrainError, match=f"chmod 600 {file}"):
         Registry(str(file), read_only=True)
+
+
+def settled(registry: Registry, uid: str, head: str, **more) -> bool:
+    users = {"0" * 32: (3, 7)}
+    return registry.settle(uid, num_steps=400, epsilon=1.2, ledger_head=head, contributions=users, **more)
+
+
+def test_a_release_after_its_reservation_was_closed_by_hand_is_charged_in_full_from_then_on(registry):
+    registry.set_budget(DATASET, epsilon=8, delta=1e-6, period_seconds=30 * DAY)
+    held = registry.reserve(request("run"))
+    age(registry, 2 * 3600)
+    registry.close(held.id)
+    age(registry, 31 * DAY)
+    assert views.budgets(registry.database)[0].num_runs == 0
+    with pytest.raises(GuaranteeLost, match="was closed"):
+        registry.renew(held.id, 3600)
+    for _ in range(2):
+        assert not settled(registry, "run", "head")
+    (run,) = views.runs(registry.database)
+    assert run.num_charged == 1000
+    assert run.closed_at == pytest.approx(time.time(), abs=60)
+    assert views.budgets(registry.database)[0].num_runs == 1
+    (one,) = views.user(registry.database, "0" * 32).held
+    assert (one.num_steps, one.num_records) == (3, 7)
+
+
+def test_two_releases_never_settle_as_one(registry):
+    registry.reserve(request("run"))
+    assert not settled(registry, "run", "head")
+    assert settled(registry, "run", "another head")
+    assert not settled(registry, "run", "another head"), "repeated: it is charged already"
+    assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
+    assert not settled(registry, "run", "head")
+    assert len(views.runs(registry.database)) == 2
+    assert {one.num_steps for one in views.user(registry.database, "0" * 32).held} == {6}
+
+
+def test_of_two_copies_of_a_run_the_one_that_starts_second_holds_the_reservation(registry):
+    first = registry.reserve(request("run", claim="a"))
+    second = registry.reserve(request("run", claim="b", earlier_claims=("a",)))
+    assert second.id == first.id
+    with pytest.raises(GuaranteeLost, match="another copy"):
+        registry.renew(first.id, 3600, "a")
+    registry.renew(first.id, 3600, "b")
+    with pytest.raises(PrivtrainError, match="another copy"):
+        registry.reserve(request("run", claim="c", earlier_claims=("a",)))
+    with pytest.raises(PrivtrainError, match="another copy"):
+        registry.refund("run", num_steps=0, epsilon=0.0, ledger_head="", claims=("a",))
+    assert settled(registry, "run", "head of a", claims=("a",)), "it was released all the same"
+    assert not settled(registry, "run", "head of b", claims=("b",))
+    assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
+
+
+def test_a_start_that_crashed_after_it_reserved_finds_its_reservation(registry):
+    first = registry.reserve(request("run", claim="a"))
+    registry.reserve(request("run", claim="b", earlier_claims=("a",)))  # and the directory still has both
+    assert registry.reserve(request("run", claim="c", earlier_claims=("a", "b"))).id == first.id
+
+
+def test_a_registry_of_the_first_schema_is_upgraded_with_its_reservations(registry):
+    held = registry.reserve(request("run", claim="a"))
+    config = database_module._alembic_config
+    registry.database.write(lambda c: command.downgrade(config(c), "0001"))
+    registry.database.upgrade()
+    assert registry.reserve(request("run", claim="z")).id == held.id
 
 
 def test_a_snapshot_that_is_out_of_date_reserves_nothing(registry):

@@ -88,7 +88,9 @@ def test_other_host_names_are_refused_on_loopback(filled):
 def test_every_address_of_loopback_answers_under_its_own_name(filled, monkeypatch):
     apps = []
     monkeypatch.setattr(web.uvicorn, "Config", lambda app, **_: apps.append(app))
-    monkeypatch.setattr(web.uvicorn, "Server", lambda _: types.SimpleNamespace(run=lambda listeners: listeners[0].close()))
+    monkeypatch.setattr(
+        web.uvicorn, "Server", lambda _: types.SimpleNamespace(run=lambda listeners: listeners[0].close())
+    )
     web.run_server(filled.database, host="127.0.0.2", port=0)
     http = TestClient(apps[0], base_url="http://127.0.0.2")
     assert http.get("/").status_code == 200
