@@ -263,8 +263,8 @@ class Registry:
         """Charge a finished run what its ledger shows, and keep what each user contributed.
 
         A reservation that has expired and was not renewed stays charged in full, and so does one that was closed by
-        hand, from now on. Does nothing if the release with this ledger is settled. One with another ledger, of a copy of the
-        run directory, is charged in full beside the first.
+        hand, from now on. Does nothing if the release with this ledger is settled. One with another ledger, of
+        a copy of the run directory, is charged in full beside the first.
 
         Args:
             uid: the run.
