@@ -569,8 +569,8 @@ def _check_claim(row: Any, known: Collection[str | None]) -> None:
     if row.claim is not None and row.claim not in known:
         raise PrivtrainError(
             f"reservation {row.id[:12]} is held by another copy of this run directory, or this one was restored from a "
-            "backup: two copies would train twice and be charged once. Go on in the copy that trained last. If that one "
-            f"is lost, wait until the reservation has expired, then: privtrain registry close {row.id}"
+            "backup: two copies would train twice and be charged once. Go on in the copy that trained last. If that "
+            f"one is lost, wait until the reservation has expired, then: privtrain registry close {row.id}"
         )
 
 
