@@ -6,6 +6,8 @@ RUN ?= runs/demo
 RECIPE ?= launch/recipes/demo.yaml
 # Extra flags for pip, e.g. PIP_FLAGS="--index-url …/whl/cpu" for a CPU build of torch where the index offers one.
 PIP_FLAGS ?=
+# Tools for tests and linting; an image leaves them out with DEV=.
+DEV ?= --group dev
 
 LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
@@ -19,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e . --group dev
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e . $(DEV)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --group demo
 	touch $@
 

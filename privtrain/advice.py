@@ -10,10 +10,15 @@ from privtrain.plan import PrivacyPlan
 _BATCH_GAP = 0.25
 
 
-def warnings(config: Config, plan: PrivacyPlan, corpus: Corpus) -> list[str]:
-    """What a careful privacy engineer would point out."""
+def warnings(config: Config, plan: PrivacyPlan, num_units: float) -> list[str]:
+    """What a careful privacy engineer would point out.
+
+    Args:
+        config: the configuration.
+        plan: its plan.
+        num_units: units that are expected to be trained on.
+    """
     found = []
-    num_units = expected_units(config, corpus)
     if plan.delta >= 1 / max(num_units, 1):
         found.append(
             f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{num_units:.0f}: a mechanism that "

@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(ledger_app, name="ledger")
+track_app = typer.Typer(help="Metrics of a run, elsewhere.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 app.add_typer(registry_commands.app, name="registry")
 ledger_app.command("forget")(registry_commands.forget)
 ledger_app.command("serve")(registry_commands.serve)
@@ -33,12 +35,25 @@ Overrides = Annotated[
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
+    accelerate: Annotated[
+        pathlib.Path | None, typer.Option(help="Accelerate config of the launch: memory and command are for it.")
+    ] = None,
+    num_users: Annotated[
+        int | None, typer.Option(help="Users of a data set that is not at hand; nothing is read then.", min=1)
+    ] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(help="Processes of the launch; default: the accelerate config's.", min=1)
+    ] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Throughput of one rank, for the time.")] = None,
+    prices: Annotated[bool, typer.Option(help="Show what ε, batch and steps trade for one another.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Show the privacy budget of a run before paying for it: no weights, no process group."""
-    from privtrain.planning import describe_plan, print_plan
+    """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
+    from privtrain.plan_view import print_plan
+    from privtrain.planning import PlanOptions, describe_plan
 
-    description = describe_plan(config, overrides or [])
+    options = PlanOptions(num_users, accelerate, tokens_per_second, prices, num_ranks)
+    description = describe_plan(config, overrides or [], options)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:
@@ -78,6 +93,33 @@ def doctor(
 
 
 @app.command()
+def synthetic(
+    output: Annotated[pathlib.Path, typer.Argument(help="JSONL file to write; must not exist.")],
+    num_users: Annotated[int, typer.Option(help="Customers.")] = 1000,
+    mean_records: Annotated[float, typer.Option(help="Messages of a customer, on average.")] = 12.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+) -> None:
+    """Write synthetic customers' messages with their sensitive spans labelled, to try things on."""
+    from privtrain.data.synthetic import customer_records, write_customers
+
+    num_records = write_customers(output, customer_records(num_users, seed=seed, mean_records=mean_records))
+    typer.echo(f"wrote {num_records} messages of {num_users} customers to {output}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[pathlib.Path, typer.Argument(help="Directory to make; must not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base model.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of merged or full weights: fp32, bf16 or fp16.")] = "bf16",
+) -> None:
+    """Copy what a finished run released, or merge it into one model, with tokenizer, card and privacy statement."""
+    from privtrain.export import export_run
+
+    typer.echo(export_run(run, output, merge=merge, dtype=dtype))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration."""
     from privtrain.config import Config
@@ -92,6 +134,14 @@ def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> Non
     from privtrain.training.budget import refund_run
 
     typer.echo(refund_run(run, registry or default_url()))
+
+
+@track_app.command("sync")
+def track_sync(run: RunPath) -> None:
+    """Replay a run's released metrics into one W&B run, whatever was resumed offline in between."""
+    from privtrain.tracking.sync import sync_run
+
+    typer.echo(sync_run(run))
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from privtrain.config import Config
 from privtrain.data.corpus import check_source
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, Fault
 from privtrain.model_files import check_model
 
 
@@ -15,5 +17,7 @@ def check_inputs(config: Config) -> None:
         ConfigError: with every fault.
     """
     faults = check_model(config.model) + check_source(config.data)
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
     if faults:
         raise ConfigError(faults)

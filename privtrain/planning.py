@@ -2,42 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from accountants.comparison import compare
 from privtrain.advice import expected_units, warnings
-from privtrain.config import load_config
+from privtrain.config import Config, load_config
 from privtrain.data.corpus import load_corpus
+from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
+from privtrain.memory import LaunchLayout, memory_bytes, num_trained
 from privtrain.plan import PrivacyPlan, finite
+from privtrain.pricing import price_list
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
+#: Accountants whose answers are shown side by side; the fast ones that need no further package.
+_COMPARED = ("tilted", "pld", "rdp", "aea3", "gdp")
 
 
-def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What the command line adds to a config.
+
+    Attributes:
+        num_users: users of a data set that is not at hand; nothing is read then.
+        accelerate: accelerate config of the launch, for memory and the command to type.
+        tokens_per_second: throughput of one rank, for the time that training takes.
+        prices: whether to calculate the price list.
+        num_ranks: processes of the launch, where they are not the accelerate config's.
+    """
+
+    num_users: int | None = None
+    accelerate: pathlib.Path | None = None
+    tokens_per_second: float | None = None
+    prices: bool = True
+    num_ranks: int | None = None
+
+    def layout(self) -> LaunchLayout:
+        """How the launch divides the model."""
+        layout = LaunchLayout() if self.accelerate is None else LaunchLayout.from_accelerate(self.accelerate)
+        return layout if self.num_ranks is None else dataclasses.replace(layout, num_ranks=self.num_ranks)
+
+
+def describe_plan(
+    config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions | None = None
+) -> dict[str, Any]:
     """The plan with what can be said about it from config and data alone.
 
     Raises:
         ConfigError: with every fault of the config and its inputs.
     """
+    options = options or PlanOptions()
     config = load_config(config_path, overrides)
-    check_inputs(config)
-    corpus = load_corpus(config.data)
+    if options.num_users is None:
+        check_inputs(config)
+    layout = options.layout()
     plan = PrivacyPlan.build(config.privacy)
-    steps = sorted({max(1, round(share * plan.num_steps)) for share in _MILESTONES})
+    population = _population(config, options.num_users)
+    prices = price_list(config.privacy, plan) if options.prices else []
     return {
         "run": str(config.run.directory),
-        "unit": plan.unit,
+        **population,
+        **_guarantee(plan),
+        "accountants": _accountants(plan),
+        "prices": [dataclasses.asdict(price) for price in prices],
+        **_cost(config, plan, layout, options),
+        "not_private_reasons": list(plan.not_private_reasons),
+        "warnings": warnings(config, plan, population["expected_training_units"]),
+        "launch": _launch_command(config_path, overrides, options.accelerate),
+    }
+
+
+def _population(config: Config, num_users: int | None) -> dict[str, Any]:
+    """Users and records, read from the data or, where these are elsewhere, as stated."""
+    if num_users is not None:
+        num_units = round(num_users * (1 - config.data.held_out_fraction))
+        return {"num_users": num_users, "num_records": None, "expected_training_units": num_units}
+    corpus = load_corpus(config.data)
+    sizes = sorted(map(len, corpus.records.values())) or [0]
+    bound = config.privacy.records_per_user
+    return {
         "num_users": len(corpus.records),
         "num_records": corpus.num_records,
         "rows_without_user": corpus.counts.num_without_user,
         "rows_empty": corpus.counts.num_empty,
+        "records_of_median_user": sizes[len(sizes) // 2],
+        "records_of_largest_user": sizes[-1],
+        "users_above_bound": sum(size > bound for size in sizes),
         "expected_training_units": round(expected_units(config, corpus)),
+    }
+
+
+def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
+    steps = sorted({max(1, round(share * plan.num_steps)) for share in _MILESTONES})
+    return {
+        "unit": plan.unit,
         "records_per_unit": plan.records_per_unit,
         "neighboring_relation": plan.neighboring_relation,
         "sampling": plan.sampling,
@@ -54,47 +116,43 @@ def describe_plan(config_path: pathlib.Path, overrides: Sequence[str]) -> dict[s
         "epsilon": finite(plan.epsilon),
         "delta": plan.delta,
         "epsilon_after_steps": {str(n): finite(plan.epsilon_after(n)) for n in steps},
-        "not_private_reasons": list(plan.not_private_reasons),
-        "warnings": warnings(config, plan, corpus),
-        "launch": f"accelerate launch --config_file launch/accelerate/cpu.yaml -m privtrain train {config_path}"
-        + "".join(f" {override}" for override in overrides),
     }
 
 
-def print_plan(description: dict[str, Any]) -> None:
-    """The description as a table with a small picture of ε over the run."""
-    console = Console(highlight=False)
-    epsilon = description["epsilon"]
-    table = Table("privacy plan", description["run"], title=None)
-    rows = [
-        ("unit, relation", f"{description['unit']}, {description['neighboring_relation'].replace('_', ' ')}"),
-        ("users, records", f"{description['num_users']:,}, {description['num_records']:,}"),
-        ("rows dropped", f"{description['rows_without_user']} without user, {description['rows_empty']} empty"),
-        ("units trained on (expected)", f"{description['expected_training_units']:,}"),
-        ("records of a unit in a step", f"at most {description['records_per_unit']}"),
-        (
-            "sampling probability",
-            f"{description['sampling_prob']:g} ({description['sampling'].replace('_', ' ')}), "
-            f"batch {description['expected_batch_size']:g}",
-        ),
-        ("steps", f"{description['num_steps']}; a unit joins about {description['expected_steps_per_unit']:g}"),
-        (
-            "clipping norm",
-            f"{description['clipping_norm']:g} ({description['clipping_style']}, joint over a unit's records)",
-        ),
-        ("noise multiplier", f"{description['noise_multiplier']:g}"),
-        ("noise on a coordinate of the mean", f"{description['noise_stddev_of_mean']:.3g}"),
-        (f"ε ({description['accountant']}, certified upper bound)", "∞" if epsilon is None else f"{epsilon:.4f}"),
-        ("δ", f"{description['delta']:g}"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for step, value in description["epsilon_after_steps"].items():
-        if value is not None and epsilon:
-            console.print(f"  after step {step:>6}  ε {value:7.3f}  {'█' * max(1, round(40 * value / epsilon))}")
-    for reason in description["not_private_reasons"]:
-        console.print(f"[bold red]NOT PRIVATE[/]: {reason}")
-    for warning in description["warnings"]:
-        console.print(f"[yellow]warning[/]: {warning}")
-    console.print(f"launch with: {description['launch']}", soft_wrap=True)
+def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
+    """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
+    if plan.not_private_reasons:
+        return []
+    event = plan.scheme.event_of_steps(plan.noise_multiplier, plan.num_steps)
+    names = _COMPARED if plan.sampling == "poisson" else plan.scheme.accountants
+    return [row.to_json() for row in compare(event, plan.delta, names)]
+
+
+def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
+    """Memory of one rank, time, and how the largest possible signal compares with the noise."""
+    try:
+        memory, problem = memory_bytes(config, layout), ""
+        num_parameters = num_trained(config)
+    except ConfigError as error:
+        memory, problem, num_parameters = {}, str(error), None
+    noise = plan.gradient_noise_multiplier * (num_parameters or 0) ** 0.5
+    tokens_per_step = plan.expected_batch_size * plan.records_per_unit * config.data.max_length
+    seconds = None
+    if options.tokens_per_second:
+        seconds = plan.num_steps * tokens_per_step / (options.tokens_per_second * layout.num_ranks)
+    return {
+        "num_trained_parameters": num_parameters,
+        "largest_signal_to_noise": plan.expected_batch_size / noise if noise else None,
+        "num_ranks": layout.num_ranks,
+        "memory_bytes_per_rank": memory,
+        "memory_unknown_because": problem,
+        "most_tokens_per_step": round(tokens_per_step),
+        "most_training_seconds": seconds,
+    }
+
+
+def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], accelerate: pathlib.Path | None) -> str:
+    launcher = accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
+    return " ".join(
+        ["accelerate launch --config_file", str(launcher), "-m privtrain train", str(config_path), *overrides]
+    )

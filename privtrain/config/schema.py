@@ -357,6 +357,7 @@ class TrackingSection(Section):
 
     wandb: bool = True
     wandb_project: str = "privtrain"
+    tensorboard: bool = Field(default=False, description="Also write event files; needs the package tensorboard.")
     private_metrics: bool = Field(
         default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."
     )

@@ -1,19 +1,21 @@
-"""Where metrics go: ``metrics.jsonl`` is the truth, W&B mirrors what was released, ``secret/`` keeps the rest."""
+"""Where metrics go: ``metrics.jsonl`` is the truth, others mirror what was released, ``secret/`` keeps the rest."""
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from privtrain.config import Config, public_tree
+from privtrain.config import Config
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
 
 Values = Mapping[str, float | int | None]
+
+#: Share of the charged steps at which people are told.
+_ALERT_BUDGET_FRACTION = 0.9
 
 
 class Tracker(Protocol):
@@ -23,12 +25,30 @@ class Tracker(Protocol):
         """Record ``values`` for ``step``."""
         ...
 
+    def alert(self, title: str, text: str) -> None:
+        """Call somebody's attention. Both texts are public."""
+        ...
+
+    def publish(self, run: RunDirectory) -> None:
+        """Take up what the finished run released."""
+        ...
+
     def close(self) -> None:
         """Flush and end."""
         ...
 
 
-class NullTracker:
+class QuietTracker:
+    """What most trackers do about alerts and releases: nothing."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing."""
+
+    def publish(self, run: RunDirectory) -> None:
+        """Nothing."""
+
+
+class NullTracker(QuietTracker):
     """What every rank but the first has."""
 
     def log(self, step: int, values: Values) -> None:
@@ -38,7 +58,7 @@ class NullTracker:
         """Nothing."""
 
 
-class JsonlTracker:
+class JsonlTracker(QuietTracker):
     """One JSON object a step. On resume, rows of steps that will be replayed are dropped first.
 
     Args:
@@ -74,52 +94,6 @@ def _is_evaluation(row: dict[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-class WandbTracker:
-    """One W&B run a job, on global rank 0 alone, offline unless ``WANDB_MODE`` says otherwise.
-
-    Console capture, code saving, git and machine information are off: they can carry text and paths.
-    """
-
-    def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        settings = wandb.Settings(
-            console="off",
-            disable_git=True,
-            save_code=False,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            host="privtrain",
-            init_timeout=120,
-        )
-        tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
-        self._run = wandb.init(
-            project=config.tracking.wandb_project,
-            name=config.run.name,
-            id=run_id,
-            resume="allow",
-            job_type="train",
-            dir=str(run.root),
-            config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
-            tags=tags,
-            settings=settings,
-        )
-        self._run.define_metric("train/step")
-        self._run.define_metric("*", step_metric="train/step")
-
-    def log(self, step: int, values: Values) -> None:
-        """Mirror a row."""
-        self._run.log({"train/step": step, **values})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
 class ReleaseGate:
     """Splits every row into what may leave ``secret/`` and what may not."""
 
@@ -127,6 +101,7 @@ class ReleaseGate:
         self._tracking = config.tracking
         self._public = public
         self._private = private
+        self._budget_fraction: float | None = None
 
     def log(self, step: int, values: Values) -> None:
         """Send released metrics to the public trackers and the rest to ``secret/``."""
@@ -137,6 +112,28 @@ class ReleaseGate:
                 tracker.log(step, released)
         if held_back:
             self._private.log(step, held_back)
+        for title, text in self._alerts(released):
+            self.alert(title, text)
+
+    def alert(self, title: str, text: str) -> None:
+        """Pass it on."""
+        for tracker in self._public:
+            tracker.alert(title, text)
+
+    def publish(self, run: RunDirectory) -> None:
+        """Pass it on."""
+        for tracker in self._public:
+            tracker.publish(run)
+
+    def _alerts(self, released: Values) -> list[tuple[str, str]]:
+        """Alerts say only what was released: a non-finite unit is news of private rows."""
+        alerts = []
+        before, self._budget_fraction = self._budget_fraction, released.get("privacy/budget_fraction") or 0.0
+        if before is not None and before < _ALERT_BUDGET_FRACTION <= self._budget_fraction:
+            alerts.append(("Privacy budget", f"{_ALERT_BUDGET_FRACTION:.0%} of the steps are charged"))
+        if released.get("train/num_nonfinite_units"):
+            alerts.append(("Non-finite gradients", f"{released['train/num_nonfinite_units']} units contributed zero"))
+        return alerts
 
     def close(self) -> None:
         """Close them all."""
@@ -148,5 +145,11 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
     """The gate over all configured trackers; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     if config.tracking.wandb:
+        from privtrain.tracking.wandb_tracker import WandbTracker
+
         public.append(WandbTracker(config, plan, run, run_id))
+    if config.tracking.tensorboard:
+        from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
+
+        public.append(TensorBoardTracker(run))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))

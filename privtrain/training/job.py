@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from privtrain.adapters import make_trainable
-from privtrain.advice import warnings
+from privtrain.advice import expected_units, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.console import Progress, say
@@ -114,10 +114,11 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
             _evaluate(inputs, trainer, network, split, 0, stop)
         _loop(inputs, trainer, session.continuation, stop)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
-        tracker.close()
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         if ledger is not None:
             _release(inputs, ledger, network, state, num_units=len(units))
+            tracker.publish(inputs.run)
+        tracker.close()
     backend.barrier()
 
 
@@ -143,7 +144,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     say(f"{backend.describe()}; loading {inputs.config.model.public_name}")
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
-    for warning in warnings(inputs.config, inputs.plan, inputs.corpus):
+    for warning in warnings(inputs.config, inputs.plan, expected_units(inputs.config, inputs.corpus)):
         say(f"[yellow]warning[/]: {warning}")
 
 
@@ -303,6 +304,7 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: St
                 )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
+                trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
                 trainer.tracker.close()
                 raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
 

@@ -1,28 +1,25 @@
-"""Every shipped YAML is valid, its header command is the one that runs it, and the packages say what they need."""
+"""Recipes of real sizes: valid, and their headers say what ``privtrain plan`` says."""
 
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from privtrain.config import load_config
-from tests.jobs import REPOSITORY
-
-RECIPES = sorted((REPOSITORY / "launch" / "recipes").rglob("*.yaml"))
-ACCELERATE = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
+from tests.launch import recipe_plans
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_is_valid_and_begins_with_its_launch_command(path):
-    load_config(path)
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("# accelerate launch --config_file launch/accelerate/")
-    assert first.endswith(f"-m privtrain train {path.relative_to(REPOSITORY)}")
-    assert (REPOSITORY / first.split()[4]).is_file()
+def test_every_recipe_is_a_valid_config():
+    paths = sorted(recipe_plans.RECIPES.rglob("*.yaml"))
+    assert len(paths) >= 7
+    for path in paths:
+        config = load_config(path, [])
+        assert f"train {path.relative_to(recipe_plans.RECIPES.parents[1])}" in path.read_text(encoding="utf-8")
+        assert config.run.name == path.stem or path.parent != recipe_plans.RECIPES
 
 
-@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
-def test_an_accelerate_config_leaves_gradients_to_us(path):
-    tree = yaml.safe_load(path.read_text())
-    assert tree["mixed_precision"] == "no", "precision is the recipe's, and only in forward and backward"
-    assert "gradient_clipping" not in path.read_text()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_plans.names())
+def test_the_header_is_the_plan(name):
+    text = (recipe_plans.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    stands = text.split("# plan: begin\n")[1].split("# plan: end\n")[0].splitlines()
+    assert stands == recipe_plans.header(name)

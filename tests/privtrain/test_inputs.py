@@ -11,7 +11,7 @@ import pytest
 from privtrain import cli
 from privtrain.config import load_config, validate
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
-from privtrain.planning import describe_plan
+from privtrain.planning import PlanOptions, describe_plan
 from tests.conftest import write_config
 
 
@@ -89,7 +89,7 @@ def test_all_faults_come_at_once(tree):
 def test_data_and_model_faults_come_at_once(tree, tmp_path):
     tree = merged(tree, BAD["no such column"][0] | BAD["no such model"][0])
     with pytest.raises(ConfigError) as error:
-        describe_plan(write_config(tree, tmp_path / "c.yaml"), [])
+        describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(prices=False))
     assert {f.path for f in error.value.faults} == {"data.user_column", "model.name_or_path"}
 
 
@@ -103,9 +103,11 @@ def test_no_config_file_and_no_yaml(tmp_path, monkeypatch, capsys):
 
 def test_delta_not_below_one_over_units_warns(tree, tmp_path):
     tree["privacy"]["target_delta"] = 0.2
-    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [])
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(prices=False))
     assert any("privacy.target_delta=0.2 is not below 1/units" in w for w in description["warnings"])
-    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), ["privacy.target_delta=1e-6"])
+    description = describe_plan(
+        write_config(tree, tmp_path / "c.yaml"), ["privacy.target_delta=1e-6"], PlanOptions(prices=False)
+    )
     assert not any("target_delta" in w for w in description["warnings"])
 
 

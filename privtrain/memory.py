@@ -1,0 +1,161 @@
+"""Memory of one rank by part, from the configuration alone: the model is built on torch's meta device, without weights.
+
+Activations are counted, not guessed: one forward pass on the meta device, and the sizes of the tensors that autograd
+saves. What a fused attention kernel would not keep (rows x heads x tokens x tokens) is left out. Allocator overhead,
+kernels' workspaces and the framework itself (about 1 GiB on CUDA) come on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from privtrain.config import Config
+from privtrain.errors import ConfigError, Fault
+from privtrain.model_files import locate
+
+if TYPE_CHECKING:
+    import torch
+
+_FP32_BYTES = 4
+#: AdamW keeps two moments a parameter, in fp32.
+_OPTIMIZER_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchLayout:
+    """What of the model is divided among ranks, from an accelerate config.
+
+    Attributes:
+        num_ranks: processes over all machines.
+        shards_parameters: ZeRO-3, FSDP2: base and trained weights are divided.
+        shards_gradients: ZeRO-2 and above.
+        shards_optimizer: ZeRO-1 and above.
+        offloads_optimizer: optimizer state lies in the host's memory.
+    """
+
+    num_ranks: int = 1
+    shards_parameters: bool = False
+    shards_gradients: bool = False
+    shards_optimizer: bool = False
+    offloads_optimizer: bool = False
+
+    @classmethod
+    def from_accelerate(cls, path: pathlib.Path) -> LaunchLayout:
+        """Read an accelerate config.
+
+        Raises:
+            ConfigError: if the file is none.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            kind = content["distributed_type"]
+            num_ranks = int(content["num_processes"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError([Fault("--accelerate", f"{path} is not an accelerate config: {error!r}")]) from None
+        deepspeed = content.get("deepspeed_config") or {}
+        stage = int(deepspeed.get("zero_stage", 0)) if kind == "DEEPSPEED" else 0
+        fsdp = kind == "FSDP"
+        return cls(
+            num_ranks,
+            shards_parameters=fsdp or stage >= 3,
+            shards_gradients=fsdp or stage >= 2,
+            shards_optimizer=fsdp or stage >= 1,
+            offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
+        )
+
+
+def memory_bytes(config: Config, layout: LaunchLayout) -> dict[str, int]:
+    """Bytes of device memory on one rank, by part.
+
+    Args:
+        config: a valid configuration; the model's own config must be at hand, its weights need not.
+        layout: how the job is launched.
+
+    Raises:
+        ConfigError: if the model's config cannot be loaded.
+    """
+    import torch
+
+    is_full = config.training.releases_model
+    dtype = torch.float32 if is_full or config.performance.precision == "fp32" else torch.bfloat16
+    model, base = _meta_model(config, dtype)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    parameters = layout.num_ranks if layout.shards_parameters else 1
+    gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
+    optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
+    rows = config.performance.microbatch_size
+    parts = {
+        "frozen base": frozen // parameters,
+        "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
+        "optimizer state": 0 if layout.offloads_optimizer else trained * _OPTIMIZER_BYTES // optimizer,
+        "clipped sum and noise": 2 * trained * _FP32_BYTES // gradients,
+        "gradients of units": (1 if is_full else rows) * trained * _FP32_BYTES // gradients,
+    }
+    activations, logits = _activation_bytes(config, model, base)
+    return {**parts, "activations": activations, "logits": logits}
+
+
+def num_trained(config: Config) -> int:
+    """How many parameters the run trains."""
+    import torch
+
+    model, _ = _meta_model(config, torch.float32)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from privtrain.adapters import make_trainable
+
+    if config.training.method.endswith("_tuning"):
+        raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
+    location = locate(config.model)
+    try:
+        architecture = AutoConfig.from_pretrained(location.path, **location.arguments)
+    except (OSError, ValueError) as error:
+        problem = f"cannot load the model's config from {location.path}: {str(error).splitlines()[0]}"
+        raise ConfigError([Fault("model", problem)]) from None
+    architecture.use_cache = False
+    kind = AutoModelForCausalLM
+    if config.data.labels is not None:
+        kind, architecture.num_labels = AutoModelForSequenceClassification, len(config.data.labels)
+        architecture.get_text_config().pad_token_id = architecture.pad_token_id or 0
+    with torch.device("meta"):
+        base = kind.from_config(architecture, dtype=dtype)
+        return make_trainable(base.requires_grad_(False), config, 0), base
+
+
+def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
+    """Bytes that one microbatch's forward pass keeps for the backward pass, and what logits and their gradient take."""
+    import torch
+
+    rows, tokens = config.performance.microbatch_size, config.data.max_length
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_attention = tensor.dim() >= 3 and tensor.shape[-2:] == (tokens, tokens)
+        if storage._cdata not in weights and not is_attention:
+            saved[storage._cdata] = tensor
+        return tensor
+
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    # A ready-made mask: transformers would look into the values of one that it makes itself.
+    mask = torch.zeros(rows, 1, tokens, tokens, dtype=base.dtype, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    if config.performance.gradient_checkpointing:
+        num_layers = int(base.config.num_hidden_layers)
+        inputs = num_layers * rows * tokens * int(base.config.hidden_size) * base.dtype.itemsize
+        total = inputs + total // num_layers
+    # Log-probabilities in fp32 and their gradient.
+    return total, 2 * logits.numel() * _FP32_BYTES

@@ -1,0 +1,98 @@
+"""The description that ``privtrain plan`` makes, for people."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_GIB = 2**30
+
+
+def print_plan(description: dict[str, Any]) -> None:
+    """The description as tables with a small picture of ε over the run."""
+    console = Console(highlight=False)
+    console.print(_plan_table(description))
+    _print_spending(console, description)
+    if description["accountants"]:
+        console.print(_accountant_table(description["accountants"]))
+    if description["prices"]:
+        console.print(_price_table(description["prices"]))
+    _print_memory(console, description)
+    for reason in description["not_private_reasons"]:
+        console.print(f"[bold red]NOT PRIVATE[/]: {reason}")
+    for warning in description["warnings"]:
+        console.print(f"[yellow]warning[/]: {warning}")
+    console.print(f"launch with: {description['launch']}", soft_wrap=True)
+
+
+def _plan_table(d: dict[str, Any]) -> Table:
+    table = Table("privacy plan", d["run"])
+    records = "not read" if d["num_records"] is None else f"{d['num_records']:,}"
+    table.add_row("unit, relation", f"{d['unit']}, add or remove one")
+    table.add_row("users, records", f"{d['num_users']:,}, {records}")
+    if "rows_empty" in d:
+        table.add_row("rows dropped", f"{d['rows_without_user']} without user, {d['rows_empty']} empty")
+        table.add_row("records of a user", f"median {d['records_of_median_user']}, most {d['records_of_largest_user']}")
+    table.add_row("units trained on (expected)", f"{d['expected_training_units']:,}")
+    above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d and d["unit"] == "user" else ""
+    table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}")
+    table.add_row(
+        "sampling", f"{d['sampling']}, probability {d['sampling_prob']:g}, batch {d['expected_batch_size']:g}"
+    )
+    table.add_row("steps", f"{d['num_steps']}; a unit joins about {d['expected_steps_per_unit']:g}")
+    table.add_row("clipping norm", f"{d['clipping_norm']:g} ({d['clipping_style']}, joint over a unit's records)")
+    table.add_row("noise multiplier", f"{d['noise_multiplier']:g}")
+    table.add_row("noise on a coordinate of the mean", f"{d['noise_stddev_of_mean']:.3g}")
+    if d["largest_signal_to_noise"] is not None:
+        signal = f"{d['largest_signal_to_noise']:.3g}, if all units agreed ({d['num_trained_parameters']:,} parameters)"
+        table.add_row("largest signal / noise of a step", signal)
+    epsilon = "∞" if d["epsilon"] is None else f"{d['epsilon']:.4f}"
+    table.add_row(f"ε ({d['accountant']}, certified upper bound)", epsilon)
+    table.add_row("δ", f"{d['delta']:g}")
+    return table
+
+
+def _print_spending(console: Console, d: dict[str, Any]) -> None:
+    for step, value in d["epsilon_after_steps"].items():
+        if value is not None and d["epsilon"]:
+            console.print(f"  after step {step:>6}  ε {value:7.3f}  {'█' * max(1, round(40 * value / d['epsilon']))}")
+
+
+def _accountant_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("accountant", "ε of the run", "kind")
+    for row in rows:
+        answer = row["answer"]
+        if answer is None:
+            table.add_row(row["name"], "refused", row["refusal"])
+            continue
+        value = float(answer["upper" if answer["kind"] == "certified_upper" else "estimate"])
+        table.add_row(row["name"], "∞" if math.isinf(value) else f"{value:.4f}", answer["kind"])
+    return table
+
+
+def _price_table(prices: list[dict[str, Any]]) -> Table:
+    table = Table("what a change costs", "ε", "noise multiplier", "noise on the mean", caption="relative to this plan")
+    for price in prices:
+        relative = f"{price['relative_noise']:.2f} ×"
+        table.add_row(price["change"], f"{price['epsilon']:.3f}", f"{price['noise_multiplier']:g}", relative)
+    return table
+
+
+def _print_memory(console: Console, d: dict[str, Any]) -> None:
+    if not d["memory_bytes_per_rank"]:
+        console.print(f"memory: not estimated: {d['memory_unknown_because']}")
+    else:
+        table = Table("memory of one rank", f"GiB ({d['num_ranks']} ranks)")
+        for part, num_bytes in d["memory_bytes_per_rank"].items():
+            table.add_row(part, f"{num_bytes / _GIB:.2f}")
+        total = sum(d["memory_bytes_per_rank"].values())
+        table.add_row("[bold]together, at most[/]", f"[bold]{total / _GIB:.2f}[/]")
+        console.print(table)
+    if d["most_training_seconds"] is not None:
+        console.print(
+            f"time: at most {d['most_training_seconds'] / 3600:.2f} hours "
+            f"({d['most_tokens_per_step']:,} tokens a step, if every record is as long as data.max_length)"
+        )

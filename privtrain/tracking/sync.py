@@ -1,0 +1,49 @@
+"""``privtrain track sync``: replay a run's ``metrics.jsonl`` into one W&B run.
+
+Offline runs that were resumed leave several W&B directories with one id, which do not merge well on upload. The metrics
+file is whole, so it is replayed instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from privtrain.config import load_config
+from privtrain.errors import ConfigError, Fault
+from privtrain.plan import PrivacyPlan
+from privtrain.rundir import RunDirectory
+from privtrain.tracking.wandb_tracker import WandbTracker
+
+
+def sync_run(path: pathlib.Path) -> str:
+    """Upload every released metric of a run, and its release if it is finished.
+
+    Args:
+        path: run directory. Nobody may be training in it.
+
+    Returns:
+        A line that says what was sent.
+
+    Raises:
+        ConfigError: if there is no run.
+        RunBusy: if a job is running there.
+    """
+    run = RunDirectory(path)
+    if not run.exists() or not run.metrics.exists():
+        raise ConfigError([Fault("RUN", f"{path} holds no run with metrics")])
+    os.environ.setdefault("WANDB_MODE", "online")
+    config = load_config(run.resolved_config)
+    identity = json.loads(run.identity.read_text(encoding="utf-8"))
+    with run.locked():
+        rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        tracker = WandbTracker(config, PrivacyPlan.build(config.privacy), run, identity["tracker_id"])
+        try:
+            for row in rows:
+                tracker.log(row["train/step"], {name: row[name] for name in row if name != "train/step"})
+            if run.is_complete():
+                tracker.publish(run)
+        finally:
+            tracker.close()
+    return f"sent {len(rows)} rows of {config.run.name} to W&B ({os.environ['WANDB_MODE']})"

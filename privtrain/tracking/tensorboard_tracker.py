@@ -1,0 +1,35 @@
+"""The mirror in TensorBoard: event files under ``RUN/tensorboard``."""
+
+from __future__ import annotations
+
+import socket
+
+from privtrain.rundir import RunDirectory
+from privtrain.tracking.trackers import QuietTracker, Values
+
+
+class TensorBoardTracker(QuietTracker):
+    """Mirrors rows as scalars; needs the package ``tensorboard``.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory = run.root / "tensorboard"
+        self._writer = SummaryWriter(str(self._directory))
+
+    def log(self, step: int, values: Values) -> None:
+        """Mirror a row."""
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._writer.close()
+        for file in self._directory.iterdir():
+            # events.out.tfevents.TIME.HOST.PID.N: the machine's name has no place in a published directory.
+            file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".privtrain.")))

@@ -1,0 +1,95 @@
+"""The mirror in W&B: one run a job, on global rank 0 alone, offline unless ``WANDB_MODE`` says otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from privtrain.config import Config, public_tree
+from privtrain.plan import PrivacyPlan
+from privtrain.rundir import RunDirectory
+from privtrain.tracking.trackers import Values
+
+
+class WandbTracker:
+    """Mirrors rows, tells people of alerts, and keeps the release as artifacts.
+
+    Console capture, code saving, git and machine information are off: they can carry text and paths.
+
+    Args:
+        config: the resolved configuration; only its public part is sent.
+        plan: the privacy plan.
+        run: the run directory, where offline files are kept.
+        run_id: W&B's id of the run, the same on every resume.
+    """
+
+    def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            disable_git=True,
+            save_code=False,
+            disable_code=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            host="privtrain",
+            init_timeout=120,
+        )
+        tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
+        self._name = config.run.name
+        self._run = wandb.init(
+            project=config.tracking.wandb_project,
+            name=config.run.name,
+            id=run_id,
+            resume="allow",
+            job_type="train",
+            dir=str(run.root),
+            config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
+            tags=tags,
+            settings=settings,
+        )
+        self._run.define_metric("train/step")
+        self._run.define_metric("*", step_metric="train/step")
+
+    def log(self, step: int, values: Values) -> None:
+        """Mirror a row."""
+        self._run.log({"train/step": step, **values})
+
+    def alert(self, title: str, text: str) -> None:
+        """Alert by mail or chat, as the project is set up."""
+        self._run.alert(title, text)
+
+    def publish(self, run: RunDirectory) -> None:
+        """Put ε into the summary; online, log the adapter or model with its card and statement as an artifact.
+
+        An offline file would hold this machine's paths of the artifact's files: ``privtrain track sync`` sends it.
+        """
+        statement = json.loads(run.privacy.read_text(encoding="utf-8"))
+        self._summarise(statement)
+        if self._run.offline:
+            return
+        epsilon = statement["epsilon"]
+        aliases = ["latest", "not-private" if epsilon is None else f"eps-{epsilon:.2f}"]
+        artifact: Any = self._artifact(statement)
+        artifact.add_dir(str(run.released))
+        self._run.log_artifact(artifact, aliases=aliases)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+    def _summarise(self, statement: dict[str, Any]) -> None:
+        self._run.summary["privacy/epsilon"] = statement["epsilon"]
+        self._run.summary["privacy/delta"] = statement["delta"]
+        self._run.summary["privacy/ledger_head"] = statement["ledger"]["head"]
+
+    def _artifact(self, statement: dict[str, Any]) -> Any:
+        import wandb
+
+        keys = ("epsilon", "delta", "unit", "neighboring_relation", "private")
+        return wandb.Artifact(self._name, type="model", metadata={key: statement[key] for key in keys})

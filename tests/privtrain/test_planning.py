@@ -1,0 +1,102 @@
+"""``privtrain plan``: without data, weights or a process group; its memory is counted, its prices are certified."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from privtrain.config import validate
+from privtrain.errors import ConfigError
+from privtrain.memory import LaunchLayout, memory_bytes
+from privtrain.models import add_lora
+from privtrain.plan import PrivacyPlan
+from privtrain.plan_view import print_plan
+from privtrain.planning import PlanOptions, describe_plan
+from privtrain.pricing import price_list
+from tests.conftest import write_config
+
+
+def test_activations_are_what_a_real_forward_pass_saves(tree, tiny_llama):
+    tree["data"]["max_length"] = 40
+    tree["lora"]["target_modules"] = "all-linear"
+    config = validate(tree)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), config.lora, 0, "tiny")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.shape[-2:] != (40, 40):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(input_ids=torch.ones(4, 40, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for t in saved.values())
+    parts = memory_bytes(config, LaunchLayout())
+    assert parts["activations"] == pytest.approx(real, rel=0.15)
+    assert parts["trained weights"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parts["frozen base"] == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def test_what_the_launch_divides_among_ranks(tree, tmp_path):
+    tree["training"]["method"] = "full"
+    config = validate(tree)
+    alone = memory_bytes(config, LaunchLayout())
+    path = tmp_path / "zero3.yaml"
+    content = {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 3}}
+    path.write_text(yaml.safe_dump(content))
+    divided = memory_bytes(config, LaunchLayout.from_accelerate(path))
+    for part in ("trained weights", "optimizer state", "clipped sum and noise", "gradients of units"):
+        assert divided[part] == alone[part] // 4
+    assert divided["activations"] == alone["activations"]
+    content["deepspeed_config"] = {"zero_stage": 1, "offload_optimizer_device": "cpu"}
+    path.write_text(yaml.safe_dump(content))
+    first = memory_bytes(config, LaunchLayout.from_accelerate(path))
+    assert first["trained weights"] == alone["trained weights"]
+    assert first["optimizer state"] == 0
+
+
+def test_a_file_that_is_no_accelerate_config_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match="not an accelerate config"):
+        LaunchLayout.from_accelerate(tmp_path / "x.yaml")
+
+
+def test_prices_are_certified_plans_of_their_own(tree):
+    privacy = validate(tree).privacy
+    plan = PrivacyPlan.build(privacy)
+    prices = {price.change: price for price in price_list(privacy, plan)}
+    assert prices["ε ÷ 2"].noise_multiplier > plan.noise_multiplier > prices["ε × 2"].noise_multiplier
+    assert prices["batch × 2, same ε"].relative_noise < 1 < prices["batch ÷ 2, same ε"].relative_noise
+    assert "batch × 4, same ε" not in prices  # a sampling probability of 1.6
+    for change, price in prices.items():
+        if "same ε" in change:
+            assert 0.97 * plan.epsilon < price.epsilon <= plan.epsilon
+    half = privacy.model_copy(update={"noise_multiplier": prices["steps ÷ 2, same ε"].noise_multiplier, "num_steps": 2})
+    assert PrivacyPlan.build(half).epsilon == pytest.approx(prices["steps ÷ 2, same ε"].epsilon, rel=1e-3)
+
+
+def test_no_prices_without_a_guarantee(tree):
+    tree["privacy"]["noise_multiplier"] = 0
+    privacy = validate(tree).privacy
+    assert price_list(privacy, PrivacyPlan.build(privacy)) == []
+
+
+def test_data_elsewhere_is_not_read_and_a_model_elsewhere_has_no_memory(tree, tmp_path, capsys):
+    tree["data"]["source"] = {"kind": "files", "paths": [str(tmp_path / "on-the-cluster.parquet")]}
+    tree["model"] = {"name_or_path": str(tmp_path / "not-here")}
+    options = PlanOptions(num_users=1000, tokens_per_second=1000.0, prices=False)
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], options)
+    json.dumps(description, allow_nan=False)
+    assert description["num_users"] == 1000
+    assert description["expected_training_units"] == 700
+    assert description["memory_bytes_per_rank"] == {}
+    assert "not-here" in description["memory_unknown_because"]
+    # 4 steps of 6 users with 3 records of 24 tokens.
+    assert description["most_training_seconds"] == pytest.approx(4 * 6 * 3 * 24 / 1000)
+    print_plan(description)
+    assert "not estimated" in capsys.readouterr().out
