@@ -51,9 +51,11 @@ from privtrain.data.encode import Encoder
 from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision
 from privtrain.processes import join_processes
 from privtrain.rundir import RunDirectory
-from privtrain.secret import pseudonym
+from privtrain.secret import SecretKey
 
 Tokens = npt.NDArray[np.int64]
+
+_PSEUDONYM_PURPOSE = "attack pseudonym"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Job:
     encoder: Encoder
     max_length: int
     options: ScoreOptions
-    key: Any
+    key: SecretKey
     prefix: Tokens | None
     target: pathlib.Path
     fingerprint: str
@@ -171,6 +173,7 @@ def _prepare(
     held_in = set(own["held_in"])
     settings = [
         SCHEMA_NAME,
+        _PSEUDONYM_PURPOSE,
         manifest["sha256"],
         run.privacy.read_text(encoding="utf-8"),
         dataclasses.asdict(options),
@@ -244,13 +247,29 @@ def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> 
     return num_documents
 
 
+def attack_pseudonym(key: SecretKey, user: str) -> str:
+    """A user's name in signals, the same in every scoring of a run and of its shadows.
+
+    Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
+    ledger are whose, also after its key was destroyed.
+
+    Args:
+        key: the attacked run's pseudonym key.
+        user: the user's id.
+
+    Returns:
+        HMAC-SHA-256 under that key with another purpose, 128 bits of it in hex.
+    """
+    return key.derive(_PSEUDONYM_PURPOSE, user).hex()[:32]
+
+
 def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:
     """Signals of the documents of one part."""
     texts = [job.corpus.records[document.user][document.index] for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     batch_tokens = job.options.batch_tokens
     target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (tuned, base))
-    names = [pseudonym(job.key, document.user) for document in documents]
+    names = [attack_pseudonym(job.key, document.user) for document in documents]
     means = _variant_means(job, names, documents, texts, tokens, tuned, base)
     rows = []
     for place, document in enumerate(documents):

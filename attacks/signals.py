@@ -96,7 +96,7 @@ class DocumentSignals:
     """The signals of one document. Every array has one entry per scored token, in document order.
 
     Attributes:
-        user: pseudonym of the document's owner.
+        user: pseudonym of the document's owner, another one than the ledger's.
         document: identifier of the document, unique within its user.
         side: ``"held_in"`` if the owner's records were trained on, else ``"held_out"``.
         target_logp: log-probability in nats of each scored token under the fine-tuned model.

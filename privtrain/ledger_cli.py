@@ -128,13 +128,14 @@ def shred(
     yes: Annotated[bool, typer.Option("--yes", help="Confirm: this cannot be undone.")] = False,
     abandon: Annotated[bool, typer.Option("--abandon", help="Also where the run has not finished.")] = False,
 ) -> None:
-    """Destroy the keys that link the log to people; its counts and its chain still verify."""
+    """Destroy keys and attack files that link the log to people; its counts and its chain still verify."""
     from privtrain.ledger.shred import shred as run_shredding
 
     if not yes:
         raise PrivtrainError(
-            "this destroys pseudonym.key and the generation keys for good: users can no longer be looked up or proven, "
-            "the run cannot go on, and `attacks score` cannot run. Add --yes to confirm"
+            "this destroys pseudonym.key, the generation keys and secret/attack, where the attack job keeps its "
+            "signals and shadow runs, for good: users can no longer be looked up or proven, the run cannot go on, and "
+            "`attacks score` and `attacks analyse` cannot run. The report stays. Add --yes to confirm"
         )
     destroyed, remaining = run_shredding(run, abandon=abandon)
     typer.echo(f"destroyed: {', '.join(destroyed) or 'nothing; it was shredded before'}")

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from privtrain.errors import LedgerCorrupt
+from privtrain.ledger import strict_json
 
 SCHEMA = "privtrain/ledger/2"
 GENESIS = "0" * 64
 
 _OPENING = b'{"hash":"'
 _BODY_AT = len(_OPENING) + 64 + len(b'",')
+
+#: Fields that count something, in any kind of record.
+_COUNTS = frozenset(
+    {"seq", "generation", "step", "from_step", "num_units", "records_per_unit"}
+    | {"segment", "num_rows", "num_bytes", "num_charged"}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +77,21 @@ class Segment:
         return sum(body.num_units for body in self.bodies)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Release:
+    """What the last record of a finished run promises.
+
+    Attributes:
+        epsilon: ε for all steps charged; ``None`` where no finite one is guaranteed.
+        delta: δ.
+        plan: the public fingerprint of the plan, without the digest of the data; empty where none was given.
+    """
+
+    epsilon: float | None
+    delta: float
+    plan: str
+
+
 @dataclasses.dataclass
 class LedgerState:
     """What the records say, replayed in order.
@@ -90,7 +111,7 @@ class LedgerState:
         path: the steps that the current model rests on, or would if the newest checkpoint were lost.
         segments: the sealed bodies.
         open_bodies: bodies since the last seal.
-        is_released: whether the run ended with a release.
+        release: what was promised when the run ended with a release.
     """
 
     head: str = GENESIS
@@ -107,7 +128,12 @@ class LedgerState:
     path: list[StepEntry] = dataclasses.field(default_factory=list)
     segments: list[Segment] = dataclasses.field(default_factory=list)
     open_bodies: list[Body] = dataclasses.field(default_factory=list)
-    is_released: bool = False
+    release: Release | None = None
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the run ended with a release."""
+        return self.release is not None
 
     @property
     def num_charged(self) -> int:
@@ -128,7 +154,7 @@ class LedgerState:
 
 def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
     """The line of the next record."""
-    body = json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields}, separators=(",", ":"))
+    body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields})
     return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
 
 
@@ -142,10 +168,17 @@ def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a log in order, unchecked; a torn tail is left out."""
-    for _, line in lines_of(path):
+    """The records of a log in order, each checked by itself and not how they follow; a torn tail is left out.
+
+    Raises:
+        LedgerCorrupt: naming the offset of a line that is no record.
+    """
+    for offset, line in lines_of(path):
         if line.endswith(b"\n"):
-            yield json.loads(line)
+            try:
+                yield record_of(line)
+            except ValueError as error:
+                raise LedgerCorrupt(f"{path}: the line at byte {offset}: {error}") from None
 
 
 def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
@@ -179,17 +212,34 @@ def advance(state: LedgerState, line: bytes) -> None:
         raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
 
 
-def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
-    """The record of the next line, checked against all rules.
+def record_of(line: bytes) -> dict[str, Any]:
+    """The record of a line, which must be the only line that says this: its hash, no key twice, the one form.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
     if not line.startswith(_OPENING) or line[_BODY_AT - 2 : _BODY_AT] != b'",':
         raise ValueError("not a record")
-    if hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest().encode() != line[len(_OPENING) : _BODY_AT - 2]:
+    digest = hashlib.sha256(b"{" + line[_BODY_AT:-1]).hexdigest()
+    if digest.encode() != line[len(_OPENING) : _BODY_AT - 2]:
         raise ValueError("its content does not match its hash")
-    record = json.loads(line)
+    # The hash does not cover itself, so a second one in the body would be the forger's to choose.
+    record = strict_json.loads(line)
+    first = {name: record[name] for name in ("hash", "seq", "prev", "kind") if name in record}
+    if strict_json.dumps({**first, **record}).encode() + b"\n" != line:
+        raise ValueError("it is not in the form in which records are written")
+    if any(type(record[name]) is not int or record[name] < 0 for name in _COUNTS & record.keys()):
+        raise ValueError("a number that cannot be")
+    return {**record, "hash": digest}
+
+
+def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
+    """The record of the next line, checked against all rules.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    record = record_of(line)
     try:
         if record["seq"] != state.num_records or record["prev"] != state.head:
             raise ValueError("does not follow the record before it")
@@ -232,8 +282,7 @@ def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a step twice"
     if record["generation"] != state.generation or record["step"] != len(state.path):
         return "a step out of order"
-    num_units = record["num_units"]
-    return None if isinstance(num_units, int) and num_units >= 0 else "a number of units that cannot be"
+    return None
 
 
 def _check_commit(state: LedgerState, record: dict[str, Any]) -> str | None:
@@ -303,4 +352,4 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.segments.append(Segment(tuple(state.open_bodies), record["num_bytes"], tuple(record["chunks"])))
             state.open_bodies = []
         case "release":
-            state.is_released = True
+            state.release = Release(record["epsilon"], record["delta"], record.get("plan", ""))

@@ -198,11 +198,17 @@ class Ledger:
         if self._num_open_rows >= self._segment_rows:
             self._seal()
 
-    def release(self, epsilon: float | None, delta: float) -> str:
-        """Record the release of the model and return the head that the privacy statement quotes."""
+    def release(self, epsilon: float | None, delta: float, plan: str = "") -> str:
+        """Record the release of the model and return the head that the privacy statement quotes.
+
+        Args:
+            epsilon: ε, as in the statement; ``None`` where it is infinite.
+            delta: δ.
+            plan: the plan's public fingerprint, as in the statement.
+        """
         if not self.state.is_released:
             self._seal()
-            self._append("release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged)
+            self._append("release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged, plan=plan)
         return self.state.head
 
     def close(self) -> None:
@@ -291,10 +297,15 @@ def key_commitment(key: SecretKey) -> str:
     return hashlib.sha256(b"privtrain/ledger/2/key:" + key.reveal()).hexdigest()
 
 
+def blinded_plan(key: SecretKey, plan_fingerprint: str) -> str:
+    """What the first record says of the plan and the data: see :meth:`Ledger.blinded`."""
+    return key.derive("ledger plan", plan_fingerprint).hex()
+
+
 def _check_owner(path: pathlib.Path, state: LedgerState, plan_fingerprint: str, key: SecretKey) -> None:
     if state.key_sha256 != key_commitment(key):
         raise LedgerCorrupt(f"{path} was written under another pseudonym key; restore both from one backup")
-    if state.plan != key.derive("ledger plan", plan_fingerprint).hex():
+    if state.plan != blinded_plan(key, plan_fingerprint):
         raise LedgerCorrupt(f"{path} belongs to another plan or data set")
 
 

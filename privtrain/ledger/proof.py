@@ -16,14 +16,13 @@ import binascii
 import bisect
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from privtrain.errors import ProofRejected
-from privtrain.ledger import merkle
+from privtrain.ledger import merkle, strict_json
 from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import Body, LedgerState, advance, lines_of
 from privtrain.ledger.log import key_commitment, verify_chain
@@ -158,14 +157,19 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
     if key is not None:
         _check_key(state, proof, key)
     secret = bytes.fromhex(proof["pseudonym"])
-    if len(secret) != merkle.PSEUDONYM_BYTES:
-        raise ProofRejected("its pseudonym has the wrong length")
+    if len(secret) != merkle.PSEUDONYM_BYTES or secret.hex() != proof["pseudonym"]:
+        raise ProofRejected(f"its pseudonym is not {2 * merkle.PSEUDONYM_BYTES} hexadecimal digits")
     model = {(entry.generation, entry.step) for entry in state.path}
     parts = []
     for body, leaves in zip(state.bodies(), proof["steps"], strict=True):
         found = _check_step(body, leaves, secret)
         if found is not None:
             place, records = found
+            if not 1 <= records <= state.records_per_unit:
+                raise ProofRejected(
+                    f"step {body.step} of generation {body.generation}: {records} records of the user, where the log "
+                    f"allows 1 to {state.records_per_unit}"
+                )
             step = (body.generation, body.step)
             is_zeroed = place in state.zeroed.get(step, ())
             parts.append(Part(*step, records, is_zeroed, step in state.commits, step in model))
@@ -249,7 +253,7 @@ def read_proof(path: pathlib.Path) -> dict[str, Any]:
         ProofRejected: if it is no such file.
     """
     try:
-        proof = json.loads(path.read_text(encoding="utf-8"))
+        proof = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ProofRejected(f"{path} cannot be read: {error}") from None
     if not isinstance(proof, dict):

@@ -124,19 +124,24 @@ class Contributions:
         return _statistics(self.state, spread, totals, cap)
 
     def export(self, target: pathlib.Path, file_format: str) -> int:
-        """Write all contributions to a file that only its owner may read; return how many."""
-        self._connection.register("commits", _steps_table(self.state))
+        """Write all contributions to a new file that only its owner may read; return how many.
+
+        Raises:
+            FileExistsError: if there is such a file; whoever has it open would read on.
+        """
         options = "FORMAT parquet, COMPRESSION zstd" if file_format == "parquet" else "FORMAT csv, HEADER"
-        previous = os.umask(0o077)
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         try:
+            self._connection.register("commits", _steps_table(self.state))
             self._connection.execute(
                 "COPY (SELECT generation, step, replace(unit::VARCHAR, '-', '') AS pseudonym, records, zeroed, "
                 "committed, in_model FROM contributions JOIN commits USING (generation, step) "
-                f"ORDER BY generation, step) TO {_quoted(target)} ({options})"
+                # Into this very file: a temporary one would take its place with permissions of its own.
+                f"ORDER BY generation, step) TO {_quoted(target)} ({options}, USE_TMP_FILE false)"
             )
-        finally:
-            os.umask(previous)
-        os.chmod(target, 0o600)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
         return self.state.num_contributions
 
 

@@ -17,12 +17,16 @@ _REMAINS = {
     "config.yaml": "paths of the data",
     "data_counts.json": "how many rows were read and dropped",
     "private_metrics.jsonl": "losses, norms and batch sizes of the steps",
-    "attack": "scores of documents by pseudonym, and what was concluded from them",
+    "reservation.json": "this run's number in the registry, which has users' totals by other pseudonyms",
 }
 
 
 def shred(run_path: pathlib.Path, *, abandon: bool = False) -> tuple[list[str], dict[str, str]]:
-    """Destroy the pseudonym key, and the generation keys, which redraw the sample of every step.
+    """Destroy what links the log to people, or would help to.
+
+    That is the pseudonym key; the generation keys, which redraw the sample of every step; and all of
+    ``secret/attack``: signals and references (tokens by user), results of each user, and shadow runs with the texts
+    that they trained on and the keys of their own logs. The published report is not among them.
 
     Files are overwritten, synced and removed. On copy-on-write or network file systems and in backups older copies can
     survive; those are for the operator to destroy.
@@ -43,22 +47,52 @@ def shred(run_path: pathlib.Path, *, abandon: bool = False) -> tuple[list[str], 
     if not run.is_complete() and not abandon:
         raise PrivtrainError(f"{run_path} has not finished and could not go on without its keys; add --abandon if so")
     with run.locked():
-        keys = [run.secret / "pseudonym.key", *sorted(run.secret.glob("generation-*.key"))]
-        destroyed = [key.name for key in keys if _destroy(key)]
+        attack = run.secret / "attack"
+        doomed = [run.secret / "pseudonym.key", *sorted(run.secret.glob("generation-*.key")), *sorted(attack.glob("*"))]
+        destroyed = [str(path.relative_to(run.secret)) for path in doomed if _destroy(path)]
+        if attack.is_dir() and not attack.is_symlink():
+            attack.rmdir()
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if destroyed:
             write_json(run.secret / "shredded.json", {"time": when, "destroyed": destroyed}, mode=0o600)
     remaining = {name: what for name, what in _REMAINS.items() if (run.secret / name).exists()}
-    return destroyed, remaining
+    linking = {path.name: _LINKING for path in sorted(run.secret.iterdir()) if _is_proof(path)}
+    return destroyed, remaining | linking
+
+
+_LINKING = "LINKING: a proof names a user beside the pseudonym; delete it, and its copies"
+
+
+def _is_proof(path: pathlib.Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b"privtrain/ledger-proof/" in file.read(64)
 
 
 def _destroy(path: pathlib.Path) -> bool:
-    if not path.exists():
+    """Overwrite and remove a file, or a directory with all that is in it; what a link points to is left alone."""
+    if not os.path.lexists(path):
         return False
-    with open(path, "r+b") as file:
-        file.write(os.urandom(path.stat().st_size))
-        file.flush()
-        os.fsync(file.fileno())
-    path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        for item in list(path.iterdir()):
+            _destroy(item)
+        path.rmdir()
+    else:
+        if path.is_file() and not path.is_symlink():
+            _overwrite(path)
+        path.unlink()
     sync_directory(path.parent)
     return True
+
+
+def _overwrite(path: pathlib.Path) -> None:
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        for start in range(0, size, _CHUNK_BYTES):
+            file.write(os.urandom(min(_CHUNK_BYTES, size - start)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+_CHUNK_BYTES = 1 << 20

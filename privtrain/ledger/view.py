@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from privtrain.errors import LedgerCorrupt, PrivtrainError
+from privtrain.ledger import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
-from privtrain.ledger.log import verify, verify_chain
+from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.secret import pseudonym
 
@@ -58,13 +60,35 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
 
 
 def _check_statement(run: RunDirectory, state: LedgerState) -> None:
-    statement = json.loads(run.privacy.read_text(encoding="utf-8"))
-    head = statement["ledger"]["head"]
-    if head != state.head:
-        raise LedgerCorrupt(
-            f"{run.privacy} quotes ledger head {head[:12]}, the log ends in {state.head[:12]}: "
-            "records were removed or added after the release"
-        )
+    statement = _read(run.privacy)
+    try:
+        head = statement["ledger"]["head"]
+        if head != state.head:
+            raise LedgerCorrupt(
+                f"{run.privacy} quotes ledger head {str(head)[:12]}, the log ends in {state.head[:12]}: "
+                "records were removed or added after the release"
+            )
+        for name, claimed, found in _claims(statement, state, run.ledger):
+            if claimed != found:
+                raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
+        if state.num_charged > statement["num_steps"]:
+            raise LedgerCorrupt(
+                f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows "
+                f"{statement['num_steps']}"
+            )
+    except (KeyError, TypeError) as error:
+        raise LedgerCorrupt(f"{run.privacy}: lacks what a privacy statement holds ({error!r})") from None
+    copy = run.released / run.privacy.name
+    if copy.is_file() and _read(copy) != statement:
+        raise LedgerCorrupt(f"{copy} is not the statement in {run.privacy}")
+    _check_plan(run, state)
+
+
+def _claims(statement: Any, state: LedgerState, log: pathlib.Path) -> list[tuple[str, Any, Any]]:
+    """(name, what the statement says, what the log shows)."""
+    release = state.release
+    if release is None:
+        raise LedgerCorrupt(f"{log}: has no release, but there is a privacy statement")
     claims = [
         ("steps_released", statement["steps_released"], state.num_charged),
         ("ledger.num_commits", statement["ledger"]["num_commits"], len(state.commits)),
@@ -73,14 +97,32 @@ def _check_statement(run: RunDirectory, state: LedgerState) -> None:
             statement["contribution_bound"]["records_per_unit_per_step"],
             state.records_per_unit,
         ),
+        ("epsilon", statement["epsilon"], release.epsilon),
+        ("delta", statement["delta"], release.delta),
+        *(("accountants: upper", item["upper"], release.epsilon) for item in statement["accountants"]),
     ]
-    for name, claimed, found in claims:
-        if claimed != found:
-            raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
-    if state.num_charged > statement["num_steps"]:
-        raise LedgerCorrupt(
-            f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows {statement['num_steps']}"
-        )
+    if release.plan:
+        claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.plan))
+    return claims
+
+
+def _check_plan(run: RunDirectory, state: LedgerState) -> None:
+    """While the key exists: that the log was begun for the plan and the data of this run."""
+    if not (run.secret / "pseudonym.key").is_file() or not run.identity.is_file():
+        return
+    identity = _read(run.identity)
+    if state.plan != blinded_plan(run.load_key("pseudonym"), str(identity.get("fingerprint"))):
+        raise LedgerCorrupt(f"{run.ledger} belongs to another plan or data set than {run.identity}")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LedgerCorrupt(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise LedgerCorrupt(f"{path} holds no JSON object")
+    return found
 
 
 def pseudonym_of(run: RunDirectory, user: str) -> str:
@@ -197,6 +239,21 @@ def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> 
     _console().print(table)
 
 
+def _check_target(target: pathlib.Path) -> None:
+    """Refuse a file that is there already, or in a part of any run that may be published."""
+    place = target.resolve()
+    for root in place.parents:
+        run = RunDirectory(root)
+        if run.ledger.is_file() and not place.is_relative_to(run.secret):
+            raise PrivtrainError(
+                f"{target} is in the part of a run that may be published; choose {run.secret} or outside"
+            )
+    if not target.parent.is_dir():
+        raise PrivtrainError(f"{target.parent} is not a directory")
+    if os.path.lexists(target):
+        raise PrivtrainError(f"{target} is there already; remove it, or give another name")
+
+
 def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -> str:
     """Write all contributions, by pseudonym, to a file outside the run's public part.
 
@@ -206,20 +263,14 @@ def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
-    inside = target.resolve()
-    if inside.is_relative_to(run.root.resolve()) and not inside.is_relative_to(run.secret.resolve()):
-        raise PrivtrainError(
-            f"{target} is in the part of the run that may be published; choose {run.secret} or outside"
-        )
-    if not target.parent.is_dir():
-        raise PrivtrainError(f"{target.parent} is not a directory")
+    _check_target(target)
     with opened_contributions(run.ledger) as contributions:
         count = contributions.export(target, file_format)
     return f"{count} contributions in {target}, readable by you alone; it is as private as the ledger"
 
 
 def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, target: pathlib.Path) -> str:
-    """Write the proof of one user's part.
+    """Write the proof of one user's part to a file outside the runs' public parts.
 
     Returns:
         One line for people.
@@ -227,6 +278,7 @@ def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | No
     from privtrain.ledger.proof import check_proof, prove
 
     run = run_with_ledger(run_path)
+    _check_target(target)
     made = prove(run.ledger, which_pseudonym(run, user, unit_pseudonym), user)
     checked = check_proof(made, made["head"])
     write_atomically(target, json.dumps(made, separators=(",", ":")) + "\n", mode=0o600)

@@ -91,6 +91,7 @@ class Database:
             event.listen(self._engine, "connect", self._prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._key: SecretKey | None = None
+        self._is_key_checked = False
 
     @property
     def shown(self) -> str:
@@ -101,13 +102,17 @@ class Database:
         """Make a SQLite registry that does not exist yet, and check the schema.
 
         Raises:
-            PrivtrainError: if the database holds another schema, or none.
+            PrivtrainError: if the database holds another schema, or none, or its file is open to other users.
             RegistryUnreachable: if no server answers.
         """
         if self._file is not None and not self._file.exists():
             if self._read_only:
                 raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")
             self.upgrade()
+        if self._file is not None and self._file.stat().st_mode & 0o077:
+            raise PrivtrainError(
+                f"{self._file} can be read or changed by other users of this machine; run: chmod 600 {self._file}"
+            )
         from alembic.script import ScriptDirectory
 
         newest = ScriptDirectory.from_config(_alembic_config(None)).get_current_head()
@@ -157,13 +162,14 @@ class Database:
             if path.stat().st_mode & 0o077:
                 raise PrivtrainError(f"{path} can be read by other users of this machine; run: chmod 600 {path}")
             self._key = key
-        if check:
+        if check and not self._is_key_checked:
             known = self.read(lambda connection: connection.execute(sa.select(Meta.key_check)).scalar_one())
             if known != _key_check(self._key):
                 raise GuaranteeLost(
                     f"{key_path(self.url)} is not the key of {self.shown}: who opted out would not be recognised. "
                     f"Set {KEY_VARIABLE} to the key file that the registry was made with"
                 )
+            self._is_key_checked = True
         return self._key
 
     def read(self, work: Callable[[sa.Connection], T]) -> T:

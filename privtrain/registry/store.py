@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import dp_accounting
@@ -18,15 +18,14 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from privtrain.errors import BudgetExceeded, PrivtrainError
-from privtrain.registry import spending
+from privtrain.errors import BudgetExceeded, GuaranteeLost, PrivtrainError
+from privtrain.registry import endings, spending
 from privtrain.registry.database import Database
 from privtrain.registry.refusal import explain
 from privtrain.registry.spending import Limit, Part, Settings
 from privtrain.registry.tables import (
     Base,
     Budget,
-    Contribution,
     Dataset,
     DatasetVersion,
     Mechanism,
@@ -41,7 +40,6 @@ from privtrain.secret import pseudonym
 
 #: Every lost race means that somebody else won one; more than this in a row is a fault.
 _MAX_RACES = 1000
-_CHUNK = 2000
 
 SCOPES = ("user", "dataset")
 
@@ -61,6 +59,9 @@ class RunRequest:
         epsilon, delta: the run's own guarantee.
         settings: the knobs, for advice; ``None`` if the run has others.
         lease_seconds: how long the reservation stays open without news.
+        claim: a new number that proves from now on that a job holds the reservation; ``None`` for none.
+        earlier_claims: the numbers one of which an existing reservation must have.
+        has_split: whether the run's users are split: then it keeps the do-not-train list of its last reservation.
     """
 
     uid: str
@@ -76,6 +77,9 @@ class RunRequest:
     delta: float
     settings: Settings | None
     lease_seconds: float
+    claim: str | None = None
+    earlier_claims: tuple[str, ...] = ()
+    has_split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +159,8 @@ class Registry:
             unit: ``"user"`` or ``"example"``, for a new data set.
 
         Raises:
-            PrivtrainError: if a value is out of range, or differs from what the data set was made with.
+            PrivtrainError: if a value is out of range, or differs from what the data set was made with, or the unit
+                from that of the population's other data sets.
         """
         if not 0 < epsilon < float("inf") or not 0 < delta < 1 or (period_seconds is not None and period_seconds <= 0):
             raise PrivtrainError(
@@ -186,6 +191,8 @@ class Registry:
             )
             raised = sa.update(Population).where(Population.id == population_id)
             connection.execute(raised.values(version=Population.version + 1))
+            # After the update, which makes whoever changes this population at the same time wait.
+            _check_unit(connection, dataset, population_id, unit)
             return BudgetKey(scope, population_name if scope == "user" else dataset, **values)
 
         return self.database.write(work)
@@ -195,7 +202,8 @@ class Registry:
 
         Raises:
             BudgetExceeded: if a budget does not allow it; with what is left and what would fit. Nothing is reserved.
-            PrivtrainError: if the data set is unknown, has no budget, or is held under another name.
+            PrivtrainError: if the data set is unknown, has no budget, or is held under another name; or if another copy
+                of the run directory holds the reservation.
             RegistryUnreachable: if no server answers in time.
         """
         if request.relation != "add_or_remove_one":
@@ -204,7 +212,7 @@ class Registry:
         part = spending.part_of(request.event)
         for _ in range(_MAX_RACES):
             if self.database.read(lambda c: _holds(c, request.uid)):
-                held = self.database.write(lambda c: _take_over(c, request.uid, request.lease_seconds))
+                held = self.database.write(lambda c: _take_over(c, request))
                 if held is not None:
                     return held
             snapshot = self.database.read(lambda c: _snapshot(c, request, manifest))
@@ -220,11 +228,22 @@ class Registry:
                 return made
         raise PrivtrainError(f"the budget of {request.dataset} changed {_MAX_RACES} times while it was being reserved")
 
-    def renew(self, reservation_id: str, lease_seconds: float) -> None:
-        """Say that the run is alive. One that had expired is open again: its charge never stopped counting."""
-        live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed")
+    def renew(self, reservation_id: str, lease_seconds: float, claim: str | None = None) -> None:
+        """Say that the run is alive. One that had expired is open again: its charge never stopped counting.
+
+        Raises:
+            GuaranteeLost: if it was closed, or another copy of the run directory holds it: the run must stop.
+        """
+        live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed", _holds_claim(claim))
         values = {"state": "open", "lease_until": time.time() + lease_seconds}
-        self.database.write(lambda c: c.execute(sa.update(ReservationRow).where(*live).values(**values)))
+        done = self.database.write(
+            lambda c: c.execute(sa.update(ReservationRow).where(*live).values(**values)).rowcount
+        )
+        if done != 1:
+            raise GuaranteeLost(
+                f"reservation {reservation_id[:12]} was closed, or taken over by another copy of this run directory, "
+                "while the run was training; nothing is released. Started again, the run asks for its budget anew"
+            )
 
     def opted_out(self, reservation: Reservation) -> frozenset[str]:
         """Pseudonyms that this run drops: those on the list when it began, so that a resumed run has the same data."""
@@ -239,10 +258,13 @@ class Registry:
         epsilon: float,
         ledger_head: str,
         contributions: Mapping[str, tuple[int, int]],
-    ) -> None:
+        claims: Collection[str] = (),
+    ) -> bool:
         """Charge a finished run what its ledger shows, and keep what each user contributed.
 
-        A reservation that has expired and was not renewed stays charged in full. Does nothing if it is settled.
+        A reservation that has expired and was not renewed stays charged in full, and so does one that was closed by
+        hand, from now on. Does nothing if the release with this ledger is settled. One with another ledger, of
+        a copy of the run directory, is charged in full beside the first.
 
         Args:
             uid: the run.
@@ -250,25 +272,42 @@ class Registry:
             epsilon: of these steps, at the run's δ.
             ledger_head: hash of the ledger's last record.
             contributions: pseudonym (of this registry) → steps, records.
+            claims: with one of which the run directory claimed the reservation.
+
+        Returns:
+            Whether the release had no reservation of its own and was charged beside another.
+
+        Raises:
+            GuaranteeLost: if the ledger shows more steps than were reserved.
         """
 
-        def work(connection: sa.Connection) -> None:
-            row = _live(connection, uid)
-            if row is None:
-                return
-            in_full = row.state == "expired"
-            _close(connection, row, "settle", None if in_full else num_steps, epsilon, ledger_head)
-            connection.execute(sa.delete(Contribution).where(Contribution.run_id == row.run_id))
-            rows = [
-                {"run_id": row.run_id, "user_pseudonym": user, "num_steps": steps, "num_records": records}
-                for user, (steps, records) in contributions.items()
-            ]
-            for start in range(0, len(rows), _CHUNK):
-                connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
+        def work(connection: sa.Connection) -> bool:
+            endings.expire(connection)
+            rows = endings.reservations_of(connection, uid)
+            ends = endings.settled_heads(connection, rows)
+            if not rows or ledger_head in ends:
+                return False
+            row = rows[-1]
+            is_ours = row.claim is None or row.claim in claims
+            is_beside = False
+            if row.state != "closed" and is_ours:
+                endings.close(
+                    connection, row, "settle", None if row.state == "expired" else num_steps, epsilon, ledger_head
+                )
+            else:
+                endings.outdate(connection, row.dataset_id)
+                is_beside = not is_ours or endings.closed_by(connection, row) != "close"
+                own = endings.beside(connection, row, epsilon) if is_beside else row
+                connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
+                endings.close(connection, own, "settle", None, epsilon, ledger_head)
+            endings.add_contributions(connection, row.run_id, contributions)
+            return is_beside
 
-        self.database.write(work)
+        return self.database.write(work)
 
-    def refund(self, uid: str, *, num_steps: int, epsilon: float, ledger_head: str) -> int:
+    def refund(
+        self, uid: str, *, num_steps: int, epsilon: float, ledger_head: str, claims: Collection[str] = ()
+    ) -> int:
         """End a run that was given up, and charge only the steps that its ledger shows as begun.
 
         The caller holds the run's lock and has verified its ledger: steps that no ledger shows were never computed, so
@@ -278,14 +317,15 @@ class Registry:
             Repetitions given back.
 
         Raises:
-            PrivtrainError: if the run holds no reservation.
+            PrivtrainError: if the run holds no reservation, or another copy of its directory does.
         """
 
         def work(connection: sa.Connection) -> int:
             row = _live(connection, uid)
             if row is None:
                 raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
-            return row.num_reserved - _close(connection, row, "refund", num_steps, epsilon, ledger_head)
+            _check_claim(row, claims)
+            return row.num_reserved - endings.close(connection, row, "refund", num_steps, epsilon, ledger_head)
 
         return self.database.write(work)
 
@@ -298,7 +338,7 @@ class Registry:
         row = self.database.read(lambda c: c.execute(_with_mechanism(uid)).one_or_none())
         if row is None:
             raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
-        part = Part(row.event, _charge(row, num_steps), None)
+        part = Part(row.event, endings.charge_of(row, num_steps), None)
         return spending.composed_epsilon([part], row.delta).epsilon
 
     def close(self, reservation_id: str) -> None:
@@ -309,14 +349,14 @@ class Registry:
         """
 
         def work(connection: sa.Connection) -> None:
-            _expire(connection)
+            endings.expire(connection)
             row = connection.execute(sa.select(ReservationRow).where(ReservationRow.id == reservation_id)).one_or_none()
             if row is None:
                 raise PrivtrainError(f"no reservation {reservation_id}; see: privtrain registry runs")
             if row.state == "open":
                 raise PrivtrainError(f"reservation {reservation_id} is open: its run may be alive until its lease ends")
             if row.state == "expired":
-                _close(connection, row, "close", None, row.epsilon, "")
+                endings.close(connection, row, "close", None, row.epsilon, "")
 
         self.database.write(work)
 
@@ -393,7 +433,8 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
             f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {found.unit}, and a "
             f"guarantee for one {request.unit} is none for one {found.unit}"
         )
-    _check_name(connection, found, manifest)
+    _check_unit(connection, request.dataset, found.population_id, found.unit)
+    _check_name(connection, found.id, request.dataset, manifest)
     now = time.time()
     budgets = []
     for row in active_budgets(connection, found.id):
@@ -407,15 +448,32 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
     return _Snapshot(found.id, found.population_id, version, tuple(budgets))
 
 
-def _check_name(connection: sa.Connection, dataset: Any, manifest: str) -> None:
+def _check_unit(connection: sa.Connection, dataset: str, population_id: int, unit: str) -> None:
+    """Losses of a user and losses of an example are not added up: one population, one unit."""
+    chosen = sa.select(Dataset.name, Dataset.unit).where(Dataset.population_id == population_id, Dataset.unit != unit)
+    other = connection.execute(chosen.order_by(Dataset.id)).first()
+    if other is not None:
+        raise PrivtrainError(
+            f"the data set {dataset!r} has unit {unit}, but {other.name!r} of the same population has unit "
+            f"{other.unit}, and their losses do not add up; give it the same --unit, or a --population of its own"
+        )
+    per_user = (Budget.population_id == population_id, Budget.scope == "user", Budget.superseded_at.is_(None))
+    if unit != "user" and connection.execute(sa.select(Budget.id).where(*per_user)).first() is not None:
+        raise PrivtrainError(
+            f"the data set {dataset!r} has unit {unit}, but its population has a budget for every user, of which the "
+            "loss of such a run is not known; give it a --population of its own"
+        )
+
+
+def _check_name(connection: sa.Connection, dataset_id: int, name: str, manifest: str) -> None:
     other = connection.execute(
         sa.select(Dataset.name)
         .join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
-        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset.id)
+        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset_id)
     ).scalar_one_or_none()
     if other is not None:
         raise PrivtrainError(
-            f"registry.dataset: given {dataset.name!r}, but exactly these records are the data set {other!r}; "
+            f"registry.dataset: given {name!r}, but exactly these records are the data set {other!r}; "
             "one data set has one name and one budget"
         )
 
@@ -429,8 +487,10 @@ def _insert(
     if raised.rowcount != 1:
         return None
     now = time.time()
-    _expire(connection)
+    endings.expire(connection)
     _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
+    # Again: another data set may have taken these records since the snapshot, and its population's version is another.
+    _check_name(connection, snapshot.dataset_id, request.dataset, manifest)
     stored = None if part.divergences is None else np.asarray(part.divergences, dtype="<f8").tobytes()
     digest = spending.event_digest(part.text)
     _insert_missing(connection, Mechanism, digest=digest, event=part.text, divergences=stored)
@@ -451,6 +511,10 @@ def _insert(
     # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
     # this run among the unfinished.
     num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
+    earlier = sa.select(ReservationRow.num_opt_outs).where(ReservationRow.run_id == run_id)
+    last = connection.execute(earlier.order_by(ReservationRow.created_at.desc())).scalars().first()
+    if request.has_split and last is not None:
+        num_opt_outs = last
     reservation_id = uuid.uuid4().hex
     connection.execute(
         sa.insert(ReservationRow).values(
@@ -466,6 +530,7 @@ def _insert(
             num_opt_outs=num_opt_outs,
             created_at=now,
             lease_until=now + request.lease_seconds,
+            claim=request.claim,
         )
     )
     return Reservation(reservation_id, "open", num_opt_outs, is_new=True)
@@ -485,58 +550,39 @@ def _holds(connection: sa.Connection, uid: str) -> bool:
     return connection.execute(live).first() is not None
 
 
-def _take_over(connection: sa.Connection, uid: str, lease_seconds: float) -> Reservation | None:
+def _take_over(connection: sa.Connection, request: RunRequest) -> Reservation | None:
     """The run's own reservation, open again if it had expired."""
-    row = _live(connection, uid)
+    row = _live(connection, request.uid)
     if row is None:
         return None
-    values = {"state": "open", "lease_until": time.time() + lease_seconds}
+    _check_claim(row, [request.claim, *request.earlier_claims])
+    values = {"state": "open", "lease_until": time.time() + request.lease_seconds, "claim": request.claim}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
 
 
+def _holds_claim(claim: str | None) -> sa.ColumnElement[bool]:
+    return sa.or_(ReservationRow.claim.is_(None), ReservationRow.claim == claim)
+
+
+def _check_claim(row: Any, known: Collection[str | None]) -> None:
+    if row.claim is not None and row.claim not in known:
+        raise PrivtrainError(
+            f"reservation {row.id[:12]} is held by another copy of this run directory, or this one was restored from a "
+            "backup: two copies would train twice and be charged once. Go on in the copy that trained last. If that "
+            f"one is lost, wait until the reservation has expired, then: privtrain registry close {row.id}"
+        )
+
+
 def _live(connection: sa.Connection, uid: str) -> Any:
     """The run's reservation that is not closed, locked against others until the transaction ends."""
-    _expire(connection)
+    endings.expire(connection)
     return connection.execute(
         sa.select(ReservationRow)
         .join(Run, Run.id == ReservationRow.run_id)
         .where(Run.uid == uid, ReservationRow.state != "closed")
         .with_for_update(of=ReservationRow)
     ).one_or_none()
-
-
-def _close(
-    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str
-) -> int:
-    """Close a reservation, charging ``num_steps``, or all of it for ``None``; return what is charged."""
-    charged = row.num_reserved if num_steps is None else _charge(row, num_steps)
-    own = row.epsilon if num_steps is None else epsilon
-    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": time.time()}
-    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
-    connection.execute(
-        sa.insert(Settlement).values(
-            reservation_id=row.id,
-            kind=kind,
-            num_charged=charged,
-            epsilon=own,
-            ledger_head=ledger_head,
-            created_at=time.time(),
-        )
-    )
-    return charged
-
-
-def _charge(row: Any, num_steps: int) -> int:
-    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any."""
-    if row.num_reserved == 1:
-        return 1 if num_steps > 0 else 0
-    return min(num_steps, row.num_reserved)
-
-
-def _expire(connection: sa.Connection) -> None:
-    late = (ReservationRow.state == "open", ReservationRow.lease_until < time.time())
-    connection.execute(sa.update(ReservationRow).where(*late).values(state="expired"))
 
 
 def _ensure_dataset(connection: sa.Connection, name: str, population: str | None, unit: str) -> tuple[int, int, str]:

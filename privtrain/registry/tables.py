@@ -107,6 +107,7 @@ class ReservationRow(Base):
 
     ``state``: ``open``; ``expired`` (its lease ran out: charged in full until it comes back or is closed); ``closed``.
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.
+    ``claim`` is a number that only the run directory knows that holds the reservation, a new one at every start.
     """
 
     __tablename__ = "reservations"
@@ -123,6 +124,7 @@ class ReservationRow(Base):
     created_at: Mapped[float] = mapped_column(sa.Double)
     lease_until: Mapped[float] = mapped_column(sa.Double)
     closed_at: Mapped[float | None] = mapped_column(sa.Double)
+    claim: Mapped[str | None]
 
     __table_args__ = (
         # A run holds at most one reservation that is not closed, whoever races.

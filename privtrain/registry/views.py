@@ -22,6 +22,7 @@ from privtrain.registry.tables import (
     Population,
     ReservationRow,
     Run,
+    Settlement,
 )
 
 #: A history has at most so many points, and is exact for at most so many different mechanisms.
@@ -98,7 +99,7 @@ class UserView:
     Attributes:
         pseudonym: the registry's.
         opted_out_at: when the user was put on the do-not-train list, if so.
-        held: settled runs with the user's contribution; there is none of a user who was never drawn.
+        held: settled runs with the user's contribution, each with its whole ε; none of a user who was never drawn.
         unfinished: runs that have not ended and began before the user opted out (all of them if it did not): who
             contributes to them is not known before they settle.
     """
@@ -153,7 +154,9 @@ def user(database: Database, pseudonym: str) -> UserView:
         _run_columns()
         .add_columns(Contribution.num_steps, Contribution.num_records)
         .join(Contribution, Contribution.run_id == Run.id)
-        .where(Contribution.user_pseudonym == pseudonym, ReservationRow.state == "closed")
+        # Not the run's other reservations, as one before a refund: the settlement's ε is that of its whole ledger.
+        .join(Settlement, sa.and_(Settlement.reservation_id == ReservationRow.id, Settlement.kind == "settle"))
+        .where(Contribution.user_pseudonym == pseudonym)
         .order_by(ReservationRow.created_at)
     )
     unfinished = _run_columns().where(ReservationRow.state != "closed").order_by(ReservationRow.created_at)

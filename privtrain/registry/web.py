@@ -11,6 +11,7 @@ import pathlib
 import re
 import secrets
 import socket
+from collections.abc import Sequence
 
 import jinja2
 import uvicorn
@@ -35,13 +36,14 @@ _MAX_RUNS = 200
 _LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 
 
-def create_app(database: Database, *, token: str | None = None, any_host: bool = False) -> Starlette:
+def create_app(database: Database, *, token: str | None = None, hosts: Sequence[str] = ()) -> Starlette:
     """The page as an application.
 
     Args:
         database: opened read-only.
         token: what a visitor has to know; ``None`` for nothing.
-        any_host: also answer under names other than loopback's, which a page of another site could make a browser ask.
+        hosts: names to answer under beside the usual ones of loopback; ``"*"`` for any, which a page of another site
+            could make a browser ask.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -70,7 +72,7 @@ def create_app(database: Database, *, token: str | None = None, any_host: bool =
     async def failed(request: Request, error: Exception) -> Response:  # noqa: ARG001
         return PlainTextResponse(str(error), status_code=503)
 
-    middleware = [] if any_host else [Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_HOSTS)]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK_HOSTS, *hosts])]
     if token is not None:
         middleware.append(Middleware(_TokenMiddleware, token=token))
     return Starlette(
@@ -97,7 +99,7 @@ def run_server(database: Database, *, host: str, port: int, always_token: bool =
         raise PrivtrainError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
     shown = f"[{host}]" if ":" in host else host
     say(f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}  (read-only; Ctrl-C ends it)")
-    app = create_app(database, token=token, any_host=not is_local)
+    app = create_app(database, token=token, hosts=[shown if is_local else "*"])
     # No access log: its lines would hold the token and the pseudonyms that were looked up.
     uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)).run([listener])
 

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import secrets
 import threading
 from collections.abc import Iterator
 
 from privtrain.backends import Backend
 from privtrain.console import say
 from privtrain.data.corpus import Corpus
-from privtrain.errors import ConfigError, Fault, PlanMismatch, PrivtrainError, RegistryUnreachable
+from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, RegistryUnreachable
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
 from privtrain.registry.database import registry_url
@@ -24,14 +25,16 @@ from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest
 from privtrain.rundir import RunDirectory, write_json
 from privtrain.secret import pseudonym
+from privtrain.training.begun import num_begun, traces
 from privtrain.training.claim import Inputs
+from privtrain.training.stop import StopRequest
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
 _EXIT_REQUEUE = 75
 
 
 @contextlib.contextmanager
-def budgeted(inputs: Inputs, backend: Backend) -> Iterator[Inputs]:
+def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[Inputs]:
     """Hold the run's reservation while it trains; settle it if the run ends released.
 
     Yields:
@@ -40,6 +43,7 @@ def budgeted(inputs: Inputs, backend: Backend) -> Iterator[Inputs]:
     Raises:
         BudgetExceeded: if a budget does not allow the run.
         RegistryUnreachable: if the registry does not answer.
+        GuaranteeLost: if the reservation was closed, or claimed by a copy of the run directory, while the run trained.
     """
     with backend.main_alone():
         hold = Hold.take(inputs) if backend.is_main else None
@@ -48,9 +52,11 @@ def budgeted(inputs: Inputs, backend: Backend) -> Iterator[Inputs]:
     dropped = json.loads(backend.broadcast_bytes(message))
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
     try:
-        with hold.kept_alive() if hold else contextlib.nullcontext():
-            yield allowed
+        with hold.kept_alive(stop) if hold else contextlib.nullcontext():
+            yield dataclasses.replace(allowed, check_release=hold.check) if hold else allowed
     except Exception as error:
+        if hold is not None and hold.lost is not None:
+            raise hold.lost from error
         # A run that is to be requeued keeps what it has.
         if hold is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
             hold.give_up()
@@ -77,11 +83,15 @@ def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:
 class Hold:
     """A reservation held by this process, on rank 0. Use :func:`budgeted`."""
 
-    def __init__(self, registry: Registry, reservation: Reservation | None, inputs: Inputs, uid: str) -> None:
+    def __init__(
+        self, registry: Registry, reservation: Reservation | None, inputs: Inputs, uid: str, claims: tuple[str, ...]
+    ) -> None:
         self._registry = registry
         self._reservation = reservation
         self._inputs = inputs
         self._uid = uid
+        self._claims = claims
+        self.lost: GuaranteeLost | None = None
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
@@ -95,7 +105,7 @@ class Hold:
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.
-            if not isinstance(error, RegistryUnreachable) and not inputs.run.ledger.exists():
+            if not isinstance(error, RegistryUnreachable) and not _has_begun(inputs.run):
                 inputs.run.identity.unlink(missing_ok=True)
             raise
 
@@ -123,12 +133,17 @@ class Hold:
             return None
         uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
         if inputs.run.is_complete():
-            return cls(registry, None, inputs, uid)
-        reservation = registry.reserve(_request(inputs, uid))
+            return cls(registry, None, inputs, uid, _read_claims(inputs.run))
+        claim = secrets.token_hex(16)
+        request = _request(inputs, uid, claim)
+        # On disk before the registry knows it: after a crash between the two, either is accepted.
+        write_json(_claims(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
+        reservation = registry.reserve(request)
+        write_json(_claims(inputs.run), {"claims": [claim]}, mode=0o600)
         write_json(note, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
         state = "reserved" if reservation.is_new else "found again"
         say(f"budget {state}: {section.dataset}, reservation {reservation.id[:12]}")
-        return cls(registry, reservation, inputs, uid)
+        return cls(registry, reservation, inputs, uid, (claim,))
 
     def dropped_users(self) -> list[str]:
         """Users of this run's data that are on the do-not-train list."""
@@ -138,18 +153,18 @@ class Hold:
         return [user for user in self._inputs.corpus.records if self._registry.pseudonym(user) in listed]
 
     @contextlib.contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        """Renew the lease from a thread."""
+    def kept_alive(self, stop: StopRequest) -> Iterator[None]:
+        """Renew the lease from a thread, which stops the run if the reservation is lost."""
         if self._reservation is None:
             yield
             return
-        stop = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(stop, self._reservation.id), daemon=True)
+        ended = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(ended, stop), daemon=True)
         thread.start()
         try:
             yield
         finally:
-            stop.set()
+            ended.set()
             thread.join(timeout=5)
 
     def settle(self) -> None:
@@ -159,31 +174,55 @@ class Hold:
             return
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         try:
-            self._registry.settle(
+            is_beside = self._registry.settle(
                 self._uid,
                 num_steps=statement["steps_released"],
                 epsilon=statement["epsilon"],
                 ledger_head=statement["ledger"]["head"],
                 contributions=self._contributions(),
+                claims=self._claims,
             )
+            if is_beside:
+                say(
+                    "[yellow]warning[/]: another copy of this run holds its reservation or settled it; "
+                    "this release is charged in full beside it"
+                )
         except RegistryUnreachable as error:
             # The release stands and is charged in full; the same command settles it.
             say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
 
     def give_up(self) -> None:
-        """After a failure: a run that never began a step costs nothing. Any other keeps its reservation."""
+        """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
         if self._reservation is None:
             return
         # The failure itself is what is told; a reservation that cannot be given back stays and expires.
         with contextlib.suppress(PrivtrainError):
-            if _num_begun(self._inputs.run) == 0:
-                self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="")
+            if num_begun(self._inputs.run) == 0:
+                self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="", claims=self._claims)
 
-    def _beat(self, stop: threading.Event, reservation_id: str) -> None:
+    def check(self) -> None:
+        """See that the reservation still is this run's.
+
+        Raises:
+            GuaranteeLost: if it was closed, or another copy of the run directory claimed it.
+        """
+        if self._reservation is None:
+            return
+        with contextlib.suppress(RegistryUnreachable):  # an expired reservation counts in full all the same
+            try:
+                self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1])
+            except GuaranteeLost as error:
+                self.lost = error
+                raise
+
+    def _beat(self, ended: threading.Event, stop: StopRequest) -> None:
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
-        while not stop.wait(interval):
-            with contextlib.suppress(RegistryUnreachable):  # an expired reservation counts in full all the same
-                self._registry.renew(reservation_id, self._lease_seconds)
+        while not ended.wait(interval):
+            try:
+                self.check()
+            except GuaranteeLost:
+                stop.ask("the run's reservation is gone")
+                return
 
     def _contributions(self) -> dict[str, tuple[int, int]]:
         totals = contributions_of(self._inputs.run, self._inputs.corpus, self._inputs.plan.unit)
@@ -215,7 +254,7 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
     Raises:
         PrivtrainError: if it is no run, it is still training, it was released, or it holds no reservation.
-        LedgerCorrupt: if its ledger proves nothing.
+        LedgerCorrupt: if its ledger proves nothing: it is gone, damaged, or older than what lies beside it.
     """
     run = RunDirectory(run_path)
     if not run.exists() or not _note(run).exists():
@@ -223,26 +262,43 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
     with run.locked():
         if run.is_complete():
             raise PrivtrainError(f"{run.root} is released; start its training command again to settle it")
-        num_begun = _num_begun(run)
+        begun = num_begun(run)
         head = verify_chain(run.ledger, allow_torn=True).head if run.ledger.exists() else ""
         uid = json.loads(run.identity.read_text(encoding="utf-8"))["tracker_id"]
         registry = Registry(url)
         num_back = registry.refund(
-            uid, num_steps=num_begun, epsilon=registry.epsilon_of(uid, num_begun), ledger_head=head
+            uid,
+            num_steps=begun,
+            epsilon=registry.epsilon_of(uid, begun),
+            ledger_head=head,
+            claims=_read_claims(run),
         )
-    return f"{run.root}: {num_begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
+    return f"{run.root}: {begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
 
 
-def _num_begun(run: RunDirectory) -> int:
-    # What a crash left half written was never begun.
-    return verify_chain(run.ledger, allow_torn=True).num_charged if run.ledger.exists() else 0
+def _has_begun(run: RunDirectory) -> bool:
+    return run.ledger.exists() or bool(traces(run))
 
 
 def _note(run: RunDirectory) -> pathlib.Path:
     return run.secret / "reservation.json"
 
 
-def _request(inputs: Inputs, uid: str) -> RunRequest:
+def _read_claims(run: RunDirectory) -> tuple[str, ...]:
+    """What this copy of the run directory claimed its reservation with; more than one after a crash in between.
+
+    The registry keeps one claim, a new one at every start: of two copies of a directory, the one that starts second
+    takes the reservation, and the first is refused from then on, as is one that was restored.
+    """
+    file = _claims(run)
+    return tuple(json.loads(file.read_text(encoding="utf-8"))["claims"]) if file.exists() else ()
+
+
+def _claims(run: RunDirectory) -> pathlib.Path:
+    return run.secret / "reservation_claims.json"
+
+
+def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
     plan, section = inputs.plan, inputs.config.registry
     assert section.dataset is not None
     if plan.not_private_reasons:
@@ -265,6 +321,9 @@ def _request(inputs: Inputs, uid: str) -> RunRequest:
         delta=plan.delta,
         settings=settings,
         lease_seconds=section.lease_hours * 3600,
+        claim=claim,
+        earlier_claims=_read_claims(inputs.run),
+        has_split=inputs.run.manifest.exists(),
     )
 
 

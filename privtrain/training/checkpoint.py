@@ -123,6 +123,18 @@ def load_newest(directory: pathlib.Path) -> Checkpoint | None:
     return None
 
 
+def listed(directory: pathlib.Path) -> list[tuple[pathlib.Path, int | None, int]]:
+    """Path, generation and step of every checkpoint, unverified; a damaged one still has the step in its name."""
+    found = []
+    for path in _newest_first(directory):
+        try:
+            summary = json.loads((path / _SUMMARY).read_text(encoding="utf-8"))
+            found.append((path, int(summary["generation"]), int(summary["step"])))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            found.append((path, None, int(path.name.removeprefix("step-"))))
+    return found
+
+
 def drop_after(directory: pathlib.Path, step: int) -> None:
     """Remove checkpoints past ``step``: they are damaged, or rest on steps that were abandoned."""
     for candidate in _newest_first(directory):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from privtrain.backends import Backend
@@ -20,13 +20,17 @@ from privtrain.rundir import RunDirectory, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What every rank reads for itself before the process group exists."""
+    """What every rank reads for itself before the process group exists.
+
+    ``check_release`` is called on rank 0 right before anything is released, and raises if nothing may be.
+    """
 
     config: Config
     corpus: Corpus
     plan: PrivacyPlan
     fingerprint: str
     run: RunDirectory
+    check_release: Callable[[], None] = lambda: None
 
 
 def read_inputs(config: Config) -> Inputs:

@@ -87,7 +87,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         with (
             joined(config.performance, stop) as backend,
             claimed(inputs, backend),
-            budgeted(inputs, backend) as allowed,
+            budgeted(inputs, backend, stop) as allowed,
         ):
             if not is_complete(allowed, backend):
                 _run(allowed, backend, stop)
@@ -348,8 +348,9 @@ def _release(
         raise GuaranteeLost(
             f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
+    inputs.check_release()
     epsilon = plan.epsilon_after(num_accounted)
-    head = ledger.release(finite(epsilon), plan.delta)
+    head = ledger.release(finite(epsilon), plan.delta, plan.fingerprint())
     statement = privacy_statement(
         config,
         plan,

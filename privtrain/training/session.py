@@ -20,6 +20,7 @@ from privtrain.ledger.head import head_path
 from privtrain.rundir import write_atomically, write_json
 from privtrain.secret import SecretKey
 from privtrain.training import checkpoint
+from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs
 from privtrain.training.environment import check_ranks_agree
 from privtrain.training.resume import Continuation, decide
@@ -48,7 +49,8 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
 def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
     run, plan = inputs.run, inputs.plan
     is_gone = not run.ledger.exists()
-    if is_gone and (run.manifest.exists() or checkpoint.load_newest(run.checkpoints) is not None):
+    # A head file alone is left by a crash while the ledger was made; it is compared with the ledger on opening.
+    if is_gone and any(path != head_path(run.ledger) for path in traces(run)):
         raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
     is_new = is_gone and not head_path(run.ledger).exists()  # a key that was used is never replaced
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")

@@ -38,6 +38,11 @@ class StopRequest:
         """From here on other ranks count on this one; before, a signal ends the process at once."""
         self._is_joined = True
 
+    def ask(self, reason: str) -> None:
+        """Stop all ranks at the next step boundary, as a signal would."""
+        self._signal_name = reason
+        self.requested.set()
+
     def agreed(self, backend: Backend) -> bool:
         """Whether any rank was asked to stop: one number, summed. All ranks must call this at the same place."""
         flag = torch.tensor([float(self.requested.is_set())], dtype=torch.float32, device=backend.device)

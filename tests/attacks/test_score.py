@@ -16,7 +16,7 @@ from attacks.analyse import analyse_run
 from attacks.cli import app
 from attacks.documents import compose_batches
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, score_run
+from attacks.score import ScoreOptions, attack_pseudonym, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
@@ -26,6 +26,7 @@ from privtrain.secret import pseudonym
 from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
+from tests.privtrain.ledgers import contents
 
 
 @pytest.fixture
@@ -52,7 +53,11 @@ def test_signals_are_the_models_log_probabilities(finished, tiny_llama):
         row = json.loads(line)
         texts.setdefault(row["user"], []).append(row["text"])
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
-    names = {pseudonym(RunDirectory(finished).load_key("pseudonym"), user): user for user in texts}
+    key = RunDirectory(finished).load_key("pseudonym")
+    names = {attack_pseudonym(key, user): user for user in texts}
+    in_the_ledger = {name for step in contents(finished / "secret" / "ledger.jsonl").values() for name in step}
+    assert in_the_ledger & {pseudonym(key, user) for user in texts}
+    assert not in_the_ledger & {row.user for row in rows}, "token ids under the ledger's pseudonyms name its rows"
     for signal in rows:
         assert (int(signal.document) in manifest["attacker"][names[signal.user]]) == (signal.kind == FRESH)
         text = texts[names[signal.user]][int(signal.document)]

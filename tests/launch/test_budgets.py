@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shutil
 import stat
+import time
 
 import pytest
 import sqlalchemy as sa
@@ -14,13 +16,16 @@ from privtrain.errors import (
     BudgetExceeded,
     ConfigError,
     GuaranteeLost,
+    LedgerCorrupt,
     PlanMismatch,
     PrivtrainError,
     RegistryUnreachable,
 )
+from privtrain.ledger.head import head_path
 from privtrain.registry import views
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
+from privtrain.rundir import RunDirectory
 from privtrain.training import budget as budget_module
 from privtrain.training import job
 from privtrain.training.job import train
@@ -174,6 +179,132 @@ def test_a_run_that_is_given_up_gets_back_the_steps_that_it_never_began(private_
     assert sorted(view.num_charged for view in views.runs(registry.database)) == [2, 4]
     with pytest.raises(PrivtrainError, match="is released"):
         budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
+
+
+def stopped_after(num_steps: int, tree, tmp_path, monkeypatch) -> RunDirectory:
+    tree["performance"]["checkpoint_interval_steps"] = 1
+    with monkeypatch.context() as patched:
+        interrupt_after(num_steps, patched)
+        with pytest.raises(GuaranteeLost):
+            start(tree, tmp_path)
+    return RunDirectory(tmp_path / "runs" / "tiny")
+
+
+def lose_all_but_a_key(run: RunDirectory) -> None:
+    for path in (head_path(run.ledger), run.manifest):
+        path.unlink()
+    for path in (run.checkpoints, run.ledger.with_suffix("")):
+        shutil.rmtree(path)
+        path.mkdir(mode=0o700)
+
+
+def lose_the_head(run: RunDirectory) -> None:
+    head_path(run.ledger).unlink()
+
+
+@pytest.mark.parametrize("lose_more", [None, lose_the_head, lose_all_but_a_key])
+def test_a_lost_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch, lose_more):
+    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+    run.ledger.unlink()
+    if lose_more is not None:
+        lose_more(run)
+    with pytest.raises(LedgerCorrupt, match="is gone"):
+        start(private_tree, tmp_path)
+    with pytest.raises(LedgerCorrupt, match="is gone"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("open", 4)
+    assert run.exists(), "it keeps its identity, and with it its reservation"
+
+
+def test_an_older_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch):
+    real = job.begin_session
+
+    def keep_a_copy(inputs, *others):
+        real(inputs, *others)
+        secret = inputs.run.secret
+        shutil.copytree(secret, tmp_path / "older")
+
+    monkeypatch.setattr(job, "begin_session", keep_a_copy)
+    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+    for name in ("ledger.jsonl", "ledger.head"):
+        shutil.copy(tmp_path / "older" / name, run.secret / name)
+    with pytest.raises(LedgerCorrupt, match="is past"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    assert views.runs(registry.database)[0].num_charged == 4
+
+
+def close_the_reservation(registry: Registry) -> None:
+    (view,) = views.runs(registry.database)
+    registry.database.write(lambda c: c.execute(sa.update(ReservationRow).values(lease_until=1.0)))
+    registry.close(view.reservation)
+
+
+def test_a_run_whose_reservation_was_closed_releases_nothing(private_tree, tmp_path, registry, monkeypatch):
+    with monkeypatch.context() as patched:
+        real = job.Trainer.train_step
+
+        def step(self, number):
+            real(self, number)
+            if number == 3:
+                close_the_reservation(registry)
+
+        patched.setattr(job.Trainer, "train_step", step)
+        with pytest.raises(GuaranteeLost, match="was closed"):
+            start(private_tree, tmp_path)
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    assert not run.privacy.exists()
+    assert not run.adapter.exists()
+    start(private_tree, tmp_path)
+    assert [view.num_charged for view in views.runs(registry.database)] == [4, 4]
+
+
+def test_a_heartbeat_that_finds_the_reservation_closed_stops_the_run(private_tree, tmp_path, registry, monkeypatch):
+    private_tree["registry"]["lease_hours"] = 0.4 / 3600
+    private_tree["privacy"]["num_steps"] = 30
+    steps = []
+    real = job.Trainer.train_step
+
+    def step(self, number):
+        real(self, number)
+        steps.append(number)
+        if number == 0:
+            close_the_reservation(registry)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(job.Trainer, "train_step", step)
+    with pytest.raises(GuaranteeLost, match="was closed"):
+        start(private_tree, tmp_path)
+    assert len(steps) < 29
+
+
+def test_a_copy_of_a_run_directory_does_not_train_on_the_same_reservation(
+    private_tree, tmp_path, registry, monkeypatch
+):
+    run = stopped_after(2, private_tree, tmp_path, monkeypatch)
+    shutil.copytree(run.root, tmp_path / "copies" / "tiny")
+    start(private_tree, tmp_path)
+    registry.database.write(  # as if the first were still training
+        lambda c: c.execute(sa.update(ReservationRow).values(state="open", lease_until=time.time() + 3600))
+    )
+    private_tree["run"]["output_dir"] = str(tmp_path / "copies")
+    with pytest.raises(PrivtrainError, match="another copy of this run directory"):
+        start(private_tree, tmp_path)
+    with pytest.raises(PrivtrainError, match="another copy of this run directory"):
+        budget_module.refund_run(tmp_path / "copies" / "tiny", str(tmp_path / "budgets" / "registry.db"))
+    assert RunDirectory(tmp_path / "copies" / "tiny").exists()
+
+
+def test_a_run_resumes_after_a_refund_though_somebody_opted_out_in_between(
+    private_tree, tmp_path, registry, monkeypatch
+):
+    run = stopped_after(2, private_tree, tmp_path, monkeypatch)
+    budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    for index in range(0, 24, 3):
+        registry.forget(registry.pseudonym(f"user-{index:03d}"))
+    start(private_tree, tmp_path)
+    assert run.is_complete()
+    assert sorted(view.num_charged for view in views.runs(registry.database)) == [2, 4]
 
 
 def test_a_user_who_opted_out_is_in_no_later_run_and_how_many_did_is_told_privately(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import json
+import os
+import pathlib
 
+import duckdb
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
@@ -121,6 +124,58 @@ def test_export_holds_every_contribution_for_its_owner_alone(run, tmp_path, kind
         invoke("export", run.root, target)
 
 
+@pytest.mark.parametrize("command", ["export", "prove"])
+def test_nothing_private_is_written_over_a_file_or_where_a_run_is_public(run, tmp_path, command):
+    """A file that others opened while it was open to them stays so; a file of the run's own would be lost."""
+
+    def write(target):
+        options = ["--user", "user-4", "-o", target] if command == "prove" else [target, "--csv"]
+        return invoke(command, run.root, *options)
+
+    other = RunDirectory(tmp_path / "runs" / "other")
+    other.create()
+    write_steps(other.ledger, 2)
+    (tmp_path / "link").symlink_to(run.root)
+    for directory in (run.root, other.root, tmp_path / "link", run.checkpoints):
+        with pytest.raises(PrivtrainError, match="may be published"):
+            write(directory / "x")
+        assert not (directory / "x").exists()
+    wide = tmp_path / "wide"
+    wide.write_text("mine")
+    wide.chmod(0o644)
+    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
+    key = run.secret / "pseudonym.key"
+    before = key.read_bytes()
+    for target in (wide, key, tmp_path / "dangling"):
+        with pytest.raises(PrivtrainError, match="is there already"):
+            write(target)
+    with pytest.raises(PrivtrainError, match="is not a directory"):
+        write(tmp_path / "none" / "x")
+    assert (wide.read_text(), key.read_bytes()) == ("mine", before)
+    assert not (tmp_path / "elsewhere").exists()
+    for target in (run.secret / "x", tmp_path / "x"):
+        write(target)
+        assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_export_is_closed_from_its_first_byte_and_gone_if_it_fails(run, tmp_path, monkeypatch):
+    seen, chmod = [], os.chmod
+    monkeypatch.setattr(os, "chmod", lambda path, mode: seen.append(path) or chmod(path, mode))
+    target = tmp_path / "x.csv"
+    umask = os.umask(0)
+    try:
+        invoke("export", run.root, target, "--csv")
+    finally:
+        os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert not seen, "closed by a chmod at the end"
+    with opened_contributions(run.ledger) as contributions:
+        contributions._connection.close()
+        with pytest.raises(duckdb.Error):
+            contributions.export(tmp_path / "y.csv", "csv")
+    assert not (tmp_path / "y.csv").exists()
+
+
 def test_show_counts_each_step_and_names_nobody(run):
     shown = json.loads(invoke("show", run.root, "--json"))
     steps = [row for row in shown["records"] if row["kind"] == "intent"]
@@ -191,6 +246,49 @@ def test_after_shredding_counts_and_chain_verify_and_nobody_can_be_found(run):
     with pytest.raises(GuaranteeLost):
         run.load_key("pseudonym")
     assert shred(run.root, abandon=True)[0] == []
+
+
+def test_shredding_destroys_the_attack_jobs_files_and_names_what_links(run, tmp_path):
+    """They hold tokens, texts and results by user: with the data set at hand, whose they are can be told."""
+    attack = run.secret / "attack"
+    kept = tmp_path / "data.jsonl"
+    kept.write_text("the data set")
+    files = [
+        "signals.parquet",
+        "per_user.parquet",
+        "references/shadow-a.parquet",
+        "parts-signals-12/part-000000.parquet",
+    ]
+    files += ["shadows/records.jsonl", "shadows/runs/a/secret/pseudonym.key", "shadows/runs/a/adapter/a.safetensors"]
+    for name in files:
+        (attack / name).parent.mkdir(parents=True, exist_ok=True)
+        (attack / name).write_bytes(b"what user-4 wrote")
+    (attack / "shadows" / "link").symlink_to(kept)
+    invoke("prove", run.root, "--user", "user-4", "-o", run.secret / "user-4.json")
+    with pytest.raises(PrivtrainError, match="attack job"):
+        invoke("shred", run.root)
+    assert (attack / "shadows" / "records.jsonl").exists()
+    said = invoke("shred", run.root, "--yes", "--abandon")
+    for name in ("signals.parquet", "per_user.parquet", "references", "parts-signals-12", "shadows"):
+        assert f"attack/{name}" in said.splitlines()[0]
+    assert not attack.exists()
+    assert kept.read_text() == "the data set"
+    assert "LINKING: " in next(line for line in said.splitlines() if "user-4.json" in line)
+    named = [file for file in run.root.rglob("*") if file.is_file() and b"user-4" in file.read_bytes()]
+    assert named == [run.secret / "user-4.json"]
+
+
+def test_shredding_goes_on_where_it_was_stopped(run, monkeypatch):
+    (run.secret / "attack").mkdir()
+    (run.secret / "attack" / "signals.parquet").write_bytes(b"tokens")
+    unlink = pathlib.Path.unlink
+    monkeypatch.setattr(pathlib.Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        shred(run.root, abandon=True)
+    monkeypatch.setattr(pathlib.Path, "unlink", unlink)
+    assert shred(run.root, abandon=True)[0] == ["pseudonym.key", "attack/signals.parquet"]
+    with pytest.raises(PrivtrainError, match="was shredded"):
+        print_user(run.root, "user-4", None, as_json=True)
 
 
 def test_commands_without_a_ledger_say_so(tmp_path):

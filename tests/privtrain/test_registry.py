@@ -13,6 +13,7 @@ import time
 import dp_accounting
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ from privtrain.registry.commands import parse_period
 from privtrain.registry.database import Database, key_path
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry
-from privtrain.registry.tables import Base, ReservationRow, Settlement
+from privtrain.registry.tables import Base, Budget, Dataset, Population, ReservationRow, Settlement
 from tests.privtrain.registry_server import PASSWORD
 from tests.privtrain.registry_work import DATASET, request
 
@@ -272,6 +273,156 @@ def test_what_the_registry_does_not_know_is_refused_with_the_command_to_type(reg
     for wrong in ({"epsilon": -1}, {"delta": 2.0}, {"scope": "month"}, {"period_seconds": -1.0}, {"unit": "example"}):
         with pytest.raises(PrivtrainError):
             registry.set_budget(DATASET, **({"epsilon": 8, "delta": 1e-6} | wrong))
+
+
+def test_a_population_has_one_unit(registry):
+    registry.set_budget("mail", epsilon=8, delta=1e-6, population="people")
+    with pytest.raises(PrivtrainError, match="'mail' of the same population has unit user"):
+        registry.set_budget("lines", epsilon=8, delta=1e-6, population="people", scope="dataset", unit="example")
+    registry.set_budget("rows", epsilon=8, delta=1e-6, population="tables", scope="dataset", unit="example")
+    with pytest.raises(PrivtrainError, match="unit example"):
+        registry.set_budget("owners", epsilon=8, delta=1e-6, population="tables")
+    names = registry.database.read(lambda c: c.execute(sa.select(Dataset.name)).scalars().all())
+    assert sorted(names) == [DATASET, "mail", "rows"], "what was refused left nothing behind"
+
+
+def test_a_registry_in_which_units_were_mixed_reserves_nothing_of_them(registry):
+    registry.set_budget("mail", epsilon=8, delta=1e-6, population="people")
+    registry.set_budget("lines", epsilon=8, delta=1e-6, scope="dataset", unit="example")
+    people = sa.select(Population.id).where(Population.name == "people").scalar_subquery()
+    mixed = sa.update(Dataset).where(Dataset.name == "lines").values(population_id=people)
+    moved = sa.update(Budget).where(Budget.scope == "dataset").values(population_id=people)
+    registry.database.write(lambda c: (c.execute(mixed), c.execute(moved)))
+    for name, unit in (("lines", "example"), ("mail", "user")):
+        with pytest.raises(PrivtrainError, match="do not add up"):
+            registry.reserve(request("run", dataset=name, unit=unit))
+    alone = sa.delete(Dataset).where(Dataset.name == "mail")
+    registry.database.write(lambda c: c.execute(alone))
+    with pytest.raises(PrivtrainError, match="a budget for every user"):
+        registry.reserve(request("run", dataset="lines", unit="example"))
+
+
+def test_the_same_records_get_no_second_name_by_a_race(registry):
+    registry.set_budget("alias", epsilon=8, delta=1e-6)
+    same = registry.database.key().derive("dataset-manifest", f"manifest of {DATASET}").hex()
+    asked = request("slow", dataset="alias", manifest_sha256=f"manifest of {DATASET}")
+    part = spending.part_of(asked.event)
+    snapshot = registry.database.read(lambda c: store._snapshot(c, asked, same))
+    registry.reserve(request("fast"))  # takes the records for 'customers', in another population
+    with pytest.raises(PrivtrainError, match="are the data set 'customers'"):
+        registry.database.write(lambda c: store._insert(c, snapshot, asked, part, same))
+    assert [run.uid for run in views.runs(registry.database)] == ["fast"]
+
+
+def test_a_run_that_is_split_keeps_its_list_over_a_refund_and_one_that_is_not_takes_the_newest(registry):
+    first, second = registry.pseudonym("alice"), registry.pseudonym("bob")
+    registry.reserve(request("run"))
+    registry.refund("run", num_steps=0, epsilon=0.0, ledger_head="")
+    registry.forget(first)
+    assert registry.opted_out(registry.reserve(request("run"))) == {first}
+    registry.refund("run", num_steps=100, epsilon=0.3, ledger_head="h")
+    registry.forget(second)
+    again = registry.reserve(request("run", has_split=True))
+    assert again.is_new
+    assert registry.opted_out(again) == {first}
+    assert registry.opted_out(registry.reserve(request("new", has_split=True))) == {first, second}
+
+
+def test_a_user_sees_the_settled_reservation_of_a_run_with_its_whole_epsilon(registry):
+    registry.reserve(request("run"))
+    registry.refund("run", num_steps=100, epsilon=0.3, ledger_head="h")
+    registry.reserve(request("run"))
+    registry.settle("run", num_steps=1000, epsilon=1.83, ledger_head="hh", contributions={"0" * 32: (4, 9)})
+    held = views.user(registry.database, "0" * 32).held
+    assert [(one.run.epsilon, one.num_steps) for one in held] == [(1.83, 4)]
+
+
+def test_more_steps_than_were_reserved_are_an_error_not_a_discount(registry):
+    registry.reserve(request("run"))
+    with pytest.raises(GuaranteeLost, match="1001 steps, but 1000 were reserved"):
+        registry.settle("run", num_steps=1001, epsilon=1.84, ledger_head="h", contributions={})
+    with pytest.raises(GuaranteeLost, match="1001 steps"):
+        registry.refund("run", num_steps=1001, epsilon=1.84, ledger_head="h")
+    assert views.runs(registry.database)[0].state == "open"
+
+
+def test_the_key_is_checked_once_for_all_users(registry, monkeypatch):
+    registry.pseudonym("alice")
+    monkeypatch.setattr(Database, "_retry", lambda *_, **__: pytest.fail("asked the database again"))
+    assert len({registry.pseudonym(f"user-{i}") for i in range(100)}) == 100
+
+
+def test_a_database_that_others_can_read_is_refused(tmp_path):
+    file = tmp_path / "registry.db"
+    Registry(str(file))
+    file.chmod(0o640)
+    with pytest.raises(PrivtrainError, match=f"chmod 600 {file}"):
+        Registry(str(file), read_only=True)
+
+
+def settled(registry: Registry, uid: str, head: str, **more) -> bool:
+    users = {"0" * 32: (3, 7)}
+    return registry.settle(uid, num_steps=400, epsilon=1.2, ledger_head=head, contributions=users, **more)
+
+
+def test_a_release_after_its_reservation_was_closed_by_hand_is_charged_in_full_from_then_on(registry):
+    registry.set_budget(DATASET, epsilon=8, delta=1e-6, period_seconds=30 * DAY)
+    held = registry.reserve(request("run"))
+    age(registry, 2 * 3600)
+    registry.close(held.id)
+    age(registry, 31 * DAY)
+    assert views.budgets(registry.database)[0].num_runs == 0
+    with pytest.raises(GuaranteeLost, match="was closed"):
+        registry.renew(held.id, 3600)
+    for _ in range(2):
+        assert not settled(registry, "run", "head")
+    (run,) = views.runs(registry.database)
+    assert run.num_charged == 1000
+    assert run.closed_at == pytest.approx(time.time(), abs=60)
+    assert views.budgets(registry.database)[0].num_runs == 1
+    (one,) = views.user(registry.database, "0" * 32).held
+    assert (one.num_steps, one.num_records) == (3, 7)
+
+
+def test_two_releases_never_settle_as_one(registry):
+    registry.reserve(request("run"))
+    assert not settled(registry, "run", "head")
+    assert settled(registry, "run", "another head")
+    assert not settled(registry, "run", "another head"), "repeated: it is charged already"
+    assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
+    assert not settled(registry, "run", "head")
+    assert len(views.runs(registry.database)) == 2
+    assert {one.num_steps for one in views.user(registry.database, "0" * 32).held} == {6}
+
+
+def test_of_two_copies_of_a_run_the_one_that_starts_second_holds_the_reservation(registry):
+    first = registry.reserve(request("run", claim="a"))
+    second = registry.reserve(request("run", claim="b", earlier_claims=("a",)))
+    assert second.id == first.id
+    with pytest.raises(GuaranteeLost, match="another copy"):
+        registry.renew(first.id, 3600, "a")
+    registry.renew(first.id, 3600, "b")
+    with pytest.raises(PrivtrainError, match="another copy"):
+        registry.reserve(request("run", claim="c", earlier_claims=("a",)))
+    with pytest.raises(PrivtrainError, match="another copy"):
+        registry.refund("run", num_steps=0, epsilon=0.0, ledger_head="", claims=("a",))
+    assert settled(registry, "run", "head of a", claims=("a",)), "it was released all the same"
+    assert not settled(registry, "run", "head of b", claims=("b",))
+    assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
+
+
+def test_a_start_that_crashed_after_it_reserved_finds_its_reservation(registry):
+    first = registry.reserve(request("run", claim="a"))
+    registry.reserve(request("run", claim="b", earlier_claims=("a",)))  # and the directory still has both
+    assert registry.reserve(request("run", claim="c", earlier_claims=("a", "b"))).id == first.id
+
+
+def test_a_registry_of_the_first_schema_is_upgraded_with_its_reservations(registry):
+    held = registry.reserve(request("run", claim="a"))
+    config = database_module._alembic_config
+    registry.database.write(lambda c: command.downgrade(config(c), "0001"))
+    registry.database.upgrade()
+    assert registry.reserve(request("run", claim="z")).id == held.id
 
 
 def test_a_snapshot_that_is_out_of_date_reserves_nothing(registry):

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from privtrain.registry import web
 from privtrain.registry.store import Registry
 from privtrain.registry.web import create_app, is_loopback
 from tests.privtrain.registry_work import request
@@ -83,8 +85,20 @@ def test_other_host_names_are_refused_on_loopback(filled):
     assert client(filled).get("/", headers={"host": "evil.example"}).status_code == 400
 
 
+def test_every_address_of_loopback_answers_under_its_own_name(filled, monkeypatch):
+    apps = []
+    monkeypatch.setattr(web.uvicorn, "Config", lambda app, **_: apps.append(app))
+    monkeypatch.setattr(
+        web.uvicorn, "Server", lambda _: types.SimpleNamespace(run=lambda listeners: listeners[0].close())
+    )
+    web.run_server(filled.database, host="127.0.0.2", port=0)
+    http = TestClient(apps[0], base_url="http://127.0.0.2")
+    assert http.get("/").status_code == 200
+    assert http.get("/", headers={"host": "evil.example"}).status_code == 400
+
+
 def test_a_token_is_asked_for_and_leaves_the_address(filled):
-    http = client(filled, token="s3cret", any_host=True)
+    http = client(filled, token="s3cret", hosts=["*"])
     assert http.get("/", headers={"host": "registry.internal"}).status_code == 401
     assert http.get("/?token=guess").status_code == 401
     assert http.get("/", headers={"authorization": "Bearer s3cret"}).status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import re
 import socket
 import uuid
 
@@ -21,7 +22,7 @@ from privtrain.tracking import METRICS, Release
 from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
 from privtrain.training.job import train
 from tests.conftest import write_config
-from tests.privtrain.ledgers import contents, rewrite_head
+from tests.privtrain.ledgers import contents, drop_records, rewrite_head
 
 
 @pytest.fixture
@@ -180,6 +181,46 @@ def edit_statement(run, **values):
 def test_a_statement_that_the_ledger_does_not_bear_out_is_found(finished, claim):
     edit_statement(finished, **claim)
     with pytest.raises(LedgerCorrupt, match=next(iter(claim)).rpartition("__")[2] if "num_steps" not in claim else "4"):
+        verify_run(finished)
+
+
+def test_what_the_release_promises_cannot_be_altered_in_the_statement(finished):
+    """ε, δ and the plan stand in the log's last record, so that a statement with others is found, in either copy."""
+    whole = (finished / "privacy.json").read_text()
+    assert "matches privacy.json" in verify_run(finished)
+    edits = [
+        ("epsilon", '"epsilon": 1.5'),
+        ("epsilon", '"epsilon": null'),
+        ("delta", '"delta": 1e-09'),
+        ("plan_fingerprint", f'"plan_fingerprint": "{"0" * 64}"'),
+        ("upper", '"upper": 0.5'),
+    ]
+    for name, said in edits:
+        (finished / "privacy.json").write_text(re.sub(rf'"{name}": [^,\n]+', said, whole))
+        with pytest.raises(LedgerCorrupt, match=name):
+            verify_run(finished)
+    for damaged in (whole.replace('"epsilon":', '"epsilon": 1.5, "epsilon":'), "{}", "[]", whole[:-9]):
+        (finished / "privacy.json").write_text(damaged)
+        with pytest.raises(LedgerCorrupt, match=r"privacy\.json"):
+            verify_run(finished)
+    (finished / "privacy.json").write_text(whole)
+    copy = finished / "adapter" / "privacy.json"
+    copy.write_text(re.sub(r'"epsilon": [^,\n]+', '"epsilon": 1.5', whole))
+    with pytest.raises(LedgerCorrupt, match="adapter"):
+        verify_run(finished)
+    copy.write_text(whole)
+    identity = finished / "secret" / "identity.json"
+    identity.write_text(identity.read_text().replace(fingerprint_of(finished), "0" * 64))
+    with pytest.raises(LedgerCorrupt, match="another plan or data set"):
+        verify_run(finished)
+    (finished / "secret" / "pseudonym.key").unlink()
+    assert "matches privacy.json" in verify_run(finished), "without the key the log's plan tells nothing"
+
+
+def test_a_statement_over_a_log_without_a_release_is_found(finished):
+    drop_records(finished / "secret" / "ledger.jsonl", "release")
+    edit_statement(finished, ledger__head=list(read_records(finished / "secret" / "ledger.jsonl"))[-1]["hash"])
+    with pytest.raises(LedgerCorrupt, match="no release"):
         verify_run(finished)
 
 

@@ -1,0 +1,107 @@
+"""How reservations end, inside a transaction: what is charged, beside which settlement, with whose contributions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from privtrain.errors import GuaranteeLost
+from privtrain.registry.tables import Contribution, Dataset, Population, ReservationRow, Run, Settlement
+
+_CHUNK = 2000
+
+
+def reservations_of(connection: sa.Connection, uid: str) -> Sequence[Any]:
+    """All of a run's reservations, the one that is not closed last, locked until the transaction ends."""
+    chosen = sa.select(ReservationRow).join(Run, Run.id == ReservationRow.run_id).where(Run.uid == uid)
+    is_live = sa.case((ReservationRow.state != "closed", 1), else_=0)
+    ordered = chosen.order_by(is_live, ReservationRow.created_at)
+    return connection.execute(ordered.with_for_update(of=ReservationRow)).all()
+
+
+def settled_heads(connection: sa.Connection, rows: Sequence[Any]) -> set[str]:
+    """Heads of the ledgers whose releases are settled."""
+    chosen = sa.select(Settlement.ledger_head).where(
+        Settlement.reservation_id.in_([row.id for row in rows]), Settlement.kind == "settle"
+    )
+    return set(connection.execute(chosen).scalars())
+
+
+def closed_by(connection: sa.Connection, row: Any) -> str:
+    """How a closed reservation ended."""
+    return connection.execute(sa.select(Settlement.kind).where(Settlement.reservation_id == row.id)).scalar_one()
+
+
+def beside(connection: sa.Connection, row: Any, epsilon: float) -> Any:
+    """One more reservation like ``row``, for a release that has none; whatever the budgets say, since it is out."""
+    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": time.time(), "claim": None}
+    values = row._asdict() | values | {"epsilon": max(row.epsilon, epsilon)}
+    connection.execute(sa.insert(ReservationRow).values(**values))
+    return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == values["id"])).one()
+
+
+def outdate(connection: sa.Connection, dataset_id: int) -> None:
+    """Make the snapshots of whoever is deciding now invalid: something is charged that they do not know of."""
+    population = sa.select(Dataset.population_id).where(Dataset.id == dataset_id).scalar_subquery()
+    raised = sa.update(Population).where(Population.id == population)
+    connection.execute(raised.values(version=Population.version + 1))
+
+
+def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str, tuple[int, int]]) -> None:
+    """To those of an earlier release of the same run, if there was one."""
+    before = sa.select(Contribution).where(Contribution.run_id == run_id)
+    known = {row.user_pseudonym: (row.num_steps, row.num_records) for row in connection.execute(before)}
+    connection.execute(sa.delete(Contribution).where(Contribution.run_id == run_id))
+    rows = []
+    for user in known.keys() | added.keys():
+        steps, records = (sum(pair) for pair in zip(known.get(user, (0, 0)), added.get(user, (0, 0)), strict=True))
+        rows.append({"run_id": run_id, "user_pseudonym": user, "num_steps": steps, "num_records": records})
+    for start in range(0, len(rows), _CHUNK):
+        connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
+
+
+def close(
+    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str
+) -> int:
+    """Close a reservation, charging ``num_steps``, or all of it for ``None``; return what is charged."""
+    charged = row.num_reserved if num_steps is None else charge_of(row, num_steps)
+    own = row.epsilon if num_steps is None else epsilon
+    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": time.time()}
+    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
+    connection.execute(
+        sa.insert(Settlement).values(
+            reservation_id=row.id,
+            kind=kind,
+            num_charged=charged,
+            epsilon=own,
+            ledger_head=ledger_head,
+            created_at=time.time(),
+        )
+    )
+    return charged
+
+
+def charge_of(row: Any, num_steps: int) -> int:
+    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any.
+
+    Raises:
+        GuaranteeLost: if they are more than what was reserved; the reservation stays as it is.
+    """
+    if row.num_reserved == 1:
+        return 1 if num_steps > 0 else 0
+    if not 0 <= num_steps <= row.num_reserved:
+        raise GuaranteeLost(
+            f"the ledger shows {num_steps} steps, but {row.num_reserved} were reserved (reservation {row.id}); the "
+            "run spent what no budget allowed"
+        )
+    return num_steps
+
+
+def expire(connection: sa.Connection) -> None:
+    """Mark the open reservations whose lease is over."""
+    late = (ReservationRow.state == "open", ReservationRow.lease_until < time.time())
+    connection.execute(sa.update(ReservationRow).where(*late).values(state="expired"))

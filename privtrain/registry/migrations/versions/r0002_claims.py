@@ -1,0 +1,19 @@
+"""Which copy of a run directory holds a reservation."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """A run that holds a reservation of before claims it at its next start."""
+    op.add_column("reservations", sa.Column("claim", sa.String(), nullable=True))
+
+
+def downgrade() -> None:
+    """Forget the claims."""
+    op.drop_column("reservations", "claim")
