@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from privtrain.config.schema import ModelSection
+from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.model_files import locate
 from privtrain.models import load_base, load_classifier
@@ -45,15 +45,22 @@ class BaseSource:
         dtype: what its weights are held in.
         head: for a classifier.
         method: what will be trained of it, see ``training.method``.
+        lora: the adapter, where the method is lora.
     """
 
     def __init__(
-        self, model: ModelSection, dtype: torch.dtype, head: ClassifierHead | None = None, method: str = "lora"
+        self,
+        model: ModelSection,
+        dtype: torch.dtype,
+        head: ClassifierHead | None = None,
+        method: str = "lora",
+        lora: LoraSection | None = None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.head = head
         self.method = method
+        self.lora = lora if lora is not None and method == "lora" else LoraSection()
 
     def whole(self) -> PreTrainedModel:
         """The model with its weights, frozen.
@@ -90,6 +97,11 @@ class BaseSource:
             faults.append(Fault("data.format", f"classification does not run on {elsewhere}"))
         if self.method not in ("lora", "full"):
             faults.append(Fault("training.method", f"{self.method} does not run on {elsewhere}"))
+        # Both take values of the base's weights when the adapter is made, of which a rank holds only a part.
+        if self.lora.use_dora:
+            faults.append(Fault("lora.use_dora", f"does not run on {elsewhere}, or set false"))
+        if self.lora.modules_to_save:
+            faults.append(Fault("lora.modules_to_save", f"does not run on {elsewhere}, or leave it empty"))
         if self.model.quantization is not None:
             faults.append(Fault("model.quantization", f"{self.model.quantization} does not run on {elsewhere}"))
         if faults:

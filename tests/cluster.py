@@ -33,6 +33,9 @@ BACKENDS = {
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
 }
 
+#: Longer than the shortest ``performance.collective_timeout_seconds``.
+SLOW_SECONDS = 12
+
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 
 
@@ -44,7 +47,8 @@ class Fault:
         phase: one of ``PHASES``.
         step: in which step; for a checkpoint the number of steps behind it.
         moment: before, inside (a torn write, or while the others wait) or after.
-        action: kill, term, usr1 or stop: a signal to a rank; fill: the disk; raise: an error of the rank's own.
+        action: kill, term, usr1 or stop: a signal to a rank; fill: the disk; raise: an error of the rank's own; slow:
+            nothing for ``SLOW_SECONDS``.
         rank: who is hit.
     """
 
@@ -280,6 +284,9 @@ class _Plant:
         (self.place / "struck").write_text(f"{phase} {moment} {fault.action} {fault.rank}")
         if fault.action == "fill":
             fill_disk(self.run.parent)
+            return
+        if fault.action == "slow":
+            time.sleep(SLOW_SECONDS)
             return
         if fault.action == "raise":
             raise MemoryError("planted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,14 @@ class Backend(Protocol):
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        ...
+
+    def main_alone(self) -> contextlib.AbstractContextManager[None]:
+        """Around what rank 0 alone does and may take long: no collective's time-out runs while the others wait.
+
+        All ranks enter it, and leave together. That rank 0 lives is for :class:`~.watch.Watch` to see; if it leaves by
+        an error, the others find that out in the collective at the end.
+        """
         ...
 
     def gather_digests(self, value: bytes) -> list[bytes]:

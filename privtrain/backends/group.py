@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,10 @@ from privtrain.layout import Slot
 # torch 2.13 renamed these two; the old names warn.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+#: Numbers of the stretches of rank 0 alone, in this process: every rank counts the same ones.
+_stretches = itertools.count()
+_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.005, 0.5
 
 
 def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -71,6 +78,23 @@ class ProcessGroup:
         """See :class:`privtrain.backends.base.Backend`."""
         dist.barrier()
 
+    @contextlib.contextmanager
+    def main_alone(self) -> Iterator[None]:
+        """See :class:`privtrain.backends.base.Backend`. The others look into the group's store."""
+        store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
+        if self.is_main:
+            try:
+                yield
+            finally:
+                store.set(key, "over")
+        else:
+            yield
+            pause = _SHORTEST_POLL_SECONDS
+            while not store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+        self.barrier()  # rank 0 may keep the store: it must not leave before the others have looked
+
     def gather_digests(self, value: bytes) -> list[bytes]:
         """See :class:`privtrain.backends.base.Backend`."""
         mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self.device)
@@ -102,3 +126,10 @@ class ProcessGroup:
         """See :class:`privtrain.backends.base.Backend`."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """The key-value store that the job's process group was made with."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world.get_group_store()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,10 @@ class LocalBackend(ReplicatedBackend):
 
     def barrier(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
+
+    def main_alone(self) -> contextlib.AbstractContextManager[None]:
+        """See :class:`privtrain.backends.base.Backend`."""
+        return contextlib.nullcontext()
 
     def gather_digests(self, value: bytes) -> list[bytes]:
         """See :class:`privtrain.backends.base.Backend`."""

@@ -17,6 +17,7 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.clipping import ClippingDiagnostics
+from privtrain.errors import GuaranteeLost
 from privtrain.noise import gaussian
 from privtrain.plan import AdaptiveClipping
 from privtrain.secret import SecretKey
@@ -26,6 +27,9 @@ _NOISE_NAME = "adaptive clipping: count"
 
 #: The norm changes by at most a factor e in a step, whatever the noise.
 _MOST_LOG_CHANGE = 1.0
+
+#: A norm this many times the first one, or its share, is no clipping norm of anything.
+_FURTHEST = 1e12
 
 
 def release_share(
@@ -59,7 +63,18 @@ def release_share(
     return 0.5 + (float(sums.double().sum()) + noise) / expected_batch_size
 
 
-def next_norm(settings: AdaptiveClipping, clipping_norm: float, share: float) -> float:
-    """The next step's clipping norm: post-processing of the released share."""
+def next_norm(settings: AdaptiveClipping, clipping_norm: float, share: float, *, initial_norm: float) -> float:
+    """The next step's clipping norm: post-processing of the released share.
+
+    Raises:
+        GuaranteeLost: if it has left [1e-12, 1e12] times ``initial_norm``, beyond which fp32 may lose noise or sum.
+    """
     change = settings.learning_rate * (settings.target_quantile - share)
-    return clipping_norm * math.exp(min(max(change, -_MOST_LOG_CHANGE), _MOST_LOG_CHANGE))
+    norm = clipping_norm * math.exp(min(max(change, -_MOST_LOG_CHANGE), _MOST_LOG_CHANGE))
+    if not initial_norm / _FURTHEST <= norm <= initial_norm * _FURTHEST:
+        raise GuaranteeLost(
+            f"the clipping norm went from privacy.clipping_norm {initial_norm:g} to {norm:g}, past a factor of "
+            f"{_FURTHEST:g}; start a new run with another privacy.clipping_norm, a lower "
+            "privacy.adaptive_clipping.learning_rate or a target_quantile nearer to 0.5"
+        )
+    return norm

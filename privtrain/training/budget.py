@@ -45,25 +45,25 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
         RegistryUnreachable: if the registry does not answer.
         GuaranteeLost: if the reservation was closed, or claimed by a copy of the run directory, while the run trained.
     """
-    hold = Hold.take(inputs) if backend.is_main else None
+    with backend.main_alone():
+        hold = Hold.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
     message = json.dumps(hold.dropped_users() if hold else []).encode() if backend.is_main else None
     dropped = json.loads(backend.broadcast_bytes(message))
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
-    if hold is None:
-        yield allowed
-        return
     try:
-        with hold.kept_alive(stop):
-            yield dataclasses.replace(allowed, check_release=hold.check)
+        with hold.kept_alive(stop) if hold else contextlib.nullcontext():
+            yield dataclasses.replace(allowed, check_release=hold.check) if hold else allowed
     except Exception as error:
-        if hold.lost is not None:
+        if hold is not None and hold.lost is not None:
             raise hold.lost from error
         # A run that is to be requeued keeps what it has.
-        if getattr(error, "exit_code", None) != _EXIT_REQUEUE:
+        if hold is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
             hold.give_up()
         raise
-    hold.settle()
+    with backend.main_alone():
+        if hold is not None:
+            hold.settle()
 
 
 def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:

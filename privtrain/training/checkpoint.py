@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
+import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from privtrain.backends import Backend
 from privtrain.console import say
+from privtrain.errors import GuaranteeLost
 from privtrain.layout import Layout
 from privtrain.rundir import replace_directory, write_atomically
 
@@ -35,12 +36,12 @@ class Checkpoint:
     Attributes:
         step: steps behind the model.
         generation: generation that wrote it.
-        state: serialised trained tensors and optimizer.
+        state: the file of trained tensors and optimizer.
     """
 
     step: int
     generation: int
-    state: bytes
+    state: pathlib.Path
 
 
 def save(
@@ -59,26 +60,57 @@ def save(
     Every rank calls it; rank 0 writes.
     """
     tensors, moments = _collected(layout, optimizer, backend)
-    if not backend.is_main:
-        return
-    buffer = io.BytesIO()
-    content = {
-        "tensors": tensors,
-        "moments": moments,
-        "num_updates": _num_updates(optimizer),
-        "clipping_norm": clipping_norm,
-    }
-    torch.save(content, buffer)
-    state = buffer.getvalue()
+    with backend.main_alone():
+        if backend.is_main:
+            content = {
+                "tensors": tensors,
+                "moments": moments,
+                "num_updates": _num_updates(optimizer),
+                "clipping_norm": clipping_norm,
+            }
+            _write(directory, {"step": step, "generation": generation}, content)
+            for old in _newest_first(directory)[num_kept:]:
+                shutil.rmtree(old)
+
+
+def _write(directory: pathlib.Path, summary: dict[str, Any], content: dict[str, Any]) -> None:
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
-    summary = {"step": step, "generation": generation, "sha256": hashlib.sha256(state).hexdigest()}
-    write_atomically(temporary / _STATE, state, mode=0o600)
+    descriptor = os.open(temporary / _STATE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        writer = _Hashing(file)
+        try:
+            torch.save(content, writer)  # pyright: ignore[reportArgumentType] - it asks for no more than write
+        except Exception:
+            # torch says only that its positions do not fit, not that the disk is full.
+            if writer.error is not None:
+                raise writer.error from None
+            raise
+    summary = {**summary, "sha256": writer.sha.hexdigest()}
     write_atomically(temporary / _SUMMARY, json.dumps(summary), mode=0o600)
-    replace_directory(temporary, directory / f"step-{step:08d}")
-    for old in _newest_first(directory)[num_kept:]:
-        shutil.rmtree(old)
+    replace_directory(temporary, directory / f"step-{summary['step']:08d}")
+
+
+class _Hashing:
+    """Hashes what goes to a file, so that no serialised copy is ever in memory. torch only appends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha.update(data)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load_newest(directory: pathlib.Path) -> Checkpoint | None:
@@ -110,17 +142,20 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
             shutil.rmtree(candidate)
 
 
-def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
+def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
     """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts.
 
     Returns:
         The next step's clipping norm.
+
+    Raises:
+        GuaranteeLost: if another version of privtrain wrote it.
     """
     content: dict[str, Any] = {}
-    if backend.is_main:
-        content = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-        head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
-        content["head"] = json.dumps(head).encode()
+    with backend.main_alone():
+        if backend.is_main:
+            assert state is not None
+            content = _loaded(state)
     head = json.loads(backend.broadcast_bytes(content.get("head")))
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
         optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
@@ -136,6 +171,18 @@ def restore(state: bytes, layout: Layout, optimizer: torch.optim.Optimizer, back
                 parameter.detach().copy_(value)
     backend.publish()
     return head["clipping_norm"]
+
+
+def _loaded(state: pathlib.Path) -> dict[str, Any]:
+    content = torch.load(state, weights_only=True, map_location="cpu")
+    missing = sorted({"tensors", "moments", "num_updates", "clipping_norm"} - set(content))
+    if missing:
+        raise GuaranteeLost(
+            f"{state.parent} was written by another version of privtrain (it lacks {', '.join(missing)}); go on with "
+            "that version, or remove this checkpoint: the steps behind it are then replayed or, elsewhere, stay charged"
+        )
+    head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
+    return {**content, "head": json.dumps(head).encode()}
 
 
 def _collected(
@@ -161,11 +208,14 @@ def _newest_first(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(directory: pathlib.Path) -> Checkpoint | None:
+    state = directory / _STATE
     try:
         summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))
-        state = (directory / _STATE).read_bytes()
-    except (FileNotFoundError, ValueError):
+        step, generation, sha256 = summary["step"], summary["generation"], summary["sha256"]
+        with open(state, "rb") as file:
+            is_intact = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if hashlib.sha256(state).hexdigest() != summary.get("sha256"):
+    if not is_intact or type(step) is not int or type(generation) is not int:
         return None
-    return Checkpoint(summary["step"], summary["generation"], state)
+    return Checkpoint(step, generation, state)

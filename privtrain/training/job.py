@@ -17,6 +17,7 @@ from privtrain.adapters import make_trainable
 from privtrain.advice import expected_units, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
+from privtrain.config.schema import PerformanceSection
 from privtrain.console import Progress, say
 from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
@@ -101,25 +102,27 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
-        tracker = _open_tracker(inputs, backend, session.continuation.start_step)
+        with backend.main_alone():
+            tracker = _open_tracker(inputs, backend, session.continuation.start_step)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.continuation.start_step:
             trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
-        if ledger is not None:
-            # Everything that can fail came first: a start that fails costs no budget.
-            begin_session(inputs, ledger, session, split, units)
+        with backend.main_alone():
+            if ledger is not None:
+                # Everything that can fail came first: a start that fails costs no budget.
+                begin_session(inputs, ledger, session, split, units)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
         _loop(inputs, trainer, session.continuation, stop)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
-        if ledger is not None:
-            _release(inputs, ledger, network, state, num_units=len(units))
-            tracker.publish(inputs.run)
-        tracker.close()
-    backend.barrier()
+        with backend.main_alone():
+            if ledger is not None:
+                _release(inputs, ledger, network, state, num_units=len(units))
+                tracker.publish(inputs.run)
+            tracker.close()
 
 
 def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
@@ -134,7 +137,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
-    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", b"")
+    session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
@@ -156,14 +159,22 @@ def _load_network(config: Config, backend: Backend) -> Network:
     assert isinstance(pad_id, int)
     model = _trainable_model(config, precision, backend, pad_id)
     model.train()
-    if backend.device.type == "cuda":
-        # So that a replayed step has the same bits; the ledger finds out if it has not.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    _make_repeatable(config.performance, backend.device)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     objective = _objective(config, model, tokenizer, pad_id)
     return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
+
+
+def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
+    """So that a replayed step has the same bits (the ledger finds out if not), and a second backward pass too."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    route = performance.clipping_route
+    if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
+        # Under warn_only its backward adds up in any order; flash attention heeds the setting, plain needs none.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
@@ -176,7 +187,7 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
 def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
     dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
     head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, _INIT_SEED)
-    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method))
+    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
     model = make_trainable(base, config, _INIT_SEED)
     if config.training.method != "full":
         model = model.to(backend.device)  # what was added to the base
@@ -304,8 +315,9 @@ def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: St
                 )
             progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
-                trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
-                trainer.tracker.close()
+                with backend.main_alone():
+                    trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
+                    trainer.tracker.close()
                 raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterator
 
 from privtrain.backends import Backend
@@ -27,20 +28,25 @@ from privtrain.training.resume import Continuation, decide
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What rank 0 decided for this session and told the others; ``state`` is the checkpoint, on rank 0 alone."""
+    """What rank 0 decided for this session and told the others; ``state`` is the checkpoint's file, on rank 0 alone."""
 
     key: SecretKey
     continuation: Continuation
     environment: str
-    state: bytes
+    state: pathlib.Path | None
 
 
 @contextlib.contextmanager
 def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
     """The ledger on rank 0, ``None`` elsewhere. A run that lost its ledger is not begun again under it."""
-    if not backend.is_main:
-        yield None
-        return
+    with contextlib.ExitStack() as stack:
+        with backend.main_alone():
+            ledger = stack.enter_context(_opened_on_main(inputs)) if backend.is_main else None
+        yield ledger
+
+
+@contextlib.contextmanager
+def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
     run, plan = inputs.run, inputs.plan
     is_gone = not run.ledger.exists()
     # A head file alone is left by a crash while the ledger was made; it is compared with the ledger on opening.
@@ -73,26 +79,33 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
     """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret."""
     data = hashlib.sha256(inputs.fingerprint.encode()).digest()
     check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
-    message, state = None, b""
-    if ledger is not None:
-        newest = checkpoint.load_newest(inputs.run.checkpoints)
-        continuation = decide(
-            ledger.state,
-            num_steps=inputs.plan.num_steps,
-            environment=ledger.blinded("environment", environment.hex()),
-            checkpoint_step=newest.step if newest else 0,
-            checkpoint_generation=newest.generation if newest else 0,
-            period=inputs.plan.scheme.period,
-        )
-        _explain(continuation)
-        name = f"generation-{continuation.generation:04d}"
-        is_used = continuation.generation == ledger.state.generation
-        run, seed = inputs.run, inputs.plan.insecure_seed
-        key = run.load_key(name) if is_used else run.create_key(name, seed)
-        head = json.dumps(dataclasses.asdict(continuation)).encode()
-        message, state = key.reveal() + head, newest.state if newest else b""
+    message, newest = None, None
+    with backend.main_alone():
+        if ledger is not None:
+            newest = checkpoint.load_newest(inputs.run.checkpoints)
+            key, continuation = _decided_on_main(inputs, ledger, environment, newest)
+            message = key.reveal() + json.dumps(dataclasses.asdict(continuation)).encode()
     message = backend.broadcast_bytes(message)
+    state = newest.state if newest else None
     return Session(SecretKey(message[:32]), Continuation(**json.loads(message[32:])), environment.hex(), state)
+
+
+def _decided_on_main(
+    inputs: Inputs, ledger: Ledger, environment: bytes, newest: checkpoint.Checkpoint | None
+) -> tuple[SecretKey, Continuation]:
+    continuation = decide(
+        ledger.state,
+        num_steps=inputs.plan.num_steps,
+        environment=ledger.blinded("environment", environment.hex()),
+        checkpoint_step=newest.step if newest else 0,
+        checkpoint_generation=newest.generation if newest else 0,
+        period=inputs.plan.scheme.period,
+    )
+    _explain(continuation)
+    name = f"generation-{continuation.generation:04d}"
+    is_used = continuation.generation == ledger.state.generation
+    run, seed = inputs.run, inputs.plan.insecure_seed
+    return (run.load_key(name) if is_used else run.create_key(name, seed)), continuation
 
 
 def _explain(continuation: Continuation) -> None:

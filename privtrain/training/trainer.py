@@ -167,7 +167,8 @@ class Trainer:
     def _adapt(self, share: float | None) -> None:
         if share is not None:
             assert self.plan.adaptive_clipping is not None
-            self.clipping_norm = next_norm(self.plan.adaptive_clipping, self.clipping_norm, share)
+            settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm
+            self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
         if self.ledger is not None:

@@ -108,3 +108,25 @@ def test_a_job_that_is_suspended_as_a_whole_and_continued_loses_nobody(place, ex
         job.send(rank, signal.SIGCONT)
     assert job.wait() == [0, 0], job.output()
     assert faults.adapter_of(place / "runs" / name) == expected("ddp")
+
+
+@pytest.mark.parametrize(("phase", "step"), [("checkpoint", 4), ("export", 0)])
+def test_what_rank_0_does_alone_may_outlast_the_collective_timeout(place, expected, phase, step):
+    """Else a model that is large enough could never be released: each start would fail at the same place."""
+    name = f"slow-{phase}"
+    config = faults.job_config(place, name, collective_timeout_seconds=10, heartbeat_timeout_seconds=3)
+    job = Job(config, place / name, fault=Fault(phase, step, "inside", "slow"))
+    assert job.wait(90) == [0, 0], job.output()
+    assert (place / name / "struck").exists()
+    assert faults.adapter_of(place / "runs" / name) == expected("ddp")
+
+
+def test_a_rank_0_that_is_lost_while_it_is_alone_at_work_is_found_missing(place):
+    name = "lost-alone"
+    config = faults.job_config(place, name, heartbeat_timeout_seconds=3)
+    job = Job(config, place / name, fault=Fault("export", 0, "inside", "stop", 0))
+    job.ranks[1].join(timeout=60)
+    code = job.ranks[1].exitcode  # in words it is told by the first rank of a machine, which is stopped here
+    job.send(0, signal.SIGKILL)
+    job.wait(10)
+    assert code == 4, job.output()

@@ -19,7 +19,7 @@ from privtrain.config import validate
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker
@@ -178,15 +178,36 @@ def test_the_norm_finds_the_quantile():
             step=step,
             expected_batch_size=100,
         )
-        norm = next_norm(settings, norm, share)
+        norm = next_norm(settings, norm, share, initial_norm=30.0)
         path.append(norm)
     assert np.median(path[100:]) == pytest.approx(np.exp(0.8416), rel=0.1)
 
 
 def test_no_released_share_can_make_the_norm_jump():
     settings = AdaptiveClipping(0.5, 1.0, 1.0)
-    assert next_norm(settings, 2.0, 1e9) == pytest.approx(2 / np.e)
-    assert next_norm(settings, 2.0, -1e9) == pytest.approx(2 * np.e)
+    assert next_norm(settings, 2.0, 1e9, initial_norm=1.0) == pytest.approx(2 / np.e)
+    assert next_norm(settings, 2.0, -1e9, initial_norm=1.0) == pytest.approx(2 * np.e)
+
+
+@pytest.mark.parametrize("share", [1e9, -1e9])
+@pytest.mark.parametrize("initial_norm", [1e-3, 1.0, 50.0])
+def test_a_norm_that_runs_away_stops_the_job_by_name(share, initial_norm):
+    settings, norms = AdaptiveClipping(0.5, 1.0, 1.0), [initial_norm]
+
+    def run_away():
+        for _ in range(100):
+            norms.append(next_norm(settings, norms[-1], share, initial_norm=initial_norm))
+
+    with pytest.raises(GuaranteeLost, match=r"privacy\.clipping_norm .*privacy\.adaptive_clipping\.learning_rate"):
+        run_away()
+    assert 1e11 < max(norms[-1] / initial_norm, initial_norm / norms[-1]) <= 1e12
+
+
+def test_the_trainer_stops_when_its_norm_runs_away(adaptive, tiny_llama, restored):
+    trainer = make_trainer(adaptive, tiny_llama, invented_users(2, 1), Listening())
+    trainer.clipping_norm = 1e-13
+    with pytest.raises(GuaranteeLost, match="past a factor of"):
+        trainer.train_step(0)
 
 
 def _shares(world_counts):
