@@ -23,7 +23,7 @@ from privtrain.plan import AdaptiveClipping
 from privtrain.secret import SecretKey
 
 #: Name of the count's noise; no tensor is called so.
-_NOISE_NAME = "adaptive clipping: count"
+COUNT_NOISE_NAME = "adaptive clipping: count"
 
 #: The norm changes by at most a factor e in a step, whatever the noise.
 _MOST_LOG_CHANGE = 1.0
@@ -59,7 +59,7 @@ def release_share(
     whole = math.floor(shifted)
     sums = torch.tensor([whole, shifted - whole], dtype=torch.float32, device=backend.device)
     backend.reduce(sums)
-    noise = settings.count_noise * float(gaussian(key, step, _NOISE_NAME, 0, 1)[0])
+    noise = settings.count_noise * float(gaussian(key, step, COUNT_NOISE_NAME, 0, 1)[0])
     return 0.5 + (float(sums.double().sum()) + noise) / expected_batch_size
 
 

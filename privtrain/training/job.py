@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -256,19 +255,8 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
-    trainer.clipper.route = run_self_test(
-        model=network.model,
-        placement=trainer.placement,
-        new_clipper=functools.partial(trainer.new_clipper, route=trainer.clipper.route),
-        row_losses=trainer.row_losses,
-        clipping_norm=trainer.plan.clipping_norm,
-        noise_multiplier=trainer.plan.gradient_noise_multiplier,
-        backend=backend,
-        vocabulary_size=len(network.tokenizer),
-        precision=network.precision,
-        clipping_style=trainer.plan.clipping_style,
-        plant=network.objective.plant,
-    )
+    vocabulary_size = len(network.tokenizer)
+    trainer.clipper.route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
     if backend.is_main:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 

@@ -1,14 +1,19 @@
 """The start-up self-test: on the real model and process group, before any private row is touched.
 
-It does not trust the clipper, the reduction or the noise: a planted unit is differentiated a second time by plain
-autograd, without hooks, and what comes out of the job's own path is compared with it. Any doubt stops the job.
+It does not trust the clipper, the reduction or the noise: planted units are differentiated a second time by plain
+autograd, without hooks, and what comes out of the job's own path is compared with it. That is in training mode, as
+every step is, with dropout off: the two gradients must be of the same function. Any doubt stops the job.
+
+Three units are planted: one whose gradient is huge, which must be clipped; one below the clipping norm, which must be
+left as it is; one that is not a number, which must count as zero. The huge one is tried alone and with the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -23,71 +28,69 @@ from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout, Slot
 from privtrain.noise import gaussian
+from privtrain.plan import PrivacyPlan
 from privtrain.secret import SecretKey
+from privtrain.training.adaptive import COUNT_NOISE_NAME
+from privtrain.training.trainer import Trainer
 
 #: Relative error allowed between the clipper and plain autograd, by precision of forward and backward.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}
 
 _PLANTED_LENGTHS = (7, 12)
-#: The planted unit must survive being split, and must be right in one piece.
-_MICROBATCH_SIZES = (1, 2)
-_LOSS_FACTOR = 1e4
+#: A planted unit must survive being split, and must be right in one piece.
+_ALONE_SIZES = (1, 2)
+#: Three units share a microbatch; then the second spans two, which it shares with both others.
+_TOGETHER_SIZES = (6, 3)
+#: Norms of the huge and the small unit in clipping norms. Clipping hides a mean in place of a sum over a unit's rows,
+#: and any factor that is too small hides normalising: half the clipping norm shows both.
+_HUGE, _SMALL = 1e4, 0.5
+#: The step that is rehearsed: not 0, which whoever ignores the step may take for granted.
+_STEP = 1
 #: Chance that right noise fails the check of one tensor.
 _FALSE_ALARM = 1e-10
 #: Coordinates of a tensor whose noise is drawn a second time.
 _NUM_COMPARED = 4096
+#: Sums over coordinates are taken modulo this prime, so that they are exact in int64 for tensors of any size.
+_PRIME = 2**31 - 1
 
 
-def run_self_test(
-    *,
-    model: torch.nn.Module,
-    placement: Placement,
-    new_clipper: Callable[[RowLosses], PerUnitClipper | CooperativeClipper],
-    row_losses: RowLosses,
-    clipping_norm: float,
-    noise_multiplier: float,
-    backend: Backend,
-    vocabulary_size: int,
-    precision: str,
-    clipping_style: str = "flat",
-    plant: Callable[[np.ndarray], Record] = Record.of,
-) -> str:
+def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> str:
     """Check coverage, clipping, reduction, noise and agreement of the ranks.
 
     An adapter is moved to a random point for the test (a fresh LoRA has zero gradients in half of its tensors) and
     moved back bit by bit. Every rank calls it, and on a failure of any, all fail.
 
+    Args:
+        trainer: about to train. Its model, clipper factory, losses, reduction and noise are tested.
+        vocabulary_size: planted tokens are below this.
+        precision: of forward and backward, ``"fp32"`` or ``"bf16"``.
+
     Returns:
-        The clipping route that passed: ``"one_unit"`` where ``"auto"`` found a layer that needs it. Train on that one.
+        The clipping route that passed, the same on every rank: ``"one_unit"`` where ``"auto"`` found a layer that
+        needs it. Train on that one.
 
     Raises:
         SelfTestFailed: naming the check and the tensor or setting.
     """
+    model, placement, backend = trainer.model, trainer.placement, trainer.backend
     if not backend.parameters_agree(model):
         raise SelfTestFailed("ranks start with different trainable parameters; check that all load the same base model")
     _check_coverage(model, placement, backend)
     is_adapter = placement.shards is None
     layout = placement.stepped
     before = {name: p.detach().clone() for name, p in layout.parameters.items()} if is_adapter else {}
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()  # dropout off: the two gradients must be of the same function
+        model.train()
         if is_adapter:
             _move(layout, backend)
-        route = _check_clipping(
-            model,
-            placement,
-            new_clipper,
-            row_losses,
-            backend,
-            unit=[plant(tokens) for tokens in _planted_unit(vocabulary_size)],
-            clipping_norm=clipping_norm,
-            style=clipping_style,
-            tolerance=_TOLERANCE[precision],
-        )
-        _check_noise(placement, clipping_norm, noise_multiplier, backend)
+        units = [[trainer.objective.plant(tokens) for tokens in unit] for unit in _planted_units(vocabulary_size)]
+        with _without_dropout(model):
+            clipper = _check_clipping(trainer, units, _TOLERANCE[precision])
+        _check_noise(trainer, clipper)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         with torch.no_grad():
             for name, value in before.items():
                 layout.parameters[name].copy_(value)
@@ -95,7 +98,7 @@ def run_self_test(
             for parameter in placement.clipped.parameters.values():
                 parameter.grad = None
             backend.publish()
-    return route
+    return clipper.route
 
 
 def _move(layout: Layout, backend: Backend) -> None:
@@ -107,99 +110,163 @@ def _move(layout: Layout, backend: Backend) -> None:
     backend.publish()
 
 
+@contextlib.contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """All probabilities of dropout are zero in the block, also those that a module or its config keeps as a number.
+
+    Not ``eval()``, in which transformers does not checkpoint gradients.
+    """
+    owners: dict[int, object] = {}
+    for module in model.modules():
+        owners[id(module)] = module
+        config = getattr(module, "config", None)
+        if config is not None:
+            owners[id(config)] = config
+    found: list[tuple[object, str, float]] = []
+    for owner in owners.values():
+        is_dropout = "dropout" in type(owner).__name__.lower()
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
+                found.append((owner, name, value))
+    try:
+        for owner, name, _ in found:
+            setattr(owner, name, 0.0)
+        yield
+    finally:
+        for owner, name, value in found:
+            setattr(owner, name, value)
+
+
 def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backend) -> None:
     """What is trained is what is clipped and stepped, and over the ranks each coordinate is stepped once."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    for layout in (placement.clipped, placement.stepped):
-        stray = trained.symmetric_difference(layout.parameters)
-        if stray:
-            raise SelfTestFailed(
-                f"tensors {sorted(stray)[:3]} are frozen but listed as trained, or trained but not listed; something "
-                "changed requires_grad after the model was made"
-            )
-    counts = torch.zeros(2, len(placement.stepped.slots), dtype=torch.float64, device=backend.device)
-    for i, slot in enumerate(placement.stepped.slots):
-        first, count = slot.first, slot.num_coordinates
-        counts[0, i], counts[1, i] = count, count * first + count * (count - 1) / 2  # the sum of its coordinates
-    backend.sum_parts(counts)
-    for i, slot in enumerate(placement.stepped.slots):
-        size = math.prod(slot.whole_shape)
-        if counts[:, i].tolist() != [size, size * (size - 1) / 2]:
-            raise SelfTestFailed(f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this")
+    stray = {
+        name
+        for layout in (placement.clipped, placement.stepped)
+        for name in trained.symmetric_difference(layout.parameters)
+    }
+    fault = ""
+    if stray:
+        fault = (
+            f"tensors {sorted(stray)[:3]} are frozen but listed as trained, or trained but not listed; something "
+            "changed requires_grad after the model was made"
+        )
+    _agree_on_fault(fault, backend)
+    slots = placement.stepped.slots
+    parts = [(_power_sums(slot.first), _power_sums(slot.first + slot.num_coordinates)) for slot in slots]
+    sums = torch.tensor(
+        [[(b - a) % _PRIME for a, b in zip(low, high, strict=True)] for low, high in parts],
+        dtype=torch.int64,
+        device=backend.device,
+    )
+    backend.sum_parts(sums)
+    faults = [
+        f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this"
+        for slot, found in zip(slots, sums.tolist(), strict=True)
+        if [x % _PRIME for x in found] != [x % _PRIME for x in _power_sums(math.prod(slot.whole_shape))]
+    ]
+    _agree_on_fault(faults[0] if faults else "", backend)
+
+
+def _power_sums(stop: int) -> tuple[int, int, int]:
+    """The sums of the 0th, 1st and 2nd powers of the coordinates below ``stop``."""
+    return stop, stop * (stop - 1) // 2, stop * (stop - 1) * (2 * stop - 1) // 6
 
 
 def _check_clipping(
-    model: torch.nn.Module,
-    placement: Placement,
-    new_clipper: Callable[[RowLosses], PerUnitClipper | CooperativeClipper],
-    row_losses: RowLosses,
-    backend: Backend,
-    *,
-    unit: list[Record],
-    clipping_norm: float,
-    style: str,
-    tolerance: float,
-) -> str:
-    """The job's own path against plain autograd, for a huge gradient and, where ranks share a unit, for a small one.
+    trainer: Trainer, units: list[list[Record]], tolerance: float
+) -> PerUnitClipper | CooperativeClipper:
+    """The job's own path against plain autograd: the huge unit alone, then all three, by one clipper.
 
     Returns:
-        The route that passed.
+        The clipper, on the route that passed.
     """
-    factors = [_LOSS_FACTOR]
-    norm, routes = math.inf, []
-    while factors:
-        scaled = _scaled(row_losses, factors.pop())
-        expected = _plain_gradient(model, placement, scaled, _batches([unit], 1, backend.device))
-        plain_norm = _clip(expected, placement.stepped, clipping_norm, style, backend)
-        for microbatch_size in _MICROBATCH_SIZES:
-            clipper = new_clipper(scaled)
-            total = _clipped_and_reduced(clipper, placement, unit, microbatch_size, backend)
-            _compare(total, expected, placement.stepped, clipping_norm, tolerance, backend)
-            routes.append(clipper.route)
-        if placement.shards is not None and norm == math.inf and 0 < plain_norm < math.inf:
-            # Clipping hides a mean in place of a sum over a unit's rows; half the clipping norm does not.
-            factors.append(_LOSS_FACTOR * 0.5 * clipping_norm / plain_norm)
-        norm = plain_norm
-    return "one_unit" if "one_unit" in routes else routes[-1]
+    backend, layout = trainer.backend, trainer.placement.stepped
+    huge, small, _ = units
+    by_token = torch.tensor([1.0, 0.0, 0.0, math.nan], device=backend.device)
+    losses = _scaled(trainer.row_losses, by_token)
+    expected, by_token[1] = _plain_gradient(trainer, huge, _HUGE)
+    _clip(expected, layout, trainer.plan, backend)
+    clipper = trainer.new_clipper(losses, _agreed_route(trainer, losses, huge))
+    route = clipper.route
+    for size in _ALONE_SIZES:
+        total = _clipped_and_reduced(clipper, trainer.placement, [huge], size, backend)
+        _compare(total, expected, trainer, tolerance, bound=trainer.plan.clipping_norm)
+    gradient, by_token[2] = _plain_gradient(trainer, small, _SMALL)
+    _clip(gradient, layout, trainer.plan, backend)
+    expected += gradient
+    del gradient
+    for size in _TOGETHER_SIZES:
+        total = _clipped_and_reduced(clipper, trainer.placement, units, size, backend)
+        _compare(total, expected, trainer, tolerance, bound=2 * trainer.plan.clipping_norm)
+    fault = "" if clipper.route == route else "the clipping route changed; set performance.clipping_route: one_unit"
+    _agree_on_fault(fault, backend)
+    return clipper
 
 
-def _scaled(row_losses: RowLosses, factor: float) -> RowLosses:
-    return lambda input_ids, target_mask: factor * row_losses(input_ids, target_mask)
+def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record]) -> str:
+    """One unit at a time on every rank if any rank needs it: ranks of a sharded base must run equal passes.
+
+    Every rank works through the same unit, since one without any would not see what the others see.
+    """
+    route = trainer.clipper.route
+    if trainer.placement.shards is not None:
+        return route
+    clipper = trainer.new_clipper(losses, route)
+    for batch in _batches([unit], max(_ALONE_SIZES), trainer.backend.device):
+        clipper.accumulate(batch)
+    needs_one_unit = torch.tensor([float(clipper.route == "one_unit")], device=trainer.backend.device)
+    trainer.backend.reduce(needs_one_unit)
+    return "one_unit" if float(needs_one_unit) > 0 else route
 
 
-def _planted_unit(vocabulary_size: int) -> list[np.ndarray]:
-    tokens = np.random.default_rng(0).integers(0, vocabulary_size, size=sum(_PLANTED_LENGTHS))
-    return [tokens[: _PLANTED_LENGTHS[0]], tokens[_PLANTED_LENGTHS[0] :]]
+def _scaled(row_losses: RowLosses, by_token: torch.Tensor) -> RowLosses:
+    """The losses times the factor of the row's unit, which is known by its first token; padding begins with 0."""
+    return lambda input_ids, target_mask: by_token[input_ids[:, 0]] * row_losses(input_ids, target_mask)
 
 
-def _batches(units: list[list[Record]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
+def _planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
+    """Records of the huge unit, the small one and the one that is not a number: they begin with token 1, 2 and 3."""
+    rng = np.random.default_rng(0)
+    units = [[rng.integers(0, vocabulary_size, size=length) for length in _PLANTED_LENGTHS] for _ in range(3)]
+    for first_token, records in enumerate(units, start=1):
+        for tokens in records:
+            tokens[0] = first_token
+    return units
+
+
+def _batches(
+    units: list[list[Record]], microbatch_size: int, device: torch.device, *, is_mine: bool = True
+) -> list[Microbatch]:
+    """The units' microbatches, or as many without any unit."""
     packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
-    num_batches = -(-len(_PLANTED_LENGTHS) // microbatch_size)
-    return [batch.to(device) for batch in packer.pack(units, num_batches)]
+    batches = packer.pack(units if is_mine else [], packer.num_batches(units))
+    return [batch.to(device) for batch in batches]
 
 
 def _clipped_and_reduced(
     clipper: PerUnitClipper | CooperativeClipper,
     placement: Placement,
-    unit: list[Record],
+    units: list[list[Record]],
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """The last hand holds one unit with a huge gradient, the others none: the reduced sum is that unit, clipped."""
-    holds_unit = placement.hand == placement.num_hands - 1
+    """The last hand holds the units, the others none: the reduced sum is that of these units, clipped."""
+    is_mine = placement.hand == placement.num_hands - 1
     clipper.reset()
-    for batch in _batches([unit] if holds_unit else [], microbatch_size, backend.device):
+    for batch in _batches(units, microbatch_size, backend.device, is_mine=is_mine):
         clipper.accumulate(batch)
-    return backend.reduce_total(clipper.finish()).clone()
+    return backend.reduce_total(clipper.finish())
 
 
-def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: str, backend: Backend) -> float:
-    """What the plan's clipping style makes of one unit's gradient, in place, by the definition; its norm before."""
+def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Backend) -> None:
+    """What the plan's clipping style makes of one unit's gradient, in place, by the definition."""
+    clipping_norm = plan.clipping_norm
     norms = _norms(gradient, layout, backend)
     whole = math.hypot(*norms)
-    if style == "automatic":
+    if plan.clipping_style == "automatic":
         gradient *= clipping_norm / (whole + styles.AUTOMATIC_GAMMA)
-    elif style in ("flat", "adaptive"):
+    elif plan.clipping_style in ("flat", "adaptive"):
         gradient *= clipping_norm / max(whole, clipping_norm)
     else:
         modules: dict[str, list[int]] = {}
@@ -211,31 +278,26 @@ def _clip(gradient: torch.Tensor, layout: Layout, clipping_norm: float, style: s
             for i in members:
                 part = layout.view(gradient, layout.slots[i])
                 part *= bound / max(norm, bound)
-    return whole
 
 
-def _compare(
-    total: torch.Tensor,
-    expected: torch.Tensor,
-    layout: Layout,
-    clipping_norm: float,
-    tolerance: float,
-    backend: Backend,
-) -> None:
+def _compare(total: torch.Tensor, expected: torch.Tensor, trainer: Trainer, tolerance: float, bound: float) -> None:
+    layout, backend, clipping_norm = trainer.placement.stepped, trainer.backend, trainer.plan.clipping_norm
     norm = math.hypot(*_norms(total, layout, backend))
-    if not norm <= clipping_norm * (1 + 1e-5):
-        raise SelfTestFailed(
-            f"one planted unit moved the reduced sum by {norm:.6g}, above clipping_norm={clipping_norm}"
-        )
     differences = _norms(total - expected, layout, backend)
     sizes = _norms(expected, layout, backend)
+    faults = []
+    if norm > bound * (1 + 1e-5):
+        number = round(bound / clipping_norm)
+        faults.append(f"{number} planted unit(s) moved the sum by {norm:.6g}, above clipping_norm={clipping_norm} each")
     for slot, difference, size in zip(layout.slots, differences, sizes, strict=True):
         if not difference <= tolerance * (size + clipping_norm / math.sqrt(len(layout.slots))):
-            raise SelfTestFailed(
+            faults.append(
                 f"tensor {slot.name!r}: the clipped and reduced gradient is off by {difference:.3g} of {size:.3g}; "
                 "a layer is not covered, used in a way its rule does not know (performance.clipping_route: one_unit "
-                "needs no rules), or the reduction is not a sum"
+                "needs no rules), units are mixed or not clipped as the plan says, the model is random without "
+                "dropout, or the reduction is not a sum"
             )
+    _agree_on_fault(faults[0] if faults else "", backend)
 
 
 def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float]:
@@ -250,24 +312,35 @@ def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float
     return squares.sqrt().tolist()
 
 
-def _plain_gradient(
-    model: torch.nn.Module, placement: Placement, row_losses: RowLosses, batches: list[Microbatch]
-) -> torch.Tensor:
-    """The unit's gradient by autograd alone, without any reduction: every rank works through the whole unit.
+def _plain_gradient(trainer: Trainer, unit: list[Record], size: float) -> tuple[torch.Tensor, float]:
+    """A unit's gradient by autograd alone, without any reduction: every rank works through the whole unit.
 
     Returns:
-        What this rank steps of it, laid out as ``placement.stepped``.
+        What this rank steps of it, laid out as ``placement.stepped``, times the factor that gives the whole the norm
+        ``size`` in clipping norms; and that factor.
     """
+    placement, backend = trainer.placement, trainer.backend
+    batches = _batches([unit], 1, backend.device)
     if placement.shards is not None:
-        return _watched_gradient(model, placement.stepped, placement.shards, row_losses, batches)
-    parameters = list(placement.clipped.parameters.values())
+        result = _watched_gradient(trainer.model, placement.stepped, placement.shards, trainer.row_losses, batches)
+    else:
+        result = _whole_gradient(placement, trainer.row_losses, batches)
+    norm = math.hypot(*_norms(result, placement.stepped, backend))
+    fault = "" if 0 < norm < math.inf else f"a planted unit's gradient has norm {norm}: the loss moves nothing trained"
+    _agree_on_fault(fault, backend)
+    factor = size * trainer.plan.clipping_norm / norm
+    return result.mul_(factor), factor
+
+
+def _whole_gradient(placement: Placement, row_losses: RowLosses, batches: list[Microbatch]) -> torch.Tensor:
+    """By ``backward``, since re-entrant checkpointing gives no gradient to who asks for it by name."""
     whole = placement.clipped.zeros(batches[0].input_ids.device)
     for batch in batches:
-        loss = (row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for slot, gradient in zip(placement.clipped.slots, gradients, strict=True):
-            if gradient is not None:
-                placement.clipped.view(whole, slot).add_(gradient.float())
+        (row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
+        for slot, parameter in zip(placement.clipped.slots, placement.clipped.parameters.values(), strict=True):
+            if parameter.grad is not None:
+                placement.clipped.view(whole, slot).add_(parameter.grad.float())
+                parameter.grad = None
     result = placement.stepped.zeros(whole.device)
     for slot, part in zip(placement.clipped.slots, placement.stepped.slots, strict=True):
         values = placement.clipped.view(whole, slot).flatten()[part.first : part.first + part.num_coordinates]
@@ -317,13 +390,16 @@ def _watched_gradient(
     return result
 
 
-def _check_noise(placement: Placement, clipping_norm: float, noise_multiplier: float, backend: Backend) -> None:
-    """Noise alone, under a throw-away key: the right spread in every tensor, and of just the coordinates held here."""
+def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper) -> None:
+    """What a step without units releases, under a throw-away key: the right noise in every tensor and in the count.
+
+    In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here.
+    """
+    plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
-    vector = backend.reduce_total(placement.clipped.zeros(backend.device))
-    stddev = noise_multiplier * clipping_norm
-    layout = placement.stepped
-    backend.add_noise(vector, layout, key, 0, stddev)
+    clipper.reset()
+    vector, share = trainer.release(clipper, key, _STEP)
+    stddev = plan.gradient_noise_multiplier * plan.clipping_norm
     faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
@@ -337,18 +413,24 @@ def _check_noise(placement: Placement, clipping_norm: float, noise_multiplier: f
             )
             continue
         sample = part[:_NUM_COMPARED].cpu()
-        own = gaussian(key, 0, slot.name, slot.first, slot.first + len(sample)) * stddev
+        own = gaussian(key, _STEP, slot.name, slot.first, slot.first + len(sample)) * stddev
         if not torch.allclose(sample, own, rtol=1e-5, atol=1e-6 * stddev):
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
-    _agree_on_faults(faults[0] if faults else "", backend)
+    if plan.adaptive_clipping is not None:
+        own = 0.5 + plan.adaptive_clipping.count_noise / plan.expected_batch_size * float(
+            gaussian(key, _STEP, COUNT_NOISE_NAME, 0, 1)
+        )
+        if share is None or not math.isclose(share, own, rel_tol=1e-9):
+            faults.append(f"adaptive clipping released the share {share} of no unit, the plan's noise makes it {own}")
+    _agree_on_fault(faults[0] if faults else "", backend)
 
 
-def _agree_on_faults(fault: str, backend: Backend) -> None:
+def _agree_on_fault(fault: str, backend: Backend) -> None:
     """One rank's fault stops every rank, which would otherwise wait for it until the time-out."""
     num_faulty = torch.tensor([float(bool(fault))], device=backend.device)
     backend.reduce(num_faulty)
-    if fault or float(num_faulty) > 0:
-        raise SelfTestFailed(fault or "another rank's noise is not what the plan asks for; see its message")
+    if fault or not float(num_faulty) == 0:
+        raise SelfTestFailed(fault or "another rank found a fault; see its message")

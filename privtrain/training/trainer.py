@@ -83,7 +83,7 @@ class Trainer:
         self._autocast = autocast
         self._packer = packer
         self._hand: Sequence[DrawnUnit] = ()
-        self._objective = objective or CausalLM()
+        self.objective = objective or CausalLM()
         self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
@@ -104,10 +104,7 @@ class Trainer:
         self.clipper.reset()
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        total = self.backend.reduce_total(self.clipper.finish())
-        stddev = self.plan.gradient_noise_multiplier * self.clipper.sensitivity
-        self.backend.add_noise(total, self.layout, self._key, step, stddev)
-        share = self._release_share(step)
+        total, share = self.release(self.clipper, self._key, step)
         update = self._check_replay(step, total, share)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
@@ -115,6 +112,29 @@ class Trainer:
         self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
         self._log(step, time.monotonic() - started, counts, share)
         self._adapt(share)
+
+    def release(
+        self, clipper: PerUnitClipper | CooperativeClipper, key: SecretKey, step: int
+    ) -> tuple[torch.Tensor, float | None]:
+        """All that leaves a step: the self-test calls it too, so that what it measures is what training does.
+
+        Args:
+            clipper: at the end of a step, on every rank.
+            key: secret that the noise is drawn from.
+            step: the logical step.
+
+        Returns:
+            The clipped sum over all ranks with its noise, laid out as ``layout``, and adaptive clipping's share.
+        """
+        total = self.backend.reduce_total(clipper.finish())
+        stddev = self.plan.gradient_noise_multiplier * clipper.sensitivity
+        self.backend.add_noise(total, self.layout, key, step, stddev)
+        settings = self.plan.adaptive_clipping
+        if settings is None:
+            return total, None
+        expected, counts = self.plan.expected_batch_size, clipper.diagnostics
+        share = release_share(settings, counts, backend=self.backend, key=key, step=step, expected_batch_size=expected)
+        return total, share
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
         """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
@@ -140,7 +160,7 @@ class Trainer:
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self._autocast:
-            return self._objective.losses(self.model, input_ids, target_mask)
+            return self.objective.losses(self.model, input_ids, target_mask)
 
     @property
     def clipping_norm(self) -> float:
@@ -150,19 +170,6 @@ class Trainer:
     @clipping_norm.setter
     def clipping_norm(self, value: float) -> None:
         self.clipper.clipping_norm = value
-
-    def _release_share(self, step: int) -> float | None:
-        settings = self.plan.adaptive_clipping
-        if settings is None:
-            return None
-        return release_share(
-            settings,
-            self.clipper.diagnostics,
-            backend=self.backend,
-            key=self._key,
-            step=step,
-            expected_batch_size=self.plan.expected_batch_size,
-        )
 
     def _adapt(self, share: float | None) -> None:
         if share is not None:

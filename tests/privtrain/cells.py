@@ -108,19 +108,8 @@ def make_trainer(backend: Backend, directory: pathlib.Path, cell: Cell) -> Train
     )
 
 
-def self_test(trainer: Trainer) -> None:
-    run_self_test(
-        model=trainer.model,
-        placement=trainer.placement,
-        new_clipper=functools.partial(trainer.new_clipper, route=trainer.clipper.route),
-        row_losses=trainer.row_losses,
-        clipping_norm=trainer.plan.clipping_norm,
-        noise_multiplier=trainer.plan.noise_multiplier,
-        backend=trainer.backend,
-        vocabulary_size=200,
-        precision="fp32",
-        clipping_style=trainer.plan.clipping_style,
-    )
+def self_test(trainer: Trainer) -> str:
+    return run_self_test(trainer, vocabulary_size=200, precision="fp32")
 
 
 def trained(trainer: Trainer) -> dict[str, np.ndarray]:

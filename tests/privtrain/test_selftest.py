@@ -9,10 +9,12 @@ import io
 import pytest
 import torch
 
-from privtrain.backends import LocalBackend, base, sharded, shards
-from privtrain.clipping import capture, clipper, rules, styles
+from privtrain.backends import LocalBackend, Placement, base, sharded, shards
+from privtrain.clipping import capture, clipper, cooperative, rules, styles
 from privtrain.errors import SelfTestFailed
+from privtrain.layout import Layout
 from privtrain.noise import add_gaussian_noise_
+from privtrain.training import adaptive, selftest
 from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer, self_test
 from tests.ranks import run_on_ranks
@@ -122,6 +124,146 @@ def test_mutant_backend(tiny_llama, backend, message):
         check(tiny_llama, backend(CPU))
 
 
+# Mutants of what only several units, a second step or training mode show.
+
+
+def factors_of_the_first_unit(style, norms, clipping_norm):
+    found = FACTORS(style, norms, clipping_norm)
+    return torch.where(torch.isfinite(norms).all(dim=0), found[:, :1].expand_as(found), 0.0)
+
+
+def factors_for_what_is_not_finite(style, norms, clipping_norm):
+    return torch.where(torch.isfinite(norms), FACTORS(style, norms, clipping_norm), 1.0)
+
+
+def factors_that_normalise(style, norms, clipping_norm):
+    return torch.where(torch.isfinite(norms).all(dim=0), clipping_norm / norms, 0.0)
+
+
+def forgets_to_clear(self):
+    self.diagnostics = clipper.ClippingDiagnostics()
+    self._open = None
+
+
+FACTORS = styles.factors
+
+
+@pytest.mark.parametrize("route", ["batched", "two_pass", "one_unit"])
+@pytest.mark.parametrize("factors", [factors_for_what_is_not_finite, factors_that_normalise])
+def test_mutant_factors(tiny_llama, monkeypatch, factors, route):
+    monkeypatch.setattr(styles, "factors", factors)
+    with pytest.raises(SelfTestFailed, match="is off by"):
+        check(tiny_llama, cell=dataclasses.replace(LORA, route=route))
+
+
+@pytest.mark.parametrize("route", ["batched", "two_pass"])
+def test_mutant_one_factor_for_all_units_of_a_microbatch(tiny_llama, monkeypatch, route):
+    monkeypatch.setattr(styles, "factors", factors_of_the_first_unit)
+    with pytest.raises(SelfTestFailed, match="units are mixed"):
+        check(tiny_llama, cell=dataclasses.replace(LORA, route=route))
+
+
+@pytest.mark.parametrize("clipping_norm", [1e-4, 1e5])
+def test_mutant_clipping_skipped_under_any_norm(tiny_llama, monkeypatch, clipping_norm):
+    cell = dataclasses.replace(LORA, clipping_norm=clipping_norm)
+    check(tiny_llama, cell=cell)
+    monkeypatch.setattr(styles, "factors", unclipped)
+    with pytest.raises(SelfTestFailed, match="above clipping_norm"):
+        check(tiny_llama, cell=cell)
+
+
+def test_mutant_reset_does_not_clear(tiny_llama, monkeypatch):
+    monkeypatch.setattr(clipper.PerUnitClipper, "reset", forgets_to_clear)
+    with pytest.raises(SelfTestFailed, match="above clipping_norm"):
+        check(tiny_llama)
+
+
+def test_mutant_the_sensitivity_that_training_scales_noise_by(tiny_llama, monkeypatch):
+    monkeypatch.setattr(clipper.PerUnitClipper, "sensitivity", 1e-6)
+    with pytest.raises(SelfTestFailed, match="noise has standard deviation"):
+        check(tiny_llama)
+
+
+class NoiseOfStepZero(LocalBackend):
+    def add_noise(self, vector, layout, key, step, stddev):
+        super().add_noise(vector, layout, key, 0, stddev)
+
+
+def test_mutant_noise_that_is_the_same_in_every_step(tiny_llama):
+    with pytest.raises(SelfTestFailed, match="different noise"):
+        check(tiny_llama, NoiseOfStepZero(CPU))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_mutant_adaptive_count_with_too_little_noise(tiny_llama, monkeypatch, factor):
+    cell = dataclasses.replace(LORA, style="adaptive")
+    check(tiny_llama, cell=cell)
+    original = adaptive.gaussian
+    monkeypatch.setattr(adaptive, "gaussian", lambda *arguments: factor * original(*arguments))
+    with pytest.raises(SelfTestFailed, match="adaptive clipping released the share"):
+        check(tiny_llama, cell=cell)
+
+
+def couple_rows_in_training(model) -> None:
+    def subtract_mean(module, inputs, output):
+        return output - 0.9 * output.mean(dim=0, keepdim=True) if module.training else None
+
+    next(m for name, m in model.named_modules() if name.endswith("mlp")).register_forward_hook(subtract_mean)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_mutant_rows_are_coupled_in_training_mode_alone(tiny_llama, gradient_checkpointing):
+    cell = dataclasses.replace(LORA, gradient_checkpointing=gradient_checkpointing)
+    check(tiny_llama, cell=cell)
+    trainer = make_trainer(LocalBackend(CPU), tiny_llama, cell)
+    couple_rows_in_training(trainer.model)
+    with pytest.raises(SelfTestFailed, match="is off by"):
+        self_test(trainer)
+
+
+def test_dropout_is_off_for_the_test_and_then_as_it_was(tiny_llama):
+    """Dropout as a module, as a number in attention and in a config; and one module that is not in training mode."""
+    trainer = make_trainer(LocalBackend(CPU), tiny_llama, LORA)
+    attention = next(m for name, m in trainer.model.named_modules() if name.endswith("self_attn"))
+    attention.attention_dropout = attention.config.attention_dropout = 0.3
+    attention.q_proj.lora_dropout["default"] = torch.nn.Dropout(0.4)
+    trainer.model.get_input_embeddings().eval()
+    modes = [module.training for module in trainer.model.modules()]
+    self_test(trainer)
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert attention.attention_dropout == attention.config.attention_dropout == 0.3
+    assert attention.q_proj.lora_dropout["default"].p == 0.4
+
+
+def parts_add_up(first: int, count: int, others: list[tuple[int, int]], size: int) -> bool:
+    """Of a tensor, this rank's part and those of others, by the self-test."""
+    model = torch.nn.ParameterDict({"w": torch.zeros(count)})
+    layout = Layout(dict(model.named_parameters()), {"w": (first, (size,))})
+    backend = LocalBackend(CPU)
+
+    def sum_parts(vector):
+        for low, number in others:
+            high = low + number
+            squares = [n * (n - 1) * (2 * n - 1) // 6 for n in (low, high)]
+            sums = [number, (low + high - 1) * number // 2, squares[1] - squares[0]]
+            vector += torch.tensor([x % selftest._PRIME for x in sums])
+
+    backend.sum_parts = sum_parts
+    try:
+        selftest._check_coverage(model, Placement(layout, layout, 0, 1), backend)
+    except SelfTestFailed:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", [4, 1 << 33, 1 << 60])
+def test_coverage_is_exact_for_tensors_of_any_size(size):
+    assert parts_add_up(0, 2, [(2, size - 2)], size)
+    assert not parts_add_up(0, 2, [(3, size - 3)], size)  # one is stepped by nobody
+    assert not parts_add_up(0, 2, [(1, size - 2)], size)  # one by two, the last by nobody
+    assert not parts_add_up(1, 2, [(1, 2)], 4)  # as many, with the same sum
+
+
 # On several ranks: each mutant patches what the job runs, in the ranks alone.
 
 
@@ -223,6 +365,34 @@ def frozen(backend, patch) -> None:
     patch.setattr(backend, "place", place, raising=False)
 
 
+def one_factor_for_all(backend, patch) -> None:
+    patch.setattr(styles, "factors", factors_of_the_first_unit)
+
+
+def not_finite_counts(backend, patch) -> None:
+    patch.setattr(styles, "factors", factors_for_what_is_not_finite)
+
+
+def no_reset(backend, patch) -> None:
+    for kind in (clipper.PerUnitClipper, cooperative.CooperativeClipper):
+        patch.setattr(kind, "reset", forgets_to_clear)
+
+
+def wrong_sensitivity(backend, patch) -> None:
+    for kind in (clipper.PerUnitClipper, cooperative.CooperativeClipper):
+        patch.setattr(kind, "sensitivity", 1e-6)
+
+
+def coupled_rows(backend, patch) -> None:
+    original = backend.place
+
+    def place(model):
+        couple_rows_in_training(model)
+        return original(model)
+
+    patch.setattr(backend, "place", place, raising=False)
+
+
 def none(backend, patch) -> None:
     pass
 
@@ -245,6 +415,16 @@ MUTANTS = [
 ]
 MUTANTS += [(name, "full", mean_over_rows, "is off by") for name in ("zero2", "zero3", "fsdp2")]
 MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in SHARDED]
+MUTANTS += [
+    *[
+        (name, "lora", mutant, "is off by")
+        for name in ("zero3", "fsdp2")
+        for mutant in (one_factor_for_all, coupled_rows)
+    ],
+    *[(name, "full", not_finite_counts, "is off by") for name in ("zero3", "fsdp2")],
+    *[(name, "full", no_reset, "above clipping_norm") for name in ("zero3", "fsdp2")],
+    *[(name, "full", wrong_sensitivity, "noise has standard deviation") for name in ("zero3", "fsdp2")],
+]
 
 
 def outcomes(directory, mutants) -> list[str]:
@@ -292,3 +472,23 @@ def _different_start(directory) -> str:
 @pytest.mark.dist
 def test_mutant_ranks_start_apart(tiny_llama):
     assert all("different trainable parameters" in outcome for outcome in run_on_ranks(2, _different_start, tiny_llama))
+
+
+def _route_without_a_rule(directory, names) -> list[str]:
+    """A rule that gives nothing is seen only where there are units; training goes on after the self-test."""
+    routes = []
+    for name in names:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setitem(rules._RULES, torch.nn.Linear, lambda *_: {})
+            trainer = make_trainer(make_backend(name), directory, LORA)
+            trainer.clipper.route = self_test(trainer)
+            trainer.train_step(0)
+        routes.append(trainer.clipper.route)
+    return routes
+
+
+@pytest.mark.dist
+def test_the_route_that_passed_is_that_of_all_ranks(tiny_llama):
+    """Else a rank with units would run more passes over a sharded base than one without, which waits for ever."""
+    for routes in run_on_ranks(2, _route_without_a_rule, tiny_llama, ["ddp", "fsdp2", "zero3"]):
+        assert routes == ["one_unit"] * 3
