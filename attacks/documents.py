@@ -20,8 +20,8 @@ from attacks.errors import AttackInputError
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.config.schema import DataSection
 from privtrain.data.corpus import Corpus
-from privtrain.data.split import seal
 from privtrain.data.encode import Encoder
+from privtrain.data.split import seal
 from privtrain.rundir import RunDirectory
 
 DOCUMENTS_PER_PART = 128

@@ -151,6 +151,7 @@ def judge(
     *,
     is_constant: bool,
     confounded_by: str = "",
+    level: float = statistics.CONFIDENCE_LEVEL,
 ) -> tuple[Verdict, str]:
     """The verdict on one statistic and the sentence that explains it.
 
@@ -166,6 +167,7 @@ def judge(
         num_held_out: users on the held-out side.
         is_constant: whether all users have the same value.
         confounded_by: what the blind baseline found; empty if it found nothing.
+        level: the interval's confidence level.
 
     Returns:
         The verdict and its reason.
@@ -177,7 +179,7 @@ def judge(
         return Verdict.UNINFORMATIVE, cap.reason
     if is_constant:
         return Verdict.UNINFORMATIVE, "all users have the same value: was the base model scored against itself?"
-    ceiling = statistics.perfect_separation(num_held_in, num_held_out)
+    ceiling = statistics.perfect_separation(num_held_in, num_held_out, level)
     if auroc_interval.lower > allowed:
         return Verdict.FALSIFIED, (
             f"the interval's lower end {auroc_interval.lower:.4f} exceeds the {allowed:.4f} that the claim allows: "

@@ -5,7 +5,6 @@ import math
 import pytest
 
 import accountants
-
 from attacks import statistics
 from attacks.statistics import Interval
 from attacks.verdict import Cap, Verdict, _tabulate, judge
