@@ -97,14 +97,13 @@ def test_secondary_statistics_are_judged_together(make_run):
     adjusted = statistics.holm([part["p_value"] for part in family])
     assert [part["p_holm"] for part in family] == pytest.approx(adjusted.tolist())
     assert f"Holm over all {len(family)} p-values" in facts["multiplicity"]
-    rules = policy.Policy(fail_on_verdicts=[], max_auroc_lower=max(result["verdict_lower"] for result in others))
-    assert not [
-        said for said in rules.model_copy(update={"statistics": "all"}).violations(facts) if headline not in said
-    ]
+    largest = max(result["verdict_lower"] for result in others)
+    rules = policy.Policy(fail_on_verdicts=[], max_auroc_lower=largest, statistics="all")
+    assert not [said for said in rules.violations(facts) if not said.startswith(f"{headline}:")]
 
 
 def test_a_family_of_null_statistics_seldom_fails_the_policy():
-    """Forty statistics at once without any effect: some lower end passes 1/2 in about 1/40 of the samples, not in most."""
+    """Forty statistics without any effect: some lower end passes 1/2 in 1/40 of the samples, not in most."""
     rng, level = np.random.default_rng(4), 1 - 0.05 / 40
     raw = corrected = 0
     for _ in range(40):
