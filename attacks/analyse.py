@@ -99,7 +99,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "verdict_reason": headline["verdict_reason"],
         "results": found,
         "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
-        f"which was declared before any run; the other {len(others)} statistics are judged at confidence level {strict:.5g}",
+        f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
         "not_run": not_run,
         "shadows": {"num": len(references)},
         "blind": {name: _blind_facts(result) for name, result in families.items()},
