@@ -34,6 +34,9 @@ from accountants.edgeworth_error import sup_error
 from accountants.mixtures import Array, Composition
 from accountants.protocol import NormalFormAccountant
 
+#: Beyond it e^epsilon overflows.
+_LARGEST_EXPONENT = 700.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
@@ -76,7 +79,9 @@ class DirectedExpansion:
         """Delta at ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end."""
         first = self.first.survival(epsilon) + sign * self.first_error
         second = self.second.survival(epsilon) - sign * self.second_error
-        return first - np.exp(epsilon) * second
+        value = first - np.exp(np.minimum(epsilon, _LARGEST_EXPONENT)) * second
+        # A smaller factor only raises the value: still an upper end, but no lower one.
+        return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value) if sign < 0 else value
 
     def epsilon(self, delta: float, sign: float = 0.0) -> float:
         """The smallest epsilon from which on delta stays at or below ``delta``, by bracketing; infinity if none.

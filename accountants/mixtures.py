@@ -101,18 +101,19 @@ class MixtureStep:
         left = np.full_like(values, low)
         right = np.full_like(values, high)
         roots = np.interp(values, self.loss(grid), grid)
+        unsettled = np.arange(values.size)
         for _ in range(60):
-            excess = self.loss(roots) - values
-            right = np.where(excess > 0, roots, right)
-            left = np.where(excess > 0, left, roots)
-            slope = np.maximum(self.loss_slope(roots), 1e-300)
-            newton = roots - excess / slope
-            middle = (left + right) / 2
-            step = np.where((newton > left) & (newton < right), newton, middle)
-            done = float(np.max(np.abs(step - roots), initial=0.0)) < 1e-13 * high
-            roots = step
-            if done:
+            if not unsettled.size:
                 break
+            here = roots[unsettled]
+            excess = self.loss(here) - values[unsettled]
+            right[unsettled] = np.where(excess > 0, here, right[unsettled])
+            left[unsettled] = np.where(excess > 0, left[unsettled], here)
+            newton = here - excess / np.maximum(self.loss_slope(here), 1e-300)
+            within = (newton > left[unsettled]) & (newton < right[unsettled])
+            step = np.where(within, newton, (left[unsettled] + right[unsettled]) / 2)
+            roots[unsettled] = step
+            unsettled = unsettled[np.abs(step - here) >= 1e-13 * high]
         return np.maximum.accumulate(roots) if roots.size else roots
 
     def loss_slope(self, z: Array) -> Array:

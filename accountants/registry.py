@@ -18,7 +18,11 @@ ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "rdp": ("accountants.rdp", "RdpAccountant", "Renyi divergences, certified upper bound"),
     "prv": ("accountants.prv", "PrvAccountant", "privacy random variables (Opacus), certified, remove direction"),
-    "allocation": ("accountants.allocation", "AllocationAccountant", "random allocation, certified interval"),
+    "allocation": (
+        "accountants.allocation",
+        "AllocationAccountant",
+        "random allocation, certified upper bound",
+    ),
     "gdp": ("accountants.gdp", "GdpAccountant", "central limit theorem, asymptotic"),
     "aea1": ("accountants.edgeworth", "Aea1Accountant", "Edgeworth expansion of order 1, estimate"),
     "aea2": ("accountants.edgeworth", "Aea2Accountant", "Edgeworth expansion of order 2, estimate"),

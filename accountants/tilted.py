@@ -61,7 +61,8 @@ from accountants.window import MARGIN, Window
 
 #: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
 _SHORTEST, _LONGEST = 13, 20
-_MAX_CELLS = 1 << 20
+#: Cells times shifts of steps whose loss is inverted numerically: some seconds' work; beyond it the lattice is coarser.
+_MAX_NUMERICAL = 1 << 23
 #: Where in the window the answer is looked for: the part of its length that lies below it.
 _BELOW = 1 / 4
 #: Relative gap from which on the upper end is compared with the Renyi bound.
@@ -84,7 +85,10 @@ class TiltedAccountant(NormalFormAccountant):
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
             return _both(closed_form.epsilon_ends(composed.phases[0][0], delta))
-        ends = _worst_epsilon(composed, delta, self.tolerance)
+        try:
+            ends = _worst_epsilon(composed, delta, self.tolerance)
+        except ArithmeticError as error:
+            raise _beyond_float64("epsilon", f"delta={delta:g}") from error
         if ends.upper - ends.lower > _WIDE * ends.upper or math.isinf(ends.upper):
             # The branch c_t of the theorem; where rare large losses or the size of epsilon defeat the lattice it can be
             # better.
@@ -95,7 +99,15 @@ class TiltedAccountant(NormalFormAccountant):
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
             return _both(closed_form.delta_ends(composed.phases[0][0], epsilon))
-        return _both(_worst_delta(composed, epsilon, self.tolerance))
+        try:
+            return _both(_worst_delta(composed, epsilon, self.tolerance))
+        except ArithmeticError as error:
+            raise _beyond_float64("delta", f"epsilon={epsilon:g}") from error
+
+
+def _beyond_float64(quantity: str, given: str) -> ValueError:
+    """What is said where the lattice's losses overflow."""
+    return ValueError(f"tilted's {quantity} at {given} leaves float64's range; use 'tilted-edgeworth' or 'rdp'")
 
 
 def _both(ends: Ends) -> Ends:
@@ -123,12 +135,13 @@ class _EpsilonSearch:
         self.lower, self.upper = 0.0, math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
-        self._log2_length = _SHORTEST
+        self._longest = _longest(composed)
+        self._log2_length = min(_SHORTEST, self._longest)
 
     def refine(self) -> bool:
         """Try the next transform length; False if there is none."""
         log2_length = self._log2_length
-        if log2_length > _LONGEST:
+        if log2_length > self._longest:
             return False
         window = _window(self.composed, self._law, self._start, math.log(self.delta), 1 << log2_length, self.add)
         at_zero = window.upper_delta(0.0)
@@ -146,17 +159,24 @@ class _EpsilonSearch:
 
     def _next_length(self, log2_length: int) -> int:
         """The gap between the ends falls with the square of the length: go straight to where it should suffice."""
-        if log2_length == _LONGEST:
-            return _LONGEST + 1
+        if log2_length == self._longest:
+            return self._longest + 1
         doublings = 2
         if 0 < self.lower < self.upper < math.inf:
             excess = 1.1 * (self.upper - self.lower) / (self.tolerance * self.upper)
             doublings = min(max(math.ceil(0.5 * math.log2(excess)), 1), 3)
-        return min(log2_length + doublings, _LONGEST)
+        return min(log2_length + doublings, self._longest)
+
+
+def _longest(composed: Composition) -> int:
+    """Log2 of the longest transform, and of the most cells: fewer where cells are dear."""
+    shifts = sum(len(step.shifts) for step, _ in composed.phases if len(step.shifts) > 2)
+    return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(shifts, 1))))
 
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Ends:
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
+    longest = _longest(composed)
     for add in (False, True):
         law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
         start = saddle.saddle_for_epsilon(law, epsilon)
@@ -165,7 +185,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
         start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
-        for log2_length in range(14, _LONGEST + 1, 2):
+        for log2_length in range(min(14, longest), longest + 1, 2):
             window = _window(composed, law, start, log_delta, 1 << log2_length, add)
             best_upper = min(best_upper, value if (value := window.upper_delta(epsilon)) is not None else 1.0)
             best_lower = max(best_lower, window.lower_delta(epsilon) or 0.0)
@@ -192,7 +212,7 @@ def _window(
     for step, _ in composed.phases:
         ends = step.loss(np.array([z_low, z_high]))
         ranges.append((max(float(ends[0]), step.infimum), float(ends[1])))
-    spacing = max(width / length, max(high - low for low, high in ranges) / _MAX_CELLS)
+    spacing = max(width / length, max(high - low for low, high in ranges) / (1 << _longest(composed)))
     phases: list[LatticePhase] = []
     for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):
         cells = lattice.build_cells(step, low, spacing, math.ceil((high - low) / spacing))

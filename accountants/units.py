@@ -54,6 +54,11 @@ def group_event(
         return dp_accounting.NoOpDpEvent()
     if noise_multiplier == 0:
         return dp_accounting.NonPrivateDpEvent()
+    if sampling_prob == 1:
+        # Nothing is mixed, and the library's mixtures need several parts.
+        return dp_accounting.SelfComposedDpEvent(
+            dp_accounting.GaussianDpEvent(noise_multiplier / num_records), num_steps
+        )
     weights = _binomial(num_records, sampling_prob)
     step = dp_event.MixtureOfGaussiansDpEvent(noise_multiplier, [float(i) for i, _ in weights], [p for _, p in weights])
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
@@ -61,8 +66,6 @@ def group_event(
 
 def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
     """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe."""
-    if prob == 1:
-        return [(count, 1.0)]
     if count == 1:
         return [(0, 1 - prob), (1, prob)]
     weights: list[tuple[int, float]] = []

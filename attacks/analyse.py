@@ -71,13 +71,15 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
 
     references = sorted((run / signals.REFERENCES_PATH).glob("shadow-*.parquet"))
     found, not_run = {}, _not_run(scored)
-    declared: Statistic | None = None
-    for statistic in _statistics(scored, references, not_run):
-        found[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by)
-        declared = declared or statistic
+    declared, *others = _statistics(scored, references, not_run)
+    # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
+    strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
+    for statistic in (declared, *others):
+        level = statistics.CONFIDENCE_LEVEL if statistic is declared else strict
+        found[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, level)
         if statistic is not declared and (statistic.unit, statistic.documents) == ("user", signals.FRESH):
             found[statistic.name]["less_headline"] = results.compare(statistic, declared)
-    results.correct_for_multiplicity(found, user_inference.HEADLINE)
+    num_p_values = results.correct_for_multiplicity(found, user_inference.HEADLINE)
     headline = found[user_inference.HEADLINE]
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
@@ -96,8 +98,8 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "verdict": headline["verdict"],
         "verdict_reason": headline["verdict_reason"],
         "results": found,
-        "multiplicity": f"Holm over all {sum('p_holm' in result for result in found.values())} p-values but the "
-        "headline's, which was declared before any run",
+        "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
+        f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
         "not_run": not_run,
         "shadows": {"num": len(references)},
         "blind": {name: _blind_facts(result) for name, result in families.items()},

@@ -26,7 +26,8 @@ def score(
     run: Run,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass, padding included.")] = 2048,
     training_records: Annotated[
-        int, typer.Option(min=0, help="Records of each user to score beside the attacker's: for record membership.")
+        int,
+        typer.Option(min=0, help="Records of each user to score beside the attacker's: at most 8; for membership."),
     ] = 2,
     variants: Annotated[
         str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N; comma-separated.")

@@ -110,7 +110,7 @@ def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[
 
 
 def tokens_of(texts: Sequence[str], encoder: Encoder) -> list[npt.NDArray[np.int64]]:
-    """Token ids of each record, as training encodes it; every token is scored, also what training only conditions on."""
+    """Token ids of each record, as training encodes it; every token is scored, also those only conditioned on."""
     return [record.tokens for record in encoder.encode(texts).records]
 
 

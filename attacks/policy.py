@@ -34,7 +34,8 @@ class Policy(pydantic.BaseModel):
         found = []
         for name in names:
             result = attacks["results"][name]
-            lower = result["bootstrap"]["interval"][0]
+            # Of the level at which the statistic is judged: many at once need wider intervals.
+            lower = result["verdict_lower"]
             if result["verdict"] in set(self.fail_on_verdicts):
                 found.append(f"{name}: verdict {result['verdict']}")
             if self.max_auroc_lower is not None and lower > self.max_auroc_lower:

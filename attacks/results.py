@@ -57,7 +57,13 @@ class Statistic:
         return np.unique(self.owners[0]).size, np.unique(self.owners[1]).size
 
 
-def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: str) -> dict[str, Any]:
+def evaluate(
+    statistic: Statistic,
+    cap: verdict.Cap,
+    seed: int,
+    confounded_by: str,
+    verdict_level: float = statistics.CONFIDENCE_LEVEL,
+) -> dict[str, Any]:
     """Points, intervals, operating points and the verdict.
 
     Args:
@@ -65,6 +71,7 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
         cap: what the run's claim allows.
         seed: of the resampling.
         confounded_by: what the blind baseline found; empty if nothing.
+        verdict_level: of the interval that decides the verdict; higher where many statistics are judged.
     """
     held_in, held_out = statistic.held_in, statistic.held_out
     if statistic.owners is None:
@@ -73,8 +80,16 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
     else:
         num_resamples = NUM_CLUSTER_RESAMPLES
         bootstrap = statistics.cluster_interval(held_in, held_out, *statistic.owners, seed=seed)
+    area = statistics.auroc(held_in, held_out)
+    judged = dataclasses.replace(bootstrap, lower=bootstrap.lower_at(verdict_level, area))
+    judged = judged.no_narrower_than(statistics.perfect_separation(*statistic.num_users, verdict_level))
     found, reason = verdict.judge(
-        cap, bootstrap, *statistic.num_users, is_constant=statistic.is_constant, confounded_by=confounded_by
+        cap,
+        judged,
+        *statistic.num_users,
+        is_constant=statistic.is_constant,
+        confounded_by=confounded_by,
+        level=verdict_level,
     )
     facts: dict[str, Any] = {
         "definition": statistic.definition,
@@ -82,7 +97,7 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
         "unit": statistic.unit,
         "num_held_in": int(held_in.size),
         "num_held_out": int(held_out.size),
-        "auroc": statistics.auroc(held_in, held_out),
+        "auroc": area,
         "bootstrap": {
             "interval": [bootstrap.lower, bootstrap.upper],
             "method": "BCa, users resampled within each side",
@@ -91,6 +106,8 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
         "warnings": _warnings(bootstrap, is_constant=statistic.is_constant),
         "verdict": str(found),
         "verdict_reason": reason,
+        "verdict_level": verdict_level,
+        "verdict_lower": judged.lower,
         "tpr_at_fpr": [_operating_point(statistic, target, cap) for target in TARGET_FPRS],
     }
     if statistic.owners is None:
@@ -99,6 +116,8 @@ def evaluate(statistic: Statistic, cap: verdict.Cap, seed: int, confounded_by: s
         variance = statistics.delong_variance(held_in, held_out)
         facts["delong"] = {"interval": [delong.lower, delong.upper], "method": "logit", "variance": variance}
         facts["p_value"] = statistics.auroc_p_value(held_in, held_out)
+    else:
+        facts["p_value"] = statistics.cluster_p_value(held_in, held_out, *statistic.owners)
     if statistic.is_detailed:
         facts |= {"roc": _roc(held_in, held_out, cap, seed), "histogram": histogram(held_in, held_out)}
     return facts
@@ -112,11 +131,19 @@ def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
     return {"difference": found.difference, "interval": ends, "p_value": found.p_value}
 
 
-def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> None:
-    """Adds ``p_holm`` to every result with a p-value but the headline, which was declared beforehand."""
-    names = [name for name, result in results.items() if name != headline and "p_value" in result]
-    for name, value in zip(names, statistics.holm([results[name]["p_value"] for name in names]), strict=True):
-        results[name]["p_holm"] = float(value)
+def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> int:
+    """Adds ``p_holm`` beside every p-value but the headline's, which was declared beforehand.
+
+    Paired differences from the headline are tests too.
+
+    Returns:
+        The number of p-values in the family.
+    """
+    family = [result for name, result in results.items() if name != headline]
+    family += [result["less_headline"] for result in family if "less_headline" in result]
+    for facts, value in zip(family, statistics.holm([facts["p_value"] for facts in family]), strict=True):
+        facts["p_holm"] = float(value)
+    return len(family)
 
 
 def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:

@@ -75,6 +75,7 @@ class PrivacyStatement(_Part):
     mechanism: Mechanism
     num_steps: int
     steps_released: int
+    steps_accounted: int | None = None
     epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
     accountants: list[AccountantAnswer]
@@ -127,7 +128,8 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
         ) from error
     if statement.schema_ != STATEMENT_SCHEMA:
         raise AttackInputError(f"{path} has schema {statement.schema_!r}; expected {STATEMENT_SCHEMA!r}")
-    if statement.steps_released < statement.num_steps:
+    # After a new generation within an epoch fewer steps are released than planned; whole epochs are accounted.
+    if max(statement.steps_released, statement.steps_accounted or 0) < statement.num_steps:
         raise AttackInputError(
             f"{run} released {statement.steps_released} of {statement.num_steps} steps: expected a finished run; "
             "run next: the privtrain train command that began it"

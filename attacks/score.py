@@ -58,6 +58,10 @@ Tokens = npt.NDArray[np.int64]
 _PSEUDONYM_PURPOSE = "attack pseudonym"
 
 
+MAX_TRAINING_RECORDS = 8
+"""Beyond it users' very different numbers of records make the interval over records too short."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
     """What is scored, and how.
@@ -77,6 +81,13 @@ class ScoreOptions:
     spans_column: str | None = None
     date_column: str | None = None
     language_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_training_records <= MAX_TRAINING_RECORDS:
+            raise AttackInputError(
+                f"--training-records {self.num_training_records}: expected 0 to {MAX_TRAINING_RECORDS}; with more, "
+                "users of very different sizes make the interval over records too short"
+            )
 
     @property
     def columns(self) -> list[str]:

@@ -32,11 +32,17 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
         The configurations, to be given to ``privtrain train`` one by one.
 
     Raises:
-        AttackInputError: if the run is not finished or its data changed since training.
+        AttackInputError: if the run is not finished, its records are no plain texts, or its data changed since
+            training.
     """
     read_statement(run_path)
     run = RunDirectory(run_path)
     config, manifest = load_config(run.resolved_config), read_manifest(run)
+    if config.data.format != "text":
+        raise AttackInputError(
+            f"shadows are written for data.format 'text' only and this run has {config.data.format!r}; "
+            "score it without shadows"
+        )
     corpus = load_corpus(config.data)
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")

@@ -6,15 +6,20 @@ import dataclasses
 import enum
 import functools
 import math
+from typing import TYPE_CHECKING
 
 from attacks import statistics
 from attacks.rundir import PrivacyStatement
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 ATTACKED_UNIT = "user"
 """User inference accuses users; a guarantee in another unit does not answer it."""
 
 _VACUOUS_AUROC = 0.999
-_ACCOUNTANT = "pld"
+# The second answers where the first refuses: round-off rules it out, for example with little noise.
+_ACCOUNTANTS = ("pld", "tilted")
 # Small epsilons decide the middle of the ROC, and with it the area.
 _CURVE_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -115,22 +120,27 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
 def _tabulate(
     noise_multiplier: float, sampling_prob: float, num_steps: int, largest_epsilon: float
 ) -> statistics.CurveBound | None:
-    """Certified points of the curve, or None where the accountant cannot resolve the event."""
+    """Certified points of the curve, or None where no accountant can resolve the event."""
     import accountants
 
     event = accountants.dp_sgd_event(
         noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
     )
-    points = []
-    for share in _CURVE_SHARES:
-        epsilon = share * largest_epsilon
+    for name in _ACCOUNTANTS:
         try:
-            answer = accountants.delta(event, epsilon, accountant=_ACCOUNTANT)
-            points.append(statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer))))
+            points = [_point(event, share * largest_epsilon, name) for share in _CURVE_SHARES]
         except ValueError:
-            # The stated pair stands alone; a cap is never made of what is not certified.
-            return None
-    return statistics.CurveBound(tuple(points), _ACCOUNTANT)
+            # The stated pair stands alone in the end; a cap is never made of what is not certified.
+            continue
+        return statistics.CurveBound(tuple(points), name)
+    return None
+
+
+def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str) -> statistics.DpBound:
+    import accountants
+
+    answer = accountants.delta(event, epsilon, accountant=accountant)
+    return statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer)))
 
 
 def judge(
@@ -141,6 +151,7 @@ def judge(
     *,
     is_constant: bool,
     confounded_by: str = "",
+    level: float = statistics.CONFIDENCE_LEVEL,
 ) -> tuple[Verdict, str]:
     """The verdict on one statistic and the sentence that explains it.
 
@@ -156,6 +167,7 @@ def judge(
         num_held_out: users on the held-out side.
         is_constant: whether all users have the same value.
         confounded_by: what the blind baseline found; empty if it found nothing.
+        level: the interval's confidence level.
 
     Returns:
         The verdict and its reason.
@@ -167,7 +179,7 @@ def judge(
         return Verdict.UNINFORMATIVE, cap.reason
     if is_constant:
         return Verdict.UNINFORMATIVE, "all users have the same value: was the base model scored against itself?"
-    ceiling = statistics.perfect_separation(num_held_in, num_held_out)
+    ceiling = statistics.perfect_separation(num_held_in, num_held_out, level)
     if auroc_interval.lower > allowed:
         return Verdict.FALSIFIED, (
             f"the interval's lower end {auroc_interval.lower:.4f} exceeds the {allowed:.4f} that the claim allows: "

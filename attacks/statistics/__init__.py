@@ -5,7 +5,7 @@ intervals over documents would be too narrow.
 """
 
 from attacks.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
-from attacks.statistics.clusters import cluster_interval
+from attacks.statistics.clusters import cluster_interval, cluster_p_value
 from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
 from attacks.statistics.mann_whitney import (
     NUM_RESAMPLES,
@@ -35,6 +35,7 @@ __all__ = [
     "bootstrap_interval",
     "clopper_pearson",
     "cluster_interval",
+    "cluster_p_value",
     "delong_interval",
     "delong_variance",
     "holm",

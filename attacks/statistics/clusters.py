@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 from attacks.statistics import interval
 from attacks.statistics.interval import Interval
@@ -13,6 +14,30 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int_]
 
 NUM_RESAMPLES = 1000
+
+
+def cluster_p_value(held_in: FloatArray, held_out: FloatArray, users_in: IntArray, users_out: IntArray) -> float:
+    """One-sided test that held-in records score higher, by the normal law of sums over users.
+
+    Never below the probability 1/2^n with which n pairs of users are in order by chance.
+
+    Args:
+        held_in: one score per record of held-in users.
+        held_out: one score per record of held-out users.
+        users_in: the owner of each held-in record.
+        users_out: the owner of each held-out record.
+    """
+    owners = [np.unique(users, return_inverse=True)[1] for users in (users_in, users_out)]
+    placements = Placements.of(held_in, held_out)
+    area = float(placements.held_in.mean())
+    variance = sum(
+        float((np.bincount(owner, (side - area) / side.size) ** 2).sum())
+        for owner, side in zip(owners, (placements.held_in, placements.held_out), strict=True)
+    )
+    floor = 0.5 ** min(int(owner.max()) + 1 for owner in owners)
+    if variance == 0.0:
+        return floor if area > 0.5 else 1.0
+    return max(float(scipy.stats.norm.sf((area - 0.5) / variance**0.5)), floor)
 
 
 def cluster_interval(

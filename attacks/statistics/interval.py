@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import scipy.special
 import scipy.stats
 
 CONFIDENCE_LEVEL = 0.95
@@ -37,6 +38,23 @@ class Interval:
             An interval with ``lower <= ceiling.lower`` and ``upper >= 1 - ceiling.lower``.
         """
         return Interval(min(self.lower, ceiling.lower), max(self.upper, 1.0 - ceiling.lower))
+
+    def lower_at(self, level: float, area: float) -> float:
+        """The lower end of this AUROC interval at a higher level, for many statistics at once.
+
+        Its distance from the area grows, in logits, as a normal interval's would: no number of resamples would reach
+        such quantiles. Before :meth:`no_narrower_than` of that level.
+
+        Args:
+            level: at least ``CONFIDENCE_LEVEL``, which this interval has.
+            area: the AUROC of the sample.
+        """
+        assert level >= CONFIDENCE_LEVEL, level
+        if level == CONFIDENCE_LEVEL or not 0.0 < self.lower < area < 1.0:
+            return min(self.lower, area)
+        growth = scipy.stats.norm.isf((1.0 - level) / 2.0) / scipy.stats.norm.isf((1.0 - CONFIDENCE_LEVEL) / 2.0)
+        centre = float(scipy.special.logit(area))
+        return float(scipy.special.expit(centre - growth * (centre - float(scipy.special.logit(self.lower)))))
 
 
 def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:

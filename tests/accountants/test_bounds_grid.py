@@ -135,3 +135,9 @@ def test_pld_refuses_what_float64_cannot_resolve():
         accountants.epsilon(dp_sgd(0.01, 1.0, 100), 1e-12)
     with pytest.raises(ValueError, match="tilted"):
         accountants.epsilon(dp_sgd(1e-6, 1.0, 1_000_000), 1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [700.3, 700.6, 701.0])
+def test_pld_refuses_a_delta_that_a_certified_lower_bound_contradicts(epsilon):
+    with pytest.raises(ValueError, match="use 'tilted'"):
+        accountants.delta(dp_sgd(1.0, 1.0, 1000), epsilon, accountant="pld")

@@ -121,3 +121,18 @@ def test_the_error_bound_holds_for_steps_that_differ(add):
     distance = float(np.max(np.abs(found - expansion.first.survival(points))))
     assert 0 < distance <= expansion.first_error + 5 / math.sqrt(len(sums))
     assert expansion.first_error < 1
+
+
+@pytest.mark.parametrize("name", ["aea1", "aea2", "aea3", "eeai"])
+@pytest.mark.parametrize("epsilon", [700.0, 1200.0, 1e5])
+def test_delta_at_a_huge_epsilon_is_a_number(name, epsilon):
+    answer = accountants.delta(dp_sgd(0.01, 1.0, 1000), epsilon, accountant=name)
+    assert 0 <= answer.estimate <= 1
+
+
+def test_beyond_float64_the_interval_without_sampling_still_holds_the_truth():
+    event = dp_sgd(1.0, 1.0, 3000)
+    for epsilon in (1200.0, 1500.0, 1600.0):
+        answer, exact = (accountants.delta(event, epsilon, accountant=name) for name in ("eeai", "tilted"))
+        assert answer.lower <= exact.upper
+        assert exact.lower <= answer.upper

@@ -70,3 +70,14 @@ def test_ten_million_simulated_allocations_lie_in_the_interval():
         for values in results.values()
     )
     assert answer.lower - 5 * error <= mean <= answer.upper + 5 * error
+
+
+@pytest.mark.parametrize(
+    ("sigma", "steps", "selected", "epsilon", "simulated"),
+    [(1.0, 5, 3, 4.0, 0.00585), (1.0, 5, 4, 5.0, 0.0139), (2.0, 7, 2, 0.5, 0.0241)],
+)
+def test_allocation_to_several_steps_claims_no_lower_end(sigma, steps, selected, epsilon, simulated):
+    """Simulated delta of the worse direction; the library's lower end exceeds it by up to a half."""
+    event = random_allocation_event(noise_multiplier=sigma, num_steps=steps, num_selected=selected)
+    answer = accountants.delta(event, epsilon, accountant="allocation")
+    assert answer.lower == 0 <= simulated <= answer.upper

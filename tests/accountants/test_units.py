@@ -4,6 +4,7 @@ import pytest
 from accounting_cases import dp_sgd
 
 import accountants
+from accountants import lattice
 from accountants.tilted import TiltedAccountant
 from accountants.tuning import individual_epsilon, individual_report, tuning_epsilon
 from accountants.units import group_delta_of, group_epsilon, group_event, rdp_group_epsilon
@@ -89,3 +90,36 @@ def test_a_user_known_to_have_joined_n_steps_spent_the_gaussian_of_their_root_su
         answer.certified_upper()
     with pytest.raises(ValueError, match="step_ratios"):
         individual_epsilon([1.1], noise_multiplier=2.0, delta=1e-6)
+
+
+def test_many_records_are_answered_with_bounded_work(monkeypatch):
+    """An answer as sharp as the work allows, or a refusal by name; never minutes of Newton steps."""
+    setting = {"noise_multiplier": 0.762, "sampling_prob": 3.43e-5, "num_steps": 1256}
+    work, build = [], lattice.build_cells
+    monkeypatch.setattr(
+        lattice,
+        "build_cells",
+        lambda step, low, spacing, count: work.append(len(step.shifts) * count) or build(step, low, spacing, count),
+    )
+    answer = accountants.epsilon(group_event(**setting, num_records=16), 1.8e-6, accountant="tilted")
+    assert 0 < max(work) <= 1.01 * 2**23
+    assert 0.31616 <= answer.upper < 0.33
+    assert answer.lower <= 0.31694
+    for ask, argument in ((accountants.epsilon, 1.8e-6), (accountants.delta, 2.0)):
+        with pytest.raises(ValueError, match="use 'tilted-edgeworth'"):
+            ask(group_event(**setting, num_records=64), argument, accountant="tilted")
+
+
+def test_records_that_are_always_sampled_are_one_plain_gaussian():
+    event = group_event(noise_multiplier=1.864, sampling_prob=1.0, num_steps=10, num_records=3)
+    plain = dp_sgd(1.0, 1.864 / 3, 10)
+    assert event == plain
+    for name in ("pld", "tilted"):
+        assert accountants.epsilon(event, 1e-5, accountant=name) == accountants.epsilon(plain, 1e-5, accountant=name)
+
+
+def test_where_pld_cannot_resolve_them_it_says_so():
+    event = group_event(noise_multiplier=1.864, sampling_prob=1.0, num_steps=10447, num_records=1)
+    with pytest.raises(ValueError, match="use 'tilted'"):
+        accountants.epsilon(event, 9.44e-4, accountant="pld")
+    assert 1673.76 < accountants.epsilon(event, 9.44e-4, accountant="tilted").upper < 1673.78

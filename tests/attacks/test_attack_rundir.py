@@ -43,6 +43,13 @@ def test_steps_replayed_after_a_crash_are_no_reason_to_refuse(make_run):
     assert rundir.read_statement(make_run(0, steps_released=75)).steps_released == 75
 
 
+def test_a_new_generation_within_an_epoch_is_no_reason_to_refuse(make_run):
+    """Random allocation and shuffling account for whole epochs: 56 steps were released, 60 are accounted."""
+    assert rundir.read_statement(make_run(0, steps_released=56, steps_accounted=60)).steps_released == 56
+    with pytest.raises(AttackInputError, match="released 56 of 60"):
+        rundir.read_statement(make_run(1, steps_released=56, steps_accounted=56, name="short"))
+
+
 def test_perplexity_is_the_first_and_the_last_released(make_run):
     run = make_run(0)
     assert rundir.held_out_perplexity(run) == (31.4, 22.05)

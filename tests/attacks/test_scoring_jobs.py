@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from attacks import documents, pii
+from attacks import documents, pii, shadows
 from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
@@ -228,3 +229,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         peaks.append(int(done.stdout))
     # 8 192 documents of 400 tokens are 92 MB of signals.
     assert peaks[1] - peaks[0] < 40_000, peaks
+
+
+@pytest.mark.parametrize("number", [-1, 9, 200])
+def test_more_training_records_than_the_interval_bears_are_refused(number):
+    with pytest.raises(AttackInputError, match="expected 0 to 8"):
+        ScoreOptions(num_training_records=number)
+    assert ScoreOptions(num_training_records=8).num_training_records == 8
+
+
+@pytest.mark.parametrize("name", ["chat", "prompt_completion", "classification"])
+def test_shadows_of_other_formats_are_refused(monkeypatch, tmp_path, name):
+    config = types.SimpleNamespace(data=types.SimpleNamespace(format=name))
+    monkeypatch.setattr(shadows, "read_statement", lambda run: None)
+    monkeypatch.setattr(shadows, "read_manifest", lambda run: {})
+    monkeypatch.setattr(shadows, "load_config", lambda path: config)
+    with pytest.raises(AttackInputError, match=f"this run has '{name}'"):
+        shadows.write_recipes(tmp_path, 1)
+    assert not list(tmp_path.iterdir())

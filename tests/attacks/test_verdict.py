@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+import accountants
 from attacks import statistics
 from attacks.statistics import Interval
-from attacks.verdict import Cap, Verdict, judge
+from attacks.verdict import Cap, Verdict, _tabulate, judge
 
 STRONG = Cap(statistics.DpBound(1.0, 0.0), "")
 WEAK = Cap(statistics.DpBound(8.0, 0.0), "")
@@ -47,3 +48,11 @@ def test_no_cap_and_no_spread_say_nothing():
     assert verdict(Cap(None, "epsilon protects one example"), 0.99) is Verdict.UNINFORMATIVE
     assert verdict(Cap(statistics.DpBound(math.inf, 0.0), "the run is not private"), 0.99) is Verdict.UNINFORMATIVE
     assert verdict(STRONG, 0.4, is_constant=True) is Verdict.UNINFORMATIVE
+
+
+def test_the_curve_falls_back_where_the_first_accountant_refuses():
+    curve = _tabulate(1.0, 1.0, 1000, 700.3)
+    assert curve.source == "tilted"
+    event = accountants.dp_sgd_event(noise_multiplier=1.0, sampling_prob=1.0, num_steps=1000)
+    for point in curve.points:
+        assert point.delta >= accountants.delta(event, point.epsilon, accountant="tilted").lower
