@@ -6,6 +6,8 @@ RUN ?= runs/demo
 RECIPE ?= launch/recipes/demo.yaml
 # Extra flags for pip, e.g. PIP_FLAGS="--index-url …/whl/cpu" for a CPU build of torch where the index offers one.
 PIP_FLAGS ?=
+# Processes that share the tests.
+TEST_WORKERS ?= 2
 # Tools for tests and linting; an image leaves them out with DEV=.
 DEV ?= --group dev
 
@@ -33,7 +35,7 @@ demo: install
 	$(BIN)/attacks report $(RUN)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 campaign: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign --timeout 3600 tests tests/bench -s
