@@ -488,6 +488,8 @@ def _insert(
         return None
     now = time.time()
     endings.expire(connection)
+    if _holds(connection, request.uid):
+        return None  # another process of this run came between the first look and the snapshot
     _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
     # Again: another data set may have taken these records since the snapshot, and its population's version is another.
     _check_name(connection, snapshot.dataset_id, request.dataset, manifest)

@@ -116,7 +116,11 @@ def test_reading_checks_what_another_writer_may_have_broken(tmp_path):
     path = tmp_path / "s.parquet"
     signals.write_signals(path, ROWS)
     table = pq.read_table(path)
-    wrong = table.set_column(3, signals.SCHEMA.field("num_tokens"), pa.array([2, 2, 2, 3], pa.int32()))
+    wrong = table.set_column(
+        signals.SCHEMA.get_field_index("num_tokens"),
+        signals.SCHEMA.field("num_tokens"),
+        pa.array([2, 2, 2, 3], pa.int32()),
+    )
     pq.write_table(wrong.cast(signals.SCHEMA), path)
     with pytest.raises(AttackInputError, match="num_tokens differs"):
         signals.read_signals(path)

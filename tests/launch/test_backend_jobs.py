@@ -17,6 +17,7 @@ from privtrain.ledger.view import verify_run
 from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.jobs import REPOSITORY
+from tests.privtrain.ledgers import drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -92,7 +93,5 @@ def _rewind(run: pathlib.Path) -> None:
     for released in ("privacy.json", "metrics.jsonl"):
         (run / released).unlink()
     shutil.rmtree(run / "model")
-    ledger = run / "secret" / "ledger.jsonl"
-    lines = ledger.read_bytes().splitlines(keepends=True)
-    ledger.write_bytes(b"".join(line for line in lines if b'"kind":"release"' not in line))
+    drop_records(run / "secret" / "ledger.jsonl", "release")
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from privtrain.errors import RegistryUnreachable
-from privtrain.registry import views
+from privtrain.registry import store, views
 from privtrain.registry.database import Database, key_path
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import Contribution, OptOut, ReservationRow, Settlement
@@ -65,6 +65,19 @@ def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, re
     for racer in racers:
         racer.join()
     assert len(held) == 1
+    assert len(views.runs(registry.database)) == 1
+
+
+def test_a_process_of_the_same_run_that_comes_between_look_and_snapshot_is_seen(registry, registry_url, monkeypatch):
+    first = Registry(registry_url).reserve(request("same"))
+    look, looks = store._holds, []
+
+    def looked_too_early(connection, uid):
+        looks.append(uid)
+        return len(looks) > 1 and look(connection, uid)
+
+    monkeypatch.setattr(store, "_holds", looked_too_early)
+    assert registry.reserve(request("same")).id == first.id
     assert len(views.runs(registry.database)) == 1
 
 
