@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from privtrain.wandb_settings import careful_settings
 
 TABLE_COLUMNS = (
     "statistic",
@@ -49,22 +50,9 @@ def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -
         attacks: its results.
         project: of Weights & Biases.
     """
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
+    settings = careful_settings()
     import wandb
 
-    # Console, code, git and machine can carry text and paths.
-    settings = wandb.Settings(
-        console="off",
-        disable_git=True,
-        save_code=False,
-        disable_code=True,
-        disable_job_creation=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        host="privtrain",
-        init_timeout=120,
-    )
     name = run.resolve().name
     logged = wandb.init(
         project=project, name=f"{name}-attacks", group=name, job_type="attacks", dir=str(run), settings=settings

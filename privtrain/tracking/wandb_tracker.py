@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from privtrain.config import Config, public_tree
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory
 from privtrain.tracking.trackers import Values
+from privtrain.wandb_settings import careful_settings
 
 
 class WandbTracker:
@@ -25,21 +25,9 @@ class WandbTracker:
     """
 
     def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")
+        settings = careful_settings()
         import wandb
 
-        settings = wandb.Settings(
-            console="off",
-            disable_git=True,
-            save_code=False,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            host="privtrain",
-            init_timeout=120,
-        )
         tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
         self._name = config.run.name
         self._run = wandb.init(
