@@ -1,7 +1,8 @@
 """A study's recipe: one YAML file with a base job, axes and seeds, expanded into cells in a fixed order.
 
 A cell is one training job and the commands that follow it. Its digest covers everything that decides what it does: the
-resolved configuration, its commands and how its data are made. Cells of equal digest are one and the same job.
+resolved configuration, its commands, how its data are made, and privtrain's version. Cells of equal digest are one and
+the same job.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+import privtrain
 from privtrain.config.load import numbers_as_meant, to_yaml, validate
 from privtrain.config.schema import Section
 from privtrain.errors import ConfigError, Fault
@@ -194,10 +196,18 @@ def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settl
         _assign(tree, settle(values, tree, recipe.settings))
     config = validate({**tree, "run": {"name": "run"}})
     resolved = config.model_dump(mode="json", exclude={"run"})
+    # What stands at its default is left out: a new key that changes nothing must not make every cell another.
+    telling = config.model_dump(mode="json", exclude={"run"}, exclude_defaults=True)
     faults = [Fault("commands", f"{c!r} has an unknown place") for c in commands if _open_places(c) - set(PLACES)]
     if faults:
         raise ConfigError(faults)
-    deciding = {"config": resolved, "commands": commands, "prepare": recipe.prepare, "seed": seed}
+    deciding = {
+        "privtrain": privtrain.__version__,
+        "config": telling,
+        "commands": commands,
+        "prepare": recipe.prepare,
+        "seed": seed,
+    }
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return Cell(name, dict(values), seed, resolved, tuple(commands), digest)
