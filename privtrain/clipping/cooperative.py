@@ -6,9 +6,9 @@ same factor and adds it to its part of the total. That is exact for any layer, f
 for every clipping style, because the norm is of the very numbers that are added.
 
 Two ways to the same sum: keep the unit's part until its norm is known (one backward pass, memory for two parts: unit
-and total), or, on the ``two_pass`` route, take each tensor's norm as it arrives and let it go, then run the unit again and
-add what arrives with the factor now known (memory for one part). The second pass takes the norms again, and a unit that
-came out longer than the first time stops the job.
+and total), or, on the ``two_pass`` route, take each tensor's norm as it arrives and let it go, then run the unit again
+and add what arrives with the factor now known (memory for one part). The second pass takes the norms again, and a unit
+that came out longer than the first time stops the job.
 """
 
 from __future__ import annotations
@@ -178,8 +178,12 @@ class CooperativeClipper:
         if self._gradient is None:
             self._gradient = self.layout.zeros(self._device)
         gradient, size = self._gradient.zero_(), self._shards.size
+
+        def keep(slot: Slot, part: torch.Tensor) -> None:
+            self.layout.view(gradient, slot).add_(part)
+
         for first in range(0, len(rows), size):
-            self._run(rows.cut(first, first + size), lambda slot, part: self.layout.view(gradient, slot).add_(part))
+            self._run(rows.cut(first, first + size), keep)
         with exact_fp32(self._device):
             squares = self._zero_squares()
             for i, slot in enumerate(self.layout.slots):

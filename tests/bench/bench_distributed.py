@@ -128,7 +128,8 @@ def full(name: str, directory: pathlib.Path, route: str) -> dict[str, Any]:
     trainer = make_trainer(name, directory, "full", route)
     whole = 4 * sum(int(np.prod(slot.whole_shape)) for slot in trainer.layout.slots)
     shards, clipper = trainer.placement.shards, trainer.clipper
-    assert shards is not None and isinstance(clipper, CooperativeClipper)
+    assert shards is not None
+    assert isinstance(clipper, CooperativeClipper)
     held, in_flight = [0], [0]
     original = shards._take  # type: ignore[attr-defined]
 
