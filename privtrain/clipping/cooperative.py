@@ -132,6 +132,7 @@ class CooperativeClipper:
         self._gradient: torch.Tensor | None = None
         self._open: int | None = None
         self._rows: list[_Rows] = []
+        self._loss = 0.0
 
     @property
     def sensitivity(self) -> float:
@@ -168,6 +169,7 @@ class CooperativeClipper:
         return self.total
 
     def _add_unit(self, owner: int, rows: _Rows, most_rows: int) -> None:
+        self._loss = 0.0
         if self.route == "two_pass" and len(rows) <= most_rows:
             self._add_in_two_passes(owner, rows)
         else:
@@ -238,11 +240,13 @@ class CooperativeClipper:
             loss = (self._row_losses(mine.input_ids, mine.target_mask) * mine.row_weight).sum()
             loss.backward()
         if has_rows and counts_loss:
-            self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+            self._loss += float(loss.detach())
 
     def _factors(self, squares: torch.Tensor, owner: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What scales each slot, or ``None`` where the unit counts as zero; and its norms by group. Counts the unit."""
-        self._shards.sum_over_group(squares)
+        parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
+        self._shards.sum_over_group(parts)
+        squares = parts[:-1]
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self.clipping_norm)
         whole = float(squares.sum().sqrt())
@@ -251,6 +255,7 @@ class CooperativeClipper:
             self.diagnostics.nonfinite_owners.append(owner)
         if self._shards.rank == 0:
             self.diagnostics.num_units += 1
+            self.diagnostics.add_loss(owner, float(parts[-1]))
             self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
             self.diagnostics.num_nonfinite += int(not is_finite)
             self.diagnostics.sum_norms += whole if is_finite else 0.0
