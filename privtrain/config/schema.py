@@ -373,7 +373,8 @@ class PerformanceSection(Section):
         default="auto",
         description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
         "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
-        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched. "
+        "Where gradients are sharded, units are always worked on one by one; two_pass then holds no unit's gradient.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
