@@ -51,7 +51,9 @@ class Recipe(Section):
     axes: dict[str, dict[str, dict[str, Any] | None]] = Field(
         description="Axis -> value -> dotted overrides. The key commands replaces the study's commands."
     )
-    exclude: list[dict[str, str]] = Field(default=[], description="Combinations of axis values that are left out.")
+    exclude: list[dict[str, list[str]]] = Field(
+        default=[], description="Combinations that are left out: axis -> value or values; all axes named must fit."
+    )
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="One job a cell and seed.")
     seed_key: str | None = Field(
         default="privacy.insecure_seed",
@@ -178,7 +180,7 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
 def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
     for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
         values = dict(zip(recipe.axes, chosen, strict=True))
-        if not any(all(values.get(axis) == value for axis, value in left.items()) for left in recipe.exclude):
+        if not any(all(values.get(axis) in some for axis, some in left.items()) for left in recipe.exclude):
             yield values
 
 
