@@ -37,6 +37,7 @@ class RunDirectory:
         self.manifest = self.secret / "manifest.json"
         self.ledger = self.secret / "ledger.jsonl"
         self.data_counts = self.secret / "data_counts.json"
+        self.base_losses = self.secret / "base_losses.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
 
     def exists(self) -> bool:

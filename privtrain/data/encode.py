@@ -80,6 +80,15 @@ class Encoder:
                 num_truncated += is_cut
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
 
+    def chunks(self, texts: Sequence[str]) -> list[Record]:
+        """The texts end to end, each with its end mark, in pieces of ``max_length`` tokens that begin with a mark."""
+        begin, end = marks(self._tokenizer)
+        tokens = np.asarray([token for ids in self._ids(texts) for token in (*ids, end)], dtype=np.int64)
+        size = self._max_length - 1
+        return [
+            Record.of(np.concatenate([[begin], tokens[start : start + size]])) for start in range(0, len(tokens), size)
+        ]
+
     def _cut(self, record: Record) -> tuple[Record, bool]:
         return record.cut(self._max_length), len(record) > self._max_length
 
