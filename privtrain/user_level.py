@@ -21,8 +21,9 @@ import accountants
 from accountants.units import group_epsilon, group_event
 from privtrain.schemes import Poisson, Scheme, relation_of
 
-#: Accountants that can certify, the first is the default. Group privacy asks about a δ that is far below the user's.
-ACCOUNTANTS = {"group": ("tilted", "rdp"), "mixture": ("pld", "tilted", "rdp")}
+#: Accountants that can certify, the first is the default: as tight as pld on mixtures, many times faster, and good at
+#: the tiny δ that group privacy asks about.
+ACCOUNTANTS = {"group": ("tilted", "rdp"), "mixture": ("tilted", "pld", "rdp")}
 
 #: Improvements of a group ε that holds already; each takes one evaluation, and a handful settles four digits.
 _NUM_REFINEMENTS = 6
