@@ -84,6 +84,7 @@ class CooperativeClipper:
         self._style = style
         self._groups = styles.groups(style, self.layout)
         self._open: int | None = None
+        self._loss = 0.0
 
     @property
     def sensitivity(self) -> float:
@@ -104,6 +105,7 @@ class CooperativeClipper:
         for index, unit in enumerate(batch.owners):
             if self._open is None:
                 self._shards.gradient.zero_()
+                self._loss = 0.0
             self._add_rows(batch, [row for row, place in enumerate(owner) if place == index])
             continues = batch.last_continues and index == len(batch.owners) - 1
             self._open = unit if continues else None
@@ -131,17 +133,19 @@ class CooperativeClipper:
                 loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * weight).sum()
                 loss.backward()
             if has_row:
-                self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+                self._loss += float(loss.detach())
 
     def _add_unit(self, owner: int) -> None:
         """Scale the unit's gradient by the factor of its whole norm and add this rank's part."""
         gradient = self._shards.gradient
         with exact_fp32(self._device):
-            squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
+            parts = torch.zeros(len(self.layout.slots) + 1, 1, dtype=torch.float64, device=self._device)
             for i, slot in enumerate(self.layout.slots):
                 if slot.num_coordinates:
-                    squares[i] = squared_norms(self.layout.view(gradient, slot)[None])
-            self._shards.sum_over_group(squares)
+                    parts[i] = squared_norms(self.layout.view(gradient, slot)[None])
+            parts[-1] = self._loss
+            self._shards.sum_over_group(parts)
+            squares = parts[:-1]
             norms = styles.group_norms(squares, self._groups)
             factors = styles.factors(self._style, norms, self.clipping_norm)
             whole = float(squares.sum().sqrt())
@@ -150,6 +154,7 @@ class CooperativeClipper:
                 self.diagnostics.nonfinite_owners.append(owner)
             if self._shards.rank == 0:
                 self.diagnostics.num_units += 1
+                self.diagnostics.add_loss(owner, float(parts[-1]))
                 self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
                 self.diagnostics.num_nonfinite += int(not is_finite)
                 self.diagnostics.sum_norms += whole if is_finite else 0.0
