@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus
 from privtrain.plan import PrivacyPlan
@@ -39,13 +41,15 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
 
 def expected_units(config: Config, corpus: Corpus) -> float:
     """Units that the coins are expected to leave for training."""
+    num_canaries = config.canaries.num_users / 2
     if config.privacy.unit == "user":
-        return expected_users(config, corpus)
-    bound = config.privacy.records_per_user or corpus.num_records
+        return expected_users(config, corpus) + num_canaries
+    bound = config.privacy.records_per_user or math.inf
     num = sum(min(len(records), bound) for records in corpus.records.values())
-    return num * (1 - config.data.held_out_fraction)
+    repetitions = [min(number, bound) for number in config.canaries.repetitions]
+    return num * (1 - config.data.held_out_fraction) + num_canaries * sum(repetitions) / len(repetitions)
 
 
 def expected_users(config: Config, corpus: Corpus) -> float:
-    """Users that the coins are expected to leave for training."""
+    """Users that the coins are expected to leave for training, without canaries."""
     return len(corpus.records) * (1 - config.data.held_out_fraction)

@@ -22,6 +22,7 @@ class UnitData:
         records: per unit, its tokenised records.
         num_truncated: records cut at ``max_length``. Private.
         num_without_target: records that predict nothing and so contribute zero. Private.
+        indices: per unit, which records of its owner they are, or are pieces of. Private.
         owners: per unit, the user whose records they are. Private.
     """
 
@@ -29,6 +30,7 @@ class UnitData:
     records: tuple[tuple[Record, ...], ...]
     num_truncated: int
     num_without_target: int = 0
+    indices: tuple[tuple[int, ...], ...] = ()
     owners: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -61,36 +63,56 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
             example at most k of them are kept. Without it, or for any other strategy, records are as they come.
     """
     if cut is not None and cut.strategy == "random_chunk":
-        chunks = {
-            user: _chunks_of(user, [corpus.records[user][i] for i in indices], encoder, cut)
-            for user, indices in split.training.items()
-        }
-        return _grouped([(u, i, c) for u, found in chunks.items() for i, c in enumerate(found)], unit, 0, 0)
+        pieces = [piece for user in split.training for piece in _pieces_of(user, corpus, split, encoder, cut)]
+        return _grouped(pieces, unit)
     owners = [(user, index) for user, indices in split.training.items() for index in indices]
     encoded = encoder.encode([corpus.records[u][i] for u, i in owners])
-    owned = [(user, index, record) for (user, index), record in zip(owners, encoded.records, strict=True)]
-    return _grouped(owned, unit, encoded.num_truncated, encoded.num_without_target)
+    pieces = [_Piece(u, i, record, (i,)) for (u, i), record in zip(owners, encoded.records, strict=True)]
+    return dataclasses.replace(
+        _grouped(pieces, unit), num_truncated=encoded.num_truncated, num_without_target=encoded.num_without_target
+    )
 
 
-def _chunks_of(user: str, texts: Sequence[str], encoder: Encoder, cut: Selection) -> list[Record]:
-    chunks = encoder.chunks(texts)
-    if cut.max_records is None:
-        return chunks
-    return [chunks[i] for i in cut.key.stream("chunks", user).choose(len(chunks), cut.max_records)]
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A tokenised record, or a piece of some: its number among its owner's, and the records that it is of."""
+
+    owner: str
+    number: int
+    record: Record
+    indices: tuple[int, ...]
 
 
-def _grouped(
-    owned: Sequence[tuple[str, int, Record]], unit: str, num_truncated: int, num_without_target: int
-) -> UnitData:
-    """Units from (user, index, record), the records of a user next to each other."""
+def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: Selection) -> list[_Piece]:
+    indices = split.training[user]
+    chunks = encoder.chunks([corpus.records[user][i] for i in indices])
+    if cut.max_records is not None:
+        chunks = [chunks[i] for i in cut.key.stream("chunks", user).choose(len(chunks), cut.max_records)]
+    return [
+        _Piece(user, number, record, tuple(indices[place] for place in places))
+        for number, (record, places) in enumerate(chunks)
+    ]
+
+
+def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:
+    """Units from pieces, a user's next to each other."""
     names: list[str] = []
     owners: list[str] = []
     grouped: list[list[Record]] = []
-    for user, index, record in owned:
-        if unit == "user" and owners and owners[-1] == user:
-            grouped[-1].append(record)
+    indices: list[set[int]] = []
+    for piece in pieces:
+        if unit == "user" and owners and owners[-1] == piece.owner:
+            grouped[-1].append(piece.record)
+            indices[-1].update(piece.indices)
             continue
-        names.append(user if unit == "user" else example_name(user, index))
-        owners.append(user)
-        grouped.append([record])
-    return UnitData(tuple(names), tuple(map(tuple, grouped)), num_truncated, num_without_target, tuple(owners))
+        names.append(piece.owner if unit == "user" else example_name(piece.owner, piece.number))
+        owners.append(piece.owner)
+        grouped.append([piece.record])
+        indices.append(set(piece.indices))
+    return UnitData(
+        names=tuple(names),
+        records=tuple(map(tuple, grouped)),
+        num_truncated=0,
+        indices=tuple(tuple(sorted(found)) for found in indices),
+        owners=tuple(owners),
+    )

@@ -18,9 +18,11 @@ from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
 from privtrain.console import Progress, say
+from privtrain.data.canaries import plant
 from privtrain.data.encode import Encoder
+from privtrain.data.manifest import draw_split
 from privtrain.data.microbatch import Packer
-from privtrain.data.split import Split, split_users
+from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
 from privtrain.inputs import check_inputs
@@ -44,10 +46,18 @@ from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
-from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
+from privtrain.training.session import (
+    Session,
+    begin_session,
+    check_coins,
+    decide_session,
+    opened_ledger,
+    root_key_of,
+)
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.training.used import note_canaries
 from privtrain.weights import BaseSource, ClassifierHead
 
 #: Public seed of the adapter's initial values, which do not depend on data.
@@ -105,7 +115,10 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         root_key = root_key_of(inputs, backend, ledger)
-        split = split_users(inputs.corpus, inputs.config.data, root_key)
+        split = draw_split(inputs.config, inputs.corpus, network.tokenizer, root_key)
+        with backend.main_alone():
+            if ledger is not None:
+                check_coins(inputs, split)
         has_begun = ledger is not None and ledger.state.generation >= 0
         cache = inputs.run.base_losses
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
@@ -128,6 +141,8 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
             if ledger is not None:
+                note_canaries(inputs.run, ledger.state, split.canaries, inputs.plan.unit)
+                check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 num_units = len(set(units.owners)) if inputs.plan.guaranteed_unit == "user" else len(units)
                 _release(inputs, ledger, network, state, num_units=num_units)
                 tracker.publish(inputs.run)
@@ -145,7 +160,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     """
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
-    split = split_users(inputs.corpus, inputs.config.data, key)
+    split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
@@ -343,7 +358,6 @@ def _release(
             f"{num_accounted} steps were charged, the plan allows {plan.num_steps}; nothing is released"
         )
     inputs.check_release()
-    check_contributed(run, inputs.corpus, plan)
     epsilon = plan.epsilon_after(num_accounted)
     head = ledger.release(finite(epsilon), plan.delta, plan.fingerprint())
     statement = privacy_statement(
@@ -362,7 +376,6 @@ def _release(
     else:
         write_adapter(run, network.model, network.tokenizer, card)
     write_statement(run, statement)
-    shown = (
-        "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {unit_text(plan)}"
-    )
+    guarantee = f"({epsilon:.4g}, {plan.delta:g})-DP for one {unit_text(plan)}"
+    shown = "not private" if plan.not_private_reasons else guarantee
     say(f"released {run.released} with its privacy statement: {shown}")

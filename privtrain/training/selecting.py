@@ -11,6 +11,8 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.console import say
+from privtrain.data.canaries import plant
+from privtrain.data.corpus import Corpus
 from privtrain.data.selection import Losses, Selection, check_contributions
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
@@ -56,10 +58,10 @@ def select_units(
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
     plan = inputs.plan
     selection = Selection(plan.selection, _max_records(inputs), root_key)
-    losses = _losses(selection.to_score(split), inputs, backend, network, cache, has_begun)
-    units = build_units(
-        inputs.corpus, selection.applied(inputs.corpus, split, losses), network.encoder, unit=plan.unit, cut=selection
-    )
+    corpus = plant(inputs.corpus, split.canaries)
+    losses = _losses(selection.to_score(split), inputs, corpus, backend, network, cache, has_begun)
+    chosen = selection.applied(corpus, split, losses)
+    units = build_units(corpus, chosen, network.encoder, unit=plan.unit, cut=selection)
     check_contributions(units.owners, plan.records_per_user)
     return units
 
@@ -75,6 +77,7 @@ def _max_records(inputs: Inputs) -> int | None:
 def _losses(
     wanted: Sequence[tuple[str, int]],
     inputs: Inputs,
+    corpus: Corpus,
     backend: Backend,
     network: Network,
     cache: pathlib.Path | None,
@@ -97,16 +100,16 @@ def _losses(
         return dict(zip(wanted, json.loads(backend.broadcast_bytes(values)), strict=True))
     if backend.is_main:
         say(f"scoring {len(wanted)} records under the model before training, for {inputs.plan.selection}")
-    found = dict(zip(wanted, _scored(wanted, inputs, backend, network), strict=True))
+    found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
     with backend.main_alone():
         if backend.is_main and cache is not None:
             write_json(cache, {"losses": [[u, i, loss] for (u, i), loss in found.items()]}, mode=0o600)
     return found
 
 
-def _scored(wanted: Sequence[tuple[str, int]], inputs: Inputs, backend: Backend, network: Network) -> list[float]:
+def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend, network: Network) -> list[float]:
     """Mean loss per predicted token of each record: one record a forward pass, equally many passes on every rank."""
-    records = network.encoder.encode([inputs.corpus.records[user][index] for user, index in wanted]).records
+    records = network.encoder.encode([corpus.records[user][index] for user, index in wanted]).records
     losses = torch.zeros(len(records), dtype=torch.float32, device=backend.device)
     network.model.eval()
     with torch.no_grad():

@@ -144,13 +144,13 @@ def test_perplexities_are_the_base_models_and_of_each_record_alone(tree):
     inputs, backend, network = _network_and_inputs(tree)
     user = next(user for user, found in inputs.corpus.records.items() if len(found) > 5)
     wanted = [(user, index) for index in range(5)]
-    found = selecting._scored(wanted, inputs, backend, network)
+    found = selecting._scored(wanted, inputs.corpus, backend, network)
     for (_, index), loss in zip(wanted, found, strict=True):
         tokens = torch.from_numpy(network.encoder.encode([inputs.corpus.records[user][index]]).records[0].tokens)
         with torch.no_grad(), network.model.disable_adapter():
             expected = network.model(input_ids=tokens[None], labels=tokens[None]).loss
         assert loss == pytest.approx(float(expected), rel=1e-5)
-    assert selecting._scored(wanted[3:4], inputs, backend, network) == found[3:4]
+    assert selecting._scored(wanted[3:4], inputs.corpus, backend, network) == found[3:4]
 
 
 def test_a_resumed_run_keeps_the_records_that_it_began_with(tree, tmp_path):
