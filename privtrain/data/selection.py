@@ -57,8 +57,8 @@ class Selection:
         return [(u, i) for u, indices in split.training.items() if len(indices) > self.max_records for i in indices]
 
     def applied(self, corpus: Corpus, split: Split, losses: Losses) -> Split:
-        """The split with at most k training records a user."""
-        if self.max_records is None:
+        """The split with at most k training records a user; chunks are chosen when they are cut."""
+        if self.max_records is None or self.strategy == "random_chunk":
             return split
         training = {
             user: self.of_user(user, indices, corpus.records[user], losses) for user, indices in split.training.items()

@@ -153,6 +153,32 @@ def test_perplexities_are_the_base_models_and_of_each_record_alone(tree):
     assert selecting._scored(wanted[3:4], inputs.corpus, backend, network) == found[3:4]
 
 
+@pytest.mark.parametrize("unit", ["user", "example"])
+def test_every_selection_bounds_every_user_in_a_run(tree, unit):
+    tree["privacy"] |= {"unit": unit, "records_per_user": 2}
+    inputs, backend, network = _network_and_inputs(tree)
+    split = split_users(inputs.corpus, inputs.config.data, KEY)
+    sizes = {user: len(indices) for user, indices in split.training.items()}
+    for strategy in ("random", "random_chunk", *RANKED):
+        plan = dataclasses.replace(inputs.plan, selection=strategy)
+        chosen = dataclasses.replace(inputs, plan=plan)
+        units = selecting.select_units(chosen, backend, network, split, KEY, cache=None)
+        assert set(units.owners) == set(sizes)
+        if unit == "example":
+            assert max(map(units.owners.count, units.owners)) == 2
+        elif strategy in RANKED:
+            assert max(map(len, units.records)) == 2
+        else:
+            assert max(map(len, units.records)) > 2, "k of them are drawn afresh in every step"
+        if strategy != "random_chunk":
+            kept = {
+                user: sum(map(len, (i for o, i in zip(units.owners, units.indices, strict=True) if o == user)))
+                for user in sizes
+            }
+            bound = None if unit == "user" and strategy == "random" else 2
+            assert kept == {user: min(size, bound or size) for user, size in sizes.items()}
+
+
 def test_a_resumed_run_keeps_the_records_that_it_began_with(tree, tmp_path):
     tree["privacy"] |= {"unit": "example", "records_per_user": 2, "selection": "lowest_perplexity"}
     inputs, backend, network = _network_and_inputs(tree)
