@@ -18,9 +18,11 @@ from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
 from privtrain.console import Progress, say
+from privtrain.data.canaries import plant
 from privtrain.data.encode import Encoder
+from privtrain.data.manifest import draw_split
 from privtrain.data.microbatch import Packer
-from privtrain.data.split import Split, split_users
+from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
@@ -43,10 +45,18 @@ from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
-from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
+from privtrain.training.session import (
+    Session,
+    begin_session,
+    check_coins,
+    decide_session,
+    opened_ledger,
+    root_key_of,
+)
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.training.used import note_canaries
 from privtrain.weights import BaseSource, ClassifierHead
 
 #: Public seed of the adapter's initial values, which do not depend on data.
@@ -98,7 +108,11 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     network = _load_network(inputs.config, backend)
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
-        split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
+        root_key = root_key_of(inputs, backend, ledger)
+        split = draw_split(inputs.config, inputs.corpus, network.tokenizer, root_key)
+        with backend.main_alone():
+            if ledger is not None:
+                check_coins(inputs, split)
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         with backend.main_alone():
@@ -119,6 +133,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
             if ledger is not None:
+                note_canaries(inputs.run, ledger.state, split.canaries, inputs.plan.unit)
                 _release(inputs, ledger, network, state, num_units=len(units))
                 tracker.publish(inputs.run)
             tracker.close()
@@ -135,7 +150,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     """
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
-    units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
+    units = _units_of(inputs, network, draw_split(inputs.config, inputs.corpus, network.tokenizer, key))
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
@@ -198,7 +213,7 @@ def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: i
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
-    return build_units(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
+    return build_units(plant(inputs.corpus, split.canaries), split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
