@@ -68,7 +68,9 @@ class Cap:
         bound = statistics.DpBound(statement.effective_epsilon, statement.delta)
         if statement.unit == ATTACKED_UNIT:
             return cls(bound, "", curve=_curve(statement))
-        return cls._of_records(statement.unit, bound, records_per_user)
+        stated = statement.contribution_bound
+        most = None if stated is None else stated.records_per_user_in_training_set
+        return cls._of_records(statement.unit, bound, min(most or records_per_user, records_per_user))
 
     @classmethod
     def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
@@ -109,7 +111,8 @@ class Cap:
 def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     """The privacy curve of the stated mechanism, or None where the statement gives none that can be certified."""
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
-    if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps:
+    num_records = statement.sampled_records_per_unit
+    if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps or not num_records:
         return None
     if statement.neighboring_relation not in _RELATIONS:
         return None
@@ -122,6 +125,7 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
         noise_multiplier,
         num_steps,
         max(1.0, statement.effective_epsilon),
+        num_records,
     )
 
 
@@ -138,9 +142,13 @@ def _tabulate(
     noise_multiplier: float,
     num_steps: int,
     largest_epsilon: float,
+    num_records: int = 1,
 ) -> statistics.CurveBound | None:
     """Certified points of the curve, or None where no accountant can resolve the event."""
-    made = _event(scheme, dict(parameters), noise_multiplier, num_steps)
+    if num_records == 1:
+        made = _event(scheme, dict(parameters), noise_multiplier, num_steps)
+    else:
+        made = _group_event(scheme, dict(parameters), relation, noise_multiplier, num_steps, num_records)
     if made is None:
         return None
     event, names = made
@@ -153,6 +161,28 @@ def _tabulate(
             continue
         return statistics.CurveBound(tuple(points), name)
     return None
+
+
+def _group_event(
+    scheme: str,
+    parameters: dict[str, float],
+    relation: str,
+    noise_multiplier: float,
+    num_steps: int,
+    num_records: int,
+) -> tuple[dp_accounting.DpEvent, tuple[str, ...]] | None:
+    """A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone."""
+    from accountants.units import group_event
+
+    if scheme != "poisson" or relation != "add_or_remove_one" or "sampling_prob" not in parameters:
+        return None
+    event = group_event(
+        noise_multiplier=noise_multiplier,
+        sampling_prob=parameters["sampling_prob"],
+        num_steps=num_steps,
+        num_records=num_records,
+    )
+    return event, _ACCOUNTANTS
 
 
 def _event(

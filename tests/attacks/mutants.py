@@ -1,6 +1,6 @@
 """Broken mechanisms behind an honest claim: each trains as the trainer would with one line wrong and no self-test.
 
-The statement still says the plan's epsilon, since nobody noticed. The key is fixed, so that a run repeats; the plan does
+The statement still says the plan's epsilon, since nobody noticed. The key is fixed so that a run repeats; the plan does
 not know that either.
 """
 
