@@ -260,7 +260,9 @@ def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
             if isinstance(values, dict)
         }
     left_out = cast(Sequence[Any], tree.get("exclude") or [])
-    tree["exclude"] = [
-        {str(k): str(v) for k, v in item.items()} if isinstance(item, dict) else item for item in left_out
-    ]
+    tree["exclude"] = [{str(k): _texts(v) for k, v in i.items()} if isinstance(i, dict) else i for i in left_out]
     return tree
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]

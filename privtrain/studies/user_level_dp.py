@@ -26,9 +26,13 @@ NAMES = {"group": "Group Privacy", "mixture": "ELS, mixture accounting", "user":
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The expected batch: the sampling probability times the public number of units."""
-    k, sampling_prob = values["k"], tree["privacy"]["sampling_prob"]
-    num_units = settings["num_users"] if values["method"] == "user" else settings["num_records"][k]
+    """The expected batch: the sampling probability times the public number of units.
+
+    ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in, and
+    ``num_records`` by k, of them at most k each. Constants: they scale the step and no guarantee depends on them.
+    """
+    population, sampling_prob = settings["populations"][values.get("data", "here")], tree["privacy"]["sampling_prob"]
+    num_units = population["num_users"] if values["method"] == "user" else population["num_records"][values["k"]]
     overrides: dict[str, Any] = {"privacy.expected_batch_size": float(f"{sampling_prob * num_units:.3g}")}
     if values["method"] != "user":
         overrides |= {"privacy.unit": "example", "privacy.user_accounting": values["method"]}

