@@ -70,7 +70,7 @@ def test_operations_of_a_token_are_those_of_the_layers(tiny_llama):
         assert flops_per_token(trainer, trainer._packer, vocabulary_size=200) == costs[method]
         assert not trainer.clipper.total.any()
     with_head = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora" not in name)
-    assert 4 * with_head < costs["lora"] < costs["full"] < 20 * with_head
+    assert 3 * with_head < costs["lora"] < costs["full"] < 20 * with_head
 
 
 def test_repeated_messages_are_earlier_ones_of_the_same_customer():
