@@ -170,11 +170,12 @@ def _prepare(
     """Reads everything that is needed besides the models."""
     own = planning.read_manifest(run)
     manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
-    data = config.data if attacked.root == run.root else load_config(attacked.resolved_config).data
-    if attacked.root != run.root and load_config(attacked.resolved_config).model != config.model:
+    attacked_config = config if attacked.root == run.root else load_config(attacked.resolved_config)
+    data = attacked_config.data
+    if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
     tokenizer = load_tokenizer(config.model)
-    corpus = load_corpus(data)
+    corpus = load_corpus(data, attacked_config.performance.index_dir)
     variants = Variants.parse(options.variants)
     if data.format != "text" and (options.variants or options.spans_column):
         raise AttackInputError(

@@ -81,7 +81,7 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
     if num_users is not None:
         num_units = round(num_users * (1 - config.data.held_out_fraction))
         return {"num_users": num_users, "num_records": None, "expected_training_units": num_units}
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, config.performance.index_dir)
     sizes = sorted(map(len, corpus.records.values())) or [0]
     bound = config.privacy.records_per_user
     return {

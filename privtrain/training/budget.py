@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from privtrain.backends import Backend
 from privtrain.console import say
 from privtrain.data.corpus import Corpus
+from privtrain.data.index import IndexedRecords
 from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, RegistryUnreachable
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
@@ -73,7 +74,10 @@ def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:
         ConfigError: if nobody is left.
     """
     gone = set(dropped)
-    records = {user: texts for user, texts in corpus.records.items() if user not in gone}
+    if isinstance(corpus.records, IndexedRecords):
+        records = corpus.records.without(gone)
+    else:
+        records = {user: texts for user, texts in corpus.records.items() if user not in gone}
     if not records:
         raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
     counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
@@ -232,14 +236,21 @@ class Hold:
 def contributions_of(run: RunDirectory, corpus: Corpus, unit: str) -> dict[str, tuple[int, int]]:
     """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
     key = run.load_key("pseudonym")
-    owner = {}
-    for user, texts in corpus.records.items():
-        names = [user] if unit == "user" else [f"{user}#{index}" for index in range(len(texts))]
-        owner |= {pseudonym(key, name): user for name in names}
-    totals: dict[str, tuple[int, int]] = {}
+    charged: dict[str, tuple[int, int]] = {}
     for name, num_steps, num_records in _charged_units(run):
-        steps, records = totals.get(owner[name], (0, 0))
-        totals[owner[name]] = (steps + num_steps, records + num_records)
+        steps, records = charged.get(name, (0, 0))
+        charged[name] = (steps + num_steps, records + num_records)
+    totals: dict[str, tuple[int, int]] = {}
+    for user, texts in corpus.records.items():  # everybody is looked at, only who was charged is kept
+        for name in [user] if unit == "user" else (f"{user}#{index}" for index in range(len(texts))):
+            found = charged.pop(pseudonym(key, name), None)
+            if found is not None:
+                steps, records = totals.get(user, (0, 0))
+                totals[user] = (steps + found[0], records + found[1])
+    if charged:
+        raise GuaranteeLost(
+            f"the ledger charged {len(charged)} units that are not in the data; this is a bug, report it"
+        )
     return totals
 
 

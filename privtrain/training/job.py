@@ -22,6 +22,7 @@ from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split, split_users
 from privtrain.data.units import UnitData, build_units
+from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
@@ -198,7 +199,8 @@ def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: i
 def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
-    return build_units(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
+    build = units_on_disk if inputs.corpus.is_on_disk else build_units
+    return build(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
