@@ -12,13 +12,37 @@ from privtrain.errors import EXIT_REFUSED_RELEASE
 
 app = typer.Typer(
     name="attacks",
-    help="Attack a finished fine-tuning run and report what the attack shows: score, then analyse, then report.",
+    help="Attack a finished fine-tuning run and report what the attack shows: prepare before training; then score, "
+    "analyse, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Run = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Directory of a finished run.", show_default=False)]
+
+
+@app.command()
+def prepare(
+    config: Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Dotted overrides, e.g. canaries.num_users=200.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    spans: Annotated[
+        str | None, typer.Option(help="Column of labelled [start, end] spans of sensitive text, to be sealed too.")
+    ] = None,
+) -> None:
+    """Flip all coins and plant the canaries of a run before it is trained; seals them in its secret/ (no model)."""
+    from attacks import prepare as preparing
+
+    done = preparing.prepare(config, overrides or [], spans_column=spans)
+    typer.echo(
+        f"{done.run}: {done.num_users} users, the attacker holds {done.num_attacker_records} records of "
+        f"{done.num_attacked}; {done.num_canaries} canary users; {done.num_labelled} records with labelled spans"
+    )
+    typer.echo(f"sealed as sha256 {done.sha256}; write it down")
+    typer.echo(f"next: privtrain train {' '.join([str(config), *(overrides or [])])}")
 
 
 @app.command()
@@ -29,6 +53,9 @@ def score(
         int,
         typer.Option(min=0, help="Records of each user to score beside the attacker's: at most 8; for membership."),
     ] = 2,
+    canary_references: Annotated[
+        int, typer.Option(min=0, help="Secrets that each canary is compared with, where the run has canaries.")
+    ] = 128,
     variants: Annotated[
         str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N; comma-separated.")
     ] = "",
@@ -44,7 +71,7 @@ def score(
     """Score documents under the fine-tuned model and its base (loads the models; resumes where it was killed)."""
     from attacks import score as scoring
 
-    options = scoring.ScoreOptions(batch_tokens, training_records, variants, spans, date, language)
+    options = scoring.ScoreOptions(batch_tokens, training_records, canary_references, variants, spans, date, language)
     scoring.score_run(run, options, documents_of=documents_of)
 
 

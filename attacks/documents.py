@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,15 @@ import numpy.typing as npt
 from attacks.errors import AttackInputError
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.config.schema import DataSection
+from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
-from privtrain.data.split import seal
+from privtrain.data.manifest import read_sealed
+from privtrain.errors import PlanMismatch
 from privtrain.rundir import RunDirectory
+from privtrain.secret import SecretKey
+
+PSEUDONYM_PURPOSE = "attack pseudonym"
 
 DOCUMENTS_PER_PART = 128
 """Documents whose signals are written at once: what a killed job may have to do again on each rank."""
@@ -30,29 +34,64 @@ DOCUMENTS_PER_PART = 128
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document that is to be scored."""
+    """A document that is to be scored; what is not in the corpus brings its text along."""
 
     user: str
     index: int
-    side: str
     kind: str
+    text: str | None = None
+
+    def text_in(self, corpus: Corpus) -> str:
+        """What is scored."""
+        return corpus.records[self.user][self.index] if self.text is None else self.text
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
     """The sealed coins of a run.
 
     Raises:
-        AttackInputError: if they are missing or were altered.
+        AttackInputError: if they are missing or were altered, or are not what training says that it used.
     """
     if not run.manifest.is_file():
         raise AttackInputError(
             f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split"
         )
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    body = {name: value for name, value in manifest.items() if name != "sha256"}
-    if seal(body) != manifest["sha256"]:
-        raise AttackInputError(f"{run.manifest} does not match its seal; it was altered after training began")
+    try:
+        manifest = read_sealed(run.manifest)
+        used = read_sealed(run.used) if run.used.is_file() else {"manifest_sha256": manifest["sha256"]}
+    except PlanMismatch as error:
+        raise AttackInputError(f"{error}; it was altered after training began") from None
+    if used["manifest_sha256"] != manifest["sha256"]:
+        raise AttackInputError(f"{run.manifest} is not the one that {run.used} was written with; it was replaced")
     return manifest
+
+
+def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, str]:
+    """The side that every scored user has in a run.
+
+    Args:
+        own: manifest of the run whose model is asked.
+        attacked: manifest of the run whose documents are scored; the same one, except for shadows.
+    """
+    held_in = set(own["held_in"])
+    users = {*attacked["attacker"], *(canary.user for canary in canaries_of(attacked))}
+    return {user: HELD_IN if user in held_in else HELD_OUT for user in users}
+
+
+def attack_pseudonym(key: SecretKey, user: str) -> str:
+    """A user's name in signals, the same in every scoring of a run and of its shadows.
+
+    Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
+    ledger are whose, also after its key was destroyed.
+
+    Args:
+        key: the attacked run's pseudonym key.
+        user: the user's id.
+
+    Returns:
+        HMAC-SHA-256 under that key with another purpose, 128 bits of it in hex.
+    """
+    return key.derive(PSEUDONYM_PURPOSE, user).hex()[:32]
 
 
 def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_records: int) -> list[Document]:
@@ -68,18 +107,24 @@ def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_rec
     """
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
-    held_in = set(manifest["held_in"])
+    canaries = {canary.user for canary in canaries_of(manifest)}
     found = []
     for user, fresh in manifest["attacker"].items():
-        side = HELD_IN if user in held_in else HELD_OUT
-        found += [Document(user, index, side, FRESH) for index in fresh]
+        if user in canaries:  # judged apart from natural users
+            continue
+        found += [Document(user, index, FRESH) for index in fresh]
         usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _order(user, index))
-        found += [Document(user, index, side, TRAINING) for index in usable[:num_training_records]]
+        found += [Document(user, index, TRAINING) for index in usable[:num_training_records]]
     if not found:
         raise AttackInputError(
             "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
         )
-    return sorted(found, key=lambda d: (-len(corpus.records[d.user][d.index]), d.user, d.index))
+    return in_order(found, corpus)
+
+
+def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:
+    """Longest text first."""
+    return sorted(documents, key=lambda d: (-len(d.text_in(corpus)), d.user, d.index))
 
 
 def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
@@ -144,9 +189,9 @@ def text_facts(text: str) -> dict[str, int]:
 
 
 def user_facts(manifest: Mapping[str, Any], corpus: Corpus, user: str) -> dict[str, int]:
-    """How much of a user training could use; the same rule on both sides."""
+    """How much of a user training could use; the same rule on both sides, and nothing of nobody."""
     fresh = set(manifest["attacker"].get(user, ()))
-    texts = [text for index, text in enumerate(corpus.records[user]) if index not in fresh]
+    texts = [text for index, text in enumerate(corpus.records.get(user, ())) if index not in fresh]
     return {
         "user_num_records": len(texts),
         "user_num_bytes": sum(len(text.encode("utf-8", errors="surrogatepass")) for text in texts),

@@ -79,7 +79,7 @@ def collect(
     """Scores every document by every attack that its signals suffice for.
 
     Args:
-        rows: the signals.
+        rows: the signals; canaries among them are passed over, others judge them.
         attacks: those that score one document at a time.
         watch: shown every row, for panels of their own.
     """
@@ -89,6 +89,8 @@ def collect(
     facts: dict[tuple[str, str], tuple[int, int]] = {}
     missing: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for row in rows:
+        if row.kind not in (FRESH, TRAINING):
+            continue
         watch(row)
         user = (row.side, row.user)
         facts[user] = (row.user_num_records, row.user_num_bytes)

@@ -24,8 +24,9 @@ from rich.progress import track
 
 from attacks import documents as planning
 from attacks import variants as rewriting
+from attacks.canaries import POOL, plan_canaries
 from attacks.columns import Extras, days_of, read_columns, spans_of
-from attacks.documents import Document
+from attacks.documents import PSEUDONYM_PURPOSE, Document, attack_pseudonym, sides_of
 from attacks.errors import AttackInputError
 from attacks.languages import guess_language
 from attacks.neural import NeuralScorer
@@ -33,7 +34,8 @@ from attacks.pii import PRESIDIO, find_personal_data
 from attacks.rundir import read_statement
 from attacks.scorer import Scorer, TokenSignals
 from attacks.signals import (
-    HELD_IN,
+    CANARY,
+    CANARY_REFERENCE,
     HELD_OUT,
     REFERENCES_PATH,
     SCHEMA_NAME,
@@ -46,6 +48,7 @@ from attacks.signals import (
 from attacks.variants import Variants
 from privtrain.config import Config, load_config
 from privtrain.config.schema import ModelSection
+from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision
@@ -54,9 +57,6 @@ from privtrain.rundir import RunDirectory
 from privtrain.secret import SecretKey
 
 Tokens = npt.NDArray[np.int64]
-
-_PSEUDONYM_PURPOSE = "attack pseudonym"
-
 
 MAX_TRAINING_RECORDS = 8
 """Beyond it users' very different numbers of records make the interval over records too short."""
@@ -69,6 +69,7 @@ class ScoreOptions:
     Attributes:
         batch_tokens: tokens in one forward pass, padding included.
         num_training_records: records of each user, among those that training could use, beside the fresh ones.
+        num_canary_references: secrets that each canary is compared with.
         variants: re-written texts to score too; see ``attacks.variants``.
         spans_column: column of labelled spans, or ``presidio``.
         date_column: column of dates, for the blind baseline.
@@ -77,6 +78,7 @@ class ScoreOptions:
 
     batch_tokens: int = 2048
     num_training_records: int = 2
+    num_canary_references: int = 128
     variants: str = ""
     spans_column: str | None = None
     date_column: str | None = None
@@ -108,6 +110,7 @@ class Job:
     encoder: Encoder
     max_length: int
     options: ScoreOptions
+    documents: Sequence[Document]
     key: SecretKey
     prefix: Tokens | None
     target: pathlib.Path
@@ -175,17 +178,21 @@ def _prepare(
     if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
     tokenizer = load_tokenizer(config.model)
-    corpus = load_corpus(data, attacked_config.performance.index_dir)
+    natural = load_corpus(data, attacked_config.performance.index_dir)
+    corpus = plant(natural, canaries_of(manifest))
+    documents = planning.plan_documents(manifest, corpus, options.num_training_records)
+    if attacked.root == run.root:
+        root_key = run.load_key("root")
+        documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
     variants = Variants.parse(options.variants)
     if data.format != "text" and (options.variants or options.spans_column):
         raise AttackInputError(
             f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
         )
     prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
-    held_in = set(own["held_in"])
     settings = [
         SCHEMA_NAME,
-        _PSEUDONYM_PURPOSE,
+        PSEUDONYM_PURPOSE,
         manifest["sha256"],
         run.privacy.read_text(encoding="utf-8"),
         dataclasses.asdict(options),
@@ -194,13 +201,14 @@ def _prepare(
     ]
     return Job(
         manifest=manifest,
-        sides={user: HELD_IN if user in held_in else HELD_OUT for user in manifest["attacker"]},
+        sides={**sides_of(own, manifest), POOL: HELD_OUT},
         corpus=corpus,
-        extras=read_columns(data, corpus, options.columns),
+        extras=read_columns(data, natural, options.columns),
         tokenizer=tokenizer,
         encoder=Encoder(data, tokenizer),
         max_length=data.max_length,
         options=options,
+        documents=planning.in_order(documents, corpus),
         key=attacked.load_key("pseudonym"),
         prefix=prefix,
         target=target,
@@ -237,7 +245,7 @@ def _changes_the_base(model: torch.nn.Module) -> bool:
 
 def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> int:
     """Scores what is not there yet, each part on one rank, and joins all parts."""
-    parts = planning.in_parts(planning.plan_documents(job.manifest, job.corpus, job.options.num_training_records))
+    parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
     missing = [[number for number in range(len(parts)) if not job.part(number).is_file()]]
     accelerate.utils.broadcast_object_list(missing)
@@ -259,25 +267,9 @@ def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> 
     return num_documents
 
 
-def attack_pseudonym(key: SecretKey, user: str) -> str:
-    """A user's name in signals, the same in every scoring of a run and of its shadows.
-
-    Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
-    ledger are whose, also after its key was destroyed.
-
-    Args:
-        key: the attacked run's pseudonym key.
-        user: the user's id.
-
-    Returns:
-        HMAC-SHA-256 under that key with another purpose, 128 bits of it in hex.
-    """
-    return key.derive(_PSEUDONYM_PURPOSE, user).hex()[:32]
-
-
 def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:
     """Signals of the documents of one part."""
-    texts = [job.corpus.records[document.user][document.index] for document in documents]
+    texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     batch_tokens = job.options.batch_tokens
     target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (tuned, base))
@@ -355,6 +347,8 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
     extra = job.extras.get((document.user, document.index), {})
     options = job.options
     spans = None
+    if document.kind in (CANARY, CANARY_REFERENCE):
+        return {**planning.text_facts(text), **planning.user_facts(job.manifest, job.corpus, document.user)}
     if options.spans_column == PRESIDIO:
         spans = find_personal_data(text)
     elif options.spans_column is not None:

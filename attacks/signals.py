@@ -37,6 +37,12 @@ FRESH = "fresh"
 TRAINING = "training"
 """Records that training could use: trained on if their owner is held in. Record membership reads these."""
 
+CANARY = "canary"
+"""What was planted: of an invented user the one text of its records, of a changed user their fresh documents."""
+
+CANARY_REFERENCE = "canary_reference"
+"""Secrets that were not planted, drawn like those that were: what a canary's rank is counted among."""
+
 SCHEMA_NAME = "privtrain/signals/2"
 
 _ROWS_PER_BATCH = 256
@@ -101,7 +107,7 @@ class DocumentSignals:
         side: ``"held_in"`` if the owner's records were trained on, else ``"held_out"``.
         target_logp: log-probability in nats of each scored token under the fine-tuned model.
         base_logp: the same tokens under the exact model that fine-tuning started from.
-        kind: ``"fresh"`` or ``"training"``.
+        kind: ``"fresh"``, ``"training"``, ``"canary"`` or ``"canary_reference"``.
         target_correct: whether the token is the fine-tuned model's most likely one.
         target_mean: mean of log p over the vocabulary under p itself, at the token's place.
         target_variance: its variance under p.

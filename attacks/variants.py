@@ -18,6 +18,7 @@ import numpy.typing as npt
 from attacks.documents import text_encoder, tokens_of
 from attacks.errors import AttackInputError
 from attacks.scorer import Scorer
+from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 
 KINDS = ("lowercase", "recall", "neighbours")
@@ -81,7 +82,8 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
     Raises:
         AttackInputError: if there is no such user.
     """
-    donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]))
+    canaries = {canary.user for canary in canaries_of(manifest)}
+    donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]) - canaries)
     if not donors:
         raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
     text = " ".join(" ".join(corpus.records[user]) for user in donors[:20])

@@ -38,4 +38,8 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float) -> list[str]:
 def expected_units(config: Config, corpus: Corpus) -> float:
     """Units that the coins are expected to leave for training."""
     num = len(corpus.records) if config.privacy.unit == "user" else corpus.num_records
-    return num * (1 - config.data.held_out_fraction)
+    canaries = config.canaries
+    num_canaries = canaries.num_users / 2
+    if config.privacy.unit == "example":
+        num_canaries *= sum(canaries.repetitions) / len(canaries.repetitions)
+    return num * (1 - config.data.held_out_fraction) + num_canaries

@@ -35,6 +35,8 @@ class RunDirectory:
         self.secret = root / "secret"
         self.identity = self.secret / "identity.json"
         self.manifest = self.secret / "manifest.json"
+        self.prepared = self.secret / "prepared.json"
+        self.used = self.secret / "used.json"
         self.ledger = self.secret / "ledger.jsonl"
         self.data_counts = self.secret / "data_counts.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"

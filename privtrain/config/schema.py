@@ -198,6 +198,44 @@ class DataSection(Section):
         return self.format == "classification"
 
 
+class CanariesSection(Section):
+    """Planted secrets (:mod:`privtrain.data.canaries`): public numbers; the secrets and coins are in ``secret/``.
+
+    Canary users are sampled, clipped and accounted like any other and do not weaken the guarantee. Each is trained on
+    if its own fair coin says so, whatever ``data.held_out_fraction``.
+    """
+
+    kind: Literal["template", "random_tokens", "shared_substring"] = Field(
+        default="template",
+        description="A sentence with secret digits; or random tokens; or, in records of users that exist, one of "
+        "their own substrings (changes what is trained on; only with privacy.unit: user).",
+    )
+    num_users: int = Field(default=0, ge=0, description="Invented users to add, for template and random_tokens.")
+    user_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Chance that a user is changed, for shared_substring."
+    )
+    repetitions: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[1, 4, 16], min_length=1, description="Records of a canary user, all with its secret; users in turn."
+    )
+    num_tokens: int = Field(
+        default=10, ge=1, description="Length of the secret, for random_tokens and shared_substring."
+    )
+    num_digits: int = Field(default=8, ge=1, le=12, description="Length of the secret, for template.")
+
+    @pydantic.model_validator(mode="after")
+    def _of_its_kind(self) -> CanariesSection:
+        if self.kind == "shared_substring" and self.num_users:
+            raise ValueError("canaries.kind: shared_substring changes users and adds none; give canaries.user_fraction")
+        if self.kind != "shared_substring" and self.user_fraction:
+            raise ValueError(f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction")
+        return self
+
+    @property
+    def are_planted(self) -> bool:
+        """Whether there are any."""
+        return self.num_users > 0 or self.user_fraction > 0
+
+
 class AdaptiveClippingSection(Section):
     """Adaptive quantile clipping; privacy.clipping_norm is where it starts."""
 
@@ -379,7 +417,8 @@ class PerformanceSection(Section):
         default="auto",
         description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
         "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
-        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched. "
+        "Where gradients are sharded, units are always worked on one by one; two_pass then holds no unit's gradient.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
@@ -401,6 +440,11 @@ class TrackingSection(Section):
 
     wandb: bool = True
     wandb_project: str = "privtrain"
+    system_metrics: bool = Field(
+        default=False,
+        description="W&B also shows processors, memory and network of every machine (its shared mode, online only). They "
+        "vary with the sample that was drawn, as times do, and are not covered by ε.",
+    )
     tensorboard: bool = Field(default=False, description="Also write event files; needs the package tensorboard.")
     private_metrics: bool = Field(
         default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."
@@ -438,6 +482,7 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     prompt: PromptSection = PromptSection()
     data: DataSection
+    canaries: CanariesSection = CanariesSection()
     privacy: PrivacySection
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
@@ -451,4 +496,15 @@ class Config(Section):
             raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
         if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
             raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _canaries_fit(self) -> Config:
+        if self.canaries.are_planted and self.data.format != "text":
+            raise ValueError(f"canaries are texts and need data.format: text, not {self.data.format}")
+        if self.canaries.user_fraction and self.privacy.unit == "example":
+            raise ValueError(
+                "canaries.kind: shared_substring spreads one record over others of its owner, which "
+                "privacy.unit: example does not cover; use template or random_tokens"
+            )
         return self

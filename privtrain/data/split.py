@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from privtrain.config.schema import DataSection
+from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
-from privtrain.secret import SecretKey
+from privtrain.secret import KeyStream, SecretKey
 
-SCHEMA = "privtrain/manifest/1"
+SCHEMA = "privtrain/manifest/2"
+
+CANARY_COIN = 0.5
+"""Chance that a canary is held out: what one-run audits assume."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +31,16 @@ class Split:
         training: held-in user → record indices that training may use (never empty).
         held_out: users that training never sees.
         attacker: user → record indices that only the attacker holds; users of both sides.
-        evaluation: (held-out user, record index) pairs that perplexity is measured on.
+        evaluation: (held-out user, record index) pairs that perplexity is measured on; never a canary's.
+        canaries: planted users; they stand in ``training`` and ``held_out`` too. Invented ones have no fresh records
+            for the attacker.
     """
 
     training: Mapping[str, tuple[int, ...]]
     held_out: tuple[str, ...]
     attacker: Mapping[str, tuple[int, ...]]
     evaluation: tuple[tuple[str, int], ...]
+    canaries: tuple[Canary, ...] = ()
 
     def manifest(self, corpus: Corpus) -> dict[str, Any]:
         """The sealed form, with a digest over its content. Names users: ``secret/`` only."""
@@ -44,6 +51,7 @@ class Split:
             "held_out": sorted(self.held_out),
             "attacker": {user: list(indices) for user, indices in sorted(self.attacker.items())},
             "evaluation": [list(item) for item in self.evaluation],
+            "canaries": [canary.to_json() for canary in self.canaries],
         }
         return {**body, "sha256": seal(body)}
 
@@ -54,27 +62,47 @@ def seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey) -> Split:
+def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries: Sequence[Canary] = ()) -> Split:
     """Flip every user's coin and draw the attacker's records.
 
     A user with fewer than ``attack_min_records`` records gives none to the attacker. Everybody else gives
-    ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one.
+    ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one. Canaries are
+    held out with chance one half.
+
+    Args:
+        corpus: the kept records, without canaries.
+        data: the rules.
+        root_key: the run's; a user's coin depends on it and on the user's id alone.
+        canaries: of :func:`privtrain.data.canaries.draw_canaries`.
     """
     training: dict[str, tuple[int, ...]] = {}
     held_out: list[str] = []
     attacker: dict[str, tuple[int, ...]] = {}
+    changed = {canary.user for canary in canaries if not canary.is_invented}
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
-        is_held_out = stream.uniform(1)[0] < data.held_out_fraction
-        taken: set[int] = set()
-        if data.attack_fraction > 0 and len(texts) >= data.attack_min_records:
-            count = min(max(1, round(data.attack_fraction * len(texts))), data.attack_max_records, len(texts) - 1)
-            taken = set(stream.choose(len(texts), count))
+        is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in changed else data.held_out_fraction)
+        taken = _taken(stream, len(texts), data)
+        if taken:
             attacker[user] = tuple(sorted(taken))
         if is_held_out:
             held_out.append(user)
         else:
             training[user] = tuple(i for i in range(len(texts)) if i not in taken)
-    candidates = [(u, i) for u in held_out for i in range(len(corpus.records[u])) if i not in attacker.get(u, ())]
+    open_users = [user for user in held_out if user not in changed]
+    candidates = [(u, i) for u in open_users for i in range(len(corpus.records[u])) if i not in attacker.get(u, ())]
     chosen = root_key.stream("evaluation").choose(len(candidates), data.num_evaluation_records)
-    return Split(training, tuple(held_out), attacker, tuple(candidates[i] for i in chosen))
+    for canary in canaries:
+        if canary.is_invented and root_key.stream("split", canary.user).uniform(1)[0] < CANARY_COIN:
+            held_out.append(canary.user)
+        elif canary.is_invented:
+            training[canary.user] = tuple(range(len(canary.records)))
+    return Split(training, tuple(held_out), attacker, tuple(candidates[i] for i in chosen), tuple(canaries))
+
+
+def _taken(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:
+    """Records of one user that only the attacker holds."""
+    if data.attack_fraction == 0 or num_records < data.attack_min_records:
+        return set()
+    count = min(max(1, round(data.attack_fraction * num_records)), data.attack_max_records, num_records - 1)
+    return set(stream.choose(num_records, count))

@@ -26,12 +26,14 @@ class UnitData:
         records: per unit, its tokenised records; :meth:`fetch` also serves units that are not in memory.
         num_truncated: records cut at ``max_length``. Private.
         num_without_target: records that predict nothing and so contribute zero. Private.
+        indices: per unit, which records of its owner they are. Private.
     """
 
     names: Sequence[str]
     records: tuple[tuple[Record, ...], ...]
     num_truncated: int | None
     num_without_target: int | None = 0
+    indices: Sequence[Sequence[int]] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,13 +70,18 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) ->
     encoded = encoder.encode([corpus.records[u][i] for u, i in owners])
     names: list[str] = []
     grouped: list[list[Record]] = []
+    indices: list[list[int]] = []
     for (user, index), record in zip(owners, encoded.records, strict=True):
         if unit == "example":
             names.append(f"{user}#{index}")
             grouped.append([record])
+            indices.append([index])
         elif names and names[-1] == user:
             grouped[-1].append(record)
+            indices[-1].append(index)
         else:
             names.append(user)
             grouped.append([record])
-    return UnitData(tuple(names), tuple(map(tuple, grouped)), encoded.num_truncated, encoded.num_without_target)
+            indices.append([index])
+    counts = (encoded.num_truncated, encoded.num_without_target)
+    return UnitData(tuple(names), tuple(map(tuple, grouped)), *counts, tuple(map(tuple, indices)))

@@ -89,6 +89,21 @@ class ExampleNames(Sequence[str]):
         return user, self._training[user][unit - first]
 
 
+class ExampleIndices(Sequence[Sequence[int]]):
+    """The one index of every unit."""
+
+    def __init__(self, names: ExampleNames) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, unit: Any) -> Any:
+        if isinstance(unit, slice):
+            return tuple(self[i] for i in range(*unit.indices(len(self))))
+        return (self._names.place(unit)[1],)
+
+
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
     """The training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
     names = ExampleNames(split) if unit == "example" else tuple(split.training)
@@ -97,6 +112,7 @@ def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) 
         records=(),
         num_truncated=None,
         num_without_target=None,
+        indices=ExampleIndices(names) if isinstance(names, ExampleNames) else tuple(split.training.values()),
         corpus=corpus,
         split=split,
         encoder=encoder,

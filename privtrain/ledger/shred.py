@@ -13,6 +13,9 @@ from privtrain.rundir import RunDirectory, sync_directory, write_json
 _REMAINS = {
     "root.key": "redraws the split: with the data set, who was held in or out",
     "manifest.json": "names every user, held in and held out; `attacks score` needs it",
+    "prepared.json": "the same, as it was sealed before training, with the planted secrets",
+    "used.json": "which users' records were left out, and how often canaries were drawn",
+    "spans.json": "where sensitive text stands in the records",
     "identity.json": "a digest of the data set: whoever knows all records but one can test a guess of that one",
     "config.yaml": "paths of the data",
     "data_counts.json": "how many rows were read and dropped",

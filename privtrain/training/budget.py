@@ -16,8 +16,10 @@ from collections.abc import Iterator
 
 from privtrain.backends import Backend
 from privtrain.console import say
+from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.index import IndexedRecords
+from privtrain.data.manifest import read_sealed
 from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, RegistryUnreachable
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
@@ -229,7 +231,13 @@ class Hold:
                 return
 
     def _contributions(self) -> dict[str, tuple[int, int]]:
-        totals = contributions_of(self._inputs.run, self._inputs.corpus, self._inputs.plan.unit)
+        run = self._inputs.run
+        canaries = canaries_of(read_sealed(run.manifest)) if run.manifest.exists() else ()
+        corpus = plant(self._inputs.corpus, canaries)
+        totals = contributions_of(run, corpus, self._inputs.plan.unit)
+        for canary in canaries:
+            if canary.is_invented:  # nobody's budget
+                totals.pop(canary.user, None)
         return {self._registry.pseudonym(user): total for user, total in totals.items()}
 
 

@@ -66,9 +66,9 @@ def check_run_directory(inputs: Inputs) -> None:
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
     """What a run cannot change on the way, beside its plan: what is trained, on what, and what is published."""
-    tree = config.model_dump(mode="json", include={"model", "lora", "prompt", "data", "tracking"})
+    tree = config.model_dump(mode="json", include={"model", "lora", "prompt", "data", "canaries", "tracking"})
     del tree["data"]["source"]  # its content is in the fingerprint; files may move
-    sections = ("model", "lora", "prompt", "data")
+    sections = ("model", "lora", "prompt", "data", "canaries")
     keys = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
     published = ("private_metrics", "release_held_out_metrics")
     keys["training.method"] = config.training.method

@@ -18,9 +18,11 @@ from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
 from privtrain.console import Progress, say
+from privtrain.data.canaries import plant
 from privtrain.data.encode import Encoder
+from privtrain.data.manifest import draw_split
 from privtrain.data.microbatch import Packer
-from privtrain.data.split import Split, split_users
+from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
@@ -36,7 +38,7 @@ from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
 from privtrain.secret import SecretKey
-from privtrain.tracking import NullTracker, Tracker, open_tracker
+from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.budget import budgeted
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
@@ -44,10 +46,18 @@ from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
 from privtrain.training.selftest import run_self_test
-from privtrain.training.session import Session, begin_session, decide_session, opened_ledger, root_key_of
+from privtrain.training.session import (
+    Session,
+    begin_session,
+    check_coins,
+    decide_session,
+    opened_ledger,
+    root_key_of,
+)
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import Trainer
+from privtrain.training.used import note_canaries
 from privtrain.weights import BaseSource, ClassifierHead
 
 #: Public seed of the adapter's initial values, which do not depend on data.
@@ -99,11 +109,16 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     network = _load_network(inputs.config, backend)
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
-        split = split_users(inputs.corpus, inputs.config.data, root_key_of(inputs, backend, ledger))
+        root_key = root_key_of(inputs, backend, ledger)
+        split = draw_split(inputs.config, inputs.corpus, network.tokenizer, root_key)
+        with backend.main_alone():
+            if ledger is not None:
+                check_coins(inputs, split)
         units = _units_of(inputs, network, split)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
+        run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
-            tracker = _open_tracker(inputs, backend, session.continuation.start_step)
+            tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
@@ -120,6 +135,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
             if ledger is not None:
+                note_canaries(inputs.run, ledger.state, split.canaries, inputs.plan.unit)
                 _release(inputs, ledger, network, state, num_units=len(units))
                 tracker.publish(inputs.run)
             tracker.close()
@@ -136,7 +152,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     """
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
-    units = _units_of(inputs, network, split_users(inputs.corpus, inputs.config.data, key))
+    units = _units_of(inputs, network, draw_split(inputs.config, inputs.corpus, network.tokenizer, key))
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
@@ -200,7 +216,7 @@ def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
     if not split.training:
         raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
     build = units_on_disk if inputs.corpus.is_on_disk else build_units
-    return build(inputs.corpus, split, network.encoder, unit=inputs.plan.unit)
+    return build(plant(inputs.corpus, split.canaries), split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
@@ -218,10 +234,16 @@ def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
     return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
-def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
+def _tracker_id(inputs: Inputs, backend: Backend) -> str:
+    """The run's id in W&B, from rank 0, which alone sees the run directory."""
+    identity = inputs.run.identity.read_text(encoding="utf-8") if backend.is_main else "{}"
+    value = json.loads(identity).get("tracker_id", "").encode()
+    return backend.broadcast_bytes(value if backend.is_main else None).decode()
+
+
+def _open_tracker(inputs: Inputs, backend: Backend, run_id: str, start_step: int) -> Tracker:
     if not backend.is_main:
-        return NullTracker()
-    run_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
+        return open_machine_tracker(inputs.config, run_id, backend.rank)
     # A run that begins evaluates before its first step, so nothing of an earlier beginning is kept.
     from_step = start_step if start_step > 0 else -1
     return open_tracker(inputs.config, inputs.plan, inputs.run, run_id=run_id, from_step=from_step)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from privtrain.backends import Backend
 from privtrain.config import public_tree, to_yaml
 from privtrain.console import say
+from privtrain.data.manifest import check_prepared, used_facts
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
@@ -66,13 +67,23 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
 
 
 def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
-    """The key behind the split: made before the first session, kept ever after, sent to every rank."""
+    """The key behind the split: made when the run is prepared or first begun, kept ever after, sent to every rank."""
     secret = None
     if ledger is not None:
-        is_begun = ledger.state.generation >= 0
         run, seed = inputs.run, inputs.plan.insecure_seed
-        secret = (run.load_key("root") if is_begun else run.create_key("root", seed)).reveal()
+        is_used = ledger.state.generation >= 0 or run.prepared.exists()
+        secret = (run.load_key("root") if is_used else run.create_key("root", seed)).reveal()
     return SecretKey(backend.broadcast_bytes(secret))
+
+
+def check_coins(inputs: Inputs, split: Split) -> None:
+    """On rank 0, where ``attacks prepare`` flipped the coins: see that these are they.
+
+    Raises:
+        PlanMismatch: if they are not.
+    """
+    if inputs.run.prepared.exists():
+        check_prepared(inputs.run.prepared, split.manifest(inputs.corpus))
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
@@ -139,3 +150,12 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         write_json(run.manifest, manifest, mode=0o600)
     elif json.loads(run.manifest.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
         raise GuaranteeLost(f"{run.manifest} is not the split that this run's key gives; it was replaced")
+    used = used_facts(
+        inputs.corpus,
+        split,
+        units,
+        manifest_sha256=manifest["sha256"],
+        records_per_unit=inputs.plan.records_per_unit,
+        unit=inputs.plan.unit,
+    )
+    write_json(run.used, used, mode=0o600)

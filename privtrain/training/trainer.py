@@ -135,7 +135,7 @@ class Trainer:
         """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         if self.placement.shards is not None:
-            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
+            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style, route)
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
         return PerUnitClipper(self.model, layout, norm, losses, device, style, route, equal_passes=equal_passes)
 

@@ -147,6 +147,7 @@ def test_units_on_disk_are_the_units_in_memory(tree, tmp_path, unit):
     expected = build_units(in_memory, split, encoder, unit=unit)
     units = units_on_disk(on_disk, split, encoder, unit=unit)
     assert tuple(units.names) == expected.names
+    assert tuple(units.indices) == expected.indices
     assert units.num_records.tolist() == expected.num_records.tolist()
     drawn = [(u, range(count)) for u, count in enumerate(units.num_records.tolist())][::-2]
     for mine, theirs in zip(units.fetch(drawn), expected.fetch(drawn), strict=True):

@@ -1,0 +1,70 @@
+"""Which canary documents are scored: the planted ones, and the secrets that they are compared with.
+
+The comparison is fair because both come from one law: a canary's secret was drawn like its references, and which was
+planted is the only difference. References are drawn from the run's root key, so every rank draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attacks.documents import Document
+from attacks.signals import CANARY, CANARY_REFERENCE
+from privtrain.config.schema import CanariesSection
+from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, Canary, canaries_of, digits_of, draw_secret
+from privtrain.secret import SecretKey
+
+POOL = "canary references"
+"""Owner of references that all canaries of a kind share."""
+
+
+def plan_canaries(
+    manifest: Mapping[str, Any],
+    section: CanariesSection,
+    tokenizer: Any,
+    root_key: SecretKey,
+    num_references: int,
+) -> list[Document]:
+    """The documents of canaries and of their references.
+
+    Args:
+        manifest: of the attacked run.
+        section: how its canaries were drawn.
+        tokenizer: the model's.
+        root_key: the run's.
+        num_references: secrets that a canary is compared with; fewer where there are no more.
+    """
+    canaries = canaries_of(manifest)
+    found: list[Document] = []
+    for canary in canaries:
+        # A changed user's own fresh records; an invented user has only the one text.
+        indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
+        found += [Document(canary.user, index, CANARY, canary.records[index]) for index in indices]
+        if canary.kind == TEMPLATE:
+            secrets = _other_digits(canary, section, root_key, num_references)
+            found += _references(canary.user, [canary.prefix + secret for secret in secrets])
+    if any(canary.kind == RANDOM_TOKENS for canary in canaries):
+        taken = {canary.secret for canary in canaries}
+        stream = root_key.stream("canary references")
+        pool = [draw_secret(section, tokenizer, stream) for _ in range(num_references)]
+        found += _references(POOL, [text for text in dict.fromkeys(pool) if text not in taken])
+    return found
+
+
+def _references(user: str, texts: list[str]) -> list[Document]:
+    return [Document(user, number, CANARY_REFERENCE, text) for number, text in enumerate(texts, start=1)]
+
+
+def _other_digits(canary: Canary, section: CanariesSection, root_key: SecretKey, count: int) -> list[str]:
+    """Other secrets of the same form, all there are if they are few."""
+    size = 10**section.num_digits
+    if size - 1 <= count:
+        return [text for number in range(size) if (text := digits_of(number, section.num_digits)) != canary.secret]
+    stream = root_key.stream("canary references", canary.user)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        text = draw_secret(section, None, stream)
+        if text != canary.secret:
+            found[text] = None
+    return list(found)

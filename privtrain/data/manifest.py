@@ -1,0 +1,166 @@
+"""The manifest as a file: written by whoever flips the coins, compared by training, and what training says it used.
+
+The coins are a function of the run's root key, the data and the configuration, so training does not have to believe
+the file that ``attacks prepare`` wrote: it draws them again and refuses a file that says anything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from privtrain.config import Config
+from privtrain.data.canaries import TEMPLATE, draw_canaries, plant
+from privtrain.data.corpus import Corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.split import Split, seal, split_users
+from privtrain.data.units import UnitData
+from privtrain.errors import ConfigError, Fault, PlanMismatch
+from privtrain.secret import SecretKey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+USED_SCHEMA = "privtrain/used/1"
+
+
+def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey) -> Split:
+    """All coins and canaries of a run.
+
+    Args:
+        config: its configuration.
+        corpus: the kept records, without canaries.
+        tokenizer: the model's; may be missing where :func:`needs_tokenizer` says no.
+        root_key: the run's.
+
+    Raises:
+        ConfigError: if a canary does not fit into ``data.max_length``: its secret would be cut off, unseen.
+    """
+    if not config.canaries.are_planted:
+        return split_users(corpus, config.data, root_key)
+    canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key)
+    if tokenizer is not None:
+        invented = [canary.records[0] for canary in canaries if canary.is_invented]
+        num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
+        if num_cut:
+            problem = f"given {config.data.max_length}, which cuts {num_cut} canaries; raise it or shorten the canaries"
+            raise ConfigError([Fault("data.max_length", problem)])
+    return split_users(corpus, config.data, root_key, canaries)
+
+
+def needs_tokenizer(config: Config) -> bool:
+    """Whether the coins cannot be flipped without the model's tokenizer."""
+    return config.canaries.are_planted and config.canaries.kind != TEMPLATE
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """A sealed file.
+
+    Raises:
+        PlanMismatch: if it was altered.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        body = {name: value for name, value in found.items() if name != "sha256"}
+        is_sealed = seal(body) == found["sha256"]
+    except (ValueError, KeyError, AttributeError):
+        is_sealed, found = False, {}
+    if not is_sealed:
+        raise PlanMismatch(f"{path} does not match its seal: it was altered or damaged; restore it")
+    return found
+
+
+def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to train with other coins than those that were sealed beforehand.
+
+    Args:
+        path: what ``attacks prepare`` wrote.
+        manifest: of the coins that this configuration, data set and key give.
+
+    Raises:
+        PlanMismatch: if they differ, saying in what.
+    """
+    prepared = read_sealed(path)
+    differing = [name for name in manifest if name != "sha256" and prepared.get(name) != manifest[name]]
+    if differing or prepared["sha256"] != manifest["sha256"]:
+        raise PlanMismatch(
+            f"{path} was sealed with other {', '.join(differing) or 'keys'} than this configuration, data set, "
+            "tokenizer and the run's key give; nothing was trained. Restore what was changed since `attacks prepare`, "
+            "or prepare and train under another run.name"
+        )
+
+
+def used_facts(
+    corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int, unit: str
+) -> dict[str, Any]:
+    """What training may really draw, against what the coins allow; sealed. Names users: ``secret/`` only.
+
+    Args:
+        corpus: the kept records, without canaries.
+        split: the coins.
+        units: what the coins became after every rule that drops or shortens records.
+        manifest_sha256: seal of the coins.
+        records_per_unit: k, the most records of a unit in one step.
+        unit: ``"user"`` or ``"example"``.
+    """
+    kept, left_out = _kept_and_left_out(split, units, unit)
+    records = plant(corpus, split.canaries).records
+    body = {
+        "schema": USED_SCHEMA,
+        "manifest_sha256": manifest_sha256,
+        "units_sha256": units.sha256(),
+        "unit": unit,
+        "num_units": len(units),
+        "num_records": int(units.num_records.sum()),
+        "records_per_unit_per_step": records_per_unit,
+        "left_out": left_out,
+        "canaries": {
+            canary.user: {
+                "num_records": len(kept.get(canary.user, ())),
+                "num_with_secret": sum(
+                    canary.secret in records[canary.user][index] for index in kept.get(canary.user, ())
+                ),
+            }
+            for canary in split.canaries
+        },
+    }
+    return {**body, "sha256": seal(body)}
+
+
+def _kept_and_left_out(split: Split, units: UnitData, unit: str) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
+    """Records of canaries that became units, and of anybody that did not, without a table of everybody."""
+    owners = (name if unit == "user" else name.rpartition("#")[0] for name in units.names)
+    canaries = {canary.user for canary in split.canaries}
+    kept: dict[str, set[int]] = {}
+    left_out: dict[str, list[int]] = {}
+    num_owners = 0
+    pairs = zip(owners, units.indices, strict=True)  # a user's units stand next to each other
+    for owner, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        num_owners += 1
+        found = {index for _, indices in group for index in indices}
+        missing = sorted(set(split.training[owner]) - found)
+        if missing:
+            left_out[owner] = missing
+        if owner in canaries:
+            kept[owner] = found
+    if num_owners < len(split.training):
+        present = {name if unit == "user" else name.rpartition("#")[0] for name in units.names}
+        left_out |= {user: sorted(found) for user, found in split.training.items() if user not in present}
+    return kept, left_out
+
+
+def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:
+    """The same after training: how many records of each canary entered steps, counted once a step.
+
+    Args:
+        used: of :func:`used_facts`.
+        num_drawn: canary user to that number.
+    """
+    body = {name: value for name, value in used.items() if name != "sha256"}
+    body["canaries"] = {
+        user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()
+    }
+    return {**body, "sha256": seal(body)}
