@@ -34,6 +34,7 @@ class RowCounts:
     num_without_user: int
     num_empty: int
     num_users_opted_out: int = 0
+    num_duplicates: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,8 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
     if faults:
         raise ConfigError(faults)
     if index_dir is None:
-        return group_by_user(_rows(data))
+        corpus = group_by_user(_rows(data))
+        return deduplicated(corpus) if data.deduplicate == "within_user" else corpus
     return _indexed(data, index_dir)
 
 
@@ -123,12 +125,27 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "format": data.format,
         "labels": data.labels,
+        "deduplicate": data.deduplicate,
         "columns": [getattr(data, key) for key in ("user_column", *formats.column_keys(data))],
     }
-    records, counts, digest = index.open_or_build(index_dir, made_of, lambda tally: _kept(_rows(data), tally))
+    form = normal_form if data.deduplicate == "within_user" else None
+    records, counts, digest = index.open_or_build(index_dir, made_of, lambda tally: _kept(_rows(data), tally), form)
     if not records:
         raise ConfigError([Fault("data.source", f"no usable row among {counts['num_rows']}")])
     return Corpus(records, RowCounts(**counts), digest, is_on_disk=True)
+
+
+def deduplicated(corpus: Corpus) -> Corpus:
+    """Of each user's records that differ in white space alone, the first.
+
+    A function of one user's records: what another user wrote is no duplicate. The digest stays that of the data as they
+    were read.
+    """
+    records = {user: _distinct(texts) for user, texts in corpus.records.items()}
+    num_duplicates = corpus.num_records - sum(map(len, records.values()))
+    return dataclasses.replace(
+        corpus, records=records, counts=dataclasses.replace(corpus.counts, num_duplicates=num_duplicates)
+    )
 
 
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
@@ -157,6 +174,18 @@ def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, int]) -> Itera
         else:
             yield owner, content
     tally.update(num_rows=num_rows, num_without_user=num_without_user, num_empty=num_empty)
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(normal_form(text), text)
+    return tuple(found.values())
+
+
+def normal_form(text: str) -> str:
+    """Equal for texts that differ in white space alone."""
+    return " ".join(text.split())
 
 
 def _owner(user: object) -> str:

@@ -176,7 +176,10 @@ class _Texts(Sequence[str]):
 
 
 def open_or_build(
-    parent: pathlib.Path, made_of: Mapping[str, Any], rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]]
+    parent: pathlib.Path,
+    made_of: Mapping[str, Any],
+    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    form: Callable[[str], str] | None = None,
 ) -> tuple[IndexedRecords, dict[str, int], str]:
     """The index of ``made_of``, made by one process of the machine while the others wait.
 
@@ -184,6 +187,7 @@ def open_or_build(
         parent: where indexes are kept.
         made_of: what names the index.
         rows: yields the kept (user id, text) pairs in reading order and counts into the dictionary it is given.
+        form: of a user's records with one form the first is kept, the others are counted; the digest is of all.
 
     Returns:
         The records, the counts, and the digest of the kept records.
@@ -197,7 +201,7 @@ def open_or_build(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(mode=0o700)
             try:
-                _build(temporary, rows)
+                _build(temporary, rows, form)
                 os.replace(temporary, directory)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -205,7 +209,11 @@ def open_or_build(
     return IndexedRecords.open(directory), facts["counts"], facts["manifest_sha256"]
 
 
-def _build(directory: pathlib.Path, rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]]) -> None:
+def _build(
+    directory: pathlib.Path,
+    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    form: Callable[[str], str] | None,
+) -> None:
     import duckdb
 
     counts: dict[str, int] = {}
@@ -221,9 +229,10 @@ def _build(directory: pathlib.Path, rows: Callable[[dict[str, int]], Iterable[tu
             connection.execute("INSERT INTO rows SELECT * FROM batch")
             connection.unregister("batch")
         found = connection.sql("SELECT owner, content FROM rows ORDER BY owner, place")
-        digest = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE))
+        digest, num_duplicates = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE), form)
     (directory / "rows.duckdb").unlink()
     shutil.rmtree(directory / "sorting", ignore_errors=True)
+    counts["num_duplicates"] = num_duplicates
     facts = {"schema": SCHEMA, "counts": counts, "manifest_sha256": digest}
     with _created(directory / "index.json") as file:
         file.write(json.dumps(facts).encode())
@@ -244,36 +253,49 @@ def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
         first += len(batch)
 
 
-def _write(directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch]) -> str:
-    """Write the flat files from rows in order; the digest of all."""
+def _write(
+    directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch], form: Callable[[str], str] | None
+) -> tuple[str, int]:
+    """Write the flat files from rows in order; the digest of all, and the number of duplicates left out."""
     digest, current = RecordDigest(), None
-    num_records = users_end = texts_end = 0
+    seen: set[str] = set()
+    num_rows = num_records = users_end = texts_end = 0
     with contextlib.ExitStack() as stack:
         names = ("texts.bin", "text_ends.u64", "users.bin", "user_ends.u64", "record_ends.u64")
         texts, text_ends, users, user_ends, record_ends = (
             stack.enter_context(_created(directory / name)) for name in names
         )
         for batch in batches:
-            owners, contents = batch.column(0).to_pylist(), batch.column(1).to_pylist()
             new_users: list[bytes] = []
             full: list[int] = []
-            for owner, content in zip(owners, contents, strict=True):
+            kept: list[bytes] = []
+            for owner, content in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                 if owner != current:
                     if current is not None:
                         full.append(num_records)
                     current = owner
                     new_users.append(owner)
                     digest.user(owner)
+                    seen.clear()
                 digest.record(content)
-                num_records += 1
-            texts.write(b"".join(contents))
-            texts_end = _write_ends(text_ends, contents, texts_end)
+                num_rows += 1
+                if form is None or _is_new(form(content.decode("utf-8", errors=_ERRORS)), seen):
+                    kept.append(content)
+                    num_records += 1
+            texts.write(b"".join(kept))
+            texts_end = _write_ends(text_ends, kept, texts_end)
             users.write(b"".join(new_users))
             users_end = _write_ends(user_ends, new_users, users_end)
             record_ends.write(np.asarray(full, dtype=np.uint64).tobytes())
         if current is not None:
             record_ends.write(np.asarray([num_records], dtype=np.uint64).tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), num_rows - num_records
+
+
+def _is_new(form: str, seen: set[str]) -> bool:
+    is_new = form not in seen
+    seen.add(form)
+    return is_new
 
 
 def _write_ends(file: IO[bytes], parts: Sequence[bytes], start: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.records import Record
 from privtrain.data.split import Split
-from privtrain.data.units import Drawn, UnitData
+from privtrain.data.units import Drawn, UnitData, example_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +62,7 @@ class UnitsOnDisk(UnitData):
 
 
 class ExampleNames(Sequence[str]):
-    """``user#record`` of every training record, made when it is asked for."""
+    """The name of every training record, made when it is asked for."""
 
     def __init__(self, split: Split) -> None:
         self._training = split.training
@@ -77,7 +77,7 @@ class ExampleNames(Sequence[str]):
         if isinstance(unit, slice):
             return tuple(self[i] for i in range(*unit.indices(len(self))))
         user, index = self.place(unit)
-        return f"{user}#{index}"
+        return example_name(user, index)
 
     def place(self, unit: int) -> tuple[str, int]:
         """User and index of the unit's record."""
@@ -89,11 +89,12 @@ class ExampleNames(Sequence[str]):
         return user, self._training[user][unit - first]
 
 
-class ExampleIndices(Sequence[Sequence[int]]):
-    """The one index of every unit."""
+class _OfExamples(Sequence[Any]):
+    """A property of every example, found when it is asked for."""
 
-    def __init__(self, names: ExampleNames) -> None:
+    def __init__(self, names: ExampleNames, of: Callable[[tuple[str, int]], Any]) -> None:
         self._names = names
+        self._of = of
 
     def __len__(self) -> int:
         return len(self._names)
@@ -101,18 +102,22 @@ class ExampleIndices(Sequence[Sequence[int]]):
     def __getitem__(self, unit: Any) -> Any:
         if isinstance(unit, slice):
             return tuple(self[i] for i in range(*unit.indices(len(self))))
-        return (self._names.place(unit)[1],)
+        return self._of(self._names.place(unit))
 
 
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
     """The training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
-    names = ExampleNames(split) if unit == "example" else tuple(split.training)
+    names, indices, owners = tuple(split.training), tuple(split.training.values()), tuple(split.training)
+    if unit == "example":
+        names = ExampleNames(split)
+        indices, owners = _OfExamples(names, lambda place: (place[1],)), _OfExamples(names, lambda place: place[0])
     return UnitsOnDisk(
         names=names,
         records=(),
         num_truncated=None,
         num_without_target=None,
-        indices=ExampleIndices(names) if isinstance(names, ExampleNames) else tuple(split.training.values()),
+        indices=indices,
+        owners=owners,
         corpus=corpus,
         split=split,
         encoder=encoder,

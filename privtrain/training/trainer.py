@@ -14,6 +14,7 @@ from privtrain.clipping import CooperativeClipper, PerUnitClipper
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
@@ -84,6 +85,9 @@ class Trainer:
         self._packer = packer
         self._hand: Sequence[DrawnUnit] = ()
         self.objective = objective or CausalLM()
+        if plan.records_per_user is not None:
+            assert len(units.owners) == len(units), "a bound on users needs to know them"
+            check_contributions(units.owners, plan.records_per_user)
         self.sampler = UnitSampler(plan, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped

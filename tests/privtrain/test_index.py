@@ -48,10 +48,13 @@ def section(path: pathlib.Path, **changes) -> DataSection:
 @hypothesis.settings(
     max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
-@hypothesis.given(rows=st.lists(st.tuples(st.sampled_from(USERS) | st.none(), st.text(max_size=8)), max_size=40))
-def test_it_is_the_corpus_that_memory_would_hold(tmp_path_factory, rows):
+@hypothesis.given(
+    deduplicate=st.sampled_from(["none", "within_user"]),
+    rows=st.lists(st.tuples(st.sampled_from(USERS) | st.none(), st.text(max_size=8)), max_size=40),
+)
+def test_it_is_the_corpus_that_memory_would_hold(tmp_path_factory, rows, deduplicate):
     directory = tmp_path_factory.mktemp("rows")
-    data = section(shards(directory, [*rows, ("al", "one")]))
+    data = section(shards(directory, [*rows, ("al", "one"), ("al", "one")]), deduplicate=deduplicate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "_ROWS_AT_ONCE", 7)
         in_memory, on_disk = load_corpus(data), load_corpus(data, directory / "index")
@@ -148,6 +151,7 @@ def test_units_on_disk_are_the_units_in_memory(tree, tmp_path, unit):
     units = units_on_disk(on_disk, split, encoder, unit=unit)
     assert tuple(units.names) == expected.names
     assert tuple(units.indices) == expected.indices
+    assert tuple(units.owners) == expected.owners
     assert units.num_records.tolist() == expected.num_records.tolist()
     drawn = [(u, range(count)) for u, count in enumerate(units.num_records.tolist())][::-2]
     for mine, theirs in zip(units.fetch(drawn), expected.fetch(drawn), strict=True):
