@@ -15,12 +15,11 @@ import subprocess
 import sys
 
 import pytest
-import sqlalchemy as sa
 import yaml
 from wandb.sdk.launch.sweeps import utils as sweeps
 
+from privtrain.registry import views
 from privtrain.registry.store import Registry
-from privtrain.registry.tables import ReservationRow
 from tests.conftest import write_config
 from tests.jobs import REPOSITORY
 from tests.launch.readme_commands import Command, check_accelerate, inner, parse
@@ -176,9 +175,8 @@ def test_every_trial_of_a_sweep_is_charged(tree, tmp_path, monkeypatch):
         }
         done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    with registry.database.engine.connect() as connection:
-        rows = connection.execute(sa.select(ReservationRow.name, ReservationRow.state)).all()
-    assert sorted(rows) == [("sweep-s1-t0", "settled"), ("sweep-s1-t1", "settled")]
+    charged = {view.name: (view.state, view.num_charged) for view in views.runs(registry.database)}
+    assert charged == {f"sweep-s1-t{number}": ("closed", 4) for number in range(2)}
     released = [json.loads((tmp_path / "runs" / f"sweep-s1-t{n}" / "privacy.json").read_text()) for n in range(2)]
     assert all(statement["mechanism"]["noised_metrics"]["release"] == ["loss"] for statement in released)
 

@@ -64,6 +64,10 @@ PARSED = {
 }
 
 
+#: Programs that start nothing of ours whose arguments could be parsed.
+_ALONE = {"make", "sbatch", "wandb", "sky", "dstack", "docker", "export"}
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.guide}: {c.text[:60]}")
 def test_a_command_of_a_guide_is_one_that_its_program_takes(command):
     assert command.name in RUN or command.name in PARSED, "claim it above: as run, or as parsed and by what it is run"
@@ -78,15 +82,7 @@ def test_a_command_of_a_guide_is_one_that_its_program_takes(command):
     if started is not None:
         test_a_command_of_a_guide_is_one_that_its_program_takes(started)
     else:
-        assert command.words[0] in APPS or command.name in {
-            "make",
-            "sbatch",
-            "wandb",
-            "sky",
-            "dstack",
-            "docker",
-            "export",
-        }
+        assert command.words[0] in APPS or command.name in _ALONE
 
 
 def test_every_guide_is_read():
@@ -159,9 +155,8 @@ def test_the_commands_of_the_guides_run(tour, tmp_path, users_file):
             "privacy.target_epsilon=4": "privacy.num_steps=4",  # the tiny run gives the noise itself
         }.get(word, word)
 
-    for command in [
-        started if (started := inner(c)) is not None and c.words[0] == "accelerate" else c for c in COMMANDS
-    ]:
+    for found in COMMANDS:
+        command = (inner(found) or found) if found.words[0] == "accelerate" else found
         if command.name not in RUN or (command.name == "accountants compare" and "accountants compare" in seen):
             continue
         words = [here(command, word) for word in command.words]
