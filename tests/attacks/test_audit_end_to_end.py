@@ -20,10 +20,7 @@ NUM_RECORDS = 32
 
 
 def configuration(directory: pathlib.Path, num_users: int, **privacy: object) -> dict[str, Any]:
-    """Full fine-tuning by steps so small that the model stays near where it began: its noise then hides directions, and
-
-    what the users' own words did can be read off wherever the noise does not.
-    """
+    """Full fine-tuning by steps so small that the model stays near where it began: there what one user did adds up."""
     model = mutants.save_word_llama(directory / "model", num_users)
     users = mutants.write_words_of_their_own(directory / "users.jsonl", num_users, NUM_RECORDS)
     return {
@@ -169,8 +166,9 @@ def test_an_honest_run_on_four_hundred_users(tmp_path):
 @pytest.mark.campaign
 def test_two_hundred_overfitted_users_give_a_bound_near_its_ceiling(tmp_path):
     """Without privacy, and saying so: nothing is claimed, and the audit shows how much could be told."""
-    tree = configuration(tmp_path, 400, noise_multiplier=0.0)
+    tree = configuration(tmp_path, 400, noise_multiplier=0.0, num_steps=30)
     del tree["privacy"]["target_epsilon"]
+    tree["training"]["learning_rate"] = 2e-3
     mutants.train_broken(write_config(tree, tmp_path / "c.yaml"), None)
     facts = analysed(tmp_path / "runs" / "audited")
     lower, ceiling = bound_of(facts)
