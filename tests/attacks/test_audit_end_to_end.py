@@ -129,6 +129,15 @@ def test_the_base_as_target_shows_nothing(tmp_path):
     assert facts["panels"]["audit"]["verdict"] == "uninformative"
 
 
+@pytest.mark.parametrize("name", ["no noise", "noise on one rank", "clip skipped"])
+def test_the_self_test_refuses_at_the_start_what_the_audit_finds_at_the_end(tmp_path, name):
+    from privtrain.errors import SelfTestFailed
+
+    tree = configuration(tmp_path, 20, num_steps=1)
+    with pytest.raises(SelfTestFailed):
+        mutants.train_broken(write_config(tree, tmp_path / "c.yaml"), mutants.MUTANTS[name], self_test=True)
+
+
 def test_the_ledger_refuses_what_the_plan_does_not_allow(tmp_path, monkeypatch):
     """More than k records a step do not get past it; the mutant above is planted behind it."""
     from privtrain.errors import GuaranteeLost
