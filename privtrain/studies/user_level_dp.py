@@ -28,8 +28,8 @@ NAMES = {"group": "Group Privacy", "mixture": "ELS, mixture accounting", "user":
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The expected batch: the sampling probability times the public number of units.
 
-    ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in, and
-    ``num_records`` by k, of them at most k each. Constants: they scale the step and no guarantee depends on them.
+    ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in,
+    and ``num_records`` by k, of them at most k each. Constants: they scale the step, no guarantee depends on them.
     """
     population, sampling_prob = settings["populations"][values.get("data", "here")], tree["privacy"]["sampling_prob"]
     num_units = population["num_users"] if values["method"] == "user" else population["num_records"][values["k"]]
