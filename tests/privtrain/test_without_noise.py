@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from privtrain.backends import LocalBackend
 from privtrain.clipping import styles
 from privtrain.config import validate
 from privtrain.data.synthetic import customer_records
@@ -31,7 +32,7 @@ def _released(trainer, step=0):
 @pytest.mark.parametrize("clipping_norm", [1e-3, 1e6])
 def test_batch_clipping_bounds_the_mean_of_a_step_and_no_unit(tiny_llama, clipping_norm):
     cell = Cell(method="full", style="batch", clipping_norm=clipping_norm, noise_multiplier=0.0)
-    trainer = cells.make_trainer(cells.make_backend("local"), tiny_llama, cell)
+    trainer = cells.make_trainer(LocalBackend(cells.CPU), tiny_llama, cell)
     cells.self_test(trainer)
     released, plain = _released(trainer)
     batch_size = trainer.plan.expected_batch_size
@@ -42,7 +43,7 @@ def test_batch_clipping_bounds_the_mean_of_a_step_and_no_unit(tiny_llama, clippi
 
 def test_a_very_large_norm_is_no_clipping_at_all(tiny_llama):
     cell = Cell(method="full", clipping_norm=1e6, noise_multiplier=0.0)
-    trainer = cells.make_trainer(cells.make_backend("local"), tiny_llama, cell)
+    trainer = cells.make_trainer(LocalBackend(cells.CPU), tiny_llama, cell)
     cells.self_test(trainer)
     released, plain = _released(trainer)
     assert torch.equal(released, plain)
@@ -65,7 +66,7 @@ def test_operations_of_a_token_are_those_of_the_layers(tiny_llama):
     """Forward 2 N; backward 2 N for activations and 2 N for weights that are trained; norms of units on top."""
     costs = {}
     for method in ("full", "lora"):
-        trainer = cells.make_trainer(cells.make_backend("local"), tiny_llama, Cell(method=method, microbatch_size=4))
+        trainer = cells.make_trainer(LocalBackend(cells.CPU), tiny_llama, Cell(method=method, microbatch_size=4))
         costs[method] = flops_per_token(trainer, trainer._packer, vocabulary_size=200)
         assert flops_per_token(trainer, trainer._packer, vocabulary_size=200) == costs[method]
         assert not trainer.clipper.total.any()
