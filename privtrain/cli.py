@@ -120,6 +120,28 @@ def export(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Of launch/recipes/studies: ew-tune, user-level-dp, ...")],
+    scale: Annotated[str, typer.Option(help="small: minutes on a CPU; paper: the paper's models and data.")] = "small",
+    output: Annotated[
+        pathlib.Path | None, typer.Option(help="Directory of the study; default: runs/studies/NAME-SCALE.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at the same time.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of each.", min=1)] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Shell pattern of cell names; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid; start nothing.")] = False,
+    here: Annotated[bool, typer.Option("--here", help="Run the cells of --scale paper on this machine.")] = False,
+    submit: Annotated[str | None, typer.Option(help="Hand --scale paper to a scheduler, e.g. sbatch.")] = None,
+    recipe: Annotated[pathlib.Path | None, typer.Option(help="Recipe of your own.")] = None,
+) -> None:
+    """Run a paper's grid of trainings and attacks, resume what is done, and report what reproduced."""
+    from privtrain.studies.runner import StudyOptions, run_study
+
+    options = StudyOptions(scale, recipe, output, jobs, threads, tuple(only or ()), dry_run, here, submit)
+    run_study(name, options)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration."""
     from privtrain.config import Config

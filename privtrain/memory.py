@@ -89,12 +89,17 @@ def memory_bytes(config: Config, layout: LaunchLayout) -> dict[str, int]:
     gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
     optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
     rows = config.performance.microbatch_size
+    is_cooperative = is_full and layout.shards_gradients
+    holds_no_unit = is_cooperative and config.performance.clipping_route == "two_pass"
+    units = 0 if holds_no_unit else 1 if is_full else rows
+    # Reduced into parts of its own where each rank has a whole one.
+    num_sums = 2 if layout.shards_optimizer and not is_cooperative else 1
     parts = {
         "frozen base": frozen // parameters,
         "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
         "optimizer state": 0 if layout.offloads_optimizer else trained * _OPTIMIZER_BYTES // optimizer,
-        "clipped sum and noise": 2 * trained * _FP32_BYTES // gradients,
-        "gradients of units": (1 if is_full else rows) * trained * _FP32_BYTES // gradients,
+        "clipped sum and noise": num_sums * trained * _FP32_BYTES // gradients,
+        "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
     activations, logits = _activation_bytes(config, model, base)
     return {**parts, "activations": activations, "logits": logits}

@@ -22,9 +22,25 @@ from privtrain.schemes import Scheme, relation_of, scheme_of
 SCHEMA = "privtrain/plan/1"
 
 
-#: Shares of the plan's noise: what the count of adaptive clipping gets unless told otherwise.
-_COUNT_NOISE_OF_BATCH = 1 / 20
-_COUNT_NOISE_OF_MULTIPLIER = 2.0
+#: Noise on a sum that rides on the step, unless told otherwise: of the batch, and at least of the noise multiplier.
+_RIDER_NOISE_OF_BATCH = 1 / 20
+_RIDER_NOISE_OF_MULTIPLIER = 2.0
+
+#: The sums over units that may ride on a step: how many are within the clipping norm, and their losses.
+WITHIN_NORM, LOSS = "within_norm", "loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rider:
+    """A sum over a step's units that is released beside the gradient.
+
+    Attributes:
+        name: what a unit adds to it, always within [-1/2, 1/2]: one unit moves the sum by at most 1/2.
+        noise: standard deviation of its noise, whose multiplier is therefore ``2 * noise``.
+    """
+
+    name: str
+    noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +56,21 @@ class AdaptiveClipping:
     target_quantile: float
     learning_rate: float
     count_noise: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedMetrics:
+    """Metrics that are released through the mechanism.
+
+    Attributes:
+        release: ``"loss"`` and ``"clip_fraction"``, or one of them.
+        loss_range: public bounds that a unit's loss is moved into.
+        noise: standard deviation of the noise on each sum over units, whose sensitivity is 1/2.
+    """
+
+    release: tuple[str, ...]
+    loss_range: tuple[float, float]
+    noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +99,7 @@ class PrivacyPlan:
         accountant: name of the accountant that certified ``epsilon``.
         insecure_seed: not ``None`` only in tests; voids the guarantee.
         adaptive_clipping: not ``None`` where ``clipping_style`` is ``"adaptive"``.
+        noised_metrics: metrics that are released through the mechanism, if any.
     """
 
     unit: str
@@ -85,6 +117,7 @@ class PrivacyPlan:
     accountant: str
     insecure_seed: int | None
     adaptive_clipping: AdaptiveClipping | None = None
+    noised_metrics: NoisedMetrics | None = None
 
     @classmethod
     def build(cls, privacy: PrivacySection) -> PrivacyPlan:
@@ -103,7 +136,7 @@ class PrivacyPlan:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
             raise ConfigError([Fault("privacy.accountant", str(error))]) from None
-        return cls(
+        plan = cls(
             unit=privacy.unit,
             records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
             selection=privacy.selection,
@@ -119,17 +152,43 @@ class PrivacyPlan:
             accountant=accountant,
             insecure_seed=privacy.insecure_seed,
             adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
+            noised_metrics=_noised_metrics(privacy, noise_multiplier),
         )
+        _check_room(plan)
+        return plan
+
+    @property
+    def riders(self) -> tuple[Rider, ...]:
+        """What is released in every step beside the gradient. Adaptive clipping's count tells the clip fraction too."""
+        riders = []
+        if self.adaptive_clipping is not None:
+            riders.append(Rider(WITHIN_NORM, self.adaptive_clipping.count_noise))
+        if self.noised_metrics is not None:
+            names = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
+            own = [names[metric] for metric in self.noised_metrics.release]
+            riders += [Rider(name, self.noised_metrics.noise) for name in own if name not in {r.name for r in riders}]
+        return tuple(riders)
 
     @property
     def gradient_noise_multiplier(self) -> float:
         """Noise standard deviation over clipping norm of the clipped sum alone.
 
-        More than ``noise_multiplier`` where a count is released beside it: both together have that.
+        More than ``noise_multiplier`` where riders are released beside it: all together have that.
         """
-        if self.adaptive_clipping is None or self.noise_multiplier == 0:
+        if not self.riders or self.noise_multiplier == 0:
             return self.noise_multiplier
-        return accountants.adaptive_clipping_noise(self.noise_multiplier, self.adaptive_clipping.count_noise)
+        joint = accountants.joint_noise_multiplier(*(rider.noise for rider in self.riders))
+        return accountants.adaptive_clipping_noise(self.noise_multiplier, joint)
+
+    @property
+    def metric_stddevs(self) -> dict[str, float]:
+        """Noised metric → standard deviation of the noise in it, in the metric's own unit."""
+        if self.noised_metrics is None:
+            return {}
+        low, high = self.noised_metrics.loss_range
+        noise = {rider.name: rider.noise / self.expected_batch_size for rider in self.riders}
+        found = {"loss": (high - low) * noise.get(LOSS, 0.0), "clip_fraction": noise.get(WITHIN_NORM, 0.0)}
+        return {metric: found[metric] for metric in self.noised_metrics.release}
 
     @property
     def sampling(self) -> str:
@@ -213,17 +272,44 @@ def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> Adap
     if privacy.clipping_style != "adaptive":
         return None
     given = privacy.adaptive_clipping or AdaptiveClippingSection()
-    count_noise = given.count_noise
-    if count_noise is None:
-        count_noise = max(
-            _COUNT_NOISE_OF_BATCH * privacy.expected_batch_size, _COUNT_NOISE_OF_MULTIPLIER * noise_multiplier
-        )
+    noise = _rider_noise(given.count_noise, privacy.expected_batch_size, noise_multiplier, num_riders=1)
+    return AdaptiveClipping(given.target_quantile, given.learning_rate, noise)
+
+
+def _noised_metrics(privacy: PrivacySection, noise_multiplier: float) -> NoisedMetrics | None:
+    given = privacy.noised_metrics
+    if given is None:
+        return None
+    noise = _rider_noise(given.noise, privacy.expected_batch_size, noise_multiplier, num_riders=len(given.release))
+    return NoisedMetrics(tuple(given.release), given.loss_range, noise)
+
+
+def _rider_noise(given: float | None, batch_size: float, noise_multiplier: float, num_riders: int) -> float:
     if noise_multiplier == 0:
-        count_noise = 0.0
-    elif count_noise <= noise_multiplier / 2:
-        problem = f"given {count_noise:g}; must exceed half the noise multiplier, {noise_multiplier / 2:g}"
-        raise ConfigError([Fault("privacy.adaptive_clipping.count_noise", problem)])
-    return AdaptiveClipping(given.target_quantile, given.learning_rate, count_noise)
+        return 0.0
+    if given is not None:
+        return given
+    least = _RIDER_NOISE_OF_MULTIPLIER * noise_multiplier * math.sqrt(num_riders)
+    return max(_RIDER_NOISE_OF_BATCH * batch_size, least)
+
+
+def _check_room(plan: PrivacyPlan) -> None:
+    """Riders with so little noise that no gradient noise makes up for it are refused, by the keys that set theirs."""
+    if plan.noise_multiplier == 0 or not plan.riders:
+        return
+    room = plan.noise_multiplier**-2
+    if math.fsum((2 * rider.noise) ** -2 for rider in plan.riders) < room:
+        return
+    least = plan.noise_multiplier / 2 * math.sqrt(len(plan.riders))
+    given = []
+    if plan.adaptive_clipping is not None:
+        given.append(("privacy.adaptive_clipping.count_noise", plan.adaptive_clipping.count_noise))
+    if plan.noised_metrics is not None:
+        given.append(("privacy.noised_metrics.noise", plan.noised_metrics.noise))
+    what = "half the noise multiplier" if len(plan.riders) == 1 else f"{math.sqrt(len(plan.riders)) / 2:.3g} of it"
+    raise ConfigError(
+        [Fault(key, f"given {noise:g}; must exceed {what}, {least:g}") for key, noise in given if noise <= least]
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -45,6 +45,9 @@ def _plan_table(d: dict[str, Any]) -> Table:
     table.add_row("steps", f"{d['num_steps']}; a unit joins about {d['expected_steps_per_unit']:g}")
     table.add_row("clipping norm", f"{d['clipping_norm']:g} ({d['clipping_style']}, joint over a unit's records)")
     table.add_row("noise multiplier", f"{d['noise_multiplier']:g}")
+    if d["noised_metrics"]:
+        shown = ", ".join(f"{name} ± {stddev:.2g}" for name, stddev in d["noised_metrics"].items())
+        table.add_row("released with noise in each step", f"{shown}; gradient's own {d['gradient_noise_multiplier']:g}")
     table.add_row("noise on a coordinate of the mean", f"{d['noise_stddev_of_mean']:.3g}")
     if d["largest_signal_to_noise"] is not None:
         signal = f"{d['largest_signal_to_noise']:.3g}, if all units agreed ({d['num_trained_parameters']:,} parameters)"

@@ -110,6 +110,7 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
         "clipping_norm": plan.clipping_norm,
         "clipping_style": plan.clipping_style,
         "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+        "noised_metrics": plan.metric_stddevs,
         "noise_multiplier": plan.noise_multiplier,
         "noise_stddev_of_mean": plan.noise_stddev / plan.expected_batch_size,
         "accountant": plan.accountant,

@@ -74,6 +74,7 @@ def privacy_statement(
             "clipping_norm": plan.clipping_norm,
             "clipping_style": plan.clipping_style,
             "adaptive_clipping": _adaptive(plan),
+            "noised_metrics": _noised_metrics(plan),
             "expected_batch_size": plan.expected_batch_size,
         },
         "num_steps": plan.num_steps,
@@ -113,6 +114,18 @@ def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
         **dataclasses.asdict(plan.adaptive_clipping),
         "count_sensitivity": 0.5,
         "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+    }
+
+
+def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """Metrics that were released through the mechanism, in every step beside the gradient."""
+    if plan.noised_metrics is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.noised_metrics),
+        "sum_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+        "noise_stddev": plan.metric_stddevs,
     }
 
 
@@ -194,6 +207,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ("Steps charged", str(statement["steps_released"])),
         ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),
+        *_metric_rows(plan),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
         ("Plan fingerprint", f"`{statement['plan_fingerprint']}`"),
@@ -240,6 +254,14 @@ def _norm_text(plan: PrivacyPlan) -> str:
         f"{plan.clipping_norm:g} at first, then following quantile {adaptive.target_quantile:g} by a count released in "
         f"every step with noise {adaptive.count_noise:g}; gradient and count together have the noise multiplier below"
     )
+
+
+def _metric_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
+    if plan.noised_metrics is None:
+        return []
+    shown = ", ".join(f"{name} (± {stddev:.2g})" for name, stddev in plan.metric_stddevs.items())
+    multiplier = f"gradient alone {plan.gradient_noise_multiplier:g}; all together the noise multiplier above"
+    return [("Metrics released with noise in every step", f"{shown}; {multiplier}")]
 
 
 def _bullets(items: list[str]) -> str:

@@ -181,9 +181,13 @@ class ReplicatedBackend:
 
 
 def step_optimizer(vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
-    """Step the optimizer on ``vector / divide_by``, on whichever device it keeps its parameters."""
+    """Step the optimizer on ``vector / divide_by``, on whichever device it keeps its parameters.
+
+    ``vector`` is divided in place: a second one would be as large as all gradients.
+    """
+    vector.div_(divide_by)
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
-        parameter.grad = (layout.view(vector, slot) / divide_by).to(parameter)
+        parameter.grad = layout.view(vector, slot).to(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

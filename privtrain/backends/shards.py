@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from privtrain.backends.group import reduce_scatter_flat
+from privtrain.clipping.cooperative import Sink
 from privtrain.errors import GuaranteeLost
 from privtrain.layout import Layout, Slot
 
@@ -25,7 +26,7 @@ _BUCKET = 1 << 22
 
 
 class ArrivingShards:
-    """Adds up what arrives on hooked tensors while a block of :meth:`collecting` is open.
+    """Hands over what arrives on hooked tensors while a block of :meth:`collecting` is open.
 
     Args:
         hooked: name → the tensor whose gradient arrives.
@@ -44,21 +45,21 @@ class ArrivingShards:
         self.layout = layout
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.gradient = layout.zeros(device)
+        self._device = device
         self._group = group
-        self._is_collecting = False
+        self._sink: Sink | None = None
         for slot in layout.slots:
             hooked[slot.name].register_post_accumulate_grad_hook(functools.partial(self._arrived, slot))
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self, sink: Sink) -> Iterator[None]:
         """See :class:`privtrain.clipping.GradientShards`."""
-        self._is_collecting = True
+        self._sink = sink
         try:
             yield
             self._flush()
         finally:
-            self._is_collecting = False
+            self._sink = None
 
     def sum_over_group(self, vector: torch.Tensor) -> None:
         """See :class:`privtrain.clipping.GradientShards`."""
@@ -66,7 +67,7 @@ class ArrivingShards:
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
-        if not self._is_collecting:
+        if self._sink is None:
             raise GuaranteeLost(
                 f"a gradient appeared on {slot.name!r} outside clipping; something else runs a backward"
             )
@@ -76,7 +77,12 @@ class ArrivingShards:
 
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
         part: torch.Tensor = gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
-        self.layout.view(self.gradient, slot).add_(part.flatten())
+        self._hand_over(slot, part.flatten())
+
+    def _hand_over(self, slot: Slot, part: torch.Tensor) -> None:
+        assert self._sink is not None
+        assert part.dtype == torch.float32
+        self._sink(slot, part)
 
     def _flush(self) -> None:
         """Finish what is still on its way."""
@@ -105,7 +111,7 @@ class ReducedShards(ArrivingShards):
             self._flush()
         if self._bucket is None:
             shape = (self.size, max(self._capacity, size))
-            self._bucket = torch.empty(shape, dtype=torch.float32, device=self.gradient.device)
+            self._bucket = torch.empty(shape, dtype=torch.float32, device=self._device)
         flat = gradient.flatten()
         for rank in range(self.size):
             first, count = equal_part(len(flat), rank, self.size)
@@ -118,10 +124,10 @@ class ReducedShards(ArrivingShards):
     def _flush(self) -> None:
         if self._used:
             assert self._bucket is not None
-            summed = torch.empty(self._used, dtype=torch.float32, device=self.gradient.device)
+            summed = torch.empty(self._used, dtype=torch.float32, device=self._device)
             reduce_scatter_flat(summed, self._bucket[:, : self._used].reshape(-1), self._group)
             for slot, place in self._pending:
-                self.layout.view(self.gradient, slot).add_(summed[place : place + slot.num_coordinates])
+                self._hand_over(slot, summed[place : place + slot.num_coordinates])
         self._bucket, self._pending, self._used = None, [], 0
 
 

@@ -46,7 +46,8 @@ _MOSTLY_TRAINED = 0.5
 class ClippingDiagnostics:
     """What happened on this rank in a step. Private: none of it is covered by ε.
 
-    ``nonfinite_owners`` are the units that counted as zero, by their position among the rank's units.
+    ``unit_losses`` are the units' own losses and ``nonfinite_owners`` the units that counted as zero, by their position
+    among the rank's units.
     """
 
     num_units: int = 0
@@ -54,8 +55,17 @@ class ClippingDiagnostics:
     num_nonfinite: int = 0
     sum_within: float = 0.0
     sum_norms: float = 0.0
-    sum_losses: float = 0.0
+    unit_losses: dict[int, float] = dataclasses.field(default_factory=dict)
     nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def sum_losses(self) -> float:
+        """Of the units whose loss is finite."""
+        return math.fsum(loss for loss in self.unit_losses.values() if math.isfinite(loss))
+
+    def add_loss(self, owner: int, loss: float) -> None:
+        """Add a row's part of its unit's loss."""
+        self.unit_losses[owner] = self.unit_losses.get(owner, 0.0) + loss
 
 
 @dataclasses.dataclass
@@ -234,7 +244,9 @@ class PerUnitClipper:
                 )
             except UnsupportedLayer:
                 return self._falls_back()
-            self.diagnostics.sum_losses += float(losses.nansum())
+            for place, loss in zip(batch.owner.tolist(), losses.tolist(), strict=True):
+                if place >= 0:
+                    self.diagnostics.add_loss(batch.owners[place], loss)
             self._add_units(batch, passes, calls)
         return True
 
@@ -359,7 +371,9 @@ class PerUnitClipper:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
         found = torch.autograd.grad(loss, list(self.layout.parameters.values()), allow_unused=True)
-        self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+        place = int(batch.owner[row])
+        if place >= 0:
+            self.diagnostics.add_loss(batch.owners[place], float(loss.detach()))
         for slot, value in zip(self.layout.slots, found, strict=True):
             if value is not None:
                 value = value.float()

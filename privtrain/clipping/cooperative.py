@@ -4,11 +4,18 @@ The ranks share out the unit's rows. The backend adds up their gradients and lea
 the parts' squared norms are added over the group (one small all-reduce a unit), and each rank scales its part by the
 same factor and adds it to its part of the total. That is exact for any layer, for records that span microbatches, and
 for every clipping style, because the norm is of the very numbers that are added.
+
+Two ways to the same sum: keep the unit's part until its norm is known (one backward pass, memory for two parts: unit
+and total), or, on the ``two_pass`` route, take each tensor's norm as it arrives and let it go, then run the unit again
+and add what arrives with the factor now known (memory for one part). The second pass takes the norms again, and a unit
+that came out longer than the first time stops the job.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,31 +25,67 @@ from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout
+from privtrain.layout import Layout, Slot
+
+#: Called once a tensor with this rank's part of it in the slot's shape, fp32.
+Sink = Callable[[Slot, torch.Tensor], None]
+
+#: How much longer than the first time a unit may come out of the second pass.
+_SAME_NORM = 1e-5
 
 
 class GradientShards(Protocol):
-    """One rank's parts of a gradient, as a backend keeps them.
+    """One rank's parts of a gradient, as a backend hands them over.
 
     Attributes:
         layout: the parts that this rank holds.
-        gradient: the sum so far over the ranks' backward passes since it was last cleared, flat fp32.
         rank: this rank in its shard group.
         size: ranks in the shard group.
     """
 
     layout: Layout
-    gradient: torch.Tensor
     rank: int
     size: int
 
-    def collecting(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block each rank of the group runs one backward pass; their SUM is added to ``gradient``."""
+    def collecting(self, sink: Sink) -> contextlib.AbstractContextManager[None]:
+        """Within the block each rank of the group runs one backward pass; ``sink`` gets its part of their SUM."""
         ...
 
     def sum_over_group(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` by its sum over the shard group."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows of one unit: fields of :class:`~privtrain.data.microbatch.Microbatch`."""
+
+    input_ids: torch.Tensor
+    target_mask: torch.Tensor
+    row_weight: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.row_weight)
+
+    @classmethod
+    def of(cls, batch: Microbatch, rows: Sequence[int]) -> _Rows:
+        return cls(batch.input_ids[rows], batch.target_mask[rows], batch.row_weight[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """A unit has the same width in every microbatch."""
+        ids, mask, weight = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
+        return cls(torch.cat(ids), torch.cat(mask), torch.cat(weight))
+
+    def dealt(self, rank: int, size: int) -> tuple[_Rows, bool]:
+        """One rank's rows, and whether it has any; else the last with weight zero, since all ranks must take part."""
+        mine = list(range(rank, len(self), size))
+        has_rows = bool(mine)
+        mine = mine or [len(self) - 1]
+        return _Rows(self.input_ids[mine], self.target_mask[mine], self.row_weight[mine] * float(has_rows)), has_rows
+
+    def cut(self, first: int, stop: int) -> _Rows:
+        return _Rows(self.input_ids[first:stop], self.target_mask[first:stop], self.row_weight[first:stop])
 
 
 class CooperativeClipper:
@@ -57,12 +100,12 @@ class CooperativeClipper:
         row_losses: see :data:`~.clipper.RowLosses`.
         device: where ``total`` lives.
         style: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
+        route: ``"two_pass"`` holds no unit's gradient, for twice the passes; a unit with more rows than a microbatch on
+            every rank is still held. Any other value: one pass.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units.
     """
-
-    route = "cooperative"
 
     def __init__(
         self,
@@ -72,18 +115,24 @@ class CooperativeClipper:
         row_losses: RowLosses,
         device: torch.device,
         style: str = "flat",
+        route: str = "auto",
     ) -> None:
         refusals.refuse_coupled_units(model)
         self.layout = shards.layout
         self.total = self.layout.zeros(device)
         self.diagnostics = ClippingDiagnostics()
-        self._shards = shards
+        self.route = "two_pass" if route == "two_pass" else "cooperative"
         self.clipping_norm = clipping_norm
+        self._shards = shards
         self._row_losses = row_losses
         self._device = device
         self._style = style
         self._groups = styles.groups(style, self.layout)
+        self._number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+        self._gradient: torch.Tensor | None = None
         self._open: int | None = None
+        self._rows: list[_Rows] = []
+        self._loss = 0.0
 
     @property
     def sensitivity(self) -> float:
@@ -94,7 +143,7 @@ class CooperativeClipper:
         """Begin a step."""
         self.total.zero_()
         self.diagnostics = ClippingDiagnostics()
-        self._open = None
+        self._open, self._rows = None, []
 
     def accumulate(self, batch: Microbatch) -> None:
         """Add the units that end in ``batch``, which is the same on every rank of the group."""
@@ -102,13 +151,12 @@ class CooperativeClipper:
             raise GuaranteeLost("a unit's rows are not contiguous across microbatches; this is a bug, report it")
         owner = batch.owner.tolist()
         for index, unit in enumerate(batch.owners):
-            if self._open is None:
-                self._shards.gradient.zero_()
-            self._add_rows(batch, [row for row, place in enumerate(owner) if place == index])
+            self._rows.append(_Rows.of(batch, [row for row, place in enumerate(owner) if place == index]))
             continues = batch.last_continues and index == len(batch.owners) - 1
             self._open = unit if continues else None
             if not continues:
-                self._add_unit(unit)
+                rows, self._rows = _Rows.joined(self._rows), []
+                self._add_unit(unit, rows, most_rows=len(owner) * self._shards.size)
 
     def finish(self) -> torch.Tensor:
         """End the step and return this rank's part of the clipped sum.
@@ -120,42 +168,101 @@ class CooperativeClipper:
             raise GuaranteeLost("the last unit of the step was never closed; this is a bug, report it")
         return self.total
 
-    def _add_rows(self, batch: Microbatch, rows: list[int]) -> None:
-        """One row a rank and pass; a rank without a row runs the last with weight zero, since all must take part."""
-        for start in range(0, len(rows), self._shards.size):
-            position = start + self._shards.rank
-            has_row = position < len(rows)
-            row = slice(rows[min(position, len(rows) - 1)], rows[min(position, len(rows) - 1)] + 1)
-            weight = batch.row_weight[row] * float(has_row)
-            with self._shards.collecting():
-                loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * weight).sum()
-                loss.backward()
-            if has_row:
-                self.diagnostics.sum_losses += float(loss.detach().nan_to_num())
+    def _add_unit(self, owner: int, rows: _Rows, most_rows: int) -> None:
+        self._loss = 0.0
+        if self.route == "two_pass" and len(rows) <= most_rows:
+            self._add_in_two_passes(owner, rows)
+        else:
+            self._add_kept(owner, rows)
 
-    def _add_unit(self, owner: int) -> None:
-        """Scale the unit's gradient by the factor of its whole norm and add this rank's part."""
-        gradient = self._shards.gradient
+    def _add_kept(self, owner: int, rows: _Rows) -> None:
+        """Keep the unit's gradient while its norm is taken. One row a rank and pass, so that few activations are."""
+        if self._gradient is None:
+            self._gradient = self.layout.zeros(self._device)
+        gradient, size = self._gradient.zero_(), self._shards.size
+
+        def keep(slot: Slot, part: torch.Tensor) -> None:
+            self.layout.view(gradient, slot).add_(part)
+
+        for first in range(0, len(rows), size):
+            self._run(rows.cut(first, first + size), keep)
         with exact_fp32(self._device):
-            squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
+            squares = self._zero_squares()
             for i, slot in enumerate(self.layout.slots):
                 if slot.num_coordinates:
                     squares[i] = squared_norms(self.layout.view(gradient, slot)[None])
-            self._shards.sum_over_group(squares)
-            norms = styles.group_norms(squares, self._groups)
-            factors = styles.factors(self._style, norms, self.clipping_norm)
-            whole = float(squares.sum().sqrt())
-            is_finite = whole < float("inf")
-            if not is_finite:
-                self.diagnostics.nonfinite_owners.append(owner)
-            if self._shards.rank == 0:
-                self.diagnostics.num_units += 1
-                self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
-                self.diagnostics.num_nonfinite += int(not is_finite)
-                self.diagnostics.sum_norms += whole if is_finite else 0.0
-                self.diagnostics.sum_within += float(styles.within(norms.new_tensor([whole]), self.clipping_norm).sum())
-            if not bool((factors > 0).all()):
-                return
-            per_slot = factors.float()[torch.tensor(self._groups, device=self._device)]
-            for i, slot in enumerate(self.layout.slots):
-                self.layout.view(self.total, slot).addcmul_(self.layout.view(gradient, slot), per_slot[i])
+            factors, _ = self._factors(squares, owner)
+            if factors is not None:
+                for i, slot in enumerate(self.layout.slots):
+                    self.layout.view(self.total, slot).addcmul_(self.layout.view(gradient, slot), factors[i])
+        if self.route == "two_pass":
+            self._gradient = None
+
+    def _add_in_two_passes(self, owner: int, rows: _Rows) -> None:
+        """Norms first, then the scaled parts straight into the total. Dropout is the same: it is drawn once more."""
+        first, second = self._zero_squares(), self._zero_squares()
+        arrived: set[str] = set()
+
+        def measure(squares: torch.Tensor, slot: Slot, part: torch.Tensor) -> None:
+            with exact_fp32(self._device):
+                if slot.num_coordinates:
+                    squares[self._number[slot.name]] = squared_norms(part[None])
+
+        def note(slot: Slot, part: torch.Tensor) -> None:
+            if slot.name in arrived:
+                raise GuaranteeLost(f"{slot.name!r} arrived in pieces; set performance.clipping_route: auto")
+            arrived.add(slot.name)
+            measure(first, slot, part)
+
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._run(rows, note)
+        factors, norms = self._factors(first, owner)
+        if factors is None:
+            return
+
+        def add(slot: Slot, part: torch.Tensor) -> None:
+            measure(second, slot, part)
+            self.layout.view(self.total, slot).addcmul_(part, factors[self._number[slot.name]])
+
+        self._run(rows, add, counts_loss=False)
+        self._shards.sum_over_group(second)
+        if not bool((styles.group_norms(second, self._groups) <= norms * (1 + _SAME_NORM)).all()):
+            raise GuaranteeLost(
+                "a unit's gradient was longer in the second of two passes over the same rows (kernels that are not "
+                "deterministic); set performance.clipping_route: auto"
+            )
+
+    def _run(self, rows: _Rows, sink: Sink, *, counts_loss: bool = True) -> None:
+        """One forward and backward pass of this rank over its share of the rows."""
+        mine, has_rows = rows.dealt(self._shards.rank, self._shards.size)
+        with self._shards.collecting(sink):
+            loss = (self._row_losses(mine.input_ids, mine.target_mask) * mine.row_weight).sum()
+            loss.backward()
+        if has_rows and counts_loss:
+            self._loss += float(loss.detach())
+
+    def _factors(self, squares: torch.Tensor, owner: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What scales each slot, or ``None`` where the unit counts as zero; and its norms by group. Counts the unit."""
+        parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
+        self._shards.sum_over_group(parts)
+        squares = parts[:-1]
+        norms = styles.group_norms(squares, self._groups)
+        factors = styles.factors(self._style, norms, self.clipping_norm)
+        whole = float(squares.sum().sqrt())
+        is_finite = whole < float("inf")
+        if not is_finite:
+            self.diagnostics.nonfinite_owners.append(owner)
+        if self._shards.rank == 0:
+            self.diagnostics.num_units += 1
+            self.diagnostics.add_loss(owner, float(parts[-1]))
+            self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
+            self.diagnostics.num_nonfinite += int(not is_finite)
+            self.diagnostics.sum_norms += whole if is_finite else 0.0
+            self.diagnostics.sum_within += float(styles.within(norms.new_tensor([whole]), self.clipping_norm).sum())
+        if not bool((factors > 0).all()):
+            return None, norms
+        return factors.float()[torch.tensor(self._groups, device=self._device)], norms
+
+    def _zero_squares(self) -> torch.Tensor:
+        return torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)

@@ -102,15 +102,15 @@ def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError([Fault("", f"not a YAML file: {' '.join(str(error).split())}")], str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError([Fault("", "the file must hold sections such as run, model, data, privacy")], str(path))
-    return _floats(tree)
+    return numbers_as_meant(tree)
 
 
-def _floats(node: Any) -> Any:
-    """Read ``1e-5`` (a string in YAML 1.1) as the number that people mean."""
+def numbers_as_meant(node: Any) -> Any:
+    """A tree in which ``1e-5`` (a string in YAML 1.1) is the number that people mean."""
     if isinstance(node, dict):
-        return {key: _floats(value) for key, value in node.items()}
+        return {key: numbers_as_meant(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_floats(value) for value in node]
+        return [numbers_as_meant(value) for value in node]
     if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
         return _parse_scalar(node)
     return node

@@ -6,6 +6,7 @@ could change it. The rest (model, data, training) is public context.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import urllib.parse
 from typing import Annotated, Literal
@@ -248,6 +249,40 @@ class AdaptiveClippingSection(Section):
     )
 
 
+class NoisedMetricsSection(Section):
+    """Metrics that the mechanism itself releases in every step: covered by ε, which does not change.
+
+    Each is one more coordinate of the privatised vector; the gradient's noise rises so that all together have the
+    plan's noise multiplier.
+    """
+
+    release: list[Literal["loss", "clip_fraction"]] = Field(
+        default=["loss", "clip_fraction"],
+        min_length=1,
+        description="loss: mean over units, each unit's moved into loss_range; clip_fraction: share of units whose "
+        "norm is above the clipping norm (with clipping_style: adaptive its own count tells, at no cost).",
+    )
+    loss_range: tuple[float, float] = Field(
+        default=(0.0, 8.0), description="Public bounds of a unit's loss; narrower ones make it less noisy."
+    )
+    noise: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard deviation of the noise on each sum over units, in ranges (a clip is 1). Default: "
+        "expected_batch_size / 20, at least 2 sqrt(metrics) times the noise multiplier, which raises the gradient's "
+        "noise by at most 3.3 %.",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _bounds(self) -> NoisedMetricsSection:
+        low, high = self.loss_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"loss_range: given [{low:g}, {high:g}]; must be two finite numbers, smaller one first")
+        if len(set(self.release)) < len(self.release):
+            raise ValueError(f"release={self.release} names a metric twice")
+        return self
+
+
 class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
 
@@ -288,6 +323,9 @@ class PrivacySection(Section):
     )
     adaptive_clipping: AdaptiveClippingSection | None = Field(
         default=None, description="Settings of clipping_style: adaptive."
+    )
+    noised_metrics: NoisedMetricsSection | None = Field(
+        default=None, description="Release loss and clip fraction through the mechanism; {} takes the defaults."
     )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
@@ -373,7 +411,8 @@ class PerformanceSection(Section):
         default="auto",
         description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
         "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
-        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched.",
+        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched. "
+        "Where gradients are sharded, units are always worked on one by one; two_pass then holds no unit's gradient.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")

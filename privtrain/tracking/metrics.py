@@ -1,6 +1,7 @@
 """Every metric, declared once with who may see it. An undeclared metric cannot be logged.
 
-``PUBLIC``: a function of the plan, of released (noised, accounted) values or of time. ``HELD_OUT``: measured on users
+``PUBLIC``: a function of the plan, of released values or of time. ``NOISED``: rode on the step through the mechanism,
+with noise and within the plan's ε (``privacy.noised_metrics``, adaptive clipping). ``HELD_OUT``: measured on users
 that are not trained on, released only if ``tracking.release_held_out_metrics`` says that their text may be.
 ``PRIVATE``: a raw function of private rows, not covered by ε; stays in ``secret/`` unless ``tracking.private_metrics``
 is on, and then the privacy statement says so.
@@ -17,6 +18,7 @@ class Release(enum.Enum):
     """Who may see a metric."""
 
     PUBLIC = "public"
+    NOISED = "noised"
     HELD_OUT = "held_out"
     PRIVATE = "private"
 
@@ -30,8 +32,12 @@ METRICS: dict[str, Release] = {
     "privacy/noise_multiplier": Release.PUBLIC,
     "privacy/budget_fraction": Release.PUBLIC,
     "privacy/num_charged_steps": Release.PUBLIC,
-    "privacy/clipping_norm": Release.PUBLIC,
-    "privacy/share_within_norm": Release.PUBLIC,
+    "privacy/clipping_norm": Release.NOISED,
+    "privacy/share_within_norm": Release.NOISED,
+    "noised/loss": Release.NOISED,
+    "noised/loss_stddev": Release.PUBLIC,
+    "noised/clip_fraction": Release.NOISED,
+    "noised/clip_fraction_stddev": Release.PUBLIC,
     "perf/step_seconds": Release.PUBLIC,
     "eval/held_out_perplexity": Release.HELD_OUT,
     "eval/held_out_loss": Release.HELD_OUT,
@@ -52,7 +58,7 @@ def is_released(name: str, tracking: TrackingSection) -> bool:
     """
     release = METRICS[name]
     return (
-        release is Release.PUBLIC
+        release in (Release.PUBLIC, Release.NOISED)
         or (release is Release.HELD_OUT and tracking.release_held_out_metrics)
         or tracking.private_metrics
     )

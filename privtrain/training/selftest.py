@@ -30,7 +30,7 @@ from privtrain.layout import Layout, Slot
 from privtrain.noise import gaussian
 from privtrain.plan import PrivacyPlan
 from privtrain.secret import SecretKey
-from privtrain.training.adaptive import COUNT_NOISE_NAME
+from privtrain.training.riders import noise_name
 from privtrain.training.trainer import Trainer
 
 #: Relative error allowed between the clipper and plain autograd, by precision of forward and backward.
@@ -382,7 +382,7 @@ def _watched_gradient(
     ]
     try:
         for batch in batches:
-            with shards.collecting():
+            with shards.collecting(lambda _slot, _part: None):
                 (row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
     finally:
         for handle in [*entries, *handles.values()]:
@@ -391,14 +391,14 @@ def _watched_gradient(
 
 
 def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper) -> None:
-    """What a step without units releases, under a throw-away key: the right noise in every tensor and in the count.
+    """What a step without units releases, under a throw-away key: the right noise in every tensor and every rider.
 
     In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here.
     """
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     clipper.reset()
-    vector, share = trainer.release(clipper, key, _STEP)
+    vector, released = trainer.release(clipper, key, _STEP)
     stddev = plan.gradient_noise_multiplier * plan.clipping_norm
     faults = []
     for slot in layout.slots:
@@ -419,12 +419,11 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
-    if plan.adaptive_clipping is not None:
-        own = 0.5 + plan.adaptive_clipping.count_noise / plan.expected_batch_size * float(
-            gaussian(key, _STEP, COUNT_NOISE_NAME, 0, 1)
-        )
-        if share is None or not math.isclose(share, own, rel_tol=1e-9):
-            faults.append(f"adaptive clipping released the share {share} of no unit, the plan's noise makes it {own}")
+    for rider in plan.riders:
+        own = rider.noise / plan.expected_batch_size * float(gaussian(key, _STEP, noise_name(rider.name), 0, 1))
+        found = released.get(rider.name, math.nan)
+        if not math.isclose(found, own, rel_tol=1e-9):
+            faults.append(f"the sum {rider.name!r} of no unit was released as {found}, the plan's noise makes it {own}")
     _agree_on_fault(faults[0] if faults else "", backend)
 
 

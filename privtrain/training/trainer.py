@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -22,7 +22,8 @@ from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
 from privtrain.tracking import Tracker
-from privtrain.training.adaptive import next_norm, release_share
+from privtrain.training import riders
+from privtrain.training.adaptive import next_norm
 from privtrain.training.stop import StopRequest
 
 
@@ -104,18 +105,18 @@ class Trainer:
         self.clipper.reset()
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        total, share = self.release(self.clipper, self._key, step)
-        update = self._check_replay(step, total, share)
+        total, released = self.release(self.clipper, self._key, step)
+        update = self._check_replay(step, total, released)
         self._set_learning_rate(step)
         self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         counts = self._reduced_counts()
         self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
-        self._log(step, time.monotonic() - started, counts, share)
-        self._adapt(share)
+        self._log(step, time.monotonic() - started, counts, released)
+        self._adapt(released)
 
     def release(
         self, clipper: PerUnitClipper | CooperativeClipper, key: SecretKey, step: int
-    ) -> tuple[torch.Tensor, float | None]:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """All that leaves a step: the self-test calls it too, so that what it measures is what training does.
 
         Args:
@@ -124,23 +125,18 @@ class Trainer:
             step: the logical step.
 
         Returns:
-            The clipped sum over all ranks with its noise, laid out as ``layout``, and adaptive clipping's share.
+            The clipped sum over all ranks with its noise, laid out as ``layout``, and the riders with theirs.
         """
         total = self.backend.reduce_total(clipper.finish())
         stddev = self.plan.gradient_noise_multiplier * clipper.sensitivity
         self.backend.add_noise(total, self.layout, key, step, stddev)
-        settings = self.plan.adaptive_clipping
-        if settings is None:
-            return total, None
-        expected, counts = self.plan.expected_batch_size, clipper.diagnostics
-        share = release_share(settings, counts, backend=self.backend, key=key, step=step, expected_batch_size=expected)
-        return total, share
+        return total, riders.release(self.plan, clipper.diagnostics, backend=self.backend, key=key, step=step)
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
         """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         if self.placement.shards is not None:
-            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style)
+            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style, route)
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
         return PerUnitClipper(self.model, layout, norm, losses, device, style, route, equal_passes=equal_passes)
 
@@ -171,10 +167,10 @@ class Trainer:
     def clipping_norm(self, value: float) -> None:
         self.clipper.clipping_norm = value
 
-    def _adapt(self, share: float | None) -> None:
-        if share is not None:
-            assert self.plan.adaptive_clipping is not None
-            settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm
+    def _adapt(self, released: Mapping[str, float]) -> None:
+        settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm
+        if settings is not None:
+            share = riders.share_within(released)
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
@@ -182,9 +178,9 @@ class Trainer:
             units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
-    def _check_replay(self, step: int, noised: torch.Tensor, share: float | None) -> str:
-        released = [noised] if share is None else [noised, torch.tensor([share], dtype=torch.float64)]
-        update = self.backend.combined_digest(digest(released)).hex()
+    def _check_replay(self, step: int, noised: torch.Tensor, released: Mapping[str, float]) -> str:
+        riding = torch.tensor(list(released.values()), dtype=torch.float64)
+        update = self.backend.combined_digest(digest([noised, riding])).hex()
         if self.ledger is None:
             return ""
         self.ledger.check_replay(self.generation, step, update)
@@ -225,17 +221,21 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
 
-    def _log(self, step: int, step_seconds: float, counts: Sequence[float], share: float | None) -> None:
+    def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
         if self.ledger is None:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = counts
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
-        adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
+        adaptive = {}
+        if self.plan.adaptive_clipping is not None:
+            share = riders.share_within(released)
+            adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
         self.tracker.log(
             step + 1,
             {
-                **(adaptive if share is not None else {}),
+                **adaptive,
+                **riders.metrics(self.plan, released),
                 "train/lr": learning_rate(self._training, step, self.plan.num_steps),
                 "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,

@@ -2,7 +2,7 @@
 
 1. LoRA: a private step over a plain one of the same backend (same rows, summed loss, one reduction, one AdamW step),
    bytes sent in each, and the share of the noise.
-2. All weights: the largest number of gradient bytes on a rank at a time, against the whole gradient.
+2. All weights, in one pass and in two: the most gradient bytes that stay on a rank, against the whole gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from privtrain.backends.base import step_optimizer
+from privtrain.clipping import CooperativeClipper
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.training.trainer import Trainer
@@ -31,7 +32,7 @@ from tests.ranks import run_on_ranks
 
 NUM_RANKS = 2
 NUM_ROUNDS = 7
-LENGTH = 64
+LENGTH = 128
 
 
 def save_model(directory: pathlib.Path, hidden_size: int, num_layers: int) -> pathlib.Path:
@@ -50,8 +51,8 @@ def save_model(directory: pathlib.Path, hidden_size: int, num_layers: int) -> pa
     return directory
 
 
-def make_trainer(name: str, directory: pathlib.Path, method: str) -> Trainer:
-    cell = cells.Cell(method=method, unit="example", sampling_prob=1.0, microbatch_size=8)
+def make_trainer(name: str, directory: pathlib.Path, method: str, route: str = "auto") -> Trainer:
+    cell = cells.Cell(method=method, unit="example", sampling_prob=1.0, microbatch_size=8, route=route)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = cells.make_trainer(cells.make_backend(name), directory, cell)
     rng = np.random.default_rng(0)
@@ -122,30 +123,32 @@ def lora(name: str, directory: pathlib.Path) -> dict[str, Any]:
     return {"ratio": seconds[0] / seconds[1], "step_ms": seconds[0] * 1e3, "noise_share": share, "sent_bytes": sent}
 
 
-def full(name: str, directory: pathlib.Path) -> dict[str, Any]:
-    """Gradient bytes held at once: the unit's part, the total's part, and what backward leaves for a moment."""
-    trainer = make_trainer(name, directory, "full")
+def full(name: str, directory: pathlib.Path, route: str) -> dict[str, Any]:
+    """Gradient bytes that stay on a rank while a unit is worked on, and the largest tensor in flight."""
+    trainer = make_trainer(name, directory, "full", route)
     whole = 4 * sum(int(np.prod(slot.whole_shape)) for slot in trainer.layout.slots)
-    shards = trainer.placement.shards
+    shards, clipper = trainer.placement.shards, trainer.clipper
     assert shards is not None
-    in_flight = {"largest": 0}
+    assert isinstance(clipper, CooperativeClipper)
+    held, in_flight = [0], [0]
     original = shards._take  # type: ignore[attr-defined]
 
     def watched(slot: Any, gradient: torch.Tensor) -> None:
         local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        in_flight["largest"] = max(in_flight["largest"], local.numel() * 4)
+        in_flight.append(local.numel() * 4)
+        kept = [clipper.total, clipper._gradient, *(p.grad for p in trainer.model.parameters() if p is not None)]
+        held.append(sum(tensor.numel() * 4 for tensor in kept if tensor is not None))
         original(slot, gradient)
 
     shards._take = watched  # type: ignore[attr-defined]
     trainer.train_step(0)
-    part = shards.gradient.numel() * 4
-    return {"whole_bytes": whole, "part_share": part / whole, "tensor_in_flight_share": in_flight["largest"] / whole}
+    return {"held_share": max(held) / whole, "tensor_in_flight_share": max(in_flight) / whole}
 
 
 def main(chosen: list[str]) -> None:
     """Print the tables, for all backends or for those named on the command line."""
     with tempfile.TemporaryDirectory() as place:
-        directory = save_model(pathlib.Path(place), hidden_size=256, num_layers=4)
+        directory = save_model(pathlib.Path(place), hidden_size=576, num_layers=6)
         print("LoRA: private step / plain step, ms a step, noise's share, bytes handed to collectives (private, plain)")
         for name in chosen or ("ddp", *cells.SHARDED):
             row = run_on_ranks(NUM_RANKS, lora, name, directory)[0]
@@ -154,11 +157,13 @@ def main(chosen: list[str]) -> None:
                 f"{row['sent_bytes'][0]} {row['sent_bytes'][1]}",
                 flush=True,
             )
-        print("All weights: gradient part a rank keeps / whole gradient (of the unit; of the total: the same again),")
-        print("largest tensor in flight / whole gradient")
+        print(
+            "All weights: most gradient bytes a rank keeps / whole gradient, largest tensor in flight / whole gradient"
+        )
         for name in [name for name in ("zero2", "zero3", "fsdp2") if name in (chosen or cells.SHARDED)]:
-            row = run_on_ranks(NUM_RANKS, full, name, directory)[0]
-            print(f"  {name:6} {row['part_share']:.3f}  {row['tensor_in_flight_share']:.3f}", flush=True)
+            for route in ("auto", "two_pass"):
+                row = run_on_ranks(NUM_RANKS, full, name, directory, route)[0]
+                print(f"  {name:6} {route:8} {row['held_share']:.3f}  {row['tensor_in_flight_share']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

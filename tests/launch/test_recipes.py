@@ -9,7 +9,7 @@ from tests.launch import recipe_plans
 
 
 def test_every_recipe_is_a_valid_config():
-    paths = sorted(recipe_plans.RECIPES.rglob("*.yaml"))
+    paths = sorted(p for p in recipe_plans.RECIPES.rglob("*.yaml") if "studies" not in p.parts)
     assert len(paths) >= 7
     for path in paths:
         config = load_config(path, [])

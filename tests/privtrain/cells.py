@@ -16,7 +16,7 @@ import torch.distributed as dist
 from privtrain.backends import Backend, DdpBackend, LocalBackend
 from privtrain.backends.fsdp2 import Fsdp2Backend
 from privtrain.backends.zero import ZeroBackend, ZeroSettings
-from privtrain.config.schema import LoraSection, ModelSection, PrivacySection, TrainingSection
+from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSection, PrivacySection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.models import add_lora
@@ -46,6 +46,7 @@ class Cell:
     microbatch_size: int = 3
     noise_multiplier: float = 1.0
     gradient_checkpointing: bool = False
+    noised_metrics: bool = False
 
     @property
     def plan(self) -> PrivacyPlan:
@@ -61,6 +62,7 @@ def _plan(cell: Cell) -> PrivacyPlan:
         expected_batch_size=4.0,
         clipping_norm=cell.clipping_norm,
         clipping_style=cell.style,
+        noised_metrics=NoisedMetricsSection() if cell.noised_metrics else None,
         noise_multiplier=cell.noise_multiplier,
         num_steps=NUM_STEPS,
         target_delta=1e-3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import hypothesis
@@ -23,7 +24,8 @@ from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker
-from privtrain.training.adaptive import next_norm, release_share
+from privtrain.training import riders
+from privtrain.training.adaptive import next_norm
 from privtrain.training.job import train
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
@@ -163,21 +165,17 @@ def test_the_count_of_a_unit_is_bounded_and_steps_down_at_the_norm():
     assert float(nudged.abs().max()) < 1e-4, "rounding must not move the count"
 
 
-def test_the_norm_finds_the_quantile():
+def test_the_norm_finds_the_quantile(adaptive):
     settings = AdaptiveClipping(target_quantile=0.8, learning_rate=0.2, count_noise=2.0)
+    plan = PrivacyPlan.build(validate(adaptive).privacy)
+    plan = dataclasses.replace(plan, adaptive_clipping=settings, expected_batch_size=100)
+    key, backend = SecretKey.insecure(0, "x"), LocalBackend(CPU)
     rng = np.random.default_rng(0)
     norm, path = 30.0, []
     for step in range(200):
         unit_norms = rng.lognormal(0, 1, size=100)
         counts = ClippingDiagnostics(num_units=100, sum_within=float((unit_norms <= norm).sum()))
-        share = release_share(
-            settings,
-            counts,
-            backend=LocalBackend(CPU),
-            key=SecretKey.insecure(0, "x"),
-            step=step,
-            expected_batch_size=100,
-        )
+        share = riders.share_within(riders.release(plan, counts, backend=backend, key=key, step=step))
         norm = next_norm(settings, norm, share, initial_norm=30.0)
         path.append(norm)
     assert np.median(path[100:]) == pytest.approx(np.exp(0.8416), rel=0.1)
@@ -210,19 +208,17 @@ def test_the_trainer_stops_when_its_norm_runs_away(adaptive, tiny_llama, restore
         trainer.train_step(0)
 
 
-def _shares(world_counts):
+def _shares(plan, world_counts):
     backend = DdpBackend(CPU)
-    settings = AdaptiveClipping(0.5, 0.2, 1.5)
     counts = ClippingDiagnostics(num_units=world_counts[backend.rank][0], sum_within=world_counts[backend.rank][1])
-    return release_share(
-        settings, counts, backend=backend, key=SecretKey.insecure(0, "x"), step=4, expected_batch_size=10
-    )
+    return riders.release(plan, counts, backend=backend, key=SecretKey.insecure(0, "x"), step=4)
 
 
 @pytest.mark.dist
-def test_every_rank_gets_the_share_of_all_units_with_one_noise():
-    (alone,) = run_on_ranks(1, _shares, [(9, 5.25)])
-    assert run_on_ranks(2, _shares, [(4, 1.25), (5, 4.0)]) == [alone, alone]
+def test_every_rank_gets_the_share_of_all_units_with_one_noise(adaptive):
+    plan = PrivacyPlan.build(validate(adaptive).privacy)
+    (alone,) = run_on_ranks(1, _shares, plan, [(9, 5.25)])
+    assert run_on_ranks(2, _shares, plan, [(4, 1.25), (5, 4.0)]) == [alone, alone]
 
 
 def _metrics(run):
@@ -269,7 +265,7 @@ def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path, monkeypat
 
 @pytest.mark.parametrize("mutant", ["count noise forgotten", "gradient noise not raised"])
 def test_the_noise_test_can_fail(adaptive, tiny_llama, restored, monkeypatch, mutant):
-    import privtrain.training.adaptive as module
+    import privtrain.training.riders as module
 
     if mutant == "count noise forgotten":
         monkeypatch.setattr(module, "gaussian", lambda *_: torch.zeros(1))

@@ -25,6 +25,12 @@ OPTIONS = [
     *[(name, Cell("full", style="automatic")) for name in ("zero3", "fsdp2")],
     *[(name, Cell("lora", route="one_unit")) for name in ("zero3", "fsdp2")],
     *[(name, Cell(method, gradient_checkpointing=True)) for name in ("zero3", "fsdp2") for method in ("lora", "full")],
+    *[
+        (name, Cell("full", route="two_pass", microbatch_size=m))
+        for name in ("zero2", "zero3", "fsdp2")
+        for m in (1, 3)
+    ],
+    ("fsdp2", Cell("full", style="per_layer", route="two_pass", gradient_checkpointing=True)),
     *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2, 3)],
 ]
 FOUR_RANKS = [
@@ -33,6 +39,7 @@ FOUR_RANKS = [
     ("zero3", Cell("full")),
     ("fsdp2-hsdp", Cell()),
     ("fsdp2-hsdp", Cell("full")),
+    ("fsdp2-hsdp", Cell("full", route="two_pass")),
 ]
 
 

@@ -53,6 +53,8 @@ def test_what_the_launch_divides_among_ranks(tree, tmp_path):
     for part in ("trained weights", "optimizer state", "clipped sum and noise", "gradients of units"):
         assert divided[part] == alone[part] // 4
     assert divided["activations"] == alone["activations"]
+    tree["performance"]["clipping_route"] = "two_pass"
+    assert memory_bytes(validate(tree), LaunchLayout.from_accelerate(path))["gradients of units"] == 0
     content["deepspeed_config"] = {"zero_stage": 1, "offload_optimizer_device": "cpu"}
     path.write_text(yaml.safe_dump(content))
     first = memory_bytes(config, LaunchLayout.from_accelerate(path))

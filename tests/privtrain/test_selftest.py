@@ -14,7 +14,7 @@ from privtrain.clipping import capture, clipper, cooperative, rules, styles
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
 from privtrain.noise import add_gaussian_noise_
-from privtrain.training import adaptive, selftest
+from privtrain.training import riders, selftest
 from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer, self_test
 from tests.ranks import run_on_ranks
@@ -198,9 +198,9 @@ def test_mutant_noise_that_is_the_same_in_every_step(tiny_llama):
 def test_mutant_adaptive_count_with_too_little_noise(tiny_llama, monkeypatch, factor):
     cell = dataclasses.replace(LORA, style="adaptive")
     check(tiny_llama, cell=cell)
-    original = adaptive.gaussian
-    monkeypatch.setattr(adaptive, "gaussian", lambda *arguments: factor * original(*arguments))
-    with pytest.raises(SelfTestFailed, match="adaptive clipping released the share"):
+    original = riders.gaussian
+    monkeypatch.setattr(riders, "gaussian", lambda *arguments: factor * original(*arguments))
+    with pytest.raises(SelfTestFailed, match="was released as"):
         check(tiny_llama, cell=cell)
 
 
@@ -319,10 +319,9 @@ def mean_over_rows(backend, patch) -> None:
     original = shards.ArrivingShards.collecting
 
     @contextlib.contextmanager
-    def averaged(self):
-        with original(self):
+    def averaged(self, sink):
+        with original(self, lambda slot, part: sink(slot, part / self.size)):
             yield
-        self.gradient.div_(self.size)
 
     patch.setattr(shards.ArrivingShards, "collecting", averaged)
 

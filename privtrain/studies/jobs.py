@@ -1,0 +1,238 @@
+"""One job of a study: its directory, the commands that it runs, and how its end is recorded.
+
+``done.json`` is written last and atomically, with the digest of everything that decided what was done. A job without it
+is run again in the same directory, where training and scoring go on from what they saved. A changed cell has another
+digest, hence another directory: nothing that is complete is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from privtrain.errors import RunBusy
+from privtrain.rundir import write_atomically, write_json
+from privtrain.studies.recipe import Cell, fill
+
+State = Literal["complete", "failed", "open"]
+
+#: Digits of the digest in a directory's name.
+_SHORT = 16
+#: Of a failed job's log, what the report shows.
+_LAST_LINES = 20
+
+#: The first words of a command, and how they are run: with this interpreter, whatever is on the PATH.
+_PROGRAMS = {
+    ("privtrain",): ["-m", "privtrain"],
+    ("attacks",): ["-m", "attacks"],
+    ("accountants",): ["-m", "accountants.cli"],
+    ("python",): [],
+    ("accelerate", "launch"): ["-m", "accelerate.commands.launch"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Cells of one digest.
+
+    Attributes:
+        cells: all that share it; the first gives the job its name.
+        directory: where it lives.
+        data: directory of the study's prepared files.
+    """
+
+    cells: tuple[Cell, ...]
+    directory: pathlib.Path
+    data: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """Name of its first cell."""
+        return self.cells[0].name
+
+    @property
+    def digest(self) -> str:
+        """What its cells share."""
+        return self.cells[0].digest
+
+    @property
+    def run(self) -> pathlib.Path:
+        """The run directory."""
+        return self.directory / "run"
+
+    @property
+    def log(self) -> pathlib.Path:
+        """All that its commands printed."""
+        return self.directory / "log.txt"
+
+    def record(self) -> Mapping[str, Any] | None:
+        """``done.json``, or ``failed.json``, if it is this job's."""
+        for name in ("done.json", "failed.json"):
+            path = self.directory / name
+            if path.exists():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if record["digest"] == self.digest:
+                    return record
+        return None
+
+    def state(self) -> State:
+        """Whether it is complete, failed at its last start, or still to be run."""
+        record = self.record()
+        if record is None:
+            return "open"
+        return "complete" if record["exit_code"] == 0 else "failed"
+
+    def commands(self) -> list[list[str]]:
+        """Its commands as words, places filled in, programs as a person would type them."""
+        places = {
+            "config": str(self.directory / "config.yaml"),
+            "run": str(self.run),
+            "cell": str(self.directory),
+            "data": str(self.data),
+        }
+        return [fill(command, places) for command in self.cells[0].commands]
+
+
+def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> list[Job]:
+    """The jobs behind a grid, in its order; cells of equal digest share one.
+
+    Args:
+        cells: the grid.
+        root: directory of the study.
+        data: directory of its prepared files.
+    """
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.digest, []).append(cell)
+    existing = {path.name[-_SHORT:]: path for path in sorted((root / "cells").glob("*"))}
+    jobs = []
+    for digest, sharing in grouped.items():
+        short = digest[:_SHORT]
+        directory = existing.get(short) or root / "cells" / f"{sharing[0].name}-{short}"
+        jobs.append(Job(tuple(sharing), directory, data))
+    return jobs
+
+
+def as_typed(command: Sequence[str]) -> list[str]:
+    """Arguments that run a command with this interpreter."""
+    for words, replacement in _PROGRAMS.items():
+        if tuple(command[: len(words)]) == words:
+            return [sys.executable, *replacement, *command[len(words) :]]
+    return list(command)
+
+
+class Processes:
+    """The processes that a study has started, so that a signal to the study reaches them all."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+        self.stopping = threading.Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def run(self, command: Sequence[str], log: pathlib.Path) -> int:
+        """Run a command to its end, all output appended to ``log``; 127 if there is no such program."""
+        with open(log, "ab") as output:
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
+            with self._lock:
+                if self.stopping.is_set():
+                    return -signal.SIGTERM
+                try:
+                    process = subprocess.Popen(
+                        as_typed(command),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=dict(self.environment),
+                    )
+                except OSError as error:
+                    output.write(f"{error}\n".encode())
+                    return 127
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+    def stop(self) -> None:
+        """Ask every process to save itself and leave, and start no other."""
+        self.stopping.set()
+        # A signal handler runs in the main thread, which never holds the lock for long.
+        with self._lock:
+            for process in self._running:
+                process.terminate()
+
+
+def run_job(job: Job, processes: Processes) -> State:
+    """Run a job's commands one after another and record how it ended.
+
+    Returns:
+        ``"open"`` if the study was stopped meanwhile: nothing is recorded, the same command goes on.
+
+    Raises:
+        RunBusy: if another study runs the same job.
+    """
+    job.directory.mkdir(parents=True, exist_ok=True)
+    with _locked(job.directory):
+        if job.state() == "complete":  # by another study since we looked
+            return "complete"
+        write_atomically(job.directory / "config.yaml", job.cells[0].config_yaml(job.directory, job.data))
+        began = time.monotonic()
+        for command in job.commands():
+            code = processes.run(command, job.log)
+            if processes.stopping.is_set():
+                return "open"
+            if code != 0:
+                _write_record(job, "failed.json", code, began, command=shlex.join(command), last_lines=_tail(job.log))
+                return "failed"
+        _write_record(job, "done.json", 0, began)
+        (job.directory / "failed.json").unlink(missing_ok=True)
+        return "complete"
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """This process's environment with the number of CPU threads said to every library, and W&B offline by default."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    quiet = {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+    return {**quiet, **os.environ, **dict.fromkeys(names, str(num_threads))}
+
+
+def _write_record(job: Job, name: str, exit_code: int, began: float, **more: Any) -> None:
+    record = {
+        "digest": job.digest,
+        "cells": [cell.name for cell in job.cells],
+        "exit_code": exit_code,
+        "seconds_of_last_start": round(time.monotonic() - began, 1),
+        **more,
+    }
+    write_json(job.directory / name, record)
+
+
+def _tail(log: pathlib.Path) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 65_536))
+        return file.read().decode("utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    with open(directory / ".lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusy(f"another study is running the cell in {directory}") from None
+        yield

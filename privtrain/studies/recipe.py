@@ -1,0 +1,254 @@
+"""A study's recipe: one YAML file with a base job, axes and seeds, expanded into cells in a fixed order.
+
+A cell is one training job and the commands that follow it. Its digest covers everything that decides what it does: the
+resolved configuration, its commands and how its data are made. Cells of equal digest are one and the same job.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from privtrain.config.load import numbers_as_meant, to_yaml, validate
+from privtrain.config.schema import Section
+from privtrain.errors import ConfigError, Fault
+
+#: Where the shipped recipes lie: ``launch/recipes/studies/NAME/SCALE.yaml`` of the repository.
+RECIPES = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies"
+
+TRAIN = "privtrain train {config}"
+
+#: What stands in a configuration or a command for a place that is known only when the study runs.
+PLACES = ("config", "run", "cell", "data")
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Recipe(Section):
+    """What ``launch/recipes/studies/NAME/SCALE.yaml`` holds."""
+
+    study: str = Field(pattern=_NAME.pattern, description="Name of the study.")
+    module: str | None = Field(default=None, description="Python module that reads the results; default: the study's.")
+    settings: dict[str, Any] = Field(default={}, description="What the study's module reads; part of no digest.")
+    prepare: dict[str, str] = Field(
+        default={}, description="File under {data} -> command that writes it at {file}; run once, before the cells."
+    )
+    base: dict[str, Any] = Field(description="Configuration that all cells share, without run.")
+    axes: dict[str, dict[str, dict[str, Any] | None]] = Field(
+        description="Axis -> value -> dotted overrides. The key commands replaces the study's commands."
+    )
+    exclude: list[dict[str, str]] = Field(default=[], description="Combinations of axis values that are left out.")
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="One job a cell and seed.")
+    seed_key: str | None = Field(
+        default="privacy.insecure_seed",
+        description="Key that takes the seed: the same split, sample and noise for every method, and a run that is "
+        "marked as not private. null: every job draws its own secrets.",
+    )
+    commands: list[str] = Field(
+        default=[TRAIN],
+        min_length=1,
+        description="Run one after another; {config}, {run}, {cell} and {data} are paths.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One job of a study.
+
+    Attributes:
+        name: its axis values and seed, unique in the study.
+        values: axis -> value.
+        seed: which repetition.
+        tree: its configuration, all defaults filled in, without ``run``; paths under ``{data}`` as they stand.
+        commands: with their places still open.
+        digest: SHA-256 of everything that decides what the job does.
+    """
+
+    name: str
+    values: Mapping[str, str]
+    seed: int
+    tree: Mapping[str, Any]
+    commands: tuple[str, ...]
+    digest: str
+
+    def config_yaml(self, directory: pathlib.Path, data: pathlib.Path) -> str:
+        """The file that ``privtrain train`` reads, for a cell that lives in ``directory``."""
+        tree = {"run": {"name": "run", "output_dir": str(directory)}, **copy.deepcopy(dict(self.tree))}
+        return to_yaml(_in_strings(tree, {"data": str(data)}))
+
+
+class Settle(Protocol):
+    """Computes overrides of a cell from its axis values, e.g. the noise that an accountant asks for."""
+
+    def __call__(
+        self, values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Dotted overrides."""
+        ...
+
+
+def recipe_path(study: str, scale: str) -> pathlib.Path:
+    """The shipped recipe of a study.
+
+    Raises:
+        ConfigError: if there is none; with those that there are.
+    """
+    path = RECIPES / study / f"{scale}.yaml"
+    if not path.is_file():
+        known = sorted(str(p.parent.name) for p in RECIPES.glob(f"*/{scale}.yaml"))
+        listed = ", ".join(known) or f"none: {RECIPES} does not exist; run in the repository, or give --recipe FILE"
+        raise ConfigError([Fault("study", f"no recipe of {study!r} at scale {scale}; there are {listed}")])
+    return path
+
+
+def read_recipe(path: pathlib.Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError([Fault("", "a recipe holds study, base, axes, ...")], str(path))
+        return Recipe.model_validate(_with_text_keys(numbers_as_meant(tree)))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError([Fault("", " ".join(str(error).split()))], str(path)) from None
+    except pydantic.ValidationError as error:
+        faults = [Fault(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]
+        raise ConfigError(faults, str(path)) from None
+
+
+def module_of(recipe: Recipe) -> Any:
+    """The Python module that settles a study's cells and reads their results.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    name = recipe.module or f"privtrain.studies.{recipe.study.replace('-', '_')}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError([Fault("module", f"there is no module {name}")]) from None
+
+
+def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
+    """Every cell, axes in the order of the recipe, seeds innermost.
+
+    Args:
+        recipe: the recipe.
+        settle: computes further overrides of a cell.
+
+    Raises:
+        ConfigError: with every fault of every cell.
+    """
+    cells, faults = [], []
+    for values in _combinations(recipe):
+        for seed in recipe.seeds:
+            name = "-".join([*values.values(), f"s{seed}"])
+            try:
+                cells.append(_cell(recipe, name, values, seed, settle))
+            except ConfigError as error:
+                faults += [Fault(f"{name}: {fault.path}", fault.problem) for fault in error.faults]
+    if not (cells or faults):
+        faults = [Fault("axes", "no cell is left")]
+    names = [cell.name for cell in cells]
+    faults += [Fault("axes", f"two cells are named {n}") for n in sorted({n for n in names if names.count(n) > 1})]
+    if faults:
+        raise ConfigError(faults, f"study {recipe.study}")
+    return cells
+
+
+def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
+    for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
+        values = dict(zip(recipe.axes, chosen, strict=True))
+        if not any(all(values.get(axis) == value for axis, value in left.items()) for left in recipe.exclude):
+            yield values
+
+
+def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settle: Settle | None) -> Cell:
+    if not _NAME.match(name):
+        raise ConfigError([Fault("axes", "names of values are letters, digits, dots, dashes and underscores")])
+    tree, commands = copy.deepcopy(recipe.base), list(recipe.commands)
+    for axis, value in values.items():
+        overrides = dict(recipe.axes[axis][value] or {})
+        commands = overrides.pop("commands", commands)
+        _assign(tree, overrides)
+    if recipe.seed_key is not None:
+        _assign(tree, {recipe.seed_key: seed})
+    if settle is not None:
+        _assign(tree, settle(values, tree, recipe.settings))
+    config = validate({**tree, "run": {"name": "run"}})
+    resolved = config.model_dump(mode="json", exclude={"run"})
+    faults = [Fault("commands", f"{c!r} has an unknown place") for c in commands if _open_places(c) - set(PLACES)]
+    if faults:
+        raise ConfigError(faults)
+    deciding = {"config": resolved, "commands": commands, "prepare": recipe.prepare, "seed": seed}
+    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return Cell(name, dict(values), seed, resolved, tuple(commands), digest)
+
+
+def fill(command: str, places: Mapping[str, str]) -> list[str]:
+    """A command's words with its places filled in; a path with a space stays one word."""
+    return [_in_strings(word, places) for word in command.split()]
+
+
+def _open_places(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
+
+
+def _assign(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put dotted overrides into a tree; ``null`` takes a key away."""
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError([Fault(key, f"{part!r} is not a section")])
+        if value is None:
+            node.pop(leaf, None)
+        else:
+            node[leaf] = copy.deepcopy(value)
+
+
+def _in_strings(node: Any, places: Mapping[str, str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _in_strings(value, places) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_in_strings(value, places) for value in node]
+    if isinstance(node, str):
+        for place, value in places.items():
+            node = node.replace(f"{{{place}}}", value)
+    return node
+
+
+def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """YAML reads ``8:`` as a number; names of axis values are text."""
+    axes = tree.get("axes")
+    if isinstance(axes, dict):
+        tree["axes"] = {
+            str(axis): {str(value): overrides for value, overrides in values.items()}
+            for axis, values in axes.items()
+            if isinstance(values, dict)
+        }
+    left_out = cast(Sequence[Any], tree.get("exclude") or [])
+    tree["exclude"] = [
+        {str(k): str(v) for k, v in item.items()} if isinstance(item, dict) else item for item in left_out
+    ]
+    return tree

@@ -1,0 +1,145 @@
+"""What the cells of a study found: values read from their run directories, and intervals over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from privtrain.studies.recipe import Cell, Recipe
+
+CONFIDENCE = 0.95
+
+#: Fewer seeds than this give an interval that rests on normality alone; reports say so.
+FEW_SEEDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its t-interval.
+
+    Attributes:
+        values: one a seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return float(np.mean(self.values))
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % t-interval of the mean; ``None`` for a single seed."""
+        if self.n < 2:
+            return None
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1) * np.std(self.values, ddof=1) / self.n**0.5)
+        return self.mean - half, self.mean + half
+
+    def text(self, digits: int = 3, factor: float = 1.0) -> str:
+        """For a table: ``0.812 (0.801 to 0.823; n=5)``."""
+        if self.interval is None:
+            return f"{factor * self.mean:.{digits}f} (n=1, no interval)"
+        low, high = (factor * end for end in self.interval)
+        return f"{factor * self.mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; n={self.n})"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {"mean": self.mean, "interval": self.interval, "n": self.n, "values": list(self.values)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """A complete cell.
+
+    Attributes:
+        cell: which.
+        run: its run directory; several cells have the same one where their jobs are the same.
+    """
+
+    cell: Cell
+    run: pathlib.Path
+
+    @functools.cached_property
+    def _metrics(self) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    found.setdefault(name, []).append((row["train/step"], value))
+        return found
+
+    def metric(self, name: str) -> float:
+        """The last value of a released metric.
+
+        Raises:
+            KeyError: if the run released none.
+        """
+        return self._metrics[name][-1][1]
+
+    def first(self, name: str) -> float:
+        """The first value of a released metric."""
+        return self._metrics[name][0][1]
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a released metric."""
+        return self._metrics[name]
+
+    def json(self, path: str) -> Any:
+        """A JSON file of the run directory, e.g. ``privacy.json`` or ``report/attacks.json``."""
+        return json.loads((self.run / path).read_text(encoding="utf-8"))
+
+
+#: What to measure of a cell: the name of a metric, or a function.
+Measure = str | Callable[[CellResult], float]
+
+
+class Results:
+    """Everything that is complete.
+
+    Args:
+        recipe: of the study.
+        cells: complete cells.
+        planned: every cell of the grid.
+    """
+
+    def __init__(self, recipe: Recipe, cells: Sequence[CellResult], planned: Sequence[Cell]) -> None:
+        self.recipe = recipe
+        self.cells = tuple(cells)
+        self.planned = tuple(planned)
+
+    def where(self, **values: str) -> list[CellResult]:
+        """Complete cells of these axis values, in the order of the grid."""
+        return [r for r in self.cells if all(r.cell.values[axis] == value for axis, value in values.items())]
+
+    def values_of(self, axis: str) -> list[str]:
+        """Values of an axis that the grid has, in its order."""
+        return list(dict.fromkeys(cell.values[axis] for cell in self.planned))
+
+    def estimate(self, measure: Measure, **values: str) -> Estimate | None:
+        """Mean over the seeds of these axis values; ``None`` if nothing of them is complete."""
+        found = [_measured(result, measure) for result in self.where(**values)]
+        return Estimate(tuple(found)) if found else None
+
+    def difference(self, measure: Measure, first: Mapping[str, str], second: Mapping[str, str]) -> Estimate | None:
+        """Mean of first minus second, paired by seed; ``None`` if no seed has both."""
+        sides = [{r.cell.seed: _measured(r, measure) for r in self.where(**side)} for side in (first, second)]
+        shared = [seed for seed in sides[0] if seed in sides[1]]
+        return Estimate(tuple(sides[0][seed] - sides[1][seed] for seed in shared)) if shared else None
+
+
+def _measured(result: CellResult, measure: Measure) -> float:
+    return result.metric(measure) if isinstance(measure, str) else measure(result)
