@@ -97,7 +97,8 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
     Args:
         logits: [tokens, vocabulary], fp32; left as it is.
         labels: [tokens].
-        scheme: temperature first, then top k, then top p of what is left.
+        scheme: temperature first, then top k, then top p of what is left. Of tokens that tie for the last place some
+            are counted as left out, and a label among them as drawable all the same.
 
     Returns:
         [tokens]; -inf where the label cannot be drawn.
