@@ -15,6 +15,7 @@ accountant needs (moments, quantiles, discretisations) is a one-dimensional inte
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +27,14 @@ import numpy.typing as npt
 from scipy import special
 
 from accountants.answer import UnsupportedEventError
+from accountants.roots import bracketed_root
 
 Array = npt.NDArray[np.floating[Any]]
+
+#: Points of ``z`` that are evaluated together: few enough that few of many shifts matter to them.
+_BLOCK = 2048
+#: Log of how much smaller than the largest a shift's density may be and still counts.
+_NEGLIGIBLE = 46.0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -53,22 +60,48 @@ class MixtureStep:
         """The greatest lower bound of the loss: finite if the unit may contribute nothing."""
         if self.shifts[0] > 0:
             return -math.inf
-        return math.log1p(-math.fsum(self.probs[1:])) if len(self.probs) > 1 else 0.0
+        return math.log(self.probs[0]) if self.probs[0] < 0.5 else math.log1p(-math.fsum(self.probs[1:]))
 
     def loss(self, z: Array) -> Array:
         """``log dQ/dP`` at ``z``, with an absolute error of a few units in the last place of max(1, loss)."""
         if self.shifts[0] == 0 and len(self.shifts) == 2:
             return self._poisson_loss(z)
-        exponents = [mu * z - mu * mu / 2 for mu in self.shifts]
-        if len(exponents) == 1:
-            return exponents[0]
-        top = np.max(exponents, axis=0)
-        near = np.zeros_like(z)
-        far = np.zeros_like(z)
-        for prob, exponent in zip(self.probs, exponents, strict=True):
-            near += prob * np.expm1(np.minimum(exponent, 1.0))
-            far += prob * np.exp(exponent - top)
-        return np.where(top < 1, np.log1p(near), top + np.log(far))
+        if len(self.shifts) == 1:
+            return self.shifts[0] * z - self.shifts[0] ** 2 / 2
+        return self._loss_and_slope(z)[0]
+
+    def _loss_and_slope(self, z: Array) -> tuple[Array, Array]:
+        """The loss and its derivative (the mean shift given ``z``) of many shifts; quick where ``z`` is sorted."""
+        loss, slope = np.empty_like(z), np.empty_like(z)
+        for first in range(0, z.size, _BLOCK):
+            block = slice(first, first + _BLOCK)
+            loss[block], slope[block] = self._block(z[block])
+        return loss, slope
+
+    def _block(self, z: Array) -> tuple[Array, Array]:
+        shifts, probs, log_probs = self._arrays
+        lowest, highest = (log_probs + shifts * end - shifts**2 / 2 for end in (np.min(z), np.max(z)))
+        # A larger shift matters most at the upper end, a smaller one at the lower end.
+        first = int(np.flatnonzero(lowest > np.max(lowest) - _NEGLIGIBLE)[0])
+        last = int(np.flatnonzero(highest > np.max(highest) - _NEGLIGIBLE)[-1]) + 1
+        kept = slice(first, max(last, first + 1))
+        exponents = shifts[kept, None] * z - (shifts[kept, None] ** 2 / 2)
+        logs = exponents + log_probs[kept, None]
+        top = np.max(logs, axis=0)
+        weights = np.exp(logs - top)
+        total = np.sum(weights, axis=0)
+        loss = top + np.log(total)
+        # Near 0 the logarithm of a sum of weights would lose the loss's digits.
+        near = np.flatnonzero((np.max(exponents, axis=0) < 1) & (loss > -0.5))
+        if near.size:
+            left_out = math.fsum(probs) - math.fsum(probs[kept])
+            loss[near] = np.log1p(probs[kept] @ np.expm1(exponents[:, near]) - left_out)
+        return loss, (shifts[kept] @ weights) / total
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[Array, Array, Array]:
+        probs = np.asarray(self.probs)
+        return np.asarray(self.shifts), probs, np.log(probs)
 
     def _poisson_loss(self, z: Array) -> Array:
         prob, mu = self.probs[1], self.shifts[1]
@@ -94,7 +127,7 @@ class MixtureStep:
         return np.concatenate([np.full(int(np.count_nonzero(~inside)), -math.inf), roots])
 
     def _invert_numerically(self, values: Array) -> Array:
-        low, high = -40.0, max(self.shifts[-1], 1.0)
+        low, high = -40.0, 1.0
         while values.size and float(self.loss(np.array([high]))[0]) < values[-1]:
             high *= 2
         grid = np.linspace(low, high, 4096)
@@ -106,21 +139,31 @@ class MixtureStep:
             if not unsettled.size:
                 break
             here = roots[unsettled]
-            excess = self.loss(here) - values[unsettled]
+            loss, slope = self._loss_and_slope(here)
+            excess = loss - values[unsettled]
             right[unsettled] = np.where(excess > 0, here, right[unsettled])
             left[unsettled] = np.where(excess > 0, left[unsettled], here)
-            newton = here - excess / np.maximum(self.loss_slope(here), 1e-300)
-            within = (newton > left[unsettled]) & (newton < right[unsettled])
-            step = np.where(within, newton, (left[unsettled] + right[unsettled]) / 2)
-            roots[unsettled] = step
-            unsettled = unsettled[np.abs(step - here) >= 1e-13 * high]
+            newton = here - excess / np.maximum(slope, 1e-300)
+            within = (newton >= left[unsettled]) & (newton <= right[unsettled])
+            roots[unsettled] = np.where(within, newton, (left[unsettled] + right[unsettled]) / 2)
+            # Newton's error is of the order of the square of its last step.
+            unsettled = unsettled[~within | (np.abs(newton - here) >= 1e-8)]
         return np.maximum.accumulate(roots) if roots.size else roots
 
-    def loss_slope(self, z: Array) -> Array:
-        """The derivative of the loss: the mean shift given ``z``."""
-        logs = np.stack([math.log(p) + mu * z - mu * mu / 2 for p, mu in zip(self.probs, self.shifts, strict=True)])
-        weights = np.exp(logs - np.max(logs, axis=0))
-        return np.asarray(self.shifts) @ weights / np.sum(weights, axis=0)
+    def tail_quantile(self, log_tail: float) -> float:
+        """A ``z`` that Q exceeds with log probability at most ``log_tail``, and hardly less."""
+        shifts, _, log_probs = self._arrays
+
+        def excess(z: float) -> float:
+            logs = log_probs + special.log_ndtr(shifts - z)
+            top = float(np.max(logs))
+            return top + math.log(float(np.sum(np.exp(logs - top)))) - log_tail
+
+        reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
+        high = reach + self.shifts[-1]
+        if len(self.shifts) == 1 or excess(0.0) <= 0:
+            return high
+        return min(bracketed_root(excess, 0.0, high + 1e-9, xtol=1e-4) + 1e-3, high)
 
     def survival(self, z: Array, under_q: bool) -> Array:
         """The probability of exceeding ``z`` under Q or P, accurate in its tail."""

@@ -23,7 +23,7 @@ from dp_accounting import rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
 
 from accountants.answer import Ends
-from accountants.mixtures import Composition, composition
+from accountants.mixtures import Array, Composition, MixtureStep, composition
 from accountants.protocol import Accountant, Question, UnsupportedEventError
 
 NeighboringRelation = dp_accounting.NeighboringRelation
@@ -35,6 +35,12 @@ ORDERS: tuple[float, ...] = (
     *(float(order) for order in range(11, 64)),
     *(float(order) for order in np.unique(np.geomspace(64, 2048, 16).astype(int))),
 )
+
+#: How far above the divergence of order 2 an order is of no use: -log of the smallest positive float64, and some.
+_HOPELESS = 750.0
+
+#: Of the trapezoidal rule.
+_SPACING = 0.1
 
 
 class RdpAccountant(Accountant):
@@ -82,31 +88,63 @@ def mixture_divergences(composed: Composition) -> list[float]:
     """Renyi divergences of a normal form: ``log E[exp((a - 1) loss)] / (a - 1)`` summed over steps.
 
     By the trapezoidal rule, whose error for these Gaussian integrands is below rounding at spacings of 0.1; a relative
-    margin of
-    1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not converge at
-    small noise.
+    margin of 1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not
+    converge at small noise.
+
+    Orders at which the divergence exceeds that of order 2 by more than 750 cannot be the best at any delta that float64
+    holds. They are not integrated: the divergence of the largest shift alone bounds them (the convexity of Renyi
+    divergence in its first argument, van Erven and Harremoes 2014, arXiv 1206.2459, theorem 13).
     """
     if composed.non_private:
         return [math.inf] * len(ORDERS)
-    totals = np.zeros(len(ORDERS))
-    for i, order in enumerate(ORDERS):
+    tables = [_LossTable(step) for step, _ in composed.phases]
+    totals: list[float] = []
+    at_two = math.inf
+    for order in ORDERS:
+        if totals and totals[-1] > at_two + _HOPELESS:
+            largest = math.fsum(count * step.shifts[-1] ** 2 for step, count in composed.phases)
+            totals.append(order * largest / 2)
+            continue
         sides = np.zeros(2)
-        for step, count in composed.phases:
-            if len(step.shifts) == 1:
-                sides += count * order * (order - 1) * step.shifts[0] ** 2 / 2
-                continue
-            # Remove: E_P[e^(order loss)]; add: E_P[e^(-(order-1) loss)], whose mass is near 0 for a loss bounded below
-            # and is moved down by at most (order - 1) times the largest shift for one that is not.
-            low = -14.0 - (order - 1) * (step.shifts[-1] if step.shifts[0] > 0 else 0.0)
-            z = np.arange(low, 14.0 + order * step.shifts[-1], 0.1)
-            loss = step.loss(z)
-            base = -z * z / 2 + math.log(0.1 / math.sqrt(2 * math.pi))
-            for side, logs in enumerate((base + order * loss, base - (order - 1) * loss)):
-                top = float(np.max(logs))
-                value = top + math.log(float(np.sum(np.exp(logs - top))))
-                sides[side] += count * (max(value, 0.0) * (1 + 1e-11) + 1e-13)
-        totals[i] = float(np.max(sides)) / (order - 1)
-    return totals.tolist()
+        for table, (_, count) in zip(tables, composed.phases, strict=True):
+            sides += count * table.log_moments(order)
+        totals.append(float(np.max(sides)) / (order - 1))
+        at_two = totals[-1] if order == 2 else at_two
+    return totals
+
+
+class _LossTable:
+    """One step's loss on a grid of ``z`` that is extended as larger orders ask for it."""
+
+    def __init__(self, step: MixtureStep) -> None:
+        self._step = step
+        self._start, self._loss = 0, np.zeros(0)
+
+    def log_moments(self, order: float) -> Array:
+        """Upper bounds on ``log E_P[e^(order loss)]`` (remove) and ``log E_P[e^(-(order - 1) loss)]`` (add)."""
+        shifts = self._step.shifts
+        if len(shifts) == 1:
+            return np.full(2, order * (order - 1) * shifts[0] ** 2 / 2)
+        # The add integrand's mass is near 0 for a loss bounded below, and is moved down by at most (order - 1) times
+        # the largest shift for one that is not.
+        low = -14.0 - (order - 1) * (shifts[-1] if shifts[0] > 0 else 0.0)
+        z, loss = self._between(math.floor(low / _SPACING), math.ceil((14.0 + order * shifts[-1]) / _SPACING))
+        base = -z * z / 2 + math.log(_SPACING / math.sqrt(2 * math.pi))
+        values: list[float] = []
+        for logs in (base + order * loss, base - (order - 1) * loss):
+            top = float(np.max(logs))
+            value = top + math.log(float(np.sum(np.exp(logs - top))))
+            values.append(max(value, 0.0) * (1 + 1e-11) + 1e-13)
+        return np.array(values)
+
+    def _between(self, first: int, last: int) -> tuple[Array, Array]:
+        if first < self._start or last > self._start + len(self._loss):
+            # By a quarter more than asked for: the next order asks for more.
+            start = first + first // 4 if first < self._start else self._start
+            stop = last + last // 4 if last > self._start + len(self._loss) else self._start + len(self._loss)
+            self._start, self._loss = start, self._step.loss(_SPACING * np.arange(start, stop))
+        part = slice(first - self._start, last - self._start)
+        return _SPACING * np.arange(first, last), self._loss[part]
 
 
 def halve_noise(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:

@@ -75,7 +75,7 @@ def truncation(composed: Composition, log_mass: float) -> tuple[float, float]:
     """A ``z`` interval outside which P (below) and Q (above) have at most ``exp(log_mass)`` over all steps."""
     log_tail = log_mass - math.log(max(composed.num_steps, 1))
     reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
-    return -reach, reach + max(step.shifts[-1] for step, _ in composed.phases)
+    return -reach, max(step.tail_quantile(log_tail) for step, _ in composed.phases)
 
 
 def directed_loss(composed: Composition, *, add: bool, log_mass: float) -> DirectedLoss:

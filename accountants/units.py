@@ -77,7 +77,9 @@ def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
         last = weights[-1][0]
         tail = float(special.bdtrc(last, count, prob))
         weights.append((count, max(tail, 1e-290)))
-    return [(0, 1 - math.fsum(p for _, p in weights)), *weights]
+    weights.append((0, math.exp(count * math.log1p(-prob))))
+    total = math.fsum(weight for _, weight in weights)
+    return sorted((i, weight / total) for i, weight in weights)
 
 
 def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[float, float]:

@@ -27,6 +27,7 @@ class ContributionBound(_Part):
 
     records_per_unit_per_step: int | None = None
     selection: str | None = None
+    records_per_user_in_training_set: int | None = None
 
 
 class Sampling(_Part):
@@ -53,9 +54,10 @@ class Ledger(_Part):
 
 
 class Mechanism(_Part):
-    """What makes a step private."""
+    """What makes a step private; ``unit`` is what is sampled and clipped, the guarantee's own where it is not given."""
 
     kind: str
+    unit: str | None = None
     noise_multiplier: float | None
     clipping_norm: float | None
     clipping_style: str | None
@@ -90,6 +92,17 @@ class PrivacyStatement(_Part):
         if self.private and self.epsilon is None:
             raise ValueError("private is true and epsilon is null")
         return self
+
+    @property
+    def sampled_records_per_unit(self) -> int | None:
+        """Records that are sampled one by one and together make a unit of the guarantee; 1 if the unit is sampled.
+
+        None if the statement bounds them nowhere: then nothing can be said of the mechanism from the unit's view.
+        """
+        if self.mechanism.unit in (None, self.unit):
+            return 1
+        bound = self.contribution_bound
+        return None if bound is None else bound.records_per_user_in_training_set
 
     @property
     def effective_epsilon(self) -> float:

@@ -62,7 +62,9 @@ class Cap:
         bound = statistics.DpBound(statement.effective_epsilon, statement.delta)
         if statement.unit == ATTACKED_UNIT:
             return cls(bound, "", curve=_curve(statement))
-        return cls._of_records(statement.unit, bound, records_per_user)
+        stated = statement.contribution_bound
+        most = None if stated is None else stated.records_per_user_in_training_set
+        return cls._of_records(statement.unit, bound, min(most or records_per_user, records_per_user))
 
     @classmethod
     def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
@@ -106,26 +108,24 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     stated = (mechanism.kind, sampling.scheme, statement.neighboring_relation)
     if stated != ("gaussian", "poisson", "add_or_remove_one"):
         return None
-    if not mechanism.noise_multiplier or not sampling.sampling_prob or not statement.steps_released:
+    num_records = statement.sampled_records_per_unit
+    if not mechanism.noise_multiplier or not sampling.sampling_prob or not statement.steps_released or not num_records:
         return None
     return _tabulate(
         mechanism.noise_multiplier,
         sampling.sampling_prob,
         statement.steps_released,
         max(1.0, statement.effective_epsilon),
+        num_records,
     )
 
 
 @functools.cache
 def _tabulate(
-    noise_multiplier: float, sampling_prob: float, num_steps: int, largest_epsilon: float
+    noise_multiplier: float, sampling_prob: float, num_steps: int, largest_epsilon: float, num_records: int = 1
 ) -> statistics.CurveBound | None:
     """Certified points of the curve, or None where no accountant can resolve the event."""
-    import accountants
-
-    event = accountants.dp_sgd_event(
-        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
-    )
+    event = _event(noise_multiplier, sampling_prob, num_steps, num_records)
     for name in _ACCOUNTANTS:
         try:
             points = [_point(event, share * largest_epsilon, name) for share in _CURVE_SHARES]
@@ -134,6 +134,20 @@ def _tabulate(
             continue
         return statistics.CurveBound(tuple(points), name)
     return None
+
+
+def _event(noise_multiplier: float, sampling_prob: float, num_steps: int, num_records: int) -> dp_accounting.DpEvent:
+    """DP-SGD; for a user whose records are sampled apart, a mixture of Gaussians."""
+    import accountants
+    from accountants.units import group_event
+
+    if num_records == 1:
+        return accountants.dp_sgd_event(
+            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
+        )
+    return group_event(
+        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=num_records
+    )
 
 
 def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str) -> statistics.DpBound:

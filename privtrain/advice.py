@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus
 from privtrain.plan import PrivacyPlan
@@ -10,18 +12,20 @@ from privtrain.plan import PrivacyPlan
 _BATCH_GAP = 0.25
 
 
-def warnings(config: Config, plan: PrivacyPlan, num_units: float) -> list[str]:
+def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
     """What a careful privacy engineer would point out.
 
     Args:
         config: the configuration.
         plan: its plan.
-        num_units: units that are expected to be trained on.
+        num_units: units that are expected to be trained on: what is sampled.
+        num_users: users that are.
     """
     found = []
-    if plan.delta >= 1 / max(num_units, 1):
+    num_protected = num_users if plan.guaranteed_unit == "user" else num_units
+    if plan.delta >= 1 / max(num_protected, 1):
         found.append(
-            f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{num_units:.0f}: a mechanism that "
+            f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{num_protected:.0f}: a mechanism that "
             "publishes one unit at random would pass; choose a smaller target_delta"
         )
     drawn = plan.sampling_prob * num_units
@@ -37,9 +41,15 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float) -> list[str]:
 
 def expected_units(config: Config, corpus: Corpus) -> float:
     """Units that the coins are expected to leave for training."""
-    num = len(corpus.records) if config.privacy.unit == "user" else corpus.num_records
-    canaries = config.canaries
-    num_canaries = canaries.num_users / 2
-    if config.privacy.unit == "example":
-        num_canaries *= sum(canaries.repetitions) / len(canaries.repetitions)
-    return num * (1 - config.data.held_out_fraction) + num_canaries
+    num_canaries = config.canaries.num_users / 2
+    if config.privacy.unit == "user":
+        return expected_users(config, corpus) + num_canaries
+    bound = config.privacy.records_per_user or math.inf
+    num = sum(min(len(records), bound) for records in corpus.records.values())
+    repetitions = [min(number, bound) for number in config.canaries.repetitions]
+    return num * (1 - config.data.held_out_fraction) + num_canaries * sum(repetitions) / len(repetitions)
+
+
+def expected_users(config: Config, corpus: Corpus) -> float:
+    """Users that the coins are expected to leave for training, without canaries."""
+    return len(corpus.records) * (1 - config.data.held_out_fraction)

@@ -13,11 +13,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
 from privtrain.schemes import Scheme, relation_of, scheme_of
+from privtrain.user_level import ACCOUNTANTS, group_answer, group_noise, mixture_event
 
 SCHEMA = "privtrain/plan/1"
 
@@ -78,13 +80,17 @@ class PrivacyPlan:
     """Everything that the guarantee depends on.
 
     The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
-    adding or removing one ``unit`` with all its records, provided that the secret keys stay secret and that the
-    Gaussian is the ideal one (floating-point attacks, Mironov 2012, are outside the model).
+    adding or removing one ``guaranteed_unit`` with all its records, provided that the secret keys stay secret and that
+    the Gaussian is the ideal one (floating-point attacks, Mironov 2012, are outside the model).
 
     Attributes:
-        unit: ``"user"`` or ``"example"``.
-        records_per_unit: k, the most records of a unit in one step.
-        selection: how the k records are chosen.
+        unit: ``"user"`` or ``"example"``: what is sampled and clipped.
+        records_per_unit: the most records of a unit in one step.
+        records_per_user: where the unit is the example, the most records of a user in the whole training set; ``None``
+            for any number, and where the unit is the user.
+        user_accounting: where the unit is the example, how ε is stated for a user: ``"none"`` (for one record),
+            ``"group"`` or ``"mixture"`` (:mod:`privtrain.user_level`).
+        selection: how a user's records are chosen (:mod:`privtrain.data.selection`).
         neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
         scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.
         expected_batch_size: constant divisor of the noisy sum.
@@ -118,6 +124,8 @@ class PrivacyPlan:
     insecure_seed: int | None
     adaptive_clipping: AdaptiveClipping | None = None
     noised_metrics: NoisedMetrics | None = None
+    records_per_user: int | None = None
+    user_accounting: str = "none"
 
     @classmethod
     def build(cls, privacy: PrivacySection) -> PrivacyPlan:
@@ -127,18 +135,33 @@ class PrivacyPlan:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
         scheme = scheme_of(privacy)
-        relation, accountant = relation_of(privacy.neighboring_relation), privacy.accountant or scheme.accountants[0]
+        choice = ACCOUNTANTS.get(privacy.user_accounting, scheme.accountants)
+        accountant = privacy.accountant or choice[0]
         try:
             noise_multiplier = _noise_multiplier(privacy, scheme, accountant)
-            event = scheme.event_of_steps(noise_multiplier, privacy.num_steps)
-            answer = accountants.epsilon(event, privacy.target_delta, accountant=accountant, relation=relation)
+            plan = cls._uncertified(privacy, scheme, accountant, noise_multiplier)
+            known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
+            answer = _answer(dataclasses.replace(plan, epsilon=known), privacy.num_steps)
         except accountants.CalibrationError as error:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
             raise ConfigError([Fault("privacy.accountant", str(error))]) from None
-        plan = cls(
+        plan = dataclasses.replace(plan, epsilon=accountants.certified_upper(answer))
+        _check_room(plan)
+        return plan
+
+    @classmethod
+    def _uncertified(
+        cls, privacy: PrivacySection, scheme: Scheme, accountant: str, noise_multiplier: float
+    ) -> PrivacyPlan:
+        is_example = privacy.unit == "example"
+        records_per_user = privacy.records_per_user
+        assert is_example or records_per_user is not None, "the schema has a default"
+        return cls(
             unit=privacy.unit,
-            records_per_unit=1 if privacy.unit == "example" else privacy.records_per_user,
+            records_per_unit=1 if is_example else records_per_user or 1,
+            records_per_user=records_per_user if is_example else None,
+            user_accounting=privacy.user_accounting,
             selection=privacy.selection,
             neighboring_relation=privacy.neighboring_relation,
             scheme=scheme,
@@ -148,14 +171,12 @@ class PrivacyPlan:
             noise_multiplier=noise_multiplier,
             num_steps=privacy.num_steps,
             delta=privacy.target_delta,
-            epsilon=accountants.certified_upper(answer),
+            epsilon=math.inf,
             accountant=accountant,
             insecure_seed=privacy.insecure_seed,
             adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
             noised_metrics=_noised_metrics(privacy, noise_multiplier),
         )
-        _check_room(plan)
-        return plan
 
     @property
     def riders(self) -> tuple[Rider, ...]:
@@ -168,6 +189,28 @@ class PrivacyPlan:
             own = [names[metric] for metric in self.noised_metrics.release]
             riders += [Rider(name, self.noised_metrics.noise) for name in own if name not in {r.name for r in riders}]
         return tuple(riders)
+
+    @property
+    def guaranteed_unit(self) -> str:
+        """Whom ``epsilon`` protects: the unit, or the user through its bounded number of records."""
+        return self.unit if self.user_accounting == "none" else "user"
+
+    def event_of_steps(self, num_steps: int) -> Any:
+        """What a ``guaranteed_unit`` sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
+        if self.user_accounting == "none":
+            return self.record_event_of_steps(num_steps)
+        assert self.records_per_user is not None
+        return mixture_event(self.scheme, self.noise_multiplier, num_steps, self.records_per_user)
+
+    def record_event_of_steps(self, num_steps: int) -> Any:
+        """What one sampled unit sees of ``num_steps`` steps."""
+        return self.scheme.event_of_steps(self.noise_multiplier, num_steps)
+
+    def unit_epsilon_after(self, num_steps: int) -> float:
+        """Certified ε of one sampled unit; differs from ``epsilon_after`` where that speaks of a user's k records."""
+        event, relation = self.record_event_of_steps(num_steps), relation_of(self.neighboring_relation)
+        answer = accountants.epsilon(event, self.delta, accountant=self.accountant, relation=relation)
+        return accountants.certified_upper(answer)
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -259,13 +302,31 @@ def _noise_multiplier(privacy: PrivacySection, scheme: Scheme, accountant: str) 
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
+    if privacy.user_accounting == "group":
+        assert privacy.records_per_user is not None
+        return group_noise(
+            scheme,
+            privacy.num_steps,
+            privacy.records_per_user,
+            epsilon=privacy.target_epsilon,
+            delta=privacy.target_delta,
+            accountant=accountant,
+            relation=privacy.neighboring_relation,
+        )
     return accountants.calibrate_noise(
-        lambda noise: scheme.event_of_steps(noise, privacy.num_steps),
+        lambda noise: _plain_event(privacy, scheme, noise),
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
         accountant=accountant,
         relation=relation_of(privacy.neighboring_relation),
     )
+
+
+def _plain_event(privacy: PrivacySection, scheme: Scheme, noise_multiplier: float) -> Any:
+    if privacy.user_accounting != "mixture":
+        return scheme.event_of_steps(noise_multiplier, privacy.num_steps)
+    assert privacy.records_per_user is not None
+    return mixture_event(scheme, noise_multiplier, privacy.num_steps, privacy.records_per_user)
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
@@ -312,8 +373,21 @@ def _check_room(plan: PrivacyPlan) -> None:
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _answer_after(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
-    event = plan.scheme.event_of_steps(plan.noise_multiplier, num_steps)
-    relation = relation_of(plan.neighboring_relation)
+def _answer(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
+    if plan.user_accounting == "group":
+        assert plan.records_per_user is not None
+        # What holds for all steps holds for fewer.
+        known = plan.epsilon if num_steps <= plan.num_steps else math.inf
+        return group_answer(
+            plan.record_event_of_steps(num_steps),
+            plan.delta,
+            plan.records_per_user,
+            accountant=plan.accountant,
+            relation=plan.neighboring_relation,
+            known=known,
+        )
+    event, relation = plan.event_of_steps(num_steps), relation_of(plan.neighboring_relation)
     return accountants.epsilon(event, plan.delta, accountant=plan.accountant, relation=relation)
+
+
+_answer_after = functools.lru_cache(maxsize=4096)(_answer)

@@ -31,14 +31,18 @@ def print_plan(description: dict[str, Any]) -> None:
 def _plan_table(d: dict[str, Any]) -> Table:
     table = Table("privacy plan", d["run"])
     records = "not read" if d["num_records"] is None else f"{d['num_records']:,}"
-    table.add_row("unit, relation", f"{d['unit']}, add or remove one")
+    table.add_row("unit, relation", f"{_unit_text(d)}, {d['neighboring_relation'].replace('_', ' ')}")
     table.add_row("users, records", f"{d['num_users']:,}, {records}")
     if "rows_empty" in d:
         table.add_row("rows dropped", f"{d['rows_without_user']} without user, {d['rows_empty']} empty")
         table.add_row("records of a user", f"median {d['records_of_median_user']}, most {d['records_of_largest_user']}")
     table.add_row("units trained on (expected)", f"{d['expected_training_units']:,}")
-    above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d and d["unit"] == "user" else ""
-    table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}")
+    above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d else ""
+    if d["sampled_unit"] == "user":
+        table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}; {_selection_text(d)}")
+    elif d["records_per_user_in_training_set"] is not None:
+        bound = f"at most {d['records_per_user_in_training_set']}{above}; {_selection_text(d)}"
+        table.add_row("records of a user in the training set", bound)
     table.add_row(
         "sampling", f"{d['sampling']}, probability {d['sampling_prob']:g}, batch {d['expected_batch_size']:g}"
     )
@@ -56,6 +60,17 @@ def _plan_table(d: dict[str, Any]) -> Table:
     table.add_row(f"ε ({d['accountant']}, certified upper bound)", epsilon)
     table.add_row("δ", f"{d['delta']:g}")
     return table
+
+
+def _unit_text(d: dict[str, Any]) -> str:
+    if d["user_accounting"] == "none":
+        return d["unit"]
+    how = {"group": "group privacy", "mixture": "a mixture of Gaussians"}[d["user_accounting"]]
+    return f"user, by {how} over {d['records_per_user_in_training_set']} sampled records"
+
+
+def _selection_text(d: dict[str, Any]) -> str:
+    return f"chosen: {d['selection'].replace('_', ' ')}"
 
 
 def _print_spending(console: Console, d: dict[str, Any]) -> None:

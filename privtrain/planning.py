@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from accountants.comparison import compare
-from privtrain.advice import expected_units, warnings
+from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
@@ -71,7 +71,9 @@ def describe_plan(
         "prices": [dataclasses.asdict(price) for price in prices],
         **_cost(config, plan, layout, options),
         "not_private_reasons": list(plan.not_private_reasons),
-        "warnings": warnings(config, plan, population["expected_training_units"]),
+        "warnings": warnings(
+            config, plan, population["expected_training_units"], population["expected_training_users"]
+        ),
         "launch": _launch_command(config_path, overrides, options.accelerate),
     }
 
@@ -79,11 +81,18 @@ def describe_plan(
 def _population(config: Config, num_users: int | None) -> dict[str, Any]:
     """Users and records, read from the data or, where these are elsewhere, as stated."""
     if num_users is not None:
-        num_units = round(num_users * (1 - config.data.held_out_fraction))
-        return {"num_users": num_users, "num_records": None, "expected_training_units": num_units}
+        training_users = round(num_users * (1 - config.data.held_out_fraction))
+        bound = config.privacy.records_per_user if config.privacy.unit == "example" else None
+        return {
+            "num_users": num_users,
+            "num_records": None,
+            # How many records users have is not known here; where they are the units, all are taken to have k.
+            "expected_training_units": training_users * (bound or 1),
+            "expected_training_users": training_users,
+        }
     corpus = load_corpus(config.data)
     sizes = sorted(map(len, corpus.records.values())) or [0]
-    bound = config.privacy.records_per_user
+    bound = config.privacy.records_per_user or sizes[-1]
     return {
         "num_users": len(corpus.records),
         "num_records": corpus.num_records,
@@ -93,13 +102,19 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
         "records_of_largest_user": sizes[-1],
         "users_above_bound": sum(size > bound for size in sizes),
         "expected_training_units": round(expected_units(config, corpus)),
+        "expected_training_users": round(expected_users(config, corpus)),
+        "rows_duplicate": corpus.counts.num_duplicates,
     }
 
 
 def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
     steps = sorted({max(1, round(share * plan.num_steps)) for share in _MILESTONES})
     return {
-        "unit": plan.unit,
+        "unit": plan.guaranteed_unit,
+        "sampled_unit": plan.unit,
+        "user_accounting": plan.user_accounting,
+        "records_per_user_in_training_set": plan.records_per_user,
+        "selection": plan.selection,
         "records_per_unit": plan.records_per_unit,
         "neighboring_relation": plan.neighboring_relation,
         "sampling": plan.sampling,
@@ -122,9 +137,9 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
 
 def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
-    if plan.not_private_reasons:
+    if plan.not_private_reasons or plan.user_accounting == "group":
         return []
-    event = plan.scheme.event_of_steps(plan.noise_multiplier, plan.num_steps)
+    event = plan.event_of_steps(plan.num_steps)
     names = _COMPARED if plan.sampling == "poisson" else plan.scheme.accountants
     return [row.to_json() for row in compare(event, plan.delta, names)]
 

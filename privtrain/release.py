@@ -35,6 +35,13 @@ _UNIT_ASSUMPTION = {
     ),
 }
 
+_USER_ACCOUNTING_ASSUMPTION = {
+    "group": "ε for a user is black-box group privacy over {k} records of the guarantee for one record: (k ε, "
+    "δ (e^kε - 1) / (e^ε - 1)) at its best point.",
+    "mixture": "ε for a user is that of a mixture of Gaussians: of {k} records each joins a step by a coin of its own "
+    "(Charles et al. 2024, arXiv 2407.07737).",
+}
+
 
 def privacy_statement(
     config: Config,
@@ -52,7 +59,7 @@ def privacy_statement(
     Args:
         config: the resolved configuration.
         plan: the plan that was carried out.
-        num_units: training units.
+        num_units: training units of the guarantee: users where it speaks of users.
         num_model_steps: steps that the released model has behind it.
         num_charged: steps charged to the budget, abandoned ones included.
         num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
@@ -64,12 +71,18 @@ def privacy_statement(
         "schema": SCHEMA,
         "private": not plan.not_private_reasons,
         "not_private_reasons": list(plan.not_private_reasons),
-        "unit": plan.unit,
+        "unit": plan.guaranteed_unit,
         "neighboring_relation": plan.neighboring_relation,
-        "contribution_bound": {"records_per_unit_per_step": plan.records_per_unit, "selection": plan.selection},
+        "contribution_bound": {
+            "records_per_unit_per_step": plan.records_per_unit,
+            "selection": plan.selection,
+            "records_per_user_in_training_set": plan.records_per_user,
+        },
+        "user_accounting": _user_accounting(plan, num_accounted),
         "sampling": plan.scheme.parameters(),
         "mechanism": {
             "kind": "gaussian",
+            "unit": plan.unit,
             "noise_multiplier": plan.noise_multiplier,
             "clipping_norm": plan.clipping_norm,
             "clipping_style": plan.clipping_style,
@@ -97,13 +110,49 @@ def privacy_statement(
         "plan_fingerprint": plan.fingerprint(),
         "assumptions": [
             _RELATION_ASSUMPTION[plan.neighboring_relation],
-            *_UNIT_ASSUMPTION[plan.unit],
+            *_UNIT_ASSUMPTION[plan.guaranteed_unit],
+            *_bound_assumptions(plan),
             *ASSUMPTIONS,
             plan.scheme.assumption,
         ],
         "not_covered": _not_covered(config),
         "software": {"privtrain": privtrain.__version__},
     }
+
+
+def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
+    """How a guarantee for users follows from records that are sampled and clipped; ``None`` where it need not."""
+    if plan.user_accounting == "none":
+        return None
+    record_epsilon = plan.unit_epsilon_after(num_accounted)
+    return {
+        "method": plan.user_accounting,
+        "records_per_user": plan.records_per_user,
+        "sampled_unit": plan.unit,
+        "epsilon_of_one_record": finite(record_epsilon),
+    }
+
+
+def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
+    """What a bound on a user's records in the training set says, and what it is used for."""
+    found = []
+    if plan.records_per_user is not None:
+        found.append(
+            f"No user has more than {plan.records_per_user} records in the training set; they are chosen by a function "
+            f"of that user's records and of public things alone ({plan.selection.replace('_', ' ')})."
+        )
+    if plan.user_accounting != "none":
+        found.append(_USER_ACCOUNTING_ASSUMPTION[plan.user_accounting].format(k=plan.records_per_user))
+        found.append("Records are sampled and clipped one by one; the noise is relative to one record's norm.")
+    return found
+
+
+def unit_text(plan: PrivacyPlan) -> str:
+    """Whom ε protects, in words."""
+    if plan.user_accounting == "none":
+        return plan.unit
+    how = {"group": "group privacy", "mixture": "a mixture of Gaussians"}[plan.user_accounting]
+    return f"user, with at most {plan.records_per_user} records in the training set, by {how} over sampled records"
 
 
 def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
@@ -196,12 +245,12 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     rows = [
         ("ε", epsilon),
         ("δ", f"{plan.delta:g}"),
-        ("Privacy unit", plan.unit),
+        ("Privacy unit", unit_text(plan)),
         ("Neighbouring relation", plan.neighboring_relation.replace("_", " ")),
         ("Training units", str(statement["num_units"])),
         (
-            "Records of a unit in a step",
-            f"at most {bound['records_per_unit_per_step']}, chosen at {bound['selection']}",
+            f"Records of {'an' if plan.unit == 'example' else 'a'} {plan.unit} in a step",
+            f"at most {bound['records_per_unit_per_step']} ({bound['selection'].replace('_', ' ')})",
         ),
         ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),

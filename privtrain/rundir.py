@@ -39,6 +39,7 @@ class RunDirectory:
         self.used = self.secret / "used.json"
         self.ledger = self.secret / "ledger.jsonl"
         self.data_counts = self.secret / "data_counts.json"
+        self.base_losses = self.secret / "base_losses.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
 
     def exists(self) -> bool:

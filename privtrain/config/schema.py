@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import pathlib
 import urllib.parse
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
+
+#: Records of a user in one step, unless told otherwise.
+_RECORDS_PER_USER = 4
 
 _BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
 #: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.schemes`.
@@ -25,6 +28,9 @@ _SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tu
     "random_allocation": (("steps_per_epoch",), ("steps_per_unit",), _BOTH, ("allocation",)),
     "shuffle": (("steps_per_epoch", "max_num_units"), (), ("zero_out",), _ALL),
 }
+
+
+Selection = Literal["random", "longest", "shortest", "highest_perplexity", "lowest_perplexity", "random_chunk"]
 
 
 class Section(pydantic.BaseModel):
@@ -154,6 +160,10 @@ class DataSection(Section):
         "another label is dropped and counted.",
     )
     packing: bool = Field(default=False, description="Refused: a row holds one record of one user.")
+    deduplicate: Literal["none", "within_user"] = Field(
+        default="none",
+        description="within_user: of a user's records that differ in white space alone, the first is kept.",
+    )
     max_length: int = Field(
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
@@ -287,8 +297,22 @@ class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
 
     unit: Literal["user", "example"] = "user"
-    records_per_user: int = Field(default=4, ge=1, description="k: the most records of one user in one step.")
-    selection: Literal["random"] = "random"
+    records_per_user: int | None = Field(
+        default=None,
+        ge=1,
+        description="k. unit: user, the most records of one user in one step (default 4). unit: example, the most of "
+        "one user in the whole training set (default: no bound).",
+    )
+    user_accounting: Literal["none", "group", "mixture"] = Field(
+        default="none",
+        description="unit: example. ε and δ are for one record (none), or for a user with at most k records: by group "
+        "privacy, or, with less noise, by a mixture of Gaussians.",
+    )
+    selection: Selection = Field(
+        default="random",
+        description="Which k records of a user: a function of that user's records and of public things alone, so it "
+        "costs no ε. Perplexity is the base model's.",
+    )
     neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
         default="add_or_remove_one",
         description="zero_out: a unit's records vanish, its place stays; all that truncated_poisson and shuffle have.",
@@ -350,6 +374,32 @@ class PrivacySection(Section):
         if value is not None and 0 < value < _SMALLEST_NOISE:
             raise ValueError(f"given {value}; must be 0 (no privacy) or at least {_SMALLEST_NOISE}")
         return value
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_bound(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("unit", "user") == "user" and values.get("records_per_user") is None:
+            return {**values, "records_per_user": _RECORDS_PER_USER}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _user_bound(self) -> PrivacySection:
+        faults = []
+        if self.user_accounting != "none":
+            given = f"privacy.user_accounting: {self.user_accounting}"
+            if self.unit == "user":
+                faults.append(f"{given} is for privacy.unit: example; users are the unit already, set it to none")
+            elif self.records_per_user is None:
+                faults.append(f"{given} needs privacy.records_per_user, the most records of a user in the training set")
+            if self.sampling != "poisson":
+                faults.append(f"{given} needs privacy.sampling: poisson; given {self.sampling}")
+            if self.user_accounting == "group" and self.accountant not in (None, "tilted", "rdp"):
+                faults.append(f"privacy.accountant must be tilted or rdp for {given}")
+        if self.selection != "random" and self.records_per_user is None:
+            faults.append(f"privacy.selection: {self.selection} selects privacy.records_per_user records; give it")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_target(self) -> PrivacySection:
@@ -483,6 +533,11 @@ class Config(Section):
         method = self.training.method
         if self.model.quantization is not None and self.training.releases_model:
             raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
+        selection = self.privacy.selection
+        if selection == "random_chunk" and self.data.format != "text":
+            raise ValueError("privacy.selection: random_chunk cuts texts; it needs data.format: text")
+        if selection.endswith("perplexity") and self.data.is_classification:
+            raise ValueError(f"privacy.selection: {selection} needs a language model; a classifier has no perplexity")
         if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
             raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
         return self

@@ -34,6 +34,7 @@ class RowCounts:
     num_without_user: int
     num_empty: int
     num_users_opted_out: int = 0
+    num_duplicates: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,21 @@ def load_corpus(data: DataSection) -> Corpus:
     faults = check_source(data)
     if faults:
         raise ConfigError(faults)
-    return group_by_user(_rows(data))
+    corpus = group_by_user(_rows(data))
+    return deduplicated(corpus) if data.deduplicate == "within_user" else corpus
+
+
+def deduplicated(corpus: Corpus) -> Corpus:
+    """Of each user's records that differ in white space alone, the first.
+
+    A function of one user's records: what another user wrote is no duplicate. The digest stays that of the data as they
+    were read.
+    """
+    records = {user: _distinct(texts) for user, texts in corpus.records.items()}
+    num_duplicates = corpus.num_records - sum(map(len, records.values()))
+    return dataclasses.replace(
+        corpus, records=records, counts=dataclasses.replace(corpus.counts, num_duplicates=num_duplicates)
+    )
 
 
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
@@ -124,6 +139,13 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
         raise ConfigError([Fault("data.source", f"no usable row among {num_rows}")])
     ordered = {user: tuple(records[user]) for user in sorted(records)}
     return Corpus(ordered, RowCounts(num_rows, num_without_user, num_empty), _digest(ordered))
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(" ".join(text.split()), text)
+    return tuple(found.values())
 
 
 def _owner(user: object) -> str:

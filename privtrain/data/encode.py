@@ -80,6 +80,21 @@ class Encoder:
                 num_truncated += is_cut
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
 
+    def chunks(self, texts: Sequence[str]) -> list[tuple[Record, tuple[int, ...]]]:
+        """The texts end to end, each with its end mark, in pieces of ``max_length`` tokens that begin with a mark.
+
+        Returns:
+            Pieces, each with the places of the texts that it is of.
+        """
+        begin, end = marks(self._tokenizer)
+        encoded = [[*ids, end] for ids in self._ids(texts)]
+        tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)
+        places = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
+        size = self._max_length - 1
+        starts = range(0, len(tokens), size)
+        records = [Record.of(np.concatenate([[begin], tokens[i : i + size]])) for i in starts]
+        return [(r, tuple(sorted(set(places[i : i + size].tolist())))) for r, i in zip(records, starts, strict=True)]
+
     def _cut(self, record: Record) -> tuple[Record, bool]:
         return record.cut(self._max_length), len(record) > self._max_length
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.records import Record
+from privtrain.data.selection import Selection
 from privtrain.data.split import Split
 
 
@@ -20,7 +22,8 @@ class UnitData:
         records: per unit, its tokenised records.
         num_truncated: records cut at ``max_length``. Private.
         num_without_target: records that predict nothing and so contribute zero. Private.
-        indices: per unit, which records of its owner they are. Private.
+        indices: per unit, which records of its owner they are, or are pieces of. Private.
+        owners: per unit, the user whose records they are. Private.
     """
 
     names: tuple[str, ...]
@@ -28,6 +31,7 @@ class UnitData:
     num_truncated: int
     num_without_target: int = 0
     indices: tuple[tuple[int, ...], ...] = ()
+    owners: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -42,7 +46,12 @@ class UnitData:
         return digest.hexdigest()
 
 
-def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitData:
+def example_name(user: str, index: int) -> str:
+    """The unit's name where the unit is the example."""
+    return f"{user}#{index}"
+
+
+def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cut: Selection | None = None) -> UnitData:
     """Tokenise the training records of ``split`` and group them by privacy unit.
 
     Args:
@@ -50,23 +59,60 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) ->
         split: which of them are trained on.
         encoder: turns a record into tokens.
         unit: ``"user"`` groups a user's records; ``"example"`` makes each record a unit.
+        cut: the run's selection, for ``random_chunk``: a user's texts are cut into pieces, and where the unit is the
+            example at most k of them are kept. Without it, or for any other strategy, records are as they come.
     """
+    if cut is not None and cut.strategy == "random_chunk":
+        pieces = [piece for user in split.training for piece in _pieces_of(user, corpus, split, encoder, cut)]
+        return _grouped(pieces, unit)
     owners = [(user, index) for user, indices in split.training.items() for index in indices]
     encoded = encoder.encode([corpus.records[u][i] for u, i in owners])
+    pieces = [_Piece(u, i, record, (i,)) for (u, i), record in zip(owners, encoded.records, strict=True)]
+    return dataclasses.replace(
+        _grouped(pieces, unit), num_truncated=encoded.num_truncated, num_without_target=encoded.num_without_target
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A tokenised record, or a piece of some: its number among its owner's, and the records that it is of."""
+
+    owner: str
+    number: int
+    record: Record
+    indices: tuple[int, ...]
+
+
+def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: Selection) -> list[_Piece]:
+    indices = split.training[user]
+    chunks = encoder.chunks([corpus.records[user][i] for i in indices])
+    if cut.max_records is not None:
+        chunks = [chunks[i] for i in cut.key.stream("chunks", user).choose(len(chunks), cut.max_records)]
+    return [
+        _Piece(user, number, record, tuple(indices[place] for place in places))
+        for number, (record, places) in enumerate(chunks)
+    ]
+
+
+def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:
+    """Units from pieces, a user's next to each other."""
     names: list[str] = []
+    owners: list[str] = []
     grouped: list[list[Record]] = []
-    indices: list[list[int]] = []
-    for (user, index), record in zip(owners, encoded.records, strict=True):
-        if unit == "example":
-            names.append(f"{user}#{index}")
-            grouped.append([record])
-            indices.append([index])
-        elif names and names[-1] == user:
-            grouped[-1].append(record)
-            indices[-1].append(index)
-        else:
-            names.append(user)
-            grouped.append([record])
-            indices.append([index])
-    counts = (encoded.num_truncated, encoded.num_without_target)
-    return UnitData(tuple(names), tuple(map(tuple, grouped)), *counts, tuple(map(tuple, indices)))
+    indices: list[set[int]] = []
+    for piece in pieces:
+        if unit == "user" and owners and owners[-1] == piece.owner:
+            grouped[-1].append(piece.record)
+            indices[-1].update(piece.indices)
+            continue
+        names.append(piece.owner if unit == "user" else example_name(piece.owner, piece.number))
+        owners.append(piece.owner)
+        grouped.append([piece.record])
+        indices.append(set(piece.indices))
+    return UnitData(
+        names=tuple(names),
+        records=tuple(map(tuple, grouped)),
+        num_truncated=0,
+        indices=tuple(tuple(sorted(found)) for found in indices),
+        owners=tuple(owners),
+    )

@@ -18,6 +18,7 @@ _REMAINS = {
     "spans.json": "where sensitive text stands in the records",
     "identity.json": "a digest of the data set: whoever knows all records but one can test a guess of that one",
     "config.yaml": "paths of the data",
+    "base_losses.json": "names users, with the base model's loss on their records",
     "data_counts.json": "how many rows were read and dropped",
     "private_metrics.jsonl": "losses, norms and batch sizes of the steps",
     "reservation.json": "this run's number in the registry, which has users' totals by other pseudonyms",

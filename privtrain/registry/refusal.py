@@ -66,8 +66,11 @@ def _advice(request: RunRequest, limits: Sequence[Limit]) -> list[str]:
         choices.append(f"privacy.sampling_prob={fit.sampling_prob:g} (given {settings.sampling_prob:g}) {at}")
     if not choices:
         return ["  nothing of this budget is left for any run; raise it, or wait for its period to pass"]
+    bound = "changes nothing here: a user is clipped once, however many records it brings"
+    if settings.num_records > 1:
+        bound = f"counts here: with fewer than {settings.num_records} the same noise spends less"
     return [
         "  one of these would fit, all else equal:",
         *(f"    {choice}" for choice in choices),
-        "    (privacy.records_per_user changes nothing here: a user is clipped once, however many records it brings)",
+        f"    (privacy.records_per_user {bound})",
     ]

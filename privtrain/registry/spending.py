@@ -28,6 +28,7 @@ from accountants.events import event_from_json, event_to_json
 from accountants.mixtures import composition
 from accountants.rdp import ORDERS, mixture_divergences
 from accountants.tilted import TiltedAccountant
+from accountants.units import group_event
 
 #: With more different mechanisms than this the exact composition takes seconds; then the Rényi bound alone decides.
 MAX_EXACT_MECHANISMS = 256
@@ -75,15 +76,27 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The knobs of a DP-SGD run."""
+    """The knobs of a DP-SGD run.
+
+    Attributes:
+        noise_multiplier: over the clipping norm of what is sampled.
+        sampling_prob: of what is sampled.
+        num_steps: steps.
+        num_records: sampled records that one unit of the guarantee may own: 1 where it is sampled itself.
+    """
 
     noise_multiplier: float
     sampling_prob: float
     num_steps: int
+    num_records: int = 1
 
     def event(self) -> dp_accounting.DpEvent:
-        """What the run releases."""
-        return accountants.dp_sgd_event(**dataclasses.asdict(self))
+        """What the run releases of one unit."""
+        if self.num_records == 1:
+            return accountants.dp_sgd_event(
+                noise_multiplier=self.noise_multiplier, sampling_prob=self.sampling_prob, num_steps=self.num_steps
+            )
+        return group_event(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from privtrain.console import say
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.manifest import read_sealed
+from privtrain.data.selection import check_contributions
+from privtrain.data.units import example_name
 from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, RegistryUnreachable
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
@@ -230,20 +232,42 @@ class Hold:
         run = self._inputs.run
         canaries = canaries_of(read_sealed(run.manifest)) if run.manifest.exists() else ()
         corpus = plant(self._inputs.corpus, canaries)
-        totals = contributions_of(run, corpus, self._inputs.plan.unit)
+        totals = contributions_of(run, corpus, self._inputs.plan)
         for canary in canaries:
             if canary.is_invented:  # nobody's budget
                 totals.pop(canary.user, None)
         return {self._registry.pseudonym(user): total for user, total in totals.items()}
 
 
-def contributions_of(run: RunDirectory, corpus: Corpus, unit: str) -> dict[str, tuple[int, int]]:
-    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
+def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
+    """See in the ledger that no user contributed more records over the whole run than the plan's bound on users.
+
+    Raises:
+        GuaranteeLost: if one did, or the ledger names a unit that is nobody's.
+    """
+    if plan.records_per_user is None:
+        return
+    owner = _owners(run, corpus, plan)
+    names = {name for name, _, _ in _charged_units(run)}
+    if not names <= owner.keys():
+        raise GuaranteeLost(f"{run.ledger} names units that are no user's; nothing is released")
+    check_contributions([owner[name] for name in names], plan.records_per_user)
+
+
+def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, str]:
+    """Pseudonym of a unit → its user."""
     key = run.load_key("pseudonym")
     owner = {}
     for user, texts in corpus.records.items():
-        names = [user] if unit == "user" else [f"{user}#{index}" for index in range(len(texts))]
+        most = max(len(texts), plan.records_per_user or 0)  # chunks may be more than records
+        names = [user] if plan.unit == "user" else [example_name(user, index) for index in range(most)]
         owner |= {pseudonym(key, name): user for name in names}
+    return owner
+
+
+def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
+    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
+    owner = _owners(run, corpus, plan)
     totals: dict[str, tuple[int, int]] = {}
     for name, num_steps, num_records in _charged_units(run):
         steps, records = totals.get(owner[name], (0, 0))
@@ -321,7 +345,7 @@ def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
         fingerprint=plan.fingerprint(),
         dataset=section.dataset,
         manifest_sha256=inputs.corpus.manifest_sha256,
-        unit=plan.unit,
+        unit=plan.guaranteed_unit,
         relation=plan.neighboring_relation,
         event=settings.event(),
         num_steps=plan.num_steps,
@@ -336,4 +360,7 @@ def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
 
 
 def _settings(plan: PrivacyPlan) -> Settings:
-    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps)
+    is_bounded = plan.user_accounting != "none"
+    records = plan.records_per_user if is_bounded else 1
+    assert records is not None, "the schema asks for it"
+    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps, records)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from privtrain.adapters import make_trainable
-from privtrain.advice import expected_units, warnings
+from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
@@ -23,8 +23,8 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import draw_split
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split
-from privtrain.data.units import UnitData, build_units
-from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.data.units import UnitData
+from privtrain.errors import GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
 from privtrain.models import (
@@ -35,15 +35,16 @@ from privtrain.models import (
 )
 from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.release import model_card, privacy_statement, write_adapter, write_model, write_statement
+from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model, write_statement
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_tracker
 from privtrain.training import checkpoint
-from privtrain.training.budget import budgeted
+from privtrain.training.budget import budgeted, check_contributed
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
+from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
 from privtrain.training.session import (
     Session,
@@ -74,6 +75,11 @@ class Network:
     packer: Packer
     encoder: Encoder
     objective: Objective
+
+    @property
+    def lone_packer(self) -> Packer:
+        """For one record at a time, so that its loss is a function of itself alone."""
+        return dataclasses.replace(self.packer, microbatch_size=1)
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -113,7 +119,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         with backend.main_alone():
             if ledger is not None:
                 check_coins(inputs, split)
-        units = _units_of(inputs, network, split)
+        has_begun = ledger is not None and ledger.state.generation >= 0
+        cache = inputs.run.base_losses
+        units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         with backend.main_alone():
             tracker = _open_tracker(inputs, backend, session.continuation.start_step)
@@ -134,7 +142,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         with backend.main_alone():
             if ledger is not None:
                 note_canaries(inputs.run, ledger.state, split.canaries, inputs.plan.unit)
-                _release(inputs, ledger, network, state, num_units=len(units))
+                check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
+                num_units = len(set(units.owners)) if inputs.plan.guaranteed_unit == "user" else len(units)
+                _release(inputs, ledger, network, state, num_units=num_units)
                 tracker.publish(inputs.run)
             tracker.close()
 
@@ -150,7 +160,8 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     """
     network = _load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
-    units = _units_of(inputs, network, draw_split(inputs.config, inputs.corpus, network.tokenizer, key))
+    split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
+    units = select_units(inputs, backend, network, split, key, cache=None)
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
@@ -161,7 +172,8 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     say(f"{backend.describe()}; loading {inputs.config.model.public_name}")
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
-    for warning in warnings(inputs.config, inputs.plan, expected_units(inputs.config, inputs.corpus)):
+    num_units, num_users = expected_units(inputs.config, inputs.corpus), expected_users(inputs.config, inputs.corpus)
+    for warning in warnings(inputs.config, inputs.plan, num_units, num_users):
         say(f"[yellow]warning[/]: {warning}")
 
 
@@ -208,12 +220,6 @@ def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: i
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def _units_of(inputs: Inputs, network: Network, split: Split) -> UnitData:
-    if not split.training:
-        raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
-    return build_units(plant(inputs.corpus, split.canaries), split, network.encoder, unit=inputs.plan.unit)
 
 
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
@@ -370,5 +376,6 @@ def _release(
     else:
         write_adapter(run, network.model, network.tokenizer, card)
     write_statement(run, statement)
-    shown = "not private" if plan.not_private_reasons else f"({epsilon:.4g}, {plan.delta:g})-DP for one {plan.unit}"
+    guarantee = f"({epsilon:.4g}, {plan.delta:g})-DP for one {unit_text(plan)}"
+    shown = "not private" if plan.not_private_reasons else guarantee
     say(f"released {run.released} with its privacy statement: {shown}")

@@ -15,6 +15,7 @@ from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
+from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
@@ -85,6 +86,9 @@ class Trainer:
         self._packer = packer
         self._hand: Sequence[DrawnUnit] = ()
         self.objective = objective or CausalLM()
+        if plan.records_per_user is not None:
+            assert len(units.owners) == len(units), "a bound on users needs to know them"
+            check_contributions(units.owners, plan.records_per_user)
         self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped

@@ -1,10 +1,15 @@
 import math
 
+import numpy as np
 import pytest
 from accounting_cases import dp_sgd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
 
 import accountants
-from accountants import lattice
+from accountants import lattice, rdp
+from accountants.mixtures import composition
 from accountants.tilted import TiltedAccountant
 from accountants.tuning import individual_epsilon, individual_report, tuning_epsilon
 from accountants.units import group_delta_of, group_epsilon, group_event, rdp_group_epsilon
@@ -92,22 +97,61 @@ def test_a_user_known_to_have_joined_n_steps_spent_the_gaussian_of_their_root_su
         individual_epsilon([1.1], noise_multiplier=2.0, delta=1e-6)
 
 
-def test_many_records_are_answered_with_bounded_work(monkeypatch):
-    """An answer as sharp as the work allows, or a refusal by name; never minutes of Newton steps."""
-    setting = {"noise_multiplier": 0.762, "sampling_prob": 3.43e-5, "num_steps": 1256}
-    work, build = [], lattice.build_cells
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta", "lowest", "highest"),
+    [
+        (0.01, 1.0, 1000, 1e-6, 452.0, 452.5),
+        (0.001, 0.6, 200, 1e-6, 32.40, 32.43),
+        (3.43e-5, 0.762, 1256, 1.8e-6, 1.3760, 1.3775),
+    ],
+)
+def test_sixty_four_records_are_answered_with_bounded_work(q, sigma, steps, delta, lowest, highest, monkeypatch):
+    """A range of losses that ends where no mass is, and shifts that cannot matter left out."""
+    cells, build = [], lattice.build_cells
     monkeypatch.setattr(
         lattice,
         "build_cells",
-        lambda step, low, spacing, count: work.append(len(step.shifts) * count) or build(step, low, spacing, count),
+        lambda step, low, spacing, count: cells.append(count) or build(step, low, spacing, count),
     )
-    answer = accountants.epsilon(group_event(**setting, num_records=16), 1.8e-6, accountant="tilted")
-    assert 0 < max(work) <= 1.01 * 2**23
-    assert 0.31616 <= answer.upper < 0.33
-    assert answer.lower <= 0.31694
-    for ask, argument in ((accountants.epsilon, 1.8e-6), (accountants.delta, 2.0)):
-        with pytest.raises(ValueError, match="use 'tilted-edgeworth'"):
-            ask(group_event(**setting, num_records=64), argument, accountant="tilted")
+    event = group_event(noise_multiplier=sigma, sampling_prob=q, num_steps=steps, num_records=64)
+    answer = accountants.epsilon(event, delta, accountant="tilted")
+    assert lowest < answer.lower <= answer.upper < highest
+    assert 0 < sum(cells) <= 2**20
+    for other in ("rdp", "tilted-edgeworth"):
+        assert accountants.epsilon(event, delta, accountant=other).upper > lowest
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    q=st.floats(1e-6, 0.999), sigma=st.floats(0.2, 20.0), num_records=st.integers(2, 70), reach=st.floats(-60.0, 400.0)
+)
+def test_the_loss_of_many_shifts_is_the_sum_over_all_of_them(q, sigma, num_records, reach):
+    event = group_event(noise_multiplier=sigma, sampling_prob=q, num_steps=1, num_records=num_records)
+    step = composition(event).phases[0][0]
+    z = np.linspace(reach - 30, reach + 30, 5001)
+    logs = [math.log(p) + mu * z - mu * mu / 2 for p, mu in zip(step.probs, step.shifts, strict=True)]
+    expected = special.logsumexp(logs, axis=0)
+    loss = step.loss(z)
+    # Both round terms as large as the largest exponent.
+    rounding = 1e-15 * (num_records + step.shifts[-1] * (abs(reach) + 30 + step.shifts[-1]))
+    np.testing.assert_allclose(loss, expected, rtol=1e-14, atol=rounding)
+    inside = (z > -8) & (np.gradient(loss, z) > 1e-3)
+    np.testing.assert_allclose(step.inverse_loss(loss[inside]), z[inside], rtol=1e-12, atol=2e3 * rounding)
+
+
+def test_orders_left_out_of_renyi_accounting_change_no_epsilon(monkeypatch):
+    composed = composition(group_event(noise_multiplier=1.0, sampling_prob=0.01, num_steps=300, num_records=6))
+    quick = rdp.mixture_divergences(composed)
+    monkeypatch.setattr(rdp, "_HOPELESS", math.inf)
+    full = rdp.mixture_divergences(composed)
+    assert all(one >= other for one, other in zip(quick, full, strict=True))
+    assert quick != full
+    for delta in (1e-300, 1e-100, 1e-6, 0.1):
+        one, other = (rdp.conversion.compute_epsilon(rdp.ORDERS, values, delta) for values in (quick, full))
+        assert one == other
+    for epsilon in (0.0, 1.0, 30.0, 1e3, 1e4):
+        one, other = (rdp.conversion.compute_delta(rdp.ORDERS, values, epsilon)[0] for values in (quick, full))
+        assert one == other
 
 
 def test_records_that_are_always_sampled_are_one_plain_gaussian():

@@ -57,7 +57,7 @@ class Cell:
 def _plan(cell: Cell) -> PrivacyPlan:
     section = PrivacySection(
         unit=cell.unit,
-        records_per_user=3,
+        records_per_user=3 if cell.unit == "user" else None,
         sampling_prob=cell.sampling_prob,
         expected_batch_size=4.0,
         clipping_norm=cell.clipping_norm,

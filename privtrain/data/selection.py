@@ -1,0 +1,106 @@
+"""Which of a user's records may be trained on: at most k, chosen by the user's own records and public things alone.
+
+Selection comes after the attacker's records were drawn, and before training. Whatever it does, a user's choice changes
+nobody else's, so adding or removing a user still adds or removes that user's records and nothing more: it costs no ε.
+That is why each strategy here is allowed:
+
+* ``random``: by a secret coin of the user's own.
+* ``longest``, ``shortest``: by the length of the user's own records.
+* ``highest_perplexity``, ``lowest_perplexity``: by the loss of the user's own records under the model before training,
+  which is public. Each record is scored by itself, in a tensor of its own, so that not even rounding depends on others.
+  A model that was trained on these data would not do: then the choice would depend on everybody.
+* ``random_chunk``: the user's texts end to end, cut into pieces of ``data.max_length`` tokens; then as ``random``.
+
+What is *not* allowed, and not offered: anything that compares users, such as the k records that are rarest in the data
+set, or a threshold taken over all of it.
+
+Strategies are those of Chua et al. 2024 (arXiv 2406.14322), section 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from privtrain.data.corpus import Corpus
+from privtrain.data.split import Split
+from privtrain.errors import GuaranteeLost
+from privtrain.secret import SecretKey
+
+#: (user, index of a record) → mean loss per predicted token under the public model, in nats.
+Losses = Mapping[tuple[str, int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How many of a user's records, and which.
+
+    Attributes:
+        strategy: as in ``privacy.selection``.
+        max_records: k; ``None`` for all.
+        key: the run's root key, behind ``random``.
+    """
+
+    strategy: str
+    max_records: int | None
+    key: SecretKey
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether records are ranked by their loss."""
+        return self.strategy.endswith("_perplexity")
+
+    def to_score(self, split: Split) -> list[tuple[str, int]]:
+        """The records whose loss decides: of the users who have more than k."""
+        if not self.needs_losses or self.max_records is None:
+            return []
+        return [(u, i) for u, indices in split.training.items() if len(indices) > self.max_records for i in indices]
+
+    def applied(self, corpus: Corpus, split: Split, losses: Losses) -> Split:
+        """The split with at most k training records a user; chunks are chosen when they are cut."""
+        if self.max_records is None or self.strategy == "random_chunk":
+            return split
+        training = {
+            user: self.of_user(user, indices, corpus.records[user], losses) for user, indices in split.training.items()
+        }
+        return dataclasses.replace(split, training=training)
+
+    def of_user(self, user: str, indices: Sequence[int], texts: Sequence[str], losses: Losses) -> tuple[int, ...]:
+        """At most k of ``indices``, in increasing order. Of two records that rank alike the earlier is taken.
+
+        Args:
+            user: the user's id.
+            indices: records that training may use, increasing.
+            texts: all of the user's records.
+            losses: of these records, where the strategy needs them.
+        """
+        assert self.max_records is not None
+        if len(indices) <= self.max_records:
+            return tuple(indices)
+        if self.strategy == "random":
+            chosen = self.key.stream("selection", user).choose(len(indices), self.max_records)
+            return tuple(indices[place] for place in chosen)
+        rank: Callable[[int], float] = {
+            "longest": lambda index: -len(texts[index]),
+            "shortest": lambda index: len(texts[index]),
+            "highest_perplexity": lambda index: -losses[user, index],
+            "lowest_perplexity": lambda index: losses[user, index],
+        }[self.strategy]
+        return tuple(sorted(sorted(indices, key=rank)[: self.max_records]))  # sorting is stable
+
+
+def check_contributions(owners: Sequence[str], max_records: int | None) -> None:
+    """See that no user owns more than k of the training units. A guarantee for users stands on it.
+
+    Raises:
+        GuaranteeLost: if one does; nobody is named.
+    """
+    counts: dict[str, int] = {}
+    for owner in owners:
+        counts[owner] = counts.get(owner, 0) + 1
+    most = max(counts.values(), default=0)
+    if max_records is not None and most > max_records:
+        raise GuaranteeLost(
+            f"a user has {most} records in the training set, privacy.records_per_user allows {max_records}; nothing "
+            "was trained. Report this: selection bounds them"
+        )

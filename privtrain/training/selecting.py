@@ -1,0 +1,126 @@
+"""The training units of a run, and what has to be known of the base model to choose them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from privtrain.backends import Backend
+from privtrain.console import say
+from privtrain.data.canaries import plant
+from privtrain.data.corpus import Corpus
+from privtrain.data.selection import Losses, Selection, check_contributions
+from privtrain.data.split import Split
+from privtrain.data.units import UnitData, build_units
+from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.rundir import write_json
+from privtrain.secret import SecretKey
+from privtrain.training.claim import Inputs
+
+if TYPE_CHECKING:
+    from privtrain.training.job import Network
+
+#: The loss of a record that the model gives none for.
+_WORST = 1e30
+
+
+def select_units(
+    inputs: Inputs,
+    backend: Backend,
+    network: Network,
+    split: Split,
+    root_key: SecretKey,
+    *,
+    cache: pathlib.Path | None,
+    has_begun: bool = False,
+) -> UnitData:
+    """The privacy units that the plan's selection leaves. Every rank calls it, before the model is trained.
+
+    Args:
+        inputs: plan and records.
+        backend: this rank's view of the job.
+        network: the model as it is before its first step.
+        split: who is trained on.
+        root_key: the run's, behind random choices.
+        cache: where rank 0 keeps the losses that decided, so that a resumed run has the same records; ``None`` for a
+            rehearsal.
+        has_begun: whether steps were taken before; then the losses must be there.
+
+    Raises:
+        ConfigError: if nobody is left to train on.
+        GuaranteeLost: if a run that has begun lost its losses, or a user would have more records than the plan allows.
+    """
+    if not split.training:
+        raise ConfigError([Fault("data.held_out_fraction", "no user is left to train on; lower it")])
+    plan = inputs.plan
+    selection = Selection(plan.selection, _max_records(inputs), root_key)
+    corpus = plant(inputs.corpus, split.canaries)
+    losses = _losses(selection.to_score(split), inputs, corpus, backend, network, cache, has_begun)
+    chosen = selection.applied(corpus, split, losses)
+    units = build_units(corpus, chosen, network.encoder, unit=plan.unit, cut=selection)
+    check_contributions(units.owners, plan.records_per_user)
+    return units
+
+
+def _max_records(inputs: Inputs) -> int | None:
+    """K of the selection before training; ``None`` where each step draws k records afresh, or all are used."""
+    plan = inputs.plan
+    if plan.unit == "example":
+        return plan.records_per_user
+    return None if plan.selection in ("random", "random_chunk") else plan.records_per_unit
+
+
+def _losses(
+    wanted: Sequence[tuple[str, int]],
+    inputs: Inputs,
+    corpus: Corpus,
+    backend: Backend,
+    network: Network,
+    cache: pathlib.Path | None,
+    has_begun: bool,
+) -> Losses:
+    if not wanted:
+        return {}
+    known = None
+    with backend.main_alone():
+        if backend.is_main and cache is not None and cache.exists():
+            known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
+        if backend.is_main and has_begun and known is None:
+            raise GuaranteeLost(
+                f"{cache} is gone: the records that training began with cannot be told; restore it, or set another "
+                "run.name"
+            )
+    is_known = known is not None and all(record in known for record in wanted)
+    if backend.broadcast_bytes(bytes([is_known]) if backend.is_main else None) == b"\x01":
+        values = json.dumps([known[record] for record in wanted]).encode() if known is not None else None
+        return dict(zip(wanted, json.loads(backend.broadcast_bytes(values)), strict=True))
+    if backend.is_main:
+        say(f"scoring {len(wanted)} records under the model before training, for {inputs.plan.selection}")
+    found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
+    with backend.main_alone():
+        if backend.is_main and cache is not None:
+            write_json(cache, {"losses": [[u, i, loss] for (u, i), loss in found.items()]}, mode=0o600)
+    return found
+
+
+def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend, network: Network) -> list[float]:
+    """Mean loss per predicted token of each record: one record a forward pass, equally many passes on every rank."""
+    records = network.encoder.encode([corpus.records[user][index] for user, index in wanted]).records
+    losses = torch.zeros(len(records), dtype=torch.float32, device=backend.device)
+    network.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(records), backend.world_size):
+            place = min(start + backend.rank, len(records) - 1)
+            (batch,) = network.lone_packer.pack([[records[place]]], 1)
+            moved = batch.to(backend.device)
+            with network.autocast:
+                loss = network.objective.losses(network.model, moved.input_ids, moved.target_mask).sum()
+            if start + backend.rank == place:
+                losses[place] = loss / max(1, records[place].num_targets)
+    network.model.train()
+    backend.reduce(losses)
+    return losses.nan_to_num(nan=_WORST, posinf=_WORST).tolist()
