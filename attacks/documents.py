@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ from privtrain.rundir import RunDirectory
 from privtrain.secret import SecretKey
 
 PSEUDONYM_PURPOSE = "attack pseudonym"
+
+SPANS_PATH = pathlib.Path("secret/spans.json")
+"""Labelled spans that were sealed before training, where the data had them."""
 
 DOCUMENTS_PER_PART = 128
 """Documents whose signals are written at once: what a killed job may have to do again on each rank."""
@@ -69,6 +73,24 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     if used["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{run.manifest} is not the one that {run.used} was written with; it was replaced")
     return manifest
+
+
+def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]] | None:
+    """The spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
+
+    Raises:
+        AttackInputError: if they were altered, or belong to other coins.
+    """
+    path = run.root / SPANS_PATH
+    if not path.is_file():
+        return None
+    try:
+        found = read_sealed(path)
+    except PlanMismatch as error:
+        raise AttackInputError(str(error)) from None
+    if found["manifest_sha256"] != manifest["sha256"]:
+        raise AttackInputError(f"{path} belongs to other coins than this run's; restore it, or name --spans COLUMN")
+    return found["spans"]
 
 
 def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, str]:

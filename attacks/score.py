@@ -75,7 +75,7 @@ class ScoreOptions:
         num_canary_references: secrets that each canary is compared with.
         variants: re-written texts to score too; see ``attacks.variants``.
         sampling: how text would be drawn from the model; see ``attacks.sampling_scheme``.
-        spans_column: column of labelled spans, or ``presidio``.
+        spans_column: column of labelled spans, or ``presidio``; without it the spans that were sealed, if any.
         date_column: column of dates, for the blind baseline.
         language_column: column of languages; guessed from the text without it.
     """
@@ -118,6 +118,7 @@ class Job:
     documents: Sequence[Document]
     key: SecretKey
     prefix: Tokens | None
+    sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
     target: pathlib.Path
     fingerprint: str
 
@@ -217,6 +218,7 @@ def _prepare(
         documents=planning.in_order(documents, corpus),
         key=attacked.load_key("pseudonym"),
         prefix=prefix,
+        sealed_spans=planning.read_spans(attacked, manifest) if options.spans_column is None else None,
         target=target,
         fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     )
@@ -381,6 +383,9 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
         spans = find_personal_data(text)
     elif options.spans_column is not None:
         spans = spans_of(extra[options.spans_column], extra["offset"])
+    elif job.sealed_spans is not None:
+        pairs = job.sealed_spans.get(document.user, {}).get(str(document.index), ())
+        spans = [(start, end) for start, end in pairs]
     is_sensitive = None
     if spans is not None:
         is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)

@@ -6,6 +6,7 @@ the file that ``attacks prepare`` wrote: it draws them again and refuses a file 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -41,6 +42,9 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     if not config.canaries.are_planted:
         return split_users(corpus, config.data, root_key)
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key)
+    if config.data.deduplicate == "within_user":
+        # As any user's equal records.
+        canaries = tuple(dataclasses.replace(c, records=c.records[:1]) if c.is_invented else c for c in canaries)
     if tokenizer is not None:
         invented = [canary.records[0] for canary in canaries if canary.is_invented]
         num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
@@ -93,7 +97,7 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def used_facts(
-    corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int, unit: str
+    corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
     """What training may really draw, against what the coins allow; sealed. Names users: ``secret/`` only.
 
@@ -103,11 +107,9 @@ def used_facts(
         units: what the coins became after every rule that drops or shortens records.
         manifest_sha256: seal of the coins.
         records_per_unit: k, the most records of a unit in one step.
-        unit: ``"user"`` or ``"example"``.
     """
     kept: dict[str, set[int]] = {}
-    for name, indices in zip(units.names, units.indices, strict=True):
-        owner = name if unit == "user" else name.rpartition("#")[0]
+    for owner, indices in zip(units.owners, units.indices, strict=True):
         kept.setdefault(owner, set()).update(indices)
     left_out = {user: sorted(set(found) - kept.get(user, set())) for user, found in split.training.items()}
     records = plant(corpus, split.canaries).records
@@ -115,7 +117,6 @@ def used_facts(
         "schema": USED_SCHEMA,
         "manifest_sha256": manifest_sha256,
         "units_sha256": units.sha256(),
-        "unit": unit,
         "num_units": len(units),
         "num_records": sum(map(len, units.records)),
         "records_per_unit_per_step": records_per_unit,
