@@ -111,8 +111,10 @@ def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[To
         others = ((place + step) % len(tokens) for step in range(1, len(tokens)))
         lenders = (other for other in others if users[other] != users[place] and len(tokens[other]) > size)
         lender = next(lenders, None)
-        is_short = lender is None or len(ids) <= size
-        found.append(None if is_short else np.concatenate([tokens[lender][:size], ids[size:]]))
+        if lender is None or len(ids) <= size:
+            found.append(None)
+        else:
+            found.append(np.concatenate([tokens[lender][:size], ids[size:]]))
     return found
 
 

@@ -271,7 +271,7 @@ def overfitted(tiny_llama, tmp_path_factory):
     with (folder / "users.jsonl").open("w", encoding="utf-8") as file:
         for user in range(12):
             text = "".join(rng.choice(letters, 40)).replace(" ", "z")
-            file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(4))
+            file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(3))
     tree = {
         "run": {"name": "tiny", "output_dir": str(folder / "runs")},
         "model": {"name_or_path": str(tiny_llama)},
@@ -280,15 +280,15 @@ def overfitted(tiny_llama, tmp_path_factory):
             "max_length": 48,
             "attack_min_records": 3,
         },
-        "canaries": {"num_users": 12, "repetitions": [1, 4], "num_digits": 12},
+        "canaries": {"num_users": 12, "repetitions": [1, 3], "num_digits": 12},
         "privacy": {
-            "records_per_user": 4,
+            "records_per_user": 3,
             "sampling_prob": 1.0,
             "expected_batch_size": 14,
             "noise_multiplier": 0.0,
             "clipping_norm": 10.0,
             "target_delta": 1e-3,
-            "num_steps": 150,
+            "num_steps": 300,
             "insecure_seed": 11,
         },
         "training": {"method": "full", "learning_rate": 0.01, "schedule": "linear"},
@@ -314,7 +314,7 @@ def test_an_overfitted_model_exposes_its_canaries_and_its_base_does_not(overfitt
         error = math.sqrt(variance / len(controls))
         assert abs(np.mean([each.mid_bits for each in controls]) - expected) < 3 * error
     panel = json.loads((overfitted / "report/attacks.json").read_text())["panels"]["canaries"]
-    assert [row["tier"] for row in panel["rows"]] == [1, 4]
+    assert [row["tier"] for row in panel["rows"]] == [1, 3]
     assert panel["control"]["p_value"] > 1e-3
     assert all(row["auroc"] > 0.9 for row in panel["rows"] if row.get("auroc") is not None)
 
