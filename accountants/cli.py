@@ -7,10 +7,13 @@ on standard error and exit code 2.
 # pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
+import dataclasses
 import enum
+import inspect
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +62,7 @@ class Quantity(enum.StrEnum):
 Noise = Annotated[float, typer.Option("--noise-multiplier", "-s", help="Noise standard deviation over clipping norm.")]
 Prob = Annotated[float, typer.Option("--sampling-prob", "-q", help="Probability per unit and step.")]
 Steps = Annotated[int, typer.Option("--num-steps", "-t", help="Steps (per epoch for random-allocation and shuffled).")]
+Epsilon = Annotated[float, typer.Option("--epsilon", "-e", help="The epsilon at which delta is wanted.")]
 Delta = Annotated[float, typer.Option("--delta", "-d", help="Failure probability.")]
 Records = Annotated[int, typer.Option("--num-records", "-k", help="Records per user (exact mixture of Gaussians).")]
 SamplerOption = Annotated[Sampler, typer.Option("--sampler", help="The sampler that was really used.")]
@@ -71,49 +75,83 @@ RelationOption = Annotated[Relation, typer.Option("--relation", help="Which data
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file.")]
 
-
-def _event(
-    sampler: Sampler,
-    *,
-    noise: float,
-    prob: float,
-    steps: int,
-    records: int,
-    epochs: int,
-    selected: int,
-    units: int,
-    batch: int,
-) -> dp_accounting.DpEvent:
-    from accountants import events
-    from accountants import units as user_units
-
-    if records > 1 and sampler is not Sampler.POISSON:
-        raise ValueError(f"--num-records={records} is available for --sampler poisson only")
-    match sampler:
-        case Sampler.POISSON if records > 1:
-            return user_units.group_event(
-                noise_multiplier=noise, sampling_prob=prob, num_steps=steps, num_records=records
-            )
-        case Sampler.POISSON:
-            return events.dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps)
-        case Sampler.TRUNCATED:
-            return events.truncated_poisson_event(
-                noise_multiplier=noise, sampling_prob=prob, max_batch_size=batch, num_units=units, num_steps=steps
-            )
-        case Sampler.FIXED:
-            return events.fixed_size_event(noise_multiplier=noise, batch_size=batch, num_units=units, num_steps=steps)
-        case Sampler.ALLOCATION:
-            return events.random_allocation_event(
-                noise_multiplier=noise, num_steps=steps, num_selected=selected, num_epochs=epochs
-            )
-        case Sampler.SHUFFLED:
-            return events.shuffled_event(noise_multiplier=noise, num_batches=steps, num_epochs=epochs)
+#: What ``compare`` asks: all accountants but the slow ones, or those that have an analysis of a sampler.
+_EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,contour,gdp,aea1,aea2,aea3,eeai"
+_FITTING = {Sampler.TRUNCATED: "pld", Sampler.FIXED: "rdp", Sampler.ALLOCATION: "allocation"}
 
 
-def _relation(relation: Relation) -> dp_accounting.NeighboringRelation:
-    import dp_accounting
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The options that describe a run, shared by the commands."""
 
-    return dp_accounting.NeighboringRelation[relation.name]
+    noise: Noise
+    steps: Steps
+    prob: Prob = 1.0
+    sampler: SamplerOption = Sampler.POISSON
+    records: Records = 1
+    epochs: Epochs = 1
+    selected: Selected = 1
+    units: Units = 0
+    batch: Batch = 0
+    relation: RelationOption = Relation.ADD_OR_REMOVE_ONE
+
+    def neighbours(self) -> dp_accounting.NeighboringRelation:
+        """The relation as the library's value."""
+        import dp_accounting
+
+        return dp_accounting.NeighboringRelation[self.relation.name]
+
+    def event(self) -> dp_accounting.DpEvent:
+        """What the run released."""
+        from accountants import events
+        from accountants import units as user_units
+
+        if self.records > 1 and self.sampler is not Sampler.POISSON:
+            raise ValueError(f"--num-records={self.records} is available for --sampler poisson only")
+        noise, prob, steps = self.noise, self.prob, self.steps
+        match self.sampler:
+            case Sampler.POISSON if self.records != 1:
+                return user_units.group_event(
+                    noise_multiplier=noise, sampling_prob=prob, num_steps=steps, num_records=self.records
+                )
+            case Sampler.POISSON:
+                return events.dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps)
+            case Sampler.TRUNCATED:
+                return events.truncated_poisson_event(
+                    noise_multiplier=noise,
+                    sampling_prob=prob,
+                    max_batch_size=self.batch,
+                    num_units=self.units,
+                    num_steps=steps,
+                )
+            case Sampler.FIXED:
+                return events.fixed_size_event(
+                    noise_multiplier=noise, batch_size=self.batch, num_units=self.units, num_steps=steps
+                )
+            case Sampler.ALLOCATION:
+                return events.random_allocation_event(
+                    noise_multiplier=noise, num_steps=steps, num_selected=self.selected, num_epochs=self.epochs
+                )
+            case Sampler.SHUFFLED:
+                return events.shuffled_event(noise_multiplier=noise, num_batches=steps, num_epochs=self.epochs)
+
+
+def _with_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose first parameter is a :class:`Run` the options of one."""
+    options = inspect.signature(Run, eval_str=True).parameters
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    def run_command(**given: Any) -> None:
+        run = Run(**{name: given.pop(name) for name in options})
+        command(run, **given)
+
+    parameters = [*options.values(), *own]
+    run_command.__name__, run_command.__doc__ = command.__name__, command.__doc__
+    vars(run_command)["__signature__"] = inspect.Signature(
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run_command
 
 
 def _number(value: float) -> str:
@@ -138,69 +176,23 @@ def _print_answer(answer: PrivacyAnswer, as_json: bool) -> None:
 
 
 @app.command()
-def epsilon(
-    noise: Noise,
-    delta_value: Delta,
-    steps: Steps,
-    prob: Prob = 1.0,
-    sampler: SamplerOption = Sampler.POISSON,
-    records: Records = 1,
-    epochs: Epochs = 1,
-    selected: Selected = 1,
-    units: Units = 0,
-    batch: Batch = 0,
-    accountant: Name = "pld",
-    relation: RelationOption = Relation.ADD_OR_REMOVE_ONE,
-    as_json: Json = False,
-) -> None:
+@_with_run
+def epsilon(run: Run, *, delta_value: Delta, accountant: Name = "pld", as_json: Json = False) -> None:
     """Epsilon of a run at a delta."""
     from accountants import api
 
-    event = _event(
-        sampler,
-        noise=noise,
-        prob=prob,
-        steps=steps,
-        records=records,
-        epochs=epochs,
-        selected=selected,
-        units=units,
-        batch=batch,
-    )
-    _print_answer(api.epsilon(event, delta_value, accountant=accountant, relation=_relation(relation)), as_json)
+    answer = api.epsilon(run.event(), delta_value, accountant=accountant, relation=run.neighbours())
+    _print_answer(answer, as_json)
 
 
 @app.command()
-def delta(
-    noise: Noise,
-    epsilon_value: Annotated[float, typer.Option("--epsilon", "-e", help="The epsilon at which delta is wanted.")],
-    steps: Steps,
-    prob: Prob = 1.0,
-    sampler: SamplerOption = Sampler.POISSON,
-    records: Records = 1,
-    epochs: Epochs = 1,
-    selected: Selected = 1,
-    units: Units = 0,
-    batch: Batch = 0,
-    accountant: Name = "tilted",
-    relation: RelationOption = Relation.ADD_OR_REMOVE_ONE,
-    as_json: Json = False,
-) -> None:
+@_with_run
+def delta(run: Run, *, epsilon_value: Epsilon, accountant: Name = "tilted", as_json: Json = False) -> None:
     """Delta of a run at an epsilon."""
     from accountants import api
 
-    event = _event(
-        sampler,
-        noise=noise,
-        prob=prob,
-        steps=steps,
-        records=records,
-        epochs=epochs,
-        selected=selected,
-        units=units,
-        batch=batch,
-    )
-    _print_answer(api.delta(event, epsilon_value, accountant=accountant, relation=_relation(relation)), as_json)
+    answer = api.delta(run.event(), epsilon_value, accountant=accountant, relation=run.neighbours())
+    _print_answer(answer, as_json)
 
 
 @app.command()
@@ -240,33 +232,24 @@ def calibrate(
 
 
 @app.command()
+@_with_run
 def compare(
-    noise: Noise,
+    run: Run,
+    *,
     delta_value: Delta,
-    steps: Steps,
-    prob: Prob = 1.0,
-    records: Records = 1,
     names: Annotated[
-        str, typer.Option("--accountants", help="Comma-separated names; default: all but the slow ones.")
-    ] = "tilted,pld,tilted-edgeworth,rdp,contour,gdp,aea1,aea2,aea3,eeai",
+        str, typer.Option("--accountants", help="Comma-separated names; default: those that fit the sampler.")
+    ] = "",
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
     """Every accountant side by side, with the kind of its answer and its time."""
     from accountants import comparison
 
-    event = _event(
-        Sampler.POISSON,
-        noise=noise,
-        prob=prob,
-        steps=steps,
-        records=records,
-        epochs=1,
-        selected=1,
-        units=0,
-        batch=0,
+    chosen = names or _FITTING.get(run.sampler, _EVERYTHING)
+    rows = comparison.compare(
+        run.event(), delta_value, [name.strip() for name in chosen.split(",")], relation=run.neighbours()
     )
-    rows = comparison.compare(event, delta_value, [name.strip() for name in names.split(",")])
     if plot is not None:
         comparison.draw_rows(rows, plot)
     if as_json:

@@ -41,7 +41,12 @@ class Row:
         return {"name": self.name, "answer": answer, "refusal": self.refusal, "seconds": self.seconds}
 
 
-def compare(event: dp_accounting.DpEvent, delta: float, names: Sequence[str]) -> list[Row]:
+def compare(
+    event: dp_accounting.DpEvent,
+    delta: float,
+    names: Sequence[str],
+    relation: dp_accounting.NeighboringRelation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> list[Row]:
     """Ask every named accountant for epsilon at ``delta``."""
     rows: list[Row] = []
     for name in names:
@@ -49,7 +54,7 @@ def compare(event: dp_accounting.DpEvent, delta: float, names: Sequence[str]) ->
         start = time.perf_counter()
         answer, refusal = None, ""
         try:
-            answer = accountant.epsilon(event, delta)
+            answer = accountant.epsilon(event, delta, relation)
         except ValueError as error:
             refusal = str(error)
         rows.append(Row(name, answer, refusal, time.perf_counter() - start))

@@ -14,4 +14,4 @@ def bracketed_root(
 ) -> float:
     """A root of a continuous function between two points at which its signs differ (Brent's method)."""
     solver = cast(Any, optimize).brentq
-    return float(solver(function, low, high, xtol=xtol, rtol=rtol))
+    return float(solver(function, low, high, xtol=xtol, rtol=rtol, maxiter=2000))

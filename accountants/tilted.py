@@ -118,11 +118,12 @@ def _both(ends: Ends) -> Ends:
 def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Ends:
     """Refine the direction with the larger upper end until its own ends agree."""
     searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
-    for search in searches:
-        search.refine()
+    searches[0].refine()
+    searches[1].refine(worse_than=searches[0].upper)
     while True:
         worst = max(searches, key=lambda search: search.upper)
-        if worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12) or not worst.refine():
+        known = math.isfinite(worst.upper) and worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12)
+        if known or not worst.refine():
             lower = max(search.lower for search in searches)
             return Ends(lower, worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
 
@@ -138,8 +139,8 @@ class _EpsilonSearch:
         self._longest = _longest(composed)
         self._log2_length = min(_SHORTEST, self._longest)
 
-    def refine(self) -> bool:
-        """Try the next transform length; False if there is none."""
+    def refine(self, worse_than: float = 0.0) -> bool:
+        """Try the next transform length; False if there is none. Only a direction so bad gets a lower end."""
         log2_length = self._log2_length
         if log2_length > self._longest:
             return False
@@ -149,7 +150,7 @@ class _EpsilonSearch:
         if upper is not None:
             upper = max(upper, 0.0)
             self.upper = min(self.upper, upper)
-            if upper > 0:
+            if upper > worse_than:
                 self.lower = max(self.lower, window.lower_epsilon(self.delta, upper) or 0.0)
             # The saddle-point formula errs high where rare large losses matter; a coarse lattice errs high everywhere.
             if upper < self._start.epsilon:

@@ -69,6 +69,9 @@ class TiltedSum:
     def log_delta(self, epsilon: float, sign: float) -> float:
         """Log of the upper (``sign`` 1) or lower (-1) bound on delta."""
         log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
+        if self.scale == 0:
+            # Tilted so far that float64 sees one point: nothing to expand, but the branch c_t needs no law.
+            return log_peak + self.log_moment - self.tilt * epsilon if sign > 0 else -math.inf
         peak = math.exp(log_peak)
         values = [
             self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error,
@@ -102,10 +105,14 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
         for step, count in composed.phases
     ]
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    log_moment = math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps)
+    mean = math.fsum(count * moments.mean for moments, count in steps)
+    if variance == 0 or min(moments.central[0] for moments, _ in steps) == 0:
+        return TiltedSum(tilt, log_moment, mean, 0.0, 0.0, 1.0, 1.0)
     return TiltedSum(
         tilt,
-        log_moment=math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps),
-        mean=math.fsum(count * moments.mean for moments, count in steps),
+        log_moment,
+        mean,
         scale=math.sqrt(variance),
         skew=math.fsum(count * moments.central[1] for moments, count in steps) / variance**1.5,
         normal_error=min(normal_error(steps), 1.0),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -76,13 +77,13 @@ class Window:
             return 0.0
         steps = self.num_steps
         # Hoeffding around the mean of Xi / h, which is n tanh(h / 4).
-        deviation = math.ceil(math.sqrt(steps * (MARGIN - math.log(lattice_delta))))
+        deviation = math.ceil(math.sqrt(steps * 8 * math.ceil((MARGIN - math.log(lattice_delta)) / 8)))
         reach = min(steps, deviation + math.ceil(steps * math.tanh(spacing / 4)))
         jumps = np.arange(-reach, reach + 1)
         epsilons = epsilon - spacing * jumps
         if spacing * reach > 50 or epsilons[0] >= self.points[-2] or epsilons[-1] <= self.points[0]:
             return None
-        law = np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
+        law = _jump_law(steps, reach, spacing)
         # The delta at each jump left out is at most 1.
         outside = 0.0 if reach == steps else 2 * math.exp(-deviation * deviation / steps)
         values = self._many(self.upper_values, epsilons)
@@ -106,7 +107,8 @@ class Window:
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
         """An epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``."""
         spacing = float(self.points[1] - self.points[0])
-        good, step = None, spacing / 8
+        # The size of the lattice's effect, or less.
+        good, step = None, max(spacing / 8, self.num_steps * spacing**2 / 24)
         while (value := self.lower_delta(upper - step)) is not None:
             if value >= delta:
                 good = upper - step
@@ -115,7 +117,7 @@ class Window:
         if good is None:
             return None
         bad = upper - step / 2
-        for _ in range(6):
+        for _ in range(4):
             middle = (good + bad) / 2
             value = self.lower_delta(middle)
             good, bad = (middle, bad) if value is not None and value >= delta else (good, middle)
@@ -134,6 +136,13 @@ class Window:
         before = np.clip(((epsilons - self.points[0]) / spacing).astype(np.int64), 0, len(self.points) - 2)
         part = np.expm1(epsilons - self.points[before]) / math.expm1(spacing)
         return values[before] * (1 - part) + values[before + 1] * part
+
+
+@functools.lru_cache(maxsize=8)
+def _jump_law(steps: int, reach: int, spacing: float) -> Array:
+    """Probabilities of Xi / spacing between -reach and reach."""
+    jumps = np.arange(-reach, reach + 1)
+    return np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
 
 
 def _log_binomial(count: int, successes: np.typing.NDArray[np.int64], prob: float) -> Array:

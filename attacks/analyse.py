@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks import blind, curves, features, registry, results, rundir, signals, statistics, user_inference, verdict
+from attacks.audit import panel as auditing
 from attacks.errors import AttackInputError
 from attacks.features import DocumentTable, Scored
 from attacks.lift import AGGREGATIONS, lift
@@ -84,6 +85,11 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
+    findings = auditing.audit_run(run, statement, scored, cap, seed, confounded_by)
+    found_verdict, reason = verdict.combine(
+        (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
+        [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
+    )
     facts: dict[str, Any] = {
         "schema": SCHEMA_NAME,
         "attack": "user_inference",
@@ -95,8 +101,8 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "cap": _cap_facts(cap, num_held_out),
         "ceiling": {"auroc": 1.0, "interval": [ceiling.lower, ceiling.upper]},
         "headline": user_inference.HEADLINE,
-        "verdict": headline["verdict"],
-        "verdict_reason": headline["verdict_reason"],
+        "verdict": str(found_verdict),
+        "verdict_reason": reason,
         "results": found,
         "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
         f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
@@ -105,7 +111,10 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "blind": {name: _blind_facts(result) for name, result in families.items()},
         "user_inference": _user_inference_facts(scored, users, seed),
         "sensitive": panel.facts(seed),
-        "panels": {name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
+        "panels": {
+            "audit": auditing.panel(findings),
+            **{name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
+        },
     }
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
     _write_per_user(run / PER_USER_PATH, scored, users)

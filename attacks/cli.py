@@ -42,7 +42,35 @@ def prepare(
         f"{done.num_attacked}; {done.num_canaries} canary users; {done.num_labelled} records with labelled spans"
     )
     typer.echo(f"sealed as sha256 {done.sha256}; write it down")
+    if done.num_canaries:
+        typer.echo(f"how much these {done.num_canaries} canary users can show: attacks audit-plan {config}")
     typer.echo(f"next: privtrain train {' '.join([str(config), *(overrides or [])])}")
+
+
+@app.command(name="audit-plan")
+def audit_plan(
+    config: Annotated[
+        pathlib.Path | None,
+        typer.Argument(
+            help="YAML file of the run, whose claim is to be tested.", metavar="[CONFIG]", show_default=False
+        ),
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(min=0, help="Claimed epsilon, instead of a CONFIG.")] = None,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="Its delta, instead of a CONFIG.")] = 1e-5,
+    target: Annotated[float | None, typer.Option(min=0, help="Lower bound that is wanted; default: the claim.")] = None,
+    power: Annotated[float, typer.Option(min=0.01, max=0.99, help="Chance with which it is to be reached.")] = 0.8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How many canary users an audit needs to show a wanted epsilon, or to notice missing noise (before training)."""
+    from attacks.audit import planning
+
+    plan = planning.plan_of(config, epsilon, delta, target_epsilon=target, power=power)
+    if as_json:
+        typer.echo(planning.to_json(plan))
+    else:
+        import rich.console
+
+        rich.console.Console().print(*planning.printed(plan), sep="\n")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ GRID = "#e4e8ec"
 HELD_IN_COLOR = "#b4532a"
 HELD_OUT_COLOR = "#2b6a99"
 CAP_COLOR = "#3d7a4e"
+_SERIES_COLORS = (HELD_IN_COLOR, HELD_OUT_COLOR, CAP_COLOR, "#7a5c99", MUTED)
 
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
@@ -164,6 +166,39 @@ def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, "sensitive")
+
+
+def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
+    """The figure of a panel (:mod:`attacks.panels`): lines or bars.
+
+    Args:
+        figure_facts: its ``figure``.
+        name: of the figure, unique in the page.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    series = figure_facts["series"]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new_figure(height=3.4)
+        for number, (item, color) in enumerate(zip(series, itertools.cycle(_SERIES_COLORS), strict=False)):
+            if figure_facts["kind"] == "bar":
+                width = 0.76 / len(series)
+                places = [place + width * (number - (len(series) - 1) / 2.0) for place in range(len(item["x"]))]
+                heights = [0.0 if value is None else value for value in item["y"]]
+                axes.bar(places, heights, width=0.94 * width, color=color, alpha=0.75, label=item["label"])
+            else:
+                points = [(x, y) for x, y in zip(item["x"], item["y"], strict=True) if y is not None]
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", ms=3, label=item["label"])
+        if figure_facts["kind"] == "bar":
+            axes.set_xticks(range(len(series[0]["x"])), [str(label) for label in series[0]["x"]])
+        elif figure_facts.get("x_scale") == "log":
+            axes.set_xscale("log")
+        axes.set(xlabel=figure_facts.get("x_label", ""), ylabel=figure_facts.get("y_label", ""))
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, name)
 
 
 def _new_figure(height: float = 4.4) -> tuple[Figure, Axes]:

@@ -17,7 +17,7 @@ class Policy(pydantic.BaseModel):
     """What fails a run.
 
     Attributes:
-        fail_on_verdicts: verdicts that fail.
+        fail_on_verdicts: verdicts that fail, of statistics and of panels.
         max_auroc_lower: the largest lower end of the AUROC interval that passes; null sets none.
         statistics: judge the declared headline alone, or every statistic.
     """
@@ -40,6 +40,9 @@ class Policy(pydantic.BaseModel):
                 found.append(f"{name}: verdict {result['verdict']}")
             if self.max_auroc_lower is not None and lower > self.max_auroc_lower:
                 found.append(f"{name}: AUROC is at least {lower:.4f}, above the allowed {self.max_auroc_lower:g}")
+        for name, panel in attacks["panels"].items():
+            if panel and panel.get("verdict") in set(self.fail_on_verdicts):
+                found.append(f"{name}: verdict {panel['verdict']}")
         return found
 
 

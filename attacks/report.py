@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import jinja2
 import rich.table
 import rich.text
 
-from attacks import analyse, figures, rundir
+from attacks import analyse, figures, panels, rundir
 from attacks.errors import AttackInputError
 from privtrain.rundir import write_atomically, write_json
 
@@ -62,6 +63,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
         "training_seconds": rundir.training_seconds(run),
         "axis_labels": AXIS_LABELS,
         "claim": _claim(statement, attacks),
+        "panels": _shown_panels(attacks),
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attacks"),
@@ -102,6 +104,19 @@ def read_results(run: pathlib.Path) -> Mapping[str, Any]:
     return _read(run)[1]
 
 
+def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The panels that have something to show, ready for the templates."""
+    shown = []
+    for name, panel in attacks["panels"].items():
+        if panel is None:
+            continue
+        panels.check(name, panel)
+        key = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        svg = figures.panel_figure(panel["figure"], f"panel-{key}") if panel.get("figure") else ""
+        shown.append({**panel, **panels.table(panel), "name": name, "id": f"panel-{key}", "svg": svg})
+    return shown
+
+
 def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """One figure for each thing that the headline was split by, where there was enough to split."""
     figure_list = []
@@ -120,7 +135,7 @@ def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def summary_table(run: pathlib.Path) -> rich.table.Table:
-    """The run in ten rows, for the terminal.
+    """The run in ten rows and one for each panel, for the terminal.
 
     Args:
         run: an analysed run directory.
@@ -150,6 +165,7 @@ def summary_table(run: pathlib.Path) -> rich.table.Table:
         ("held-out perplexity after", after),
         ("user-inference AUROC", f"{headline['auroc']:.3f}  (95 % interval {lower:.3f} to {upper:.3f})"),
         ("cap that epsilon implies", _cap_text(attacks["cap"])),
+        *((panel["title"].lower(), panel["summary"]) for panel in _shown_panels(attacks)),
         ("verdict", f"{attacks['verdict']}: {attacks['verdict_reason']}"),
     ):
         table.add_row(name, rich.text.Text(value))

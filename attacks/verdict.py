@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attacks import statistics
@@ -22,6 +23,11 @@ _VACUOUS_AUROC = 0.999
 _ACCOUNTANTS = ("pld", "tilted")
 # Small epsilons decide the middle of the ROC, and with it the area.
 _CURVE_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+# Random allocation: two seconds a point at this grid width, minutes at a finer one; certified at any.
+_ALLOCATION_SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
+_ALLOCATION_GRID = 0.2
+# Names of neighbouring relations in statements, and dp_accounting's.
+_RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPECIAL"}
 
 
 class Verdict(enum.StrEnum):
@@ -103,57 +109,132 @@ class Cap:
 
 
 def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
-    """The privacy curve of the stated mechanism, or None where it is not the one that can be tabulated here."""
-    mechanism, sampling = statement.mechanism, statement.sampling
-    stated = (mechanism.kind, sampling.scheme, statement.neighboring_relation)
-    if stated != ("gaussian", "poisson", "add_or_remove_one"):
-        return None
+    """The privacy curve of the stated mechanism, or None where the statement gives none that can be certified."""
+    noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
-    if not mechanism.noise_multiplier or not sampling.sampling_prob or not statement.steps_released or not num_records:
+    if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps or not num_records:
         return None
+    if statement.neighboring_relation not in _RELATIONS:
+        return None
+    sampling = statement.sampling
+    parameters = (("sampling_prob", sampling.sampling_prob), *sorted((sampling.model_extra or {}).items()))
     return _tabulate(
-        mechanism.noise_multiplier,
-        sampling.sampling_prob,
-        statement.steps_released,
+        sampling.scheme,
+        tuple((name, value) for name, value in parameters if isinstance(value, (int, float))),
+        statement.neighboring_relation,
+        noise_multiplier,
+        num_steps,
         max(1.0, statement.effective_epsilon),
         num_records,
     )
 
 
+def _charged_steps(statement: PrivacyStatement) -> int:
+    """Whole epochs where the scheme has epochs: what epsilon is for."""
+    return statement.steps_accounted or statement.steps_released
+
+
 @functools.cache
 def _tabulate(
-    noise_multiplier: float, sampling_prob: float, num_steps: int, largest_epsilon: float, num_records: int = 1
+    scheme: str,
+    parameters: tuple[tuple[str, float], ...],
+    relation: str,
+    noise_multiplier: float,
+    num_steps: int,
+    largest_epsilon: float,
+    num_records: int = 1,
 ) -> statistics.CurveBound | None:
     """Certified points of the curve, or None where no accountant can resolve the event."""
-    event = _event(noise_multiplier, sampling_prob, num_steps, num_records)
-    for name in _ACCOUNTANTS:
+    if num_records == 1:
+        made = _event(scheme, dict(parameters), noise_multiplier, num_steps)
+    else:
+        made = _group_event(scheme, dict(parameters), relation, noise_multiplier, num_steps, num_records)
+    if made is None:
+        return None
+    event, names = made
+    for name in names:
         try:
-            points = [_point(event, share * largest_epsilon, name) for share in _CURVE_SHARES]
-        except ValueError:
+            shares = _ALLOCATION_SHARES if name == "allocation" else _CURVE_SHARES
+            points = [_point(event, share * largest_epsilon, name, relation) for share in shares]
+        except (ValueError, ImportError):
             # The stated pair stands alone in the end; a cap is never made of what is not certified.
             continue
         return statistics.CurveBound(tuple(points), name)
     return None
 
 
-def _event(noise_multiplier: float, sampling_prob: float, num_steps: int, num_records: int) -> dp_accounting.DpEvent:
-    """DP-SGD; for a user whose records are sampled apart, a mixture of Gaussians."""
-    import accountants
+def _group_event(
+    scheme: str,
+    parameters: dict[str, float],
+    relation: str,
+    noise_multiplier: float,
+    num_steps: int,
+    num_records: int,
+) -> tuple[dp_accounting.DpEvent, tuple[str, ...]] | None:
+    """A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone."""
     from accountants.units import group_event
 
-    if num_records == 1:
-        return accountants.dp_sgd_event(
-            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps
-        )
-    return group_event(
-        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=num_records
+    if scheme != "poisson" or relation != "add_or_remove_one" or "sampling_prob" not in parameters:
+        return None
+    event = group_event(
+        noise_multiplier=noise_multiplier,
+        sampling_prob=parameters["sampling_prob"],
+        num_steps=num_steps,
+        num_records=num_records,
     )
+    return event, _ACCOUNTANTS
 
 
-def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str) -> statistics.DpBound:
+def _event(
+    scheme: str, parameters: dict[str, float], noise_multiplier: float, num_steps: int
+) -> tuple[dp_accounting.DpEvent, tuple[str, ...]] | None:
+    """What the steps released, by the statement's own parameters, and the accountants that can certify it."""
     import accountants
 
-    answer = accountants.delta(event, epsilon, accountant=accountant)
+    try:
+        if scheme == "poisson":
+            prob = parameters["sampling_prob"]
+            event = accountants.dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=prob, num_steps=num_steps)
+            return event, _ACCOUNTANTS
+        if scheme == "truncated_poisson":
+            event = accountants.truncated_poisson_event(
+                noise_multiplier=noise_multiplier,
+                sampling_prob=parameters["sampling_prob"],
+                max_batch_size=int(parameters["max_batch_size"]),
+                num_units=int(parameters["max_num_units"]),
+                num_steps=num_steps,
+            )
+            return event, ("pld",)
+        num_epochs = -(-num_steps // int(parameters["steps_per_epoch"]))
+        if scheme == "random_allocation":
+            event = accountants.random_allocation_event(
+                noise_multiplier=noise_multiplier,
+                num_steps=int(parameters["steps_per_epoch"]),
+                num_selected=int(parameters["steps_per_unit"]),
+                num_epochs=num_epochs,
+            )
+            return event, ("allocation",)
+        if scheme == "shuffle":
+            event = accountants.shuffled_event(
+                noise_multiplier=noise_multiplier, num_batches=int(parameters["steps_per_epoch"]), num_epochs=num_epochs
+            )
+            return event, _ACCOUNTANTS
+    except KeyError:
+        return None
+    return None
+
+
+def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relation: str) -> statistics.DpBound:
+    import accountants
+    from accountants.allocation import AllocationAccountant
+    from accountants.api import NeighboringRelation
+
+    asked = NeighboringRelation[_RELATIONS[relation]]
+    if accountant == "allocation":
+        exact = AllocationAccountant(_ALLOCATION_GRID / epsilon, with_lower=False)
+        answer = exact.delta(event, epsilon, relation=asked)
+    else:
+        answer = accountants.delta(event, epsilon, accountant=accountant, relation=asked)
     return statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer)))
 
 
@@ -208,3 +289,19 @@ def judge(
         f"this sample could have shown an AUROC above the {allowed:.4f} that the claim allows and did not; "
         "that does not prove the claim"
     )
+
+
+def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
+    """The run's verdict: the headline's, unless an audit falsifies and nothing is confounded.
+
+    Args:
+        headline: verdict and reason of the declared statistic.
+        audits: of each source of coins.
+
+    Returns:
+        A verdict and its reason.
+    """
+    if headline[0] is Verdict.CONFOUNDED:
+        return headline
+    falsified = [audit for audit in audits if audit[0] is Verdict.FALSIFIED]
+    return falsified[0] if falsified and headline[0] is not Verdict.FALSIFIED else headline

@@ -27,12 +27,12 @@ def check(setting, limit_seconds=math.inf):
     event = dp_sgd(q, sigma, steps)
     answers, refusals = {}, []
     for name in CERTIFIED:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             answers[name] = get_accountant(name).epsilon(event, delta)
         except ValueError as refusal:
             refusals.append(str(refusal))
-        assert time.perf_counter() - start < limit_seconds, (name, setting)
+        assert time.process_time() - start < limit_seconds, (name, setting)
     assert {"tilted", "rdp", "tilted-edgeworth"} <= answers.keys()
     assert all("use 'tilted'" in refusal for refusal in refusals), refusals
     assert answers["tilted"].upper <= 1.05 * answers["rdp"].upper + 1e-9

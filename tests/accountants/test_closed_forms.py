@@ -74,3 +74,18 @@ def test_nothing_released_costs_nothing_and_no_noise_costs_everything(accountant
     assert nothing.estimate == 0
     everything = accountants.epsilon(dp_accounting.NonPrivateDpEvent(), 1e-5, accountant=accountant)
     assert math.isinf(everything.upper)
+
+
+@pytest.mark.parametrize("delta", [1e-300, 1e-18, 1e-6])
+def test_one_step_at_the_ends_of_float64_is_answered(delta):
+    answer = accountants.epsilon(dp_sgd(1e-12, 0.01, 1), delta, accountant="tilted")
+    assert 0 <= answer.lower <= answer.upper < math.inf
+    assert answer.upper == 0 or accountants.delta(dp_sgd(1e-12, 0.01, 1), answer.upper, accountant="tilted").lower <= (
+        delta * (1 + 1e-6)
+    )
+
+
+def test_the_shortest_transforms_saying_nothing_is_no_end_of_refinement():
+    """Forty million steps: the first windows bound nothing, longer ones do."""
+    answer = accountants.epsilon(dp_sgd(5.09e-5, 1.0, 39_200_000), 1e-6, accountant="tilted")
+    assert 1.84 < answer.lower <= answer.upper < 1.01 * answer.lower

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from accountants import cli
@@ -49,6 +50,28 @@ def test_compare_names_every_accountant_and_its_kind():
     assert "tilted" in invoke("compare", *RUN, "--accountants", "tilted,gdp").output
 
 
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["--sampler", "truncated-poisson", "-q", "0.1", "--batch-size", "40", "--num-units", "200"], "pld"),
+        (["--sampler", "fixed-size", "--batch-size", "5", "--num-units", "99", "--relation", "replace_one"], "rdp"),
+        (["--sampler", "shuffled", "--num-epochs", "2", "--relation", "replace_special"], "tilted"),
+    ],
+)
+def test_compare_asks_the_accountants_that_fit_the_sampler(options, method):
+    rows = json.loads(invoke("compare", "-s", "1", "-t", "10", "-d", "1e-5", *options, "--json").output)
+    answer = next(row["answer"] for row in rows if row["name"] == method)
+    assert answer["kind"] == "certified_upper"
+    assert 0 < answer["upper"] < 100
+
+
+@pytest.mark.parametrize("command", ["epsilon", "delta", "compare"])
+def test_commands_about_a_run_share_its_options(command):
+    (declared,) = (each for each in typer.main.get_command(cli.app).commands.values() if each.name == command)
+    names = {name for parameter in declared.params for name in parameter.opts}
+    assert {"--sampler", "--relation", "--num-records", "--num-epochs", "--num-selected", "--json"} <= names
+
+
 def test_curve_draws_and_caps_attacks(tmp_path):
     picture = tmp_path / "curve.png"
     data = json.loads(invoke("curve", *RUN, "--points", "6", "--json", "--plot", str(picture)).output)
@@ -70,6 +93,7 @@ def test_convert_is_the_black_box_group():
     [
         ["epsilon", "-s", "1", "-q", "1.5", "-t", "10", "-d", "1e-5"],
         ["epsilon", *RUN, "-a", "nobody"],
+        ["epsilon", *RUN, "--num-records", "0"],
         ["epsilon", *RUN, "--sampler", "fixed-size", "--batch-size", "5", "--num-units", "100"],
         ["calibrate", "-e", "-1", "-d", "1e-5"],
         ["calibrate", "-e", "2", "-d", "1e-5", "-q", "0.01", "-t", "10", "-a", "aea1"],

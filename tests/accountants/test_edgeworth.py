@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from accounting_cases import GLUE, dp_sgd, simulated_losses
+from accounting_cases import GLUE, dp_sgd, simulated_losses, worst_contour_delta
 
 import accountants
 from accountants import edgeworth
@@ -136,3 +136,11 @@ def test_beyond_float64_the_interval_without_sampling_still_holds_the_truth():
         answer, exact = (accountants.delta(event, epsilon, accountant=name) for name in ("eeai", "tilted"))
         assert answer.lower <= exact.upper
         assert exact.lower <= answer.upper
+
+
+@pytest.mark.parametrize("epsilon", [1e3, 1e5, 1e300])
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.01, 1.0, 1000), (1.0, 2.0, 50), (1e-6, 0.3, 2)])
+def test_a_law_tilted_to_one_point_still_gets_a_bound(q, sigma, steps, epsilon):
+    answer = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted-edgeworth")
+    assert 0 <= answer.lower <= answer.upper <= 1
+    assert q < 1 or answer.upper >= worst_contour_delta(dp_sgd(q, sigma, steps), epsilon)

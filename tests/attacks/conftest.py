@@ -120,6 +120,8 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
         if perplexity:
             metrics[0] |= {"eval/held_out_perplexity": 31.4}
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
+        run.joinpath("secret").mkdir(exist_ok=True)
+        (run / "secret" / "config.yaml").write_text("data: {held_out_fraction: 0.5}\n")
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         if num_units:
             signals.write_signals(

@@ -50,7 +50,8 @@ def test_the_policy_decides_the_exit_code(broken, tmp_path, text, code, said):
 def test_without_a_policy_nothing_fails(broken):
     assert CliRunner().invoke(app, ["report", str(broken)]).exit_code == 0
     assert policy.Policy().violations(json.loads((broken / analyse.ATTACKS_PATH).read_text())) == [
-        "token_mean: verdict falsified"
+        "token_mean: verdict falsified",
+        "audit: verdict falsified",
     ]
 
 

@@ -51,7 +51,7 @@ def test_no_cap_and_no_spread_say_nothing():
 
 
 def test_the_curve_falls_back_where_the_first_accountant_refuses():
-    curve = _tabulate(1.0, 1.0, 1000, 700.3)
+    curve = _tabulate("poisson", (("sampling_prob", 1.0),), "add_or_remove_one", 1.0, 1000, 700.3)
     assert curve.source == "tilted"
     event = accountants.dp_sgd_event(noise_multiplier=1.0, sampling_prob=1.0, num_steps=1000)
     for point in curve.points:

@@ -253,7 +253,8 @@ def check_allocation(scheme, num_epochs, noise, epsilon, num_samples):
     mean, error = worst
     assert error <= 0.05 * mean
     assert answer.lower - 5 * error <= mean <= answer.upper + 5 * error
-    assert answer.upper <= 1.3 * answer.lower
+    # A lower end is certified only where a unit joins one step of an epoch or all; the upper end is near in any case.
+    assert answer.upper <= 1.3 * (answer.lower or mean)
 
 
 @pytest.mark.parametrize(("scheme", "num_epochs", "noise", "epsilon"), [(RandomAllocation(5), 2, 1.0, 1.0)])

@@ -1,0 +1,141 @@
+"""Epsilon from true and false positive rates with Clopper-Pearson bounds (Jagielski et al. 2020, arXiv 2006.07709).
+
+(epsilon, delta)-DP allows a test TPR <= e^epsilon FPR + delta and TNR <= e^epsilon FNR + delta, so
+
+    epsilon >= ln((TPR_low - delta) / FPR_high)    and    epsilon >= ln((TNR_low - delta) / FNR_high).
+
+Both read the same two one-sided bounds (TNR_low = 1 - FPR_high), so both hold on the event that those two hold: half of
+the error goes to each, and the second rule costs nothing more at the same threshold.
+
+The rates are binomial only if units are scored independently of each other: one unit a run over many runs. Within one
+training run all scores hang on one model. So in one run this is an estimate under that assumption, and the verdict
+rests on :mod:`attacks.audit.one_run`, which needs no such thing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import scipy.special
+
+from attacks.audit.guesses import FloatArray
+
+Strategy = Literal["bonferroni", "split"]
+
+RANK_SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)
+"""Declared shares of one side that may lie beyond the threshold."""
+
+_MAX_THRESHOLDS = 100
+
+
+def lower_rate(num_hits: int, num_trials: int, significance: float) -> float:
+    """The rate below which as many hits are as rare as ``significance`` (one-sided Clopper-Pearson)."""
+    return float(scipy.special.betaincinv(num_hits, num_trials - num_hits + 1, significance)) if num_hits else 0.0
+
+
+def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
+    """The rate above which as few hits are as rare as ``significance``."""
+    if num_hits == num_trials:
+        return 1.0
+    return float(scipy.special.betainccinv(num_hits + 1, num_trials - num_hits, significance))
+
+
+def epsilon_of_counts(
+    true_positives: int, num_in: int, false_positives: int, num_out: int, delta: float, significance: float
+) -> float:
+    """The better of both rules at one threshold that was fixed beforehand.
+
+    Args:
+        true_positives: held-in units beyond the threshold.
+        num_in: held-in units.
+        false_positives: held-out units beyond it.
+        num_out: held-out units.
+        delta: at which epsilon is asked for.
+        significance: of the bound, one-sided, for both rates together.
+
+    Returns:
+        At least 0.
+    """
+    tpr = lower_rate(true_positives, num_in, significance / 2.0)
+    fpr = upper_rate(false_positives, num_out, significance / 2.0)
+    return max(_log_ratio(tpr - delta, fpr), _log_ratio(1.0 - fpr - delta, 1.0 - tpr), 0.0)
+
+
+def epsilon_lower_bound(
+    held_in: FloatArray,
+    held_out: FloatArray,
+    delta: float,
+    significance: float,
+    *,
+    strategy: Strategy = "bonferroni",
+    seed: int = 0,
+) -> float:
+    """A lower bound on epsilon over thresholds, the choice among them paid for.
+
+    ``bonferroni``: thresholds at declared ranks of one side's scores, each at its share of the error. A threshold at a
+    rank of the held-out scores has a false positive rate that Clopper-Pearson bounds exactly, and the held-in scores
+    know nothing of it; the mirror image serves the second rule. ``split``: a random half chooses the threshold, the
+    other half is counted.
+
+    Args:
+        held_in: one score per held-in unit.
+        held_out: one score per held-out unit.
+        delta: at which epsilon is asked for.
+        significance: of the bound, one-sided.
+        strategy: see above.
+        seed: of the split; not used otherwise.
+
+    Returns:
+        At least 0; 0 without units on either side.
+    """
+    if not held_in.size or not held_out.size:
+        return 0.0
+    if strategy == "split":
+        return _by_split(held_in, held_out, delta, significance, seed)
+    sides = ((held_in, held_out), (-held_out, -held_in))
+    share = significance / sum(len(_ranks(other.size)) for _, other in sides)
+    return max(_at_rank(one, other, rank, delta, share) for one, other in sides for rank in _ranks(other.size))
+
+
+def ceiling(
+    num_in: int, num_out: int, delta: float, significance: float, *, strategy: Strategy = "bonferroni"
+) -> float:
+    """The bound had every held-in unit scored above every held-out unit."""
+    separated = np.ones(num_in), np.zeros(num_out)
+    return epsilon_lower_bound(*separated, delta, significance, strategy=strategy)
+
+
+def _ranks(num_units: int) -> list[int]:
+    return sorted({math.floor(share * num_units) for share in RANK_SHARES})
+
+
+def _at_rank(one: FloatArray, other: FloatArray, rank: int, delta: float, significance: float) -> float:
+    """Both rules at the threshold that lets ``rank`` units of ``other`` through."""
+    threshold = np.sort(other)[other.size - 1 - rank]
+    # Ties lie on the threshold and are let through by neither side, so the rank stays an upper bound of the count.
+    return epsilon_of_counts(int(np.count_nonzero(one > threshold)), one.size, rank, other.size, delta, significance)
+
+
+def _by_split(held_in: FloatArray, held_out: FloatArray, delta: float, significance: float, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    halves = [np.array_split(rng.permutation(scores), 2) for scores in (held_in, held_out)]
+    (choose_in, count_in), (choose_out, count_out) = halves
+    if not count_in.size or not count_out.size:
+        return 0.0
+    thresholds = np.unique(np.concatenate([choose_in, choose_out]))
+    thresholds = thresholds[:: math.ceil(thresholds.size / _MAX_THRESHOLDS)]
+
+    def bound(threshold: float, one: FloatArray, other: FloatArray) -> float:
+        hits, false = (int(np.count_nonzero(scores >= threshold)) for scores in (one, other))
+        return epsilon_of_counts(hits, one.size, false, other.size, delta, significance)
+
+    best = max(thresholds, key=lambda threshold: bound(threshold, choose_in, choose_out))
+    return bound(best, count_in, count_out)
+
+
+def _log_ratio(low: float, high: float) -> float:
+    if low <= 0.0:
+        return 0.0
+    return math.log(low / high) if high > 0.0 else math.inf

@@ -1,0 +1,201 @@
+"""Everything that the audit says about one source of coins, and the one rule that turns it into a verdict.
+
+Two tests decide, and both need nothing but the coins: the one-run bound at the claim's delta, and the one-run test
+of the run's own certified curve. The error of all deciding tests together is ``SIGNIFICANCE``, shared equally between
+sources, tests and declared numbers of guesses. The Gaussian and the Clopper-Pearson bounds stand beside them with the
+assumption that each needs, and decide nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from attacks.audit import clopper, one_run, tradeoff
+from attacks.audit.guesses import Coins, correct_guesses, fair, guess_counts
+from attacks.statistics import Bound, DpBound
+from attacks.verdict import Verdict
+
+SIGNIFICANCE = 0.05
+_NUM_TESTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the run promises, in the unit whose coins were flipped.
+
+    Attributes:
+        pair: its (epsilon, delta), or None if it gives none for this unit.
+        curve: more certified points of the same mechanism, or None.
+        reason: why there is no pair, or how it came from another unit; may be empty.
+    """
+
+    pair: DpBound | None
+    curve: Bound | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The most telling of the declared numbers of guesses: r, and how many were right."""
+
+    num_guesses: int
+    num_correct: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The audit of one source.
+
+    Attributes:
+        name: of the source.
+        unit: whose coins.
+        num_coins: m, after the coins were made fair.
+        num_flipped: coins before that.
+        num_in: units in training among the m.
+        delta: at which every epsilon here is meant.
+        epsilon: one-run lower bound; 0 where nothing was shown.
+        epsilon_ceiling: the same had every guess been right.
+        counts: behind ``epsilon``.
+        gaussian_epsilon: tied to a Gaussian curve.
+        gaussian_ceiling: its ceiling.
+        clopper_epsilon: taking scores as independent of each other.
+        clopper_ceiling: its ceiling.
+        curve_p_value: of the claimed curve, corrected for the numbers of guesses; None without a claim.
+        curve_p_floor: the smallest that this many coins could have given; None without a claim.
+        significance: of each deciding test.
+        claim: what it is held against.
+        verdict: on the claim.
+        verdict_reason: the sentence that explains it.
+    """
+
+    name: str
+    unit: str
+    num_coins: int
+    num_flipped: int
+    num_in: int
+    delta: float
+    epsilon: float
+    epsilon_ceiling: float
+    counts: Counts
+    gaussian_epsilon: float
+    gaussian_ceiling: float
+    clopper_epsilon: float
+    clopper_ceiling: float
+    curve_p_value: float | None
+    curve_p_floor: float | None
+    significance: float
+    claim: Claim
+    verdict: Verdict
+    verdict_reason: str
+
+
+def audit(
+    coins: Coins, claim: Claim, delta: float, *, seed: int, num_sources: int = 1, confounded_by: str = ""
+) -> Finding:
+    """Bounds, ceilings and the verdict for one source of coins.
+
+    Args:
+        coins: scores and coins.
+        claim: in the unit of the coins.
+        delta: at which epsilons are given where the claim has no pair; the claim's own delta otherwise.
+        seed: of the dropping of units and the order of ties; not to be chosen after the result.
+        num_sources: how many sources are audited in this run; they share the error.
+        confounded_by: what overrules the verdict; empty if nothing.
+    """
+    sample = fair(coins, seed)
+    num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
+    significance = SIGNIFICANCE / (num_sources * _NUM_TESTS)
+    delta = delta if claim.pair is None else claim.pair.delta
+    found = {num: correct_guesses(sample, num, seed) for num in guess_counts(num_coins)}
+    share, shown_share = (level / max(len(found), 1) for level in (significance, SIGNIFICANCE))
+    epsilons = {num: one_run.epsilon_lower_bound(num_coins, num, right, delta, share) for num, right in found.items()}
+    best = max(found, key=lambda num: (epsilons[num], num), default=0)
+    sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
+    p_values, p_floors = [], []
+    if claim.pair is not None:
+        inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
+        p_values = [tradeoff.p_value(inverse, num_coins, num, right) for num, right in found.items()]
+        p_floors = [tradeoff.p_value(inverse, num_coins, num, num) for num in found]
+    finding = Finding(
+        name=coins.name,
+        unit=coins.unit,
+        num_coins=num_coins,
+        num_flipped=coins.num_coins,
+        num_in=num_in,
+        delta=delta,
+        epsilon=epsilons.get(best, 0.0),
+        epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
+        counts=Counts(best, found.get(best, 0)),
+        gaussian_epsilon=max(
+            (
+                tradeoff.gaussian_epsilon_lower_bound(num_coins, num, right, delta, shown_share)
+                for num, right in found.items()
+            ),
+            default=0.0,
+        ),
+        gaussian_ceiling=max(
+            (tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share) for num in found),
+            default=0.0,
+        ),
+        clopper_epsilon=clopper.epsilon_lower_bound(*sides, delta, SIGNIFICANCE),
+        clopper_ceiling=clopper.ceiling(num_in, num_coins - num_in, delta, SIGNIFICANCE),
+        curve_p_value=_corrected(p_values),
+        curve_p_floor=_corrected(p_floors),
+        significance=significance,
+        claim=claim,
+        verdict=Verdict.UNINFORMATIVE,
+        verdict_reason="",
+    )
+    verdict, reason = judge(finding, is_constant=sample.is_constant, confounded_by=confounded_by)
+    return dataclasses.replace(finding, verdict=verdict, verdict_reason=reason)
+
+
+def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
+    """The largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
+    numbers = guess_counts(num_coins)
+    share = significance / max(len(numbers), 1)
+    return max((one_run.epsilon_lower_bound(num_coins, num, num, delta, share) for num in numbers), default=0.0)
+
+
+def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
+    """The verdict of an audit: the words mean what they mean in :mod:`attacks.verdict`.
+
+    ``falsified`` if the one-run bound exceeds the claimed epsilon at the same delta and in the same unit, or if the
+    claimed curve leaves no room for so many right guesses. ``uninformative`` if neither could have happened.
+    """
+    pair = finding.claim.pair
+    if confounded_by:
+        return Verdict.CONFOUNDED, confounded_by
+    if pair is None or math.isinf(pair.epsilon):
+        return Verdict.UNINFORMATIVE, finding.claim.reason or "the run claims nothing for this unit"
+    if is_constant:
+        return Verdict.UNINFORMATIVE, "all units have the same score: was the base model scored against itself?"
+    assert finding.curve_p_value is not None
+    assert finding.curve_p_floor is not None
+    right = f"{finding.counts.num_correct} of {finding.counts.num_guesses} guesses"
+    counts = f"{right} among {finding.num_coins} coins were right"
+    if finding.epsilon > pair.epsilon:
+        return Verdict.FALSIFIED, (
+            f"{counts}: epsilon is at least {finding.epsilon:.4g} at delta = {finding.delta:.2g}, and the run claims "
+            f"{pair.epsilon:.4g}; look for a broken mechanism before anything is released"
+        )
+    if finding.curve_p_value <= finding.significance:
+        return Verdict.FALSIFIED, (
+            f"{counts}, which the claimed privacy curve allows with probability at most {finding.curve_p_value:.2g}; "
+            "look for a broken mechanism before anything is released"
+        )
+    if finding.epsilon_ceiling <= pair.epsilon and finding.curve_p_floor > finding.significance:
+        return Verdict.UNINFORMATIVE, (
+            f"with {finding.num_coins} coins even perfect guesses would show no more than epsilon = "
+            f"{finding.epsilon_ceiling:.4g}, and the run claims {pair.epsilon:.4g}: see attacks audit-plan"
+        )
+    return Verdict.CONSISTENT, (
+        f"{counts}: epsilon is at least {finding.epsilon:.4g}, and these coins could have contradicted the claimed "
+        f"{pair.epsilon:.4g}; that they did not does not prove it"
+    )
+
+
+def _corrected(p_values: Sequence[float]) -> float | None:
+    return min(1.0, len(p_values) * min(p_values)) if p_values else None

@@ -1,0 +1,114 @@
+"""From scores and coins to counts of right guesses, with the search over thresholds paid for.
+
+The guesser says "in" of the highest scores, "out" of the lowest, and abstains between. How many guesses are made is
+declared here, before any score is seen: all units, half and a fifth of them, each at a third of the error (Bonferroni).
+A search over all thresholds without that pays nothing and reports a positive epsilon on a third of runs that leak
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+GUESS_SHARES = (1.0, 0.5, 0.2)
+"""Shares of the units that are guessed: few for a weak attack that is sure of some, all for one that is sure of all."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coins:
+    """Units whose inclusion in training a coin of their own decided, and how member-like each looks.
+
+    Attributes:
+        scores: [m] higher is more member-like; by one rule for all units, which must not know the coins.
+        is_in: [m] whether the coin put the unit into training.
+        prob_in: chance of that, the same for all units.
+        unit: ``"user"`` or ``"example"``: what a coin moved in or out, with everything that belongs to it.
+        name: of the source, for the report.
+    """
+
+    scores: FloatArray
+    is_in: BoolArray
+    prob_in: float
+    unit: str
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.scores.shape == self.is_in.shape == (self.scores.size,), (self.scores.shape, self.is_in.shape)
+        assert np.isfinite(self.scores).all(), "scores"
+        assert 0.0 < self.prob_in < 1.0, self.prob_in
+
+    @property
+    def num_coins(self) -> int:
+        """How many, m."""
+        return self.scores.size
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all units have the same score."""
+        return self.num_coins == 0 or bool(np.ptp(self.scores) == 0.0)
+
+
+def fair(coins: Coins, seed: int) -> Coins:
+    """The units among which the coin is fair: the theorems know no other.
+
+    Each unit of the commoner side is dropped by a coin of its own, with the chance that makes both sides equally
+    likely. Given who is left, the coins of those left are independent and fair, and the others are part of the fixed
+    data: the theorem holds for them unchanged. With a share h held out about 2 min(h, 1 - h) of the units stay.
+
+    Args:
+        coins: any probability.
+        seed: of the dropping; it must not be chosen after the result.
+    """
+    if coins.prob_in == 0.5:
+        return coins
+    rarer = min(coins.prob_in, 1.0 - coins.prob_in)
+    is_commoner = coins.is_in == (coins.prob_in > 0.5)
+    draws = np.random.default_rng(seed).random(coins.num_coins)
+    kept = ~is_commoner | (draws < rarer / (1.0 - rarer))
+    return dataclasses.replace(coins, scores=coins.scores[kept], is_in=coins.is_in[kept], prob_in=0.5)
+
+
+def guess_counts(num_coins: int) -> list[int]:
+    """The declared numbers of guesses, without repeats."""
+    return sorted({max(1, math.floor(share * num_coins)) for share in GUESS_SHARES} if num_coins else set())
+
+
+def correct_guesses(coins: Coins, num_guesses: int, seed: int) -> int:
+    """How many are right if those above a cut are guessed "in", those below it "out", and those next to it not at all.
+
+    The cut is the widest gap between neighbouring scores, among the places that fair coins make likely: with half of
+    the units on each side even a perfect attack would be wrong about as many as the coins happen to lack on one side.
+    It is read off the scores, never off the coins; the theorems allow any such rule as long as the number of guesses is
+    fixed.
+
+    Args:
+        coins: scores and fair coins.
+        num_guesses: at most m.
+        seed: of the order of equal scores: the order of the units might know the coins.
+    """
+    num_coins = coins.num_coins
+    assert 0 < num_guesses <= num_coins, (num_guesses, num_coins)
+    shuffle = np.random.default_rng(seed).permutation(num_coins)
+    order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]
+    num_below = _cut(coins.scores[order])
+    num_out = min(max(num_below - (num_coins - num_guesses) // 2, 0), num_guesses)
+    right_out = np.count_nonzero(~coins.is_in[order[:num_out]])
+    right_in = np.count_nonzero(coins.is_in[order[num_coins - (num_guesses - num_out) :]])
+    return int(right_out + right_in)
+
+
+def _cut(ordered: FloatArray) -> int:
+    """How many of the scores lie below the cut; within two standard deviations of half."""
+    half, spread = ordered.size // 2, math.isqrt(ordered.size)
+    first, last = max(half - spread, 0), min(half + spread, ordered.size)
+    gaps = np.diff(ordered)[max(first - 1, 0) : last]
+    if not gaps.size or gaps.max() == 0.0:
+        return half
+    return max(first, 1) + int(np.argmax(gaps))

@@ -1,0 +1,254 @@
+"""The audit of a scored run: which coins there are, what is claimed for them, and the panel of the report.
+
+Two sources. Every attacked user of the sealed split had a coin of their own, heads with chance 1 - held_out_fraction;
+the score is how much likelier training made the user's own records that training could use (or, where none were scored,
+the fresh ones). Canary users, where they were planted, had a fair coin. What a coin moved is one user with all records,
+in or out, while everybody else stays: that is add-or-remove-one. Under zero-out it is the same move, because a place
+without a unit contributes nothing in every sampling scheme of the trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from attacks import signals, verdict
+from attacks.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
+from attacks.audit.guesses import GUESS_SHARES, Coins
+from attacks.features import Scored
+from attacks.lift import lift
+from attacks.rundir import PrivacyStatement
+from attacks.statistics import CurveBound, DpBound
+
+NATURAL = "users of the sealed split"
+CANARIES = "canary users"
+
+_CANARY_KIND = "canary"
+_RESOLVED_CONFIG = pathlib.Path("secret/config.yaml")
+
+
+def audit_run(
+    run: pathlib.Path, statement: PrivacyStatement, scored: Scored, cap: verdict.Cap, seed: int, confounded_by: str
+) -> list[Finding]:
+    """Audits every source of coins that the run has.
+
+    Args:
+        run: the run directory.
+        statement: what it claims.
+        scored: its users.
+        cap: the claim for users.
+        seed: of the analysis.
+        confounded_by: what overrules verdicts on the split's users; canaries of our own making are not concerned.
+    """
+    sources = [coins for coins in (natural_coins(run, scored), canary_coins(run, statement)) if coins is not None]
+    return [
+        audit(
+            coins,
+            claim_of(statement, cap, coins.unit),
+            statement.delta,
+            seed=seed,
+            num_sources=len(sources),
+            confounded_by=confounded_by if coins.name == NATURAL else "",
+        )
+        for coins in sources
+    ]
+
+
+def natural_coins(run: pathlib.Path, scored: Scored) -> Coins | None:
+    """The users of the sealed split who were scored; None where the chance of their coin is not known.
+
+    Whether a user is attacked hangs on their number of records, never on the coin, so those left out leave the coins of
+    the others independent.
+    """
+    prob_in = _probability_held_in(run)
+    if prob_in is None:
+        return None
+    training = scored.documents[signals.TRAINING]
+    name, table = ("ratio", training) if "ratio" in training.scores else ("token_mean", scored.documents[signals.FRESH])
+    scores = lift(table.scores[name], table.owner, len(scored.users))
+    known = ~np.isnan(scores)
+    return Coins(scores[known], scored.is_held_in[known], prob_in, "user", NATURAL) if known.any() else None
+
+
+def canary_coins(run: pathlib.Path, statement: PrivacyStatement) -> Coins | None:
+    """The planted canary users; None if there are none.
+
+    Where the guarantee is per example, canaries that own one record are examples, and only those are read.
+    """
+    path = run / signals.SIGNALS_PATH
+    if _CANARY_KIND not in pq.read_table(path, columns=["kind"])["kind"].unique().to_pylist():
+        return None
+    columns = ["user", "side", "user_num_records", "target_logp", "base_logp"]
+    rows = pq.read_table(path, columns=columns, filters=[("kind", "==", _CANARY_KIND)]).to_pylist()
+    if statement.unit == "example" and any(row["user_num_records"] <= 1 for row in rows):
+        rows = [row for row in rows if row["user_num_records"] <= 1]
+        unit = "example"
+    else:
+        unit = "user"
+    gains: dict[str, list[float]] = {}
+    sides: dict[str, bool] = {}
+    for row in rows:
+        gain = np.mean(np.asarray(row["target_logp"], np.float64) - np.asarray(row["base_logp"], np.float64))
+        gains.setdefault(row["user"], []).append(float(gain))
+        sides[row["user"]] = row["side"] == signals.HELD_IN
+    scores = np.array([float(np.mean(gains[user])) for user in sorted(gains)])
+    is_in = np.array([sides[user] for user in sorted(gains)], dtype=np.bool_)
+    return Coins(scores, is_in, 0.5, unit, CANARIES)
+
+
+def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
+    """What the run promises in the coins' unit.
+
+    Args:
+        statement: of the run.
+        cap: what it promises for users, with its curve.
+        unit: ``"user"`` or ``"example"``.
+    """
+    if unit == verdict.ATTACKED_UNIT:
+        if cap.bound is None or cap.reason:
+            return Claim(None, None, cap.reason)
+        curve = None if cap.curve is None else CurveBound((*cap.curve.points, cap.bound), cap.curve.source)
+        return Claim(cap.bound, curve, cap.conversion)
+    if math.isinf(statement.effective_epsilon):
+        return Claim(None, None, "the run is not private, so it claims nothing")
+    pair = DpBound(statement.effective_epsilon, statement.delta)
+    if statement.unit == unit:
+        return Claim(pair, None, "")
+    from accountants.units import group_delta_of
+
+    # One record in or out leaves a changed user: one user out and another one in.
+    epsilon, delta = group_delta_of(pair.epsilon, pair.delta, 2)
+    return Claim(DpBound(epsilon, min(delta, 1.0)), None, "a user with one record more or less is two steps away")
+
+
+def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
+    """The findings as a panel of the report (:mod:`attacks.panels`); None without any coins."""
+    if not findings:
+        return None
+    decisive = max(findings, key=lambda finding: (_ORDER.index(finding.verdict), finding.epsilon))
+    return {
+        "title": "Audit: lower bounds on ε",
+        "summary": " ".join(_sentence(finding) for finding in findings),
+        "verdict": str(decisive.verdict),
+        "verdict_reason": decisive.verdict_reason,
+        "columns": [
+            {"key": "coins", "label": "coins"},
+            {"key": "method", "label": "method"},
+            {"key": "lower_bound", "label": "ε at least"},
+            {"key": "ceiling", "label": "ceiling"},
+            {"key": "claimed", "label": "claimed ε"},
+            {"key": "delta", "label": "δ"},
+            {"key": "counts", "label": "right / guesses / coins"},
+            {"key": "decides", "label": "decides"},
+            {"key": "verdict", "label": "verdict"},
+        ],
+        "rows": [row for finding in findings for row in _rows(finding)],
+        "notes": _notes(findings),
+    }
+
+
+_ORDER = (
+    verdict.Verdict.UNINFORMATIVE,
+    verdict.Verdict.CONSISTENT,
+    verdict.Verdict.CONFOUNDED,
+    verdict.Verdict.FALSIFIED,
+)
+
+
+def _sentence(finding: Finding) -> str:
+    return (
+        f"{finding.name[0].upper()}{finding.name[1:]}: ε ≥ {finding.epsilon:.3g} per {finding.unit} at δ = "
+        f"{finding.delta:.2g}; {finding.num_coins} coins could have shown at most {finding.epsilon_ceiling:.3g}."
+    )
+
+
+def _rows(finding: Finding) -> list[dict[str, Any]]:
+    pair = finding.claim.pair
+    common = {
+        "coins": finding.name,
+        "unit": finding.unit,
+        "claimed": None if pair is None else pair.epsilon,
+        "delta": finding.delta,
+        "num_coins": finding.num_coins,
+    }
+    counts = f"{finding.counts.num_correct} / {finding.counts.num_guesses} / {finding.num_coins}"
+    rows = [
+        {
+            **common,
+            "method": "one run",
+            "lower_bound": finding.epsilon,
+            "ceiling": finding.epsilon_ceiling,
+            "confidence": 1.0 - finding.significance,
+            "counts": counts,
+            "decides": True,
+            "verdict": str(finding.verdict),
+        }
+    ]
+    if finding.curve_p_value is not None:
+        rows.append(
+            {
+                **common,
+                "method": f"one run, the claimed curve: p = {finding.curve_p_value:.2g}",
+                "p_value": finding.curve_p_value,
+                "smallest_possible_p_value": finding.curve_p_floor,
+                "lower_bound": None,
+                "ceiling": None,
+                "confidence": 1.0 - finding.significance,
+                "decides": True,
+                "verdict": str(finding.verdict),
+            }
+        )
+    for method, bound, ceiling in (
+        ("one run, tied to a Gaussian curve", finding.gaussian_epsilon, finding.gaussian_ceiling),
+        ("Clopper-Pearson, scores independent", finding.clopper_epsilon, finding.clopper_ceiling),
+    ):
+        rows.append(
+            {
+                **common,
+                "method": method,
+                "lower_bound": bound,
+                "ceiling": ceiling,
+                "confidence": 1.0 - SIGNIFICANCE,
+                "decides": False,
+            }
+        )
+    return rows
+
+
+def _notes(findings: Sequence[Finding]) -> list[str]:
+    shares = ", ".join(f"{share:g}" for share in GUESS_SHARES)
+    notes = [
+        f"The deciding tests hold together at {1.0 - SIGNIFICANCE:.0%} confidence: the error is shared equally between "
+        f"sources of coins, the two tests, and the declared numbers of guesses ({shares} of the coins). A bound of 0 "
+        "says that this attack showed nothing; the ceiling is what these coins had shown if every guess were right.",
+        "One run: Steinke, Nasr and Jagielski 2023. A coin moved one unit in or out of training with everything that "
+        "belongs to it, while the others stayed: add-or-remove-one and zero-out. Scores may depend on each other.",
+        "Tied to a Gaussian curve (Mahloujifar, Melis and Chaudhuri 2024): it contradicts this Gaussian and is no "
+        "assumption-free ε. Clopper-Pearson takes units as scored independently, which one training run does not "
+        "promise. Neither decides.",
+    ]
+    for finding in findings:
+        if finding.num_coins < finding.num_flipped:
+            notes.append(
+                f"Of {finding.num_flipped} {finding.name} {finding.num_coins} remain after some of the commoner side "
+                "were dropped at random: the theorem needs fair coins."
+            )
+        if finding.claim.pair is not None and finding.claim.reason:
+            notes.append(f"{finding.claim.reason[0].upper()}{finding.claim.reason[1:]}.")
+    return notes
+
+
+def _probability_held_in(run: pathlib.Path) -> float | None:
+    """From the configuration that the coins were flipped by."""
+    path = run / _RESOLVED_CONFIG
+    if not path.is_file():
+        return None
+    data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
+    share = float(data.get("held_out_fraction", 0.0))
+    return 1.0 - share if 0.0 < share < 1.0 else None

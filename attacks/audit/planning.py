@@ -1,0 +1,110 @@
+"""``attacks audit-plan``: the claim of a configuration, and the table that :mod:`attacks.audit.power` makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import rich.table
+
+from attacks.audit import power as powers
+from attacks.errors import AttackInputError
+
+SCHEMA_NAME = "privtrain/audit-plan/1"
+
+
+def plan_of(
+    config: pathlib.Path | None,
+    epsilon: float | None,
+    delta: float,
+    *,
+    target_epsilon: float | None = None,
+    power: float = powers.POWER,
+) -> powers.Plan:
+    """The plan for a configuration's own claim or for one that is given.
+
+    Args:
+        config: YAML file of a run that is to be trained.
+        epsilon: claimed, if there is no file.
+        delta: claimed, if there is no file.
+        target_epsilon: lower bound that is wanted; the claim if None.
+        power: chance with which it is to be reached.
+
+    Raises:
+        AttackInputError: if neither or both of file and epsilon are given, or nothing is claimed.
+        ConfigError: naming every fault of the file.
+    """
+    if (config is None) == (epsilon is None):
+        raise AttackInputError("expected either CONFIG or --epsilon (with --delta), and not both")
+    num_sources = 1
+    if config is not None:
+        epsilon, delta, num_sources = _claim_of(config)
+    assert epsilon is not None
+    if not 0.0 < epsilon < math.inf or not 0.0 < delta < 1.0:
+        raise AttackInputError(
+            f"the claim is epsilon = {epsilon:g}, delta = {delta:g}; expected epsilon > 0, finite, and 0 < delta < 1"
+        )
+    return powers.plan(epsilon, delta, target_epsilon=target_epsilon, num_sources=num_sources, power=power)
+
+
+def to_json(plan: powers.Plan) -> str:
+    """The plan as JSON; an infinite failure is ``"none at all"``."""
+    facts = {"schema": SCHEMA_NAME, **dataclasses.asdict(plan)}
+    facts["needed"] = {_failure(failure): count for failure, count in plan.needed.items()}
+    facts["rows"] = [
+        {**dataclasses.asdict(row), "bounds": {_failure(failure): value for failure, value in row.bounds.items()}}
+        for row in plan.rows
+    ]
+    return json.dumps(facts, indent=2, ensure_ascii=False)
+
+
+def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
+    """The plan for a terminal."""
+    table = rich.table.Table(
+        title=f"One-run audit of a claim of epsilon = {plan.epsilon:.4g}, delta = {plan.delta:.2g}",
+        title_justify="left",
+    )
+    table.add_column("canaries", justify="right")
+    table.add_column("ceiling", justify="right")
+    table.add_column(f"right for > {plan.target_epsilon:.4g}", justify="right")
+    for failure in powers.FAILURES:
+        table.add_column(_heading(failure), justify="right")
+    for row in plan.rows:
+        needed = "–" if row.correct_needed is None else str(row.correct_needed)  # noqa: RUF001
+        bounds = [f"{row.bounds[failure]:.2f}" for failure in powers.FAILURES]
+        table.add_row(str(row.num_coins), f"{row.ceiling:.2f}", needed, *bounds)
+    counts = [f"> {powers.MOST_COINS}" if count is None else str(count) for count in plan.needed.values()]
+    table.add_section()
+    table.add_row("needed", "", "", *counts)
+    confidence, target = f"{1.0 - plan.significance:.4g}", f"{plan.target_epsilon:.4g}"
+    words = (
+        f"Lower bounds on epsilon that are reached with chance {plan.power:g} at confidence {confidence} by an attack "
+        f"that reads all that the model tells: scores N(mu, 1) against N(0, 1), mu = {plan.mu:.3g} if the mechanism is "
+        "as claimed and that many times more if its noise is too small; without noise every guess is right. Needed: "
+        f"canaries for a bound above {target}. Real attacks get less out of a model; the audit's test of the whole "
+        "privacy curve may need fewer canaries."
+    )
+    return [table, words]
+
+
+def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
+    """Epsilon and delta that the run will claim, and how many sources of coins will share the error."""
+    from privtrain.config import load_config
+    from privtrain.plan import PrivacyPlan
+
+    loaded = load_config(config)
+    plan = PrivacyPlan.build(loaded.privacy)
+    num_sources = int(loaded.canaries.num_users > 0) + int(0.0 < loaded.data.held_out_fraction < 1.0)
+    return plan.epsilon, plan.delta, max(num_sources, 1)
+
+
+def _failure(failure: float) -> str:
+    return "none at all" if math.isinf(failure) else f"{failure:g}"
+
+
+def _heading(failure: float) -> str:
+    if failure == 1.0:
+        return "as claimed"
+    return "no noise" if math.isinf(failure) else f"noise / {failure:g}"

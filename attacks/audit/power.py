@@ -1,0 +1,175 @@
+"""Before training: how many coins an audit needs to show a wanted epsilon, or to notice a broken mechanism.
+
+The attack's power is modelled, not assumed away: each unit's score is N(mu, 1) if it was in and N(0, 1) if not. mu =
+infinity is the perfect attack. A mechanism with exactly the claimed (epsilon, delta) gives even an attacker who reads
+everything no more than the mu of the Gaussian curve through that point; one whose noise is f times too small gives f
+times that. Real attacks get less out of a model, so every number here is the fewest that could do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import scipy.optimize
+import scipy.stats
+
+from accountants import gdp
+from attacks.audit import one_run
+from attacks.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
+from attacks.audit.guesses import guess_counts
+
+MOST_COINS = 20_000
+"""Beyond this the answer is that no audit will do."""
+
+NUM_COINS = (20, 50, 100, 200, 500, 1000, 2000, 5000)
+FAILURES = (1.0, 2.0, 4.0, 8.0, math.inf)
+"""How much too small the noise is; infinity for none at all."""
+
+POWER = 0.8
+_DECIDING_TESTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What coins can show.
+
+    Attributes:
+        epsilon: claimed.
+        delta: claimed.
+        mu: of the Gaussian curve through that point: what an attacker gets at most if the claim is exact.
+        target_epsilon: lower bound that is wanted; the claim unless told otherwise.
+        significance: of the one-run bound.
+        power: chance of reaching it.
+        rows: for each number of coins the ceiling, the right guesses needed and the bound by failure.
+        needed: failure to the fewest coins with which the bound exceeds the target; None if more than ``MOST_COINS``.
+    """
+
+    epsilon: float
+    delta: float
+    mu: float
+    target_epsilon: float
+    significance: float
+    power: float
+    rows: tuple[Row, ...]
+    needed: dict[float, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One number of coins.
+
+    Attributes:
+        num_coins: m.
+        ceiling: bound if every guess is right.
+        correct_needed: right guesses, of all m, with which the bound exceeds the target; None if all would not do.
+        bounds: failure to the bound that is reached with the plan's power.
+    """
+
+    num_coins: int
+    ceiling: float
+    correct_needed: int | None
+    bounds: dict[float, float]
+
+
+def plan(
+    epsilon: float,
+    delta: float,
+    *,
+    target_epsilon: float | None = None,
+    num_sources: int = 1,
+    power: float = POWER,
+    num_coins: tuple[int, ...] = NUM_COINS,
+) -> Plan:
+    """Works out what coins can show of a claim.
+
+    Args:
+        epsilon: claimed, in the unit whose coins are flipped.
+        delta: claimed.
+        target_epsilon: lower bound that is wanted; the claimed epsilon if None.
+        num_sources: sources of coins that share the error: 2 where canary users are planted beside the split's users.
+        power: chance with which the bound is to be reached.
+        num_coins: rows of the table.
+    """
+    target = epsilon if target_epsilon is None else target_epsilon
+    significance = SIGNIFICANCE / (num_sources * _DECIDING_TESTS)
+    mu = mu_of(epsilon, delta)
+    share = significance / len(guess_counts(1000))
+    rows = tuple(
+        Row(
+            count,
+            epsilon_ceiling(count, delta, significance),
+            one_run.correct_guesses_needed(count, count, target, delta, share),
+            {failure: reached(count, failure * mu, delta, significance, power) for failure in FAILURES},
+        )
+        for count in num_coins
+    )
+    needed = {failure: coins_needed(target, failure * mu, delta, significance, power) for failure in FAILURES}
+    return Plan(epsilon, delta, mu, target, significance, power, rows, needed)
+
+
+def mu_of(epsilon: float, delta: float) -> float:
+    """The Gaussian curve through the point: mu with epsilon(delta) = ``epsilon``.
+
+    Raises:
+        ValueError: if delta is 0, which no Gaussian has at a finite epsilon.
+    """
+    if not 0.0 < delta < 1.0:
+        raise ValueError(f"delta={delta}; expected 0 < delta < 1")
+    low, high = 1e-6, 1.0
+    while gdp.gdp_epsilon(high, delta) < epsilon:
+        high *= 2.0
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if gdp.gdp_epsilon(middle, delta) >= epsilon else (middle, high)
+    return high
+
+
+def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
+    """The one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
+    numbers = guess_counts(num_coins)
+    share = significance / len(numbers)
+    found = 0.0
+    for count in numbers:
+        right = int(scipy.stats.binom.ppf(1.0 - power, count, accuracy(mu, count / num_coins)))
+        found = max(found, one_run.epsilon_lower_bound(num_coins, count, right, delta, share))
+    return found
+
+
+def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
+    """The fewest coins, to one part in fifty, with which the bound exceeds ``target``; None beyond ``MOST_COINS``."""
+
+    def does(num_coins: int) -> bool:
+        numbers = guess_counts(num_coins)
+        share = significance / len(numbers)
+        for count in numbers:
+            right = int(scipy.stats.binom.ppf(1.0 - power, count, accuracy(mu, count / num_coins)))
+            if one_run.p_value(num_coins, count, right, target, delta) <= share:
+                return True
+        return False
+
+    low, high = 1, 2
+    while not does(high):
+        low, high = high, 2 * high
+        if low >= MOST_COINS:
+            return None
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (low, middle) if does(middle) else (middle, high)
+    return high if high <= MOST_COINS else None
+
+
+@functools.cache
+def accuracy(mu: float, share: float) -> float:
+    """Chance that a guess is right if the share of the most telling scores is guessed, half of them as "in"."""
+    if math.isinf(mu):
+        return 1.0
+    cut = scipy.stats.norm
+
+    def excess(threshold: float) -> float:
+        return float(cut.sf(threshold) + cut.sf(threshold - mu)) / 2.0 - share / 2.0
+
+    threshold = scipy.optimize.root_scalar(excess, bracket=(-40.0, mu + 40.0)).root
+    right, wrong = float(cut.sf(threshold - mu)), float(cut.sf(threshold))
+    return right / (right + wrong)

@@ -1,0 +1,142 @@
+"""The one-run audit against a whole trade-off curve (Mahloujifar, Melis and Chaudhuri 2024, arXiv 2410.22235).
+
+Setting and counts of :mod:`attacks.audit.one_run`: m fair coins, c' guesses, exactly i of them right with probability
+p_i. Take a unit j at random and the event "j was guessed right, and i of all guesses were". Exchange j's coin alone:
+the same output now has j wrong and i - 1 right. So if no test of one unit has a true positive rate above g(false
+positive rate), g concave, then for every c
+
+    (1/m) sum_{i >= c} i p_i  <=  g( (1/m) sum_{i >= c - 1} (c' - i) p_i ).
+
+Given the tail p_{>= c} = a, these lines for c, c - 1, .., 1 force probability onto smaller counts; where more than 1 is
+forced, a tail of a is impossible. No delta is paid for m times, which is why this beats the (epsilon, delta) form.
+
+Two uses, and only the first speaks of what the run claims:
+
+* the certified curve of the run itself, and then a rejection contradicts mechanism or accounting as claimed;
+* a Gaussian curve. A rejection then says "not this Gaussian". It is not an assumption-free epsilon: a mechanism of
+  another shape may have a smaller one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import scipy.optimize
+import scipy.special
+
+from accountants import gdp
+from attacks.statistics import Bound, CurveBound, DpBound
+
+InverseCurve = Callable[[float], float]
+"""From a true positive rate to the smallest false positive rate that a test of that rate must have."""
+
+_PRECISION = 1e-6
+_LARGEST_MU = 64.0
+
+
+def gaussian(mu: float) -> InverseCurve:
+    """The curve of mu-GDP: telling N(0, 1) from N(mu, 1)."""
+    return lambda rate: float(scipy.special.ndtr(scipy.special.ndtri(rate) - mu))
+
+
+def of_points(bound: Bound) -> InverseCurve:
+    """The curve below all of a bound's (epsilon, delta) points."""
+    points = bound.points if isinstance(bound, CurveBound) else (bound,)
+    assert all(isinstance(point, DpBound) for point in points), points
+    lines = [(math.exp(-min(point.epsilon, 700.0)), point.delta) for point in points if isinstance(point, DpBound)]
+
+    def inverse(rate: float) -> float:
+        # Each point bounds the rate by two lines; the largest of their inverses is the inverse of the lowest.
+        least = max(max(shrink * (rate - delta), 1.0 - delta - (1.0 - rate) / shrink) for shrink, delta in lines)
+        return min(max(least, 0.0), 1.0)
+
+    return inverse
+
+
+def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int, tail: float) -> bool:
+    """Whether the curve leaves room for at least ``num_correct`` right guesses with probability ``tail``.
+
+    Args:
+        inverse: of the trade-off curve; concave, and the same in both directions of the relation.
+        num_coins: m.
+        num_guesses: c', fixed before the scores were seen.
+        num_correct: c.
+        tail: a.
+    """
+    # All of the tail at exactly c forces the least.
+    right = tail * num_correct / num_coins
+    wrong = tail * (num_guesses - num_correct) / num_coins
+    for count in range(num_correct - 1, -1, -1):
+        forced = inverse(right)
+        if forced <= wrong:
+            # Nothing is forced here, and with the same two sums nothing will be further down.
+            break
+        right += (forced - wrong) * count / (num_guesses - count)
+        wrong = forced
+        if right + wrong > num_guesses / num_coins:
+            return False
+    return right + wrong <= num_guesses / num_coins
+
+
+def p_value(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int) -> float:
+    """The largest chance that a mechanism within the curve gives to this many right guesses or more.
+
+    Args:
+        inverse: of the trade-off curve.
+        num_coins: m.
+        num_guesses: c', fixed beforehand.
+        num_correct: c.
+
+    Returns:
+        An upper bound in (0, 1], found by bisection to one part in a hundred.
+    """
+    if num_correct == 0 or is_possible(inverse, num_coins, num_guesses, num_correct, 1.0):
+        return 1.0
+    low, high = 1e-12, 1.0
+    if not is_possible(inverse, num_coins, num_guesses, num_correct, low):
+        return low
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        if is_possible(inverse, num_coins, num_guesses, num_correct, middle):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def mu_lower_bound(num_coins: int, num_guesses: int, num_correct: int, significance: float) -> float:
+    """The smallest mu whose Gaussian curve these guesses do not contradict.
+
+    Args:
+        num_coins: m.
+        num_guesses: c', fixed beforehand.
+        num_correct: c.
+        significance: in (0, 1).
+
+    Returns:
+        At least 0; holds for mechanisms that are mu-GDP for some mu, in the unit whose coins were flipped.
+    """
+
+    def contradicts(mu: float) -> bool:
+        return not is_possible(gaussian(mu), num_coins, num_guesses, num_correct, significance)
+
+    if num_guesses == 0 or not contradicts(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while contradicts(high):
+        low, high = high, 2.0 * high
+        if high > _LARGEST_MU:
+            return low
+    while high - low > _PRECISION:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if contradicts(middle) else (low, middle)
+    return low
+
+
+def gaussian_epsilon_lower_bound(
+    num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float
+) -> float:
+    """Epsilon at ``delta`` of the Gaussian curve of :func:`mu_lower_bound`: tied to that curve, no free epsilon."""
+    mu = mu_lower_bound(num_coins, num_guesses, num_correct, significance)
+    return gdp.gdp_epsilon(mu, delta) if mu > 0.0 else 0.0
