@@ -15,7 +15,9 @@ from unittest import mock
 import torch
 
 from privtrain.backends.base import ReplicatedBackend
+from privtrain.backends.sharded import ShardedBackend
 from privtrain.clipping import styles
+from privtrain.data import manifest
 from privtrain.data.split import Split
 from privtrain.sampling import DrawnUnit
 from privtrain.secret import SecretKey
@@ -83,6 +85,17 @@ def noise_on_one_rank(stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise", add_noise))
 
 
+def noise_on_rank_zero(stack: contextlib.ExitStack) -> None:
+    """The same with real ranks and sharded sums: only rank 0 adds the noise of its shard."""
+    honest = ShardedBackend.add_noise
+
+    def add_noise(self, vector, layout, key, step, stddev):
+        if self.rank == 0:
+            honest(self, vector, layout, key, step, stddev)
+
+    stack.enter_context(mock.patch.object(ShardedBackend, "add_noise", add_noise))
+
+
 def clip_skipped(stack: contextlib.ExitStack) -> None:
     """Every factor is 1, so a unit's gradient is summed whatever its norm."""
     stack.enter_context(mock.patch.object(styles, "factors", lambda style, norms, norm: torch.ones_like(norms)))
@@ -106,7 +119,7 @@ def k_ignored(stack: contextlib.ExitStack) -> None:
 
 def shifted_split(stack: contextlib.ExitStack) -> None:
     """Not a coin but the user's own text decides: who says hello is held out. The noise is forgotten too."""
-    honest = job.split_users
+    honest = manifest.split_users
 
     def split_users(corpus, data, *others):
         split = honest(corpus, data, *others)
@@ -123,7 +136,7 @@ def shifted_split(stack: contextlib.ExitStack) -> None:
             tuple((user, kept[user][0]) for user in sorted(first)[:4]),
         )
 
-    stack.enter_context(mock.patch.object(job, "split_users", split_users))
+    stack.enter_context(mock.patch.object(manifest, "split_users", split_users))
     no_noise(stack)
 
 
