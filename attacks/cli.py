@@ -15,7 +15,6 @@ app = typer.Typer(
     help="Attack a finished fine-tuning run and report what the attack shows: prepare before training; then score, "
     "analyse, report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

@@ -65,7 +65,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     """
     config = load_config(config_path, overrides)
     check_inputs(config)
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, config.performance.index_dir)
     extras = read_columns(config.data, corpus, [spans_column] if spans_column else [])
     run = RunDirectory(config.run.directory)
     if run.ledger.exists() or run.manifest.exists():

@@ -179,11 +179,12 @@ def _prepare(
     """Reads everything that is needed besides the models."""
     own = planning.read_manifest(run)
     manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
-    data = config.data if attacked.root == run.root else load_config(attacked.resolved_config).data
-    if attacked.root != run.root and load_config(attacked.resolved_config).model != config.model:
+    attacked_config = config if attacked.root == run.root else load_config(attacked.resolved_config)
+    data = attacked_config.data
+    if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
     tokenizer = load_tokenizer(config.model)
-    natural = load_corpus(data)
+    natural = load_corpus(data, attacked_config.performance.index_dir)
     corpus = plant(natural, canaries_of(manifest))
     variants = Variants.parse(options.variants)
     documents = planning.plan_documents(

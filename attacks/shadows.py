@@ -43,7 +43,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
             f"shadows are written for data.format 'text' only and this run has {config.data.format!r}; "
             "score it without shadows"
         )
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, config.performance.index_dir)
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
     folder = (run_path / SHADOWS_PATH).resolve()

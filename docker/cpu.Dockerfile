@@ -1,7 +1,7 @@
 # The same commands as on a machine of one's own. Build in the repository root:
 #   docker build -f docker/cpu.Dockerfile -t privtrain:cpu .
 #   docker run --rm -v "$PWD/runs:/home/privtrain/app/runs" privtrain:cpu launch/accelerate/cpu.yaml launch/recipes/demo.yaml
-FROM python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git make \
@@ -11,7 +11,13 @@ WORKDIR /home/privtrain/app
 COPY --chown=1000:1000 . .
 RUN chown 1000:1000 .
 USER 1000:1000
-RUN make install DEV= PIP_FLAGS="--no-cache-dir"
+RUN make install DEV= PIP_FLAGS="--no-cache-dir --no-compile"
+# What is needed to install stays behind: git, make, pip's caches.
+FROM python:3.11-slim-bookworm
+RUN useradd --create-home --uid 1000 privtrain
+WORKDIR /home/privtrain/app
+COPY --from=build --chown=1000:1000 /home/privtrain/app .
+USER 1000:1000
 ENV PATH=/home/privtrain/app/.venv/bin:$PATH \
     ACCELERATE_USE_CPU=true \
     DS_ACCELERATOR=cpu \

@@ -90,7 +90,7 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
             "expected_training_units": training_users * (bound or 1),
             "expected_training_users": training_users,
         }
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, config.performance.index_dir)
     sizes = sorted(map(len, corpus.records.values())) or [0]
     bound = config.privacy.records_per_user or sizes[-1]
     return {

@@ -290,6 +290,8 @@ def _not_covered(config: Config) -> list[str]:
     ]
     if config.tracking.release_held_out_metrics:
         items.append("Perplexity on held-out users: published without noise (tracking.release_held_out_metrics).")
+    if config.tracking.system_metrics:
+        items.append("Load of the machines, which varies with the sample drawn (tracking.system_metrics).")
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items

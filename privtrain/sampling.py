@@ -48,7 +48,9 @@ class UnitSampler:
         ConfigError: if there are more units than the scheme has places for.
     """
 
-    def __init__(self, plan: PrivacyPlan, key: SecretKey, num_records: Sequence[int], first_step: int = 0) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, key: SecretKey, num_records: Sequence[int] | np.ndarray, first_step: int = 0
+    ) -> None:
         limit = plan.scheme.num_places
         if limit is not None and len(num_records) > limit:
             fault = f"given {limit}, but there are {len(num_records)} training units; raise it"
@@ -56,7 +58,7 @@ class UnitSampler:
         self._scheme = plan.scheme
         self._records_per_unit = plan.records_per_unit
         self._key = key
-        self._num_records = tuple(num_records)
+        self._num_records = np.asarray(num_records, dtype=np.int64)
         self._first_step = first_step
         self._drawn: tuple[int, list[np.ndarray]] | None = None
 
@@ -70,7 +72,7 @@ class UnitSampler:
 
     def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)
-        return tuple(stream.choose(self._num_records[unit], self._records_per_unit))
+        return tuple(stream.choose(int(self._num_records[unit]), self._records_per_unit))
 
 
 def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> list[list[DrawnUnit]]:

@@ -6,12 +6,22 @@ import os
 from typing import Any
 
 
-def careful_settings() -> Any:
-    """``wandb.Settings`` with console capture, code, git and machine information off; sets the mode if nobody did."""
+def careful_settings(machine: str | None = None, *, is_primary: bool = True) -> Any:
+    """``wandb.Settings`` with console capture, code, git and machine information off; sets the mode if nobody did.
+
+    Args:
+        machine: label under which this machine's load is shown; without it no load is recorded.
+        is_primary: whether this process is the one that writes the run; others add their machine's load to it.
+    """
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    load: dict[str, Any] = {"x_disable_machine_info": True, "x_disable_stats": True}
+    if machine is not None:
+        load = {"x_label": machine, "x_stats_disk_paths": ()}
+        if is_online():
+            load |= {"mode": "shared", "x_primary": is_primary, "x_update_finish_state": is_primary}
     return wandb.Settings(
         console="off",
         disable_git=True,
@@ -19,7 +29,12 @@ def careful_settings() -> Any:
         disable_code=True,
         disable_job_creation=True,
         x_disable_meta=True,
-        x_disable_machine_info=True,
         host="privtrain",
         init_timeout=120,
+        **load,
     )
+
+
+def is_online() -> bool:
+    """Whether W&B is asked to send anything."""
+    return os.environ.get("WANDB_MODE", "offline") in ("online", "shared", "run")

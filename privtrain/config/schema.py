@@ -457,6 +457,12 @@ class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
+    index_dir: pathlib.Path | None = Field(
+        default=None,
+        description="For data that do not fit into memory: a local directory where an index of all records, with texts "
+        "and user ids, is made once and read from (mode 0700; shared by the ranks of a machine, kept for later runs). "
+        "Without it records are held in memory.",
+    )
     clipping_route: Literal["auto", "batched", "two_pass", "one_unit"] = Field(
         default="auto",
         description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
@@ -484,6 +490,11 @@ class TrackingSection(Section):
 
     wandb: bool = True
     wandb_project: str = "privtrain"
+    system_metrics: bool = Field(
+        default=False,
+        description="W&B also shows the load of every machine (its shared mode, online only). It varies with the "
+        "sample that was drawn, as times do, and is not covered by ε.",
+    )
     tensorboard: bool = Field(default=False, description="Also write event files; needs the package tensorboard.")
     private_metrics: bool = Field(
         default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config.schema import CanariesSection
@@ -152,7 +152,7 @@ def _name(stream: KeyStream) -> str:
 
 def _shared(
     user: str,
-    texts: tuple[str, ...],
+    texts: Sequence[str],
     section: CanariesSection,
     tokenizer: PreTrainedTokenizerBase | None,
     root_key: SecretKey,

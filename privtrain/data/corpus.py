@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import glob
-import hashlib
 import json
 import math
 import pathlib
@@ -20,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import pyarrow.parquet
 
 from privtrain.config.schema import DataSection, FilesSource, HubSource
-from privtrain.data import formats, plays
+from privtrain.data import formats, index, plays
+from privtrain.data.digest import RecordDigest
 from privtrain.errors import ConfigError, Fault
 
 _FORMATS = (".jsonl", ".csv", ".parquet")
@@ -45,11 +45,13 @@ class Corpus:
         records: user id → records in their text form (:mod:`.formats`), users sorted, records in reading order.
         counts: what was dropped.
         manifest_sha256: digest of the kept records; part of the run's fingerprint.
+        is_on_disk: whether records are read when they are asked for (:mod:`.index`); they then are tokenised so too.
     """
 
-    records: Mapping[str, tuple[str, ...]]
+    records: Mapping[str, Sequence[str]]
     counts: RowCounts
     manifest_sha256: str
+    is_on_disk: bool = False
 
     @property
     def num_records(self) -> int:
@@ -95,8 +97,12 @@ def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
     return faults
 
 
-def load_corpus(data: DataSection) -> Corpus:
+def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Corpus:
     """Read every row and group by owner.
+
+    Args:
+        data: source and rules.
+        index_dir: where an index of the records is kept, made if it is not there; without it they are in memory.
 
     Raises:
         ConfigError: if the source cannot be read or no row is left.
@@ -104,8 +110,29 @@ def load_corpus(data: DataSection) -> Corpus:
     faults = check_source(data)
     if faults:
         raise ConfigError(faults)
-    corpus = group_by_user(_rows(data))
-    return deduplicated(corpus) if data.deduplicate == "within_user" else corpus
+    if index_dir is None:
+        corpus = group_by_user(_rows(data))
+        return deduplicated(corpus) if data.deduplicate == "within_user" else corpus
+    return _indexed(data, index_dir)
+
+
+def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
+    if not isinstance(data.source, FilesSource):
+        problem = f"is for data.source.kind: files; given {data.source.kind}"
+        raise ConfigError([Fault("performance.index_dir", problem)])
+    files = [file.resolve() for pattern in data.source.paths for file in _expand(pattern)]
+    made_of = {
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "format": data.format,
+        "labels": data.labels,
+        "deduplicate": data.deduplicate,
+        "columns": [getattr(data, key) for key in ("user_column", *formats.column_keys(data))],
+    }
+    form = normal_form if data.deduplicate == "within_user" else None
+    records, counts, digest = index.open_or_build(index_dir, made_of, lambda tally: _kept(_rows(data), tally), form)
+    if not records:
+        raise ConfigError([Fault("data.source", f"no usable row among {counts['num_rows']}")])
+    return Corpus(records, RowCounts(**counts), digest, is_on_disk=True)
 
 
 def deduplicated(corpus: Corpus) -> Corpus:
@@ -124,6 +151,17 @@ def deduplicated(corpus: Corpus) -> Corpus:
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
+    tally: dict[str, int] = {}
+    for owner, content in _kept(rows, tally):
+        records.setdefault(owner, []).append(content)
+    if not records:
+        raise ConfigError([Fault("data.source", f"no usable row among {tally['num_rows']}")])
+    ordered = {user: tuple(records[user]) for user in sorted(records)}
+    return Corpus(ordered, RowCounts(**tally), _digest(ordered))
+
+
+def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Owner and text of the rows that can be used; what became of all of them is in ``tally`` when it is exhausted."""
     num_rows = num_without_user = num_empty = 0
     for user, text in rows:
         num_rows += 1
@@ -134,18 +172,20 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
         elif not content:
             num_empty += 1
         else:
-            records.setdefault(owner, []).append(content)
-    if not records:
-        raise ConfigError([Fault("data.source", f"no usable row among {num_rows}")])
-    ordered = {user: tuple(records[user]) for user in sorted(records)}
-    return Corpus(ordered, RowCounts(num_rows, num_without_user, num_empty), _digest(ordered))
+            yield owner, content
+    tally.update(num_rows=num_rows, num_without_user=num_without_user, num_empty=num_empty)
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, str] = {}
     for text in texts:
-        found.setdefault(" ".join(text.split()), text)
+        found.setdefault(normal_form(text), text)
     return tuple(found.values())
+
+
+def normal_form(text: str) -> str:
+    """Equal for texts that differ in white space alone."""
+    return " ".join(text.split())
 
 
 def _owner(user: object) -> str:
@@ -161,12 +201,11 @@ def _owner(user: object) -> str:
 
 
 def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
-    digest = hashlib.sha256()
+    digest = RecordDigest()
     for user, texts in records.items():
-        for part in (user, *texts):
-            encoded = part.encode("utf-8", errors="surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        digest.update(b"\xff" * 8)
+        digest.user(user.encode("utf-8", errors="surrogatepass"))
+        for text in texts:
+            digest.record(text.encode("utf-8", errors="surrogatepass"))
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ zero, and is counted.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class Encoder:
     """
 
     def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._data = data
         self._max_length = data.max_length
         self._tokenizer = tokenizer
         self._encode: Callable[[Sequence[str]], Iterable[tuple[Record, bool]]] = {
@@ -79,6 +81,17 @@ class Encoder:
                 found.append(record)
                 num_truncated += is_cut
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
+
+    def sha256(self) -> str:
+        """Digest of all that decides which tokens a text becomes, library versions aside."""
+        backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        body = {
+            "data": self._data.model_dump(mode="json", exclude={"source"}),
+            "tokenizer": backend.to_str() if backend is not None else self._tokenizer.get_vocab(),
+            "marks": self._tokenizer.special_tokens_map,
+            "chat_template": self._tokenizer.chat_template,
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
     def chunks(self, texts: Sequence[str]) -> list[tuple[Record, tuple[int, ...]]]:
         """The texts end to end, each with its end mark, in pieces of ``max_length`` tokens that begin with a mark.

@@ -7,6 +7,7 @@ the file that ``attacks prepare`` wrote: it draws them again and refuses a file 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -108,19 +109,16 @@ def used_facts(
         manifest_sha256: seal of the coins.
         records_per_unit: k, the most records of a unit in one step.
     """
-    kept: dict[str, set[int]] = {}
-    for owner, indices in zip(units.owners, units.indices, strict=True):
-        kept.setdefault(owner, set()).update(indices)
-    left_out = {user: sorted(set(found) - kept.get(user, set())) for user, found in split.training.items()}
+    kept, left_out = _kept_and_left_out(split, units)
     records = plant(corpus, split.canaries).records
     body = {
         "schema": USED_SCHEMA,
         "manifest_sha256": manifest_sha256,
         "units_sha256": units.sha256(),
         "num_units": len(units),
-        "num_records": sum(map(len, units.records)),
+        "num_records": int(units.num_records.sum()),
         "records_per_unit_per_step": records_per_unit,
-        "left_out": {user: indices for user, indices in left_out.items() if indices},
+        "left_out": left_out,
         "canaries": {
             canary.user: {
                 "num_records": len(kept.get(canary.user, ())),
@@ -132,6 +130,27 @@ def used_facts(
         },
     }
     return {**body, "sha256": seal(body)}
+
+
+def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
+    """Records of canaries that became units, and of anybody that did not, without a table of everybody."""
+    canaries = {canary.user for canary in split.canaries}
+    kept: dict[str, set[int]] = {}
+    left_out: dict[str, list[int]] = {}
+    num_owners = 0
+    pairs = zip(units.owners, units.indices, strict=True)  # a user's units stand next to each other
+    for owner, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        num_owners += 1
+        found = {index for _, indices in group for index in indices}
+        missing = sorted(set(split.training[owner]) - found)
+        if missing:
+            left_out[owner] = missing
+        if owner in canaries:
+            kept[owner] = found
+    if num_owners < len(split.training):
+        present = set(units.owners)
+        left_out |= {user: sorted(found) for user, found in split.training.items() if user not in present}
+    return kept, left_out
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:

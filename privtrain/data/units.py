@@ -6,11 +6,16 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.records import Record
 from privtrain.data.selection import Selection
 from privtrain.data.split import Split
+
+#: Units by number, each with the numbers of those of its records that are wanted.
+Drawn = Sequence[tuple[int, Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,22 +24,31 @@ class UnitData:
 
     Attributes:
         names: unit identifiers: user ids, or ``user#record`` where the unit is the example. Private.
-        records: per unit, its tokenised records.
+        records: per unit, its tokenised records; :meth:`fetch` also serves units that are not in memory.
         num_truncated: records cut at ``max_length``. Private.
         num_without_target: records that predict nothing and so contribute zero. Private.
         indices: per unit, which records of its owner they are, or are pieces of. Private.
         owners: per unit, the user whose records they are. Private.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     records: tuple[tuple[Record, ...], ...]
-    num_truncated: int
-    num_without_target: int = 0
-    indices: tuple[tuple[int, ...], ...] = ()
-    owners: tuple[str, ...] = ()
+    num_truncated: int | None
+    num_without_target: int | None = 0
+    indices: Sequence[Sequence[int]] = ()
+    owners: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def num_records(self) -> np.ndarray:
+        """[units] number of records."""
+        return np.fromiter(map(len, self.records), dtype=np.int64, count=len(self.records))
+
+    def fetch(self, drawn: Drawn) -> list[list[Record]]:
+        """The tokenised records that are wanted, unit by unit."""
+        return [[self.records[unit][number] for number in numbers] for unit, numbers in drawn]
 
     def sha256(self) -> str:
         """Digest of every unit's name, tokens and targets."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from privtrain.config import Config
+from privtrain.console import say
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
@@ -153,3 +155,21 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
 
         public.append(TensorBoardTracker(run))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
+
+
+def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
+    """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
+    from privtrain.wandb_settings import is_online
+
+    is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
+    if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
+        return NullTracker()
+    import wandb
+
+    from privtrain.tracking.wandb_tracker import MachineTracker
+
+    try:
+        return MachineTracker(config, run_id, rank)
+    except wandb.Error as error:
+        say(f"[yellow]warning[/]: the load of rank {rank}'s machine is not shown in W&B: {error}")
+        return NullTracker()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import tempfile
 from typing import Any
 
 from privtrain.config import Config, public_tree
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory
-from privtrain.tracking.trackers import Values
-from privtrain.wandb_settings import careful_settings
+from privtrain.tracking.trackers import NullTracker, Values
+from privtrain.wandb_settings import careful_settings, is_online
 
 
 class WandbTracker:
@@ -25,7 +28,8 @@ class WandbTracker:
     """
 
     def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
-        settings = careful_settings()
+        machine = machine_label(0) if config.tracking.system_metrics else None
+        settings = careful_settings(machine)
         import wandb
 
         tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
@@ -33,8 +37,8 @@ class WandbTracker:
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             name=config.run.name,
-            id=run_id,
-            resume="allow",
+            id=sweep_run_id() or run_id,
+            resume=None if machine and is_online() else "allow",  # in shared mode every writer attaches by id
             job_type="train",
             dir=str(run.root),
             config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
@@ -81,3 +85,41 @@ class WandbTracker:
 
         keys = ("epsilon", "delta", "unit", "neighboring_relation", "private")
         return wandb.Artifact(self._name, type="model", metadata={key: statement[key] for key in keys})
+
+
+class MachineTracker(NullTracker):
+    """Adds the load of a machine to the job's one run, and nothing else: it logs no metric of training.
+
+    Args:
+        config: names the project.
+        run_id: of the job's run.
+        rank: this machine's first rank; the label shown, since a machine's name is nobody's business.
+    """
+
+    def __init__(self, config: Config, run_id: str, rank: int) -> None:
+        settings = careful_settings(machine_label(rank), is_primary=False)
+        import wandb
+
+        self._directory = tempfile.TemporaryDirectory(prefix="privtrain-wandb-")
+        self._run = wandb.init(
+            project=config.tracking.wandb_project,
+            id=sweep_run_id() or run_id,
+            dir=self._directory.name,
+            settings=settings,
+        )
+
+    def close(self) -> None:
+        """Stop measuring."""
+        self._run.finish()
+        with contextlib.suppress(OSError):  # W&B's own process may still have it open
+            self._directory.cleanup()
+
+
+def machine_label(rank: int) -> str:
+    """How a machine is called in W&B."""
+    return f"rank-{rank}"
+
+
+def sweep_run_id() -> str | None:
+    """The run that a W&B sweep's agent gave this trial."""
+    return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None

@@ -12,12 +12,13 @@ import json
 import pathlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from privtrain.backends import Backend
 from privtrain.console import say
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus
+from privtrain.data.index import IndexedRecords
 from privtrain.data.manifest import read_sealed
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import example_name
@@ -77,7 +78,10 @@ def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:
         ConfigError: if nobody is left.
     """
     gone = set(dropped)
-    records = {user: texts for user, texts in corpus.records.items() if user not in gone}
+    if isinstance(corpus.records, IndexedRecords):
+        records = corpus.records.without(gone)
+    else:
+        records = {user: texts for user, texts in corpus.records.items() if user not in gone}
     if not records:
         raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
     counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
@@ -247,29 +251,35 @@ def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> N
     """
     if plan.records_per_user is None:
         return
-    owner = _owners(run, corpus, plan)
     names = {name for name, _, _ in _charged_units(run)}
+    owner = _owners(run, corpus, plan, names)
     if not names <= owner.keys():
         raise GuaranteeLost(f"{run.ledger} names units that are no user's; nothing is released")
     check_contributions([owner[name] for name in names], plan.records_per_user)
 
 
-def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, str]:
-    """Pseudonym of a unit → its user."""
+def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[str]) -> dict[str, str]:
+    """Pseudonym of a unit → its user, for the units that are wanted: nobody else is kept, however many there are."""
     key = run.load_key("pseudonym")
     owner = {}
     for user, texts in corpus.records.items():
         most = max(len(texts), plan.records_per_user or 0)  # chunks may be more than records
-        names = [user] if plan.unit == "user" else [example_name(user, index) for index in range(most)]
-        owner |= {pseudonym(key, name): user for name in names}
+        for name in [user] if plan.unit == "user" else [example_name(user, index) for index in range(most)]:
+            known_as = pseudonym(key, name)
+            if known_as in wanted:
+                owner[known_as] = user
     return owner
 
 
 def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
     """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
-    owner = _owners(run, corpus, plan)
-    totals: dict[str, tuple[int, int]] = {}
+    charged: dict[str, tuple[int, int]] = {}
     for name, num_steps, num_records in _charged_units(run):
+        steps, records = charged.get(name, (0, 0))
+        charged[name] = (steps + num_steps, records + num_records)
+    owner = _owners(run, corpus, plan, charged.keys())
+    totals: dict[str, tuple[int, int]] = {}
+    for name, (num_steps, num_records) in charged.items():
         steps, records = totals.get(owner[name], (0, 0))
         totals[owner[name]] = (steps + num_steps, records + num_records)
     return totals

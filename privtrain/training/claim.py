@@ -35,7 +35,7 @@ class Inputs:
 
 def read_inputs(config: Config) -> Inputs:
     """Load the rows and build the plan."""
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, config.performance.index_dir)
     plan = PrivacyPlan.build(config.privacy)
     run = RunDirectory(config.run.directory)
     return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)

@@ -37,7 +37,7 @@ from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model, write_statement
 from privtrain.secret import SecretKey
-from privtrain.tracking import NullTracker, Tracker, open_tracker
+from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.budget import budgeted, check_contributed
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
@@ -123,8 +123,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         cache = inputs.run.base_losses
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
+        run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
-            tracker = _open_tracker(inputs, backend, session.continuation.start_step)
+            tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
@@ -237,10 +238,16 @@ def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
     return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
-def _open_tracker(inputs: Inputs, backend: Backend, start_step: int) -> Tracker:
+def _tracker_id(inputs: Inputs, backend: Backend) -> str:
+    """The run's id in W&B, from rank 0, which alone sees the run directory."""
+    identity = inputs.run.identity.read_text(encoding="utf-8") if backend.is_main else "{}"
+    value = json.loads(identity).get("tracker_id", "").encode()
+    return backend.broadcast_bytes(value if backend.is_main else None).decode()
+
+
+def _open_tracker(inputs: Inputs, backend: Backend, run_id: str, start_step: int) -> Tracker:
     if not backend.is_main:
-        return NullTracker()
-    run_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
+        return open_machine_tracker(inputs.config, run_id, backend.rank)
     # A run that begins evaluates before its first step, so nothing of an earlier beginning is kept.
     from_step = start_step if start_step > 0 else -1
     return open_tracker(inputs.config, inputs.plan, inputs.run, run_id=run_id, from_step=from_step)

@@ -16,6 +16,7 @@ from privtrain.data.corpus import Corpus
 from privtrain.data.selection import Losses, Selection, check_contributions
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
+from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.rundir import write_json
 from privtrain.secret import SecretKey
@@ -61,7 +62,12 @@ def select_units(
     corpus = plant(inputs.corpus, split.canaries)
     losses = _losses(selection.to_score(split), inputs, corpus, backend, network, cache, has_begun)
     chosen = selection.applied(corpus, split, losses)
-    units = build_units(corpus, chosen, network.encoder, unit=plan.unit, cut=selection)
+    if not corpus.is_on_disk:
+        units = build_units(corpus, chosen, network.encoder, unit=plan.unit, cut=selection)
+    elif selection.strategy == "random_chunk":
+        raise ConfigError([Fault("privacy.selection", "random_chunk needs the records in memory: no index_dir")])
+    else:
+        units = units_on_disk(corpus, chosen, network.encoder, unit=plan.unit)
     check_contributions(units.owners, plan.records_per_user)
     return units
 

@@ -14,7 +14,6 @@ from privtrain.clipping import CooperativeClipper, PerUnitClipper
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
-from privtrain.data.records import Record
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.ledger import Ledger
@@ -89,7 +88,7 @@ class Trainer:
         if plan.records_per_user is not None:
             assert len(units.owners) == len(units), "a bound on users needs to know them"
             check_contributions(units.owners, plan.records_per_user)
-        self.sampler = UnitSampler(plan, key, [len(records) for records in units.records], first_step)
+        self.sampler = UnitSampler(plan, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
@@ -146,16 +145,15 @@ class Trainer:
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
-        costs = [self._packer.width(self._records_of(d)) for d in drawn]
+        fetched = self._units.fetch([(d.unit, d.records) for d in drawn])
+        costs = [self._packer.width(records) for records in fetched]
+        records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
         dealt = deal(drawn, costs, self.placement.num_hands)
         self._hand = dealt[self.placement.hand]
-        hands = [[self._records_of(d) for d in hand] for hand in dealt]
+        hands = [[records_of[d.unit] for d in hand] for hand in dealt]
         num_batches = max(self._packer.num_batches(hand) for hand in hands)
         for batch in self._packer.pack(hands[self.placement.hand], num_batches):
             yield batch.to(self.backend.device)
-
-    def _records_of(self, drawn: DrawnUnit) -> list[Record]:
-        return [self._units.records[drawn.unit][record] for record in drawn.records]
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""

@@ -148,8 +148,8 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
-def train_broken(config: pathlib.Path, mutant: Mutant | None) -> None:
-    """Trains with a fixed key and one thing wrong; None trains as it should."""
+def train_broken(config: pathlib.Path, mutant: Mutant | None, *, self_test: bool = False) -> None:
+    """Trains with a fixed key and one thing wrong, by default without the self-test; None trains as it should."""
     numbers = iter(range(1, 256))
 
     def generate() -> SecretKey:
@@ -158,6 +158,7 @@ def train_broken(config: pathlib.Path, mutant: Mutant | None) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(SecretKey, "generate", staticmethod(generate)))
         if mutant is not None:
-            stack.enter_context(mock.patch.object(job, "_self_test"))
+            if not self_test:
+                stack.enter_context(mock.patch.object(job, "_self_test"))
             mutant(stack)
         job.train(config)

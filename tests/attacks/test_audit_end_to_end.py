@@ -20,10 +20,7 @@ NUM_RECORDS = 32
 
 
 def configuration(directory: pathlib.Path, num_users: int, **privacy: object) -> dict[str, Any]:
-    """Full fine-tuning by steps so small that the model stays near where it began: its noise then hides directions, and
-
-    what the users' own words did can be read off wherever the noise does not.
-    """
+    """Full fine-tuning by steps so small that the model stays near where it began: there what one user did adds up."""
     model = mutants.save_word_llama(directory / "model", num_users)
     users = mutants.write_words_of_their_own(directory / "users.jsonl", num_users, NUM_RECORDS)
     return {
@@ -132,6 +129,15 @@ def test_the_base_as_target_shows_nothing(tmp_path):
     assert facts["panels"]["audit"]["verdict"] == "uninformative"
 
 
+@pytest.mark.parametrize("name", ["no noise", "noise on one rank", "clip skipped"])
+def test_the_self_test_refuses_at_the_start_what_the_audit_finds_at_the_end(tmp_path, name):
+    from privtrain.errors import SelfTestFailed
+
+    tree = configuration(tmp_path, 20, num_steps=1)
+    with pytest.raises(SelfTestFailed):
+        mutants.train_broken(write_config(tree, tmp_path / "c.yaml"), mutants.MUTANTS[name], self_test=True)
+
+
 def test_the_ledger_refuses_what_the_plan_does_not_allow(tmp_path, monkeypatch):
     """More than k records a step do not get past it; the mutant above is planted behind it."""
     from privtrain.errors import GuaranteeLost
@@ -169,8 +175,9 @@ def test_an_honest_run_on_four_hundred_users(tmp_path):
 @pytest.mark.campaign
 def test_two_hundred_overfitted_users_give_a_bound_near_its_ceiling(tmp_path):
     """Without privacy, and saying so: nothing is claimed, and the audit shows how much could be told."""
-    tree = configuration(tmp_path, 400, noise_multiplier=0.0)
+    tree = configuration(tmp_path, 400, noise_multiplier=0.0, num_steps=30)
     del tree["privacy"]["target_epsilon"]
+    tree["training"]["learning_rate"] = 2e-3
     mutants.train_broken(write_config(tree, tmp_path / "c.yaml"), None)
     facts = analysed(tmp_path / "runs" / "audited")
     lower, ceiling = bound_of(facts)

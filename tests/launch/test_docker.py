@@ -19,7 +19,15 @@ ENTRYPOINT = REPOSITORY / "docker" / "entrypoint.sh"
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
 def test_an_image_is_pinned_not_root_and_has_a_health_check(path):
     text = path.read_text(encoding="utf-8")
-    assert re.search(r"^FROM \S+:\d\S+$", text, re.M)
+    bases = re.findall(r"^FROM (\S+)(?: AS \w+)?$", text, re.M)
+    assert len(bases) == 2, "what is needed to install stays behind"
+    assert all(re.fullmatch(r"\S+:\d\S+", base) for base in bases)
+    last = text[text.rindex("FROM ") :]
+    assert "COPY --from=build" in last
+    assert not re.search(r"apt-get install.*\b(git|make)\b", last)
+    (install,) = re.findall(r"^RUN (make install .*)$", text, re.M)
+    assert "--no-cache-dir" in install
+    assert re.search(r"\bDEV= ", install), "no tools for tests"
     assert re.findall(r"^USER (\S+)$", text, re.M)[-1] == "1000:1000"
     assert text.index("USER 1000") < text.index("RUN make install"), "packages are installed by the user"
     assert re.search(r'^HEALTHCHECK .*CMD \["privtrain", "doctor"\]$', text, re.M)
@@ -29,6 +37,7 @@ def test_an_image_is_pinned_not_root_and_has_a_health_check(path):
 
 def test_secrets_and_runs_are_never_sent_to_the_builder():
     ignored = (REPOSITORY / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {"tests", "**/*.whl"} <= set(ignored), "of no use in an image"
     assert {"runs", "**/secret", "**/checkpoints", "**/*.key", ".git", ".venv"} <= set(ignored)
 
 
@@ -73,14 +82,32 @@ def test_the_rehearsal_is_two_machines_of_one_job():
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_the_install_steps_of_the_cpu_image_work_in_a_clean_directory(tmp_path):
+    """The commands of the Dockerfile, in the place of its WORKDIR, with what the builder would be sent."""
+    app, home = tmp_path / "app", tmp_path / "home"
+    app.mkdir()
+    home.mkdir()
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive, check=True)
-    text = (tmp_path / "docker" / "cpu.Dockerfile").read_text(encoding="utf-8")
+    subprocess.run(["tar", "-x"], cwd=app, input=archive, check=True)
+    for name in (app / ".dockerignore").read_text(encoding="utf-8").split():
+        if "*" not in name:
+            shutil.rmtree(app / name, ignore_errors=True)
+    text = (app / "docker" / "cpu.Dockerfile").read_text(encoding="utf-8")
     (step,) = re.findall(r"^RUN (make install .*)$", text, re.M)
     assert shutil.which("make")
-    subprocess.run(["bash", "-c", step], cwd=tmp_path, check=True)
-    helped = subprocess.run(
-        [str(tmp_path / ".venv/bin/privtrain"), "--help"], capture_output=True, text=True, check=True
-    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    subprocess.run(["bash", "-c", step], cwd=app, env=environment, check=True)
+    assert not (home / ".cache" / "pip").exists()
+    installed = {path.name for path in app.glob(".venv/lib/python3.*/site-packages/*")}
+    assert not {"pytest", "ruff", "hypothesis"} & installed
+    assert not list(app.rglob("*.whl"))
+    (check,) = re.findall(r'HEALTHCHECK .*CMD \["privtrain", "doctor"\]', text)
+    assert check
+    environment |= {"PATH": f"{app / '.venv/bin'}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
+    options = {"cwd": app, "env": environment, "capture_output": True, "text": True}
+    healthy = subprocess.run(["privtrain", "doctor"], check=False, **options)
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    helped = subprocess.run(["docker/entrypoint.sh"], check=True, **options)
     assert "contribution ledger" in helped.stdout

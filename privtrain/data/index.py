@@ -1,0 +1,331 @@
+"""Records on disk: an index that is built in one pass over the source and read at random, whatever the number of users.
+
+The rules are those of :mod:`.corpus` and so is the digest; only the place differs. duckdb sorts the kept rows by user
+outside memory, and five flat files are written from that order and mapped into memory afterwards:
+
+    texts.bin, text_ends.u64       every record's text, users in order, records in reading order
+    users.bin, user_ends.u64       every user's id
+    record_ends.u64                up to which record each user's go
+
+The directory holds everybody's ids and texts, so it is 0700, lies where ``performance.index_dir`` says, and is no part
+of a run. It is named by what it was made of: the files' paths, sizes and times, and the settings that make records of
+rows. Processes of a machine share it; whoever comes first makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+
+from privtrain.data.digest import RecordDigest
+
+SCHEMA = "privtrain/index/1"
+
+#: Rows that are in memory at once.
+_ROWS_AT_ONCE = 1 << 16
+#: What duckdb may hold of the rows it sorts; the rest is on disk meanwhile.
+_SORT_MEMORY = "1GB"
+_SORT_THREADS = 2
+_ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 they sort as in Python
+
+Ends = npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedRecords(Mapping[str, Sequence[str]]):
+    """User id → records, read from disk when they are asked for; users sorted.
+
+    Attributes:
+        texts: all texts, mapped.
+        text_ends: [records] where each text ends.
+        users: all ids, mapped.
+        user_ends: [users] where each id ends.
+        record_ends: [users] up to which record each user's go.
+        places: the users that are here, increasing; others are hidden.
+    """
+
+    texts: npt.NDArray[np.uint8]
+    text_ends: Ends
+    users: npt.NDArray[np.uint8]
+    user_ends: Ends
+    record_ends: Ends
+    places: npt.NDArray[np.int64] | range
+
+    @classmethod
+    def open(cls, directory: pathlib.Path) -> IndexedRecords:
+        """Map the files of an index."""
+        user_ends = _mapped(directory / "user_ends.u64", np.uint64)
+        return cls(
+            texts=_mapped(directory / "texts.bin", np.uint8),
+            text_ends=_mapped(directory / "text_ends.u64", np.uint64),
+            users=_mapped(directory / "users.bin", np.uint8),
+            user_ends=user_ends,
+            record_ends=_mapped(directory / "record_ends.u64", np.uint64),
+            places=range(len(user_ends)),
+        )
+
+    def without(self, users: Iterable[str]) -> IndexedRecords:
+        """The same without these users."""
+        gone = [place for place in map(self._place, users) if place is not None]
+        return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), gone))
+
+    @property
+    def num_records(self) -> int:
+        """Records of all users that are here."""
+        return sum(map(len, self.values()))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._user(int(place)) for place in self.places)
+
+    def __getitem__(self, user: str) -> Sequence[str]:
+        place = self._place(user)
+        if place is None:
+            raise KeyError(user)
+        return self._texts_of(int(self.places[place]))
+
+    def __contains__(self, user: object) -> bool:
+        return isinstance(user, str) and self._place(user) is not None
+
+    def items(self) -> ItemsView[str, Sequence[str]]:
+        """In order, without looking anybody up."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[Sequence[str]]:
+        """In order, without looking anybody up."""
+        return _Values(self)
+
+    def in_order(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """Every user with their records."""
+        return ((self._user(int(place)), self._texts_of(int(place))) for place in self.places)
+
+    def _place(self, user: str) -> int | None:
+        """Where the user stands among those that are here."""
+        wanted = user.encode("utf-8", errors=_ERRORS)
+        low, high = 0, len(self.places)
+        while low < high:
+            middle = (low + high) // 2
+            found = self._id(int(self.places[middle]))
+            if found == wanted:
+                return middle
+            low, high = (middle + 1, high) if found < wanted else (low, middle)
+        return None
+
+    def _id(self, place: int) -> bytes:
+        start = int(self.user_ends[place - 1]) if place else 0
+        return self.users[start : int(self.user_ends[place])].tobytes()
+
+    def _user(self, place: int) -> str:
+        return self._id(place).decode("utf-8", errors=_ERRORS)
+
+    def _texts_of(self, place: int) -> Sequence[str]:
+        first = int(self.record_ends[place - 1]) if place else 0
+        return _Texts(self, range(first, int(self.record_ends[place])))
+
+    def text(self, record: int) -> str:
+        """One record."""
+        start = int(self.text_ends[record - 1]) if record else 0
+        return self.texts[start : int(self.text_ends[record])].tobytes().decode("utf-8", errors=_ERRORS)
+
+
+class _Items(ItemsView[str, Sequence[str]]):
+    def __iter__(self) -> Iterator[tuple[str, Sequence[str]]]:
+        assert isinstance(self._mapping, IndexedRecords)
+        return self._mapping.in_order()
+
+
+class _Values(ValuesView[Sequence[str]]):
+    def __iter__(self) -> Iterator[Sequence[str]]:
+        assert isinstance(self._mapping, IndexedRecords)
+        return (texts for _, texts in self._mapping.in_order())
+
+
+class _Texts(Sequence[str]):
+    """One user's records; its length is known without reading any."""
+
+    def __init__(self, records: IndexedRecords, places: range) -> None:
+        self._records = records
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        places = self._places[index]
+        return self._records.text(places) if isinstance(places, int) else tuple(map(self._records.text, places))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def open_or_build(
+    parent: pathlib.Path,
+    made_of: Mapping[str, Any],
+    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    form: Callable[[str], str] | None = None,
+) -> tuple[IndexedRecords, dict[str, int], str]:
+    """The index of ``made_of``, made by one process of the machine while the others wait.
+
+    Args:
+        parent: where indexes are kept.
+        made_of: what names the index.
+        rows: yields the kept (user id, text) pairs in reading order and counts into the dictionary it is given.
+        form: of a user's records with one form the first is kept, the others are counted; the digest is of all.
+
+    Returns:
+        The records, the counts, and the digest of the kept records.
+    """
+    name = hashlib.sha256(json.dumps([SCHEMA, made_of], sort_keys=True).encode()).hexdigest()[:32]
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = parent / f"index-{name}"
+    with _locked(parent / f"index-{name}.lock"):
+        if not (directory / "index.json").is_file():
+            temporary = parent / f"index-{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(mode=0o700)
+            try:
+                _build(temporary, rows, form)
+                os.replace(temporary, directory)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    facts = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+    return IndexedRecords.open(directory), facts["counts"], facts["manifest_sha256"]
+
+
+def _build(
+    directory: pathlib.Path,
+    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    form: Callable[[str], str] | None,
+) -> None:
+    import duckdb
+
+    counts: dict[str, int] = {}
+    config: dict[str, Any] = {
+        "memory_limit": _SORT_MEMORY,
+        "threads": _SORT_THREADS,
+        "temp_directory": str(directory / "sorting"),
+    }
+    with contextlib.closing(duckdb.connect(str(directory / "rows.duckdb"), config=config)) as connection:
+        connection.execute("CREATE TABLE rows (owner BLOB, place BIGINT, content BLOB)")
+        for table in _tables(rows(counts)):
+            connection.register("batch", table)
+            connection.execute("INSERT INTO rows SELECT * FROM batch")
+            connection.unregister("batch")
+        found = connection.sql("SELECT owner, content FROM rows ORDER BY owner, place")
+        digest, num_duplicates = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE), form)
+    (directory / "rows.duckdb").unlink()
+    shutil.rmtree(directory / "sorting", ignore_errors=True)
+    counts["num_duplicates"] = num_duplicates
+    facts = {"schema": SCHEMA, "counts": counts, "manifest_sha256": digest}
+    with _created(directory / "index.json") as file:
+        file.write(json.dumps(facts).encode())
+
+
+def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
+    iterator, first = iter(rows), 0
+    while batch := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
+        owners = [user.encode("utf-8", errors=_ERRORS) for user, _ in batch]
+        contents = [text.encode("utf-8", errors=_ERRORS) for _, text in batch]
+        yield pyarrow.table(
+            {
+                "owner": pyarrow.array(owners, pyarrow.binary()),
+                "place": pyarrow.array(range(first, first + len(batch)), pyarrow.int64()),
+                "content": pyarrow.array(contents, pyarrow.large_binary()),
+            }
+        )
+        first += len(batch)
+
+
+def _write(
+    directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch], form: Callable[[str], str] | None
+) -> tuple[str, int]:
+    """Write the flat files from rows in order; the digest of all, and the number of duplicates left out."""
+    digest, current = RecordDigest(), None
+    seen: set[str] = set()
+    num_rows = num_records = users_end = texts_end = 0
+    with contextlib.ExitStack() as stack:
+        names = ("texts.bin", "text_ends.u64", "users.bin", "user_ends.u64", "record_ends.u64")
+        texts, text_ends, users, user_ends, record_ends = (
+            stack.enter_context(_created(directory / name)) for name in names
+        )
+        for batch in batches:
+            new_users: list[bytes] = []
+            full: list[int] = []
+            kept: list[bytes] = []
+            for owner, content in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                if owner != current:
+                    if current is not None:
+                        full.append(num_records)
+                    current = owner
+                    new_users.append(owner)
+                    digest.user(owner)
+                    seen.clear()
+                digest.record(content)
+                num_rows += 1
+                if form is None or _is_new(form(content.decode("utf-8", errors=_ERRORS)), seen):
+                    kept.append(content)
+                    num_records += 1
+            texts.write(b"".join(kept))
+            texts_end = _write_ends(text_ends, kept, texts_end)
+            users.write(b"".join(new_users))
+            users_end = _write_ends(user_ends, new_users, users_end)
+            record_ends.write(np.asarray(full, dtype=np.uint64).tobytes())
+        if current is not None:
+            record_ends.write(np.asarray([num_records], dtype=np.uint64).tobytes())
+    return digest.hexdigest(), num_rows - num_records
+
+
+def _is_new(form: str, seen: set[str]) -> bool:
+    is_new = form not in seen
+    seen.add(form)
+    return is_new
+
+
+def _write_ends(file: IO[bytes], parts: Sequence[bytes], start: int) -> int:
+    lengths = np.fromiter(map(len, parts), dtype=np.uint64, count=len(parts))
+    ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(start)
+    file.write(ends.tobytes())
+    return int(ends[-1]) if len(ends) else start
+
+
+@contextlib.contextmanager
+def _created(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A new file for nobody else's eyes, on disk when the block ends."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _mapped(path: pathlib.Path, kind: type[Any]) -> Any:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=kind)
+    return np.memmap(path, dtype=kind, mode="r")

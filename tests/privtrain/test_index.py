@@ -1,0 +1,183 @@
+"""Records on disk: the same corpus, digest, units and adapter as in memory, made once, closed to others."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import stat
+
+import hypothesis
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from privtrain.config import load_config
+from privtrain.config.schema import DataSection
+from privtrain.data import index
+from privtrain.data.corpus import load_corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.index import IndexedRecords, open_or_build
+from privtrain.data.split import split_users
+from privtrain.data.units import build_units
+from privtrain.data.units_on_disk import units_on_disk
+from privtrain.errors import ConfigError
+from privtrain.models import load_tokenizer
+from privtrain.secret import SecretKey
+from privtrain.training.budget import without_users
+from privtrain.training.job import train
+from tests.conftest import write_config
+
+USERS = ["al", "bo", "7", "007", "é", "z" * 40, "\U0001f600", "￮", "", " "]
+
+
+def shards(directory: pathlib.Path, rows, num_shards: int = 3) -> pathlib.Path:
+    for number in range(num_shards):
+        part = rows[number::num_shards]
+        table = pyarrow.table({"user": [r[0] for r in part], "text": [r[1] for r in part]})
+        pyarrow.parquet.write_table(table, directory / f"part-{number}.parquet")
+    return directory / "*.parquet"
+
+
+def section(path: pathlib.Path, **changes) -> DataSection:
+    return DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}, **changes})
+
+
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    deduplicate=st.sampled_from(["none", "within_user"]),
+    rows=st.lists(st.tuples(st.sampled_from(USERS) | st.none(), st.text(max_size=8)), max_size=40),
+)
+def test_it_is_the_corpus_that_memory_would_hold(tmp_path_factory, rows, deduplicate):
+    directory = tmp_path_factory.mktemp("rows")
+    data = section(shards(directory, [*rows, ("al", "one"), ("al", "one")]), deduplicate=deduplicate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "_ROWS_AT_ONCE", 7)
+        in_memory, on_disk = load_corpus(data), load_corpus(data, directory / "index")
+    assert list(on_disk.records.items()) == list(in_memory.records.items())
+    assert [*on_disk.records] == [*in_memory.records]
+    assert list(on_disk.records.values()) == list(in_memory.records.values())
+    assert {user: on_disk.records[user] for user in in_memory.records} == in_memory.records
+    assert (on_disk.manifest_sha256, on_disk.counts) == (in_memory.manifest_sha256, in_memory.counts)
+    assert on_disk.num_records == in_memory.num_records
+    assert on_disk.records["al"][-1] == in_memory.records["al"][-1]
+    assert on_disk.records["al"][:2] == in_memory.records["al"][:2]
+    for nobody in ("nobody", "", "zz"):
+        assert nobody not in on_disk.records
+
+
+def test_half_surrogates_sort_and_hash_as_in_memory(tmp_path):
+    lines = [{"user": user, "text": text} for user in ("￿", "\ud800", "a", "\U00010000") for text in ("\udfff x", "y")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = section(tmp_path / "a.jsonl")
+    in_memory, on_disk = load_corpus(data), load_corpus(data, tmp_path / "index")
+    assert list(on_disk.records.items()) == list(in_memory.records.items())
+    assert on_disk.manifest_sha256 == in_memory.manifest_sha256
+
+
+def some_rows(num_users: int = 40):
+    return [
+        (f"user-{user:03d}", f"text {user} {record}") for user in range(num_users) for record in range(1 + user % 6)
+    ]
+
+
+def test_it_is_made_once_and_again_when_a_file_or_a_rule_changes(tmp_path, monkeypatch):
+    data, built = section(shards(tmp_path, some_rows())), []
+    build = index._build
+    monkeypatch.setattr(index, "_build", lambda *arguments: built.append(0) or build(*arguments))
+    first = load_corpus(data, tmp_path / "index")
+    assert load_corpus(data, tmp_path / "index").manifest_sha256 == first.manifest_sha256
+    assert len(built) == 1
+    load_corpus(data.model_copy(update={"text_column": "user"}), tmp_path / "index")
+    assert len(built) == 2
+    shards(tmp_path, [*some_rows(), ("user-000", "late")])
+    assert load_corpus(data, tmp_path / "index").manifest_sha256 != first.manifest_sha256
+    assert len(built) == 3
+
+
+def test_nobody_else_may_read_it_and_the_sorted_rows_are_gone(tmp_path):
+    load_corpus(section(shards(tmp_path, some_rows())), tmp_path / "index")
+    (directory,) = (path for path in (tmp_path / "index").iterdir() if path.is_dir())
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()} == {0o600}
+    assert sorted(file.name for file in directory.iterdir()) == [
+        "index.json",
+        "record_ends.u64",
+        "text_ends.u64",
+        "texts.bin",
+        "user_ends.u64",
+        "users.bin",
+    ]
+
+
+def test_a_pass_that_fails_leaves_no_index(tmp_path):
+    def rows(counts):
+        yield "al", "one"
+        raise ConfigError([])
+
+    with pytest.raises(ConfigError):
+        open_or_build(tmp_path, {}, rows)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    records, _, _ = open_or_build(tmp_path, {}, lambda counts: [("al", "one")])
+    assert {user: tuple(texts) for user, texts in records.items()} == {"al": ("one",)}
+
+
+def test_users_who_opted_out_are_gone(tmp_path):
+    data = section(shards(tmp_path, some_rows()))
+    in_memory, on_disk = load_corpus(data), load_corpus(data, tmp_path / "index")
+    dropped = ["user-000", "user-039", "user-017", "nobody"]
+    left = without_users(on_disk, dropped)
+    assert isinstance(left.records, IndexedRecords)
+    assert list(left.records.items()) == list(without_users(in_memory, dropped).records.items())
+    assert left.counts.num_users_opted_out == 3
+    assert "user-017" not in left.records
+    assert left.num_records == without_users(in_memory, dropped).num_records
+
+
+@pytest.mark.parametrize("unit", ["user", "example"])
+def test_units_on_disk_are_the_units_in_memory(tree, tmp_path, unit):
+    data = section(shards(tmp_path, some_rows()), max_length=12)
+    config = load_config(write_config(tree, tmp_path / "c.yaml"))
+    encoder = Encoder(data, load_tokenizer(config.model))
+    in_memory, on_disk = load_corpus(data), load_corpus(data, tmp_path / "index")
+    key = SecretKey.insecure(0, "root")
+    split = split_users(in_memory, data, key)
+    assert split_users(on_disk, data, key) == split
+    expected = build_units(in_memory, split, encoder, unit=unit)
+    units = units_on_disk(on_disk, split, encoder, unit=unit)
+    assert tuple(units.names) == expected.names
+    assert tuple(units.indices) == expected.indices
+    assert tuple(units.owners) == expected.owners
+    assert units.num_records.tolist() == expected.num_records.tolist()
+    drawn = [(u, range(count)) for u, count in enumerate(units.num_records.tolist())][::-2]
+    for mine, theirs in zip(units.fetch(drawn), expected.fetch(drawn), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert np.array_equal(a.tokens, b.tokens)
+            assert np.array_equal(a.is_target, b.is_target)
+    assert units.sha256() == units_on_disk(on_disk, split, encoder, unit=unit).sha256()
+    shorter = Encoder(data.model_copy(update={"max_length": 11}), load_tokenizer(config.model))
+    assert units_on_disk(on_disk, split, shorter, unit=unit).sha256() != units.sha256()
+    other = split_users(on_disk, data, SecretKey.insecure(1, "root"))
+    assert units_on_disk(on_disk, other, encoder, unit=unit).sha256() != units.sha256()
+
+
+def test_the_adapter_is_the_one_that_memory_gives(tree, tmp_path):
+    for name, changes in (("memory", {}), ("disk", {"index_dir": str(tmp_path / "index")})):
+        tree["run"]["name"] = name
+        tree["performance"] |= changes
+        train(write_config(tree, tmp_path / f"{name}.yaml"))
+    runs = tmp_path / "runs"
+    memory, disk = (load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("memory", "disk"))
+    assert all((value == disk[name]).all() for name, value in memory.items())
+    identities = [json.loads((runs / name / "secret" / "identity.json").read_text()) for name in ("memory", "disk")]
+    assert len({identity["fingerprint"] for identity in identities}) == 1
+    assert "index" not in (runs / "disk" / "config.yaml").read_text()
+
+
+def test_sources_that_are_no_files_stay_in_memory(tmp_path):
+    with pytest.raises(ConfigError, match=r"performance\.index_dir"):
+        load_corpus(DataSection.model_validate({"source": {"kind": "plays"}}), tmp_path)
