@@ -84,8 +84,11 @@ def score(
         int, typer.Option(min=0, help="Secrets that each canary is compared with, where the run has canaries.")
     ] = 128,
     variants: Annotated[
-        str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N; comma-separated.")
+        str, typer.Option(help="Re-written texts to score too: lowercase, recall, neighbours:N, control_prefix.")
     ] = "",
+    sampling: Annotated[
+        str, typer.Option(help="How text would be drawn from the model, for extraction.")
+    ] = "temperature=1,top_k=40,top_p=1",
     spans: Annotated[
         str | None, typer.Option(help="Column of labelled [start, end] spans of sensitive text, or: presidio.")
     ] = None,
@@ -98,7 +101,9 @@ def score(
     """Score documents under the fine-tuned model and its base (loads the models; resumes where it was killed)."""
     from attacks import score as scoring
 
-    options = scoring.ScoreOptions(batch_tokens, training_records, canary_references, variants, spans, date, language)
+    options = scoring.ScoreOptions(
+        batch_tokens, training_records, canary_references, variants, sampling, spans, date, language
+    )
     scoring.score_run(run, options, documents_of=documents_of)
 
 

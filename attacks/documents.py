@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.errors import AttackInputError
-from attacks.signals import FRESH, HELD_IN, HELD_OUT, TRAINING
+from attacks.signals import CONTROL_PREFIX, FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.config.schema import DataSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
@@ -27,6 +28,9 @@ from privtrain.rundir import RunDirectory
 from privtrain.secret import SecretKey
 
 PSEUDONYM_PURPOSE = "attack pseudonym"
+
+SPANS_PATH = pathlib.Path("secret/spans.json")
+"""Labelled spans that were sealed before training, where the data had them."""
 
 DOCUMENTS_PER_PART = 128
 """Documents whose signals are written at once: what a killed job may have to do again on each rank."""
@@ -40,6 +44,11 @@ class Document:
     index: int
     kind: str
     text: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the signals, unique among its user's."""
+        return f"{self.index}-{self.kind}" if self.kind == CONTROL_PREFIX else str(self.index)
 
     def text_in(self, corpus: Corpus) -> str:
         """What is scored."""
@@ -64,6 +73,24 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     if used["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{run.manifest} is not the one that {run.used} was written with; it was replaced")
     return manifest
+
+
+def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]] | None:
+    """The spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
+
+    Raises:
+        AttackInputError: if they were altered, or belong to other coins.
+    """
+    path = run.root / SPANS_PATH
+    if not path.is_file():
+        return None
+    try:
+        found = read_sealed(path)
+    except PlanMismatch as error:
+        raise AttackInputError(str(error)) from None
+    if found["manifest_sha256"] != manifest["sha256"]:
+        raise AttackInputError(f"{path} belongs to other coins than this run's; restore it, or name --spans COLUMN")
+    return found["spans"]
 
 
 def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, str]:
@@ -94,13 +121,16 @@ def attack_pseudonym(key: SecretKey, user: str) -> str:
     return key.derive(PSEUDONYM_PURPOSE, user).hex()[:32]
 
 
-def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_records: int) -> list[Document]:
+def plan_documents(
+    manifest: Mapping[str, Any], corpus: Corpus, num_training_records: int, *, with_controls: bool = False
+) -> list[Document]:
     """The documents in scoring order: longest text first.
 
     Args:
         manifest: of the attacked run.
         corpus: the run's data.
         num_training_records: how many records of each user, among those that training could use, at most.
+        with_controls: also the same records after somebody else's first tokens.
 
     Raises:
         AttackInputError: if the data are not the ones that the split was drawn on, or the attacker has no document.
@@ -114,7 +144,8 @@ def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_rec
             continue
         found += [Document(user, index, FRESH) for index in fresh]
         usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _order(user, index))
-        found += [Document(user, index, TRAINING) for index in usable[:num_training_records]]
+        for kind in (TRAINING, CONTROL_PREFIX) if with_controls else (TRAINING,):
+            found += [Document(user, index, kind) for index in usable[:num_training_records]]
     if not found:
         raise AttackInputError(
             "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
@@ -124,7 +155,7 @@ def plan_documents(manifest: Mapping[str, Any], corpus: Corpus, num_training_rec
 
 def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:
     """Longest text first."""
-    return sorted(documents, key=lambda d: (-len(d.text_in(corpus)), d.user, d.index))
+    return sorted(documents, key=lambda d: (-len(d.text_in(corpus)), d.user, d.name))
 
 
 def in_parts(documents: Sequence[Document]) -> list[list[Document]]:

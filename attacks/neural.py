@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from attacks.sampling_scheme import SamplingScheme
 from attacks.scorer import TokenSignals
 
 _TOKENS_PER_BLOCK_ON_CPU = 16
@@ -30,6 +32,7 @@ class NeuralScorer:
         device: where it is put.
         precision: ``"bf16"`` computes the forward pass in bf16; what follows it is fp32 always.
         context: entered around every forward pass, for example ``model.disable_adapter``.
+        scheme: also gives every token's probability under it.
     """
 
     def __init__(
@@ -38,16 +41,22 @@ class NeuralScorer:
         device: torch.device,
         precision: str = "fp32",
         context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        scheme: SamplingScheme | None = None,
     ) -> None:
         self._model = model.to(device).eval()
         self._device = device
         self._is_bf16 = precision == "bf16"
         self._context = context
+        self._scheme = scheme
 
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
         """Signals of each sequence's tokens after its first: one forward pass."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
-        found = [_signals_of(block, labels[start : start + len(block)]) for start, block in self._blocks(sequences)]
+        found = []
+        for start, block in self._blocks(sequences):
+            chosen = labels[start : start + len(block)]
+            sampled = () if self._scheme is None else (sampled_logp(block, chosen, self._scheme),)
+            found.append((*_signals_of(block, chosen), *sampled))
         joined = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
@@ -80,6 +89,31 @@ class NeuralScorer:
             size = _TOKENS_PER_BLOCK_ON_CPU if on_cpu else _TOKENS_PER_BLOCK_ON_ACCELERATOR
             for start in range(0, len(places), size):
                 yield start, flat.index_select(0, index[start : start + size]).float()
+
+
+def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingScheme) -> torch.Tensor:
+    """Log-probability of each label under the sampling scheme.
+
+    Args:
+        logits: [tokens, vocabulary], fp32; left as it is.
+        labels: [tokens].
+        scheme: temperature first, then top k, then top p of what is left. Of tokens that tie for the last place some
+            are counted as left out, and a label among them as drawable all the same.
+
+    Returns:
+        [tokens]; -inf where the label cannot be drawn.
+    """
+    label_logits = logits.gather(1, labels[:, None]) / scheme.temperature
+    if scheme.top_k == 0 and scheme.top_p == 1.0:
+        return (label_logits - (logits / scheme.temperature).logsumexp(dim=-1, keepdim=True))[:, 0]
+    size = scheme.top_k or logits.shape[-1]
+    kept = logits.topk(min(size, logits.shape[-1]), dim=-1).values / scheme.temperature
+    if scheme.top_p < 1.0:
+        shares = kept.softmax(dim=-1)
+        kept = kept.masked_fill(shares.cumsum(dim=-1) - shares >= scheme.top_p, -math.inf)
+    lowest = kept.masked_fill(kept == -math.inf, math.inf).min(dim=-1, keepdim=True).values
+    logp = label_logits - kept.logsumexp(dim=-1, keepdim=True)
+    return logp.masked_fill(label_logits < lowest, -math.inf)[:, 0]
 
 
 def _signals_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:

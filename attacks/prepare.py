@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attacks.columns import read_columns, spans_of
+from attacks.documents import SPANS_PATH
 from attacks.errors import AttackInputError
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import Corpus, load_corpus
@@ -22,7 +23,6 @@ from privtrain.data.split import Split, seal
 from privtrain.inputs import check_inputs
 from privtrain.rundir import RunDirectory, write_json
 
-SPANS_PATH = pathlib.Path("secret/spans.json")
 SPANS_SCHEMA = "privtrain/spans/1"
 
 

@@ -21,6 +21,7 @@ from attacks.membership import (
     wbc,
     zlib_ratio,
 )
+from attacks.memorisation import canary_panel, extraction_panel
 from attacks.protocol import Attack
 from attacks.rundir import PrivacyStatement
 
@@ -28,7 +29,7 @@ ATTACKS: dict[str, Attack] = {}
 
 Panel = Callable[[pathlib.Path, PrivacyStatement, int], dict[str, Any] | None]
 
-PANELS: dict[str, Panel] = {}
+PANELS: dict[str, Panel] = {"canaries": canary_panel.panel, "extraction": extraction_panel.panel}
 """Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run lacks what they
 need. ``attacks.json`` holds them under ``panels``."""
 

@@ -7,6 +7,7 @@ with the number of documents, and a job that was killed goes on where it stopped
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,10 +33,12 @@ from attacks.languages import guess_language
 from attacks.neural import NeuralScorer
 from attacks.pii import PRESIDIO, find_personal_data
 from attacks.rundir import read_statement
+from attacks.sampling_scheme import SamplingScheme
 from attacks.scorer import Scorer, TokenSignals
 from attacks.signals import (
     CANARY,
     CANARY_REFERENCE,
+    CONTROL_PREFIX,
     HELD_OUT,
     REFERENCES_PATH,
     SCHEMA_NAME,
@@ -53,7 +56,7 @@ from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision
 from privtrain.processes import join_processes
-from privtrain.rundir import RunDirectory
+from privtrain.rundir import RunDirectory, write_json
 from privtrain.secret import SecretKey
 
 Tokens = npt.NDArray[np.int64]
@@ -71,7 +74,8 @@ class ScoreOptions:
         num_training_records: records of each user, among those that training could use, beside the fresh ones.
         num_canary_references: secrets that each canary is compared with.
         variants: re-written texts to score too; see ``attacks.variants``.
-        spans_column: column of labelled spans, or ``presidio``.
+        sampling: how text would be drawn from the model; see ``attacks.sampling_scheme``.
+        spans_column: column of labelled spans, or ``presidio``; without it the spans that were sealed, if any.
         date_column: column of dates, for the blind baseline.
         language_column: column of languages; guessed from the text without it.
     """
@@ -80,6 +84,7 @@ class ScoreOptions:
     num_training_records: int = 2
     num_canary_references: int = 128
     variants: str = ""
+    sampling: str = str(SamplingScheme())
     spans_column: str | None = None
     date_column: str | None = None
     language_column: str | None = None
@@ -113,6 +118,7 @@ class Job:
     documents: Sequence[Document]
     key: SecretKey
     prefix: Tokens | None
+    sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
     target: pathlib.Path
     fingerprint: str
 
@@ -159,7 +165,7 @@ def score_run(
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
         job = _prepare(run, attacked, config, options, target)
-        tuned, base = load_scorers(run, config, device)
+        tuned, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
         num_documents = _score_parts(job, tuned, base, state)
         if state.is_main_process:
             print(f"scored {num_documents} documents; next: attacks analyse {attacked.root}")
@@ -180,11 +186,13 @@ def _prepare(
     tokenizer = load_tokenizer(config.model)
     natural = load_corpus(data, attacked_config.performance.index_dir)
     corpus = plant(natural, canaries_of(manifest))
-    documents = planning.plan_documents(manifest, corpus, options.num_training_records)
+    variants = Variants.parse(options.variants)
+    documents = planning.plan_documents(
+        manifest, corpus, options.num_training_records, with_controls=variants.control_prefix
+    )
     if attacked.root == run.root:
         root_key = run.load_key("root")
         documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
-    variants = Variants.parse(options.variants)
     if data.format != "text" and (options.variants or options.spans_column):
         raise AttackInputError(
             f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
@@ -211,30 +219,37 @@ def _prepare(
         documents=planning.in_order(documents, corpus),
         key=attacked.load_key("pseudonym"),
         prefix=prefix,
+        sealed_spans=planning.read_spans(attacked, manifest) if options.spans_column is None else None,
         target=target,
         fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     )
 
 
-def load_scorers(run: RunDirectory, config: Config, device: torch.device) -> tuple[Scorer, Scorer]:
+def load_scorers(
+    run: RunDirectory, config: Config, device: torch.device, scheme: SamplingScheme | None = None
+) -> tuple[Scorer, Scorer]:
     """The fine-tuned model and its exact base: one set of weights with the adapter on and off, or two models.
 
     Args:
         run: a finished run; what it released is loaded, whatever backend trained it.
         config: its configuration.
         device: where the models go.
+        scheme: under which every token's probability is wanted too.
     """
     precision = resolve_precision(config.performance.precision, device)
     dtype = base_dtype(precision, device)
     base = load_base(config.model, dtype)
+
+    def scorer(network: Any, context: Any = contextlib.nullcontext) -> NeuralScorer:
+        return NeuralScorer(network, device, precision, context, scheme)
+
     if config.training.releases_model:
         tuned = load_base(ModelSection(name_or_path=str(run.model)), dtype)
-        return NeuralScorer(tuned, device, precision), NeuralScorer(base, device, precision)
+        return scorer(tuned), scorer(base)
     model = load_adapter(base, run.adapter)
     if _changes_the_base(model):
-        return NeuralScorer(model, device, precision), NeuralScorer(load_base(config.model, dtype), device, precision)
-    without_adapter: Any = model.disable_adapter
-    return NeuralScorer(model, device, precision), NeuralScorer(model, device, precision, without_adapter)
+        return scorer(model), scorer(load_base(config.model, dtype))
+    return scorer(model), scorer(model, model.disable_adapter)
 
 
 def _changes_the_base(model: torch.nn.Module) -> bool:
@@ -261,6 +276,7 @@ def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> 
                 f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
                 "score on one machine or on a shared file system"
             )
+        write_json(job.target.with_suffix(".json"), {"options": dataclasses.asdict(job.options)}, mode=0o600)
         num_documents = join_signals(job.target, [job.part(number) for number in range(len(parts))])
         shutil.rmtree(job.parts)
     state.wait_for_everyone()
@@ -271,6 +287,7 @@ def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base
     """Signals of the documents of one part."""
     texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
+    documents, texts, tokens = _with_control_prefixes(documents, texts, tokens)
     batch_tokens = job.options.batch_tokens
     target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (tuned, base))
     names = [attack_pseudonym(job.key, document.user) for document in documents]
@@ -285,7 +302,7 @@ def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base
         rows.append(
             DocumentSignals(
                 names[place],
-                str(document.index),
+                document.name,
                 job.sides[document.user],
                 target.logp,
                 reference.logp,
@@ -293,15 +310,29 @@ def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base
                 target_correct=target.correct,
                 target_mean=target.mean,
                 target_variance=target.variance,
+                target_sampled_logp=target.sampled_logp,
                 base_correct=reference.correct,
                 base_mean=reference.mean,
                 base_variance=reference.variance,
+                base_sampled_logp=reference.sampled_logp,
                 token_ids=tokens[place][1:].astype(np.int32),
                 variants=means[place],
                 **_facts(job, document, texts[place], len(tokens[place]) - 1),
             )
         )
     return rows
+
+
+def _with_control_prefixes(
+    documents: Sequence[Document], texts: Sequence[str], tokens: Sequence[Tokens]
+) -> tuple[list[Document], list[str], list[Tokens]]:
+    """The control documents of a part get each other's first tokens; those for which there are none are left out."""
+    chosen = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
+    found: dict[int, Tokens | None] = dict(enumerate(tokens))
+    users = [documents[place].user for place in chosen]
+    found |= zip(chosen, rewriting.exchange_prefixes(users, [tokens[place] for place in chosen]), strict=True)
+    kept = {place: ids for place, ids in found.items() if ids is not None}
+    return [documents[place] for place in kept], [texts[place] for place in kept], list(kept.values())
 
 
 def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
@@ -347,12 +378,15 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
     extra = job.extras.get((document.user, document.index), {})
     options = job.options
     spans = None
-    if document.kind in (CANARY, CANARY_REFERENCE):
+    if document.kind in (CANARY, CANARY_REFERENCE, CONTROL_PREFIX):
         return {**planning.text_facts(text), **planning.user_facts(job.manifest, job.corpus, document.user)}
     if options.spans_column == PRESIDIO:
         spans = find_personal_data(text)
     elif options.spans_column is not None:
         spans = spans_of(extra[options.spans_column], extra["offset"])
+    elif job.sealed_spans is not None:
+        pairs = job.sealed_spans.get(document.user, {}).get(str(document.index), ())
+        spans = [(start, end) for start, end in pairs]
     is_sensitive = None
     if spans is not None:
         is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)

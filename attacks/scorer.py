@@ -19,12 +19,15 @@ class TokenSignals:
         correct: whether it is the most likely one.
         mean: mean of log p over the vocabulary, under p.
         variance: its variance, under p.
+        sampled_logp: log-probability of the token under the sampling scheme, -inf if it cannot be drawn; None if the
+            scorer has no scheme.
     """
 
     logp: npt.NDArray[np.float32]
     correct: npt.NDArray[np.bool_]
     mean: npt.NDArray[np.float32]
     variance: npt.NDArray[np.float32]
+    sampled_logp: npt.NDArray[np.float32] | None = None
 
 
 class Scorer(Protocol):

@@ -43,7 +43,10 @@ CANARY = "canary"
 CANARY_REFERENCE = "canary_reference"
 """Secrets that were not planted, drawn like those that were: what a canary's rank is counted among."""
 
-SCHEMA_NAME = "privtrain/signals/2"
+CONTROL_PREFIX = "control_prefix"
+"""Training records whose first tokens gave way to another user's: what a model says without the right prompt."""
+
+SCHEMA_NAME = "privtrain/signals/3"
 
 _ROWS_PER_BATCH = 256
 
@@ -58,9 +61,11 @@ _TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, Any]] = {
     "target_correct": (pa.bool_(), np.bool_),
     "target_mean": (pa.float32(), np.float32),
     "target_variance": (pa.float32(), np.float32),
+    "target_sampled_logp": (pa.float32(), np.float32),
     "base_correct": (pa.bool_(), np.bool_),
     "base_mean": (pa.float32(), np.float32),
     "base_variance": (pa.float32(), np.float32),
+    "base_sampled_logp": (pa.float32(), np.float32),
     "token_ids": (pa.int32(), np.int32),
     "sensitive": (pa.bool_(), np.bool_),
 }
@@ -107,11 +112,13 @@ class DocumentSignals:
         side: ``"held_in"`` if the owner's records were trained on, else ``"held_out"``.
         target_logp: log-probability in nats of each scored token under the fine-tuned model.
         base_logp: the same tokens under the exact model that fine-tuning started from.
-        kind: ``"fresh"``, ``"training"``, ``"canary"`` or ``"canary_reference"``.
+        kind: ``"fresh"``, ``"training"``, ``"canary"``, ``"canary_reference"`` or ``"control_prefix"``.
         target_correct: whether the token is the fine-tuned model's most likely one.
         target_mean: mean of log p over the vocabulary under p itself, at the token's place.
         target_variance: its variance under p.
-        base_correct, base_mean, base_variance: the same under the base.
+        target_sampled_logp: log-probability of the token where text is drawn from the model by the sampling scheme of
+            the scoring; -inf if it cannot be drawn.
+        base_correct, base_mean, base_variance, base_sampled_logp: the same under the base.
         token_ids: the tokens themselves.
         sensitive: whether any character of the token lies in a labelled span.
         num_bytes: UTF-8 bytes of the text.
@@ -135,9 +142,11 @@ class DocumentSignals:
     target_correct: npt.NDArray[np.bool_] | None = None
     target_mean: npt.NDArray[np.float32] | None = None
     target_variance: npt.NDArray[np.float32] | None = None
+    target_sampled_logp: npt.NDArray[np.float32] | None = None
     base_correct: npt.NDArray[np.bool_] | None = None
     base_mean: npt.NDArray[np.float32] | None = None
     base_variance: npt.NDArray[np.float32] | None = None
+    base_sampled_logp: npt.NDArray[np.float32] | None = None
     token_ids: npt.NDArray[np.int32] | None = None
     sensitive: npt.NDArray[np.bool_] | None = None
     num_bytes: int = 0
@@ -167,6 +176,11 @@ class DocumentSignals:
             moment = getattr(self, name)
             if moment is not None and not np.isfinite(moment).all():
                 raise ValueError(f"{name} holds a value that is NaN or infinite; expected moments of log p")
+        for name in ("target_sampled_logp", "base_sampled_logp"):
+            sampled = getattr(self, name)
+            # A token that cannot be drawn has -inf; NaN fails the comparison.
+            if sampled is not None and not (sampled <= _MAX_LOGP).all():
+                raise ValueError(f"{name} holds a value that is NaN or above 0; expected log-probabilities in nats")
 
     @property
     def num_tokens(self) -> int:

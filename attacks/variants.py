@@ -3,6 +3,7 @@
 ``lowercase``: the text in lower case. ``recall``: the document after a prefix that the model was not trained on.
 ``neighbours:N``: N copies in which some tokens gave way to others that the base model finds likely there (proposed from
 the left context; Mattern et al. 2023 use a masked model, which would be a second model to load).
+``control_prefix``: training records after the first tokens of another user's, as rows of their own.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from attacks.scorer import Scorer
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 
-KINDS = ("lowercase", "recall", "neighbours")
+KINDS = ("lowercase", "recall", "neighbours", "control_prefix")
 
 RECALL, RECALL_PLAIN = "recall", "recall_plain"
+
+CONTROL_PREFIX_TOKENS = 16
+"""Tokens, the begin mark not counted, that control prefixes replace."""
 
 _NUM_PROPOSALS = 10
 _REPLACED_SHARE = 0.3
@@ -56,6 +60,7 @@ class Variants:
     lowercase: bool = False
     recall: bool = False
     num_neighbours: int = 0
+    control_prefix: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Variants:
@@ -69,10 +74,12 @@ class Variants:
             kind, _, count = item.partition(":")
             if kind == "neighbours" and count.isdecimal() and int(count) > 0:
                 fields["num_neighbours"] = int(count)
-            elif kind in ("lowercase", "recall") and not count:
+            elif kind in ("lowercase", "recall", "control_prefix") and not count:
                 fields[kind] = True
             else:
-                raise AttackInputError(f"unknown variant {item!r}; expected lowercase, recall or neighbours:N")
+                raise AttackInputError(
+                    f"unknown variant {item!r}; expected lowercase, recall, control_prefix or neighbours:N"
+                )
         return cls(**fields)
 
 
@@ -89,6 +96,26 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
     text = " ".join(" ".join(corpus.records[user]) for user in donors[:20])
     size = max(2, int(_PREFIX_SHARE * max_length))
     return tokens_of([text], text_encoder(tokenizer, size + 1))[0][:size]
+
+
+def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
+    """Each document after the first tokens of another user's; a document too short to lend or to take has none.
+
+    Args:
+        users: owners.
+        tokens: of their documents.
+    """
+    size = 1 + CONTROL_PREFIX_TOKENS
+    found: list[Tokens | None] = []
+    for place, ids in enumerate(tokens):
+        others = ((place + step) % len(tokens) for step in range(1, len(tokens)))
+        lenders = (other for other in others if users[other] != users[place] and len(tokens[other]) > size)
+        lender = next(lenders, None)
+        if lender is None or len(ids) <= size:
+            found.append(None)
+        else:
+            found.append(np.concatenate([tokens[lender][:size], ids[size:]]))
+    return found
 
 
 def rewrite(

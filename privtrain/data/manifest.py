@@ -6,6 +6,7 @@ the file that ``attacks prepare`` wrote: it draws them again and refuses a file 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -42,6 +43,9 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     if not config.canaries.are_planted:
         return split_users(corpus, config.data, root_key)
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key)
+    if config.data.deduplicate == "within_user":
+        # As any user's equal records.
+        canaries = tuple(dataclasses.replace(c, records=c.records[:1]) if c.is_invented else c for c in canaries)
     if tokenizer is not None:
         invented = [canary.records[0] for canary in canaries if canary.is_invented]
         num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
@@ -94,7 +98,7 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def used_facts(
-    corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int, unit: str
+    corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
     """What training may really draw, against what the coins allow; sealed. Names users: ``secret/`` only.
 
@@ -104,15 +108,13 @@ def used_facts(
         units: what the coins became after every rule that drops or shortens records.
         manifest_sha256: seal of the coins.
         records_per_unit: k, the most records of a unit in one step.
-        unit: ``"user"`` or ``"example"``.
     """
-    kept, left_out = _kept_and_left_out(split, units, unit)
+    kept, left_out = _kept_and_left_out(split, units)
     records = plant(corpus, split.canaries).records
     body = {
         "schema": USED_SCHEMA,
         "manifest_sha256": manifest_sha256,
         "units_sha256": units.sha256(),
-        "unit": unit,
         "num_units": len(units),
         "num_records": int(units.num_records.sum()),
         "records_per_unit_per_step": records_per_unit,
@@ -130,14 +132,13 @@ def used_facts(
     return {**body, "sha256": seal(body)}
 
 
-def _kept_and_left_out(split: Split, units: UnitData, unit: str) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
+def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
     """Records of canaries that became units, and of anybody that did not, without a table of everybody."""
-    owners = (name if unit == "user" else name.rpartition("#")[0] for name in units.names)
     canaries = {canary.user for canary in split.canaries}
     kept: dict[str, set[int]] = {}
     left_out: dict[str, list[int]] = {}
     num_owners = 0
-    pairs = zip(owners, units.indices, strict=True)  # a user's units stand next to each other
+    pairs = zip(units.owners, units.indices, strict=True)  # a user's units stand next to each other
     for owner, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         num_owners += 1
         found = {index for _, indices in group for index in indices}
@@ -147,7 +148,7 @@ def _kept_and_left_out(split: Split, units: UnitData, unit: str) -> tuple[dict[s
         if owner in canaries:
             kept[owner] = found
     if num_owners < len(split.training):
-        present = {name if unit == "user" else name.rpartition("#")[0] for name in units.names}
+        present = set(units.owners)
         left_out |= {user: sorted(found) for user, found in split.training.items() if user not in present}
     return kept, left_out
 

@@ -36,7 +36,6 @@ class UnitData:
     num_truncated: int | None
     num_without_target: int | None = 0
     indices: Sequence[Sequence[int]] = ()
-    indices: Sequence[Sequence[int]] = ()
     owners: Sequence[str] = ()
 
     def __len__(self) -> int:

@@ -142,7 +142,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
             if ledger is not None:
-                note_canaries(inputs.run, ledger.state, split.canaries, inputs.plan.unit)
+                note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 num_units = len(set(units.owners)) if inputs.plan.guaranteed_unit == "user" else len(units)
                 _release(inputs, ledger, network, state, num_units=num_units)

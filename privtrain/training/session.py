@@ -156,6 +156,5 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         units,
         manifest_sha256=manifest["sha256"],
         records_per_unit=inputs.plan.records_per_unit,
-        unit=inputs.plan.unit,
     )
     write_json(run.used, used, mode=0o600)

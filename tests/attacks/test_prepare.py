@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from attacks.cli import app
-from attacks.documents import attack_pseudonym, read_manifest
+from attacks.documents import SPANS_PATH, attack_pseudonym, read_manifest
 from attacks.errors import AttackInputError
-from attacks.prepare import SPANS_PATH, prepare
+from attacks.prepare import prepare
 from attacks.score import ScoreOptions, score_run
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, SIGNALS_PATH, read_signals
 from privtrain.config.schema import ModelSection
@@ -129,6 +130,16 @@ def test_spans_are_sealed_with_the_coins(planted, tree, tmp_path):
     assert sealed["spans"]["u0"]["3"] == [[0, 4]]
     secrets = [canary.secret for canary in canaries_of(read_sealed(run.prepared))]
     assert not any(secret in shown.output for secret in secrets)
+    train(path)
+    score_run(run.root, ScoreOptions(num_canary_references=0))
+    for row in read_signals(run.root / SIGNALS_PATH):
+        # One token a byte: the four letters of "name".
+        if row.kind == FRESH:
+            assert np.flatnonzero(row.sensitive).tolist() == [0, 1, 2, 3]
+    (run.root / SPANS_PATH).write_text((run.root / SPANS_PATH).read_text().replace("[", "[[1, 2], ", 1))
+    (run.root / SIGNALS_PATH).unlink()
+    with pytest.raises(AttackInputError, match="does not match its seal"):
+        score_run(run.root)
 
 
 def test_canaries_and_their_references_are_scored_apart(planted, tiny_llama):

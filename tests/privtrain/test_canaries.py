@@ -175,3 +175,11 @@ def test_an_id_like_a_canarys_is_refused():
     (canary,) = draw_canaries(corpus_of(1), CanariesSection(num_users=1), None, KEY)
     with pytest.raises(ConfigError, match="begins like a canary"):
         draw_canaries(group_by_user([(canary.user, "x")]), CanariesSection(num_users=1), None, KEY)
+
+
+def test_deduplication_treats_canaries_as_users(tree):
+    tree["canaries"] = {"num_users": 40, "repetitions": [4]}
+    tree["data"] |= {"max_length": 64, "deduplicate": "within_user"}
+    split = draw_split(validate(tree), corpus_of(5), None, KEY)
+    assert {len(canary.records) for canary in split.canaries} == {1}
+    assert {len(split.training[c.user]) for c in split.canaries if c.user in split.training} == {1}

@@ -1,0 +1,241 @@
+"""The panel of planted canaries: exposure by repetition tier, held-out canaries beside it, and how well users tell."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from attacks import statistics
+from attacks.canaries import POOL
+from attacks.documents import attack_pseudonym, read_manifest
+from attacks.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
+from attacks.rundir import PrivacyStatement
+from attacks.signals import CANARY, CANARY_REFERENCE, SIGNALS_PATH, DocumentSignals, iterate_signals
+from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
+from privtrain.data.manifest import read_sealed
+from privtrain.rundir import RunDirectory
+
+MODELS = ("tuned", "base")
+
+
+@dataclasses.dataclass
+class Scored:
+    """A canary with what the models make of it.
+
+    Attributes:
+        canary: which one.
+        is_held_in: whether its coin let it in.
+        num_drawn: records of it that entered steps; None where training did not say.
+        gains: of each of its documents, mean log p_tuned - log p_base.
+        exposures: by model; empty for changed users, who have no other secrets to be compared with.
+    """
+
+    canary: Canary
+    is_held_in: bool
+    num_drawn: int | None
+    gains: list[float]
+    exposures: dict[str, Exposure]
+
+    @property
+    def gain(self) -> float:
+        """Over its documents."""
+        return float(np.mean(self.gains))
+
+
+def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
+    """Exposure and membership of the planted canaries; None if there are none.
+
+    Args:
+        run: a scored run.
+        statement: its privacy statement.
+        seed: unused; nothing is drawn.
+    """
+    found = read_canaries(run)
+    if not found:
+        return None
+    rows = [_row(tier, group) for tier, group in _by_tier(found).items()]
+    exposed = [item for item in found if item.exposures]
+    return {
+        "title": "Planted canaries",
+        "summary": _summary(rows, found),
+        "columns": [
+            {"key": "tier", "label": "records with the secret"},
+            {"key": "num_held_in", "label": "held-in"},
+            {"key": "num_held_out", "label": "held-out"},
+            {"key": "drawn", "label": "records drawn, median"},
+            {"key": "exposure", "label": "exposure held-in, bits"},
+            {"key": "exposure_base", "label": "same under the base"},
+            {"key": "exposure_held_out", "label": "exposure held-out"},
+            {"key": "exposure_expected", "label": "expected if not trained on"},
+            {"key": "top_rank", "label": "held-in at rank 1"},
+            {"key": "extrapolated", "label": "extrapolated, bits"},
+            {"key": "auroc", "label": "AUROC of the gain"},
+            {"key": "auroc_interval", "label": "95 % interval"},
+        ],
+        "rows": rows,
+        "notes": _notes(found, exposed),
+        "control": _control(exposed),
+        **({"figure": _figure(rows)} if exposed else {}),
+    }
+
+
+def read_canaries(run: pathlib.Path) -> list[Scored]:
+    """The scored canaries of a run, in the manifest's order."""
+    directory = RunDirectory(run)
+    if not directory.manifest.is_file():
+        return []
+    manifest = read_manifest(directory)
+    canaries = canaries_of(manifest)
+    if not canaries:
+        return []
+    key = directory.load_key("pseudonym")
+    used = read_sealed(directory.used)["canaries"] if directory.used.is_file() else {}
+    rows: dict[tuple[str, str], list[DocumentSignals]] = collections.defaultdict(list)
+    for row in iterate_signals(run / SIGNALS_PATH):
+        if row.kind in (CANARY, CANARY_REFERENCE):
+            rows[row.kind, row.user].append(row)
+    held_in, found = set(manifest["held_in"]), []
+    for canary in canaries:
+        own = rows[CANARY, attack_pseudonym(key, canary.user)]
+        owner = POOL if canary.kind == RANDOM_TOKENS else canary.user
+        references = rows[CANARY_REFERENCE, attack_pseudonym(key, owner)]
+        if own:  # a changed user may have no fresh records
+            gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
+            drawn = used.get(canary.user, {}).get("num_drawn")
+            exposures = _exposures(canary, own[0], references) if references else {}
+            found.append(Scored(canary, canary.user in held_in, drawn, gains, exposures))
+    return found
+
+
+def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[DocumentSignals]) -> dict[str, Exposure]:
+    """Under the tuned model and under the base, by the log-likelihood of the whole text."""
+    digits = sum(letter.isdigit() for letter in canary.secret)
+    is_sample = canary.kind == RANDOM_TOKENS or len(references) + 1 < 10**digits
+    found = {}
+    for model in MODELS:
+        name = "target_logp" if model == "tuned" else "base_logp"
+        others = np.array([getattr(row, name).sum(dtype=np.float64) for row in references])
+        found[model] = exposure(float(getattr(own, name).sum(dtype=np.float64)), others, extrapolate=is_sample)
+    return found
+
+
+def _by_tier(found: Sequence[Scored]) -> dict[int | str, list[Scored]]:
+    """All of one number of repetitions together; users that were changed have as many as they have records."""
+    groups: dict[int | str, list[Scored]] = collections.defaultdict(list)
+    for item in found:
+        groups["all" if item.canary.kind == SHARED_SUBSTRING else item.canary.repetitions].append(item)
+    return dict(sorted(groups.items(), key=lambda group: str(group[0]).zfill(9)))
+
+
+def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
+    """One tier of the table."""
+    inside, outside = ([item for item in group if item.is_held_in == side] for side in (True, False))
+    drawn = [item.num_drawn for item in inside if item.num_drawn is not None]
+    tuned = [item.exposures["tuned"] for item in inside if item.exposures]
+    row: dict[str, Any] = {
+        "tier": tier,
+        "num_held_in": len(inside),
+        "num_held_out": len(outside),
+        "drawn": float(np.median(drawn)) if drawn else None,
+        "exposure": _mean(each.bits for each in tuned),
+        "exposure_base": _mean(item.exposures["base"].bits for item in inside if item.exposures),
+        "exposure_held_out": _mean(item.exposures["tuned"].bits for item in outside if item.exposures),
+        "exposure_expected": _mean(
+            null_moments(item.exposures["tuned"].num_secrets)[0] for item in group if item.exposures
+        ),
+        "extrapolated": _mean(each.extrapolated_bits for each in tuned if each.extrapolated_bits is not None),
+    }
+    if tuned:
+        top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)
+        interval = statistics.clopper_pearson(top, len(tuned))
+        row["top_rank"] = f"{top} of {len(tuned)} ({interval.lower:.0%} to {interval.upper:.0%})"
+    if min(len(inside), len(outside)) >= 2:
+        sides = [np.array([item.gain for item in side]) for side in (inside, outside)]
+        interval = statistics.delong_interval(sides[0], sides[1])
+        row["auroc"] = statistics.auroc(sides[0], sides[1])
+        row["auroc_interval"] = f"{interval.lower:.3f} to {interval.upper:.3f}"
+    return row
+
+
+def _mean(values: Any) -> float | None:
+    kept = list(values)
+    return float(np.mean(kept)) if kept else None
+
+
+def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
+    """Mean exposure of held-out canaries against what it must be, by a two-sided test."""
+    outside = [item for item in exposed if not item.is_held_in]
+    if not outside:
+        return None
+    values = [item.exposures["tuned"] for item in outside]
+    means, variances = zip(*(null_moments(each.num_secrets) for each in values), strict=True)
+    variance = sum(variances) / len(values) ** 2
+    if any(item.canary.kind == RANDOM_TOKENS for item in outside):
+        # One pool for all: its own luck is shared by every canary and does not average out.
+        variance += float(np.mean(variances)) / values[0].num_secrets
+    observed, expected = float(np.mean([each.mid_bits for each in values])), float(np.mean(means))
+    p_value = 2 * float(scipy.stats.norm.sf(abs(observed - expected) / math.sqrt(variance)))
+    return {"num": len(values), "mean_bits": observed, "expected_bits": expected, "p_value": p_value}
+
+
+def _summary(rows: Sequence[dict[str, Any]], found: Sequence[Scored]) -> str:
+    num_in = sum(item.is_held_in for item in found)
+    start = f"{len(found)} canary users, of whom coins let {num_in} into training."
+    best = max((row for row in rows if row["exposure"] is not None), key=lambda row: row["exposure"], default=None)
+    if best is None:
+        return start
+    return (
+        f"{start} Secrets in {best['tier']} records have a mean exposure of {best['exposure']:.2f} bits, "
+        f"where {best['exposure_expected']:.2f} is what secrets have that were not trained on."
+    )
+
+
+def _notes(found: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
+    notes = ["These are results for planted users, who are more distinct than people; they speak for nobody else."]
+    drawn = [item.num_drawn for item in found if item.is_held_in and item.num_drawn is not None]
+    if 0 in drawn:
+        notes.append(f"{drawn.count(0)} held-in canaries were never drawn by the sampling; they count as held in.")
+    if not exposed:
+        return notes
+    sizes = sorted({item.exposures["tuned"].num_secrets for item in exposed})
+    notes.append(
+        f"Exposure is log2 N - log2 rank by the log-likelihood of the text, N = {sizes[0]} to {sizes[-1]} secrets, "
+        f"so at most {math.log2(sizes[-1]):.1f} bits; on a tie the other secret ranks first."
+    )
+    control = _control(exposed)
+    if control is not None:
+        notes.append(
+            f"Control: the mean over {control['num']} held-out canaries, with mid-ranks, is {control['mean_bits']:.2f} "
+            f"bits where {control['expected_bits']:.2f} is expected (p = {control['p_value']:.2g})."
+        )
+    fits = [p for item in exposed if (p := item.exposures["tuned"].fit_p_value) is not None]
+    if fits:
+        num_refused = sum(p < FIT_SIGNIFICANCE for p in fits)
+        notes.append(
+            f"Extrapolation by a skew-normal law fitted to half of the references: a Kolmogorov-Smirnov test on the "
+            f"other half refused {num_refused} of {len(fits)} fits at 5 % (smallest p = {min(fits):.2g}); refused ones "
+            "are left out."
+        )
+    return notes
+
+
+def _figure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = [f"{row['tier']}×" for row in rows]
+    series = {"exposure": "held-in", "exposure_base": "held-in, base model", "exposure_held_out": "held-out"}
+    return {
+        "kind": "bar",
+        "x_label": "records with the secret",
+        "y_label": "mean exposure, bits",
+        "caption": "Mean exposure of planted secrets by the number of records that hold them.",
+        "series": [
+            {"label": label, "x": names, "y": [row[key] if row[key] is not None else 0.0 for row in rows]}
+            for key, label in series.items()
+        ],
+    }

@@ -1,0 +1,98 @@
+"""Exposure (Carlini et al. 2019, arXiv 1802.08232): how far a planted secret climbed among secrets like it.
+
+A canary of log-likelihood s has rank r = 1 + #{references at least as likely}: on a tie the reference ranks first, so
+an exposure is never overstated. Its exposure is log2 N - log2 r, with N = references + 1. Had it not been trained on,
+its rank would be uniform on 1..N (in the middle of its ties), because its secret and the references are draws of one
+law; so held-out canaries have a mean exposure known beforehand, about 1.44 bits, and are the control.
+
+The largest exposure that N secrets can show is log2 N. Beyond it a skew-normal law is fitted to the references by
+moments and its tail is used, where a Kolmogorov-Smirnov test does not refuse the fit: half of the references fit, the
+other half judge, since a test on the fitted half would nearly always agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
+
+FloatArray = npt.NDArray[np.float64]
+
+MAX_BITS = 50.0
+"""Skew-normal tails are computed no further: float64 has 53 bits."""
+
+FIT_SIGNIFICANCE = 0.05
+
+_MAX_SKEWNESS = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Exposure:
+    """One canary among its references.
+
+    Attributes:
+        bits: exposure, on ties the reference first.
+        mid_bits: exposure with the mid-rank of its ties; what the control's expectation is for.
+        num_secrets: N, itself included.
+        extrapolated_bits: by the skew-normal tail, at most ``MAX_BITS``; None where the fit was refused.
+        fit_p_value: of the test of the fit; None with too few references.
+    """
+
+    bits: float
+    mid_bits: float
+    num_secrets: int
+    extrapolated_bits: float | None
+    fit_p_value: float | None
+
+
+def exposure(score: float, references: FloatArray, *, extrapolate: bool = True) -> Exposure:
+    """The exposure of a canary.
+
+    Args:
+        score: its log-likelihood.
+        references: those of secrets that were not planted.
+        extrapolate: whether there are more secrets of the kind than references.
+    """
+    size = references.size + 1
+    num_above, num_equal = int((references > score).sum()), int((references == score).sum())
+    p_value, tail_bits = _tail(score, references) if extrapolate else (None, None)
+    return Exposure(
+        bits=math.log2(size) - math.log2(1 + num_above + num_equal),
+        mid_bits=math.log2(size) - math.log2(1 + num_above + num_equal / 2),
+        num_secrets=size,
+        extrapolated_bits=tail_bits if p_value is not None and p_value >= FIT_SIGNIFICANCE else None,
+        fit_p_value=p_value,
+    )
+
+
+def null_moments(num_secrets: int) -> tuple[float, float]:
+    """Mean and variance of the exposure of a canary that was not trained on: its rank is uniform."""
+    bits = math.log2(num_secrets) - np.log2(np.arange(1, num_secrets + 1))
+    return float(bits.mean()), float(bits.var())
+
+
+def skew_normal(values: FloatArray) -> tuple[float, float, float]:
+    """Shape, location and scale of the skew-normal law with the values' first three moments.
+
+    A skewness beyond what the family has (.995) is cut; the test of the fit then judges.
+    """
+    spread = float(values.std())
+    skewness = float(np.clip(scipy.stats.skew(values), -_MAX_SKEWNESS, _MAX_SKEWNESS))
+    power = abs(skewness) ** (2 / 3)
+    delta = math.copysign(math.sqrt(math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))), skewness)
+    scale = spread / math.sqrt(1 - 2 * delta**2 / math.pi)
+    location = float(values.mean()) - scale * delta * math.sqrt(2 / math.pi)
+    return delta / math.sqrt(1 - delta**2), location, scale
+
+
+def _tail(score: float, references: FloatArray) -> tuple[float | None, float | None]:
+    """p-value of the fit on one half judged by the other, and bits of the tail beyond the score."""
+    fitted, judged = references[::2], references[1::2]
+    if judged.size < 8 or float(np.ptp(fitted)) == 0.0:
+        return None, None
+    p_value = float(scipy.stats.kstest(judged, scipy.stats.skewnorm(*skew_normal(fitted)).cdf).pvalue)
+    above = float(scipy.stats.skewnorm(*skew_normal(references)).sf(score))
+    return p_value, min(MAX_BITS, -math.log2(max(above, 2.0**-MAX_BITS)))

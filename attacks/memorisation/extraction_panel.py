@@ -1,0 +1,168 @@
+"""The panel of extraction: how many records and users, by prompt length, beside everything that must stay lower."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from attacks import statistics
+from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
+from attacks.rundir import PrivacyStatement
+from attacks.signals import CONTROL_PREFIX, HELD_IN, SIGNALS_PATH, TRAINING, DocumentSignals, iterate_signals
+from attacks.variants import CONTROL_PREFIX_TOKENS
+
+NUM_SAMPLES = (1, 10, 100, 1000)
+PROBABILITY = 0.5
+HEADLINE_PREFIX = CONTROL_PREFIX_TOKENS
+
+GROUPS = {
+    "held-in": "held-in users, tuned model",
+    "held-in, base": "held-in users, base model",
+    "held-out": "held-out users, tuned model",
+    "held-out, base": "held-out users, base model",
+    "other prompt": "held-in users, tuned model, another user's prompt",
+}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came back of one group's records at one prompt length; per user, how many records."""
+
+    records: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    greedy: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    near: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    sampled: dict[int, collections.Counter[str]] = dataclasses.field(
+        default_factory=lambda: {count: collections.Counter() for count in NUM_SAMPLES}
+    )
+
+    def add(self, user: str, row: DocumentSignals, model: str, prefix: int) -> None:
+        """Counts one record, if it is long enough."""
+        found = recall(row, model, prefix)
+        if found is None:
+            return
+        self.records[user] += 1
+        self.greedy[user] += found.greedy
+        self.near[user] += found.near
+        for count, users in self.sampled.items():
+            users[user] += found.log_prob is not None and samples_needed(found.log_prob, PROBABILITY) <= count
+
+
+def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
+    """What the model gives back of training records; None if no training record was scored.
+
+    Args:
+        run: a scored run.
+        statement: its privacy statement.
+        seed: unused; nothing is drawn.
+    """
+    tallies: dict[tuple[str, int], Tally] = collections.defaultdict(Tally)
+    for row in iterate_signals(run / SIGNALS_PATH):
+        _count(row, tallies)
+    prefixes = [length for length in PREFIX_LENGTHS if tallies["held-in", length].records]
+    if not prefixes:
+        return None
+    shown = [(group, length) for length in prefixes for group in GROUPS if tallies[group, length].records]
+    headline = HEADLINE_PREFIX if HEADLINE_PREFIX in prefixes else prefixes[0]
+    return {
+        "title": "Extraction of training records",
+        "summary": _summary(tallies, headline),
+        "columns": [
+            {"key": "prefix", "label": "prompt, tokens"},
+            {"key": "group", "label": "records of"},
+            {"key": "num_records", "label": "records"},
+            {"key": "greedy", "label": "greedy, word for word"},
+            {"key": "near", "label": "near (90 %)"},
+            *({"key": f"n{count}", "label": f"within {count} samples"} for count in NUM_SAMPLES),
+            {"key": "users", "label": "users with one, greedy"},
+            {"key": "users_sampled", "label": f"users with one within {NUM_SAMPLES[-2]} samples"},
+        ],
+        "rows": [_row(group, length, tallies[group, length]) for group, length in shown],
+        "notes": _notes(run, tallies, headline),
+        "figure": _figure(tallies, headline),
+    }
+
+
+def _count(row: DocumentSignals, tallies: dict[tuple[str, int], Tally]) -> None:
+    """Puts a row where it belongs."""
+    if row.kind == CONTROL_PREFIX and row.side == HELD_IN:
+        tallies["other prompt", HEADLINE_PREFIX].add(row.user, row, "target", HEADLINE_PREFIX)
+    if row.kind != TRAINING:
+        return
+    side = "held-in" if row.side == HELD_IN else "held-out"
+    for length in PREFIX_LENGTHS:
+        tallies[side, length].add(row.user, row, "target", length)
+        tallies[f"{side}, base", length].add(row.user, row, "base", length)
+
+
+def _row(group: str, length: int, tally: Tally) -> dict[str, Any]:
+    return {
+        "prefix": length,
+        "group": GROUPS[group],
+        "num_records": tally.records.total(),
+        "greedy": tally.greedy.total(),
+        "near": tally.near.total(),
+        **{f"n{count}": users.total() for count, users in tally.sampled.items()},
+        "users": _users(tally, tally.greedy),
+        "users_sampled": _users(tally, tally.sampled[NUM_SAMPLES[-2]]),
+    }
+
+
+def _users(tally: Tally, hits: collections.Counter[str]) -> str:
+    """Users are independent, their records are not: the interval is over users."""
+    num_hit = sum(count > 0 for count in hits.values())
+    interval = statistics.clopper_pearson(num_hit, len(tally.records))
+    return f"{num_hit} of {len(tally.records)} ({interval.lower:.1%} to {interval.upper:.1%})"
+
+
+def _summary(tallies: dict[tuple[str, int], Tally], length: int) -> str:
+    def of(group: str) -> str:
+        tally = tallies[group, length]
+        return f"{tally.greedy.total()} of {tally.records.total()}"
+
+    return (
+        f"Given the first {length} tokens, greedy decoding gives back the rest of {of('held-in')} scored training "
+        f"records of held-in users verbatim ({of('held-in, base')} by the base model), and of {of('held-out')} records "
+        "of held-out users, which nobody trained on."
+    )
+
+
+def _notes(run: pathlib.Path, tallies: dict[tuple[str, int], Tally], headline: int) -> list[str]:
+    notes = [
+        "“Within n samples” means at least once with probability one half, from the probability of the whole suffix "
+        f"under {_scheme(run)}; the suffix is the next 50 tokens, or what is left of the record, at least 8.",
+        "Near: the first nine tenths of the suffix come back, so the edit distance is at most a tenth. One forward "
+        "pass does not see outputs that stray and come back, so the true number of near matches is at least this one.",
+    ]
+    if not tallies["other prompt", headline].records:
+        notes.append("No prompts of other users were scored: attacks score --variants control_prefix.")
+    return notes
+
+
+def _scheme(run: pathlib.Path) -> str:
+    """How text would be drawn, as the scoring noted it."""
+    path = (run / SIGNALS_PATH).with_suffix(".json")
+    return (
+        json.loads(path.read_text(encoding="utf-8"))["options"]["sampling"] if path.is_file() else "the scheme scored"
+    )
+
+
+def _figure(tallies: dict[tuple[str, int], Tally], length: int) -> dict[str, Any]:
+    return {
+        "kind": "line",
+        "x_label": "samples drawn, log10",
+        "y_label": "share of records",
+        "caption": f"Records that come back at least once with probability one half, after {length} tokens.",
+        "series": [
+            {
+                "label": label,
+                "x": [math.log10(count) for count in NUM_SAMPLES],
+                "y": [users.total() / tally.records.total() for users in tally.sampled.values()],
+            }
+            for group, label in GROUPS.items()
+            if (tally := tallies[group, length]).records
+        ],
+    }

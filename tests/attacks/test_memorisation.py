@@ -1,0 +1,349 @@
+"""Exposure and extraction: known answers, laws whose probabilities are exact, and a model that was over-fitted."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from attacks.analyse import analyse_run
+from attacks.errors import AttackInputError
+from attacks.memorisation import canary_panel, extraction_panel
+from attacks.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
+from attacks.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
+from attacks.neural import sampled_logp
+from attacks.report import write_report
+from attacks.rundir import read_statement
+from attacks.sampling_scheme import SamplingScheme
+from attacks.score import ScoreOptions, score_run
+from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals, read_signals
+from attacks.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
+from privtrain.data.canaries import canaries_of
+from privtrain.data.manifest import read_sealed
+from privtrain.rundir import RunDirectory
+from privtrain.training.job import train
+from tests.attacks.exact_models import Markov
+from tests.conftest import write_config
+
+# --- sampling schemes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "temperature=0.7", "top_k=5", "top_k=0,top_p=0.8", "temperature=1.3,top_k=20,top_p=0.6"]
+)
+def test_the_schemes_probabilities_are_those_that_transformers_draws_from(text):
+    scheme = SamplingScheme.parse(text)
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 50)
+    warped = TemperatureLogitsWarper(scheme.temperature)(None, logits)
+    if scheme.top_k:
+        warped = TopKLogitsWarper(scheme.top_k)(None, warped)
+    if scheme.top_p < 1.0:
+        warped = TopPLogitsWarper(scheme.top_p)(None, warped)
+    expected = warped.log_softmax(-1)
+    for label in range(50):
+        found = sampled_logp(logits, torch.full((64,), label), scheme)
+        assert torch.equal(found == -math.inf, expected[:, label] == -math.inf)
+        finite = found > -math.inf
+        assert torch.allclose(found[finite], expected[:, label][finite], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["top_k=-1", "temperature=0", "top_p=0", "top_p=1.1", "beams=4", "top_k=x", "top_k"])
+def test_a_scheme_that_is_none_is_refused(text):
+    with pytest.raises(AttackInputError, match="expected"):
+        SamplingScheme.parse(text)
+
+
+# --- extraction
+
+MODEL = Markov([[0.0, 0.6, 0.4, 0.0], [0.05, 0.05, 0.85, 0.05], [0.02, 0.03, 0.05, 0.9], [0.1, 0.8, 0.05, 0.05]])
+
+
+def row_of(tokens, model=MODEL, **more) -> DocumentSignals:
+    (found,) = model.score([np.asarray(tokens)])
+    logp = np.maximum(found.logp, -50.0)
+    fields = {"user": "u", "document": "d", "side": HELD_IN, "kind": TRAINING, "base_correct": found.correct, **more}
+    return DocumentSignals(
+        target_logp=logp, base_logp=logp, target_correct=found.correct, target_sampled_logp=found.logp, **fields
+    )
+
+
+def greedy_output(model, start: list[int], length: int) -> list[int]:
+    tokens = list(start)
+    for _ in range(length):
+        tokens.append(int(model.next_law(tokens).argmax()))
+    return tokens[len(start) :]
+
+
+def edit_distance(first: list[int], second: list[int]) -> int:
+    costs = list(range(len(second) + 1))
+    for i, mine in enumerate(first, 1):
+        diagonal, costs[0] = costs[0], i
+        for j, theirs in enumerate(second, 1):
+            diagonal, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, diagonal + (mine != theirs))
+    return costs[-1]
+
+
+def documents(number: int) -> list[list[int]]:
+    """Documents of the model's own, most of them along its greedy path with a slip near the end."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(number):
+        tokens = MODEL.draw(rng, 3).tolist()
+        tokens += greedy_output(MODEL, tokens, int(rng.integers(8, 25)))
+        if rng.random() < 0.7:
+            tokens[-int(rng.integers(1, 6))] = int(rng.integers(0, 4))
+        found.append(tokens)
+    return found
+
+
+def test_greedy_and_near_say_what_decoding_gives():
+    kinds = set()
+    for tokens in documents(400):
+        found = recall(row_of(tokens), "target", 3)
+        suffix = tokens[4:]
+        if found is None:
+            assert len(suffix) < MIN_SUFFIX
+            continue
+        output = greedy_output(MODEL, tokens[:4], len(suffix))
+        assert found.greedy == (output == suffix)
+        assert not found.near or edit_distance(output, suffix) <= 0.1 * len(suffix)
+        assert found.near or not found.greedy
+        kinds.add((found.greedy, found.near))
+    assert kinds == {(True, True), (False, True), (False, False)}
+
+
+def test_the_probability_of_the_suffix_is_the_models():
+    for tokens in documents(50):
+        found = recall(row_of(tokens), "target", 3)
+        if found is not None and MODEL.probability(tokens) > 0:
+            expected = MODEL.probability(tokens) / MODEL.probability(tokens[:4])
+            assert math.exp(found.log_prob) == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_needed_agrees_with_simulation():
+    rng, tokens = np.random.default_rng(1), [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
+    found = recall(row_of(tokens), "target", 2)
+    chance = math.exp(found.log_prob)
+    assert 0.2 < chance < 0.5
+    for probability in (0.5, 0.9, 0.99):
+        needed = samples_needed(found.log_prob, probability)
+        # Draw suffixes from the model itself.
+        for count, holds in ((needed, True), (needed - 1, False)):
+            if count < 1:
+                continue
+            hits = 0
+            for _ in range(600):
+                hits += any(draw_suffix(rng, tokens[:3], 8) == tokens[3:] for _ in range(int(count)))
+            interval = scipy.stats.binomtest(hits, 600).proportion_ci(0.9999)
+            exact = 1 - (1 - chance) ** count
+            assert (exact >= probability) == holds
+            assert interval.low <= exact <= interval.high
+
+
+def draw_suffix(rng, prefix: list[int], length: int) -> list[int]:
+    tokens = list(prefix)
+    for _ in range(length):
+        tokens.append(int(rng.choice(4, p=MODEL.transitions[tokens[-1]])))
+    return tokens[len(prefix) :]
+
+
+@given(st.floats(-2000.0, 0.0), st.sampled_from([0.1, 0.5, 0.9, 0.999]))
+def test_samples_needed_is_the_smallest_number(log_prob, probability):
+    needed = samples_needed(log_prob, probability)
+    assert needed >= 1
+    assert samples_needed(log_prob / 2, probability) <= needed
+    if needed < 1e6 and log_prob < -1e-6:
+        miss = math.log1p(-math.exp(log_prob))
+        assert needed * miss <= math.log1p(-probability) * (1 - 1e-12)
+        assert needed == 1 or (needed - 1) * miss >= math.log1p(-probability) * (1 + 1e-12)
+
+
+def test_what_cannot_be_drawn_is_never_discovered():
+    assert samples_needed(-math.inf, 0.5) == math.inf
+    assert samples_needed(0.0, 0.99) == 1
+
+
+def test_prefixes_are_other_users():
+    tokens = [np.arange(100 * user, 100 * user + 20 + user) for user in range(4)] + [np.arange(5)]
+    found = exchange_prefixes(["a", "a", "b", "c", "d"], tokens)
+    size = CONTROL_PREFIX_TOKENS + 1
+    assert [None if ids is None else ids[0] for ids in found] == [200, 200, 300, 0, None]
+    assert all(np.array_equal(ids[size:], own[size:]) for ids, own in zip(found[:4], tokens, strict=False))
+    assert exchange_prefixes(["a", "a"], tokens[:2]) == [None, None]
+
+
+def test_the_panel_counts_records_users_and_controls(make_run):
+    run = make_run(0)
+    hit, miss = [0, *greedy_output(MODEL, [0], 30)], [0, *([0] * 30)]
+    rows = [
+        row_of(hit, user="a", document="1"),
+        row_of(miss, user="a", document="2"),
+        row_of(hit, user="b", document="1"),
+        row_of(miss, user="c", document="1"),
+        row_of(miss, user="a", document="1-control_prefix", kind=CONTROL_PREFIX),
+        row_of(miss, user="x", document="1", side=HELD_OUT),
+        row_of(hit, user="x", document="2", side=HELD_OUT, kind="fresh"),
+    ]
+    from attacks.signals import write_signals
+
+    write_signals(run / SIGNALS_PATH, rows)
+    found = extraction_panel.panel(run, read_statement(run), 0)
+    table = {(row["prefix"], row["group"]): row for row in found["rows"]}
+    own = table[16, extraction_panel.GROUPS["held-in"]]
+    assert (own["num_records"], own["greedy"], own["near"]) == (4, 2, 2)
+    assert own["users"].startswith("2 of 3 (9.4% to 99.2%)")
+    assert table[16, extraction_panel.GROUPS["held-out"]]["num_records"] == 1
+    assert table[16, extraction_panel.GROUPS["other prompt"]]["greedy"] == 0
+    assert [row["prefix"] for row in found["rows"]] == [8] * 4 + [16] * 5
+    p_z = math.exp(recall(rows[0], "target", 16).log_prob)
+    curve = found["figure"]["series"][0]["y"]
+    assert curve == [0.5 if 1 - (1 - p_z) ** count >= 0.5 else 0.0 for count in (1, 10, 100, 1000)]
+    assert curve[-1] > 0.0
+
+
+# --- exposure
+
+
+def test_exposure_counts_ranks_and_lets_references_win_ties():
+    references = np.array([-1.0, -2.0, -3.0])
+    assert exposure(-0.5, references).bits == 2.0
+    assert exposure(-2.5, references).bits == pytest.approx(2 - math.log2(3))
+    assert exposure(-9.0, references).bits == 0.0
+    tied = exposure(-1.0, references)
+    assert (tied.bits, tied.mid_bits) == (1.0, pytest.approx(2 - math.log2(1.5)))
+    assert tied.extrapolated_bits is None
+
+
+@given(st.integers(0, 2**31), st.integers(2, 60))
+@settings(max_examples=30, deadline=None)
+def test_the_controls_expectation_is_that_of_a_uniform_rank(seed, size):
+    mean, variance = null_moments(size)
+    scores = np.random.default_rng(seed).permutation(size).astype(float)
+    every = [exposure(scores[i], np.delete(scores, i), extrapolate=False).mid_bits for i in range(size)]
+    assert np.mean(every) == pytest.approx(mean, abs=1e-9)
+    assert np.var(every) == pytest.approx(variance, abs=1e-9)
+
+
+def test_the_expectation_tends_to_log2_e():
+    assert null_moments(100_000)[0] == pytest.approx(math.log2(math.e), abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [-6.0, -1.0, 0.0, 2.0, 5.0])
+def test_the_fitted_law_has_the_samples_moments(shape):
+    values = scipy.stats.skewnorm(shape, loc=-40, scale=3).rvs(4000, random_state=1)
+    mean, variance, skewness = scipy.stats.skewnorm(*skew_normal(values)).stats("mvs")
+    assert mean == pytest.approx(values.mean())
+    assert variance == pytest.approx(values.var())
+    assert skewness == pytest.approx(np.clip(scipy.stats.skew(values), -0.99, 0.99), abs=1e-6)
+
+
+def test_extrapolation_gives_the_tail_and_refuses_other_laws():
+    rng = np.random.default_rng(0)
+    wanted = -math.log2(scipy.stats.norm.sf(5.0))
+    found = [exposure(5.0, rng.normal(size=512)) for _ in range(40)]
+    kept = [each.extrapolated_bits for each in found if each.extrapolated_bits is not None]
+    assert len(kept) >= 32
+    assert np.median(kept) == pytest.approx(wanted, abs=3.0)
+    assert max(each.bits for each in found) == pytest.approx(math.log2(513))
+    two_humps = np.concatenate([rng.normal(-9, 1, 256), rng.normal(9, 1, 256)])
+    refused = exposure(20.0, rng.permutation(two_humps))
+    assert refused.fit_p_value < 1e-3
+    assert refused.extrapolated_bits is None
+    assert exposure(1e9, rng.normal(size=512)).extrapolated_bits in (MAX_BITS, None)
+
+
+# --- end to end
+
+
+@pytest.fixture(scope="module")
+def overfitted(tiny_llama, tmp_path_factory):
+    """Users with one sentence each, and canaries, which a tiny model saw over and over without noise."""
+    folder = tmp_path_factory.mktemp("overfitted")
+    letters, rng = np.array(list("abcdefgh ")), np.random.default_rng(5)
+    with (folder / "users.jsonl").open("w", encoding="utf-8") as file:
+        for user in range(12):
+            text = "".join(rng.choice(letters, 40)).replace(" ", "z")
+            file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(3))
+    tree = {
+        "run": {"name": "tiny", "output_dir": str(folder / "runs")},
+        "model": {"name_or_path": str(tiny_llama)},
+        "data": {
+            "source": {"kind": "files", "paths": [str(folder / "users.jsonl")]},
+            "max_length": 48,
+            "attack_min_records": 3,
+        },
+        "canaries": {"num_users": 12, "repetitions": [1, 3], "num_digits": 12},
+        "privacy": {
+            "records_per_user": 3,
+            "sampling_prob": 1.0,
+            "expected_batch_size": 14,
+            "noise_multiplier": 0.0,
+            "clipping_norm": 10.0,
+            "target_delta": 1e-3,
+            "num_steps": 300,
+            "insecure_seed": 11,
+        },
+        "training": {"method": "full", "learning_rate": 0.01, "schedule": "linear"},
+        "performance": {"microbatch_size": 64, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 999},
+        "tracking": {"wandb": False},
+    }
+    train(write_config(tree, folder / "c.yaml"))
+    run = folder / "runs" / "tiny"
+    score_run(run, ScoreOptions(num_canary_references=63, variants="control_prefix", batch_tokens=4096))
+    analyse_run(run)
+    write_report(run)
+    return run
+
+
+def test_an_overfitted_model_exposes_its_canaries_and_its_base_does_not(overfitted):
+    found = canary_panel.read_canaries(overfitted)
+    inside = [item.exposures for item in found if item.is_held_in]
+    outside = [item.exposures["tuned"] for item in found if not item.is_held_in]
+    assert min(len(inside), len(outside)) >= 4
+    expected, variance = null_moments(64)
+    assert np.mean([each["tuned"].bits for each in inside]) > 5.0
+    for controls in ([each["base"] for each in inside], outside):
+        error = math.sqrt(variance / len(controls))
+        assert abs(np.mean([each.mid_bits for each in controls]) - expected) < 3 * error
+    panel = json.loads((overfitted / "report/attacks.json").read_text())["panels"]["canaries"]
+    assert [row["tier"] for row in panel["rows"]] == [1, 3]
+    assert panel["control"]["p_value"] > 1e-3
+    assert all(row["auroc"] > 0.9 for row in panel["rows"] if row.get("auroc") is not None)
+
+
+def test_an_overfitted_model_gives_its_records_back_and_others_not(overfitted):
+    panel = json.loads((overfitted / "report/attacks.json").read_text())["panels"]["extraction"]
+    table = {(row["prefix"], row["group"]): row for row in panel["rows"]}
+    own, base, others = (table[8, extraction_panel.GROUPS[key]] for key in ("held-in", "held-in, base", "held-out"))
+    assert own["n1000"] > 0.5 * own["num_records"]
+    assert base["n1000"] == 0
+    assert others["n1000"] / others["num_records"] < 0.5 * own["n1000"] / own["num_records"]
+    assert own["n1"] <= own["n10"] <= own["n100"] <= own["n1000"]
+
+
+def test_control_prefixes_change_the_prompt_and_nothing_else(overfitted):
+    rows = {(row.user, row.document): row for row in read_signals(overfitted / SIGNALS_PATH)}
+    controls = [row for row in rows.values() if row.kind == CONTROL_PREFIX]
+    assert controls
+    for row in controls:
+        own = rows[row.user, row.document.removesuffix("-control_prefix")]
+        assert own.kind == TRAINING
+        first, rest = slice(0, CONTROL_PREFIX_TOKENS), slice(CONTROL_PREFIX_TOKENS, None)
+        assert row.token_ids[first].tolist() != own.token_ids[first].tolist()
+        assert row.token_ids[rest].tolist() == own.token_ids[rest].tolist()
+        assert row.target_sampled_logp.shape == row.target_logp.shape
+
+
+def test_no_public_file_knows_a_secret(overfitted):
+    canaries = canaries_of(read_sealed(RunDirectory(overfitted).manifest))
+    for name in ("attacks.json", "index.html", "report.json", "report.md"):
+        content = (overfitted / "report" / name).read_text()
+        assert not any(needle in content for c in canaries for needle in (c.user, c.secret, c.prefix.strip()))
