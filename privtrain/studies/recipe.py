@@ -1,7 +1,8 @@
 """A study's recipe: one YAML file with a base job, axes and seeds, expanded into cells in a fixed order.
 
 A cell is one training job and the commands that follow it. Its digest covers everything that decides what it does: the
-resolved configuration, its commands and how its data are made. Cells of equal digest are one and the same job.
+resolved configuration, its commands, how its data are made, and privtrain's version. Cells of equal digest are one and
+the same job.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+import privtrain
 from privtrain.config.load import numbers_as_meant, to_yaml, validate
 from privtrain.config.schema import Section
 from privtrain.errors import ConfigError, Fault
@@ -49,7 +51,9 @@ class Recipe(Section):
     axes: dict[str, dict[str, dict[str, Any] | None]] = Field(
         description="Axis -> value -> dotted overrides. The key commands replaces the study's commands."
     )
-    exclude: list[dict[str, str]] = Field(default=[], description="Combinations of axis values that are left out.")
+    exclude: list[dict[str, list[str]]] = Field(
+        default=[], description="Combinations that are left out: axis -> value or values; all axes named must fit."
+    )
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="One job a cell and seed.")
     seed_key: str | None = Field(
         default="privacy.insecure_seed",
@@ -176,7 +180,7 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
 def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
     for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
         values = dict(zip(recipe.axes, chosen, strict=True))
-        if not any(all(values.get(axis) == value for axis, value in left.items()) for left in recipe.exclude):
+        if not any(all(values.get(axis) in some for axis, some in left.items()) for left in recipe.exclude):
             yield values
 
 
@@ -194,10 +198,18 @@ def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settl
         _assign(tree, settle(values, tree, recipe.settings))
     config = validate({**tree, "run": {"name": "run"}})
     resolved = config.model_dump(mode="json", exclude={"run"})
+    # What stands at its default is left out: a new key that changes nothing must not make every cell another.
+    telling = config.model_dump(mode="json", exclude={"run"}, exclude_defaults=True)
     faults = [Fault("commands", f"{c!r} has an unknown place") for c in commands if _open_places(c) - set(PLACES)]
     if faults:
         raise ConfigError(faults)
-    deciding = {"config": resolved, "commands": commands, "prepare": recipe.prepare, "seed": seed}
+    deciding = {
+        "privtrain": privtrain.__version__,
+        "config": telling,
+        "commands": commands,
+        "prepare": recipe.prepare,
+        "seed": seed,
+    }
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return Cell(name, dict(values), seed, resolved, tuple(commands), digest)
@@ -248,7 +260,9 @@ def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
             if isinstance(values, dict)
         }
     left_out = cast(Sequence[Any], tree.get("exclude") or [])
-    tree["exclude"] = [
-        {str(k): str(v) for k, v in item.items()} if isinstance(item, dict) else item for item in left_out
-    ]
+    tree["exclude"] = [{str(k): _texts(v) for k, v in i.items()} if isinstance(i, dict) else i for i in left_out]
     return tree
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]

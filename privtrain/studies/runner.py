@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ class Study:
     module: Any
     root: pathlib.Path
     data: pathlib.Path
+    recipe_directory: pathlib.Path
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]
 
@@ -81,7 +83,8 @@ class Study:
         Raises:
             ConfigError: with every fault of the recipe and of every cell.
         """
-        recipe = read_recipe(options.recipe or recipe_path(name, options.scale))
+        path = options.recipe or recipe_path(name, options.scale)
+        recipe = read_recipe(path)
         if recipe.study != name:
             raise ConfigError([Fault("study", f"the recipe is of {recipe.study!r}, not of {name!r}")])
         module = module_of(recipe)
@@ -89,7 +92,7 @@ class Study:
         root = options.output or pathlib.Path("runs/studies") / f"{name}-{options.scale}"
         recipe_of_data = json.dumps(recipe.prepare, sort_keys=True).encode()
         data = root / "data" / hashlib.sha256(recipe_of_data).hexdigest()[:16]
-        return cls(recipe, module, root, data, tuple(cells), tuple(jobs_of(cells, root, data)))
+        return cls(recipe, module, root, data, path.parent, tuple(cells), tuple(jobs_of(cells, root, data)))
 
     def chosen(self, only: Sequence[str]) -> list[Job]:
         """Jobs with a cell that one of the patterns fits.
@@ -174,10 +177,11 @@ def _prepare(study: Study, num_threads: int) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".part-{target.name}")
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         log = study.data / "log.txt"
         _console.print(f"preparing {target}")
-        words = fill(command, {"file": str(temporary), "data": str(study.data)})
+        places = {"file": str(temporary), "data": str(study.data), "recipe": str(study.recipe_directory)}
+        words = fill(command, places)
         code = Processes(thread_environment(num_threads)).run(words, log)
         if code != 0 or not temporary.exists():
             last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]

@@ -83,7 +83,7 @@ def _starts(tmp_path: pathlib.Path) -> list[str]:
 
 def _expanded(recipe: dict[str, Any]) -> list[Any]:
     tree = {**recipe, "axes": {a: {str(v): o for v, o in axis.items()} for a, axis in recipe["axes"].items()}}
-    tree["exclude"] = [{k: str(v) for k, v in item.items()} for item in recipe["exclude"]]
+    tree["exclude"] = [{k: [str(v)] for k, v in item.items()} for item in recipe["exclude"]]
     return expand(Recipe.model_validate(tree), tiny_study.settle)
 
 

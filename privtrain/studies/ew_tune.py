@@ -1,0 +1,347 @@
+"""EW-Tune: DP fine-tuning of encoders with the noise of each accountant, and the ε that it really spends.
+
+Behnia et al. 2022 took the point estimate of an Edgeworth expansion (AEA, order 1) for a bound. The study computes for
+every accountant the noise that it asks for and what that noise spends, and trains with each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
+from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_fact
+from privtrain.studies.noise import ESTIMATES, Setting
+from privtrain.studies.results import Estimate, Results
+
+TITLE = "EW-Tune: noise by accountant, and what it spends"
+PAPER = "Behnia, Ebrahimi, Pacheco and Padmanabhan 2022, EW-Tune, arXiv 2210.15042"
+
+_LOGS = "authors' training logs, star-ailab/LLM_Tune at ebe3b2b"
+_ACCURACY = "eval/held_out_accuracy"
+_BATCH, _EPOCHS, _TARGET = 2000, 20, 8.0
+
+NAMES = {
+    "aea1": "AEA (EW-Tune's code)",
+    "tilted-edgeworth": "tilted Edgeworth (certified)",
+    "tilted": "tilted (certified)",
+    "pld": "PLD",
+    "prv": "PRV",
+    "rdp": "RDP",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One row of EW-Tune's experiments at ε = 8, from the authors' logs: noise multipliers and best dev accuracies."""
+
+    task: str
+    delta: float
+    num_examples: int
+    edgeworth: float
+    prv: float
+    rdp: float
+    accuracies: tuple[float, float, float]
+
+    @property
+    def label(self) -> str:
+        """Task and δ."""
+        return f"{self.task} {self.delta:.0e}".replace("e-0", "e-")
+
+    @property
+    def setting(self) -> Setting:
+        """What was accounted for."""
+        num_steps = _EPOCHS * (self.num_examples // _BATCH)
+        return Setting(_BATCH / self.num_examples, num_steps, self.delta, _TARGET)
+
+
+PUBLISHED = (
+    Published("SST-2", 1e-5, 67_349, 0.7865, 0.817, 0.8775, (91.83, 91.83, 91.61)),
+    Published("QNLI", 1e-5, 104_743, 0.711, 0.7295, 0.793, (87.36, 87.30, 87.15)),
+    Published("QQP", 1e-5, 363_849, 0.5635, 0.587, 0.6325, (84.97, 85.08, 84.84)),
+    Published("MNLI", 1e-5, 392_702, 0.557, 0.581, 0.6255, (81.13, 80.75, 80.87)),
+    Published("QNLI", 1e-6, 104_743, 0.7395, 0.768, 0.829, (87.18, 86.79, 87.22)),
+    Published("QQP", 1e-6, 363_849, 0.580, 0.6135, 0.6575, (84.68, 84.79, 84.61)),
+    Published("MNLI", 1e-6, 392_702, 0.573, 0.607, 0.650, (80.88, 80.56, 80.46)),
+)
+
+
+def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The noise that the cell's accountant asks for, rounded up."""
+    scale = 10 ** settings["noise_decimals"]
+    noise = _setting(tree["privacy"], settings).noise(values["accountant"])
+    return {"privacy.noise_multiplier": math.ceil(noise * scale - 1e-6) / scale}
+
+
+def find(results: Results) -> Findings:
+    """Judge the paper's claims by the accountants and by what is complete."""
+    methods = results.values_of("accountant")
+    groups = _groups(results)
+    claims = [*_claims_on_noise(), *(claim for group in groups for claim in group.claims(results))]
+    return Findings(
+        claims=claims,
+        tables=[*(group.table(results, methods) for group in groups), _published_noise(), _published_accuracy()],
+        figures=[*_figures_of_published(), *(group.figure(results, methods) for group in groups)],
+        notes=_notes(results),
+        numbers={
+            "published_settings": {row.label: _spent(row) for row in PUBLISHED},
+            "cells": {group.name: group.numbers(results, methods) for group in groups},
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Cells that differ in accountant and seed alone."""
+
+    values: Mapping[str, str]
+    setting: Setting
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.values.values()) or "here"
+
+    @property
+    def words(self) -> str:
+        return f" on {self.name}" if self.values else ""
+
+    def trained_with(self, results: Results, method: str) -> float:
+        cell = next(
+            c for c in results.planned if c.values == {**self.values, "accountant": method}
+        )  # every seed has the same
+        return cell.tree["privacy"]["noise_multiplier"]
+
+    def accuracy(self, results: Results, method: str) -> Estimate | None:
+        return results.estimate(_ACCURACY, **self.values, accountant=method)
+
+    def difference(self, results: Results, first: str, second: str) -> Estimate | None:
+        return results.difference(
+            _ACCURACY, {**self.values, "accountant": first}, {**self.values, "accountant": second}
+        )
+
+    def claims(self, results: Results) -> list[Claim]:
+        best = max(row.accuracies[0] - row.accuracies[2] for row in PUBLISHED)
+        spent = {method: self._spends(results, method) for method in ("aea1", "pld", "rdp")}
+        claim = f"the Edgeworth noise of a claimed ε gives more accuracy than RDP's{self.words}"
+        honest = f"an exact accountant's noise, at an ε that is kept, gives more accuracy than RDP's{self.words}"
+        return [
+            judge_direction(
+                Statement(claim, "abstract: up to 1.1 %", f"at most {best:.2f} points over RDP in the logs, one seed"),
+                self.difference(results, "aea1", "rdp"),
+                digits=2,
+                factor=100,
+                unit=f" points, at ε really spent of {spent['aea1']:.2f} against {spent['rdp']:.2f}",
+            ),
+            judge_direction(
+                Statement(honest, "what would remain of it", "not in the paper"),
+                self.difference(results, "pld", "rdp"),
+                digits=2,
+                factor=100,
+                unit=f" points, at ε really spent of {spent['pld']:.2f} against {spent['rdp']:.2f}",
+            ),
+        ]
+
+    def table(self, results: Results, methods: Sequence[str]) -> Table:
+        rows = []
+        for method in methods:
+            trained = self.trained_with(results, method)
+            accuracy = self.accuracy(results, method)
+            rows.append(
+                [
+                    NAMES[method],
+                    f"{self.setting.noise(method):.4f}",
+                    f"{trained:g}",
+                    f"{self.setting.true_epsilon(trained):.3f}",
+                    "estimate" if method in ESTIMATES else "certified",
+                    "not complete" if accuracy is None else accuracy.text(2, 100),
+                ]
+            )
+        title = f"Here{self.words}: ε {self.setting.epsilon:g} asked for at δ {self.setting.delta:g}"
+        note = (
+            f"q = {self.setting.sampling_prob:g}, {self.setting.num_steps} steps. Accuracy in %, on held-out records; "
+            "accountants whose noise is equal as trained share their runs."
+        )
+        columns = ("accountant", "σ asked for", "σ trained with", "ε really spent", "what ε is", "accuracy")
+        return Table(title, columns, rows, note)
+
+    def figure(self, results: Results, methods: Sequence[str]) -> Figure:
+        measured = [(m, self.accuracy(results, m)) for m in methods]
+        series = []
+        for method, accuracy in measured:
+            if accuracy is not None:
+                spent = self.setting.true_epsilon(self.trained_with(results, method))
+                percent = Estimate(tuple(100 * value for value in accuracy.values))
+                if not any(s.x == [spent] for s in series):
+                    shared = [m for m in methods if self._spends(results, m) == spent]
+                    series.append(Series(", ".join(m for m in shared), [spent], [percent]))
+        labels = AxisLabels("ε really spent", "accuracy on held-out records, %")
+        name = "accuracy" + "".join(f"-{value}" for value in self.values.values())
+        caption = (
+            f"Accuracy against the ε that each accountant's noise really spends, when {self.setting.epsilon:g} was "
+            "asked for; 95 % t-intervals over seeds."
+        )
+        return Figure(name, f"accuracy against ε spent{self.words}", curves_figure(name, series, labels), caption)
+
+    def _spends(self, results: Results, method: str) -> float:
+        return self.setting.true_epsilon(self.trained_with(results, method))
+
+    def numbers(self, results: Results, methods: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for method in methods:
+            trained, accuracy = self.trained_with(results, method), self.accuracy(results, method)
+            found[method] = {
+                "noise_multiplier": self.setting.noise(method),
+                "noise_multiplier_trained": trained,
+                "epsilon_spent": self.setting.true_epsilon(trained),
+                "accuracy": None if accuracy is None else accuracy.to_json(),
+            }
+        return found
+
+
+def _groups(results: Results) -> list[_Group]:
+    found: dict[tuple[tuple[str, str], ...], _Group] = {}
+    for cell in results.planned:
+        values = {axis: value for axis, value in cell.values.items() if axis != "accountant"}
+        setting = _setting(cell.tree["privacy"], results.recipe.settings)
+        found.setdefault(tuple(values.items()), _Group(values, setting))
+    return list(found.values())
+
+
+def _setting(privacy: Mapping[str, Any], settings: Mapping[str, Any]) -> Setting:
+    return Setting(privacy["sampling_prob"], privacy["num_steps"], privacy["target_delta"], settings["target_epsilon"])
+
+
+def _spent(row: Published) -> dict[str, float]:
+    """At a published setting: noise by accountant today, and the ε that the published noises spend."""
+    return {
+        "exact": row.setting.noise("tilted"),
+        "tilted_edgeworth": row.setting.noise("tilted-edgeworth"),
+        "rdp": row.setting.noise("rdp"),
+        "aea1": row.setting.noise("aea1"),
+        "epsilon_spent_by_published_edgeworth": row.setting.true_epsilon(row.edgeworth),
+        "epsilon_spent_by_published_prv": row.setting.true_epsilon(row.prv),
+        "epsilon_spent_by_published_rdp": row.setting.true_epsilon(row.rdp),
+    }
+
+
+def _claims_on_noise() -> list[Claim]:
+    facts = {row.label: _spent(row) for row in PUBLISHED}
+    saving = max((1 - row.edgeworth / row.prv, row.label) for row in PUBLISHED)
+    ours = max(1 - facts[row.label]["aea1"] / row.prv for row in PUBLISHED)
+    worst = max((facts[row.label]["epsilon_spent_by_published_edgeworth"], row.label) for row in PUBLISHED)
+    least = min(facts[row.label]["epsilon_spent_by_published_edgeworth"] for row in PUBLISHED)
+    kept = max((1 - facts[row.label]["exact"] / row.prv, row.label) for row in PUBLISHED)
+    against_rdp = [1 - facts[row.label]["tilted_edgeworth"] / facts[row.label]["rdp"] for row in PUBLISHED]
+    return [
+        judge_fact(
+            Statement(
+                "the Edgeworth accountant asks for up to 5.6 % less noise", "abstract", f"5.6 %; logs: {saving[1]}"
+            ),
+            abs(ours - 0.056) < 0.002,
+            ours=f"{100 * ours:.1f} % less than the logged PRV noise, by the estimate recomputed",
+            reason="AEA of order 1 recomputed at the seven logged settings; reproduced within 0.2 points",
+        ),
+        judge_fact(
+            Statement("with that noise a run is (8, δ)-DP", "abstract: finite-sample guarantees", "ε = 8"),
+            worst[0] <= _TARGET,
+            ours=f"the logged noises spend ε of {least:.3f} to {worst[0]:.3f} ({worst[1]})",
+            reason="certified upper ends of the tilted accountant, tight to about 1e-3; the estimate is no bound",
+        ),
+        judge_fact(
+            Statement("5.6 % less noise than PRV's survive where ε = 8 is certified", "what would remain", "5.6 %"),
+            kept[0] >= 0.056,
+            ours=f"{100 * kept[0]:.1f} % survive at best ({kept[1]})",
+            reason="the least noise that any sound accountant could certify, against the logged PRV noise",
+        ),
+        judge_fact(
+            Statement("a certified Edgeworth-type bound asks for no more noise than RDP", "section 3", "less noise"),
+            min(against_rdp) >= 0,
+            ours=f"{100 * min(against_rdp):.1f} to {100 * max(against_rdp):.1f} % less than RDP today",
+            reason="tilted expansion with its Berry-Esseen error, at the seven logged settings",
+        ),
+    ]
+
+
+def _published_noise() -> Table:
+    rows = []
+    for row in PUBLISHED:
+        facts = _spent(row)
+        rows.append(
+            [
+                row.label,
+                *(f"{s:.4f} ({row.setting.true_epsilon(s):.3f})" for s in (row.edgeworth, row.prv, row.rdp)),
+                *(
+                    f"{facts[name]:.4f} ({row.setting.true_epsilon(facts[name]):.3f})"
+                    for name in ("exact", "tilted_edgeworth", "rdp")
+                ),
+            ]
+        )
+    columns = (
+        "task, δ",
+        "paper: Edgeworth",
+        "paper: PRV",
+        "paper: RDP",
+        "here: exact",
+        "here: tilted Edgeworth",
+        "RDP",
+    )
+    note = f"In brackets the ε that the noise really spends; 8 was asked for. Paper: {_LOGS}."
+    return Table("The paper's settings: σ (ε really spent)", columns, rows, note)
+
+
+def _published_accuracy() -> Table:
+    rows = [[row.label, *(f"{value:.2f}" for value in row.accuracies)] for row in PUBLISHED]
+    note = (
+        f"Best dev accuracy over epochs, RoBERTa-base, one seed a cell ({_LOGS}). Two SST-2 runs of equal noise and "
+        "seed in these logs differ by 0.36 points."
+    )
+    return Table("The paper's accuracies, %", ("task, δ", "Edgeworth", "PRV", "RDP"), rows, note)
+
+
+def _figures_of_published() -> list[Figure]:
+    places = [row.label for row in PUBLISHED]
+    numbers = list(range(len(places)))
+    facts = [_spent(row) for row in PUBLISHED]
+    noise = [
+        Series("paper: Edgeworth", numbers, [row.edgeworth for row in PUBLISHED]),
+        Series("exact (certified)", numbers, [f["exact"] for f in facts]),
+        Series("tilted Edgeworth (certified)", numbers, [f["tilted_edgeworth"] for f in facts]),
+        Series("RDP", numbers, [f["rdp"] for f in facts]),
+    ]
+    spent = [
+        Series(f"paper: {label}", numbers, [f[f"epsilon_spent_by_published_{key}"] for f in facts])
+        for label, key in (("Edgeworth", "edgeworth"), ("PRV", "prv"), ("RDP", "rdp"))
+    ]
+    return [
+        Figure(
+            "noise",
+            "noise multiplier by accountant at the paper's settings",
+            places_figure("noise", places, noise, AxisLabels("task, δ", "noise multiplier σ")),
+            "Noise asked for at ε = 8. What lies below the exact squares cannot be (8, δ)-DP.",
+        ),
+        Figure(
+            "spent",
+            "epsilon really spent by the paper's noise",
+            places_figure(
+                "spent", places, spent, AxisLabels("task, δ", "ε really spent"), [Level("asked for", _TARGET)]
+            ),
+            "What the logged noises really spend.",
+        ),
+    ]
+
+
+def _notes(results: Results) -> list[str]:
+    base = results.planned[0].tree
+    model = base["model"]["name_or_path"] or base["model"]["package"]
+    return [
+        f"Model: {model}; LoRA in place of the paper's reparametrised gradient perturbation (rank 1).",
+        "Sampling is Poisson, as accounted. The paper's code shuffles fixed batches; for those the accounted ε does "
+        "not hold (accountants/README.md, accountants.tradeoff.shuffle_lower_bound).",
+        "The interval form of the Edgeworth accountant (EEAI) is sound and vacuous at every δ of the paper, so it has "
+        "no row; accountants/README.md shows it.",
+        "Accuracy is measured on held-out records of the training data; which seeds split them is the same for all "
+        "accountants, and differences are paired by seed. Seeds are fixed, so the runs themselves are not private.",
+        "No claim is made on tuning: the learning rate was set once, for all accountants alike.",
+    ]

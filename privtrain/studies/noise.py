@@ -1,0 +1,101 @@
+"""The noise that each accountant asks for, and what it really spends; kept on disk, because some take long."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+import accountants
+from accountants.answer import Direction
+from accountants.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
+from accountants.protocol import Accountant
+from accountants.prv import PrvAccountant
+from accountants.registry import get_accountant
+from accountants.roots import bracketed_root
+from privtrain.rundir import write_json
+
+#: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
+ESTIMATES = {"aea1": Aea1Accountant, "aea2": Aea2Accountant, "aea3": Aea3Accountant}
+
+_DECIMALS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A run of DP-SGD under Poisson sampling, add or remove one record.
+
+    Attributes:
+        sampling_prob: chance of a record to join a step.
+        num_steps: steps.
+        delta: δ.
+        epsilon: the ε that is to be met.
+    """
+
+    sampling_prob: float
+    num_steps: int
+    delta: float
+    epsilon: float
+
+    def spent(self, name: str, noise_multiplier: float) -> float:
+        """ε by an accountant: its certified upper end, or its estimate where it has no other."""
+        event = accountants.dp_sgd_event(
+            noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=self.num_steps
+        )
+        answer = _accountant(name).epsilon(event, self.delta)
+        return answer.estimate if name in ESTIMATES else answer.upper
+
+    def true_epsilon(self, noise_multiplier: float) -> float:
+        """The least certified ε that we can give: the upper end of the tilted interval, tight to about 1e-3."""
+        return _kept(self, "true", noise_multiplier)
+
+    def noise(self, name: str) -> float:
+        """The noise multiplier at which an accountant says that ``epsilon`` is met, rounded up to four decimals."""
+        return _kept(self, name, 0.0)
+
+
+def _accountant(name: str) -> Accountant:
+    if name in ESTIMATES:
+        return ESTIMATES[name](Direction.REMOVE)
+    if name.startswith("prv"):  # prv-0.1: with the error that EW-Tune's code allowed
+        return PrvAccountant(eps_error=float(name.partition("-")[2] or 0.01))
+    return get_accountant(name)
+
+
+@functools.cache
+def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
+    facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
+    key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "privtrain" / "noise"
+    path = cache / f"{key[:32]}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
+    value = setting.spent("tilted", noise_multiplier) if name == "true" else _calibrated(setting, name)
+    cache.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**facts, "value": value})
+    return value
+
+
+def _code_version() -> str:
+    """Digest of the accountants' code: another version's numbers are not ours."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(accountants.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _calibrated(setting: Setting, name: str) -> float:
+    guide = _root(setting, "tilted", 0.2, 20.0)
+    root = guide if name == "tilted" else _root(setting, name, guide * 0.5, guide * 2.0)
+    value = math.ceil(root * 10**_DECIMALS - 1e-3) / 10**_DECIMALS
+    while name not in ESTIMATES and setting.spent(name, value) > setting.epsilon:
+        value = round(value + 10**-_DECIMALS, _DECIMALS)
+    return value
+
+
+def _root(setting: Setting, name: str, low: float, high: float) -> float:
+    return bracketed_root(lambda noise: setting.spent(name, noise) - setting.epsilon, low, high, xtol=2e-5)

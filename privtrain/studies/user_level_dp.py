@@ -1,0 +1,316 @@
+"""User-level DP by example sampling and by user sampling, at equal (ε, δ) for a user.
+
+* ``group``: Group Privacy (Chua et al. 2024). Records are sampled; a user has at most k; ε of a record is converted.
+* ``mixture``: the same training, accounted for exactly (ELS of Charles et al. 2024, mixture of Gaussians).
+* ``user``: User-wise DP-SGD (Chua et al.), which is ULS of Charles et al.: users are sampled, each with at most k
+  records, and clipped once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
+from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_fact
+from privtrain.studies.results import CellResult, Estimate, Results
+
+TITLE = "User-level DP: group privacy against sampling users"
+PAPER = (
+    "Chua et al. 2024, Mind the Privacy Unit, arXiv 2406.14322; Charles et al. 2024, Fine-Tuning LLMs with User-Level "
+    "DP, arXiv 2407.07737"
+)
+
+_PERPLEXITY = "eval/held_out_perplexity"
+NAMES = {"group": "Group Privacy", "mixture": "ELS, mixture accounting", "user": "User-wise DP-SGD (ULS)"}
+
+
+def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The expected batch: the sampling probability times the public number of units.
+
+    ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in,
+    and ``num_records`` by k, of them at most k each. Constants: they scale the step, no guarantee depends on them.
+    """
+    population, sampling_prob = settings["populations"][values.get("data", "here")], tree["privacy"]["sampling_prob"]
+    num_units = population["num_users"] if values["method"] == "user" else population["num_records"][values["k"]]
+    overrides: dict[str, Any] = {"privacy.expected_batch_size": float(f"{sampling_prob * num_units:.3g}")}
+    if values["method"] != "user":
+        overrides |= {"privacy.unit": "example", "privacy.user_accounting": values["method"]}
+    return overrides
+
+
+def find(results: Results) -> Findings:
+    """Judge the papers' claims by what is complete, for each data set and model of the grid."""
+    views = [_View(results, values) for values in _other_values(results)]
+    return Findings(
+        claims=[claim for view in views for claim in view.claims()],
+        tables=[view.table() for view in views],
+        figures=[figure for view in views for figure in view.figures()],
+        notes=_notes(results),
+        numbers={view.name: view.numbers() for view in views},
+    )
+
+
+class _View:
+    """Cells of one model and data set.
+
+    Args:
+        results: everything that is complete.
+        values: of the axes beside method, k, epsilon and selection.
+    """
+
+    def __init__(self, results: Results, values: Mapping[str, str]) -> None:
+        self.results, self.values = results, values
+        self.name = ", ".join(values.values()) or "here"
+        self.words = f" on {self.name}" if values else ""
+        self.methods, self.ks = results.values_of("method"), results.values_of("k")
+        self.epsilons, self.selections = results.values_of("epsilon"), results.values_of("selection")
+        chosen = [c.values for c in results.planned if c.values["selection"] != "random"]
+        self.selection_k = chosen[0]["k"] if chosen else ""
+        self.selection_epsilon = chosen[0]["epsilon"] if chosen else ""
+
+    def cell(self, method: str, k: str, epsilon: str, selection: str = "random") -> dict[str, str]:
+        """Axis values."""
+        return {**self.values, "method": method, "k": k, "epsilon": epsilon, "selection": selection}
+
+    def perplexity(self, method: str, k: str, epsilon: str, selection: str = "random") -> Estimate | None:
+        """Mean over seeds."""
+        return self.results.estimate(_PERPLEXITY, **self.cell(method, k, epsilon, selection))
+
+    def best_k(self, method: str, epsilon: str) -> str | None:
+        """The k of least mean perplexity; chosen on the same held-out users, for every method alike."""
+        means = {k: found.mean for k in self.ks if (found := self.perplexity(method, k, epsilon)) is not None}
+        return min(means, key=means.__getitem__) if means else None
+
+    def best(self, method: str, epsilon: str) -> Estimate | None:
+        """Its perplexity."""
+        k = self.best_k(method, epsilon)
+        return None if k is None else self.perplexity(method, k, epsilon)
+
+    def gap(self, first: str, second: str, epsilon: str) -> Estimate | None:
+        """First minus second, each at its best k, paired by seed."""
+        k_first, k_second = self.best_k(first, epsilon), self.best_k(second, epsilon)
+        if k_first is None or k_second is None:
+            return None
+        return self.results.difference(
+            _PERPLEXITY, self.cell(first, k_first, epsilon), self.cell(second, k_second, epsilon)
+        )
+
+    def noise(self, method: str, k: str, epsilon: str) -> float | None:
+        """Noise multiplier of the complete cells."""
+        found = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
+        return None if found is None else found.mean
+
+    def claims(self) -> list[Claim]:
+        """The papers' claims, judged."""
+        chua, charles = "Chua et al. 2024", "Charles et al. 2024"
+        smallest, largest, few, many = self.epsilons[0], self.epsilons[-1], self.ks[0], self.ks[-1]
+        judged: list[tuple[str, str, str, Estimate | None]] = [
+            (
+                f"User-wise DP-SGD has lower perplexity than Group Privacy at ε = {epsilon}",
+                f"{chua}, main finding",
+                "lower at every ε",
+                self.gap("group", "user", epsilon),
+            )
+            for epsilon in self.epsilons
+        ]
+        judged += [
+            (
+                f"its lead is larger at ε = {smallest} than at {largest}",
+                chua,
+                "most at small ε",
+                _minus(self.gap("group", "user", smallest), self.gap("group", "user", largest)),
+            ),
+            (
+                f"Group Privacy loses by many records a user (k = {many} against {few}, ε = {smallest})",
+                chua,
+                "prefers small k",
+                self._between("group", (many, smallest), (few, smallest)),
+            ),
+            (
+                f"User-wise DP-SGD gains by k > 1 (k = {many} against {few}, ε = {largest})",
+                chua,
+                "gains, then flat",
+                self._between("user", (few, largest), (many, largest)),
+            ),
+            (
+                f"sampling users beats sampling examples at strong privacy, ε = {smallest}",
+                charles,
+                "ULS better",
+                self.gap("mixture", "user", smallest),
+            ),
+        ]
+        claims = [
+            judge_direction(Statement(f"{statement}{self.words}", citation, paper), difference)
+            for statement, citation, paper, difference in judged
+        ]
+        return [*claims, self._accounting(charles), *(self._selection_claims(chua) if self.selection_k else [])]
+
+    def _between(self, method: str, first: tuple[str, str], second: tuple[str, str]) -> Estimate | None:
+        return self.results.difference(_PERPLEXITY, self.cell(method, *first), self.cell(method, *second))
+
+    def _accounting(self, charles: str) -> Claim:
+        pairs = [
+            (self.noise("mixture", k, epsilon), self.noise("group", k, epsilon), k, epsilon)
+            for k in self.ks
+            for epsilon in self.epsilons
+        ]
+        known = [(m / g, k, epsilon) for m, g, k, epsilon in pairs if m is not None and g is not None]
+        ratio, k, epsilon = min(known, default=(1.0, "", ""))
+        statement = f"mixture accounting asks for less noise than group privacy at equal k and ε{self.words}"
+        return judge_fact(
+            Statement(statement, charles, "far below group privacy"),
+            all(r < 1 for r, _, _ in known) if known else None,
+            ours=f"down to {ratio:.3f} of it (k = {k}, ε = {epsilon})" if known else "no pair is complete",
+            reason=f"noise multipliers of {len(known)} pairs of complete cells",
+        )
+
+    def _selection_claims(self, chua: str) -> list[Claim]:
+        claims = []
+        for method, best in (("group", "longest"), ("user", "random_chunk")):
+            others = [s for s in self.selections if s != best]
+            means = {s: self.perplexity(method, self.selection_k, self.selection_epsilon, s) for s in others}
+            rivals = {s: e.mean for s, e in means.items() if e is not None}
+            rival = min(rivals, key=rivals.__getitem__) if rivals else "random"
+            difference = self.results.difference(
+                _PERPLEXITY,
+                self.cell(method, self.selection_k, self.selection_epsilon, rival),
+                self.cell(method, self.selection_k, self.selection_epsilon, best),
+            )
+            words = f"{best.replace('_', ' ')} is the best selection for {NAMES[method]}{self.words}"
+            claim = judge_direction(Statement(words, f"{chua}, data selection", "best of six"), difference)
+            claims.append(claim if not rivals else _with(claim, f"against {rival.replace('_', ' ')}, the best other"))
+        return claims
+
+    def table(self) -> Table:
+        """Perplexity and noise by method, k and ε."""
+        rows = []
+        for method in self.methods:
+            for k in self.ks:
+                cells = [self._entry(method, k, epsilon) for epsilon in self.epsilons]
+                if any(cells):
+                    rows.append([f"{NAMES[method]}, k = {k}", *(cell or "not complete" for cell in cells)])
+        columns = ("method", *(f"ε = {epsilon}" for epsilon in self.epsilons))
+        note = "Held-out perplexity (95 % t-interval over seeds) and noise multiplier σ; ε is for a user, at equal δ."
+        base = self.base()
+        if base is not None:
+            note += f" Before training: {base.mean:.2f}."
+        return Table(f"Held-out perplexity{self.words}", columns, rows, note)
+
+    def _entry(self, method: str, k: str, epsilon: str) -> str:
+        found, noise = self.perplexity(method, k, epsilon), self.noise(method, k, epsilon)
+        return "" if found is None else f"{found.text(2)}, σ {noise:.3g}"
+
+    def base(self) -> Estimate | None:
+        """Perplexity before training."""
+        return self.results.estimate(lambda result: result.first(_PERPLEXITY), **self.values)
+
+    def figures(self) -> list[Figure]:
+        """Perplexity against ε, against k, and by selection."""
+        slug = "".join(f"-{value}" for value in self.values.values())
+        base = self.base()
+        levels = [] if base is None else [Level("before training", base.mean)]
+        by_epsilon = [self._series(m, [(float(e), self.best(m, e)) for e in self.epsilons]) for m in self.methods]
+        epsilon = self.selection_epsilon or self.epsilons[0]
+        by_k = [self._series(m, [(float(k), self.perplexity(m, k, epsilon)) for k in self.ks]) for m in self.methods]
+        noise = [self._series(m, [(float(k), self.noise(m, k, epsilon)) for k in self.ks]) for m in self.methods]
+        labels = AxisLabels("records a user, k", "held-out perplexity", "log")
+        sigma = AxisLabels("records a user, k", "noise multiplier σ", "log", "log")
+        against = AxisLabels("ε for a user", "held-out perplexity", "log")
+        at = f"at ε = {epsilon}"
+        best = "Each method at its best k. 95 % t-intervals over seeds."
+        figures = [
+            self._curves(f"epsilon{slug}", "held-out perplexity against ε", by_epsilon, against, levels, best),
+            self._curves(f"k{slug}", f"held-out perplexity against k {at}", by_k, labels, levels, f"{at} for a user."),
+            self._curves(f"noise{slug}", f"noise multiplier against k {at}", noise, sigma, [], f"What it costs {at}."),
+        ]
+        return [*(figure for figure in figures if figure is not None), *self._selection_figure(slug)]
+
+    def _curves(
+        self,
+        name: str,
+        title: str,
+        series: Sequence[Series],
+        labels: AxisLabels,
+        levels: Sequence[Level],
+        caption: str,
+    ) -> Figure | None:
+        kept = [one for one in series if one.x]
+        if not kept:
+            return None
+        return Figure(name, title + self.words, curves_figure(name, kept, labels, levels), caption)
+
+    def _series(self, method: str, points: Sequence[tuple[float, Estimate | float | None]]) -> Series:
+        known = [(x, y) for x, y in points if y is not None]
+        return Series(NAMES[method], [x for x, _ in known], [y for _, y in known])
+
+    def _selection_figure(self, slug: str) -> list[Figure]:
+        if not self.selection_k:
+            return []
+        series = []
+        for method in ("group", "user"):
+            found = [
+                (place, self.perplexity(method, self.selection_k, self.selection_epsilon, selection))
+                for place, selection in enumerate(self.selections)
+            ]
+            series.append(self._series(method, found))
+        kept = [one for one in series if one.x]
+        if not kept:
+            return []
+        places = [selection.replace("_", " ") for selection in self.selections]
+        labels = AxisLabels("selection of a user's records", "held-out perplexity")
+        caption = f"k = {self.selection_k}, ε = {self.selection_epsilon} for a user."
+        name = f"selection{slug}"
+        return [Figure(name, "perplexity by selection", places_figure(name, places, kept, labels), caption)]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """Every cell for machines."""
+        rows = []
+        for cell in dict.fromkeys(tuple(c.values.items()) for c in self.results.planned):
+            values = dict(cell)
+            found = self.results.estimate(_PERPLEXITY, **values)
+            if found is not None and all(values[axis] == value for axis, value in self.values.items()):
+                noise = self.results.estimate(_noise_multiplier, **values)
+                rows.append(
+                    {**values, "perplexity": found.to_json(), "noise_multiplier": noise.mean if noise else None}
+                )
+        return rows
+
+
+def _noise_multiplier(result: CellResult) -> float:
+    return result.json("privacy.json")["mechanism"]["noise_multiplier"]
+
+
+def _other_values(results: Results) -> list[dict[str, str]]:
+    known = ("method", "k", "epsilon", "selection")
+    found = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
+    return [dict(values) for values in sorted(found)]
+
+
+def _minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
+    if first is None or second is None or first.n != second.n:
+        return None
+    return Estimate(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
+
+
+def _with(claim: Claim, words: str) -> Claim:
+    return Claim(claim.statement, claim.citation, claim.paper, f"{claim.ours}, {words}", claim.verdict, claim.reason)
+
+
+def _notes(results: Results) -> list[str]:
+    return [
+        "The papers' claims are judged by direction; their tables of perplexities are for other models and data, and "
+        "are not repeated here.",
+        "Sampling probability and steps are the same for all methods, so a step has the same number of records in "
+        "expectation, and methods differ in noise and in how gradients are clipped.",
+        "ε and δ are for adding or removing one user with all records. Group Privacy converts ε and δ of a record; "
+        "mixture accounting is exact for the same training.",
+        "A selection may use the user's own records and the public base model, and nothing of other users: then adding "
+        "a user changes nobody else's records, and it costs no ε. Ranking a user's records by the base model's "
+        "perplexity is allowed for that reason; by the tuned model's, or by frequency over all users, it is not.",
+        "The best k is chosen on the same held-out users that perplexity is reported on, for every method alike; this "
+        "choice is not covered by ε.",
+        f"Seeds ({len(results.recipe.seeds)}) fix split, sample and noise, so differences are paired, and the runs "
+        "themselves are not private.",
+        *results.recipe.settings.get("notes", []),
+    ]

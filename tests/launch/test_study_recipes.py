@@ -1,0 +1,113 @@
+"""Paper-scale studies offline: every axis value passes ``privtrain plan`` and two steps of a tiny model of its kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from privtrain.planning import PlanOptions, describe_plan
+from privtrain.studies.recipe import RECIPES, Cell, expand, module_of, read_recipe
+from privtrain.training.job import train
+from tests.launch import recipe_plans
+from tests.launch.study_models import PUBLISHED, save_tiny
+
+STUDIES = sorted(path.parent.name for path in RECIPES.glob("*/paper.yaml"))
+
+
+def _cells(study: str) -> list[Cell]:
+    recipe = read_recipe(RECIPES / study / "paper.yaml")
+    return expand(recipe, getattr(module_of(recipe), "settle", None))
+
+
+def _covering(cells: list[Cell]) -> list[Cell]:
+    """Few cells that together have every value of every axis."""
+    left = {item for cell in cells for item in cell.values.items()}
+    chosen = []
+    while left:
+        best = max(cells, key=lambda cell: len(left & set(cell.values.items())))
+        chosen.append(best)
+        left -= set(best.values.items())
+    return chosen
+
+
+def _write(tree: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _noise_for_nothing(monkeypatch):
+    """Accountants take a minute to say how much noise EW-Tune's settings take; here any will do."""
+    monkeypatch.setattr("privtrain.studies.noise.Setting.noise", lambda setting, name: 0.8)
+
+
+def test_there_are_paper_scale_studies_and_each_has_a_small_one():
+    assert {"ew-tune", "user-level-dp"} <= set(STUDIES)
+    assert all((RECIPES / study / "small.yaml").is_file() for study in STUDIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_value_of_a_paper_scale_recipe_passes_plan_and_two_steps(study, tmp_path, tiny_llama):
+    for number, cell in enumerate(_covering(_cells(study))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        tree = yaml.safe_load(cell.config_yaml(directory, directory))
+        _plan(cell, tree, directory)
+        _two_steps(cell, tree, directory, tiny_llama)
+
+
+def _plan(cell: Cell, tree: dict[str, Any], directory: pathlib.Path) -> None:
+    name = tree["model"]["name_or_path"]
+    (directory / "published").mkdir()
+    PUBLISHED[name].save_pretrained(directory / "published")
+    options = PlanOptions(
+        num_users=100_000, accelerate=recipe_plans.RECIPES.parent / "accelerate" / "ddp.yaml", prices=False
+    )
+    config = _write(tree, directory / "plan.yaml")
+    plan = describe_plan(config, [f"model.name_or_path={directory / 'published'}"], options)
+    assert plan["memory_unknown_because"] == "", cell.name
+    assert sum(plan["memory_bytes_per_rank"].values()) > 1e8, cell.name
+    target = tree["privacy"]["target_epsilon"]
+    if target is not None:
+        assert 0 < plan["epsilon"] <= target, cell.name
+
+
+def _two_steps(cell: Cell, tree: dict[str, Any], directory: pathlib.Path, tiny_llama: pathlib.Path) -> None:
+    data, privacy = tree["data"], tree["privacy"]
+    tree["model"]["name_or_path"] = str(save_tiny(tree["model"]["name_or_path"], directory / "tiny", tiny_llama))
+    data["source"] = {"kind": "files", "paths": [str(_dummy_rows(data, directory / "rows.jsonl"))]}
+    data |= {"held_out_fraction": 0.3, "num_evaluation_records": 4, "max_length": min(data["max_length"], 32)}
+    if privacy["sampling"] == "poisson":
+        privacy |= {"sampling_prob": 0.3, "num_steps": 2}
+    privacy |= {"expected_batch_size": 8, "target_delta": 1e-3}
+    tree["performance"] |= {"microbatch_size": 8, "precision": "fp32", "num_threads": 1}
+    tree["tracking"] |= {"wandb": False, "tensorboard": False}
+    train(_write(tree, directory / "config.yaml"))
+    rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/step"] for row in rows if "train/lr" in row][-1] == 2, cell.name
+    assert all(math.isfinite(row["eval/held_out_loss"]) for row in rows if "eval/held_out_loss" in row), cell.name
+    assert json.loads((directory / "run" / "privacy.json").read_text())["steps_accounted"] == 2, cell.name
+
+
+def _dummy_rows(data: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
+    """Rows with the columns that the recipe names, two records a user."""
+    rng = np.random.default_rng(0)
+    words = ["alder", "birch", "cedar", "elm", "fir", "gorse", "hazel"]
+    texts = [
+        data[f"{key}_column"] for key in ("text", "text_pair", "prompt", "completion") if data.get(f"{key}_column")
+    ]
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(48):
+            row: dict[str, Any] = {data["user_column"]: number // 2}
+            row |= {column: " ".join(rng.choice(words, size=rng.integers(2, 9))) for column in texts}
+            if data["labels"]:
+                row[data["label_column"]] = data["labels"][number % len(data["labels"])]
+            file.write(json.dumps(row) + "\n")
+    return path
