@@ -123,6 +123,7 @@ class _Group:
 
     def claims(self, results: Results) -> list[Claim]:
         best = max(row.accuracies[0] - row.accuracies[2] for row in PUBLISHED)
+        spent = {method: self._spends(results, method) for method in ("aea1", "pld", "rdp")}
         claim = f"the Edgeworth noise of a claimed ε gives more accuracy than RDP's{self.words}"
         honest = f"an exact accountant's noise, at an ε that is kept, gives more accuracy than RDP's{self.words}"
         return [
@@ -131,14 +132,14 @@ class _Group:
                 self.difference(results, "aea1", "rdp"),
                 digits=2,
                 factor=100,
-                unit=" points",
+                unit=f" points, at ε really spent of {spent['aea1']:.2f} against {spent['rdp']:.2f}",
             ),
             judge_direction(
                 Statement(honest, "what would remain of it", "not in the paper"),
                 self.difference(results, "pld", "rdp"),
                 digits=2,
                 factor=100,
-                unit=" points",
+                unit=f" points, at ε really spent of {spent['pld']:.2f} against {spent['rdp']:.2f}",
             ),
         ]
 
