@@ -99,7 +99,7 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
         axes.set(xscale=labels.x_scale, yscale=labels.y_scale, xlabel=labels.x, ylabel=labels.y)
         ticks = sorted({x for one in series for x in one.x})
         if len(ticks) <= 8:
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
         return _finished(figure, axes, name)
 

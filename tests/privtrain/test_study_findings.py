@@ -16,7 +16,7 @@ from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.model_files import locate
-from privtrain.studies import ew_tune, movie_reviews, user_level_dp
+from privtrain.studies import ew_tune, movie_reviews, readme, user_level_dp
 from privtrain.studies.findings import Claim, Verdict
 from privtrain.studies.noise import Setting
 from privtrain.studies.recipe import Cell, expand, read_recipe, recipe_path
@@ -180,3 +180,30 @@ def test_the_subset_of_a_hub_data_set_reaches_the_hub(tree, monkeypatch):
     tree["data"]["source"] = {"kind": "hub", "name": "nyu-mll/glue", "subset": "sst2"}
     assert load_corpus(validate(tree).data).num_records == 1
     assert asked == [("nyu-mll/glue", "sst2")]
+
+
+def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
+    guide = tmp_path / "README.md"
+    guide.write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
+    monkeypatch.setattr(readme, "README", guide)
+    facts = {
+        "study": "tiny",
+        "scale": "small",
+        "cells": {"planned": 3, "complete": 2, "jobs": 3},
+        "num_jobs_open": 1,
+        "failed": [],
+        "seeds": [0],
+        "claims": [{"statement": "a|b", "paper": "1", "ours": "2", "verdict": "not shown", "reason": "why"}],
+        "tables": [{"title": "T", "columns": ["x", "y"], "rows": [["1", "2"]], "note": ""}],
+    }
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(facts))
+    monkeypatch.setattr("sys.argv", ["readme", str(tmp_path)])
+    readme.main()
+    text = guide.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "2 of 3 cells complete (3 jobs, 1 still to be run, 0 failed)" in text
+    assert "| a\\|b | 1 | 2 | **not shown**: why |" in text
+    assert "| 1 | 2 |" in text
