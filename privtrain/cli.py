@@ -98,11 +98,13 @@ def synthetic(
     num_users: Annotated[int, typer.Option(help="Customers.")] = 1000,
     mean_records: Annotated[float, typer.Option(help="Messages of a customer, on average.")] = 12.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+    repeat_prob: Annotated[float, typer.Option(help="Chance that a message is an earlier one, sent again.")] = 0.0,
 ) -> None:
     """Write synthetic customers' messages with their sensitive spans labelled, to try things on."""
     from privtrain.data.synthetic import customer_records, write_customers
 
-    num_records = write_customers(output, customer_records(num_users, seed=seed, mean_records=mean_records))
+    records = customer_records(num_users, seed=seed, mean_records=mean_records, repeat_prob=repeat_prob)
+    num_records = write_customers(output, records)
     typer.echo(f"wrote {num_records} messages of {num_users} customers to {output}")
 
 

@@ -97,7 +97,7 @@ class PrivacyPlan:
         clipping_norm: bound on the L2 norm of a unit's contribution: the sensitivity of the sum. With adaptive clipping
             the first step's; the others follow from released counts.
         clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"``, ``"automatic"`` or
-            ``"adaptive"``.
+            ``"adaptive"``; without noise also ``"batch"``, which bounds the mean of a step instead.
         noise_multiplier: noise standard deviation over sensitivity, of a step's whole release: what is accounted for.
         num_steps: logical steps that are charged.
         delta: the δ of the guarantee.

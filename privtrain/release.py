@@ -254,7 +254,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ),
         ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
-        ("Clipping", f"{plan.clipping_style}, joint over a unit's records, norm {_norm_text(plan)}"),
+        ("Clipping", f"{plan.clipping_style}, {_clipped_text(plan)}, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}"),
         *_metric_rows(plan),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
@@ -284,7 +284,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
 def _not_covered(config: Config) -> list[str]:
     items = [
         "The attack report: aggregate results measured on private records, published without noise.",
-        "Wall-clock times, which vary with the size of the sample drawn.",
+        "Wall-clock times and peak memory, which vary with the size of the sample drawn.",
         "What the base model knew before.",
         "Facts about a person that other people's records contain.",
     ]
@@ -295,6 +295,10 @@ def _not_covered(config: Config) -> list[str]:
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
+
+
+def _clipped_text(plan: PrivacyPlan) -> str:
+    return "of a step's mean alone" if plan.clipping_style == "batch" else "joint over a unit's records"
 
 
 def _norm_text(plan: PrivacyPlan) -> str:

@@ -113,6 +113,9 @@ class Fsdp2Backend(ShardedBackend):
 
     def place(self, model: torch.nn.Module) -> Placement:
         """See :class:`privtrain.backends.base.Backend`."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a model that has computed something holds its outermost weights whole
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._split, self._shards, self._weights = None, None, {}
         if not any(isinstance(p, DTensor) for p in trainable.values()):

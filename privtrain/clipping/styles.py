@@ -1,7 +1,7 @@
 """From a unit's norms to the factor that its gradient is multiplied by: one function a clipping style.
 
-Every style bounds the L2 norm of a unit's contribution, over all trainable tensors, by the plan's clipping norm C; that
-is the sensitivity that the clipper states and the noise is scaled by.
+Every style but ``batch`` bounds the L2 norm of a unit's contribution, over all trainable tensors, by the plan's
+clipping norm C; that is the sensitivity that the clipper states and the noise is scaled by.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
     * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
       (McMahan et al. 2018, arXiv 1812.06210, section 2).
     * ``automatic``: C/(‖g‖ + gamma), Bu et al. 2022 (arXiv 2206.07136): every unit counts alike.
+    * ``batch``: 1, no unit is bounded; :func:`batch_factor` is for the sum. Never with noise, which it would not match.
 
     Args:
         style: one of the above.
@@ -48,12 +49,19 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
     Returns:
         [groups, units]; zero for a unit with a norm that is not finite in any group.
     """
-    if style == "automatic":
+    if style == "batch":
+        scaled = torch.ones_like(norms)
+    elif style == "automatic":
         scaled = clipping_norm / (norms + AUTOMATIC_GAMMA)
     else:
         bound = clipping_norm / math.sqrt(norms.shape[0])
         scaled = bound / norms.clamp(min=bound)
     return torch.where(torch.isfinite(norms).all(dim=0), scaled, 0.0)
+
+
+def batch_factor(norm_of_mean: float, clipping_norm: float) -> float:
+    """What ``batch`` multiplies a step's mean gradient by: min(1, C/‖mean‖)."""
+    return min(1.0, clipping_norm / norm_of_mean) if norm_of_mean > 0 else 1.0
 
 
 def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:

@@ -341,10 +341,11 @@ class PrivacySection(Section):
     )
     expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, gt=0)
-    clipping_style: Literal["flat", "per_layer", "automatic", "adaptive"] = Field(
+    clipping_style: Literal["flat", "per_layer", "automatic", "adaptive", "batch"] = Field(
         default="flat",
         description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic); "
-        "or flat with a C that follows a quantile of the units' norms (adaptive).",
+        "or flat with a C that follows a quantile of the units' norms (adaptive). batch clips the step's mean gradient "
+        "alone, which bounds no unit: for comparisons without noise.",
     )
     adaptive_clipping: AdaptiveClippingSection | None = Field(
         default=None, description="Settings of clipping_style: adaptive."
@@ -406,6 +407,12 @@ class PrivacySection(Section):
     def _one_target(self) -> PrivacySection:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _batch_clipping_has_no_noise(self) -> PrivacySection:
+        if self.clipping_style == "batch" and self.noise_multiplier != 0:
+            raise ValueError("privacy.clipping_style: batch bounds no unit; it needs privacy.noise_multiplier: 0")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -475,6 +482,9 @@ class PerformanceSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a rank; default: what the launcher set."
+    )
+    count_flops: bool = Field(
+        default=False, description="Count the operations of a planted token before training: perf/flops_per_token."
     )
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     num_checkpoints_kept: int = Field(default=2, ge=1)

@@ -81,7 +81,13 @@ class CustomerRecord:
 
 
 def customer_records(
-    num_users: int, *, seed: int, mean_records: float = 12.0, tail: float = 1.6, max_records: int = 200
+    num_users: int,
+    *,
+    seed: int,
+    mean_records: float = 12.0,
+    tail: float = 1.6,
+    max_records: int = 200,
+    repeat_prob: float = 0.0,
 ) -> Iterator[CustomerRecord]:
     """Messages of ``num_users`` customers, customer by customer.
 
@@ -91,11 +97,12 @@ def customer_records(
         mean_records: about how many messages a customer writes (the tail is cut at ``max_records``).
         tail: shape of the Pareto law of the number of messages, above 1; smaller is heavier.
         max_records: the most messages of one customer.
+        repeat_prob: chance that a message is one of the customer's earlier ones, sent again.
 
     Raises:
         ConfigError: if an argument is out of range, or faker is not installed.
     """
-    _check(num_users, mean_records, tail, max_records)
+    _check(num_users, mean_records, tail, max_records, repeat_prob)
     rng = np.random.default_rng(seed)
     faker = _faker(seed)
     # The mean of a Pareto law with minimum m is m * tail / (tail - 1).
@@ -104,8 +111,12 @@ def customer_records(
         profile = _profile(faker)
         habit = {slot: _favourites(rng, values) for slot, values in _CHOICES.items()}
         num_records = int(np.clip(smallest * (1 + rng.pareto(tail)), 1, max_records))
+        sent: list[CustomerRecord] = []
         for _ in range(num_records):
-            yield _message(f"customer-{number:06d}", profile, habit, rng)
+            is_repeated = bool(sent) and repeat_prob > 0 and rng.random() < repeat_prob
+            record = sent[int(rng.integers(len(sent)))] if is_repeated else None
+            sent.append(record or _message(f"customer-{number:06d}", profile, habit, rng))
+        yield from sent
 
 
 def write_customers(path: pathlib.Path, records: Iterator[CustomerRecord]) -> int:
@@ -170,12 +181,13 @@ def _faker(seed: int) -> Faker:
     return faker
 
 
-def _check(num_users: int, mean_records: float, tail: float, max_records: int) -> None:
+def _check(num_users: int, mean_records: float, tail: float, max_records: int, repeat_prob: float) -> None:
     allowed = [
         ("num_users", num_users >= 1, f"given {num_users}; must be at least 1"),
         ("mean_records", mean_records >= 1, f"given {mean_records:g}; must be at least 1"),
         ("tail", tail > 1, f"given {tail:g}; must be above 1, where the mean exists"),
         ("max_records", max_records >= 1, f"given {max_records}; must be at least 1"),
+        ("repeat_prob", 0 <= repeat_prob <= 1, f"given {repeat_prob:g}; must lie in [0, 1]"),
     ]
     faults = [Fault(key, problem) for key, holds, problem in allowed if not holds]
     if faults:

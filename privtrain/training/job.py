@@ -41,6 +41,7 @@ from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_
 from privtrain.training import checkpoint
 from privtrain.training.budget import budgeted, check_contributed
 from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
+from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.resume import Continuation
@@ -137,7 +138,10 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
                 begin_session(inputs, ledger, session, split, units)
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
+        costs = _counted(inputs, trainer, network)
         _loop(inputs, trainer, session.continuation, stop)
+        costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
+        trainer.tracker.log(session.continuation.end_step, costs)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
@@ -148,6 +152,14 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
                 _release(inputs, ledger, network, state, num_units=num_units)
                 tracker.publish(inputs.run)
             tracker.close()
+
+
+def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
+    """What a token costs, if the config asks."""
+    if not inputs.config.performance.count_flops:
+        return {}
+    vocabulary_size = len(network.tokenizer)
+    return {"perf/flops_per_token": flops_per_token(trainer, network.packer, vocabulary_size=vocabulary_size)}
 
 
 def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from privtrain.backends import Backend, Placement
 from privtrain.backends.base import digest
-from privtrain.clipping import CooperativeClipper, PerUnitClipper
+from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
@@ -131,9 +131,19 @@ class Trainer:
             The clipped sum over all ranks with its noise, laid out as ``layout``, and the riders with theirs.
         """
         total = self.backend.reduce_total(clipper.finish())
+        if self.plan.clipping_style == "batch":
+            self._clip_batch(total)
         stddev = self.plan.gradient_noise_multiplier * clipper.sensitivity
         self.backend.add_noise(total, self.layout, key, step, stddev)
         return total, riders.release(self.plan, clipper.diagnostics, backend=self.backend, key=key, step=step)
+
+    def _clip_batch(self, total: torch.Tensor) -> None:
+        """Bound the mean gradient of the step, whoever is in it: no privacy, a mitigation to compare with."""
+        assert self.plan.noise_multiplier == 0
+        squares = torch.linalg.vector_norm(total, dtype=torch.float64).square()[None]
+        self.backend.sum_parts(squares)
+        norm = float(squares.sqrt()) / self.plan.expected_batch_size
+        total *= styles.batch_factor(norm, self.plan.clipping_norm)
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
         """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""

@@ -53,6 +53,7 @@ def test_there_are_paper_scale_studies_and_each_has_a_small_one():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_value_of_a_paper_scale_recipe_passes_plan_and_two_steps(study, tmp_path, tiny_llama):
     for number, cell in enumerate(_covering(_cells(study))):
@@ -83,7 +84,8 @@ def _two_steps(cell: Cell, tree: dict[str, Any], directory: pathlib.Path, tiny_l
     data, privacy = tree["data"], tree["privacy"]
     tree["model"]["name_or_path"] = str(save_tiny(tree["model"]["name_or_path"], directory / "tiny", tiny_llama))
     data["source"] = {"kind": "files", "paths": [str(_dummy_rows(data, directory / "rows.jsonl"))]}
-    data |= {"held_out_fraction": 0.3, "num_evaluation_records": 4, "max_length": min(data["max_length"], 32)}
+    max_length = 64 if tree["canaries"]["num_users"] else 32  # a canary must not be cut
+    data |= {"held_out_fraction": 0.3, "num_evaluation_records": 4, "max_length": min(data["max_length"], max_length)}
     if privacy["sampling"] == "poisson":
         privacy |= {"sampling_prob": 0.3, "num_steps": 2}
     privacy |= {"expected_batch_size": 8, "target_delta": 1e-3}

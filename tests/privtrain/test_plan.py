@@ -21,6 +21,8 @@ OTHER_VALUES = {
     "gradient_checkpointing": True,
     "precision": "bf16",
     "num_threads": 2,
+    "count_flops": True,
+    "index_dir": "elsewhere",
     "checkpoint_interval_steps": 7,
     "num_checkpoints_kept": 5,
     "collective_timeout_seconds": 60,

@@ -1,0 +1,232 @@
+"""Privacy, utility and efficiency of full fine-tuning, LoRA, and both under user-level DP.
+
+* Privacy: what tuning gained on *sensitive* tokens of training records beyond what it gained on those of held-out users
+  (a difference in differences against the base, so that having learned the domain is not counted), exposure of planted
+  canaries, membership of records and of users.
+* Utility: loss on *other* tokens of held-out users.
+* Efficiency: floating-point operations of a token, seconds, peak memory: counted and measured by the training job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
+from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction
+from privtrain.studies.results import CellResult, Estimate, Results
+
+TITLE = "Privacy, utility and efficiency of fine-tuning"
+PAPER = "Das et al. 2025, Privacy, Utility and Efficiency of Fine-Tuning LLMs, arXiv 2502.13313"
+
+FLOPS, SECONDS, MEMORY = "perf/flops_per_token", "perf/step_seconds", "perf/peak_memory_bytes"
+
+
+def _facts(result: CellResult) -> Any:
+    return result.json("report/attacks.json")
+
+
+def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
+    """Loss per token, ``sensitive`` or ``other``, on ``train`` or ``test``, ``tuned`` or ``base``."""
+
+    def measure(result: CellResult) -> float:
+        wanted = {"tokens": tokens, "split": split, "model": model}
+        cells = _facts(result)["sensitive"]["cells"]
+        return next(c["nll"] for c in cells if all(c[key] == value for key, value in wanted.items()))
+
+    return measure
+
+
+def leak(result: CellResult) -> float:
+    """Gain on sensitive tokens of training records less that on held-out ones, nats a token."""
+    return _facts(result)["sensitive"]["difference_in_differences"]["sensitive"]["value"]
+
+
+def excess(result: CellResult) -> float:
+    """How much more that is on sensitive than on other tokens: what the paper says is overlooked."""
+    return _facts(result)["sensitive"]["difference_in_differences"]["excess_on_sensitive"]["value"]
+
+
+def user_auroc(result: CellResult) -> float:
+    """User inference, headline."""
+    facts = _facts(result)
+    return facts["results"][facts["headline"]]["auroc"]
+
+
+def record_auroc(result: CellResult) -> float:
+    """Membership of records by the ratio of likelihoods."""
+    return _facts(result)["results"]["ratio_records"]["auroc"]
+
+
+def exposure(result: CellResult) -> float:
+    """Mean exposure of planted secrets in the most records, less what secrets have that were not trained on, bits."""
+    row = max(_facts(result)["panels"]["canaries"]["rows"], key=lambda each: each["tier"])
+    return row["exposure"] - row["exposure_expected"]
+
+
+def gain_on_test(result: CellResult) -> float:
+    """Utility: how much tuning lowered the loss on other tokens of held-out users."""
+    return nll("other", "test", "base")(result) - nll("other", "test", "tuned")(result)
+
+
+def seconds(result: CellResult) -> float:
+    """All steps."""
+    return sum(value for _, value in result.series(SECONDS))
+
+
+MEASURES: Mapping[str, tuple[str, str | Callable[[CellResult], float], float, int]] = {
+    "leak": ("leak on sensitive tokens, nats", leak, 1.0, 3),
+    "exposure": ("exposure above chance, bits", exposure, 1.0, 2),
+    "records": ("membership AUROC of records", record_auroc, 1.0, 3),
+    "users": ("user-inference AUROC", user_auroc, 1.0, 3),
+    "utility": ("test loss, other tokens, nats", nll("other", "test", "tuned"), 1.0, 3),
+    "flops": ("MFLOP a token", FLOPS, 1e-6, 3),
+    "seconds": ("seconds of all steps", seconds, 1.0, 1),
+    "memory": ("peak memory, MiB", MEMORY, 2.0**-20, 0),
+}
+
+
+def find(results: Results) -> Findings:
+    """Judge the paper's claims by what is complete, for each model of the grid."""
+    models: list[dict[str, str]] = [{}]
+    if "model" in results.recipe.axes:
+        models = [{"model": model} for model in results.values_of("model")]
+    views = [_View(results, values) for values in models]
+    return Findings(
+        claims=[claim for view in views for claim in view.claims()],
+        tables=[table for view in views for table in (view.costs(), view.losses())],
+        figures=[figure for view in views for figure in view.figures()],
+        notes=[
+            "ε and δ of the DP rows are for one user, whose records are clipped jointly; the paper gives none for its "
+            "own. Seeds are fixed, so that differences are paired, and the runs as such are not private.",
+            "A token is sensitive if any of its characters lies in a slot that the generator filled from the "
+            "customer's profile. Leak: gain in log-likelihood by tuning, train less test.",
+            "Operations are counted by torch on a planted microbatch in the job's own route, clipping included, also "
+            "where nothing is clipped in the end: plain training would not compute norms of users.",
+            *results.recipe.settings.get("notes", []),
+        ],
+        numbers={view.name: view.numbers() for view in views},
+    )
+
+
+class _View:
+    """Cells of one model."""
+
+    def __init__(self, results: Results, values: Mapping[str, str]) -> None:
+        self.results, self.values = results, dict(values)
+        self.name = values.get("model", "here")
+        self.words = f" ({self.name})" if values else ""
+        self.plain: list[str] = results.recipe.settings["plain"]
+        self.private: list[str] = results.recipe.settings["private"]
+
+    def estimate(self, measure: str | Callable[[CellResult], float], method: str) -> Estimate | None:
+        """Mean over seeds."""
+        return self.results.estimate(measure, method=method, **self.values)
+
+    def less(self, measure: str | Callable[[CellResult], float], first: str, second: str) -> Estimate | None:
+        """First minus second, paired by seed."""
+        sides = ({**self.values, "method": method} for method in (first, second))
+        return self.results.difference(measure, *sides)
+
+    def claims(self) -> list[Claim]:
+        """The paper's claims, and the row that it lacks."""
+        full, *loras = self.plain
+        dp_full, dp_lora = self.private[0], self.private[-1]
+        lora = dp_lora.removeprefix("dp-")
+        assert lora in loras, (lora, loras)
+        directed = [
+            ("full fine-tuning leaks sensitive tokens of its training records", "finding", "poor privacy",
+             self.estimate(leak, full)),
+            ("of what it remembers, sensitive tokens are the larger part", "definition of privacy",
+             "measures over all tokens mislead", self.estimate(excess, full)),
+            (f"{lora} leaks less than full fine-tuning", "finding", "LoRA almost like DP", self.less(leak, full, lora)),
+            (f"{lora} leaks more than {dp_full}", "ours: is LoRA really like DP?", "almost DP-level privacy",
+             self.less(leak, lora, dp_full)),
+            (f"{dp_full} leaks less than full fine-tuning", "finding", "private", self.less(leak, full, dp_full)),
+            (f"{dp_lora} leaks less than {lora}", "a row that the paper lacks", "not run",
+             self.less(leak, lora, dp_lora)),
+            (f"{dp_full} costs utility", "finding", "DP costs utility",
+             self.less(nll("other", "test", "tuned"), dp_full, full)),
+            (f"{lora} needs fewer operations than full fine-tuning", "efficiency", "LoRA cheap",
+             self.less(FLOPS, full, lora)),
+        ]  # fmt: skip
+        return [
+            judge_direction(Statement(what + self.words, where, paper), found) for what, where, paper, found in directed
+        ]
+
+    def costs(self) -> Table:
+        """The paper's three axes, and what it was asked for beside them."""
+        rows = []
+        for method in self._methods():
+            ones = [
+                (self.estimate(measure, method), factor, digits) for _, measure, factor, digits in MEASURES.values()
+            ]
+            shown = [one.text(digits, factor) if one else "" for one, factor, digits in ones]
+            rows.append([method, self._guarantee(method), *shown])
+        columns = ("training", "(ε, δ)", *(title for title, *_ in MEASURES.values()))
+        return Table(f"Privacy, utility, efficiency{self.words}", columns, rows, "95 % t-intervals over seeds.")
+
+    def losses(self) -> Table:
+        """{sensitive, other} × {train, test} × {base, tuned}."""
+        kinds = [(tokens, split) for tokens in ("sensitive", "other") for split in ("train", "test")]
+        rows = []
+        for place, method in enumerate(self._methods()):
+            if place == 0:
+                base = [self.estimate(nll(tokens, split, "base"), method) for tokens, split in kinds]
+                rows.append(["base model", *(one.text() if one else "" for one in base)])
+            tuned = [self.estimate(nll(tokens, split, "tuned"), method) for tokens, split in kinds]
+            rows.append([method, *(one.text() if one else "" for one in tuned)])
+        columns = ("model", *(f"{tokens}, {split}" for tokens, split in kinds))
+        return Table(f"Loss in nats per token{self.words}", columns, rows)
+
+    def figures(self) -> list[Figure]:
+        """Loss of sensitive tokens on train and test by method; leak against operations."""
+        methods = self._methods()
+        if not methods:
+            return []
+        slug = "".join(f"-{value.replace('.', '-')}" for value in self.values.values())
+        series = []
+        for split in ("train", "test"):
+            found = [(i, self.estimate(nll("sensitive", split, "tuned"), m)) for i, m in enumerate(methods)]
+            known = [(float(i), one) for i, one in found if one is not None]
+            series.append(Series(f"sensitive tokens, {split}", [x for x, _ in known], [y for _, y in known]))
+        base = self.estimate(nll("sensitive", "test", "base"), methods[0])
+        levels = [] if base is None else [Level("base model, test", base.mean)]
+        svg = places_figure(f"losses{slug}", methods, series, AxisLabels("", "loss, nats per token"), levels)
+        figures = [
+            Figure(f"losses{slug}", f"loss of sensitive tokens{self.words}", svg, "Train below test: memorised.")
+        ]
+        points = []
+        for method in methods:
+            cost, value = self.estimate(FLOPS, method), self.estimate(leak, method)
+            if cost is not None and value is not None:
+                points.append(Series(method, [cost.mean * 1e-6], [value]))
+        if points:
+            labels = AxisLabels("MFLOP a token", "leak on sensitive tokens, nats")
+            svg = curves_figure(f"trade{slug}", points, labels)
+            figures.append(
+                Figure(f"trade{slug}", f"privacy against cost{self.words}", svg, "Lower and left is better.")
+            )
+        return figures
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything in the tables, for machines."""
+        return {
+            method: {
+                key: one.to_json()
+                for key, (_, measure, _, _) in MEASURES.items()
+                if (one := self.estimate(measure, method)) is not None
+            }
+            for method in self._methods()
+        }
+
+    def _methods(self) -> list[str]:
+        return [m for m in self.results.values_of("method") if self.results.where(method=m, **self.values)]
+
+    def _guarantee(self, method: str) -> str:
+        statement = self.results.where(method=method, **self.values)[0].json("privacy.json")
+        return (
+            "none"
+            if statement["epsilon"] is None
+            else f"({statement['epsilon']:.3g}, {statement['delta']:g}) for a user"
+        )

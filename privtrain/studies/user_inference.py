@@ -1,0 +1,296 @@
+"""User inference: whether a user's data were trained on, and what lowers it.
+
+Every measure is of the headline attack of ``attacks analyse``: the mean over the attacker's documents of a user of
+log p_tuned - log p_base per token. The documents were never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure, roc_figure
+from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, Verdict, judge_direction
+from privtrain.studies.results import CellResult, Estimate, Results
+
+TITLE = "User inference: is a user's data in the training set?"
+PAPER = (
+    "Kandpal, Pillutla, Oprea, Kairouz, Choquette-Choo and Xu 2023, User Inference Attacks on LLMs, arXiv 2310.09266"
+)
+
+PERPLEXITY = "eval/held_out_perplexity"
+
+#: An effect on the AUROC within this is none: the paper's "no effect".
+MARGIN = 0.05
+
+NAMES = {
+    "plain": "no mitigation",
+    "dedup": "within-user deduplication",
+    "early": "early stopping",
+    "clip-example": "example clipping, no noise",
+    "clip-batch": "batch clipping, no noise",
+    "dp-example": "example-level DP-SGD",
+    "dp-user": "user-level DP-SGD",
+}
+
+#: The paper's AUROC of its largest data sets, GPT-Neo 125M.
+PAPER_AUROC = "Enron 88 %, CC News 66 %, ArXiv 57 %, Reddit 56 %"
+
+
+def auroc(result: CellResult) -> float:
+    """Of the headline."""
+    facts = result.json("report/attacks.json")
+    return facts["results"][facts["headline"]]["auroc"]
+
+
+def above_chance(result: CellResult) -> float:
+    """AUROC less one half."""
+    return auroc(result) - 0.5
+
+
+def tpr(target_fpr: float) -> Callable[[CellResult], float]:
+    """Share of held-in users that are found at a false positive rate; at the largest that the sample has below it."""
+
+    def measure(result: CellResult) -> float:
+        facts = result.json("report/attacks.json")
+        rows = facts["results"][facts["headline"]]["tpr_at_fpr"]
+        return next(row["tpr"] for row in rows if row["target_fpr"] == target_fpr)
+
+    return measure
+
+
+def last_less_first(curve: str) -> Callable[[CellResult], float]:
+    """How much the AUROC grows along one of the attack report's curves."""
+
+    def measure(result: CellResult) -> float:
+        points = _points(result, curve)
+        return points[-1]["auroc"] - points[0]["auroc"]
+
+    return measure
+
+
+def canary_auroc(result: CellResult) -> float:
+    """AUROC over users whose documents share a planted substring."""
+    (row,) = result.json("report/attacks.json")["panels"]["canaries"]["rows"]
+    return row["auroc"]
+
+
+def find(results: Results) -> Findings:
+    """Judge the paper's claims by what is complete."""
+    return Findings(
+        claims=_claims(results),
+        tables=[_mitigations(results), *_dependences(results)],
+        figures=_figures(results),
+        notes=[
+            "AUROC is over users, with the base model as reference; a half is guessing. Users are held in by fair "
+            "coins, so nothing but training tells the sides apart.",
+            "Mitigations share the split with the run that they are compared with, seed by seed. Those without noise "
+            "are not private; as seeds are fixed, the runs with noise are not either. Their (ε, δ) is in the table.",
+            f'"No effect" is judged with a margin of {MARGIN} in AUROC, for the whole interval of the difference.',
+            *results.recipe.settings.get("notes", []),
+        ],
+        numbers={
+            method: {"auroc": found.to_json()}
+            for method in results.values_of("method")
+            if (found := results.estimate(auroc, method=method)) is not None
+        },
+    )
+
+
+def _settings(results: Results) -> tuple[str, list[str], dict[str, int]]:
+    settings: Mapping[str, Any] = results.recipe.settings
+    return settings["baseline"], list(settings["caps"]), dict(settings["canaries"])
+
+
+def _claims(results: Results) -> list[Claim]:
+    plain, caps, canaries = _settings(results)
+
+    def less(method: str, than: str = plain) -> Estimate | None:
+        return results.difference(auroc, {"method": than}, {"method": method})
+
+    def grows(curve: str) -> Estimate | None:
+        cells = [r for r in results.where(method=plain) if len(_points(r, curve)) > 1]
+        return Estimate(tuple(last_less_first(curve)(r) for r in cells)) if cells else None
+
+    shortest, longest = min(canaries, key=canaries.__getitem__), max(canaries, key=canaries.__getitem__)
+    directed: list[tuple[str, str, str, Estimate | None]] = [
+        (
+            "a user's part in training can be inferred from fresh documents",
+            "AUROC of GPT-Neo 125M",
+            PAPER_AUROC,
+            results.estimate(above_chance, method=plain),
+        ),
+        (
+            "more documents of the attacker help",
+            "attacker's knowledge",
+            "CC News: 62 % with one, 68 % with fifty",
+            grows("by_num_documents"),
+        ),
+        (
+            "users with a larger share of the training data are at greater risk",
+            "Proposition 1",
+            "Reddit: 55.8 % with six months of data, 60.1 % with four",
+            grows("by_share"),
+        ),
+        (
+            "users whose text is distinct (outliers) are at greater risk",
+            "Proposition 1",
+            "grows with the divergence from the others",
+            grows("by_distinctness"),
+        ),
+        (
+            f"users are at greater risk if their documents share {canaries[longest]} tokens, not {canaries[shortest]}",
+            "canary users",
+            "CC News: 63 to 69 % at five tokens",
+            results.difference(canary_auroc, {"method": longest}, {"method": shortest}),
+        ),
+        (
+            f"a cap on a user's records lowers it ({_name(caps[0])})",
+            "per-user cap",
+            "CC News canaries: 77 % at 100 documents to near chance at 5",
+            less(caps[0]),
+        ),
+        ("within-user deduplication lowers it", "Table 4", "CC News: 65.7 % to 59.1 %", less("dedup")),
+        (
+            "early stopping does not remove it",
+            "early stopping",
+            "CC News: 95 % of the AUROC after 5 % of training",
+            results.estimate(above_chance, method="early"),
+        ),
+        ("example-level DP lowers it", "example-level DP", "Enron: 88 % to 66.7 % at ε = 8", less("dp-example")),
+        (
+            "example-level DP does not remove it",
+            "example-level DP",
+            "Enron: 66.7 % at ε = 8",
+            results.estimate(above_chance, method="dp-example"),
+        ),
+        ("user-level DP lowers it further", "future work", "not run in the paper", less("dp-user", "dp-example")),
+    ]
+    claims = [judge_direction(Statement(what, where, paper), found) for what, where, paper, found in directed]
+    for method in ("clip-example", "clip-batch"):
+        statement = Statement(f"{NAMES[method]}, has no effect", "gradient clipping", "no effect")
+        claims.append(judge_no_effect(statement, less(method)))
+    return claims
+
+
+def judge_no_effect(claim: Statement, difference: Estimate | None, margin: float = MARGIN) -> Claim:
+    """Reproduced if the whole interval is within the margin, contradicted if it is wholly outside, else not shown."""
+    if difference is None or difference.interval is None:
+        ours, verdict, reason = "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete"
+    else:
+        low, high = difference.interval
+        ours = f"difference {difference.text()}"
+        if -margin <= low and high <= margin:
+            verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {margin} of zero"
+        elif low > margin or high < -margin:
+            verdict, reason = Verdict.CONTRADICTED, f"the whole interval is farther than {margin} from zero"
+        else:
+            verdict, reason = Verdict.NOT_SHOWN, f"the interval reaches beyond {margin} from zero"
+    return Claim(claim.statement, claim.citation, claim.paper, ours, verdict, reason)
+
+
+def _mitigations(results: Results) -> Table:
+    rows = []
+    for method in results.values_of("method"):
+        found = results.estimate(auroc, method=method)
+        if found is None or method in _settings(results)[2]:
+            continue
+        ones = [results.estimate(measure, method=method) for measure in (tpr(0.01), tpr(0.1), PERPLEXITY)]
+        rows.append(
+            [_name(method), found.text(), *(one.text() if one else "" for one in ones), _guarantee(results, method)]
+        )
+    columns = ("training", "AUROC", "TPR at FPR 1 %", "TPR at FPR 10 %", "held-out perplexity", "guarantee")
+    note = f"Means over seeds with 95 % t-intervals. The paper without mitigation: {PAPER_AUROC}."
+    return Table("What lowers user inference", columns, rows, note)
+
+
+def _guarantee(results: Results, method: str) -> str:
+    statement = results.where(method=method)[0].json("privacy.json")
+    if statement["epsilon"] is None:
+        return "none"
+    return f"({statement['epsilon']:.3g}, {statement['delta']:g}) for one {statement['unit']}, were its seed secret"
+
+
+_CURVES = {
+    "by_num_documents": "documents of the attacker",
+    "by_share": "quarter of users by share of the training text",
+    "by_distinctness": "quarter of users by distinctness",
+}
+
+
+def _dependences(results: Results) -> list[Table]:
+    plain, _, canaries = _settings(results)
+    rows = []
+    for curve, title in _CURVES.items():
+        for place, points in enumerate(_by_place(results, plain, curve), start=1):
+            at = str(points[0].get("num_documents", place))
+            rows.append([title, at, Estimate(tuple(p["auroc"] for p in points)).text()])
+    tables = [Table("What raises it, without mitigation", ("what", "value", "AUROC"), rows)] if rows else []
+    planted = [
+        [str(length), found.text()]
+        for method, length in canaries.items()
+        if (found := results.estimate(canary_auroc, method=method)) is not None
+    ]
+    if planted:
+        tables.append(Table("Planted users", ("tokens shared by all documents of a user", "AUROC"), planted))
+    return tables
+
+
+def _by_place(results: Results, method: str, curve: str) -> list[list[dict[str, Any]]]:
+    """The points of a curve by place, over the seeds that have them."""
+    found = [_points(result, curve) for result in results.where(method=method)]
+    longest = max(map(len, found), default=0)
+    return [[points[place] for points in found if place < len(points)] for place in range(longest)]
+
+
+def _figures(results: Results) -> list[Figure]:
+    plain, _, canaries = _settings(results)
+    methods = [m for m in results.values_of("method") if m not in canaries and results.where(method=m)]
+    chance = [Level("guessing", 0.5)]
+    figures = []
+    if methods:
+        points: list[Estimate | float] = [e for m in methods if (e := results.estimate(auroc, method=m)) is not None]
+        series = [Series("AUROC", list(range(len(points))), points)]
+        svg = places_figure(
+            "mitigations", [_name(m) for m in methods], series, AxisLabels("", "AUROC over users"), chance
+        )
+        figures.append(Figure("mitigations", "AUROC by mitigation", svg, "Means over seeds with 95 % t-intervals."))
+        shown = [m for m in (plain, "cap-1", "dp-example", "dp-user") if m in methods]
+        svg = roc_figure("roc", [(_name(m), *_roc(results.where(method=m)[0])) for m in shown], _num_held_out(results))
+        figures.append(Figure("roc", "ROC on log axes", svg, "Of the first seed."))
+    documents = _by_place(results, plain, "by_num_documents")
+    if len(documents) > 1:
+        x = [float(points[0]["num_documents"]) for points in documents]
+        series = [Series(_name(plain), x, [Estimate(tuple(p["auroc"] for p in points)) for points in documents])]
+        labels = AxisLabels("documents of the attacker", "AUROC over users", "log")
+        svg = curves_figure("documents", series, labels, chance)
+        figures.append(Figure("documents", "AUROC against documents", svg, "Users with at least so many documents."))
+    planted = [
+        (float(n), e) for m, n in canaries.items() if (e := results.estimate(canary_auroc, method=m)) is not None
+    ]
+    if len(planted) > 1:
+        labels = AxisLabels("tokens shared by a user's documents", "AUROC over planted users", "log")
+        series = [Series("planted users", [length for length, _ in planted], [estimate for _, estimate in planted])]
+        svg = curves_figure("canaries", series, labels, chance)
+        figures.append(Figure("canaries", "AUROC against the shared substring", svg, "Users with a planted substring."))
+    return figures
+
+
+def _roc(result: CellResult) -> tuple[list[float], list[float]]:
+    facts = result.json("report/attacks.json")
+    corners = facts["results"][facts["headline"]]["roc"]["corners"]
+    return corners["fpr"], corners["tpr"]
+
+
+def _num_held_out(results: Results) -> int:
+    return results.cells[0].json("report/attacks.json")["counts"]["held_out"]["num_units"]
+
+
+def _points(result: CellResult, curve: str) -> list[dict[str, Any]]:
+    return result.json("report/attacks.json")["user_inference"][curve]
+
+
+def _name(method: str) -> str:
+    if method.startswith("cap-"):
+        return f"at most {method.removeprefix('cap-')} records a user"
+    return NAMES.get(method, method)
