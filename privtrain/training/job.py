@@ -139,6 +139,8 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
         costs = _counted(inputs, trainer, network)
+        # A signal needs a moment to be noted, and a short evaluation leaves it none.
+        stop.leave_if_agreed(backend, "training has not begun")
         _loop(inputs, trainer, session.continuation, stop)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)

@@ -240,7 +240,7 @@ def browse(page: pathlib.Path, profile: pathlib.Path) -> tuple[str, str]:
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_finds_no_fault(analysed, tmp_path, width):
     path = report.write_report(analysed(60, rich=True))
-    assert path.read_text().count("<figure") == 7
+    assert path.read_text().count("<figure") == 8
     # A headless window cannot be as narrow as a phone; a frame can. It reports its width: here scripts are let in.
     probe = (
         "<script>onload = () => parent.postMessage([document.documentElement.scrollWidth,"

@@ -133,6 +133,9 @@ def test_a_shadow_recipe_trains_on_no_document_of_the_attacker(run_of):
     shadow = recipes[0].parent / "runs" / "tiny-shadow-0"
     assert json.loads((shadow / "secret" / "manifest.json").read_text())["attacker"] == {}
     score_run(shadow, documents_of=run)
-    assert [path.name for path in (run / REFERENCES_PATH).iterdir()] == ["shadow-tiny-shadow-0.parquet"]
+    assert {path.name for path in (run / REFERENCES_PATH).iterdir()} == {
+        "shadow-tiny-shadow-0.parquet",
+        "shadow-tiny-shadow-0.json",
+    }
     facts = analyse_run(run)
     assert facts["shadows"] == {"num": 1}

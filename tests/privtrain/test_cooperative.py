@@ -32,8 +32,10 @@ class LoneShards:
     @contextlib.contextmanager
     def collecting(self, sink):
         yield
-        for slot, parameter in zip(self.layout.slots, self.layout.parameters.values(), strict=True):
-            gradient, parameter.grad = parameter.grad, None
+        gradients = [p.grad for p in self.layout.parameters.values()]
+        for parameter in self.layout.parameters.values():
+            parameter.grad = None  # first of all: the model is shared with other tests, and a sink may raise
+        for slot, gradient in zip(self.layout.slots, gradients, strict=True):
             if gradient is not None:
                 sink(slot, gradient)
 
