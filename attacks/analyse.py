@@ -65,8 +65,8 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
                 f"{run / signals.SIGNALS_PATH} has {count['num_units']} {side} users: expected at least "
                 f"{MIN_USERS_PER_SIDE} on each side; hold out more users and run next: attacks score {run}"
             )
-    held_in_records = scored.num_records[scored.is_held_in]
-    cap = verdict.Cap.of(statement, int(held_in_records.max()))
+    # Of both sides: what a unit could have put into training must not depend on its coin.
+    cap = verdict.Cap.of(statement, int(scored.num_records.max()))
     families = blind.blind_baseline(scored, seed)
     confounded_by = _confounded_by(families)
 

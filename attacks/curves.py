@@ -22,7 +22,8 @@ _PSEUDOCOUNT = 0.5
 def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, seed: int) -> list[dict[str, Any]]:
     """AUROC against the number of documents that the attacker holds of each user, 1, 2, 4, ...
 
-    Only users with that many documents take part, each with that many drawn at random.
+    Only users with that many documents take part, each with that many drawn at random. ``auroc_with_one`` is of the
+    same users with one document each, since users with many may differ from the others in more than their number.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(scores))
@@ -36,7 +37,10 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
         point = _point(lift(scores[chosen], table.owner[chosen], len(scored.users)), scored.is_held_in)
         if point is None:
             return found
-        found.append({"num_documents": count, **point})
+        first = shuffled[(rank < 1) & (held[table.owner[shuffled]] >= count)]
+        alone = _point(lift(scores[first], table.owner[first], len(scored.users)), scored.is_held_in)
+        assert alone is not None, "the same users"
+        found.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
         count *= 2
 
 

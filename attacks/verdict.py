@@ -70,6 +70,8 @@ class Cap:
             return cls(bound, "", curve=_curve(statement))
         stated = statement.contribution_bound
         most = None if stated is None else stated.records_per_user_in_training_set
+        if stated is not None and stated.selection == "random_chunk":
+            return cls._of_records(statement.unit, bound, most or 0)  # a record may be cut into many chunks
         return cls._of_records(statement.unit, bound, min(most or records_per_user, records_per_user))
 
     @classmethod
@@ -292,7 +294,10 @@ def judge(
 
 
 def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
-    """The run's verdict: the headline's, unless an audit falsifies and nothing is confounded.
+    """The run's verdict: the headline's, unless an audit falsifies.
+
+    Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
+    A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.
 
     Args:
         headline: verdict and reason of the declared statistic.
@@ -301,7 +306,5 @@ def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]
     Returns:
         A verdict and its reason.
     """
-    if headline[0] is Verdict.CONFOUNDED:
-        return headline
     falsified = [audit for audit in audits if audit[0] is Verdict.FALSIFIED]
     return falsified[0] if falsified and headline[0] is not Verdict.FALSIFIED else headline

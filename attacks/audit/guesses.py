@@ -31,6 +31,7 @@ class Coins:
         prob_in: chance of that, the same for all units.
         unit: ``"user"`` or ``"example"``: what a coin moved in or out, with everything that belongs to it.
         name: of the source, for the report.
+        most_records: the most records of any of them, whichever way its coin fell.
     """
 
     scores: FloatArray
@@ -38,6 +39,7 @@ class Coins:
     prob_in: float
     unit: str
     name: str
+    most_records: int = 1
 
     def __post_init__(self) -> None:
         assert self.scores.shape == self.is_in.shape == (self.scores.size,), (self.scores.shape, self.is_in.shape)

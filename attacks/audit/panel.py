@@ -50,7 +50,7 @@ def audit_run(
     return [
         audit(
             coins,
-            claim_of(statement, cap, coins.unit),
+            claim_of(statement, cap if coins.name == NATURAL else cap_of(statement, coins), coins.unit),
             statement.delta,
             seed=seed,
             num_sources=len(sources),
@@ -99,7 +99,12 @@ def canary_coins(run: pathlib.Path, statement: PrivacyStatement) -> Coins | None
         sides[row["user"]] = row["side"] == signals.HELD_IN
     scores = np.array([float(np.mean(gains[user])) for user in sorted(gains)])
     is_in = np.array([sides[user] for user in sorted(gains)], dtype=np.bool_)
-    return Coins(scores, is_in, 0.5, unit, CANARIES)
+    return Coins(scores, is_in, 0.5, unit, CANARIES, most_records=max(row["user_num_records"] for row in rows))
+
+
+def cap_of(statement: PrivacyStatement, coins: Coins) -> verdict.Cap:
+    """What the run promises for these units: a guarantee per record is worth less to one that owns many."""
+    return verdict.Cap.of(statement, coins.most_records)
 
 
 def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:

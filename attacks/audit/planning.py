@@ -96,7 +96,7 @@ def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
 
     loaded = load_config(config)
     plan = PrivacyPlan.build(loaded.privacy)
-    num_sources = int(loaded.canaries.num_users > 0) + int(0.0 < loaded.data.held_out_fraction < 1.0)
+    num_sources = int(loaded.canaries.are_planted) + int(0.0 < loaded.data.held_out_fraction < 1.0)
     return plan.epsilon, plan.delta, max(num_sources, 1)
 
 

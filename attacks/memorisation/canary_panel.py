@@ -181,7 +181,9 @@ def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
         # One pool for all: its own luck is shared by every canary and does not average out.
         variance += float(np.mean(variances)) / values[0].num_secrets
     observed, expected = float(np.mean([each.mid_bits for each in values])), float(np.mean(means))
-    p_value = 2 * float(scipy.stats.norm.sf(abs(observed - expected) / math.sqrt(variance)))
+    # Exposures of untrained secrets are close to exponential, so their mean is close to a gamma law, not a normal one.
+    law = scipy.stats.gamma(a=expected**2 / variance, scale=variance / expected)
+    p_value = min(1.0, 2 * float(min(law.cdf(observed), law.sf(observed))))
     return {"num": len(values), "mean_bits": observed, "expected_bits": expected, "p_value": p_value}
 
 

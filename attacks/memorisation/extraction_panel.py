@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from attacks import statistics
+from attacks.curves import MIN_USERS
 from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.rundir import PrivacyStatement
 from attacks.signals import CONTROL_PREFIX, HELD_IN, SIGNALS_PATH, TRAINING, DocumentSignals, iterate_signals
@@ -62,6 +63,8 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
     tallies: dict[tuple[str, int], Tally] = collections.defaultdict(Tally)
     for row in iterate_signals(run / SIGNALS_PATH):
         _count(row, tallies)
+    for key in [key for key, tally in tallies.items() if len(tally.records) < MIN_USERS]:
+        del tallies[key]  # a row of few users would be about each of them
     prefixes = [length for length in PREFIX_LENGTHS if tallies["held-in", length].records]
     if not prefixes:
         return None

@@ -416,6 +416,12 @@ class PrivacySection(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _metrics_need_noise(self) -> PrivacySection:
+        if self.noised_metrics is not None and self.noise_multiplier == 0:
+            raise ValueError("privacy.noised_metrics needs noise: with noise_multiplier: 0 it is the raw loss")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _adaptive_settings(self) -> PrivacySection:
         if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
             raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")

@@ -122,7 +122,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         raise ConfigError([Fault("performance.index_dir", problem)])
     files = [file.resolve() for pattern in data.source.paths for file in _expand(pattern)]
     made_of = {
-        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns] for file in files],
         "format": data.format,
         "labels": data.labels,
         "deduplicate": data.deduplicate,

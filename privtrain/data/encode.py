@@ -87,7 +87,7 @@ class Encoder:
         backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         body = {
             "data": self._data.model_dump(mode="json", exclude={"source"}),
-            "tokenizer": backend.to_str() if backend is not None else self._tokenizer.get_vocab(),
+            "tokenizer": _without_state(backend.to_str()) if backend is not None else self._tokenizer.get_vocab(),
             "marks": self._tokenizer.special_tokens_map,
             "chat_template": self._tokenizer.chat_template,
         }
@@ -155,3 +155,8 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     assert isinstance(begin, int)
     assert isinstance(end, int)
     return begin, end
+
+
+def _without_state(tokenizer: str) -> dict[str, Any]:
+    """A tokenizer's JSON without truncation and padding, which encoding switches and we do by ourselves."""
+    return {name: value for name, value in json.loads(tokenizer).items() if name not in ("truncation", "padding")}

@@ -35,7 +35,7 @@ from privtrain.data.digest import RecordDigest
 SCHEMA = "privtrain/index/1"
 
 #: Rows that are in memory at once.
-_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 1 << 12
 #: What duckdb may hold of the rows it sorts; the rest is on disk meanwhile.
 _SORT_MEMORY = "1GB"
 _SORT_THREADS = 2
@@ -223,6 +223,8 @@ def _build(
         "temp_directory": str(directory / "sorting"),
     }
     with contextlib.closing(duckdb.connect(str(directory / "rows.duckdb"), config=config)) as connection:
+        # Regular buffers end at 2 GiB a batch, which long documents reach.
+        connection.execute("SET arrow_large_buffer_size = true")
         connection.execute("CREATE TABLE rows (owner BLOB, place BIGINT, content BLOB)")
         for table in _tables(rows(counts)):
             connection.register("batch", table)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config import Config
-from privtrain.data.canaries import TEMPLATE, draw_canaries, plant
+from privtrain.data.canaries import TEMPLATE, Canary, draw_canaries, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.split import Split, seal, split_users
@@ -45,7 +45,7 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key)
     if config.data.deduplicate == "within_user":
         # As any user's equal records.
-        canaries = tuple(dataclasses.replace(c, records=c.records[:1]) if c.is_invented else c for c in canaries)
+        canaries = tuple(_once(c) if c.is_invented else c for c in canaries)
     if tokenizer is not None:
         invented = [canary.records[0] for canary in canaries if canary.is_invented]
         num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
@@ -53,6 +53,10 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
             problem = f"given {config.data.max_length}, which cuts {num_cut} canaries; raise it or shorten the canaries"
             raise ConfigError([Fault("data.max_length", problem)])
     return split_users(corpus, config.data, root_key, canaries)
+
+
+def _once(canary: Canary) -> Canary:
+    return dataclasses.replace(canary, records=canary.records[:1], repetitions=1)
 
 
 def needs_tokenizer(config: Config) -> bool:
@@ -93,7 +97,8 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         raise PlanMismatch(
             f"{path} was sealed with other {', '.join(differing) or 'keys'} than this configuration, data set, "
             "tokenizer and the run's key give; nothing was trained. Restore what was changed since `attacks prepare`, "
-            "or prepare and train under another run.name"
+            "or prepare and train under another run.name. People who opted out (`privtrain ledger forget`) are left "
+            "out of the data before the coins are compared; where there are any, take them out of the data first"
         )
 
 

@@ -119,7 +119,7 @@ def judge_direction(
     """
     if difference is None or difference.interval is None:
         ours = "no cell is complete" if difference is None else difference.text(digits, factor)
-        return _judged(claim, ours, Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+        return _judged(claim, ours, Verdict.NOT_MEASURED, "too few of the cells that it needs are complete")
     low, high = sorted(sign * end for end in difference.interval)
     ours = f"difference {difference.text(digits, factor)}{unit}"
     few = f"; {difference.n} seeds are few, the interval rests on normality" if difference.n < FEW_SEEDS else ""

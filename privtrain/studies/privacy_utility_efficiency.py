@@ -137,7 +137,7 @@ class _View:
         directed = [
             ("full fine-tuning leaks sensitive tokens of its training records", "finding", "poor privacy",
              self.estimate(leak, full)),
-            ("of what it remembers, sensitive tokens are the larger part", "definition of privacy",
+            ("a sensitive token is remembered more than another one", "definition of privacy",
              "measures over all tokens mislead", self.estimate(excess, full)),
             (f"{lora} leaks less than full fine-tuning", "finding", "LoRA almost like DP", self.less(leak, full, lora)),
             (f"{lora} leaks more than {dp_full}", "ours: is LoRA really like DP?", "almost DP-level privacy",

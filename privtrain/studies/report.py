@@ -22,6 +22,11 @@ from privtrain.studies.findings import Findings, Verdict, summary
 from privtrain.studies.recipe import Recipe
 from privtrain.studies.results import FEW_SEEDS, Results
 
+_ONE_BY_ONE = (
+    "Each claim is judged by itself at 95 %; among many, one in twenty that are false would be judged reproduced or "
+    "contradicted by chance."
+)
+
 SCHEMA = "privtrain/study/1"
 
 
@@ -106,7 +111,7 @@ def _facts(run: Run, findings: Findings) -> dict[str, Any]:
         "claims": [{**dataclasses.asdict(claim), "verdict": claim.verdict.value} for claim in findings.claims],
         "tables": [dataclasses.asdict(table) for table in findings.tables],
         "numbers": dict(findings.numbers),
-        "notes": list(findings.notes),
+        "notes": [*findings.notes, _ONE_BY_ONE],
         "software": {"privtrain": privtrain.__version__},
     }
 

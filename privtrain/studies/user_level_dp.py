@@ -79,8 +79,21 @@ class _View:
 
     def best_k(self, method: str, epsilon: str) -> str | None:
         """The k of least mean perplexity; chosen on the same held-out users, for every method alike."""
-        means = {k: found.mean for k in self.ks if (found := self.perplexity(method, k, epsilon)) is not None}
+        planned = self.planned("k", method=method, epsilon=epsilon, selection="random")
+        if not all(self.is_complete(method, k, epsilon) for k in planned):
+            return None  # the best of a part is not the best
+        means = {k: found.mean for k in planned if (found := self.perplexity(method, k, epsilon)) is not None}
         return min(means, key=means.__getitem__) if means else None
+
+    def planned(self, axis: str, **values: str) -> list[str]:
+        """Values of an axis that the grid has together with these."""
+        wanted = {**self.values, **values}.items()
+        return list(dict.fromkeys(c.values[axis] for c in self.results.planned if wanted <= c.values.items()))
+
+    def is_complete(self, method: str, k: str, epsilon: str, selection: str = "random") -> bool:
+        """Whether every seed is there."""
+        found = self.perplexity(method, k, epsilon, selection)
+        return found is not None and found.n == len(self.results.recipe.seeds)
 
     def best(self, method: str, epsilon: str) -> Estimate | None:
         """Its perplexity."""
@@ -168,15 +181,18 @@ class _View:
     def _selection_claims(self, chua: str) -> list[Claim]:
         claims = []
         for method, best in (("group", "longest"), ("user", "random_chunk")):
-            others = [s for s in self.selections if s != best]
+            k, epsilon = self.selection_k, self.selection_epsilon
+            planned = self.planned("selection", method=method, k=k, epsilon=epsilon)
+            is_whole = all(self.is_complete(method, k, epsilon, selection) for selection in planned)
+            others = [s for s in planned if s != best] if is_whole else []
             means = {s: self.perplexity(method, self.selection_k, self.selection_epsilon, s) for s in others}
             rivals = {s: e.mean for s, e in means.items() if e is not None}
             rival = min(rivals, key=rivals.__getitem__) if rivals else "random"
-            difference = self.results.difference(
-                _PERPLEXITY,
-                self.cell(method, self.selection_k, self.selection_epsilon, rival),
-                self.cell(method, self.selection_k, self.selection_epsilon, best),
-            )
+            difference = None
+            if rivals:
+                difference = self.results.difference(
+                    _PERPLEXITY, self.cell(method, k, epsilon, rival), self.cell(method, k, epsilon, best)
+                )
             words = f"{best.replace('_', ' ')} is the best selection for {NAMES[method]}{self.words}"
             claim = judge_direction(Statement(words, f"{chua}, data selection", "best of six"), difference)
             claims.append(claim if not rivals else _with(claim, f"against {rival.replace('_', ' ')}, the best other"))

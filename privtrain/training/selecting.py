@@ -105,7 +105,7 @@ def _losses(
         values = json.dumps([known[record] for record in wanted]).encode() if known is not None else None
         return dict(zip(wanted, json.loads(backend.broadcast_bytes(values)), strict=True))
     if backend.is_main:
-        say(f"scoring {len(wanted)} records under the model before training, for {inputs.plan.selection}")
+        say(f"scoring records under the model before training, for {inputs.plan.selection}")
     found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
     with backend.main_alone():
         if backend.is_main and cache is not None:

@@ -11,6 +11,7 @@ import pytest
 
 from attacks import analyse, report, rundir, signals, verdict
 from attacks.audit import panel
+from attacks.audit.guesses import Coins
 from attacks.verdict import Verdict
 from tests.attacks.conftest import STATEMENT, build_rows
 
@@ -83,6 +84,22 @@ def test_canary_users_are_a_source_of_their_own(make_run):
     assert "canary users" in facts["verdict_reason"]
 
 
+def test_a_canary_of_many_records_is_held_against_a_claim_for_as_many():
+    """A guarantee of ε = 0.5 a record allows 8 to a canary of 16 records."""
+    statement = rundir.PrivacyStatement.model_validate_json(json.dumps(STATEMENT | {"epsilon": 0.5, "unit": "example"}))
+    coins = Coins(np.zeros(4), np.array([True, False, True, False]), 0.5, "user", "canaries", most_records=4)
+    claim = panel.claim_of(statement, panel.cap_of(statement, coins), coins.unit)
+    assert claim.pair.epsilon == pytest.approx(2.0)
+
+
+def test_chunks_of_a_record_count_as_the_bound_says():
+    """One long record may be cut into as many units as the bound allows."""
+    bound = {"records_per_unit_per_step": 1, "selection": "random_chunk", "records_per_user_in_training_set": 5}
+    stated = STATEMENT | {"epsilon": 0.5, "unit": "example", "contribution_bound": bound}
+    cap = verdict.Cap.of(rundir.PrivacyStatement.model_validate_json(json.dumps(stated)), 1)
+    assert cap.bound.epsilon == pytest.approx(2.5)
+
+
 @pytest.mark.parametrize(
     ("unit", "num_records", "expected", "claimed"),
     [("example", 1, "example", 2.0), ("example", 3, "user", None), ("user", 3, "user", 2.0)],
@@ -111,7 +128,10 @@ def test_the_headline_stands_unless_an_audit_falsifies():
     broken, quiet = (Verdict.FALSIFIED, "audit"), (Verdict.UNINFORMATIVE, "audit")
     assert verdict.combine(headline, [quiet]) == headline
     assert verdict.combine(headline, [quiet, broken]) == broken
-    assert verdict.combine((Verdict.CONFOUNDED, "words"), [broken]) == (Verdict.CONFOUNDED, "words")
+    assert verdict.combine((Verdict.CONFOUNDED, "words"), [quiet]) == (Verdict.CONFOUNDED, "words")
+    assert verdict.combine((Verdict.CONFOUNDED, "words"), [broken]) == broken, (
+        "canaries: the split's audit is confounded"
+    )
     assert verdict.combine((Verdict.FALSIFIED, "headline"), [broken]) == (Verdict.FALSIFIED, "headline")
 
 

@@ -180,7 +180,7 @@ def test_prefixes_are_other_users():
     assert exchange_prefixes(["a", "a"], tokens[:2]) == [None, None]
 
 
-def test_the_panel_counts_records_users_and_controls(make_run):
+def test_the_panel_counts_records_users_and_controls(make_run, monkeypatch):
     run = make_run(0)
     hit, miss = [0, *greedy_output(MODEL, [0], 30)], [0, *([0] * 30)]
     rows = [
@@ -195,6 +195,8 @@ def test_the_panel_counts_records_users_and_controls(make_run):
     from attacks.signals import write_signals
 
     write_signals(run / SIGNALS_PATH, rows)
+    assert extraction_panel.panel(run, read_statement(run), 0) is None, "a row of three users is about each of them"
+    monkeypatch.setattr(extraction_panel, "MIN_USERS", 1)
     found = extraction_panel.panel(run, read_statement(run), 0)
     table = {(row["prefix"], row["group"]): row for row in found["rows"]}
     own = table[16, extraction_panel.GROUPS["held-in"]]

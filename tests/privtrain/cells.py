@@ -73,7 +73,8 @@ def _plan(cell: Cell) -> PrivacyPlan:
 
 def make_backend(name: str) -> Backend:
     """By the names of launch/accelerate; the process group must be there for all but ``local``."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank() if dist.is_initialized() else 0)
+    if dist.is_initialized():  # in a rank's own process; elsewhere jobs of other tests would inherit it
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())
     if name == "local":
         return LocalBackend(CPU)
     if name == "ddp":
