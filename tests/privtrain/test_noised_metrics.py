@@ -269,3 +269,11 @@ def test_a_killed_job_releases_the_same_numbers_and_says_so_everywhere(noised, t
     assert mechanism["noised_metrics"]["gradient_noise_multiplier"] > 1.1
     card = (tmp_path / "runs" / "whole" / "adapter" / "README.md").read_text()
     assert "loss (± 1.2), clip_fraction (± 0.25)" in card
+
+
+def test_metrics_without_noise_are_not_called_noised(tree):
+    """They would be the raw loss, published."""
+    del tree["privacy"]["noise_multiplier"]
+    tree["privacy"] |= {"noise_multiplier": 0.0, "noised_metrics": {}}
+    with pytest.raises(ConfigError, match="raw loss"):
+        validate(tree)
