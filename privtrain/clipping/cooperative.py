@@ -200,29 +200,18 @@ class CooperativeClipper:
 
     def _add_in_two_passes(self, owner: int, rows: _Rows) -> None:
         """Norms first, then the scaled parts straight into the total. Dropout is the same: it is drawn once more."""
-        first, second = self._zero_squares(), self._zero_squares()
-        arrived: set[str] = set()
-
-        def measure(squares: torch.Tensor, slot: Slot, part: torch.Tensor) -> None:
-            with exact_fp32(self._device):
-                if slot.num_coordinates:
-                    squares[self._number[slot.name]] = squared_norms(part[None])
-
-        def note(slot: Slot, part: torch.Tensor) -> None:
-            if slot.name in arrived:
-                raise GuaranteeLost(f"{slot.name!r} arrived in pieces; set performance.clipping_route: auto")
-            arrived.add(slot.name)
-            measure(first, slot, part)
-
+        first, measure = self._measuring()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self._run(rows, note)
+            self._run(rows, measure)
         factors, norms = self._factors(first, owner)
         if factors is None:
             return
 
+        second, measure_again = self._measuring()
+
         def add(slot: Slot, part: torch.Tensor) -> None:
-            measure(second, slot, part)
+            measure_again(slot, part)
             self.layout.view(self.total, slot).addcmul_(part, factors[self._number[slot.name]])
 
         self._run(rows, add, counts_loss=False)
@@ -232,6 +221,20 @@ class CooperativeClipper:
                 "a unit's gradient was longer in the second of two passes over the same rows (kernels that are not "
                 "deterministic); set performance.clipping_route: auto"
             )
+
+    def _measuring(self) -> tuple[torch.Tensor, Sink]:
+        """This rank's squared norms by slot, and what fills them in one pass: each tensor must arrive whole."""
+        squares, arrived = self._zero_squares(), set[str]()
+
+        def measure(slot: Slot, part: torch.Tensor) -> None:
+            if slot.name in arrived:
+                raise GuaranteeLost(f"{slot.name!r} arrived in pieces; set performance.clipping_route: auto")
+            arrived.add(slot.name)
+            if slot.num_coordinates:
+                with exact_fp32(self._device):
+                    squares[self._number[slot.name]] = squared_norms(part[None])
+
+        return squares, measure
 
     def _run(self, rows: _Rows, sink: Sink, *, counts_loss: bool = True) -> None:
         """One forward and backward pass of this rank over its share of the rows."""

@@ -56,6 +56,16 @@ class PiecewiseShards(LoneShards):
             yield
 
 
+class PiecewiseAgainShards(PiecewiseShards):
+    """The same in the second pass alone."""
+
+    num_passes = 0
+
+    def collecting(self, sink):
+        self.num_passes += 1
+        return super().collecting(sink) if self.num_passes > 1 else LoneShards.collecting(self, sink)
+
+
 def losses_of(model):
     return lambda ids, mask: row_losses(model, ids, mask)
 
@@ -115,8 +125,9 @@ def test_a_unit_that_is_longer_the_second_time_stops_the_job(tiny_llama):
         clipped_sum(clipper, invented_users(1, most_records=1), 1)
 
 
-def test_a_tensor_that_arrives_in_pieces_has_no_norm_of_its_own(tiny_llama):
+@pytest.mark.parametrize("shards", [PiecewiseShards, PiecewiseAgainShards])
+def test_a_tensor_that_arrives_in_pieces_has_no_norm_of_its_own(tiny_llama, shards):
     model, layout = tiny_lora(tiny_llama)
-    clipper = CooperativeClipper(model, PiecewiseShards(layout), 1e-2, losses_of(model), CPU, "flat", "two_pass")
+    clipper = CooperativeClipper(model, shards(layout), 1e-2, losses_of(model), CPU, "flat", "two_pass")
     with pytest.raises(GuaranteeLost, match="in pieces"):
         clipped_sum(clipper, invented_users(1, most_records=1), 1)
