@@ -148,6 +148,23 @@ def deduplicated(corpus: Corpus) -> Corpus:
     )
 
 
+def without_users(corpus: Corpus, dropped: Iterable[str]) -> Corpus:
+    """The corpus without these users; its digest stays that of the data as it was read.
+
+    Raises:
+        ConfigError: if nobody is left.
+    """
+    gone = set(dropped)
+    if isinstance(corpus.records, index.IndexedRecords):
+        records = corpus.records.without(gone)
+    else:
+        records = {user: texts for user, texts in corpus.records.items() if user not in gone}
+    if not records:
+        raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
+    counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
+    return dataclasses.replace(corpus, records=records, counts=counts)
+
+
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
