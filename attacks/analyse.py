@@ -56,8 +56,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         raise AttackInputError(
             f"{run} has no {signals.SIGNALS_PATH}: expected a scored run; run next: attacks score {run}"
         )
-    if statement.split_commitment:
-        check_sides(RunDirectory(run))
+    num_left_out = check_sides(RunDirectory(run)) if statement.split_commitment else None
     panel = SensitivePanel()
     attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
     scored = features.collect(signals.iterate_signals(run / signals.SIGNALS_PATH), attacks, panel.watch)
@@ -102,6 +101,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "plan_fingerprint": statement.plan_fingerprint,
         "split_commitment": statement.split_commitment,
         "counts": counts,
+        "num_training_records_left_out_by_selection": num_left_out,
         "cap": _cap_facts(cap, num_held_out),
         "ceiling": {"auroc": 1.0, "interval": [ceiling.lower, ceiling.upper]},
         "headline": user_inference.HEADLINE,

@@ -233,7 +233,7 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
         )
     if attacks.get("split_commitment", "") != statement.split_commitment:
         raise AttackInputError(
-            f"{path} was computed on other coins than {run / 'privacy.json'} commits to; run next: attacks analyse {run}"
+            f"{path} was computed on other coins than the privacy statement commits to; run next: attacks analyse {run}"
         )
     return statement, attacks
 

@@ -137,7 +137,7 @@ def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatc
 
 
 def test_a_session_with_other_coins_is_no_record_of_the_same_ledger(config, monkeypatch):
-    path, run = config
+    path, _ = config
     begin_and_crash(path, monkeypatch)
     monkeypatch.setattr("privtrain.training.session.check_coins", lambda *_: None)
     monkeypatch.setattr(job, "check_coins", lambda *_: None)
@@ -149,13 +149,13 @@ def test_a_session_with_other_coins_is_no_record_of_the_same_ledger(config, monk
 @pytest.mark.parametrize("command", [score_run, lambda run: write_recipes(run, 1)])
 def test_coins_that_were_edited_after_training_are_refused(finished, command):
     flip(finished)
-    with pytest.raises(AttackInputError, match="is not what .* commits to"):
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
         command(finished.root)
 
 
 def test_a_replaced_root_key_is_refused(finished):
     finished.create_key("root")
-    with pytest.raises(AttackInputError, match="is not what .* commits to"):
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
         score_run(finished.root)
 
 
@@ -172,7 +172,7 @@ def test_a_statement_that_was_edited_to_fit_is_not_what_the_ledger_says(finished
         write_json(path, statement)
     with pytest.raises(LedgerCorrupt, match="lacks what a privacy statement holds"):
         verify_run(finished.root)
-    with pytest.raises(AttackInputError, match="is not what .* commits to"):
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
         score_run(finished.root)
 
 
@@ -191,7 +191,7 @@ def test_analysis_refuses_signals_whose_sides_are_not_the_sealed_ones(finished):
     shutil.copy(path.with_suffix(".kept"), path)
     analyse_run(finished.root)
     flip(finished)
-    with pytest.raises(AttackInputError, match="is not what .* commits to"):
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
         analyse_run(finished.root)
 
 
