@@ -16,6 +16,9 @@ DEMO ?= --group demo
 LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 
+# Shell scripts: of the launchers, the images and CI.
+SCRIPTS := launch/torchrun.sh launch/slurm/*.sbatch launch/wandb/*.sh docker/entrypoint.sh .ci/run
+
 .PHONY: demo test campaign faults lint format install clean
 
 install: $(VENV)/.installed
@@ -51,6 +54,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/*.Dockerfile
+	$(BIN)/shellcheck $(SCRIPTS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ For the direction *remove* the loss is ``loss(z)``, z ~ Q; for *add* it is ``-lo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -71,6 +72,7 @@ class Saddle:
     log_delta: float
 
 
+@functools.lru_cache(maxsize=64)
 def truncation(composed: Composition, log_mass: float) -> tuple[float, float]:
     """A ``z`` interval outside which P (below) and Q (above) have at most ``exp(log_mass)`` over all steps."""
     log_tail = log_mass - math.log(max(composed.num_steps, 1))

@@ -89,7 +89,8 @@ class TiltedSum:
         unit = (1 + _NODES) / 2
         x = top * unit**2
         weight = _WEIGHTS * top * unit
-        u = (x + epsilon - self.mean) / self.scale
+        # Beyond 40 the density is zero in float64, and a polynomial in an infinite u would make it undefined.
+        u = np.clip(x + epsilon - self.mean, -40 * self.scale, 40 * self.scale) / self.scale
         density = np.exp(-u * u / 2) / (math.sqrt(2 * math.pi) * self.scale) * (1 + skew / 6 * (u**3 - 3 * u))
         return float(weight @ (np.exp(-self.tilt * x) * -np.expm1(-x) * density))
 

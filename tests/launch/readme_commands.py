@@ -41,15 +41,20 @@ class Command:
     @property
     def name(self) -> str:
         """Program and subcommands, as far as they are words of their own."""
-        found = [self.words[0]]
-        app = APPS.get(self.words[0])
-        at: Any = typer.main.get_command(app) if app is not None else None
-        for word in self.words[1:]:
-            if word not in getattr(at, "commands", {}):
-                break
-            at = at.commands[word]
-            found.append(word)
-        return " ".join(found)
+        return " ".join(_walk(self.words)[0])
+
+
+def _walk(words: tuple[str, ...]) -> tuple[list[str], Any]:
+    """The words that name a command, and the command, if it is one of this project's."""
+    found = [words[0]]
+    app = APPS.get(words[0])
+    at: Any = typer.main.get_command(app) if app is not None else None
+    for word in words[1:]:
+        if word not in getattr(at, "commands", {}):
+            break
+        at = at.commands[word]
+        found.append(word)
+    return found, at
 
 
 def guides() -> list[pathlib.Path]:
@@ -58,7 +63,7 @@ def guides() -> list[pathlib.Path]:
 
 
 def commands() -> list[Command]:
-    """Every command of every guide: lines of shell blocks, and those of plain blocks that begin with a program."""
+    """Every command of every guide: lines of shell blocks, programs' lines of plain blocks, whole mentions."""
     found = []
     for path in guides():
         text = path.read_text(encoding="utf-8")
@@ -69,6 +74,28 @@ def commands() -> list[Command]:
                 command = _command(path, line, is_shell=bool(language))
                 if command is not None and (language or command.words[0] in APPS):
                     found.append(command)
+        found += (command for command in mentions(path) if not _is_bare_name(command))
+    return found
+
+
+def _is_bare_name(command: Command) -> bool:
+    """Whether this only speaks of a command that takes more words than are there."""
+    names, at = _walk(command.words)
+    return len(command.words) == len(names) and (
+        hasattr(at, "commands") or any(p.required or p.param_type_name == "argument" for p in at.params)
+    )
+
+
+def mentions(path: pathlib.Path) -> list[Command]:
+    """Commands within the sentences of a guide: this project's own, each with its subcommand at least."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = []
+    for span in re.findall(rf"`((?:{'|'.join(APPS)}) [^`]+)`", text):
+        # What stands for arguments of any kind or for several subcommands is a name alone.
+        whole = re.split(r"…|\.\.\.|\||\[", re.sub(r"\s+", " ", span))[0]
+        command = _command(path, whole, is_shell=True)
+        if command is not None:
+            found.append(command if whole == span else dataclasses.replace(command, words=tuple(command.name.split())))
     return found
 
 

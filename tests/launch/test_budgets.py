@@ -11,7 +11,9 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
+from privtrain.cli import app
 from privtrain.errors import (
     BudgetExceeded,
     ConfigError,
@@ -170,8 +172,9 @@ def test_a_run_that_is_given_up_gets_back_the_steps_that_it_never_began(private_
         interrupt_after(2, patched)
         with pytest.raises(GuaranteeLost):
             start(private_tree, tmp_path)
-    said = budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
-    assert "2 steps stay charged, 2 were given back" in said
+    url = str(tmp_path / "budgets" / "registry.db")
+    done = CliRunner().invoke(app, ["registry", "refund", str(tmp_path / "runs" / "tiny"), "--registry", url])
+    assert "2 steps stay charged, 2 were given back" in done.output
     (view,) = views.runs(registry.database)
     assert (view.state, view.num_charged) == ("closed", 2)
     assert 0 < view.epsilon < views.budgets(registry.database)[0].epsilon

@@ -168,7 +168,9 @@ def test_an_open_reservation_cannot_be_closed_by_hand(registry):
     with pytest.raises(PrivtrainError, match="alive"):
         registry.close(held.id)
     age(registry, 2 * 3600)
-    registry.close(held.id)
+    url = registry.database.url.render_as_string(hide_password=False)
+    done = CliRunner().invoke(cli.app, ["registry", "close", held.id, "--registry", url])
+    assert done.exit_code == 0, done.output
     (run,) = views.runs(registry.database)
     assert (run.state, run.num_charged) == ("closed", 1000)
     with pytest.raises(PrivtrainError, match="no reservation"):
