@@ -150,7 +150,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
             if ledger is not None:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
-                num_units = len(set(units.owners)) if inputs.plan.guaranteed_unit == "user" else len(units)
+                num_units = units.num_owners if inputs.plan.guaranteed_unit == "user" else len(units)
                 _release(inputs, ledger, network, state, num_units=num_units)
                 tracker.publish(inputs.run)
             tracker.close()
