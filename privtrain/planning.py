@@ -101,6 +101,7 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
         "records_of_median_user": sizes[len(sizes) // 2],
         "records_of_largest_user": sizes[-1],
         "users_above_bound": sum(size > bound for size in sizes),
+        "records_within_bound": sum(min(size, bound) for size in sizes),
         "expected_training_units": round(expected_units(config, corpus)),
         "expected_training_users": round(expected_users(config, corpus)),
         "rows_duplicate": corpus.counts.num_duplicates,

@@ -325,7 +325,13 @@ def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, 
 
 def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
-    with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
+    with Progress(
+        continuation.start_step,
+        continuation.end_step,
+        backend.is_main,
+        units_per_step=inputs.plan.expected_batch_size,
+        unit=inputs.plan.unit,
+    ) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1

@@ -99,6 +99,18 @@ def test_no_prices_without_a_guarantee(tree):
     assert price_list(privacy, PrivacyPlan.build(privacy)) == []
 
 
+def test_what_the_bound_leaves_and_how_delta_compares_with_the_users(tree, tmp_path, capsys):
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(prices=False))
+    sizes = [1 + user % 9 for user in range(24)]
+    assert description["num_records"] == sum(sizes)
+    assert description["records_within_bound"] == sum(min(size, 3) for size in sizes)
+    assert description["users_above_bound"] == sum(size > 3 for size in sizes)
+    print_plan(description)
+    shown = capsys.readouterr().out
+    assert f"{sum(max(size - 3, 0) for size in sizes)} more than one step takes" in shown
+    assert "1 / users is 0.059" in shown  # 17 of them
+
+
 def test_data_elsewhere_is_not_read_and_a_model_elsewhere_has_no_memory(tree, tmp_path, capsys):
     tree["data"]["source"] = {"kind": "files", "paths": [str(tmp_path / "on-the-cluster.parquet")]}
     tree["model"] = {"name_or_path": str(tmp_path / "not-here")}
