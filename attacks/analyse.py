@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 
 from attacks import blind, curves, features, registry, results, rundir, signals, statistics, user_inference, verdict
 from attacks.audit import panel as auditing
+from attacks.coins import check_sides
 from attacks.errors import AttackInputError
 from attacks.features import DocumentTable, Scored
 from attacks.lift import AGGREGATIONS, lift
 from attacks.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
 from attacks.results import Statistic
 from attacks.sensitive import SensitivePanel
-from privtrain.rundir import write_atomically, write_json
+from privtrain.rundir import RunDirectory, write_atomically, write_json
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")
@@ -55,6 +56,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         raise AttackInputError(
             f"{run} has no {signals.SIGNALS_PATH}: expected a scored run; run next: attacks score {run}"
         )
+    num_left_out = check_sides(RunDirectory(run)) if statement.split_commitment else None
     panel = SensitivePanel()
     attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
     scored = features.collect(signals.iterate_signals(run / signals.SIGNALS_PATH), attacks, panel.watch)
@@ -97,7 +99,9 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
+        "split_commitment": statement.split_commitment,
         "counts": counts,
+        "num_training_records_left_out_by_selection": num_left_out,
         "cap": _cap_facts(cap, num_held_out),
         "ceiling": {"auroc": 1.0, "interval": [ceiling.lower, ceiling.upper]},
         "headline": user_inference.HEADLINE,

@@ -40,7 +40,9 @@ def prepare(
         f"{done.run}: {done.num_users} users, the attacker holds {done.num_attacker_records} records of "
         f"{done.num_attacked}; {done.num_canaries} canary users; {done.num_labelled} records with labelled spans"
     )
-    typer.echo(f"sealed as sha256 {done.sha256}; write it down")
+    if done.num_opted_out:
+        typer.echo(f"{done.num_opted_out} users who opted out are left out")
+    typer.echo(f"coins committed to as {done.commitment}; write it down: privacy.json and the report will quote it")
     if done.num_canaries:
         typer.echo(f"how much these {done.num_canaries} canary users can show: attacks audit-plan {config}")
     typer.echo(f"next: privtrain train {' '.join([str(config), *(overrides or [])])}")

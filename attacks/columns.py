@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet
 
 from attacks.errors import AttackInputError
 from privtrain.config.schema import DataSection, FilesSource
-from privtrain.data.corpus import Corpus
+from privtrain.data import formats
+from privtrain.data.corpus import Corpus, normal_form, owner_of, source_files
 
 Extras = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-def read_columns(data: DataSection, corpus: Corpus, names: Sequence[str]) -> Extras:
-    """Values of further columns by (user, record index).
+def read_columns(
+    data: DataSection, corpus: Corpus, names: Sequence[str], wanted: Iterable[tuple[str, int]] | None = None
+) -> Extras:
+    """Values of further columns by (user, record index): the index that the record has in the corpus.
+
+    Rows are read one after the other by the rules of the corpus, so memory grows with the records that are wanted and
+    with nothing else; of a user's equal rows, where ``data.deduplicate`` drops them, the first one's values count.
 
     Args:
         data: where the rows are; files only.
-        corpus: what the trainer read of them.
+        corpus: what the trainer read of them, in memory or on disk.
         names: columns.
+        wanted: (user, record index) pairs; all of the corpus' without.
 
     Raises:
         AttackInputError: if the source is no file, a column is missing, or the rows are not the corpus' rows.
@@ -33,25 +40,51 @@ def read_columns(data: DataSection, corpus: Corpus, names: Sequence[str]) -> Ext
         return {}
     if not isinstance(data.source, FilesSource):
         raise AttackInputError(f"columns {', '.join(names)} can be read of data.source.kind: files only")
+    chosen = None if wanted is None else set(wanted)
+    owners = corpus.records if chosen is None else {user for user, _ in chosen}
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    counts: dict[str, int] = {}
-    for row in _rows(data.source.paths):
+    texts: dict[str, _Places] = {}
+    for row in _rows(data.source):
         missing = [name for name in names if name not in row]
         if missing:
             raise AttackInputError(f"a row has no column {', '.join(missing)}; it has {', '.join(row)}")
-        user, text = row.get(data.user_column), row.get(data.text_column)
-        owner = "" if user is None else str(user).strip()
-        if not owner or not isinstance(text, str) or not text.strip():
+        values = [row.get(getattr(data, key)) for key in formats.column_keys(data)]
+        owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
+        if not owner or not content or owner not in owners:
             continue
-        index = counts.get(owner, 0)
-        counts[owner] = index + 1
-        if owner not in corpus.records or corpus.records[owner][index : index + 1] != (text.strip(),):
-            raise AttackInputError(
-                "the rows are not those that were trained on; restore the files named in config.yaml"
-            )
-        offset = len(text) - len(text.lstrip())
+        index = texts.setdefault(owner, _Places(data.deduplicate == "within_user")).place(content)
+        if index is None or (chosen is not None and (owner, index) not in chosen):
+            continue
+        known = corpus.records.get(owner, ())
+        if index >= len(known) or known[index] != content:
+            raise AttackInputError(_CHANGED)
+        text = values[0] if data.format == "text" else None
+        offset = len(text) - len(text.lstrip()) if isinstance(text, str) else 0
         found[owner, index] = {name: row[name] for name in names} | {"offset": offset}
+    if chosen is not None and len(found) < len(chosen):
+        raise AttackInputError(_CHANGED)
     return found
+
+
+_CHANGED = "the rows are not those that were trained on; restore the files named in config.yaml"
+
+
+class _Places:
+    """The places that one user's rows have in the corpus, in reading order."""
+
+    def __init__(self, drops_equal: bool) -> None:
+        self._count = 0
+        self._forms: set[bytes] | None = set() if drops_equal else None
+
+    def place(self, content: str) -> int | None:
+        """The place of the next row; None if the corpus dropped it because the user has an equal one."""
+        if self._forms is not None:
+            form = hashlib.sha256(normal_form(content).encode("utf-8", errors="surrogatepass")).digest()
+            if form in self._forms:
+                return None
+            self._forms.add(form)
+        self._count += 1
+        return self._count - 1
 
 
 def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
@@ -86,15 +119,15 @@ def days_of(value: object) -> float | None:
     return float(moment.toordinal() - datetime.date(1970, 1, 1).toordinal())
 
 
-def _rows(patterns: Sequence[pathlib.Path]) -> Iterator[Mapping[str, Any]]:
-    for pattern in patterns:
-        files = sorted(pattern.parent.glob(pattern.name)) if any(c in pattern.name for c in "*?[") else [pattern]
-        for file in files:
-            if file.suffix == ".parquet":
-                yield from pyarrow.parquet.read_table(file).to_pylist()
-            elif file.suffix == ".csv":
-                with open(file, newline="", encoding="utf-8") as lines:
-                    yield from csv.DictReader(lines, strict=True)
-            else:
-                with open(file, encoding="utf-8") as lines:
-                    yield from (json.loads(line) for line in lines if line.strip())
+def _rows(source: FilesSource) -> Iterator[Mapping[str, Any]]:
+    for file in source_files(source):
+        if file.suffix == ".parquet":
+            with pyarrow.parquet.ParquetFile(file) as shard:
+                for batch in shard.iter_batches():
+                    yield from batch.to_pylist()
+        elif file.suffix == ".csv":
+            with open(file, newline="", encoding="utf-8") as lines:
+                yield from csv.DictReader(lines, strict=True)
+        else:
+            with open(file, encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())

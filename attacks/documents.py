@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.errors import AttackInputError
+from attacks.rundir import read_statement
 from attacks.signals import CONTROL_PREFIX, FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.config.schema import DataSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
-from privtrain.data.manifest import read_sealed
-from privtrain.errors import PlanMismatch
+from privtrain.data.manifest import read_sealed, split_commitment
+from privtrain.errors import GuaranteeLost, PlanMismatch
 from privtrain.rundir import RunDirectory
 from privtrain.secret import SecretKey
 
@@ -59,17 +60,24 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     """The sealed coins of a run.
 
     Raises:
-        AttackInputError: if they are missing or were altered, or are not what training says that it used.
+        AttackInputError: if they are missing or were altered, or are not those that its privacy statement commits to.
     """
+    statement = read_statement(run.root)
     if not run.manifest.is_file():
         raise AttackInputError(
             f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split"
         )
     try:
         manifest = read_sealed(run.manifest)
+        commitment = split_commitment(run.load_key("root"), manifest["sha256"])
         used = read_sealed(run.used) if run.used.is_file() else {"manifest_sha256": manifest["sha256"]}
-    except PlanMismatch as error:
+    except (PlanMismatch, GuaranteeLost) as error:
         raise AttackInputError(f"{error}; it was altered after training began") from None
+    if commitment != statement.split_commitment:
+        raise AttackInputError(
+            f"{run.manifest} is not what {run.privacy} commits to: it, secret/root.key or the statement was replaced "
+            f"after training began; restore them. Which of them it was: privtrain ledger verify {run.root}"
+        )
     if used["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{run.manifest} is not the one that {run.used} was written with; it was replaced")
     return manifest

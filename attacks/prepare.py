@@ -17,11 +17,14 @@ from attacks.columns import read_columns, spans_of
 from attacks.documents import SPANS_PATH
 from attacks.errors import AttackInputError
 from privtrain.config import Config, load_config
-from privtrain.data.corpus import Corpus, load_corpus
-from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer
+from privtrain.data.corpus import Corpus, load_corpus, without_users
+from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer, read_sealed, split_commitment
 from privtrain.data.split import Split, seal
 from privtrain.inputs import check_inputs
+from privtrain.registry.database import registry_url
+from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_json
+from privtrain.secret import SecretKey
 
 SPANS_SCHEMA = "privtrain/spans/1"
 
@@ -32,25 +35,30 @@ class Prepared:
 
     Attributes:
         run: the run directory.
-        num_users: users in the data.
+        num_users: users in the data who did not opt out.
+        num_opted_out: users in the data who did.
         num_attacked: users of whom the attacker holds records.
         num_attacker_records: records that the attacker holds.
         num_canaries: planted users.
         num_labelled: records with sealed spans.
-        sha256: the seal.
+        commitment: what the privacy statement and the report will quote; keyed, so it tells nothing of the coins.
     """
 
     run: pathlib.Path
     num_users: int
+    num_opted_out: int
     num_attacked: int
     num_attacker_records: int
     num_canaries: int
     num_labelled: int
-    sha256: str
+    commitment: str
 
 
 def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_column: str | None = None) -> Prepared:
     """Make a run directory with its sealed coins. The same command again changes nothing.
+
+    People whom the registry has on its do-not-train list are left out, as training would. If somebody opted out since
+    the last time, they are taken out and everybody else's coins stay as they are.
 
     Args:
         config_path: the configuration that training will get.
@@ -65,26 +73,59 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     """
     config = load_config(config_path, overrides)
     check_inputs(config)
-    corpus = load_corpus(config.data, config.performance.index_dir)
+    everybody = load_corpus(config.data, config.performance.index_dir)
+    corpus = _without_opted_out(config, everybody)
     extras = read_columns(config.data, corpus, [spans_column] if spans_column else [])
     run = RunDirectory(config.run.directory)
-    if run.ledger.exists() or run.manifest.exists():
+    if _has_begun(run):
         raise AttackInputError(f"training has begun in {run.root}: coins come before it; set another run.name")
     if not run.exists():
         run.create()
     with run.locked():
-        is_new = not run.prepared.exists()
-        key = run.create_key("root", config.privacy.insecure_seed) if is_new else run.load_key("root")
+        key = run.load_key("root") if run.prepared.exists() else run.keep_key("root", config.privacy.insecure_seed)
         split = draw_split(config, corpus, _tokenizer(config), key)
         manifest = split.manifest(corpus)
-        if not is_new:
-            check_prepared(run.prepared, manifest)
+        if run.prepared.exists():
+            _check_sealed(run, config, everybody, corpus, key)
         if spans_column:
             labelled = {place: spans_of(row[spans_column], row["offset"]) for place, row in extras.items()}
             write_json(run.root / SPANS_PATH, _spans(manifest, labelled), mode=0o600)
+        elif _coins_of_spans(run) not in (None, manifest["sha256"]):
+            raise AttackInputError("somebody opted out and spans were sealed with the coins: give --spans again")
         # Last: it says that the run is prepared.
         write_json(run.prepared, manifest, mode=0o600)
-    return _public(run, corpus, split, manifest, len(extras))
+    return _public(run, corpus, split, split_commitment(key, manifest["sha256"]), len(extras))
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    """Whether training passed its comparison of the coins; a start that failed it leaves a log of one record."""
+    if run.manifest.exists() or any(run.secret.glob("generation-*.key")):
+        return True
+    return run.ledger.exists() and len(run.ledger.read_bytes().splitlines()) > 1
+
+
+def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
+    """Who training would leave out if it began now; without a registry nobody."""
+    url = registry_url(config.registry)
+    if url is None:
+        return corpus
+    registry = Registry(url, retry_seconds=config.registry.retry_seconds)
+    listed = registry.do_not_train()
+    dropped = [user for user in corpus.records if registry.pseudonym(user) in listed] if listed else []
+    return without_users(corpus, dropped) if dropped else corpus
+
+
+def _check_sealed(run: RunDirectory, config: Config, everybody: Corpus, allowed: Corpus, key: SecretKey) -> None:
+    """See that the sealed coins are those of this command, but for people who opted out since.
+
+    Raises:
+        PlanMismatch: if they are not.
+    """
+    sealed = read_sealed(run.prepared)
+    known = {*sealed["held_in"], *sealed["held_out"]}
+    gone = [user for user in everybody.records if user not in known and user not in allowed.records]
+    then = without_users(everybody, gone)
+    check_prepared(run.prepared, draw_split(config, then, _tokenizer(config), key).manifest(then))
 
 
 def _tokenizer(config: Config) -> Any:
@@ -93,6 +134,12 @@ def _tokenizer(config: Config) -> Any:
     from privtrain.models import load_tokenizer
 
     return load_tokenizer(config.model)
+
+
+def _coins_of_spans(run: RunDirectory) -> str | None:
+    """The seal of the coins that sealed spans belong to; None without spans."""
+    path = run.root / SPANS_PATH
+    return read_sealed(path)["manifest_sha256"] if path.is_file() else None
 
 
 def _spans(manifest: dict[str, Any], found: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
@@ -104,13 +151,14 @@ def _spans(manifest: dict[str, Any], found: dict[tuple[str, int], list[tuple[int
     return {**body, "sha256": seal(json.loads(json.dumps(body)))}
 
 
-def _public(run: RunDirectory, corpus: Corpus, split: Split, manifest: dict[str, Any], num_labelled: int) -> Prepared:
+def _public(run: RunDirectory, corpus: Corpus, split: Split, commitment: str, num_labelled: int) -> Prepared:
     return Prepared(
         run=run.root,
         num_users=len(corpus.records),
+        num_opted_out=corpus.counts.num_users_opted_out,
         num_attacked=len(split.attacker),
         num_attacker_records=sum(map(len, split.attacker.values())),
         num_canaries=len(split.canaries),
         num_labelled=num_labelled,
-        sha256=manifest["sha256"],
+        commitment=commitment,
     )

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from attacks import cost
+from attacks import cost, labeller
 from attacks.membership import (
     calibrated,
     ez_mia,
@@ -30,7 +30,12 @@ ATTACKS: dict[str, Attack] = {}
 
 Panel = Callable[[pathlib.Path, PrivacyStatement, int], dict[str, Any] | None]
 
-PANELS: dict[str, Panel] = {"cost": cost.panel, "canaries": canary_panel.panel, "extraction": extraction_panel.panel}
+PANELS: dict[str, Panel] = {
+    "cost": cost.panel,
+    "labeller": labeller.panel,
+    "canaries": canary_panel.panel,
+    "extraction": extraction_panel.panel,
+}
 """Evaluations that are no score per unit: (run, statement, seed) to public facts, or None where the run lacks what they
 need. ``attacks.json`` holds them under ``panels``."""
 

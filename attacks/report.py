@@ -231,6 +231,10 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
             f"{path} has schema {attacks.get('schema')!r} and plan {attacks.get('plan_fingerprint')!r}; expected "
             f"{analyse.SCHEMA_NAME!r} and {statement.plan_fingerprint!r}; run next: attacks analyse {run}"
         )
+    if attacks.get("split_commitment", "") != statement.split_commitment:
+        raise AttackInputError(
+            f"{path} was computed on other coins than the privacy statement commits to; run next: attacks analyse {run}"
+        )
     return statement, attacks
 
 

@@ -83,6 +83,7 @@ class PrivacyStatement(_Part):
     accountants: list[AccountantAnswer]
     num_units: int | None
     ledger: Ledger | None
+    split_commitment: str = ""
     plan_fingerprint: str
     assumptions: list[str]
     not_covered: list[str]

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from rich.progress import track
 
 from attacks import documents as planning
+from attacks import labeller
 from attacks import variants as rewriting
 from attacks.canaries import POOL, plan_canaries
 from attacks.columns import Extras, days_of, read_columns, spans_of
@@ -121,6 +122,7 @@ class Job:
     sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
     target: pathlib.Path
     fingerprint: str
+    notes: Mapping[str, Any]
 
     @property
     def parts(self) -> pathlib.Path:
@@ -211,7 +213,7 @@ def _prepare(
         manifest=manifest,
         sides={**sides_of(own, manifest), POOL: HELD_OUT},
         corpus=corpus,
-        extras=read_columns(data, natural, options.columns),
+        extras=read_columns(data, natural, options.columns, _records_of(documents)),
         tokenizer=tokenizer,
         encoder=Encoder(data, tokenizer),
         max_length=data.max_length,
@@ -222,7 +224,13 @@ def _prepare(
         sealed_spans=planning.read_spans(attacked, manifest) if options.spans_column is None else None,
         target=target,
         fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        notes=_notes(options),
     )
+
+
+def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
+    """The documents that are records of the data as they stand there."""
+    return {(document.user, document.index) for document in documents if document.text is None}
 
 
 def load_scorers(
@@ -276,11 +284,21 @@ def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> 
                 f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
                 "score on one machine or on a shared file system"
             )
-        write_json(job.target.with_suffix(".json"), {"options": dataclasses.asdict(job.options)}, mode=0o600)
+        if "labeller" in job.notes:
+            print(f"{job.notes['labeller']['name']} {labeller.sentence(job.notes['labeller'])}")
+        write_json(job.target.with_suffix(".json"), job.notes, mode=0o600)
         num_documents = join_signals(job.target, [job.part(number) for number in range(len(parts))])
         shutil.rmtree(job.parts)
     state.wait_for_everyone()
     return num_documents
+
+
+def _notes(options: ScoreOptions) -> dict[str, Any]:
+    """What stands beside the signals: how they were made, and how good the labeller is where one was used."""
+    found: dict[str, Any] = {"options": dataclasses.asdict(options)}
+    if options.spans_column == PRESIDIO:
+        found["labeller"] = labeller.measure_presidio()
+    return found
 
 
 def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:

@@ -48,10 +48,12 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
     folder = (run_path / SHADOWS_PATH).resolve()
     make_private_directory(folder)
-    # No shadow may train on what the attacker holds: fresh documents are fresh to all models.
+    # Who opted out is in no manifest. No shadow may train on what the attacker holds: fresh documents are fresh to all.
+    allowed = {*manifest["held_in"], *manifest["held_out"]}
     lines = [
         json.dumps({"user": user, "text": text}, ensure_ascii=False)
         for user, texts in corpus.records.items()
+        if user in allowed
         for index, text in enumerate(texts)
         if index not in set(manifest["attacker"].get(user, ()))
     ]

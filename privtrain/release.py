@@ -53,6 +53,7 @@ def privacy_statement(
     num_accounted: int,
     num_commits: int,
     ledger_head: str,
+    split_commitment: str,
 ) -> dict[str, Any]:
     """The statement of what is guaranteed, for ``privacy.json``.
 
@@ -65,6 +66,7 @@ def privacy_statement(
         num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
         num_commits: steps that the ledger shows as finished.
         ledger_head: hash of the ledger's last record.
+        split_commitment: to the coins, as the ledger has it; keyed, so it tells nothing of them.
     """
     epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
     return {
@@ -107,6 +109,7 @@ def privacy_statement(
         ],
         "num_units": num_units,
         "ledger": {"head": ledger_head, "num_commits": num_commits},
+        "split_commitment": split_commitment,
         "plan_fingerprint": plan.fingerprint(),
         "assumptions": [
             _RELATION_ASSUMPTION[plan.neighboring_relation],

@@ -109,6 +109,11 @@ class RunDirectory:
         write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
         return key
 
+    def keep_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
+        """The key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again."""
+        is_there = (self.secret / f"{name}.key").exists()
+        return self.load_key(name) if is_there else self.create_key(name, insecure_seed)
+
     def load_key(self, name: str) -> SecretKey:
         """The key stored under ``secret/NAME.key``.
 

@@ -120,7 +120,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
     if not isinstance(data.source, FilesSource):
         problem = f"is for data.source.kind: files; given {data.source.kind}"
         raise ConfigError([Fault("performance.index_dir", problem)])
-    files = [file.resolve() for pattern in data.source.paths for file in _expand(pattern)]
+    files = [file.resolve() for file in source_files(data.source)]
     made_of = {
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns] for file in files],
         "format": data.format,
@@ -148,6 +148,23 @@ def deduplicated(corpus: Corpus) -> Corpus:
     )
 
 
+def without_users(corpus: Corpus, dropped: Iterable[str]) -> Corpus:
+    """The corpus without these users; its digest stays that of the data as it was read.
+
+    Raises:
+        ConfigError: if nobody is left.
+    """
+    gone = set(dropped)
+    if isinstance(corpus.records, index.IndexedRecords):
+        records = corpus.records.without(gone)
+    else:
+        records = {user: texts for user, texts in corpus.records.items() if user not in gone}
+    if not records:
+        raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
+    counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
+    return dataclasses.replace(corpus, records=records, counts=counts)
+
+
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
@@ -165,7 +182,7 @@ def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, int]) -> Itera
     num_rows = num_without_user = num_empty = 0
     for user, text in rows:
         num_rows += 1
-        owner = _owner(user)
+        owner = owner_of(user)
         content = text.strip() if isinstance(text, str) else ""
         if not owner:
             num_without_user += 1
@@ -188,7 +205,7 @@ def normal_form(text: str) -> str:
     return " ".join(text.split())
 
 
-def _owner(user: object) -> str:
+def owner_of(user: object) -> str:
     """A user id as text; empty if there is none. An id that could be written in two ways is refused."""
     if user is None or (isinstance(user, float) and math.isnan(user)):
         return ""
@@ -217,7 +234,7 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     if isinstance(data.source, HubSource):
         rows = _hub_rows(data.source, columns)
     else:
-        rows = (row for pattern in data.source.paths for file in _expand(pattern) for row in _file_rows(file, columns))
+        rows = (row for file in source_files(data.source) for row in _file_rows(file, columns))
     for user, *values in rows:
         yield user, formats.canonical(data, values)
 
@@ -271,6 +288,11 @@ def _columns(file: pathlib.Path) -> list[str]:
             return list(json.loads(lines.readline() or "{}"))
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
+
+
+def source_files(source: FilesSource) -> list[pathlib.Path]:
+    """The files of a source in reading order."""
+    return [file for pattern in source.paths for file in _expand(pattern)]
 
 
 def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:

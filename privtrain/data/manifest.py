@@ -81,6 +81,21 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
+    """What may be published of the coins: it fixes them and tells nothing of them.
+
+    The seal alone would not do: where few coins were flipped, whoever has the data could try them all.
+
+    Args:
+        root_key: the run's.
+        manifest_sha256: seal of the coins.
+
+    Returns:
+        HMAC-SHA-256 in hex.
+    """
+    return root_key.derive("split commitment", manifest_sha256).hex()
+
+
 def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Refuse to train with other coins than those that were sealed beforehand.
 
@@ -97,8 +112,8 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         raise PlanMismatch(
             f"{path} was sealed with other {', '.join(differing) or 'keys'} than this configuration, data set, "
             "tokenizer and the run's key give; nothing was trained. Restore what was changed since `attacks prepare`, "
-            "or prepare and train under another run.name. People who opted out (`privtrain ledger forget`) are left "
-            "out of the data before the coins are compared; where there are any, take them out of the data first"
+            "or prepare and train under another run.name. If somebody opted out since then (`privtrain ledger "
+            "forget`), the same `attacks prepare` again leaves them out and keeps everybody else's coins"
         )
 
 

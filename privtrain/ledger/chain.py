@@ -105,6 +105,7 @@ class LedgerState:
         records_per_unit: k, the most records of a unit in a step.
         generation: the newest generation; -1 before the first session.
         environment: digest of the environment under the pseudonym key; empty if nothing may be replayed.
+        split: commitment to the coins that are trained on; empty before the first session.
         intents: (generation, step) → root over its contributions; every one is charged.
         commits: (generation, step) that finished → digest of the noised sum that was applied.
         zeroed: (generation, step) → places in the tree of the users who counted as zero; only where there are any.
@@ -122,6 +123,7 @@ class LedgerState:
     records_per_unit: int = 0
     generation: int = -1
     environment: str = ""
+    split: str = ""
     intents: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     commits: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     zeroed: dict[tuple[int, int], list[int]] = dataclasses.field(default_factory=dict)
@@ -272,6 +274,8 @@ def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
         return "a session of a generation that is neither the last nor the next"
     if not 0 <= record["from_step"] <= len(state.path):
         return "a session that starts past the steps that were taken"
+    if state.split and record.get("split") != state.split:
+        return "a session with other coins than the run began with"
     return None
 
 
@@ -335,6 +339,7 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
                 state.path = [entry for entry in state.path if entry.step < record["from_step"]]
             state.generation = record["generation"]
             state.environment = record["environment"]
+            state.split = record.get("split", "")
         case "intent":
             generation, step = record["generation"], record["step"]
             state.intents[generation, step] = record["root"]

@@ -122,11 +122,17 @@ class Ledger:
         """A digest of the data under the run's key: a log without its key tells nobody whether a guess is right."""
         return self._key.derive(f"ledger {purpose}", digest).hex()
 
-    def begin_session(self, *, generation: int, from_step: int, environment: str) -> None:
-        """Record that training (re)starts at ``from_step``; a new generation abandons the steps past it."""
-        self._append(
-            "session", generation=generation, from_step=from_step, environment=self.blinded("environment", environment)
-        )
+    def begin_session(self, *, generation: int, from_step: int, environment: str, split: str = "") -> None:
+        """Record that training (re)starts at ``from_step``; a new generation abandons the steps past it.
+
+        Args:
+            generation: the current generation.
+            from_step: steps that the loaded model has behind it.
+            environment: digest of the environment.
+            split: commitment to the coins that are trained on; the same in every session.
+        """
+        fields = {"environment": self.blinded("environment", environment)} | ({"split": split} if split else {})
+        self._append("session", generation=generation, from_step=from_step, **fields)
 
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
         """Put on disk who is about to contribute.

@@ -101,6 +101,8 @@ def _claims(statement: Any, state: LedgerState, log: pathlib.Path) -> list[tuple
         ("delta", statement["delta"], release.delta),
         *(("accountants: upper", item["upper"], release.epsilon) for item in statement["accountants"]),
     ]
+    if state.split or "split_commitment" in statement:
+        claims.append(("split_commitment", statement["split_commitment"], state.split))
     if release.plan:
         claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.plan))
     return claims

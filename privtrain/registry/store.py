@@ -250,6 +250,10 @@ class Registry:
         chosen = sa.select(OptOut.user_pseudonym).where(OptOut.number <= reservation.num_opt_outs)
         return frozenset(self.database.read(lambda c: c.execute(chosen).scalars().all()))
 
+    def do_not_train(self) -> frozenset[str]:
+        """Pseudonyms on the list now: what a run drops that reserves before anybody else is put there."""
+        return frozenset(self.database.read(lambda c: c.execute(sa.select(OptOut.user_pseudonym)).scalars().all()))
+
     def settle(
         self,
         uid: str,

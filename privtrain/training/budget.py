@@ -17,8 +17,7 @@ from collections.abc import Iterator, Set
 from privtrain.backends import Backend
 from privtrain.console import say
 from privtrain.data.canaries import canaries_of, plant
-from privtrain.data.corpus import Corpus
-from privtrain.data.index import IndexedRecords
+from privtrain.data.corpus import Corpus, without_users
 from privtrain.data.manifest import read_sealed
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import example_name
@@ -69,23 +68,6 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
     with backend.main_alone():
         if hold is not None:
             hold.settle()
-
-
-def without_users(corpus: Corpus, dropped: list[str]) -> Corpus:
-    """The corpus without these users; its digest stays that of the data as it was read.
-
-    Raises:
-        ConfigError: if nobody is left.
-    """
-    gone = set(dropped)
-    if isinstance(corpus.records, IndexedRecords):
-        records = corpus.records.without(gone)
-    else:
-        records = {user: texts for user, texts in corpus.records.items() if user not in gone}
-    if not records:
-        raise ConfigError([Fault("data.source", "every user is on the do-not-train list")])
-    counts = dataclasses.replace(corpus.counts, num_users_opted_out=len(corpus.records) - len(records))
-    return dataclasses.replace(corpus, records=records, counts=counts)
 
 
 class Hold:

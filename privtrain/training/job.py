@@ -119,7 +119,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         split = draw_split(inputs.config, inputs.corpus, network.tokenizer, root_key)
         with backend.main_alone():
             if ledger is not None:
-                check_coins(inputs, split)
+                check_coins(inputs, split, ledger.state)
         has_begun = ledger is not None and ledger.state.generation >= 0
         cache = inputs.run.base_losses
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
@@ -396,6 +396,7 @@ def _release(
         num_accounted=num_accounted,
         num_commits=len(past.commits),
         ledger_head=head,
+        split_commitment=past.split,
     )
     card = model_card(config, plan, statement)
     if config.training.releases_model:

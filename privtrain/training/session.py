@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from privtrain.backends import Backend
 from privtrain.config import public_tree, to_yaml
 from privtrain.console import say
-from privtrain.data.manifest import check_prepared, used_facts
+from privtrain.data.manifest import check_prepared, split_commitment, used_facts
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
-from privtrain.ledger import Ledger, open_ledger
+from privtrain.ledger import Ledger, LedgerState, open_ledger
 from privtrain.ledger.head import head_path
 from privtrain.rundir import write_atomically, write_json
 from privtrain.secret import SecretKey
@@ -67,23 +67,30 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
 
 
 def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
-    """The key behind the split: made when the run is prepared or first begun, kept ever after, sent to every rank."""
+    """The key behind the split: made when the run is prepared or first tried, kept ever after, sent to every rank."""
     secret = None
     if ledger is not None:
         run, seed = inputs.run, inputs.plan.insecure_seed
-        is_used = ledger.state.generation >= 0 or run.prepared.exists()
-        secret = (run.load_key("root") if is_used else run.create_key("root", seed)).reveal()
+        must_exist = ledger.state.generation >= 0 or run.prepared.exists()
+        secret = (run.load_key("root") if must_exist else run.keep_key("root", seed)).reveal()
     return SecretKey(backend.broadcast_bytes(secret))
 
 
-def check_coins(inputs: Inputs, split: Split) -> None:
-    """On rank 0, where ``attacks prepare`` flipped the coins: see that these are they.
+def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
+    """On rank 0: see that these coins are those that training began with, and that ``attacks prepare`` flipped.
 
     Raises:
-        PlanMismatch: if they are not.
+        GuaranteeLost: if training began with others.
+        PlanMismatch: if others were prepared.
     """
+    manifest = split.manifest(inputs.corpus)
+    if state.split and state.split != split_commitment(inputs.run.load_key("root"), manifest["sha256"]):
+        raise GuaranteeLost(
+            f"{inputs.run.ledger} shows that training began with other coins than secret/root.key and the data give "
+            "now: one of them was replaced. Restore it, or set another run.name"
+        )
     if inputs.run.prepared.exists():
-        check_prepared(inputs.run.prepared, split.manifest(inputs.corpus))
+        check_prepared(inputs.run.prepared, manifest)
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
@@ -133,8 +140,12 @@ def _explain(continuation: Continuation) -> None:
 def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, units: UnitData) -> None:
     """Put on record that training goes on, and with what."""
     run, continuation = inputs.run, session.continuation
+    manifest = split.manifest(inputs.corpus)
     ledger.begin_session(
-        generation=continuation.generation, from_step=continuation.start_step, environment=session.environment
+        generation=continuation.generation,
+        from_step=continuation.start_step,
+        environment=session.environment,
+        split=split_commitment(run.load_key("root"), manifest["sha256"]),
     )
     checkpoint.drop_after(run.checkpoints, continuation.start_step)
     write_atomically(run.resolved_config, to_yaml(inputs.config.model_dump(mode="json")), mode=0o600)
@@ -145,7 +156,6 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         "num_training_records_without_target": units.num_without_target,
     }
     write_json(run.data_counts, counts, mode=0o600)
-    manifest = split.manifest(inputs.corpus)
     if not run.manifest.exists():
         write_json(run.manifest, manifest, mode=0o600)
     elif json.loads(run.manifest.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:

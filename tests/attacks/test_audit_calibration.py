@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -49,6 +50,11 @@ def draw(seed, num, law, *parameters, prob_in=0.5):
     return fair(Coins(law(rng, is_in, *parameters), is_in, prob_in, "user", "drawn"), seed)
 
 
+# Functions of a few counts, asked for thousands of times.
+one_run_bound = functools.cache(one_run.epsilon_lower_bound)
+mu_bound = functools.cache(tradeoff.mu_lower_bound)
+
+
 def bounds(coins, delta, seed):
     """Every lower bound on epsilon at level ``ALPHA``."""
     num, sides = coins.num_coins, (coins.scores[coins.is_in], coins.scores[~coins.is_in])
@@ -56,8 +62,8 @@ def bounds(coins, delta, seed):
     share = ALPHA / len(numbers)
     right = {count: correct_guesses(coins, count, seed) for count in numbers}
     return {
-        "one run": max(one_run.epsilon_lower_bound(num, count, value, delta, share) for count, value in right.items()),
-        "mu": max(tradeoff.mu_lower_bound(num, count, value, share) for count, value in right.items()),
+        "one run": max(one_run_bound(num, count, value, delta, share) for count, value in right.items()),
+        "mu": max(mu_bound(num, count, value, share) for count, value in right.items()),
         "clopper": clopper.epsilon_lower_bound(*sides, delta, ALPHA),
         "clopper split": clopper.epsilon_lower_bound(*sides, delta, ALPHA, strategy="split", seed=seed),
     }

@@ -98,14 +98,14 @@ def test_a_replaced_key_is_refused(planted):
         train(path)
 
 
-def test_the_seal_of_what_was_used_binds_the_manifest(planted):
+def test_the_privacy_statement_binds_the_manifest(planted):
     path, run = planted
     train(path)
     body = json.loads(run.manifest.read_text())
     body["held_in"], body["held_out"] = body["held_out"], body["held_in"]
     del body["sha256"]
     run.manifest.write_text(json.dumps({**body, "sha256": seal(body)}))
-    with pytest.raises(AttackInputError, match="it was replaced"):
+    with pytest.raises(AttackInputError, match=r"is not what .*privacy.json commits to"):
         score_run(run.root, ScoreOptions())
 
 

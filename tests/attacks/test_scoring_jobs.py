@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from attacks import documents, pii, shadows
+from attacks import documents, shadows
 from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
@@ -182,17 +182,6 @@ def test_labelled_spans_dates_and_languages_come_from_the_data(tree, tmp_path):
     (run / SIGNALS_PATH).unlink()
     with pytest.raises(AttackInputError, match="no column nothing"):
         score_run(run, ScoreOptions(spans_column="nothing"))
-
-
-def test_presidio_is_asked_for_by_name_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
-    pii._analyzer.cache_clear()
-    with pytest.raises(AttackInputError, match=r"privtrain\[pii\]"):
-        pii.find_personal_data("Ada Lovelace")
-
-
-def test_recall_counts_characters():
-    assert pii.recall([[(0, 4)], []], [[(2, 6)], [(0, 3)]]) == (2, 7)
 
 
 def test_a_token_is_sensitive_if_any_of_its_characters_is(tiny_llama):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from privtrain.config import load_config
 from privtrain.config.schema import DataSection
 from privtrain.data import index
-from privtrain.data.corpus import load_corpus
+from privtrain.data.corpus import load_corpus, without_users
 from privtrain.data.encode import Encoder
 from privtrain.data.index import IndexedRecords, open_or_build
 from privtrain.data.split import split_users
@@ -26,7 +26,6 @@ from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError
 from privtrain.models import load_tokenizer
 from privtrain.secret import SecretKey
-from privtrain.training.budget import without_users
 from privtrain.training.job import train
 from tests.conftest import write_config
 

@@ -1,0 +1,106 @@
+"""What the silence of an automatic labeller is worth: its recall on texts whose sensitive spans are known exactly."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from attacks import pii
+from attacks.pii import Span
+from attacks.rundir import PrivacyStatement
+from attacks.signals import SIGNALS_PATH
+from privtrain.data.synthetic import CustomerRecord, customer_records
+
+NUM_MESSAGES = 200
+_MESSAGES_PER_CUSTOMER = 2.0
+ALL = "all"
+
+
+def synthetic_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
+    """The first messages of synthetic customers, the same every time."""
+    return list(itertools.islice(customer_records(count, seed=0, mean_records=_MESSAGES_PER_CUSTOMER), count))
+
+
+def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[dict[str, Any]]:
+    """Recall of a labeller, for each kind of span and over all.
+
+    Args:
+        find: from a text to the spans that it takes for sensitive.
+        records: texts with their true spans.
+
+    Returns:
+        A row a kind: how many spans and characters there are, the share of the characters that was found, and the
+        share of the spans that was found whole. The last row, ``all``, also has the share of the characters found that
+        are sensitive.
+    """
+    totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    num_found = 0
+    for record in records:
+        found = {place for start, end in find(record.text) for place in range(start, end)}
+        num_found += len(found)
+        for span in record.spans:
+            places = set(range(span.start, span.end))
+            for kind in (span.label, ALL):
+                totals[kind].update(
+                    num_spans=1,
+                    num_characters=len(places),
+                    num_found=len(places & found),
+                    num_whole=places <= found,
+                )
+    rows = [
+        {
+            "kind": kind,
+            "num_spans": total["num_spans"],
+            "num_characters": total["num_characters"],
+            "recall": total["num_found"] / total["num_characters"],
+            "found_whole": total["num_whole"] / total["num_spans"],
+        }
+        for kind, total in sorted(totals.items(), key=lambda item: (item[0] == ALL, item[0]))
+    ]
+    if rows:
+        rows[-1]["precision"] = totals[ALL]["num_found"] / num_found if num_found else None
+    return rows
+
+
+def measure_presidio() -> dict[str, Any]:
+    """Presidio's recall on synthetic customers, as :func:`panel` reads it; takes some seconds."""
+    return {"name": pii.version(), "rows": measure(pii.find_personal_data, synthetic_messages())}
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """The recall in a line, the kinds that are missed first."""
+    *kinds, total = facts["rows"]
+    listed = ", ".join(f"{row['kind']} {row['recall']:.0%}" for row in sorted(kinds, key=lambda row: row["recall"]))
+    return f"found {total['recall']:.0%} of the sensitive characters of {NUM_MESSAGES} synthetic messages ({listed})"
+
+
+def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
+    """The recall of the labeller that a run was scored with; None if the spans were labelled or there are none.
+
+    Args:
+        run: a scored run.
+        statement: unused.
+        seed: unused; nothing is drawn.
+    """
+    path = (run / SIGNALS_PATH).with_suffix(".json")
+    facts = json.loads(path.read_text(encoding="utf-8")).get("labeller") if path.is_file() else None
+    if facts is None:
+        return None
+    return {
+        "title": "Recall of the labeller of sensitive tokens",
+        "summary": f"{facts['name']} {sentence(facts)}. Sensitive tokens that it missed count as other tokens.",
+        "columns": [
+            "kind",
+            {"key": "num_spans", "label": "spans"},
+            {"key": "num_characters", "label": "characters"},
+            {"key": "recall", "label": "characters found"},
+            {"key": "found_whole", "label": "spans found whole"},
+            {"key": "precision", "label": "of the characters found, sensitive"},
+        ],
+        "rows": facts["rows"],
+        "notes": ["Measured on invented customers, not on this run's data, whose language and forms may suit it less."],
+    }

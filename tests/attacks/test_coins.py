@@ -1,0 +1,274 @@
+"""Coins cannot be changed after training began: the ledger and the published statement commit to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from attacks.analyse import ATTACKS_PATH, analyse_run
+from attacks.cli import app
+from attacks.errors import AttackInputError
+from attacks.prepare import prepare
+from attacks.report import read_results
+from attacks.score import ScoreOptions, score_run
+from attacks.shadows import write_recipes
+from attacks.signals import SIGNALS_PATH
+from privtrain.data.manifest import split_commitment
+from privtrain.data.split import seal
+from privtrain.errors import GuaranteeLost, LedgerCorrupt
+from privtrain.ledger.view import check_chain, verify_run
+from privtrain.registry.store import Registry
+from privtrain.rundir import RunDirectory, write_json
+from privtrain.secret import SecretKey
+from privtrain.training import job
+from privtrain.training.job import train
+from tests.conftest import write_config
+
+
+@pytest.fixture
+def config(tree, tmp_path):
+    """A configuration whose secrets come from the operating system, and its run."""
+    del tree["privacy"]["insecure_seed"]
+    tree["data"]["attack_min_records"] = 2
+    tree["data"]["max_length"] = 64
+    tree["canaries"] = {"num_users": 6}
+    return write_config(tree, tmp_path / "c.yaml"), RunDirectory(tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture
+def finished(config):
+    prepare(config[0])
+    train(config[0])
+    return config[1]
+
+
+def begin_and_crash(path, monkeypatch) -> None:
+    """Training gets as far as its first step."""
+
+    def crash(*_):
+        raise RuntimeError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_loop", crash)
+        with pytest.raises(RuntimeError, match="is gone"):
+            train(path)
+
+
+def resealed(body):
+    body = {name: value for name, value in body.items() if name != "sha256"}
+    return {**body, "sha256": seal(body)}
+
+
+def flip(run: RunDirectory) -> str:
+    """Swap two users' sides in every sealed file, each with a seal that fits."""
+    manifest = json.loads(run.manifest.read_text())
+    canaries = {canary["user"] for canary in manifest["canaries"]}
+    one, other = (next(u for u in manifest[side] if u not in canaries) for side in ("held_in", "held_out"))
+    for side in ("held_in", "held_out"):
+        manifest[side] = sorted({one: other, other: one}.get(user, user) for user in manifest[side])
+    manifest = resealed(manifest)
+    for path in (run.manifest, run.prepared):
+        write_json(path, manifest)
+    write_json(run.used, resealed(json.loads(run.used.read_text()) | {"manifest_sha256": manifest["sha256"]}))
+    return manifest["sha256"]
+
+
+def test_what_prepare_prints_is_what_ledger_statement_and_report_quote(config):
+    path, run = config
+    shown = CliRunner().invoke(app, ["prepare", str(path)])
+    commitment = prepare(path).commitment
+    assert f"coins committed to as {commitment}" in shown.output
+    train(path)
+    assert check_chain(run.root).split == commitment
+    assert json.loads(run.privacy.read_text())["split_commitment"] == commitment
+    score_run(run.root, ScoreOptions(num_canary_references=5))
+    assert analyse_run(run.root)["split_commitment"] == commitment
+    assert "matches privacy.json" in verify_run(run.root)
+
+
+def test_the_commitment_says_nothing_of_the_coins_without_the_key(finished):
+    statement = json.loads(finished.privacy.read_text())
+    sha256 = json.loads(finished.manifest.read_text())["sha256"]
+    assert statement["split_commitment"] == split_commitment(finished.load_key("root"), sha256)
+    assert statement["split_commitment"] != split_commitment(SecretKey.generate(), sha256)
+    public = [p for p in finished.root.rglob("*") if p.is_file() and p.relative_to(finished.root).parts[0] != "secret"]
+    assert not any(sha256.encode() in path.read_bytes() for path in public)
+
+
+def test_before_training_the_same_command_flips_the_same_coins_whatever_was_deleted_but_the_key(config):
+    path, run = config
+    done, sealed = prepare(path), run.prepared.read_bytes()
+    run.prepared.unlink()
+    assert prepare(path) == done
+    assert run.prepared.read_bytes() == sealed
+    run.prepared.unlink()
+    train(path)
+    assert run.manifest.read_bytes() == sealed
+
+
+def test_coins_cannot_be_prepared_anew_once_training_began(config, monkeypatch):
+    path, run = config
+    prepare(path)
+    begin_and_crash(path, monkeypatch)
+    run.prepared.unlink()
+    with pytest.raises(AttackInputError, match="training has begun"):
+        prepare(path)
+    for file in (run.ledger, run.manifest, run.secret / "root.key", run.secret / "generation-0000.key"):
+        file.unlink()
+    prepare(path)  # nothing is left that prepare could know it by
+    with pytest.raises(LedgerCorrupt, match="is gone but the run had begun"):
+        train(path)
+
+
+def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatch):
+    path, run = config
+    prepare(path)
+    begin_and_crash(path, monkeypatch)
+    run.create_key("root")
+    for file in (run.prepared, run.manifest, run.used):
+        file.unlink()
+    with pytest.raises(GuaranteeLost, match="training began with other coins"):
+        train(path)
+
+
+def test_a_session_with_other_coins_is_no_record_of_the_same_ledger(config, monkeypatch):
+    path, _ = config
+    begin_and_crash(path, monkeypatch)
+    monkeypatch.setattr("privtrain.training.session.check_coins", lambda *_: None)
+    monkeypatch.setattr(job, "check_coins", lambda *_: None)
+    monkeypatch.setattr("privtrain.training.session.split_commitment", lambda *_: "0" * 64)
+    with pytest.raises(ValueError, match="other coins than the run began with"):
+        train(path)
+
+
+@pytest.mark.parametrize("command", [score_run, lambda run: write_recipes(run, 1)])
+def test_coins_that_were_edited_after_training_are_refused(finished, command):
+    flip(finished)
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
+        command(finished.root)
+
+
+def test_a_replaced_root_key_is_refused(finished):
+    finished.create_key("root")
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
+        score_run(finished.root)
+
+
+def test_a_statement_that_was_edited_to_fit_is_not_what_the_ledger_says(finished):
+    sha256 = flip(finished)
+    statement = json.loads(finished.privacy.read_text())
+    statement["split_commitment"] = split_commitment(finished.load_key("root"), sha256)
+    for path in (finished.privacy, finished.adapter / "privacy.json"):
+        write_json(path, statement)
+    with pytest.raises(LedgerCorrupt, match="split_commitment"):
+        verify_run(finished.root)
+    del statement["split_commitment"]
+    for path in (finished.privacy, finished.adapter / "privacy.json"):
+        write_json(path, statement)
+    with pytest.raises(LedgerCorrupt, match="lacks what a privacy statement holds"):
+        verify_run(finished.root)
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
+        score_run(finished.root)
+
+
+def test_analysis_refuses_signals_whose_sides_are_not_the_sealed_ones(finished):
+    score_run(finished.root, ScoreOptions(num_canary_references=5))
+    analyse_run(finished.root)
+    path = finished.root / SIGNALS_PATH
+    shutil.copy(path, path.with_suffix(".kept"))
+    table = pq.read_table(path)
+    sides = table["side"].to_pylist()
+    sides[0] = "held_out" if sides[0] == "held_in" else "held_in"
+    place = table.schema.get_field_index("side")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(sides)), path)
+    with pytest.raises(AttackInputError, match="on other sides than"):
+        analyse_run(finished.root)
+    shutil.copy(path.with_suffix(".kept"), path)
+    analyse_run(finished.root)
+    flip(finished)
+    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
+        analyse_run(finished.root)
+
+
+def test_a_report_of_results_on_other_coins_is_refused(finished):
+    score_run(finished.root, ScoreOptions(num_canary_references=5))
+    analyse_run(finished.root)
+    path = finished.root / ATTACKS_PATH
+    write_json(path, json.loads(path.read_text()) | {"split_commitment": "0" * 64})
+    with pytest.raises(AttackInputError, match="computed on other coins"):
+        read_results(finished.root)
+
+
+@pytest.fixture
+def registry(tree, tmp_path, monkeypatch) -> Registry:
+    monkeypatch.delenv("PRIVTRAIN_REGISTRY_KEY", raising=False)
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "budgets" / "registry.db"))
+    tree["registry"] = {"dataset": "people", "retry_seconds": 1}
+    made = Registry(str(tmp_path / "budgets" / "registry.db"))
+    made.set_budget("people", epsilon=20, delta=1e-6)
+    return made
+
+
+def users_of(manifest) -> set[str]:
+    canaries = {canary["user"] for canary in manifest["canaries"]}
+    return {*manifest["held_in"], *manifest["held_out"], *manifest["attacker"]} - canaries
+
+
+@pytest.fixture
+def charged(registry, config, tree, tmp_path):
+    """The same configuration under a budget; registry before config, so that both change the tree."""
+    return write_config(tree, tmp_path / "c.yaml"), config[1], registry
+
+
+def test_who_opted_out_before_is_left_out_and_the_run_can_be_trained(charged):
+    path, run, registry = charged
+    registry.forget(registry.pseudonym("user-003"))
+    done = prepare(path)
+    assert (done.num_users, done.num_opted_out) == (23, 1)
+    train(path)
+    manifest = json.loads(run.manifest.read_text())
+    assert manifest == json.loads(run.prepared.read_text())
+    assert users_of(manifest) == {f"user-{i:03d}" for i in range(24)} - {"user-003"}
+    score_run(run.root, ScoreOptions(num_canary_references=5))
+    write_recipes(run.root, 1)
+    shadow_data = (run.secret / "attack" / "shadows" / "records.jsonl").read_text()
+    assert "user-003" not in shadow_data
+    assert "user-004" in shadow_data
+
+
+def test_who_opts_out_in_between_is_taken_out_by_preparing_again_and_other_coins_stay(charged):
+    path, run, registry = charged
+    before = prepare(path)
+    sealed = json.loads(run.prepared.read_text())
+    registry.forget(registry.pseudonym("user-003"))
+    with pytest.raises(Exception, match="`attacks prepare` again leaves them out"):
+        train(path)
+    assert not run.manifest.exists()
+    after = prepare(path)
+    assert (before.num_users, after.num_users) == (24, 23)
+    assert after.commitment != before.commitment
+    anew = json.loads(run.prepared.read_text())
+    for side in ("held_in", "held_out"):
+        assert anew[side] == [user for user in sealed[side] if user != "user-003"]
+    assert anew["attacker"] == {u: taken for u, taken in sealed["attacker"].items() if u != "user-003"}
+    assert anew["canaries"] == sealed["canaries"]
+    train(path)
+    registry.forget(registry.pseudonym("user-004"))
+    score_run(run.root, ScoreOptions(num_canary_references=5))  # who opts out later was trained on, and is measured
+
+
+def test_an_opt_out_excuses_nobody_elses_absence(charged):
+    path, run, registry = charged
+    prepare(path)
+    registry.forget(registry.pseudonym("user-003"))
+    manifest = json.loads(run.prepared.read_text())
+    side = next(side for side in ("held_in", "held_out") if "user-004" in manifest[side])
+    manifest[side].remove("user-004")
+    write_json(run.prepared, resealed(manifest))
+    with pytest.raises(Exception, match="was sealed with other"):
+        prepare(path)

@@ -1,0 +1,123 @@
+"""Further columns are read by the rules that made the training data: dropped duplicates, records on disk."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from attacks.analyse import analyse_run
+from attacks.columns import read_columns
+from attacks.documents import read_manifest
+from attacks.errors import AttackInputError
+from attacks.score import ScoreOptions, score_run
+from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
+from privtrain.config import load_config
+from privtrain.data.corpus import load_corpus
+from privtrain.data.manifest import read_sealed
+from privtrain.rundir import RunDirectory
+from privtrain.training.job import train
+from tests.conftest import write_config
+
+NUM_DISTINCT = 8
+
+
+def rows_of(user: int) -> list[dict[str, object]]:
+    """Each record three times: as it is, with other white space, and again as it is; spans tell the rows apart."""
+    rows = []
+    for record in range(NUM_DISTINCT):
+        text = f"user {user} says {record}"
+        for copy, written in enumerate((f" {text}", text.replace(" ", "  "), text)):
+            rows.append({"user": f"u{user}", "text": written, "spans": [[1 + copy, 3 + copy]], "day": copy})
+    return rows
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows of all users, taking turns, and one that nobody owns."""
+    of_users = [rows_of(user) for user in range(8)]
+    mixed = [row for turn in zip(*of_users, strict=True) for row in turn]
+    mixed.insert(5, {"user": None, "text": "nobody's", "spans": [], "day": 0})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    return path
+
+
+@pytest.fixture
+def config_of(tree, rows, tmp_path):
+    def make(name: str, *, on_disk: bool, selection: bool = False):
+        tree["run"]["name"] = name
+        tree["data"] |= {"source": {"kind": "files", "paths": [str(rows)]}, "deduplicate": "within_user"}
+        tree["data"] |= {"held_out_fraction": 0.5, "attack_min_records": 2, "attack_fraction": 0.25}
+        tree["performance"].pop("index_dir", None)
+        if on_disk:
+            tree["performance"]["index_dir"] = str(tmp_path / "index")
+        if selection:
+            tree["privacy"] |= {"records_per_user": 2, "selection": "longest"}
+        return write_config(tree, tmp_path / f"{name}.yaml"), RunDirectory(tmp_path / "runs" / name)
+
+    return make
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_record_has_the_columns_of_the_row_that_was_kept(config_of, on_disk):
+    config = load_config(config_of("columns", on_disk=on_disk)[0])
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    found = read_columns(config.data, corpus, ["spans", "day"])
+    assert set(found) == {(f"u{user}", index) for user in range(8) for index in range(NUM_DISTINCT)}
+    assert all(row == {"spans": [[1, 3]], "day": 0, "offset": 1} for row in found.values())
+    assert read_columns(config.data, corpus, ["day"], [("u3", 2)]) == {("u3", 2): {"day": 0, "offset": 1}}
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_without_deduplication_every_row_counts(config_of, on_disk):
+    config = load_config(config_of("all", on_disk=on_disk)[0], ["data.deduplicate=none"])
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    found = read_columns(config.data, corpus, ["day"])
+    assert [found["u1", index]["day"] for index in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_rows_that_changed_are_refused(config_of, rows):
+    config = load_config(config_of("changed", on_disk=False)[0])
+    corpus = load_corpus(config.data)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(line.replace("user 1 says 2", "user 1 said 2") for line in lines))
+    with pytest.raises(AttackInputError, match="not those that were trained on"):
+        read_columns(config.data, corpus, ["day"])
+    rows.write_text("\n".join(line for line in lines if "user 1 says 2" not in line.replace("  ", " ")))
+    with pytest.raises(AttackInputError, match="not those that were trained on"):
+        read_columns(config.data, corpus, ["day"], [("u1", NUM_DISTINCT - 1)])
+
+
+def test_no_dropped_duplicate_is_scored_and_a_run_on_disk_gives_the_same_signals(config_of):
+    contents = []
+    for on_disk in (False, True):
+        path, run = config_of("scored", on_disk=on_disk)
+        if on_disk:
+            path, run = config_of("scored-on-disk", on_disk=True)
+        train(path)
+        score_run(run.root, ScoreOptions(spans_column="spans", date_column="day", num_training_records=8))
+        rows = read_signals(run.root / SIGNALS_PATH)
+        fresh = {user: set(indices) for user, indices in read_manifest(run)["attacker"].items()}
+        assert len(rows) == 8 * NUM_DISTINCT
+        assert all(int(row.document) < NUM_DISTINCT for row in rows)
+        assert {row.kind for row in rows} == {FRESH, TRAINING}
+        assert sum(row.kind == FRESH for row in rows) == sum(map(len, fresh.values()))
+        for row in rows:
+            assert row.date == 0.0
+            assert np.flatnonzero(row.sensitive).tolist() == [0, 1]
+        contents.append([(row.document, row.kind, row.base_logp.tolist()) for row in rows])
+    assert contents[0] == contents[1]
+
+
+def test_training_records_that_selection_left_out_are_counted(config_of):
+    path, run = config_of("selected", on_disk=False, selection=True)
+    train(path)
+    score_run(run.root, ScoreOptions(num_training_records=8))
+    rows = read_signals(run.root / SIGNALS_PATH)
+    left_out = read_sealed(run.used)["left_out"]
+    num_scored = sum(row.kind == TRAINING and row.side == HELD_IN for row in rows)
+    num_left_out = sum(map(len, left_out.values()))
+    assert 0 < num_left_out < num_scored
+    assert analyse_run(run.root)["num_training_records_left_out_by_selection"] == num_left_out
