@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def describe_plan(
         "warnings": warnings(
             config, plan, population["expected_training_units"], population["expected_training_users"]
         ),
-        "launch": _launch_command(config_path, overrides, options.accelerate),
+        "launch": _launch_command(config_path, overrides, options),
     }
 
 
@@ -167,8 +168,9 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
     }
 
 
-def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], accelerate: pathlib.Path | None) -> str:
-    launcher = accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
-    return " ".join(
-        ["accelerate launch --config_file", str(launcher), "-m privtrain train", str(config_path), *overrides]
-    )
+def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:
+    launcher = options.accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
+    words = ["accelerate", "launch", "--config_file", str(launcher)]
+    if options.num_ranks is not None:
+        words += ["--num_processes", str(options.num_ranks)]
+    return shlex.join([*words, "-m", "privtrain", "train", str(config_path), *overrides])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import shlex
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from privtrain.plan_view import print_plan
 from privtrain.planning import PlanOptions, describe_plan
 from privtrain.pricing import price_list
 from tests.conftest import write_config
+
+ZERO3 = pathlib.Path(__file__).parents[2] / "launch" / "accelerate" / "zero3.yaml"
 
 
 def test_activations_are_what_a_real_forward_pass_saves(tree, tiny_llama):
@@ -51,6 +55,15 @@ def test_the_model_is_built_once(tree, tmp_path, monkeypatch):
     found = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(num_users=100, prices=False))
     assert found["num_trained_parameters"] > 0
     assert len(built) == 1
+
+
+def test_the_command_is_the_one_to_type(tree, tmp_path):
+    """As a shell takes it apart, with what the command line of the plan changed."""
+    path = write_config(tree, tmp_path / "c.yaml")
+    options = PlanOptions(num_users=100, prices=False, accelerate=ZERO3, num_ranks=32)
+    words = shlex.split(describe_plan(path, ["privacy.noised_metrics={release: [loss]}"], options)["launch"])
+    launcher = ["accelerate", "launch", "--config_file", str(ZERO3), "--num_processes", "32"]
+    assert words == [*launcher, "-m", "privtrain", "train", str(path), "privacy.noised_metrics={release: [loss]}"]
 
 
 def test_what_the_launch_divides_among_ranks(tree, tmp_path):
