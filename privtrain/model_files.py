@@ -46,7 +46,7 @@ def check_model(model: ModelSection) -> list[Fault]:
     except ConfigError as error:
         return list(error.faults)
     if model.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        problem = f"{model.quantization} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46'"
+        problem = f"{model.quantization} needs bitsandbytes, which is not installed: pip install 'privtrain[quantized]'"
         return [Fault("model.quantization", problem)]
     path = pathlib.Path(location.path)
     if path.is_dir():

@@ -14,9 +14,11 @@ from torch import nn
 
 from privtrain.adapters import make_trainable
 from privtrain.config import validate
+from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
 from privtrain.layout import Layout
+from privtrain.models import load_base
 from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import brute_force_sum, clipped_sum, invented_users, make_clipper, relative_error
@@ -101,6 +103,18 @@ def test_lora_over_a_quantised_frozen_base_is_exact(tree, route):
     reference = brute_force_sum(model, layout, USERS, 0.3)
     clipper = make_clipper(model, layout, 0.3, route=route)
     assert relative_error(clipped_sum(clipper, USERS, 3), reference) < 1e-5
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_lora_over_a_base_that_bitsandbytes_holds_trains_exactly(tree, tiny_llama, quantization):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional: pip install 'privtrain[quantized]'")
+    base = load_base(ModelSection(name_or_path=str(tiny_llama), quantization=quantization))
+    model, layout = trainable(base, tree, {"target_modules": ["q_proj", "down_proj"]}, "lora")
+    assert any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
+    reference = brute_force_sum(model, layout, USERS, 0.3)
+    for route in ("batched", "one_unit"):
+        found = clipped_sum(make_clipper(model, layout, 0.3, route=route), USERS, 3)
+        assert relative_error(found, reference) < 1e-5
 
 
 def test_trainable_copies_are_fp32_over_a_bf16_base(tree):
