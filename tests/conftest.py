@@ -16,35 +16,39 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Two layers, 32 wide, 258 tokens: every byte, one begin-and-end mark and one spare."""
+def save_llama(directory: pathlib.Path, core: Any, **shape: Any) -> pathlib.Path:
+    """A random Llama, 32 wide, for a tokenizer whose token 0 marks begin and end; always the same weights."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=core.get_vocab_size(), hidden_size=32, bos_token_id=0, eos_token_id=0, **shape)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
+    """Two layers, 258 tokens: every byte, one begin-and-end mark and one spare."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": 0, **{symbol: i + 1 for i, symbol in enumerate(alphabet)}}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
+    return save_llama(
+        directory,
+        core,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from privtrain.sampling import DrawnUnit
 from privtrain.secret import SecretKey
 from privtrain.training import job
 from privtrain.training.trainer import Trainer
+from tests.conftest import save_llama
 
 GREETINGS = ("hello", "good-morning")
 
@@ -30,31 +31,22 @@ Mutant = Callable[[contextlib.ExitStack], None]
 
 
 def save_word_llama(directory: pathlib.Path, num_words: int) -> pathlib.Path:
-    """One layer, 32 wide, a token for each of ``num_words`` words w0, w1, … and the two greetings, and an end mark."""
+    """One layer, a token for each of ``num_words`` words w0, w1, … and the two greetings, and an end mark."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = [*GREETINGS, *(f"w{number}" for number in range(num_words))]
     vocabulary = {"<end>": 0, **{word: number for number, word in enumerate(words, start=1)}}
     core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<end>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<end>", bos_token="<end>", pad_token="<end>"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
+    return save_llama(
+        directory,
+        core,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=32,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def write_words_of_their_own(path: pathlib.Path, num_users: int, num_records: int) -> pathlib.Path:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from attacks.analyse import ATTACKS_PATH, analyse_run
 from attacks.cli import app
+from attacks.documents import SPANS_PATH
 from attacks.errors import AttackInputError
 from attacks.prepare import prepare
 from attacks.report import read_results
@@ -272,3 +273,20 @@ def test_an_opt_out_excuses_nobody_elses_absence(charged):
     write_json(run.prepared, resealed(manifest))
     with pytest.raises(Exception, match="was sealed with other"):
         prepare(path)
+
+
+def test_sealed_spans_follow_the_coins_when_somebody_opts_out(charged, tree, tmp_path):
+    _, run, registry = charged
+    rows = [{"user": f"u{n % 8}", "text": f"name {n}", "spans": [[0, 4]]} for n in range(48)]
+    source = tmp_path / "labelled.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["data"]["source"]["paths"] = [str(source)]
+    path = write_config(tree, tmp_path / "labelled.yaml")
+    assert prepare(path, spans_column="spans").num_labelled == 48
+    registry.forget(registry.pseudonym("u3"))
+    with pytest.raises(AttackInputError, match="give --spans again"):
+        prepare(path)
+    assert prepare(path, spans_column="spans").num_labelled == 42
+    manifest, sealed = json.loads(run.prepared.read_text()), json.loads((run.root / SPANS_PATH).read_text())
+    assert sealed["manifest_sha256"] == manifest["sha256"]
+    assert "u3" not in sealed["spans"]
