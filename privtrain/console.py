@@ -22,15 +22,22 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Steps done, ε spent and time left: a bar in a terminal, a line now and then elsewhere.
+    """Steps done, ε spent, speed and time left: a bar in a terminal, a line now and then elsewhere.
+
+    Speed is in the units that the plan expects a step to draw. How many were drawn is private, and so is how many
+    tokens they had.
 
     Args:
         start: steps already done.
         total: steps in all.
         visible: false on every rank but the first.
+        units_per_step: expected, of the plan.
+        unit: what they are called.
     """
 
-    def __init__(self, start: int, total: int, visible: bool) -> None:
+    def __init__(self, start: int, total: int, visible: bool, *, units_per_step: float, unit: str) -> None:
+        self._units_per_step = units_per_step
+        self._unit = unit
         self._total = total
         self._start = start
         self._visible = visible
@@ -67,10 +74,12 @@ class Progress:
         """Show that ``done`` steps are behind us."""
         if not self._visible:
             return
+        now = time.monotonic()
+        num_units = self._units_per_step * (done - self._start)
+        note = f"{note}  about {num_units / max(now - self._began, 1e-9):.3g} {self._unit}s/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
-        now = time.monotonic()
         if done == self._total or done == self._start + 1 or now - self._last_line > _LINE_INTERVAL_SECONDS:
             self._last_line = now
             eta_seconds = (now - self._began) / max(done - self._start, 1) * (self._total - done)

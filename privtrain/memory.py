@@ -68,8 +68,21 @@ class LaunchLayout:
         )
 
 
-def memory_bytes(config: Config, layout: LaunchLayout) -> dict[str, int]:
-    """Bytes of device memory on one rank, by part.
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """What the model of a run amounts to.
+
+    Attributes:
+        num_trained: trained parameters.
+        memory_bytes: part → bytes of device memory on one rank.
+    """
+
+    num_trained: int
+    memory_bytes: dict[str, int]
+
+
+def model_size(config: Config, layout: LaunchLayout) -> ModelSize:
+    """Trained parameters, and device memory of one rank by part.
 
     Args:
         config: a valid configuration; the model's own config must be at hand, its weights need not.
@@ -102,15 +115,7 @@ def memory_bytes(config: Config, layout: LaunchLayout) -> dict[str, int]:
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
     activations, logits = _activation_bytes(config, model, base)
-    return {**parts, "activations": activations, "logits": logits}
-
-
-def num_trained(config: Config) -> int:
-    """How many parameters the run trains."""
-    import torch
-
-    model, _ = _meta_model(config, torch.float32)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSize(trained, {**parts, "activations": activations, "logits": logits})
 
 
 def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:

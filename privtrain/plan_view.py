@@ -38,6 +38,11 @@ def _plan_table(d: dict[str, Any]) -> Table:
         table.add_row("records of a user", f"median {d['records_of_median_user']}, most {d['records_of_largest_user']}")
     table.add_row("units trained on (expected)", f"{d['expected_training_units']:,}")
     above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d else ""
+    if "records_within_bound" in d:
+        beyond = d["num_records"] - d["records_within_bound"]
+        is_afresh = d["sampled_unit"] == "user" and d["selection"].startswith("random")
+        fate = "more than one step takes, drawn afresh in each" if is_afresh else "dropped"
+        table.add_row("records within the bound", f"{d['records_within_bound']:,}; {beyond:,} {fate}")
     if d["sampled_unit"] == "user":
         table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}; {_selection_text(d)}")
     elif d["records_per_user_in_training_set"] is not None:
@@ -58,7 +63,8 @@ def _plan_table(d: dict[str, Any]) -> Table:
         table.add_row("largest signal / noise of a step", signal)
     epsilon = "∞" if d["epsilon"] is None else f"{d['epsilon']:.4f}"
     table.add_row(f"ε ({d['accountant']}, certified upper bound)", epsilon)
-    table.add_row("δ", f"{d['delta']:g}")
+    people = d["expected_training_users" if d["unit"] == "user" else "expected_training_units"]
+    table.add_row("δ", f"{d['delta']:g}; 1 / {d['unit']}s is {1 / max(people, 1):.2g}")
     return table
 
 

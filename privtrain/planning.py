@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from privtrain.config import Config, load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
-from privtrain.memory import LaunchLayout, memory_bytes, num_trained
+from privtrain.memory import LaunchLayout, ModelSize, model_size
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.pricing import price_list
 
@@ -74,7 +75,7 @@ def describe_plan(
         "warnings": warnings(
             config, plan, population["expected_training_units"], population["expected_training_users"]
         ),
-        "launch": _launch_command(config_path, overrides, options.accelerate),
+        "launch": _launch_command(config_path, overrides, options),
     }
 
 
@@ -101,6 +102,7 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
         "records_of_median_user": sizes[len(sizes) // 2],
         "records_of_largest_user": sizes[-1],
         "users_above_bound": sum(size > bound for size in sizes),
+        "records_within_bound": sum(min(size, bound) for size in sizes),
         "expected_training_units": round(expected_units(config, corpus)),
         "expected_training_users": round(expected_users(config, corpus)),
         "rows_duplicate": corpus.counts.num_duplicates,
@@ -147,28 +149,28 @@ def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
 def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
     """Memory of one rank, time, and how the largest possible signal compares with the noise."""
     try:
-        memory, problem = memory_bytes(config, layout), ""
-        num_parameters = num_trained(config)
+        size, problem = model_size(config, layout), ""
     except ConfigError as error:
-        memory, problem, num_parameters = {}, str(error), None
-    noise = plan.gradient_noise_multiplier * (num_parameters or 0) ** 0.5
+        size, problem = ModelSize(0, {}), str(error)
+    noise = plan.gradient_noise_multiplier * size.num_trained**0.5
     tokens_per_step = plan.expected_batch_size * plan.records_per_unit * config.data.max_length
     seconds = None
     if options.tokens_per_second:
         seconds = plan.num_steps * tokens_per_step / (options.tokens_per_second * layout.num_ranks)
     return {
-        "num_trained_parameters": num_parameters,
+        "num_trained_parameters": size.num_trained or None,
         "largest_signal_to_noise": plan.expected_batch_size / noise if noise else None,
         "num_ranks": layout.num_ranks,
-        "memory_bytes_per_rank": memory,
+        "memory_bytes_per_rank": size.memory_bytes,
         "memory_unknown_because": problem,
         "most_tokens_per_step": round(tokens_per_step),
         "most_training_seconds": seconds,
     }
 
 
-def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], accelerate: pathlib.Path | None) -> str:
-    launcher = accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
-    return " ".join(
-        ["accelerate launch --config_file", str(launcher), "-m privtrain train", str(config_path), *overrides]
-    )
+def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:
+    launcher = options.accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
+    words = ["accelerate", "launch", "--config_file", str(launcher)]
+    if options.num_ranks is not None:
+        words += ["--num_processes", str(options.num_ranks)]
+    return shlex.join([*words, "-m", "privtrain", "train", str(config_path), *overrides])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
@@ -153,13 +154,16 @@ def temporary_of(path: pathlib.Path) -> pathlib.Path:
 
 def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644) -> None:
     """Write, fsync and rename: after a crash the file is the old one or the new one, whole."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    _write_atomically(path, [content.encode("utf-8") if isinstance(content, str) else content], mode)
+
+
+def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> None:
     temporary = temporary_of(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -177,8 +181,10 @@ def make_private_directory(path: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:
-    """:func:`write_atomically` for readable JSON."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
+    """:func:`write_atomically` for readable JSON, piece by piece: a manifest names every user."""
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
+    pieces = itertools.chain(encoder.iterencode(value), ["\n"])
+    _write_atomically(path, (piece.encode("utf-8") for piece in pieces), mode)
 
 
 def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:

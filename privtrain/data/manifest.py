@@ -157,19 +157,20 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
     canaries = {canary.user for canary in split.canaries}
     kept: dict[str, set[int]] = {}
     left_out: dict[str, list[int]] = {}
-    num_owners = 0
-    pairs = zip(units.owners, units.indices, strict=True)  # a user's units stand next to each other
-    for owner, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        num_owners += 1
-        found = {index for _, indices in group for index in indices}
-        missing = sorted(set(split.training[owner]) - found)
+    pairs = zip(units.owners, units.indices, strict=True)  # users in the split's order, all units of one together
+    groups = itertools.groupby(pairs, key=lambda pair: pair[0])
+    owner, group = next(groups, (None, iter(())))
+    for user, allowed in split.training.items():
+        found: set[int] = set()
+        if user == owner:
+            found.update(index for _, indices in group for index in indices)
+            owner, group = next(groups, (None, iter(())))
+            if user in canaries:
+                kept[user] = found
+        missing = sorted(set(allowed) - found)
         if missing:
-            left_out[owner] = missing
-        if owner in canaries:
-            kept[owner] = found
-    if num_owners < len(split.training):
-        present = set(units.owners)
-        left_out |= {user: sorted(found) for user, found in split.training.items() if user not in present}
+            left_out[user] = missing
+    assert owner is None, "units of users who are not in the split, or in another order"
     return kept, left_out
 
 

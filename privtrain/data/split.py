@@ -15,6 +15,7 @@ from typing import Any
 from privtrain.config.schema import DataSection
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
+from privtrain.data.packed import Names, UserIndices
 from privtrain.secret import KeyStream, SecretKey
 
 SCHEMA = "privtrain/manifest/2"
@@ -37,7 +38,7 @@ class Split:
     """
 
     training: Mapping[str, tuple[int, ...]]
-    held_out: tuple[str, ...]
+    held_out: Sequence[str]
     attacker: Mapping[str, tuple[int, ...]]
     evaluation: tuple[tuple[str, int], ...]
     canaries: tuple[Canary, ...] = ()
@@ -75,29 +76,30 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries
         root_key: the run's; a user's coin depends on it and on the user's id alone.
         canaries: of :func:`privtrain.data.canaries.draw_canaries`.
     """
-    training: dict[str, tuple[int, ...]] = {}
-    held_out: list[str] = []
-    attacker: dict[str, tuple[int, ...]] = {}
+    training, attacker, held_out = UserIndices(), UserIndices(), Names()
+    candidates = UserIndices()
     changed = {canary.user for canary in canaries if not canary.is_invented}
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
         is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in changed else data.held_out_fraction)
         taken = _taken(stream, len(texts), data)
         if taken:
-            attacker[user] = tuple(sorted(taken))
-        if is_held_out:
-            held_out.append(user)
-        else:
-            training[user] = tuple(i for i in range(len(texts)) if i not in taken)
-    open_users = [user for user in held_out if user not in changed]
-    candidates = [(u, i) for u in open_users for i in range(len(corpus.records[u])) if i not in attacker.get(u, ())]
-    chosen = root_key.stream("evaluation").choose(len(candidates), data.num_evaluation_records)
+            attacker.add(user, sorted(taken))
+        kept = tuple(i for i in range(len(texts)) if i not in taken)
+        if not is_held_out:
+            training.add(user, kept)
+            continue
+        held_out.add(user)
+        if user not in changed:
+            candidates.add(user, kept)
+    chosen = root_key.stream("evaluation").choose(candidates.num_indices, data.num_evaluation_records)
+    evaluation = tuple((candidates.names[place], index) for place, index in map(candidates.owner, chosen))
     for canary in canaries:
         if canary.is_invented and root_key.stream("split", canary.user).uniform(1)[0] < CANARY_COIN:
-            held_out.append(canary.user)
+            held_out.add(canary.user)
         elif canary.is_invented:
-            training[canary.user] = tuple(range(len(canary.records)))
-    return Split(training, tuple(held_out), attacker, tuple(candidates[i] for i in chosen), tuple(canaries))
+            training.add(canary.user, range(len(canary.records)))
+    return Split(training, held_out, attacker, evaluation, tuple(canaries))
 
 
 def _taken(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:

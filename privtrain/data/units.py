@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ class UnitData:
         num_truncated: records cut at ``max_length``. Private.
         num_without_target: records that predict nothing and so contribute zero. Private.
         indices: per unit, which records of its owner they are, or are pieces of. Private.
-        owners: per unit, the user whose records they are. Private.
+        owners: per unit, the user whose records they are; all units of a user stand together. Private.
     """
 
     names: Sequence[str]
@@ -45,6 +46,11 @@ class UnitData:
     def num_records(self) -> np.ndarray:
         """[units] number of records."""
         return np.fromiter(map(len, self.records), dtype=np.int64, count=len(self.records))
+
+    @property
+    def num_owners(self) -> int:
+        """Number of users, all units of one standing together."""
+        return sum(1 for _ in itertools.groupby(self.owners))
 
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
         """The tokenised records that are wanted, unit by unit."""

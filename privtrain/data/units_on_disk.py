@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
+from privtrain.data.packed import Each, UserIndices
 from privtrain.data.records import Record
 from privtrain.data.split import Split
 from privtrain.data.units import Drawn, UnitData, example_name
@@ -25,17 +23,14 @@ class UnitsOnDisk(UnitData):
     """
 
     corpus: Corpus
-    split: Split
+    training: UserIndices
     encoder: Encoder
     unit: str
 
     @property
     def num_records(self) -> np.ndarray:
         """See :class:`~.units.UnitData`."""
-        if self.unit == "example":
-            return np.ones(len(self.names), dtype=np.int64)
-        counts = map(len, self.split.training.values())
-        return np.fromiter(counts, dtype=np.int64, count=len(self.split.training))
+        return np.ones(len(self.names), dtype=np.int64) if self.unit == "example" else self.training.counts()
 
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
         """See :class:`~.units.UnitData`. All texts are tokenised together."""
@@ -48,69 +43,29 @@ class UnitsOnDisk(UnitData):
         digest = hashlib.sha256()
         for part in (self.corpus.manifest_sha256, self.encoder.sha256(), self.unit):
             digest.update(part.encode())
-        for user, indices in self.split.training.items():
+        for user, indices in self.training.items():
             name = user.encode("utf-8", errors="surrogatepass")
-            digest.update(len(name).to_bytes(8, "little") + name + repr(tuple(indices)).encode())
+            digest.update(len(name).to_bytes(8, "little") + name + repr(indices).encode())
         return digest.hexdigest()
 
     def _place(self, unit: int, number: int) -> tuple[str, int]:
         """User and index of a unit's record."""
-        if isinstance(self.names, ExampleNames):
-            return self.names.place(unit)
-        user = self.names[unit]
-        return user, self.split.training[user][number]
-
-
-class ExampleNames(Sequence[str]):
-    """The name of every training record, made when it is asked for."""
-
-    def __init__(self, split: Split) -> None:
-        self._training = split.training
-        self._users = tuple(split.training)
-        counts = np.fromiter(map(len, split.training.values()), dtype=np.int64, count=len(self._users))
-        self._ends = np.cumsum(counts)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, unit: Any) -> Any:
-        if isinstance(unit, slice):
-            return tuple(self[i] for i in range(*unit.indices(len(self))))
-        user, index = self.place(unit)
-        return example_name(user, index)
-
-    def place(self, unit: int) -> tuple[str, int]:
-        """User and index of the unit's record."""
-        if not 0 <= unit < len(self):
-            raise IndexError(unit)
-        position = bisect.bisect_right(self._ends, unit)
-        user = self._users[position]
-        first = int(self._ends[position - 1]) if position else 0
-        return user, self._training[user][unit - first]
-
-
-class _OfExamples(Sequence[Any]):
-    """A property of every example, found when it is asked for."""
-
-    def __init__(self, names: ExampleNames, of: Callable[[tuple[str, int]], Any]) -> None:
-        self._names = names
-        self._of = of
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, unit: Any) -> Any:
-        if isinstance(unit, slice):
-            return tuple(self[i] for i in range(*unit.indices(len(self))))
-        return self._of(self._names.place(unit))
+        if self.unit == "user":
+            return self.names[unit], self.training.at(unit)[number]
+        place, index = self.training.owner(unit)
+        return self.training.names[place], index
 
 
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
     """The training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
-    names, indices, owners = tuple(split.training), tuple(split.training.values()), tuple(split.training)
+    training = UserIndices.of(split.training)
+    names = owners = training.names
+    indices = Each(len(training), training.at)
     if unit == "example":
-        names = ExampleNames(split)
-        indices, owners = _OfExamples(names, lambda place: (place[1],)), _OfExamples(names, lambda place: place[0])
+        num_units = training.num_indices
+        owners = Each(num_units, lambda number: training.names[training.owner(number)[0]])
+        indices = Each(num_units, lambda number: training.owner(number)[1:])
+        names = Each(num_units, lambda number: example_name(owners[number], *indices[number]))
     return UnitsOnDisk(
         names=names,
         records=(),
@@ -119,7 +74,7 @@ def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) 
         indices=indices,
         owners=owners,
         corpus=corpus,
-        split=split,
+        training=training,
         encoder=encoder,
         unit=unit,
     )

@@ -39,6 +39,7 @@ METRICS: dict[str, Release] = {
     "noised/clip_fraction": Release.NOISED,
     "noised/clip_fraction_stddev": Release.PUBLIC,
     "perf/step_seconds": Release.PUBLIC,
+    "perf/expected_units_per_second": Release.PUBLIC,
     "perf/peak_memory_bytes": Release.PUBLIC,
     "perf/flops_per_token": Release.PUBLIC,
     "eval/held_out_perplexity": Release.HELD_OUT,

@@ -27,9 +27,12 @@ from rich.console import Console
 
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
-from privtrain.config.schema import PerformanceSection
+from privtrain.config.schema import PerformanceSection, RegistrySection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.inputs import check_inputs
+from privtrain.registry import views
+from privtrain.registry.database import registry_url
+from privtrain.registry.store import Registry
 from privtrain.rundir import write_atomically
 from privtrain.training.claim import check_run_directory, read_inputs
 from privtrain.training.job import rehearse
@@ -40,6 +43,8 @@ from privtrain.training.supervise import joined
 _LITTLE_SPACE_BYTES = 2**30
 _BANDWIDTH_NUM_FLOATS = 2**22
 _NUM_TRIALS = 3
+#: A registry that takes longer to answer is reported.
+_REGISTRY_SECONDS = 10.0
 _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "fault": "[bold red]fault[/]  "}
 
 
@@ -79,7 +84,7 @@ def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_js
     config = load_config(config_path, overrides) if config_path is not None else None
     if config is not None:
         check_inputs(config)
-    findings = [*_versions(), *_launcher(), _disk(config), _wandb(config)]
+    findings = [*_versions(), *_launcher(), _disk(config), _wandb(config), _registry(config)]
     # Everything on the way may print; with --json stdout is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         try:
@@ -183,13 +188,33 @@ def _wandb(config: Config | None) -> Finding:
         return Finding("W&B", "ok", "off (tracking.wandb); metrics.jsonl has everything that is released")
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode != "online":
-        return Finding("W&B", "ok", f"{mode}; later: wandb sync RUN/wandb/offline-run-*")
+        return Finding("W&B", "ok", f"{mode}; later: privtrain track sync RUN")
     netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and host in netrc.read_text(encoding="utf-8"))
     if not has_key:
         return Finding("W&B", "fault", f"WANDB_MODE=online without a key for {host}", "run: wandb login, or unset it")
     return Finding("W&B", "ok", f"online at {host}, a key is there")
+
+
+def _registry(config: Config | None) -> Finding:
+    """Whether the registry of budgets answers, knows its key and has a budget; nothing is reserved or made."""
+    section = config.registry if config is not None else RegistrySection()
+    url = registry_url(section)
+    if os.environ.get("RANK", "0") != "0" or url is None:
+        return Finding("registry", "ok", "none: this run's budget alone counts (registry.dataset)")
+    if config is not None and section.dataset is None:
+        return Finding("registry", "fault", "a registry without a data set", "set registry.dataset: who is charged")
+    try:
+        registry = Registry(url, retry_seconds=min(section.retry_seconds, _REGISTRY_SECONDS), read_only=True)
+        registry.database.key()
+        budgets = views.budgets(registry.database)
+    except PrivtrainError as error:
+        return Finding("registry", "fault", str(error), "do as it says, or set PRIVTRAIN_REGISTRY or registry.url")
+    what = "; ".join(f"{b.name}: {b.spent:.3f} of {b.epsilon:g} spent at δ {b.delta:g}" for b in budgets)
+    if not budgets:
+        return Finding("registry", "fault", f"{registry.database.shown} has no budget", "privtrain registry budget set")
+    return Finding("registry", "ok", f"{registry.database.shown}: {what}")
 
 
 def _together(config: Config | None) -> list[Finding]:

@@ -150,7 +150,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
             if ledger is not None:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
-                num_units = len(set(units.owners)) if inputs.plan.guaranteed_unit == "user" else len(units)
+                num_units = units.num_owners if inputs.plan.guaranteed_unit == "user" else len(units)
                 _release(inputs, ledger, network, state, num_units=num_units)
                 tracker.publish(inputs.run)
             tracker.close()
@@ -325,7 +325,13 @@ def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, 
 
 def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
     performance, backend = inputs.config.performance, trainer.backend
-    with Progress(continuation.start_step, continuation.end_step, backend.is_main) as progress:
+    with Progress(
+        continuation.start_step,
+        continuation.end_step,
+        backend.is_main,
+        units_per_step=inputs.plan.expected_batch_size,
+        unit=inputs.plan.unit,
+    ) as progress:
         for step in range(continuation.start_step, continuation.end_step):
             trainer.train_step(step)
             done = step + 1

@@ -253,6 +253,7 @@ class Trainer:
                 "privacy/num_charged_steps": num_charged,
                 "privacy/budget_fraction": num_charged / self.plan.num_steps,
                 "perf/step_seconds": round(step_seconds, 4),
+                "perf/expected_units_per_second": finite(self.plan.expected_batch_size / max(step_seconds, 1e-9)),
                 "train/loss": finite(sum_losses / max(num_units, 1)),
                 "train/num_units": int(num_units),
                 "train/clip_fraction": num_clipped / max(num_units, 1),

@@ -24,9 +24,11 @@ import pyarrow.parquet
 from privtrain.config.schema import DataSection, PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
+from privtrain.data.manifest import used_facts
 from privtrain.data.split import split_users
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.plan import PrivacyPlan
+from privtrain.rundir import write_json
 from privtrain.sampling import UnitSampler
 from privtrain.secret import SecretKey
 
@@ -37,10 +39,12 @@ NUM_STEPS = 5
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    started = time.monotonic()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    started, begun = time.monotonic(), usage.ru_utime + usage.ru_stime
     yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{what:42} {time.monotonic() - started:9.2f} s   peak {peak:.2f} GiB", flush=True)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    seconds, cpu_seconds = time.monotonic() - started, usage.ru_utime + usage.ru_stime - begun
+    print(f"{what:38} {seconds:8.2f} s  CPU {cpu_seconds:8.2f} s  peak {usage.ru_maxrss / 2**20:.2f} GiB", flush=True)
 
 
 def write_shards(directory: pathlib.Path, num_users: int) -> None:
@@ -73,7 +77,7 @@ def main(num_users: int, directory: pathlib.Path) -> None:
         with timed(f"write {num_users:,} users"):
             write_shards(shards, num_users)
     data = DataSection.model_validate(
-        {"source": {"kind": "files", "paths": [str(shards / "*.parquet")]}, "max_length": 48, "attack_fraction": 0}
+        {"source": {"kind": "files", "paths": [str(shards / "*.parquet")]}, "max_length": 48}
     )
     with timed("index"):
         corpus = load_corpus(data, directory / "index")
@@ -87,6 +91,13 @@ def main(num_users: int, directory: pathlib.Path) -> None:
     with timed("units and their digest"):
         units = units_on_disk(corpus, split, encoder, unit="user")
         units.sha256()
+    with timed("seal and write the manifest (rank 0)"):
+        manifest = split.manifest(corpus)
+        write_json(directory / "manifest.json", manifest)
+        seal = manifest.pop("sha256")
+        del manifest
+    with timed("what training may use (rank 0)"):
+        used_facts(corpus, split, units, manifest_sha256=seal, records_per_unit=1)
     privacy = PrivacySection(
         sampling_prob=STEP_UNITS / len(units),
         expected_batch_size=STEP_UNITS,

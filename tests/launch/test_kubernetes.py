@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 from typing import Any
 
 import yaml
 from kubeflow_trainer_api.models import io_k8s_api_batch_v1_job, trainer_v1alpha1_train_job
+
+from tests.launch.readme_commands import Command, check_accelerate, inner, parse
 
 KUBERNETES = pathlib.Path(__file__).parents[2] / "launch" / "kubernetes"
 
@@ -52,6 +55,22 @@ def test_the_attack_is_a_job():
     assert job is not None
     assert unknown_keys(given, job.to_dict()) == []
     assert given["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"]
+
+
+def test_what_the_containers_start_is_what_the_programs_take():
+    trainer = content("trainjob.yaml")["spec"]["trainer"]
+    words = [*trainer["command"], *trainer["args"]]
+    assert words[:4] == ["privtrain", "launch", "torchrun", "-m"]
+    parse(Command("trainjob.yaml", "", tuple(words[4:])))
+    (container,) = content("attack-job.yaml")["spec"]["template"]["spec"]["containers"]
+    first, *lines = container["args"][0].strip().splitlines()
+    assert first == "set -e"
+    commands = [Command("attack-job.yaml", line, tuple(shlex.split(line))) for line in lines]
+    check_accelerate(commands[0])
+    started = [inner(command) or command for command in commands]
+    assert [command.name for command in started] == ["attacks score", "attacks analyse", "attacks report"]
+    for command in started:
+        parse(command)
 
 
 def test_a_mistyped_key_is_found():

@@ -116,6 +116,31 @@ def test_doctor_names_every_fault_with_its_fix(place, monkeypatch, capsys):
     assert "wandb login" in faults["W&B"]
 
 
+def test_doctor_looks_at_the_registry_without_making_one(tmp_path, monkeypatch, capsys):
+    from privtrain.registry.store import Registry
+    from privtrain.training.doctor import examine
+
+    database = tmp_path / "registry.db"
+    monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(database))
+
+    def found() -> dict[str, str]:
+        examine(None, [], as_json=True)
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        return next(finding for finding in findings if finding["name"] == "registry")
+
+    assert (found()["status"], database.exists()) == ("fault", False)
+    assert "registry init" in found()["what"]
+    registry = Registry(str(database))
+    assert "budget set" in found()["fix"]
+    registry.set_budget("customers", epsilon=8, delta=1e-6)
+    assert found()["status"] == "ok"
+    assert "customers: 0.000 of 8 spent" in found()["what"]
+    (tmp_path / "registry.db.key").unlink()
+    assert "key" in found()["what"]
+    monkeypatch.delenv("PRIVTRAIN_REGISTRY")
+    assert found()["what"].startswith("none")
+
+
 def _no_room(*_: object) -> None:
     raise OSError(28, "No space left on device")
 

@@ -33,6 +33,7 @@ COMMANDS = commands()
 #: What the tour below runs, by program and subcommands.
 RUN = {
     *(f"privtrain {name}" for name in ("plan", "train", "export", "doctor", "schema", "synthetic", "study")),
+    "privtrain track sync",
     *(f"privtrain registry {name}" for name in ("budget set", "status", "runs", "init", "upgrade")),
     *(f"privtrain ledger {name}" for name in ("show", "verify", "top", "user", "stats", "export", "prove")),
     *(f"privtrain ledger {name}" for name in ("check-proof", "shred", "forget")),
@@ -136,6 +137,7 @@ def tour(tree, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_commands_of_the_guides_run(tour, tmp_path):
     """In the guides' order, on one tiny run; each program and subcommand that RUN claims is seen to run."""
     recipe, finished = tour

@@ -13,9 +13,10 @@ from scipy import stats
 from privtrain.config.schema import DataSection, ModelSection
 from privtrain.data.corpus import group_by_user, load_corpus
 from privtrain.data.encode import Encoder
+from privtrain.data.manifest import used_facts
 from privtrain.data.plays import parse_play, read_plays
 from privtrain.data.split import seal, split_users
-from privtrain.data.units import build_units
+from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError
 from privtrain.models import load_tokenizer
 from privtrain.secret import SecretKey
@@ -190,3 +191,23 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("user,text,user\n1,x,2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="stands twice"):
         load_corpus(section(tmp_path / "a.csv"))
+
+
+def test_what_training_leaves_out_is_named_also_where_a_user_lost_everything():
+    corpus = group_by_user([("a", "1"), ("a", "2"), ("b", "3"), ("c", "4")])
+    split = split_users(corpus, section("x", held_out_fraction=0.0, attack_fraction=0.0), SecretKey.insecure(0, "root"))
+
+    def units(*owners: tuple[str, tuple[int, ...]]) -> UnitData:
+        names = tuple(owner for owner, _ in owners)
+        return UnitData(names, ((),) * len(names), 0, indices=tuple(i for _, i in owners), owners=names)
+
+    def left_out(*owners: tuple[str, tuple[int, ...]]):
+        return used_facts(corpus, split, units(*owners), manifest_sha256="", records_per_unit=1)["left_out"]
+
+    assert left_out(("a", (0, 1)), ("b", (0,)), ("c", (0,))) == {}
+    assert left_out(("a", (1,)), ("c", (0,))) == {"a": [0], "b": [0]}
+    assert left_out(("a", (1,)), ("a", (0,)), ("b", (0,))) == {"c": [0]}  # examples: two units of one user
+    assert left_out() == {"a": [0, 1], "b": [0], "c": [0]}
+    with pytest.raises(AssertionError, match="another order"):
+        left_out(("c", (0,)), ("a", (0,)))
+    assert units(("a", (1,)), ("a", (0,)), ("b", (0,))).num_owners == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import shlex
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
-from privtrain.memory import LaunchLayout, memory_bytes
+from privtrain.memory import LaunchLayout, model_size
 from privtrain.models import add_lora
 from privtrain.plan import PrivacyPlan
 from privtrain.plan_view import print_plan
 from privtrain.planning import PlanOptions, describe_plan
 from privtrain.pricing import price_list
 from tests.conftest import write_config
+
+ZERO3 = pathlib.Path(__file__).parents[2] / "launch" / "accelerate" / "zero3.yaml"
 
 
 def test_activations_are_what_a_real_forward_pass_saves(tree, tiny_llama):
@@ -36,28 +40,48 @@ def test_activations_are_what_a_real_forward_pass_saves(tree, tiny_llama):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(input_ids=torch.ones(4, 40, dtype=torch.long))
     real = sum(t.untyped_storage().nbytes() for t in saved.values())
-    parts = memory_bytes(config, LaunchLayout())
+    parts = model_size(config, LaunchLayout()).memory_bytes
     assert parts["activations"] == pytest.approx(real, rel=0.15)
     assert parts["trained weights"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parts["frozen base"] == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
+def test_the_model_is_built_once(tree, tmp_path, monkeypatch):
+    built = []
+    real = AutoModelForCausalLM.from_config.__func__
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", classmethod(lambda cls, *a, **k: built.append(a) or real(cls, *a, **k))
+    )
+    found = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(num_users=100, prices=False))
+    assert found["num_trained_parameters"] > 0
+    assert len(built) == 1
+
+
+def test_the_command_is_the_one_to_type(tree, tmp_path):
+    """As a shell takes it apart, with what the command line of the plan changed."""
+    path = write_config(tree, tmp_path / "c.yaml")
+    options = PlanOptions(num_users=100, prices=False, accelerate=ZERO3, num_ranks=32)
+    words = shlex.split(describe_plan(path, ["privacy.noised_metrics={release: [loss]}"], options)["launch"])
+    launcher = ["accelerate", "launch", "--config_file", str(ZERO3), "--num_processes", "32"]
+    assert words == [*launcher, "-m", "privtrain", "train", str(path), "privacy.noised_metrics={release: [loss]}"]
+
+
 def test_what_the_launch_divides_among_ranks(tree, tmp_path):
     tree["training"]["method"] = "full"
     config = validate(tree)
-    alone = memory_bytes(config, LaunchLayout())
+    alone = model_size(config, LaunchLayout()).memory_bytes
     path = tmp_path / "zero3.yaml"
     content = {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 3}}
     path.write_text(yaml.safe_dump(content))
-    divided = memory_bytes(config, LaunchLayout.from_accelerate(path))
+    divided = model_size(config, LaunchLayout.from_accelerate(path)).memory_bytes
     for part in ("trained weights", "optimizer state", "clipped sum and noise", "gradients of units"):
         assert divided[part] == alone[part] // 4
     assert divided["activations"] == alone["activations"]
     tree["performance"]["clipping_route"] = "two_pass"
-    assert memory_bytes(validate(tree), LaunchLayout.from_accelerate(path))["gradients of units"] == 0
+    assert model_size(validate(tree), LaunchLayout.from_accelerate(path)).memory_bytes["gradients of units"] == 0
     content["deepspeed_config"] = {"zero_stage": 1, "offload_optimizer_device": "cpu"}
     path.write_text(yaml.safe_dump(content))
-    first = memory_bytes(config, LaunchLayout.from_accelerate(path))
+    first = model_size(config, LaunchLayout.from_accelerate(path)).memory_bytes
     assert first["trained weights"] == alone["trained weights"]
     assert first["optimizer state"] == 0
 
@@ -86,6 +110,18 @@ def test_no_prices_without_a_guarantee(tree):
     tree["privacy"]["noise_multiplier"] = 0
     privacy = validate(tree).privacy
     assert price_list(privacy, PrivacyPlan.build(privacy)) == []
+
+
+def test_what_the_bound_leaves_and_how_delta_compares_with_the_users(tree, tmp_path, capsys):
+    description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(prices=False))
+    sizes = [1 + user % 9 for user in range(24)]
+    assert description["num_records"] == sum(sizes)
+    assert description["records_within_bound"] == sum(min(size, 3) for size in sizes)
+    assert description["users_above_bound"] == sum(size > 3 for size in sizes)
+    print_plan(description)
+    shown = capsys.readouterr().out
+    assert f"{sum(max(size - 3, 0) for size in sizes)} more than one step takes" in shown
+    assert "1 / users is 0.059" in shown  # 17 of them
 
 
 def test_data_elsewhere_is_not_read_and_a_model_elsewhere_has_no_memory(tree, tmp_path, capsys):

@@ -1,0 +1,187 @@
+"""User ids, and record indices by user, in flat arrays: tens of bytes a user where a dictionary takes hundreds."""
+
+from __future__ import annotations
+
+import array
+import bisect
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from typing import Any
+
+import numpy as np
+
+_ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 they sort as in Python
+
+
+class Names(Sequence[str]):
+    """Distinct ids in the order in which they were added. Those that came in increasing order are found by bisection.
+
+    Args:
+        names: to begin with.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._bytes = bytearray()
+        self._ends = array.array("q")
+        self._num_sorted = 0
+        self._unsorted: dict[bytes, int] = {}
+        self._newest = b""
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Append one that is not there."""
+        encoded = name.encode("utf-8", errors=_ERRORS)
+        if not self._unsorted and (not self._ends or encoded > self._newest):
+            self._num_sorted += 1
+        else:
+            self._unsorted[encoded] = len(self._ends)
+        self._newest = encoded
+        self._bytes += encoded
+        self._ends.append(len(self._bytes))
+
+    def place(self, name: str) -> int | None:
+        """Where it stands; ``None`` if it is not there."""
+        wanted = name.encode("utf-8", errors=_ERRORS)
+        if wanted in self._unsorted:
+            return self._unsorted[wanted]
+        found = bisect.bisect_left(range(self._num_sorted), wanted, key=self._encoded)
+        return found if found < self._num_sorted and self._encoded(found) == wanted else None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self._encoded(range(len(self))[index]).decode("utf-8", errors=_ERRORS)
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends:
+            yield self._bytes[start:end].decode("utf-8", errors=_ERRORS)
+            start = end
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.place(name) is not None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Names):
+            return self._ends == other._ends and self._bytes == other._bytes
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _encoded(self, place: int) -> bytes:
+        start = self._ends[place - 1] if place else 0
+        return bytes(self._bytes[start : self._ends[place]])
+
+
+class UserIndices(Mapping[str, tuple[int, ...]]):
+    """User → indices of records, in the order in which users were added.
+
+    Args:
+        pairs: users with their indices, to begin with.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Sequence[int]]] = ()) -> None:
+        self.names = Names()
+        self._indices = array.array("q")
+        self._ends = array.array("q")
+        for user, indices in pairs:
+            self.add(user, indices)
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Sequence[int]]) -> UserIndices:
+        """The same as this mapping; itself if it is one already."""
+        return mapping if isinstance(mapping, cls) else cls(mapping.items())
+
+    def add(self, user: str, indices: Sequence[int]) -> None:
+        """Append a user who is not there."""
+        self.names.add(user)
+        self._indices.extend(indices)
+        self._ends.append(len(self._indices))
+
+    def at(self, place: int) -> tuple[int, ...]:
+        """Indices of the user who stands there."""
+        start = self._ends[place - 1] if place else 0
+        return tuple(self._indices[start : self._ends[place]])
+
+    def counts(self) -> np.ndarray:
+        """[users] number of indices of each."""
+        return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
+
+    def owner(self, number: int) -> tuple[int, int]:
+        """Of all indices in order, the place of the user who has this one, and the index itself."""
+        if not 0 <= number < len(self._indices):
+            raise IndexError(number)
+        return bisect.bisect_right(self._ends, number), self._indices[number]
+
+    @property
+    def num_indices(self) -> int:
+        """Indices of all users together."""
+        return len(self._indices)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, user: str) -> tuple[int, ...]:
+        place = self.names.place(user)
+        if place is None:
+            raise KeyError(user)
+        return self.at(place)
+
+    def __contains__(self, user: object) -> bool:
+        return user in self.names
+
+    def items(self) -> ItemsView[str, tuple[int, ...]]:
+        """In order, without looking anybody up."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[tuple[int, ...]]:
+        """In order, without looking anybody up."""
+        return _Values(self)
+
+    def in_order(self) -> Iterator[tuple[int, ...]]:
+        """Every user's indices."""
+        start = 0
+        for end in self._ends:
+            yield tuple(self._indices[start:end])
+            start = end
+
+
+class _Items(ItemsView[str, tuple[int, ...]]):
+    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        assert isinstance(self._mapping, UserIndices)
+        return zip(self._mapping.names, self._mapping.in_order(), strict=True)
+
+
+class _Values(ValuesView[tuple[int, ...]]):
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        assert isinstance(self._mapping, UserIndices)
+        return self._mapping.in_order()
+
+
+class Each(Sequence[Any]):
+    """A property of numbered things, found when it is asked for.
+
+    Args:
+        length: how many things.
+        of: number → property.
+    """
+
+    def __init__(self, length: int, of: Callable[[int], Any]) -> None:
+        self._length = length
+        self._of = of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(self._length)[index]
+        return tuple(map(self._of, places)) if isinstance(places, range) else self._of(places)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._of, range(self._length))
