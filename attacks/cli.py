@@ -112,11 +112,10 @@ def score(
 @app.command()
 def shadows(run: Run, count: Annotated[int, typer.Option(min=1, help="How many shadow models.")] = 8) -> None:
     """Write recipes of shadow models for LiRA and RMIA into secret/attack/shadows (trains nothing)."""
-    from attacks.shadows import write_recipes
+    from attacks.shadows import commands, write_recipes
 
-    for path in write_recipes(run, count):
-        name = f"{run.resolve().name}-{path.stem}"
-        typer.echo(f"privtrain train {path} && attacks score {path.parent / 'runs' / name} --documents-of {run}")
+    for line in commands(run, write_recipes(run, count)):
+        typer.echo(line)
 
 
 @app.command()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import yaml
 
 from attacks.documents import read_manifest
 from attacks.errors import AttackInputError
 from attacks.rundir import read_statement
+from attacks.signals import SIGNALS_PATH
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
@@ -80,3 +82,22 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
         write_atomically(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), mode=0o600)
         found.append(path)
     return found
+
+
+def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:
+    """A line for each shadow that trains it and scores the attacked run's documents, as many as were scored there.
+
+    Args:
+        run_path: the attacked run.
+        recipes: of :func:`write_recipes`.
+    """
+    notes, options = (run_path / SIGNALS_PATH).with_suffix(".json"), ""
+    if notes.is_file():
+        scored = json.loads(notes.read_text(encoding="utf-8"))["options"]
+        options = f" --training-records {scored['num_training_records']}"
+    name = run_path.resolve().name
+    return [
+        f"privtrain train {path} && "
+        f"attacks score {path.parent / 'runs' / f'{name}-{path.stem}'} --documents-of {run_path}{options}"
+        for path in recipes
+    ]

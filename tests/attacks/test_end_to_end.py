@@ -11,7 +11,7 @@ import pytest
 from attacks import statistics
 from attacks.analyse import analyse_run
 from attacks.score import score_run
-from attacks.shadows import write_recipes
+from attacks.shadows import commands, write_recipes
 from attacks.signals import REFERENCES_PATH
 from attacks.statistics import DpBound
 from privtrain.training.job import train
@@ -129,8 +129,10 @@ def test_a_shadow_recipe_trains_on_no_document_of_the_attacker(run_of):
     lines = [json.loads(line) for line in (recipes[0].parent / "records.jsonl").read_text().splitlines()]
     num_fresh = sum(map(len, manifest["attacker"].values()))
     assert len(lines) == 12 * 8 - num_fresh
-    train(recipes[0])
     shadow = recipes[0].parent / "runs" / "tiny-shadow-0"
+    expected = f"privtrain train {recipes[0]} && attacks score {shadow} --documents-of {run} --training-records 2"
+    assert commands(run, recipes)[0] == expected, "as many documents as the run's own signals have"
+    train(recipes[0])
     assert json.loads((shadow / "secret" / "manifest.json").read_text())["attacker"] == {}
     score_run(shadow, documents_of=run)
     assert {path.name for path in (run / REFERENCES_PATH).iterdir()} == {
