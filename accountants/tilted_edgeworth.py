@@ -42,6 +42,8 @@ from accountants.mixtures import Composition
 from accountants.protocol import NormalFormAccountant
 
 _K_MARGIN = 1e-12
+#: Below it a step's tilted law is one point to float64, and its higher moments leave the range.
+_SMALLEST_VARIANCE = 1e-60
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
@@ -77,7 +79,8 @@ class TiltedSum:
             self._integral(epsilon, 0.0) + sign * 2 * peak * self.normal_error,
             self._integral(epsilon, self.skew) + sign * 2 * peak * self.edgeworth_error,
         ]
-        value = min(*values, peak) if sign > 0 else max(*values, 0.0)
+        known = [value for value in values if not math.isnan(value)]
+        value = min([peak, *known]) if sign > 0 else max([0.0, *known])
         if value <= 0:
             return -math.inf
         return math.log(value) + self.log_moment - self.tilt * epsilon
@@ -108,7 +111,7 @@ def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, 
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
     log_moment = math.fsum(count * (moments.log_normaliser + margin * _K_MARGIN) for moments, count in steps)
     mean = math.fsum(count * moments.mean for moments, count in steps)
-    if variance == 0 or min(moments.central[0] for moments, _ in steps) == 0:
+    if min(moments.central[0] for moments, _ in steps) < _SMALLEST_VARIANCE:
         return TiltedSum(tilt, log_moment, mean, 0.0, 0.0, 1.0, 1.0)
     return TiltedSum(
         tilt,

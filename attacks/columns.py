@@ -45,9 +45,6 @@ def read_columns(
     found: dict[tuple[str, int], dict[str, Any]] = {}
     texts: dict[str, _Places] = {}
     for row in _rows(data.source):
-        missing = [name for name in names if name not in row]
-        if missing:
-            raise AttackInputError(f"a row has no column {', '.join(missing)}; it has {', '.join(row)}")
         values = [row.get(getattr(data, key)) for key in formats.column_keys(data)]
         owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
         if not owner or not content or owner not in owners:
@@ -58,6 +55,9 @@ def read_columns(
         known = corpus.records.get(owner, ())
         if index >= len(known) or known[index] != content:
             raise AttackInputError(_CHANGED)
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise AttackInputError(f"a row has no column {', '.join(missing)}; it has {', '.join(row)}")
         text = values[0] if data.format == "text" else None
         offset = len(text) - len(text.lstrip()) if isinstance(text, str) else 0
         found[owner, index] = {name: row[name] for name in names} | {"offset": offset}

@@ -73,6 +73,8 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     """
     config = load_config(config_path, overrides)
     check_inputs(config)
+    if spans_column and config.data.format != "text":
+        raise AttackInputError(f"--spans needs data.format: text; {config_path} has {config.data.format}")
     everybody = load_corpus(config.data, config.performance.index_dir)
     corpus = _without_opted_out(config, everybody)
     extras = read_columns(config.data, corpus, [spans_column] if spans_column else [])
@@ -82,7 +84,9 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     if not run.exists():
         run.create()
     with run.locked():
-        key = run.load_key("root") if run.prepared.exists() else run.keep_key("root", config.privacy.insecure_seed)
+        if run.prepared.exists():
+            run.load_key("root")  # gone, it must not be made anew
+        key = run.keep_key("root", config.privacy.insecure_seed)
         split = draw_split(config, corpus, _tokenizer(config), key)
         manifest = split.manifest(corpus)
         if run.prepared.exists():
@@ -98,10 +102,12 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
 
 
 def _has_begun(run: RunDirectory) -> bool:
-    """Whether training passed its comparison of the coins; a start that failed it leaves a log of one record."""
-    if run.manifest.exists() or any(run.secret.glob("generation-*.key")):
+    """Whether training came to its first session; a start that failed before leaves a log of one record."""
+    if run.manifest.exists():
         return True
-    return run.ledger.exists() and len(run.ledger.read_bytes().splitlines()) > 1
+    if run.ledger.exists():
+        return len(run.ledger.read_bytes().splitlines()) > 1
+    return any(run.secret.glob("generation-*.key"))
 
 
 def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
@@ -109,7 +115,7 @@ def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
     url = registry_url(config.registry)
     if url is None:
         return corpus
-    registry = Registry(url, retry_seconds=config.registry.retry_seconds)
+    registry = Registry(url, retry_seconds=config.registry.retry_seconds, read_only=True)
     listed = registry.do_not_train()
     dropped = [user for user in corpus.records if registry.pseudonym(user) in listed] if listed else []
     return without_users(corpus, dropped) if dropped else corpus

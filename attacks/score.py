@@ -195,7 +195,8 @@ def _prepare(
     if attacked.root == run.root:
         root_key = run.load_key("root")
         documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
-    if data.format != "text" and (options.variants or options.spans_column):
+    has_spans = options.spans_column or (run.root / planning.SPANS_PATH).is_file()
+    if data.format != "text" and (options.variants or has_spans):
         raise AttackInputError(
             f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
         )

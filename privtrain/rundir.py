@@ -105,14 +105,29 @@ class RunDirectory:
 
     def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
         """A fresh key under ``secret/NAME.key``, in place of one that was never used."""
-        key = SecretKey.generate() if insecure_seed is None else SecretKey.insecure(insecure_seed, name)
+        key, marker = SecretKey.generate(), self.secret / f"{name}.insecure"
+        marker.unlink(missing_ok=True)
+        if insecure_seed is not None:
+            # The marker first: a key that can be guessed never lies there without it.
+            write_atomically(marker, "made from privacy.insecure_seed\n", mode=0o600)
+            key = SecretKey.insecure(insecure_seed, name)
         write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
         return key
 
     def keep_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
-        """The key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again."""
-        is_there = (self.secret / f"{name}.key").exists()
-        return self.load_key(name) if is_there else self.create_key(name, insecure_seed)
+        """The key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again.
+
+        Raises:
+            GuaranteeLost: if it was made from a seed and ``insecure_seed`` is none: whoever guesses the seed has it.
+        """
+        if not (self.secret / f"{name}.key").exists():
+            return self.create_key(name, insecure_seed)
+        if insecure_seed is None and (self.secret / f"{name}.insecure").exists():
+            raise GuaranteeLost(
+                f"{self.secret / f'{name}.key'} was made from privacy.insecure_seed, so it can be guessed, and this "
+                "configuration sets no such seed; set another run.name"
+            )
+        return self.load_key(name)
 
     def load_key(self, name: str) -> SecretKey:
         """The key stored under ``secret/NAME.key``.

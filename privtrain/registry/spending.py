@@ -164,7 +164,7 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
         answer = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)
         if answer.upper <= epsilon or answer.lower > epsilon:
             return answer.upper <= epsilon
-    except ValueError:  # unsupported, or outside the accountant's range
+    except (ValueError, ArithmeticError):  # unsupported, or outside the accountant's range
         pass
     return composed_epsilon(parts, delta).epsilon <= epsilon
 

@@ -37,6 +37,11 @@ def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
     return measure
 
 
+def fall(result: CellResult) -> float:
+    """How much tuning lowered the loss on sensitive tokens of training records, by memory or by learning the kind."""
+    return nll("sensitive", "train", "base")(result) - nll("sensitive", "train", "tuned")(result)
+
+
 def leak(result: CellResult) -> float:
     """Gain on sensitive tokens of training records less that on held-out ones, nats a token."""
     return _facts(result)["sensitive"]["difference_in_differences"]["sensitive"]["value"]
@@ -101,6 +106,8 @@ def find(results: Results) -> Findings:
             "own. Seeds are fixed, so that differences are paired, and the runs as such are not private.",
             "A token is sensitive if any of its characters lies in a slot that the generator filled from the "
             "customer's profile. Leak: gain in log-likelihood by tuning, train less test.",
+            "A loss on sensitive tokens that falls on train and test alike is no leak: the base has not seen text of "
+            "this kind, and DP lets it learn what a name or a street looks like. Leak and exposure tell the two apart.",
             "Operations are counted by torch on a planted microbatch in the job's own route, clipping included, also "
             "where nothing is clipped in the end: plain training would not compute norms of users.",
             *results.recipe.settings.get("notes", []),
@@ -143,6 +150,9 @@ class _View:
             (f"{lora} leaks more than {dp_full}", "ours: is LoRA really like DP?", "almost DP-level privacy",
              self.less(leak, lora, dp_full)),
             (f"{dp_full} leaks less than full fine-tuning", "finding", "private", self.less(leak, full, dp_full)),
+            (f"{dp_full} stays near the base: its loss on sensitive training tokens falls by less than half of "
+             "what full fine-tuning's falls by", "DP rows of the tables", "near the base's",
+             self._nearness(full, dp_full)),
             (f"{dp_lora} leaks less than {lora}", "a row that the paper lacks", "not run",
              self.less(leak, lora, dp_lora)),
             (f"{dp_full} costs utility", "finding", "DP costs utility",
@@ -153,6 +163,13 @@ class _View:
         return [
             judge_direction(Statement(what + self.words, where, paper), found) for what, where, paper, found in directed
         ]
+
+    def _nearness(self, method: str, private: str) -> Estimate | None:
+        """Half the fall of one method's loss on sensitive training tokens, less the other's whole fall."""
+        first, second = self.estimate(fall, method), self.estimate(fall, private)
+        if first is None or second is None or first.n != second.n:
+            return None
+        return Estimate(tuple(a / 2 - b for a, b in zip(first.values, second.values, strict=True)))
 
     def costs(self) -> Table:
         """The paper's three axes, and what it was asked for beside them."""

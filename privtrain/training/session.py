@@ -72,7 +72,9 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> Secr
     if ledger is not None:
         run, seed = inputs.run, inputs.plan.insecure_seed
         must_exist = ledger.state.generation >= 0 or run.prepared.exists()
-        secret = (run.load_key("root") if must_exist else run.keep_key("root", seed)).reveal()
+        if must_exist:
+            run.load_key("root")  # gone, it must not be made anew
+        secret = run.keep_key("root", seed).reveal()
     return SecretKey(backend.broadcast_bytes(secret))
 
 
@@ -89,6 +91,9 @@ def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
             f"{inputs.run.ledger} shows that training began with other coins than secret/root.key and the data give "
             "now: one of them was replaced. Restore it, or set another run.name"
         )
+    known = inputs.run.manifest
+    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
+        raise GuaranteeLost(f"{known} is not the split that this run's key gives; it was replaced")
     if inputs.run.prepared.exists():
         check_prepared(inputs.run.prepared, manifest)
 
@@ -158,8 +163,6 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
     write_json(run.data_counts, counts, mode=0o600)
     if not run.manifest.exists():
         write_json(run.manifest, manifest, mode=0o600)
-    elif json.loads(run.manifest.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
-        raise GuaranteeLost(f"{run.manifest} is not the split that this run's key gives; it was replaced")
     used = used_facts(
         inputs.corpus,
         split,

@@ -144,3 +144,12 @@ def test_a_law_tilted_to_one_point_still_gets_a_bound(q, sigma, steps, epsilon):
     answer = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted-edgeworth")
     assert 0 <= answer.lower <= answer.upper <= 1
     assert q < 1 or answer.upper >= worst_contour_delta(dp_sgd(q, sigma, steps), epsilon)
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps", "epsilon"), [(0.19472, 1.7098, 2, 0.50989), (0.5, 1.5, 2, 2.0)])
+def test_a_variance_near_the_end_of_floats_range_is_one_point_too(q, sigma, steps, epsilon):
+    """Above the largest loss of the add direction the saddle runs away, and moments underflow without being zero."""
+    answer = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted-edgeworth")
+    exact = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted")
+    assert answer.lower <= exact.upper
+    assert exact.lower <= answer.upper

@@ -126,6 +126,49 @@ def test_coins_cannot_be_prepared_anew_once_training_began(config, monkeypatch):
         train(path)
 
 
+def test_coins_of_a_seed_are_none_for_a_run_that_claims_to_be_private(config):
+    path, run = config
+    prepare(path, ["privacy.insecure_seed=7"])
+    with pytest.raises(GuaranteeLost, match="can be guessed"):
+        prepare(path)
+    with pytest.raises(GuaranteeLost, match="can be guessed"):
+        train(path)
+    assert not (run.root / "adapter").exists()
+
+
+def test_a_start_that_failed_in_its_self_test_does_not_end_preparation(config, monkeypatch):
+    path, _ = config
+    done = prepare(path)
+
+    def fail(*_):
+        raise MemoryError("self-test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_self_test", fail)
+        with pytest.raises(MemoryError):
+            train(path)
+    assert prepare(path) == done
+    train(path)
+
+
+def test_spans_are_for_plain_text_alone(tree, tmp_path):
+    tree["data"] |= {"format": "prompt_completion", "prompt_column": "user", "completion_column": "text"}
+    with pytest.raises(AttackInputError, match="format: text"):
+        prepare(write_config(tree, tmp_path / "chat.yaml"), spans_column="spans")
+
+
+def test_a_wrong_split_is_refused_before_the_ledger_has_it(config, monkeypatch):
+    path, run = config
+    prepare(path)
+    begin_and_crash(path, monkeypatch)
+    manifest = json.loads(run.manifest.read_text())
+    write_json(run.manifest, resealed(manifest | {"held_out": manifest["held_out"][1:]}))
+    before = run.ledger.read_bytes()
+    with pytest.raises(GuaranteeLost, match="was replaced"):
+        train(path)
+    assert run.ledger.read_bytes() == before
+
+
 def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatch):
     path, run = config
     prepare(path)
