@@ -205,7 +205,9 @@ class _View:
             for k in self.ks:
                 cells = [self._entry(method, k, epsilon) for epsilon in self.epsilons]
                 if any(cells):
-                    rows.append([f"{NAMES[method]}, k = {k}", *(cell or "not complete" for cell in cells)])
+                    missing = [self._absence(method, k, epsilon) for epsilon in self.epsilons]
+                    texts = [cell or why for cell, why in zip(cells, missing, strict=True)]
+                    rows.append([f"{NAMES[method]}, k = {k}", *texts])
         columns = ("method", *(f"ε = {epsilon}" for epsilon in self.epsilons))
         note = "Held-out perplexity (95 % t-interval over seeds) and noise multiplier σ; ε is for a user, at equal δ."
         base = self.base()
@@ -216,6 +218,10 @@ class _View:
     def _entry(self, method: str, k: str, epsilon: str) -> str:
         found, noise = self.perplexity(method, k, epsilon), self.noise(method, k, epsilon)
         return "" if found is None else f"{found.text(2)}, σ {noise:.3g}"
+
+    def _absence(self, method: str, k: str, epsilon: str) -> str:
+        is_planned = epsilon in self.planned("epsilon", method=method, k=k, selection="random")
+        return "not complete" if is_planned else "not in the grid"
 
     def base(self) -> Estimate | None:
         """Perplexity before training."""
