@@ -138,7 +138,7 @@ def test_user_level_says_of_perplexity_what_the_runs_say(user_wins, tmp_path):
         assert _claim(findings.claims, words).verdict is wanted, words
     assert [figure.name for figure in findings.figures] == ["epsilon", "k", "noise", "selection"]
     assert "Before training: 300.00" in findings.tables[0].note
-    assert len(findings.numbers["here"]) == 43
+    assert len(findings.numbers["here"]) == 36
 
 
 def test_user_level_with_nothing_complete_measures_nothing():
