@@ -37,6 +37,10 @@ MIN_DELTA = 1e-11
 
 _DEFAULT_GRID = 1e-4
 _COARSEST_GRID = 1e-2
+#: Standard deviations at which the library cuts the noise: probability e^-50.
+_LIBRARY_REACH = 9.7
+#: Cells of a step that the library tabulates in some three seconds, both directions together.
+_MAX_CELLS = 600_000
 
 
 class PldAccountant(Accountant):
@@ -122,4 +126,12 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
         raise ValueError(
             f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"
         )
-    return max(min(wanted, _COARSEST_GRID), floor)
+    width = max(min(wanted, _COARSEST_GRID), floor)
+    # The library tabulates a step up to where the noise has probability e^-50, a cell at a time.
+    farthest = max(float(step.loss(np.array([step.shifts[-1] + _LIBRARY_REACH]))[0]) for step, _ in composed.phases)
+    if farthest > _MAX_CELLS * width:
+        raise ValueError(
+            f"pld would tabulate {farthest / width:,.0f} losses of a step, which takes many seconds: epsilon near "
+            f"{size:.2g} is small beside a step's largest loss {farthest:.2g}; use 'tilted'"
+        )
+    return width
