@@ -610,9 +610,13 @@ mechanisms = st.builds(
 @settings(max_examples=12, deadline=None)
 def test_what_is_said_to_fit_is_certified_and_nothing_is_refused_that_certainly_fits(chosen, epsilon):
     parts = [spending.part_of(one.event()) for one in chosen]
-    answer = accountants.epsilon(
-        dp_accounting.ComposedDpEvent([one.event() for one in chosen]), 1e-6, accountant="tilted"
-    )
+    event = dp_accounting.ComposedDpEvent([one.event() for one in chosen])
+    try:
+        answer = accountants.epsilon(event, 1e-6, accountant="tilted")
+    except ValueError:  # losses of hundreds beside tiny ones: beyond float64, and beyond every budget asked for here
+        assert accountants.epsilon(event, 1e-6, accountant="tilted-edgeworth").upper > 12
+        assert not spending.fits(parts, epsilon, 1e-6)
+        return
     if spending.fits(parts, epsilon, 1e-6):
         assert answer.lower <= epsilon
     else:
