@@ -84,9 +84,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     if not run.exists():
         run.create()
     with run.locked():
-        if run.prepared.exists():
-            run.load_key("root")  # gone, it must not be made anew
-        key = run.keep_key("root", config.privacy.insecure_seed)
+        key = run.keep_key("root", config.privacy.insecure_seed, was_used=run.prepared.exists())
         split = draw_split(config, corpus, _tokenizer(config), key)
         manifest = split.manifest(corpus)
         if run.prepared.exists():

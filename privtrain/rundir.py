@@ -106,21 +106,23 @@ class RunDirectory:
     def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
         """A fresh key under ``secret/NAME.key``, in place of one that was never used."""
         key, marker = SecretKey.generate(), self.secret / f"{name}.insecure"
-        marker.unlink(missing_ok=True)
         if insecure_seed is not None:
-            # The marker first: a key that can be guessed never lies there without it.
-            write_atomically(marker, "made from privacy.insecure_seed\n", mode=0o600)
             key = SecretKey.insecure(insecure_seed, name)
+            write_atomically(marker, "made from privacy.insecure_seed\n", mode=0o600)
         write_atomically(self.secret / f"{name}.key", key.reveal().hex() + "\n", mode=0o600)
+        if insecure_seed is None:
+            # Set before the key and taken away after it: one that can be guessed never lies there without its marker.
+            marker.unlink(missing_ok=True)
         return key
 
-    def keep_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
+    def keep_key(self, name: str, insecure_seed: int | None = None, *, was_used: bool = False) -> SecretKey:
         """The key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again.
 
         Raises:
-            GuaranteeLost: if it was made from a seed and ``insecure_seed`` is none: whoever guesses the seed has it.
+            GuaranteeLost: if it is gone but ``was_used``, or if it was made from a seed and ``insecure_seed`` is none:
+                whoever guesses the seed has it.
         """
-        if not (self.secret / f"{name}.key").exists():
+        if not was_used and not (self.secret / f"{name}.key").exists():
             return self.create_key(name, insecure_seed)
         if insecure_seed is None and (self.secret / f"{name}.insecure").exists():
             raise GuaranteeLost(

@@ -14,7 +14,7 @@ from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
 from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction
-from privtrain.studies.results import CellResult, Estimate, Results
+from privtrain.studies.results import CellResult, Estimate, Results, minus
 
 TITLE = "Privacy, utility and efficiency of fine-tuning"
 PAPER = "Das et al. 2025, Privacy, Utility and Efficiency of Fine-Tuning LLMs, arXiv 2502.13313"
@@ -166,10 +166,7 @@ class _View:
 
     def _nearness(self, method: str, private: str) -> Estimate | None:
         """Half the fall of one method's loss on sensitive training tokens, less the other's whole fall."""
-        first, second = self.estimate(fall, method), self.estimate(fall, private)
-        if first is None or second is None or first.n != second.n:
-            return None
-        return Estimate(tuple(a / 2 - b for a, b in zip(first.values, second.values, strict=True)))
+        return minus(self.estimate(lambda result: fall(result) / 2, method), self.estimate(fall, private))
 
     def costs(self) -> Table:
         """The paper's three axes, and what it was asked for beside them."""

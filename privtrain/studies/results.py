@@ -141,5 +141,12 @@ class Results:
         return Estimate(tuple(sides[0][seed] - sides[1][seed] for seed in shared)) if shared else None
 
 
+def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
+    """First minus second, paired by seed; ``None`` unless both are known for equally many seeds."""
+    if first is None or second is None or first.n != second.n:
+        return None
+    return Estimate(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
+
+
 def _measured(result: CellResult, measure: Measure) -> float:
     return result.metric(measure) if isinstance(measure, str) else measure(result)

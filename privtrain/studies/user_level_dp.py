@@ -13,7 +13,7 @@ from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
 from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_fact
-from privtrain.studies.results import CellResult, Estimate, Results
+from privtrain.studies.results import CellResult, Estimate, Results, minus
 
 TITLE = "User-level DP: group privacy against sampling users"
 PAPER = (
@@ -132,7 +132,7 @@ class _View:
                 f"its lead is larger at ε = {smallest} than at {largest}",
                 chua,
                 "most at small ε",
-                _minus(self.gap("group", "user", smallest), self.gap("group", "user", largest)),
+                minus(self.gap("group", "user", smallest), self.gap("group", "user", largest)),
             ),
             (
                 f"Group Privacy loses by many records a user (k = {many} against {few}, ε = {smallest})",
@@ -307,12 +307,6 @@ def _other_values(results: Results) -> list[dict[str, str]]:
     known = ("method", "k", "epsilon", "selection")
     found = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
     return [dict(values) for values in sorted(found)]
-
-
-def _minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
-    if first is None or second is None or first.n != second.n:
-        return None
-    return Estimate(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
 
 
 def _with(claim: Claim, words: str) -> Claim:

@@ -71,10 +71,8 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> Secr
     secret = None
     if ledger is not None:
         run, seed = inputs.run, inputs.plan.insecure_seed
-        must_exist = ledger.state.generation >= 0 or run.prepared.exists()
-        if must_exist:
-            run.load_key("root")  # gone, it must not be made anew
-        secret = run.keep_key("root", seed).reveal()
+        was_used = ledger.state.generation >= 0 or run.prepared.exists()
+        secret = run.keep_key("root", seed, was_used=was_used).reveal()
     return SecretKey(backend.broadcast_bytes(secret))
 
 

@@ -136,6 +136,22 @@ def test_coins_of_a_seed_are_none_for_a_run_that_claims_to_be_private(config):
     assert not (run.root / "adapter").exists()
 
 
+def test_a_key_that_can_be_guessed_never_lies_there_without_its_marker(config, monkeypatch):
+    run = config[1]
+    prepare(config[0], ["privacy.insecure_seed=7"])
+
+    def crash(*_, **__):
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("privtrain.rundir.write_atomically", crash)
+        with pytest.raises(OSError, match="is gone"):
+            run.create_key("root")
+    assert (run.secret / "root.insecure").exists()
+    run.create_key("root")
+    assert not (run.secret / "root.insecure").exists()
+
+
 def test_a_start_that_failed_in_its_self_test_does_not_end_preparation(config, monkeypatch):
     path, _ = config
     done = prepare(path)
