@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import wandb
 from typer.testing import CliRunner
 
 from attacks import analyse, policy, report, statistics, tracking
@@ -71,6 +72,7 @@ def test_offline_wandb_gets_the_public_files_and_no_more(broken, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     report.write_report(broken)
     tracking.log_report(broken, report.read_results(broken), project="privtrain-tests")
+    wandb.teardown()  # waits until the file is written
     logs = list((broken / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logs) == 1
     content = logs[0].read_bytes()
