@@ -29,6 +29,8 @@ DECIMALS = 4
 #: Values beyond these are not searched: smaller noise builds huge distributions and has no use.
 SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4
 LARGEST_COUNT = 10_000_000
+#: Counts above this number are found to one part in it.
+_COUNT_PARTS = 10_000
 
 #: Of a slow accountant, in one calibration.
 _MOST_EVALUATIONS = 6
@@ -155,7 +157,7 @@ def calibrate_num_steps(
     sampling_prob: float,
     accountant: str = DEFAULT,
 ) -> int:
-    """The largest number of steps that stays within the target.
+    """The largest number of steps that stays within the target; beyond ten thousand, to one part in ten thousand.
 
     Raises:
         CalibrationError: if even one step exceeds the target, or ten million do not.
@@ -255,11 +257,13 @@ def _largest_count(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if judge.guide(middle) <= target_epsilon else (low, middle)
-    while low > 1 and not judge.allows(low):
-        low -= max(1, low // 2000)
-    if not judge.allows(low):
-        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
-    return low
+    unit = max(1, low // _COUNT_PARTS)
+    guess = low // unit
+    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    mirrored = _first_allowed(lambda i: i >= 2 * guess or judge.allows((2 * guess - i) * unit), guess)
+    if mirrored >= 2 * guess:
+        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}={unit}")
+    return (2 * guess - mirrored) * unit
 
 
 class _Judge:
@@ -275,7 +279,7 @@ class _Judge:
     ) -> None:
         self._make_event, self.target, self._delta = make_event, target_epsilon, target_delta
         self._accountant, self._relation = accountant, relation
-        self._guide: Accountant = accountant if accountant.name == "rdp" else TiltedAccountant(tolerance=5e-3)
+        self._guide: Accountant = accountant if accountant.name == "rdp" else TiltedAccountant()
 
     @property
     def is_slow(self) -> bool:

@@ -1,4 +1,4 @@
-"""The certified, near-exact accountant: tilt first, then invert on a lattice. Cost independent of the number of steps.
+"""The certified, near-exact accountant: tilt first, then invert. Cost independent of the number of steps.
 
 Theorem. Let S be the sum of independent losses of one direction, with ``M(t) = E[e^(tS)]`` finite at some ``t > 0``,
 and ``P_t`` the exponentially tilted law, ``dP_t = e^(tS) dP / M(t)``. Then for every such t
@@ -11,7 +11,8 @@ untilted law instead, where an error bound on the distribution function is usele
 g by its maximum c_t = t^t/(1+t)^(1+t) is the conversion from Renyi divergence of order 1 + t, Canonne et al. 2020,
 arXiv 2004.00010.)
 
-Here the expectation is computed rather than expanded.
+Here the expectation is computed rather than expanded: by :mod:`accountants.smoothed` where that takes few frequencies,
+else (a handful of steps, or rare large losses) on a lattice.
 
 1. Every step's loss is replaced by the dominating lattice law of :mod:`accountants.lattice`, with spacing h.
 2. The tilted law of the sum is the inverse discrete Fourier transform, of length N, of the product of the steps'
@@ -35,9 +36,9 @@ Here the expectation is computed rather than expanded.
    bound on every probability of the window is added (upper) or subtracted (lower). Errors of masses and losses are
    those allowed for in :mod:`accountants.lattice`.
 
-The spacing is reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest length; in
-every case both ends are certified, assuming double precision arithmetic and scipy's normal distribution function
-accurate to 1e-14.
+Smoothing and spacing are reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest
+length; in every case both ends are certified, assuming double precision arithmetic and scipy's normal distribution
+function accurate to 1e-14.
 
 Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps,
 and any composition of them). Both directions are computed and the worse is reported.
@@ -48,6 +49,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -57,6 +59,7 @@ from accountants.lattice_sum import CHERNOFF, LatticePhase, compose
 from accountants.mixtures import Composition
 from accountants.protocol import NormalFormAccountant
 from accountants.rdp import renyi_epsilon
+from accountants.smoothed import SmoothedSum, smoothed_sum
 from accountants.window import MARGIN, Window
 
 #: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
@@ -65,6 +68,8 @@ _SHORTEST, _LONGEST = 13, 20
 _MAX_NUMERICAL = 1 << 23
 #: Where in the window the answer is looked for: the part of its length that lies below it.
 _BELOW = 1 / 4
+#: Times the root of the tolerance: the first smoothing's standard deviation over that of the tilted sum.
+_SMOOTHING = 0.4
 #: Relative gap from which on the upper end is compared with the Renyi bound.
 _WIDE = 0.05
 
@@ -129,44 +134,59 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> End
 
 
 class _EpsilonSearch:
-    """One direction's ends, tightened by one transform length at a time."""
+    """One direction's ends, tightened by one attempt at a time."""
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
         self.lower, self.upper = 0.0, math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
-        self._longest = _longest(composed)
-        self._log2_length = min(_SHORTEST, self._longest)
+        self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
-        """Try the next transform length; False if there is none. Only a direction so bad gets a lower end."""
-        log2_length = self._log2_length
-        if log2_length > self._longest:
+        """Make the next attempt; False if there is none. Only a direction so bad gets a lower end."""
+        attempt = next(self._attempts, None)
+        if attempt is None:
             return False
-        window = _window(self.composed, self._law, self._start, math.log(self.delta), 1 << log2_length, self.add)
-        at_zero = window.upper_delta(0.0)
-        upper = 0.0 if at_zero is not None and at_zero <= self.delta else window.upper_epsilon(self.delta)
+        at_zero = attempt.upper_delta(0.0)
+        upper = 0.0 if at_zero is not None and at_zero <= self.delta else attempt.upper_epsilon(self.delta)
         if upper is not None:
             upper = max(upper, 0.0)
             self.upper = min(self.upper, upper)
             if upper > worse_than:
-                self.lower = max(self.lower, window.lower_epsilon(self.delta, upper) or 0.0)
+                self.lower = max(self.lower, attempt.lower_epsilon(self.delta, upper) or 0.0)
             # The saddle-point formula errs high where rare large losses matter; a coarse lattice errs high everywhere.
             if upper < self._start.epsilon:
                 self._start = saddle.saddle_for_epsilon(self._law, upper)
-        self._log2_length = self._next_length(log2_length)
         return True
 
-    def _next_length(self, log2_length: int) -> int:
+    def _make_attempts(self) -> Iterator[SmoothedSum | Window]:
+        log_delta = math.log(self.delta)
+        for smoothing in _smoothings(self.tolerance):
+            smooth = _smoothed(self.composed, self._law, self._start, log_delta, smoothing, self.add)
+            if smooth is None:
+                break
+            yield smooth
+        log2_length, longest = min(_SHORTEST, _longest(self.composed)), _longest(self.composed)
+        while log2_length <= longest:
+            yield _window(self.composed, self._law, self._start, log_delta, 1 << log2_length, self.add)
+            log2_length = self._next_length(log2_length, longest)
+
+    def _next_length(self, log2_length: int, longest: int) -> int:
         """The gap between the ends falls with the square of the length: go straight to where it should suffice."""
-        if log2_length == self._longest:
-            return self._longest + 1
+        if log2_length == longest:
+            return longest + 1
         doublings = 2
         if 0 < self.lower < self.upper < math.inf:
             excess = 1.1 * (self.upper - self.lower) / (self.tolerance * self.upper)
             doublings = min(max(math.ceil(0.5 * math.log2(excess)), 1), 3)
-        return min(log2_length + doublings, self._longest)
+        return min(log2_length + doublings, longest)
+
+
+def _smoothings(tolerance: float) -> tuple[float, float]:
+    """Standard deviations to smooth with, over the tilted sum's: the gap between the ends falls with their square."""
+    first = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
+    return first, first / 2
 
 
 def _longest(composed: Composition) -> int:
@@ -177,7 +197,6 @@ def _longest(composed: Composition) -> int:
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Ends:
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
-    longest = _longest(composed)
     for add in (False, True):
         law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
         start = saddle.saddle_for_epsilon(law, epsilon)
@@ -186,10 +205,9 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
         start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
-        for log2_length in range(min(14, longest), longest + 1, 2):
-            window = _window(composed, law, start, log_delta, 1 << log2_length, add)
-            best_upper = min(best_upper, value if (value := window.upper_delta(epsilon)) is not None else 1.0)
-            best_lower = max(best_lower, window.lower_delta(epsilon) or 0.0)
+        for attempt in _delta_attempts(composed, law, start, log_delta, tolerance, add):
+            best_upper = min(best_upper, value if (value := attempt.upper_delta(epsilon)) is not None else 1.0)
+            best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
             if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
                 break
         lower = max(lower, best_lower)
@@ -198,16 +216,52 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
     return Ends(min(lower, upper), upper, direction)
 
 
+def _delta_attempts(
+    composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, tolerance: float, add: bool
+) -> Iterator[SmoothedSum | Window]:
+    for smoothing in _smoothings(tolerance):
+        smooth = _smoothed(composed, law, start, log_delta, smoothing, add)
+        if smooth is None:
+            break
+        yield smooth
+    longest = _longest(composed)
+    for log2_length in range(min(14, longest), longest + 1, 2):
+        yield _window(composed, law, start, log_delta, 1 << log2_length, add)
+
+
+def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> tuple[float, float]:
+    """Length of the window and tilt: the shortest of a few."""
+    spread = math.sqrt(law.cumulants(start.tilt)[2])
+    largest = max(start.tilt, 1.5 / spread)
+    return min(
+        (_window_length(law, largest * factor, start.epsilon, log_delta), largest * factor)
+        for factor in (0.35, 0.5, 0.75, 1.0)
+    )
+
+
+def _smoothed(
+    composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, smoothing: float, add: bool
+) -> SmoothedSum | None:
+    """Invert the smoothed sum around a saddle."""
+    width, tilt = _shape(law, start, log_delta)
+    scale = math.sqrt(law.cumulants(tilt)[2])
+    return smoothed_sum(
+        composed,
+        tilt=tilt,
+        window=width,
+        centre=start.epsilon - min(2 / tilt, _BELOW * width / 2),
+        deviation=smoothing * scale,
+        scale=scale,
+        log_delta=log_delta,
+        add=add,
+    )
+
+
 def _window(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, length: int, add: bool
 ) -> Window:
     """Compose the lattice laws on a window around a saddle."""
-    spread = math.sqrt(law.cumulants(start.tilt)[2])
-    largest = max(start.tilt, 1.5 / spread)
-    width, tilt = min(
-        (_window_length(law, largest * factor, start.epsilon, log_delta), largest * factor)
-        for factor in (0.35, 0.5, 0.75, 1.0)
-    )
+    width, tilt = _shape(law, start, log_delta)
     z_low, z_high = saddle.truncation(composed, log_delta - MARGIN)
     ranges: list[tuple[float, float]] = []
     for step, _ in composed.phases:

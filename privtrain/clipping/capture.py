@@ -29,12 +29,14 @@ class Calls:
         sink: what every backward pass feeds; may be changed between two passes over one graph.
         num_calls: how often each was called before the first backward pass, in the order of first calls.
         num_values: numbers in the inputs and outputs of these calls.
+        last: the module that was called last, and its input, part of the graph.
     """
 
     anchors: dict[nn.Module, torch.Tensor]
     sink: Sink | None = None
     num_calls: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
     num_values: dict[nn.Module, int] = dataclasses.field(default_factory=dict)
+    last: tuple[nn.Module, torch.Tensor] | None = None
     is_forward: bool = True
 
 
@@ -87,6 +89,8 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
                 f"module {names[module]!r} of type {type(module).__name__} does not map one tensor to one tensor, "
                 "which is what a clipping rule needs"
             )
+        if calls.is_forward:
+            calls.last = module, activation
         activation = activation.detach()
         if num_rows > 1 and output.shape[0] == 1 == activation.shape[0]:
             activation = activation.expand(num_rows, *activation.shape[1:])

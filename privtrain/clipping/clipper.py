@@ -37,7 +37,7 @@ RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _CANCELLED = 1e-4
 
 #: Per-unit gradients that the two-pass route keeps, as a share of the weights and the sum, which are held in any case.
-_KEPT_SHARE = 0.3
+_KEPT_SHARE = 0.45
 #: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
 _MOSTLY_TRAINED = 0.5
 

@@ -1,8 +1,9 @@
 """The backward passes over one microbatch: one where memory allows, two where it does not.
 
 The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If some were let go,
-a second pass runs over the same graph, no further than to the layers it is needed for, and adds the clipped sum layer
-by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the layers and not through re-weighted losses).
+a second pass runs over the same graph, from the head's input if the head was kept and no further than to the layers it
+is needed for, and adds the clipped sum layer by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the
+layers and not through re-weighted losses).
 
 Why not the ordinary gradient of Σ_u factor_u · loss_u? Its backward pass would be rounded differently from the one
 whose norms were taken; autocast would round the sum over all rows to bf16, so that a unit's presence changed what the
@@ -64,7 +65,7 @@ class Passes:
         self._alone: set[nn.Module] = set()
         self._let_go: set[nn.Module] = set()
         self._seen: dict[nn.Module, torch.Tensor] = {}
-        self._losses: torch.Tensor | None = None
+        self._start: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Forward and first backward pass.
@@ -83,9 +84,16 @@ class Passes:
         losses = row_losses()
         calls.is_forward = False
         self._plan(calls)
-        losses.sum().backward(retain_graph=bool(self._let_go))
+        start: tuple[torch.Tensor, torch.Tensor | None] = losses.sum(), None
+        neck = self._neck(calls, losses) if self._let_go else None
+        if neck is not None:
+            # The part of the graph behind it, logits included, is freed here and not run again.
+            (gradient,) = torch.autograd.grad(start[0], neck)
+            start = neck, gradient
+        calls.last = None
+        torch.autograd.backward(*start, retain_graph=bool(self._let_go))
         if self._let_go:
-            self._losses = losses
+            self._start = start
         return losses.detach()
 
     @property
@@ -104,7 +112,7 @@ class Passes:
             used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
             is_last: whether the graph may be freed.
         """
-        assert self._losses is not None
+        assert self._start is not None
         missing = set(self._seen)
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -128,9 +136,9 @@ class Passes:
 
         calls.sink = sink
         anchors = [calls.anchors[module] for module in self._seen]
-        self._losses.sum().backward(retain_graph=not is_last, inputs=anchors)
+        torch.autograd.backward(*self._start, retain_graph=not is_last, inputs=anchors)
         if is_last:
-            self._losses = None
+            self._start = None
         if missing:
             names = sorted(self._names[module] for module in missing)
             raise GuaranteeLost(f"a second backward pass did not come by {names[:3]}; this is a bug, report it")
@@ -150,6 +158,28 @@ class Passes:
             num_bytes += _BYTES_OF_A_NUMBER * min(dense, calls.num_values[module])
             if num_bytes > self._memory_budget:
                 self._let_go.add(module)
+
+    def _neck(self, calls: Calls, losses: torch.Tensor) -> torch.Tensor | None:
+        """The input of the last module (the head), if it is kept and every path from the losses leads through it."""
+        if calls.last is None:
+            return None
+        module, neck = calls.last
+        if module in self._let_go or calls.num_calls[module] > 1 or neck.grad_fn is None:
+            return None
+        others = {id(anchor) for other, anchor in calls.anchors.items() if other is not module}
+        open_nodes, seen = [losses.grad_fn], {losses.grad_fn}
+        while open_nodes:
+            node = open_nodes.pop()
+            if node is None or id(getattr(node, "variable", None)) in others:
+                return None
+            for following, output in node.next_functions:
+                if following is neck.grad_fn:
+                    if output != neck.output_nr:
+                        return None
+                elif following is not None and following not in seen:
+                    seen.add(following)
+                    open_nodes.append(following)
+        return neck
 
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
         shapes = activation.shape[:1], output_gradient.shape[:1]

@@ -43,6 +43,7 @@ class Dropping(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         for layer in self.layers:
+            self.before_last = x
             x = x + torch.utils.checkpoint.checkpoint(
                 self._block, layer, x, use_reentrant=False, preserve_rng_state=not self.forgets_its_masks
             )
@@ -116,6 +117,44 @@ def _apart(original, outers: list[Outer], lookups: list[Lookup]):
     if not lookups:
         return original(outers, lookups)
     return original([Outer(o.left * 0, o.right) for o in outers], lookups)
+
+
+class Bypassed(Dropping):
+    """A hidden state also reaches the loss beside the head."""
+
+    def losses(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        losses = super().losses(ids, mask)
+        return losses + (self.before_last.square().mean(2) * mask[:, 1:]).sum(1)
+
+
+def backward_runs_of_the_head(model: Dropping, route: str) -> tuple[int, torch.Tensor]:
+    """How often a gradient arrives at the logits, for one microbatch, and the clipped sum."""
+    arrivals: list[int] = []
+
+    def watch(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.register_hook(lambda _: arrivals.append(1))
+
+    handle = model.head.register_forward_hook(watch)
+    try:
+        total = dropped_sum(model, route, 16)
+    finally:
+        handle.remove()
+    return len(arrivals), total
+
+
+@pytest.mark.parametrize(("kind", "repeats"), [(Dropping, False), (Bypassed, True)])
+def test_the_second_pass_starts_at_the_heads_input_if_nothing_passes_beside_it(kind, repeats):
+    model = kind()
+    num_runs, total = backward_runs_of_the_head(model, "two_pass")
+    once, expected = backward_runs_of_the_head(model, "batched")
+    assert (num_runs > once) == repeats
+    assert relative_error(total, expected.double()) < 1e-5
+
+
+def test_mutant_the_second_pass_starts_at_the_head_though_a_path_leads_beside_it(monkeypatch):
+    monkeypatch.setattr(passes.Passes, "_neck", lambda self, calls, losses: calls.last[1])
+    model = Bypassed()
+    assert relative_error(dropped_sum(model, "two_pass"), dropped_sum(model, "batched").double()) > 1e-3
 
 
 def test_mutant_a_layer_is_left_out_of_the_second_pass(monkeypatch):

@@ -1,0 +1,361 @@
+"""Certified ends by inverting a smoothed sum: the number of steps is only an exponent, so its size costs nothing.
+
+With the notation of :mod:`accountants.tilted`, let ``U ~ N(m^2/2, m^2)`` be the loss of a Gaussian mechanism of its
+own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integral soon ends: its transform falls like
+``exp(-m^2 y^2 / 2)`` whatever the law of S.
+
+1. Upper end. ``E[e^-U] = 1`` and the hockey-stick divergence is convex in ``e^-S``: ``delta <= delta'``.
+2. Inversion. ``F(eps) = e^(t eps) delta'(eps)`` has the transform ``M'(s)/(s(1+s))``, ``s = t + iy``, with ``M'`` the
+   moment generating function of S'. By Poisson's summation formula, with frequencies ``y_k = 2 pi k / W``,
+
+       A(eps) = e^(-t eps)/W sum_k M'(s_k)/(s_k(1+s_k)) e^(-i y_k eps) = sum_j e^(tjW) delta'(eps + jW)
+
+   exactly. All terms on the right are positive: A is an upper bound as it stands. For the lower end, the terms j < 0
+   are at most e^(-tW)/(1-e^(-tW)) and those above at most a Chernoff bound. Frequencies left out add at most an
+   integral of ``exp(-m^2 y^2/2)/y^2``.
+3. Lower end. ``delta'(eps) = E[delta(eps - U)]`` exactly, so point 5 of :mod:`accountants.tilted` applies with U in
+   place of Xi: near eps the curve, convex in e^eps, lies below the chords from its own value at eps to delta' on either
+   side, elsewhere below delta'.
+4. One step's transform is a 16-point Gauss-Legendre rule on each of many panels of ``z``. The integrand
+   ``f(z) = phi(z) R(z)^a e^(iyX)``, R = dQ/dP, is analytic where |Im z| * mu < pi/2, mu the largest shift, and on an
+   ellipse of parameter r around a panel of half-width h the rule's error is at most 64/15 h max|f| r^-30 / (1 - r^-2)
+   (Trefethen 2013, Approximation Theory and Approximation Practice, theorem 19.3). There |phi(x+iv)| = phi(x)
+   e^(v^2/2), cos(v mu) R(x) <= |R(x+iv)| <= R(x), |arg R| <= v X'(x) / cos(v mu). Where that is worse, both rule and
+   integral are at most the panel's own mass. The round-off of losses, weights and sums is added; the n-th power
+   multiplies all of it by n.
+
+The laws are cut as in :mod:`accountants.tilted_edgeworth`: what is cut is added to the upper end, and the lower end is
+that of the cut law, which is smaller. The bias is of order ``t (t + 1) m^2`` relative to delta. Where the tilted law
+rests on rare large losses the number of frequencies grows and :mod:`accountants.lattice` serves instead.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from accountants import saddle
+from accountants.lattice import LOSS_ERROR
+from accountants.mixtures import Array, Composition, MixtureStep
+from accountants.roots import bracketed_root
+from accountants.window import MARGIN
+
+ComplexArray = np.typing.NDArray[np.complexfloating[Any, Any]]
+
+_FEWEST_PANELS, _MOST_PANELS, _RULE = 125, 500, 16
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(_RULE)
+_UNIT = 2.0**-53
+#: Frequencies left out may add so much of delta.
+_TAIL = 1e-6
+#: More frequencies than these and the lattice is quicker.
+_MAX_FREQUENCIES = 4096
+#: Below it the tilted sum is one point to float64.
+_SMALLEST_DEVIATION = 1e-30
+_ELLIPSES = (1.5, 2.0, 4.0, 8.0, 16.0)
+_BLOCK = 32
+#: Grid of the lower end, in standard deviations of U.
+_GRID = 1 / 8
+_LONGEST_REACH = 50.0
+
+
+class StepTransform:
+    """One step's law in one direction, cut to a stretch of ``z``, on panels."""
+
+    def __init__(self, step: MixtureStep, low: float, high: float, *, add: bool) -> None:
+        # Half a panel times the largest shift is at most 3/4, so that the third ellipse lies in the strip.
+        wanted = math.ceil((high - low) * step.shifts[-1] / 1.5)
+        num_panels = min(max(_FEWEST_PANELS, wanted), _MOST_PANELS)
+        half = (high - low) / (2 * num_panels)
+        centres = low + half * (2 * np.arange(num_panels) + 1)
+        self.z = (centres[:, None] + half * _NODES).ravel()
+        self.loss = step.loss(self.z)
+        self._log_weight = -(self.z**2) / 2 + np.tile(np.log(half * _WEIGHTS / math.sqrt(2 * math.pi)), num_panels)
+        self._half, self._centres, self._step, self._add = half, centres, step, add
+        self._size = np.maximum(np.maximum(1.0, np.abs(self.loss)), step.shifts[-1] * np.abs(self.z))
+
+    def order(self, tilt: float) -> float:
+        """The power of dQ/dP in the tilted first law."""
+        return -tilt if self._add else 1 + tilt
+
+    def tilted(self, tilt: float) -> tuple[Array, float]:
+        """The tilted weights, of sum one, and the log of their sum before."""
+        logs = self._log_weight + self.order(tilt) * self.loss
+        top = float(np.max(logs))
+        weight = np.exp(logs - top)
+        total = float(np.sum(weight))
+        return weight / total, top + math.log(total)
+
+    def values(self, weight: Array, spacing: float, num: int) -> ComplexArray:
+        """The transform at 0, spacing, ... (``num`` of them)."""
+        loss = -self.loss if self._add else self.loss
+        fine = np.exp(1j * spacing * np.arange(_BLOCK)[:, None] * loss)
+        coarse = np.exp(1j * spacing * _BLOCK * np.arange(-(-num // _BLOCK))[:, None] * loss)
+        return ((coarse * weight) @ fine.T).ravel()[:num]
+
+    def errors(self, weight: Array, log_total: float, tilt: float, frequencies: Array) -> Array:
+        """A bound on the error of each value, of the rule and of arithmetic; it grows with the frequency."""
+        order = self.order(tilt)
+        masses = weight.reshape(-1, _RULE).sum(axis=1)
+        log_still, rates = self._ellipse_bounds(order, log_total)
+        bounds = np.broadcast_to(2 * masses + np.exp(np.min(log_still, axis=0)), (len(frequencies), len(masses)))
+        for still, rate in zip(log_still, rates, strict=True):
+            bounds = np.minimum(bounds, np.exp(np.minimum(still + frequencies[:, None] * rate, 700.0)))
+        rule = bounds.sum(axis=1)
+        spread = float(weight @ (self.z**2 / 2 + (1 + abs(order)) * np.abs(self.loss))) + abs(log_total)
+        arithmetic = _UNIT * (len(self.z) + 32 + 4 * spread) + 4 * LOSS_ERROR * (abs(order) + frequencies) * float(
+            weight @ self._size
+        )
+        return rule + arithmetic
+
+    def _ellipse_bounds(self, order: float, log_total: float) -> tuple[Array, Array]:
+        """For each ellipse and panel: the log of the error's bound at frequency 0, and the rate at which it grows."""
+        largest, shape = self._step.shifts[-1], (len(_ELLIPSES), len(self._centres))
+        log_still, rates = np.full(shape, 700.0), np.zeros(shape)
+        for row, parameter in enumerate(_ELLIPSES):
+            reach = self._half * (parameter + 1 / parameter) / 2
+            height = self._half * (parameter - 1 / parameter) / 2
+            if height * largest >= 1.5:
+                continue
+            cosine = math.cos(height * largest)
+            left, right = self._centres - reach, self._centres + reach
+            nearest = np.maximum(np.maximum(left, -right), 0.0)
+            # The loss increases, and so does its slope, which a chord to the right therefore bounds.
+            at_left, at_right, beyond = np.split(self._step.loss(np.concatenate([left, right, right + 0.01])), 3)
+            log_ratio = order * at_right if order >= 0 else order * (at_left + math.log(cosine))
+            log_peak = (height**2 - nearest**2) / 2 + log_ratio - 0.5 * math.log(2 * math.pi) - log_total
+            factor = 64 / 15 * self._half * parameter ** (2 - 2 * _RULE) / (1 - parameter**-2)
+            log_still[row] = np.minimum(log_peak + math.log(factor), 700.0)
+            rates[row] = height * ((beyond - at_right) / 0.01 + 1e-9) / cosine
+        return log_still, rates
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothedSum:
+    """The function A of the module's text, with what is needed to bound delta from both sides.
+
+    Attributes:
+        tilt: t.
+        spacing: of the frequencies, 2 pi / W.
+        terms: ``A(eps) = exp(log_scale - t (eps - centre)) Re sum_k terms[k] exp(-i k spacing (eps - centre))``.
+        error: a bound on the error of that sum.
+        centre, log_scale: see ``terms``; lower ends are for epsilons from ``centre`` on.
+        deviation: m.
+        reach: how far U / m is followed in the lower end.
+        added: probability cut from the laws.
+        removed: a bound on A - delta' from ``centre`` on.
+    """
+
+    tilt: float
+    spacing: float
+    terms: ComplexArray
+    error: float
+    centre: float
+    log_scale: float
+    deviation: float
+    reach: float
+    added: float
+    removed: float
+
+    def upper_delta(self, epsilon: float) -> float:
+        """A certified upper bound on delta."""
+        return min(self._value(epsilon, 1) + self.added, 1.0)
+
+    def upper_epsilon(self, delta: float) -> float | None:
+        """An epsilon at which ``upper_delta`` is at most ``delta``, hardly larger than necessary; None if not found."""
+        target = delta - self.added
+        if target <= 0:
+            return None
+
+        def excess(epsilon: float) -> float:
+            return math.log(max(self._value(epsilon, 1), 1e-305)) - math.log(target)
+
+        step, accuracy = 0.1 / self.tilt, 1e-6 / self.tilt
+        side = 1 if excess(self.centre) > 0 else -1
+        near, far = self.centre, self.centre + side * step
+        for _ in range(40):
+            if side * excess(far) <= 0:
+                break
+            step *= 2
+            near, far = far, far + side * step
+        else:
+            return None
+        low, high = min(near, far), max(near, far)
+        root = bracketed_root(excess, low, high, xtol=accuracy)
+        return next((value for value in (root, root + accuracy, root + 4 * accuracy) if excess(value) <= 0), high)
+
+    def lower_delta(self, epsilon: float) -> float | None:
+        """A certified lower bound on delta; None below ``centre``, or where U reaches too far for exponentials."""
+        smooth = self._value(epsilon, -1) - self.removed
+        if epsilon < self.centre or self.deviation * self._grid[-1] > _LONGEST_REACH:
+            return None
+        if smooth <= 0:
+            return 0.0
+        grid, values, middle = self._grid, self._on_grid(epsilon), len(self._grid) // 2
+        m = self.deviation
+        # Of U / m on each stretch of the grid: its probability, and the expectation of e^-U.
+        prob, ratio = np.diff(special.ndtr(grid - m / 2)), np.diff(special.ndtr(grid + m / 2))
+        ends = np.exp(-m * grid)
+        share = (ratio - ends[1:] * prob) / (ends[:-1] - ends[1:])
+        chords = values[1:] * (prob - share) + values[:-1] * share
+        outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
+        for width in (1.0, 1.5, 2.0, 3.0):
+            left, right = middle - round(width / _GRID), middle + round(width / _GRID)
+            known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, 0.0
+            for part, end in ((slice(left, middle), left), (slice(middle, right), right)):
+                p, r, at = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
+                known += float(values[end]) * (p - r) / (1 - at)
+                weight += (r - at * p) / (1 - at)
+            best = max(best, (smooth - known) / weight)
+        return best
+
+    def lower_epsilon(self, delta: float, upper: float) -> float | None:
+        """An epsilon, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        step = (self.tilt + 1) * self.deviation**2 / 4
+        for _ in range(10):
+            if (self.lower_delta(upper - step) or 0.0) >= delta:
+                break
+            step *= 2
+        else:
+            return None
+        good, bad = upper - step, upper - step / 2
+        for _ in range(2):
+            middle = (good + bad) / 2
+            good, bad = (middle, bad) if (self.lower_delta(middle) or 0.0) >= delta else (good, middle)
+        return good
+
+    @functools.cached_property
+    def _frequencies(self) -> Array:
+        return self.spacing * np.arange(len(self.terms))
+
+    @functools.cached_property
+    def _size(self) -> float:
+        return float(np.sum(np.abs(self.terms)))
+
+    @functools.cached_property
+    def _grid(self) -> Array:
+        num = math.ceil(self.reach / _GRID)
+        return np.arange(-num, num + 1) * _GRID
+
+    @functools.cached_property
+    def _turns(self) -> ComplexArray:
+        return np.exp(1j * self.deviation * self._grid[:, None] * self._frequencies)
+
+    def _turned(self, shift: float) -> ComplexArray:
+        return self.terms * np.exp(-1j * shift * self._frequencies)
+
+    def _error_at(self, shift: float) -> float:
+        """``error`` with the rounding of the phases."""
+        return self.error + 8 * _UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
+
+    def _value(self, epsilon: float, sign: float) -> float:
+        """An upper (1) or lower (-1) bound on A."""
+        shift = epsilon - self.centre
+        total = max(float(self._turned(shift).real.sum()) + sign * self._error_at(shift), 0.0)
+        return total * math.exp(min(self.log_scale - self.tilt * shift, 700.0))
+
+    def _on_grid(self, epsilon: float) -> Array:
+        """Upper bounds on delta' at ``epsilon - m * grid``."""
+        shift = epsilon - self.centre
+        moves = -self.deviation * self._grid
+        error = self._error_at(abs(shift) + self.deviation * float(self._grid[-1]))
+        totals = np.maximum((self._turns @ self._turned(shift)).real + error, 0.0)
+        return np.minimum(totals * np.exp(np.minimum(self.log_scale - self.tilt * (shift + moves), 700.0)), 1.0)
+
+
+def smoothed_sum(
+    composed: Composition,
+    *,
+    tilt: float,
+    window: float,
+    centre: float,
+    deviation: float,
+    scale: float,
+    log_delta: float,
+    add: bool,
+) -> SmoothedSum | None:
+    """The smoothed sum of one direction; None where a lattice is quicker, or no error can be bounded.
+
+    Args:
+        composed: the steps.
+        tilt: t.
+        window: W.
+        centre: close to the epsilons that will be asked for, and below those of lower ends.
+        deviation: m, the standard deviation of U.
+        scale: about the standard deviation of the tilted sum.
+        log_delta: about the log of delta.
+        add: the direction.
+    """
+    m, spacing = deviation, 2 * math.pi / window
+    if m < _SMALLEST_DEVIATION:
+        return None
+    expected = 0.4 / (math.hypot(scale, 1 / tilt) * tilt * (1 + tilt))
+    highest = 2.0 / m
+    while _tail(highest, m) > _TAIL * expected:
+        highest *= 1.05
+    num = math.ceil(highest / spacing) + 1
+    if num > _MAX_FREQUENCIES:
+        return None
+    log_mass = log_delta - MARGIN
+    low, high = saddle.truncation(composed, log_mass)
+    steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
+    y = spacing * np.arange(num)
+    log_transform, log_envelope = np.zeros(num, dtype=np.complex128), np.zeros(num)
+    per_step, log_moment = np.zeros(num), 0.0
+    for step, count in steps:
+        weight, log_total = step.tilted(tilt)
+        values = step.values(weight, spacing, num)
+        # The bound grows with the frequency: a block's last one serves the block.
+        coarse = step.errors(weight, log_total, tilt, y[np.minimum(np.arange(_BLOCK, num + _BLOCK, _BLOCK), num) - 1])
+        error = np.repeat(coarse, _BLOCK)[:num]
+        magnitude = np.abs(values)
+        log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
+        log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
+        per_step += count * (error / (magnitude + error) + 4 * _UNIT)
+        log_moment += count * log_total
+    s = tilt + 1j * y
+    log_kernel = np.log(np.where(y > 0, 2.0, 1.0) / window) - np.log(s) - np.log1p(s) - m * m * y * y / 2
+    turn = y * (m * m / 2 * (1 + 2 * tilt) - centre)
+    terms = np.exp(log_transform + log_kernel + 1j * turn)
+    rounding = 8 * _UNIT * (8 + np.abs(log_transform) + np.abs(turn))
+    with np.errstate(over="ignore"):
+        error = float(np.exp(log_envelope + log_kernel.real) @ (per_step + rounding)) + _tail(float(y[-1]), m)
+    error += 8 * _UNIT * (composed.num_steps + abs(log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
+    if not math.isfinite(error):
+        return None
+    below = math.exp(-tilt * window) / -math.expm1(-tilt * window)
+    return SmoothedSum(
+        tilt=tilt,
+        spacing=spacing,
+        terms=terms,
+        error=error,
+        centre=centre,
+        log_scale=log_moment + tilt * (1 + tilt) * m * m / 2 - tilt * centre,
+        deviation=m,
+        reach=math.sqrt(2 * (MARGIN - log_delta)) + 2 * m + 1,
+        added=2 * math.exp(log_mass),
+        removed=below + _folded(steps, tilt, window, centre, m),
+    )
+
+
+def _tail(frequency: float, m: float) -> float:
+    """A bound on the terms beyond ``frequency``, relative to ``exp(log_scale)``."""
+    return math.exp(-((m * frequency) ** 2) / 2) / (math.pi * m * m * frequency**3)
+
+
+def _folded(steps: list[tuple[StepTransform, int]], tilt: float, window: float, centre: float, m: float) -> float:
+    """A Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)``, which falls as eps grows, at ``centre``."""
+    best = 0.0
+    for exponent in (24.0, 48.0, 96.0):
+        order = tilt + exponent / window
+        total = order * (1 + order) * m * m / 2 - order * centre - exponent + 1e-6
+        for step, count in steps:
+            weight, log_total = step.tilted(order)
+            total += count * (log_total + float(step.errors(weight, log_total, order, np.zeros(1))[0]))
+        best = min(best, total)
+    return math.exp(best)
