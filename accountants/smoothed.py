@@ -35,7 +35,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import special
@@ -55,8 +55,8 @@ _UNIT = 2.0**-53
 _TAIL = 1e-6
 #: More frequencies than these and the lattice is quicker.
 _MAX_FREQUENCIES = 4096
-#: Below it the tilted sum is one point to float64.
-_SMALLEST_DEVIATION = 1e-30
+#: Below it the lower end's differences of probabilities have few digits.
+_SMALLEST_DEVIATION = 1e-8
 _ELLIPSES = (1.5, 2.0, 4.0, 8.0, 16.0)
 _BLOCK = 32
 #: Grid of the lower end, in standard deviations of U.
@@ -96,7 +96,7 @@ class StepTransform:
         loss = -self.loss if self._add else self.loss
         fine = np.exp(1j * spacing * np.arange(_BLOCK)[:, None] * loss)
         coarse = np.exp(1j * spacing * _BLOCK * np.arange(-(-num // _BLOCK))[:, None] * loss)
-        return ((coarse * weight) @ fine.T).ravel()[:num]
+        return cast(Any, (coarse * weight) @ fine.T).ravel()[:num]
 
     def errors(self, weight: Array, log_total: float, tilt: float, frequencies: Array) -> Array:
         """A bound on the error of each value, of the rule and of arithmetic; it grows with the frequency."""
@@ -204,14 +204,15 @@ class SmoothedSum:
         share = (ratio - ends[1:] * prob) / (ends[:-1] - ends[1:])
         chords = values[1:] * (prob - share) + values[:-1] * share
         outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
+        cancelled = 64 * _UNIT / m  # the error of quotients of such differences
         for width in (1.0, 1.5, 2.0, 3.0):
             left, right = middle - round(width / _GRID), middle + round(width / _GRID)
-            known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, 0.0
+            known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, cancelled
             for part, end in ((slice(left, middle), left), (slice(middle, right), right)):
                 p, r, at = float(prob[part].sum()), float(ratio[part].sum()), float(ends[end])
                 known += float(values[end]) * (p - r) / (1 - at)
                 weight += (r - at * p) / (1 - at)
-            best = max(best, (smooth - known) / weight)
+            best = max(best, (smooth - known - cancelled * float(values[-1])) / weight)
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:

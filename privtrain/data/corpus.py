@@ -206,10 +206,15 @@ def normal_form(text: str) -> str:
 
 
 def owner_of(user: object) -> str:
-    """A user id as text; empty if there is none. An id that could be written in two ways is refused."""
+    """A user id as text; empty if there is none. An id that could be written in two ways, or in none, is refused."""
     if user is None or (isinstance(user, float) and math.isnan(user)):
         return ""
     if isinstance(user, str):
+        try:
+            user.encode()
+        except UnicodeEncodeError:
+            problem = f"user id {ascii(user)} holds half of a surrogate pair, which no file can hold; mend the column"
+            raise ConfigError([Fault("data.user_column", problem)]) from None
         return user.strip()
     if isinstance(user, int) and not isinstance(user, bool):
         return str(user)

@@ -187,6 +187,13 @@ def test_ids_that_could_be_written_in_two_ways_are_refused(bad):
         group_by_user([(bad, "x")])
 
 
+def test_an_id_that_no_file_can_hold_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"user": "b\\ud800", "text": "x"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="half of a surrogate pair") as refusal:
+        load_corpus(section(tmp_path / "a.jsonl"))
+    str(refusal.value).encode()
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("user,text,user\n1,x,2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="stands twice"):
