@@ -213,7 +213,7 @@ def owner_of(user: object) -> str:
         try:
             user.encode()
         except UnicodeEncodeError:
-            problem = f"user id {ascii(user)} holds half of a surrogate pair, which no file can hold; mend the column"
+            problem = f"user id {user!a} holds half of a surrogate pair, which no file can hold; mend the column"
             raise ConfigError([Fault("data.user_column", problem)]) from None
         return user.strip()
     if isinstance(user, int) and not isinstance(user, bool):
