@@ -31,7 +31,7 @@ from tests.privtrain import cells
 from tests.ranks import run_on_ranks
 
 NUM_RANKS = 2
-NUM_ROUNDS = 7
+NUM_ROUNDS = 16
 LENGTH = 128
 
 
@@ -88,17 +88,19 @@ def counted_bytes() -> Iterator[dict[str, int]]:
             counts["bytes"] += sum(int(np.prod(shape)) * 4 for shape in event.input_shapes[:1] if shape)
 
 
-def median_seconds(functions: list[Callable[[int], None]]) -> list[float]:
-    """Alternating, so that what else runs on the machine hits all alike."""
-    times: list[list[float]] = [[] for _ in functions]
+def alternating_seconds(first: Callable[[int], Any], second: Callable[[int], Any]) -> list[tuple[float, float]]:
+    """Seconds of both in each round; by turns one or the other begins, so that what else runs here hits both alike."""
+    rounds: list[tuple[float, float]] = []
     for step in range(NUM_ROUNDS):
-        for function, taken in zip(functions, times, strict=True):
+        taken: dict[Any, float] = {}
+        for function in (first, second) if step % 2 else (second, first):
             dist.barrier()
             started = time.perf_counter()
             function(step)
             dist.barrier()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken[1:]) for taken in times]
+            taken[function] = time.perf_counter() - started
+        rounds.append((taken[first], taken[second]))
+    return rounds[1:]
 
 
 def lora(name: str, directory: pathlib.Path) -> dict[str, Any]:
@@ -113,14 +115,16 @@ def lora(name: str, directory: pathlib.Path) -> dict[str, Any]:
         noise_seconds.append(time.perf_counter() - started)
 
     trainer.backend.add_noise = timed  # type: ignore[method-assign]
-    seconds = median_seconds([private, plain])
+    rounds = alternating_seconds(private, plain)
+    seconds = statistics.median(first for first, _ in rounds)
     sent = []
     for function in (private, plain):
         with counted_bytes() as counts:
             function(0)
         sent.append(counts["bytes"])
-    share = statistics.median(noise_seconds) / seconds[0]
-    return {"ratio": seconds[0] / seconds[1], "step_ms": seconds[0] * 1e3, "noise_share": share, "sent_bytes": sent}
+    share = statistics.median(noise_seconds) / seconds
+    ratio = statistics.median(first / second for first, second in rounds)
+    return {"ratio": ratio, "step_ms": seconds * 1e3, "noise_share": share, "sent_bytes": sent}
 
 
 def full(name: str, directory: pathlib.Path, route: str) -> dict[str, Any]:
