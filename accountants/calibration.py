@@ -251,9 +251,9 @@ def _largest_count(
         raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
     low, high = 1, 2
     while judge.guide(high) <= target_epsilon:
-        low, high = high, 2 * high
-        if high > largest:
+        if high == largest:
             raise CalibrationError(f"target_epsilon={target_epsilon} is not reached by {name}={largest}")
+        low, high = high, min(2 * high, largest)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if judge.guide(middle) <= target_epsilon else (low, middle)

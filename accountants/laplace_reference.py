@@ -75,6 +75,9 @@ def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:
     if composed.num_steps == 1:
         return closed_form.step_delta(composed.phases[0][0], epsilon, add=add)
     law = saddle.directed_loss(composed, add=add, log_mass=-80.0)
+    # A second table, now that the size of delta is known: its cut must be far below it.
+    log_delta = max(saddle.saddle_for_epsilon(law, epsilon).log_delta, -700.0)
+    law = saddle.directed_loss(composed, add=add, log_mass=min(log_delta - 40, -80.0))
     return math.exp(min(_log_delta(composed, _moderate_tilt(law, epsilon), epsilon, add), 0.0))
 
 
@@ -120,7 +123,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
     # The folded image of the loss, at distance 2 pi / spacing, must be negligible, as must the poles' contribution.
     reach = 14 * spread + abs(mean - epsilon) + 30 / tilt + 3 * largest
     spacing = 2 * math.pi / (2 * reach)
-    total = 0.0
+    total = size = 0.0
     for first in range(0, _MAX_POINTS, _BLOCK):
         y = spacing * np.arange(first, first + _BLOCK)
         log_transform = np.zeros(_BLOCK, dtype=np.complex128)
@@ -134,6 +137,9 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
         if first == 0:
             terms[0] /= 2
         total += float(np.sum(terms))
+        size += float(np.sum(np.abs(terms)))
+        if total <= 1e-9 * size:
+            continue
         if float(np.max(log_terms.real)) < math.log(abs(total)) - _DECAY:
             return math.log(total * spacing / math.pi) + log_k - tilt * epsilon
     raise ValueError("the contour integral has not converged: too few steps; use 'tilted'")
@@ -146,7 +152,8 @@ def _log_moment(step: MixtureStep, tilt: float, y: Array, add: bool) -> np.typin
     # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the
     # left.
     low, high = (-40.0, 14.0 + largest) if add else (-14.0, min(14.0 + order * largest, 60.0 + 2 * largest))
-    spacing = min(0.3, 1 / (1.4 + (largest * float(y[-1]) + abs(order) * largest / 4) / 6))
+    # The loss is analytic for |Im z| < pi / largest only.
+    spacing = min(0.3, 0.5 / largest, 1 / (1.4 + (largest * float(y[-1]) + abs(order) * largest / 4) / 6))
     if (high - low) / spacing > _MAX_NODES:
         raise ValueError("the contour integral oscillates too fast; use 'tilted'")
     z = np.arange(low, high, spacing)

@@ -70,7 +70,9 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     log_prefactor = log_moment - tilt * reliable_from
     log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)
     added = _exp(_log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top)
-    folded = _exp(_log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor)
+    # Of a multiple of delta, which may exceed 1: no cap but float64's.
+    log_folded = _log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor
+    folded = math.exp(log_folded) if log_folded <= 0 else math.inf
     folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
     return Window(
         points=points,

@@ -108,7 +108,12 @@ class MixtureStep:
         exponent = mu * z - mu * mu / 2
         near = np.log1p(prob * np.expm1(np.minimum(exponent, 1.0)))
         far = exponent + math.log(prob) + np.log1p((1 - prob) / prob * np.exp(-np.maximum(exponent, 1.0)))
-        return np.where(exponent < 1, near, far)
+        loss = np.where(exponent < 1, near, far)
+        if prob <= 0.5:
+            return loss
+        # Far below 0 the logarithm's argument would be a difference of nearly equal numbers.
+        low = np.logaddexp(math.log(self.probs[0]), math.log(prob) + np.minimum(exponent, 0.0))
+        return np.where(exponent < -0.5, low, loss)
 
     def inverse_loss(self, loss: Array) -> Array:
         """The ``z`` at which the loss takes the given increasing values; minus infinity at or below the infimum."""

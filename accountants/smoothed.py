@@ -59,6 +59,8 @@ _MAX_FREQUENCIES = 4096
 _SMALLEST_DEVIATION = 1e-8
 _ELLIPSES = (1.5, 2.0, 4.0, 8.0, 16.0)
 _BLOCK = 32
+#: Log of the smallest positive number of float64, about.
+_SMALLEST_LOG = -740.0
 #: Grid of the lower end, in standard deviations of U.
 _GRID = 1 / 8
 _LONGEST_REACH = 50.0
@@ -191,9 +193,9 @@ class SmoothedSum:
 
     def lower_delta(self, epsilon: float) -> float | None:
         """A certified lower bound on delta; None below ``centre``, or where U reaches too far for exponentials."""
-        smooth = self._value(epsilon, -1) - self.removed
-        if epsilon < self.centre or self.deviation * self._grid[-1] > _LONGEST_REACH:
+        if epsilon < self.centre or self.deviation * self.reach > _LONGEST_REACH:
             return None
+        smooth = self._value(epsilon, -1) - self.removed
         if smooth <= 0:
             return 0.0
         grid, values, middle = self._grid, self._on_grid(epsilon), len(self._grid) // 2
@@ -201,7 +203,9 @@ class SmoothedSum:
         # Of U / m on each stretch of the grid: its probability, and the expectation of e^-U.
         prob, ratio = np.diff(special.ndtr(grid - m / 2)), np.diff(special.ndtr(grid + m / 2))
         ends = np.exp(-m * grid)
-        share = (ratio - ends[1:] * prob) / (ends[:-1] - ends[1:])
+        steps = ends[:-1] - ends[1:]
+        # A smaller share gives more weight to the larger value: the side on which round-off must fall.
+        share = np.clip((ratio - ends[1:] * prob - 16 * _UNIT * (1 + ends[:-1])) / steps, 0.0, prob)
         chords = values[1:] * (prob - share) + values[:-1] * share
         outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
         cancelled = 64 * _UNIT / m  # the error of quotients of such differences
@@ -303,6 +307,8 @@ def smoothed_sum(
     if num > _MAX_FREQUENCIES:
         return None
     log_mass = log_delta - MARGIN
+    if log_mass < _SMALLEST_LOG:
+        return None
     low, high = saddle.truncation(composed, log_mass)
     steps = [(StepTransform(step, low, high, add=add), count) for step, count in composed.phases]
     y = spacing * np.arange(num)
@@ -351,7 +357,7 @@ def _tail(frequency: float, m: float) -> float:
 
 def _folded(steps: list[tuple[StepTransform, int]], tilt: float, window: float, centre: float, m: float) -> float:
     """A Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)``, which falls as eps grows, at ``centre``."""
-    best = 0.0
+    best = math.inf
     for exponent in (24.0, 48.0, 96.0):
         order = tilt + exponent / window
         total = order * (1 + order) * m * m / 2 - order * centre - exponent + 1e-6
@@ -359,4 +365,4 @@ def _folded(steps: list[tuple[StepTransform, int]], tilt: float, window: float, 
             weight, log_total = step.tilted(order)
             total += count * (log_total + float(step.errors(weight, log_total, order, np.zeros(1))[0]))
         best = min(best, total)
-    return math.exp(best)
+    return math.exp(best) if best <= 0 else math.inf

@@ -124,13 +124,15 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> End
     """Refine the direction with the larger upper end until its own ends agree."""
     searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
     searches[0].refine()
-    searches[1].refine(worse_than=searches[0].upper)
+    if searches[1].upper > searches[0].upper:
+        searches[1].refine(worse_than=searches[0].upper)
     while True:
         worst = max(searches, key=lambda search: search.upper)
         known = math.isfinite(worst.upper) and worst.upper - worst.lower <= tolerance * max(worst.upper, 1e-12)
         if known or not worst.refine():
             lower = max(search.lower for search in searches)
-            return Ends(lower, worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
+            assert lower <= worst.upper * (1 + 1e-9), (composed, delta, lower, worst.upper)
+            return Ends(min(lower, worst.upper), worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
 
 
 class _EpsilonSearch:
@@ -138,14 +140,21 @@ class _EpsilonSearch:
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
-        self.lower, self.upper = 0.0, math.inf
+        # In the add direction no loss exceeds minus the infimum: a bound that needs no inversion.
+        largest = math.fsum(-count * step.infimum for step, count in composed.phases) if add else math.inf
+        self.lower, self.upper = 0.0, largest * (1 + 1e-12)
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
         self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
         """Make the next attempt; False if there is none. Only a direction so bad gets a lower end."""
-        attempt = next(self._attempts, None)
+        try:
+            attempt = next(self._attempts, None)
+        except ArithmeticError:
+            if math.isinf(self.upper):
+                raise
+            attempt = None  # a lattice whose losses leave float64 does not take back the ends found before
         if attempt is None:
             return False
         at_zero = attempt.upper_delta(0.0)
@@ -205,7 +214,16 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         law = saddle.directed_loss(composed, add=add, log_mass=log_delta - MARGIN)
         start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
-        for attempt in _delta_attempts(composed, law, start, log_delta, tolerance, add):
+        attempts = _delta_attempts(composed, law, start, log_delta, tolerance, add)
+        while True:
+            try:
+                attempt = next(attempts, None)
+            except ArithmeticError:
+                if best_upper == 1.0:
+                    raise
+                attempt = None
+            if attempt is None:
+                break
             best_upper = min(best_upper, value if (value := attempt.upper_delta(epsilon)) is not None else 1.0)
             best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
             if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
@@ -213,7 +231,8 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         lower = max(lower, best_lower)
         if best_upper > upper:
             upper, direction = best_upper, Direction.ADD if add else Direction.REMOVE
-    return Ends(min(lower, upper), upper, direction)
+    assert lower <= upper * (1 + 1e-9), (composed, epsilon, lower, upper)
+    return Ends(min(lower, upper), max(upper, math.ulp(0.0)), direction)
 
 
 def _delta_attempts(
@@ -269,12 +288,13 @@ def _window(
         ranges.append((max(float(ends[0]), step.infimum), float(ends[1])))
     spacing = max(width / length, max(high - low for low, high in ranges) / (1 << _longest(composed)))
     phases: list[LatticePhase] = []
-    for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):
-        cells = lattice.build_cells(step, low, spacing, math.ceil((high - low) / spacing))
-        phases.append(LatticePhase(lattice.dominating_law(cells, add=add), spacing, count))
     width = spacing * length
     reliable_from = start.epsilon - min(2 / tilt, _BELOW * width / 2)
-    return compose(phases, tilt, length, start.epsilon - _BELOW * width, reliable_from)
+    with np.errstate(over="ignore", invalid="raise"):  # what overflows alone may be negligible; not a number is neither
+        for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):
+            cells = lattice.build_cells(step, low, spacing, math.ceil((high - low) / spacing))
+            phases.append(LatticePhase(lattice.dominating_law(cells, add=add), spacing, count))
+        return compose(phases, tilt, length, start.epsilon - _BELOW * width, reliable_from)
 
 
 def _window_length(law: saddle.DirectedLoss, tilt: float, epsilon: float, log_delta: float) -> float:

@@ -9,8 +9,8 @@ from accounting_cases import dp_sgd
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from accountants import saddle, smoothed, tilted
-from accountants.mixtures import MixtureStep, composition
+from accountants import closed_form, laplace_reference, saddle, smoothed, tilted
+from accountants.mixtures import Composition, MixtureStep, composition
 from accountants.window import MARGIN
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -152,3 +152,74 @@ def test_a_rule_too_coarse_is_covered_by_its_bound(monkeypatch):
     ]
     assert wrong[1] > 1e-4
     assert all(error <= bound for error, bound in zip(wrong, errors, strict=True))
+
+
+@QUICK
+@given(
+    shift=st.floats(0.01, 3.0),
+    count=st.integers(2, 5000),
+    tilt=st.floats(0.3, 20.0),
+    place=st.floats(-1.0, 6.0),
+    smoothing=st.sampled_from([1 / 80, 1 / 20, 1 / 5]),
+    add=st.booleans(),
+)
+def test_plain_gaussian_steps_stay_within_the_closed_form(shift, count, tilt, place, smoothing, add):
+    """Their sum has a closed form, so that every spread, deviation and epsilon can be asked for."""
+    spread = shift * math.sqrt(count)
+    epsilon = spread**2 / 2 + place * spread
+    exact = closed_form.step_delta(MixtureStep((spread,), (1.0,)), epsilon, add=add)
+    assume(epsilon > 0 and exact > 1e-250)
+    smooth = smoothed.smoothed_sum(
+        Composition(((MixtureStep((shift,), (1.0,)), count),)),
+        tilt=tilt,
+        window=max(60 / tilt, 12 * spread),
+        centre=epsilon - 1e-9,
+        deviation=smoothing * spread,
+        scale=spread,
+        log_delta=math.log(exact),
+        add=add,
+    )
+    assume(smooth is not None)
+    assert (smooth.lower_delta(epsilon) or 0.0) <= exact * (1 + 1e-12)
+    assert smooth.upper_delta(epsilon) >= exact * (1 - 1e-12)
+
+
+def test_a_window_too_short_for_a_bound_gives_no_lower_end():
+    """What folds into it is a multiple of delta, not a probability: it is not capped at 1."""
+    smooth = smoothed.smoothed_sum(
+        composition(dp_sgd(0.5, 1.0, 2000)),
+        tilt=0.3,
+        window=60.0,
+        centre=0.0,
+        deviation=0.5,
+        scale=26.0,
+        log_delta=-3.0,
+        add=False,
+    )
+    assert smooth is not None
+    assert smooth.removed == math.inf
+    assert smooth.lower_delta(0.0) == smooth.lower_delta(317.16) == 0.0
+
+
+def test_a_lattice_beyond_float64_does_not_take_back_the_ends_found_before():
+    ends = tilted.TiltedAccountant().epsilon_ends(composition(dp_sgd(0.5, 0.02, 100)), 1e-6)
+    assert 90_000 < ends.upper < 97_500
+
+
+@pytest.mark.parametrize("q", [0.6, 0.99, 1 - 1e-6, 1 - 1e-10])
+def test_the_loss_keeps_its_digits_near_certain_sampling(q):
+    step = MixtureStep((0.0, 2.0), (1 - q, q))
+    z = np.linspace(-14.0, 3.0, 200)
+    with mpmath.workdps(40):
+        truth = [mpmath.log(mpmath.mpf(1 - q) + mpmath.mpf(q) * mpmath.exp(2 * mpmath.mpf(x) - 2)) for x in z]
+    assert step.loss(z) == pytest.approx(np.array(truth, dtype=float), rel=0, abs=2e-15 * 30)
+
+
+def test_the_reference_agrees_on_a_step_with_a_large_shift():
+    """Its rule must see that the loss is analytic in a narrow strip only."""
+    step, y = MixtureStep((0.0, 8.257), (0.999, 0.001)), np.array([0.0, 0.5, 1.0])
+    transform = smoothed.StepTransform(step, -40.0, 14.0 + 8.257, add=True)
+    weight, log_total = transform.tilted(0.4)
+    values = transform.values(weight, 0.5, 3)
+    reference = laplace_reference._log_moment(step, 0.4, y, True)
+    assert np.exp(reference - log_total) == pytest.approx(values, rel=1e-12)
