@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -149,12 +149,7 @@ class _EpsilonSearch:
 
     def refine(self, worse_than: float = 0.0) -> bool:
         """Make the next attempt; False if there is none. Only a direction so bad gets a lower end."""
-        try:
-            attempt = next(self._attempts, None)
-        except ArithmeticError:
-            if math.isinf(self.upper):
-                raise
-            attempt = None  # a lattice whose losses leave float64 does not take back the ends found before
+        attempt = _next(self._attempts, math.isfinite(self.upper))
         if attempt is None:
             return False
         at_zero = attempt.upper_delta(0.0)
@@ -171,11 +166,7 @@ class _EpsilonSearch:
 
     def _make_attempts(self) -> Iterator[SmoothedSum | Window]:
         log_delta = math.log(self.delta)
-        for smoothing in _smoothings(self.tolerance):
-            smooth = _smoothed(self.composed, self._law, self._start, log_delta, smoothing, self.add)
-            if smooth is None:
-                break
-            yield smooth
+        yield from _smoothed_sums(self.composed, self._law, lambda: self._start, log_delta, self.tolerance, self.add)
         log2_length, longest = min(_SHORTEST, _longest(self.composed)), _longest(self.composed)
         while log2_length <= longest:
             yield _window(self.composed, self._law, self._start, log_delta, 1 << log2_length, self.add)
@@ -192,10 +183,31 @@ class _EpsilonSearch:
         return min(log2_length + doublings, longest)
 
 
-def _smoothings(tolerance: float) -> tuple[float, float]:
-    """Standard deviations to smooth with, over the tilted sum's: the gap between the ends falls with their square."""
-    first = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
-    return first, first / 2
+def _next(attempts: Iterator[SmoothedSum | Window], has_ends: bool) -> SmoothedSum | Window | None:
+    """The next attempt. A lattice whose losses leave float64 does not take back the ends found before."""
+    try:
+        return next(attempts, None)
+    except ArithmeticError:
+        if not has_ends:
+            raise
+        return None
+
+
+def _smoothed_sums(
+    composed: Composition,
+    law: saddle.DirectedLoss,
+    start: Callable[[], saddle.Saddle],
+    log_delta: float,
+    tolerance: float,
+    add: bool,
+) -> Iterator[SmoothedSum]:
+    """Two smoothings, until one takes too many frequencies: the gap between the ends falls with their square."""
+    smoothing = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
+    for part in (1, 2):
+        smooth = _smoothed(composed, law, start(), log_delta, smoothing / part, add)
+        if smooth is None:
+            return
+        yield smooth
 
 
 def _longest(composed: Composition) -> int:
@@ -215,15 +227,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         start = saddle.saddle_for_epsilon(law, epsilon)
         best_lower, best_upper = 0.0, 1.0
         attempts = _delta_attempts(composed, law, start, log_delta, tolerance, add)
-        while True:
-            try:
-                attempt = next(attempts, None)
-            except ArithmeticError:
-                if best_upper == 1.0:
-                    raise
-                attempt = None
-            if attempt is None:
-                break
+        while (attempt := _next(attempts, best_upper < 1.0)) is not None:
             best_upper = min(best_upper, value if (value := attempt.upper_delta(epsilon)) is not None else 1.0)
             best_lower = max(best_lower, attempt.lower_delta(epsilon) or 0.0)
             if best_upper - best_lower <= 10 * tolerance * best_upper or best_upper <= lower:
@@ -238,11 +242,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
 def _delta_attempts(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, tolerance: float, add: bool
 ) -> Iterator[SmoothedSum | Window]:
-    for smoothing in _smoothings(tolerance):
-        smooth = _smoothed(composed, law, start, log_delta, smoothing, add)
-        if smooth is None:
-            break
-        yield smooth
+    yield from _smoothed_sums(composed, law, lambda: start, log_delta, tolerance, add)
     longest = _longest(composed)
     for log2_length in range(min(14, longest), longest + 1, 2):
         yield _window(composed, law, start, log_delta, 1 << log2_length, add)
