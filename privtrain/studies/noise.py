@@ -17,6 +17,7 @@ from accountants.protocol import Accountant
 from accountants.prv import PrvAccountant
 from accountants.registry import get_accountant
 from accountants.roots import bracketed_root
+from accountants.tilted import TiltedAccountant
 from privtrain.rundir import write_json
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
@@ -63,6 +64,8 @@ def _accountant(name: str) -> Accountant:
         return ESTIMATES[name](Direction.REMOVE)
     if name.startswith("prv"):  # prv-0.1: with the error that EW-Tune's code allowed
         return PrvAccountant(eps_error=float(name.partition("-")[2] or 0.01))
+    if name == "tilted":
+        return TiltedAccountant(tolerance=1e-4)  # the studies quote four digits
     return get_accountant(name)
 
 

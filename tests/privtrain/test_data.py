@@ -189,9 +189,10 @@ def test_ids_that_could_be_written_in_two_ways_are_refused(bad):
 
 def test_an_id_that_no_file_can_hold_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"user": "b\\ud800", "text": "x"}\n', encoding="utf-8")
-    with pytest.raises(ConfigError, match="half of a surrogate pair") as refusal:
-        load_corpus(section(tmp_path / "a.jsonl"))
-    str(refusal.value).encode()
+    for index in (None, tmp_path / "index"):
+        with pytest.raises(ConfigError, match="half of a surrogate pair") as refusal:
+            load_corpus(section(tmp_path / "a.jsonl"), index)
+        str(refusal.value).encode()
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path):
