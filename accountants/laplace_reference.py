@@ -140,7 +140,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
         size += float(np.sum(np.abs(terms)))
         if total <= 1e-9 * size:
             continue
-        if float(np.max(log_terms.real)) < math.log(abs(total)) - _DECAY:
+        if float(np.max(log_terms.real)) < math.log(total) - _DECAY:
             return math.log(total * spacing / math.pi) + log_k - tilt * epsilon
     raise ValueError("the contour integral has not converged: too few steps; use 'tilted'")
 

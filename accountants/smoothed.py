@@ -35,7 +35,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import special
@@ -64,6 +64,17 @@ _SMALLEST_LOG = -740.0
 #: Grid of the lower end, in standard deviations of U.
 _GRID = 1 / 8
 _LONGEST_REACH = 50.0
+
+
+class _Ellipse(NamedTuple):
+    """What bounds the rule's error by one family of ellipses, for each panel, but for the tilt (point 4)."""
+
+    at_left: Array
+    at_right: Array
+    log_cosine: float
+    log_density: Array
+    log_factor: float
+    rate: Array
 
 
 class StepTransform:
@@ -117,24 +128,37 @@ class StepTransform:
 
     def _ellipse_bounds(self, order: float, log_total: float) -> tuple[Array, Array]:
         """For each ellipse and panel: the log of the error's bound at frequency 0, and the rate at which it grows."""
-        largest, shape = self._step.shifts[-1], (len(_ELLIPSES), len(self._centres))
+        shape = len(_ELLIPSES), len(self._centres)
         log_still, rates = np.full(shape, 700.0), np.zeros(shape)
+        for row, ellipse in self._ellipses.items():
+            log_ratio = order * (ellipse.at_right if order >= 0 else ellipse.at_left + ellipse.log_cosine)
+            log_bound = ellipse.log_density + log_ratio - log_total + ellipse.log_factor
+            log_still[row], rates[row] = np.minimum(log_bound, 700.0), ellipse.rate
+        return log_still, rates
+
+    @functools.cached_property
+    def _ellipses(self) -> dict[int, _Ellipse]:
+        """Those that lie where the loss is analytic, by their place among all: the same for every tilt."""
+        found: dict[int, _Ellipse] = {}
         for row, parameter in enumerate(_ELLIPSES):
             reach = self._half * (parameter + 1 / parameter) / 2
             height = self._half * (parameter - 1 / parameter) / 2
-            if height * largest >= 1.5:
+            if height * self._step.shifts[-1] >= 1.5:
                 continue
-            cosine = math.cos(height * largest)
+            cosine = math.cos(height * self._step.shifts[-1])
             left, right = self._centres - reach, self._centres + reach
             nearest = np.maximum(np.maximum(left, -right), 0.0)
             # The loss increases, and so does its slope, which a chord to the right therefore bounds.
             at_left, at_right, beyond = np.split(self._step.loss(np.concatenate([left, right, right + 0.01])), 3)
-            log_ratio = order * at_right if order >= 0 else order * (at_left + math.log(cosine))
-            log_peak = (height**2 - nearest**2) / 2 + log_ratio - 0.5 * math.log(2 * math.pi) - log_total
-            factor = 64 / 15 * self._half * parameter ** (2 - 2 * _RULE) / (1 - parameter**-2)
-            log_still[row] = np.minimum(log_peak + math.log(factor), 700.0)
-            rates[row] = height * ((beyond - at_right) / 0.01 + 1e-9) / cosine
-        return log_still, rates
+            found[row] = _Ellipse(
+                at_left=at_left,
+                at_right=at_right,
+                log_cosine=math.log(cosine),
+                log_density=(height**2 - nearest**2) / 2 - 0.5 * math.log(2 * math.pi),
+                log_factor=math.log(64 / 15 * self._half * parameter ** (2 - 2 * _RULE) / (1 - parameter**-2)),
+                rate=height * ((beyond - at_right) / 0.01 + 1e-9) / cosine,
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

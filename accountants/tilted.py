@@ -167,7 +167,8 @@ class _EpsilonSearch:
     def _make_attempts(self) -> Iterator[SmoothedSum | Window]:
         log_delta = math.log(self.delta)
         yield from _smoothed_sums(self.composed, self._law, lambda: self._start, log_delta, self.tolerance, self.add)
-        log2_length, longest = min(_SHORTEST, _longest(self.composed)), _longest(self.composed)
+        longest = _longest(self.composed)
+        log2_length = min(_SHORTEST, longest)
         while log2_length <= longest:
             yield _window(self.composed, self._law, self._start, log_delta, 1 << log2_length, self.add)
             log2_length = self._next_length(log2_length, longest)

@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 from accounting_cases import dp_sgd
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, reject, settings
 from hypothesis import strategies as st
 
 from accountants import closed_form, laplace_reference, saddle, smoothed, tilted
@@ -37,7 +37,11 @@ def inverted(q, sigma, steps, log_delta, add, smoothing=1 / 80):
 def test_both_inversions_enclose_the_same_number(q, sigma, steps, log_delta, add):
     smooth, lattice = inverted(q, sigma, steps, log_delta, add)
     assume(smooth is not None)
-    delta, window = math.exp(log_delta), lattice()
+    try:
+        window = lattice()
+    except ArithmeticError:
+        reject()  # losses beyond float64: the other inversion, here the reference, refuses
+    delta = math.exp(log_delta)
     ends = [(side, side.upper_epsilon(delta)) for side in (smooth, window)]
     assume(all(upper is not None and upper > 0 for _, upper in ends))
     lowers = [side.lower_epsilon(delta, upper) for side, upper in ends]
@@ -49,6 +53,7 @@ def test_both_inversions_enclose_the_same_number(q, sigma, steps, log_delta, add
 
 
 @QUICK
+@example(q=1.0, sigma=0.400390625, steps=141, log_delta=-29.0, add=False)
 @given(**RUNS)
 def test_the_upper_epsilon_is_one_at_which_delta_is_kept(q, sigma, steps, log_delta, add):
     smooth, _ = inverted(q, sigma, steps, log_delta, add)
