@@ -1,0 +1,20 @@
+"""The public grid that sums over units live on: integers, so that addition is exact in any order.
+
+A clipped contribution is rounded towards zero to a multiple of ``2**exponent`` and added as int64. Rounding towards
+zero never lengthens a vector, and integer addition has no rounding, so the sum of a step does not depend on the order
+of the units, on microbatches, ranks or backends, and one unit moves it by no more than its own contribution.
+"""
+
+from __future__ import annotations
+
+import math
+
+#: Bits of a clipping norm's worth below the binary point: the grid is between C * 2**-41 and C * 2**-40.
+FRACTION_BITS = 40
+#: Units of a step that cannot overflow int64: each adds at most 2**41 to a coordinate.
+MAX_UNITS = 1 << 21
+
+
+def grid_exponent(clipping_norm: float) -> int:
+    """The exponent e of the grid 2**e for contributions of norm at most ``clipping_norm``: a constant of the plan."""
+    return math.frexp(clipping_norm)[1] - 1 - FRACTION_BITS
