@@ -85,6 +85,12 @@ class RegistryUnreachable(PrivtrainError):  # noqa: N818
     exit_code = EXIT_REFUSED_RELEASE
 
 
+class ClockRefused(PrivtrainError):  # noqa: N818
+    """A registry without a server cannot tell whether this machine's clock is right; a person has to confirm it."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
 class BudgetExceeded(PrivtrainError):  # noqa: N818
     """A run would spend more than a budget allows; says what is left and which knob fits. Nothing was reserved."""
 

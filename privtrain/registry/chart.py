@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import time
 
 import markupsafe
 
@@ -13,9 +12,9 @@ _WIDTH, _HEIGHT = 380, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 28
 
 
-def budget_chart(view: BudgetView, now: float | None = None) -> markupsafe.Markup:
+def budget_chart(view: BudgetView) -> markupsafe.Markup:
     """The picture; without runs, only its frame. Colours come from the page's style sheet."""
-    end = time.time() if now is None else now
+    end = view.as_of
     begin = min([point[0] for point in view.history] + [end - 86400])
     top = 1.15 * max([view.epsilon, *(value for _, value in view.history if value < float("inf"))])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 from typing import Annotated, Any
@@ -134,6 +135,26 @@ def close(
     typer.echo(f"reservation {reservation} is closed and charged in full")
 
 
+@app.command("clock")
+def show_clock(
+    confirm: Annotated[
+        str | None,
+        typer.Option(help="Today's date in UTC, e.g. 2026-03-31, by another clock: go by this machine's from now on."),
+    ] = None,
+    registry: Url = None,
+) -> None:
+    """Show the time that budgets and leases go by; on SQLite, confirm this machine's clock where it was refused."""
+    from privtrain.registry import clock
+
+    database = _open(registry, read_only=confirm is None).database
+    if confirm is None:
+        seconds = database.read(clock.now)
+    else:
+        today = parse_date(confirm)
+        seconds = database.write(lambda connection: clock.confirm(connection, today))
+    typer.echo(f"{database.shown}: {clock.describe(seconds)}")
+
+
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; a token is asked for unless it is loopback.")] = (
         "127.0.0.1"
@@ -165,6 +186,18 @@ def parse_period(text: str) -> float:
     if match is None or float(match[1]) == 0:
         raise PrivtrainError(f"--period: given {text!r}; write a number and a unit: 24h, 365d, 12w, 1y")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def parse_date(text: str) -> datetime.date:
+    """The date of ``2026-03-31``.
+
+    Raises:
+        PrivtrainError: if the text is something else.
+    """
+    try:
+        return datetime.date.fromisoformat(text.strip())
+    except ValueError:
+        raise PrivtrainError(f"--confirm: given {text!r}; write today's date in UTC: YYYY-MM-DD") from None
 
 
 def _open(url: str | None, *, read_only: bool = False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,9 +35,9 @@ def closed_by(connection: sa.Connection, row: Any) -> str:
     return connection.execute(sa.select(Settlement.kind).where(Settlement.reservation_id == row.id)).scalar_one()
 
 
-def beside(connection: sa.Connection, row: Any, epsilon: float) -> Any:
+def beside(connection: sa.Connection, row: Any, epsilon: float, now: float) -> Any:
     """One more reservation like ``row``, for a release that has none; whatever the budgets say, since it is out."""
-    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": time.time(), "claim": None}
+    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "claim": None}
     values = row._asdict() | values | {"epsilon": max(row.epsilon, epsilon)}
     connection.execute(sa.insert(ReservationRow).values(**values))
     return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == values["id"])).one()
@@ -65,12 +64,13 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
 
 
 def close(
-    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str
+    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str, now: float
 ) -> int:
     """Close a reservation, charging ``num_steps``, or all of it for ``None``; return what is charged."""
+    now = max(now, row.created_at)  # no period of a budget ends early because a server's clock was set back
     charged = row.num_reserved if num_steps is None else charge_of(row, num_steps)
     own = row.epsilon if num_steps is None else epsilon
-    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": time.time()}
+    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": now}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     connection.execute(
         sa.insert(Settlement).values(
@@ -79,7 +79,7 @@ def close(
             num_charged=charged,
             epsilon=own,
             ledger_head=ledger_head,
-            created_at=time.time(),
+            created_at=now,
         )
     )
     return charged
@@ -101,7 +101,7 @@ def charge_of(row: Any, num_steps: int) -> int:
     return num_steps
 
 
-def expire(connection: sa.Connection) -> None:
+def expire(connection: sa.Connection, now: float) -> None:
     """Mark the open reservations whose lease is over."""
-    late = (ReservationRow.state == "open", ReservationRow.lease_until < time.time())
+    late = (ReservationRow.state == "open", ReservationRow.lease_until < now)
     connection.execute(sa.update(ReservationRow).where(*late).values(state="expired"))

@@ -8,7 +8,6 @@ for the last of a budget therefore cannot both get it, and no lock is held while
 from __future__ import annotations
 
 import dataclasses
-import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from privtrain.errors import BudgetExceeded, GuaranteeLost, PrivtrainError
-from privtrain.registry import endings, spending
+from privtrain.registry import clock, endings, spending
 from privtrain.registry.database import Database
 from privtrain.registry.refusal import explain
 from privtrain.registry.spending import Limit, Part, Settings
@@ -181,7 +180,7 @@ class Registry:
                 Budget.scope == scope,
                 Budget.dataset_id.is_not_distinct_from(own),
             )
-            now = time.time()
+            now = clock.estimate(connection)
             connection.execute(sa.update(Budget).where(*same, Budget.superseded_at.is_(None)).values(superseded_at=now))
             values = {"epsilon": epsilon, "delta": delta, "period_seconds": period_seconds}
             connection.execute(
@@ -235,11 +234,13 @@ class Registry:
             GuaranteeLost: if it was closed, or another copy of the run directory holds it: the run must stop.
         """
         live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed", _holds_claim(claim))
-        values = {"state": "open", "lease_until": time.time() + lease_seconds}
-        done = self.database.write(
-            lambda c: c.execute(sa.update(ReservationRow).where(*live).values(**values)).rowcount
-        )
-        if done != 1:
+
+        def work(connection: sa.Connection) -> int:
+            # A sign of life is never refused; a clock that is not believed makes the lease no longer than a right one.
+            values = {"state": "open", "lease_until": clock.estimate(connection) + lease_seconds}
+            return connection.execute(sa.update(ReservationRow).where(*live).values(**values)).rowcount
+
+        if self.database.write(work) != 1:
             raise GuaranteeLost(
                 f"reservation {reservation_id[:12]} was closed, or taken over by another copy of this run directory, "
                 "while the run was training; nothing is released. Started again, the run asks for its budget anew"
@@ -286,7 +287,8 @@ class Registry:
         """
 
         def work(connection: sa.Connection) -> bool:
-            endings.expire(connection)
+            now = clock.now(connection)
+            endings.expire(connection, now)
             rows = endings.reservations_of(connection, uid)
             ends = endings.settled_heads(connection, rows)
             if not rows or ledger_head in ends:
@@ -295,15 +297,14 @@ class Registry:
             is_ours = row.claim is None or row.claim in claims
             is_beside = False
             if row.state != "closed" and is_ours:
-                endings.close(
-                    connection, row, "settle", None if row.state == "expired" else num_steps, epsilon, ledger_head
-                )
+                charged = None if row.state == "expired" else num_steps
+                endings.close(connection, row, "settle", charged, epsilon, ledger_head, now)
             else:
                 endings.outdate(connection, row.dataset_id)
                 is_beside = not is_ours or endings.closed_by(connection, row) != "close"
-                own = endings.beside(connection, row, epsilon) if is_beside else row
+                own = endings.beside(connection, row, epsilon, now) if is_beside else row
                 connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
-                endings.close(connection, own, "settle", None, epsilon, ledger_head)
+                endings.close(connection, own, "settle", None, epsilon, ledger_head, now)
             endings.add_contributions(connection, row.run_id, contributions)
             return is_beside
 
@@ -325,11 +326,12 @@ class Registry:
         """
 
         def work(connection: sa.Connection) -> int:
-            row = _live(connection, uid)
+            now = clock.now(connection)
+            row = _live(connection, uid, now)
             if row is None:
                 raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
             _check_claim(row, claims)
-            return row.num_reserved - endings.close(connection, row, "refund", num_steps, epsilon, ledger_head)
+            return row.num_reserved - endings.close(connection, row, "refund", num_steps, epsilon, ledger_head, now)
 
         return self.database.write(work)
 
@@ -353,14 +355,15 @@ class Registry:
         """
 
         def work(connection: sa.Connection) -> None:
-            endings.expire(connection)
+            now = clock.now(connection)
+            endings.expire(connection, now)
             row = connection.execute(sa.select(ReservationRow).where(ReservationRow.id == reservation_id)).one_or_none()
             if row is None:
                 raise PrivtrainError(f"no reservation {reservation_id}; see: privtrain registry runs")
             if row.state == "open":
                 raise PrivtrainError(f"reservation {reservation_id} is open: its run may be alive until its lease ends")
             if row.state == "expired":
-                endings.close(connection, row, "close", None, row.epsilon, "")
+                endings.close(connection, row, "close", None, row.epsilon, "", now)
 
         self.database.write(work)
 
@@ -375,9 +378,8 @@ class Registry:
             if known is not None:
                 connection.execute(sa.update(Meta).values(num_opt_outs=Meta.num_opt_outs - 1))
                 return
-            connection.execute(
-                sa.insert(OptOut).values(number=number, user_pseudonym=user_pseudonym, created_at=time.time())
-            )
+            now = clock.estimate(connection)
+            connection.execute(sa.insert(OptOut).values(number=number, user_pseudonym=user_pseudonym, created_at=now))
 
         self.database.write(work)
 
@@ -439,7 +441,7 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
         )
     _check_unit(connection, request.dataset, found.population_id, found.unit)
     _check_name(connection, found.id, request.dataset, manifest)
-    now = time.time()
+    now = clock.now(connection)
     budgets = []
     for row in active_budgets(connection, found.id):
         since = None if row.period_seconds is None else now - row.period_seconds
@@ -490,8 +492,8 @@ def _insert(
     raised = connection.execute(sa.update(Population).where(*unchanged).values(version=Population.version + 1))
     if raised.rowcount != 1:
         return None
-    now = time.time()
-    endings.expire(connection)
+    now = clock.now(connection)
+    endings.expire(connection, now)
     if _holds(connection, request.uid):
         return None  # another process of this run came between the first look and the snapshot
     _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
@@ -558,11 +560,12 @@ def _holds(connection: sa.Connection, uid: str) -> bool:
 
 def _take_over(connection: sa.Connection, request: RunRequest) -> Reservation | None:
     """The run's own reservation, open again if it had expired."""
-    row = _live(connection, request.uid)
+    now = clock.now(connection)
+    row = _live(connection, request.uid, now)
     if row is None:
         return None
     _check_claim(row, [request.claim, *request.earlier_claims])
-    values = {"state": "open", "lease_until": time.time() + request.lease_seconds, "claim": request.claim}
+    values = {"state": "open", "lease_until": now + request.lease_seconds, "claim": request.claim}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
 
@@ -580,9 +583,9 @@ def _check_claim(row: Any, known: Collection[str | None]) -> None:
         )
 
 
-def _live(connection: sa.Connection, uid: str) -> Any:
+def _live(connection: sa.Connection, uid: str, now: float) -> Any:
     """The run's reservation that is not closed, locked against others until the transaction ends."""
-    endings.expire(connection)
+    endings.expire(connection, now)
     return connection.execute(
         sa.select(ReservationRow)
         .join(Run, Run.id == ReservationRow.run_id)
@@ -603,7 +606,8 @@ def _ensure_dataset(connection: sa.Connection, name: str, population: str | None
         wanted = population or name
         _insert_missing(connection, Population, name=wanted, version=0)
         population_id = connection.execute(sa.select(Population.id).where(Population.name == wanted)).scalar_one()
-        values = {"name": name, "population_id": population_id, "unit": unit, "created_at": time.time()}
+        now = clock.estimate(connection)
+        values = {"name": name, "population_id": population_id, "unit": unit, "created_at": now}
         _insert_missing(connection, Dataset, **values)
         found = connection.execute(chosen).one()
     if found.unit != unit or population not in (None, found.name):

@@ -1,7 +1,7 @@
 """The registry's tables. The same on SQLite and PostgreSQL; Alembic migrations in ``migrations/`` make them.
 
-Times are seconds since 1970 (UTC). No row holds a user id or a data set's digest in the clear: both are HMACs under the
-registry's key, which lies outside the database.
+Times are seconds since 1970 (UTC), by the database's clock (:mod:`.clock`). No row holds a user id or a data set's
+digest in the clear: both are HMACs under the registry's key, which lies outside the database.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ class Base(DeclarativeBase):
 
 
 class Meta(Base):
-    """One row: which key the pseudonyms are made with, and how many users have opted out so far."""
+    """One row: which key the pseudonyms are made with, and how many users have opted out so far.
+
+    ``newest_at``: the newest time at which a registry on SQLite was used (:mod:`.clock`).
+    """
 
     __tablename__ = "meta"
     id: Mapped[int] = mapped_column(primary_key=True)
     key_check: Mapped[str]
     num_opt_outs: Mapped[int]
+    newest_at: Mapped[float | None] = mapped_column(sa.Double)
 
 
 class Population(Base):

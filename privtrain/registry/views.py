@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
-from privtrain.registry import spending
+from privtrain.registry import clock, spending
 from privtrain.registry.database import Database
 from privtrain.registry.spending import Part
 from privtrain.registry.store import active_budgets, charges
@@ -40,6 +39,7 @@ class BudgetView:
         spent: certified ε of all charges together at ``delta``; ``method`` certified it.
         sum_of_epsilons, sum_of_deltas: what adding up the runs' own guarantees would have said.
         num_runs: reservations that count; ``num_live`` of them have not ended.
+        as_of: the time of all this.
         history: (time, ε spent then, of what counts now), rising.
     """
 
@@ -54,6 +54,7 @@ class BudgetView:
     sum_of_deltas: float
     num_runs: int
     num_live: int
+    as_of: float
     history: tuple[tuple[float, float], ...]
 
     @property
@@ -112,7 +113,7 @@ class UserView:
 
 def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
     """Every budget in force with what is spent of it."""
-    now = time.time()
+    now = database.read(clock.estimate)
     views = []
     for row in database.read(active_budgets):
         since = None if row.period_seconds is None else now - row.period_seconds
@@ -134,6 +135,7 @@ def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
                 sum_of_deltas=sum(item.delta for item in counted),
                 num_runs=len(counted),
                 num_live=sum(item.state != "closed" for item in counted),
+                as_of=now,
                 history=_history(counted, parts, row.delta, spent.epsilon) if history else (),
             )
         )
@@ -143,7 +145,8 @@ def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
 def runs(database: Database, limit: int | None = None) -> list[RunView]:
     """Reservations, newest first."""
     chosen = _run_columns().order_by(ReservationRow.created_at.desc())
-    return [_run_view(row) for row in database.read(lambda c: c.execute(chosen.limit(limit)).all())]
+    now = database.read(clock.estimate)
+    return [_run_view(row, now) for row in database.read(lambda c: c.execute(chosen.limit(limit)).all())]
 
 
 def user(database: Database, pseudonym: str) -> UserView:
@@ -159,6 +162,7 @@ def user(database: Database, pseudonym: str) -> UserView:
         .where(Contribution.user_pseudonym == pseudonym)
         .order_by(ReservationRow.created_at)
     )
+    now = database.read(clock.estimate)
     unfinished = _run_columns().where(ReservationRow.state != "closed").order_by(ReservationRow.created_at)
     if listed is not None:
         unfinished = unfinished.where(ReservationRow.num_opt_outs < listed.number)
@@ -166,10 +170,10 @@ def user(database: Database, pseudonym: str) -> UserView:
         pseudonym=pseudonym,
         opted_out_at=None if listed is None else listed.created_at,
         held=tuple(
-            HeldRun(_run_view(row), row.num_steps, row.num_records)
+            HeldRun(_run_view(row, now), row.num_steps, row.num_records)
             for row in database.read(lambda c: c.execute(held).all())
         ),
-        unfinished=tuple(_run_view(row) for row in database.read(lambda c: c.execute(unfinished).all())),
+        unfinished=tuple(_run_view(row, now) for row in database.read(lambda c: c.execute(unfinished).all())),
     )
 
 
@@ -191,8 +195,8 @@ def _run_columns() -> sa.Select[*tuple[Any, ...]]:
     )
 
 
-def _run_view(row: Any) -> RunView:
-    late = row.state == "open" and row.lease_until < time.time()
+def _run_view(row: Any, now: float) -> RunView:
+    late = row.state == "open" and row.lease_until < now
     return RunView(
         reservation=row.id,
         uid=row.uid,

@@ -21,7 +21,15 @@ from privtrain.data.corpus import Corpus, without_users
 from privtrain.data.manifest import read_sealed
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import example_name
-from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, RegistryUnreachable
+from privtrain.errors import (
+    ClockRefused,
+    ConfigError,
+    Fault,
+    GuaranteeLost,
+    PlanMismatch,
+    PrivtrainError,
+    RegistryUnreachable,
+)
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
 from privtrain.registry.database import registry_url
@@ -177,7 +185,7 @@ class Hold:
                     "[yellow]warning[/]: another copy of this run holds its reservation or settled it; "
                     "this release is charged in full beside it"
                 )
-        except RegistryUnreachable as error:
+        except (ClockRefused, RegistryUnreachable) as error:
             # The release stands and is charged in full; the same command settles it.
             say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
 

@@ -30,7 +30,7 @@ from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection, RegistrySection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.inputs import check_inputs
-from privtrain.registry import views
+from privtrain.registry import clock, views
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
 from privtrain.rundir import write_atomically
@@ -208,6 +208,7 @@ def _registry(config: Config | None) -> Finding:
     try:
         registry = Registry(url, retry_seconds=min(section.retry_seconds, _REGISTRY_SECONDS), read_only=True)
         registry.database.key()
+        registry.database.read(clock.now)
         budgets = views.budgets(registry.database)
     except PrivtrainError as error:
         return Finding("registry", "fault", str(error), "do as it says, or set PRIVTRAIN_REGISTRY or registry.url")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import pathlib
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy import event
 
-from privtrain.errors import BudgetExceeded
+from privtrain.errors import BudgetExceeded, ClockRefused
 from privtrain.registry import spending, views
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, RunRequest
@@ -44,20 +46,56 @@ def request(
     return RunRequest(**(values | changes))
 
 
+def set_python_clock(offset_seconds: float) -> None:
+    """Let Python's clocks of this process be wrong; not the operating system's."""
+    real, real_ns, real_class = time.time, time.time_ns, datetime.datetime
+
+    class Wrong(real_class):
+        @classmethod
+        def now(cls, tz=None):
+            return real_class.fromtimestamp(real() + offset_seconds, tz)
+
+    time.time = lambda: real() + offset_seconds
+    time.time_ns = lambda: real_ns() + int(offset_seconds * 1e9)
+    datetime.datetime = Wrong
+
+
+def set_machine_clock(registry: Registry, offset_seconds: float) -> None:
+    """Let the clock of the machine that opens a SQLite registry be wrong: SQLite's own then is."""
+
+    def wrong(connection: Any, _record: Any) -> None:
+        seconds = lambda *_: 2440587.5 + (time.clock_gettime(time.CLOCK_REALTIME) + offset_seconds) / 86400  # noqa: E731
+        connection.create_function("julianday", -1, seconds)
+
+    assert registry.database.url.drivername == "sqlite"
+    event.listen(registry.database._engine, "connect", wrong)
+
+
 def _use_key(path: str) -> None:
     # A process that is forked from a server has the environment that the server was started with.
     os.environ["PRIVTRAIN_REGISTRY_KEY"] = path
 
 
-def reserve_at_once(url: str, key: str, uid: str, barrier: Any, results: Any) -> None:
-    """One racer."""
+def reserve_at_once(
+    url: str,
+    key: str,
+    uid: str,
+    barrier: Any,
+    results: Any,
+    offset_seconds: float = 0.0,
+    is_machine_wrong: bool = False,
+) -> None:
+    """One racer, whose clock is wrong by ``offset_seconds``: Python's, and the machine's on SQLite if asked for."""
     _use_key(key)
     registry = Registry(url)
     registry.database.key()
+    set_python_clock(offset_seconds)
+    if is_machine_wrong and registry.database.url.drivername == "sqlite":
+        set_machine_clock(registry, offset_seconds)
     barrier.wait(120)
     try:
         results.put((uid, registry.reserve(request(uid)).id))
-    except BudgetExceeded:
+    except (BudgetExceeded, ClockRefused):
         results.put((uid, None))
 
 

@@ -18,37 +18,12 @@ from privtrain.registry.tables import Contribution, OptOut, ReservationRow, Sett
 from tests.privtrain import registry_work as work
 from tests.privtrain.registry_work import request
 
-NUM_RACERS = 16
-
 pytestmark = [pytest.mark.timeout(600)]
 
 
 def key_of(url: str) -> str:
     """The key file that this test's registry uses."""
     return str(key_path(Database(url).url))
-
-
-def test_of_sixteen_that_race_for_the_last_of_a_budget_exactly_those_that_fit_get_it(registry, registry_url, processes):
-    taken = 9
-    for index in range(taken):
-        registry.reserve(request(f"before-{index}"))
-    barrier, results = processes.Barrier(NUM_RACERS), processes.Queue()
-    racers = [
-        processes.Process(
-            target=work.reserve_at_once, args=(registry_url, key_of(registry_url), f"racer-{i}", barrier, results)
-        )
-        for i in range(NUM_RACERS)
-    ]
-    for racer in racers:
-        racer.start()
-    answers = dict(results.get(timeout=150) for _ in racers)
-    for racer in racers:
-        racer.join()
-    winners = {uid for uid, held in answers.items() if held is not None}
-    assert len(winners) == 12 - taken
-    live = {run.uid for run in views.runs(registry.database)}
-    assert live == winners | {f"before-{i}" for i in range(taken)}
-    assert views.budgets(registry.database)[0].spent <= 8
 
 
 def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, registry_url, processes):

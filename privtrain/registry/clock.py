@@ -1,0 +1,118 @@
+"""What time it is for the budgets: the database's clock, read in the transaction that uses it.
+
+A charge leaves a budget's window, and a lease ends, by the passing of time, so no client's clock decides it. PostgreSQL
+answers with its server's clock, one for all clients. SQLite has no server: its clock is this machine's, and the
+registry remembers the newest time that it was used at (``meta.newest_at``). A clock before that is wrong, or an earlier
+one was; a clock long after it is wrong, or nothing happened for long. The registry cannot tell which, so both are
+refused until a person confirms the date (``privtrain registry clock --confirm``).
+
+"Long" is :data:`LONGEST_SILENCE_SECONDS`, or a quarter of the shortest period of a budget if that is less, but never
+less than :data:`LEAST_SILENCE_SECONDS`; without a bound as long as no run ever reserved. A wrong clock within these
+bounds passes once: whoever comes next with a right one is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+import sqlalchemy as sa
+
+from privtrain.errors import ClockRefused, PrivtrainError
+from privtrain.registry.tables import Budget, Meta, ReservationRow
+
+LONGEST_SILENCE_SECONDS = 31 * 86400.0
+LEAST_SILENCE_SECONDS = 3600.0
+#: By how much a clock may be set back, as time synchronisation does; the registry's time stands still meanwhile.
+MAX_SETBACK_SECONDS = 300.0
+
+#: The SQLite function is the library's own, so that nothing in this process but the operating system sets it.
+_CLOCKS = {
+    "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "SELECT extract(epoch FROM clock_timestamp())",
+}
+
+
+def now(connection: sa.Connection) -> float:
+    """The time, in seconds since 1970 (UTC), never before the newest that was noted; noted if the transaction writes.
+
+    Raises:
+        ClockRefused: on SQLite, if the machine's clock is before the newest time noted, or implausibly long after it.
+    """
+    seconds = _read(connection)
+    newest = _newest(connection)
+    if newest is None or (problem := _problem(connection, seconds, newest)) is None:
+        return _noted(connection, seconds, newest)
+    raise ClockRefused(
+        f"this machine's clock says {describe(seconds)}, {problem} the registry was last used at {describe(newest)}; "
+        "budgets and leases go by this time, so nothing was changed. If the clock is wrong, set it. If it is right, or "
+        "an earlier one was wrong: privtrain registry clock --confirm YYYY-MM-DD, with today's date in UTC"
+    )
+
+
+def estimate(connection: sa.Connection) -> float:
+    """The time where none must be refused: signs of life, opt-outs, what is shown.
+
+    A clock that :func:`now` would refuse is not believed: then it is the newest time that was noted, at which no less
+    is charged than later.
+    """
+    seconds = _read(connection)
+    newest = _newest(connection)
+    if newest is not None and _problem(connection, seconds, newest) is not None:
+        return newest
+    return _noted(connection, seconds, newest)
+
+
+def confirm(connection: sa.Connection, today: datetime.date) -> float:
+    """Go by this machine's clock from now on; what was charged in its future stays charged until then.
+
+    Raises:
+        PrivtrainError: if the clock shows another date, or the database has a server, whose clock counts.
+    """
+    if connection.dialect.name != "sqlite":
+        raise PrivtrainError("this registry goes by its server's clock; there is nothing to confirm")
+    seconds = _read(connection)
+    shown = datetime.datetime.fromtimestamp(seconds, datetime.UTC).date()
+    if shown != today:
+        raise PrivtrainError(f"--confirm: given {today}, but this machine's clock says {describe(seconds)}; set it")
+    connection.execute(sa.update(Meta).values(newest_at=seconds))
+    return seconds
+
+
+def describe(seconds: float) -> str:
+    """A time as UTC to the minute."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _read(connection: sa.Connection) -> float:
+    return float(connection.exec_driver_sql(_CLOCKS[connection.dialect.name]).scalar_one())
+
+
+def _newest(connection: sa.Connection) -> float | None:
+    """``None`` where the clock is a server's, or nothing has happened yet."""
+    if connection.dialect.name != "sqlite":
+        return None
+    return connection.execute(sa.select(Meta.newest_at)).scalar_one_or_none()
+
+
+def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | None:
+    if seconds < newest - MAX_SETBACK_SECONDS:
+        return "but"
+    if seconds <= newest + LEAST_SILENCE_SECONDS:
+        return None
+    silence = seconds - newest
+    return f"{silence / 86400:,.1f} days after" if silence > _longest_silence(connection) else None
+
+
+def _longest_silence(connection: sa.Connection) -> float:
+    if connection.execute(sa.select(ReservationRow.id).limit(1)).first() is None:
+        return float("inf")
+    in_force = sa.select(sa.func.min(Budget.period_seconds)).where(Budget.superseded_at.is_(None))
+    shortest = connection.execute(in_force).scalar_one()
+    return max(LEAST_SILENCE_SECONDS, min(LONGEST_SILENCE_SECONDS, float("inf") if shortest is None else shortest / 4))
+
+
+def _noted(connection: sa.Connection, seconds: float, newest: float | None) -> float:
+    seconds = seconds if newest is None else max(seconds, newest)
+    if connection.dialect.name == "sqlite" and connection.get_execution_options().get("registry_write", False):
+        connection.execute(sa.update(Meta).values(newest_at=seconds))
+    return seconds
