@@ -159,7 +159,6 @@ def summary_table(run: pathlib.Path) -> rich.table.Table:
         ("epsilon", format_epsilon(statement.epsilon)),
         ("delta", scientific(statement.delta)),
         ("unit", f"{statement.unit}, {statement.neighboring_relation}"),
-        ("users", grouped(statement.num_units)),
         ("steps", grouped(statement.steps_released)),
         ("held-out perplexity before", before),
         ("held-out perplexity after", after),

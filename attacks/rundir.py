@@ -81,7 +81,6 @@ class PrivacyStatement(_Part):
     epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
     accountants: list[AccountantAnswer]
-    num_units: int | None
     ledger: Ledger | None
     split_commitment: str = ""
     plan_fingerprint: str

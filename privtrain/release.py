@@ -18,7 +18,7 @@ ASSUMPTIONS = (
     "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
     "(Mironov 2012) are outside the model.",
     "The plan (sampling probability, expected batch size, clipping norm, steps, delta) was chosen without looking at "
-    "the private records. The number of units stated here is published without noise.",
+    "the private records.",
     "Hyper-parameter search over this data, if there was any, is not included.",
 )
 
@@ -47,7 +47,6 @@ def privacy_statement(
     config: Config,
     plan: PrivacyPlan,
     *,
-    num_units: int,
     num_model_steps: int,
     num_charged: int,
     num_accounted: int,
@@ -60,7 +59,6 @@ def privacy_statement(
     Args:
         config: the resolved configuration.
         plan: the plan that was carried out.
-        num_units: training units of the guarantee: users where it speaks of users.
         num_model_steps: steps that the released model has behind it.
         num_charged: steps charged to the budget, abandoned ones included.
         num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
@@ -107,7 +105,6 @@ def privacy_statement(
                 "version": answer.version,
             }
         ],
-        "num_units": num_units,
         "ledger": {"head": ledger_head, "num_commits": num_commits},
         "split_commitment": split_commitment,
         "plan_fingerprint": plan.fingerprint(),
@@ -250,7 +247,6 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ("δ", f"{plan.delta:g}"),
         ("Privacy unit", unit_text(plan)),
         ("Neighbouring relation", plan.neighboring_relation.replace("_", " ")),
-        ("Training units", str(statement["num_units"])),
         (
             f"Records of {'an' if plan.unit == 'example' else 'a'} {plan.unit} in a step",
             f"at most {bound['records_per_unit_per_step']} ({bound['selection'].replace('_', ' ')})",
@@ -287,17 +283,33 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
 def _not_covered(config: Config) -> list[str]:
     items = [
         "The attack report: aggregate results measured on private records, published without noise.",
-        "Wall-clock times and peak memory, which vary with the size of the sample drawn.",
         "What the base model knew before.",
         "Facts about a person that other people's records contain.",
     ]
     if config.tracking.release_held_out_metrics:
         items.append("Perplexity on held-out users: published without noise (tracking.release_held_out_metrics).")
+    items += _times_not_covered(config)
     if config.tracking.system_metrics:
         items.append("Load of the machines, which varies with the sample drawn (tracking.system_metrics).")
     if config.tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
+
+
+def _times_not_covered(config: Config) -> list[str]:
+    """Time is measured, not computed: whoever sees how long a step took learns who may have been in it."""
+    tracking = config.tracking
+    if tracking.release_measurements:
+        return [
+            "Seconds, throughput and memory of every step, which vary with the sample drawn: published "
+            "(tracking.release_measurements)."
+        ]
+    if tracking.wandb or tracking.tensorboard:
+        return [
+            f"When each block of {tracking.mirror_block_steps} steps was done, and when the run began and ended, for "
+            "whoever watches rows arrive in W&B or TensorBoard (tracking.mirror_block_steps)."
+        ]
+    return []
 
 
 def _clipped_text(plan: PrivacyPlan) -> str:

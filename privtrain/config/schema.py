@@ -516,6 +516,17 @@ class TrackingSection(Section):
     private_metrics: bool = Field(
         default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."
     )
+    release_measurements: bool = Field(
+        default=False,
+        description="Publish seconds, throughput and memory of every step, and show steps in W&B and TensorBoard as "
+        "they happen: they tell who was drawn and are not covered by ε.",
+    )
+    mirror_block_steps: int = Field(
+        default=25,
+        ge=1,
+        description="W&B and TensorBoard get the rows of so many steps at once, so that when a row arrives tells "
+        "nothing of one step. The console and metrics.jsonl are not delayed.",
+    )
     release_held_out_metrics: bool = Field(
         default=False,
         description="Publish perplexity on held-out users: not covered by ε, fit for public evaluation text.",

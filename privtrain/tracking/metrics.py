@@ -1,10 +1,13 @@
 """Every metric, declared once with who may see it. An undeclared metric cannot be logged.
 
-``PUBLIC``: a function of the plan, of released values or of time. ``NOISED``: rode on the step through the mechanism,
-with noise and within the plan's ε (``privacy.noised_metrics``, adaptive clipping). ``HELD_OUT``: measured on users
-that are not trained on, released only if ``tracking.release_held_out_metrics`` says that their text may be.
-``PRIVATE``: a raw function of private rows, not covered by ε; stays in ``secret/`` unless ``tracking.private_metrics``
-is on, and then the privacy statement says so.
+``PUBLIC``: a function of the plan and of released values alone. ``NOISED``: rode on the step through the mechanism,
+with noise and within the plan's ε (``privacy.noised_metrics``, adaptive clipping). The others are not covered by ε, so
+they stay in ``secret/`` unless a key of their own publishes them, and then the privacy statement says so:
+
+* ``MEASURED``: times, throughput and memory, ``tracking.release_measurements``. A step takes as long as the records
+  that were drawn, so its seconds tell who was in it.
+* ``HELD_OUT``: on users that are not trained on, ``tracking.release_held_out_metrics``.
+* ``PRIVATE``: raw functions of private rows, ``tracking.private_metrics``.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ class Release(enum.Enum):
 
     PUBLIC = "public"
     NOISED = "noised"
+    MEASURED = "measured"
     HELD_OUT = "held_out"
     PRIVATE = "private"
 
@@ -38,10 +42,10 @@ METRICS: dict[str, Release] = {
     "noised/loss_stddev": Release.PUBLIC,
     "noised/clip_fraction": Release.NOISED,
     "noised/clip_fraction_stddev": Release.PUBLIC,
-    "perf/step_seconds": Release.PUBLIC,
-    "perf/expected_units_per_second": Release.PUBLIC,
-    "perf/peak_memory_bytes": Release.PUBLIC,
-    "perf/flops_per_token": Release.PUBLIC,
+    "perf/flops_per_token": Release.PUBLIC,  # counted on planted tokens
+    "perf/step_seconds": Release.MEASURED,
+    "perf/expected_units_per_second": Release.MEASURED,
+    "perf/peak_memory_bytes": Release.MEASURED,
     "eval/held_out_perplexity": Release.HELD_OUT,
     "eval/held_out_loss": Release.HELD_OUT,
     "eval/held_out_accuracy": Release.HELD_OUT,
@@ -59,9 +63,10 @@ def is_released(name: str, tracking: TrackingSection) -> bool:
     Raises:
         KeyError: for a metric that nobody declared.
     """
-    release = METRICS[name]
-    return (
-        release in (Release.PUBLIC, Release.NOISED)
-        or (release is Release.HELD_OUT and tracking.release_held_out_metrics)
-        or tracking.private_metrics
-    )
+    return {
+        Release.PUBLIC: True,
+        Release.NOISED: True,
+        Release.MEASURED: tracking.release_measurements,
+        Release.HELD_OUT: tracking.release_held_out_metrics,
+        Release.PRIVATE: tracking.private_metrics,
+    }[METRICS[name]]

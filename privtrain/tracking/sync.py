@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import time
 
 from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
@@ -40,8 +41,8 @@ def sync_run(path: pathlib.Path) -> str:
         rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
         tracker = WandbTracker(config, PrivacyPlan.build(config.privacy), run, identity["tracker_id"])
         try:
-            for row in rows:
-                tracker.log(row["train/step"], {name: row[name] for name in row if name != "train/step"})
+            split = [(row["train/step"], {name: row[name] for name in row if name != "train/step"}) for row in rows]
+            tracker.log_rows(split, time.time())
             if run.is_complete():
                 tracker.publish(run)
         finally:

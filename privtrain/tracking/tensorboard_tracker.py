@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 from privtrain.rundir import RunDirectory
-from privtrain.tracking.trackers import QuietTracker, Values
+from privtrain.tracking.mirrors import Row
+from privtrain.tracking.trackers import QuietTracker
 
 
 class TensorBoardTracker(QuietTracker):
@@ -21,11 +23,13 @@ class TensorBoardTracker(QuietTracker):
         self._directory = run.root / "tensorboard"
         self._writer = SummaryWriter(str(self._directory))
 
-    def log(self, step: int, values: Values) -> None:
-        """Mirror a row."""
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+    def log_rows(self, rows: Sequence[Row], timestamp: float) -> None:
+        """Mirror rows."""
+        for step, values in rows:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step, walltime=timestamp)
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and end."""

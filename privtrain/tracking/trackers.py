@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
@@ -13,8 +13,7 @@ from privtrain.console import say
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
-
-Values = Mapping[str, float | int | None]
+from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values
 
 #: Share of the charged steps at which people are told.
 _ALERT_BUDGET_FRACTION = 0.9
@@ -146,15 +145,21 @@ class ReleaseGate:
 def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
     """The gate over all configured trackers; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
+    num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
+    for name, mirror in _mirrors(config, plan, run, run_id):
+        public.append(BlockedMirror(mirror, run, name, num_steps=num_steps, from_step=from_step))
+    return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
+
+
+def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
     if config.tracking.wandb:
         from privtrain.tracking.wandb_tracker import WandbTracker
 
-        public.append(WandbTracker(config, plan, run, run_id))
+        yield "wandb", WandbTracker(config, plan, run, run_id)
     if config.tracking.tensorboard:
         from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
 
-        public.append(TensorBoardTracker(run))
-    return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
+        yield "tensorboard", TensorBoardTracker(run)
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from privtrain.config import Config, public_tree
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory
-from privtrain.tracking.trackers import NullTracker, Values
+from privtrain.tracking.mirrors import Row
+from privtrain.tracking.trackers import NullTracker
 from privtrain.wandb_settings import careful_settings, is_online
 
 
@@ -48,9 +50,10 @@ class WandbTracker:
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
 
-    def log(self, step: int, values: Values) -> None:
-        """Mirror a row."""
-        self._run.log({"train/step": step, **values})
+    def log_rows(self, rows: Sequence[Row], timestamp: float) -> None:
+        """Mirror rows. The time stamp is given with each: W&B would take the moment of the call."""
+        for step, values in rows:
+            self._run.log({"train/step": step, **values, "_timestamp": timestamp})
 
     def alert(self, title: str, text: str) -> None:
         """Alert by mail or chat, as the project is set up."""

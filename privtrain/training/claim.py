@@ -70,7 +70,7 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
     del tree["data"]["source"]  # its content is in the fingerprint; files may move
     sections = ("model", "lora", "prompt", "data", "canaries")
     keys = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
-    published = ("private_metrics", "release_held_out_metrics")
+    published = ("private_metrics", "release_held_out_metrics", "release_measurements")
     keys["training.method"] = config.training.method
     return keys | {f"tracking.{key}": tree["tracking"][key] for key in published}
 

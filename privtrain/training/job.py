@@ -150,8 +150,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
             if ledger is not None:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
-                num_units = units.num_owners if inputs.plan.guaranteed_unit == "user" else len(units)
-                _release(inputs, ledger, network, state, num_units=num_units)
+                _release(inputs, ledger, network, state)
                 tracker.publish(inputs.run)
             tracker.close()
 
@@ -375,9 +374,7 @@ def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-def _release(
-    inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor], *, num_units: int
-) -> None:
+def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor]) -> None:
     config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
     num_accounted = plan.accounted_steps(past.intents)
     if num_accounted > plan.num_steps:
@@ -390,7 +387,6 @@ def _release(
     statement = privacy_statement(
         config,
         plan,
-        num_units=num_units,
         num_model_steps=len(past.path),
         num_charged=past.num_charged,
         num_accounted=num_accounted,

@@ -39,7 +39,6 @@ STATEMENT = {
             "version": "dp-accounting 0.6.0",
         }
     ],
-    "num_units": 700,
     "ledger": {"head": "5d" * 32, "num_commits": 60},
     "plan_fingerprint": "a7" * 32,
     "assumptions": ["The secret key of the run stays secret."],

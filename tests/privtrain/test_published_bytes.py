@@ -1,0 +1,158 @@
+"""Design invariant 12: what is measured is private; nothing that a run publishes names a user, a row or a moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import wandb
+
+from privtrain.export import export_run
+from privtrain.training.job import train
+from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.privtrain.published import MEASURED, Private, num_moments, published_texts, wandb_records, wandb_rows
+
+WORDS = ["alder", "birch", "cedar", "gorse", "hazel", "larch", "maple"]
+NUM_STEPS, BLOCK = 6, 4
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with both mirrors, and its export."""
+    directory = tmp_path_factory.mktemp("published")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("WANDB_MODE", "offline")
+    users = write_users(directory / "users.jsonl")
+    tree = {
+        "run": {"name": "tiny", "output_dir": str(directory / "runs")},
+        "model": {"name_or_path": str(save_tiny_llama(directory / "model"))},
+        "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {
+            "source": {"kind": "files", "paths": [str(users)]},
+            "max_length": 24,
+            "attack_min_records": 4,
+            "num_evaluation_records": 6,
+        },
+        "privacy": {
+            "records_per_user": 3,
+            "sampling_prob": 0.4,
+            "expected_batch_size": 6,
+            "noise_multiplier": 1.0,
+            "target_delta": 1e-3,
+            "num_steps": NUM_STEPS,
+            "noised_metrics": {},
+        },
+        "performance": {"microbatch_size": 4, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 2},
+        "tracking": {"wandb": True, "tensorboard": True, "mirror_block_steps": BLOCK},
+    }
+    train(write_config(tree, directory / "config.yaml"))
+    wandb.teardown()  # waits until the file is written
+    patch.undo()
+    run = directory / "runs" / "tiny"
+    export_run(run, directory / "exported", merge=False, dtype="fp32")
+    places = [str(directory), str(pathlib.Path.home()) + "/", str(pathlib.Path.cwd())]
+    return run, published_texts(run, directory / "exported"), Private.of(run, WORDS, places)
+
+
+def test_nothing_private_is_in_any_published_byte(finished):
+    _, texts, private = finished
+    kinds = {pathlib.Path(name).suffix for name in texts}
+    assert {".wandb", ".yaml", ".json", ".jsonl", ".safetensors", ".md"} <= kinds
+    assert any("tfevents" in name for name in texts)
+    assert sum("noised/loss" in text for text in texts.values()) >= 3, "rows are decoded"
+    assert private.found_in(texts) == []
+
+
+def test_no_row_tells_when_its_step_was_done(finished):
+    """The attack: the seconds of a step, or when its row arrived, tell whether somebody with long records was in it."""
+    run, texts, _ = finished
+    assert not [name for name in MEASURED for text in texts.values() if name in text]
+    num_blocks = -(-NUM_STEPS // BLOCK)
+    assert num_moments(run) == {"wandb": num_blocks, "tensorboard": num_blocks}
+    private = [json.loads(line) for line in (run / "secret" / "private_metrics.jsonl").read_text().splitlines()]
+    assert sum("perf/step_seconds" in row for row in private) == NUM_STEPS, "the operator has them"
+
+
+def test_the_number_of_units_is_nowhere(finished):
+    """With the exact number beside it, adding one user would be seen with certainty, whatever ε says."""
+    run, _, _ = finished
+    statement = json.loads((run / "privacy.json").read_text())
+    num_users = len(json.loads((run / "secret" / "manifest.json").read_text())["held_in"])
+    assert num_users not in _numbers(statement)
+    assert "Training units" not in (run / "adapter" / "README.md").read_text()
+
+
+def _numbers(value):
+    if isinstance(value, dict | list):
+        return [n for item in (value.values() if isinstance(value, dict) else value) for n in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_random_ids_of_runs_are_no_leak(finished):
+    """The id that W&B gets is random: on a machine called ``vm`` it may hold these letters, and nothing leaked."""
+    _, texts, private = finished
+    rng = np.random.default_rng(0)
+    (name,) = (name for name in texts if name.endswith(".wandb"))
+    for _ in range(200):
+        run_id = "tiny-" + "".join(rng.choice(list("0123456789abcdefghijklmnopqrstuvwxyz"), size=8))
+        first = int(rng.integers(5, 12))
+        machine = run_id[first : first + int(rng.integers(1, 9))].strip("-") or "vm"
+        text = texts[name].replace(private.run_id, run_id)
+        assert run_id in text
+        other = dataclasses.replace(private, words=frozenset([f"{machine}q7x", f"x{machine}y{machine}"]), run_id=run_id)
+        assert other.found_in({name: text}) == []
+        alone = dataclasses.replace(private, words=frozenset([machine]), strings=frozenset(), run_id=run_id)
+        only_the_id = {name: f"run-{run_id}.wandb files/{run_id}/output"}
+        assert alone.found_in(only_the_id) == []
+        assert alone.found_in({name: f"{only_the_id} host: {machine}"})
+
+
+@pytest.mark.parametrize(
+    ("file", "leak"),
+    [
+        ("config.yaml", "user"),
+        ("adapter/README.md", "pseudonym"),
+        ("metrics.jsonl", "perf/step_seconds"),
+        ("privacy.json", "word"),
+        ("wandb/metadata.json", "host"),
+        ("adapter/tokenizer_config.json", "key"),
+    ],
+)
+def test_a_planted_leak_is_found(finished, tmp_path, file, leak):
+    run, _, private = finished
+    users = json.loads((run / "secret" / "manifest.json").read_text())["held_in"]
+    is_pseudonym = lambda s: len(s) == 32 and set(s) <= set("0123456789abcdef")  # noqa: E731
+    planted = {
+        "user": users[0],
+        "pseudonym": next(filter(is_pseudonym, sorted(private.strings))),
+        "perf/step_seconds": '{"train/step": 1, "perf/step_seconds": 0.5}',
+        "word": "she wrote: maple, larch",
+        "host": f'"host": "{sorted(private.words - set(WORDS))[0]}"',
+        "key": (run / "secret" / "root.key").read_text().strip(),
+    }[leak]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True, ignore=shutil.ignore_patterns("secret", "checkpoints"))
+    with open(copy / file, "a", encoding="utf-8") as out:
+        out.write(planted)
+    found = private.found_in(published_texts(copy))
+    assert found
+    assert all(line.startswith(f"run/{file}: ") for line in found)
+
+
+def test_measurements_are_published_when_asked_for(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tree["tracking"] = {"wandb": True, "release_measurements": True}
+    train(write_config(tree, tmp_path / "c.yaml"))
+    wandb.teardown()
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("perf/step_seconds" in row for row in rows) == 4
+    (file,) = run.rglob("*.wandb")
+    moments = {row["_timestamp"] for row in wandb_rows(wandb_records(file), with_internal=True)}
+    assert len(moments) >= 4
+    (item,) = (item for item in json.loads((run / "privacy.json").read_text())["not_covered"] if "Seconds" in item)
+    assert "tracking.release_measurements" in item
