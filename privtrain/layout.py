@@ -62,9 +62,9 @@ class Layout:
         """The layout of the tensors of ``model`` that require a gradient; a tied tensor has one place."""
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
 
-    def zeros(self, device: torch.device) -> torch.Tensor:
+    def zeros(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A zero vector."""
-        return torch.zeros(self.num_coordinates, dtype=torch.float32, device=device)
+        return torch.zeros(self.num_coordinates, dtype=dtype, device=device)
 
     def view(self, vector: torch.Tensor, slot: Slot) -> torch.Tensor:
         """The part of ``vector`` that belongs to ``slot``, in its shape, sharing memory."""

@@ -65,11 +65,15 @@ class Backend(Protocol):
         ...
 
     def reduce(self, vector: torch.Tensor) -> None:
-        """Replace ``vector`` (fp32, any shape) on every rank by its SUM over ranks."""
+        """Replace ``vector`` (fp32 or int64, any shape) on every rank by its SUM over ranks."""
         ...
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """The SUM over ranks of the clipped sums, as far as this rank steps it: laid out as ``Placement.stepped``."""
+        """The SUM over ranks of the clipped sums (int64), as far as this rank steps it.
+
+        Returns:
+            int64, laid out as ``Placement.stepped``; the same bits for the same units, however they are shared out.
+        """
         ...
 
     def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:

@@ -1,6 +1,6 @@
 """Data parallelism by one all-reduce a logical step: no wrapper around the model, no hooks, no buckets.
 
-The clipped sum of all trainable tensors is one flat fp32 vector, so a step costs one collective.
+The clipped sum of all trainable tensors is one flat int64 vector, so a step costs one collective.
 """
 
 from __future__ import annotations

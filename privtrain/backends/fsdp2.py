@@ -136,7 +136,7 @@ class Fsdp2Backend(ShardedBackend):
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
         """See :class:`privtrain.backends.base.Backend`."""
         if self._shards is not None and self._num_replicas > 1:
-            assert total.dtype == torch.float32
+            assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
         return super().reduce_total(total)
 

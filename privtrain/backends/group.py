@@ -19,6 +19,8 @@ from privtrain.layout import Slot
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+#: What may be added over ranks: bf16 would lose what the noise was measured for.
+_SUMMED = (torch.float32, torch.int64)
 #: Numbers of the stretches of rank 0 alone, in this process: every rank counts the same ones.
 _stretches = itertools.count()
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.005, 0.5
@@ -30,8 +32,9 @@ def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor, group: dist.Proc
 
 
 def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Fill ``mine`` with this rank's equal part of the SUM of ``vector`` over ranks."""
-    assert vector.dtype == torch.float32
+    """Fill ``mine`` with this rank's equal part of the SUM of ``vector`` over ranks: fp32, or int64 exactly."""
+    assert vector.dtype == mine.dtype
+    assert vector.dtype in _SUMMED
     _reduce_scatter(mine, vector, op=dist.ReduceOp.SUM, group=group)
 
 
@@ -60,7 +63,7 @@ class ProcessGroup:
 
     def reduce(self, vector: torch.Tensor) -> None:
         """See :class:`privtrain.backends.base.Backend`."""
-        assert vector.dtype == torch.float32
+        assert vector.dtype in _SUMMED
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
 
     def broadcast_bytes(self, value: bytes | None) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from privtrain.clipping import exact_sum
 from privtrain.clipping.factors import GramCache, Lookup, Outer, add_multiplied, squared_norms, squared_norms_of
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
@@ -137,46 +138,49 @@ class UnitGradients:
             outers, lookups = self._of_unit(slot.name, index)
             if outers or lookups:
                 out = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                add_multiplied(out, outers, lookups, torch.ones(1, device=self._device), masked=False)
+                add_multiplied(out, outers, lookups)
                 result[slot.name] = out
         return result
 
     def add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:
-        """``total += Σ_u weight_u g_u`` over what was kept; a unit of weight zero adds nothing, whatever its gradient.
+        """``total += Σ_u trunc(weight_u g_u)`` over what was kept; a unit of weight zero adds nothing, NaN or not.
 
         Args:
-            total: the flat sum.
-            weights: [slots, units] float32.
+            total: the flat sum, int64.
+            weights: [slots, units] of :func:`.exact_sum.on_grid`.
         """
-        masked = not bool((weights != 0).all())  # asked once: every question waits for the device
         for i, slot in enumerate(self._layout.slots):
             out = self._layout.view(total, slot)
             if slot.name in self._dense:
-                value = self._dense[slot.name].flatten(1)
-                value = torch.where((weights[i] != 0)[:, None], value, 0.0) if masked else value
-                out.add_((weights[i] @ value).view(slot.shape))
-            else:
-                outers, lookups = self._outers.get(slot.name, []), self._lookups.get(slot.name, [])
-                add_multiplied(out, outers, lookups, self.by_row(weights[i]), masked=masked)
+                exact_sum.add_units(out, self._dense[slot.name], weights[i])
+            elif slot.name in self._outers or slot.name in self._lookups:
+                for unit in weights[i].nonzero().flatten().tolist():
+                    value = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
+                    add_multiplied(value, *self._of_unit(slot.name, unit))
+                    exact_sum.add_unit(out, value, float(weights[i, unit]))
 
     def add_now(self, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
-        """``out += Σ_u weight_u g_u`` for one use that is not kept.
+        """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept.
 
         Args:
-            out: the tensor's part of a sum.
+            out: the tensor's part of the sum, int64.
             gradient: what the rule returned.
-            weights: [units] float32.
+            weights: [units] of :func:`.exact_sum.on_grid`.
         """
-        by_row = self.by_row(weights)
-        masked = not bool((by_row != 0).all())
+        for unit in weights.nonzero().flatten().tolist():
+            value = torch.zeros(out.shape, dtype=torch.float32, device=self._device)
+            self.add_unit(value, gradient, unit)
+            exact_sum.add_unit(out, value, float(weights[unit]))
+
+    def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
+        """``out += g_unit`` for one use that is not kept, in fp32."""
+        rows = self._rows(unit)
         if isinstance(gradient, Outer):
-            add_multiplied(out, [gradient], [], by_row, masked=masked)
+            add_multiplied(out, [Outer(gradient.left[rows], gradient.right[rows])], [])
         elif isinstance(gradient, Lookup):
-            add_multiplied(out, [], [gradient], by_row, masked=masked)
+            add_multiplied(out, [], [Lookup(gradient.ids[rows], gradient.values[rows])])
         else:
-            value = gradient.float().flatten(1)
-            value = torch.where((by_row != 0)[:, None], value, 0.0) if masked else value
-            out.add_((by_row @ value).view(out.shape))
+            out.add_(gradient[rows].float().sum(dim=0))
 
     def by_row(self, by_unit: torch.Tensor) -> torch.Tensor:
         """[units] → [rows of units]."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from privtrain.clipping import opacus_rules, refusals, rules, styles
+from privtrain.clipping import exact_sum, opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
@@ -124,7 +124,7 @@ class PerUnitClipper:
         if loose:
             raise UnsupportedLayer(f"{loose[:3]} require a gradient but are not in the layout, so nothing clips them")
         self.layout = layout
-        self.total = layout.zeros(device)
+        self.total = layout.zeros(device, torch.int64)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
         self._equal_passes = equal_passes
@@ -149,6 +149,11 @@ class PerUnitClipper:
     def sensitivity(self) -> float:
         """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
         return self._clipping_norm
+
+    @property
+    def grid_exponent(self) -> int:
+        """``total`` is in units of 2**grid_exponent: of this step, since adaptive clipping changes C."""
+        return styles.grid_exponent(self._style, self._clipping_norm)
 
     @property
     def clipping_norm(self) -> float:
@@ -182,7 +187,7 @@ class PerUnitClipper:
             self._accumulate_units(batch)
 
     def finish(self) -> torch.Tensor:
-        """End the step on this rank and return the flat clipped sum.
+        """End the step on this rank and return the flat clipped sum: int64, in units of 2**``grid_exponent``.
 
         Raises:
             GuaranteeLost: if a unit was left open, or an unclipped gradient exists on a trainable tensor.
@@ -299,7 +304,7 @@ class PerUnitClipper:
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
-            weights = self._factors(squares, together, batch.owners).float()
+            weights = self._weights(squares, together, batch.owners)
             if len(apart) < num_units:
                 passes.gradients.add_weighted(self.total, weights)
         later = sorted(apart) or [None]
@@ -330,7 +335,7 @@ class PerUnitClipper:
         alone = torch.zeros(gradients.num_units, device=self._device)
         if index is not None:
             alone[index] = 1.0
-        used = alone if weights is None else alone + weights.amax(dim=0)
+        used = alone if weights is None else alone + weights.amax(dim=0).to(self._device)
 
         def add(slot: Slot, found: Gradient) -> None:
             if weights is not None:
@@ -338,7 +343,7 @@ class PerUnitClipper:
             if index is not None:
                 if slot.name not in gradient:
                     gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                gradients.add_now(gradient[slot.name], found, alone)
+                gradients.add_unit(gradient[slot.name], found, index)
 
         if bool((used > 0).any()):
             passes.again(calls, add, gradients.by_row(used > 0), is_last=is_last)
@@ -389,15 +394,13 @@ class PerUnitClipper:
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
         chosen = torch.ones(1, dtype=torch.bool, device=self._device)
-        factors = self._factors(squares, chosen, batch.owners[index : index + 1]).float()
-        if not bool((factors > 0).all()):
-            return
+        weights = self._weights(squares, chosen, batch.owners[index : index + 1])
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
-                self.layout.view(self.total, slot).addcmul_(gradient[slot.name], factors[i])
+                exact_sum.add_units(self.layout.view(self.total, slot), gradient[slot.name][None], weights[i])
 
-    def _factors(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
-        """[slots, units] factors; zero for units that are not ``chosen`` or not finite. Counts the chosen ones."""
+    def _weights(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
+        """[slots, units] factors on the grid; 0 for units that are not ``chosen`` or not finite. Counts the chosen."""
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
         whole = squares.sum(dim=0).sqrt()[chosen]
@@ -411,7 +414,8 @@ class PerUnitClipper:
             self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
         self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
-        return torch.where(chosen, factors, 0.0)[torch.tensor(self._groups, device=self._device)]
+        by_slot = torch.where(chosen, factors, 0.0).cpu()[self._groups]
+        return exact_sum.on_grid(by_slot, self.grid_exponent)
 
 
 def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:

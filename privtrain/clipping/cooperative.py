@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from privtrain.clipping import refusals, styles
+from privtrain.clipping import exact_sum, refusals, styles
 from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
@@ -119,7 +119,7 @@ class CooperativeClipper:
     ) -> None:
         refusals.refuse_coupled_units(model)
         self.layout = shards.layout
-        self.total = self.layout.zeros(device)
+        self.total = self.layout.zeros(device, torch.int64)
         self.diagnostics = ClippingDiagnostics()
         self.route = "two_pass" if route == "two_pass" else "cooperative"
         self.clipping_norm = clipping_norm
@@ -138,6 +138,11 @@ class CooperativeClipper:
     def sensitivity(self) -> float:
         """Largest change of the whole sum when one unit is added or removed: C in every style."""
         return self.clipping_norm
+
+    @property
+    def grid_exponent(self) -> int:
+        """``total`` is in units of 2**grid_exponent."""
+        return styles.grid_exponent(self._style, self.clipping_norm)
 
     def reset(self) -> None:
         """Begin a step."""
@@ -159,7 +164,7 @@ class CooperativeClipper:
                 self._add_unit(unit, rows, most_rows=len(owner) * self._shards.size)
 
     def finish(self) -> torch.Tensor:
-        """End the step and return this rank's part of the clipped sum.
+        """End the step and return this rank's part of the clipped sum: int64, in units of 2**``grid_exponent``.
 
         Raises:
             GuaranteeLost: if a unit was left open.
@@ -191,10 +196,10 @@ class CooperativeClipper:
             for i, slot in enumerate(self.layout.slots):
                 if slot.num_coordinates:
                     squares[i] = squared_norms(self.layout.view(gradient, slot)[None])
-            factors, _ = self._factors(squares, owner)
-            if factors is not None:
+            weights, _ = self._weights(squares, owner)
+            if weights is not None:
                 for i, slot in enumerate(self.layout.slots):
-                    self.layout.view(self.total, slot).addcmul_(self.layout.view(gradient, slot), factors[i])
+                    exact_sum.add_unit(self.layout.view(self.total, slot), self.layout.view(gradient, slot), weights[i])
         if self.route == "two_pass":
             self._gradient = None
 
@@ -204,15 +209,15 @@ class CooperativeClipper:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self._run(rows, measure)
-        factors, norms = self._factors(first, owner)
-        if factors is None:
+        weights, norms = self._weights(first, owner)
+        if weights is None:
             return
 
         second, measure_again = self._measuring()
 
         def add(slot: Slot, part: torch.Tensor) -> None:
             measure_again(slot, part)
-            self.layout.view(self.total, slot).addcmul_(part, factors[self._number[slot.name]])
+            exact_sum.add_unit(self.layout.view(self.total, slot), part, weights[self._number[slot.name]])
 
         self._run(rows, add, counts_loss=False)
         self._shards.sum_over_group(second)
@@ -245,7 +250,7 @@ class CooperativeClipper:
         if has_rows and counts_loss:
             self._loss += float(loss.detach())
 
-    def _factors(self, squares: torch.Tensor, owner: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _weights(self, squares: torch.Tensor, owner: int) -> tuple[list[float] | None, torch.Tensor]:
         """What scales each slot, or ``None`` where the unit counts as zero; and its norms by group. Counts the unit."""
         parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
         self._shards.sum_over_group(parts)
@@ -265,7 +270,8 @@ class CooperativeClipper:
             self.diagnostics.sum_within += float(styles.within(norms.new_tensor([whole]), self.clipping_norm).sum())
         if not bool((factors > 0).all()):
             return None, norms
-        return factors.float()[torch.tensor(self._groups, device=self._device)], norms
+        by_group = exact_sum.on_grid(factors.cpu().flatten(), self.grid_exponent).tolist()
+        return [by_group[group] for group in self._groups], norms
 
     def _zero_squares(self) -> torch.Tensor:
         return torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)

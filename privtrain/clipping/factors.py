@@ -199,32 +199,15 @@ def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(len(touched), values.shape[1]).index_add_(0, place, values).square().sum()
 
 
-def add_multiplied(
-    out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup], weight: torch.Tensor, *, masked: bool
-) -> None:
-    """``out += Σ_rows weight_row · gradient_row``, in fp32.
+def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
+    """``out += Σ_rows gradient_row``, in fp32.
 
     Args:
         out: where it is added.
         outers: uses in linear layers.
         lookups: uses as an embedding.
-        weight: [rows].
-        masked: whether some weights are zero; those rows add nothing, NaN or not.
     """
-    # 0 · NaN is NaN, so a row of weight zero is masked out, not multiplied away.
-    left_out = (weight == 0)[:, None, None]
-
-    def clean(value: torch.Tensor) -> torch.Tensor:
-        return torch.where(left_out, 0.0, value.float()) if masked else value.float()
-
     for outer in outers:
-        left, right = clean(outer.left), clean(outer.right)
-        # Scale the narrower factor: the wider one may have a vocabulary's width.
-        if left.shape[-1] < right.shape[-1]:
-            left = left * weight[:, None, None]
-        else:
-            right = right * weight[:, None, None]
-        out.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        out.addmm_(outer.left.float().flatten(0, 1).T, outer.right.float().flatten(0, 1))
     for lookup in lookups:
-        values = clean(lookup.values) * weight[:, None, None]
-        out.index_add_(0, lookup.ids.flatten(), values.flatten(0, 1))
+        out.index_add_(0, lookup.ids.flatten(), lookup.values.float().flatten(0, 1))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from privtrain import fixed_point
 from privtrain.layout import Layout
 
 #: Gamma of automatic clipping (Bu et al. 2022, arXiv 2206.07136, section 3.2): limits how far small ones are blown up.
@@ -18,6 +19,10 @@ AUTOMATIC_GAMMA = 0.01
 
 #: Width of the band around the clipping norm in which :func:`within` steps down, relative to it.
 _BAND = 0.02
+
+#: Under ``batch``, which bounds no unit: the norm that a unit is bounded by all the same, since integers may not
+#: overflow. The first is far above any gradient that still trains, the second above any that the self-test plants.
+_BATCH_BOUND, _BATCH_CLIPPING_NORMS = 2.0**13, 2.0**14
 
 
 def groups(style: str, layout: Layout) -> list[int]:
@@ -39,7 +44,8 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
     * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
       (McMahan et al. 2018, arXiv 1812.06210, section 2).
     * ``automatic``: C/(‖g‖ + gamma), Bu et al. 2022 (arXiv 2206.07136): every unit counts alike.
-    * ``batch``: 1, no unit is bounded; :func:`batch_factor` is for the sum. Never with noise, which it would not match.
+    * ``batch``: 1 for every norm up to 8192, no unit is bounded; :func:`batch_factor` is for the sum. Never with noise,
+      which it would not match.
 
     Args:
         style: one of the above.
@@ -50,13 +56,24 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
         [groups, units]; zero for a unit with a norm that is not finite in any group.
     """
     if style == "batch":
-        scaled = torch.ones_like(norms)
+        bound = _bound(style, clipping_norm)
+        scaled = bound / norms.clamp(min=bound)
     elif style == "automatic":
         scaled = clipping_norm / (norms + AUTOMATIC_GAMMA)
     else:
         bound = clipping_norm / math.sqrt(norms.shape[0])
         scaled = bound / norms.clamp(min=bound)
     return torch.where(torch.isfinite(norms).all(dim=0), scaled, 0.0)
+
+
+def grid_exponent(style: str, clipping_norm: float) -> int:
+    """The sum over units is in multiples of 2 to this power (:mod:`.exact_sum`)."""
+    return fixed_point.grid_exponent(_bound(style, clipping_norm))
+
+
+def _bound(style: str, clipping_norm: float) -> float:
+    """The norm that no unit's contribution exceeds."""
+    return max(_BATCH_BOUND, _BATCH_CLIPPING_NORMS * clipping_norm) if style == "batch" else clipping_norm
 
 
 def batch_factor(norm_of_mean: float, clipping_norm: float) -> float:

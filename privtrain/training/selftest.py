@@ -21,7 +21,7 @@ from scipy import stats
 from torch.utils.hooks import RemovableHandle
 
 from privtrain.backends import Backend, Placement
-from privtrain.clipping import CooperativeClipper, GradientShards, PerUnitClipper, styles
+from privtrain.clipping import CooperativeClipper, GradientShards, PerUnitClipper, exact_sum, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
@@ -256,7 +256,7 @@ def _clipped_and_reduced(
     clipper.reset()
     for batch in _batches(units, microbatch_size, backend.device, is_mine=is_mine):
         clipper.accumulate(batch)
-    return backend.reduce_total(clipper.finish())
+    return exact_sum.as_float32(backend.reduce_total(clipper.finish()), clipper.grid_exponent)
 
 
 def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Backend) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from privtrain.backends import Backend, Placement
 from privtrain.backends.base import digest
-from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
+from privtrain.clipping import CooperativeClipper, PerUnitClipper, exact_sum, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
@@ -130,7 +130,7 @@ class Trainer:
         Returns:
             The clipped sum over all ranks with its noise, laid out as ``layout``, and the riders with theirs.
         """
-        total = self.backend.reduce_total(clipper.finish())
+        total = exact_sum.as_float32(self.backend.reduce_total(clipper.finish()), clipper.grid_exponent)
         if self.plan.clipping_style == "batch":
             self._clip_batch(total)
         stddev = self.plan.gradient_noise_multiplier * clipper.sensitivity

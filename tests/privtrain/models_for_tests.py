@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from privtrain.clipping import PerUnitClipper, clipper
+from privtrain.clipping import PerUnitClipper, clipper, exact_sum
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.microbatch import Packer
@@ -118,7 +118,7 @@ def clipped_sum(
     clipper.reset()
     for batch in packer.pack(users, num_batches or packer.num_batches(users)):
         clipper.accumulate(batch)
-    return clipper.finish().clone()
+    return exact_sum.as_float32(clipper.finish(), clipper.grid_exponent)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from privtrain import fixed_point
 from privtrain.backends import DdpBackend
 from privtrain.clipping import rules
 from privtrain.data.microbatch import Packer
@@ -38,7 +39,9 @@ def test_sum_equals_brute_force_for_any_microbatch_size(tiny_llama, microbatch_s
     model, layout = tiny_lora(tiny_llama)
     users = invented_users(7, most_records=4)
     ours = clipped_sum(make_clipper(model, layout, clipping_norm), users, microbatch_size)
-    assert relative_error(ours, brute_force_sum(model, layout, users, clipping_norm)) < 1e-5
+    expected = brute_force_sum(model, layout, users, clipping_norm)
+    truncated = len(users) * layout.num_coordinates**0.5 * 2.0 ** fixed_point.grid_exponent(clipping_norm)
+    assert float((ours.double() - expected).norm()) < 1e-5 * float(expected.norm()) + truncated
 
 
 def _reduced_sums(directory: pathlib.Path, microbatch_sizes: list[int]) -> list[torch.Tensor]:
@@ -133,9 +136,9 @@ def test_a_user_is_clipped_once_jointly_not_per_record(tiny_llama):
 def test_a_units_gradient_does_not_depend_on_its_batch_mates(tiny_llama):
     model, layout = tiny_lora(tiny_llama)
     users = invented_users(5, most_records=3)
-    alone = clipped_sum(make_clipper(model, layout, 1e6), [users[2]], 8)
-    together = clipped_sum(make_clipper(model, layout, 1e6), users, 8)
-    others = sum(clipped_sum(make_clipper(model, layout, 1e6), [u], 8) for i, u in enumerate(users) if i != 2)
+    alone = clipped_sum(make_clipper(model, layout, 1e3), [users[2]], 8)
+    together = clipped_sum(make_clipper(model, layout, 1e3), users, 8)
+    others = sum(clipped_sum(make_clipper(model, layout, 1e3), [u], 8) for i, u in enumerate(users) if i != 2)
     assert relative_error(together - others, alone.double()) < 1e-4
     assert relative_error(alone, plain_unit_gradient(model, layout, users[2]).double()) < 1e-5
 

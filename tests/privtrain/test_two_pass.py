@@ -172,8 +172,9 @@ def test_mutant_a_layer_is_left_out_of_the_second_pass(monkeypatch):
 
 
 def test_mutant_the_rows_of_another_unit_get_the_factor(monkeypatch):
-    original = batched.UnitGradients.by_row
-    monkeypatch.setattr(batched.UnitGradients, "by_row", lambda self, by_unit: original(self, by_unit.flip(0)))
+    original = batched.UnitGradients.add_now
+    mutant = lambda self, out, gradient, weights: original(self, out, gradient, weights.flip(0))  # noqa: E731
+    monkeypatch.setattr(batched.UnitGradients, "add_now", mutant)
     model, layout = build("qwen2", "full")
     total = clipped_sum(make_clipper(model, layout, 0.3, route="two_pass"), USERS, 16)
     assert relative_error(total, brute_force_sum(model, layout, USERS, 0.3)) > 1e-3

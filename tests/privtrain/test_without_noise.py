@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from privtrain.backends import LocalBackend
-from privtrain.clipping import styles
+from privtrain.clipping import exact_sum, styles
 from privtrain.config import validate
 from privtrain.data.synthetic import customer_records
 from privtrain.errors import ConfigError
@@ -19,17 +19,20 @@ def _released(trainer, step=0):
     """A step's clipped sum as it is released, and the plain sum of the units' gradients."""
     drawn = trainer.sampler.draw(step)
     sums = []
-    for clipping_norm in (trainer.clipping_norm, 1e6):
+    for clipping_norm in (trainer.clipping_norm, 1e6 if trainer.plan.clipping_style == "flat" else 1.0):
         clipper = trainer.new_clipper(trainer.row_losses, "auto")
         clipper.clipping_norm = clipping_norm
         clipper.reset()
         for batch in trainer.microbatches(drawn):
             clipper.accumulate(batch)
-        sums.append(trainer.release(clipper, trainer._key, step)[0].clone() if not sums else clipper.finish())
+        if not sums:
+            sums.append(trainer.release(clipper, trainer._key, step)[0].clone())
+        else:
+            sums.append(exact_sum.as_float32(clipper.finish(), clipper.grid_exponent))
     return sums
 
 
-@pytest.mark.parametrize("clipping_norm", [1e-3, 1e6])
+@pytest.mark.parametrize("clipping_norm", [1e-3, 1e2])
 def test_batch_clipping_bounds_the_mean_of_a_step_and_no_unit(tiny_llama, clipping_norm):
     cell = Cell(method="full", style="batch", clipping_norm=clipping_norm, noise_multiplier=0.0)
     trainer = cells.make_trainer(LocalBackend(cells.CPU), tiny_llama, cell)
@@ -37,7 +40,8 @@ def test_batch_clipping_bounds_the_mean_of_a_step_and_no_unit(tiny_llama, clippi
     released, plain = _released(trainer)
     batch_size = trainer.plan.expected_batch_size
     expected = plain * min(1.0, clipping_norm / float(plain.norm() / batch_size))
-    assert float((released - expected).norm()) <= 1e-5 * float(expected.norm())
+    truncated = 7 * len(plain) ** 0.5 * 2.0 ** styles.grid_exponent("batch", max(1.0, clipping_norm))
+    assert float((released - expected).norm()) <= 1e-5 * float(expected.norm()) + truncated
     assert float(released.norm()) / batch_size <= clipping_norm * (1 + 1e-5)
 
 

@@ -1,0 +1,79 @@
+"""The sum over units as integers: where a clipped contribution is rounded to the public grid and added.
+
+A unit's gradient g (fp32) is multiplied by its clipping factor w, rounded towards zero to a multiple of the grid step
+s = 2**e (:func:`privtrain.fixed_point.grid_exponent`) and added as int64. In units of s a contribution is
+
+    Q_i = trunc(fl(v · g_i)),    v = fl(w / s),
+
+where fl rounds to fp32. What that means for the sensitivity, for a clipping norm C and 2**40 ≤ C/s < 2**41:
+
+* **A contribution is no longer than C.** fl adds at most 2⁻²⁴ of a value, in v and in v · g_i; trunc shortens. So
+  |Q_i| s ≤ (1 + 2⁻²⁴)² w |g_i|, coordinate by coordinate, and ‖Q‖ s ≤ (1 + 1.2e-7) w ‖g‖. The norm that w was made of
+  is under-estimated by less than 5e-6 of itself where Gram matrices are involved (their squares by 1e-5,
+  :func:`.factors.squared_norms_of`) and by 1e-6 elsewhere: together below C (1 + 1e-5). v is a normal number: w / s is
+  folded in float64, and lies above 2**-64 for every fp32 gradient and below 2**127 for every clipping norm that a plan
+  accepts. So a small factor is never rounded up by more than that.
+* **One unit moves the sum by its own contribution.** Integers are added without rounding, so the sum over any set of
+  units is the same in every order, in any number of microbatches, ranks and parts; the difference of two sums that
+  differ in one unit is that unit's Q, whatever the values of the others.
+* **Nothing overflows.** |Q_i| < 2**41 (1 + 1e-5), so 2**21 units add up to less than 2**62 (1 + 1e-5): a plan may
+  expect that many (``fixed_point.MAX_UNITS``), and a draw of a binomial number of units never comes near twice that.
+* **What it costs in signal.** trunc moves each coordinate of a unit by less than s ≤ C · 2**-40 towards zero: less than
+  1e-12 C a coordinate and unit, 3e-8 C in the norm of a unit with 10⁹ coordinates; fp32 rounding moves it by more.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Numbers that are quantised at a time: they and their integers stay in a CPU's cache. A GPU has kernels to save.
+_CHUNK = {"cpu": 1 << 18}
+_LARGEST_CHUNK = 1 << 26
+
+
+def on_grid(factors: torch.Tensor, exponent: int) -> torch.Tensor:
+    """float32 weights that turn a gradient into its contribution in grid steps.
+
+    Args:
+        factors: clipping factors, float64: a factor below fp32's normal numbers would be rounded by more than 2**-24.
+        exponent: the grid is 2**exponent.
+    """
+    assert factors.dtype == torch.float64
+    return (factors * 2.0**-exponent).float()
+
+
+def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> None:
+    """``total += Σ_u trunc(weight_u · gradient_u)``, exactly; a unit of weight zero adds nothing, NaN or not.
+
+    Args:
+        total: int64, contiguous.
+        gradients: [units, *shape of total] float32.
+        weights: [units] float32 of :func:`on_grid`, on the CPU, so that nobody waits to see which are zero.
+    """
+    assert total.dtype == torch.int64
+    assert gradients.dtype == weights.dtype == torch.float32
+    used = weights.nonzero().flatten()
+    if not len(used):
+        return
+    flat, values = total.view(-1), gradients.flatten(1)
+    if len(used) < len(weights):
+        weights = weights[used]
+        values = values[used.to(values.device)] if len(used) > 1 else values[int(used) : int(used) + 1]
+    scale = weights.to(values.device)[:, None]
+    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // len(weights))
+    for start in range(0, len(flat), size):
+        scaled = values[:, start : start + size] * scale
+        flat[start : start + size].add_(scaled.to(torch.int64).sum(dim=0))
+
+
+def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
+    """The same for one unit: ``total += trunc(weight · gradient)``."""
+    add_units(total, gradient[None], torch.tensor([weight]))
+
+
+def as_float32(total: torch.Tensor, exponent: int) -> torch.Tensor:
+    """The value of a sum on the grid, in fp32: for comparing, and where no noise is to be added."""
+    vector = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    for part, out in zip(total.split(_LARGEST_CHUNK), vector.split(_LARGEST_CHUNK), strict=True):
+        out.copy_(part.double().mul_(2.0**exponent))
+    return vector
