@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from privtrain.command import run_command
+from privtrain.errors import PrivtrainError
 from privtrain.ledger_cli import RunPath, ledger_app
 from privtrain.registry import commands as registry_commands
 
@@ -119,6 +120,55 @@ def export(
     from privtrain.export import export_run
 
     typer.echo(export_run(run, output, merge=merge, dtype=dtype))
+
+
+@app.command()
+def verify(
+    directory: Annotated[pathlib.Path, typer.Argument(help="A run, its adapter or model, or an export.")],
+    digest: Annotated[str | None, typer.Option(help="The release digest, from a source that you trust.")] = None,
+    public_key: Annotated[
+        pathlib.Path | None, typer.Option(help="PEM file; the directory must be signed with its private key.")
+    ] = None,
+    certificate: Annotated[
+        list[pathlib.Path] | None, typer.Option(help="PEM file of a root certificate to trust; may be repeated.")
+    ] = None,
+    released: Annotated[
+        pathlib.Path | None, typer.Option(help="The run that an export was made from: its weights are made again.")
+    ] = None,
+    base_model: Annotated[pathlib.Path | None, typer.Option(help="Directory of the base model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check that a directory is what was released, without secret/; names every file and field that is not."""
+    from privtrain.signing import Keys
+    from privtrain.verify import Anchors, print_verified
+
+    if public_key is not None and certificate:
+        raise PrivtrainError("give --public-key or --certificate")
+    keys = Keys(key=public_key, chain=tuple(certificate or ())) if public_key or certificate else None
+    print_verified(directory, Anchors(digest, keys, released, base_model), as_json=as_json)
+
+
+@app.command()
+def sign(
+    directory: Annotated[pathlib.Path, typer.Argument(help="A run, its adapter or model, or an export.")],
+    private_key: Annotated[pathlib.Path, typer.Option(help="PEM file of an elliptic-curve key.")],
+    certificate: Annotated[pathlib.Path | None, typer.Option(help="PEM file of the key's certificate.")] = None,
+    chain: Annotated[
+        list[pathlib.Path] | None, typer.Option(help="PEM file of a certificate above it; may be repeated.")
+    ] = None,
+    password: Annotated[
+        str | None, typer.Option(help="Of the private key.", envvar="PRIVTRAIN_SIGNING_PASSWORD")
+    ] = None,
+) -> None:
+    """Sign what was released (model.sig, OpenSSF Model Signing); offline. Verifies the directory first."""
+    from privtrain.signing import Keys
+    from privtrain.signing import sign as sign_files
+    from privtrain.verify import signed_files, verify_directory
+
+    verify_directory(directory)
+    keys = Keys(private_key, certificate, tuple(chain or ()))
+    signature = sign_files(directory, keys, signed_files(directory), password)
+    typer.echo(f"wrote {signature}; check it with: privtrain verify {directory} --public-key FILE")
 
 
 @app.command()

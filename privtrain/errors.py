@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 EXIT_WRONG_INPUT = 2
@@ -77,6 +78,16 @@ class ProofRejected(PrivtrainError):  # noqa: N818
     """A proof of a user's part in a run that does not hold."""
 
     exit_code = EXIT_REFUSED_RELEASE
+
+
+class VerificationFailed(PrivtrainError):  # noqa: N818
+    """A released directory that is not what was released; names every file and field that does not hold."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+    def __init__(self, problems: Sequence[str], directory: pathlib.Path) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([f"{directory} is not what was released", *(f"  {item}" for item in problems)]))
 
 
 class RegistryUnreachable(PrivtrainError):  # noqa: N818

@@ -1,19 +1,31 @@
 """``privtrain export``: what a finished run released, as one directory that transformers and peft open elsewhere.
 
 Merging and casting are post-processing of the released weights: the privacy statement travels with them unchanged.
+``export.json`` says what was made of what: digests of the released weights, of the base model and of every file
+written, and one digest over all of these, the relation. Whoever has the run can make the weights again, and
+``privtrain verify`` does.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
+from privtrain import bundle, strict_json
+from privtrain.bundle import ReleaseManifest
 from privtrain.config import load_config
-from privtrain.errors import ConfigError, Fault
+from privtrain.config.schema import ModelSection
+from privtrain.errors import ConfigError, Fault, VerificationFailed
 from privtrain.rundir import RunDirectory, replace_directory, write_atomically
 
 DTYPES = ("fp32", "bf16", "fp16")
+
+SCHEMA = "privtrain/export/1"
+NAME = "export.json"
 
 
 def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: str) -> str:
@@ -30,6 +42,7 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
 
     Raises:
         ConfigError: if the run is not finished, the output exists or the dtype is unknown; nothing is written then.
+        VerificationFailed: if the run does not hold what was released.
         RuntimeError: if what was saved is not what is in memory.
     """
     directory = RunDirectory(run)
@@ -37,8 +50,10 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        manifest = bundle.check_released(run)
         if directory.model.exists() or merge:
             _save_whole(directory, temporary, dtype)
+            _describe(manifest, temporary, dtype)
             what = f"{'merged ' if merge else ''}model in {dtype}"
         else:
             shutil.copytree(directory.adapter, temporary)
@@ -46,14 +61,14 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
         replace_directory(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return f"wrote the {what} with its privacy statement to {output}"
+    return f"wrote the {what} with its privacy statement to {output}; check it with: privtrain verify {output}"
 
 
 def _check(run: RunDirectory, output: pathlib.Path, dtype: str) -> None:
     faults = []
     if not run.is_complete():
         faults.append(
-            Fault("RUN", f"{run.root} holds no finished run (no privacy.json); finish it with privtrain train")
+            Fault("RUN", f"{run.root} holds no finished run (no release.json); finish it with privtrain train")
         )
     if output.exists():
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
@@ -64,11 +79,9 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str) -> None:
 
 
 def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:
-    import torch
     from transformers import AutoTokenizer
 
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    model = _whole_model(run).to(types[dtype])
+    model = _whole_model(run, None).to(_type_of(dtype))
     model.save_pretrained(str(target))
     AutoTokenizer.from_pretrained(str(run.released)).save_pretrained(str(target))
     shutil.copy(run.privacy, target / "privacy.json")
@@ -76,7 +89,13 @@ def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:
     _check_saved(model, target)
 
 
-def _whole_model(run: RunDirectory) -> Any:
+def _type_of(dtype: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def _whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
     """The released model in fp32, so that merging rounds once."""
     import torch
 
@@ -87,9 +106,113 @@ def _whole_model(run: RunDirectory) -> Any:
 
         (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
         return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32)
-    base = load_base(load_config(run.resolved_config).model, torch.float32)
+    section = load_config(run.resolved_config).model
+    if base_model is not None:
+        section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)
+    base = load_base(section, torch.float32)
     adapted: Any = load_adapter(base, run.adapter)
     return adapted.merge_and_unload(safe_merge=True)
+
+
+def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> None:
+    """Write ``release.json`` and ``export.json`` beside what was made."""
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "release": manifest.digest,
+        "released": weights_of(manifest.files),
+        "base_model": dict(manifest.base_model),
+        "merged": any(path.startswith("adapter/") for path in manifest.files),
+        "dtype": dtype,
+        "files": {path: bundle.sha256_of(target / path) for path in bundle.files_under(target)},
+    }
+    write_atomically(target / NAME, _rendered({**content, "relation": bundle.digest_of(content)}))
+    write_atomically(target / bundle.NAME, bundle.render(manifest, "export"))
+
+
+def _rendered(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def weights_of(files: Mapping[str, str]) -> dict[str, str]:
+    """Of released files, those that the weights are read from: path → SHA-256."""
+    endings = (".safetensors", ".bin", "/config.json", "adapter_config.json", ".index.json")
+    return {path: digest for path, digest in files.items() if path.endswith(endings)}
+
+
+def read_description(directory: pathlib.Path) -> dict[str, Any]:
+    """What ``export.json`` says.
+
+    Raises:
+        VerificationFailed: if it is missing, or not in the one form in which it is written.
+    """
+    try:
+        text = (directory / NAME).read_bytes().decode("utf-8")
+        content = strict_json.loads(text)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"it is not of schema {SCHEMA!r}")
+        names = {"schema", "release", "released", "base_model", "merged", "dtype", "files", "relation"}
+        if set(content) != names or content["dtype"] not in DTYPES or _rendered(content) != text:
+            raise ValueError("it is not in the form in which it is written")
+        if content["relation"] != bundle.digest_of({name: content[name] for name in content if name != "relation"}):
+            raise ValueError("relation is not the digest of the rest")
+        bundle.check_digests("files", content["files"])
+    except FileNotFoundError:
+        raise VerificationFailed([f"{NAME} is missing"], directory) from None
+    except (OSError, ValueError) as error:
+        raise VerificationFailed([f"{NAME} cannot be used: {error}"], directory) from None
+    return content
+
+
+def reproduction_faults(
+    directory: pathlib.Path, made: Mapping[str, Any], released: pathlib.Path, base_model: pathlib.Path | None
+) -> list[str]:
+    """Make an export again from the run and compare its tensors, which are equal up to the dtype's round-off.
+
+    Args:
+        directory: the export.
+        made: its description.
+        released: the run directory.
+        base_model: directory of the base model; by default where the run had it.
+
+    Raises:
+        PrivtrainError: if the run's configuration or the base model is not at hand.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    run = RunDirectory(released)
+    if run.adapter.exists() and not run.resolved_config.exists():
+        raise ConfigError([Fault("--released", f"{released} has no secret/config.yaml; give the whole run")])
+    model = _whole_model(run, base_model).to(_type_of(made["dtype"]))
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        expected = _tensors(pathlib.Path(place), load_file)
+    found = _tensors(directory, load_file)
+    problems = [f"tensor {name} is in one of them alone" for name in sorted(found.keys() ^ expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        mine, theirs = found[name], expected[name]
+        if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+            problems.append(f"tensor {name} has another type or shape")
+        elif not torch.equal(mine, theirs) and not _is_round_off(mine, theirs):
+            problems.append(f"tensor {name} is not what the released weights give")
+    return [f"{_weights_file(directory)}: {problem}" for problem in problems]
+
+
+def _is_round_off(mine: Any, theirs: Any) -> bool:
+    """Whether two tensors differ by units in the last place: another machine may round a product differently."""
+    import torch
+
+    unit = torch.finfo(theirs.dtype).eps if theirs.dtype.is_floating_point else 0.0
+    mine, theirs = mine.double(), theirs.double()
+    return torch.allclose(mine, theirs, rtol=2 * unit, atol=2 * unit * float(theirs.abs().max()))
+
+
+def _tensors(directory: pathlib.Path, load_file: Any) -> dict[str, Any]:
+    return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def _weights_file(directory: pathlib.Path) -> str:
+    return ", ".join(sorted(path.name for path in directory.glob("*.safetensors")))
 
 
 def _check_saved(model: Any, target: pathlib.Path) -> None:

@@ -8,8 +8,17 @@ import importlib.util
 import pathlib
 from typing import Any
 
+from privtrain.bundle import sha256_of
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
+
+#: Formats of weights, the one that transformers loads first.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+_NO_BASE_WEIGHTS = ("adapter_model", "training_args", "optimizer")
+
+#: What else changes what is computed: configurations, tokenizers, templates, code.
+_DESCRIPTION_SUFFIXES = (".json", ".model", "vocab.txt", "merges.txt", ".jinja", ".py")
+_NO_PART = ("release.json", "export.json", "privacy.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,50 @@ def check_model(model: ModelSection) -> list[Fault]:
     elif path.exists() or path.is_absolute() or location.path.startswith("."):
         return [Fault("model.name_or_path", f"no such model directory: {path}")]
     return []
+
+
+def base_digests(model: ModelSection) -> dict[str, str]:
+    """File name → SHA-256 of the files that the base model and its tokenizer are loaded from; empty if not on disk.
+
+    Of weights in several formats only those that transformers prefers count, so that the rest may come and go.
+    """
+    location = locate(model)
+    directory = pathlib.Path(location.path)
+    if not directory.is_dir():
+        cached = _cached_directory(location)
+        if cached is None:
+            return {}
+        directory = cached
+    return digests_in(directory, model.gguf_file)
+
+
+def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:
+    """The same for a directory; see :func:`base_digests`."""
+    if gguf_file is not None:
+        return {gguf_file: sha256_of(directory / gguf_file)}
+    names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    weights = next(
+        (
+            own
+            for suffix in _WEIGHT_SUFFIXES
+            if (own := [name for name in names if name.endswith(suffix) and not name.startswith(_NO_BASE_WEIGHTS)])
+        ),
+        [],
+    )
+    described = [name for name in names if name.endswith(_DESCRIPTION_SUFFIXES) and name not in _NO_PART]
+    return {name: sha256_of(directory / name) for name in sorted({*weights, *described})}
+
+
+def _cached_directory(location: ModelLocation) -> pathlib.Path | None:
+    """Where the hub's cache keeps a model that was loaded by name."""
+    import huggingface_hub
+
+    name = location.arguments.get("gguf_file", "config.json")
+    try:
+        found = huggingface_hub.try_to_load_from_cache(location.path, name, revision=location.arguments.get("revision"))
+    except ValueError:  # no name that a hub could have
+        return None
+    return pathlib.Path(found).parent if isinstance(found, str) else None
 
 
 def _package_directory(package: str, file_name: str) -> pathlib.Path:

@@ -18,8 +18,8 @@ from typing import Any
 import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.schemes import Scheme, relation_of, scheme_of
-from privtrain.user_level import ACCOUNTANTS, group_answer, group_noise, mixture_event
+from privtrain.schemes import SCHEMES, Scheme, relation_of, scheme_of
+from privtrain.user_level import ACCOUNTANTS, group_answer, group_holds, group_noise, mixture_event
 
 SCHEMA = "privtrain/plan/1"
 
@@ -282,15 +282,64 @@ class PrivacyPlan:
         """The accountant's whole answer for ``num_steps`` charged steps."""
         return _answer_after(self, num_steps)
 
+    def recomputed_epsilon(self) -> float:
+        """Certified ε after ``num_steps``, from the event alone and whatever ``epsilon`` says."""
+        return accountants.certified_upper(_answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps))
+
+    def epsilon_certifies_itself(self) -> bool:
+        """With group accounting: whether the event certifies ``epsilon``, which may have been found by another path."""
+        assert self.user_accounting == "group"
+        assert self.records_per_user is not None
+        return group_holds(
+            self.record_event_of_steps(self.num_steps),
+            self.epsilon,
+            self.delta,
+            self.records_per_user,
+            accountant=self.accountant,
+            relation=self.neighboring_relation,
+        )
+
     def fingerprint(self, data_sha256: str | None = None) -> str:
         """SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
 
         Publish it without the digest only: with it, whoever knows all records but one could test a guess of that one.
         """
-        body = {"schema": SCHEMA, "data_sha256": data_sha256, **dataclasses.asdict(self)}
-        body["scheme"] = self.scheme.parameters()
+        body = {"schema": SCHEMA, "data_sha256": data_sha256, **self.body()}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def body(self) -> dict[str, Any]:
+        """Every value of the plan in JSON's types; the statement carries it so that anybody can rebuild the plan."""
+        body = {**dataclasses.asdict(self), "scheme": self.scheme.parameters(), "epsilon": finite(self.epsilon)}
+        return json.loads(json.dumps(body, allow_nan=False))
+
+    @classmethod
+    def from_body(cls, body: Any) -> PrivacyPlan:
+        """The plan that :meth:`body` describes; nothing is calibrated or accounted for.
+
+        Raises:
+            ValueError: if it describes none.
+        """
+        try:
+            values = dict(body)
+            scheme = dict(values["scheme"])
+            scheme_class = SCHEMES[scheme.pop("scheme")]
+            own = {field.name for field in dataclasses.fields(scheme_class)}
+            values["scheme"] = scheme_class(**{name: value for name, value in scheme.items() if name in own})
+            if values["epsilon"] is None:
+                values["epsilon"] = math.inf
+            if values["adaptive_clipping"] is not None:
+                values["adaptive_clipping"] = AdaptiveClipping(**values["adaptive_clipping"])
+            if values["noised_metrics"] is not None:
+                noised = values["noised_metrics"]
+                low, high = noised["loss_range"]
+                values["noised_metrics"] = NoisedMetrics(tuple(noised["release"]), (low, high), noised["noise"])
+            plan = cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no plan can be rebuilt from it ({error!r})") from None
+        if plan.body() != body:
+            raise ValueError("it does not describe a plan in the one form")
+        return plan
 
 
 def finite(value: float) -> float | None:

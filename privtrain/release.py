@@ -9,7 +9,7 @@ from typing import Any
 import privtrain
 from privtrain.config import Config
 from privtrain.plan import PrivacyPlan, finite
-from privtrain.rundir import RunDirectory, replace_directory, write_atomically, write_json
+from privtrain.rundir import write_atomically
 
 SCHEMA = "privtrain/privacy/1"
 
@@ -43,10 +43,15 @@ _USER_ACCOUNTING_ASSUMPTION = {
 }
 
 
-def privacy_statement(
-    config: Config,
+def privacy_statement(config: Config, plan: PrivacyPlan, **facts: Any) -> dict[str, Any]:
+    """The statement of what is guaranteed, for ``privacy.json``; see :func:`statement_of` for the ``facts``."""
+    return statement_of(plan, not_covered=_not_covered(config), **facts)
+
+
+def statement_of(
     plan: PrivacyPlan,
     *,
+    not_covered: list[str],
     num_model_steps: int,
     num_charged: int,
     num_accounted: int,
@@ -54,16 +59,16 @@ def privacy_statement(
     ledger_head: str,
     split_commitment: str,
 ) -> dict[str, Any]:
-    """The statement of what is guaranteed, for ``privacy.json``.
+    """The statement that follows from a plan and what happened; ``verify`` builds it again and compares.
 
     Args:
-        config: the resolved configuration.
         plan: the plan that was carried out.
+        not_covered: what ε does not cover, in words.
         num_model_steps: steps that the released model has behind it.
         num_charged: steps charged to the budget, abandoned ones included.
         num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
         num_commits: steps that the ledger shows as finished.
-        ledger_head: hash of the ledger's last record.
+        ledger_head: head of the ledger before its release record, which holds this statement's digest.
         split_commitment: to the coins, as the ledger has it; keyed, so it tells nothing of them.
     """
     epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
@@ -107,6 +112,7 @@ def privacy_statement(
         ],
         "ledger": {"head": ledger_head, "num_commits": num_commits},
         "split_commitment": split_commitment,
+        "plan": plan.body(),
         "plan_fingerprint": plan.fingerprint(),
         "assumptions": [
             _RELATION_ASSUMPTION[plan.neighboring_relation],
@@ -115,7 +121,7 @@ def privacy_statement(
             *ASSUMPTIONS,
             plan.scheme.assumption,
         ],
-        "not_covered": _not_covered(config),
+        "not_covered": not_covered,
         "software": {"privtrain": privtrain.__version__},
     }
 
@@ -178,27 +184,19 @@ def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
     }
 
 
-def write_statement(run: RunDirectory, statement: dict[str, Any]) -> None:
-    """Put the statement beside the run and inside what is released. Written last: it marks the run as complete."""
-    write_json(run.released / "privacy.json", statement)
-    write_json(run.privacy, statement)
+def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str) -> None:
+    """``save_pretrained`` into a directory, with the card; what was saved is opened again and compared."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)  # unless modules_to_save names them
+    tokenizer.save_pretrained(str(directory))
+    write_atomically(directory / "README.md", card)
+    _check_tensors(directory / "adapter_model.safetensors", model)
 
 
-def write_adapter(run: RunDirectory, model: Any, tokenizer: Any, card: str) -> None:
-    """``save_pretrained`` into a temporary directory, check it, then put it in place."""
-    temporary = run.root / ".adapter.tmp"
-    model.save_pretrained(str(temporary), save_embedding_layers=False)  # unless modules_to_save names them
-    tokenizer.save_pretrained(str(temporary))
-    write_atomically(temporary / "README.md", card)
-    _check_tensors(temporary / "adapter_model.safetensors", model)
-    replace_directory(temporary, run.adapter)
-
-
-def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str, state: dict[str, Any]) -> None:
-    """The same where all weights were trained: the model is loaded again and compared before it is put in place.
+def write_model(directory: pathlib.Path, model: Any, tokenizer: Any, card: str, state: dict[str, Any]) -> None:
+    """The same where all weights were trained: the whole model is loaded again and compared.
 
     Args:
-        run: where to.
+        directory: where to.
         model: the model, whose weights may be sharded; it says how to save.
         tokenizer: saved beside it.
         card: its model card.
@@ -210,18 +208,16 @@ def write_model(run: RunDirectory, model: Any, tokenizer: Any, card: str, state:
     import torch
     import transformers
 
-    temporary = run.root / ".model.tmp"
     whole = {name: p.detach().cpu() for name, p in model.named_parameters() if name not in state} | state
-    model.save_pretrained(str(temporary), state_dict=dict(whole))
-    tokenizer.save_pretrained(str(temporary))
-    write_atomically(temporary / "README.md", card)
-    (architecture,) = transformers.AutoConfig.from_pretrained(str(temporary)).architectures or []
-    loaded = getattr(transformers, architecture).from_pretrained(str(temporary), dtype=torch.float32)
+    model.save_pretrained(str(directory), state_dict=dict(whole))
+    tokenizer.save_pretrained(str(directory))
+    write_atomically(directory / "README.md", card)
+    (architecture,) = transformers.AutoConfig.from_pretrained(str(directory)).architectures or []
+    loaded = getattr(transformers, architecture).from_pretrained(str(directory), dtype=torch.float32)
     saved = dict(loaded.named_parameters())
     for name, value in whole.items():
         if name not in saved or not torch.equal(saved[name].detach(), value):
-            raise RuntimeError(f"{temporary}: tensor {name} was not saved as it is in memory")
-    replace_directory(temporary, run.model)
+            raise RuntimeError(f"{directory}: tensor {name} was not saved as it is in memory")
 
 
 def _check_tensors(path: pathlib.Path, model: Any) -> None:
@@ -238,8 +234,30 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
 
 def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> str:
     """Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3)."""
+    base = config.model.public_name
+    library = "transformers" if config.training.releases_model else "peft"
+    what = {
+        "full": f"All weights of {base}",
+        "bias": f"{base}, its biases",
+        "lora": f"A LoRA adapter (rank {config.lora.rank}) for {base}",
+        "prompt_tuning": f"A prompt of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+        "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
+    }[config.training.method]
+    return (
+        f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
+        f"# {config.run.name}\n\n{banner(statement)}"
+        f"{what}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n{card_section(plan, statement)}"
+    )
+
+
+def banner(statement: dict[str, Any]) -> str:
+    """What the card of a run that is not private begins with."""
     reasons = statement["not_private_reasons"]
-    banner = "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
+    return "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
+
+
+def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
+    """The privacy statement in the card: a function of plan and statement, which ``verify`` makes again."""
     epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
     bound = statement["contribution_bound"]
     rows = [
@@ -261,19 +279,7 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         ("Plan fingerprint", f"`{statement['plan_fingerprint']}`"),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    base = config.model.public_name
-    library = "transformers" if config.training.releases_model else "peft"
-    what = {
-        "full": f"All weights of {base}",
-        "bias": f"{base}, its biases",
-        "lora": f"A LoRA adapter (rank {config.lora.rank}) for {base}",
-        "prompt_tuning": f"A prompt of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
-        "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
-    }[config.training.method]
     return (
-        f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
-        f"# {config.run.name}\n\n{banner}"
-        f"{what}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n"
         f"## Privacy statement\n\n| | |\n|---|---|\n{table}\n\n"
         f"### Assumptions\n\n{_bullets(statement['assumptions'])}\n\n"
         f"### What ε does not cover\n\n{_bullets(statement['not_covered'])}\n"

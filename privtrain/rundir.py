@@ -29,6 +29,8 @@ class RunDirectory:
         self.resolved_config = root / "secret" / "config.yaml"
         self.privacy = root / "privacy.json"
         self.metrics = root / "metrics.jsonl"
+        self.release = root / "release.json"
+        self.staged = root / ".release"
         self.adapter = root / "adapter"
         self.model = root / "model"
         self.report = root / "report"
@@ -48,8 +50,8 @@ class RunDirectory:
         return self.identity.exists()
 
     def is_complete(self) -> bool:
-        """Whether training finished and everything was released."""
-        return self.privacy.exists() and self.released.exists()
+        """Whether training finished and everything was released: ``release.json`` is put in place last."""
+        return self.release.exists() and self.privacy.exists() and self.released.exists()
 
     @property
     def released(self) -> pathlib.Path:
@@ -206,14 +208,25 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) 
 
 def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:
     """Put a finished directory in place of another, contents on disk before the rename."""
-    for file in source.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    sync_tree(source)
     if target.exists():
         shutil.rmtree(target)
     os.replace(source, target)
     sync_directory(target.parent)
+
+
+def sync_tree(directory: pathlib.Path) -> None:
+    """Bring everything in a directory onto the disk."""
+    for root, _, files in os.walk(directory):
+        for name in files:
+            sync_file(pathlib.Path(root) / name)
+        sync_directory(pathlib.Path(root))
+
+
+def sync_file(path: pathlib.Path) -> None:
+    """Bring a file's content onto the disk."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sync_directory(path: pathlib.Path) -> None:

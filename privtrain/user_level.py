@@ -106,6 +106,20 @@ def group_answer(
     )
 
 
+def group_holds(
+    record_event: Any, epsilon: float, delta: float, num_records: int, *, accountant: str, relation: str
+) -> bool:
+    """Whether group privacy over ``num_records`` records certifies (``epsilon``, ``delta``) for a user."""
+    if math.isinf(epsilon):
+        return True
+    record_delta = _record_delta(epsilon / num_records, delta, num_records)
+    if record_delta == 0:
+        return False
+    answer = accountants.get_accountant(accountant).epsilon(record_event, record_delta, relation_of(relation))
+    # Round-off between machines moves the last digits of an answer.
+    return num_records * accountants.certified_upper(answer) <= epsilon * (1 + 1e-6)
+
+
 def _record_delta(record_epsilon: float, delta: float, num_records: int) -> float:
     """δ (e^ε₁ - 1)/(e^(k ε₁) - 1): what one record may have of a user's δ; 0 where float64 ends."""
     if record_epsilon == 0:

@@ -166,6 +166,7 @@ class _Plant:
         self.is_spent = False
 
     def install(self) -> None:
+        from privtrain import publish
         from privtrain.training import checkpoint, job, supervise
         from privtrain.training.trainer import Trainer
 
@@ -199,8 +200,7 @@ class _Plant:
             plant.step = -1
 
         checkpoint.replace_directory = replace
-        original_save, original_export = checkpoint.save, job.write_adapter
-        original_statement = job.write_statement
+        original_save, original_publish, original_install = checkpoint.save, job.publish, publish.install
 
         def save(directory: pathlib.Path, **arguments: Any) -> None:
             plant.step = arguments["step"]
@@ -210,17 +210,18 @@ class _Plant:
             plant.strike("checkpoint", "after")
             plant.step = -1
 
-        def export(*arguments: Any) -> None:
+        def export(*arguments: Any, **named: Any) -> Any:
             plant.step = plant.fault.step if plant.fault else -1
             plant.strike("export", "before")
-            original_export(*arguments)
-            plant.strike("export", "inside")
-
-        def statement(*arguments: Any) -> None:
-            original_statement(*arguments)
+            released = original_publish(*arguments, **named)
             plant.strike("export", "after")
+            return released
 
-        checkpoint.save, job.write_adapter, job.write_statement = save, export, statement
+        def put_in_place(*arguments: Any) -> None:
+            plant.strike("export", "inside")  # the release is recorded, and nothing of it is in its place
+            original_install(*arguments)
+
+        checkpoint.save, job.publish, publish.install = save, export, put_in_place
 
     def _wrap(self, owner: Any, name: str, phase: str, *, torn: bool = False) -> None:
         original, plant = getattr(owner, name), self

@@ -76,12 +76,17 @@ def users_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture
 def tree(tiny_llama: pathlib.Path, users_file: pathlib.Path, tmp_path: pathlib.Path) -> dict[str, Any]:
     """A complete configuration over the tiny model; change it and hand it to ``write_config``."""
+    return tiny_tree(tiny_llama, users_file, tmp_path / "runs")
+
+
+def tiny_tree(model: pathlib.Path, users: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+    """The configuration of the fixture ``tree``, for fixtures of wider scope."""
     return {
-        "run": {"name": "tiny", "output_dir": str(tmp_path / "runs")},
-        "model": {"name_or_path": str(tiny_llama)},
+        "run": {"name": "tiny", "output_dir": str(output)},
+        "model": {"name_or_path": str(model)},
         "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
         "data": {
-            "source": {"kind": "files", "paths": [str(users_file)]},
+            "source": {"kind": "files", "paths": [str(users)]},
             "max_length": 24,
             "held_out_fraction": 0.3,
             "attack_min_records": 4,

@@ -13,8 +13,9 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from privtrain import strict_json
+from privtrain.bundle import ReleaseManifest
 from privtrain.errors import LedgerCorrupt
-from privtrain.ledger import strict_json
 
 SCHEMA = "privtrain/ledger/2"
 GENESIS = "0" * 64
@@ -84,12 +85,12 @@ class Release:
     Attributes:
         epsilon: ε for all steps charged; ``None`` where no finite one is guaranteed.
         delta: δ.
-        plan: the public fingerprint of the plan, without the digest of the data; empty where none was given.
+        manifest: the privacy statement, every released file, the base model, the tokenizer and the plan, by digest.
     """
 
     epsilon: float | None
     delta: float
-    plan: str
+    manifest: ReleaseManifest
 
 
 @dataclasses.dataclass
@@ -247,6 +248,8 @@ def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
             raise ValueError("does not follow the record before it")
         if (record["kind"] == "begin") != (state.num_records == 0):
             raise ValueError("a log has one beginning, at its start")
+        if state.is_released:
+            raise ValueError("a record after the release")
         problem = _CHECKS.get(record["kind"], _unknown_kind)(state, record)
     except (KeyError, TypeError) as error:
         raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
@@ -280,8 +283,6 @@ def _check_session(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_intent(state: LedgerState, record: dict[str, Any]) -> str | None:
-    if state.is_released:
-        return "a step after the release"
     if (record["generation"], record["step"]) in state.intents:
         return "a step twice"
     if record["generation"] != state.generation or record["step"] != len(state.path):
@@ -310,7 +311,13 @@ def _check_seal(state: LedgerState, record: dict[str, Any]) -> str | None:
 
 
 def _check_release(state: LedgerState, record: dict[str, Any]) -> str | None:
-    return "a release that charges other steps" if record["num_charged"] != state.num_charged else None
+    if record["num_charged"] != state.num_charged:
+        return "a release that charges other steps"
+    if state.open_bodies and any(body.num_units for body in state.open_bodies):
+        return "a release before the last segment is sealed"
+    if ReleaseManifest.parse(record["manifest"]).ledger_head != state.head:
+        return "a release that quotes another head than that of the record before it"
+    return None
 
 
 _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
@@ -357,4 +364,4 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.segments.append(Segment(tuple(state.open_bodies), record["num_bytes"], tuple(record["chunks"])))
             state.open_bodies = []
         case "release":
-            state.release = Release(record["epsilon"], record["delta"], record.get("plan", ""))
+            state.release = Release(record["epsilon"], record["delta"], ReleaseManifest.parse(record["manifest"]))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from privtrain.bundle import ReleaseManifest
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import (
@@ -204,18 +205,22 @@ class Ledger:
         if self._num_open_rows >= self._segment_rows:
             self._seal()
 
-    def release(self, epsilon: float | None, delta: float, plan: str = "") -> str:
-        """Record the release of the model and return the head that the privacy statement quotes.
+    def prepare_release(self) -> str:
+        """Seal what is open and return the head that the privacy statement quotes: nothing but the release follows."""
+        self._seal()
+        return self.state.head
+
+    def release(self, epsilon: float | None, delta: float, manifest: ReleaseManifest) -> None:
+        """Record the release of the model: the last record of a log.
 
         Args:
             epsilon: ε, as in the statement; ``None`` where it is infinite.
             delta: δ.
-            plan: the plan's public fingerprint, as in the statement.
+            manifest: what is released; it quotes the head that :meth:`prepare_release` gave.
         """
-        if not self.state.is_released:
-            self._seal()
-            self._append("release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged, plan=plan)
-        return self.state.head
+        self._append(
+            "release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged, manifest=manifest.body
+        )
 
     def close(self) -> None:
         """Close the files."""

@@ -11,10 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain.errors import LedgerCorrupt, PrivtrainError
-from privtrain.ledger import strict_json
+from privtrain import bundle, strict_json
+from privtrain.config import load_config
+from privtrain.consistency import statement_faults
+from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
+from privtrain.model_files import base_digests
+from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.secret import pseudonym
 
@@ -43,9 +47,8 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
     run = run_with_ledger(run_path)
     state = verify(run.ledger)
     quoted = ""
-    if run.privacy.is_file():
-        _check_statement(run, state)
-        quoted = ", matches privacy.json"
+    if state.release is not None or run.privacy.is_file():
+        quoted = _check_release(run, state)
     if head is not None:
         if all(record["hash"] != head for record in read_records(run.ledger)):
             raise LedgerCorrupt(f"{run.ledger} never had head {head}: it was rewritten, or shortened and gone on from")
@@ -59,36 +62,75 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
     )
 
 
-def _check_statement(run: RunDirectory, state: LedgerState) -> None:
-    statement = _read(run.privacy)
-    try:
-        head = statement["ledger"]["head"]
-        if head != state.head:
-            raise LedgerCorrupt(
-                f"{run.privacy} quotes ledger head {str(head)[:12]}, the log ends in {state.head[:12]}: "
-                "records were removed or added after the release"
-            )
-        for name, claimed, found in _claims(statement, state, run.ledger):
-            if claimed != found:
-                raise LedgerCorrupt(f"{run.privacy}: {name} is {claimed}, the ledger shows {found}")
-        if state.num_charged > statement["num_steps"]:
-            raise LedgerCorrupt(
-                f"{run.ledger} charges {state.num_charged} steps, the plan in {run.privacy} allows "
-                f"{statement['num_steps']}"
-            )
-    except (KeyError, TypeError) as error:
-        raise LedgerCorrupt(f"{run.privacy}: lacks what a privacy statement holds ({error!r})") from None
-    copy = run.released / run.privacy.name
-    if copy.is_file() and _read(copy) != statement:
-        raise LedgerCorrupt(f"{copy} is not the statement in {run.privacy}")
+def _check_release(run: RunDirectory, state: LedgerState) -> str:
+    """Everything that was released against the release record; what was compared, in words."""
+    if state.release is None:
+        raise LedgerCorrupt(f"{run.ledger}: has no release, but there is {run.privacy}")
+    manifest = state.release.manifest
+    problems = _release_faults(run, state)
+    if problems:
+        raise LedgerCorrupt("\n".join([f"{run.ledger} does not bear out what is released", *problems]))
+    base, note = base_faults(run, manifest)
+    if base:
+        raise LedgerCorrupt(f"{run.ledger}: {'; '.join(base)}")
     _check_plan(run, state)
+    return f", matches privacy.json and {len(manifest.files)} released files{note}"
 
 
-def _claims(statement: Any, state: LedgerState, log: pathlib.Path) -> list[tuple[str, Any, Any]]:
+def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
+    assert state.release is not None
+    manifest, problems = state.release.manifest, []
+    try:
+        written, place = bundle.read_manifest(run.root)
+        if written != manifest or place != "run":
+            problems.append(f"{bundle.NAME} is not what the release record holds")
+    except VerificationFailed as error:
+        problems += error.problems
+    problems += [str(fault) for fault in bundle.run_faults(run, manifest)[0]]
+    for path in (run.privacy, run.released / run.privacy.name):
+        name = path.relative_to(run.root).as_posix()
+        try:
+            statement = _read(path)
+        except LedgerCorrupt as error:
+            problems.append(str(error))
+            continue
+        if bundle.digest_of(statement) != manifest.statement:
+            problems.append(f"{name}: its content is not what the release record holds")
+        try:
+            problems += [f"{name}: {claim}" for claim in _false_claims(statement, state)]
+        except (KeyError, TypeError) as error:
+            problems.append(f"{name}: lacks what a privacy statement holds ({error!r})")
+        problems += [f"{name}: {fault}" for fault in statement_faults(statement)]
+    return problems
+
+
+def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[list[str], str]:
+    """Where the base model of a run is at hand: whether it is the one that was recorded; else, that it could not be."""
+    if not manifest.base_model:
+        return [], "; the base model was not on disk and is not recorded"
+    try:
+        found = base_digests(load_config(run.resolved_config).model)
+    except (ConfigError, OSError):
+        found = {}
+    if not found:
+        return [], "; the base model is not at hand and was not compared"
+    names = sorted({*found, *manifest.base_model})
+    wrong = [name for name in names if found.get(name) != manifest.base_model.get(name)]
+    return [f"the base model's {name} is not the file that was recorded" for name in wrong], ", base model included"
+
+
+def _false_claims(statement: dict[str, Any], state: LedgerState) -> list[str]:
+    claims = _claims(statement, state)
+    wrong = [f"{name} is {claimed}, the ledger shows {found}" for name, claimed, found in claims if claimed != found]
+    if state.num_charged > statement["num_steps"]:
+        wrong.append(f"num_steps is {statement['num_steps']}, the ledger charges {state.num_charged} steps")
+    return wrong
+
+
+def _claims(statement: dict[str, Any], state: LedgerState) -> list[tuple[str, Any, Any]]:
     """(name, what the statement says, what the log shows)."""
     release = state.release
-    if release is None:
-        raise LedgerCorrupt(f"{log}: has no release, but there is a privacy statement")
+    assert release is not None
     claims = [
         ("steps_released", statement["steps_released"], state.num_charged),
         ("ledger.num_commits", statement["ledger"]["num_commits"], len(state.commits)),
@@ -103,8 +145,13 @@ def _claims(statement: Any, state: LedgerState, log: pathlib.Path) -> list[tuple
     ]
     if state.split or "split_commitment" in statement:
         claims.append(("split_commitment", statement["split_commitment"], state.split))
-    if release.plan:
-        claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.plan))
+    claims.append(("ledger.head", statement["ledger"]["head"], release.manifest.ledger_head))
+    claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.manifest.plan))
+    try:
+        fingerprint = PrivacyPlan.from_body(statement["plan"]).fingerprint()
+        claims.append(("fingerprint of the plan", fingerprint, release.manifest.plan))
+    except ValueError:
+        claims.append(("fingerprint of the plan", "that of no plan", release.manifest.plan))
     return claims
 
 
@@ -115,6 +162,11 @@ def _check_plan(run: RunDirectory, state: LedgerState) -> None:
     identity = _read(run.identity)
     if state.plan != blinded_plan(run.load_key("pseudonym"), str(identity.get("fingerprint"))):
         raise LedgerCorrupt(f"{run.ledger} belongs to another plan or data set than {run.identity}")
+    data = identity.get("data_sha256")
+    if state.release is not None and data is not None:
+        plan = PrivacyPlan.from_body(_read(run.privacy).get("plan"))
+        if plan.fingerprint(data) != identity["fingerprint"]:
+            raise LedgerCorrupt(f"{run.privacy}: its plan is not the one that {run.identity} was begun with")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def num_begun(run: RunDirectory) -> int:
 
 def traces(run: RunDirectory) -> list[pathlib.Path]:
     """What a run without a ledger would not have: files that are made only once there is one."""
-    certain = [head_path(run.ledger), run.manifest, run.privacy, run.adapter, run.model]
+    certain = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
     found = [path for path in certain if path.exists()]
     for directory, pattern in (
         (run.secret, "generation-*.key"),

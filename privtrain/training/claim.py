@@ -15,6 +15,7 @@ from privtrain.console import say
 from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import PlanMismatch
 from privtrain.plan import PrivacyPlan
+from privtrain.publish import complete_release
 from privtrain.rundir import RunDirectory, write_json
 
 
@@ -89,10 +90,13 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         if not run.exists():
             identity = {
                 "fingerprint": inputs.fingerprint,
+                "data_sha256": inputs.corpus.manifest_sha256,
                 "tracker_id": f"{inputs.config.run.name}-{secrets.token_hex(4)}",
                 "fixed": _fixed_keys(inputs.config),
             }
             write_json(run.identity, identity, mode=0o600)
+        if complete_release(run):
+            say(f"completed the release of {run.root}, which a crash had interrupted after it was recorded")
         yield
 
 

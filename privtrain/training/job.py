@@ -27,6 +27,7 @@ from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
+from privtrain.model_files import base_digests
 from privtrain.models import (
     base_dtype,
     load_tokenizer,
@@ -34,8 +35,9 @@ from privtrain.models import (
     weights_checksum,
 )
 from privtrain.objectives import CausalLM, Classification, Objective
-from privtrain.plan import PrivacyPlan, finite
-from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model, write_statement
+from privtrain.plan import PrivacyPlan
+from privtrain.publish import publish
+from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training import checkpoint
@@ -383,7 +385,6 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         )
     inputs.check_release()
     epsilon = plan.epsilon_after(num_accounted)
-    head = ledger.release(finite(epsilon), plan.delta, plan.fingerprint())
     statement = privacy_statement(
         config,
         plan,
@@ -391,15 +392,20 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         num_charged=past.num_charged,
         num_accounted=num_accounted,
         num_commits=len(past.commits),
-        ledger_head=head,
+        ledger_head=ledger.prepare_release(),
         split_commitment=past.split,
     )
     card = model_card(config, plan, statement)
-    if config.training.releases_model:
-        write_model(run, network.model, network.tokenizer, card, state)
-    else:
-        write_adapter(run, network.model, network.tokenizer, card)
-    write_statement(run, statement)
+
+    def write_weights(directory: pathlib.Path) -> None:
+        if config.training.releases_model:
+            write_model(directory, network.model, network.tokenizer, card, state)
+        else:
+            write_adapter(directory, network.model, network.tokenizer, card)
+
+    name = run.model.name if config.training.releases_model else run.adapter.name
+    base = base_digests(config.model)
+    manifest = publish(run, ledger, plan, statement, write_weights, name=name, base_model=base)
     guarantee = f"({epsilon:.4g}, {plan.delta:g})-DP for one {unit_text(plan)}"
     shown = "not private" if plan.not_private_reasons else guarantee
-    say(f"released {run.released} with its privacy statement: {shown}")
+    say(f"released {run.released} with its privacy statement: {shown}; release digest {manifest.digest}")

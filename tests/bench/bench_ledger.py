@@ -25,6 +25,7 @@ from privtrain.ledger import open_ledger, verify, verify_chain
 from privtrain.ledger.proof import check_proof, prove
 from privtrain.ledger.query import opened_contributions
 from privtrain.secret import SecretKey, pseudonym
+from tests.privtrain.ledgers import manifest_of
 
 _KEY = SecretKey.insecure(0, "pseudonym")
 _RECORDS_PER_UNIT = 4
@@ -45,7 +46,7 @@ def append(path: pathlib.Path, num_users: int, num_steps: int, num_draws: int) -
             ledger.intend(0, step, units)
             ledger.commit(0, step, "0" * 64, [units[0][0]] if step % 1000 == 0 else [])
             wall[step], cpu = time.perf_counter() - began, cpu + time.process_time() - began_cpu
-        ledger.release(1.0, 1e-6)
+        ledger.release(1.0, 1e-6, manifest_of(ledger.prepare_release()))
     return {
         "append_mean_ms": 1e3 * float(wall.mean()),
         "append_median_ms": 1e3 * float(np.median(wall)),

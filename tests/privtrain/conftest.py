@@ -1,4 +1,4 @@
-"""Fixtures of the registry: a SQLite file, and a real PostgreSQL server where Debian's is installed."""
+"""Fixtures: a finished run to copy; a registry in a SQLite file, and on a real PostgreSQL server where there is one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from privtrain.registry.store import Registry
+from tests.conftest import tiny_tree, write_config
 from tests.privtrain.registry_server import PostgresServer, binaries, unprivileged
 from tests.privtrain.registry_work import DATASET
 
@@ -18,6 +19,20 @@ def _no_registry_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: path
     monkeypatch.delenv("PRIVTRAIN_REGISTRY", raising=False)
     monkeypatch.delenv("PRIVTRAIN_REGISTRY_KEY", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data-home"))
+
+
+@pytest.fixture(scope="session")
+def released_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: pathlib.Path, users_file: pathlib.Path
+) -> pathlib.Path:
+    """A finished, private run of the tiny model; copy it, never change it."""
+    from privtrain.training.job import train
+
+    place = tmp_path_factory.mktemp("released")
+    tree = tiny_tree(tiny_llama, users_file, place / "runs")
+    del tree["privacy"]["insecure_seed"]
+    train(write_config(tree, place / "c.yaml"))
+    return place / "runs" / "tiny"
 
 
 @pytest.fixture(scope="session")

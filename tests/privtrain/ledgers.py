@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from privtrain.bundle import ReleaseManifest
 from privtrain.ledger import open_ledger
 from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import lines_of, make_line, replay
@@ -46,8 +47,13 @@ def write_steps(
             if last_committed or step < num_steps - 1:
                 ledger.commit(0, step, f"sum-{step}", [name for name, _ in units[: step % 3 == 1]])
         if released:
-            ledger.release(1.0, 1e-5)
+            ledger.release(1.0, 1e-5, manifest_of(ledger.prepare_release()))
     return path
+
+
+def manifest_of(head: str) -> ReleaseManifest:
+    """A release manifest of no files."""
+    return ReleaseManifest("0" * 64, "1" * 64, head, {}, "2" * 64, {})
 
 
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:
@@ -112,10 +118,14 @@ def drop_records(path: pathlib.Path, kind: str) -> None:
     rewrite_head(path)
 
 
-def forge(path: pathlib.Path, records: list[tuple[str, dict[str, Any]]]) -> None:
-    """Append records that are well chained and break any other rule, as somebody would who recomputes every hash."""
+def forge(path: pathlib.Path, records: list[tuple[str, Any]]) -> None:
+    """Append records that are well chained and break any other rule, as somebody would who recomputes every hash.
+
+    Fields may be a function of the head before the record.
+    """
     state, _ = replay(path)
-    for kind, fields in records:
+    for kind, given in records:
+        fields = given(state.head) if callable(given) else given
         line = make_line(state, kind, fields)
         with open(path, "ab") as file:
             file.write(line)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from privtrain.errors import ConfigError
+from privtrain import bundle
+from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.export import export_run
 from privtrain.training.job import train
 from tests.conftest import write_config
@@ -19,9 +20,8 @@ IDS = torch.arange(1, 13)[None]
 
 
 @pytest.fixture
-def finished(tree, tmp_path):
-    train(write_config(tree, tmp_path / "c.yaml"))
-    return tmp_path / "runs" / "tiny"
+def finished(released_run, tmp_path):
+    return shutil.copytree(released_run, tmp_path / "runs" / "tiny")
 
 
 def logits(model) -> torch.Tensor:
@@ -74,13 +74,22 @@ def test_faults_come_at_once_and_nothing_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_weights_that_overflow_the_dtype_are_not_handed_out(finished, tmp_path):
+def test_changed_weights_are_not_exported(finished, tmp_path):
+    path = finished / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(VerificationFailed, match=r"adapter/adapter_model.safetensors differs"):
+        export_run(finished, tmp_path / "out", merge=True, dtype="fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_overflow_the_dtype_are_not_handed_out(finished, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     damaged = tmp_path / "damaged"
     shutil.copytree(finished, damaged)
     path = damaged / "adapter" / "adapter_model.safetensors"
     save_file({name: value + 300.0 for name, value in load_file(path).items()}, path)
+    monkeypatch.setattr(bundle, "check_released", lambda run: bundle.read_manifest(run)[0])
     with pytest.raises(RuntimeError, match="is not finite"):
         export_run(damaged, tmp_path / "out", merge=True, dtype="fp16")
     assert not (tmp_path / "out").exists()

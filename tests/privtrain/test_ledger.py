@@ -26,6 +26,7 @@ from tests.privtrain.ledgers import (
     could_be_torn,
     files_of,
     forge,
+    manifest_of,
     opened,
     restore,
     rewrite_head,
@@ -279,7 +280,12 @@ def test_a_well_chained_log_that_breaks_the_plan_is_refused(tmp_path, units):
 
 SESSION = {"generation": 0, "from_step": 0, "environment": "e"}
 STEP = {"generation": 0, "step": 0, "num_units": 0, "root": merkle.root_of(b"")}
-RELEASE = {"epsilon": None, "delta": 1e-5, "num_charged": 0}
+
+
+def release_of(head: str) -> dict[str, object]:
+    return {"epsilon": None, "delta": 1e-5, "num_charged": 0, "manifest": manifest_of(head).body}
+
+
 COMMIT = {"generation": 0, "step": 0, "update": "", "zeroed": []}
 
 
@@ -297,14 +303,18 @@ COMMIT = {"generation": 0, "step": 0, "update": "", "zeroed": []}
         ([("session", {**SESSION, "generation": 2})], "neither the last nor the next"),
         ([("session", {**SESSION, "from_step": 1})], "past the steps"),
         ([("release", {"num_charged": 3})], "charges other steps"),
-        ([("release", RELEASE), ("intent", STEP)], "after the release"),
+        ([("release", release_of), ("intent", STEP)], "after the release"),
         ([("seal", {"segment": 1, "num_rows": 0, "num_bytes": 0, "chunks": []})], "out of order"),
         ([("seal", {"segment": 0, "num_rows": 1, "num_bytes": 0, "chunks": []})], "does not hold the rows"),
         ([("begin", {"schema": "privtrain/ledger/2"})], "one beginning"),
         ([("note", {})], "unknown kind"),
         ([("intent", {})], "lacks what a record"),
         ([("release", {"num_charged": 0})], "lacks what a record"),
-        ([("release", RELEASE), ("session", {"generation": 0, "from_step": 0})], "lacks what a record"),
+        ([("release", release_of), ("session", SESSION)], "after the release"),
+        ([("release", release_of), ("release", release_of)], "after the release"),
+        ([("release", release_of), ("repair", {"num_torn_bytes": 1})], "after the release"),
+        ([("release", release_of("0" * 64))], "quotes another head"),
+        ([("release", {**release_of("0" * 64), "manifest": {"files": {}}})], "a release manifest holds"),
     ],
 )
 def test_a_well_chained_log_of_impossible_events_is_refused(tmp_path, records, message):

@@ -1,0 +1,317 @@
+"""What was released, by digest: ``release.json``, which lies beside the released files.
+
+The ledger's last record holds the same content, so that the files and the proof of training belong together. No part
+needs itself: the statement quotes the ledger's head before the release record; the manifest holds the digest of the
+statement and of every file but its own; the release record holds the manifest. Whoever has the release digest (of the
+manifest) from elsewhere, or a signature, can check a bundle without the ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+from privtrain import strict_json
+from privtrain.errors import PrivtrainError, VerificationFailed
+from privtrain.rundir import RunDirectory
+
+SCHEMA = "privtrain/release/1"
+NAME = "release.json"
+
+#: What a directory with a ``release.json`` holds → the part of the manifest's paths that leads to it.
+PLACES = {"run": "", "adapter": "adapter/", "model": "model/", "export": ""}
+
+#: Directories of a run that are no part of the release. The private ones never leave; the others are written later or
+#: mirror ``metrics.jsonl``.
+NOT_RELEASED = ("secret", "checkpoints", "report", "wandb", "tensorboard")
+
+#: Files that hubs, version control and people put beside a model, which no library executes or loads. They are named
+#: in the report and do not fail it; anything else that is not in the manifest does.
+HARMLESS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "model.sig")
+HARMLESS_DIRECTORIES = (".git", ".cache/huggingface")
+
+_TOKENIZER_PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseManifest:
+    """What a release consists of.
+
+    Attributes:
+        statement: SHA-256 of the privacy statement's canonical JSON.
+        plan: the plan's public fingerprint.
+        ledger_head: head of the ledger before its release record; the statement quotes the same.
+        base_model: file name → SHA-256 of the files that the base model was loaded from; empty if none was on disk.
+        tokenizer: SHA-256 over the released tokenizer's files, see :func:`digest_of`.
+        files: path from the run directory → SHA-256 of every released file but ``release.json`` itself.
+    """
+
+    statement: str
+    plan: str
+    ledger_head: str
+    base_model: Mapping[str, str]
+    tokenizer: str
+    files: Mapping[str, str]
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the ledger's release record holds."""
+        return {**dataclasses.asdict(self), "base_model": dict(self.base_model), "files": dict(self.files)}
+
+    @property
+    def digest(self) -> str:
+        """The release digest: whoever has it from elsewhere can tell this release from any other."""
+        return digest_of(self.body)
+
+    @classmethod
+    def parse(cls, body: Any) -> Self:
+        """The manifest in a release record or in ``release.json``.
+
+        Raises:
+            ValueError: if it is none, or names a file outside the release.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(body, dict) or set(body) != names:
+            raise ValueError(f"a release manifest holds {', '.join(sorted(names))} and nothing else")
+        for name in ("statement", "plan", "ledger_head", "tokenizer"):
+            _check_digest(name, body[name])
+        for name in ("base_model", "files"):
+            check_digests(name, body[name])
+        return cls(**body)
+
+    def within(self, place: str) -> dict[str, str]:
+        """Path from a directory of this kind → SHA-256, of the files that must be in it."""
+        prefix = PLACES[place]
+        if place == "export":
+            return {"privacy.json": self.files["privacy.json"]} if "privacy.json" in self.files else {}
+        return {path.removeprefix(prefix): digest for path, digest in self.files.items() if path.startswith(prefix)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFault:
+    """A file that is not what was released.
+
+    Attributes:
+        path: from the directory that was checked.
+        problem: "differs", "is missing", "is not part of the release", or what kept it from being read.
+    """
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)} {self.problem}"
+
+
+def printable(path: str) -> str:
+    """A path that any terminal takes."""
+    return path.encode("utf-8", "backslashreplace").decode() if path.isprintable() else ascii(path)
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON form of a value that digests are taken of: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """SHA-256 of a regular file.
+
+    Raises:
+        OSError: if it cannot be read or is a pipe, a device or a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("is not a regular file")
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterator[str]:
+    """Paths from ``directory`` of everything in it that is no directory, sorted; links to directories among them.
+
+    Args:
+        directory: where.
+        skipped: directories at its top that are left out.
+    """
+    for root, directories, files in os.walk(directory):
+        here = pathlib.Path(root)
+        if here == directory:
+            directories[:] = [name for name in directories if name not in skipped]
+        links = [name for name in directories if (here / name).is_symlink()]
+        directories[:] = sorted(set(directories) - set(links))
+        for name in sorted([*files, *links]):
+            yield (here / name).relative_to(directory).as_posix()
+
+
+def is_harmless(path: str) -> bool:
+    """Whether a file may lie beside a release without being part of it."""
+    return path in HARMLESS or any(path.startswith(f"{directory}/") for directory in HARMLESS_DIRECTORIES)
+
+
+def compare_files(
+    directory: pathlib.Path, expected: Mapping[str, str], skipped: Iterable[str] = (), own: Iterable[str] = (NAME,)
+) -> tuple[list[FileFault], list[str]]:
+    """Compare every file of a directory with what it must be.
+
+    Args:
+        directory: where.
+        expected: path from it → SHA-256.
+        skipped: directories at its top that are no part of the release.
+        own: further paths that may be there and are checked elsewhere.
+
+    Returns:
+        What does not hold, and the paths of harmless files that are not part of the release.
+    """
+    faults, beside = [], []
+    found = set(files_under(directory, skipped))
+    for path, digest in expected.items():
+        try:
+            if sha256_of(directory / path) != digest:
+                faults.append(FileFault(path, "differs from what was released"))
+        except FileNotFoundError:
+            faults.append(FileFault(path, "is missing"))
+        except OSError as error:
+            faults.append(FileFault(path, f"cannot be read: {error.strerror or error}"))
+    # In a run, the released directory has a release.json and harmless files of its own.
+    tops = ("", *(prefix for prefix in ("adapter/", "model/") if any(path.startswith(prefix) for path in expected)))
+    for path in sorted(found - set(expected) - set(own)):
+        if any(path.startswith(top) and is_harmless(path.removeprefix(top)) for top in tops):
+            beside.append(path)
+        else:
+            faults.append(FileFault(path, "is not part of the release"))
+    return faults, beside
+
+
+def render(manifest: ReleaseManifest, place: str) -> str:
+    """The content of ``release.json`` in a directory of a kind, see :data:`PLACES`."""
+    content = {"schema": SCHEMA, "place": place, "release_digest": manifest.digest, **manifest.body}
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
+    """The manifest beside released files, and what kind of directory it says this is.
+
+    Raises:
+        VerificationFailed: if there is none, or it is not in the one form in which it is written.
+    """
+    path = directory / NAME
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = strict_json.loads(text)
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            raise ValueError(f"it is not of schema {SCHEMA!r}")
+        place = content.pop("place", None)
+        if place not in PLACES:
+            raise ValueError(f"place is {place!r}; must be one of {', '.join(PLACES)}")
+        digest = content.pop("release_digest", None)
+        manifest = ReleaseManifest.parse(content)
+        if manifest.digest != digest:
+            raise ValueError("release_digest is not the digest of the rest")
+        if render(manifest, place) != text:
+            raise ValueError("it is not in the form in which it is written")
+    except FileNotFoundError:
+        raise VerificationFailed([f"{NAME} is missing"], directory) from None
+    except (OSError, ValueError) as error:
+        raise VerificationFailed([f"{NAME} cannot be used: {error}"], directory) from None
+    return manifest, place
+
+
+def released_digests(run: pathlib.Path) -> dict[str, str]:
+    """Path from the run directory → SHA-256 of every released file, as ``release.json`` has it; nothing is compared.
+
+    Raises:
+        VerificationFailed: if there is no readable ``release.json``, or it is not a run's.
+    """
+    manifest, place = read_manifest(run)
+    if place != "run":
+        raise VerificationFailed([f"{NAME} is for a directory of kind {place!r}, not for a run"], run)
+    return dict(manifest.files)
+
+
+def check_released(run: pathlib.Path) -> ReleaseManifest:
+    """Compare the released files of a finished run with ``release.json``, and that with the ledger's last record.
+
+    Cheap beside loading a model, and needs no ledger package: the chain itself is for ``privtrain ledger verify``.
+
+    Returns:
+        The manifest, whose ``digest`` names this release.
+
+    Raises:
+        PrivtrainError: if it is not a finished run.
+        VerificationFailed: naming every file that differs, is missing or is not part of the release.
+    """
+    directory = RunDirectory(run)
+    if not directory.is_complete():
+        raise PrivtrainError(f"{run} holds no finished run (no {NAME}); finish it with privtrain train")
+    released_digests(run)
+    manifest, _ = read_manifest(run)
+    faults, _ = run_faults(directory, manifest)
+    problems = [str(fault) for fault in faults]
+    if directory.ledger.exists() and last_record(directory.ledger).get("manifest") != manifest.body:
+        problems.append(f"{NAME} is not what the last record of {directory.ledger} holds")
+    if problems:
+        raise VerificationFailed(problems, run)
+    return manifest
+
+
+def run_faults(run: RunDirectory, manifest: ReleaseManifest) -> tuple[list[FileFault], list[str]]:
+    """:func:`compare_files` for a run directory, whose released directory has a ``release.json`` of its own."""
+    copy = run.released.relative_to(run.root) / NAME
+    expected = {**manifest.within("run"), copy.as_posix(): text_sha256(render(manifest, run.released.name))}
+    return compare_files(run.root, expected, skipped=NOT_RELEASED)
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text file's bytes."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def last_record(log: pathlib.Path) -> dict[str, Any]:
+    """The last whole line of a log, unchecked; empty if there is none."""
+    lines = log.read_bytes().splitlines(keepends=True)
+    try:
+        record = strict_json.loads(lines[-1]) if lines and lines[-1].endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def tokenizer_digest(files: Mapping[str, str]) -> str:
+    """Digest over the tokenizer's files among released files (path from the run directory → SHA-256)."""
+    own = {path.partition("/")[2]: digest for path, digest in files.items()}
+    return digest_of({name: digest for name, digest in own.items() if name.startswith(_TOKENIZER_PREFIXES)})
+
+
+def check_digests(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` maps paths that stay below their directory to SHA-256 digests."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no object of file names and digests")
+    for path, digest in value.items():
+        if path != _safe(path):
+            raise ValueError(f"{name} holds the path {path!r}, which leaves the directory")
+        _check_digest(f"{name}: {path}", digest)
+
+
+def _check_digest(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{name} is no SHA-256 in hexadecimal")
+
+
+def _safe(path: str) -> str:
+    """The path if it stays below its directory and is written in one way; another text otherwise."""
+    pure = pathlib.PurePosixPath(path)
+    return "" if pure.is_absolute() or ".." in pure.parts or "\\" in path else pure.as_posix()

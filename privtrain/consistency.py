@@ -1,0 +1,165 @@
+"""Whether a privacy statement, a model card, metrics and a configuration say one thing: checked from the files alone.
+
+The statement carries the whole plan. So the plan can be rebuilt and fingerprinted, its ε computed again by the
+accountant, and everything else that the statement says of the plan derived again and compared, field by field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+import privtrain
+from privtrain import strict_json
+from privtrain.plan import PrivacyPlan
+from privtrain.release import SCHEMA, banner, card_section, statement_of
+
+#: Between machines the last digits of an accountant's answer may differ.
+_RELATIVE_TOLERANCE = 1e-6
+#: Two paths to a certified group ε end within this of one another.
+_GROUP_TOLERANCE = 0.02
+
+#: Keys of the published configuration → what they must be by the plan.
+_CONFIG_KEYS = ("unit", "neighboring_relation", "num_steps", "clipping_norm", "clipping_style", "expected_batch_size")
+
+
+def statement_faults(statement: dict[str, Any]) -> list[str]:
+    """What a statement says that its own plan does not bear out, each beginning with the field's name."""
+    if statement.get("schema") != SCHEMA:
+        return [f"schema is {statement.get('schema')!r}; this version reads {SCHEMA!r}"]
+    try:
+        plan = PrivacyPlan.from_body(statement.get("plan"))
+    except ValueError as error:
+        return [f"plan: {error}"]
+    fingerprint = plan.fingerprint()
+    if statement.get("plan_fingerprint") != fingerprint:
+        return [f"plan_fingerprint is {statement.get('plan_fingerprint')}, the plan stated has {fingerprint}"]
+    try:
+        faults = _epsilon_faults(plan)
+        expected = _derived(plan, statement)
+    except (KeyError, TypeError) as error:
+        return [f"it lacks what a privacy statement holds ({error!r})"]
+    except ValueError as error:
+        return [f"epsilon: the accountant cannot certify the plan stated ({error})"]
+    return faults + list(_differences(statement, expected, ""))
+
+
+def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
+    """The plan's own ε against the accountant's answer for the event that the plan describes."""
+    if plan.noise_multiplier == 0:
+        return [] if math.isinf(plan.epsilon) else [f"plan.epsilon is {plan.epsilon}, but the plan adds no noise"]
+    fresh = plan.recomputed_epsilon()
+    tolerance = _RELATIVE_TOLERANCE if plan.user_accounting != "group" else _GROUP_TOLERANCE
+    is_right = plan.epsilon == fresh or math.isclose(plan.epsilon, fresh, rel_tol=tolerance)
+    if is_right and plan.user_accounting == "group":
+        is_right = plan.epsilon_certifies_itself()
+    return [] if is_right else [f"plan.epsilon is {plan.epsilon}, the accountant gives {fresh} for the plan stated"]
+
+
+def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
+    expected = statement_of(
+        plan,
+        not_covered=statement["not_covered"],
+        num_units=statement["num_units"],
+        num_model_steps=statement["steps_of_the_model"],
+        num_charged=statement["steps_released"],
+        num_accounted=statement["steps_accounted"],
+        num_commits=statement["ledger"]["num_commits"],
+        ledger_head=statement["ledger"]["head"],
+        split_commitment=statement["split_commitment"],
+    )
+    expected = json.loads(json.dumps(expected, allow_nan=False))
+    expected["software"] = statement["software"]
+    for mine, theirs in zip(expected["accountants"], statement["accountants"], strict=False):
+        mine["version"] = theirs["version"]
+    if not is_our_version(statement):
+        expected["assumptions"] = statement["assumptions"]
+    if not max(0, statement["steps_released"]) <= statement["steps_accounted"] <= plan.num_steps:
+        expected["steps_accounted"] = plan.num_steps
+    return expected
+
+
+def is_our_version(statement: dict[str, Any]) -> bool:
+    """Whether this version of privtrain wrote the statement, so that its words can be compared too."""
+    return statement.get("software") == {"privtrain": privtrain.__version__}
+
+
+def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*found, *expected}):
+            inner = f"{name}.{key}" if name else key
+            if key not in expected:
+                yield f"{inner} is no part of a statement"
+            elif key not in found:
+                yield f"{inner} is missing"
+            else:
+                yield from _differences(found[key], expected[key], inner)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+            yield from _differences(mine, theirs, f"{name}[{index}]")
+    elif not _is_equal(found, expected):
+        yield f"{name} is {_short(found)}, by the plan it is {_short(expected)}"
+
+
+def _is_equal(found: Any, expected: Any) -> bool:
+    if type(found) is float and type(expected) is float:
+        return math.isclose(found, expected, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-300)
+    return type(found) is type(expected) and found == expected
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
+    """What a model card says otherwise than the statement, which must hold by itself."""
+    plan = PrivacyPlan.from_body(statement["plan"])
+    if not is_our_version(statement):
+        epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
+        rows = (f"| ε | {epsilon} |", f"| δ | {plan.delta:g} |", f"| Plan fingerprint | `{plan.fingerprint()}` |")
+        return [f"does not hold the statement's row {row}" for row in rows if row not in card]
+    section, place = card_section(plan, statement), card.find("## Privacy statement")
+    faults = []
+    if banner(statement) not in card:
+        faults.append("does not say that the run is not private")
+    if place < 0 or card[place:] != section:
+        theirs, ours = card[max(place, 0) :].splitlines(), section.splitlines()
+        line = next((ours[i] for i in range(len(ours)) if i >= len(theirs) or theirs[i] != ours[i]), "its end")
+        faults.append(f"is not the card of privacy.json, from this line on: {line}")
+    return faults
+
+
+def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
+    """What released metrics say otherwise than the statement: the ε of the last step is the statement's."""
+    epsilons = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            epsilons.append(strict_json.loads(line)["privacy/epsilon"])
+        except KeyError:
+            continue
+        except (ValueError, TypeError):
+            return [f"line {number} is no row of metrics"]
+    known = [value for value in epsilons if value is not None]
+    if known and not _is_equal(max(known), statement["epsilon"]):
+        return [f"privacy/epsilon ends at {max(known)}, the statement says {statement['epsilon']}"]
+    return []
+
+
+def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
+    """What the published configuration says otherwise than the plan in the statement."""
+    plan = PrivacyPlan.from_body(statement["plan"])
+    try:
+        privacy = yaml.safe_load(text)["privacy"]
+        expected = {name: getattr(plan, name) for name in _CONFIG_KEYS}
+        expected |= {"sampling": plan.sampling, "target_delta": plan.delta, "insecure_seed": plan.insecure_seed}
+        if privacy["noise_multiplier"] is not None:
+            expected["noise_multiplier"] = plan.noise_multiplier
+        wrong = {name: value for name, value in expected.items() if privacy[name] != value}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return [f"is no published configuration ({str(error).splitlines()[0]})"]
+    return [f"privacy.{name} is {privacy[name]}, by the statement it is {value}" for name, value in wrong.items()]

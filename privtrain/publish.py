@@ -1,0 +1,151 @@
+"""Release a run: a crash at any moment leaves nothing released, or a release that the next start completes.
+
+1. Everything new is written to ``.release.tmp``, checked, brought onto the disk and renamed to ``.release``.
+2. The ledger's release record, with the digests of all of it, is appended: from here on the release has happened.
+3. Each part is moved to its place, ``release.json`` last: it marks the run as complete.
+
+A crash before 2 leaves a staged release that the next one replaces. A crash after 2 is completed by
+:func:`complete_release` when the run directory is claimed again, before anything could write a released file. No
+released file holds a digest of itself: see :mod:`privtrain.bundle`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from privtrain import bundle
+from privtrain.bundle import ReleaseManifest
+from privtrain.errors import GuaranteeLost
+from privtrain.ledger import Ledger, verify_chain
+from privtrain.plan import PrivacyPlan
+from privtrain.rundir import (
+    RunDirectory,
+    sync_directory,
+    sync_file,
+    sync_tree,
+    temporary_of,
+    write_atomically,
+    write_json,
+)
+
+#: Files of a run that were written during training and are released as they are.
+_WRITTEN_BEFORE = ("config.yaml", "metrics.jsonl")
+
+
+def publish(
+    run: RunDirectory,
+    ledger: Ledger,
+    plan: PrivacyPlan,
+    statement: dict[str, Any],
+    write_weights: Callable[[pathlib.Path], None],
+    *,
+    name: str,
+    base_model: dict[str, str],
+) -> ReleaseManifest:
+    """Stage, record and install a release.
+
+    Args:
+        run: the run.
+        ledger: its ledger, whose head the statement quotes.
+        plan: the plan that was carried out.
+        statement: the privacy statement.
+        write_weights: saves weights, tokenizer and card into an empty directory, and checks them.
+        name: ``"adapter"`` or ``"model"``.
+        base_model: file name → SHA-256 of the base model's files.
+    """
+    manifest = stage(run, plan, statement, write_weights, name=name, base_model=base_model)
+    ledger.release(statement["epsilon"], plan.delta, manifest)
+    install(run, manifest)
+    return manifest
+
+
+def stage(
+    run: RunDirectory,
+    plan: PrivacyPlan,
+    statement: dict[str, Any],
+    write_weights: Callable[[pathlib.Path], None],
+    *,
+    name: str,
+    base_model: dict[str, str],
+) -> ReleaseManifest:
+    """Write everything that is released to ``.release``, durably; arguments as for :func:`publish`."""
+    temporary = temporary_of(run.staged)
+    for directory in (temporary, run.staged):
+        shutil.rmtree(directory, ignore_errors=True)
+    weights = temporary / name
+    weights.mkdir(parents=True)
+    write_weights(weights)
+    for place in (temporary, weights):
+        write_json(place / run.privacy.name, statement)
+    digests = {}
+    for written in _WRITTEN_BEFORE:
+        sync_file(run.root / written)
+        digests[written] = bundle.sha256_of(run.root / written)
+    digests |= {path: bundle.sha256_of(temporary / path) for path in bundle.files_under(temporary)}
+    manifest = ReleaseManifest(
+        statement=bundle.digest_of(statement),
+        plan=plan.fingerprint(),
+        ledger_head=statement["ledger"]["head"],
+        base_model=base_model,
+        tokenizer=bundle.tokenizer_digest(digests),
+        files=dict(sorted(digests.items())),
+    )
+    write_atomically(weights / bundle.NAME, bundle.render(manifest, name))
+    write_atomically(temporary / bundle.NAME, bundle.render(manifest, "run"))
+    sync_tree(temporary)
+    os.replace(temporary, run.staged)
+    sync_directory(run.root)
+    return manifest
+
+
+def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
+    """Move what was staged to its place; whatever is there already stays.
+
+    Raises:
+        GuaranteeLost: if a file is neither staged nor in its place as it was recorded.
+    """
+    for name in sorted({path.partition("/")[0] for path in manifest.files} - set(_WRITTEN_BEFORE)):
+        _move(run.staged / name, run.root / name)
+    for path, digest in manifest.files.items():
+        try:
+            is_right = bundle.sha256_of(run.root / path) == digest
+        except OSError:
+            is_right = False
+        if not is_right:
+            raise GuaranteeLost(
+                f"{run.root / path} is not what the release record of {run.ledger} holds; restore it from a backup"
+            )
+    _move(run.staged / bundle.NAME, run.release)
+    with contextlib.suppress(FileNotFoundError):
+        run.staged.rmdir()
+
+
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+    if source.exists():
+        os.replace(source, target)
+        sync_directory(target.parent)
+
+
+def complete_release(run: RunDirectory) -> bool:
+    """Complete a release that a crash interrupted after it was recorded; whether there was one.
+
+    Raises:
+        LedgerCorrupt: if the ledger does not verify.
+        GuaranteeLost: if a part of the release is gone.
+    """
+    if run.is_complete() or not run.ledger.exists():
+        return False
+    release = verify_chain(run.ledger, allow_torn=True).release
+    if release is None:
+        return False
+    install(run, release.manifest)
+    if not run.is_complete():
+        write_atomically(run.release, bundle.render(release.manifest, "run"))
+    return True
