@@ -32,7 +32,7 @@ from tests.launch.readme_commands import (
 COMMANDS = commands()
 #: What the tour below runs, by program and subcommands.
 RUN = {
-    *(f"privtrain {name}" for name in ("plan", "train", "export", "doctor", "schema", "synthetic", "study")),
+    *(f"privtrain {name}" for name in ("plan", "train", "export", "verify", "doctor", "schema", "synthetic", "study")),
     "privtrain track sync",
     *(f"privtrain registry {name}" for name in ("budget set", "status", "runs", "init", "upgrade")),
     *(f"privtrain ledger {name}" for name in ("show", "verify", "top", "user", "stats", "export", "prove")),
@@ -50,6 +50,7 @@ NOT_RUN = {
     "privtrain ledger serve": "serves until it is stopped: tests/privtrain/test_registry_page.py",
     "privtrain registry refund": "of an unfinished run: tests/launch/test_budgets.py",
     "privtrain registry close": "of a lost run's reservation: tests/privtrain/test_registry.py",
+    "privtrain sign": "needs a key: tests/privtrain/test_signing.py",
     "make": "installs, downloads and takes minutes: .ci/run is `make lint` and `make test`; the targets are looked for",
     "wandb": "needs an account: tests/launch/test_cloud_files.py makes the trials by the agent's own code",
     "sky": "needs a cloud: tests/launch/test_cloud_files.py holds the file to the schemas and runs its last command",

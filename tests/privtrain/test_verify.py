@@ -10,12 +10,20 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from privtrain import bundle
-from privtrain.errors import LedgerCorrupt, VerificationFailed
+from privtrain import bundle, consistency
+from privtrain.bundle import check_released, digest_of, read_manifest, render
+from privtrain.errors import LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.export import export_run
 from privtrain.ledger.view import verify_run
-from privtrain.verify import verify_directory
+from privtrain.plan import PrivacyPlan
+from privtrain.release import card_section
+from privtrain.training.job import train
+from privtrain.verify import Anchors, verify_directory
+from tests.conftest import write_config
 
 
 @pytest.fixture
@@ -163,3 +171,318 @@ def test_three_hundred_single_edits_are_found_and_named(places, tmp_path):
     for number in range(300):
         edit, place = EDITS[rng.integers(len(EDITS))], str(rng.choice(list(places)))
         check_edit(places, place, edit, seed=1000 + number, tmp=tmp_path)
+
+
+# Forgeries that are sealed again: every digest fits, so only what the files say can give them away.
+
+
+def reseal(directory: pathlib.Path) -> None:
+    """Make ``release.json`` fit whatever lies in a run directory, as somebody would who may rewrite all of it."""
+    old, _ = read_manifest(directory)
+    statement = json.loads((directory / "privacy.json").read_text())
+    (directory / "adapter" / "privacy.json").write_bytes((directory / "privacy.json").read_bytes())
+    files = {name: bundle.sha256_of(directory / name) for name in old.files}
+    values = {**old.body, "statement": digest_of(statement), "plan": statement["plan_fingerprint"], "files": files}
+    manifest = bundle.ReleaseManifest.parse({**values, "tokenizer": bundle.tokenizer_digest(files)})
+    (directory / "release.json").write_text(render(manifest, "run"))
+    (directory / "adapter" / "release.json").write_text(render(manifest, "adapter"))
+
+
+def forge(directory: pathlib.Path, edit: Callable[[dict], None], *, fingerprint: bool = False, card: bool = False):
+    statement = json.loads((directory / "privacy.json").read_text())
+    edit(statement)
+    if fingerprint:
+        statement["plan_fingerprint"] = PrivacyPlan.from_body(statement["plan"]).fingerprint()
+    (directory / "privacy.json").write_text(json.dumps(statement, indent=2, ensure_ascii=False) + "\n")
+    if card:
+        text = (directory / "adapter" / "README.md").read_text()
+        section = card_section(PrivacyPlan.from_body(statement["plan"]), statement)
+        (directory / "adapter" / "README.md").write_text(text[: text.index("## Privacy statement")] + section)
+    reseal(directory)
+
+
+def less_noise_than_said(statement: dict) -> None:
+    statement["plan"]["noise_multiplier"] = statement["mechanism"]["noise_multiplier"] = 20.0
+
+
+def smaller_epsilon(statement: dict) -> None:
+    for part in (statement["plan"], statement):
+        part["epsilon"] = 0.1
+    statement["accountants"][0]["upper"] = 0.1
+
+
+FIELDS = {
+    "mechanism.noise_multiplier": lambda s: s["mechanism"].update(noise_multiplier=20.0),
+    "mechanism.clipping_norm": lambda s: s["mechanism"].update(clipping_norm=1e-3),
+    "mechanism.expected_batch_size": lambda s: s["mechanism"].update(expected_batch_size=1.0),
+    "sampling.sampling_prob": lambda s: s["sampling"].update(sampling_prob=1e-6),
+    "neighboring_relation": lambda s: s.update(neighboring_relation="zero_out"),
+    "unit": lambda s: s.update(unit="example"),
+    "num_steps": lambda s: s.update(num_steps=1),
+    "delta": lambda s: s.update(delta=1e-12),
+    "epsilon": lambda s: s.update(epsilon=0.1),
+    "accountants[0].method": lambda s: s["accountants"][0].update(method="x"),
+    "accountants[0].upper": lambda s: s["accountants"][0].update(upper=0.1),
+    "contribution_bound.records_per_unit_per_step": lambda s: s["contribution_bound"].update(
+        records_per_unit_per_step=1
+    ),
+    "assumptions": lambda s: s.update(assumptions=[]),
+    "steps_accounted": lambda s: s.update(steps_accounted=0),
+    "extra": lambda s: s.update(extra=1),
+    "plan": lambda s: s["plan"].update(extra=1),
+    "plan_fingerprint": less_noise_than_said,
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_resealed_field_that_the_plan_does_not_bear_out_is_named(finished, field):
+    forge(finished, FIELDS[field])
+    with pytest.raises(VerificationFailed) as caught:
+        verify_directory(finished)
+    assert any(problem.startswith(f"privacy.json: {field}") for problem in caught.value.problems), caught.value
+
+
+@pytest.mark.parametrize("edit", [less_noise_than_said, smaller_epsilon])
+def test_resealed_epsilon_that_its_event_does_not_give_is_refused(finished, edit):
+    """Plan, fingerprint, card and digests all rewritten to fit: the accountant is asked again."""
+    forge(finished, edit, fingerprint=True, card=True)
+    with pytest.raises(VerificationFailed, match=r"plan.epsilon is .* the accountant gives"):
+        verify_directory(finished)
+
+
+def test_plan_whose_fingerprint_is_not_rebuilt_would_pass(finished, monkeypatch):
+    """A mutant of the verifier: without the rebuilt fingerprint the forged plan is only found by its ε."""
+    forge(finished, less_noise_than_said)
+    monkeypatch.setattr(PrivacyPlan, "fingerprint", lambda self, data=None: read_manifest(finished)[0].plan)
+    with pytest.raises(VerificationFailed) as caught:
+        verify_directory(finished)
+    assert not any("plan_fingerprint" in problem for problem in caught.value.problems)
+
+
+def test_file_left_out_of_a_resealed_manifest_is_named(finished):
+    old, _ = read_manifest(finished)
+    files = {name: digest for name, digest in old.files.items() if name != "adapter/adapter_model.safetensors"}
+    manifest = bundle.ReleaseManifest.parse({**old.body, "files": files})
+    (finished / "release.json").write_text(render(manifest, "run"))
+    (finished / "adapter" / "release.json").write_text(render(manifest, "adapter"))
+    with pytest.raises(VerificationFailed, match=r"adapter/adapter_model.safetensors is not part of the release"):
+        verify_directory(finished)
+
+
+def test_mutant_that_skips_unlisted_files_misses_an_added_one(finished, monkeypatch):
+    (finished / "adapter" / "modeling.py").write_text("x")
+    monkeypatch.setattr(bundle, "is_harmless", lambda path: True)
+    assert verify_directory(finished).beside == ("adapter/modeling.py",)
+    monkeypatch.undo()
+    with pytest.raises(VerificationFailed, match=r"adapter/modeling.py is not part of the release"):
+        verify_directory(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("adapter/README.md", "| ε | ", "| ε | 0."),
+        ("adapter/README.md", "| Noise multiplier | ", "| Noise multiplier | 9"),
+        ("metrics.jsonl", '"privacy/epsilon": ', '"privacy/epsilon": 1'),
+        ("config.yaml", "num_steps: 4", "num_steps: 3"),
+        ("config.yaml", "noise_multiplier: 1.0", "noise_multiplier: 99.0"),
+    ],
+)
+def test_resealed_file_that_says_otherwise_than_the_statement_is_named(finished, name, old, new):
+    text = (finished / name).read_text()
+    assert old in text
+    (finished / name).write_text(text.replace(old, new))
+    reseal(finished)
+    with pytest.raises(VerificationFailed) as caught:
+        verify_directory(finished)
+    assert all(problem.startswith(f"{name}: ") for problem in caught.value.problems), caught.value
+
+
+def test_consistent_forgery_is_for_ledger_digest_and_signature(finished, released_run):
+    """Another plan with its own true ε, sealed again: right in itself, so only the ledger or an anchor refuses it."""
+
+    def other_plan(statement: dict) -> None:
+        less_noise_than_said(statement)
+        body = statement["plan"]
+        epsilon = PrivacyPlan.from_body(body).recomputed_epsilon()
+        body["epsilon"] = epsilon
+        remade = consistency.statement_of(
+            PrivacyPlan.from_body(body),
+            not_covered=statement["not_covered"],
+            num_units=statement["num_units"],
+            num_model_steps=4,
+            num_charged=4,
+            num_accounted=4,
+            num_commits=4,
+            ledger_head=statement["ledger"]["head"],
+            split_commitment=statement["split_commitment"],
+        )
+        statement.update(json.loads(json.dumps(remade)))
+
+    (finished / "metrics.jsonl").write_text("")
+    config = (finished / "config.yaml").read_text().replace("noise_multiplier: 1.0", "noise_multiplier: 20.0")
+    (finished / "config.yaml").write_text(config)
+    forge(finished, other_plan, fingerprint=True, card=True)
+    with pytest.raises(LedgerCorrupt, match=r"fingerprint of the plan"):
+        verify_directory(finished)
+    for private in ("secret", "checkpoints"):
+        shutil.rmtree(finished / private)
+    forged = verify_directory(finished)
+    assert any("--digest" in item for item in forged.not_checked)
+    with pytest.raises(VerificationFailed, match="the release digest is"):
+        verify_directory(finished, Anchors(digest=read_manifest(released_run)[0].digest))
+
+
+def test_seeded_run_edited_to_private_is_refused(tree, tmp_path):
+    train(write_config(tree, tmp_path / "c.yaml"))
+    run = tmp_path / "runs" / "tiny"
+    assert "ledger verified" in verify_directory(run).checked[-1]
+    plain = shutil.copytree(run, tmp_path / "plain")
+    forge(plain, lambda s: s.update(private=True, not_private_reasons=[]))
+    with pytest.raises(VerificationFailed, match=r"privacy.json: private is true, by the plan it is false"):
+        verify_directory(plain)
+    with pytest.raises(LedgerCorrupt, match=r"privacy.json: private is true"):
+        verify_run(plain)
+
+    def without_seed(statement: dict) -> None:
+        statement.update(private=True, not_private_reasons=[])
+        statement["plan"]["insecure_seed"] = None
+
+    forge(run, without_seed, fingerprint=True, card=True)
+    with pytest.raises(VerificationFailed, match=r"config.yaml: privacy.insecure_seed is 7"):
+        verify_directory(run)
+    with pytest.raises(LedgerCorrupt, match=r"fingerprint of the plan"):
+        verify_run(run)
+
+
+# What a hostile directory could do to the verifier.
+
+
+def test_files_outside_the_directory_are_never_read(finished):
+    old, _ = read_manifest(finished)
+    for path in ("../outside", "/etc/hostname", "adapter/../../x", "a//b", "./a", "a\\b", ""):
+        content = json.loads(render(old, "run"))
+        content["files"][path] = "0" * 64
+        (finished / "release.json").write_text(json.dumps(content, indent=2) + "\n")
+        with pytest.raises(VerificationFailed, match=r"leaves the directory|release_digest is not"):
+            verify_directory(finished)
+        with pytest.raises(ValueError, match="leaves the directory"):
+            bundle.ReleaseManifest.parse({**old.body, "files": {path: "0" * 64}})
+
+
+def test_pipe_link_and_directory_in_place_of_a_file_are_named(finished):
+    path = finished / "adapter" / "README.md"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(VerificationFailed, match=r"adapter/README.md cannot be read: is not a regular file"):
+        check_released(finished)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(VerificationFailed, match=r"adapter/README.md cannot be read"):
+        check_released(finished)
+    path.rmdir()
+    path.symlink_to(finished / "nowhere")
+    with pytest.raises(VerificationFailed, match=r"adapter/README.md is missing"):
+        check_released(finished)
+    (finished / "adapter" / "more").symlink_to("/usr")
+    with pytest.raises(VerificationFailed, match=r"adapter/more is not part of the release"):
+        check_released(finished)
+
+
+def test_release_of_links_to_its_files_verifies(places, tmp_path):
+    """A hub's cache keeps a model as links to blobs."""
+    for name in bundle.files_under(places["adapter"]):
+        (tmp_path / name).symlink_to(places["adapter"] / name)
+    assert verify_directory(tmp_path).place == "adapter"
+
+
+def test_harmless_files_are_named_and_do_not_fail(places, tmp_path):
+    copy = shutil.copytree(places["adapter"], tmp_path / "hub")
+    for name in (".gitattributes", "LICENSE", ".cache/huggingface/download/x.metadata"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("x")
+    found = verify_directory(copy).beside
+    assert found == (".cache/huggingface/download/x.metadata", ".gitattributes", "LICENSE")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=200), name=st.sampled_from(["release.json", "privacy.json", "adapter/release.json"]))
+def test_any_text_in_place_of_the_evidence_is_refused(released_run, tmp_path, text, name):
+    """No content of the files that are parsed ends in a traceback."""
+    copy = tmp_path / "copy"
+    if not copy.exists():
+        shutil.copytree(released_run, copy)
+    whole = (copy / name).read_bytes()
+    try:
+        (copy / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+        with pytest.raises(PrivtrainError, match=name):
+            verify_directory(copy)
+    finally:
+        (copy / name).write_bytes(whole)
+
+
+# Exports.
+
+
+def test_merged_weights_are_made_again_from_the_released_ones(places, tmp_path):
+    merged = shutil.copytree(places["merged"], tmp_path / "merged")
+    anchors = Anchors(released=places["run"])
+    assert any("made again" in item for item in verify_directory(merged, anchors).checked)
+    assert any("--released" in item for item in verify_directory(merged).not_checked)
+    path = merged / "model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    made = json.loads((merged / "export.json").read_text())
+    made["files"]["model.safetensors"] = bundle.sha256_of(path)
+    with pytest.raises(VerificationFailed, match=r"model.safetensors differs"):
+        verify_directory(merged)
+    made["relation"] = digest_of({name: made[name] for name in made if name != "relation"})
+    (merged / "export.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    verify_directory(merged)
+    with pytest.raises(VerificationFailed, match=r"model.safetensors: tensor .* is not what the released weights give"):
+        verify_directory(merged, anchors)
+
+
+def test_export_that_names_another_release_is_refused(places, tmp_path):
+    merged = shutil.copytree(places["merged"], tmp_path / "merged")
+    made = json.loads((merged / "export.json").read_text())
+    made["released"] = {"adapter/adapter_model.safetensors": "0" * 64}
+    made["relation"] = digest_of({name: made[name] for name in made if name != "relation"})
+    (merged / "export.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    with pytest.raises(VerificationFailed, match=r"export.json names other released weights"):
+        verify_directory(merged)
+
+
+def test_another_base_model_is_named(places, tiny_llama, tmp_path):
+    assert "the base model" in verify_directory(places["adapter"], Anchors(base_model=tiny_llama)).checked
+    other = shutil.copytree(tiny_llama, tmp_path / "base")
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(VerificationFailed, match=r"base/tokenizer.json is not the base model's file"):
+        verify_directory(places["adapter"], Anchors(base_model=other))
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["adapter"], 0, "is what was released (adapter)"),
+        (["run", "--json"], 0, '"release_digest"'),
+        (["nowhere"], 2, "is no directory"),
+        (["empty"], 2, "has no release.json"),
+        (["adapter", "--digest", "0" * 64], 3, "the release digest is"),
+        (["adapter", "--base-model", "nowhere"], 2, "is no directory"),
+    ],
+)
+def test_exit_codes_are_those_of_the_design(places, arguments, code, shown, monkeypatch, capsys):
+    from privtrain.cli import main
+
+    (places["run"].parent / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(places["run"].parent)
+    monkeypatch.setattr("sys.argv", ["privtrain", "verify", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    output = capsys.readouterr()
+    assert (caught.value.code or 0) == code, output
+    assert shown in output.out + output.err
+    (places["run"].parent / "empty").rmdir()
