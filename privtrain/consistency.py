@@ -64,7 +64,6 @@ def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
     expected = statement_of(
         plan,
         not_covered=statement["not_covered"],
-        num_units=statement["num_units"],
         num_model_steps=statement["steps_of_the_model"],
         num_charged=statement["steps_released"],
         num_accounted=statement["steps_accounted"],

@@ -140,7 +140,11 @@ def complete_release(run: RunDirectory) -> bool:
         LedgerCorrupt: if the ledger does not verify.
         GuaranteeLost: if a part of the release is gone.
     """
-    if run.is_complete() or not run.ledger.exists():
+    if run.is_complete():
+        with contextlib.suppress(OSError):  # not there, or not empty and then not ours
+            run.staged.rmdir()
+        return False
+    if not run.ledger.exists():
         return False
     release = verify_chain(run.ledger, allow_torn=True).release
     if release is None:

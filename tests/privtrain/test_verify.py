@@ -309,7 +309,6 @@ def test_consistent_forgery_is_for_ledger_digest_and_signature(finished, release
         remade = consistency.statement_of(
             PrivacyPlan.from_body(body),
             not_covered=statement["not_covered"],
-            num_units=statement["num_units"],
             num_model_steps=4,
             num_charged=4,
             num_accounted=4,
