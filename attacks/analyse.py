@@ -1,6 +1,7 @@
 """From a run's signals to its attack results: numpy, scipy and scikit-learn, seconds, the same bytes for the same seed.
 
-Public results go to ``report/attacks.json``; anything about one user stays in ``secret/attack/per_user.parquet``.
+Public results go to ``report/attacks.json``; anything about one user stays in ``secret/attack/per_user.parquet``. Both
+are sealed under the run's key; the results also name the target that they are of, which anybody can compare.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import blind, curves, features, registry, results, rundir, signals, statistics, user_inference, verdict
+from attacks import blind, curves, evidence, features, registry, results, signals, statistics, user_inference, verdict
 from attacks.audit import panel as auditing
-from attacks.coins import check_sides
+from attacks.coins import check_documents
 from attacks.errors import AttackInputError
 from attacks.features import DocumentTable, Scored
 from attacks.lift import AGGREGATIONS, lift
 from attacks.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
+from attacks.record import Scoring, read_references, read_scoring, write_scoring
 from attacks.results import Statistic
 from attacks.sensitive import SensitivePanel
-from privtrain.rundir import RunDirectory, write_atomically, write_json
+from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
+from privtrain.sealing import write_sealed
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")
-SCHEMA_NAME = "privtrain/attacks/2"
+SCHEMA_NAME = "privtrain/attacks/3"
+
+PER_USER_SCHEMA_NAME = "privtrain/per-user/1"
 
 MIN_USERS_PER_SIDE = 2
 """Below this no interval over users exists."""
@@ -49,17 +54,19 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         What was written to ``report/attacks.json``.
 
     Raises:
-        AttackInputError: if the run is not finished, has no signals, or has too few users.
+        AttackInputError: if the run is not finished, has no signals, or has too few users, or if the signals are of
+            another target or other documents.
+        DamagedFile: if signals or their record are not as they were sealed.
+        PrivtrainError: if the run does not stand by its privacy statement.
     """
-    statement = rundir.read_statement(run)
-    if not (run / signals.SIGNALS_PATH).is_file():
-        raise AttackInputError(
-            f"{run} has no {signals.SIGNALS_PATH}: expected a scored run; run next: attacks score {run}"
-        )
-    num_left_out = check_sides(RunDirectory(run)) if statement.split_commitment else None
+    statement = evidence.verified_statement(run)
+    directory = RunDirectory(run)
+    scoring = read_scoring(directory)
+    evidence.check_target(directory, scoring.facts["target"], scoring.path, scoring.remedy)
+    num_left_out = check_documents(scoring)
     panel = SensitivePanel()
     attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
-    scored = features.collect(signals.iterate_signals(run / signals.SIGNALS_PATH), attacks, panel.watch)
+    scored = features.collect(scoring.rows(), attacks, panel.watch)
     counts = {side: _counts(scored, side) for side in signals.SIDES}
     for side, count in counts.items():
         if count["num_units"] < MIN_USERS_PER_SIDE:
@@ -72,7 +79,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
     families = blind.blind_baseline(scored, seed)
     confounded_by = _confounded_by(families)
 
-    references = sorted((run / signals.REFERENCES_PATH).glob("shadow-*.parquet"))
+    references = read_references(directory, scoring)
     found, not_run = {}, _not_run(scored)
     declared, *others = _statistics(scored, references, not_run)
     # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
@@ -87,7 +94,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
-    findings = auditing.audit_run(run, statement, scored, cap, seed, confounded_by)
+    findings = auditing.audit_run(scoring, statement, scored, cap, seed, confounded_by)
     found_verdict, reason = verdict.combine(
         (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
         [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
@@ -100,6 +107,8 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
         "split_commitment": statement.split_commitment,
+        "target": scoring.facts["target"],
+        "scoring": {"seal": scoring.seal, "options": scoring.facts["options"], "documents": scoring.facts["documents"]},
         "counts": counts,
         "num_training_records_left_out_by_selection": num_left_out,
         "cap": _cap_facts(cap, num_held_out),
@@ -111,7 +120,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
         f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
         "not_run": not_run,
-        "shadows": {"num": len(references)},
+        "shadows": {"num": len(references), "seals": [reference.seal for reference in references]},
         "blind": {name: _blind_facts(result) for name, result in families.items()},
         "user_inference": _user_inference_facts(scored, users, seed),
         "sensitive": panel.facts(seed),
@@ -121,9 +130,8 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         },
     }
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
-    _write_per_user(run / PER_USER_PATH, scored, users)
-    write_json(run / ATTACKS_PATH, facts)
-    return facts
+    _write_per_user(directory, scoring, scored, users)
+    return write_sealed(directory, run / ATTACKS_PATH, facts, mode=0o644)
 
 
 def _counts(scored: Scored, side: str) -> dict[str, int]:
@@ -137,7 +145,7 @@ def _counts(scored: Scored, side: str) -> dict[str, int]:
     }
 
 
-def _statistics(scored: Scored, references: list[pathlib.Path], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
+def _statistics(scored: Scored, references: list[Scoring], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
     """Every statistic, the headline first."""
     fresh, training = scored.documents[signals.FRESH], scored.documents[signals.TRAINING]
     for name, definition in user_inference.DEFINITIONS.items():
@@ -158,14 +166,14 @@ def _statistics(scored: Scored, references: list[pathlib.Path], not_run: list[di
 
 
 def _of_shadows(
-    scored: Scored, table: DocumentTable, kind: str, references: list[pathlib.Path], not_run: list[dict[str, str]]
+    scored: Scored, table: DocumentTable, kind: str, references: list[Scoring], not_run: list[dict[str, str]]
 ) -> Iterator[Statistic]:
     """The attacks that need the same documents under other models."""
     try:
         models = features.under_other_models(table, scored, references)
     except KeyError:
         raise AttackInputError(
-            f"{references[0].parent} holds other documents than the run's signals; score the shadows again"
+            f"{references[0].path.parent} holds other documents than the run's signals; score the shadows again"
         ) from None
     suffix = "" if kind == signals.FRESH else "_training"
     for attack in registry.ATTACKS.values():
@@ -323,8 +331,9 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
     }
 
 
-def _write_per_user(path: pathlib.Path, scored: Scored, users: dict[str, FloatArray]) -> None:
+def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: dict[str, FloatArray]) -> None:
     """Writes each user's values and, for held-in users, the p-value against the held-out users."""
+    path = run.root / PER_USER_PATH
     fresh = scored.documents[signals.FRESH]
     known = ~np.isnan(users[user_inference.HEADLINE])
     columns: dict[str, Any] = {
@@ -347,4 +356,6 @@ def _write_per_user(path: pathlib.Path, scored: Scored, users: dict[str, FloatAr
             columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
+    make_private_directory(path.parent)
     write_atomically(path, buffer.getvalue(), mode=0o600)
+    write_scoring(run, path, {"scoring": scoring.seal}, schema=PER_USER_SCHEMA_NAME)

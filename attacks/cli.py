@@ -13,7 +13,7 @@ from privtrain.errors import EXIT_REFUSED_RELEASE
 app = typer.Typer(
     name="attacks",
     help="Attack a finished fine-tuning run and report what the attack shows: prepare before training; then score, "
-    "analyse, report.",
+    "analyse, report; verify a report that you were given.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -158,6 +158,23 @@ def report(
         typer.echo(f"attacks: the policy {policy} is violated: {violation}", err=True)
     if violations:
         raise typer.Exit(EXIT_REFUSED_RELEASE)
+
+
+@app.command()
+def verify(
+    run: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="RUN", help="A run directory, or what was published of one.", show_default=False),
+    ],
+) -> None:
+    """Check a report: that its files belong together and to the model beside them, and with secret/ their seals."""
+    from attacks.verify import verify_report
+
+    checked = verify_report(run)
+    for sentence in checked.holds:
+        typer.echo(f"checked: {sentence}")
+    for sentence in checked.not_checked:
+        typer.echo(f"not checked: {sentence}")
 
 
 def main() -> None:

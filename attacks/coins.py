@@ -1,37 +1,91 @@
-"""That what is analysed is what was sealed: the sides in the signals against the manifest, which the run commits to."""
+"""That what is analysed is what was sealed: documents and sides in the signals against the run's own coins."""
 
 from __future__ import annotations
 
-import pyarrow.parquet as pq
+import collections
+from collections.abc import Mapping
+from typing import Any
 
+from attacks import planned
 from attacks.canaries import POOL
-from attacks.documents import attack_pseudonym, read_manifest, sides_of
+from attacks.documents import attack_pseudonym, read_manifest, read_used
 from attacks.errors import AttackInputError
-from attacks.signals import HELD_OUT, SIGNALS_PATH, TRAINING
-from privtrain.data.manifest import read_sealed
-from privtrain.rundir import RunDirectory
+from attacks.planned import DocumentKey
+from attacks.record import Scoring
+from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, HELD_OUT, TRAINING
+from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, canaries_of
+from privtrain.secret import SecretKey
 
 
-def check_sides(run: RunDirectory) -> int:
-    """See that the signals of a run put everybody on the side that its sealed coins say.
+def check_documents(scoring: Scoring) -> int:
+    """See that the signals hold the documents that the sealed coins say, all of them and no other, on their sides.
+
+    The attacker's documents and the canaries are derived from the coins anew. Of the training records, whose names only
+    the data know, the number of each user is; which they are stands in the sealed record, as do the references.
+
+    Args:
+        scoring: the signals of a run, with their record.
 
     Returns:
         How many of the scored training records of held-in users no step could draw, because selection left them out.
 
     Raises:
-        AttackInputError: if the coins were replaced, or the signals are of other coins.
+        AttackInputError: if the coins were replaced, or the signals are of other coins or other documents.
     """
+    run = scoring.run
     manifest, key = read_manifest(run), run.load_key("pseudonym")
-    sides = {**sides_of(manifest, manifest), POOL: HELD_OUT}
-    sealed = {(attack_pseudonym(key, user), side) for user, side in sides.items()}
-    table = pq.read_table(run.root / SIGNALS_PATH, columns=["user", "document", "side", "kind"])
-    names, documents, sides, kinds = (column.to_pylist() for column in table.columns)
-    if not set(zip(names, sides, strict=True)) <= sealed:
+    table = scoring.columns(["user", "document", "kind", "side", "user_num_records"])
+    users, documents, kinds, sides, usable = (column.to_pylist() for column in table.columns)
+    scored = [DocumentKey(*item) for item in zip(users, documents, kinds, sides, strict=True)]
+    wrong = [
+        planned.difference(_expected(manifest, key), [key for key in scored if key.kind in (FRESH, CANARY)]),
+        _wrong_references(manifest, key, scored),
+        planned.check_training(
+            scored, _num_usable(manifest, key, users, usable), scoring.facts["options"]["num_training_records"]
+        ),
+        "" if planned.facts_of(scored) == scoring.facts["documents"] else "other documents than its record says",
+    ]
+    if any(wrong):
         raise AttackInputError(
-            f"{run.root / SIGNALS_PATH} has users on other sides than {run.manifest}: it was altered or belongs to "
-            f"other coins; delete it and run next: attacks score {run.root}"
+            f"{scoring.path} does not hold the documents that {run.manifest} says, on its sides: "
+            f"{'; '.join(filter(None, wrong))}; it was altered or belongs to other coins; {scoring.remedy}"
         )
-    left_out = read_sealed(run.used)["left_out"] if run.used.is_file() else {}
+    left_out = read_used(run)["left_out"]
     unused = {(attack_pseudonym(key, user), str(index)) for user, places in left_out.items() for index in places}
-    rows = zip(names, documents, kinds, strict=True)
-    return sum(kind == TRAINING and (name, document) in unused for name, document, kind in rows)
+    return sum(item.kind == TRAINING and (item.user, item.document) in unused for item in scored)
+
+
+def _side(manifest: Mapping[str, Any]) -> collections.defaultdict[str, str]:
+    sides = collections.defaultdict(lambda: HELD_OUT)
+    sides.update(dict.fromkeys(manifest["held_in"], HELD_IN))
+    return sides
+
+
+def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
+    """The attacker's documents and the planted ones."""
+    sides, canaries = _side(manifest), canaries_of(manifest)
+    planted = {canary.user for canary in canaries}
+    places = [(user, FRESH, index) for user, fresh in manifest["attacker"].items() for index in fresh]
+    places = [place for place in places if place[0] not in planted]
+    for canary in canaries:
+        indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
+        places += [(canary.user, CANARY, index) for index in indices]
+    names = {user: attack_pseudonym(key, user) for user, _, _ in places}
+    return [DocumentKey(names[user], str(index), kind, sides[user]) for user, kind, index in places]
+
+
+def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[DocumentKey]) -> str:
+    """References of somebody who is no canary, or on another side than its canary."""
+    sides, canaries = _side(manifest), canaries_of(manifest)
+    owners = {attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE}
+    if any(canary.kind == RANDOM_TOKENS for canary in canaries):
+        owners[attack_pseudonym(key, POOL)] = HELD_OUT
+    wrong = sum(item.kind == CANARY_REFERENCE and owners.get(item.user) != item.side for item in scored)
+    return f"{wrong} references of no canary" if wrong else ""
+
+
+def _num_usable(manifest: Mapping[str, Any], key: SecretKey, users: list[str], usable: list[int]) -> dict[str, int]:
+    """Pseudonym of every attacked natural user to the records that training could use."""
+    planted = {canary.user for canary in canaries_of(manifest)}
+    natural = {attack_pseudonym(key, user) for user in manifest["attacker"] if user not in planted}
+    return {user: count for user, count in zip(users, usable, strict=True) if user in natural}

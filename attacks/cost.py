@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
-from attacks.rundir import PrivacyStatement
+from attacks.rundir import PrivacyStatement, released_values
 
 _METRICS = (
     ("perf/step_seconds", "seconds of all steps", sum, 1.0),
@@ -23,12 +22,9 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
         statement: its privacy statement.
         seed: unused; nothing is drawn.
     """
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    logged = [json.loads(line) for line in lines if line.strip()]
     rows = []
     for name, label, combine, factor in _METRICS:
-        values = [row[name] for row in logged if row.get(name) is not None]
+        values = released_values(run, name)
         if values:
             rows.append({"what": label, "value": factor * combine(values)})
     if not rows:

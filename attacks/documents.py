@@ -17,21 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from attacks.errors import AttackInputError
-from attacks.rundir import read_statement
+from attacks.evidence import verified_statement
 from attacks.signals import CONTROL_PREFIX, FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.config.schema import DataSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
-from privtrain.data.manifest import read_sealed, split_commitment
+from privtrain.data.manifest import USED_SCHEMA, read_sealed, split_commitment
 from privtrain.errors import GuaranteeLost, PlanMismatch
 from privtrain.rundir import RunDirectory
+from privtrain.sealing import read_sealed_file
 from privtrain.secret import SecretKey
 
 PSEUDONYM_PURPOSE = "attack pseudonym"
 
 SPANS_PATH = pathlib.Path("secret/spans.json")
 """Labelled spans that were sealed before training, where the data had them."""
+
+SPANS_SCHEMA = "privtrain/spans/1"
 
 DOCUMENTS_PER_PART = 128
 """Documents whose signals are written at once: what a killed job may have to do again on each rank."""
@@ -62,7 +65,7 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     Raises:
         AttackInputError: if they are missing or were altered, or are not those that its privacy statement commits to.
     """
-    statement = read_statement(run.root)
+    statement = verified_statement(run.root)
     if not run.manifest.is_file():
         raise AttackInputError(
             f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split"
@@ -70,7 +73,6 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
     try:
         manifest = read_sealed(run.manifest)
         commitment = split_commitment(run.load_key("root"), manifest["sha256"])
-        used = read_sealed(run.used) if run.used.is_file() else {"manifest_sha256": manifest["sha256"]}
     except (PlanMismatch, GuaranteeLost) as error:
         raise AttackInputError(f"{error}; it was altered after training began") from None
     if commitment != statement.split_commitment:
@@ -78,24 +80,31 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
             f"{run.manifest} is not what {run.privacy} commits to: it, secret/root.key or the statement was replaced "
             f"after training began; restore them. Which of them it was: privtrain ledger verify {run.root}"
         )
-    if used["manifest_sha256"] != manifest["sha256"]:
+    if read_used(run)["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{run.manifest} is not the one that {run.used} was written with; it was replaced")
     return manifest
+
+
+def read_used(run: RunDirectory) -> dict[str, Any]:
+    """What training says that it used of the coins.
+
+    Raises:
+        DamagedFile: if it is missing, or not as training sealed it.
+    """
+    return read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
 
 
 def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]] | None:
     """The spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
 
     Raises:
-        AttackInputError: if they were altered, or belong to other coins.
+        DamagedFile: if they are not as they were sealed.
+        AttackInputError: if they belong to other coins.
     """
     path = run.root / SPANS_PATH
     if not path.is_file():
         return None
-    try:
-        found = read_sealed(path)
-    except PlanMismatch as error:
-        raise AttackInputError(str(error)) from None
+    found = read_sealed_file(run, path, schema=SPANS_SCHEMA, remedy="restore it, or name --spans COLUMN")
     if found["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{path} belongs to other coins than this run's; restore it, or name --spans COLUMN")
     return found["spans"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -16,7 +15,8 @@ import scipy.sparse
 
 from attacks import user_inference
 from attacks.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
-from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals, iterate_signals
+from attacks.record import Scoring
+from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals
 
 IntArray = npt.NDArray[np.int64]
 
@@ -122,9 +122,7 @@ def collect(
     )
 
 
-def under_other_models(
-    table: DocumentTable, scored: Scored, references: Iterable[pathlib.Path]
-) -> UnderOtherModels | None:
+def under_other_models(table: DocumentTable, scored: Scored, references: Iterable[Scoring]) -> UnderOtherModels | None:
     """The same documents under shadow models.
 
     Args:
@@ -139,9 +137,9 @@ def under_other_models(
         KeyError: if a shadow lacks a document.
     """
     columns, inside = [], []
-    for path in references:
+    for reference in references:
         means, sides = {}, {}
-        for row in iterate_signals(path):
+        for row in reference.rows():
             means[row.user, row.document] = float(row.target_logp.mean(dtype=np.float64))
             sides[row.user] = row.side == HELD_IN
         columns.append([means[key] for key in table.keys])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from attacks import pii
 from attacks.pii import Span
+from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
-from attacks.signals import SIGNALS_PATH
 from privtrain.data.synthetic import CustomerRecord, customer_records
+from privtrain.rundir import RunDirectory
 
 NUM_MESSAGES = 200
 _MESSAGES_PER_CUSTOMER = 2.0
@@ -86,8 +86,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
         statement: unused.
         seed: unused; nothing is drawn.
     """
-    path = (run / SIGNALS_PATH).with_suffix(".json")
-    facts = json.loads(path.read_text(encoding="utf-8")).get("labeller") if path.is_file() else None
+    facts = read_scoring(RunDirectory(run)).facts.get("labeller")
     if facts is None:
         return None
     return {

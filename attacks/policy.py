@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
-import yaml
 
 from attacks.errors import AttackInputError
 from attacks.verdict import Verdict
+from privtrain import reading
 
 
 class Policy(pydantic.BaseModel):
@@ -50,14 +50,12 @@ def read_policy(path: pathlib.Path) -> Policy:
     """Reads a YAML policy.
 
     Raises:
+        DamagedFile: if it is no YAML file.
         AttackInputError: naming every fault.
     """
+    expected = f"expected a YAML file with the keys {', '.join(Policy.model_fields)}"
     try:
-        return Policy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except OSError as error:
-        raise AttackInputError(f"cannot read the policy {path}: {error.strerror}; expected a YAML file") from None
-    except yaml.YAMLError:
-        raise AttackInputError(f"{path} is not YAML; expected keys {', '.join(Policy.model_fields)}") from None
+        return Policy.model_validate(reading.read_yaml(path, remedy=expected, max_bytes=1 << 20, follow_links=True))
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'policy'}: {fault['msg']}" for fault in error.errors()

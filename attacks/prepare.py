@@ -8,25 +8,23 @@ key and refuses to begin if the file says anything else.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from attacks.columns import read_columns, spans_of
-from attacks.documents import SPANS_PATH
+from attacks.documents import SPANS_PATH, SPANS_SCHEMA
 from attacks.errors import AttackInputError
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import Corpus, load_corpus, without_users
 from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer, read_sealed, split_commitment
-from privtrain.data.split import Split, seal
+from privtrain.data.split import Split
 from privtrain.inputs import check_inputs
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_json
+from privtrain.sealing import read_sealed_file, write_sealed
 from privtrain.secret import SecretKey
-
-SPANS_SCHEMA = "privtrain/spans/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +89,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
             _check_sealed(run, config, everybody, corpus, key)
         if spans_column:
             labelled = {place: spans_of(row[spans_column], row["offset"]) for place, row in extras.items()}
-            write_json(run.root / SPANS_PATH, _spans(manifest, labelled), mode=0o600)
+            write_sealed(run, run.root / SPANS_PATH, _spans(manifest, labelled))
         elif _coins_of_spans(run) not in (None, manifest["sha256"]):
             raise AttackInputError("somebody opted out and spans were sealed with the coins: give --spans again")
         # Last: it says that the run is prepared.
@@ -143,16 +141,15 @@ def _tokenizer(config: Config) -> Any:
 def _coins_of_spans(run: RunDirectory) -> str | None:
     """The seal of the coins that sealed spans belong to; None without spans."""
     path = run.root / SPANS_PATH
-    return read_sealed(path)["manifest_sha256"] if path.is_file() else None
+    return read_sealed_file(run, path, schema=SPANS_SCHEMA)["manifest_sha256"] if path.is_file() else None
 
 
 def _spans(manifest: dict[str, Any], found: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
-    """Spans by user and record, tied to the coins and sealed."""
+    """Spans by user and record, tied to the coins."""
     by_user: dict[str, dict[str, list[list[int]]]] = {}
     for (user, index), spans in sorted(found.items()):
         by_user.setdefault(user, {})[str(index)] = [list(span) for span in spans]
-    body = {"schema": SPANS_SCHEMA, "manifest_sha256": manifest["sha256"], "spans": by_user}
-    return {**body, "sha256": seal(json.loads(json.dumps(body)))}
+    return {"schema": SPANS_SCHEMA, "manifest_sha256": manifest["sha256"], "spans": by_user}
 
 
 def _public(run: RunDirectory, corpus: Corpus, split: Split, commitment: str, num_labelled: int) -> Prepared:

@@ -1,11 +1,12 @@
 """The attack report: one self-contained page, the same facts as JSON and Markdown, and a summary for the terminal.
 
-Reads public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
-never sees.
+Shows public files only (``privacy.json``, ``metrics.jsonl``, ``report/attacks.json``), so it cannot leak what it
+never sees; of ``secret/`` it needs the key, with which it checks the seal of the results and seals the report.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pathlib
 import re
@@ -16,14 +17,18 @@ import jinja2
 import rich.table
 import rich.text
 
-from attacks import analyse, figures, panels, rundir
+from attacks import analyse, evidence, figures, panels, record, rundir
 from attacks.errors import AttackInputError
-from privtrain.rundir import write_atomically, write_json
+from attacks.signals import SIGNALS_PATH
+from privtrain import reading
+from privtrain.errors import GuaranteeLost
+from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.sealing import read_sealed_file, write_sealed
 
 INDEX_PATH = pathlib.Path("report/index.html")
 REPORT_PATH = pathlib.Path("report/report.json")
 MARKDOWN_PATH = pathlib.Path("report/report.md")
-SCHEMA_NAME = "privtrain/report/2"
+SCHEMA_NAME = "privtrain/report/3"
 
 NOT_RELEASED = "not released"
 
@@ -80,15 +85,17 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
         dependence_svgs=_dependence_figures(attacks["user_inference"]),
         sensitive_svg=figures.sensitive_figure(attacks["sensitive"]["cells"]) if attacks["sensitive"] else "",
     )
+    files = {MARKDOWN_PATH: environment.get_template("report.md").render(**shown).encode(), INDEX_PATH: page.encode()}
     facts = {
         "schema": SCHEMA_NAME,
-        "privacy": rundir.read_json(run / "privacy.json"),
+        "privacy": reading.read_json(run / "privacy.json"),
         "held_out_perplexity": None if perplexity is None else {"before": perplexity[0], "after": perplexity[1]},
+        "files": {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()},
         "attacks": attacks,
     }
-    write_json(run / REPORT_PATH, facts)
-    write_atomically(run / MARKDOWN_PATH, environment.get_template("report.md").render(**shown), mode=0o644)
-    write_atomically(run / INDEX_PATH, page.encode(), mode=0o644)
+    for path, content in files.items():
+        write_atomically(run / path, content, mode=0o644)
+    write_sealed(RunDirectory(run), run / REPORT_PATH, facts, mode=0o644)
     return run / INDEX_PATH
 
 
@@ -217,23 +224,30 @@ def grouped(count: int | None) -> str:
 
 
 def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]]:
-    """The statement and the attack results, which must belong together."""
-    statement = rundir.read_statement(run)
+    """The statement and the attack results, which must be the run's own and belong together."""
+    statement = evidence.verified_statement(run)
     path = run / analyse.ATTACKS_PATH
     if not path.is_file():
         raise AttackInputError(
             f"{run} has no {analyse.ATTACKS_PATH}: expected an analysed run; run next: attacks analyse {run}"
         )
-    attacks = rundir.read_json(path)
-    if attacks.get("schema") != analyse.SCHEMA_NAME or attacks.get("plan_fingerprint") != statement.plan_fingerprint:
+    directory, remedy = RunDirectory(run), f"run next: attacks analyse {run}"
+    try:
+        attacks = read_sealed_file(directory, path, schema=analyse.SCHEMA_NAME, remedy=remedy)
+    except GuaranteeLost:
         raise AttackInputError(
-            f"{path} has schema {attacks.get('schema')!r} and plan {attacks.get('plan_fingerprint')!r}; expected "
-            f"{analyse.SCHEMA_NAME!r} and {statement.plan_fingerprint!r}; run next: attacks analyse {run}"
-        )
-    if attacks.get("split_commitment", "") != statement.split_commitment:
-        raise AttackInputError(
-            f"{path} was computed on other coins than the privacy statement commits to; run next: attacks analyse {run}"
-        )
+            f"{path} cannot be believed without {directory.secret / 'root.key'}, which its seal is checked with; what "
+            f"can be checked of a published report: attacks verify {run}"
+        ) from None
+    if attacks["plan_fingerprint"] != statement.plan_fingerprint:
+        raise AttackInputError(f"{path} is of another plan than {run / 'privacy.json'}; {remedy}")
+    if attacks["split_commitment"] != statement.split_commitment:
+        raise AttackInputError(f"{path} was computed on other coins than the privacy statement commits to; {remedy}")
+    evidence.check_target(directory, attacks["target"], path, remedy)
+    # Gone after `privtrain ledger shred`, and then the results stand alone.
+    is_scored = record.record_path(run / SIGNALS_PATH).exists()
+    if is_scored and record.read_scoring(directory).seal != attacks["scoring"]["seal"]:
+        raise AttackInputError(f"{path} was computed from other signals than the run has now; {remedy}")
     return statement, attacks
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
-from typing import Any, Self
+from typing import Self
 
 import pydantic
 
 from attacks.errors import AttackInputError
+from privtrain import reading
 
 STATEMENT_SCHEMA = "privtrain/privacy/1"
 PERPLEXITY_KEY = "eval/held_out_perplexity"
 STEP_SECONDS_KEY = "perf/step_seconds"
+
+_MAX_STATEMENT_BYTES = 16 << 20
 
 
 class _Part(pydantic.BaseModel):
@@ -82,7 +84,7 @@ class PrivacyStatement(_Part):
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
     accountants: list[AccountantAnswer]
     ledger: Ledger | None
-    split_commitment: str = ""
+    split_commitment: str = pydantic.Field(min_length=1)
     plan_fingerprint: str
     assumptions: list[str]
     not_covered: list[str]
@@ -125,13 +127,14 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
     if not run.is_dir():
         raise AttackInputError(f"no run at {run}: expected a run directory; list yours with: ls {run.parent}")
     path = run / "privacy.json"
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise AttackInputError(
             f"{run} has no privacy.json: expected a finished training run; "
             "run next: the privtrain train command that began it"
         )
+    found = reading.read_json(path, remedy="restore it", max_bytes=_MAX_STATEMENT_BYTES)
     try:
-        statement = PrivacyStatement.model_validate_json(path.read_bytes())
+        statement = PrivacyStatement.model_validate(found)
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'statement'}: {fault['msg']}" for fault in error.errors()
@@ -150,33 +153,6 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
     return statement
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a public JSON file.
-
-    Args:
-        path: an existing file.
-
-    Returns:
-        Its object.
-
-    Raises:
-        AttackInputError: if it is not one JSON object, or holds NaN or infinity.
-    """
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"it holds {constant}")
-
-    try:
-        found = json.loads(path.read_bytes(), parse_constant=refuse)
-    except ValueError as error:
-        raise AttackInputError(
-            f"{path} is not JSON ({error}); expected the file that the previous stage wrote"
-        ) from error
-    if not isinstance(found, dict):
-        raise AttackInputError(f"{path} holds a {type(found).__name__}; expected one JSON object")
-    return found
-
-
 def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
     """The held-out perplexity before and after training, if the run released it.
 
@@ -187,19 +163,9 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
         The first and the last finite value in ``metrics.jsonl``, or None if fewer than two rows carry one.
 
     Raises:
-        AttackInputError: if a line is not JSON.
+        DamagedFile: if a line is not JSON, or holds something else than a number.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    values = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            value = json.loads(line).get(PERPLEXITY_KEY)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise AttackInputError(f"{path}, line {number}: expected one JSON object a line") from error
-        if value is not None and math.isfinite(value):
-            values.append(float(value))
+    values = released_values(run, PERPLEXITY_KEY)
     return (values[0], values[-1]) if len(values) >= 2 else None
 
 
@@ -212,8 +178,19 @@ def training_seconds(run: pathlib.Path) -> float | None:
     Returns:
         Seconds over all logged steps, or None if none was logged.
     """
+    values = released_values(run, STEP_SECONDS_KEY)
+    return sum(values) if values else None
+
+
+def released_values(run: pathlib.Path, name: str) -> list[float]:
+    """A metric as the run released it, in the order of ``metrics.jsonl``; lines without it are passed over.
+
+    Raises:
+        DamagedFile: naming the line, if one is not JSON, or holds something else than a finite number.
+    """
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    values = [json.loads(line).get(STEP_SECONDS_KEY) for line in lines if line.strip()]
-    known = [float(value) for value in values if value is not None]
-    return sum(known) if known else None
+    if not path.exists():
+        return []
+    rows = reading.read_json_lines(path, remedy="restore it")
+    values = [reading.finite_number(row, name, path, line=line) for line, row in rows]
+    return [value for value in values if value is not None]

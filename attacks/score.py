@@ -3,141 +3,62 @@
 Launched like training (``accelerate launch ... -m attacks score RUN``). The documents are cut into parts before they
 are dealt to ranks, and a part is written whole: the signals do not depend on the number of ranks, memory does not grow
 with the number of documents, and a job that was killed goes on where it stopped.
+
+A part counts only if its seal says that it is of this target, these documents and these settings; whatever cannot be
+shown to be is scored again. So rows of two models never meet in one file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import accelerate.utils
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from rich.progress import track
 
 from attacks import documents as planning
-from attacks import labeller
+from attacks import evidence, labeller, planned
+from attacks import target as targets
 from attacks import variants as rewriting
-from attacks.canaries import POOL, plan_canaries
-from attacks.columns import Extras, days_of, read_columns, spans_of
-from attacks.documents import PSEUDONYM_PURPOSE, Document, attack_pseudonym, sides_of
+from attacks.columns import days_of, spans_of
+from attacks.documents import Document, attack_pseudonym
 from attacks.errors import AttackInputError
 from attacks.languages import guess_language
 from attacks.neural import NeuralScorer
 from attacks.pii import PRESIDIO, find_personal_data
-from attacks.rundir import read_statement
+from attacks.planned import DocumentKey
+from attacks.record import PART_SCHEMA_NAME, record_path, write_scoring
 from attacks.sampling_scheme import SamplingScheme
 from attacks.scorer import Scorer, TokenSignals
+from attacks.scoring_job import Job, ScoreOptions, Tokens, prepare_job
 from attacks.signals import (
     CANARY,
     CANARY_REFERENCE,
     CONTROL_PREFIX,
-    HELD_OUT,
     REFERENCES_PATH,
-    SCHEMA_NAME,
     SIGNALS_PATH,
     DocumentSignals,
-    iterate_signals,
     join_signals,
     write_signals,
 )
 from attacks.variants import Variants
-from privtrain.config import Config, load_config
+from privtrain.config import Config
 from privtrain.config.schema import ModelSection
-from privtrain.data.canaries import canaries_of, plant
-from privtrain.data.corpus import Corpus, load_corpus
-from privtrain.data.encode import Encoder
-from privtrain.models import base_dtype, load_adapter, load_base, load_tokenizer, resolve_precision
+from privtrain.models import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.processes import join_processes
-from privtrain.rundir import RunDirectory, write_json
-from privtrain.secret import SecretKey
-
-Tokens = npt.NDArray[np.int64]
-
-MAX_TRAINING_RECORDS = 8
-"""Beyond it users' very different numbers of records make the interval over records too short."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    """What is scored, and how.
-
-    Attributes:
-        batch_tokens: tokens in one forward pass, padding included.
-        num_training_records: records of each user, among those that training could use, beside the fresh ones.
-        num_canary_references: secrets that each canary is compared with.
-        variants: re-written texts to score too; see ``attacks.variants``.
-        sampling: how text would be drawn from the model; see ``attacks.sampling_scheme``.
-        spans_column: column of labelled spans, or ``presidio``; without it the spans that were sealed, if any.
-        date_column: column of dates, for the blind baseline.
-        language_column: column of languages; guessed from the text without it.
-    """
-
-    batch_tokens: int = 2048
-    num_training_records: int = 2
-    num_canary_references: int = 128
-    variants: str = ""
-    sampling: str = str(SamplingScheme())
-    spans_column: str | None = None
-    date_column: str | None = None
-    language_column: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_training_records <= MAX_TRAINING_RECORDS:
-            raise AttackInputError(
-                f"--training-records {self.num_training_records}: expected 0 to {MAX_TRAINING_RECORDS}; with more, "
-                "users of very different sizes make the interval over records too short"
-            )
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns to read beside the trainer's own."""
-        spans = None if self.spans_column == PRESIDIO else self.spans_column
-        return [name for name in (spans, self.date_column, self.language_column) if name is not None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything but the models: which documents, how they become tokens, where the signals go."""
-
-    manifest: Mapping[str, Any]
-    sides: Mapping[str, str]
-    corpus: Corpus
-    extras: Extras
-    tokenizer: Any
-    encoder: Encoder
-    max_length: int
-    options: ScoreOptions
-    documents: Sequence[Document]
-    key: SecretKey
-    prefix: Tokens | None
-    sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
-    target: pathlib.Path
-    fingerprint: str
-    notes: Mapping[str, Any]
-
-    @property
-    def parts(self) -> pathlib.Path:
-        """Where finished parts wait; another job's parts have another name."""
-        return self.target.parent / f"parts-{self.target.stem}-{self.fingerprint[:12]}"
-
-    def part(self, number: int) -> pathlib.Path:
-        """One finished part."""
-        return self.parts / f"part-{number:06d}.parquet"
+from privtrain.rundir import RunDirectory
 
 
 def score_run(
     run_path: pathlib.Path, options: ScoreOptions | None = None, *, documents_of: pathlib.Path | None = None
 ) -> None:
-    """Writes the signals of a finished run; nothing to do if they are there.
+    """Writes the signals of a finished run; nothing to do if they are there and sealed as those of this very job.
 
     Args:
         run_path: directory of a finished run.
@@ -147,11 +68,14 @@ def score_run(
 
     Raises:
         AttackInputError: if the run is not finished, its manifest is broken, or its data changed since training.
+        PrivtrainError: if what it released is not what its statement and its ledger say; nothing is scored then.
     """
     options = options or ScoreOptions()
-    read_statement(run_path)
     run, attacked = RunDirectory(run_path), RunDirectory(documents_of or run_path)
-    config = load_config(run.resolved_config)
+    if documents_of is not None and run.root.resolve() == attacked.root.resolve():
+        raise AttackInputError(f"{run.root} is no shadow of itself; give --documents-of another run")
+    evidence.verified_statement(run_path)
+    config = evidence.read_config(run)
     if config.data.is_classification:
         raise AttackInputError("attacks score tokens of texts; a run with data.format: classification predicts none")
     state, device = join_processes(config.performance.collective_timeout_seconds)
@@ -159,14 +83,13 @@ def score_run(
         target = attacked.root / SIGNALS_PATH
         if documents_of is not None:
             target = attacked.root / REFERENCES_PATH / f"shadow-{run_path.resolve().name}.parquet"
-        if target.is_file():
-            next(iterate_signals(target), None)
-            if state.is_main_process:
-                print(f"{target} is already there; delete it to score again")
-            return
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        job = _prepare(run, attacked, config, options, target)
+        job = prepare_job(
+            run, attacked, config, options, target, resolve_precision(config.performance.precision, device)
+        )
+        if _is_done(job, state):
+            return
         tuned, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
         num_documents = _score_parts(job, tuned, base, state)
         if state.is_main_process:
@@ -175,63 +98,16 @@ def score_run(
         state.destroy_process_group()
 
 
-def _prepare(
-    run: RunDirectory, attacked: RunDirectory, config: Config, options: ScoreOptions, target: pathlib.Path
-) -> Job:
-    """Reads everything that is needed besides the models."""
-    own = planning.read_manifest(run)
-    manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
-    attacked_config = config if attacked.root == run.root else load_config(attacked.resolved_config)
-    data = attacked_config.data
-    if attacked_config.model != config.model:
-        raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
-    tokenizer = load_tokenizer(config.model)
-    natural = load_corpus(data, attacked_config.performance.index_dir)
-    corpus = plant(natural, canaries_of(manifest))
-    variants = Variants.parse(options.variants)
-    documents = planning.plan_documents(
-        manifest, corpus, options.num_training_records, with_controls=variants.control_prefix
-    )
-    if attacked.root == run.root:
-        root_key = run.load_key("root")
-        documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
-    has_spans = options.spans_column or (run.root / planning.SPANS_PATH).is_file()
-    if data.format != "text" and (options.variants or has_spans):
-        raise AttackInputError(
-            f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
-        )
-    prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
-    settings = [
-        SCHEMA_NAME,
-        PSEUDONYM_PURPOSE,
-        manifest["sha256"],
-        run.privacy.read_text(encoding="utf-8"),
-        dataclasses.asdict(options),
-        config.model.model_dump(mode="json"),
-        config.performance.precision,
-    ]
-    return Job(
-        manifest=manifest,
-        sides={**sides_of(own, manifest), POOL: HELD_OUT},
-        corpus=corpus,
-        extras=read_columns(data, natural, options.columns, _records_of(documents)),
-        tokenizer=tokenizer,
-        encoder=Encoder(data, tokenizer),
-        max_length=data.max_length,
-        options=options,
-        documents=planning.in_order(documents, corpus),
-        key=attacked.load_key("pseudonym"),
-        prefix=prefix,
-        sealed_spans=planning.read_spans(attacked, manifest) if options.spans_column is None else None,
-        target=target,
-        fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        notes=_notes(options),
-    )
-
-
-def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
-    """The documents that are records of the data as they stand there."""
-    return {(document.user, document.index) for document in documents if document.text is None}
+def _is_done(job: Job, state: PartialState) -> bool:
+    """Whether there is nothing to do; one look for all ranks."""
+    reason = [job.why_not_done() if state.is_main_process else ""]
+    accelerate.utils.broadcast_object_list(reason)
+    if state.is_main_process and not reason[0]:
+        print(f"{job.target} is already there; delete it to score again")
+        shutil.rmtree(job.parts, ignore_errors=True)  # of a job that was killed while it removed them
+    elif state.is_main_process and (job.target.exists() or record_path(job.target).exists()):
+        print(f"{job.target} is scored again: {reason[0]}")
+    return not reason[0]
 
 
 def load_scorers(
@@ -268,38 +144,62 @@ def _changes_the_base(model: torch.nn.Module) -> bool:
 
 
 def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> int:
-    """Scores what is not there yet, each part on one rank, and joins all parts."""
+    """Scores what is not there yet, each part on one rank, joins all parts, and seals what came out."""
     parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
-    missing = [[number for number in range(len(parts)) if not job.part(number).is_file()]]
+    missing: list[list[int]] = [[]]
+    if state.is_main_process:
+        missing[0] = [number for number in range(len(parts)) if job.sealed_part(number, parts[number]) is None]
     accelerate.utils.broadcast_object_list(missing)
     mine = missing[0][state.process_index :: state.num_processes]
     for number in track(mine, "scoring", disable=not state.is_main_process):
         write_signals(job.part(number), score_documents(job, parts[number], tuned, base))
+        write_scoring(job.attacked, job.part(number), job.part_facts(parts[number]), schema=PART_SCHEMA_NAME)
     state.wait_for_everyone()
     num_documents = 0
     if state.is_main_process:
-        absent = [number for number in range(len(parts)) if not job.part(number).is_file()]
-        if absent:
-            raise AttackInputError(
-                f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
-                "score on one machine or on a shared file system"
-            )
-        if "labeller" in job.notes:
-            print(f"{job.notes['labeller']['name']} {labeller.sentence(job.notes['labeller'])}")
-        write_json(job.target.with_suffix(".json"), job.notes, mode=0o600)
-        num_documents = join_signals(job.target, [job.part(number) for number in range(len(parts))])
-        shutil.rmtree(job.parts)
+        num_documents = _join(job, parts)
     state.wait_for_everyone()
     return num_documents
 
 
-def _notes(options: ScoreOptions) -> dict[str, Any]:
-    """What stands beside the signals: how they were made, and how good the labeller is where one was used."""
-    found: dict[str, Any] = {"options": dataclasses.asdict(options)}
-    if options.spans_column == PRESIDIO:
-        found["labeller"] = labeller.measure_presidio()
-    return found
+def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
+    """Joins and seals the parts, if they are all that was planned and the target is still the one it was."""
+    digests = {number: job.sealed_part(number, documents) for number, documents in enumerate(parts)}
+    absent = [number for number, digest in digests.items() if digest is None]
+    if absent:
+        raise AttackInputError(
+            f"{len(absent)} parts not found in {job.parts}: all ranks must see the run directory; "
+            "score on one machine or on a shared file system"
+        )
+    now = {**targets.digests_of(job.run, job.model), "precision": job.digests["precision"]}
+    changed = targets.differing(job.digests, now)
+    if changed:
+        shutil.rmtree(job.parts)
+        raise AttackInputError(
+            f"{job.run.root} changed while it was scored ({', '.join(changed)}); restore it and run the same command "
+            "again"
+        )
+    paths = [job.part(number) for number in digests]
+    # Until its new record is there, what stands at the target has none.
+    record_path(job.target).unlink(missing_ok=True)
+    keys = [DocumentKey(*key) for key in join_signals(job.target, paths, [digest or "" for digest in digests.values()])]
+    wrong = planned.difference(job.keys(job.documents), keys)
+    if wrong:
+        job.target.unlink()
+        raise AttackInputError(f"{job.parts} holds other documents than planned: {wrong}; delete it and score again")
+    facts = {
+        **job.facts,
+        "planned": planned.facts_of(job.keys(job.documents)),
+        "documents": planned.facts_of(keys),
+        "num_parts": len(parts),
+    }
+    if job.options.spans_column == PRESIDIO:
+        facts["labeller"] = labeller.measure_presidio()
+        print(f"{facts['labeller']['name']} {labeller.sentence(facts['labeller'])}")
+    write_scoring(job.attacked, job.target, facts)
+    shutil.rmtree(job.parts)
+    return len(keys)
 
 
 def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import yaml
 
+from attacks import evidence
 from attacks.documents import read_manifest
 from attacks.errors import AttackInputError
-from attacks.rundir import read_statement
+from attacks.record import read_scoring
 from attacks.signals import SIGNALS_PATH
-from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
 
@@ -37,9 +37,8 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
         AttackInputError: if the run is not finished, its records are no plain texts, or its data changed since
             training.
     """
-    read_statement(run_path)
     run = RunDirectory(run_path)
-    config, manifest = load_config(run.resolved_config), read_manifest(run)
+    manifest, config = read_manifest(run), evidence.read_config(run)
     if config.data.format != "text":
         raise AttackInputError(
             f"shadows are written for data.format 'text' only and this run has {config.data.format!r}; "
@@ -91,9 +90,9 @@ def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[st
         run_path: the attacked run.
         recipes: of :func:`write_recipes`.
     """
-    notes, options = (run_path / SIGNALS_PATH).with_suffix(".json"), ""
-    if notes.is_file():
-        scored = json.loads(notes.read_text(encoding="utf-8"))["options"]
+    options = ""
+    if (run_path / SIGNALS_PATH).exists():
+        scored = read_scoring(RunDirectory(run_path)).facts["options"]
         options = f" --training-records {scored['num_training_records']}"
     name = run_path.resolve().name
     return [

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks.errors import AttackInputError
+from privtrain import reading
+from privtrain.errors import DamagedFile
 from privtrain.rundir import make_private_directory, sync_directory, temporary_of
+from privtrain.sealing import sha256_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")
 """Where a run directory keeps its signals."""
@@ -46,7 +50,12 @@ CANARY_REFERENCE = "canary_reference"
 CONTROL_PREFIX = "control_prefix"
 """Training records whose first tokens gave way to another user's: what a model says without the right prompt."""
 
+KINDS = (FRESH, TRAINING, CANARY, CANARY_REFERENCE, CONTROL_PREFIX)
+
 SCHEMA_NAME = "privtrain/signals/3"
+
+ARROW_FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, EOFError, MemoryError)
+"""What pyarrow raises on a damaged file."""
 
 _ROWS_PER_BATCH = 256
 
@@ -159,14 +168,18 @@ class DocumentSignals:
 
     def __post_init__(self) -> None:
         if self.side not in SIDES:
-            raise ValueError(f"side is {self.side!r}; expected one of {', '.join(SIDES)}")
+            raise ValueError(f"side is none of {', '.join(SIDES)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is none of {', '.join(KINDS)}")
+        if not self.user or not self.document:
+            raise ValueError("a document without a name or an owner")
         for name, (_, dtype) in _TOKEN_COLUMNS.items():
             # Rows are built from tensors, lists and file slices alike.
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         shapes = {name: getattr(self, name).shape for name in _TOKEN_COLUMNS if getattr(self, name) is not None}
         if self.target_logp.ndim != 1 or not self.num_tokens or len(set(shapes.values())) != 1:
-            raise ValueError(f"shapes are {shapes}; expected two lists of the same tokens, at least one")
+            raise ValueError("expected two lists of the same tokens, at least one, and as many of everything else")
         for name, logp in (("target_logp", self.target_logp), ("base_logp", self.base_logp)):
             if not np.isfinite(logp).all() or logp.max() > _MAX_LOGP:
                 raise ValueError(
@@ -181,6 +194,12 @@ class DocumentSignals:
             # A token that cannot be drawn has -inf; NaN fails the comparison.
             if sampled is not None and not (sampled <= _MAX_LOGP).all():
                 raise ValueError(f"{name} holds a value that is NaN or above 0; expected log-probabilities in nats")
+        if min(self.num_bytes, self.zlib_bytes, self.user_num_records, self.user_num_bytes) < 0:
+            raise ValueError("a number of bytes or records is negative")
+        if self.date is not None and not math.isfinite(self.date):
+            raise ValueError("date is NaN or infinite")
+        if not all(math.isfinite(mean) and mean <= _MAX_LOGP for mean in self.variants.values()):
+            raise ValueError("variants holds a value that is NaN, infinite or above 0; expected means of log p")
 
     @property
     def num_tokens(self) -> int:
@@ -207,31 +226,40 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
         writer.write_table(to_table(ordered))
 
 
-def join_signals(target: pathlib.Path, parts: Sequence[pathlib.Path]) -> int:
+def join_signals(
+    target: pathlib.Path, parts: Sequence[pathlib.Path], digests: Sequence[str]
+) -> list[tuple[str, str, str, str]]:
     """Joins parts into one file, a part in memory at a time.
 
     Args:
         target: the parquet file to replace.
         parts: files of ``write_signals``, in the order that they are to have.
+        digests: SHA-256 that each must have.
 
     Returns:
-        Number of documents.
+        User, document, kind and side of every document.
 
     Raises:
-        AttackInputError: if a part is missing or a document stands in two of them.
+        DamagedFile: if a part is missing or another one.
+        AttackInputError: if a document stands in two of them.
     """
     checked = _Checker()
+    keys = []
     with _atomic_writer(target) as writer:
-        for part in parts:
-            for row in iterate_signals(part):
-                checked.add(row)
-            writer.write_table(pq.read_table(part))
-    try:
-        checked.finish()
-    except ValueError as error:
-        target.unlink()
-        raise AttackInputError(f"{target.parent} holds parts that contradict each other: {error}") from error
-    return checked.num_rows
+        for part, digest in zip(parts, digests, strict=True):
+            with reading.opened(part) as file:
+                if sha256_of(file, part) != digest:
+                    raise DamagedFile(part, "changed while it was joined", "run the same command again")
+                for row in rows_of(file, part):
+                    checked.add(row)
+                    keys.append((row.user, row.document, row.kind, row.side))
+                file.seek(0)
+                writer.write_table(pq.read_table(file))
+        try:
+            checked.finish()
+        except ValueError as error:
+            raise AttackInputError(f"{target.parent} holds parts that contradict each other: {error}") from error
+    return keys
 
 
 def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
@@ -252,6 +280,8 @@ def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
 def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
     """Reads and checks the signals in the file's order, some hundred documents in memory at a time.
 
+    Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.record`.
+
     Args:
         path: a file written by ``write_signals``.
 
@@ -259,37 +289,41 @@ def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
         One entry per document.
 
     Raises:
-        AttackInputError: if the file is missing, is of another schema, or holds rows that cannot be scored.
+        AttackInputError: if the file is missing.
+        DamagedFile: if it is of another schema, or holds rows that cannot be scored.
     """
-    if not path.is_file():
+    if not path.exists():
         raise AttackInputError(
             f"no signals at {path}: expected the file that scoring writes; run next: attacks score RUN"
         )
+    with reading.opened(path, remedy=_REMEDY) as file:
+        yield from rows_of(file, path)
+
+
+_REMEDY = "run next: attacks score RUN"
+
+
+def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterator[DocumentSignals]:
+    """The same of a file that is open already."""
+    checked = _Checker()
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise AttackInputError(
-            f"{path} is not a readable parquet file ({error}); run next: attacks score RUN"
-        ) from error
-    with file:
-        schema = file.schema_arrow
-        found = (schema.metadata or {}).get(b"schema", b"none").decode()
-        if found != SCHEMA_NAME or not schema.equals(SCHEMA):
-            raise AttackInputError(
-                f"{path} has schema {found!r} with columns {schema.names}; expected {SCHEMA_NAME!r} "
-                f"with columns {SCHEMA.names}; run next: attacks score RUN"
-            )
-        try:
-            checked = _Checker()
-            for batch in file.iter_batches(_ROWS_PER_BATCH):
-                for row in _rows(batch):
+        with pq.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            found = (schema.metadata or {}).get(b"schema", b"none").decode("ascii", errors="replace")
+            if found != SCHEMA_NAME or not schema.equals(SCHEMA):
+                raise DamagedFile(
+                    path, f"has schema {found!r} with {len(schema.names)} columns; expected {SCHEMA_NAME!r}", remedy
+                )
+            for batch in table.iter_batches(_ROWS_PER_BATCH):
+                for row in _rows(batch, path, checked.num_rows, remedy):
                     checked.add(row)
                     yield row
-            checked.finish()
-        except ValueError as error:
-            raise AttackInputError(
-                f"{path} holds signals that cannot be used: {error}; run next: attacks score RUN"
-            ) from error
+    except ARROW_FAULTS as error:
+        raise DamagedFile(path, f"is not a readable parquet file ({type(error).__name__})", remedy) from None
+    try:
+        checked.finish()
+    except ValueError as error:
+        raise DamagedFile(path, f"holds signals that cannot be used: {error}", remedy) from None
 
 
 def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
@@ -315,8 +349,9 @@ def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dty
     )
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[DocumentSignals]:
-    """Cuts the columns of a checked batch into rows."""
+def _rows(batch: pa.RecordBatch, path: pathlib.Path, num_before: int, remedy: str) -> Iterator[DocumentSignals]:
+    """Cuts the columns of a batch into rows."""
+    batch.validate(full=True)  # offsets that point outside of the values
     scalars = {name: batch.column(name).to_pylist() for name in _SCALAR_COLUMNS}
     variants = batch.column("variants").to_pylist()
     tokens = {}
@@ -333,9 +368,13 @@ def _rows(batch: pa.RecordBatch) -> Iterator[DocumentSignals]:
         fields: dict[str, Any] = {name: column[number] for name, column in scalars.items()}
         num_tokens = fields.pop("num_tokens")
         fields |= {name: column[number] for name, column in tokens.items()}
-        row = DocumentSignals(**fields, variants=dict(variants[number]))
-        if row.num_tokens != num_tokens:
-            raise ValueError("num_tokens differs from the number of log-probabilities")
+        try:
+            row = DocumentSignals(**fields, variants=dict(variants[number]))
+            if row.num_tokens != num_tokens:
+                raise ValueError("num_tokens differs from the number of log-probabilities")
+        except (ValueError, TypeError) as error:  # TypeError: a null where none can be
+            line = num_before + number + 1
+            raise DamagedFile(path, f"row {line} cannot be used: {error}", remedy, line=line) from None
         yield row
 
 

@@ -6,7 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from attacks.analyse import ATTACKS_PATH
+from attacks.report import INDEX_PATH, MARKDOWN_PATH, REPORT_PATH
+from privtrain import reading
 from privtrain.wandb_settings import careful_settings
+
+PUBLISHED = (ATTACKS_PATH, INDEX_PATH, REPORT_PATH, MARKDOWN_PATH)
+"""What is uploaded: these and nothing that happens to lie beside them."""
 
 TABLE_COLUMNS = (
     "statistic",
@@ -73,8 +79,10 @@ def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -
         rows: Any = table_rows(attacks)
         logged.log({"attacks/results": wandb.Table(columns=list(TABLE_COLUMNS), data=rows)})
         artifact = wandb.Artifact(f"{name}-attack-report", type="attack-report")
-        for file in sorted((run / "report").iterdir()):
-            artifact.add_file(str(file), name=file.name)
+        for path in PUBLISHED:
+            # Copied from what was read here, not from whatever the path holds when the upload begins.
+            with artifact.new_file(path.name, mode="wb") as file:
+                file.write(reading.read_bytes(run / path))
         logged.log_artifact(artifact)
     finally:
         logged.finish()

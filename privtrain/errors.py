@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -42,6 +43,29 @@ class ConfigError(PrivtrainError):
         else:
             message = f"{head}{len(self.faults)} faults\n" + "\n".join(f"  {fault}" for fault in self.faults)
         super().__init__(message)
+
+
+class DamagedFile(PrivtrainError):  # noqa: N818
+    """A file that cannot be believed: missing, of another kind or form, or altered. One line that names it.
+
+    Args:
+        path: the file.
+        problem: what is wrong, as the end of a sentence that begins with the file; never a value of a record.
+        remedy: what to restore, or the command to run next.
+        line: the line, or the row from 1, where there is one.
+    """
+
+    def __init__(
+        self, path: os.PathLike[str] | str, problem: str, remedy: str = "", *, line: int | None = None
+    ) -> None:
+        self.path, self.problem, self.line = path, problem, line
+        # A name may hold anything but "/": the message stays one line.
+        name = (
+            str(path).encode("unicode_escape", errors="backslashreplace").decode("ascii")
+            if not str(path).isprintable()
+            else str(path)
+        )
+        super().__init__(f"{name} {problem}" + (f"; {remedy}" if remedy else ""))
 
 
 class PlanMismatch(PrivtrainError):  # noqa: N818 - the name the design uses

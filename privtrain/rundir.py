@@ -201,9 +201,13 @@ def make_private_directory(path: pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:
     """:func:`write_atomically` for readable JSON, piece by piece: a manifest names every user."""
+    _write_atomically(path, json_pieces(value), mode)
+
+
+def json_pieces(value: Mapping[str, Any]) -> Iterator[bytes]:
+    """The one form in which :func:`write_json` writes."""
     encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
-    pieces = itertools.chain(encoder.iterencode(value), ["\n"])
-    _write_atomically(path, (piece.encode("utf-8") for piece in pieces), mode)
+    return (piece.encode("utf-8") for piece in itertools.chain(encoder.iterencode(value), ["\n"]))
 
 
 def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:

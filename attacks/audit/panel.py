@@ -10,43 +10,39 @@ without a unit contributes nothing in every sampling scheme of the trainer.
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import yaml
 
 from attacks import signals, verdict
 from attacks.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
 from attacks.audit.guesses import GUESS_SHARES, Coins
 from attacks.features import Scored
 from attacks.lift import lift
+from attacks.record import Scoring
 from attacks.rundir import PrivacyStatement
 from attacks.statistics import CurveBound, DpBound
 
 NATURAL = "users of the sealed split"
 CANARIES = "canary users"
 
-_CANARY_KIND = "canary"
-_RESOLVED_CONFIG = pathlib.Path("secret/config.yaml")
-
 
 def audit_run(
-    run: pathlib.Path, statement: PrivacyStatement, scored: Scored, cap: verdict.Cap, seed: int, confounded_by: str
+    scoring: Scoring, statement: PrivacyStatement, scored: Scored, cap: verdict.Cap, seed: int, confounded_by: str
 ) -> list[Finding]:
     """Audits every source of coins that the run has.
 
     Args:
-        run: the run directory.
+        scoring: the signals of the run, and the chance of a coin.
         statement: what it claims.
         scored: its users.
         cap: the claim for users.
         seed: of the analysis.
         confounded_by: what overrules verdicts on the split's users; canaries of our own making are not concerned.
     """
-    sources = [coins for coins in (natural_coins(run, scored), canary_coins(run, statement)) if coins is not None]
+    sources = [natural_coins(scoring.facts["prob_held_in"], scored), canary_coins(scoring, statement)]
+    sources = [coins for coins in sources if coins is not None]
     return [
         audit(
             coins,
@@ -60,13 +56,12 @@ def audit_run(
     ]
 
 
-def natural_coins(run: pathlib.Path, scored: Scored) -> Coins | None:
+def natural_coins(prob_in: float | None, scored: Scored) -> Coins | None:
     """The users of the sealed split who were scored; None where the chance of their coin is not known.
 
     Whether a user is attacked hangs on their number of records, never on the coin, so those left out leave the coins of
     the others independent.
     """
-    prob_in = _probability_held_in(run)
     if prob_in is None:
         return None
     training = scored.documents[signals.TRAINING]
@@ -76,16 +71,15 @@ def natural_coins(run: pathlib.Path, scored: Scored) -> Coins | None:
     return Coins(scores[known], scored.is_held_in[known], prob_in, "user", NATURAL) if known.any() else None
 
 
-def canary_coins(run: pathlib.Path, statement: PrivacyStatement) -> Coins | None:
+def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
     """The planted canary users; None if there are none.
 
     Where the guarantee is per example, canaries that own one record are examples, and only those are read.
     """
-    path = run / signals.SIGNALS_PATH
-    if _CANARY_KIND not in pq.read_table(path, columns=["kind"])["kind"].unique().to_pylist():
-        return None
     columns = ["user", "side", "user_num_records", "target_logp", "base_logp"]
-    rows = pq.read_table(path, columns=columns, filters=[("kind", "==", _CANARY_KIND)]).to_pylist()
+    rows = scoring.columns(columns, signals.CANARY).to_pylist()
+    if not rows:
+        return None
     if statement.unit == "example" and any(row["user_num_records"] <= 1 for row in rows):
         rows = [row for row in rows if row["user_num_records"] <= 1]
         unit = "example"
@@ -247,13 +241,3 @@ def _notes(findings: Sequence[Finding]) -> list[str]:
         if finding.claim.pair is not None and finding.claim.reason:
             notes.append(f"{finding.claim.reason[0].upper()}{finding.claim.reason[1:]}.")
     return notes
-
-
-def _probability_held_in(run: pathlib.Path) -> float | None:
-    """From the configuration that the coins were flipped by."""
-    path = run / _RESOLVED_CONFIG
-    if not path.is_file():
-        return None
-    data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
-    share = float(data.get("held_out_fraction", 0.0))
-    return 1.0 - share if 0.0 < share < 1.0 else None

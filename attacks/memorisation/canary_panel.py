@@ -14,12 +14,12 @@ import scipy.stats
 
 from attacks import statistics
 from attacks.canaries import POOL
-from attacks.documents import attack_pseudonym, read_manifest
+from attacks.documents import attack_pseudonym, read_manifest, read_used
 from attacks.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
+from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
-from attacks.signals import CANARY, CANARY_REFERENCE, SIGNALS_PATH, DocumentSignals, iterate_signals
+from attacks.signals import CANARY, CANARY_REFERENCE, DocumentSignals
 from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
-from privtrain.data.manifest import read_sealed
 from privtrain.rundir import RunDirectory
 
 MODELS = ("tuned", "base")
@@ -96,9 +96,9 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
     if not canaries:
         return []
     key = directory.load_key("pseudonym")
-    used = read_sealed(directory.used)["canaries"] if directory.used.is_file() else {}
+    used = read_used(directory)["canaries"]
     rows: dict[tuple[str, str], list[DocumentSignals]] = collections.defaultdict(list)
-    for row in iterate_signals(run / SIGNALS_PATH):
+    for row in read_scoring(directory).rows():
         if row.kind in (CANARY, CANARY_REFERENCE):
             rows[row.kind, row.user].append(row)
     held_in, found = set(manifest["held_in"]), []

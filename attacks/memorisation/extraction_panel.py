@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from attacks import statistics
 from attacks.curves import MIN_USERS
 from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
+from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
-from attacks.signals import CONTROL_PREFIX, HELD_IN, SIGNALS_PATH, TRAINING, DocumentSignals, iterate_signals
+from attacks.signals import CONTROL_PREFIX, HELD_IN, TRAINING, DocumentSignals
 from attacks.variants import CONTROL_PREFIX_TOKENS
+from privtrain.rundir import RunDirectory
 
 NUM_SAMPLES = (1, 10, 100, 1000)
 PROBABILITY = 0.5
@@ -61,7 +62,8 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
         seed: unused; nothing is drawn.
     """
     tallies: dict[tuple[str, int], Tally] = collections.defaultdict(Tally)
-    for row in iterate_signals(run / SIGNALS_PATH):
+    scoring = read_scoring(RunDirectory(run))
+    for row in scoring.rows():
         _count(row, tallies)
     for key in [key for key, tally in tallies.items() if len(tally.records) < MIN_USERS]:
         del tallies[key]  # a row of few users would be about each of them
@@ -84,7 +86,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
             {"key": "users_sampled", "label": f"users with one within {NUM_SAMPLES[-2]} samples"},
         ],
         "rows": [_row(group, length, tallies[group, length]) for group, length in shown],
-        "notes": _notes(run, tallies, headline),
+        "notes": _notes(scoring.facts["options"]["sampling"], tallies, headline),
         "figure": _figure(tallies, headline),
     }
 
@@ -133,24 +135,16 @@ def _summary(tallies: dict[tuple[str, int], Tally], length: int) -> str:
     )
 
 
-def _notes(run: pathlib.Path, tallies: dict[tuple[str, int], Tally], headline: int) -> list[str]:
+def _notes(scheme: str, tallies: dict[tuple[str, int], Tally], headline: int) -> list[str]:
     notes = [
         "“Within n samples” means at least once with probability one half, from the probability of the whole suffix "
-        f"under {_scheme(run)}; the suffix is the next 50 tokens, or what is left of the record, at least 8.",
+        f"under {scheme}; the suffix is the next 50 tokens, or what is left of the record, at least 8.",
         "Near: the first nine tenths of the suffix come back, so the edit distance is at most a tenth. One forward "
         "pass does not see outputs that stray and come back, so the true number of near matches is at least this one.",
     ]
     if not tallies["other prompt", headline].records:
         notes.append("No prompts of other users were scored: attacks score --variants control_prefix.")
     return notes
-
-
-def _scheme(run: pathlib.Path) -> str:
-    """How text would be drawn, as the scoring noted it."""
-    path = (run / SIGNALS_PATH).with_suffix(".json")
-    return (
-        json.loads(path.read_text(encoding="utf-8"))["options"]["sampling"] if path.is_file() else "the scheme scored"
-    )
 
 
 def _figure(tallies: dict[tuple[str, int], Tally], length: int) -> dict[str, Any]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from privtrain import reading
 from privtrain.config import Config
 from privtrain.data.canaries import TEMPLATE, Canary, draw_canaries, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.split import Split, seal, split_users
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError, Fault, PlanMismatch
+from privtrain.errors import ConfigError, DamagedFile, Fault, PlanMismatch
 from privtrain.secret import SecretKey
 
 if TYPE_CHECKING:
@@ -65,20 +65,23 @@ def needs_tokenizer(config: Config) -> bool:
 
 
 def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """A sealed file.
+    """A manifest, as long as it matches its own digest; whether it is the run's own the commitment says.
 
     Raises:
-        PlanMismatch: if it was altered.
+        PlanMismatch: if it was altered or damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        body = {name: value for name, value in found.items() if name != "sha256"}
-        is_sealed = seal(body) == found["sha256"]
-    except (ValueError, KeyError, AttributeError):
-        is_sealed, found = False, {}
-    if not is_sealed:
+        found = reading.read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+    except DamagedFile as error:
+        problem = f"does not match its seal: it was altered or damaged (it {error.problem})"
+        raise PlanMismatch(f"{path} {problem}; restore it") from None
+    if seal({name: value for name, value in found.items() if name != "sha256"}) != found.get("sha256"):
         raise PlanMismatch(f"{path} does not match its seal: it was altered or damaged; restore it")
     return found
+
+
+_MAX_MANIFEST_BYTES = 1 << 34
+"""A manifest names every user."""
 
 
 def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
@@ -120,7 +123,7 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def used_facts(
     corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
-    """What training may really draw, against what the coins allow; sealed. Names users: ``secret/`` only.
+    """What training may really draw, against what the coins allow. Names users: ``secret/`` only.
 
     Args:
         corpus: the kept records, without canaries.
@@ -131,7 +134,7 @@ def used_facts(
     """
     kept, left_out = _kept_and_left_out(split, units)
     records = plant(corpus, split.canaries).records
-    body = {
+    return {
         "schema": USED_SCHEMA,
         "manifest_sha256": manifest_sha256,
         "units_sha256": units.sha256(),
@@ -149,7 +152,6 @@ def used_facts(
             for canary in split.canaries
         },
     }
-    return {**body, "sha256": seal(body)}
 
 
 def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
@@ -181,8 +183,5 @@ def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) ->
         used: of :func:`used_facts`.
         num_drawn: canary user to that number.
     """
-    body = {name: value for name, value in used.items() if name != "sha256"}
-    body["canaries"] = {
-        user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()
-    }
-    return {**body, "sha256": seal(body)}
+    canaries = {user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()}
+    return {**used, "canaries": canaries}

@@ -19,6 +19,7 @@ from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger import Ledger, LedgerState, open_ledger
 from privtrain.ledger.head import head_path
 from privtrain.rundir import write_atomically, write_json
+from privtrain.sealing import write_sealed
 from privtrain.secret import SecretKey
 from privtrain.training import checkpoint
 from privtrain.training.begun import traces
@@ -168,4 +169,4 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         manifest_sha256=manifest["sha256"],
         records_per_unit=inputs.plan.records_per_unit,
     )
-    write_json(run.used, used, mode=0o600)
+    write_sealed(run, run.used, used)

@@ -6,10 +6,11 @@ import collections
 from collections.abc import Sequence
 
 from privtrain.data.canaries import Canary
-from privtrain.data.manifest import read_sealed, with_contributions
+from privtrain.data.manifest import USED_SCHEMA, with_contributions
 from privtrain.data.units import UnitData
 from privtrain.ledger import LedgerState, charged_units
-from privtrain.rundir import RunDirectory, write_json
+from privtrain.rundir import RunDirectory
+from privtrain.sealing import read_sealed_file, write_sealed
 from privtrain.secret import pseudonym
 
 
@@ -23,7 +24,7 @@ def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Cana
         units: what was trained on.
 
     Raises:
-        PlanMismatch: if the file was altered since training began.
+        DamagedFile: if the file was altered since training began.
     """
     if not canaries:
         return
@@ -35,4 +36,5 @@ def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Cana
     for name, num_records in charged_units(run.ledger, state):
         if name in owners:
             drawn[owners[name]] += num_records
-    write_json(run.used, with_contributions(read_sealed(run.used), drawn), mode=0o600)
+    used = read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
+    write_sealed(run, run.used, with_contributions(used, drawn))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from attacks import signals
+from attacks import analyse, evidence, record, signals
+from privtrain.rundir import RunDirectory
 
 STATEMENT = {
     "schema": "privtrain/privacy/1",
@@ -40,6 +41,7 @@ STATEMENT = {
         }
     ],
     "ledger": {"head": "5d" * 32, "num_commits": 60},
+    "split_commitment": "c0" * 32,
     "plan_fingerprint": "a7" * 32,
     "assumptions": ["The secret key of the run stays secret."],
     "not_covered": ["Hyper-parameters chosen on private rows."],
@@ -92,14 +94,36 @@ def rich_signals(rng: np.random.Generator, size: int, *, words: int, first: int)
     }
 
 
+def put_signals(
+    run: pathlib.Path, rows: list[signals.DocumentSignals], *, prob_held_in: float | None = 0.5
+) -> pathlib.Path:
+    """Writes and seals signals as scoring would, of a target that nobody trained."""
+    path = run / signals.SIGNALS_PATH
+    signals.write_signals(path, rows)
+    facts = {
+        "options": {"sampling": "temperature=1,top_k=40,top_p=1", "num_training_records": 2},
+        "target": {"statement": "", "released": {"adapter": "t0"}, "base": {}, "precision": "fp32"},
+        "documents": {},
+        "prob_held_in": prob_held_in,
+    }
+    record.write_scoring(RunDirectory(run), path, facts)
+    return path
+
+
 @pytest.fixture
 def make_rows() -> Callable[..., list[signals.DocumentSignals]]:
     return build_rows
 
 
 @pytest.fixture
-def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
-    """Writes a finished, scored run; keyword arguments replace keys of the privacy statement."""
+def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pathlib.Path]:
+    """Writes a finished, scored run; keyword arguments replace keys of the privacy statement.
+
+    Nobody trained it, so it has no release, no target and no coins to be compared with; its seals are real.
+    """
+    monkeypatch.setattr(evidence, "check_release", lambda run: None)
+    monkeypatch.setattr(evidence, "check_target", lambda *_: None)
+    monkeypatch.setattr(analyse, "check_documents", lambda scoring: None)
 
     def make(
         num_units: int = 40,
@@ -109,6 +133,7 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
         perplexity: bool = True,
         rich: bool = False,
         shifted: bool = False,
+        prob_held_in: float | None = 0.5,
         **changes: object,
     ) -> pathlib.Path:
         run = tmp_path / name
@@ -120,12 +145,10 @@ def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
             metrics[0] |= {"eval/held_out_perplexity": 31.4}
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
         run.joinpath("secret").mkdir(exist_ok=True)
-        (run / "secret" / "config.yaml").write_text("data: {held_out_fraction: 0.5}\n")
+        RunDirectory(run).create_key("root")
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         if num_units:
-            signals.write_signals(
-                run / signals.SIGNALS_PATH, build_rows(num_units, shift=shift, rich=rich, shifted=shifted)
-            )
+            put_signals(run, build_rows(num_units, shift=shift, rich=rich, shifted=shifted), prob_held_in=prob_held_in)
         return run
 
     return make

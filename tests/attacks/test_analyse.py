@@ -12,6 +12,7 @@ import pytest
 
 from attacks import analyse, results, signals
 from attacks.errors import AttackInputError
+from tests.attacks.conftest import put_signals
 
 
 def numbers(facts):
@@ -33,7 +34,7 @@ def test_the_results_are_complete_and_finite(make_run):
     facts = analyse.analyse_run(run)
     written = json.loads((run / analyse.ATTACKS_PATH).read_text())
     assert written == facts
-    assert facts["schema"] == "privtrain/attacks/2"
+    assert facts["schema"] == "privtrain/attacks/3"
     assert facts["headline"] == "token_mean"
     assert list(facts["results"])[:2] == ["token_mean", "sequence_sum"]
     assert {"token_mean_max", "token_mean_trimmed", "loss", "zlib", "min_k", "wbc"} < set(facts["results"])
@@ -145,7 +146,7 @@ def test_a_base_model_scored_against_itself_is_said_so(make_run, make_rows):
         signals.DocumentSignals(row.user, row.document, row.side, row.base_logp, row.base_logp)
         for row in make_rows(100, shift=0.0)
     ]
-    signals.write_signals(run / signals.SIGNALS_PATH, rows)
+    put_signals(run, rows)
     facts = analyse.analyse_run(run)
     assert facts["results"]["token_mean"]["auroc"] == 0.5
     assert facts["verdict"] == "uninformative"

@@ -161,7 +161,7 @@ def test_the_json_holds_the_facts_of_the_page(analysed):
     run = analysed()
     report.write_report(run)
     facts = json.loads((run / report.REPORT_PATH).read_text())
-    assert facts["schema"] == "privtrain/report/2"
+    assert facts["schema"] == "privtrain/report/3"
     assert facts["privacy"] == json.loads((run / "privacy.json").read_text())
     assert facts["attacks"] == json.loads((run / analyse.ATTACKS_PATH).read_text())
     assert facts["held_out_perplexity"] == {"before": 31.4, "after": 22.05}

@@ -12,8 +12,10 @@ import pytest
 from attacks import analyse, report, rundir, signals, verdict
 from attacks.audit import panel
 from attacks.audit.guesses import Coins
+from attacks.record import read_scoring
 from attacks.verdict import Verdict
-from tests.attacks.conftest import STATEMENT, build_rows
+from privtrain.rundir import RunDirectory
+from tests.attacks.conftest import STATEMENT, build_rows, put_signals
 
 
 def facts_of(run):
@@ -49,8 +51,7 @@ def test_a_confounded_split_is_not_audited_into_a_verdict(make_run):
 
 
 def test_without_the_coins_probability_there_is_no_audit(make_run):
-    run = make_run(10)
-    (run / "secret" / "config.yaml").unlink()
+    run = make_run(10, prob_held_in=None)
     assert facts_of(run)[1] is None
     report.write_report(run)
 
@@ -75,7 +76,7 @@ def canary_rows(num, gain, num_records=1):
 
 def test_canary_users_are_a_source_of_their_own(make_run):
     run = make_run(40, shift=0.0, epsilon=1.0)
-    signals.write_signals(run / signals.SIGNALS_PATH, [*build_rows(40, shift=0.0), *canary_rows(80, 1.0)])
+    put_signals(run, [*build_rows(40, shift=0.0), *canary_rows(80, 1.0)])
     facts, audit = facts_of(run)
     names = [row["coins"] for row in audit["rows"] if row["method"] == "one run"]
     assert names == [panel.NATURAL, panel.CANARIES]
@@ -106,9 +107,9 @@ def test_chunks_of_a_record_count_as_the_bound_says():
 )
 def test_a_canary_with_one_record_is_an_example(make_run, unit, num_records, expected, claimed):
     run = make_run(5, unit=unit, epsilon=2.0)
-    signals.write_signals(run / signals.SIGNALS_PATH, [*build_rows(5, shift=0.0), *canary_rows(10, 1.0, num_records)])
+    put_signals(run, [*build_rows(5, shift=0.0), *canary_rows(10, 1.0, num_records)])
     statement = rundir.read_statement(run)
-    coins = panel.canary_coins(run, statement)
+    coins = panel.canary_coins(read_scoring(RunDirectory(run)), statement)
     assert (coins.unit, coins.num_coins, coins.prob_in) == (expected, 10, 0.5)
     claim = panel.claim_of(statement, verdict.Cap.of(statement, 500), coins.unit)
     assert (None if claim.pair is None else claim.pair.epsilon) == claimed

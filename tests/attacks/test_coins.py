@@ -21,10 +21,11 @@ from attacks.shadows import write_recipes
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal
-from privtrain.errors import GuaranteeLost, LedgerCorrupt
+from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError
 from privtrain.ledger.view import check_chain, verify_run
 from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_json
+from privtrain.sealing import write_sealed
 from privtrain.secret import SecretKey
 from privtrain.training import job
 from privtrain.training.job import train
@@ -75,7 +76,7 @@ def flip(run: RunDirectory) -> str:
     manifest = resealed(manifest)
     for path in (run.manifest, run.prepared):
         write_json(path, manifest)
-    write_json(run.used, resealed(json.loads(run.used.read_text()) | {"manifest_sha256": manifest["sha256"]}))
+    write_sealed(run, run.used, json.loads(run.used.read_text()) | {"manifest_sha256": manifest["sha256"]})
     return manifest["sha256"]
 
 
@@ -232,7 +233,7 @@ def test_a_statement_that_was_edited_to_fit_is_not_what_the_ledger_says(finished
         write_json(path, statement)
     with pytest.raises(LedgerCorrupt, match="split_commitment"):
         verify_run(finished.root)
-    with pytest.raises(AttackInputError, match=r"is not what .* commits to"):
+    with pytest.raises(PrivtrainError, match=r"split_commitment|privacy\.json"):
         score_run(finished.root)
 
 
@@ -246,7 +247,7 @@ def test_analysis_refuses_signals_whose_sides_are_not_the_sealed_ones(finished):
     sides[0] = "held_out" if sides[0] == "held_in" else "held_in"
     place = table.schema.get_field_index("side")
     pq.write_table(table.set_column(place, table.schema.field(place), pa.array(sides)), path)
-    with pytest.raises(AttackInputError, match="on other sides than"):
+    with pytest.raises(DamagedFile, match="not the file that was sealed"):
         analyse_run(finished.root)
     shutil.copy(path.with_suffix(".kept"), path)
     analyse_run(finished.root)
@@ -259,7 +260,11 @@ def test_a_report_of_results_on_other_coins_is_refused(finished):
     score_run(finished.root, ScoreOptions(num_canary_references=5))
     analyse_run(finished.root)
     path = finished.root / ATTACKS_PATH
-    write_json(path, json.loads(path.read_text()) | {"split_commitment": "0" * 64})
+    facts = json.loads(path.read_text()) | {"split_commitment": "0" * 64}
+    write_json(path, facts)
+    with pytest.raises(DamagedFile, match="does not match its seal"):
+        read_results(finished.root)
+    write_sealed(finished, path, facts)
     with pytest.raises(AttackInputError, match="computed on other coins"):
         read_results(finished.root)
 

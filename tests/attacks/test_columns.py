@@ -9,13 +9,12 @@ import pytest
 
 from attacks.analyse import analyse_run
 from attacks.columns import read_columns
-from attacks.documents import read_manifest
+from attacks.documents import read_manifest, read_used
 from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
-from privtrain.data.manifest import read_sealed
 from privtrain.rundir import RunDirectory
 from privtrain.training.job import train
 from tests.conftest import write_config
@@ -116,7 +115,7 @@ def test_training_records_that_selection_left_out_are_counted(config_of):
     train(path)
     score_run(run.root, ScoreOptions(num_training_records=8))
     rows = read_signals(run.root / SIGNALS_PATH)
-    left_out = read_sealed(run.used)["left_out"]
+    left_out = read_used(run)["left_out"]
     num_scored = sum(row.kind == TRAINING and row.side == HELD_IN for row in rows)
     num_left_out = sum(map(len, left_out.values()))
     assert 0 < num_left_out < num_scored

@@ -116,7 +116,7 @@ def test_shadows_by_the_recipe_make_lira_and_rmia_run(run_of):
         train(recipe)
         shadow = recipe.parent / "runs" / f"tiny-{recipe.stem}"
         score_run(shadow, documents_of=run)
-    assert len(list((run / REFERENCES_PATH).iterdir())) == 16
+    assert len(list((run / REFERENCES_PATH).glob("*.parquet"))) == 16
     facts = analyse_run(run)
     for name in ("lira", "rmia", "calibrated", "lira_training", "rmia_records"):
         assert facts["results"][name]["auroc"] >= 0.9, name
@@ -140,4 +140,4 @@ def test_a_shadow_recipe_trains_on_no_document_of_the_attacker(run_of):
         "shadow-tiny-shadow-0.json",
     }
     facts = analyse_run(run)
-    assert facts["shadows"] == {"num": 1}
+    assert facts["shadows"]["num"] == len(facts["shadows"]["seals"]) == 1

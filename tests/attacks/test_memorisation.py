@@ -29,6 +29,7 @@ from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.rundir import RunDirectory
 from privtrain.training.job import train
+from tests.attacks.conftest import put_signals
 from tests.attacks.exact_models import Markov
 from tests.conftest import write_config
 
@@ -192,9 +193,7 @@ def test_the_panel_counts_records_users_and_controls(make_run, monkeypatch):
         row_of(miss, user="x", document="1", side=HELD_OUT),
         row_of(hit, user="x", document="2", side=HELD_OUT, kind="fresh"),
     ]
-    from attacks.signals import write_signals
-
-    write_signals(run / SIGNALS_PATH, rows)
+    put_signals(run, rows)
     assert extraction_panel.panel(run, read_statement(run), 0) is None, "a row of three users is about each of them"
     monkeypatch.setattr(extraction_panel, "MIN_USERS", 1)
     found = extraction_panel.panel(run, read_statement(run), 0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from attacks import analyse, policy, report, statistics, tracking
 from attacks.cli import app
-from attacks.errors import AttackInputError
+from privtrain.errors import DamagedFile, PrivtrainError
 
 
 @pytest.fixture
@@ -33,6 +33,10 @@ def broken(make_run):
         ("fail_on_verdict: [falsified]", 2, "fail_on_verdict"),
         ("max_auroc_lower: 2", 2, "max_auroc_lower"),
         ("[", 2, "not YAML"),
+        ("- 1", 2, "mapping"),
+        ("max_auroc_lower: .nan", 2, "max_auroc_lower"),
+        ('max_auroc_lower: !!int ""', 2, "not YAML"),
+        ("!!bool x: 1", 2, "not YAML"),
     ],
 )
 def test_the_policy_decides_the_exit_code(broken, tmp_path, text, code, said):
@@ -40,7 +44,7 @@ def test_the_policy_decides_the_exit_code(broken, tmp_path, text, code, said):
     path.write_text(text)
     found = CliRunner().invoke(app, ["report", str(broken), "--policy", str(path)])
     if code == 2:
-        assert isinstance(found.exception, AttackInputError)
+        assert isinstance(found.exception, PrivtrainError)
         assert said in str(found.exception)
         return
     assert found.exit_code == code, found.output
@@ -57,7 +61,7 @@ def test_without_a_policy_nothing_fails(broken):
 
 
 def test_a_missing_policy_is_the_users_mistake(tmp_path):
-    with pytest.raises(AttackInputError, match="cannot read the policy"):
+    with pytest.raises(DamagedFile, match="is missing"):
         policy.read_policy(tmp_path / "none.yaml")
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attacks.cli import app
-from attacks.documents import SPANS_PATH, attack_pseudonym, read_manifest
+from attacks.documents import SPANS_PATH, attack_pseudonym, read_manifest, read_used
 from attacks.errors import AttackInputError
 from attacks.prepare import prepare
 from attacks.score import ScoreOptions, score_run
@@ -18,9 +18,10 @@ from privtrain.config.schema import ModelSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.data.split import seal
-from privtrain.errors import PlanMismatch
+from privtrain.errors import DamagedFile, PlanMismatch
 from privtrain.models import load_tokenizer
 from privtrain.rundir import RunDirectory
+from privtrain.sealing import read_sealed_file
 from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
@@ -45,7 +46,7 @@ def test_training_honours_the_sealed_coins_and_says_what_it_used(planted):
     train(path)
     assert (run.secret / "root.key").read_bytes() == key
     assert run.manifest.read_bytes() == run.prepared.read_bytes()
-    manifest, used = read_manifest(run), read_sealed(run.used)
+    manifest, used = read_manifest(run), read_used(run)
     held_in = {canary.user: canary for canary in canaries_of(manifest) if canary.user in manifest["held_in"]}
     assert 0 < len(held_in) < 8
     assert used["num_units"] == len(manifest["held_in"])
@@ -125,7 +126,7 @@ def test_spans_are_sealed_with_the_coins(planted, tree, tmp_path):
     shown = CliRunner().invoke(app, ["prepare", str(path), "--spans", "spans"])
     assert shown.exit_code == 0, shown.output
     assert "60 records with labelled spans" in shown.output
-    sealed = read_sealed(run.root / SPANS_PATH)
+    sealed = read_sealed_file(run, run.root / SPANS_PATH)
     assert sealed["manifest_sha256"] == read_sealed(run.prepared)["sha256"]
     assert sealed["spans"]["u0"]["3"] == [[0, 4]]
     secrets = [canary.secret for canary in canaries_of(read_sealed(run.prepared))]
@@ -138,7 +139,7 @@ def test_spans_are_sealed_with_the_coins(planted, tree, tmp_path):
             assert np.flatnonzero(row.sensitive).tolist() == [0, 1, 2, 3]
     (run.root / SPANS_PATH).write_text((run.root / SPANS_PATH).read_text().replace("[", "[[1, 2], ", 1))
     (run.root / SIGNALS_PATH).unlink()
-    with pytest.raises(AttackInputError, match="does not match its seal"):
+    with pytest.raises(DamagedFile, match="does not match its seal"):
         score_run(run.root)
 
 

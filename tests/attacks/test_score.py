@@ -115,7 +115,8 @@ def test_altered_data_or_manifest_is_refused(finished, tmp_path):
         score_run(finished, ScoreOptions(batch_tokens=64))
     manifest.write_text(sealed)
     data = str(source_of(finished))
-    copy = tmp_path / "copy.jsonl"
+    copy = tmp_path / "elsewhere" / pathlib.Path(data).name  # paths may change, names are published
+    copy.parent.mkdir()
     shutil.copy(data, copy)
     with open(copy, "a", encoding="utf-8") as file:
         file.write('{"user": "user-000", "text": "one more"}\n')

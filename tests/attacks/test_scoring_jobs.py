@@ -63,13 +63,14 @@ def test_a_killed_job_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
     command = [sys.executable, "-c", _SLOW_SCORING, str(run), str(log)]
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(found := sorted((run / "secret/attack").glob("parts-*/part-*.parquet"))) < 4:
+    while len(found := sorted((run / "secret/attack").glob("parts-*/part-*.json"))) < 4:
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(found[0].parent.glob("part-*"))}
+    sealed = [path.with_suffix(".parquet") for path in sorted(found[0].parent.glob("part-*.json"))]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sealed}
     assert not (run / SIGNALS_PATH).exists()
 
     monkeypatch.setattr(documents, "DOCUMENTS_PER_PART", 2)
@@ -78,9 +79,9 @@ def test_a_killed_job_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "tokens_of", lambda texts, *rest: seen.extend(texts) or original(texts, *rest))
     untouched = []
 
-    def joined(target, parts):
+    def joined(target, parts, digests):
         untouched.extend((path.stat().st_mtime_ns, path.read_bytes()) == was for path, was in before.items())
-        return join(target, parts)
+        return join(target, parts, digests)
 
     from attacks import score
 
@@ -196,6 +197,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
 import sys, resource, pathlib, numpy as np
 from attacks import signals
 from attacks.signals import DocumentSignals
+from privtrain.sealing import file_sha256
 number, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 rng = np.random.default_rng(0)
 def part(p):
@@ -206,7 +208,7 @@ def part(p):
 paths = [folder / f"{p}.parquet" for p in range(number)]
 for p, path in enumerate(paths):
     signals.write_signals(path, part(p))
-signals.join_signals(folder / "all.parquet", paths)
+signals.join_signals(folder / "all.parquet", paths, [file_sha256(path) for path in paths])
 assert sum(1 for _ in signals.iterate_signals(folder / "all.parquet")) == 64 * number
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -230,9 +232,8 @@ def test_more_training_records_than_the_interval_bears_are_refused(number):
 @pytest.mark.parametrize("name", ["chat", "prompt_completion", "classification"])
 def test_shadows_of_other_formats_are_refused(monkeypatch, tmp_path, name):
     config = types.SimpleNamespace(data=types.SimpleNamespace(format=name))
-    monkeypatch.setattr(shadows, "read_statement", lambda run: None)
     monkeypatch.setattr(shadows, "read_manifest", lambda run: {})
-    monkeypatch.setattr(shadows, "load_config", lambda path: config)
+    monkeypatch.setattr(shadows.evidence, "read_config", lambda run: config)
     with pytest.raises(AttackInputError, match=f"this run has '{name}'"):
         shadows.write_recipes(tmp_path, 1)
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from attacks import signals
 from attacks.errors import AttackInputError
 from attacks.signals import DocumentSignals
 from privtrain import rundir
+from privtrain.errors import DamagedFile
 
 
 def row(user: str = "u", document: str = "d", side: str = "held_in", target=(-1.0, -2.0), base=(-1.5, -2.5)):
@@ -89,7 +90,8 @@ def test_no_rows_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"side": "train"}, "side is 'train'"),
+        ({"side": "train"}, "side is none of"),
+        ({"user": ""}, "without a name or an owner"),
         ({"target": [-1.0]}, "two lists of the same tokens"),
         ({"target": [], "base": []}, "at least one"),
         ({"target": [-1.0, float("nan")]}, "target_logp holds a value that is NaN"),
@@ -122,16 +124,16 @@ def test_reading_checks_what_another_writer_may_have_broken(tmp_path):
         pa.array([2, 2, 2, 3], pa.int32()),
     )
     pq.write_table(wrong.cast(signals.SCHEMA), path)
-    with pytest.raises(AttackInputError, match="num_tokens differs"):
+    with pytest.raises(DamagedFile, match="row 2 cannot be used: num_tokens differs"):
         signals.read_signals(path)
     pq.write_table(pa.concat_tables([table, table]), path)
-    with pytest.raises(AttackInputError, match="occur more than once"):
+    with pytest.raises(DamagedFile, match="occur more than once"):
         signals.read_signals(path)
     pq.write_table(table.drop_columns(["base_logp"]), path)
-    with pytest.raises(AttackInputError, match="run next: attacks score"):
+    with pytest.raises(DamagedFile, match="run next: attacks score"):
         signals.read_signals(path)
     pq.write_table(table.replace_schema_metadata({"schema": "privtrain/signals/9"}), path)
-    with pytest.raises(AttackInputError, match="privtrain/signals/9"):
+    with pytest.raises(DamagedFile, match="privtrain/signals/9"):
         signals.read_signals(path)
 
 
@@ -141,5 +143,5 @@ def test_a_missing_or_torn_file_names_the_next_command(tmp_path):
     signals.write_signals(tmp_path / "s.parquet", ROWS)
     torn = (tmp_path / "s.parquet").read_bytes()[:-40]
     pathlib.Path(tmp_path / "s.parquet").write_bytes(torn)
-    with pytest.raises(AttackInputError, match="not a readable parquet file"):
+    with pytest.raises(DamagedFile, match="not a readable parquet file"):
         signals.read_signals(tmp_path / "s.parquet")

@@ -1,0 +1,73 @@
+"""What the attack job believes of a run, and the checks that come before."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from attacks import target as targets
+from attacks.errors import AttackInputError
+from attacks.rundir import PrivacyStatement, read_statement
+from privtrain import reading
+from privtrain.config import Config, load_config, public_tree, to_yaml
+from privtrain.rundir import RunDirectory
+from privtrain.sealing import file_sha256
+
+
+def verified_statement(run: pathlib.Path) -> PrivacyStatement:
+    """The privacy statement of a finished run, once the run stands by it: every cap follows from it.
+
+    Raises:
+        AttackInputError: if the run is not finished.
+        PrivtrainError: if what the run released is not what its statement and its ledger say.
+    """
+    statement = read_statement(run)
+    check_release(RunDirectory(run))
+    return statement
+
+
+def check_release(run: RunDirectory) -> None:
+    """See that statement and released files are those that were released.
+
+    Raises:
+        AttackInputError: if they are not.
+    """
+    copy = run.released / run.privacy.name
+    if reading.read_bytes(copy) != reading.read_bytes(run.privacy):
+        raise AttackInputError(f"{copy} is not the statement in {run.privacy}: one of them was altered; restore it")
+
+
+def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Path, remedy: str) -> None:
+    """See that something was computed on the target that the run has now.
+
+    Args:
+        run: the run.
+        scored: digests of the target that it was computed on.
+        path: the file that says so.
+        remedy: what the error ends with.
+
+    Raises:
+        AttackInputError: naming what differs.
+    """
+    now = {"statement": file_sha256(run.privacy), "released": targets.released_digests(run)}
+    differing = targets.differing({name: scored.get(name) for name in now}, now)
+    if differing:
+        raise AttackInputError(f"{path} is of another target than {run.root} ({', '.join(differing)}); {remedy}")
+
+
+def read_config(run: RunDirectory) -> Config:
+    """The resolved configuration of a run, which must be the one that it published.
+
+    Raises:
+        AttackInputError: if it is another one.
+        ConfigError: if it is none.
+    """
+    reading.read_bytes(run.resolved_config)  # no link, no pipe
+    config = load_config(run.resolved_config)
+    if reading.read_bytes(run.config) != to_yaml(public_tree(config)).encode("utf-8"):
+        raise AttackInputError(
+            f"{run.resolved_config} is not the configuration that {run.config} publishes: one of them was altered; "
+            "restore it (paths may change, file names and everything else may not)"
+        )
+    return config

@@ -1,0 +1,98 @@
+"""That the scored documents are the planned ones: no user, canary or document missing, none added, none moved.
+
+A report on a subset is a report on whom somebody chose. So the plan is written down before a token is scored, compared
+with what was scored before the signals are sealed, and derived again from the sealed coins by whoever analyses them.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from attacks.documents import Document, attack_pseudonym
+from attacks.signals import CONTROL_PREFIX, FRESH, TRAINING
+from privtrain.secret import SecretKey
+
+
+class DocumentKey(NamedTuple):
+    """A document as the signals name it: the owner's pseudonym, its name among the owner's, its kind and its side."""
+
+    user: str
+    document: str
+    kind: str
+    side: str
+
+
+def keys_of(documents: Sequence[Document], sides: Mapping[str, str], key: SecretKey) -> list[DocumentKey]:
+    """The keys that documents will have in the signals, in their order.
+
+    Args:
+        documents: what is planned.
+        sides: user to side.
+        key: the attacked run's pseudonym key.
+    """
+    names = {user: attack_pseudonym(key, user) for user in {document.user for document in documents}}
+    return [DocumentKey(names[d.user], d.name, d.kind, sides[d.user]) for d in documents]
+
+
+def digest_of(keys: Iterable[DocumentKey]) -> str:
+    """SHA-256 over the keys in any order."""
+    return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()
+
+
+def facts_of(keys: Collection[DocumentKey]) -> dict[str, Any]:
+    """What a record says of the documents: their digest, and how many of each kind and side, of how many users."""
+    counts = collections.Counter(f"{key.kind} {key.side}" for key in keys)
+    num_users = len({key.user for key in keys})
+    return {"sha256": digest_of(keys), "num": dict(sorted(counts.items())), "num_users": num_users}
+
+
+def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) -> str:
+    """What is missing and what was added, in a few words without names; empty if nothing.
+
+    A control document without anybody who could lend it a prompt may be missing; see ``attacks.variants``.
+
+    Args:
+        planned: what should be there.
+        scored: what is there.
+    """
+    expected, found = collections.Counter(planned), collections.Counter(scored)
+    missing = [key for key in (expected - found).elements() if key.kind != CONTROL_PREFIX]
+    added = list((found - expected).elements())
+    parts = []
+    for keys, what in ((missing, "missing"), (added, "that were not planned")):
+        if keys:
+            kinds = ", ".join(sorted({f"{key.kind} {key.side}" for key in keys}))
+            parts.append(f"{len(keys)} documents of {len({key.user for key in keys})} users {what} ({kinds})")
+    return "; ".join(parts)
+
+
+def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int], num_wanted: int) -> str:
+    """What is wrong with the training records, whose names only the data know: their number of each user is known.
+
+    Args:
+        scored: what is there.
+        num_usable: pseudonym to the records that training could use, of every attacked user.
+        num_wanted: records of each user that scoring was asked for.
+
+    Returns:
+        A few words without names; empty if nothing is wrong.
+    """
+    records: dict[str, set[str]] = {user: set() for user in num_usable}
+    fresh: dict[str, set[str]] = collections.defaultdict(set)
+    controls: dict[str, set[str]] = collections.defaultdict(set)
+    for key in scored:
+        if key.kind == TRAINING:
+            records.setdefault(key.user, set()).add(key.document)
+        elif key.kind == FRESH:
+            fresh[key.user].add(key.document)
+        elif key.kind == CONTROL_PREFIX:
+            controls[key.user].add(key.document.removesuffix(f"-{CONTROL_PREFIX}"))
+    wrong = [user for user, names in records.items() if len(names) != min(num_wanted, num_usable.get(user, -1))]
+    mixed = [user for user, names in records.items() if names & fresh[user] or not controls[user] <= names]
+    mixed += [user for user in controls if user not in records]
+    parts = [f"{len(wrong)} users have another number of training records than planned"] if wrong else []
+    return "; ".join(parts + ([f"{len(mixed)} users have records of contradicting kinds"] if mixed else []))

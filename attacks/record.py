@@ -1,0 +1,166 @@
+"""The record of a scoring: a sealed file beside the signals that says of which target, plan and settings they are.
+
+The record holds the signals' SHA-256, so its seal covers both. It is written last: signals without a record that fits
+are not there. Whoever reads signals of a run reads them through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attacks import target as targets
+from attacks.errors import AttackInputError
+from attacks.signals import ARROW_FAULTS, REFERENCES_PATH, SIGNALS_PATH, DocumentSignals, rows_of
+from privtrain import reading
+from privtrain.errors import DamagedFile
+from privtrain.rundir import RunDirectory
+from privtrain.sealing import SEAL, read_sealed_file, sha256_of, write_sealed
+
+SCHEMA_NAME = "privtrain/scoring/1"
+PART_SCHEMA_NAME = "privtrain/scoring-part/1"
+
+_MAX_RECORD_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Signals that are known to be those that the run's scoring wrote.
+
+    Attributes:
+        run: the attacked run.
+        path: the signals.
+        facts: the record.
+        remedy: what an error ends with.
+    """
+
+    run: RunDirectory
+    path: pathlib.Path
+    facts: Mapping[str, Any]
+    remedy: str
+
+    @property
+    def seal(self) -> str:
+        """The record's seal, which binds everything of it and of the signals."""
+        return self.facts[SEAL]
+
+    def rows(self) -> Iterator[DocumentSignals]:
+        """The signals, in the file's order.
+
+        Raises:
+            DamagedFile: if they are not those of the record.
+        """
+        with self._opened() as file:
+            yield from rows_of(file, self.path, self.remedy)
+
+    def columns(self, names: Sequence[str], kind: str | None = None) -> pa.Table:
+        """Some columns of all rows, or of those of one kind; see :meth:`rows`."""
+        filters = None if kind is None else [("kind", "==", kind)]
+        with self._opened() as file:
+            try:
+                return pq.read_table(file, columns=list(names), filters=filters)
+            except ARROW_FAULTS as error:
+                raise DamagedFile(self.path, f"is not readable ({type(error).__name__})", self.remedy) from None
+
+    def check(self) -> None:
+        """Raise unless the signals are those of the record."""
+        with self._opened():
+            pass
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        with reading.opened(self.path, remedy=self.remedy) as file:
+            # Hashed through the handle that is read: no other file can take its place in between.
+            if sha256_of(file, self.path) != self.facts["signals_sha256"]:
+                raise DamagedFile(
+                    self.path, "is not the file that was sealed: it was altered or damaged after scoring", self.remedy
+                )
+            yield file
+
+
+def record_path(signals_path: pathlib.Path) -> pathlib.Path:
+    """Where the record of signals is."""
+    return signals_path.with_suffix(".json")
+
+
+def write_scoring(
+    run: RunDirectory, path: pathlib.Path, facts: Mapping[str, Any], *, schema: str = SCHEMA_NAME
+) -> None:
+    """Seal signals that have just been written.
+
+    Args:
+        run: the attacked run.
+        path: the signals.
+        facts: what they are of.
+        schema: of the record.
+    """
+    with reading.opened(path) as file:
+        digest = sha256_of(file, path)
+    write_sealed(run, record_path(path), {"schema": schema, **facts, "signals_sha256": digest})
+
+
+def read_scoring(
+    run: RunDirectory, path: pathlib.Path | None = None, *, schema: str = SCHEMA_NAME, remedy: str | None = None
+) -> Scoring:
+    """The scoring of a run, its record checked; the signals are checked whenever they are read.
+
+    Args:
+        run: the attacked run.
+        path: the signals; the run's own without.
+        schema: of the record.
+        remedy: what an error ends with.
+
+    Raises:
+        AttackInputError: if there are no signals.
+        DamagedFile: if the record is missing or not as it was sealed.
+    """
+    path = path or run.root / SIGNALS_PATH
+    remedy = f"run next: attacks score {run.root}" if remedy is None else remedy
+    if not path.exists() and not record_path(path).exists():
+        raise AttackInputError(f"{run.root} has no {path.relative_to(run.root)}: expected a scored run; {remedy}")
+    facts = read_sealed_file(run, record_path(path), schema=schema, remedy=remedy)
+    return Scoring(run, path, facts, remedy)
+
+
+def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
+    """The same documents under shadow models, each comparable with the run's own scoring.
+
+    Args:
+        run: the attacked run.
+        own: its scoring.
+
+    Raises:
+        DamagedFile: if one is not as it was sealed.
+        AttackInputError: if one is of another base model, tokenizer or precision, or no model of its own.
+    """
+    found: list[Scoring] = []
+    models = {_weights_of(own): own.path}
+    folder = run.root / REFERENCES_PATH
+    names = sorted({path.stem for path in folder.glob("shadow-*") if path.suffix in (".parquet", ".json")})
+    for name in names:
+        path = folder / f"{name}.parquet"
+        again = f"delete it, and score the shadow again: attacks score SHADOW --documents-of {run.root}"
+        scoring = read_scoring(run, path, remedy=again)
+        for what in ("base", "precision"):
+            ours, theirs = (item.facts["target"].get(what) for item in (own, scoring))
+            if ours != theirs:
+                raise AttackInputError(f"{path} was scored under another {what} than {own.path}; {again}")
+        model = _weights_of(scoring)
+        if model in models:
+            raise AttackInputError(f"{path} is of the same model as {models[model]}: it is no shadow of it; delete it")
+        models[model] = path
+        found.append(scoring)
+    return found
+
+
+def _weights_of(scoring: Scoring) -> str:
+    """A digest of the released weights alone: a copy of a model under another name is the same model."""
+    released = scoring.facts["target"]["released"]
+    weights = {name: value for name, value in released.items() if name.endswith((".safetensors", ".bin"))}
+    return targets.digest_of(weights or released)

@@ -1,0 +1,252 @@
+"""A scoring job before any model is loaded: which documents, how they become tokens, and what counts as finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attacks import documents as planning
+from attacks import evidence, planned
+from attacks import target as targets
+from attacks import variants as rewriting
+from attacks.canaries import POOL, plan_canaries
+from attacks.columns import Extras, read_columns
+from attacks.documents import PSEUDONYM_PURPOSE, Document, sides_of
+from attacks.errors import AttackInputError
+from attacks.pii import PRESIDIO
+from attacks.planned import DocumentKey
+from attacks.record import PART_SCHEMA_NAME, read_scoring, record_path
+from attacks.sampling_scheme import SamplingScheme
+from attacks.signals import HELD_OUT, SCHEMA_NAME
+from attacks.variants import Variants
+from privtrain.config import Config
+from privtrain.config.schema import ModelSection
+from privtrain.data.canaries import canaries_of, plant
+from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.manifest import split_commitment
+from privtrain.errors import DamagedFile
+from privtrain.models import load_tokenizer
+from privtrain.rundir import RunDirectory
+from privtrain.sealing import file_sha256
+from privtrain.secret import SecretKey
+
+Tokens = npt.NDArray[np.int64]
+
+MAX_TRAINING_RECORDS = 8
+"""Beyond it users' very different numbers of records make the interval over records too short."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """What is scored, and how.
+
+    Attributes:
+        batch_tokens: tokens in one forward pass, padding included.
+        num_training_records: records of each user, among those that training could use, beside the fresh ones.
+        num_canary_references: secrets that each canary is compared with.
+        variants: re-written texts to score too; see ``attacks.variants``.
+        sampling: how text would be drawn from the model; see ``attacks.sampling_scheme``.
+        spans_column: column of labelled spans, or ``presidio``; without it the spans that were sealed, if any.
+        date_column: column of dates, for the blind baseline.
+        language_column: column of languages; guessed from the text without it.
+    """
+
+    batch_tokens: int = 2048
+    num_training_records: int = 2
+    num_canary_references: int = 128
+    variants: str = ""
+    sampling: str = str(SamplingScheme())
+    spans_column: str | None = None
+    date_column: str | None = None
+    language_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_training_records <= MAX_TRAINING_RECORDS:
+            raise AttackInputError(
+                f"--training-records {self.num_training_records}: expected 0 to {MAX_TRAINING_RECORDS}; with more, "
+                "users of very different sizes make the interval over records too short"
+            )
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read beside the trainer's own."""
+        spans = None if self.spans_column == PRESIDIO else self.spans_column
+        return [name for name in (spans, self.date_column, self.language_column) if name is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything but the models: which documents, how they become tokens, where the signals go.
+
+    Attributes:
+        run: whose model is asked.
+        attacked: whose documents are scored; another run where ``run`` is its shadow.
+        digests: of the target; see :mod:`attacks.target`.
+        fingerprint: digest of everything that a score depends on; parts of another one are not taken over.
+        facts: what the record says beside the documents.
+    """
+
+    run: RunDirectory
+    attacked: RunDirectory
+    model: ModelSection
+    digests: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    sides: Mapping[str, str]
+    corpus: Corpus
+    extras: Extras
+    tokenizer: Any
+    encoder: Encoder
+    max_length: int
+    options: ScoreOptions
+    documents: Sequence[Document]
+    key: SecretKey
+    prefix: Tokens | None
+    sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
+    target: pathlib.Path
+    fingerprint: str
+    facts: Mapping[str, Any]
+
+    @property
+    def parts(self) -> pathlib.Path:
+        """Where finished parts wait; another job's parts have another name."""
+        return self.target.parent / f"parts-{self.target.stem}-{self.fingerprint[:12]}"
+
+    def part(self, number: int) -> pathlib.Path:
+        """One finished part."""
+        return self.parts / f"part-{number:06d}.parquet"
+
+    def keys(self, documents: Sequence[Document]) -> list[DocumentKey]:
+        """What documents are called in the signals."""
+        return planned.keys_of(documents, self.sides, self.key)
+
+    def part_facts(self, documents: Sequence[Document]) -> dict[str, Any]:
+        """What the record of a part must say."""
+        return {"fingerprint": self.fingerprint, "planned": planned.facts_of(self.keys(documents))}
+
+    def sealed_part(self, number: int, documents: Sequence[Document]) -> str | None:
+        """SHA-256 of a part that is there and sealed as one of this job; None of anything else."""
+        path = self.part(number)
+        try:
+            scoring = read_scoring(self.attacked, path, schema=PART_SCHEMA_NAME)
+            scoring.check()
+        except (DamagedFile, AttackInputError):
+            return None
+        expected = self.part_facts(documents)
+        if {name: scoring.facts.get(name) for name in expected} != expected:
+            return None
+        return scoring.facts["signals_sha256"]
+
+    def why_not_done(self) -> str:
+        """Why the signals that are there do not do; empty if they are of this job."""
+        if not self.target.exists() and not record_path(self.target).exists():
+            return "there is none"
+        try:
+            scoring = read_scoring(self.attacked, self.target)
+            scoring.check()
+        except DamagedFile as error:
+            return f"it {error.problem}" if error.path == self.target else f"its record {error.problem}"
+        if scoring.facts.get("fingerprint") != self.fingerprint:
+            return "it is of another target, other documents or other settings"
+        if scoring.facts.get("planned") != planned.facts_of(self.keys(self.documents)):
+            return "it is of other documents"
+        return ""
+
+
+def prepare_job(
+    run: RunDirectory,
+    attacked: RunDirectory,
+    config: Config,
+    options: ScoreOptions,
+    target: pathlib.Path,
+    precision: str,
+) -> Job:
+    """Reads everything that is needed besides the models."""
+    digests = {**targets.digests_of(run, config.model), "precision": precision}
+    own = planning.read_manifest(run)
+    manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
+    attacked_config = config if attacked.root == run.root else evidence.read_config(attacked)
+    data = attacked_config.data
+    if attacked_config.model != config.model:
+        raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
+    tokenizer = load_tokenizer(config.model)
+    natural = load_corpus(data, attacked_config.performance.index_dir)
+    corpus = plant(natural, canaries_of(manifest))
+    variants = Variants.parse(options.variants)
+    documents = planning.plan_documents(
+        manifest, corpus, options.num_training_records, with_controls=variants.control_prefix
+    )
+    if attacked.root == run.root:
+        root_key = run.load_key("root")
+        documents += plan_canaries(manifest, config.canaries, tokenizer, root_key, options.num_canary_references)
+    has_spans = options.spans_column or (run.root / planning.SPANS_PATH).is_file()
+    if data.format != "text" and (options.variants or has_spans):
+        raise AttackInputError(
+            f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
+        )
+    prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
+    extras = read_columns(data, natural, options.columns, _records_of(documents))
+    sealed_spans = planning.read_spans(attacked, manifest) if options.spans_column is None else None
+    settings = {
+        "schemas": [SCHEMA_NAME, PSEUDONYM_PURPOSE],
+        "coins": [own["sha256"], manifest["sha256"]],
+        "target": digests,
+        "options": dataclasses.asdict(options),
+        "model": config.model.model_dump(mode="json"),
+        # The records are in the manifest's digest, wherever they lie.
+        "data": data.model_dump(mode="json", exclude={"source", "chat_template_file"}),
+        "template": None
+        if data.chat_template_file is None
+        else file_sha256(data.chat_template_file, follow_links=True),
+        "canaries": config.canaries.model_dump(mode="json"),
+        "extras": hashlib.sha256(repr(sorted(extras.items())).encode("utf-8", errors="surrogatepass")).hexdigest(),
+        "spans": hashlib.sha256(json.dumps(sealed_spans, sort_keys=True).encode()).hexdigest(),
+        "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
+    }
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    share = data.held_out_fraction
+    return Job(
+        run=run,
+        attacked=attacked,
+        model=config.model,
+        digests=digests,
+        manifest=manifest,
+        sides={**sides_of(own, manifest), POOL: HELD_OUT},
+        corpus=corpus,
+        extras=extras,
+        tokenizer=tokenizer,
+        encoder=Encoder(data, tokenizer),
+        max_length=data.max_length,
+        options=options,
+        documents=planning.in_order(documents, corpus),
+        key=attacked.load_key("pseudonym"),
+        prefix=prefix,
+        sealed_spans=sealed_spans,
+        target=target,
+        fingerprint=fingerprint,
+        facts={
+            "options": dataclasses.asdict(options),
+            "target": digests,
+            "fingerprint": fingerprint,
+            "split_commitment": split_commitment(attacked.load_key("root"), manifest["sha256"]),
+            # For the audit, which needs the chance of a coin and reads no configuration.
+            "prob_held_in": 1.0 - share if 0.0 < share < 1.0 else None,
+        },
+    )
+
+
+_SOFTWARE = ("torch", "transformers", "tokenizers", "peft")
+"""Another version may round otherwise: a resumed scoring is to equal one that was not interrupted."""
+
+
+def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
+    """The documents that are records of the data as they stand there."""
+    return {(document.user, document.index) for document in documents if document.text is None}

@@ -1,0 +1,87 @@
+"""Check a report that somebody hands over: with the run's key everything, without it what outsiders can check."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from attacks import analyse, record, report
+from attacks import target as targets
+from attacks.errors import AttackInputError
+from attacks.signals import SIGNALS_PATH
+from privtrain import reading
+from privtrain.rundir import RunDirectory
+from privtrain.sealing import file_sha256, read_sealed_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What holds, and what could not be checked here, each a sentence."""
+
+    holds: list[str]
+    not_checked: list[str]
+
+
+def verify_report(root: pathlib.Path) -> Checked:
+    """Check ``report/`` against itself, the released files beside it and, where ``secret/`` is there, its seals.
+
+    Args:
+        root: a run directory, or what was published of one.
+
+    Raises:
+        DamagedFile: if a file is missing, damaged or not as it was sealed.
+        AttackInputError: if two files contradict each other, naming them.
+    """
+    run = RunDirectory(root)
+    has_key = (run.secret / "root.key").exists()
+    results = _read(run, root / analyse.ATTACKS_PATH, analyse.SCHEMA_NAME, has_key=has_key)
+    facts = _read(run, root / report.REPORT_PATH, report.SCHEMA_NAME, has_key=has_key)
+    if facts.get("attacks") != results:
+        raise AttackInputError(
+            f"{root / report.REPORT_PATH} quotes other results than {root / analyse.ATTACKS_PATH} holds; one of them "
+            "was altered, or the report was not written again after the analysis"
+        )
+    for path in (report.INDEX_PATH, report.MARKDOWN_PATH):
+        if file_sha256(root / path) != facts["files"].get(path.name):
+            raise AttackInputError(f"{root / path} is not the file that {root / report.REPORT_PATH} was written with")
+    holds = ["results, report.json, report.md and index.html belong together"]
+    not_checked = ["that statement and ledger agree: privtrain ledger verify"]
+    _check_target(run, results["target"], holds, not_checked)
+    if not has_key:
+        not_checked += [
+            "that the run's owner computed these results: the seals need secret/root.key",
+            "that all users were scored, on their sealed sides: the signals are in secret/",
+        ]
+        return Checked(holds, not_checked)
+    holds.append("the seals of results and report")
+    if (root / SIGNALS_PATH).exists():
+        scoring = record.read_scoring(run)
+        scoring.check()
+        if scoring.seal != results["scoring"]["seal"]:
+            raise AttackInputError(f"{root / SIGNALS_PATH} was scored after {root / analyse.ATTACKS_PATH} was computed")
+        holds.append("the seal of the signals, which the results were computed from")
+    else:
+        not_checked.append(f"the signals: {root / SIGNALS_PATH} is not there")
+    return Checked(holds, not_checked)
+
+
+def _read(run: RunDirectory, path: pathlib.Path, schema: str, *, has_key: bool) -> dict[str, Any]:
+    return read_sealed_file(run, path, schema=schema) if has_key else reading.read_json(path, schema=schema)
+
+
+def _check_target(run: RunDirectory, target: dict[str, Any], holds: list[str], not_checked: list[str]) -> None:
+    """Statement and released files against the digests in the results, as far as they are there."""
+    if run.privacy.exists():
+        if file_sha256(run.privacy) != target["statement"]:
+            raise AttackInputError(f"{run.privacy} is not the statement that the report is about")
+        holds.append("privacy.json is the statement that was attacked")
+    else:
+        not_checked.append("the privacy statement: privacy.json is not here")
+    if run.released.exists():
+        differing = targets.differing({"released": target["released"]}, {"released": targets.released_digests(run)})
+        if differing:
+            raise AttackInputError(f"{run.released} is not what was attacked: {', '.join(differing)}")
+        holds.append(f"{run.released.name}/ is what was attacked")
+    else:
+        not_checked.append("the model that was attacked: neither adapter/ nor model/ is here")

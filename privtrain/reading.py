@@ -1,0 +1,244 @@
+"""Open files that may be damaged, replaced or made by somebody else: whatever is wrong is one line that names the file.
+
+Nothing here believes a file. It must be a regular file (no link, no directory, no pipe: opening one could wait for
+ever), of a size that its kind can have, and readable in one way only. Messages name the file and, where there is one,
+the line; never a value, since private records pass through here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import yaml
+
+from privtrain.errors import DamagedFile
+
+MAX_BYTES = 1 << 30
+"""Of a file that is read whole, unless its reader says otherwise."""
+
+_WHAT_IT_IS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+# Everything that PyYAML's safe constructors raise on hostile scalars and keys, beside its own errors.
+_YAML_FAULTS = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+)
+
+
+@contextlib.contextmanager
+def opened(
+    path: pathlib.Path,
+    *,
+    remedy: str = "",
+    max_bytes: int | None = None,
+    follow_links: bool = False,
+    may_be_empty: bool = False,
+) -> Iterator[BinaryIO]:
+    """Open a regular file for reading.
+
+    Args:
+        path: the file.
+        remedy: what the error ends with: the command to run next, or what to restore.
+        max_bytes: the largest size that is believed; any without.
+        follow_links: for files that people name themselves and that may lie behind links.
+        may_be_empty: whether no content is content.
+
+    Raises:
+        DamagedFile: if it is missing, no regular file, empty, larger than that, or may not be read.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise DamagedFile(path, _problem(path, error), remedy) from None
+    except ValueError:  # a null byte
+        raise DamagedFile(path, "is no name of a file", remedy) from None
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):  # which Python opens as no file
+        os.close(descriptor)
+        raise DamagedFile(path, "is a directory, not a file", remedy)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedFile(path, f"is {_kind(status.st_mode)}, not a file", remedy)
+        if status.st_size == 0 and not may_be_empty:
+            raise DamagedFile(path, "is empty", remedy)
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise DamagedFile(path, f"has {status.st_size} bytes; expected at most {max_bytes}", remedy)
+        yield file
+
+
+def read_bytes(
+    path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES, follow_links: bool = False
+) -> bytes:
+    """The whole of a file; see :func:`opened`."""
+    with opened(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links) as file:
+        try:
+            content = file.read(max_bytes + 1)  # it may have grown since it was opened
+        except OSError as error:
+            raise DamagedFile(path, _problem(path, error), remedy) from None
+    if len(content) > max_bytes:
+        raise DamagedFile(path, f"has more than {max_bytes} bytes", remedy)
+    return content
+
+
+def read_json(
+    path: pathlib.Path, *, remedy: str = "", schema: str | None = None, max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """One JSON object that has one meaning: no key twice, every number finite.
+
+    Args:
+        path: the file.
+        remedy: what an error ends with.
+        schema: what its key ``schema`` must say; anything without.
+        max_bytes: the largest size that is believed.
+
+    Raises:
+        DamagedFile: if it is something else.
+    """
+    found = parse_json(read_bytes(path, remedy=remedy, max_bytes=max_bytes), path, remedy=remedy)
+    if schema is not None and found.get("schema") != schema:
+        raise DamagedFile(path, f"has another schema than {schema!r}", remedy)
+    return found
+
+
+def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, remedy: str = "") -> dict[str, Any]:
+    """The object in a file's content or in one line of it; see :func:`read_json`."""
+    where = "" if line is None else f"line {line} "
+    try:
+        found = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_small_enough,
+        )
+    except UnicodeDecodeError as error:
+        raise DamagedFile(path, f"{where}is not UTF-8 at byte {error.start}", remedy, line=line) from None
+    except json.JSONDecodeError as error:
+        at = f"at byte {error.pos}" if line is not None else f"in line {error.lineno}"
+        raise DamagedFile(path, f"{where}is not JSON {at}", remedy, line=line) from None
+    except ValueError as error:
+        raise DamagedFile(path, f"{where}is not JSON with one meaning: {error}", remedy, line=line) from None
+    except RecursionError:
+        raise DamagedFile(path, f"{where}is nested too deeply", remedy, line=line) from None
+    if not isinstance(found, dict):
+        raise DamagedFile(path, f"{where}holds no JSON object", remedy, line=line)
+    return found
+
+
+def read_json_lines(
+    path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with its line's number from 1; empty lines are skipped.
+
+    Raises:
+        DamagedFile: naming the line, if one is something else.
+    """
+    content = read_bytes(path, remedy=remedy, max_bytes=max_bytes)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield number, parse_json(line, path, line=number, remedy=remedy)
+
+
+def read_yaml(
+    path: pathlib.Path, *, remedy: str = "", max_bytes: int = 16 << 20, follow_links: bool = False
+) -> dict[str, Any]:
+    """One YAML mapping with text keys; an empty document is an empty one.
+
+    Raises:
+        DamagedFile: if it is something else.
+    """
+    content = read_bytes(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links)
+    try:
+        found = yaml.safe_load(content.decode("utf-8"))
+    except _YAML_FAULTS as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}"
+        raise DamagedFile(path, f"is not YAML{where}", remedy) from None
+    found = {} if found is None else found
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise DamagedFile(path, "holds no mapping of names", remedy)
+    return found
+
+
+def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line: int) -> float | None:
+    """A finite number in one line of a file; None where the line has none.
+
+    Raises:
+        DamagedFile: if there is something else.
+    """
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DamagedFile(path, f"line {line}: {key} is no number", line=line)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise DamagedFile(path, f"line {line}: {key} is not finite", line=line)
+    return found
+
+
+def _problem(path: pathlib.Path, error: OSError) -> str:
+    """What the operating system says, in words."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return "is missing"
+        case errno.ELOOP | errno.EMLINK:
+            return "is a link, not a file" if os.path.islink(path) else "lies behind a loop of links"
+        case errno.EACCES | errno.EPERM:
+            return "may not be read by this user"
+        case errno.ENXIO:
+            return "is a socket or a pipe, not a file"
+        case _:
+            return f"cannot be read ({error.strerror or type(error).__name__})"
+
+
+def _kind(mode: int) -> str:
+    return next((name for test, name in _WHAT_IT_IS if test(mode)), "something else")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json.loads alone would let the last of two values win.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return found
+
+
+def _refuse_constant(_: str) -> Any:
+    raise ValueError("NaN and infinity are no numbers of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise ValueError("a number is beyond the range of a double")
+    return value
+
+
+def _small_enough(text: str) -> int:
+    if len(text) > 300:  # beyond a double, and int() itself refuses thousands of digits in its own words
+        raise ValueError("a whole number is beyond the range of a double")
+    return int(text)

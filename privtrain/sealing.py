@@ -1,0 +1,110 @@
+"""Keyed seals: a JSON file in a run that only somebody with the run's root key can have written, for this place.
+
+A plain digest in a file shows damage; whoever edits the file makes a new one. A seal is HMAC-SHA-256 under the root key
+over the file's place in the run and its canonical content, so an edit, a file of another run and one file put in the
+place of another are all told. It proves nothing to those without ``secret/``, and shows them nothing of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from privtrain import reading
+from privtrain.errors import DamagedFile
+from privtrain.rundir import RunDirectory, json_pieces, write_json
+
+SEAL = "seal"
+"""The key of a sealed file that holds its seal."""
+
+_PURPOSE = "sealed file"
+_CHUNK_BYTES = 1 << 20
+
+
+def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> str:
+    """The seal that a body has at a place in a run.
+
+    Args:
+        run: the run, whose root key seals.
+        path: the file, in the run directory.
+        body: JSON; its own seal, if it is there, is left out.
+
+    Raises:
+        GuaranteeLost: if the run's root key is gone.
+    """
+    bare = {name: value for name, value in body.items() if name != SEAL}
+    canonical = json.dumps(bare, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    place = path.absolute().relative_to(run.root.absolute()).as_posix()
+    return run.load_key("root").derive(_PURPOSE, place, canonical).hex()
+
+
+def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any], mode: int = 0o600) -> dict[str, Any]:
+    """Write a body with its seal, whole or not at all.
+
+    Args:
+        run: the run.
+        path: the file, in the run directory.
+        body: JSON.
+        mode: permissions.
+
+    Returns:
+        What was written, as it will be read.
+    """
+    body = json.loads(json.dumps(body, allow_nan=False))  # tuples and number keys as the reader will see them
+    sealed = {**body, SEAL: seal_of(run, path, body)}
+    write_json(path, sealed, mode=mode)
+    return sealed
+
+
+def read_sealed_file(
+    run: RunDirectory, path: pathlib.Path, *, schema: str | None = None, remedy: str = ""
+) -> dict[str, Any]:
+    """A file of :func:`write_sealed`.
+
+    Args:
+        run: the run.
+        path: the file, in the run directory.
+        schema: what its key ``schema`` must say.
+        remedy: what an error ends with.
+
+    Raises:
+        DamagedFile: if it is missing, damaged, or not as it was sealed at this place in this run.
+        GuaranteeLost: if the run's root key is gone.
+    """
+    content = reading.read_bytes(path, remedy=remedy)
+    found = reading.parse_json(content, path, remedy=remedy)
+    if schema is not None and found.get("schema") != schema:
+        raise DamagedFile(path, f"has another schema than {schema!r}", remedy)
+    if b"".join(json_pieces(found)) != content:
+        raise DamagedFile(path, "is not in the form in which it is written: it was altered or damaged", remedy)
+    seal = found.get(SEAL)
+    if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), seal_of(run, path, found).encode()):
+        raise DamagedFile(path, "does not match its seal: it was altered, or belongs to another run or place", remedy)
+    return found
+
+
+def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
+    """SHA-256 of an open file from its beginning; it stands at the beginning afterwards.
+
+    Raises:
+        DamagedFile: if the disk does not give it.
+    """
+    digest = hashlib.sha256()
+    try:
+        file.seek(0)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        file.seek(0)
+    except OSError as error:
+        raise DamagedFile(path, f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
+    """SHA-256 of a regular file; see :func:`privtrain.reading.opened`."""
+    with reading.opened(path, follow_links=follow_links, may_be_empty=True) as file:
+        return sha256_of(file, path)
