@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
         AttackInputError: if they are missing or were altered, or are not those that its privacy statement commits to.
     """
     statement = verified_statement(run.root)
-    if not run.manifest.is_file():
+    if not os.path.lexists(run.manifest):
         raise AttackInputError(
             f"{run.root} has no {run.manifest.name} in secret/; restore it: nobody else knows the split"
         )
@@ -102,7 +103,7 @@ def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict
         AttackInputError: if they belong to other coins.
     """
     path = run.root / SPANS_PATH
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     found = read_sealed_file(run, path, schema=SPANS_SCHEMA, remedy="restore it, or name --spans COLUMN")
     if found["manifest_sha256"] != manifest["sha256"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -227,7 +228,7 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
     """The statement and the attack results, which must be the run's own and belong together."""
     statement = evidence.verified_statement(run)
     path = run / analyse.ATTACKS_PATH
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise AttackInputError(
             f"{run} has no {analyse.ATTACKS_PATH}: expected an analysed run; run next: attacks analyse {run}"
         )

@@ -262,7 +262,7 @@ def test_a_report_of_results_on_other_coins_is_refused(finished):
     path = finished.root / ATTACKS_PATH
     facts = json.loads(path.read_text()) | {"split_commitment": "0" * 64}
     write_json(path, facts)
-    with pytest.raises(DamagedFile, match="does not match its seal"):
+    with pytest.raises(DamagedFile, match="it was altered"):
         read_results(finished.root)
     write_sealed(finished, path, facts)
     with pytest.raises(AttackInputError, match="computed on other coins"):

@@ -139,7 +139,7 @@ def test_spans_are_sealed_with_the_coins(planted, tree, tmp_path):
             assert np.flatnonzero(row.sensitive).tolist() == [0, 1, 2, 3]
     (run.root / SPANS_PATH).write_text((run.root / SPANS_PATH).read_text().replace("[", "[[1, 2], ", 1))
     (run.root / SIGNALS_PATH).unlink()
-    with pytest.raises(DamagedFile, match="does not match its seal"):
+    with pytest.raises(DamagedFile, match="it was altered"):
         score_run(run.root)
 
 
