@@ -159,16 +159,6 @@ def test_a_scorer_that_loses_documents_seals_nothing(run, monkeypatch):
     score_run(run, OPTIONS)  # the mutant: without the comparison the subset would be sealed
 
 
-def test_a_changed_adapter_is_refused_before_a_token_is_scored(run, monkeypatch):
-    (run / SIGNALS_PATH).unlink()
-    zero_adapter(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(score, "load_scorers", lambda *_: pytest.fail("a model was loaded"))
-        refused(lambda: score_run(run, OPTIONS), "adapter_model.safetensors")
-    monkeypatch.setattr(evidence, "check_release", lambda run: None)
-    score_run(run, OPTIONS)  # the mutant: without the check another model is scored
-
-
 def test_an_adapter_that_changes_while_it_is_scored_is_refused(run, monkeypatch):
     (run / SIGNALS_PATH).unlink()
     honest = score.load_scorers
@@ -264,17 +254,6 @@ def test_a_part_that_cannot_be_proven_is_scored_again(run, monkeypatch, spoil):
     (run / SIGNALS_PATH).unlink()
     score_run(run, OPTIONS)
     assert (run / SIGNALS_PATH).read_bytes() == resumed
-
-
-def test_parts_of_another_model_are_never_joined(run, monkeypatch):
-    """Killed, the adapter zeroed, resumed; also if nobody noticed that the adapter changed."""
-    interrupted(run, monkeypatch)
-    zero_adapter(run)
-    refused(lambda: score_run(run, OPTIONS), "adapter_model.safetensors")
-    monkeypatch.setattr(evidence, "check_release", lambda run: None)
-    score_run(run, OPTIONS)
-    for row in read_signals(run / SIGNALS_PATH):
-        assert np.array_equal(row.target_logp, row.base_logp), "a row of the adapter as it was"
 
 
 @pytest.mark.parametrize(
