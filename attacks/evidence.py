@@ -9,8 +9,9 @@ from typing import Any
 from attacks import target as targets
 from attacks.errors import AttackInputError
 from attacks.rundir import PrivacyStatement, read_statement
-from privtrain import reading
+from privtrain import bundle, consistency, reading
 from privtrain.config import Config, load_config, public_tree, to_yaml
+from privtrain.errors import VerificationFailed
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256
 
@@ -28,14 +29,47 @@ def verified_statement(run: pathlib.Path) -> PrivacyStatement:
 
 
 def check_release(run: RunDirectory) -> None:
-    """See that statement and released files are those that were released.
+    """See that every released file is what the release record holds, and that the statement follows from its plan.
+
+    The record is ``release.json`` and the ledger's last record; whether the ledger's chain leads there is for
+    ``privtrain verify``.
 
     Raises:
-        AttackInputError: if they are not.
+        AttackInputError: naming every file and field that does not hold, in one line.
     """
-    copy = run.released / run.privacy.name
-    if reading.read_bytes(copy) != reading.read_bytes(run.privacy):
-        raise AttackInputError(f"{copy} is not the statement in {run.privacy}: one of them was altered; restore it")
+    try:
+        bundle.check_released(run.root)
+        problems = consistency.statement_faults(reading.read_json(run.privacy, remedy="restore it"))
+    except VerificationFailed as error:
+        problems = list(error.problems)
+    except OSError as error:
+        problems = [f"{error.filename or 'a file'} cannot be read: {error.strerror}"]
+    if problems:
+        raise AttackInputError(
+            f"{run.root} is not what was released: {'; '.join(' '.join(item.split()) for item in problems)}; restore "
+            f"it, or see: privtrain verify {run.root}"
+        )
+
+
+def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
+    """See that a base model is the one that the run was trained from.
+
+    Args:
+        run: a finished run.
+        digests: of the base model that is there now; see :mod:`attacks.target`.
+
+    Raises:
+        AttackInputError: naming the files that differ.
+    """
+    manifest, _ = bundle.read_manifest(run.root)
+    if not manifest.base_model:  # it was not on disk when the run was released
+        return
+    differing = targets.differing({"base": manifest.base_model}, {"base": digests})
+    if differing:
+        raise AttackInputError(
+            f"{run.root} was trained from another base model or tokenizer than is there now ({', '.join(differing)}); "
+            "restore it, or give model.revision"
+        )
 
 
 def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Path, remedy: str) -> None:

@@ -171,6 +171,7 @@ def prepare_job(
 ) -> Job:
     """Reads everything that is needed besides the models."""
     digests = {**targets.digests_of(run, config.model), "precision": precision}
+    evidence.check_base(run, digests["base"])
     own = planning.read_manifest(run)
     manifest = own if attacked.root == run.root else planning.read_manifest(attacked)
     attacked_config = config if attacked.root == run.root else evidence.read_config(attacked)

@@ -7,36 +7,16 @@ sealed.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from attacks.errors import AttackInputError
+from privtrain import bundle, model_files
 from privtrain.config.schema import ModelSection
-from privtrain.model_files import locate
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256
-
-_BASE_PATTERNS = (
-    "*.safetensors",
-    "*.bin",
-    "*.gguf",
-    "*.index.json",
-    "config.json",
-    "*.py",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.jinja",
-)
-"""Files of a base model's directory that change what it or its tokenizer says."""
 
 
 def digests_of(run: RunDirectory, model: ModelSection) -> dict[str, Any]:
@@ -65,16 +45,20 @@ def base_digests(model: ModelSection) -> dict[str, str]:
     """File to SHA-256 of a base model's weights, configuration and tokenizer.
 
     Raises:
-        AttackInputError: if none of its files are found.
+        AttackInputError: if it cannot be read.
+        ConfigError: if it is not there.
     """
-    directory = _base_directory(model)
-    found = {
-        path.name: file_sha256(path, follow_links=True)  # the hub's cache is made of links
-        for path in sorted(directory.iterdir())
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _BASE_PATTERNS)
-    }
+    try:
+        found = model_files.base_digests(model)
+        if not found:  # named on a hub and not here yet: loading it brings its files
+            from privtrain.models import load_base
+
+            load_base(model)
+            found = model_files.base_digests(model)
+    except OSError as error:
+        raise AttackInputError(f"the base model {model.public_name} cannot be read: {error.strerror}") from None
     if not found:
-        raise AttackInputError(f"{directory} holds no file of a model; expected the base model of the run")
+        raise AttackInputError(f"no file of the base model {model.public_name} was found; put it on this machine")
     return found
 
 
@@ -99,24 +83,8 @@ def released_digests(run: RunDirectory) -> dict[str, str]:
     """File to SHA-256 of everything that a run released; no link among it is followed."""
     directory = run.released
     found = {
-        path.relative_to(directory).as_posix(): file_sha256(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_symlink() or not path.is_dir()
+        name: file_sha256(directory / name) for name in bundle.files_under(directory) if not bundle.is_harmless(name)
     }
     if not found:
         raise AttackInputError(f"{directory} is missing or empty; restore what the run released")
     return found
-
-
-def _base_directory(model: ModelSection) -> pathlib.Path:
-    location = locate(model)
-    directory = pathlib.Path(location.path)
-    if directory.is_dir():
-        return directory
-    from transformers.utils.hub import cached_file
-
-    name = model.gguf_file or "config.json"
-    found = cached_file(location.path, name, revision=location.arguments.get("revision"))
-    if found is None:
-        raise AttackInputError(f"{location.path} has no {name}; expected the base model of the run")
-    return pathlib.Path(found).parent

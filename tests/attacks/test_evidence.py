@@ -24,7 +24,7 @@ from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.rundir import RunDirectory, write_json
 from privtrain.sealing import read_sealed_file, write_sealed
 from privtrain.training.job import train
-from tests.conftest import make_tree, write_config
+from tests.conftest import tiny_tree, write_config
 
 OPTIONS = ScoreOptions(num_canary_references=5)
 
@@ -33,7 +33,7 @@ OPTIONS = ScoreOptions(num_canary_references=5)
 def made(tiny_llama, users_file, tmp_path_factory) -> pathlib.Path:
     """A trained, scored, analysed and reported run with canaries; secrets from the operating system."""
     directory = tmp_path_factory.mktemp("evidence")
-    tree = make_tree(tiny_llama, users_file, directory)
+    tree = tiny_tree(tiny_llama, users_file, directory / "runs")
     del tree["privacy"]["insecure_seed"]
     tree["data"] |= {"attack_min_records": 2, "max_length": 48}
     tree["canaries"] = {"num_users": 4}
@@ -159,6 +159,16 @@ def test_a_scorer_that_loses_documents_seals_nothing(run, monkeypatch):
     score_run(run, OPTIONS)  # the mutant: without the comparison the subset would be sealed
 
 
+def test_a_changed_adapter_is_refused_before_a_token_is_scored(run, monkeypatch):
+    (run / SIGNALS_PATH).unlink()
+    zero_adapter(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "load_scorers", lambda *_: pytest.fail("a model was loaded"))
+        refused(lambda: score_run(run, OPTIONS), "adapter_model.safetensors")
+    monkeypatch.setattr(evidence, "check_release", lambda run: None)
+    score_run(run, OPTIONS)  # the mutant: without the check another model is scored
+
+
 def test_an_adapter_that_changes_while_it_is_scored_is_refused(run, monkeypatch):
     (run / SIGNALS_PATH).unlink()
     honest = score.load_scorers
@@ -256,6 +266,17 @@ def test_a_part_that_cannot_be_proven_is_scored_again(run, monkeypatch, spoil):
     assert (run / SIGNALS_PATH).read_bytes() == resumed
 
 
+def test_parts_of_another_model_are_never_joined(run, monkeypatch):
+    """Killed, the adapter zeroed, resumed; also if nobody noticed that the adapter changed."""
+    interrupted(run, monkeypatch)
+    zero_adapter(run)
+    refused(lambda: score_run(run, OPTIONS), "adapter_model.safetensors")
+    monkeypatch.setattr(evidence, "check_release", lambda run: None)
+    score_run(run, OPTIONS)
+    for row in read_signals(run / SIGNALS_PATH):
+        assert np.array_equal(row.target_logp, row.base_logp), "a row of the adapter as it was"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -277,7 +298,7 @@ def test_signals_of_another_target_are_refused(run, change):
 
 
 def test_signals_of_another_run_are_refused_also_with_an_equal_key(run, made, tiny_llama, users_file, tmp_path):
-    tree = make_tree(tiny_llama, users_file, tmp_path / "others")
+    tree = tiny_tree(tiny_llama, users_file, tmp_path / "others" / "runs")
     (tmp_path / "others").mkdir()
     scored = []
     for name, rate in (("one", 1e-2), ("two", 2e-2)):
@@ -479,3 +500,41 @@ def test_the_configuration_must_be_the_published_one(run):
 
 def test_the_signals_schema_is_unchanged(run):
     assert pq.read_schema(run / SIGNALS_PATH).equals(signals.SCHEMA)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "adapter/README.md", "adapter/tokenizer.json"])
+def test_whatever_was_released_must_be_as_it_was(run, name):
+    append(run / name)
+    for action in (lambda: score_run(run, OPTIONS), lambda: analyse_run(run), lambda: report.read_results(run)):
+        refused(action, name)
+
+
+def test_an_epsilon_that_was_edited_everywhere_does_not_follow_from_its_plan(run):
+    """The mutant is the forger: every digest made anew, the last record of the ledger included."""
+    import hashlib
+
+    from privtrain import bundle
+
+    statement = json.loads((run / "privacy.json").read_text())
+    statement["epsilon"] = 0.5
+    for path in (run / "privacy.json", run / "adapter/privacy.json"):
+        write_json(path, statement)
+    manifest, _ = bundle.read_manifest(run)
+    files = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in manifest.files}
+    forged = dataclasses.replace(manifest, statement=bundle.digest_of(statement), files=files)
+    (run / "release.json").write_text(bundle.render(forged, "run"), encoding="utf-8")
+    (run / "adapter/release.json").write_text(bundle.render(forged, "adapter"), encoding="utf-8")
+    ledger = run / "secret/ledger.jsonl"
+    *lines, last = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"manifest": forged.body})]) + "\n")
+    bundle.check_released(run)
+    assert "epsilon" in refused(lambda: analyse_run(run), "not what was released")
+
+
+def test_another_base_than_the_run_was_trained_from_is_refused(run, monkeypatch):
+    honest = targets.base_digests
+    monkeypatch.setattr(targets, "base_digests", lambda model: honest(model) | {"config.json": "0" * 64})
+    refused(lambda: score_run(run, OPTIONS), "base: config.json")
+    monkeypatch.setattr(evidence, "check_base", lambda *_: None)
+    score_run(run, OPTIONS)  # the mutant: another base is scored, and its rows are no old ones
+    assert json.loads((run / "secret/attack/signals.json").read_text())["target"]["base"]["config.json"] == "0" * 64
