@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from accountants.api import certified_upper, delta, epsilon
     from accountants.calibration import (
         CalibrationError,
+        calibrate_count,
         calibrate_noise,
         calibrate_noise_multiplier,
         calibrate_num_records,
         calibrate_num_steps,
+        calibrate_probability,
         calibrate_sampling_prob,
     )
     from accountants.events import (
@@ -41,10 +43,12 @@ _HOME = {
     "api": ("certified_upper", "delta", "epsilon"),
     "calibration": (
         "CalibrationError",
+        "calibrate_count",
         "calibrate_noise",
         "calibrate_noise_multiplier",
         "calibrate_num_records",
         "calibrate_num_steps",
+        "calibrate_probability",
         "calibrate_sampling_prob",
     ),
     "events": (
@@ -72,10 +76,12 @@ __all__ = [
     "PrivacyAnswer",
     "UnsupportedEventError",
     "adaptive_clipping_noise",
+    "calibrate_count",
     "calibrate_noise",
     "calibrate_noise_multiplier",
     "calibrate_num_records",
     "calibrate_num_steps",
+    "calibrate_probability",
     "calibrate_sampling_prob",
     "certified_upper",
     "delta",

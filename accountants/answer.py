@@ -74,16 +74,30 @@ class PrivacyAnswer:
             assert self.lower == 0, self
             assert math.isinf(self.upper), self
 
-    def certified_upper(self) -> float:
-        """The upper end, or an error if this accountant does not certify one.
+    @property
+    def is_certified(self) -> bool:
+        """Whether ``upper`` is a certified bound for both directions."""
+        return self.kind is BoundKind.CERTIFIED_UPPER and self.direction is Direction.BOTH
+
+    def certified_upper(self, relation: str = "ADD_OR_REMOVE_ONE") -> float:
+        """The upper end, if a guarantee under ``relation`` may be built on it: the one gate for such numbers.
+
+        Args:
+            relation: the neighbouring relation of the guarantee, by dp_accounting's name.
 
         Raises:
-            NotCertifiedError: if ``kind`` is not ``CERTIFIED_UPPER``; a ``ValueError``.
+            NotCertifiedError: if the answer is no certified upper bound, covers one direction only, or is about
+                another relation; a ``ValueError``.
         """
+        faults: list[str] = []
         if self.kind is not BoundKind.CERTIFIED_UPPER:
-            raise NotCertifiedError(
-                f"{self.method} gives a value of kind {self.kind.value!r}, not a certified upper bound"
-            )
+            faults.append(f"is of kind {self.kind.value!r}, not a certified upper bound")
+        if self.direction is not Direction.BOTH:
+            faults.append(f"covers the {self.direction.value} direction only")
+        if self.relation != relation:
+            faults.append(f"is about {self.relation}, where the guarantee is about {relation}")
+        if faults:
+            raise NotCertifiedError(f"{self.method}'s {self.quantity} " + " and ".join(faults))
         return self.upper
 
     def to_json(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dp_accounting
 
-from accountants.answer import Direction, NotCertifiedError, PrivacyAnswer
-from accountants.registry import DEFAULT, get_accountant
+from accountants.answer import PrivacyAnswer
+from accountants.registry import fitting, get_accountant
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -15,7 +15,7 @@ def epsilon(
     event: dp_accounting.DpEvent,
     delta: float,
     *,
-    accountant: str = DEFAULT,
+    accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
     """Epsilon of an event at ``delta``, by one accountant.
@@ -23,7 +23,8 @@ def epsilon(
     Args:
         event: what was released.
         delta: in (0, 1); each accountant refuses what it cannot resolve.
-        accountant: a name of :data:`accountants.registry.ACCOUNTANTS`.
+        accountant: a name of :data:`accountants.registry.ACCOUNTANTS`; by default the one that fits the event's
+            sampler and the relation (:func:`accountants.registry.fitting`). The answer says which it was.
         relation: the neighbouring relation.
 
     Returns:
@@ -33,27 +34,27 @@ def epsilon(
         ValueError: if the accountant does not exist, or an argument is outside its range.
         UnsupportedEventError: if the accountant has no analysis of the event under the relation.
     """
-    return get_accountant(accountant).epsilon(event, delta, relation)
+    return get_accountant(accountant or fitting(event, relation.name)[0]).epsilon(event, delta, relation)
 
 
 def delta(
     event: dp_accounting.DpEvent,
     epsilon: float,
     *,
-    accountant: str = DEFAULT,
+    accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
     """Delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
-    return get_accountant(accountant).delta(event, epsilon, relation)
+    return get_accountant(accountant or fitting(event, relation.name)[0]).delta(event, epsilon, relation)
 
 
-def certified_upper(answer: PrivacyAnswer) -> float:
-    """The number that a guarantee may be built on.
+def certified_upper(
+    answer: PrivacyAnswer, relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
+) -> float:
+    """The number that a guarantee under ``relation`` may be built on; see :meth:`PrivacyAnswer.certified_upper`.
 
     Raises:
-        NotCertifiedError: if the answer is no certified upper bound, or covers one direction only.
+        NotCertifiedError: if the answer is no certified upper bound, covers one direction only, or is about another
+            relation.
     """
-    value = answer.certified_upper()
-    if answer.direction is not Direction.BOTH:
-        raise NotCertifiedError(f"{answer.method} covers the {answer.direction.value} direction only")
-    return value
+    return answer.certified_upper(relation.name)

@@ -3,6 +3,9 @@
 A cheap certified guide (:mod:`accountants.tilted` at a loose tolerance) finds the root; the accountant that will be
 quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
 returned value was itself evaluated and spends at most the target.
+
+Every function takes a family of events (any sampler, several phases) or builds one of Poisson-sampled steps, and any
+neighbouring relation; the accountant is by default the one that fits (:func:`accountants.registry.fitting`).
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -16,7 +19,7 @@ import dp_accounting
 from accountants.api import certified_upper
 from accountants.events import dp_sgd_event, poisson_counterpart
 from accountants.protocol import Accountant, UnsupportedEventError
-from accountants.registry import DEFAULT, get_accountant
+from accountants.registry import fitting, get_accountant
 from accountants.roots import bracketed_root
 from accountants.tilted import TiltedAccountant
 from accountants.units import group_event
@@ -48,23 +51,25 @@ def calibrate_noise_multiplier(
     target_delta: float,
     sampling_prob: float,
     num_steps: int,
-    accountant: str = DEFAULT,
+    accountant: str | None = None,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
     """The smallest noise multiplier, rounded up, whose certified epsilon does not exceed the target.
 
     Args:
-        target_epsilon: epsilon > 0 for the add-or-remove-one relation.
+        target_epsilon: epsilon > 0 for the relation.
         target_delta: delta in the accountant's range.
         sampling_prob: Poisson sampling probability per unit and step.
         num_steps: the number of steps, at least 1.
-        accountant: the accountant that certifies; estimates are refused.
+        accountant: the accountant that certifies; estimates are refused. By default the one that fits.
+        relation: the neighbouring relation.
 
     Returns:
         The noise multiplier (noise standard deviation over clipping norm), with at most four decimals.
 
     Raises:
         CalibrationError: if the target cannot be met below a noise multiplier of 1e4.
-        NotCertifiedError: if the accountant gives estimates.
+        NotCertifiedError: if the accountant gives estimates, or covers one direction only.
         ValueError: if an argument is outside its range.
     """
     if num_steps < 1:
@@ -74,6 +79,7 @@ def calibrate_noise_multiplier(
         target_epsilon=target_epsilon,
         target_delta=target_delta,
         accountant=accountant,
+        relation=relation,
     )
 
 
@@ -82,51 +88,218 @@ def calibrate_noise(
     *,
     target_epsilon: float,
     target_delta: float,
-    accountant: str = DEFAULT,
+    accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """The smallest noise multiplier, rounded up, for any family of events; see :func:`calibrate_noise_multiplier`."""
-    _check_target(target_epsilon)
-    judge = _Judge(make_event, target_epsilon, target_delta, get_accountant(accountant), relation)
-    if judge.is_slow:
-        return _few_evaluations(judge)
+    """The smallest noise multiplier, rounded up, for any family of events; see :func:`calibrate_noise_multiplier`.
+
+    ``make_event`` may build several phases, each with its own multiple of the noise.
+    """
+    judge = _Judge(make_event, 1.0, target_epsilon, target_delta, accountant, relation)
     step = 10.0**-DECIMALS
-    low, high = _noise_bracket(judge.guide, target_epsilon)
-    root = low
-    if low < high:
-        root = math.exp(
-            bracketed_root(
-                lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon),
-                math.log(low),
-                math.log(high),
-                xtol=step / 2 / high,
-            )
-        )
-    index = _first_allowed(lambda i: judge.allows(round(i * step, DECIMALS)), math.ceil(root / step - 1e-9))
+
+    def find(aim: float) -> float:
+        low, high = _noise_bracket(judge.guide, aim)
+        return low if low == high else _log_root(judge, aim, low, high, step / 2 / high)
+
+    if judge.is_slow:
+        return _few_evaluations(judge, lambda aim: math.ceil(find(aim) / step) * step, smaller_is_better=True)
+    index = _first_allowed(
+        lambda i: judge.allows(round(i * step, DECIMALS)), math.ceil(find(target_epsilon) / step - 1e-9)
+    )
     return round(index * step, DECIMALS)
 
 
-def _few_evaluations(judge: _Judge) -> float:
-    """A noise that spends at least 99.5 % of the target, for events that take seconds to minutes to account for.
+def calibrate_num_steps(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    sampling_prob: float,
+    accountant: str | None = None,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> int:
+    """The largest number of steps that stays within the target; see :func:`calibrate_count`."""
+    return calibrate_count(
+        lambda n: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=int(n)),
+        name="num_steps",
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        relation=relation,
+    )
 
-    Epsilon as a function of the noise has nearly the shape of the guide's; only its size is asked of the accountant.
+
+def calibrate_num_records(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    sampling_prob: float,
+    num_steps: int,
+    accountant: str | None = None,
+) -> int:
+    """The largest number k of records per user for which record-level sampling protects a user within the target.
+
+    The user's k records are Poisson-sampled one by one and clipped one by one; the exact mixture of Gaussians decides
+    (:func:`accountants.units.group_event`), for add-or-remove-one of the user.
+
+    Raises:
+        CalibrationError: if even one record exceeds the target, or 1024 do not.
+    """
+    return calibrate_count(
+        lambda k: group_event(
+            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=int(k)
+        ),
+        name="num_records",
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        largest=1024,
+    )
+
+
+def calibrate_sampling_prob(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    noise_multiplier: float,
+    num_steps: int,
+    accountant: str | None = None,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> float:
+    """The largest Poisson sampling probability within the target; see :func:`calibrate_probability`."""
+    return calibrate_probability(
+        lambda q: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=q, num_steps=num_steps),
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+        relation=relation,
+    )
+
+
+def calibrate_probability(
+    make_event: MakeEvent,
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    accountant: str | None = None,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> float:
+    """The largest probability, rounded down to four significant digits, within the target.
+
+    Raises:
+        CalibrationError: if the target cannot be met above a probability of 1e-9.
+    """
+    # Half: at 1 nothing is sampled, and the event may be a simpler one.
+    judge = _Judge(lambda q: make_event(min(q, 1.0)), 0.5, target_epsilon, target_delta, accountant, relation)
+    if judge.allows(1.0):
+        return 1.0
+    low = 1e-9
+    if judge.guide(low) > target_epsilon:
+        raise CalibrationError(f"target_epsilon={target_epsilon} needs a sampling probability below {low:g}")
+
+    def find(aim: float) -> float:
+        return 1.0 if judge.guide(1.0) <= aim else _log_root(judge, aim, low, 1.0, 1e-4)
+
+    if judge.is_slow:
+        return _few_evaluations(judge, lambda aim: _four_digits_down(find(aim)), smaller_is_better=False)
+    root = find(target_epsilon)
+    digits = 3 - math.floor(math.log10(root))
+    unit = 10.0**-digits
+    index = math.floor(root / unit)
+    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    mirrored = _first_allowed(lambda i: judge.allows(round((2 * index - i) * unit, digits)), index)
+    return round((2 * index - mirrored) * unit, digits)
+
+
+def _four_digits_down(value: float) -> float:
+    digits = 3 - math.floor(math.log10(value))
+    return round(math.floor(value * 10.0**digits) * 10.0**-digits, digits)
+
+
+def calibrate_count(
+    make_event: MakeEvent,
+    *,
+    name: str,
+    target_epsilon: float,
+    target_delta: float,
+    accountant: str | None = None,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    largest: int = LARGEST_COUNT,
+) -> int:
+    """The largest count (of steps, epochs, records) within the target; beyond ten thousand, to one part in it.
+
+    Args:
+        make_event: the event of a count; epsilon must grow with it.
+        name: of the count, for messages.
+        target_epsilon: epsilon > 0 for the relation.
+        target_delta: delta in the accountant's range.
+        accountant: the accountant that certifies; by default the one that fits.
+        relation: the neighbouring relation.
+        largest: the end of the search.
+
+    Raises:
+        CalibrationError: if even one exceeds the target, or ``largest`` do not.
+    """
+    judge = _Judge(lambda n: make_event(int(n)), 1, target_epsilon, target_delta, accountant, relation)
+    if judge.guide(1) > target_epsilon and not judge.allows(1):
+        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
+
+    def find(aim: float) -> int:
+        low, high = 1, 2
+        while judge.guide(high) <= aim:
+            if high == largest:
+                raise CalibrationError(f"target_epsilon={target_epsilon} is not reached by {name}={largest}")
+            low, high = high, min(2 * high, largest)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if judge.guide(middle) <= aim else (low, middle)
+        return low
+
+    if judge.is_slow:
+        return int(_few_evaluations(judge, find, smaller_is_better=False))
+    low = find(target_epsilon)
+    unit = max(1, low // _COUNT_PARTS)
+    guess = low // unit
+    # Mirrored, so that the search for the smallest allowed index serves for the largest.
+    mirrored = _first_allowed(lambda i: i >= 2 * guess or judge.allows((2 * guess - i) * unit), guess)
+    if mirrored >= 2 * guess:
+        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}={unit}")
+    return (2 * guess - mirrored) * unit
+
+
+def _log_root(judge: _Judge, aim: float, low: float, high: float, xtol: float) -> float:
+    """Where the guide spends ``aim``, between two values around it."""
+    return math.exp(
+        bracketed_root(
+            lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / aim), math.log(low), math.log(high), xtol=xtol
+        )
+    )
+
+
+def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_is_better: bool) -> float:
+    """A value that spends at least 99.5 % of the target, for events that take seconds to minutes to account for.
+
+    Epsilon as a function of the parameter has nearly the shape of the guide's; only its size is asked of the
+    accountant.
     """
     target = judge.target
-    aim, best, spent = target, math.inf, math.inf
+    aim, best, spent = target, None, math.inf
+    tried: set[float] = set()
     for _ in range(_MOST_EVALUATIONS):
-        low, high = _noise_bracket(judge.guide, aim)
-        root = high
-        if low < high:
-            root = bracketed_root(lambda noise, aim=aim: judge.guide(noise) - aim, low, high, xtol=10.0**-DECIMALS / 4)
-        noise = math.ceil(root * 10**DECIMALS) / 10**DECIMALS
-        spent = judge.spent(noise)
-        if spent <= target:
-            best = min(best, noise)
+        value = find(aim)
+        if value in tried:
+            break
+        tried.add(value)
+        spent = judge.spent(value)
+        if spent <= target and (best is None or (value < best) is smaller_is_better):
+            best = value
         if 0.995 * target <= spent <= target or spent == 0:
             break
-        aim *= 0.998 * target / spent
-    if math.isinf(best):
-        raise CalibrationError(f"target_epsilon={target} was not met; the last noise tried spends {spent:.4g}")
+        aim *= 0.5 if math.isinf(spent) else 0.998 * target / spent
+    if best is None:
+        raise CalibrationError(f"target_epsilon={target} was not met; the last value tried spends {spent:.4g}")
     return best
 
 
@@ -149,143 +322,26 @@ def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:
     return high
 
 
-def calibrate_num_steps(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    sampling_prob: float,
-    accountant: str = DEFAULT,
-) -> int:
-    """The largest number of steps that stays within the target; beyond ten thousand, to one part in ten thousand.
-
-    Raises:
-        CalibrationError: if even one step exceeds the target, or ten million do not.
-    """
-    return _largest_count(
-        lambda n: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=int(n)),
-        target_epsilon,
-        target_delta,
-        accountant,
-        "num_steps",
-        LARGEST_COUNT,
-    )
-
-
-def calibrate_num_records(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    sampling_prob: float,
-    num_steps: int,
-    accountant: str = DEFAULT,
-) -> int:
-    """The largest number k of records per user for which record-level sampling protects a user within the target.
-
-    The user's k records are Poisson-sampled one by one and clipped one by one; the exact mixture of Gaussians decides
-    (:func:`accountants.units.group_event`).
-
-    Raises:
-        CalibrationError: if even one record exceeds the target.
-    """
-    return _largest_count(
-        lambda k: group_event(
-            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=int(k)
-        ),
-        target_epsilon,
-        target_delta,
-        accountant,
-        "num_records",
-        1024,
-    )
-
-
-def calibrate_sampling_prob(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    num_steps: int,
-    accountant: str = DEFAULT,
-) -> float:
-    """The largest sampling probability, rounded down to four significant digits, within the target.
-
-    Raises:
-        CalibrationError: if the target cannot be met above a probability of 1e-9.
-    """
-    _check_target(target_epsilon)
-    judge = _Judge(
-        lambda q: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=min(q, 1.0), num_steps=num_steps),
-        target_epsilon,
-        target_delta,
-        get_accountant(accountant),
-        NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
-    if judge.allows(1.0):
-        return 1.0
-    low = 1e-9
-    if judge.guide(low) > target_epsilon:
-        raise CalibrationError(f"target_epsilon={target_epsilon} needs a sampling probability below {low:g}")
-    root = math.exp(
-        bracketed_root(
-            lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / target_epsilon), math.log(low), 0.0, xtol=1e-4
-        )
-    )
-    digits = 3 - math.floor(math.log10(root))
-    unit = 10.0**-digits
-    index = math.floor(root / unit)
-    # Mirrored, so that the search for the smallest allowed index serves for the largest.
-    mirrored = _first_allowed(lambda i: judge.allows(round((2 * index - i) * unit, digits)), index)
-    return round((2 * index - mirrored) * unit, digits)
-
-
-def _largest_count(
-    make_event: MakeEvent, target_epsilon: float, target_delta: float, accountant: str, name: str, largest: int
-) -> int:
-    _check_target(target_epsilon)
-    judge = _Judge(
-        make_event, target_epsilon, target_delta, get_accountant(accountant), NeighboringRelation.ADD_OR_REMOVE_ONE
-    )
-    if judge.guide(1) > target_epsilon and not judge.allows(1):
-        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
-    low, high = 1, 2
-    while judge.guide(high) <= target_epsilon:
-        if high == largest:
-            raise CalibrationError(f"target_epsilon={target_epsilon} is not reached by {name}={largest}")
-        low, high = high, min(2 * high, largest)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if judge.guide(middle) <= target_epsilon else (low, middle)
-    unit = max(1, low // _COUNT_PARTS)
-    guess = low // unit
-    # Mirrored, so that the search for the smallest allowed index serves for the largest.
-    mirrored = _first_allowed(lambda i: i >= 2 * guess or judge.allows((2 * guess - i) * unit), guess)
-    if mirrored >= 2 * guess:
-        raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}={unit}")
-    return (2 * guess - mirrored) * unit
-
-
 class _Judge:
     """The spending of one family of events, by the certifying accountant and by a cheap guide."""
 
     def __init__(
         self,
         make_event: MakeEvent,
+        example: float,
         target_epsilon: float,
         target_delta: float,
-        accountant: Accountant,
+        accountant: str | None,
         relation: NeighboringRelation,
     ) -> None:
+        _check_target(target_epsilon)
+        event = make_event(example)
         self._make_event, self.target, self._delta = make_event, target_epsilon, target_delta
-        self._accountant, self._relation = accountant, relation
-        self._guide: Accountant = accountant if accountant.name == "rdp" else TiltedAccountant()
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether the guide answers about a simpler event than the accountant."""
-        event = self._make_event(1.0)
-        return poisson_counterpart(event) is not event
+        self._accountant = get_accountant(accountant or fitting(event, relation.name)[0])
+        self._relation = relation
+        self._guide: Accountant = self._accountant if self._accountant.name == "rdp" else TiltedAccountant()
+        #: Whether the guide answers about a simpler event than the accountant.
+        self.is_slow = poisson_counterpart(event) is not event
 
     def allows(self, value: float) -> bool:
         """Whether the certified epsilon stays within the target."""
@@ -293,7 +349,8 @@ class _Judge:
 
     def spent(self, value: float) -> float:
         """The certified epsilon."""
-        return certified_upper(self._accountant.epsilon(self._make_event(value), self._delta, self._relation))
+        answer = self._accountant.epsilon(self._make_event(value), self._delta, self._relation)
+        return certified_upper(answer, self._relation)
 
     def guide(self, value: float) -> float:
         """A cheap certified epsilon near the one that decides."""
@@ -302,7 +359,7 @@ class _Judge:
             return self._guide.epsilon(event, self._delta, self._relation).upper
         except UnsupportedEventError:
             self._guide = self._accountant
-            return certified_upper(self._guide.epsilon(event, self._delta, self._relation))
+            return certified_upper(self._guide.epsilon(event, self._delta, self._relation), self._relation)
 
 
 def _check_target(target_epsilon: float) -> None:

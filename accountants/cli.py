@@ -54,85 +54,190 @@ class Quantity(enum.StrEnum):
 
     NOISE = "noise-multiplier"
     STEPS = "num-steps"
+    EPOCHS = "num-epochs"
     PROBABILITY = "sampling-prob"
     RECORDS = "num-records"
 
 
-Noise = Annotated[float, typer.Option("--noise-multiplier", "-s", help="Noise standard deviation over clipping norm.")]
-Prob = Annotated[float, typer.Option("--sampling-prob", "-q", help="Probability per unit and step.")]
-Steps = Annotated[int, typer.Option("--num-steps", "-t", help="Steps (per epoch for random-allocation and shuffled).")]
+#: Quantity -> the field of a run.
+_SOUGHT = {
+    Quantity.NOISE: "noise",
+    Quantity.STEPS: "steps",
+    Quantity.EPOCHS: "epochs",
+    Quantity.PROBABILITY: "prob",
+    Quantity.RECORDS: "records",
+}
+
+
+Noise = Annotated[float | None, typer.Option("--noise-multiplier", "-s", help="Noise deviation over clipping norm.")]
+Prob = Annotated[float | None, typer.Option("--sampling-prob", "-q", help="Probability per unit and step.")]
+Steps = Annotated[
+    int | None, typer.Option("--num-steps", "-t", help="Steps (per epoch for random-allocation and shuffled).")
+]
 Epsilon = Annotated[float, typer.Option("--epsilon", "-e", help="The epsilon at which delta is wanted.")]
 Delta = Annotated[float, typer.Option("--delta", "-d", help="Failure probability.")]
-Records = Annotated[int, typer.Option("--num-records", "-k", help="Records per user (exact mixture of Gaussians).")]
+Records = Annotated[
+    int | None, typer.Option("--num-records", "-k", help="Records per user (exact mixture of Gaussians); else 1.")
+]
 SamplerOption = Annotated[Sampler, typer.Option("--sampler", help="The sampler that was really used.")]
-Epochs = Annotated[int, typer.Option("--num-epochs", help="Epochs of random-allocation and shuffled.")]
-Selected = Annotated[int, typer.Option("--num-selected", help="Steps per epoch that a unit joins (random-allocation).")]
-Units = Annotated[int, typer.Option("--num-units", help="Public number of units (truncated-poisson, fixed-size).")]
-Batch = Annotated[int, typer.Option("--batch-size", help="Cap (truncated-poisson) or size (fixed-size) of a batch.")]
-Name = Annotated[str, typer.Option("--accountant", "-a", help="pld, tilted, rdp, prv, eeai, ...")]
-RelationOption = Annotated[Relation, typer.Option("--relation", help="Which data sets are neighbours.")]
+Epochs = Annotated[int | None, typer.Option("--num-epochs", help="Epochs of random-allocation and shuffled.")]
+Selected = Annotated[
+    int | None, typer.Option("--num-selected", help="Steps per epoch that a unit joins (random-allocation).")
+]
+Units = Annotated[
+    int | None, typer.Option("--num-units", help="Public number of units (truncated-poisson, fixed-size).")
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch-size", help="Cap (truncated-poisson) or size (fixed-size) of a batch.")
+]
+Phases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--phase",
+        metavar="NOISE:PROB:STEPS",
+        help="A phase of a poisson run, once for each: its noise relative to --noise-multiplier, its sampling "
+        "probability and its steps.",
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option("--accountant", "-a", help="pld, tilted, rdp, prv, eeai, ...; else one that fits.")
+]
+RelationOption = Annotated[
+    Relation | None, typer.Option("--relation", help="Which data sets are neighbours; else the sampler's own.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file.")]
 
-#: What ``compare`` asks: all accountants but the slow ones, or those that have an analysis of a sampler.
+#: What ``compare`` asks where every method has an analysis: all accountants but the slow ones.
 _EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,contour,gdp,aea1,aea2,aea3,eeai"
-_FITTING = {Sampler.TRUNCATED: "pld", Sampler.FIXED: "rdp", Sampler.ALLOCATION: "allocation"}
+
+#: Sampler -> the fields of a run that it needs, those that it may have, and the relation that it is for.
+_SAMPLERS: dict[Sampler, tuple[tuple[str, ...], tuple[str, ...], Relation]] = {
+    Sampler.POISSON: (("noise", "prob", "steps"), ("records",), Relation.ADD_OR_REMOVE_ONE),
+    Sampler.TRUNCATED: (("noise", "prob", "steps", "units", "batch"), (), Relation.REPLACE_SPECIAL),
+    Sampler.FIXED: (("noise", "steps", "units", "batch"), (), Relation.REPLACE_ONE),
+    Sampler.ALLOCATION: (("noise", "steps", "selected", "epochs"), (), Relation.ADD_OR_REMOVE_ONE),
+    Sampler.SHUFFLED: (("noise", "steps", "epochs"), (), Relation.REPLACE_SPECIAL),
+}
+_FLAGS = {
+    "noise": "--noise-multiplier",
+    "prob": "--sampling-prob",
+    "steps": "--num-steps",
+    "records": "--num-records",
+    "epochs": "--num-epochs",
+    "selected": "--num-selected",
+    "units": "--num-units",
+    "batch": "--batch-size",
+    "phases": "--phase",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The options that describe a run, shared by the commands."""
+    """The options that describe a run, shared by the commands. None is what was not given: nothing has a default."""
 
-    noise: Noise
-    steps: Steps
-    prob: Prob = 1.0
+    noise: Noise = None
+    steps: Steps = None
+    prob: Prob = None
     sampler: SamplerOption = Sampler.POISSON
-    records: Records = 1
-    epochs: Epochs = 1
-    selected: Selected = 1
-    units: Units = 0
-    batch: Batch = 0
-    relation: RelationOption = Relation.ADD_OR_REMOVE_ONE
+    records: Records = None
+    epochs: Epochs = None
+    selected: Selected = None
+    units: Units = None
+    batch: Batch = None
+    phases: Phases = None
+    relation: RelationOption = None
 
     def neighbours(self) -> dp_accounting.NeighboringRelation:
         """The relation as the library's value."""
         import dp_accounting
 
-        return dp_accounting.NeighboringRelation[self.relation.name]
+        return dp_accounting.NeighboringRelation[(self.relation or _SAMPLERS[self.sampler][2]).name]
+
+    def check(self, sought: str = "") -> None:
+        """Refuse options that are missing, or that the sampler does not read.
+
+        Args:
+            sought: the field that ``calibrate`` finds, which must not be given.
+
+        Raises:
+            ValueError: with all of them.
+        """
+        needed, optional, _ = _SAMPLERS[self.sampler]
+        if self.phases and self.sampler is Sampler.POISSON:
+            needed, optional = ("noise",), ("records", "phases")
+        who = f"--sampler {self.sampler.value}" + (" with --phase" if "phases" in optional else "")
+        faults: list[str] = []
+        for field, flag in _FLAGS.items():
+            value = getattr(self, field)
+            given = value is not None and value != []
+            if field == sought and given:
+                faults.append(f"{flag}={value} is what --for finds: leave it out")
+            elif field in needed and field != sought and not given:
+                faults.append(f"{flag} is missing: {who} needs it")
+            elif given and field not in (*needed, *optional):
+                faults.append(f"{flag}={value} is not read by {who}: leave it out")
+        if sought and sought not in (*needed, *optional):
+            faults.append(f"{_FLAGS[sought]} cannot be found for {who}: it reads none")
+        if faults:
+            raise ValueError("; ".join(faults))
 
     def event(self) -> dp_accounting.DpEvent:
-        """What the run released."""
+        """What the run released; :meth:`check` first."""
         from accountants import events
-        from accountants import units as user_units
 
-        if self.records > 1 and self.sampler is not Sampler.POISSON:
-            raise ValueError(f"--num-records={self.records} is available for --sampler poisson only")
-        noise, prob, steps = self.noise, self.prob, self.steps
+        values: dict[str, Any] = {"noise_multiplier": self.noise, "num_steps": self.steps}
         match self.sampler:
-            case Sampler.POISSON if self.records != 1:
-                return user_units.group_event(
-                    noise_multiplier=noise, sampling_prob=prob, num_steps=steps, num_records=self.records
-                )
+            case Sampler.POISSON if self.phases:
+                return self._phased_event()
             case Sampler.POISSON:
-                return events.dp_sgd_event(noise_multiplier=noise, sampling_prob=prob, num_steps=steps)
+                return _poisson_event(self.noise, self.prob, self.steps, self.records)
             case Sampler.TRUNCATED:
                 return events.truncated_poisson_event(
-                    noise_multiplier=noise,
-                    sampling_prob=prob,
-                    max_batch_size=self.batch,
-                    num_units=self.units,
-                    num_steps=steps,
+                    **values,
+                    sampling_prob=_given(self.prob),
+                    max_batch_size=_given(self.batch),
+                    num_units=_given(self.units),
                 )
             case Sampler.FIXED:
-                return events.fixed_size_event(
-                    noise_multiplier=noise, batch_size=self.batch, num_units=self.units, num_steps=steps
-                )
+                return events.fixed_size_event(**values, batch_size=_given(self.batch), num_units=_given(self.units))
             case Sampler.ALLOCATION:
                 return events.random_allocation_event(
-                    noise_multiplier=noise, num_steps=steps, num_selected=self.selected, num_epochs=self.epochs
+                    **values, num_selected=_given(self.selected), num_epochs=_given(self.epochs)
                 )
             case Sampler.SHUFFLED:
-                return events.shuffled_event(noise_multiplier=noise, num_batches=steps, num_epochs=self.epochs)
+                return events.shuffled_event(
+                    noise_multiplier=_given(self.noise), num_batches=_given(self.steps), num_epochs=_given(self.epochs)
+                )
+
+    def _phased_event(self) -> dp_accounting.DpEvent:
+        import dp_accounting
+
+        parts: list[dp_accounting.DpEvent] = []
+        for text in self.phases or ():
+            try:
+                noise, prob, steps = text.split(":")
+                values = float(noise) * _given(self.noise), float(prob), int(steps)
+            except ValueError:
+                raise ValueError(f"--phase={text} must be NOISE:PROB:STEPS, for example 1.2:0.01:500") from None
+            parts.append(_poisson_event(*values, self.records))
+        return dp_accounting.ComposedDpEvent(parts)
+
+
+def _given(value: Any) -> Any:
+    assert value is not None, "checked before"
+    return value
+
+
+def _poisson_event(
+    noise: float | None, prob: float | None, steps: int | None, records: int | None
+) -> dp_accounting.DpEvent:
+    from accountants import events, units
+
+    values: dict[str, Any] = {"noise_multiplier": noise, "sampling_prob": prob, "num_steps": steps}
+    if records is None or records == 1:
+        return events.dp_sgd_event(**values)
+    return units.group_event(**values, num_records=records)
 
 
 def _with_run(command: Callable[..., None]) -> Callable[..., None]:
@@ -176,58 +281,78 @@ def _print_answer(answer: PrivacyAnswer, as_json: bool) -> None:
 
 @app.command()
 @_with_run
-def epsilon(run: Run, *, delta_value: Delta, accountant: Name = "pld", as_json: Json = False) -> None:
+def epsilon(run: Run, *, delta_value: Delta, accountant: Name = None, as_json: Json = False) -> None:
     """Epsilon of a run at a delta."""
     from accountants import api
 
+    run.check()
     answer = api.epsilon(run.event(), delta_value, accountant=accountant, relation=run.neighbours())
     _print_answer(answer, as_json)
 
 
 @app.command()
 @_with_run
-def delta(run: Run, *, epsilon_value: Epsilon, accountant: Name = "tilted", as_json: Json = False) -> None:
+def delta(run: Run, *, epsilon_value: Epsilon, accountant: Name = None, as_json: Json = False) -> None:
     """Delta of a run at an epsilon."""
     from accountants import api
+    from accountants.registry import fitting
 
-    answer = api.delta(run.event(), epsilon_value, accountant=accountant, relation=run.neighbours())
-    _print_answer(answer, as_json)
+    run.check()
+    event, relation = run.event(), run.neighbours()
+    # Of those that fit, the one without a floor.
+    names = fitting(event, relation.name)
+    name = accountant or ("tilted" if "tilted" in names else names[0])
+    _print_answer(api.delta(event, epsilon_value, accountant=name, relation=relation), as_json)
 
 
 @app.command()
+@_with_run
 def calibrate(
+    run: Run,
+    *,
     target_epsilon: Annotated[float, typer.Option("--epsilon", "-e", help="The budget.")],
     delta_value: Delta,
     solve_for: Annotated[Quantity, typer.Option("--for", help="The parameter to find.")] = Quantity.NOISE,
-    noise: Noise = 0.0,
-    prob: Prob = 1.0,
-    steps: Steps = 1,
-    accountant: Name = "pld",
+    accountant: Name = None,
     as_json: Json = False,
 ) -> None:
-    """The least noise, or the most steps, sampling or records, for a budget; certified accountants only."""
-    from accountants import calibration
+    """The least noise, or the most steps, epochs, sampling or records, for a budget; certified accountants only.
 
-    target: dict[str, Any] = {
-        "target_epsilon": target_epsilon,
-        "target_delta": delta_value,
-        "accountant": accountant,
-    }
+    For every sampler and relation, and with --phase for several phases.
+    """
+    from accountants import api, calibration
+    from accountants.registry import fitting
+
+    field = _SOUGHT[solve_for]
+    run.check(field)
+    if field == "steps" and run.sampler in (Sampler.ALLOCATION, Sampler.SHUFFLED):
+        raise ValueError(
+            f"--for num-steps: for --sampler {run.sampler.value} that is a part of an epoch; use num-epochs"
+        )
+
+    def make_event(value: float) -> dp_accounting.DpEvent:
+        return dataclasses.replace(run, **{field: value}).event()
+
+    relation = run.neighbours()
+    example = make_event(1.0 if field == "noise" else 0.5 if field == "prob" else 1)
+    name = accountant or fitting(example, relation.name)[0]
+    target: dict[str, Any] = {"target_epsilon": target_epsilon, "target_delta": delta_value, "accountant": name}
     match solve_for:
         case Quantity.NOISE:
-            value: float = calibration.calibrate_noise_multiplier(sampling_prob=prob, num_steps=steps, **target)
-        case Quantity.STEPS:
-            value = calibration.calibrate_num_steps(noise_multiplier=noise, sampling_prob=prob, **target)
+            value: float = calibration.calibrate_noise(make_event, relation=relation, **target)
         case Quantity.PROBABILITY:
-            value = calibration.calibrate_sampling_prob(noise_multiplier=noise, num_steps=steps, **target)
-        case Quantity.RECORDS:
-            value = calibration.calibrate_num_records(
-                noise_multiplier=noise, sampling_prob=prob, num_steps=steps, **target
+            value = calibration.calibrate_probability(make_event, relation=relation, **target)
+        case _:
+            largest = 1024 if field == "records" else calibration.LARGEST_COUNT
+            value = calibration.calibrate_count(
+                make_event, name=solve_for.value, relation=relation, largest=largest, **target
             )
+    spent = api.epsilon(make_event(value), delta_value, accountant=name, relation=relation)
     if as_json:
-        _print_json({"parameter": solve_for.value, "value": value, **target})
+        _print_json({"parameter": solve_for.value, "value": value, **target, "answer": spent.to_json()})
     else:
         typer.echo(f"{solve_for.value} = {value}")
+        _print_answer(spent, as_json=False)
 
 
 @app.command()
@@ -244,11 +369,13 @@ def compare(
 ) -> None:
     """Every accountant side by side, with the kind of its answer and its time."""
     from accountants import comparison
+    from accountants.registry import fitting
 
-    chosen = names or _FITTING.get(run.sampler, _EVERYTHING)
-    rows = comparison.compare(
-        run.event(), delta_value, [name.strip() for name in chosen.split(",")], relation=run.neighbours()
-    )
+    run.check()
+    event, relation = run.event(), run.neighbours()
+    fit = fitting(event, relation.name)
+    chosen = names or (_EVERYTHING if "tilted" in fit else ",".join(fit))
+    rows = comparison.compare(event, delta_value, [name.strip() for name in chosen.split(",")], relation=relation)
     if plot is not None:
         comparison.draw_rows(rows, plot)
     if as_json:
@@ -258,25 +385,28 @@ def compare(
 
 
 @app.command()
+@_with_run
 def curve(
-    noise: Noise,
+    run: Run,
+    *,
     delta_value: Delta,
-    steps: Steps,
-    prob: Prob = 1.0,
-    accountant: Name = "tilted",
+    accountant: Name = None,
     points: Annotated[int, typer.Option(help="Points of each curve.")] = 25,
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
-    """Epsilon over steps, delta over epsilon, and the trade-off function with its cap on attacks."""
+    """Epsilon over steps, delta over epsilon, and the trade-off function with its cap on attacks; poisson only."""
     from accountants import comparison
 
+    run.check()
+    if run.sampler is not Sampler.POISSON or run.phases or run.records or run.neighbours().name == "REPLACE_ONE":
+        raise ValueError("curve is for --sampler poisson, without --phase, --num-records and --relation replace_one")
     curves = comparison.curves(
-        noise_multiplier=noise,
-        sampling_prob=prob,
-        num_steps=steps,
+        noise_multiplier=_given(run.noise),
+        sampling_prob=_given(run.prob),
+        num_steps=_given(run.steps),
         delta=delta_value,
-        accountant=accountant,
+        accountant=accountant or "tilted",
         points=points,
     )
     if plot is not None:
@@ -291,7 +421,7 @@ def curve(
 def convert(
     epsilon_value: Annotated[float, typer.Option("--epsilon", "-e", help="For one record.")],
     delta_value: Delta,
-    records: Records,
+    records: Annotated[int, typer.Option("--num-records", "-k", help="Records of the user.")],
     as_json: Json = False,
 ) -> None:
     """The black-box group guarantee of a user with several records: (k eps, delta (e^(k eps) - 1)/(e^eps - 1))."""

@@ -6,59 +6,156 @@ The loss is increasing in the outcome ``z``, so by the Neyman-Pearson lemma the 
     remove: delta(eps) = Q(z > z*) - e^eps P(z > z*),   loss(z*) = eps
     add:    delta(eps) = P(z < z*) - e^eps Q(z < z*),   loss(z*) = -eps.
 
-Certified ends are the value moved by a stated margin for round-off; the cutting point needs no margin, because the
-difference is stationary there.
+Neither difference is taken as it stands: far out both terms underflow, or agree in all their digits. With phi the
+normal density, m the ratio of Mills and ``e^loss = sum_i p_i phi(z - mu_i) / phi(z)``, both are sums of positive terms,
+
+    remove: delta(loss(z))  = sum_i p_i phi(z - mu_i) [m(z - mu_i) - m(z)]
+    add:    delta(-loss(z)) = e^(-loss(z)) sum_i p_i phi(z - mu_i) [m(-z) - m(mu_i - z)],
+
+exactly, for every z; a shift of 0 contributes nothing. They are computed in log space, at any size.
+
+Certified ends. (a) The epsilon at which such a sum is delta is ``+-loss(z)``, known up to the loss's round-off; as
+delta falls in epsilon, an upper end takes a z whose epsilon lies certainly at or below the one asked for, a lower end
+one certainly at or above. (b) The round-off of every term is bounded by
+units in the last place of the numbers that enter it, among them its own logarithm: the margin grows with |log delta|.
 """
 
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from scipy import special
 
 from accountants.answer import Direction, Ends
 from accountants.mixtures import MixtureStep
 from accountants.roots import bracketed_root
+from accountants.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, log_sum, mills_error
 
-#: Relative error of delta that the ends allow for, and absolute error relative to the two terms of the difference.
-MARGIN = 1e-10
-ROUND_OFF = 2.0**-49
+#: Epsilons beyond it are not told from infinity.
+_LARGEST = 1e18
+
+
+def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
+    """Log of one step's delta in one direction; with ``side`` 1 or -1, a certified upper or lower bound on it.
+
+    Args:
+        step: the step.
+        epsilon: at least 0.
+        add: the direction.
+        side: 0 for the best value.
+    """
+    if add and -epsilon < step.infimum - loss_rounding(step, step.infimum, -math.inf):
+        return -math.inf
+    z = _cut(step, epsilon, add, side)
+    if z is None:
+        return 0.0 if side > 0 else -math.inf
+    return min(_log_sum_at(step, z, add, side), 0.0)
+
+
+def loss_rounding(step: MixtureStep, loss: float, z: float) -> float:
+    """A bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``."""
+    slope, rest = 0.0, 0.0
+    if math.isfinite(z):
+        slope = step.slope(z)
+        rest = slope * (abs(z) + step.shifts[-1])
+    moved = 1.0 if step.shifts[0] > 0 else math.fsum(step.probs[1:])
+    return 16 * UNIT * (abs(loss) + rest + moved)
+
+
+def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | None:
+    """A cutting point whose epsilon is certainly on the safe side of ``epsilon``; None if none was found."""
+    target = -epsilon if add else epsilon
+    z = float(step.inverse_loss(np.array([target]))[0])
+    if side == 0:
+        return z if math.isfinite(z) else None
+    upwards = side if add else -side
+    size = loss_rounding(step, target, z)
+    for factor in (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0):
+        z = float(step.inverse_loss(np.array([target + upwards * factor * size]))[0])
+        if math.isfinite(z):
+            loss = float(step.loss(np.array([z]))[0])
+            if upwards * (loss - target) >= loss_rounding(step, loss, z):
+                return z
+    return None
+
+
+def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
+    """Log of the sum of the module's text at ``z``, moved by its round-off to ``side``."""
+    first = 1 if step.shifts[0] == 0 else 0
+    shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
+    x, here = z - shifts, np.full(len(shifts), z)
+    if add:
+        near, far = log_mills(-here), log_mills(-x)
+        log_first = shifts * (z - shifts / 2) + special.log_ndtr(z) if z > 0 else -x * x / 2 - LOG_ROOT_TWO_PI + near
+        size = np.abs(shifts) * (abs(z) + shifts) if z > 0 else x * x
+    else:
+        near, far = log_mills(x), log_mills(here)
+        log_first = np.where(x > 0, -x * x / 2 - LOG_ROOT_TWO_PI + near, special.log_ndtr(-x))
+        size = np.where(x > 0, x * x, 0.0)
+    gap = near - far + side * (mills_error(near) + mills_error(far))
+    rounding = 4 * UNIT * (8 + size + np.abs(log_first) + np.abs(log_probs))
+    total = log_sum(log_probs + log_first + side * rounding + log_difference(gap))
+    if add:
+        loss = float(step.loss(np.array([z]))[0])
+        total += -loss + side * loss_rounding(step, loss, z)
+    return total + side * 8 * UNIT * (len(shifts) + (abs(total) if math.isfinite(total) else 0.0))
 
 
 def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
-    """Delta of one step in one direction for any real ``epsilon``; ``side`` +-1 moves it by the round-off margin."""
-    point = -epsilon if add else epsilon
-    z = step.inverse_loss(np.array([point]))
-    if add:
-        first, second = float(step.cdf(z, False)[0]), float(step.cdf(z, True)[0])
-    else:
-        first, second = float(step.survival(z, True)[0]), float(step.survival(z, False)[0])
-    scaled = math.exp(min(epsilon + math.log(second), 0.0)) if second > 0 else 0.0
-    value = max(first - scaled, 0.0)
-    return max(value + side * (MARGIN * value + ROUND_OFF * (first + scaled)), 0.0)
+    """Delta of one step in one direction; ``side`` as in :func:`step_log_delta`."""
+    value = math.exp(step_log_delta(step, epsilon, add=add, side=side))
+    # The exponential's own round-off, also where float64 thins out.
+    return min(max(value + side * (2 * UNIT * value + 2 * math.ulp(0.0)), 0.0), 1.0)
 
 
 def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -> float:
-    """The epsilon >= 0 at which one step's delta in one direction is ``delta``; ``side`` as in :func:`step_delta`."""
-    if step_delta(step, 0.0, add=add, side=side) <= delta:
+    """The epsilon >= 0 at which one step's delta in one direction is ``delta``; ``side`` as in :func:`step_log_delta`.
+
+    A certified end was itself evaluated: the bound of its side on delta holds there.
+    """
+    target = math.log(delta)
+    target -= side * 4 * UNIT * (1 + abs(target))
+
+    def excess(epsilon: float) -> float:
+        return max(step_log_delta(step, epsilon, add=add, side=side) - target, -1e6)
+
+    if excess(0.0) <= 0:
         return 0.0
     high = 1.0
-    while step_delta(step, high, add=add, side=side) > delta:
+    while excess(high) > 0:
         high *= 2
-    return bracketed_root(lambda e: step_delta(step, e, add=add, side=side) - delta, 0.0, high, xtol=1e-300)
+        if high > _LARGEST:
+            return math.inf if side >= 0 else high / 2
+    root = bracketed_root(excess, 0.0, high, xtol=1e-300)
+    if side == 0:
+        return root
+    move = 2.0**-50
+    while side * excess(root * (1 + side * move)) > 0:
+        move *= 2
+        if move >= 1 and side < 0:
+            return 0.0
+    return root * (1 + side * move)
 
 
 def epsilon_ends(step: MixtureStep, delta: float) -> Ends:
     """Certified ends of epsilon for one step, the worse direction."""
-    lower = max(step_epsilon(step, delta, add=add, side=-1) for add in (False, True))
-    ends = {add: step_epsilon(step, delta, add=add, side=1) for add in (False, True)}
-    add = ends[True] > ends[False]
-    return Ends(lower * (1 - MARGIN), ends[add] * (1 + MARGIN), Direction.ADD if add else Direction.REMOVE)
+    lower, upper = ({add: step_epsilon(step, delta, add=add, side=side) for add in (False, True)} for side in (-1, 1))
+    add = upper[True] > upper[False]
+    best = max(step_epsilon(step, delta, add=add) for add in (False, True))
+    return _ends(max(lower.values()), best, upper[add], add=add)
 
 
 def delta_ends(step: MixtureStep, epsilon: float) -> Ends:
     """Certified ends of delta for one step, the worse direction."""
-    lower = max(step_delta(step, epsilon, add=add, side=-1) for add in (False, True))
-    values = {add: step_delta(step, epsilon, add=add, side=1) for add in (False, True)}
-    add = values[True] > values[False]
-    return Ends(lower, min(values[add], 1.0), Direction.ADD if add else Direction.REMOVE)
+    lower, upper = ({add: step_delta(step, epsilon, add=add, side=side) for add in (False, True)} for side in (-1, 1))
+    add = upper[True] > upper[False]
+    best = max(step_delta(step, epsilon, add=add) for add in (False, True))
+    return _ends(max(lower.values()), best, upper[add], add=add)
+
+
+def _ends(lower: float, best: float, upper: float, *, add: bool) -> Ends:
+    assert lower <= upper, (lower, upper)
+    direction = Direction.ADD if add else Direction.REMOVE
+    return Ends(lower, upper, direction, min(max(best, lower), upper))

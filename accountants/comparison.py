@@ -113,7 +113,7 @@ def curves(
         dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=count) for count in steps
     ]
     answers = [method.epsilon(event, delta) for event in events]
-    certified = all(answer.kind == "certified_upper" for answer in answers)
+    certified = all(answer.is_certified for answer in answers)
     epsilons = [answer.upper if certified else answer.estimate for answer in answers]
     curve = privacy_curve(events[-1], method, largest_epsilon=max(1.5 * epsilons[-1], 0.1), points=points)
     rates = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 4 * points)])

@@ -96,6 +96,6 @@ def sum_cumulants(composed: Composition, *, add: bool, first_law: bool) -> tuple
         m2, m3, m4, m5 = moments.central
         totals += count * np.array([moments.mean, m2, m3, m4 - 3 * m2 * m2, m5 - 10 * m3 * m2])
     k1, k2, k3, k4, k5 = (float(value) for value in totals)
-    assert k2 > 0, totals
-    assert math.isfinite(k5), totals
+    if not (k2 > 0 and math.isfinite(k5)):
+        raise ValueError(f"an expansion needs a variance that float64 sees, not {k2:g}; use 'tilted'")
     return k1, k2, k3, k4, k5

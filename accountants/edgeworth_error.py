@@ -23,12 +23,16 @@ from accountants.cumulants import Moments
 
 _GRID = (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2)
 _C = 1.0253
+#: Below it the law is one point to float64, and its quotients mean nothing.
+_SMALLEST_VARIANCE = 1e-150
 _LARGEST_TERM = 1 / (6 * math.sqrt(2 * math.pi))
 
 
 def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
     """The bound for a sum of independent steps with their counts; may exceed 1, which says nothing."""
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    if variance < _SMALLEST_VARIANCE:
+        return math.inf
     skew = math.fsum(count * moments.central[1] for moments, count in steps) / variance**1.5
     best = normal_error(steps) + _LARGEST_TERM * abs(skew)
     if len(steps) == 1:
@@ -44,6 +48,8 @@ def normal_error(steps: Sequence[tuple[Moments, int]]) -> float:
     (sum Var X_i)^(3/2) (Shevtsova 2010).
     """
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
+    if variance < _SMALLEST_VARIANCE:
+        return math.inf
     best = 0.56 * math.fsum(count * moments.absolute[1] for moments, count in steps) / variance**1.5
     if len(steps) == 1:
         moments, count = steps[0]

@@ -17,6 +17,7 @@ import dp_accounting
 from dp_accounting import dp_event
 
 from accountants.answer import UnsupportedEventError
+from accountants.validation import check_event, check_values, not_negative, probability, whole
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -41,6 +42,9 @@ class RandomAllocationDpEvent(dp_accounting.DpEvent):
     num_selected: int = 1
     num_epochs: int = 1
 
+    def __attrs_post_init__(self) -> None:
+        check_event(self)
+
 
 @attr.s(frozen=True, slots=True, auto_attribs=True)
 class ShuffledBatchesDpEvent(dp_accounting.DpEvent):
@@ -57,6 +61,9 @@ class ShuffledBatchesDpEvent(dp_accounting.DpEvent):
     noise_multiplier: float
     num_batches: int
     num_epochs: int
+
+    def __attrs_post_init__(self) -> None:
+        check_event(self)
 
 
 def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: int) -> dp_accounting.DpEvent:
@@ -75,9 +82,11 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
     Raises:
         ValueError: if an argument is outside its range.
     """
-    _require_probability("sampling_prob", sampling_prob)
-    _require_noise(noise_multiplier)
-    _require_count("num_steps", num_steps)
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        sampling_prob=(probability, sampling_prob),
+        num_steps=(whole(0), num_steps),
+    )
     if num_steps == 0 or sampling_prob == 0:
         return dp_accounting.NoOpDpEvent()
     if noise_multiplier == 0:
@@ -108,10 +117,13 @@ def truncated_poisson_event(
     For zero-out adjacency (``REPLACE_SPECIAL``) with the number of units public; dp-accounting also accepts
     add-or-remove-one.
     """
-    _require_probability("sampling_prob", sampling_prob)
-    _require_noise(noise_multiplier)
-    for name, value in (("num_steps", num_steps), ("num_units", num_units), ("max_batch_size", max_batch_size)):
-        _require_count(name, value)
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        sampling_prob=(probability, sampling_prob),
+        max_batch_size=(whole(1), max_batch_size),
+        num_units=(whole(1), num_units),
+        num_steps=(whole(0), num_steps),
+    )
     step = dp_event.TruncatedSubsampledGaussianDpEvent(num_units, sampling_prob, max_batch_size, noise_multiplier)
     if (plain := _plain(noise_multiplier, num_steps)) is not None:
         return plain
@@ -122,11 +134,17 @@ def fixed_size_event(
     *, noise_multiplier: float, batch_size: int, num_units: int, num_steps: int
 ) -> dp_accounting.DpEvent:
     """Batches of exactly ``batch_size`` distinct units, drawn afresh each step; for ``REPLACE_ONE`` only."""
-    _require_noise(noise_multiplier)
-    _require_count("num_steps", num_steps)
-    if not 0 < batch_size <= num_units:
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        batch_size=(whole(1), batch_size),
+        num_units=(whole(1), num_units),
+        num_steps=(whole(0), num_steps),
+    )
+    if batch_size > num_units:
         raise ValueError(f"batch_size={batch_size} must lie in [1, num_units={num_units}]")
     inner = dp_accounting.GaussianDpEvent(noise_multiplier)
+    if (plain := _plain(noise_multiplier, num_steps)) is not None:
+        return plain
     step = dp_accounting.SampledWithoutReplacementDpEvent(num_units, batch_size, inner)
     return dp_accounting.SelfComposedDpEvent(step, num_steps)
 
@@ -138,9 +156,13 @@ def random_allocation_event(
 
     For add-or-remove-one and zero-out. With ``num_selected = 1`` every unit takes part once per epoch.
     """
-    _require_noise(noise_multiplier)
-    _require_count("num_epochs", num_epochs)
-    if not 0 < num_selected <= num_steps:
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        num_steps=(whole(1), num_steps),
+        num_selected=(whole(1), num_selected),
+        num_epochs=(whole(0), num_epochs),
+    )
+    if num_selected > num_steps:
         raise ValueError(f"num_selected={num_selected} must lie in [1, num_steps={num_steps}]")
     if (plain := _plain(noise_multiplier, num_epochs)) is not None:
         return plain
@@ -149,9 +171,11 @@ def random_allocation_event(
 
 def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int) -> dp_accounting.DpEvent:
     """Shuffled fixed batches; for ``REPLACE_SPECIAL`` (zero-out) and ``REPLACE_ONE``, without amplification."""
-    _require_noise(noise_multiplier)
-    for name, value in (("num_batches", num_batches), ("num_epochs", num_epochs)):
-        _require_count(name, value)
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        num_batches=(whole(1), num_batches),
+        num_epochs=(whole(0), num_epochs),
+    )
     if (plain := _plain(noise_multiplier, num_epochs)) is not None:
         return plain
     return ShuffledBatchesDpEvent(noise_multiplier, num_batches, num_epochs)
@@ -173,8 +197,8 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
     Raises:
         ValueError: if a multiplier is not positive.
     """
-    if not noise_multipliers or min(noise_multipliers) <= 0:
-        raise ValueError(f"noise_multipliers={noise_multipliers} must all be positive")
+    if not noise_multipliers or not all(0 < value < math.inf for value in noise_multipliers):
+        raise ValueError(f"noise_multipliers={noise_multipliers} must all be positive and finite")
     return 1 / math.sqrt(math.fsum(value**-2 for value in noise_multipliers))
 
 
@@ -188,6 +212,8 @@ def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> floa
     Raises:
         ValueError: if ``count_noise`` is too small for any gradient noise to suffice.
     """
+    if not (0 < noise_multiplier < math.inf and 0 < count_noise < math.inf):
+        raise ValueError(f"noise_multiplier={noise_multiplier} and count_noise={count_noise} must be positive")
     room = noise_multiplier**-2 - (2 * count_noise) ** -2
     if room <= 0:
         raise ValueError(f"count_noise={count_noise} must exceed noise_multiplier/2={noise_multiplier / 2}")
@@ -267,7 +293,7 @@ def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
     """The inverse of :func:`event_to_json`.
 
     Raises:
-        ValueError: if the record names no event class, or one of its fields does not exist.
+        ValueError: if the record names no event class, one of its fields does not exist, or a value is none.
     """
     kind = record.get("kind")
     cls = _OWN.get(str(kind)) or getattr(dp_event, str(kind), None)
@@ -281,19 +307,6 @@ def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
     fields = attr.fields_dict(cls)
     if unknown := values.keys() - fields.keys():
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}")
-    return cls(**values)
-
-
-def _require_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} must lie in [0, 1]")
-
-
-def _require_noise(value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"noise_multiplier={value} must be finite and not negative")
-
-
-def _require_count(name: str, value: int) -> None:
-    if value < 0:
-        raise ValueError(f"{name}={value} must not be negative")
+    event = cls(**values)
+    check_event(event)
+    return event

@@ -15,7 +15,7 @@ import math
 from scipy import special
 
 from accountants import closed_form
-from accountants.answer import BoundKind, Ends, point
+from accountants.answer import BoundKind, Direction, Ends, point
 from accountants.mixtures import Composition, MixtureStep
 from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
@@ -68,18 +68,18 @@ class GdpAccountant(NormalFormAccountant):
 
     def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
-        return _labelled(composed, gdp_epsilon(gdp_parameter(composed), delta))
+        if (exact := _exact(composed)) is not None:
+            return dataclasses.replace(closed_form.epsilon_ends(exact, delta), direction=Direction.BOTH)
+        return point(gdp_epsilon(gdp_parameter(composed), delta), BoundKind.ASYMPTOTIC)
 
     def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
-        ends = _labelled(composed, gdp_delta(gdp_parameter(composed), epsilon))
-        return dataclasses.replace(ends, upper=min(ends.upper, 1.0)) if ends.kind is _CERTIFIED else ends
+        if (exact := _exact(composed)) is not None:
+            return dataclasses.replace(closed_form.delta_ends(exact, epsilon), direction=Direction.BOTH)
+        return point(gdp_delta(gdp_parameter(composed), epsilon), BoundKind.ASYMPTOTIC)
 
 
-def _labelled(composed: Composition, value: float) -> Ends:
-    if any(len(step.shifts) > 1 for step, _ in composed.phases):
-        return point(value, BoundKind.ASYMPTOTIC)
-    return Ends(value * (1 - closed_form.MARGIN), value * (1 + closed_form.MARGIN), estimate=value)
-
-
-_CERTIFIED = BoundKind.CERTIFIED_UPPER
+def _exact(composed: Composition) -> MixtureStep | None:
+    """The one Gaussian step that a composition without sampling is; None with sampling."""
+    (step, count), *rest = composed.phases
+    return step if len(step.shifts) == 1 and count == 1 and not rest else None

@@ -18,9 +18,12 @@ on the loss, the hockey-stick divergence is convex in w, and so after n steps
 
 where delta' belongs to the lattice pair. :mod:`accountants.tilted` turns the right half into a lower bound.
 
-Accuracy. Masses come from four-point Gauss-Legendre rules on cells narrower than 1/64 in ``z`` (relative error below
-1e-14 for |z| < 15) and from differences of normal distribution functions on wider ones. The callers add ``MASS_ERROR``
-a step to the logarithm of every probability and ``LOSS_ERROR`` times the largest loss a step to every loss.
+Accuracy. Masses under either law, and the parts of them that go to a cell's upper end, come from four-point
+Gauss-Legendre rules on pieces of ``z`` so narrow that the densities' logarithms, whose slope is at most the distance
+from the nearest mean, change by at most 1/4 (relative error (1/4)^8 (4!)^4 / (9 (8!)^3), below 1e-14). All integrands
+are positive and each is the exponential of its own logarithm: where P underflows, Q need not. The callers add a law's
+``mass_error`` a step to the logarithm of every probability, which grows with those logarithms, and ``LOSS_ERROR`` times
+the largest loss a step to every loss. Densities below float64's range are zero here, less than 1e-300 in all.
 """
 
 from __future__ import annotations
@@ -31,15 +34,18 @@ import math
 import numpy as np
 
 from accountants.mixtures import Array, MixtureStep
+from accountants.tails import UNIT
 
-#: Relative error of a cell's mass that the callers allow for, per step.
+#: Relative error of a cell's mass that is allowed for, per step; that of the exponentials is added.
 MASS_ERROR = 2e-14
 
 #: Error of a loss relative to max(1, |loss|) that the callers allow for, per step.
 LOSS_ERROR = 2e-15
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(4)
-_NARROW = 1 / 64
+#: Where the normal density leaves float64's range.
+_REACH = 38.7
+_MAX_PIECES = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,7 @@ class LatticeLaw:
         mass: the untilted probability at each position, under the direction's first law.
         infinite_mass: probability of an infinite loss.
         moved_mass: a bound on the probability that was moved further than to the ends of its own cell.
+        mass_error: a bound on the relative error of every mass.
     """
 
     origin: float
@@ -59,6 +66,7 @@ class LatticeLaw:
     mass: Array
     infinite_mass: float
     moved_mass: float
+    mass_error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,76 +76,100 @@ class Cells:
     Attributes:
         points: the n + 1 lattice points.
         p_mass, q_mass: the n cells' masses.
-        q_up: the part of each cell's Q-mass that the chord sends to the cell's upper end.
-        p_low, q_low, p_high, q_high: masses of the tails.
+        p_up, q_up: the parts of them that the chord sends to the cell's upper end.
+        log_p_low, log_q_low, log_p_high, log_q_high: logs of the masses of the tails.
+        mass_error: a bound on the masses' relative error.
     """
 
     points: Array
     p_mass: Array
     q_mass: Array
+    p_up: Array
     q_up: Array
-    p_low: float
-    q_low: float
-    p_high: float
-    q_high: float
+    log_p_low: float
+    log_q_low: float
+    log_p_high: float
+    log_q_high: float
+    mass_error: float
 
 
 def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -> Cells:
     """Integrate P and Q over each cell of the loss."""
     points = low + spacing * np.arange(num_cells + 1)
-    edges = step.inverse_loss(points)
-    p_mass, q_mass, q_up = _wide_cells(step, points, edges, spacing)
-    width = np.diff(edges)
-    narrow = width < _NARROW
-    if narrow.any():
-        left, half, start = edges[:-1][narrow], width[narrow] / 2, points[:-1][narrow]
-        p, q, up = (np.zeros_like(left) for _ in range(3))
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-            z = left + half * (1 + node)
-            density = np.exp(-z * z / 2) * half * (weight / math.sqrt(2 * math.pi))
-            above = step.loss(z) - start
-            q_density = density * np.exp(above)
-            p += density
-            q += q_density
-            up -= q_density * np.expm1(-above)
-        scale = np.exp(start)
-        p_mass[narrow], q_mass[narrow], q_up[narrow] = p, q * scale, up * scale / -math.expm1(-spacing)
-    ends = edges[[0, -1]]
+    # The loss itself changes by at most 1/8 in a piece.
+    finer = math.ceil(8 * spacing)
+    if num_cells * finer > _MAX_PIECES:
+        raise FloatingPointError("too wide a range of losses to integrate")
+    all_edges = step.inverse_loss(low + spacing / finer * np.arange(num_cells * finer + 1))
+    edges = all_edges[::finer]
+    pieces = _pieces(step, all_edges)
+    cell = np.searchsorted(edges, pieces[:-1], side="right") - 1
+    left, half = pieces[:-1], np.diff(pieces) / 2
+    sums = [np.zeros(num_cells) for _ in range(4)]
+    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+        z = left + half * (1 + node)
+        loss = step.loss(z)
+        above = np.clip(loss - points[cell], 0.0, spacing)
+        scale = half * (weight / math.sqrt(2 * math.pi))
+        p, q = np.exp(-z * z / 2) * scale, np.exp(loss - z * z / 2) * scale
+        parts = p, q, p * (np.expm1(above) / math.expm1(spacing)), q * (np.expm1(-above) / math.expm1(-spacing))
+        for total, part in zip(sums, parts, strict=True):
+            total += np.bincount(cell, weights=part, minlength=num_cells)
+    p_mass, q_mass, p_up, q_up = sums
+    first, last = float(edges[0]), float(edges[-1])
+    largest = max(abs(points[0]), abs(points[-1])) + max(float(pieces[0]) ** 2, last**2) / 2
     return Cells(
         points,
         p_mass,
         q_mass,
-        np.clip(q_up, 0.0, q_mass),
-        float(step.cdf(ends, False)[0]),
-        float(step.cdf(ends, True)[0]),
-        float(step.survival(ends, False)[1]),
-        float(step.survival(ends, True)[1]),
+        np.minimum(p_up, p_mass),
+        np.minimum(q_up, q_mass),
+        step.log_tail(first, under_q=False, above=False),
+        step.log_tail(first, under_q=True, above=False),
+        step.log_tail(last, under_q=False, above=True),
+        step.log_tail(last, under_q=True, above=True),
+        MASS_ERROR + 4 * UNIT * float(largest),
     )
 
 
-def _wide_cells(step: MixtureStep, points: Array, edges: Array, spacing: float) -> tuple[Array, Array, Array]:
-    """Masses by differences of distribution functions, from whichever side loses fewer digits."""
-    masses: list[Array] = []
-    for under_q in (False, True):
-        below, above = np.diff(step.cdf(edges, under_q)), -np.diff(step.survival(edges, under_q))
-        masses.append(np.maximum(np.where(edges[1:] < (step.shifts[-1] if under_q else 0), below, above), 0.0))
-    p_mass, q_mass = masses
-    q_up = (q_mass - np.exp(points[:-1]) * p_mass) / -math.expm1(-spacing)
-    return p_mass, q_mass, q_up
+def _pieces(step: MixtureStep, edges: Array) -> Array:
+    """The cells' edges, and between them points so dense that four nodes suffice wherever there is mass."""
+    bottom, top = max(float(edges[0]), -_REACH), float(edges[-1])
+    reach = min(max(-bottom, top - step.shifts[-1], 16.0), _REACH)
+    grids: list[Array] = []
+    end = bottom
+    for mean in (0.0, *step.shifts):
+        start, stop = max(end, mean - reach), min(mean + reach, top)
+        if stop > start:
+            grids.append(np.linspace(start, stop, math.ceil((stop - start) * 4 * reach) + 1))
+            end = stop
+    inside = edges[(edges > bottom) & (edges < top)]
+    return np.unique(np.concatenate([[bottom, max(top, bottom)], inside, *grids]))
 
 
 def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
     """The law of the chord pair's loss: under Q of the loss, or with ``add`` under P of its negative."""
-    q_mass = np.zeros_like(cells.points)
-    q_mass[:-1] += cells.q_mass - cells.q_up
-    q_mass[1:] += cells.q_up
-    q_mass[0] += cells.q_low
-    at_top = min(cells.p_high * math.exp(cells.points[-1]), cells.q_high)
-    q_mass[-1] += at_top
-    index = np.arange(len(q_mass))
+    mass, up = (cells.p_mass, cells.p_up) if add else (cells.q_mass, cells.q_up)
+    points = np.zeros_like(cells.points)
+    points[:-1] += mass - up
+    points[1:] += up
+    # What of each tail has a counterpart under the other law goes to the end point; the rest is infinite, or gone.
+    low = min(cells.log_p_low, cells.log_q_low - float(cells.points[0]))
+    high = min(cells.log_q_high, cells.log_p_high + float(cells.points[-1]))
+    index = np.arange(len(points))
     if not add:
-        moved = cells.q_low + cells.q_high
-        return LatticeLaw(float(cells.points[0]), index, q_mass, max(cells.q_high - at_top, 0.0), moved)
-    below = max(cells.p_low - cells.q_low * math.exp(-cells.points[0]), 0.0)
-    moved = cells.p_low + cells.p_high
-    return LatticeLaw(-float(cells.points[0]), -index, q_mass * np.exp(-cells.points), below, moved)
+        points[0] += math.exp(cells.log_q_low)
+        points[-1] += math.exp(high)
+        infinite = _difference(cells.log_q_high, high)
+        moved = math.exp(cells.log_q_low) + math.exp(cells.log_q_high)
+        return LatticeLaw(float(cells.points[0]), index, points, infinite, moved, cells.mass_error)
+    points[0] += math.exp(low)
+    points[-1] += math.exp(cells.log_p_high)
+    moved = math.exp(cells.log_p_low) + math.exp(cells.log_p_high)
+    infinite = _difference(cells.log_p_low, low)
+    return LatticeLaw(-float(cells.points[0]), -index, points, infinite, moved, cells.mass_error)
+
+
+def _difference(log_larger: float, log_smaller: float) -> float:
+    """``exp(log_larger) - exp(log_smaller)``, rounded up."""
+    return math.exp(log_larger) * -math.expm1(min(log_smaller - log_larger, 0.0)) if log_larger > -math.inf else 0.0

@@ -79,7 +79,7 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, centre),
         lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, centre),
         log_scale=log_moment - tilt * centre,
-        margin=num_steps * lattice.MASS_ERROR + 8 * length * _UNIT,
+        margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * _UNIT,
         shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
         added=added + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),
         removed=folded + math.fsum(phase.count * phase.law.moved_mass for phase in phases),
@@ -95,7 +95,9 @@ def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float
     difference of two sums would cancel.
     """
     spacing = points[1] - points[0]
-    weight = probability * np.exp(np.minimum(tilt * (centre - points), 600.0))
+    if tilt * (centre - points[0]) > 600.0:
+        raise FloatingPointError("the window reaches so far below its centre that weights leave float64's range")
+    weight = probability * np.exp(tilt * (centre - points))
     exceed = np.cumsum(weight[::-1])[::-1]
     ratio = math.exp(-spacing)
     tail: Array = cast(Any, signal).lfilter([-math.expm1(-spacing)], [1.0, -ratio], exceed[::-1])[::-1]

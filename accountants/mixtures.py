@@ -28,6 +28,8 @@ from scipy import special
 
 from accountants.answer import UnsupportedEventError
 from accountants.roots import bracketed_root
+from accountants.tails import log_sum
+from accountants.validation import WEIGHTS_ERROR, check_event
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -35,6 +37,10 @@ Array = npt.NDArray[np.floating[Any]]
 _BLOCK = 2048
 #: Log of how much smaller than the largest a shift's density may be and still counts.
 _NEGLIGIBLE = 46.0
+#: Beyond it an exponential would overflow, or its square.
+_FAR = 300.0
+#: Of shifts, and the inverse of the largest: their squares must be numbers.
+_SMALLEST_SHIFT = 1e-100
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -53,6 +59,7 @@ class MixtureStep:
         assert len(self.shifts) == len(self.probs) > 0, self
         assert 0 <= self.shifts[0] <= self.shifts[-1] != 0, self
         assert min(self.probs) > 0, self
+        assert abs(math.fsum(self.probs) - 1) <= WEIGHTS_ERROR, self
         assert all(low < high for low, high in zip(self.shifts, self.shifts[1:], strict=False)), self
 
     @property
@@ -69,6 +76,15 @@ class MixtureStep:
         if len(self.shifts) == 1:
             return self.shifts[0] * z - self.shifts[0] ** 2 / 2
         return self._loss_and_slope(z)[0]
+
+    def slope(self, z: float) -> float:
+        """The loss's derivative at ``z``: the mean shift given ``z``."""
+        if len(self.shifts) == 1:
+            return self.shifts[0]
+        if self.shifts[0] == 0 and len(self.shifts) == 2:
+            exponent = self.shifts[1] * (z - self.shifts[1] / 2) + math.log(self.probs[1])
+            return self.shifts[1] * math.exp(min(exponent - float(self.loss(np.array([z]))[0]), 0.0))
+        return float(self._loss_and_slope(np.array([z]))[1][0])
 
     def _loss_and_slope(self, z: Array) -> tuple[Array, Array]:
         """The loss and its derivative (the mean shift given ``z``) of many shifts; quick where ``z`` is sorted."""
@@ -92,7 +108,7 @@ class MixtureStep:
         total = np.sum(weights, axis=0)
         loss = top + np.log(total)
         # Near 0 the logarithm of a sum of weights would lose the loss's digits.
-        near = np.flatnonzero((np.max(exponents, axis=0) < 1) & (loss > -0.5))
+        near = np.flatnonzero((np.max(exponents, axis=0) < _FAR) & (loss > -0.5) & (loss < 1))
         if near.size:
             left_out = math.fsum(probs) - math.fsum(probs[kept])
             loss[near] = np.log1p(probs[kept] @ np.expm1(exponents[:, near]) - left_out)
@@ -106,9 +122,10 @@ class MixtureStep:
     def _poisson_loss(self, z: Array) -> Array:
         prob, mu = self.probs[1], self.shifts[1]
         exponent = mu * z - mu * mu / 2
-        near = np.log1p(prob * np.expm1(np.minimum(exponent, 1.0)))
-        far = exponent + math.log(prob) + np.log1p((1 - prob) / prob * np.exp(-np.maximum(exponent, 1.0)))
-        loss = np.where(exponent < 1, near, far)
+        # The first keeps the digits of a small loss, also where a small probability meets a large exponent.
+        near = np.log1p(prob * np.expm1(np.minimum(exponent, _FAR)))
+        far = exponent + math.log(prob) + np.log1p((1 - prob) / prob * np.exp(-np.maximum(exponent, _FAR)))
+        loss = np.where(exponent < _FAR, near, far)
         if prob <= 0.5:
             return loss
         # Far below 0 the logarithm's argument would be a difference of nearly equal numbers.
@@ -160,9 +177,7 @@ class MixtureStep:
         shifts, _, log_probs = self._arrays
 
         def excess(z: float) -> float:
-            logs = log_probs + special.log_ndtr(shifts - z)
-            top = float(np.max(logs))
-            return top + math.log(float(np.sum(np.exp(logs - top)))) - log_tail
+            return log_sum(log_probs + special.log_ndtr(shifts - z)) - log_tail
 
         reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
         high = reach + self.shifts[-1]
@@ -170,17 +185,13 @@ class MixtureStep:
             return high
         return min(bracketed_root(excess, 0.0, high + 1e-9, xtol=1e-4) + 1e-3, high)
 
-    def survival(self, z: Array, under_q: bool) -> Array:
-        """The probability of exceeding ``z`` under Q or P, accurate in its tail."""
+    def log_tail(self, z: float, *, under_q: bool, above: bool) -> float:
+        """Log of the probability under Q or P of exceeding ``z``, or of not exceeding it."""
+        sign = 1.0 if above else -1.0
         if not under_q:
-            return special.ndtr(-z)
-        return sum((p * special.ndtr(mu - z) for p, mu in zip(self.probs, self.shifts, strict=True)), np.zeros_like(z))
-
-    def cdf(self, z: Array, under_q: bool) -> Array:
-        """The probability of not exceeding ``z`` under Q or P, accurate in its tail."""
-        if not under_q:
-            return special.ndtr(z)
-        return sum((p * special.ndtr(z - mu) for p, mu in zip(self.probs, self.shifts, strict=True)), np.zeros_like(z))
+            return float(special.log_ndtr(-sign * z))
+        shifts, _, log_probs = self._arrays
+        return log_sum(log_probs + special.log_ndtr(sign * (shifts - z)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +218,9 @@ def composition(event: dp_accounting.DpEvent) -> Composition:
 
     Raises:
         UnsupportedEventError: if some part is not Gaussian noise on a (Poisson-sampled or mixture) sum; by name.
+        ValueError: if the event is malformed, or its noise beyond float64.
     """
+    check_event(event)
     counts: Counter[MixtureStep] = Counter()
     non_private = _collect(event, 1, counts)
     plain = [(step, count) for step, count in counts.items() if len(step.shifts) == 1]
@@ -251,10 +264,16 @@ def _add(
     for sensitivity, prob in zip(sensitivities, probs, strict=True):
         if prob > 0:
             merged[float(sensitivity)] = merged.get(float(sensitivity), 0.0) + float(prob)
+    total = math.fsum(merged.values())
+    if abs(total - 1) > 2**-51:
+        # What is left of the weights' rounding; a sampling probability and its complement stay as they are.
+        merged = {sensitivity: prob / total for sensitivity, prob in merged.items()}
     pairs = sorted(merged.items())
     if not pairs or pairs[-1][0] == 0:
         return False
     if noise == 0:
         return True
+    if not _SMALLEST_SHIFT < pairs[-1][0] / noise < 1 / _SMALLEST_SHIFT:
+        raise ValueError(f"a sensitivity of {pairs[-1][0]:g} with noise {noise:g} leaves float64's range")
     counts[MixtureStep(tuple(s / noise for s, _ in pairs), tuple(p for _, p in pairs))] += count
     return False

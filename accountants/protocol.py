@@ -17,6 +17,7 @@ import dp_accounting
 from accountants.answer import OWN_VERSION, Direction, Ends, PrivacyAnswer, UnsupportedEventError
 from accountants.events import resolve
 from accountants.mixtures import Composition, composition
+from accountants.validation import check_event
 
 __all__ = ["Accountant", "NormalFormAccountant", "UnsupportedEventError", "check_delta", "check_epsilon"]
 
@@ -78,7 +79,7 @@ class Accountant(abc.ABC):
             An answer about epsilon; infinite for a non-private event.
 
         Raises:
-            ValueError: if ``delta`` is outside the range of the method.
+            ValueError: if ``delta`` is outside the range of the method, or the event is malformed.
             UnsupportedEventError: if the method has no analysis of the event under the relation.
         """
         check_delta(delta, self.min_delta, self.name)
@@ -101,6 +102,7 @@ class Accountant(abc.ABC):
     def _answer(self, question: Question) -> PrivacyAnswer:
         if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:
             raise UnsupportedEventError(f"{self.name} does not cover REPLACE_ONE; use 'pld' or 'rdp'")
+        check_event(question.event)
         ends = self.ends(dataclasses.replace(question, event=resolve(question.event, question.relation)))
         return PrivacyAnswer(
             question.quantity,

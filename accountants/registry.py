@@ -1,11 +1,15 @@
 """The accountants by name. Each is imported when asked for, so that a command line's ``--help`` stays quick."""
 
+# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from accountants.protocol import Accountant
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 #: Name -> (module, class, what it is in one phrase).
 ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
@@ -31,7 +35,29 @@ ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
     "contour": ("accountants.laplace_reference", "ContourAccountant", "saddle-line Laplace inversion, reference"),
 }
 
-DEFAULT = "pld"
+#: Kind of event -> the accountants that can certify it, the best first; the first kind found in an event decides.
+_FITTING: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("RandomAllocationDpEvent", ("allocation",)),
+    ("SampledWithoutReplacementDpEvent", ("rdp",)),
+    ("RepeatAndSelectDpEvent", ("rdp",)),
+    ("TruncatedSubsampledGaussianDpEvent", ("pld",)),
+)
+_PLAIN = ("pld", "tilted", "rdp")
+
+
+def fitting(event: dp_accounting.DpEvent, relation: str = "ADD_OR_REMOVE_ONE") -> tuple[str, ...]:
+    """The accountants that can certify an event under a relation, the default one first."""
+    kinds = _kinds(event)
+    for kind, names in _FITTING:
+        if kind in kinds:
+            return names
+    return ("pld", "rdp") if relation == "REPLACE_ONE" else _PLAIN
+
+
+def _kinds(event: dp_accounting.DpEvent) -> set[str]:
+    """Names of the classes of an event and of all events in it."""
+    inner = [getattr(event, "event", None), *getattr(event, "events", ())]
+    return {type(event).__name__}.union(*(_kinds(part) for part in inner if part is not None))
 
 
 def get_accountant(name: str) -> Accountant:

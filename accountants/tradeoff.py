@@ -17,7 +17,6 @@ import dp_accounting
 import numpy as np
 from scipy import special
 
-from accountants.answer import BoundKind
 from accountants.mixtures import Array
 from accountants.protocol import Accountant
 
@@ -72,7 +71,7 @@ def privacy_curve(
     """
     epsilons = np.linspace(0.0, largest_epsilon, points)
     answers = [accountant.delta(event, float(epsilon)) for epsilon in epsilons]
-    certified = all(answer.kind is BoundKind.CERTIFIED_UPPER for answer in answers)
+    certified = all(answer.is_certified for answer in answers)
     deltas = np.array([answer.upper if certified else answer.estimate for answer in answers])
     # A later delta can never exceed an earlier one; each is a bound at the later epsilon too.
     return PrivacyCurve(epsilons, np.minimum.accumulate(deltas), certified, accountant.name)

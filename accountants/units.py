@@ -27,9 +27,15 @@ from dp_accounting import dp_event, rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
 from scipy import special
 
-from accountants.answer import BoundKind, PrivacyAnswer
+from accountants.answer import OWN_VERSION, BoundKind, PrivacyAnswer
 from accountants.protocol import Accountant, check_delta
 from accountants.rdp import ORDERS
+from accountants.validation import check_event, check_values, not_negative, probability, whole
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+
+#: Of one record, in black-box conversions.
+_SMALLEST_LOG_DELTA = -690.0
 
 
 def group_event(
@@ -46,10 +52,12 @@ def group_event(
     Raises:
         ValueError: if ``num_records`` is below 1 or another argument outside its range.
     """
-    if num_records < 1:
-        raise ValueError(f"num_records={num_records} must be at least 1")
-    if not 0 <= sampling_prob <= 1:
-        raise ValueError(f"sampling_prob={sampling_prob} must lie in [0, 1]")
+    check_values(
+        noise_multiplier=(not_negative, noise_multiplier),
+        sampling_prob=(probability, sampling_prob),
+        num_steps=(whole(0), num_steps),
+        num_records=(whole(1), num_records),
+    )
     if num_steps == 0 or sampling_prob == 0:
         return dp_accounting.NoOpDpEvent()
     if noise_multiplier == 0:
@@ -82,22 +90,45 @@ def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
     return sorted((i, weight / total) for i, weight in weights)
 
 
+def _log_group_factor(epsilon: float, num_records: int) -> float:
+    """Log of ``(e^(k eps) - 1) / (e^eps - 1)``; its limit k at 0."""
+    if epsilon == 0:
+        return math.log(num_records)
+    return (num_records - 1) * epsilon + math.log(math.expm1(-num_records * epsilon) / math.expm1(-epsilon))
+
+
 def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[float, float]:
-    """Black-box group privacy: the (epsilon, delta) of k records from that of one.
+    """Black-box group privacy: the (epsilon, delta) of k records from that of one, rounded up.
 
     ``(k eps, delta (e^(k eps) - 1) / (e^eps - 1))`` (Vadhan 2017, lemma 2.2), with the limit k delta only at eps = 0.
     """
-    if num_records < 1:
-        raise ValueError(f"num_records={num_records} must be at least 1")
-    if epsilon == 0:
-        return 0.0, min(num_records * delta, 1.0)
-    log_factor = num_records * epsilon - epsilon
-    log_factor += math.log1p(-math.exp(-num_records * epsilon)) - math.log1p(-math.exp(-epsilon))
-    return num_records * epsilon, min(math.exp(min(math.log(delta) + log_factor, 0.0)) if delta > 0 else 0.0, 1.0)
+    check_values(epsilon=(not_negative, epsilon), delta=(probability, delta), num_records=(whole(1), num_records))
+    if num_records == 1 or delta == 0:
+        return num_records * epsilon, delta
+    log_delta = math.log(delta) + _log_group_factor(epsilon, num_records)
+    # Round-off of the logarithms, which exponentials make relative.
+    log_delta += 1e-15 * (8 + abs(math.log(delta)) + num_records * epsilon)
+    return num_records * epsilon, math.exp(min(log_delta, 0.0))
+
+
+def record_delta_of(record_epsilon: float, delta: float, num_records: int) -> float:
+    """``delta (e^e1 - 1) / (e^(k e1) - 1)``: what one record may have of a user's delta, rounded down.
+
+    0 where it is too small for float64 to hold with all its digits.
+    """
+    log_delta = math.log(delta) - _log_group_factor(record_epsilon, num_records)
+    log_delta -= 1e-15 * (8 + abs(math.log(delta)) + num_records * record_epsilon)
+    return math.exp(log_delta) if log_delta > _SMALLEST_LOG_DELTA else 0.0
 
 
 def group_epsilon(
-    event: dp_accounting.DpEvent, delta: float, num_records: int, accountant: Accountant, *, points: int = 10
+    event: dp_accounting.DpEvent,
+    delta: float,
+    num_records: int,
+    accountant: Accountant,
+    *,
+    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    points: int = 10,
 ) -> PrivacyAnswer:
     """Black-box epsilon for k records, optimised over the record's curve.
 
@@ -109,45 +140,65 @@ def group_epsilon(
         delta: for the user.
         num_records: k.
         accountant: a certified one without a floor in delta: ``tilted``, not ``pld``.
+        relation: of the record, and thereby of the user.
         points: bisection steps.
 
     Returns:
         A certified upper bound, infinite (with a note) if no record epsilon below 400 works.
+
+    Raises:
+        NotCertifiedError: if the accountant does not certify both directions of the relation.
     """
     check_delta(delta)
+    check_values(num_records=(whole(1), num_records))
+
+    def spent(record_delta: float) -> float:
+        return accountant.epsilon(event, record_delta, relation).certified_upper(relation.name)
 
     def feasible(record_epsilon: float) -> bool:
-        _, factor = group_delta_of(record_epsilon, 1e-300, num_records)
-        log_delta1 = math.log(delta) - (math.log(factor) - math.log(1e-300))
-        if log_delta1 < -690:
-            return False
-        return accountant.epsilon(event, math.exp(log_delta1)).certified_upper() <= record_epsilon
+        record_delta = record_delta_of(record_epsilon, delta, num_records)
+        return record_delta > 0 and spent(record_delta) <= record_epsilon
 
-    low, high = 0.0, max(accountant.epsilon(event, delta).certified_upper(), 1e-6)
+    low, high = 0.0, max(spent(delta), 1e-6)
     while not feasible(high):
         low, high = high, 1.5 * high
         if high * num_records > 680 or high > 400:
             note = "no record epsilon works: delta for one record would underflow"
-            return _answer(math.inf, accountant.name, note)
+            return _answer(math.inf, accountant.name, note, relation)
     for _ in range(points):
         middle = (low + high) / 2
         low, high = (low, middle) if feasible(middle) else (middle, high)
-    return _answer(num_records * high, accountant.name, f"group of {num_records}")
+    return _answer(num_records * high, accountant.name, f"group of {num_records}", relation)
 
 
-def _answer(value: float, method: str, note: str) -> PrivacyAnswer:
+def _answer(value: float, method: str, note: str, relation: NeighboringRelation) -> PrivacyAnswer:
     return PrivacyAnswer(
-        "epsilon", 0.0, value, value, BoundKind.CERTIFIED_UPPER, f"group({method})", "accountants 1", note=note
+        "epsilon",
+        0.0,
+        value,
+        value,
+        BoundKind.CERTIFIED_UPPER,
+        f"group({method})",
+        OWN_VERSION,
+        relation=relation.name,
+        note=note,
     )
 
 
 def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: int) -> PrivacyAnswer:
     """Epsilon for k records by Renyi group privacy."""
     check_delta(delta)
+    check_values(num_records=(whole(1), num_records))
+    check_event(event)
     doublings = math.ceil(math.log2(num_records)) if num_records > 1 else 0
     group_orders = [order for order in ORDERS if order >= 2]
     accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
     accountant.compose(event)
     divergences = [3**doublings * value for value in vars(accountant)["_rdp"]]
     value, _ = conversion.compute_epsilon(group_orders, divergences, delta)
-    return _answer(float(value), "rdp", f"group of {num_records}")
+    return _answer(
+        math.inf if math.isnan(value) else float(value),
+        "rdp",
+        f"group of {num_records}",
+        NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )

@@ -237,7 +237,7 @@ def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relati
         answer = exact.delta(event, epsilon, relation=asked)
     else:
         answer = accountants.delta(event, epsilon, accountant=accountant, relation=asked)
-    return statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer)))
+    return statistics.DpBound(epsilon, min(1.0, accountants.certified_upper(answer, asked)))
 
 
 def judge(

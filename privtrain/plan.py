@@ -146,7 +146,9 @@ class PrivacyPlan:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
             raise ConfigError([Fault("privacy.accountant", str(error))]) from None
-        plan = dataclasses.replace(plan, epsilon=accountants.certified_upper(answer))
+        plan = dataclasses.replace(
+            plan, epsilon=accountants.certified_upper(answer, relation_of(plan.neighboring_relation))
+        )
         _check_room(plan)
         return plan
 
@@ -210,7 +212,7 @@ class PrivacyPlan:
         """Certified ε of one sampled unit; differs from ``epsilon_after`` where that speaks of a user's k records."""
         event, relation = self.record_event_of_steps(num_steps), relation_of(self.neighboring_relation)
         answer = accountants.epsilon(event, self.delta, accountant=self.accountant, relation=relation)
-        return accountants.certified_upper(answer)
+        return accountants.certified_upper(answer, relation)
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -270,7 +272,8 @@ class PrivacyPlan:
         if num_steps == self.num_steps or math.isinf(self.epsilon):
             return self.epsilon
         try:
-            value = accountants.certified_upper(_answer_after(self, num_steps))
+            relation = relation_of(self.neighboring_relation)
+            value = accountants.certified_upper(_answer_after(self, num_steps), relation)
         except ValueError:
             if num_steps > self.num_steps:
                 raise

@@ -18,7 +18,7 @@ import math
 from typing import Any
 
 import accountants
-from accountants.units import group_epsilon, group_event
+from accountants.units import group_epsilon, group_event, record_delta_of
 from privtrain.schemes import Poisson, Scheme, relation_of
 
 #: Accountants that can certify, the first is the default: as tight as pld on mixtures, many times faster, and good at
@@ -50,7 +50,7 @@ def group_noise(
     Raises:
         CalibrationError: if there is none.
     """
-    record_delta = _record_delta(epsilon / num_records, delta, num_records)
+    record_delta = record_delta_of(epsilon / num_records, delta, num_records)
     if record_delta == 0:
         raise accountants.CalibrationError(
             f"target_epsilon={epsilon:g} for {num_records} records needs a delta for one record that underflows; lower "
@@ -85,14 +85,15 @@ def group_answer(
     of_record = judge.epsilon(record_event, delta, relation_of(relation))
     epsilon = known if math.isfinite(of_record.upper) else math.inf
     if math.isinf(epsilon) and math.isfinite(of_record.upper):
-        epsilon = accountants.certified_upper(group_epsilon(record_event, delta, num_records, judge))
+        of_group = group_epsilon(record_event, delta, num_records, judge, relation=relation_of(relation))
+        epsilon = accountants.certified_upper(of_group, relation_of(relation))
     for _ in range(_NUM_REFINEMENTS):
-        record_delta = 0.0 if math.isinf(epsilon) else _record_delta(epsilon / num_records, delta, num_records)
+        record_delta = 0.0 if math.isinf(epsilon) else record_delta_of(epsilon / num_records, delta, num_records)
         if record_delta == 0:
             break
         # If ε holds then so does this: less ε₁ at the δ₁ that ε asks for needs less of the user's δ.
         answer = judge.epsilon(record_event, record_delta, relation_of(relation))
-        epsilon = min(epsilon, num_records * accountants.certified_upper(answer))
+        epsilon = min(epsilon, num_records * accountants.certified_upper(answer, relation_of(relation)))
     return accountants.PrivacyAnswer(
         "epsilon",
         0.0,
@@ -112,19 +113,9 @@ def group_holds(
     """Whether group privacy over ``num_records`` records certifies (``epsilon``, ``delta``) for a user."""
     if math.isinf(epsilon):
         return True
-    record_delta = _record_delta(epsilon / num_records, delta, num_records)
+    record_delta = record_delta_of(epsilon / num_records, delta, num_records)
     if record_delta == 0:
         return False
     answer = accountants.get_accountant(accountant).epsilon(record_event, record_delta, relation_of(relation))
     # Round-off between machines moves the last digits of an answer.
-    return num_records * accountants.certified_upper(answer) <= epsilon * (1 + 1e-6)
-
-
-def _record_delta(record_epsilon: float, delta: float, num_records: int) -> float:
-    """δ (e^ε₁ - 1)/(e^(k ε₁) - 1): what one record may have of a user's δ; 0 where float64 ends."""
-    if record_epsilon == 0:
-        return delta / num_records
-    log_share = (1 - num_records) * record_epsilon
-    log_share += math.log(-math.expm1(-record_epsilon)) - math.log(-math.expm1(-num_records * record_epsilon))
-    log_delta = math.log(delta) + log_share
-    return math.exp(log_delta) if log_delta > -690 else 0.0
+    return num_records * accountants.certified_upper(answer, relation_of(relation)) <= epsilon * (1 + 1e-6)

@@ -159,11 +159,13 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
     try:
         # The dearer, the sharper. A loose tolerance costs a third of a tight one; all ends are certified.
         answer = accountants.delta(event, epsilon, accountant="tilted-edgeworth")
-        if answer.upper <= delta or answer.lower > delta:
-            return answer.upper <= delta
+        upper = accountants.certified_upper(answer)
+        if upper <= delta or answer.lower > delta:
+            return upper <= delta
         answer = TiltedAccountant(tolerance=5e-3).epsilon(event, delta)
-        if answer.upper <= epsilon or answer.lower > epsilon:
-            return answer.upper <= epsilon
+        upper = accountants.certified_upper(answer)
+        if upper <= epsilon or answer.lower > epsilon:
+            return upper <= epsilon
     except (ValueError, ArithmeticError):  # unsupported, or outside the accountant's range
         pass
     return composed_epsilon(parts, delta).epsilon <= epsilon

@@ -109,6 +109,100 @@ def test_a_mistake_is_one_line_and_exit_code_two(arguments):
     assert not result.stdout
 
 
+NEEDED = {
+    "poisson": {"-q": "0.01", "-t": "10"},
+    "truncated-poisson": {"-q": "0.01", "-t": "10", "--num-units": "100", "--batch-size": "20"},
+    "fixed-size": {"-t": "10", "--num-units": "100", "--batch-size": "20"},
+    "random-allocation": {"-t": "10", "--num-selected": "1", "--num-epochs": "2"},
+    "shuffled": {"-t": "10", "--num-epochs": "2"},
+}
+EVERY = {option: value for options in NEEDED.values() for option, value in options.items()}
+LONG = {"-q": "--sampling-prob", "-t": "--num-steps", "-s": "--noise-multiplier"}
+COMMANDS = {
+    "epsilon": ["-d", "1e-5"],
+    "delta": ["-e", "1"],
+    "compare": ["-d", "1e-5"],
+    "calibrate": ["-e", "1", "-d", "1e-5"],
+    "curve": ["-d", "1e-5"],
+}
+
+
+def flat(options):
+    return [part for pair in options.items() for part in pair]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("sampler", NEEDED)
+def test_options_that_a_sampler_needs_are_required_and_those_it_ignores_refused(command, sampler):
+    noise = {} if command == "calibrate" else {"-s": "1"}
+    needed = NEEDED[sampler] | noise
+    start = [command, *COMMANDS[command], "--sampler", sampler]
+    for option in needed:
+        rest = {name: value for name, value in needed.items() if name != option}
+        with pytest.raises(ValueError, match=f"{LONG.get(option, option)} is missing"):
+            invoke(*start, *flat(rest))
+    others = {option: value for option, value in EVERY.items() if option not in needed}
+    for option, value in others.items():
+        with pytest.raises(ValueError, match=f"{LONG.get(option, option)}=.* leave it out"):
+            invoke(*start, *flat(needed), option, value)
+    with pytest.raises(ValueError, match="is missing") as refusal:
+        invoke(*start, *flat(others))
+    assert str(refusal.value).count("leave it out") == len(others)
+    assert str(refusal.value).count("is missing") == len(needed)
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "relation"),
+    [
+        (["--sampler", "poisson", "-q", "0.1"], "pld", "ADD_OR_REMOVE_ONE"),
+        (["--sampler", "poisson", "-q", "0.1", "--relation", "replace_one"], "pld", "REPLACE_ONE"),
+        (
+            ["--sampler", "truncated-poisson", "-q", "0.1", "--batch-size", "40", "--num-units", "200"],
+            "pld",
+            "REPLACE_SPECIAL",
+        ),
+        (["--sampler", "fixed-size", "--batch-size", "5", "--num-units", "99"], "rdp", "REPLACE_ONE"),
+        (["--sampler", "shuffled", "--num-epochs", "2"], "pld", "REPLACE_SPECIAL"),
+    ],
+)
+def test_the_accountant_and_the_relation_fit_the_sampler_and_are_printed(options, method, relation):
+    answer = json.loads(invoke("epsilon", "-s", "1", "-t", "10", "-d", "1e-5", *options, "--json").output)
+    assert answer["method"] == method
+    assert answer["relation"] == relation
+    assert f"{method}," in (text := invoke("epsilon", "-s", "1", "-t", "10", "-d", "1e-5", *options).output)
+    assert relation in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sampler", "fixed-size", "--batch-size", "5", "--num-units", "99", "-t", "10"],
+        ["--sampler", "shuffled", "-t", "10", "--num-epochs", "2"],
+        ["-q", "0.05", "-t", "10", "--relation", "replace_one"],
+        ["--phase", "1:0.05:10", "--phase", "2:0.1:5"],
+        ["--phase", "1:0.05:10", "--phase", "2:0.1:5", "--num-records", "2", "-a", "tilted"],
+    ],
+)
+def test_calibrate_takes_every_sampler_relation_and_several_phases(options):
+    found = json.loads(invoke("calibrate", "-e", "3", "-d", "1e-5", *options, "--json").output)
+    assert found["answer"]["method"] == found["accountant"]
+    assert 0.95 * 3 <= found["answer"]["upper"] <= 3
+    spent = json.loads(invoke("epsilon", "-s", str(found["value"]), "-d", "1e-5", *options, "--json").output)
+    assert spent["upper"] == found["answer"]["upper"]
+    rest = json.loads(invoke("epsilon", "-s", str(found["value"] - 1e-4), "-d", "1e-5", *options, "--json").output)
+    assert rest["upper"] > 3
+
+
+def test_phases_compose_and_what_is_no_phase_is_refused():
+    run = ["-d", "1e-5", "-a", "tilted", "--json"]
+    whole = json.loads(invoke("epsilon", "-s", "2", "--phase", "0.5:0.01:700", "--phase", "0.5:0.01:300", *run).output)
+    assert whole == json.loads(invoke("epsilon", *RUN, "-a", "tilted", "--json").output)
+    with pytest.raises(ValueError, match="NOISE:PROB:STEPS"):
+        invoke("epsilon", "-s", "2", "--phase", "1:0.01", *run)
+    with pytest.raises(ValueError, match="sampling_prob"):
+        invoke("epsilon", "-s", "2", "--phase", "1:7:3", *run)
+
+
 def test_help_does_not_import_the_numerics():
     code = (
         "import sys; import accountants.cli; print(any(m in sys.modules for m in ('numpy', 'dp_accounting', 'torch')))"

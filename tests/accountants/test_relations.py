@@ -28,8 +28,8 @@ def test_the_library_reads_replacement_noise_in_two_ways():
 
 def test_ours_reads_it_relative_to_the_clipping_norm_everywhere():
     event = dp_sgd(1.0, 1.0, 1)
-    by_pld = accountants.epsilon(event, 1e-5, relation=REPLACE).certified_upper()
-    by_rdp = accountants.epsilon(event, 1e-5, accountant="rdp", relation=REPLACE).certified_upper()
+    by_pld = accountants.epsilon(event, 1e-5, relation=REPLACE).certified_upper(REPLACE.name)
+    by_rdp = accountants.epsilon(event, 1e-5, accountant="rdp", relation=REPLACE).certified_upper(REPLACE.name)
     doubled = accountants.epsilon(dp_sgd(1.0, 0.5, 1), 1e-5, accountant="tilted").upper
     assert by_pld == pytest.approx(doubled, rel=1e-3)
     assert by_pld <= by_rdp <= 1.1 * by_pld
@@ -57,7 +57,7 @@ def test_methods_for_two_normals_refuse_replacement(name):
 
 def test_fixed_size_batches_are_for_replacement_and_renyi_only():
     event = events.fixed_size_event(noise_multiplier=2.0, batch_size=10, num_units=1000, num_steps=100)
-    assert accountants.epsilon(event, 1e-5, accountant="rdp", relation=REPLACE).certified_upper() > 0
+    assert accountants.epsilon(event, 1e-5, accountant="rdp", relation=REPLACE).certified_upper(REPLACE.name) > 0
     for name, relation in (("rdp", ADD), ("pld", REPLACE), ("tilted", ADD)):
         with pytest.raises(UnsupportedEventError):
             accountants.epsilon(event, 1e-5, accountant=name, relation=relation)
@@ -68,7 +68,7 @@ def test_truncated_poisson_has_a_cliff_and_then_none():
         event = events.truncated_poisson_event(
             noise_multiplier=0.8, sampling_prob=0.1, max_batch_size=cap, num_units=2000, num_steps=20
         )
-        return accountants.epsilon(event, 1e-6, relation=ZERO).certified_upper()
+        return accountants.epsilon(event, 1e-6, relation=ZERO).certified_upper(ZERO.name)
 
     poisson = accountants.epsilon(dp_sgd(0.1, 0.8, 20), 1e-6).certified_upper()
     assert spent(200) > 1.5 * poisson
@@ -78,7 +78,7 @@ def test_truncated_poisson_has_a_cliff_and_then_none():
 
 def test_shuffling_is_a_gaussian_per_epoch_and_no_less_than_its_lower_bound():
     event = events.shuffled_event(noise_multiplier=1.0, num_batches=100, num_epochs=10)
-    upper = accountants.epsilon(event, 1e-5, relation=ZERO).certified_upper()
+    upper = accountants.epsilon(event, 1e-5, relation=ZERO).certified_upper(ZERO.name)
     fixed_order = accountants.epsilon(dp_sgd(1.0, 1.0, 10), 1e-5).certified_upper()
     lower = shuffle_lower_bound(1.0, 100, 10, 1e-5)
     poisson = accountants.epsilon(dp_sgd(0.01, 1.0, 1000), 1e-5).certified_upper()

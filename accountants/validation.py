@@ -1,0 +1,149 @@
+"""What a well-formed event is: checked where events are made and again where any event is accounted for.
+
+An accountant's formulas are true of probabilities, positive noise and whole numbers of steps only; outside them they
+give numbers all the same. Every fault is named, with its place in a nested event.
+"""
+
+# pyright: strict, reportMissingTypeStubs=false
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
+from typing import Any, cast
+
+import attr
+import dp_accounting
+
+#: How far from 1 the weights of a mixture may sum: the rounding of their own.
+WEIGHTS_ERROR = 1e-12
+
+#: A rule gives what a value must be, or None if it is so.
+_Rule = Callable[[Any], str | None]
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(float(value))
+
+
+def not_negative(value: Any) -> str | None:
+    """The rule of noise and sensitivities."""
+    return None if _is_number(value) and value >= 0 else "must be a finite number and not negative"
+
+
+def probability(value: Any) -> str | None:
+    """The rule of sampling probabilities."""
+    return None if _is_number(value) and 0 <= value <= 1 else "must be a number in [0, 1]"
+
+
+def whole(smallest: int) -> _Rule:
+    """The rule of counts."""
+
+    def rule(value: Any) -> str | None:
+        good = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= smallest
+        return None if good else f"must be an integer of at least {smallest}"
+
+    return rule
+
+
+def _mean_runs(value: Any) -> str | None:
+    return None if _is_number(value) and value >= 1 else "must be a finite number of at least 1"
+
+
+def _shape(value: Any) -> str | None:
+    good = isinstance(value, Real) and float(value) >= 0
+    return None if good else "must be at least 0, or infinite for a Poisson number"
+
+
+def _each(rule: _Rule) -> _Rule:
+    def all_of(values: Any) -> str | None:
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            return "must be a list that is not empty"
+        return next((fault for value in cast(Sequence[Any], values) if (fault := rule(value))), None)
+
+    return all_of
+
+
+#: Field -> its rule, wherever it appears in an event.
+_RULES: dict[str, _Rule] = {
+    "noise_multiplier": not_negative,
+    "standard_deviation": not_negative,
+    "noise_parameter": not_negative,
+    "sampling_probability": probability,
+    "sampling_probs": _each(probability),
+    "sensitivities": _each(not_negative),
+    "sensitivity": not_negative,
+    "count": whole(0),
+    "num_steps": whole(1),
+    "num_selected": whole(1),
+    "num_batches": whole(1),
+    "num_epochs": whole(0),
+    "num_buckets": whole(2),
+    "dataset_size": whole(1),
+    "truncated_batch_size": whole(1),
+    "source_dataset_size": whole(1),
+    "sample_size": whole(1),
+    "rho": not_negative,
+    "xi": not_negative,
+    "mean": _mean_runs,
+    "shape": _shape,
+}
+
+
+def check_event(event: dp_accounting.DpEvent) -> None:
+    """Refuse an event that is none.
+
+    Raises:
+        ValueError: with every fault: the field, its value, and what is allowed.
+    """
+    if faults := list(_faults(event, "")):
+        raise ValueError("; ".join(faults))
+
+
+def check_values(**rules_and_values: tuple[_Rule, Any]) -> None:
+    """Refuse arguments that break their rules, all at once.
+
+    Raises:
+        ValueError: with every fault.
+    """
+    faults = [f"{name}={value!r} {fault}" for name, (rule, value) in rules_and_values.items() if (fault := rule(value))]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _faults(event: Any, place: str) -> Iterator[str]:
+    if not isinstance(event, dp_accounting.DpEvent):
+        yield f"{place or 'event'}={event!r} must be a dp_accounting.DpEvent"
+        return
+    kind = type(event).__name__
+    values: dict[str, Any] = {name: getattr(event, name) for name in attr.fields_dict(type(event))}
+    sound = True
+    for name, value in values.items():
+        here = f"{place}.{name}" if place else f"{kind}.{name}"
+        if name == "event":
+            yield from _faults(value, here)
+        elif name == "events":
+            for index, part in enumerate(value):
+                yield from _faults(part, f"{here}[{index}]")
+        elif name == "step_counts":
+            rule = whole(0)
+            if fault := (_each(rule)(value) if isinstance(value, Sequence) else rule(value)):
+                yield f"{here}={value!r} {fault}"
+        elif (rule := _RULES.get(name)) and (fault := rule(value)):
+            sound = False
+            yield f"{here}={value!r} {fault}"
+    if sound:
+        yield from _joint_faults(values, place or kind)
+
+
+def _joint_faults(values: dict[str, Any], place: str) -> Iterator[str]:
+    """What several fields must satisfy together; each of them is well formed alone."""
+    if "sampling_probs" in values:
+        probs, sensitivities = values["sampling_probs"], values["sensitivities"]
+        if len(probs) != len(sensitivities):
+            yield f"{place} has {len(sensitivities)} sensitivities and {len(probs)} sampling_probs; one of each"
+        elif abs(math.fsum(probs) - 1) > WEIGHTS_ERROR:
+            yield f"{place}.sampling_probs={list(probs)!r} must sum to 1, not {math.fsum(probs)!r}"
+    for part, whole_name in (("sample_size", "source_dataset_size"), ("num_selected", "num_steps")):
+        if part in values and whole_name in values and values[part] > values[whole_name]:
+            yield f"{place}.{part}={values[part]!r} must not exceed {whole_name}={values[whole_name]!r}"
