@@ -287,7 +287,8 @@ class PrivacyPlan:
 
     def recomputed_epsilon(self) -> float:
         """Certified ε after ``num_steps``, from the event alone and whatever ``epsilon`` says."""
-        return accountants.certified_upper(_answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps))
+        answer = _answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps)
+        return accountants.certified_upper(answer, relation_of(self.neighboring_relation))
 
     def epsilon_certifies_itself(self) -> bool:
         """With group accounting: whether the event certifies ``epsilon``, which may have been found by another path."""
