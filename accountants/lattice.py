@@ -105,17 +105,24 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
     pieces = _pieces(step, all_edges)
     cell = np.searchsorted(edges, pieces[:-1], side="right") - 1
     left, half = pieces[:-1], np.diff(pieces) / 2
-    sums = [np.zeros(num_cells) for _ in range(4)]
+    start = points[cell]
+    p_mass, q_mass, p_up, q_up = (np.zeros_like(left) for _ in range(4))
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         z = left + half * (1 + node)
         loss = step.loss(z)
-        above = np.clip(loss - points[cell], 0.0, spacing)
-        scale = half * (weight / math.sqrt(2 * math.pi))
-        p, q = np.exp(-z * z / 2) * scale, np.exp(loss - z * z / 2) * scale
-        parts = p, q, p * (np.expm1(above) / math.expm1(spacing)), q * (np.expm1(-above) / math.expm1(-spacing))
-        for total, part in zip(sums, parts, strict=True):
-            total += np.bincount(cell, weights=part, minlength=num_cells)
-    p_mass, q_mass, p_up, q_up = sums
+        log_density = -z * z / 2
+        p, q = weight * np.exp(log_density), weight * np.exp(log_density + loss)
+        fallen = np.expm1(-np.clip(loss - start, 0.0, spacing))
+        p_mass += p
+        q_mass += q
+        # e^x - 1 by the same e^-x - 1.
+        p_up -= p * fallen / (1 + fallen)
+        q_up -= q * fallen
+    scale = half / math.sqrt(2 * math.pi)
+    p_mass, q_mass, p_up, q_up = (
+        np.bincount(cell, weights=part * scale, minlength=num_cells)
+        for part in (p_mass, q_mass, p_up / math.expm1(spacing), q_up / -math.expm1(-spacing))
+    )
     first, last = float(edges[0]), float(edges[-1])
     largest = max(abs(points[0]), abs(points[-1])) + max(float(pieces[0]) ** 2, last**2) / 2
     return Cells(

@@ -198,8 +198,11 @@ class SmoothedSum:
         if target <= 0:
             return None
 
+        # Below the target by what logarithms round.
+        log_target = math.log(target) - 8 * _UNIT * (2 + abs(math.log(target)))
+
         def excess(epsilon: float) -> float:
-            return math.log(max(self._value(epsilon, 1), 1e-305)) - math.log(target)
+            return math.log(max(self._value(epsilon, 1), 1e-305)) - log_target
 
         step, accuracy = 0.1 / self.tilt, 1e-6 / self.tilt
         side = 1 if excess(self.centre) > 0 else -1
