@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 _FP32_BYTES = 4
+#: The clipped sum is integers.
+_SUM_BYTES = 8
 #: AdamW keeps two moments a parameter, in fp32.
 _OPTIMIZER_BYTES = 8
 
@@ -111,7 +113,7 @@ def model_size(config: Config, layout: LaunchLayout) -> ModelSize:
         "frozen base": frozen // parameters,
         "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
         "optimizer state": 0 if layout.offloads_optimizer else trained * _OPTIMIZER_BYTES // optimizer,
-        "clipped sum and noise": num_sums * trained * _FP32_BYTES // gradients,
+        "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
     activations, logits = _activation_bytes(config, model, base)

@@ -41,9 +41,9 @@ class SplitStep:
         self.placement = Placement(self._layout, self._stepped, rank, self._world_size, equal_passes=equal_passes)
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the SUM over ranks, int64."""
+        """This rank's part of the SUM over ranks, of the same type."""
         padded = torch.nn.functional.pad(total, (0, self._size * self._world_size - len(total)))
-        part = torch.empty(self._size, dtype=torch.int64, device=total.device)
+        part = torch.empty(self._size, dtype=total.dtype, device=total.device)
         reduce_scatter_flat(part, padded)
         return part[: self._stepped.num_coordinates]
 

@@ -1,15 +1,20 @@
 """The units' gradients of one microbatch, tensor by tensor, in whichever form is cheaper.
 
-A tensor of shape [p, d] used by a linear layer has, for a unit of n tokens, a gradient of p·d numbers made of factors
+A tensor of shape [p, d] used by a linear layer has, for a row of n tokens, a gradient of p·d numbers made of factors
 of n·(p + d) numbers, whose norm takes 2n²(p + d) operations from Gram matrices and 2n·p·d multiplied out. One
-inequality decides, for each layer and batch:
+inequality decides, for each layer and width of rows:
 
-    p·d ≤ 1.25 n·(p + d)  →  multiply out, one gradient a unit. All of LoRA, biases, norms; large layers of long units.
+    p·d ≤ 1.25 n·(p + d)  →  multiply out, one gradient a row. All of LoRA, biases, norms; large layers of long rows.
                              (Where nothing is kept it is 1, not 1.25.)
     otherwise             →  keep the factors (book-keeping: Bu et al. 2022, arXiv 2210.00038), norms from Gram
-                             matrices, and the clipped sum of all units in one product.
+                             matrices, and each unit multiplied out block by block as it is added.
 
 Embeddings are always kept as factors: their memory grows with the rows touched.
+
+**A unit's numbers are its own, bit for bit.** Nothing here is computed in a shape, or by a path, that the other units
+of the microbatch decide. What is computed for all rows at once is so for all rows of the microbatch, padding included,
+whose number is a constant; a unit's rows are then added one after another. What joins the rows of a unit is computed
+for that unit alone. Which of the two it is depends on the unit's own number of rows.
 """
 
 from __future__ import annotations
@@ -19,7 +24,17 @@ from collections.abc import Sequence
 import torch
 
 from privtrain.clipping import exact_sum
-from privtrain.clipping.factors import GramCache, Lookup, Outer, add_multiplied, squared_norms, squared_norms_of
+from privtrain.clipping.factors import (
+    GramCache,
+    Lookup,
+    Outer,
+    add_multiplied,
+    multiplied,
+    row_blocks,
+    squared_norms,
+    squared_norms_of,
+    summed_lookups,
+)
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.layout import Layout, Slot
@@ -30,7 +45,8 @@ class UnitGradients:
 
     Args:
         layout: the trainable tensors.
-        rows_of_unit: number of rows of each unit, in row order; a unit's rows lie next to each other.
+        rows_of_unit: number of rows of each unit, in row order; a unit's rows lie next to each other, and rows without
+            a unit come last.
         device: where the tensors are.
     """
 
@@ -40,8 +56,11 @@ class UnitGradients:
         self._device = device
         self._num_units = len(self._counts)
         self._ends = [sum(self._counts[: i + 1]) for i in range(self._num_units)]
+        self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
         owner = [unit for unit, count in enumerate(self._counts) for _ in range(count)]
         self._owner = torch.tensor(owner, dtype=torch.int64, device=device)
+        self._singles = [unit for unit, count in enumerate(self._counts) if count == 1]
+        #: Rows first until the norm is taken, then units first.
         self._dense: dict[str, torch.Tensor] = {}
         self._outers: dict[str, list[Outer]] = {}
         self._lookups: dict[str, list[Lookup]] = {}
@@ -81,7 +100,7 @@ class UnitGradients:
                 self._lookups.setdefault(name, []).append(gradient)
         elif isinstance(gradient, Outer):
             is_first = not (name in self._dense or name in self._outers or name in self._lookups)
-            if name in self._dense or (is_first and self._is_cheap(gradient, keep=keep)):
+            if name in self._dense or (is_first and _is_cheap(gradient, keep=keep)):
                 self._add_dense(name, self._multiplied(gradient))
             else:
                 self._outers.setdefault(name, []).append(gradient)
@@ -92,23 +111,26 @@ class UnitGradients:
 
     def measure(self, name: str) -> None:
         """Take the norms of a tensor all of whose uses have been added."""
+        square = torch.zeros(self._num_units, dtype=torch.float64, device=self._device)
+        length = torch.zeros_like(square)
+        self._measured[name] = square, length
         if name in self._dense:
-            square = squared_norms(self._dense[name])
-            self._measured[name] = square, torch.zeros_like(square)
+            square.copy_(self._of_units(squared_norms(self._dense[name])))
+            self._dense[name] = self._of_units(self._dense[name])
             return
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
-            zero = torch.zeros(self._num_units, dtype=torch.float64, device=self._device)
-            self._measured[name] = zero, zero
-        elif len(set(self._counts)) == 1:
-            cut = [Outer(self._lines(o.left), self._lines(o.right)) for o in outers]
-            self._measured[name] = squared_norms_of(
-                cut, [Lookup(self._lines(k.ids), self._lines(k.values)) for k in lookups], self._grams
-            )
-        else:
-            parts = [squared_norms_of(*self._of_unit(name, unit), GramCache()) for unit in range(self._num_units)]
-            squares, uncancelled = zip(*parts, strict=True)
-            self._measured[name] = torch.cat(squares), torch.cat(uncancelled)
+            return
+        if self._singles:
+            rows = [self._firsts[unit] for unit in self._singles]
+            square[self._singles], length[self._singles] = squared_norms_of(outers, lookups, self._grams, rows)
+        for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
+            own = self._of_unit(name, unit)
+            if not lookups and len(outers) == 1 and _is_cheap(own[0][0], keep=False):
+                for block in row_blocks(own[0][0]):
+                    square[unit] += squared_norms(multiplied(own[0], None, block)[None])[0]
+            else:
+                square[unit], length[unit] = (value[0] for value in squared_norms_of(*own, GramCache(), [0]))
 
     def release(self, name: str) -> None:
         """Keep the norms of a tensor alone."""
@@ -137,9 +159,8 @@ class UnitGradients:
         for slot in self._layout.slots:
             outers, lookups = self._of_unit(slot.name, index)
             if outers or lookups:
-                out = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                add_multiplied(out, outers, lookups)
-                result[slot.name] = out
+                result[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
+                add_multiplied(result[slot.name], outers, lookups)
         return result
 
     def add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:
@@ -153,65 +174,69 @@ class UnitGradients:
             out = self._layout.view(total, slot)
             if slot.name in self._dense:
                 exact_sum.add_units(out, self._dense[slot.name], weights[i])
-            elif slot.name in self._outers or slot.name in self._lookups:
-                for unit in weights[i].nonzero().flatten().tolist():
-                    value = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                    add_multiplied(value, *self._of_unit(slot.name, unit))
-                    exact_sum.add_unit(out, value, float(weights[i, unit]))
+            else:
+                units = weights[i].nonzero().flatten().tolist()
+                _add_factors(out, [self._of_unit(slot.name, unit) for unit in units], weights[i][units].tolist())
 
     def add_now(self, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
-        """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept.
+        """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
 
         Args:
             out: the tensor's part of the sum, int64.
             gradient: what the rule returned.
             weights: [units] of :func:`.exact_sum.on_grid`.
         """
-        for unit in weights.nonzero().flatten().tolist():
-            value = torch.zeros(out.shape, dtype=torch.float32, device=self._device)
-            self.add_unit(value, gradient, unit)
-            exact_sum.add_unit(out, value, float(weights[unit]))
+        if self._is_dense(gradient):
+            exact_sum.add_units(out, self._of_units(self._dense_form(gradient)), weights)
+        else:
+            units = weights.nonzero().flatten().tolist()
+            _add_factors(out, [self._cut(gradient, unit) for unit in units], weights[units].tolist())
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
         """``out += g_unit`` for one use that is not kept, in fp32."""
-        rows = self._rows(unit)
-        if isinstance(gradient, Outer):
-            add_multiplied(out, [Outer(gradient.left[rows], gradient.right[rows])], [])
-        elif isinstance(gradient, Lookup):
-            add_multiplied(out, [], [Lookup(gradient.ids[rows], gradient.values[rows])])
+        if self._is_dense(gradient):
+            out.add_(self._dense_form(gradient)[self._firsts[unit]])
         else:
-            out.add_(gradient[rows].float().sum(dim=0))
+            add_multiplied(out, *self._cut(gradient, unit))
 
     def by_row(self, by_unit: torch.Tensor) -> torch.Tensor:
         """[units] → [rows of units]."""
         return by_unit[self._owner]
 
-    def _is_cheap(self, gradient: Outer, *, keep: bool) -> bool:
-        p, d = gradient.left.shape[-1], gradient.right.shape[-1]
-        num_tokens = gradient.left.shape[0] * gradient.left.shape[1]
-        return self._num_units * p * d <= (1.25 if keep else 1) * num_tokens * (p + d)
+    def _is_dense(self, gradient: Gradient) -> bool:
+        return isinstance(gradient, torch.Tensor) or (isinstance(gradient, Outer) and _is_cheap(gradient, keep=False))
+
+    def _dense_form(self, gradient: Gradient) -> torch.Tensor:
+        assert not isinstance(gradient, Lookup)
+        return self._multiplied(gradient) if isinstance(gradient, Outer) else self._by_unit(gradient)
 
     def _multiplied(self, gradient: Outer) -> torch.Tensor:
-        """[units, p, d]. Rows of a unit are joined first, so that no gradient of a single row is formed."""
-        if len(set(self._counts)) == 1:
-            left, right = (self._lines(value).float() for value in (gradient.left, gradient.right))
-            return torch.bmm(left.transpose(1, 2), right)
-        parts = []
-        for unit in range(self._num_units):
-            rows = self._rows(unit)
-            parts.append(gradient.left[rows].flatten(0, 1).float().T @ gradient.right[rows].flatten(0, 1).float())
-        return torch.stack(parts)
+        """[rows, p, d]: every row multiplied out, then the rows of a unit added to its first."""
+        return self._by_unit(torch.bmm(gradient.left.float().transpose(1, 2), gradient.right.float()))
 
     def _scattered(self, gradient: Lookup, shape: Sequence[int]) -> torch.Tensor:
-        dense = torch.zeros(shape[0] * shape[1], shape[2], dtype=torch.float32, device=self._device)
-        place = gradient.ids + self._owner[:, None] * shape[1]
-        return dense.index_add_(0, place.flatten(), gradient.values.flatten(0, 1).float()).view(*shape)
+        num_rows = len(gradient.ids)
+        dense = torch.zeros(num_rows * shape[1], shape[2], dtype=torch.float32, device=self._device)
+        place = gradient.ids + torch.arange(num_rows, device=self._device)[:, None] * shape[1]
+        dense.index_add_(0, place.flatten(), gradient.values.flatten(0, 1).float())
+        return self._by_unit(dense.view(num_rows, *shape[1:]))
 
     def _by_unit(self, per_row: torch.Tensor) -> torch.Tensor:
-        if self._num_units == self.num_rows:
-            return per_row.float()
-        summed = per_row.new_zeros((self._num_units, *per_row.shape[1:]), dtype=torch.float32)
-        return summed.index_add_(0, self._owner, per_row.float())
+        """[rows, …] with the sum over a unit's rows, one after another, in the place of its first."""
+        value = per_row.float()
+        if len(self._singles) == self._num_units:
+            return value
+        value = value.clone()
+        for number in range(1, max(self._counts)):
+            firsts = [first for first, count in zip(self._firsts, self._counts, strict=True) if count > number]
+            value[firsts] += value[[first + number for first in firsts]]
+        return value
+
+    def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
+        """[rows, …] of :meth:`_by_unit` → [units, …]."""
+        if len(self._singles) == self._num_units:
+            return by_row[: self._num_units]
+        return by_row[self._firsts]
 
     def _add_dense(self, name: str, value: torch.Tensor) -> None:
         if name in self._dense:
@@ -219,19 +244,46 @@ class UnitGradients:
         else:
             self._dense[name] = value
 
-    def _lines(self, value: torch.Tensor) -> torch.Tensor:
-        """[rows, tokens, …] → [units, all tokens of the unit, …], where every unit has as many rows."""
-        return value.reshape(self._num_units, -1, *value.shape[2:])
-
     def _of_unit(self, name: str, unit: int) -> tuple[list[Outer], list[Lookup]]:
         """One unit's own factors, all its tokens in a line: [1, tokens, …]."""
-        rows = self._rows(unit)
-        line = lambda value: value[rows].flatten(0, 1)[None]  # noqa: E731
-        outers = [Outer(line(o.left), line(o.right)) for o in self._outers.get(name, [])]
-        return outers, [Lookup(line(k.ids), line(k.values)) for k in self._lookups.get(name, [])]
+        uses: list[Gradient] = [*self._outers.get(name, []), *self._lookups.get(name, [])]
+        cut = [self._cut(use, unit) for use in uses]
+        return [outer for outers, _ in cut for outer in outers], [lookup for _, lookups in cut for lookup in lookups]
 
-    def _rows(self, unit: int) -> slice:
-        return slice(self._ends[unit] - self._counts[unit], self._ends[unit])
+    def _cut(self, gradient: Gradient, unit: int) -> tuple[list[Outer], list[Lookup]]:
+        rows = slice(self._firsts[unit], self._ends[unit])
+        line = lambda value: value[rows].flatten(0, 1)[None]  # noqa: E731
+        if isinstance(gradient, Outer):
+            return [Outer(line(gradient.left), line(gradient.right))], []
+        assert isinstance(gradient, Lookup)
+        return [], [Lookup(line(gradient.ids), line(gradient.values))]
+
+
+def _is_cheap(gradient: Outer, *, keep: bool) -> bool:
+    """Whether one row (or one unit, given alone) is rather multiplied out than kept: by its own tokens."""
+    p, d, num_tokens = gradient.left.shape[-1], gradient.right.shape[-1], gradient.left.shape[1]
+    return p * d <= (1.25 if keep else 1) * num_tokens * (p + d)
+
+
+def _add_factors(
+    out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: Sequence[float]
+) -> None:
+    """``out += Σ_u trunc(weight_u g_u)``, block by block, so that a block of the sum is in the cache for all units."""
+    if not units:
+        return
+    outers, _ = units[0]
+    if not outers:
+        for (_, own), weight in zip(units, weights, strict=True):
+            if own:
+                touched, summed = summed_lookups(own)
+                part = torch.zeros(summed.shape, dtype=torch.int64, device=out.device)
+                exact_sum.add_unit(part, summed, weight)
+                out.index_add_(0, touched, part)
+        return
+    summed = [summed_lookups(own) if own else None for _, own in units]
+    for block in row_blocks(outers[0]):
+        for (own, _), lookup, weight in zip(units, summed, weights, strict=True):
+            exact_sum.add_unit(out[block], multiplied(own, lookup, block), weight)
 
 
 def slots_by_tensor(layout: Layout) -> dict[int, Slot]:

@@ -296,14 +296,15 @@ class PerUnitClipper:
         if not num_units:
             return
         with exact_fp32(self._device):
-            squares, uncancelled = passes.gradients.squares()
+            # On the CPU: one wait for the device, and sums over tensors whose order no other unit changes.
+            squares, uncancelled = (value.cpu() for value in passes.gradients.squares())
             cancelled = squares < _CANCELLED * uncancelled
             if self._style != "per_layer":
-                cancelled = squares.sum(0, keepdim=True) < _CANCELLED * uncancelled.sum(0)
+                cancelled = styles.summed(squares) < _CANCELLED * styles.summed(uncancelled)
             apart = set(cancelled.any(dim=0).nonzero().flatten().tolist())
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
-            together = torch.tensor([i not in apart for i in range(num_units)], device=self._device)
+            together = torch.tensor([i not in apart for i in range(num_units)])
             weights = self._weights(squares, together, batch.owners)
             if len(apart) < num_units:
                 passes.gradients.add_weighted(self.total, weights)
@@ -393,7 +394,7 @@ class PerUnitClipper:
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
-        chosen = torch.ones(1, dtype=torch.bool, device=self._device)
+        squares, chosen = squares.cpu(), torch.ones(1, dtype=torch.bool)
         weights = self._weights(squares, chosen, batch.owners[index : index + 1])
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
@@ -403,7 +404,7 @@ class PerUnitClipper:
         """[slots, units] factors on the grid; 0 for units that are not ``chosen`` or not finite. Counts the chosen."""
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
-        whole = squares.sum(dim=0).sqrt()[chosen]
+        whole = styles.summed(squares)[0].sqrt()[chosen]
         finite = torch.isfinite(whole)
         self.diagnostics.num_units += int(chosen.sum())
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
@@ -414,7 +415,7 @@ class PerUnitClipper:
             self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
         self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
-        by_slot = torch.where(chosen, factors, 0.0).cpu()[self._groups]
+        by_slot = torch.where(chosen, factors, 0.0)[self._groups]
         return exact_sum.on_grid(by_slot, self.grid_exponent)
 
 

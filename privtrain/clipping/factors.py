@@ -21,6 +21,9 @@ import torch
 
 #: Numbers that are summed in fp32 before float64 takes over.
 _BLOCK = 4096
+#: Numbers of a tensor that are worked on at a time: with their copies they stay in a CPU's cache; a GPU has kernels to
+#: save. Fewer than torch cuts among threads.
+_CPU_PIECE, _CPU_BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 17, 1 << 25
 #: Rounding of an fp32 product of two token vectors of at most _BLOCK numbers, in units of 2⁻²⁴: so many times |⟨x, y⟩|
 #: (the bias of sums of like terms, measured up to 15) plus so many times ‖x‖‖y‖ (the rest, measured below 1).
 #: Then what adding up their products costs, in fp32 and in pairs.
@@ -90,19 +93,20 @@ class GramCache:
 
 
 def squared_norms(values: torch.Tensor) -> torch.Tensor:
-    """Squared norm of each ``values[i]``, in float64.
+    """Squared norm of each ``values[i]``, in float64, and so for every finite fp32 gradient.
 
-    Summed in blocks: over 3e7 numbers a plain fp32 norm was measured 4e-4 too small, which is sensitivity.
+    Over 3e7 numbers a plain fp32 norm was measured 4e-4 too small, which is sensitivity; and it is infinite from 1e19
+    on. In pieces, since the float64 copy of a large tensor would not stay in the cache.
     """
     flat = values.flatten(1)
-    whole = flat.shape[1] // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK)), dim=2)
-    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1)
-    return blocks.double().square().sum(dim=1) + rest.double().square()
+    squares = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    for piece in flat.split(_CPU_PIECE if flat.device.type == "cpu" else _LARGEST_BLOCK, dim=1):
+        squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square()
+    return squares
 
 
 def squared_norms_of(
-    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
+    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache, chosen: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared norm of each unit's gradient of one tensor, and the square that it could have without cancellation.
 
@@ -120,21 +124,21 @@ def squared_norms_of(
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.
         lookups: every use of the tensor as an embedding, likewise.
         grams: shared between tensors.
+        chosen: the units that are asked for; the others keep the shapes, and so the rounding, independent of them.
 
     Returns:
-        Two [units] tensors in float64: ‖Σ …‖² and (Σ_t of the tokens' own norms)².
+        Two [chosen] tensors in float64: ‖Σ …‖² and (Σ_t of the tokens' own norms)².
     """
     rest, length = _lookup_squares(outers, lookups)
     if not outers:
-        return rest, length.square()
+        return rest[chosen], length[chosen].square()
     outer = _joined(outers)
     square, more, error, certain = _outer_squares(outer, grams)
     square = square + rest
-    doubtful = (~(certain & (error <= _GRAM_TOLERANCE * square))).nonzero().flatten()
-    if doubtful.numel():
-        exact = _outer_squares_float64(Outer(outer.left[doubtful], outer.right[doubtful]))
-        square[doubtful] = exact + rest[doubtful]
-    return square.clamp(min=0), (length + more).square()
+    doubtful = (~(certain & (error <= _GRAM_TOLERANCE * square)))[chosen].tolist()
+    for unit in (unit for unit, is_doubtful in zip(chosen, doubtful, strict=True) if is_doubtful):
+        square[unit] = _outer_squares_float64(Outer(outer.left[unit][None], outer.right[unit][None]))[0] + rest[unit]
+    return square[chosen].clamp(min=0), (length + more)[chosen].square()
 
 
 def _joined(outers: Sequence[Outer]) -> Outer:
@@ -199,15 +203,54 @@ def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(len(touched), values.shape[1]).index_add_(0, place, values).square().sum()
 
 
+def row_blocks(outer: Outer) -> list[slice]:
+    """Rows of a [p, d] tensor in blocks that a CPU's cache holds: a function of its shape alone."""
+    p, d = outer.left.shape[-1], outer.right.shape[-1]
+    size = max(1, (_CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK) // d)
+    return [slice(start, min(start + size, p)) for start in range(0, p, size)]
+
+
+def multiplied(outers: Sequence[Outer], lookup: tuple[torch.Tensor, torch.Tensor] | None, rows: slice) -> torch.Tensor:
+    """Some rows of one unit's gradient, multiplied out in fp32: the same bits whoever asks for them.
+
+    Args:
+        outers: the unit's uses in linear layers, at least one.
+        lookup: :func:`summed_lookups` of its uses as an embedding.
+        rows: one of :func:`row_blocks`.
+    """
+    out: torch.Tensor | None = None
+    for outer in outers:
+        # A copy, so that the kernel meets the same alignment wherever in its microbatch the unit lies.
+        left = outer.left[..., rows].flatten(0, 1).to(torch.float32, copy=True).contiguous()
+        product = left.T @ outer.right.flatten(0, 1).to(torch.float32, copy=True)
+        out = product if out is None else out.add_(product)
+    assert out is not None
+    if lookup is not None:
+        touched, summed = lookup
+        first, stop = torch.searchsorted(touched, torch.tensor([rows.start, rows.stop], device=touched.device)).tolist()
+        out[touched[first:stop] - rows.start] += summed[first:stop]
+    return out
+
+
+def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that one unit touches, ascending, and its gradient in each: [touched], [touched, d] float32."""
+    ids = torch.cat([lookup.ids.flatten() for lookup in lookups])
+    values = torch.cat([lookup.values.flatten(0, 1).float() for lookup in lookups])
+    touched, place = ids.unique(return_inverse=True)
+    return touched, values.new_zeros(len(touched), values.shape[1]).index_add_(0, place, values)
+
+
 def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-    """``out += Σ_rows gradient_row``, in fp32.
+    """``out += `` one unit's gradient, in fp32.
 
     Args:
         out: where it is added.
-        outers: uses in linear layers.
-        lookups: uses as an embedding.
+        outers: its uses in linear layers.
+        lookups: its uses as an embedding.
     """
-    for outer in outers:
-        out.addmm_(outer.left.float().flatten(0, 1).T, outer.right.float().flatten(0, 1))
-    for lookup in lookups:
-        out.index_add_(0, lookup.ids.flatten(), lookup.values.float().flatten(0, 1))
+    summed = summed_lookups(lookups) if lookups else None
+    if outers:
+        for rows in row_blocks(outers[0]):
+            out[rows].add_(multiplied(outers, summed, rows))
+    elif summed is not None:
+        out[summed[0]] += summed[1]

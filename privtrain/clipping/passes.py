@@ -122,8 +122,7 @@ class Passes:
                 raise GuaranteeLost(f"module {self._names[module]!r} was differentiated twice in one pass; report it")
             missing.discard(module)
             with exact_fp32(self._device):
-                activation, output_gradient = self._rows_of_units(activation, output_gradient)
-                sums = _sums(activation, output_gradient)
+                sums = _sums(activation, output_gradient)[:, : self.gradients.num_rows]
                 if not torch.equal(sums[:, used_rows], self._seen[module][:, used_rows]):
                     raise GuaranteeLost(
                         f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
@@ -154,7 +153,7 @@ class Passes:
             if num_calls > 1 or any(owners[slot.name] > 1 for slot in self._slots[module].values()):
                 continue
             self._alone.add(module)
-            dense = sum(slot.num_coordinates for slot in self._slots[module].values()) * self.gradients.num_units
+            dense = sum(slot.num_coordinates for slot in self._slots[module].values()) * self._num_rows
             num_bytes += _BYTES_OF_A_NUMBER * min(dense, calls.num_values[module])
             if num_bytes > self._memory_budget:
                 self._let_go.add(module)
@@ -191,7 +190,6 @@ class Passes:
         if not self.gradients.num_rows:
             return
         with exact_fp32(self._device):
-            activation, output_gradient = self._rows_of_units(activation, output_gradient)
             is_kept = module not in self._let_go
             found = self._rules[module](module, activation, output_gradient)
             for local_name, slot in self._slots[module].items():
@@ -203,11 +201,7 @@ class Passes:
                 elif module in self._alone:
                     self.gradients.measure(slot.name)
             if not is_kept:
-                self._seen[module] = _sums(activation, output_gradient)
-
-    def _rows_of_units(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Without padding rows, which come last."""
-        return tuple(value[: self.gradients.num_rows] for value in values)
+                self._seen[module] = _sums(activation, output_gradient)[:, : self.gradients.num_rows]
 
 
 def _slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:

@@ -98,6 +98,14 @@ def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
     return torch.where(torch.isfinite(norms), share.clamp(0, 1), 0.0)
 
 
+def summed(squares: torch.Tensor) -> torch.Tensor:
+    """[1, units] sums over slots, one after another: torch would add up a column in an order that its place decides."""
+    total = torch.zeros(1, squares.shape[1], dtype=squares.dtype, device=squares.device)
+    for row in squares:
+        total += row
+    return total
+
+
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
     """[groups, units] norms from [slots, units] squared norms."""
     index = torch.tensor(group_of_slot, device=squares.device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from privtrain import fixed_point
 from privtrain.backends import Backend, Placement
 from privtrain.backends.base import digest
 from privtrain.clipping import CooperativeClipper, PerUnitClipper, exact_sum, styles
@@ -16,6 +17,7 @@ from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
+from privtrain.errors import ConfigError, Fault
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
 from privtrain.plan import PrivacyPlan, finite
@@ -88,6 +90,10 @@ class Trainer:
         if plan.records_per_user is not None:
             assert len(units.owners) == len(units), "a bound on users needs to know them"
             check_contributions(units.owners, plan.records_per_user)
+        num_expected = plan.sampling_prob * len(units)
+        if num_expected > fixed_point.MAX_UNITS:
+            problem = f"given {plan.sampling_prob:g}, draws {num_expected:,.0f} units a step; integers hold the sum of "
+            raise ConfigError([Fault("privacy.sampling_prob", problem + f"{fixed_point.MAX_UNITS:,}: lower it")])
         self.sampler = UnitSampler(plan, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped

@@ -155,7 +155,7 @@ def test_the_norm_from_factors_is_the_norm_of_the_product(data, tokens, cancel):
     if cancel:  # every token's contribution is taken back by another
         left, right = torch.cat([left, -left], 1), torch.cat([right, right], 1)
     whole = torch.einsum("rtp,rtd->pd", left.double(), right.double()).index_add(0, ids[0], values[0].double())
-    square, uncancelled = squared_norms_of([Outer(left, right)], [Lookup(ids, values)], GramCache())
+    square, uncancelled = squared_norms_of([Outer(left, right)], [Lookup(ids, values)], GramCache(), range(len(left)))
     assert float(square) == pytest.approx(float(whole.square().sum()), rel=2e-5, abs=1e-12 * float(uncancelled))
 
 
