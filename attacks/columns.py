@@ -6,6 +6,7 @@ import csv
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
         assert isinstance(items, list)
         pairs = [(item["start"], item["end"]) if isinstance(item, dict) else tuple(item) for item in items]
         return [(int(start) - offset, int(end) - offset) for start, end in pairs]
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise AttackInputError("a cell of the spans column is not a list of [start, end] pairs") from None
 
 
@@ -110,11 +111,14 @@ def days_of(value: object) -> float | None:
     """A date as days since 1970: ISO 8601 text, a date, or a number that is days already."""
     if value is None or value == "":
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
     try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
         moment = value if isinstance(value, datetime.date) else datetime.datetime.fromisoformat(str(value))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise AttackInputError("a cell of the date column is neither ISO 8601 nor a number of days") from None
     return float(moment.toordinal() - datetime.date(1970, 1, 1).toordinal())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from attacks.analyse import analyse_run
-from attacks.columns import read_columns
+from attacks.columns import days_of, read_columns, spans_of
 from attacks.documents import read_manifest, read_used
 from attacks.errors import AttackInputError
 from attacks.score import ScoreOptions, score_run
@@ -120,3 +121,15 @@ def test_training_records_that_selection_left_out_are_counted(config_of):
     num_left_out = sum(map(len, left_out.values()))
     assert 0 < num_left_out < num_scored
     assert analyse_run(run.root)["num_training_records_left_out_by_selection"] == num_left_out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "yesterday", "nan"])
+def test_a_date_that_is_no_finite_number_is_refused(value):
+    with pytest.raises(AttackInputError, match="date column"):
+        days_of(value)
+
+
+@pytest.mark.parametrize("value", ["[[0, 1e999]]", "[[0]]", "{", [[0, math.inf]], 5, "[" * 100_000])
+def test_spans_that_are_none_are_refused(value):
+    with pytest.raises(AttackInputError, match="spans column"):
+        spans_of(value, 0)
