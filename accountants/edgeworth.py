@@ -124,6 +124,9 @@ def expand(composed: Composition, order: int, *, add: bool) -> DirectedExpansion
 class AeaAccountant(NormalFormAccountant):
     """The approximate Edgeworth accountant of one order: an estimate that never certifies.
 
+    The published accountant is ``direction = REMOVE``. The registry's is not that one: by default it takes the larger
+    of both directions, as every accountant here does.
+
     Attributes:
         direction: ``BOTH`` takes the larger of the two; EW-Tune's code computes ``REMOVE`` only.
     """

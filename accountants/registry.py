@@ -28,9 +28,9 @@ ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
         "random allocation, certified upper bound",
     ),
     "gdp": ("accountants.gdp", "GdpAccountant", "central limit theorem, asymptotic"),
-    "aea1": ("accountants.edgeworth", "Aea1Accountant", "Edgeworth expansion of order 1, estimate"),
-    "aea2": ("accountants.edgeworth", "Aea2Accountant", "Edgeworth expansion of order 2, estimate"),
-    "aea3": ("accountants.edgeworth", "Aea3Accountant", "Edgeworth expansion of order 3, estimate"),
+    "aea1": ("accountants.edgeworth", "Aea1Accountant", "Edgeworth expansion of order 1, both directions, estimate"),
+    "aea2": ("accountants.edgeworth", "Aea2Accountant", "Edgeworth expansion of order 2, both directions, estimate"),
+    "aea3": ("accountants.edgeworth", "Aea3Accountant", "Edgeworth expansion of order 3, both directions, estimate"),
     "eeai": ("accountants.edgeworth", "EeaiAccountant", "Edgeworth interval with finite-sample error, certified"),
     "contour": ("accountants.laplace_reference", "ContourAccountant", "saddle-line Laplace inversion, reference"),
 }

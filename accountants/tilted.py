@@ -37,8 +37,8 @@ else (a handful of steps, or rare large losses) on a lattice.
    those allowed for in :mod:`accountants.lattice`.
 
 Smoothing and spacing are reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest
-length; in every case both ends are certified, assuming double precision arithmetic and scipy's normal distribution
-function accurate to 1e-14.
+length; in every case both ends are certified, assuming double precision arithmetic and scipy's logarithms of normal
+tails accurate to 16 units in the last place (:mod:`accountants.tails`; the tests compare them with 60 digits).
 
 Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps,
 and any composition of them). Both directions are computed and the worse is reported.
