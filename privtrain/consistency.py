@@ -38,6 +38,9 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     fingerprint = plan.fingerprint()
     if statement.get("plan_fingerprint") != fingerprint:
         return [f"plan_fingerprint is {statement.get('plan_fingerprint')}, the plan stated has {fingerprint}"]
+    released, accounted = statement.get("steps_released"), statement.get("steps_accounted")
+    if type(released) is not int or type(accounted) is not int or not 0 <= released <= accounted <= plan.num_steps:
+        return [f"steps_accounted is {accounted}; must be at least steps_released and at most num_steps of the plan"]
     try:
         faults = _epsilon_faults(plan)
         expected = _derived(plan, statement)
@@ -77,8 +80,6 @@ def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
         mine["version"] = theirs["version"]
     if not is_our_version(statement):
         expected["assumptions"] = statement["assumptions"]
-    if not max(0, statement["steps_released"]) <= statement["steps_accounted"] <= plan.num_steps:
-        expected["steps_accounted"] = plan.num_steps
     return expected
 
 

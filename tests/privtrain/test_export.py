@@ -14,6 +14,7 @@ from privtrain import bundle
 from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.export import export_run
 from privtrain.training.job import train
+from privtrain.verify import Anchors, verify_directory
 from tests.conftest import write_config
 
 IDS = torch.arange(1, 13)[None]
@@ -64,6 +65,8 @@ def test_a_fully_trained_model_is_cast(tree, tmp_path):
     assert cast.dtype == torch.bfloat16
     for name, value in whole.named_parameters():
         assert torch.equal(dict(cast.named_parameters())[name], value.bfloat16())
+    found = verify_directory(tmp_path / "out", Anchors(released=run))
+    assert any("made again" in item for item in found.checked)
 
 
 def test_faults_come_at_once_and_nothing_is_written(tmp_path):

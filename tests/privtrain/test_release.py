@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import socket
+import time
 import uuid
 
 import peft
@@ -33,7 +34,13 @@ def mirrored(tmp_path_factory, tiny_llama, users_file):
     tree = tiny_tree(tiny_llama, users_file, place / "runs") | {"tracking": {"wandb": True}}
     del tree["privacy"]["insecure_seed"]
     train(write_config(tree, place / "c.yaml"))
-    return place / "runs" / "tiny"
+    run = place / "runs" / "tiny"
+    (mirror,) = run.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 120
+    while b"privacy/ledger_head" not in mirror.read_bytes():  # W&B's own process writes it
+        assert time.monotonic() < deadline, "the mirror was never written"
+        time.sleep(0.05)
+    return run
 
 
 @pytest.fixture
