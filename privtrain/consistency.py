@@ -160,6 +160,6 @@ def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
         if privacy["noise_multiplier"] is not None:
             expected["noise_multiplier"] = plan.noise_multiplier
         wrong = {name: value for name, value in expected.items() if privacy[name] != value}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        return [f"is no published configuration ({str(error).splitlines()[0]})"]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        return [f"is no published configuration ({type(error).__name__})"]
     return [f"privacy.{name} is {privacy[name]}, by the statement it is {value}" for name, value in wrong.items()]
