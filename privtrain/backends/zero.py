@@ -121,7 +121,9 @@ class ZeroBackend(ShardedBackend):
         if self.device.type == "cpu":
             # Else it compiles a library at the first start, under a lock that a killed start leaves behind for good.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        cut = deepspeed.zero.Init(config_dict_or_path=config, dtype=source.dtype)
+        # Not by `dtype=`: on a processor without fp16, DeepSpeed 0.19.8 takes bf16 whatever is asked for.
+        is_bf16 = source.dtype == torch.bfloat16
+        cut = deepspeed.zero.Init(config_dict_or_path={**config, "bf16": {"enabled": is_bf16}})
         # zero.Init would make the frequencies of rotary positions in the dtype of the weights.
         with prevent_arange_dtype_change(), cut, no_init_weights():
             model = source.empty()
@@ -133,6 +135,8 @@ class ZeroBackend(ShardedBackend):
             if count:
                 _part(parameter)[:count].copy_(read(name, first, count))
         self._engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+        held = {_part(parameter).dtype for parameter in parameters.values()}
+        assert held == {source.dtype}, f"DeepSpeed holds the weights in {held}, not {source.dtype}"
         return model
 
     def place(self, model: torch.nn.Module) -> Placement:
