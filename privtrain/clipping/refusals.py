@@ -31,7 +31,7 @@ def refuse_coupled_units(model: nn.Module) -> None:
                 f"module {name!r} of type {type(module).__name__} mixes units in its statistics and keeps them without "
                 f"noise; replace it by GroupNorm or LayerNorm{opacus_rules.advice(module)}"
             )
-    for config in _configs(model):
+    for config in configs(model):
         weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "router_z_loss_coef", None)
         if getattr(config, "output_router_logits", False) and weight:
             raise UnsupportedLayer(
@@ -62,15 +62,28 @@ def refuse_batched_route(model: nn.Module) -> None:
                 f"module {name!r} of type {type(module).__name__} puts tokens before rows, so that its rows cannot be "
                 f"told apart; {_ONE_UNIT}"
             )
-    for config in _configs(model):
-        if any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS):
+    for name, module in model.named_modules():
+        threshold = getattr(getattr(module, "state", None), "threshold", 0.0)  # bitsandbytes' Linear8bitLt
+        if type(module).__name__.endswith("Linear8bitLt") and threshold > 0:
+            raise UnsupportedLayer(
+                f"module {name!r} of type {type(module).__name__} takes outlier columns over all rows of a batch "
+                f"(llm_int8_threshold: {threshold:g}), so that a loud unit changes the others; set llm_int8_threshold: "
+                f"0.0 in the quantization_config of the model's config.json, or {_ONE_UNIT}"
+            )
+    for config in configs(model):
+        if has_experts(config):
             raise UnsupportedLayer(
                 f"router {_router(model)!r} sorts the tokens of a batch by expert, so that the shapes a unit is "
                 f"computed in depend on other units; {_ONE_UNIT}"
             )
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def has_experts(config: Any) -> bool:
+    """Whether a router sorts tokens by expert."""
+    return any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS)
+
+
+def configs(model: nn.Module) -> Iterator[Any]:
     """The model's configuration, and that of the text model within it."""
     config = getattr(model, "config", None)
     if config is None or isinstance(config, dict):

@@ -83,8 +83,8 @@ class Trainer:
         self.model = model
         self._units = units
         self._key = key
-        self._autocast = autocast
-        self._packer = packer
+        self.autocast = autocast
+        self.packer = packer
         self._hand: Sequence[DrawnUnit] = ()
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
@@ -162,18 +162,18 @@ class Trainer:
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
         fetched = self._units.fetch([(d.unit, d.records) for d in drawn])
-        costs = [self._packer.width(records) for records in fetched]
+        costs = [self.packer.width(records) for records in fetched]
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
         dealt = deal(drawn, costs, self.placement.num_hands)
         self._hand = dealt[self.placement.hand]
         hands = [[records_of[d.unit] for d in hand] for hand in dealt]
-        num_batches = max(self._packer.num_batches(hand) for hand in hands)
-        for batch in self._packer.pack(hands[self.placement.hand], num_batches):
+        num_batches = max(self.packer.num_batches(hand) for hand in hands)
+        for batch in self.packer.pack(hands[self.placement.hand], num_batches):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
-        with self._autocast:
+        with self.autocast:
             return self.objective.losses(self.model, input_ids, target_mask)
 
     @property

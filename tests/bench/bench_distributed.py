@@ -59,7 +59,7 @@ def make_trainer(name: str, directory: pathlib.Path, method: str, route: str = "
     records = tuple((rng.integers(1, 512, size=LENGTH),) for _ in range(16))
     trainer._units = UnitData(tuple(map(str, range(16))), records, 0)
     trainer.sampler = type(trainer.sampler)(trainer.plan, trainer._key, [1] * 16)
-    trainer._packer = Packer(8, max_length=LENGTH, pad_id=0)
+    trainer.packer = Packer(8, max_length=LENGTH, pad_id=0)
     return trainer
 
 

@@ -71,8 +71,8 @@ def test_operations_of_a_token_are_those_of_the_layers(tiny_llama):
     costs = {}
     for method in ("full", "lora"):
         trainer = cells.make_trainer(LocalBackend(cells.CPU), tiny_llama, Cell(method=method, microbatch_size=4))
-        costs[method] = flops_per_token(trainer, trainer._packer, vocabulary_size=200)
-        assert flops_per_token(trainer, trainer._packer, vocabulary_size=200) == costs[method]
+        costs[method] = flops_per_token(trainer, trainer.packer, vocabulary_size=200)
+        assert flops_per_token(trainer, trainer.packer, vocabulary_size=200) == costs[method]
         assert not trainer.clipper.total.any()
     with_head = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora" not in name)
     assert 3 * with_head < costs["lora"] < costs["full"] < 20 * with_head

@@ -1,0 +1,136 @@
+"""What the start-up probes hook into a model: loud rows, shared random numbers at their ends, one row's outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+#: A loud row's activations, in root mean squares of ordinary ones.
+_LOUDNESS = 1e3
+#: What draws random numbers in torch, by name.
+_DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
+_DRAWS += ("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "exponential_", "random_", "dropout")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model without its adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
+    """Let rows that begin with ``first_token`` enter the model with huge activations, within the block.
+
+    At every other token one coordinate alone is huge, which stays an outlier behind any norm; else all are.
+    """
+
+    def shout(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        ids = inputs[0] if inputs else next(iter(keywords.values()), None)
+        if not isinstance(ids, torch.Tensor) or not isinstance(output, torch.Tensor) or ids.ndim != 2:
+            return output
+        num_tokens, width = output.shape[1:]
+        place = torch.arange(num_tokens, device=output.device)
+        spike = nn.functional.one_hot(place % width, width).to(output)
+        sign = (1 - 2 * (torch.arange(width, device=output.device) % 2)).to(output)
+        pattern = torch.where((place % 2 == 0)[:, None], spike, sign)
+        size = output.detach().float().square().mean().sqrt().to(output)
+        return torch.where((ids[:, :1] == first_token)[..., None], _LOUDNESS * size * pattern, output)
+
+    embedding = _input_embedding(model)
+    handle = None if embedding is None else embedding.register_forward_hook(shout, with_kwargs=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        found = unwrapped(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    return found or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+
+
+@contextlib.contextmanager
+def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect what every module returns for one row, in the order of the forward pass within the block.
+
+    Args:
+        model: whose modules are watched.
+        row: which row of the batch.
+        num_rows: rows of the batch, which lie in the first dimension of an output, before tokens or folded with them.
+        share: the part of the row, from its beginning, that is no padding.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] % num_rows == 0:
+            own = value.detach().reshape(num_rows, -1)[row]
+            found.setdefault(name, own[: int(share * len(own))].clone())
+
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SharedRandomNumbers(TorchFunctionMode):
+    """Replaces every random tensor without a dimension for rows by 0 or 1, while it is entered.
+
+    Args:
+        model: whose modules are named.
+        sizes: of a dimension that stands for rows, alone or folded with tokens; no other dimension should have them.
+        value: 0 or 1.
+
+    Attributes:
+        owner: the module that drew the first such tensor; empty if none did.
+    """
+
+    def __init__(self, model: nn.Module, sizes: tuple[int, ...], value: float) -> None:
+        super().__init__()
+        self.owner = ""
+        self._model = model
+        self._sizes = sizes
+        self._value = value
+        self._inside: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SharedRandomNumbers:
+        for name, module in self._model.named_modules():
+            text = f"module {name!r} of type {type(module).__name__}"
+            self._handles.append(module.register_forward_pre_hook(lambda _m, _i, text=text: self._inside.append(text)))
+            self._handles.append(module.register_forward_hook(lambda _m, _i, _o: self._inside.pop() and None))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _DRAWS or not isinstance(result, torch.Tensor):
+            return result
+        if any(size in result.shape for size in self._sizes):
+            return result
+        if args and isinstance(args[0], torch.Tensor) and args[0] is not result and torch.equal(args[0], result):
+            return result  # dropout that is off
+        self.owner = self.owner or (self._inside[-1] if self._inside else "")
+        with torch.no_grad():
+            if result.is_floating_point():
+                return result.fill_(self._value)
+            return result.flip(0) if self._value and result.ndim else result

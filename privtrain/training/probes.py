@@ -1,0 +1,410 @@
+"""Probe the real model at start-up: a forward pass leaves no trace, rows are independent, nobody looks ahead.
+
+Exact clipping bounds what one unit adds to the sum. That bounds what the unit does to the *release* only if it does not
+also change what the other units add. So, in training mode, before the first step:
+
+* no pass over rows of any width, loud or long, changes a buffer, an attribute or a weight (:mod:`.traces`);
+* what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations, in
+  the first row and in the last, and whatever ids stand in its padding;
+* no random number is shared between rows (layer drop, router jitter).
+
+One probe is about what is learned, not about privacy: a token's loss does not move when later tokens change or vanish,
+or when the row is padded further. A model that sees the token it predicts learns to copy it.
+
+Every rank runs the same passes, as a sharded model needs, and what one rank finds stops all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from privtrain.clipping import refusals
+from privtrain.data.microbatch import NOBODY, Microbatch
+from privtrain.data.records import Record
+from privtrain.objectives import CausalLM
+from privtrain.training import hooks, traces
+from privtrain.training.agreement import agree_on_fault
+from privtrain.training.trainer import Trainer
+
+#: A row that moves by more than this share beside others is mixed with them; by less, kernels round it differently.
+_MIXED = {4: 1e-4, 2: 2e-2}
+#: Relative change of a loss that the rounding of other shapes explains, by bytes of a weight.
+_ROUNDING = {4: 1e-5, 2: 5e-2}
+#: Rows and tokens of the passes that look for shared random numbers: primes, which other sizes are not taken for.
+_COIN_ROWS, _COIN_TOKENS = 5, 7
+#: Keys of a config that toss one coin for a whole batch.
+_COIN_KEYS = ("layerdrop", "layer_drop", "drop_path", "stochastic_depth", "jitter", "expert_drop")
+#: Tokens of the short unit, at least.
+_SHORT = 4
+_IN_CONFIG = "in the model's config.json"
+_ONE_UNIT = "set performance.clipping_route: one_unit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """The probes of one trainer.
+
+    Attributes:
+        trainer: about to train; its adapter has been moved off its starting point.
+        vocabulary_size: planted tokens are below this.
+    """
+
+    trainer: Trainer
+    vocabulary_size: int
+
+    # Random numbers.
+
+    def check_coins(self) -> None:
+        """Refuse random numbers that rows share: another unit in the batch would change how they fall for the others.
+
+        Dropout draws for every row apart, and stays on here.
+
+        Raises:
+            SelfTestFailed: naming the config key or the module.
+        """
+        trainer = self.trainer
+        for name, owner in _owners(trainer.model):
+            for key, value in vars(owner).items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if is_number and value > 0 and any(part in key.lower() for part in _COIN_KEYS):
+                    self._agree(f"{key}: {value:g} ({name}) tosses a coin for a whole batch; set {key}: 0 {_IN_CONFIG}")
+        self._agree("")
+        if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
+            return  # a batch is one row, or rows of one unit: its coin is the unit's own
+        batch = self._batch([self._record(_COIN_TOKENS, seed) for seed in range(_COIN_ROWS)], _COIN_TOKENS)
+        losses, drew = zip(*(self._with_coins(batch, extreme) for extreme in (0.0, 1.0)), strict=True)
+        fault = ""
+        if not _equal(*losses):
+            fault = (
+                f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of a batch "
+                f"share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
+            )
+        self._agree(fault)
+
+    def _with_coins(self, batch: Microbatch, extreme: float) -> tuple[torch.Tensor, str]:
+        """Losses, and the module that drew, where every random number that rows share is 0 or 1."""
+        device = self.trainer.backend.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            sizes = (_COIN_ROWS, _COIN_ROWS * _COIN_TOKENS)
+            with hooks.SharedRandomNumbers(self.trainer.model, sizes, extreme) as numbers:
+                return self._losses(batch), numbers.owner
+
+    # Traces.
+
+    def check_traces(self) -> dict[str, object]:
+        """Demand that passes over rows of every width, longest and loudest first, change nothing in the model.
+
+        One short pass comes before: what a layer builds once, where nothing was, is a function of the model alone.
+
+        Returns:
+            The state of the model, for :meth:`check_unchanged`.
+
+        Raises:
+            SelfTestFailed: naming the module and what it kept.
+        """
+        limits = [(name, kept) for name, module in self.trainer.model.named_modules() if (kept := _rescales(module))]
+        for name, (kind, original) in limits:
+            if self.trainer.packer.max_length > original:
+                self._agree(
+                    f"module {name!r} rescales positions (rope_type: {kind}) by the longest row of a batch, "
+                    f"and data.max_length={self.trainer.packer.max_length} is beyond the {original} tokens of the "
+                    f"original context; set data.max_length: {original} or less, or another rope_type {_IN_CONFIG}"
+                )
+        self._agree("")
+        widths, before = self._widths(), self._state()
+        self._losses(self._batch([self._record(widths[0], 0)], widths[0]))
+        built = self._state()
+        self._refuse_traces([place for place in traces.changes(before, built) if not traces.was_nothing(before, place)])
+        with hooks.loud_rows(self.trainer.model, self._loud):
+            for width in reversed(widths):
+                self._losses(self._batch([self._record(width, 1, is_loud=True)], width))
+        for width in widths:
+            self._losses(self._batch([self._record(width, 2)], width))
+        self.check_unchanged(built)
+        return built
+
+    def check_unchanged(self, state: dict[str, object]) -> None:
+        """Demand that the model is what it was, after whatever passes.
+
+        Raises:
+            SelfTestFailed: naming the module and what it kept.
+        """
+        self._refuse_traces(traces.changes(state, self._state()))
+
+    def _state(self) -> dict[str, object]:
+        return traces.snapshot(self.trainer.model, self.trainer.backend.local_tensors(self.trainer.model))
+
+    def _refuse_traces(self, kept: Sequence[str]) -> None:
+        fault = ""
+        if kept:
+            fault = (
+                f"a pass over the model changes {kept[0]}: what one unit's rows leave there changes the gradients of "
+                f"the others, which clipping does not bound. Switch that off {_IN_CONFIG} (for positions that are "
+                "rescaled by length: data.max_length within the original context), or replace the module by one that "
+                "keeps nothing"
+            )
+        self._agree(fault)
+
+    # Independent rows.
+
+    def check_rows(self) -> None:
+        """Demand that a row's loss does not depend on the rows beside it, up to the rounding of kernels.
+
+        Raises:
+            SelfTestFailed: naming the first module that mixes rows.
+        """
+        trainer = self.trainer
+        if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
+            return  # rows of different units never meet
+        alone, beside = (self._arranged(*where) for where in ((0, False), (0, True)))
+        with hooks.loud_rows(trainer.model, self._loud):
+            first, second = (float(self._losses(batch)[0]) for batch in (alone, beside))
+        moved = abs(first - second) / max(abs(first), 1e-6)
+        fault = ""
+        if not moved <= self._tolerance(_MIXED):
+            fault = (
+                f"rows of a batch are mixed by {self._first_module(alone, beside)}: the loss of a row is off by "
+                f"{moved:.2g} of it beside rows with huge activations. Replace the module by one that works on each "
+                f"row alone, or {_ONE_UNIT}"
+            )
+        self._agree(fault)
+
+    def independent_route(self, route: str) -> str:
+        """Demand that a short unit adds the same bits to the sum whatever is computed beside it or before it.
+
+        Args:
+            route: clipping route to test, of which :meth:`check_rows` found no mixed rows.
+
+        Returns:
+            ``route``; or ``"one_unit"`` where that passes and ``"auto"`` does not, because kernels round a row
+            differently beside others. The same on every rank.
+
+        Raises:
+            SelfTestFailed: naming the circumstance, and the first module whose output differs.
+        """
+        found = self._first_difference(route)
+        num_failed = torch.tensor([float(bool(found))], device=self.trainer.backend.device)
+        self.trainer.backend.reduce(num_failed)
+        if float(num_failed) == 0:
+            return route
+        if route == "auto":
+            return self.independent_route("one_unit")
+        way_out = f"; {_ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
+        self._agree(f"{found}{way_out}" if found else "")
+        raise AssertionError("unreachable")
+
+    def _first_difference(self, route: str) -> str:
+        """What is wrong with a short unit's contribution, or nothing."""
+        trainer, widths = self.trainer, self._widths()
+        clipper = trainer.new_clipper(trainer.row_losses, route)
+
+        def contribution(batch: Microbatch) -> torch.Tensor:
+            clipper.reset()
+            clipper.accumulate(batch)
+            return clipper.finish().clone()
+
+        last, other_pad = trainer.packer.microbatch_size - 1, self._quiet
+        alone = self._arranged(0, False)
+        with hooks.loud_rows(trainer.model, self._loud):
+            reference = contribution(alone)
+            for width in {widths[0], widths[-1]}:
+                self._losses(self._batch([self._record(width, 3, is_loud=True)], width))
+            cases = {
+                "after a long row with huge activations": alone,
+                "in another row of the batch, beside rows with huge activations": self._arranged(last, True, other_pad),
+            }
+            for when, batch in cases.items():
+                if _equal(contribution(batch), reference):
+                    continue
+                single = {
+                    "beside rows with huge activations": self._arranged(0, True),
+                    "in another row of the batch": self._arranged(last, False),
+                    "with other ids in its padding": self._arranged(0, False, other_pad),
+                }
+                differing = [(w, b) for w, b in single.items() if not _equal(contribution(b), reference)]
+                when, batch = differing[0] if differing and batch is not alone else (when, batch)
+                difference = contribution(batch).double() - reference.double()
+                share = float(difference.norm() / reference.double().norm())
+                return (
+                    f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
+                    f"norm; precision {self._precision}), first seen in the output of {self._first_module(alone, batch)}"
+                )
+        return ""
+
+    def _arranged(self, place: int, is_crowded: bool, pad_id: int | None = None) -> Microbatch:
+        """The short unit in row ``place`` of a microbatch; the other rows have no weight and may be loud."""
+        width, num_rows = self._widths()[0], self.trainer.packer.microbatch_size
+        short = self._record(max(2, width - 2), 0)
+        rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
+        rows[place : place + 1] = [short]
+        weights = [float(i == place) for i in range(len(rows))]
+        return self._batch(rows, width, weights, num_rows, self.trainer.packer.pad_id if pad_id is None else pad_id)
+
+    def _first_module(self, one: Microbatch, other: Microbatch) -> str:
+        """The first module, in the order of the forward pass, whose output for the row with weight differs."""
+        outputs = []
+        for batch in (one, other):
+            row = int(batch.row_weight.argmax())
+            length = int(batch.target_mask[row].nonzero().max()) + 1
+            share = length / batch.input_ids.shape[1]
+            with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as found:
+                self._losses(batch)
+            outputs.append(found)
+        for name, value in outputs[0].items():
+            if name in outputs[1] and not _equal(value, outputs[1][name]):
+                return f"module {name!r} of type {type(self.trainer.model.get_submodule(name)).__name__}"
+        return "no module (it is in the backward pass)"
+
+    # Causality and padding.
+
+    def check_causality(self) -> None:
+        """Demand that a token's loss depends on the tokens before it alone, and no loss on the padding.
+
+        Raises:
+            SelfTestFailed: naming the model's class.
+        """
+        widths, name, fault = self._widths(), type(hooks.unwrapped(self.trainer.model)).__name__, ""
+        width = widths[0]
+        record = self._record(max(2, width - 1), 4)
+        same_shape = self._tolerance(_ROUNDING) if self._has_experts() else _ROUNDING[4]
+        plain = self._loss_of(record, width)
+        of_ids = _moved(plain, self._loss_of(record, width, pad_id=self._quiet))
+        of_width = _moved(plain, self._loss_of(record, widths[-1]))
+        if of_ids > same_shape or of_width > self._tolerance(_ROUNDING):
+            fault = (
+                f"the model class {name} reads the padding behind a record: the record's loss moves by {of_ids:.2g} "
+                f"with the ids that stand there, by {of_width:.2g} with their number. Choose a model whose tokens do not "
+                "depend on what stands behind them"
+            )
+        cut = len(record) // 2
+        if isinstance(self.trainer.objective, CausalLM) and cut > 1:
+            is_target = record.is_target & (np.arange(len(record)) < cut)
+            changed = record.tokens.copy()
+            changed[cut:] = (changed[cut:] + 1) % self.vocabulary_size
+            before = self._loss_of(Record(record.tokens, is_target), width)
+            others = {"change": Record(changed, is_target), "vanish": Record(record.tokens[:cut], is_target[:cut])}
+            moved = {way: _moved(before, self._loss_of(other, width)) for way, other in others.items()}
+            way = max(moved, key=moved.__getitem__)
+            if moved[way] > same_shape:
+                can_decode = getattr(hooks.unwrapped(self.trainer.model).config, "is_decoder", None) is False
+                way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
+                fault = (
+                    f"the model class {name} is not causal: losses of tokens move by {moved[way]:.2g} when tokens "
+                    f"behind them {way}, so it would learn to copy the token that it predicts; {way_out}"
+                )
+        self._agree(fault)
+
+    def _loss_of(self, record: Record, width: int, pad_id: int | None = None) -> float:
+        """A record's loss; without autocast where the weights allow it, so that rounding hides little."""
+        batch = self._batch([record], width, pad_id=self.trainer.packer.pad_id if pad_id is None else pad_id)
+        if _weight_bytes(self.trainer.model) < 4:
+            return float(self._losses(batch))
+        with torch.no_grad():
+            return float(self.trainer.objective.losses(self.trainer.model, batch.input_ids, batch.target_mask))
+
+    def _has_experts(self) -> bool:
+        """Tokens are sorted by expert, so that each is rounded in a shape that others decide."""
+        return any(refusals.has_experts(config) for config in refusals.configs(hooks.unwrapped(self.trainer.model)))
+
+    # Planted rows.
+
+    @property
+    def _loud(self) -> int:
+        """First token of loud rows, of no other row and no padding."""
+        return 1 if self.trainer.packer.pad_id != 1 else 3
+
+    @property
+    def _quiet(self) -> int:
+        return 2 if self.trainer.packer.pad_id != 2 else 3
+
+    @property
+    def _precision(self) -> str:
+        return (
+            "bf16" if self.trainer.autocast.fast_dtype == torch.bfloat16 and self.trainer.autocast._enabled else "fp32"
+        )
+
+    def _tolerance(self, by_bytes: dict[int, float]) -> float:
+        return by_bytes[2 if self._precision == "bf16" or _weight_bytes(self.trainer.model) < 4 else 4]
+
+    def _widths(self) -> list[int]:
+        """Widths that the packer makes, from the shortest that holds a short unit."""
+        packer = self.trainer.packer
+        widths = sorted({packer.width([np.zeros(n)]) for n in range(1, packer.max_length + 1)})
+        return [width for width in widths if width >= _SHORT] or widths[-1:]
+
+    def _record(self, length: int, seed: int, *, is_loud: bool = False) -> Record:
+        tokens = np.random.default_rng(seed).integers(0, self.vocabulary_size, size=length)
+        tokens[0] = self._loud if is_loud else self._quiet
+        return self.trainer.objective.plant(tokens)
+
+    def _batch(
+        self,
+        rows: Sequence[Record],
+        width: int,
+        weights: Sequence[float] | None = None,
+        num_rows: int | None = None,
+        pad_id: int | None = None,
+    ) -> Microbatch:
+        """Rows of a unit each, then padding rows."""
+        num_rows = num_rows or len(rows)
+        input_ids = np.full((num_rows, width), self.trainer.packer.pad_id if pad_id is None else pad_id, dtype=np.int64)
+        mask = np.zeros((num_rows, width), dtype=bool)
+        row_weight = np.zeros(num_rows, dtype=np.float32)
+        owner = np.full(num_rows, NOBODY, dtype=np.int64)
+        for i, record in enumerate(rows):
+            input_ids[i, : len(record)] = record.tokens
+            mask[i, : len(record)] = record.is_target
+            row_weight[i] = 1.0 if weights is None else weights[i]
+            owner[i] = i
+        tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))
+        batch = Microbatch(*tensors, owners=tuple(range(len(rows))), last_continues=False)
+        return batch.to(self.trainer.backend.device)
+
+    def _losses(self, batch: Microbatch) -> torch.Tensor:
+        with torch.no_grad():
+            return self.trainer.row_losses(batch.input_ids, batch.target_mask)
+
+    def _agree(self, fault: str) -> None:
+        agree_on_fault(fault, self.trainer.backend)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:
+    """Whatever may hold a probability: the model's configs, then its modules."""
+    for config in refusals.configs(hooks.unwrapped(model)):
+        yield "the model's config", config
+    for name, module in model.named_modules():
+        yield f"module {name!r} of type {type(module).__name__}", module
+
+
+def _rescales(module: nn.Module) -> tuple[str, int] | None:
+    """Rope type and original context of a module whose positions depend on the longest row; ``None`` for others."""
+    kind = getattr(module, "rope_type", None)
+    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
+    changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
+    if not changing:
+        return None
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    originals = [part.get("original_max_position_embeddings") for part in parts if part]
+    originals = [value for value in originals if value] or [getattr(module, "original_max_seq_len", math.inf)]
+    return changing[0], min(originals)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+
+
+def _moved(one: float, other: float) -> float:
+    return math.inf if math.isnan(one - other) else abs(one - other) / (1 + abs(one))
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, but for the sign of zero."""
+    return one.shape == other.shape and bool(torch.all((one == other) | (one.isnan() & other.isnan())))

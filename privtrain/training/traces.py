@@ -1,0 +1,150 @@
+"""Find what a forward or backward pass left behind in a model: state that one user's rows would hand to the next.
+
+Looked at are the buffers of every module, its plain attributes and those of its class and its config (tensors, numbers,
+texts, and containers and objects of them), the parameters, and the states of Python's and NumPy's random numbers.
+Not seen is what a function keeps in its closure or a C extension keeps to itself; that shows only in its effect on the
+gradients that :mod:`.probes` compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random  # noqa: TID251 - looked at, not drawn from
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from privtrain.backends.base import digest
+
+#: Attributes that torch itself keeps for a module. What they hold is walked to by other ways.
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+#: What DeepSpeed counts on the modules whose weights it gathers; no forward pass reads it.
+_FRAMEWORK_PREFIXES = (
+    "ds_",
+    "_ds_",
+    "applied_pre_backward",
+    "pre_bwd_fn",
+    "post_bwd_fn",
+    "_external_params",
+    "_original_p",
+)
+_FRAMEWORK_PACKAGES = ("torch.", "deepspeed.", "builtins", "typing", "abc")
+#: Containers within containers that are looked into.
+_MAX_DEPTH = 6
+#: Tensors up to this size are hashed; of larger ones the bits are added up, which is faster.
+_MAX_HASHED_BYTES = 1 << 20
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, object]:
+    """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots.
+
+    Args:
+        model: whose modules are walked.
+        parameters: name and value of what this rank holds of each parameter.
+    """
+    found: dict[str, object] = {}
+    walker = _Walker({id(module) for module in model.modules()}, found)
+    for name, module in model.named_modules():
+        for key, value in module.named_buffers(recurse=False):
+            found[_place(name, module, key)] = _tensor_digest(value)
+        for key, value in _own_attributes(module):
+            walker.walk(_place(name, module, key), value, 0)
+    for name, value in parameters:
+        found[f"parameter {name!r}"] = _tensor_digest(value.detach())
+    found["random numbers of Python (random)"] = hash(random.getstate())
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    found["random numbers of NumPy (numpy.random)"] = (kind, hashlib.sha256(np.asarray(keys).tobytes()).digest(), *rest)
+    return found
+
+
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """Return the places of what is not as it was, in the order of the modules."""
+    missing = object()
+    return [place for place in {**before, **after} if before.get(place, missing) != after.get(place, missing)]
+
+
+def was_nothing(before: Mapping[str, object], place: str) -> bool:
+    """Whether nothing was there: no attribute, ``None``, ``False`` or an empty container."""
+    return place not in before or before[place] in ("None", "False", 0, [])
+
+
+def _place(name: str, module: nn.Module, key: str) -> str:
+    return f"module {name!r} of type {type(module).__name__} ({key})"
+
+
+def _own_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Attributes of the module and of its classes, without those of torch and of the frameworks that shard it."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith(_FRAMEWORK_PACKAGES):
+            for key, value in vars(cls).items():
+                if not key.startswith("__") and _is_data(value):
+                    yield f"{cls.__name__}.{key}", value
+    for key, value in vars(module).items():
+        if key not in _TORCH_ATTRIBUTES and not key.startswith(_FRAMEWORK_PREFIXES):
+            yield key, value
+
+
+def _is_data(value: object) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray | int | float | complex | Mapping | list | Set | tuple)
+
+
+class _Walker:
+    """Writes every value under a place into ``found``; an object that several places share is walked once."""
+
+    def __init__(self, modules: set[int], found: dict[str, object]) -> None:
+        self._seen = modules  # which the caller walks
+        self._found = found
+        self._kept: list[object] = []  # so that no identity is used twice
+
+    def walk(self, place: str, value: Any, depth: int) -> None:
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+            self._found[place] = repr(value)  # a NaN equals itself
+            return
+        if isinstance(value, torch.Tensor):
+            self._found[place] = _tensor_digest(value.detach())
+            return
+        if isinstance(value, np.ndarray):
+            self._found[place] = (str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).digest())
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._kept.append(value)
+        if depth == _MAX_DEPTH:
+            return
+        for key, item in self._items(place, value):
+            self.walk(f"{place}{key}", item, depth + 1)
+
+    def _items(self, place: str, value: Any) -> Iterator[tuple[str, object]]:
+        if isinstance(value, Mapping):
+            self._found[place] = len(value)
+            yield from ((f"[{key!r}]", item) for key, item in list(value.items()))
+        elif isinstance(value, Set):
+            self._found[place] = sorted(map(repr, value))
+        elif isinstance(value, Sequence) or type(value).__name__ == "deque":
+            self._found[place] = len(value)
+            yield from ((f"[{i}]", item) for i, item in enumerate(value))
+        elif isinstance(value, nn.Module):  # one that hides in a list
+            yield from ((f".{key}", item) for key, item in value.named_buffers(recurse=False))
+            yield from ((f".{key}", item) for key, item in value.named_parameters(recurse=False))
+            yield from ((f".{key}", item) for key, item in _own_attributes(value))
+            yield from ((f".{key}", item) for key, item in value.named_children())
+        elif isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+            self._found[place] = type(value).__name__
+        else:
+            yield from ((f".{key}", item) for key, item in list(vars(value).items()))
+
+
+def _tensor_digest(value: torch.Tensor) -> object:
+    if value.is_meta or value.layout != torch.strided:
+        return str(value.layout), tuple(value.shape)
+    if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:
+        return str(value.dtype), tuple(value.shape), digest([value])
+    kind = _BITS.get(value.element_size(), torch.uint8)
+    bits = (torch.view_as_real(value) if value.is_complex() else value).contiguous().view(kind)
+    return str(value.dtype), tuple(value.shape), int(bits.sum(dtype=torch.int64))

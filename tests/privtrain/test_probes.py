@@ -1,0 +1,411 @@
+"""The start-up probes: models whose passes leave traces, mix rows, look ahead or read padding do not begin to train."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from privtrain.backends import LocalBackend
+from privtrain.config.schema import LoraSection, TrainingSection
+from privtrain.data.microbatch import Packer
+from privtrain.data.units import UnitData
+from privtrain.errors import SelfTestFailed
+from privtrain.models import add_lora
+from privtrain.objectives import CausalLM, Classification
+from privtrain.secret import SecretKey
+from privtrain.tracking import NullTracker
+from privtrain.training import traces
+from privtrain.training.selftest import run_self_test
+from privtrain.training.trainer import Trainer
+from tests.privtrain.cells import Cell
+from tests.privtrain.models_for_tests import invented_users
+from tests.privtrain.test_parity import _SIZES, CAUSAL, CLASSIFIERS
+
+CPU = torch.device("cpu")
+
+
+def trainer_of(model, *, route="auto", precision="fp32", max_length=32, microbatch_size=3, objective=None) -> Trainer:
+    """A trainer of a default adapter on every linear layer of ``model``."""
+    is_classifier = isinstance(objective, Classification)
+    adapted = add_lora(
+        copy.deepcopy(model).requires_grad_(False),
+        LoraSection(rank=2, alpha=4),
+        init_seed=0,
+        public_name="tiny",
+        is_classifier=is_classifier,
+    )
+    users = tuple(map(tuple, invented_users(7, most_records=4)))
+    return Trainer(
+        plan=Cell(noise_multiplier=1.3).plan,
+        training=TrainingSection(),
+        model=adapted.train(),
+        units=UnitData(tuple(f"user-{i}" for i in range(7)), users, 0),
+        backend=LocalBackend(CPU),
+        key=SecretKey.insecure(5, "probes"),
+        generation=0,
+        ledger=None,
+        tracker=NullTracker(),
+        autocast=torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+        packer=Packer(microbatch_size, max_length=max_length, pad_id=0),
+        clipping_route=route,
+        objective=objective or CausalLM(),
+    )
+
+
+def start(model, *, precision="fp32", **options) -> str:
+    """The route that the self-test passes."""
+    return run_self_test(trainer_of(model, precision=precision, **options), vocabulary_size=200, precision=precision)
+
+
+def llama(**changes) -> nn.Module:
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**{**_SIZES, **changes}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", [*CAUSAL, *CLASSIFIERS])
+def test_default_adapter_starts_on_every_architecture(name, precision):
+    torch.manual_seed(0)
+    is_causal = name in CAUSAL
+    kind = hf.AutoModelForCausalLM if is_causal else hf.AutoModelForSequenceClassification
+    model = kind.from_config((CAUSAL if is_causal else CLASSIFIERS)[name]())
+    objective = CausalLM() if is_causal else Classification(num_labels=3, pad_id=0, separator_id=None)
+    route = start(model, precision=precision, objective=objective, max_length=16)
+    assert route == ("one_unit" if name == "opt" else "auto")
+
+
+# A forward pass leaves no trace.
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_calls = 0
+
+    def forward(self, hidden):
+        self.num_calls += 1
+        return hidden
+
+
+class RunningMean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, hidden):
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(0.1 * hidden.mean())
+        return hidden - self.mean
+
+
+class LongestSeen(nn.Module):
+    """Positions by the longest row so far, kept two containers deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = {"positions": [torch.arange(1.0)]}
+
+    def forward(self, hidden):
+        if hidden.shape[1] > len(self.cache["positions"][0]):
+            self.cache["positions"][0] = torch.arange(float(hidden.shape[1]))
+        return hidden * (1 + 1e-3 / len(self.cache["positions"][0]))
+
+
+class GrowingCache(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, hidden):
+        self.seen.append(hidden.detach().mean())
+        return hidden
+
+
+class OfTheClass(nn.Module):
+    loudest = 0.0
+
+    def forward(self, hidden):
+        OfTheClass.loudest = max(OfTheClass.loudest, float(hidden.abs().max()))
+        return hidden
+
+
+class FrozenWeightMoves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.load = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, hidden):
+        self.load.data[0] += hidden.shape[1]
+        return hidden
+
+
+class Hidden(nn.Module):
+    """A module in a list, which no parent registers."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = (Counts(),)
+
+    def forward(self, hidden):
+        return self.parts[0](hidden)
+
+
+def with_layer(layer: nn.Module) -> nn.Module:
+    """A Llama whose first MLP's output goes through ``layer``."""
+    model = llama()
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "layer", [Counts, RunningMean, LongestSeen, GrowingCache, OfTheClass, FrozenWeightMoves, Hidden]
+)
+@pytest.mark.parametrize("route", ["auto", "one_unit"])
+def test_module_that_keeps_state_is_refused_by_name(layer, route):
+    with pytest.raises(SelfTestFailed, match=r"a pass over the model changes .*layers\.0\.mlp"):
+        start(with_layer(layer()), route=route)
+
+
+def test_state_kept_in_a_closure_is_found_by_its_effect():
+    model, seen = llama(), [1.0]
+
+    def remember(module, inputs, output):
+        seen[0] = max(seen[0], float(output.detach().abs().max()))
+        return output / seen[0]
+
+    model.model.layers[0].mlp.register_forward_hook(remember)
+    with pytest.raises(SelfTestFailed):
+        start(model)
+
+
+class BuiltOnce(nn.Module):
+    """A mask that is made when it is first needed, always the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = None
+
+    def forward(self, hidden):
+        if self.mask is None:
+            self.mask = torch.ones(hidden.shape[-1])
+        return hidden * self.mask
+
+
+def test_what_is_built_once_is_no_trace():
+    assert start(with_layer(BuiltOnce())) == "auto"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rescaled_positions_need_the_original_context(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    model = llama(rope_parameters=rope, max_position_embeddings=64)
+    assert start(model, max_length=64) == "auto"
+    with pytest.raises(SelfTestFailed, match=rf"rotary_emb.*rope_type: {kind}.*data.max_length: 64 or less"):
+        start(model, max_length=80)
+
+
+# Rows are independent.
+
+
+class OverTheBatch(nn.Module):
+    """Normalised over rows, without statistics of its own: in the spirit of a frozen batch norm."""
+
+    def forward(self, hidden):
+        return hidden / hidden.square().mean(dim=0, keepdim=True).sqrt().clamp(min=1e-3)
+
+
+class RangeOfTheBatch(nn.Module):
+    """Rounded to 8 bits over the range of all rows."""
+
+    def forward(self, hidden):
+        step = hidden.detach().abs().max() / 127
+        return hidden + (torch.round(hidden / step) * step - hidden).detach()
+
+
+@pytest.mark.parametrize("layer", [OverTheBatch, RangeOfTheBatch])
+@pytest.mark.parametrize("route", ["auto", "batched", "two_pass"])
+def test_frozen_layer_that_mixes_rows_is_refused_by_name(layer, route):
+    with pytest.raises(SelfTestFailed, match=rf"rows of a batch are mixed by .*of type {layer.__name__}.*one_unit"):
+        start(with_layer(layer()), route=route)
+
+
+@pytest.mark.parametrize("layer", [OverTheBatch, RangeOfTheBatch])
+def test_one_unit_at_a_time_mixes_no_rows(layer):
+    assert start(with_layer(layer()), route="one_unit") == "one_unit"
+
+
+class RoundsByPlace(nn.Module):
+    """As kernels do whose order of adding up depends on where a row lies: the last bits alone differ."""
+
+    def forward(self, hidden):
+        if hidden.shape[0] < 2:
+            return hidden
+        return torch.cat([hidden[:1], hidden[1:] * (1 + 2**-22)])
+
+
+def test_rounding_by_place_falls_back_to_one_unit():
+    model = with_layer(RoundsByPlace())
+    assert start(model) == "one_unit"
+    with pytest.raises(SelfTestFailed, match=r"in another row of the batch .*of type RoundsByPlace; set .*one_unit"):
+        start(model, route="batched")
+
+
+class LetsNothingBack(torch.autograd.Function):
+    """Rows are mixed in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] + 1e-6 * gradients[0].mean(dim=0, keepdim=True)
+
+
+class MixesBackwards(nn.Module):
+    def forward(self, hidden):
+        return LetsNothingBack.apply(hidden)
+
+
+# Random numbers.
+
+
+def test_layer_drop_is_refused_by_its_key():
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(
+        hf.OPTConfig(**_SIZES, ffn_dim=24, word_embed_proj_dim=16, layerdrop=0.1)
+    )
+    with pytest.raises(SelfTestFailed, match=r"layerdrop: 0.1 .*set layerdrop: 0 in the model's config.json"):
+        start(model)
+
+
+class CoinOfTheBatch(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.dropped = 0.5  # a name that turning dropout off would turn off, too
+        self.draw = draw
+
+    def forward(self, hidden):
+        return hidden * 0.5 if self.training and self.draw() < self.dropped else hidden
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(()), lambda: torch.bernoulli(torch.tensor(0.5)), lambda: torch.empty(1).uniform_()],
+)
+def test_coin_of_the_batch_is_refused_by_name(draw):
+    with pytest.raises(SelfTestFailed, match="of type CoinOfTheBatch draws random numbers"):
+        start(with_layer(CoinOfTheBatch(draw)))
+
+
+class NumpyCoin(nn.Module):
+    def forward(self, hidden):
+        return hidden * (1 + 1e-9 * float(__import__("numpy").random.rand()))
+
+
+def test_coin_of_numpy_is_refused():
+    with pytest.raises(SelfTestFailed, match="random numbers of NumPy"):
+        start(with_layer(NumpyCoin()))
+
+
+def test_dropout_and_coins_without_effect_are_no_fault():
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(hf.OPTConfig(**_SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.1))
+    assert start(model, route="auto") == "one_unit"
+    assert start(with_layer(nn.Dropout(0.2))) == "auto"
+
+
+# Causality and padding.
+
+
+def test_bert_without_decoder_is_refused_with_the_way_out():
+    config = hf.BertConfig(**{**_SIZES, "initializer_range": 0.02}, is_decoder=False)
+    torch.manual_seed(0)
+    with pytest.raises(SelfTestFailed, match=r"BertLMHeadModel is not causal.*set is_decoder: true"):
+        start(hf.AutoModelForCausalLM.from_config(config))
+    config.is_decoder = True
+    assert start(hf.AutoModelForCausalLM.from_config(config)) == "auto"
+
+
+class LooksAhead(nn.Module):
+    """A little of the next token, as a mask that is off by one lets through."""
+
+    def forward(self, hidden):
+        return hidden + 1e-2 * torch.cat([hidden[:, 1:], hidden[:, -1:]], dim=1)
+
+
+def test_mask_that_is_off_by_one_is_refused():
+    with pytest.raises(SelfTestFailed, match="LlamaForCausalLM is not causal"):
+        start(with_layer(LooksAhead()))
+
+
+class CountsTokens(nn.Module):
+    """By the width of the row, which padding belongs to."""
+
+    def forward(self, hidden):
+        return hidden / hidden.shape[1]
+
+
+def test_model_that_reads_padding_is_refused():
+    with pytest.raises(SelfTestFailed, match="LlamaForCausalLM reads the padding"):
+        start(with_layer(CountsTokens()))
+
+
+def test_mixing_in_the_backward_pass_is_found():
+    with pytest.raises(SelfTestFailed, match="is off by|backward pass"):
+        start(with_layer(MixesBackwards()), route="batched")
+
+
+# bf16: the unit that is not a number.
+
+
+def test_message_names_precision_and_the_unit_that_is_not_a_number(monkeypatch):
+    """A kernel that reads past a row, as bf16 products with a tail do on some CPUs."""
+
+    class ReadsPastTheRow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return gradients[0] + 0 * gradients[0].roll(-1, dims=0)
+
+    class Layer(nn.Module):
+        def forward(self, hidden):
+            return ReadsPastTheRow.apply(hidden)
+
+    with pytest.raises(SelfTestFailed, match=r"not a number changes the units beside it.*precision bf16.*fp32"):
+        start(with_layer(Layer()), precision="bf16", route="batched")
+
+
+def test_snapshot_sees_every_kind_of_state():
+    layer = nn.Module()
+    layer.register_buffer("buffer", torch.zeros(2))
+    layer.big = torch.zeros(1 << 19)
+    layer.nested = {"a": [(1, {"b": torch.zeros(1)})]}
+    layer.number, layer.nan = 1.0, float("nan")
+
+    def state():
+        return traces.snapshot(layer, layer.named_parameters())
+
+    before = state()
+    assert not traces.changes(before, state())
+    for change in (
+        lambda: layer.buffer.add_(1),
+        lambda: layer.big[7].add_(1),
+        lambda: layer.nested["a"][0][1]["b"].add_(1),
+        lambda: setattr(layer, "number", 2.0),
+        lambda: setattr(layer, "new", 0),
+        lambda: delattr(layer, "number"),
+    ):
+        change()
+        now = state()
+        assert len(traces.changes(before, now)) == 1
+        before = now
