@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 #: A loud row's activations, in root mean squares of ordinary ones.
 _LOUDNESS = 1e3
+#: Values of a module's output that are kept.
+_NUM_KEPT = 4096
 #: What draws random numbers in torch, by name.
 _DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
 _DRAWS += ("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "exponential_", "random_", "dropout")
@@ -62,6 +64,8 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
 def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> Iterator[dict[str, torch.Tensor]]:
     """Collect what every module returns for one row, in the order of the forward pass within the block.
 
+    Of a large output some values and the sum of all are kept.
+
     Args:
         model: whose modules are watched.
         row: which row of the batch.
@@ -74,7 +78,9 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] % num_rows == 0:
             own = value.detach().reshape(num_rows, -1)[row]
-            found.setdefault(name, own[: int(share * len(own))].clone())
+            own = own[: int(share * len(own))]
+            sample = own[:: 1 + len(own) // _NUM_KEPT].double()
+            found.setdefault(name, torch.cat([sample, own.double().sum()[None]]))
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))

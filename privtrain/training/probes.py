@@ -33,9 +33,11 @@ from privtrain.training.agreement import agree_on_fault
 from privtrain.training.trainer import Trainer
 
 #: A row that moves by more than this share beside others is mixed with them; by less, kernels round it differently.
-_MIXED = {4: 1e-4, 2: 2e-2}
-#: Relative change of a loss that the rounding of other shapes explains, by bytes of a weight.
-_ROUNDING = {4: 1e-5, 2: 5e-2}
+_MIXED = {4: 1e-5, 2: 2e-2}
+#: Change of logits, relative to the largest, that the rounding of other shapes explains, by bytes of a weight.
+_OTHER_SHAPE = {4: 1e-4, 2: 5e-2}
+#: The same where every shape is the same: none is expected.
+_SAME_SHAPE = 1e-6
 #: Rows and tokens of the passes that look for shared random numbers: primes, which other sizes are not taken for.
 _COIN_ROWS, _COIN_TOKENS = 5, 7
 #: Keys of a config that toss one coin for a whole batch.
@@ -60,21 +62,40 @@ class Probe:
 
     # Random numbers.
 
+    def check_config(self) -> None:
+        """Refuse what a config says: coins for a whole batch, and positions rescaled by the longest row of a batch.
+
+        Raises:
+            SelfTestFailed: naming the key, or the module, and the longest rows that need no rescaling.
+        """
+        model, max_length = self.trainer.model, self.trainer.packer.max_length
+        faults = []
+        for name, owner in _owners(model):
+            for key, value in vars(owner).items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if is_number and value > 0 and any(part in key.lower() for part in _COIN_KEYS):
+                    faults.append(
+                        f"{key}: {value:g} ({name}) tosses a coin for a whole batch; set {key}: 0 {_IN_CONFIG}"
+                    )
+        for name, module in model.named_modules():
+            kind, original = _rescales(module)
+            if max_length > original:
+                faults.append(
+                    f"module {name!r} rescales positions (rope_type: {kind}) by the longest row of a batch, and "
+                    f"data.max_length={max_length} is beyond the {original} tokens of the original context; set "
+                    f"data.max_length: {original} or less, or another rope_type {_IN_CONFIG}"
+                )
+        self._agree(faults[0] if faults else "")
+
     def check_coins(self) -> None:
         """Refuse random numbers that rows share: another unit in the batch would change how they fall for the others.
 
         Dropout draws for every row apart, and stays on here.
 
         Raises:
-            SelfTestFailed: naming the config key or the module.
+            SelfTestFailed: naming the module.
         """
         trainer = self.trainer
-        for name, owner in _owners(trainer.model):
-            for key, value in vars(owner).items():
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if is_number and value > 0 and any(part in key.lower() for part in _COIN_KEYS):
-                    self._agree(f"{key}: {value:g} ({name}) tosses a coin for a whole batch; set {key}: 0 {_IN_CONFIG}")
-        self._agree("")
         if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
             return  # a batch is one row, or rows of one unit: its coin is the unit's own
         batch = self._batch([self._record(_COIN_TOKENS, seed) for seed in range(_COIN_ROWS)], _COIN_TOKENS)
@@ -82,8 +103,8 @@ class Probe:
         fault = ""
         if not _equal(*losses):
             fault = (
-                f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of a batch "
-                f"share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
+                f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of a "
+                f"batch share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
             )
         self._agree(fault)
 
@@ -101,7 +122,8 @@ class Probe:
     def check_traces(self) -> dict[str, object]:
         """Demand that passes over rows of every width, longest and loudest first, change nothing in the model.
 
-        One short pass comes before: what a layer builds once, where nothing was, is a function of the model alone.
+        One short pass comes before: what a layer builds once, where nothing was, is a function of the model alone. The
+        same pass at the end must have the same bits, whatever is kept where it cannot be seen.
 
         Returns:
             The state of the model, for :meth:`check_unchanged`.
@@ -109,17 +131,9 @@ class Probe:
         Raises:
             SelfTestFailed: naming the module and what it kept.
         """
-        limits = [(name, kept) for name, module in self.trainer.model.named_modules() if (kept := _rescales(module))]
-        for name, (kind, original) in limits:
-            if self.trainer.packer.max_length > original:
-                self._agree(
-                    f"module {name!r} rescales positions (rope_type: {kind}) by the longest row of a batch, "
-                    f"and data.max_length={self.trainer.packer.max_length} is beyond the {original} tokens of the "
-                    f"original context; set data.max_length: {original} or less, or another rope_type {_IN_CONFIG}"
-                )
-        self._agree("")
         widths, before = self._widths(), self._state()
-        self._losses(self._batch([self._record(widths[0], 0)], widths[0]))
+        short = self._batch([self._record(widths[0], 0)], widths[0])
+        outputs = [self._outputs(short)]
         built = self._state()
         self._refuse_traces([place for place in traces.changes(before, built) if not traces.was_nothing(before, place)])
         with hooks.loud_rows(self.trainer.model, self._loud):
@@ -128,6 +142,9 @@ class Probe:
         for width in widths:
             self._losses(self._batch([self._record(width, 2)], width))
         self.check_unchanged(built)
+        outputs.append(self._outputs(short))
+        name = self._first_differing(*outputs)
+        self._refuse_traces([f"what {self._named(name)} returns for the same row"] if name else [])
         return built
 
     def check_unchanged(self, state: dict[str, object]) -> None:
@@ -163,16 +180,13 @@ class Probe:
         trainer = self.trainer
         if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
             return  # rows of different units never meet
-        alone, beside = (self._arranged(*where) for where in ((0, False), (0, True)))
         with hooks.loud_rows(trainer.model, self._loud):
-            first, second = (float(self._losses(batch)[0]) for batch in (alone, beside))
-        moved = abs(first - second) / max(abs(first), 1e-6)
-        fault = ""
-        if not moved <= self._tolerance(_MIXED):
+            alone, beside = (self._outputs(self._arranged(0, is_crowded)) for is_crowded in (False, True))
+        name, fault = self._first_differing(alone, beside), ""
+        if name and (share := _moved(alone[name], beside[name])) > self._tolerance(_MIXED):
             fault = (
-                f"rows of a batch are mixed by {self._first_module(alone, beside)}: the loss of a row is off by "
-                f"{moved:.2g} of it beside rows with huge activations. Replace the module by one that works on each "
-                f"row alone, or {_ONE_UNIT}"
+                f"rows of a batch are mixed by {self._named(name)}: what it returns for a row is off by {share:.2g} "
+                f"beside rows with huge activations. Replace it by one that works on each row alone, or {_ONE_UNIT}"
             )
         self._agree(fault)
 
@@ -234,7 +248,7 @@ class Probe:
                 share = float(difference.norm() / reference.double().norm())
                 return (
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
-                    f"norm; precision {self._precision}), first seen in the output of {self._first_module(alone, batch)}"
+                    f"norm; precision {self._precision}), first in the output of {self._first_module(alone, batch)}"
                 )
         return ""
 
@@ -249,23 +263,28 @@ class Probe:
 
     def _first_module(self, one: Microbatch, other: Microbatch) -> str:
         """The first module, in the order of the forward pass, whose output for the row with weight differs."""
-        outputs = []
-        for batch in (one, other):
-            row = int(batch.row_weight.argmax())
-            length = int(batch.target_mask[row].nonzero().max()) + 1
-            share = length / batch.input_ids.shape[1]
-            with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as found:
-                self._losses(batch)
-            outputs.append(found)
-        for name, value in outputs[0].items():
-            if name in outputs[1] and not _equal(value, outputs[1][name]):
-                return f"module {name!r} of type {type(self.trainer.model.get_submodule(name)).__name__}"
-        return "no module (it is in the backward pass)"
+        name = self._first_differing(self._outputs(one), self._outputs(other))
+        return self._named(name) if name else "no module (it is in the backward pass)"
+
+    def _outputs(self, batch: Microbatch) -> dict[str, torch.Tensor]:
+        """What every module returns for the row with the greatest weight, without its padding."""
+        row = int(batch.row_weight.argmax())
+        length = int(batch.target_mask[row].nonzero().max()) + 1
+        share = length / batch.input_ids.shape[1]
+        with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as found:
+            self._losses(batch)
+        return found
+
+    def _first_differing(self, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
+        return next((name for name in one if name in other and not _equal(one[name], other[name])), "")
+
+    def _named(self, name: str) -> str:
+        return f"module {name!r} of type {type(self.trainer.model.get_submodule(name)).__name__}"
 
     # Causality and padding.
 
     def check_causality(self) -> None:
-        """Demand that a token's loss depends on the tokens before it alone, and no loss on the padding.
+        """Demand that what is predicted at a token depends on the tokens up to it alone, and never on the padding.
 
         Raises:
             SelfTestFailed: naming the model's class.
@@ -273,41 +292,54 @@ class Probe:
         widths, name, fault = self._widths(), type(hooks.unwrapped(self.trainer.model)).__name__, ""
         width = widths[0]
         record = self._record(max(2, width - 1), 4)
-        same_shape = self._tolerance(_ROUNDING) if self._has_experts() else _ROUNDING[4]
-        plain = self._loss_of(record, width)
-        of_ids = _moved(plain, self._loss_of(record, width, pad_id=self._quiet))
-        of_width = _moved(plain, self._loss_of(record, widths[-1]))
-        if of_ids > same_shape or of_width > self._tolerance(_ROUNDING):
+        is_causal, length = isinstance(self.trainer.objective, CausalLM), len(record)
+        of_shape = self._tolerance(_OTHER_SHAPE)
+        of_bits = of_shape if self._has_experts() else _SAME_SHAPE
+        plain = self._logits(record, width, length)
+        of_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
+        of_width = _moved(plain, self._logits(record, widths[-1], length))
+        if of_ids > of_bits or of_width > of_shape:
             fault = (
-                f"the model class {name} reads the padding behind a record: the record's loss moves by {of_ids:.2g} "
-                f"with the ids that stand there, by {of_width:.2g} with their number. Choose a model whose tokens do not "
-                "depend on what stands behind them"
+                f"the model class {name} reads the padding behind a record: logits move by {of_ids:.2g} with the ids "
+                f"that stand there, by {of_width:.2g} with their number. Choose a model whose tokens do not depend on "
+                "what stands behind them"
             )
-        cut = len(record) // 2
-        if isinstance(self.trainer.objective, CausalLM) and cut > 1:
-            is_target = record.is_target & (np.arange(len(record)) < cut)
+        cut = -(-length // 2)
+        if is_causal:
             changed = record.tokens.copy()
             changed[cut:] = (changed[cut:] + 1) % self.vocabulary_size
-            before = self._loss_of(Record(record.tokens, is_target), width)
-            others = {"change": Record(changed, is_target), "vanish": Record(record.tokens[:cut], is_target[:cut])}
-            moved = {way: _moved(before, self._loss_of(other, width)) for way, other in others.items()}
+            before, others = plain[:cut], {"change": changed, "vanish": record.tokens[:cut]}
+            moved = {way: _moved(before, self._logits(Record.of(ids), width, cut)) for way, ids in others.items()}
             way = max(moved, key=moved.__getitem__)
-            if moved[way] > same_shape:
+            if moved[way] > of_bits:
                 can_decode = getattr(hooks.unwrapped(self.trainer.model).config, "is_decoder", None) is False
                 way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
                 fault = (
-                    f"the model class {name} is not causal: losses of tokens move by {moved[way]:.2g} when tokens "
-                    f"behind them {way}, so it would learn to copy the token that it predicts; {way_out}"
+                    f"the model class {name} is not causal: logits move by {moved[way]:.2g} when tokens behind {way}, "
+                    f"so it would learn to copy the token that it predicts; {way_out}"
                 )
         self._agree(fault)
 
-    def _loss_of(self, record: Record, width: int, pad_id: int | None = None) -> float:
-        """A record's loss; without autocast where the weights allow it, so that rounding hides little."""
+    def _logits(self, record: Record, width: int, length: int, pad_id: int | None = None) -> torch.Tensor:
+        """What the model makes of a record: [tokens, …] up to ``length``, or [labels].
+
+        Without autocast where the weights allow it, so that rounding hides little.
+        """
         batch = self._batch([record], width, pad_id=self.trainer.packer.pad_id if pad_id is None else pad_id)
-        if _weight_bytes(self.trainer.model) < 4:
-            return float(self._losses(batch))
-        with torch.no_grad():
-            return float(self.trainer.objective.losses(self.trainer.model, batch.input_ids, batch.target_mask))
+        found: list[torch.Tensor] = []
+        handle = self.trainer.model.register_forward_hook(
+            lambda _module, _inputs, output: found.append(output.logits if hasattr(output, "logits") else output[0])
+        )
+        try:
+            if _weight_bytes(self.trainer.model) < 4:
+                self._losses(batch)
+            else:
+                with torch.no_grad():
+                    self.trainer.objective.losses(self.trainer.model, batch.input_ids, batch.target_mask)
+        finally:
+            handle.remove()
+        logits = found[0][0].float()
+        return logits[-width:][:length] if logits.ndim == 2 else logits
 
     def _has_experts(self) -> bool:
         """Tokens are sorted by expert, so that each is rounded in a shape that others decide."""
@@ -383,13 +415,13 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:
         yield f"module {name!r} of type {type(module).__name__}", module
 
 
-def _rescales(module: nn.Module) -> tuple[str, int] | None:
-    """Rope type and original context of a module whose positions depend on the longest row; ``None`` for others."""
+def _rescales(module: nn.Module) -> tuple[str, float]:
+    """Rope type and original context of a module that rescales positions by the longest row; else no limit."""
     kind = getattr(module, "rope_type", None)
     kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
     changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
     if not changing:
-        return None
+        return "", math.inf
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     originals = [part.get("original_max_position_embeddings") for part in parts if part]
@@ -401,8 +433,10 @@ def _weight_bytes(model: nn.Module) -> int:
     return min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
 
 
-def _moved(one: float, other: float) -> float:
-    return math.inf if math.isnan(one - other) else abs(one - other) / (1 + abs(one))
+def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest change, relative to the largest value."""
+    change = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
+    return math.inf if math.isnan(change) else change
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

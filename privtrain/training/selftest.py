@@ -91,11 +91,13 @@ def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> 
             _move(layout, backend)
         units = [[trainer.objective.plant(tokens) for tokens in unit] for unit in _planted_units(vocabulary_size)]
         probe = Probe(trainer, vocabulary_size)
-        probe.check_coins()
+        probe.check_config()
         with _without_dropout(model):
             state = probe.check_traces()
-            probe.check_causality()
+        probe.check_coins()
+        with _without_dropout(model):
             probe.check_rows()
+            probe.check_causality()
             clipper = _check_clipping(trainer, units, precision, trainer.clipper.route)
             route = probe.independent_route(clipper.route)
             if route != clipper.route:

@@ -21,8 +21,9 @@ from privtrain.backends.base import digest
 
 #: Attributes that torch itself keeps for a module. What they hold is walked to by other ways.
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
-#: What DeepSpeed counts on the modules whose weights it gathers; no forward pass reads it.
+#: What DeepSpeed and FSDP2 count on the modules whose weights they gather; no forward pass reads it.
 _FRAMEWORK_PREFIXES = (
+    "__composable_api_state",
     "ds_",
     "_ds_",
     "applied_pre_backward",
@@ -140,7 +141,8 @@ class _Walker:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
 
 
-def _tensor_digest(value: torch.Tensor) -> object:
+def _tensor_digest(value: Any) -> object:
+    value = getattr(value, "to_local", lambda: value)()  # what this rank holds of a sharded one
     if value.is_meta or value.layout != torch.strided:
         return str(value.layout), tuple(value.shape)
     if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:
