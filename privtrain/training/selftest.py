@@ -97,6 +97,7 @@ def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> 
         else:  # not probed yet: passes without gradients leave gathered weights behind, which other checks stumble on
             with _without_dropout(model):
                 clipper = _check_clipping(trainer, units, precision, trainer.clipper.route)
+                _check_exact_sum(clipper, trainer, units)
         _check_noise(trainer, clipper)
     finally:
         for module, mode in modes.items():
@@ -125,6 +126,7 @@ def _check_probes(
         route = probe.independent_route(clipper.route)
         if route != clipper.route:
             clipper = _check_clipping(trainer, units, precision, route)
+        _check_exact_sum(clipper, trainer, units)
         probe.check_unchanged(state)
     return clipper
 
@@ -240,6 +242,30 @@ def _check_clipping(
     fault = "" if clipper.route == route else "the clipping route changed; set performance.clipping_route: one_unit"
     agree_on_fault(fault, backend)
     return clipper
+
+
+def _check_exact_sum(clipper: PerUnitClipper | CooperativeClipper, trainer: Trainer, units: list[list[Record]]) -> None:
+    """Two units together must be, as integers, what each is alone: fp32 would round most coordinates.
+
+    Each rounding is small, but with chosen values 10⁵ of them add up to many clipping norms.
+
+    Args:
+        clipper: of :func:`_check_clipping`, on a route where no unit changes another's bits.
+        trainer: whose reduction is tested.
+        units: the huge one is clipped to the clipping norm, the small one is half as long.
+    """
+    size, backend = max(_TOGETHER_SIZES), trainer.backend
+    huge, small, both = (
+        _reduced_total(clipper, trainer.placement, present, size, backend).clone()
+        for present in (units[:1], units[1:2], units[:2])
+    )
+    fault = ""
+    if both.dtype != torch.int64 or not torch.equal(huge + small, both):
+        fault = (
+            f"two planted units do not add up exactly (sum of type {both.dtype}): an inexact sum moves by more than "
+            "the clipping norm when one of many units leaves; report this"
+        )
+    agree_on_fault(fault, backend)
 
 
 @dataclasses.dataclass
@@ -367,12 +393,24 @@ def _clipped_and_reduced(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
+    """In fp32, what :func:`_reduced_total` gives in grid steps."""
+    total = _reduced_total(clipper, placement, units, microbatch_size, backend)
+    return exact_sum.as_float32(total, clipper.grid_exponent)
+
+
+def _reduced_total(
+    clipper: PerUnitClipper | CooperativeClipper,
+    placement: Placement,
+    units: list[list[Record]],
+    microbatch_size: int,
+    backend: Backend,
+) -> torch.Tensor:
     """The last hand holds the units, the others none: the reduced sum is that of these units, clipped."""
     is_mine = placement.hand == placement.num_hands - 1
     clipper.reset()
     for batch in _batches(units, microbatch_size, backend.device, is_mine=is_mine):
         clipper.accumulate(batch)
-    return exact_sum.as_float32(backend.reduce_total(clipper.finish()), clipper.grid_exponent)
+    return backend.reduce_total(clipper.finish())
 
 
 def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Backend) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from privtrain.backends import LocalBackend, Placement, base, sharded, shards
-from privtrain.clipping import capture, clipper, cooperative, rules, styles
+from privtrain.clipping import capture, clipper, cooperative, exact_sum, rules, styles
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
 from privtrain.noise import add_gaussian_noise_
@@ -122,6 +122,28 @@ def test_mutant_a_listed_parameter_is_frozen(tiny_llama):
 def test_mutant_backend(tiny_llama, backend, message):
     with pytest.raises(SelfTestFailed, match=message):
         check(tiny_llama, backend(CPU))
+
+
+def added_up_in_fp32(total, gradients, weights):
+    found = torch.nan_to_num(gradients * weights.view(-1, *[1] * total.ndim)).sum(dim=0)
+    total.copy_((total.float() + found).to(torch.int64))
+
+
+class ReducedInFp32(LocalBackend):
+    def reduce_total(self, total):
+        return total.copy_(total.float().to(torch.int64))
+
+
+@pytest.mark.parametrize("route", ["batched", "one_unit"])
+def test_mutant_units_added_up_in_fp32(tiny_llama, monkeypatch, route):
+    monkeypatch.setattr(exact_sum, "add_units", added_up_in_fp32)
+    with pytest.raises(SelfTestFailed, match="do not add up exactly"):
+        check(tiny_llama, cell=dataclasses.replace(LORA, route=route))
+
+
+def test_mutant_reduction_in_fp32(tiny_llama):
+    with pytest.raises(SelfTestFailed, match="do not add up exactly"):
+        check(tiny_llama, ReducedInFp32(CPU))
 
 
 # Mutants of what only several units, a second step or training mode show.
