@@ -80,6 +80,10 @@ class UnsupportedLayer(PrivtrainError):  # noqa: N818
     """A trainable tensor for which no exact per-unit rule is known."""
 
 
+class ModelFailed(PrivtrainError):  # noqa: N818
+    """The model's own forward or backward pass fails, without anything of clipping."""
+
+
 class SelfTestFailed(PrivtrainError):  # noqa: N818
     """The start-up self-test could not establish the guarantee; nothing was trained."""
 

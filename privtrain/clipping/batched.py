@@ -48,14 +48,17 @@ class UnitGradients:
         rows_of_unit: number of rows of each unit, in row order; a unit's rows lie next to each other, and rows without
             a unit come last.
         device: where the tensors are.
+        first_row: the first row of the first unit; rows before it are without a unit too.
     """
 
-    def __init__(self, layout: Layout, rows_of_unit: Sequence[int], device: torch.device) -> None:
+    def __init__(self, layout: Layout, rows_of_unit: Sequence[int], device: torch.device, first_row: int = 0) -> None:
         self._layout = layout
         self._counts = list(rows_of_unit)
         self._device = device
         self._num_units = len(self._counts)
-        self._ends = [sum(self._counts[: i + 1]) for i in range(self._num_units)]
+        self._ends = [first_row + sum(self._counts[: i + 1]) for i in range(self._num_units)]
+        #: The rows that belong to a unit.
+        self.rows = slice(first_row, first_row + sum(self._counts))
         self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
         owner = [unit for unit, count in enumerate(self._counts) for _ in range(count)]
         self._owner = torch.tensor(owner, dtype=torch.int64, device=device)
@@ -181,6 +184,9 @@ class UnitGradients:
     def add_now(self, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
         """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
 
+        What the norm was taken of multiplied out is multiplied out here too, in the same products and order: where the
+        rows of a unit cancel, another order leaves another rest, which its factor would blow up beyond the norm.
+
         Args:
             out: the tensor's part of the sum, int64.
             gradient: what the rule returned.
@@ -235,7 +241,7 @@ class UnitGradients:
     def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
         """[rows, …] of :meth:`_by_unit` → [units, …]."""
         if len(self._singles) == self._num_units:
-            return by_row[: self._num_units]
+            return by_row[self.rows]
         return by_row[self._firsts]
 
     def _add_dense(self, name: str, value: torch.Tensor) -> None:

@@ -8,10 +8,16 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
   backward pass adds them (:mod:`.passes`). For full fine-tuning with gradient checkpointing.
 * ``one_unit``: plain autograd, one unit after another, row by row. It needs no rule, so it is exact for any layer,
   and no memory for the other units, so it is the one for full fine-tuning on long records.
+
+A unit that is not finite is alone: kernels exist that let a row's NaN into its neighbours (bf16 products on some CPUs
+read past a row's end and multiply by zero). So if anything in a microbatch is not finite, nothing of it is added; each
+of its units then runs by itself in a microbatch of the same shape, in its own rows and with its own dropout, the other
+rows padding. What is not finite even so counts as zero; the others are what they would have been without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from privtrain.clipping import exact_sum, opacus_rules, refusals, rules, styles
+from privtrain.clipping import exact_sum, fallback, opacus_rules, refusals, rules, styles
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.clipping.passes import Passes
+from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
 from privtrain.data.microbatch import Microbatch
-from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
 from privtrain.layout import Layout, Slot
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
@@ -68,6 +75,10 @@ class ClippingDiagnostics:
         self.unit_losses[owner] = self.unit_losses.get(owner, 0.0) + loss
 
 
+#: In place of an error: the microbatch holds something that is not finite.
+_NOT_FINITE = ArithmeticError("not finite")
+
+
 @dataclasses.dataclass
 class _OpenUnit:
     """A unit whose rows continue in the next microbatch, with its gradient so far."""
@@ -98,6 +109,10 @@ class PerUnitClipper:
             rule, two passes for full fine-tuning with gradient checkpointing, otherwise batched.
         equal_passes: every rank must run as many passes over the model as any other, whatever its units: padding rows
             run too, and two passes become one. For a sharded base, whose ranks gather its layers together.
+        any_rank: whether a flag is set on any rank, asked by every rank at once; with ``equal_passes`` only.
+
+    Attributes:
+        fallback_reason: why ``auto`` goes one unit at a time; empty if it does not.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units, or on a route other than one unit at a time has no
@@ -115,6 +130,7 @@ class PerUnitClipper:
         route: str = "auto",
         *,
         equal_passes: bool = False,
+        any_rank: Callable[[bool], bool] | None = None,
     ) -> None:
         refusals.refuse_coupled_units(model)
         if not layout.slots:
@@ -127,7 +143,9 @@ class PerUnitClipper:
         self.total = layout.zeros(device, torch.int64)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
+        self.fallback_reason = ""
         self._equal_passes = equal_passes
+        self._any_rank = any_rank if any_rank is not None and equal_passes else lambda flag: flag
         self._clipping_norm = clipping_norm
         self._row_losses = row_losses
         self._device = device
@@ -144,6 +162,8 @@ class PerUnitClipper:
             self._refuse_reentrant()
         self._open: _OpenUnit | None = None
         self._saw_every_use = False
+        self._is_rehearsed = False
+        self._is_settled = False
 
     @property
     def sensitivity(self) -> float:
@@ -170,6 +190,14 @@ class PerUnitClipper:
         self.total.zero_()
         self.diagnostics = ClippingDiagnostics()
         self._open = None
+
+    def settle(self, route: str) -> None:
+        """Keep to a route that the self-test found: from now on what fails stops the job.
+
+        Were a unit's rows to change the route of a step, they would change how everybody else's gradient is rounded.
+        """
+        self.route = route
+        self._is_settled = True
 
     def accumulate(self, batch: Microbatch) -> None:
         """Add the clipped gradients of the units that end in ``batch``; keep the one that continues.
@@ -204,10 +232,10 @@ class PerUnitClipper:
             refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
             self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
-        except UnsupportedLayer:
+        except UnsupportedLayer as refusal:
             if self.route != "auto":
                 raise
-            self.route = "one_unit"
+            self.route, self.fallback_reason = "one_unit", str(refusal)
 
     def _budget(self, model: nn.Module) -> float:
         """Bytes that per-unit gradients of one microbatch may take."""
@@ -231,36 +259,80 @@ class PerUnitClipper:
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
         """Add a whole microbatch; false, and nothing added, if only one unit at a time turned out to be exact."""
-        num_rows = batch.input_ids.shape[0]
         owner = [i for i in batch.owner.tolist() if i >= 0]
         if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
-        gradients = UnitGradients(self.layout, [owner.count(i) for i in range(len(batch.owners))], self._device)
+        before = RandomState.of(self._device)
+        failure = self._add_batch(batch)
+        if failure is _NOT_FINITE:
+            # As many passes on every rank that must run equally many: no rank has more units than rows.
+            for index in range(len(batch.owner) if self._equal_passes else len(batch.owners)):
+                with before.replayed():
+                    failure = self._add_batch(batch.alone(index), is_alone=True)
+                if failure is not None:
+                    raise failure
+        if failure is not None:
+            self._fall_back(failure, batch)
+        return failure is None
+
+    def _add_batch(self, batch: Microbatch, *, is_alone: bool = False) -> Exception | None:
+        """Add the units of one microbatch, or return why nothing of it was added.
+
+        The only place of the clipper that catches whatever comes: nothing was added by then, and what becomes of the
+        failure is decided in :meth:`_fall_back`, when the hooks are gone.
+        """
+        owner: list[int] = batch.owner.tolist()
+        rows = [row for row, unit in enumerate(owner) if unit >= 0]
+        counts = [owner.count(i) for i in range(len(batch.owners))]
+        gradients = UnitGradients(self.layout, counts, self._device, first_row=rows[0] if rows else 0)
         names = {module: name for name, module in self._modules.items()}
-        passes = Passes(names, self._rules, self._slot_of, gradients, num_rows, self._memory_budget, self._device)
-        try:
-            self._refuse_hidden_uses(batch)
-        except UnsupportedLayer:
-            return self._falls_back()
-        with captured(self._modules, list(self.layout.parameters.values()), num_rows) as calls:
+        passes = Passes(names, self._rules, self._slot_of, gradients, len(owner), self._memory_budget, self._device)
+        with contextlib.ExitStack() as stack:
             try:
+                self._refuse_hidden_uses(batch)
+                calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), len(owner)))
                 losses = passes.first(
                     calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
-                )
-            except UnsupportedLayer:
-                return self._falls_back()
-            for place, loss in zip(batch.owner.tolist(), losses.tolist(), strict=True):
-                if place >= 0:
-                    self.diagnostics.add_loss(batch.owners[place], loss)
+                ).tolist()
+                if rows and not self._is_rehearsed:
+                    passes.rehearse(calls)
+                    self._is_rehearsed = True
+            except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
+                return failure
+            if not is_alone:
+                is_finite = all(math.isfinite(losses[row]) for row in rows) and self._is_finite(gradients)
+                if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
+                    return _NOT_FINITE
+            for row in rows:
+                self.diagnostics.add_loss(batch.owners[owner[row]], losses[row])
             self._add_units(batch, passes, calls)
-        return True
+        return None
 
-    def _falls_back(self) -> bool:
-        """In an ``except`` block, with nothing of the microbatch added: one unit at a time, if that was left open."""
-        if self.route != "auto":
-            raise
-        self.route = "one_unit"
-        return False
+    def _is_finite(self, gradients: UnitGradients) -> bool:
+        """Whether every unit's gradient is: an activation that is not makes its layer's gradient so, at 0 · NaN."""
+        if not gradients.num_rows:
+            return True
+        with exact_fp32(self._device):
+            squares, _ = gradients.squares()
+        return bool(torch.isfinite(squares).all())
+
+    def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
+        """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise."""
+        if isinstance(failure, PrivtrainError) and (self.route != "auto" or self._is_settled):
+            raise failure
+        self._refuse_reentrant()
+        with RandomState.of(self._device).replayed():
+            reason = fallback.cause(
+                failure,
+                None if self._equal_passes else lambda: self._row_losses(batch.input_ids[:1], batch.target_mask[:1]),
+                self.layout.parameters,
+            )
+        if self.route != "auto" or self._is_settled:
+            raise UnsupportedLayer(
+                f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
+                "one_unit, which is exact for any layer"
+            ) from failure
+        self.route, self.fallback_reason = "one_unit", reason
 
     def _refuse_hidden_uses(self, batch: Microbatch) -> None:
         """Once: a tensor that no hook saw must have no gradient, or a kernel that reads the weight itself hides it.
@@ -376,7 +448,7 @@ class PerUnitClipper:
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
-        found = torch.autograd.grad(loss, list(self.layout.parameters.values()), allow_unused=True)
+        found = fallback.plain_gradients(loss, self.layout.parameters)
         place = int(batch.owner[row])
         if place >= 0:
             self.diagnostics.add_loss(batch.owners[place], float(loss.detach()))
@@ -402,6 +474,9 @@ class PerUnitClipper:
 
     def _weights(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """[slots, units] factors on the grid; 0 for units that are not ``chosen`` or not finite. Counts the chosen."""
+        lost = [not math.isfinite(self.diagnostics.unit_losses.get(owner, 0.0)) for owner in owners]
+        if any(lost):  # a loss that is not a number may have a gradient that is
+            squares = squares.masked_fill(torch.tensor(lost, device=self._device), torch.inf)
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self._clipping_norm)
         whole = styles.summed(squares)[0].sqrt()[chosen]

@@ -9,12 +9,15 @@ Two ways to the same sum: keep the unit's part until its norm is known (one back
 and total), or, on the ``two_pass`` route, take each tensor's norm as it arrives and let it go, then run the unit again
 and add what arrives with the factor now known (memory for one part). The second pass takes the norms again, and a unit
 that came out longer than the first time stops the job.
+
+A unit that is not finite has no mates here, in no tensor, and counts as zero.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -123,6 +126,7 @@ class CooperativeClipper:
         self.diagnostics = ClippingDiagnostics()
         self.route = "two_pass" if route == "two_pass" else "cooperative"
         self.clipping_norm = clipping_norm
+        self.fallback_reason = ""  # it has no other route to go
         self._shards = shards
         self._row_losses = row_losses
         self._device = device
@@ -143,6 +147,10 @@ class CooperativeClipper:
     def grid_exponent(self) -> int:
         """``total`` is in units of 2**grid_exponent."""
         return styles.grid_exponent(self._style, self.clipping_norm)
+
+    def settle(self, route: str) -> None:
+        """See :meth:`~.clipper.PerUnitClipper.settle`."""
+        self.route = route
 
     def reset(self) -> None:
         """Begin a step."""
@@ -255,6 +263,8 @@ class CooperativeClipper:
         parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
         self._shards.sum_over_group(parts)
         squares = parts[:-1]
+        if not math.isfinite(float(parts[-1])):  # a loss that is not a number may have a gradient that is
+            squares = torch.full_like(squares, torch.inf)
         norms = styles.group_norms(squares, self._groups)
         factors = styles.factors(self._style, norms, self.clipping_norm)
         whole = float(squares.sum().sqrt())

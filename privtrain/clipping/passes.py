@@ -101,6 +101,12 @@ class Passes:
         """Whether the first pass kept everything."""
         return not self.gradients.released
 
+    def rehearse(self, calls: Calls) -> None:
+        """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
+        if not self.is_complete:
+            everyone = torch.ones(self.gradients.num_rows, dtype=torch.bool, device=self._device)
+            self.again(calls, lambda _slot, _gradient: None, everyone, is_last=False)
+
     def again(
         self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor, *, is_last: bool
     ) -> None:
@@ -122,7 +128,7 @@ class Passes:
                 raise GuaranteeLost(f"module {self._names[module]!r} was differentiated twice in one pass; report it")
             missing.discard(module)
             with exact_fp32(self._device):
-                sums = _sums(activation, output_gradient)[:, : self.gradients.num_rows]
+                sums = _sums(activation, output_gradient)[:, self.gradients.rows]
                 if not torch.equal(sums[:, used_rows], self._seen[module][:, used_rows]):
                     raise GuaranteeLost(
                         f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
@@ -201,7 +207,7 @@ class Passes:
                 elif module in self._alone:
                     self.gradients.measure(slot.name)
             if not is_kept:
-                self._seen[module] = _sums(activation, output_gradient)[:, : self.gradients.num_rows]
+                self._seen[module] = _sums(activation, output_gradient)[:, self.gradients.rows]
 
 
 def _slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:

@@ -43,6 +43,7 @@ class Microbatch:
         owner: [rows] position of the owner in ``owners``; ``NOBODY`` for padding rows.
         owners: positions of the units that have a row here, among the rank's units, in row order.
         last_continues: whether the last owner has more rows in the next microbatch.
+        pad_id: token id of padding.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +52,23 @@ class Microbatch:
     owner: torch.Tensor
     owners: tuple[int, ...]
     last_continues: bool
+    pad_id: int = 0
+
+    def alone(self, index: int) -> Microbatch:
+        """A microbatch of the same shape in which ``owners[index]`` has its rows and all others are padding.
+
+        The rows stay in their places, so that they draw the same dropout. Without anybody if there is no such owner.
+        """
+        mine = self.owner == index
+        return dataclasses.replace(
+            self,
+            input_ids=torch.where(mine[:, None], self.input_ids, self.pad_id),
+            target_mask=self.target_mask & mine[:, None],
+            row_weight=torch.where(mine, self.row_weight, 0.0),
+            owner=torch.where(mine, 0, NOBODY),
+            owners=self.owners[index : index + 1],
+            last_continues=self.last_continues and index == len(self.owners) - 1,
+        )
 
     def to(self, device: torch.device) -> Microbatch:
         """The same microbatch on another device."""
@@ -156,4 +174,5 @@ class Packer:
             owner[row] = place
         continues = bool(runs) and runs[-1][2] < len(units[runs[-1][0]])
         tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))
-        return Microbatch(*tensors, owners=tuple(unit for unit, _, _ in runs), last_continues=continues)
+        owners = tuple(unit for unit, _, _ in runs)
+        return Microbatch(*tensors, owners=owners, last_continues=continues, pad_id=self.pad_id)

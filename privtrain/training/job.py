@@ -299,8 +299,11 @@ def _build_trainer(
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
     vocabulary_size = len(network.tokenizer)
-    trainer.clipper.route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
+    route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
+    trainer.clipper.settle(route)
     if backend.is_main:
+        if route == "one_unit" and trainer.clipper.fallback_reason:
+            say(f"clipping goes one unit at a time: {trainer.clipper.fallback_reason}")
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -44,7 +45,7 @@ _TOLERANCE = {"fp32": 1e-3, "bf16": 1e-3 + 2 * 2**-8}
 _PLANTED_LENGTHS = (7, 12)
 #: A planted unit must survive being split, and must be right in one piece.
 _ALONE_SIZES = (1, 2)
-#: Three units share a microbatch; then the second spans two, which it shares with both others.
+#: All share a microbatch; then the second spans two, which it shares with both others.
 _TOGETHER_SIZES = (6, 3)
 #: Norms of the huge and the small unit in clipping norms. Clipping hides a mean in place of a sum over a unit's rows,
 #: and any factor that is too small hides normalising: half the clipping norm shows both.
@@ -224,14 +225,15 @@ def _check_clipping(
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
     by_token[2] = reference.scale(1, _SMALL)
-    for size in _TOGETHER_SIZES:
+    # Without the third unit too: beside it, the clipper takes every unit of a microbatch by itself.
+    for members, size in itertools.product((units[:2], units), _TOGETHER_SIZES):
         expected = reference.clipped_sum(2, size)
         by_token[3] = math.nan
-        total = _clipped_and_reduced(clipper, placement, units, size, backend)
+        total = _clipped_and_reduced(clipper, placement, members, size, backend)
         by_token[3] = 0.0
         fault = _difference(total, expected, trainer, precision, num_units=2)
         if fault:  # the same on every rank, since norms are of whole tensors
-            total = _clipped_and_reduced(clipper, placement, units, size, backend)
+            total = _clipped_and_reduced(clipper, placement, members, size, backend)
             if not _difference(total, expected, trainer, precision, num_units=2):
                 fault = (
                     "a planted unit whose loss is not a number changes the units beside it, which are right without "
@@ -357,6 +359,8 @@ def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route
     clipper = trainer.new_clipper(losses, route)
     for batch in _batches([unit], max(_ALONE_SIZES), trainer.backend.device):
         clipper.accumulate(batch)
+    if clipper.fallback_reason:
+        trainer.clipper.fallback_reason = clipper.fallback_reason
     needs_one_unit = torch.tensor([float(clipper.route == "one_unit")], device=trainer.backend.device)
     trainer.backend.reduce(needs_one_unit)
     return "one_unit" if float(needs_one_unit) > 0 else route

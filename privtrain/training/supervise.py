@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from privtrain.backends import Backend, Watch, create_backend
 from privtrain.config.schema import PerformanceSection
-from privtrain.errors import Preempted, PrivtrainError, StorageFailed
+from privtrain.errors import ModelFailed, Preempted, PrivtrainError, StorageFailed
 from privtrain.training.stop import StopRequest
 
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
@@ -51,10 +51,12 @@ def joined(performance: PerformanceSection, stop: StopRequest) -> Iterator[Backe
 
 def _explained(error: Exception, watch: Watch, stop: StopRequest) -> Exception:
     """The error that people should see; the other ranks are told if it is this rank's own."""
-    if isinstance(error, PrivtrainError):
+    # A pass that gathers weights fails where another rank is lost, and clipping knows no collectives.
+    cause = error.__cause__ if isinstance(error, ModelFailed) and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, PrivtrainError):
         told: Exception = error
     else:
-        told = _storage_failure(error) or watch.explain(error, stop.requested) or error
+        told = _storage_failure(cause) or watch.explain(cause, stop.requested) or error
         if told is not error and not isinstance(told, StorageFailed):
             return told
     watch.announce(f"{type(told).__name__}: {told}", told.exit_code if isinstance(told, PrivtrainError) else 1)

@@ -157,7 +157,23 @@ class Trainer:
         if self.placement.shards is not None:
             return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style, route)
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
-        return PerUnitClipper(self.model, layout, norm, losses, device, style, route, equal_passes=equal_passes)
+        return PerUnitClipper(
+            self.model,
+            layout,
+            norm,
+            losses,
+            device,
+            style,
+            route,
+            equal_passes=equal_passes,
+            any_rank=self._any_rank,
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank."""
+        flags = torch.tensor([float(flag)], device=self.backend.device)
+        self.backend.reduce(flags)
+        return float(flags) > 0
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""

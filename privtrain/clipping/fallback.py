@@ -1,0 +1,88 @@
+"""Whether a failed pass under hooks is the hooks' fault: the same rows without them decide.
+
+Hooks change what a model sees: a layer's output is a view with a gradient of its own, weights are frozen, autograd
+calls back. Models that write into a layer's output, repeat rows of it or call layers during a backward pass then fail
+in as many ways as there are models, with whatever exception their authors' code happens to meet. That cannot be
+listed, so it is compared: if a row alone runs forward and backward without hooks, which is all that one unit at a time
+needs, the hooks are to blame and that route is exact; if it does not, the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from privtrain.errors import GuaranteeLost, ModelFailed, PrivtrainError, UnsupportedLayer
+
+#: What allocators say where torch has no exception of its own for it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+def plain_gradients(
+    loss: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of one row's loss by autograd alone; ``None`` for a tensor that it does not depend on.
+
+    Raises:
+        UnsupportedLayer: if the model runs a backward pass of its own within this one, as reversible networks do: what
+            that one finds is left on the tensors, and nothing is returned of it.
+    """
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    left = [name for name, parameter in parameters.items() if parameter.grad is not None]
+    if left:
+        for parameter in parameters.values():
+            parameter.grad = None
+        raise UnsupportedLayer(
+            f"the model runs a backward pass of its own for {left[0]!r} (reversible layers, or re-entrant "
+            "checkpointing), whose gradients nothing clips; train other tensors, or another model"
+        )
+    return found
+
+
+def cause(
+    failure: Exception, row_loss: Callable[[], torch.Tensor] | None, parameters: Mapping[str, torch.nn.Parameter]
+) -> str:
+    """What it is about the hooks that failed, in words, if the twin without them succeeds.
+
+    Args:
+        failure: what a pass under hooks raised.
+        row_loss: the forward pass of one row alone, without hooks. ``None`` where ranks gather a sharded base together
+            and a pass after a failed one is not theirs to choose: then nothing is compared.
+        parameters: the trainable tensors by name.
+
+    Raises:
+        Exception: ``failure`` itself where another route would not help or hide something: too little memory, or an
+            error of ours that is about no layer.
+        ModelFailed: if the twin fails too.
+    """
+    if _is_out_of_memory(failure) or not _is_of_hooks(failure):
+        raise failure
+    if isinstance(failure, UnsupportedLayer) or row_loss is None:
+        return in_words(failure) if not isinstance(failure, PrivtrainError) else str(failure)
+    try:
+        plain_gradients(row_loss().sum(), parameters)
+    except Exception as error:
+        if _is_out_of_memory(error) or isinstance(error, PrivtrainError):
+            raise
+        raise ModelFailed(
+            f"the model fails on a single row, with and without clipping's hooks: {in_words(error)}. Run forward and "
+            "backward of this model on its own; nothing was trained on this microbatch"
+        ) from error
+    return str(failure) if isinstance(failure, PrivtrainError) else f"under clipping's hooks {in_words(failure)}"
+
+
+def in_words(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _is_of_hooks(error: Exception) -> bool:
+    return not isinstance(error, PrivtrainError) or isinstance(error, UnsupportedLayer | GuaranteeLost)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
