@@ -82,6 +82,8 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
     if not run.exists():
         run.create()
     with run.locked():
+        if not run.exists():
+            run.check_new()
         key = run.keep_key("root", config.privacy.insecure_seed, was_used=run.prepared.exists())
         split = draw_split(config, corpus, _tokenizer(config), key)
         manifest = split.manifest(corpus)

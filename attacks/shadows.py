@@ -18,7 +18,8 @@ from attacks.errors import AttackInputError
 from attacks.record import read_scoring
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.corpus import load_corpus
-from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
+from privtrain.private_paths import make_private_directory
+from privtrain.rundir import RunDirectory, write_atomically
 
 SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
 
@@ -47,8 +48,10 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     corpus = load_corpus(config.data, config.performance.index_dir)
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
+    run.check_private()
+    for private in (run_path / SHADOWS_PATH.parent, run_path / SHADOWS_PATH):
+        make_private_directory(private)
     folder = (run_path / SHADOWS_PATH).resolve()
-    make_private_directory(folder)
     # Who opted out is in no manifest. No shadow may train on what the attacker holds: fresh documents are fresh to all.
     allowed = {*manifest["held_in"], *manifest["held_out"]}
     lines = [

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from attacks.errors import AttackInputError
 from privtrain import reading
 from privtrain.errors import DamagedFile
-from privtrain.rundir import make_private_directory, sync_directory, temporary_of
+from privtrain.private_paths import make_private_directory
+from privtrain.rundir import sync_directory, temporary_of
 from privtrain.sealing import sha256_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")

@@ -72,6 +72,10 @@ class PlanMismatch(PrivtrainError):  # noqa: N818 - the name the design uses
     """The run directory belongs to another plan, data set or run."""
 
 
+class UnsafePath(PrivtrainError):  # noqa: N818
+    """A private directory or key lies where, or as, another user could have read or planted it."""
+
+
 class RunBusy(PrivtrainError):  # noqa: N818
     """Another process holds the run directory."""
 

@@ -1,6 +1,7 @@
 """The run directory: where each file lives, who may read it, and how it is written without being lost.
 
-Public files lie at the top; ``secret/`` and ``checkpoints/`` are 0700 and never leave the machine.
+Public files lie at the top; ``secret/`` and ``checkpoints/`` are 0700 and never leave the machine. What is checked of
+them, and how keys are opened, is in :mod:`.private_paths`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ import json
 import os
 import pathlib
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
+from privtrain.private_paths import (
+    check_empty,
+    check_private_directory,
+    check_private_tree,
+    load_key_file,
+    make_private_directory,
+    open_lock_file,
+)
 from privtrain.secret import SecretKey
 
 
@@ -72,30 +80,53 @@ class RunDirectory:
             )
         self.root.mkdir(parents=True, exist_ok=True)
         for private in (self.secret, self.checkpoints):
-            private.mkdir(mode=0o700, exist_ok=True)
+            make_private_directory(private)
+
+    def check_new(self) -> None:
+        """Refuse what lies in the private directories before a run has begun: nobody may choose its keys.
+
+        Raises:
+            UnsafePath: if there is anything that neither ``attacks prepare`` nor a start that failed leaves there.
+        """
+        files = [self.secret / "lock", self.secret / "reservation_claims.json", self.identity]
+        if self.prepared.exists():
+            files += [self.prepared, self.secret / "spans.json"]
+            files += [self.secret / "root.key", self.secret / "root.insecure"]
+        check_empty(self.secret, {path.name for file in files for path in (file, temporary_of(file))})
+        check_empty(self.checkpoints, ())
+
+    def check_private(self) -> None:
+        """Refuse private directories that are links, another user's, or open to others. Before every use of them.
+
+        Raises:
+            UnsafePath: saying which, and what to do.
+        """
+        for private in (self.secret, self.checkpoints):
+            if os.path.lexists(private):
+                check_private_directory(private)
 
     def check_permissions(self) -> list[pathlib.Path]:
-        """Refuse secrets that other users of the machine could have read.
+        """:meth:`check_private`, and of everything below: no links, no files of other users.
 
         Returns:
             Files behind a directory that was closed but wider than 0600 themselves, which nobody else could reach; they
             are 0600 now.
+
+        Raises:
+            UnsafePath: saying what is not as it must be.
         """
         tightened: list[pathlib.Path] = []
         for private in (self.secret, self.checkpoints):
-            if private.exists() and stat.S_IMODE(private.stat().st_mode) & 0o077:
-                raise PrivtrainError(
-                    f"{private} can be read by other users of this machine, who may have copied the keys. "
-                    f"If you are sure that nobody did: chmod 700 {private}; if not, set another run.name"
-                )
-            tightened += [path for path in sorted(private.rglob("*")) if _close(path)]
+            if os.path.lexists(private):
+                tightened += check_private_tree(private)
         return tightened
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run: a second job on the same directory is refused, not interleaved."""
-        self.secret.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.secret / "lock", "w", encoding="utf-8") as lock:
+        make_private_directory(self.secret)
+        self.check_private()
+        with os.fdopen(open_lock_file(self.secret / "lock"), "r+b") as lock:
             os.fchmod(lock.fileno(), 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +155,7 @@ class RunDirectory:
             GuaranteeLost: if it is gone but ``was_used``, or if it was made from a seed and ``insecure_seed`` is none:
                 whoever guesses the seed has it.
         """
-        if not was_used and not (self.secret / f"{name}.key").exists():
+        if not was_used and not os.path.lexists(self.secret / f"{name}.key"):
             return self.create_key(name, insecure_seed)
         if insecure_seed is None and (self.secret / f"{name}.insecure").exists():
             raise GuaranteeLost(
@@ -138,32 +169,10 @@ class RunDirectory:
 
         Raises:
             GuaranteeLost: if it is gone: another one must never stand in for a key that was used.
+            UnsafePath: if others could have read or planted it.
         """
+        self.check_private()
         return load_key_file(self.secret / f"{name}.key")
-
-
-def load_key_file(path: pathlib.Path) -> SecretKey:
-    """The key in a file that :meth:`RunDirectory.create_key` wrote.
-
-    Raises:
-        GuaranteeLost: if it is gone or damaged.
-    """
-    try:
-        return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
-    except (FileNotFoundError, ValueError):
-        raise GuaranteeLost(
-            f"{path} is missing or damaged; restore it, or start a new run with another run.name"
-        ) from None
-
-
-def _close(path: pathlib.Path) -> bool:
-    """Take a file's permissions from everybody but its owner; whether there were any."""
-    with contextlib.suppress(FileNotFoundError):  # another job may be at work here; it is refused later
-        mode = stat.S_IMODE(path.lstat().st_mode)
-        if mode & 0o077 and not path.is_symlink():
-            path.chmod(mode & 0o700)
-            return True
-    return False
 
 
 def temporary_of(path: pathlib.Path) -> pathlib.Path:
@@ -179,7 +188,8 @@ def write_atomically(path: pathlib.Path, content: str | bytes, mode: int = 0o644
 def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> None:
     temporary = temporary_of(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        temporary.unlink(missing_ok=True)  # of a crash, or a link that somebody put there
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
             file.writelines(parts)
@@ -189,14 +199,6 @@ def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> 
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
-
-
-def make_private_directory(path: pathlib.Path) -> None:
-    """Make a directory and whatever parents are missing, each readable by its owner alone."""
-    # mkdir(parents=True) would give the parents the default mode, not this one.
-    for directory in [*reversed(path.parents), path]:
-        if not directory.is_dir():
-            directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:

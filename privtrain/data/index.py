@@ -7,9 +7,9 @@ outside memory, and five flat files are written from that order and mapped into 
     users.bin, user_ends.u64       every user's id
     record_ends.u64                up to which record each user's go
 
-The directory holds everybody's ids and texts, so it is 0700, lies where ``performance.index_dir`` says, and is no part
-of a run. It is named by what it was made of: the files' paths, sizes and times, and the settings that make records of
-rows. Processes of a machine share it; whoever comes first makes it.
+The directory holds everybody's ids and texts, so it is 0700, as is the one it lies in (``performance.index_dir``), and
+it is no part of a run. It is named by what it was made of: the files' paths, sizes and times, and the settings that
+make records of rows. Processes of a machine share it; whoever comes first makes it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy.typing as npt
 import pyarrow
 
 from privtrain.data.digest import RecordDigest
+from privtrain.private_paths import check_private_tree, make_private_directory, open_lock_file
 
 SCHEMA = "privtrain/index/1"
 
@@ -191,11 +192,16 @@ def open_or_build(
 
     Returns:
         The records, the counts, and the digest of the kept records.
+
+    Raises:
+        UnsafePath: if ``parent`` or the index is a link, another user's or open to others.
     """
     name = hashlib.sha256(json.dumps([SCHEMA, made_of], sort_keys=True).encode()).hexdigest()[:32]
-    parent.mkdir(parents=True, exist_ok=True)
+    make_private_directory(parent)
     directory = parent / f"index-{name}"
     with _locked(parent / f"index-{name}.lock"):
+        if os.path.lexists(directory):
+            check_private_tree(directory)
         if not (directory / "index.json").is_file():
             temporary = parent / f"index-{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -319,7 +325,7 @@ def _created(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_lock_file(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

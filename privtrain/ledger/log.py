@@ -37,6 +37,7 @@ from privtrain.ledger.bodies import (
 )
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
 from privtrain.ledger.head import HeadFile, check_head, opened_head
+from privtrain.private_paths import make_private_directory
 from privtrain.rundir import sync_directory
 from privtrain.secret import SecretKey, pseudonym
 
@@ -270,7 +271,7 @@ def open_ledger(
         RunBusy: if another process has it open.
     """
     _refuse_first_format(path)
-    directory_of(path).mkdir(mode=0o700, exist_ok=True)
+    make_private_directory(directory_of(path))
     with opened_head(path) as head:
         state, end = replay(path) if path.exists() else (LedgerState(), 0)
         lag = check_head(path, state, end)

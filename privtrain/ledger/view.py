@@ -20,7 +20,7 @@ from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.model_files import base_digests
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
-from privtrain.secret import pseudonym
+from privtrain.secret import SecretKey, pseudonym
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
@@ -344,9 +344,8 @@ def print_checked_proof(
 ) -> None:
     """Check a proof and print what it shows."""
     from privtrain.ledger.proof import check_proof, read_proof
-    from privtrain.rundir import load_key_file
 
-    key = load_key_file(key_path) if key_path is not None else None
+    key = _shown_key(key_path) if key_path is not None else None
     found = check_proof(read_proof(path), head, key=key, user=user)
     rows = [dataclasses.asdict(part) for part in found.parts]
     linked = "recomputed from the key" if found.is_key_checked else "as stated; --key checks it"
@@ -360,6 +359,14 @@ def print_checked_proof(
         "num_records": sum(part.records for part in found.parts),
     }
     _print_rows(rows, as_json, summary, "generation", "step", "records", "is_zeroed", "is_committed", "is_in_model")
+
+
+def _shown_key(path: pathlib.Path) -> SecretKey:
+    """A key that somebody was shown, from wherever they keep it."""
+    try:
+        return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+    except (OSError, ValueError):
+        raise PrivtrainError(f"--key: {path} is missing or is no key of a run") from None
 
 
 def check_chain(run_path: pathlib.Path) -> LedgerState:

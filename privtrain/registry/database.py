@@ -22,8 +22,9 @@ from sqlalchemy.pool import NullPool
 
 from privtrain.config.schema import RegistrySection
 from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
+from privtrain.private_paths import check_database_file, load_key_file, make_missing
 from privtrain.registry.tables import Meta
-from privtrain.rundir import make_private_directory, sync_directory, temporary_of
+from privtrain.rundir import sync_directory, temporary_of
 from privtrain.secret import KEY_BYTES, SecretKey
 
 URL_VARIABLE = "PRIVTRAIN_REGISTRY"
@@ -109,10 +110,8 @@ class Database:
             if self._read_only:
                 raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")
             self.upgrade()
-        if self._file is not None and self._file.stat().st_mode & 0o077:
-            raise PrivtrainError(
-                f"{self._file} can be read or changed by other users of this machine; run: chmod 600 {self._file}"
-            )
+        if self._file is not None:
+            check_database_file(self._file)
         from alembic.script import ScriptDirectory
 
         newest = ScriptDirectory.from_config(_alembic_config(None)).get_current_head()
@@ -128,7 +127,7 @@ class Database:
             self._ensure_key()
             self.write(self._migrate)
             return
-        make_private_directory(self._file.parent)
+        make_missing(self._file.parent)
         with _file_lock(self._file):
             self._ensure_key()
             if self._file.exists():
@@ -153,14 +152,16 @@ class Database:
         """
         if self._key is None:
             path = key_path(self.url)
+            # A file that was named may be a link, or root's, as a mounted secret is; the others are this user's own.
+            is_named = KEY_VARIABLE in os.environ
             try:
-                key = SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
-            except (OSError, ValueError):
+                key = load_key_file(
+                    path.resolve() if is_named else path, owners={os.geteuid(), 0} if is_named else None
+                )
+            except (OSError, GuaranteeLost):
                 raise GuaranteeLost(
                     f"the registry's key {path} is missing or damaged; restore it, or set {KEY_VARIABLE} to its file"
                 ) from None
-            if path.stat().st_mode & 0o077:
-                raise PrivtrainError(f"{path} can be read by other users of this machine; run: chmod 600 {path}")
             self._key = key
         if check and not self._is_key_checked:
             known = self.read(lambda connection: connection.execute(sa.select(Meta.key_check)).scalar_one())
@@ -232,7 +233,7 @@ class Database:
         path = key_path(self.url)
         if path.exists():
             return
-        make_private_directory(path.parent)
+        make_missing(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from privtrain.errors import GuaranteeLost
+from privtrain.registry import evidence
 from privtrain.registry.tables import Contribution, Dataset, Population, ReservationRow, Run, Settlement
 
 _CHUNK = 2000
@@ -35,10 +36,10 @@ def closed_by(connection: sa.Connection, row: Any) -> str:
     return connection.execute(sa.select(Settlement.kind).where(Settlement.reservation_id == row.id)).scalar_one()
 
 
-def beside(connection: sa.Connection, row: Any, epsilon: float, now: float) -> Any:
+def beside(connection: sa.Connection, row: Any, now: float) -> Any:
     """One more reservation like ``row``, for a release that has none; whatever the budgets say, since it is out."""
     values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "claim": None}
-    values = row._asdict() | values | {"epsilon": max(row.epsilon, epsilon)}
+    values = row._asdict() | values
     connection.execute(sa.insert(ReservationRow).values(**values))
     return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == values["id"])).one()
 
@@ -63,21 +64,18 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
         connection.execute(sa.insert(Contribution), rows[start : start + _CHUNK])
 
 
-def close(
-    connection: sa.Connection, row: Any, kind: str, num_steps: int | None, epsilon: float, ledger_head: str, now: float
-) -> int:
-    """Close a reservation, charging ``num_steps``, or all of it for ``None``; return what is charged."""
+def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> int:
+    """Close a reservation, charging so many repetitions; return them."""
     now = max(now, row.created_at)  # no period of a budget ends early because a server's clock was set back
-    charged = row.num_reserved if num_steps is None else charge_of(row, num_steps)
-    own = row.epsilon if num_steps is None else epsilon
-    values = {"state": "closed", "num_charged": charged, "epsilon": own, "closed_at": now}
+    epsilon = evidence.epsilon_of(connection, row, charged)
+    values = {"state": "closed", "num_charged": charged, "epsilon": epsilon, "closed_at": now}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     connection.execute(
         sa.insert(Settlement).values(
             reservation_id=row.id,
             kind=kind,
             num_charged=charged,
-            epsilon=own,
+            epsilon=epsilon,
             ledger_head=ledger_head,
             created_at=now,
         )
@@ -99,6 +97,11 @@ def charge_of(row: Any, num_steps: int) -> int:
             "run spent what no budget allowed"
         )
     return num_steps
+
+
+def charge_in_full(row: Any, num_steps: int) -> int:
+    """Repetitions charged for a release without a reservation of its own: the whole plan, or more if there was more."""
+    return row.num_reserved if row.num_reserved == 1 else max(row.num_reserved, num_steps)
 
 
 def expire(connection: sa.Connection, now: float) -> None:

@@ -8,6 +8,7 @@ for the last of a budget therefore cannot both get it, and no lock is held while
 from __future__ import annotations
 
 import dataclasses
+import enum
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from privtrain.errors import BudgetExceeded, GuaranteeLost, PrivtrainError
-from privtrain.registry import clock, endings, spending
+from privtrain.errors import BudgetExceeded, GuaranteeLost, PlanMismatch, PrivtrainError
+from privtrain.registry import clock, endings, evidence, spending
 from privtrain.registry.database import Database
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.refusal import explain
 from privtrain.registry.spending import Limit, Part, Settings
 from privtrain.registry.tables import (
@@ -89,6 +91,19 @@ class Reservation:
     state: str
     num_opt_outs: int
     is_new: bool
+
+
+class Settled(enum.Enum):
+    """What a settlement came to.
+
+    ``OWN``: charged on the run's reservation; ``BESIDE``: it had none left and was charged in full beside another;
+    ``ALREADY``: it was settled before; ``UNKNOWN``: the run never reserved here, and is charged nowhere.
+    """
+
+    OWN = "own"
+    BESIDE = "beside"
+    ALREADY = "already"
+    UNKNOWN = "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +226,7 @@ class Registry:
         part = spending.part_of(request.event)
         for _ in range(_MAX_RACES):
             if self.database.read(lambda c: _holds(c, request.uid)):
-                held = self.database.write(lambda c: _take_over(c, request))
+                held = self.database.write(lambda c: _take_over(c, request, part, manifest))
                 if held is not None:
                     return held
             snapshot = self.database.read(lambda c: _snapshot(c, request, manifest))
@@ -227,20 +242,39 @@ class Registry:
                 return made
         raise PrivtrainError(f"the budget of {request.dataset} changed {_MAX_RACES} times while it was being reserved")
 
-    def renew(self, reservation_id: str, lease_seconds: float, claim: str | None = None) -> None:
+    def renew(
+        self,
+        reservation_id: str,
+        lease_seconds: float,
+        claim: str | None = None,
+        shown: LedgerEvidence | None = None,
+    ) -> None:
         """Say that the run is alive. One that had expired is open again: its charge never stopped counting.
 
+        Args:
+            reservation_id: the reservation.
+            lease_seconds: how long it stays open without news.
+            claim: the number with which the run directory holds it.
+            shown: what the run's ledger shows so far; from then on no other ledger ends the reservation.
+
         Raises:
-            GuaranteeLost: if it was closed, or another copy of the run directory holds it: the run must stop.
+            GuaranteeLost: if it was closed, or another copy of the run directory holds it, or the ledger is another or
+                an older one than before: the run must stop.
         """
         live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed", _holds_claim(claim))
 
-        def work(connection: sa.Connection) -> int:
+        def work(connection: sa.Connection) -> bool:
+            row = connection.execute(sa.select(ReservationRow).where(*live).with_for_update()).one_or_none()
+            if row is None:
+                return False
+            if shown is not None:
+                evidence.note(connection, row, shown)
             # A sign of life is never refused; a clock that is not believed makes the lease no longer than a right one.
             values = {"state": "open", "lease_until": clock.estimate(connection) + lease_seconds}
-            return connection.execute(sa.update(ReservationRow).where(*live).values(**values)).rowcount
+            connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
+            return True
 
-        if self.database.write(work) != 1:
+        if not self.database.write(work):
             raise GuaranteeLost(
                 f"reservation {reservation_id[:12]} was closed, or taken over by another copy of this run directory, "
                 "while the run was training; nothing is released. Started again, the run asks for its budget anew"
@@ -258,61 +292,64 @@ class Registry:
     def settle(
         self,
         uid: str,
+        shown: LedgerEvidence,
         *,
-        num_steps: int,
-        epsilon: float,
-        ledger_head: str,
         contributions: Mapping[str, tuple[int, int]],
         claims: Collection[str] = (),
-    ) -> bool:
+    ) -> Settled:
         """Charge a finished run what its ledger shows, and keep what each user contributed.
 
-        A reservation that has expired and was not renewed stays charged in full, and so does one that was closed by
-        hand, from now on. Does nothing if the release with this ledger is settled. One with another ledger, of
-        a copy of the run directory, is charged in full beside the first.
+        ε is computed from the event that was reserved. A reservation that has expired and was not renewed stays charged
+        in full, and so does one that was closed by hand, from now on. Does nothing if the release with this ledger is
+        settled. One with another ledger, of a copy of the run directory, is charged in full beside the first.
 
         Args:
             uid: the run.
-            num_steps: steps charged by the run's ledger.
-            epsilon: of these steps, at the run's δ.
-            ledger_head: hash of the ledger's last record.
-            contributions: pseudonym (of this registry) → steps, records.
+            shown: what the run's verified ledger shows.
+            contributions: pseudonym (of this registry) → steps, records; out of the ledger's verified bodies.
             claims: with one of which the run directory claimed the reservation.
 
-        Returns:
-            Whether the release had no reservation of its own and was charged beside another.
-
         Raises:
-            GuaranteeLost: if the ledger shows more steps than were reserved.
+            GuaranteeLost: if the ledger shows more steps than were reserved, or is not the run's, or an older one.
+            ClockRefused: if the database has no server, and this machine's clock cannot be right.
         """
 
-        def work(connection: sa.Connection) -> bool:
+        def work(connection: sa.Connection) -> Settled:
             now = clock.now(connection)
             endings.expire(connection, now)
             rows = endings.reservations_of(connection, uid)
-            ends = endings.settled_heads(connection, rows)
-            if not rows or ledger_head in ends:
-                return False
+            if not rows:
+                return Settled.UNKNOWN
+            if shown.head in endings.settled_heads(connection, rows):
+                return Settled.ALREADY
             row = rows[-1]
             is_ours = row.claim is None or row.claim in claims
-            is_beside = False
+            outcome = Settled.OWN
             if row.state != "closed" and is_ours:
-                charged = None if row.state == "expired" else num_steps
-                endings.close(connection, row, "settle", charged, epsilon, ledger_head, now)
+                evidence.check(connection, row, shown)
+                charged = endings.charge_of(row, shown.num_steps)
+                charged = row.num_reserved if row.state == "expired" else charged
+                endings.close(connection, row, "settle", charged, shown.head, now)
             else:
                 endings.outdate(connection, row.dataset_id)
                 is_beside = not is_ours or endings.closed_by(connection, row) != "close"
-                own = endings.beside(connection, row, epsilon, now) if is_beside else row
+                own = endings.beside(connection, row, now) if is_beside else row
                 connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
-                endings.close(connection, own, "settle", None, epsilon, ledger_head, now)
+                endings.close(connection, own, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
+                outcome = Settled.BESIDE if is_beside else Settled.OWN
             endings.add_contributions(connection, row.run_id, contributions)
-            return is_beside
+            return outcome
 
+        self._warm_up(uid, shown.num_steps)
         return self.database.write(work)
 
-    def refund(
-        self, uid: str, *, num_steps: int, epsilon: float, ledger_head: str, claims: Collection[str] = ()
-    ) -> int:
+    def is_settled(self, uid: str, ledger_head: str) -> bool:
+        """Whether the release with this ledger is settled."""
+        chosen = sa.select(Settlement.id).join(ReservationRow).join(Run)
+        chosen = chosen.where(Run.uid == uid, Settlement.ledger_head == ledger_head, Settlement.kind == "settle")
+        return self.database.read(lambda c: c.execute(chosen).first()) is not None
+
+    def refund(self, uid: str, shown: LedgerEvidence, *, claims: Collection[str] = ()) -> int:
         """End a run that was given up, and charge only the steps that its ledger shows as begun.
 
         The caller holds the run's lock and has verified its ledger: steps that no ledger shows were never computed, so
@@ -323,6 +360,7 @@ class Registry:
 
         Raises:
             PrivtrainError: if the run holds no reservation, or another copy of its directory does.
+            GuaranteeLost: if the ledger is not the run's, or an older one.
         """
 
         def work(connection: sa.Connection) -> int:
@@ -331,21 +369,23 @@ class Registry:
             if row is None:
                 raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
             _check_claim(row, claims)
-            return row.num_reserved - endings.close(connection, row, "refund", num_steps, epsilon, ledger_head, now)
+            evidence.check(connection, row, shown)
+            charged = endings.charge_of(row, shown.num_steps)
+            return row.num_reserved - endings.close(connection, row, "refund", charged, shown.head, now)
 
+        self._warm_up(uid, shown.num_steps)
         return self.database.write(work)
 
-    def epsilon_of(self, uid: str, num_steps: int) -> float:
-        """ε at the run's own δ of so many steps of its mechanism.
+    def _warm_up(self, uid: str, num_steps: int) -> None:
+        """Have the accountants at work before the transaction, which locks others out, rather than in it."""
+        chosen = sa.select(ReservationRow).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
 
-        Raises:
-            PrivtrainError: if the run holds no reservation.
-        """
-        row = self.database.read(lambda c: c.execute(_with_mechanism(uid)).one_or_none())
-        if row is None:
-            raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
-        part = Part(row.event, endings.charge_of(row, num_steps), None)
-        return spending.composed_epsilon([part], row.delta).epsilon
+        def work(connection: sa.Connection) -> None:
+            row = connection.execute(chosen).one_or_none()
+            if row is not None and 0 <= num_steps <= row.num_reserved:
+                evidence.epsilon_of(connection, row, endings.charge_of(row, num_steps))
+
+        self.database.read(work)
 
     def close(self, reservation_id: str) -> None:
         """End an expired reservation as charged in full, so that a budget's period begins to run for it.
@@ -363,7 +403,7 @@ class Registry:
             if row.state == "open":
                 raise PrivtrainError(f"reservation {reservation_id} is open: its run may be alive until its lease ends")
             if row.state == "expired":
-                endings.close(connection, row, "close", None, row.epsilon, "", now)
+                endings.close(connection, row, "close", row.num_reserved, "", now)
 
         self.database.write(work)
 
@@ -516,6 +556,7 @@ def _insert(
         created_at=now,
     )
     run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
+    _check_same_run(connection, run_id, request, manifest)
     # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
     # this run among the unfinished.
     num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
@@ -544,30 +585,50 @@ def _insert(
     return Reservation(reservation_id, "open", num_opt_outs, is_new=True)
 
 
-def _with_mechanism(uid: str) -> sa.Select[*tuple[Any, ...]]:
-    return (
-        sa.select(ReservationRow, Mechanism.event)
-        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
-        .join(Run, Run.id == ReservationRow.run_id)
-        .where(Run.uid == uid, ReservationRow.state != "closed")
-    )
-
-
 def _holds(connection: sa.Connection, uid: str) -> bool:
     live = sa.select(ReservationRow.id).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
     return connection.execute(live).first() is not None
 
 
-def _take_over(connection: sa.Connection, request: RunRequest) -> Reservation | None:
+def _take_over(connection: sa.Connection, request: RunRequest, part: Part, manifest: str) -> Reservation | None:
     """The run's own reservation, open again if it had expired."""
     now = clock.now(connection)
     row = _live(connection, request.uid, now)
     if row is None:
         return None
     _check_claim(row, [request.claim, *request.earlier_claims])
+    _check_same_run(connection, row.run_id, request, manifest)
+    _check_same_charge(connection, row, request, part)
     values = {"state": "open", "lease_until": now + request.lease_seconds, "claim": request.claim}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
+
+
+def _check_same_run(connection: sa.Connection, run_id: int, request: RunRequest, manifest: str) -> None:
+    chosen = sa.select(Run.fingerprint, DatasetVersion.manifest).join(
+        DatasetVersion, DatasetVersion.id == Run.dataset_version_id
+    )
+    if connection.execute(chosen.where(Run.id == run_id)).one() != (request.fingerprint, manifest):
+        raise PlanMismatch(
+            f"the registry knows the run {request.uid!r} with another plan or data set: secret/identity.json was "
+            "altered or is another run's. Restore it, or set another run.name"
+        )
+
+
+def _check_same_charge(connection: sa.Connection, row: Any, request: RunRequest, part: Part) -> None:
+    chosen = (
+        sa.select(Mechanism.digest, Dataset.name)
+        .select_from(ReservationRow)
+        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
+        .join(Dataset, Dataset.id == ReservationRow.dataset_id)
+        .where(ReservationRow.id == row.id)
+    )
+    held = (*connection.execute(chosen).one(), row.num_reserved, row.delta)
+    if held != (spending.event_digest(part.text), request.dataset, part.count, request.delta):
+        raise PlanMismatch(
+            f"the run holds reservation {row.id[:12]} for another mechanism, number of steps, δ or data set; restore "
+            "the configuration it began with, or set another run.name"
+        )
 
 
 def _holds_claim(claim: str | None) -> sa.ColumnElement[bool]:

@@ -112,6 +112,7 @@ class ReservationRow(Base):
     ``state``: ``open``; ``expired`` (its lease ran out: charged in full until it comes back or is closed); ``closed``.
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.
     ``claim`` is a number that only the run directory knows that holds the reservation, a new one at every start.
+    ``ledger_key`` commits to the key of the run's ledger, and ``num_begun`` steps were in it when it was last seen.
     """
 
     __tablename__ = "reservations"
@@ -129,6 +130,8 @@ class ReservationRow(Base):
     lease_until: Mapped[float] = mapped_column(sa.Double)
     closed_at: Mapped[float | None] = mapped_column(sa.Double)
     claim: Mapped[str | None]
+    ledger_key: Mapped[str | None]
+    num_begun: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
     __table_args__ = (
         # A run holds at most one reservation that is not closed, whoever races.

@@ -22,18 +22,28 @@ def num_begun(run: RunDirectory) -> int:
     Raises:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
     """
+    state = verified_state(run)
+    return 0 if state is None else state.num_charged
+
+
+def verified_state(run: RunDirectory) -> LedgerState | None:
+    """What a run's verified ledger says; ``None`` of a run that never had one. Not while a job is writing.
+
+    Raises:
+        LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
+    """
     if not run.ledger.exists():
         found = traces(run)
         if found:
             raise LedgerCorrupt(
                 f"{run.ledger} is gone but {found[0]} is there: how many steps were begun is not known. Restore it"
             )
-        return 0
+        return None
     state = verify_chain(run.ledger, allow_torn=True)
     later = _past(run, state)
     if later is not None:
         raise LedgerCorrupt(f"{later} is past {run.ledger}, which is an older copy or was replaced; restore it")
-    return state.num_charged
+    return state
 
 
 def traces(run: RunDirectory) -> list[pathlib.Path]:

@@ -26,6 +26,7 @@ from privtrain.errors import (
     ConfigError,
     Fault,
     GuaranteeLost,
+    LedgerCorrupt,
     PlanMismatch,
     PrivtrainError,
     RegistryUnreachable,
@@ -34,15 +35,22 @@ from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
 from privtrain.registry.database import registry_url
 from privtrain.registry.spending import Settings
-from privtrain.registry.store import Registry, Reservation, RunRequest
+from privtrain.registry.store import Registry, Reservation, RunRequest, Settled
 from privtrain.rundir import RunDirectory, write_json
 from privtrain.secret import pseudonym
-from privtrain.training.begun import num_begun, traces
+from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs
+from privtrain.training.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
 from privtrain.training.stop import StopRequest
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
 _EXIT_REQUEUE = 75
+_WARNINGS = {
+    Settled.BESIDE: "another copy of this run holds its reservation or settled it; this release is charged in full "
+    "beside it",
+    Settled.UNKNOWN: "this run holds no reservation in the registry: it was trained without it, or with another one, "
+    "and is charged to none of its budgets",
+}
 
 
 @contextlib.contextmanager
@@ -89,7 +97,7 @@ class Hold:
         self._inputs = inputs
         self._uid = uid
         self._claims = claims
-        self.lost: GuaranteeLost | None = None
+        self.lost: GuaranteeLost | LedgerCorrupt | None = None
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
@@ -167,27 +175,27 @@ class Hold:
 
     def settle(self) -> None:
         """Charge what the ledger shows and keep who contributed; a run that is not released keeps its reservation."""
-        run = self._inputs.run
+        run, inputs = self._inputs.run, self._inputs
         if not run.is_complete():
             return
-        statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         try:
-            is_beside = self._registry.settle(
-                self._uid,
-                num_steps=statement["steps_released"],
-                epsilon=statement["epsilon"],
-                ledger_head=statement["ledger"]["head"],
-                contributions=self._contributions(),
-                claims=self._claims,
-            )
-            if is_beside:
-                say(
-                    "[yellow]warning[/]: another copy of this run holds its reservation or settled it; "
-                    "this release is charged in full beside it"
-                )
+            # A run that is settled stays so, also after the keys that link its ledger to people were shredded.
+            so_far = evidence_so_far(run)
+            if so_far is not None and self._registry.is_settled(self._uid, so_far.head):
+                return
+            shown = evidence_of_release(run, inputs.fingerprint, inputs.plan)
+            outcome = self._registry.settle(self._uid, shown, contributions=self._contributions(), claims=self._claims)
         except (ClockRefused, RegistryUnreachable) as error:
             # The release stands and is charged in full; the same command settles it.
             say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
+            return
+        if outcome in _WARNINGS:
+            say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
+        for problem in contradictions(run, shown):
+            say(
+                f"[yellow]warning[/]: {run.privacy}: {problem}; the charge is what the ledger shows. See: privtrain "
+                f"ledger verify {run.root}"
+            )
 
     def give_up(self) -> None:
         """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
@@ -195,21 +203,24 @@ class Hold:
             return
         # The failure itself is what is told; a reservation that cannot be given back stays and expires.
         with contextlib.suppress(PrivtrainError):
-            if num_begun(self._inputs.run) == 0:
-                self._registry.refund(self._uid, num_steps=0, epsilon=0.0, ledger_head="", claims=self._claims)
+            shown = evidence_of_unreleased(self._inputs.run, self._inputs.fingerprint)
+            if shown.num_steps == 0:
+                self._registry.refund(self._uid, shown, claims=self._claims)
 
     def check(self) -> None:
-        """See that the reservation still is this run's.
+        """See that the reservation still is this run's, and tell the registry what its ledger shows.
 
         Raises:
-            GuaranteeLost: if it was closed, or another copy of the run directory claimed it.
+            GuaranteeLost: if it was closed, another copy of the run directory claimed it, or the ledger was replaced.
+            LedgerCorrupt: if the ledger does not verify.
         """
         if self._reservation is None:
             return
         with contextlib.suppress(RegistryUnreachable):  # an expired reservation counts in full all the same
             try:
-                self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1])
-            except GuaranteeLost as error:
+                shown = evidence_so_far(self._inputs.run)
+                self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1], shown)
+            except (GuaranteeLost, LedgerCorrupt) as error:
                 self.lost = error
                 raise
 
@@ -218,8 +229,8 @@ class Hold:
         while not ended.wait(interval):
             try:
                 self.check()
-            except GuaranteeLost:
-                stop.ask("the run's reservation is gone")
+            except (GuaranteeLost, LedgerCorrupt):
+                stop.ask("the run's reservation or its ledger is gone")
                 return
 
     def _contributions(self) -> dict[str, tuple[int, int]]:
@@ -268,6 +279,8 @@ def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> di
         steps, records = charged.get(name, (0, 0))
         charged[name] = (steps + num_steps, records + num_records)
     owner = _owners(run, corpus, plan, charged.keys())
+    if not charged.keys() <= owner.keys():
+        raise LedgerCorrupt(f"{run.ledger} names units that are no user's of this data set; nothing was settled")
     totals: dict[str, tuple[int, int]] = {}
     for name, (num_steps, num_records) in charged.items():
         steps, records = totals.get(owner[name], (0, 0))
@@ -294,18 +307,11 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
     with run.locked():
         if run.is_complete():
             raise PrivtrainError(f"{run.root} is released; start its training command again to settle it")
-        begun = num_begun(run)
-        head = verify_chain(run.ledger, allow_torn=True).head if run.ledger.exists() else ""
-        uid = json.loads(run.identity.read_text(encoding="utf-8"))["tracker_id"]
-        registry = Registry(url)
-        num_back = registry.refund(
-            uid,
-            num_steps=begun,
-            epsilon=registry.epsilon_of(uid, begun),
-            ledger_head=head,
-            claims=_read_claims(run),
-        )
-    return f"{run.root}: {begun} steps stay charged, {num_back} were given back. Resuming it reserves its plan anew"
+        identity = json.loads(run.identity.read_text(encoding="utf-8"))
+        shown = evidence_of_unreleased(run, identity["fingerprint"])
+        num_back = Registry(url).refund(identity["tracker_id"], shown, claims=_read_claims(run))
+    what = f"{shown.num_steps} steps stay charged, {num_back} were given back"
+    return f"{run.root}: {what}. Resuming it reserves its plan anew"
 
 
 def _has_begun(run: RunDirectory) -> bool:

@@ -45,6 +45,7 @@ def read_inputs(config: Config) -> Inputs:
 def check_run_directory(inputs: Inputs) -> None:
     """Refuse a directory of another plan, data set or model before anything is written."""
     run = inputs.run
+    run.check_private()
     if not run.exists():
         return
     tightened = run.check_permissions()
@@ -88,6 +89,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
     with run.locked():
         check_run_directory(inputs)  # again: another job may have begun here since the first look
         if not run.exists():
+            run.check_new()
             identity = {
                 "fingerprint": inputs.fingerprint,
                 "data_sha256": inputs.corpus.manifest_sha256,

@@ -138,6 +138,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
             if ledger is not None:
                 # Everything that can fail came first: a start that fails costs no budget.
                 begin_session(inputs, ledger, session, split, units)
+                inputs.check_release()  # before the first step: which ledger ends the run's reservation
         if session.continuation.start_step == 0:
             _evaluate(inputs, trainer, network, split, 0, stop)
         costs = _counted(inputs, trainer, network)

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from privtrain.registry import spending, views
 from privtrain.registry.database import Database
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.spending import Part, Settings
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import Dataset, DatasetVersion, Mechanism, ReservationRow, Run, Settlement
@@ -94,7 +95,7 @@ def measure(registry: Registry, asked: Settings, repeats: int) -> tuple[np.ndarr
         registry.reserve(one)
         seconds.append(time.perf_counter() - began)
         processor.append(time.process_time() - began_processor)
-        registry.refund(one.uid, num_steps=0, epsilon=0.0, ledger_head="")
+        registry.refund(one.uid, LedgerEvidence(0, ""))
     return np.array(seconds), np.array(processor)
 
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from privtrain.cli import app
+from privtrain.data.split import seal
 from privtrain.errors import (
     BudgetExceeded,
     ConfigError,
@@ -344,6 +345,95 @@ def test_a_settlement_that_could_not_be_delivered_is_made_up_by_the_same_command
     assert views.runs(registry.database)[0].state == "open"
     start(private_tree, tmp_path)
     assert views.runs(registry.database)[0].state == "closed"
+
+
+def unsettled(tree, tmp_path, monkeypatch, name: str = "tiny") -> RunDirectory:
+    """A run that was released while the registry was away at the last moment."""
+
+    def unreachable(*_args, **_kwargs):
+        raise RegistryUnreachable("no server")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "settle", unreachable)
+        return RunDirectory(start(tree, tmp_path, name))
+
+
+def test_settling_believes_the_ledger_not_the_statement(private_tree, tmp_path, registry, monkeypatch, capsys):
+    run = unsettled(private_tree, tmp_path, monkeypatch)
+    statement = json.loads(run.privacy.read_text())
+    reserved = views.runs(registry.database)[0].epsilon
+    run.privacy.write_text(json.dumps({**statement, "steps_released": 0, "epsilon": 0.0}))
+    start(private_tree, tmp_path)
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged, view.epsilon) == ("closed", 4, reserved)
+    assert "steps_released is 0, the ledger shows 4" in " ".join(capsys.readouterr().out.split())
+
+
+def put_in_the_ledger_of(other: RunDirectory, run: RunDirectory) -> None:
+    """With its keys and its manifest: all that a ledger goes with."""
+    for path in (*other.secret.glob("ledger.*"), *other.secret.glob("*.key"), other.manifest):
+        shutil.copy(path, run.secret / path.name)
+    shutil.rmtree(run.ledger.with_suffix(""))
+    shutil.copytree(other.ledger.with_suffix(""), run.ledger.with_suffix(""))
+
+
+def test_another_runs_ledger_settles_nothing(private_tree, tmp_path, registry, monkeypatch):
+    """Of the same plan and the same data, so that only the registry knows whose it is."""
+    run = unsettled(private_tree, tmp_path, monkeypatch)
+    put_in_the_ledger_of(RunDirectory(start(private_tree, tmp_path, "other")), run)
+    with pytest.raises(GuaranteeLost, match="was replaced"):
+        start(private_tree, tmp_path)
+    charged = {view.name: (view.state, view.num_charged) for view in views.runs(registry.database)}
+    assert charged == {"tiny": ("open", 4), "other": ("closed", 4)}
+
+
+def test_a_fresh_runs_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch):
+    """A ledger that shows one step, in the directory of a run that began three."""
+    with monkeypatch.context() as patched:
+        interrupt_after(3, patched)
+        with pytest.raises(GuaranteeLost):
+            start(private_tree, tmp_path)
+    with monkeypatch.context() as patched:
+        interrupt_after(1, patched)
+        with pytest.raises(GuaranteeLost):
+            start(private_tree, tmp_path, "other")
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.mkdir(mode=0o700)
+    put_in_the_ledger_of(RunDirectory(tmp_path / "runs" / "other"), run)
+    with pytest.raises(GuaranteeLost, match="was replaced"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+    assert {view.num_charged for view in views.runs(registry.database)} == {4}
+
+
+def test_a_manifest_that_calls_a_user_invented_hides_nobody(private_tree, tmp_path, registry, monkeypatch):
+    """Invented users are nobody's budget; the manifest that says who they are is the one training began with."""
+    run = unsettled(private_tree, tmp_path, monkeypatch)
+    manifest = json.loads(run.manifest.read_text())
+    del manifest["sha256"]
+    manifest["held_out"] = manifest["held_out"][1:]
+    run.manifest.write_text(json.dumps({**manifest, "sha256": seal(manifest)}))
+    with pytest.raises(LedgerCorrupt, match="was replaced"):
+        start(private_tree, tmp_path)
+    assert views.runs(registry.database)[0].state == "open"
+
+
+def test_a_release_without_its_statement_is_not_refunded(private_tree, tmp_path, registry, monkeypatch):
+    """Settled it says who contributed; refunded it would not."""
+    run = unsettled(private_tree, tmp_path, monkeypatch)
+    run.privacy.unlink()
+    with pytest.raises(LedgerCorrupt, match="was released"):
+        budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
+
+
+def test_a_release_that_never_reserved_is_told(private_tree, tmp_path, registry, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.delenv("PRIVTRAIN_REGISTRY")
+        section = private_tree.pop("registry")
+        start(private_tree, tmp_path)
+    private_tree["registry"] = section
+    start(private_tree, tmp_path)
+    assert "is charged to none of its budgets" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_lease_is_renewed_while_training(private_tree, tmp_path, registry, monkeypatch):

@@ -15,6 +15,7 @@ from sqlalchemy import event
 
 from privtrain.errors import BudgetExceeded, ClockRefused
 from privtrain.registry import spending, views
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, RunRequest
 from privtrain.registry.tables import Contribution, Meta, OptOut, ReservationRow, Run, Settlement
@@ -132,11 +133,11 @@ def work_until_killed(url: str, journal: str, seed: int, num_runs: int, ready: A
         done(kind="began", uid=uid, noise=settings.noise_multiplier, steps=begun)
         ending = rng.integers(0, 4)
         if ending == 0:
-            registry.refund(uid, num_steps=begun, epsilon=0.1, ledger_head="h")
+            registry.refund(uid, LedgerEvidence(begun, "h"))
             done(kind="refunded", uid=uid)
         elif ending < 3:
             users = {f"{user:032x}": (1, 2) for user in range(USERS_OF_A_RUN)}
-            registry.settle(uid, num_steps=begun, epsilon=0.1, ledger_head="h", contributions=users)
+            registry.settle(uid, LedgerEvidence(begun, "h"), contributions=users)
             done(kind="settled", uid=uid)
         user = f"{rng.integers(0, 2**62):032x}"
         registry.forget(user)

@@ -29,8 +29,9 @@ from privtrain.registry import database as database_module
 from privtrain.registry import spending, store, views
 from privtrain.registry.commands import parse_period
 from privtrain.registry.database import Database, key_path
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.spending import Settings
-from privtrain.registry.store import Registry
+from privtrain.registry.store import Registry, Settled
 from privtrain.registry.tables import Base, Budget, Dataset, Population, ReservationRow, Settlement
 from tests.privtrain.registry_server import PASSWORD
 from tests.privtrain.registry_work import DATASET, request
@@ -99,11 +100,9 @@ def test_a_resumed_run_finds_its_own_reservation(registry):
 def test_settling_charges_what_was_spent_and_is_done_once(registry):
     registry.reserve(request("run"))
     for _ in range(2):
-        registry.settle(
-            "run", num_steps=400, epsilon=1.2, ledger_head="head", contributions={"0" * 32: (3, 7), "1" * 32: (1, 1)}
-        )
+        registry.settle("run", LedgerEvidence(400, "head"), contributions={"0" * 32: (3, 7), "1" * 32: (1, 1)})
     (run,) = views.runs(registry.database)
-    assert (run.state, run.num_charged, run.num_reserved, run.epsilon) == ("closed", 400, 1000, 1.2)
+    assert (run.state, run.num_charged, run.num_reserved) == ("closed", 400, 1000)
     held = views.user(registry.database, "0" * 32).held[0]
     assert (held.num_steps, held.num_records) == (3, 7)
     counts = registry.database.read(
@@ -137,26 +136,26 @@ def test_an_expired_run_that_comes_back_goes_on_under_its_reservation(registry):
 def test_an_expired_reservation_is_settled_in_full(registry):
     registry.reserve(request("run"))
     age(registry, 2 * 3600)
-    registry.settle("run", num_steps=10, epsilon=0.1, ledger_head="h", contributions={})
+    registry.settle("run", LedgerEvidence(10, "h"), contributions={})
     (run,) = views.runs(registry.database)
     assert (run.state, run.num_charged, run.epsilon) == ("closed", 1000, 1.83)
 
 
 def test_a_refund_gives_back_only_what_never_began(registry):
     before = fill(registry)
-    assert registry.refund("fill-0", num_steps=0, epsilon=0.0, ledger_head="h") == 1000
+    assert registry.refund("fill-0", LedgerEvidence(0, "h")) == 1000
     assert registry.reserve(request("instead")).is_new
-    assert registry.refund("fill-1", num_steps=999, epsilon=1.8, ledger_head="h") == 1
+    assert registry.refund("fill-1", LedgerEvidence(999, "h")) == 1
     with pytest.raises(BudgetExceeded):
         registry.reserve(request("one more"))
     with pytest.raises(PrivtrainError, match="nothing to refund"):
-        registry.refund("fill-0", num_steps=0, epsilon=0.0, ledger_head="h")
+        registry.refund("fill-0", LedgerEvidence(0, "h"))
     assert views.budgets(registry.database)[0].num_runs == before
 
 
 def test_a_run_that_was_refunded_reserves_again_when_it_is_resumed(registry):
     first = registry.reserve(request("run"))
-    registry.refund("run", num_steps=100, epsilon=0.3, ledger_head="h")
+    registry.refund("run", LedgerEvidence(100, "h"))
     second = registry.reserve(request("run"))
     assert second.is_new
     assert second.id != first.id
@@ -184,7 +183,7 @@ def test_a_period_counts_from_the_end_of_a_run_in_every_window(registry):
     with pytest.raises(BudgetExceeded, match="any 30 days"):
         registry.reserve(request("runs that have not ended count however old they are"))
     for index in range(before):
-        registry.settle(f"fill-{index}", num_steps=1000, epsilon=1.8, ledger_head="h", contributions={})
+        registry.settle(f"fill-{index}", LedgerEvidence(1000, "h"), contributions={})
     age(registry, 29.9 * DAY)
     with pytest.raises(BudgetExceeded):
         registry.reserve(request("inside the window"))
@@ -248,7 +247,7 @@ def test_a_refusal_says_what_is_left_and_every_knob_that_it_names_fits(registry)
         with pytest.raises(BudgetExceeded):
             registry.reserve(request("too much", too_much))
         assert registry.reserve(request("fits", fits)).is_new
-        registry.refund("fits", num_steps=0, epsilon=0.0, ledger_head="")
+        registry.refund("fits", LedgerEvidence(0, ""))
 
 
 def test_a_run_without_noise_fits_no_budget(registry):
@@ -319,10 +318,10 @@ def test_the_same_records_get_no_second_name_by_a_race(registry):
 def test_a_run_that_is_split_keeps_its_list_over_a_refund_and_one_that_is_not_takes_the_newest(registry):
     first, second = registry.pseudonym("alice"), registry.pseudonym("bob")
     registry.reserve(request("run"))
-    registry.refund("run", num_steps=0, epsilon=0.0, ledger_head="")
+    registry.refund("run", LedgerEvidence(0, ""))
     registry.forget(first)
     assert registry.opted_out(registry.reserve(request("run"))) == {first}
-    registry.refund("run", num_steps=100, epsilon=0.3, ledger_head="h")
+    registry.refund("run", LedgerEvidence(100, "h"))
     registry.forget(second)
     again = registry.reserve(request("run", has_split=True))
     assert again.is_new
@@ -332,9 +331,9 @@ def test_a_run_that_is_split_keeps_its_list_over_a_refund_and_one_that_is_not_ta
 
 def test_a_user_sees_the_settled_reservation_of_a_run_with_its_whole_epsilon(registry):
     registry.reserve(request("run"))
-    registry.refund("run", num_steps=100, epsilon=0.3, ledger_head="h")
+    registry.refund("run", LedgerEvidence(100, "h"))
     registry.reserve(request("run"))
-    registry.settle("run", num_steps=1000, epsilon=1.83, ledger_head="hh", contributions={"0" * 32: (4, 9)})
+    registry.settle("run", LedgerEvidence(1000, "hh"), contributions={"0" * 32: (4, 9)})
     held = views.user(registry.database, "0" * 32).held
     assert [(one.run.epsilon, one.num_steps) for one in held] == [(1.83, 4)]
 
@@ -342,9 +341,9 @@ def test_a_user_sees_the_settled_reservation_of_a_run_with_its_whole_epsilon(reg
 def test_more_steps_than_were_reserved_are_an_error_not_a_discount(registry):
     registry.reserve(request("run"))
     with pytest.raises(GuaranteeLost, match="1001 steps, but 1000 were reserved"):
-        registry.settle("run", num_steps=1001, epsilon=1.84, ledger_head="h", contributions={})
+        registry.settle("run", LedgerEvidence(1001, "h"), contributions={})
     with pytest.raises(GuaranteeLost, match="1001 steps"):
-        registry.refund("run", num_steps=1001, epsilon=1.84, ledger_head="h")
+        registry.refund("run", LedgerEvidence(1001, "h"))
     assert views.runs(registry.database)[0].state == "open"
 
 
@@ -363,8 +362,9 @@ def test_a_database_that_others_can_read_is_refused(tmp_path):
 
 
 def settled(registry: Registry, uid: str, head: str, **more) -> bool:
+    """Whether it was charged beside another."""
     users = {"0" * 32: (3, 7)}
-    return registry.settle(uid, num_steps=400, epsilon=1.2, ledger_head=head, contributions=users, **more)
+    return registry.settle(uid, LedgerEvidence(400, head), contributions=users, **more) is Settled.BESIDE
 
 
 def test_a_release_after_its_reservation_was_closed_by_hand_is_charged_in_full_from_then_on(registry):
@@ -407,7 +407,7 @@ def test_of_two_copies_of_a_run_the_one_that_starts_second_holds_the_reservation
     with pytest.raises(PrivtrainError, match="another copy"):
         registry.reserve(request("run", claim="c", earlier_claims=("a",)))
     with pytest.raises(PrivtrainError, match="another copy"):
-        registry.refund("run", num_steps=0, epsilon=0.0, ledger_head="", claims=("a",))
+        registry.refund("run", LedgerEvidence(0, ""), claims=("a",))
     assert settled(registry, "run", "head of a", claims=("a",)), "it was released all the same"
     assert not settled(registry, "run", "head of b", claims=("b",))
     assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
@@ -456,7 +456,7 @@ def test_a_transaction_that_was_applied_but_not_acknowledged_changes_nothing_whe
 
     monkeypatch.setattr(Database, "_retry", twice)
     held = registry.reserve(request("run"))
-    registry.settle("run", num_steps=5, epsilon=0.1, ledger_head="h", contributions={"0" * 32: (1, 1)})
+    registry.settle("run", LedgerEvidence(5, "h"), contributions={"0" * 32: (1, 1)})
     registry.forget("0" * 32)
     registry.forget("1" * 32)
     monkeypatch.undo()
@@ -468,7 +468,7 @@ def test_a_transaction_that_was_applied_but_not_acknowledged_changes_nothing_whe
 def test_a_user_who_opts_out_is_dropped_by_every_later_run_and_by_no_earlier_one(registry):
     user, other = registry.pseudonym("alice"), registry.pseudonym("bob")
     before = registry.reserve(request("before"))
-    registry.settle("before", num_steps=1000, epsilon=1.83, ledger_head="h", contributions={user: (4, 9)})
+    registry.settle("before", LedgerEvidence(1000, "h"), contributions={user: (4, 9)})
     running = registry.reserve(request("running"))
     registry.forget(user)
     after = registry.reserve(request("after"))
@@ -515,9 +515,7 @@ def test_another_key_is_refused_because_nobody_on_the_list_would_be_recognised(r
 def test_neither_ids_nor_digests_nor_keys_are_in_the_database(registry, tmp_path):
     registry.reserve(request("run"))
     registry.forget(registry.pseudonym("alice@example.org"))
-    registry.settle(
-        "run", num_steps=1, epsilon=0.1, ledger_head="h", contributions={registry.pseudonym("bob@example.org"): (1, 1)}
-    )
+    registry.settle("run", LedgerEvidence(1, "h"), contributions={registry.pseudonym("bob@example.org"): (1, 1)})
     key = key_path(registry.database.url).read_text().strip()
     if registry.database.url.drivername == "sqlite":
         stored = (tmp_path / "registry.db").read_bytes()
@@ -664,7 +662,7 @@ def test_the_command_line_sets_shows_and_forgets(registry_url, registry, monkeyp
     assert found[1]["num_live"] == 1
     assert "noise 73, prob 1, 1,000 steps" in " ".join(invoke("registry", "runs").split())
     user = registry.pseudonym("alice")
-    registry.settle("run", num_steps=1000, epsilon=1.83, ledger_head="h", contributions={user: (4, 9)})
+    registry.settle("run", LedgerEvidence(1000, "h"), contributions={user: (4, 9)})
     said = invoke("ledger", "forget", "alice")
     assert "alice" not in said
     assert "on the do-not-train list since" in said

@@ -13,6 +13,7 @@ from privtrain import cli
 from privtrain.errors import BudgetExceeded, ClockRefused, GuaranteeLost, PrivtrainError
 from privtrain.registry import clock, database, store, views
 from privtrain.registry.database import Database, key_path
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import Meta, ReservationRow
 from tests.privtrain import registry_work as work
@@ -36,7 +37,7 @@ def yearly(registry: Registry) -> Registry:
 
 
 def settle(registry: Registry, uid: str) -> None:
-    registry.settle(uid, num_steps=1000, epsilon=1.83, ledger_head=f"head of {uid}", contributions={})
+    registry.settle(uid, LedgerEvidence(1000, f"head of {uid}"), contributions={})
 
 
 def wrong_machine(registry_url: str, days: float) -> Registry:
@@ -143,7 +144,7 @@ def test_a_machine_with_a_wrong_clock_reserves_settles_and_closes_nothing(yearly
         lambda: wrong.reserve(request("new")),
         lambda: wrong.reserve(request("running")),
         lambda: settle(wrong, "running"),
-        lambda: wrong.refund("running", num_steps=0, epsilon=0.0, ledger_head=""),
+        lambda: wrong.refund("running", LedgerEvidence(0, "")),
         lambda: wrong.close(held.id),
     ):
         with pytest.raises(ClockRefused, match="clock --confirm"):

@@ -16,6 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from privtrain.registry import web
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.store import Registry
 from privtrain.registry.web import create_app, is_loopback
 from tests.privtrain.registry_work import request
@@ -31,7 +32,7 @@ def filled(tmp_path) -> Registry:
     for index in range(5):
         registry.reserve(request(f"<i>run</i>-{index}", dataset="mail"))
     users = {f"{user:032x}": (user + 1, 2 * user + 2) for user in range(3)}
-    registry.settle("<i>run</i>-0", num_steps=900, epsilon=1.71, ledger_head="h", contributions=users)
+    registry.settle("<i>run</i>-0", LedgerEvidence(900, "h"), contributions=users)
     registry.forget(f"{1:032x}")
     return registry
 

@@ -75,6 +75,7 @@ def test_a_lost_key_is_never_replaced_by_another(tmp_path):
     run.create()
     with pytest.raises(GuaranteeLost, match="missing or damaged"):
         run.load_key("generation-0000")
+    (run.secret / "root.key").touch(mode=0o600)
     (run.secret / "root.key").write_text("short")
     with pytest.raises(GuaranteeLost, match="missing or damaged"):
         run.load_key("root")

@@ -1,0 +1,205 @@
+"""Private directories and keys: what is checked of them before every use, and how they are made and opened.
+
+Somebody who comes first can leave a link, a directory of their own or a key that they know where a run will look. So a
+private directory is never a link, belongs to this process's user and is closed to all others (0700); a key is a regular
+file of that user with one name, closed to all others (0600) and of the right size, and is opened without following a
+link. Nothing is mended in silence: what lay open may have been copied. Each error says which check failed.
+
+Checks come before use, and another process of the same user, or root, can change what was checked: both are trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import stat
+from collections.abc import Collection
+
+from privtrain.errors import GuaranteeLost, UnsafePath
+from privtrain.secret import KEY_BYTES, SecretKey
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+#: In hexadecimal, with or without the end of the line.
+_KEY_FILE_BYTES = (2 * KEY_BYTES, 2 * KEY_BYTES + 1)
+
+
+def make_private_directory(path: pathlib.Path) -> None:
+    """Make a directory and whatever parents are missing, each 0700; check the directory, whoever made it.
+
+    Raises:
+        UnsafePath: as :func:`check_private_directory`.
+    """
+    make_missing(path)
+    check_private_directory(path)
+
+
+def make_missing(path: pathlib.Path) -> None:
+    """Make a directory and whatever parents are missing, each readable by its owner alone; what is there is kept."""
+    # mkdir(parents=True) would give the parents the default mode, not this one.
+    for directory in [*reversed(path.parents), path]:
+        if not os.path.lexists(directory):
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_private_directory(path: pathlib.Path) -> None:
+    """Raise unless a directory is no link, belongs to this process's user and is closed to all others.
+
+    Raises:
+        UnsafePath: saying which of these it is not, and what to do.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise UnsafePath(f"{path} is a link, which can lead anywhere; put the directory itself there")
+    if not stat.S_ISDIR(found.st_mode):
+        raise UnsafePath(f"{path} is not a directory; remove it, or choose another place")
+    _check_owner(path, found)
+    if found.st_mode & _OTHERS:
+        raise UnsafePath(
+            f"{path} can be read by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}), who may have "
+            f"copied or planted what is in it. If you are sure that nobody did: chmod 700 {path}; if not, choose "
+            "another place (for a run: another run.name). On a file system that keeps no modes, choose another one"
+        )
+
+
+def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
+    """:func:`check_private_directory`, and that nothing below is a link, another user's, or neither file nor directory.
+
+    Returns:
+        Files and directories that were open to others behind the closed directory, which nobody else could reach; they
+        are closed now.
+
+    Raises:
+        UnsafePath: naming the first that is not as it must be.
+    """
+    check_private_directory(path)
+    tightened = []
+    for child in sorted(path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # another job may be at work here; it is refused later
+            found = child.lstat()
+            if stat.S_ISLNK(found.st_mode):
+                raise UnsafePath(f"{child} is a link, which can lead anywhere; put what it leads to in its place")
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+                raise UnsafePath(f"{child} is neither a file nor a directory; remove it")
+            _check_owner(child, found)
+            if found.st_mode & _OTHERS:
+                child.chmod(stat.S_IMODE(found.st_mode) & stat.S_IRWXU)
+                tightened.append(child)
+    return tightened
+
+
+def check_database_file(path: pathlib.Path) -> None:
+    """Raise unless a database file is this user's alone, in a directory where nobody else can put another in its place.
+
+    Raises:
+        UnsafePath: saying which of the two it is not.
+    """
+    directory = path.parent.stat()
+    if directory.st_mode & stat.S_IWOTH and not directory.st_mode & stat.S_ISVTX:
+        raise UnsafePath(
+            f"{path.parent} can be written by every user of this machine, who could put another registry there; run: "
+            f"chmod o-w {path.parent}"
+        )
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UnsafePath(f"{path} is a link or no regular file; give the file itself")
+    _check_owner(path, found)
+    if found.st_mode & _OTHERS:
+        raise UnsafePath(f"{path} can be read or changed by other users of this machine; run: chmod 600 {path}")
+
+
+def check_empty(path: pathlib.Path, allowed: Collection[str]) -> None:
+    """Raise unless a directory that nothing was put in yet holds nothing but what an earlier try may leave.
+
+    Raises:
+        UnsafePath: naming what is in it.
+    """
+    found = sorted(child.name for child in path.iterdir() if child.name not in allowed)
+    if found:
+        raise UnsafePath(
+            f"{path} belongs to a run that has not begun, but holds {', '.join(found[:5])}: whoever put it there may "
+            "know it. Remove the directory, or set another run.name"
+        )
+
+
+def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> bytes:
+    """The content of a private file, which was opened without following a link.
+
+    Args:
+        path: the file; its directory is the caller's to check.
+        owners: users that it may belong to; this process's alone if not given.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UnsafePath: if it is a link or no regular file, is another user's, open to others, or has a second name.
+    """
+    # Without waiting: a pipe in its place would hold the job for ever.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise UnsafePath(f"{path} is a link, which can lead anywhere; put the file itself there") from None
+        if error.errno in (errno.EACCES, errno.ENXIO):
+            why = os.strerror(error.errno)
+            raise UnsafePath(f"{path} cannot be opened ({why}): it is another user's or no file") from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnsafePath(f"{path} is no regular file; remove it")
+        _check_owner(path, found, owners)
+        if found.st_mode & _OTHERS:
+            raise UnsafePath(
+                f"{path} can be read by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}). If you "
+                f"are sure that nobody did: chmod 600 {path}"
+            )
+        if found.st_nlink != 1:
+            raise UnsafePath(f"{path} has {found.st_nlink} names (hard links), so it lies elsewhere too; copy it")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def open_lock_file(path: pathlib.Path) -> int:
+    """A descriptor of a lock file in a private directory, made if it is not there; no link is followed.
+
+    Raises:
+        UnsafePath: if it is a link.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise UnsafePath(f"{path} is a link or no regular file; remove it") from None
+        raise
+
+
+def load_key_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> SecretKey:
+    """The key in a private file, as :meth:`privtrain.rundir.RunDirectory.create_key` writes it.
+
+    Raises:
+        GuaranteeLost: if it is gone or damaged.
+        UnsafePath: as :func:`read_private_file`.
+    """
+    try:
+        content = read_private_file(path, owners=owners)
+        if len(content) not in _KEY_FILE_BYTES:
+            raise ValueError("another size than a key's")
+        return SecretKey(bytes.fromhex(content.decode("ascii").strip()))
+    except (FileNotFoundError, ValueError):
+        raise GuaranteeLost(
+            f"{path} is missing or damaged; restore it, or start a new run with another run.name"
+        ) from None
+
+
+def _check_owner(path: pathlib.Path, found: os.stat_result, owners: Collection[int] | None = None) -> None:
+    allowed = (os.geteuid(),) if owners is None else owners
+    if found.st_uid not in allowed:
+        raise UnsafePath(
+            f"{path} belongs to user {found.st_uid}, and this process runs as user {os.geteuid()}: its owner may know "
+            "or change what is in it. Run as its owner, or choose another place (for a run: another run.output_dir or "
+            "run.name). Network mounts that give files to a fixed user hold no private directory of another one"
+        )

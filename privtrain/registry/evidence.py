@@ -1,0 +1,91 @@
+"""What a reservation's end is decided by: a run's verified ledger, held against what the registry knows of the run.
+
+A run directory can be edited, restored from a backup or replaced by another run's. So the registry takes no number from
+what a run publishes. From a job's signs of life it remembers which ledger is the run's and how many steps it showed:
+another ledger, or an older one, ends no reservation, which then stays charged in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import sqlalchemy as sa
+
+from privtrain.errors import GuaranteeLost
+from privtrain.registry import spending
+from privtrain.registry.spending import Part
+from privtrain.registry.tables import Mechanism, ReservationRow, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerEvidence:
+    """What a run's verified ledger shows. Made from the chain of records alone (:mod:`privtrain.training.evidence`).
+
+    Attributes:
+        num_steps: steps charged, over all generations.
+        head: hash of the last record; empty if the run has no ledger.
+        key_sha256: commitment to the ledger's key, which no other ledger has; empty if there is none.
+        plan: the plan's public fingerprint by the release record; empty if the ledger shows no release.
+    """
+
+    num_steps: int
+    head: str
+    key_sha256: str = ""
+    plan: str = ""
+
+
+#: Of a run that never had a ledger.
+NOTHING = LedgerEvidence(0, "")
+
+
+def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
+    """Raise unless the ledger is that of the reservation's run, and no older than the one it was last seen with.
+
+    Raises:
+        GuaranteeLost: saying which of the two it is not; the reservation stays as it is.
+    """
+    at = f"reservation {row.id[:12]} stays charged in full"
+    if row.ledger_key and shown.key_sha256 != row.ledger_key:
+        raise GuaranteeLost(
+            f"the ledger in the run directory is not the one that this run trained with: it was replaced; {at}. "
+            "Restore secret/ledger.jsonl, ledger.head and pseudonym.key"
+        )
+    if shown.num_steps < row.num_begun:
+        raise GuaranteeLost(
+            f"the ledger shows {shown.num_steps} steps, but the run had begun {row.num_begun}: it is an older copy; "
+            f"{at}. Restore the newest"
+        )
+    plan = connection.execute(sa.select(Run.fingerprint).where(Run.id == row.run_id)).scalar_one()
+    if shown.plan and shown.plan != plan:
+        raise GuaranteeLost(
+            f"the ledger is of plan {shown.plan[:12]}, the reservation of plan {plan[:12]}: one of them is another "
+            f"run's; {at}"
+        )
+
+
+def note(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
+    """Remember which ledger a run has and how many steps it shows.
+
+    Raises:
+        GuaranteeLost: if it is another one or an older one than before.
+    """
+    check(connection, row, shown)
+    values = {"ledger_key": shown.key_sha256 or None, "num_begun": shown.num_steps}
+    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
+
+
+def epsilon_of(connection: sa.Connection, row: Any, num_steps: int) -> float:
+    """Certified ε of so many steps of what was reserved, at the run's own δ."""
+    if num_steps == row.num_reserved:
+        return row.epsilon
+    text = connection.execute(sa.select(Mechanism.event).where(Mechanism.id == row.mechanism_id)).scalar_one()
+    value = composed(text, num_steps, row.delta)
+    return min(value, row.epsilon) if num_steps < row.num_reserved else max(value, row.epsilon)
+
+
+@functools.lru_cache(maxsize=1024)
+def composed(event_text: str, count: int, delta: float) -> float:
+    """Certified ε of a mechanism repeated ``count`` times. Remembered: asked for once before a transaction."""
+    return spending.composed_epsilon([Part(event_text, count, None)], delta).epsilon
