@@ -74,6 +74,8 @@ def score_run(
     run, attacked = RunDirectory(run_path), RunDirectory(documents_of or run_path)
     if documents_of is not None and run.root.resolve() == attacked.root.resolve():
         raise AttackInputError(f"{run.root} is no shadow of itself; give --documents-of another run")
+    run.check_private()
+    attacked.check_private()
     evidence.verified_statement(run_path)
     config = evidence.read_config(run)
     if config.data.is_classification:

@@ -106,6 +106,7 @@ def _whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
 
         (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
         return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32)
+    run.check_private()
     section = load_config(run.resolved_config).model
     if base_model is not None:
         section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)

@@ -545,7 +545,9 @@ class RegistrySection(Section):
         description="SQLite file or postgresql://host/name; PRIVTRAIN_REGISTRY comes first. Without a password.",
     )
     dataset: str | None = Field(default=None, min_length=1, description="Name of the data set whose budget is spent.")
-    lease_hours: float = Field(default=168.0, gt=0, description="A run that is silent for so long is charged in full.")
+    lease_hours: float = Field(
+        default=168.0, gt=0, le=8760, description="A run that is silent for so long is charged in full."
+    )
     retry_seconds: float = Field(default=60.0, ge=0, description="How long an unreachable registry is waited for.")
 
     @pydantic.field_validator("url")

@@ -89,11 +89,15 @@ def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
     except ConfigError as error:
         return list(error.faults)
     faults = []
-    for key in ("user_column", *formats.column_keys(data)):
-        name = getattr(data, key)
+    wanted = {key: getattr(data, key) for key in ("user_column", *formats.column_keys(data))}
+    shown = f"it has {', '.join(columns)}"
+    if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
+        # Perhaps there is no header, and these are somebody's id and text.
+        shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
+    for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
-            faults.append(Fault(f"data.{key}", f"{problem}; it has {', '.join(columns)}"))
+            faults.append(Fault(f"data.{key}", f"{problem}; {shown}"))
     return faults
 
 
@@ -205,20 +209,32 @@ def normal_form(text: str) -> str:
     return " ".join(text.split())
 
 
-def owner_of(user: object) -> str:
-    """A user id as text; empty if there is none. An id that could be written in two ways, or in none, is refused."""
+def owner_of(user: object, place: str = "") -> str:
+    """A user id as text; empty if there is none.
+
+    Args:
+        user: the value of the user column.
+        place: where it stands, for the error, which never shows it.
+
+    Raises:
+        ConfigError: if the id could be written in two ways, or in none.
+    """
     if user is None or (isinstance(user, float) and math.isnan(user)):
         return ""
+    where = f"{place}: " if place else ""
     if isinstance(user, str):
         try:
             user.encode()
         except UnicodeEncodeError:
-            problem = f"user id {user!a} holds half of a surrogate pair, which no file can hold; mend the column"
+            problem = f"{where}a user id holds half of a surrogate pair, which no file can hold; mend the column"
             raise ConfigError([Fault("data.user_column", problem)]) from None
         return user.strip()
     if isinstance(user, int) and not isinstance(user, bool):
         return str(user)
-    problem = f"user id {user!r} is neither text nor a whole number: one person could count as two; convert the column"
+    problem = (
+        f"{where}a user id is neither text nor a whole number (it is of type {type(user).__name__}): one person could "
+        "count as two; convert the column"
+    )
     raise ConfigError([Fault("data.user_column", problem)])
 
 
@@ -236,12 +252,16 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
         yield from plays.read_plays()
         return
     columns = [getattr(data, key) for key in ("user_column", *formats.column_keys(data))]
-    if isinstance(data.source, HubSource):
-        rows = _hub_rows(data.source, columns)
-    else:
-        rows = (row for file in source_files(data.source) for row in _file_rows(file, columns))
-    for user, *values in rows:
-        yield user, formats.canonical(data, values)
+    sources = (
+        [(data.source.name, _hub_rows(data.source, columns))]
+        if isinstance(data.source, HubSource)
+        else ((str(file), _file_rows(file, columns)) for file in source_files(data.source))
+    )
+    for name, rows in sources:
+        for number, (user, *values) in enumerate(rows, start=1):
+            if not isinstance(user, str) or not user.isascii():
+                owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
+            yield user, formats.canonical(data, values)
 
 
 def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
@@ -262,37 +282,73 @@ def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[objec
 
 def _file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
     """Rows as written: no type is guessed, so that 007 and 7 stay the two ids that the file says they are."""
+    number = 0
     try:
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(file) as shard:
                 for batch in shard.iter_batches(columns=list(columns)):
                     yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
+                    number += batch.num_rows
         elif file.suffix == ".csv":
             with open(file, newline="", encoding="utf-8") as lines:
-                yield from (tuple(row[c] for c in columns) for row in csv.DictReader(lines, strict=True))
+                for row in csv.DictReader(lines, strict=True):
+                    number += 1
+                    yield tuple(row[c] for c in columns)
         else:
             with open(file, encoding="utf-8") as lines:
-                yield from (_pick(json.loads(line), columns) for line in lines if line.strip())
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
+                for line in lines:
+                    if line.strip():
+                        row = _pick(json.loads(line), columns)
+                        number += 1
+                        yield row
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        raise ConfigError([Fault("data.source.paths", _unreadable(file, number + 1, error))]) from None
+
+
+def _unreadable(file: pathlib.Path, row: int, error: Exception) -> str:
+    """Where and in which way a file cannot be read, without a word of what is in it."""
+    match error:
+        case OSError(strerror=str(reason)):
+            return f"cannot read {file}: {reason}"
+        case json.JSONDecodeError():
+            reason = f"not JSON ({error.msg} at column {error.colno})"
+        case UnicodeDecodeError():
+            reason = f"not UTF-8 ({error.reason})"
+        case csv.Error():
+            reason = f"not CSV ({error})"  # the module's own words
+        case _NotAnObjectError():
+            reason = "not a JSON object"
+        case _:
+            reason = f"{type(error).__name__}, whose message may hold values and is not shown"
+    return f"cannot read {file}, in or after row {row}: {reason}"
+
+
+class _NotAnObjectError(ValueError):
+    """A line of JSON that holds something else than named values."""
 
 
 def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:
     if not isinstance(row, dict):
-        raise ValueError("a line is not a JSON object")
+        raise _NotAnObjectError
     return tuple(row.get(column) for column in columns)
 
 
 def _columns(file: pathlib.Path) -> list[str]:
     try:
         if file.suffix == ".parquet":
-            return pyarrow.parquet.read_schema(file).names
+            try:
+                return pyarrow.parquet.read_schema(file).names
+            except pyarrow.ArrowInvalid as error:  # of the footer, which holds no row
+                raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
         with open(file, newline="", encoding="utf-8") as lines:
             if file.suffix == ".csv":
                 return next(csv.reader(lines), [])
-            return list(json.loads(lines.readline() or "{}"))
+            first = json.loads(lines.readline() or "{}")
+            if not isinstance(first, dict):
+                raise _NotAnObjectError
+            return list(first)
     except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
+        raise ConfigError([Fault("data.source.paths", _unreadable(file, 1, error))]) from None
 
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:

@@ -97,7 +97,7 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
     def __getitem__(self, user: str) -> Sequence[str]:
         place = self._place(user)
         if place is None:
-            raise KeyError(user)
+            raise KeyError("no such user")  # an id is in no message
         return self._texts_of(int(self.places[place]))
 
     def __contains__(self, user: object) -> bool:

@@ -130,7 +130,7 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
     def __getitem__(self, user: str) -> tuple[int, ...]:
         place = self.names.place(user)
         if place is None:
-            raise KeyError(user)
+            raise KeyError("no such user")  # an id is in no message
         return self.at(place)
 
     def __contains__(self, user: object) -> bool:

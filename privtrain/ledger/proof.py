@@ -151,7 +151,7 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
         raise ProofRejected(f"schema {proof['schema']!r}; this version reads {SCHEMA!r}")
     named = proof["user"]
     if user is not None and named != user:
-        raise ProofRejected(f"it is about {named!r}, not {user!r}")
+        raise ProofRejected("it is about another user than the one given")
     state = _replayed(proof["records"])
     # The statement and the card quote the head before the release record, which adds no step.
     if head != state.head and not (state.is_released and head == state.earlier_heads[0]):

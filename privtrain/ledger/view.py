@@ -260,7 +260,7 @@ def which_pseudonym(run: RunDirectory, user: str | None, unit_pseudonym: str | N
         return pseudonym_of(run, user)
     assert unit_pseudonym is not None
     if len(unit_pseudonym) != 32 or set(unit_pseudonym) - set("0123456789abcdef"):
-        raise PrivtrainError(f"--pseudonym: {unit_pseudonym!r} is not 32 hexadecimal digits")
+        raise PrivtrainError("--pseudonym: a pseudonym has 32 hexadecimal digits; for a user id leave the option out")
     return unit_pseudonym
 
 

@@ -220,7 +220,7 @@ def _pseudonym(opened: Any, user_id: str | None, pseudonym: str | None) -> str:
     if (user_id is None) == (pseudonym is None):
         raise PrivtrainError("give a user id, or --pseudonym")
     if pseudonym is not None and not re.fullmatch(r"[0-9a-f]{32}", pseudonym):
-        raise PrivtrainError(f"--pseudonym: given {pseudonym!r}; a pseudonym has 32 hexadecimal digits")
+        raise PrivtrainError("--pseudonym: a pseudonym has 32 hexadecimal digits; for a user id leave the option out")
     return pseudonym if pseudonym is not None else opened.pseudonym(user_id.strip() if user_id else "")
 
 

@@ -35,6 +35,7 @@ def sync_run(path: pathlib.Path) -> str:
     if not run.exists() or not run.metrics.exists():
         raise ConfigError([Fault("RUN", f"{path} holds no run with metrics")])
     os.environ.setdefault("WANDB_MODE", "online")
+    run.check_private()
     config = load_config(run.resolved_config)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     with run.locked():

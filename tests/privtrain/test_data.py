@@ -195,6 +195,53 @@ def test_an_id_that_no_file_can_hold_is_refused(tmp_path):
         str(refusal.value).encode()
 
 
+NAME, TEXT = "zaphod-42", "my own secret words"
+
+#: File name, content, and what the error must say.
+BAD_FILES = {
+    "a number as id": (
+        "a.jsonl",
+        f'{{"user": "a", "text": "x"}}\n{{"user": 3.25, "text": "{TEXT}"}}',
+        "row 2",
+    ),
+    "a list as id": ("a.jsonl", f'{{"user": ["{NAME}"], "text": "{TEXT}"}}', "row 1"),
+    "half a surrogate": ("a.jsonl", f'{{"user": "{NAME}\\ud800", "text": "{TEXT}"}}', "row 1"),
+    "no JSON": ("a.jsonl", f'{{"user": "a", "text": "x"}}\n{{"user": "{NAME}", "text": "{TEXT}"', "row 2"),
+    "two values in a line": ("a.jsonl", f'{{"user": "a", "text": "x"}}\n{{"user": "{NAME}"}} {{}}', "row 2"),
+    "a line that is no object": ("a.jsonl", f'{{"user": "a", "text": "x"}}\n["{NAME}", "{TEXT}"]', "row 2"),
+    "first line no object": ("a.jsonl", f'["{NAME}", "{TEXT}"]', "row 1"),
+    "no header": ("a.csv", f"{NAME},{TEXT}\n", "first line, which must name the columns"),
+    "an open quote": ("a.csv", f'user,text\na,x\n{NAME},"{TEXT}', "row 2"),
+    "other bytes": ("a.csv", b"user,text\na,x\n" + NAME.encode() + b",\xe9" + TEXT.encode(), "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_an_error_names_file_and_row_and_never_a_value(tmp_path, kind, is_indexed):
+    name, content, says = BAD_FILES[kind]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as refusal:
+        load_corpus(section(tmp_path / name), tmp_path / "index" if is_indexed else None)
+    said = str(refusal.value)
+    assert str(tmp_path / name) in said
+    assert says in said
+    assert not any(value in said for value in (NAME, TEXT, "3.25"))
+
+
+def test_a_row_that_arrow_cannot_convert_is_not_shown(tmp_path):
+    """Its own message quotes the value."""
+    import pyarrow
+    import pyarrow.parquet
+
+    value = 2**55 + 12345  # a time past the year 9999
+    column = pyarrow.array([value], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"user": ["a"], "text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="in or after row 1") as refusal:
+        load_corpus(section(tmp_path / "a.parquet"))
+    assert str(value)[:6] not in str(refusal.value)
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("user,text,user\n1,x,2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="stands twice"):
