@@ -56,7 +56,7 @@ def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) 
     if state is None or state.release is None:
         raise LedgerCorrupt(f"{run.privacy} is there, but {run.ledger} shows no release; nothing was settled")
     _check_owner(run, state, fingerprint)
-    if state.release.plan != plan.fingerprint():
+    if state.release.manifest.plan != plan.fingerprint():
         raise LedgerCorrupt(f"{run.ledger} shows the release of another plan than this configuration's")
     _check_split(run, state)
     return _evidence(state)
@@ -68,7 +68,6 @@ def contradictions(run: RunDirectory, shown: LedgerEvidence) -> list[str]:
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         claims = {
             "steps_released": (statement["steps_released"], shown.num_steps),
-            "ledger.head": (statement["ledger"]["head"], shown.head),
             "plan_fingerprint": (statement["plan_fingerprint"], shown.plan),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -77,7 +76,7 @@ def contradictions(run: RunDirectory, shown: LedgerEvidence) -> list[str]:
 
 
 def _evidence(state: LedgerState) -> LedgerEvidence:
-    plan = state.release.plan if state.release is not None else ""
+    plan = state.release.manifest.plan if state.release is not None else ""
     return LedgerEvidence(state.num_charged, state.head, state.key_sha256, plan)
 
 
