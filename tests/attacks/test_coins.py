@@ -21,7 +21,7 @@ from attacks.shadows import write_recipes
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal
-from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError
+from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError, UnsafePath
 from privtrain.ledger.view import check_chain, verify_run
 from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_json
@@ -102,13 +102,17 @@ def test_the_commitment_says_nothing_of_the_coins_without_the_key(finished):
     assert not any(sha256.encode() in path.read_bytes() for path in public)
 
 
-def test_before_training_the_same_command_flips_the_same_coins_whatever_was_deleted_but_the_key(config):
+def test_before_training_coins_are_not_flipped_anew_by_deleting_them(config):
+    """A key alone, of which nobody knows who put it there, begins nothing; with its sealed coins it gives the same."""
     path, run = config
     done, sealed = prepare(path), run.prepared.read_bytes()
-    run.prepared.unlink()
     assert prepare(path) == done
-    assert run.prepared.read_bytes() == sealed
     run.prepared.unlink()
+    for begin in (prepare, train):
+        with pytest.raises(UnsafePath, match=r"holds root\.key"):
+            begin(path)
+    run.prepared.write_bytes(sealed)
+    run.prepared.chmod(0o600)
     train(path)
     assert run.manifest.read_bytes() == sealed
 
