@@ -33,6 +33,11 @@ class Slot:
         """Number of coordinates held."""
         return math.prod(self.shape)
 
+    @property
+    def num_whole_coordinates(self) -> int:
+        """Number of coordinates of the tensor itself."""
+        return math.prod(self.whole_shape)
+
 
 class Layout:
     """Order and place of every trainable tensor, sorted by name so that all ranks and backends agree.

@@ -1,64 +1,187 @@
-"""The Gaussian noise of a step, as a pure function of (secret, step, tensor name, block).
+"""The one door through which a noised number leaves: gradients and metrics, exact sum in, point of a public grid out.
 
-Blocks make any slice of the noise cheap to draw alone: a rank that owns a shard draws that shard and nothing else. The
-draw is made on the CPU in float64 and added in fp32, so that the bits are the same on every device and world size.
+**What is released.** The sum is an integer vector S on the grid h = 2**exponent, exact (:mod:`.fixed_point`). What
+leaves is Y = round((S·h + σX) / g), times g: X is a vector of independent standard normal numbers and g =
+2**:func:`noise_exponent` a coarser public grid, about σ / 2**20.
 
-The guarantee is for the ideal Gaussian. Floating-point attacks on the last bits (Mironov 2012) are outside the model.
+**Why that is the Gaussian mechanism.** For the plan's neighbouring relation one unit moves S·h by at most the
+sensitivity that the plan states, C (1 + 1e-5) for a gradient and 1/2 for an auxiliary sum. So S·h + σX with real X
+is the Gaussian mechanism of the accountant, and rounding its result to a grid that depends on public constants alone is
+post-processing. This needs Y to be *that* rounding: float64 cannot compute S·h + σX, and rounding what it computes
+would release the round-off (Mironov 2012, "On significance of the least significant bits for differential privacy";
+Haney et al. 2022, arXiv 2207.13793).
+
+**Why Y is exact.** X = Φ⁻¹(U) for a uniform U with infinitely many digits (:mod:`.normal`). S is split in integers into
+a multiple of g / h and a remainder, so float64 computes a number t below about 2**24 with a known error: that of
+X's margin and six roundings. Where t is further than that from every half-integer, rounding it is certain. Elsewhere
+(about once in ten million coordinates) U is compared with Φ at the half-integer in higher precision, with more digits
+of U if that does not decide. So the law of Y is the rounded Gaussian's, in every coordinate, step and metric: there is
+no failure probability to charge. Y depends on no library's or processor's last bit.
+
+**What is assumed.** That ChaCha20 and HMAC-SHA-256 under a secret key look random (the digits of U are theirs), that
+ndtri keeps its margin (tested, and checked at the start), and that mpmath computes Φ to the digits it is asked for.
+
+The noise is a pure function of (:class:`StepNoise`, tensor name, block), and blocks make any slice of it cheap to draw
+alone: a rank that owns a shard draws that shard and nothing else. Digits are drawn on the CPU; the arithmetic is where
+the sum is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
 import torch
 
+from privtrain import normal
 from privtrain.layout import Layout
 from privtrain.secret import SecretKey
 
 #: Coordinates per independently keyed block.
 BLOCK = 1 << 16
+#: The public grid of what is released is this many binary digits below the noise's standard deviation.
+_DIGITS = 20
+#: Bound on the relative rounding of t's terms in float64, with room: six roundings of 2**-53 each.
+_ROUNDING = 2.0**-50
 
 
-def gaussian(key: SecretKey, step: int, name: str, start: int, stop: int) -> torch.Tensor:
-    """Standard normal noise for coordinates ``start:stop`` of one tensor.
+@dataclasses.dataclass(frozen=True)
+class StepNoise:
+    """The key of all noise of one step over one sum. Made from both by :func:`privtrain.sum_digest.bind` alone."""
+
+    key: SecretKey
+
+
+def noise_exponent(stddev: float, exponent: int) -> int:
+    """The exponent of the public grid that is released, given the noise and the exponent of the sum's grid.
+
+    Between σ·2**-21 and σ·2**-20, but never finer than the sum's.
+    """
+    if stddev == 0:
+        return exponent
+    return max(exponent, math.frexp(stddev)[1] - 1 - _DIGITS)
+
+
+def noised(
+    total: torch.Tensor, *, exponent: int, stddev: float, noise: StepNoise, name: str, first: int = 0
+) -> torch.Tensor:
+    """Release an exact sum, or a contiguous part of one, with Gaussian noise: see the module.
 
     Args:
-        key: secret of the run's current generation.
-        step: the logical step.
-        name: the tensor's name.
-        start: first coordinate.
-        stop: one past the last coordinate.
+        total: [n] int64 S, in units of 2**exponent; the same integers wherever the same coordinates are noised.
+        exponent: of the sum's grid, a public constant.
+        stddev: σ; with 0 nothing is private and the sum itself comes back.
+        noise: the key of this step and sum.
+        name: of the tensor or metric, different for every vector of the step.
+        first: coordinate of the tensor that ``total`` begins at.
 
     Returns:
-        float64 vector of ``stop - start`` draws, independent across (step, name, coordinate).
+        [n] float64 Y·g.
+
+    Raises:
+        ValueError: if ``stddev`` is no standard deviation.
     """
-    pieces = []
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        first = block * BLOCK
-        count = min(stop - first, BLOCK)
-        values = key.stream("noise", step, name, block).standard_normal(count)
-        pieces.append(torch.from_numpy(values[max(start - first, 0) :]))
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+    if not 0 <= stddev < math.inf:
+        raise ValueError(f"stddev is {stddev}; a standard deviation is finite and not negative")
+    assert total.dtype == torch.int64
+    if stddev == 0:
+        return total.double().mul_(2.0**exponent)
+    normal.check_quantiles()
+    rounding = _Rounding(exponent, stddev)
+    released = torch.empty(len(total), dtype=torch.float64, device=total.device)
+    for block in range(first // BLOCK, -(-(first + len(total)) // BLOCK)):
+        start, stop = max(block * BLOCK, first), min((block + 1) * BLOCK, first + len(total))
+        stream = noise.key.stream("noise", name, block)
+        bits = stream.uint64(stop - block * BLOCK)[start - block * BLOCK :]
+        place = slice(start - first, stop - first)
+        released[place] = rounding.apply(total[place], bits, noise, name, start)
+    return released
 
 
-def add_gaussian_noise_(vector: torch.Tensor, layout: Layout, *, key: SecretKey, step: int, stddev: float) -> None:
-    """Add N(0, stddev²) to every coordinate of a reduced sum, in place, in fp32.
+def noised_vector(
+    total: torch.Tensor, layout: Layout, *, exponent: int, stddev: float, noise: StepNoise
+) -> torch.Tensor:
+    """Release the sum of all trainable tensors, or this rank's parts of it: :func:`noised`, tensor by tensor.
 
-    Call it once a step, after the reduction. Ranks that hold the whole vector all draw the same bits; a rank that holds
+    Call it once a step, after the reduction. Ranks that hold the whole vector all get the same bits; a rank that holds
     parts of tensors draws the noise of its own coordinates, block by block, and no more.
 
     Args:
-        vector: the flat fp32 sum.
+        total: the flat int64 sum.
         layout: its tensors, or the parts of them that this rank holds.
-        key: secret of the run's current generation.
-        step: the logical step.
+        exponent: of the sum's grid.
         stddev: noise_multiplier times the sensitivity of the whole sum.
+        noise: the key of this step and sum.
+
+    Returns:
+        The flat fp32 vector that the optimizer gets.
     """
-    assert vector.dtype == torch.float32
-    if stddev == 0:
-        return
+    vector = torch.empty(layout.num_coordinates, dtype=torch.float32, device=total.device)
     for slot in layout.slots:
-        stop = slot.first + slot.num_coordinates
-        for start in range(slot.first // BLOCK * BLOCK, stop, BLOCK):
-            first, last = max(start, slot.first), min(start + BLOCK, stop)
-            noise = gaussian(key, step, slot.name, first, last).mul_(stddev).to(torch.float32)
-            place = slot.start + first - slot.first
-            vector[place : place + last - first].add_(noise.to(vector.device))
+        place = slice(slot.start, slot.start + slot.num_coordinates)
+        vector[place] = noised(
+            total[place], exponent=exponent, stddev=stddev, noise=noise, name=slot.name, first=slot.first
+        )
+    return vector
+
+
+class _Rounding:
+    """round((S·h + σX) / g) for one σ and pair of grids.
+
+    With S = a·2**shift + r in integers, it is a + round(t), where t = r·2**-shift + (σ/g)·X.
+    """
+
+    def __init__(self, exponent: int, stddev: float) -> None:
+        self._exponent, self._stddev = exponent, stddev
+        self._released = noise_exponent(stddev, exponent)
+        self._shift = self._released - exponent
+        self._scale = math.ldexp(stddev, -self._released)
+        self._near, self._far = (
+            self._scale * margin + _ROUNDING * (self._scale * reach + 2)
+            for margin, reach in ((normal.NEAR_MARGIN, normal.NEAR), (normal.FAR_MARGIN, normal.FAR))
+        )
+
+    def apply(self, total: torch.Tensor, bits: np.ndarray, noise: StepNoise, name: str, start: int) -> torch.Tensor:
+        """float64 Y·g of coordinates ``start``…; ``bits`` are their first digits."""
+        whole, rest = self._split(total)
+        x = torch.from_numpy(normal.quantiles(bits)).to(total.device)
+        t = rest.double().mul_(2.0**-self._shift).add_(x, alpha=self._scale)
+        near = t.round()
+        doubtful = self._doubtful(x, (t - near).abs_())
+        whole += near.long()
+        if len(doubtful):
+            decided = [
+                self._decide(int(rest[i]), int(bits[i]), float(t[i]), noise, name, start + i) for i in doubtful.tolist()
+            ]
+            whole[doubtful] += torch.tensor(decided, device=total.device) - near[doubtful].long()
+        return whole.double().mul_(2.0**self._released)
+
+    def _split(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._shift > 62:  # the sum is smaller than one point of the released grid
+            return torch.zeros_like(total), total
+        return total >> self._shift, total & ((1 << self._shift) - 1)
+
+    def _doubtful(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Where the nearest integer to t may not be the nearest to what t stands for."""
+        candidates = distance >= 0.5 - self._far
+        lowest, highest = torch.aminmax(x)
+        if max(-float(lowest), float(highest)) > normal.FAR:
+            candidates |= x.abs() > normal.FAR
+        found = candidates.nonzero().flatten()
+        is_near = (x[found].abs() <= normal.NEAR) & (distance[found] < 0.5 - self._near)
+        return found[~is_near]
+
+    def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
+        """The nearest integer to the t of a coordinate whose U has all its digits."""
+
+        def more(number: int) -> int:
+            return int(noise.key.stream("more noise", name, coordinate).uint64(number + 1)[number])
+
+        def is_under(n: int) -> bool:
+            # t < n + 1/2  <=>  X < ((n + 1/2)·2**shift - r)·h / σ, of integers and the float64 that σ is.
+            edge = Fraction(((2 * n + 1) << self._shift) - 2 * rest, 2) * Fraction(2) ** self._exponent
+            return normal.is_below(first_bits, more, edge / Fraction(self._stddev))
+
+        return normal.nearest(t, is_under)

@@ -81,7 +81,7 @@ class PrivacyPlan:
 
     The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
     adding or removing one ``guaranteed_unit`` with all its records, provided that the secret keys stay secret and that
-    the Gaussian is the ideal one (floating-point attacks, Mironov 2012, are outside the model).
+    ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian (:mod:`privtrain.noise`).
 
     Attributes:
         unit: ``"user"`` or ``"example"``: what is sampled and clipped.

@@ -15,8 +15,9 @@ SCHEMA = "privtrain/privacy/1"
 
 ASSUMPTIONS = (
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
-    "Noise is an ideal Gaussian drawn from ChaCha20 under a key from the operating system; floating-point attacks "
-    "(Mironov 2012) are outside the model.",
+    "The noise is exactly a Gaussian rounded to a public grid, over sums that are exact on a grid, so the last bits of "
+    "what is released tell nothing (Mironov 2012). Its digits are ChaCha20's, keyed by HMAC-SHA-256 of a key from the "
+    "operating system and the sum; both are assumed to look random.",
     "The plan (sampling probability, expected batch size, clipping norm, steps, delta) was chosen without looking at "
     "the private records.",
     "Hyper-parameter search over this data, if there was any, is not included.",

@@ -12,8 +12,7 @@ import torch
 
 from privtrain.clipping.cooperative import GradientShards
 from privtrain.layout import Layout, Slot
-from privtrain.noise import add_gaussian_noise_
-from privtrain.secret import SecretKey
+from privtrain.noise import StepNoise, noised_vector
 from privtrain.weights import BaseSource
 
 
@@ -76,8 +75,10 @@ class Backend(Protocol):
         """
         ...
 
-    def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
-        """Add the step's noise, once per coordinate over the whole job. Only after the reduction."""
+    def add_noise(
+        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+    ) -> torch.Tensor:
+        """The fp32 vector with the step's noise, once per coordinate over the whole job, from the reduced int64 sum."""
         ...
 
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -156,9 +157,11 @@ class ReplicatedBackend:
         layout = Layout.of(model)
         return Placement(layout, layout, hand=self.rank, num_hands=self.world_size)
 
-    def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
+    def add_noise(
+        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+    ) -> torch.Tensor:
         """See :class:`Backend`."""
-        add_gaussian_noise_(vector, layout, key=key, step=step, stddev=stddev)
+        return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """See :class:`Backend`."""

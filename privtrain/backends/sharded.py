@@ -12,8 +12,7 @@ from privtrain.backends.group import ProcessGroup
 from privtrain.backends.split import SplitStep
 from privtrain.clipping import GradientShards
 from privtrain.layout import Layout, Slot
-from privtrain.noise import add_gaussian_noise_
-from privtrain.secret import SecretKey
+from privtrain.noise import StepNoise, noised_vector
 
 
 class ShardedBackend(ProcessGroup):
@@ -35,9 +34,11 @@ class ShardedBackend(ProcessGroup):
         """See :class:`privtrain.backends.base.Backend`."""
         return self._split.reduce_total(total) if self._split is not None else total
 
-    def add_noise(self, vector: torch.Tensor, layout: Layout, key: SecretKey, step: int, stddev: float) -> None:
+    def add_noise(
+        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+    ) -> torch.Tensor:
         """See :class:`privtrain.backends.base.Backend`."""
-        add_gaussian_noise_(vector, layout, key=key, step=step, stddev=stddev)
+        return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """See :class:`privtrain.backends.base.Backend`."""

@@ -53,15 +53,16 @@ _MOSTLY_TRAINED = 0.5
 class ClippingDiagnostics:
     """What happened on this rank in a step. Private: none of it is covered by ε.
 
-    ``unit_losses`` are the units' own losses and ``nonfinite_owners`` the units that counted as zero, by their position
+    ``shares_within`` says of each unit how far it is within the clipping norm (:func:`.styles.within`), ``unit_losses``
+    are the units' own losses and ``nonfinite_owners`` the units that counted as zero, by their position
     among the rank's units.
     """
 
     num_units: int = 0
     num_clipped: int = 0
     num_nonfinite: int = 0
-    sum_within: float = 0.0
     sum_norms: float = 0.0
+    shares_within: list[float] = dataclasses.field(default_factory=list)
     unit_losses: dict[int, float] = dataclasses.field(default_factory=dict)
     nonfinite_owners: list[int] = dataclasses.field(default_factory=list)
 
@@ -489,7 +490,7 @@ class PerUnitClipper:
             places = chosen.nonzero().flatten()[~finite].tolist()
             self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
-        self.diagnostics.sum_within += float(styles.within(whole, self._clipping_norm).sum())
+        self.diagnostics.shares_within += styles.within(whole, self._clipping_norm).tolist()
         by_slot = torch.where(chosen, factors, 0.0)[self._groups]
         return exact_sum.on_grid(by_slot, self.grid_exponent)
 

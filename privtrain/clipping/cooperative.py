@@ -277,7 +277,8 @@ class CooperativeClipper:
             self.diagnostics.num_clipped += int(bool((factors < 1).any()) and is_finite)
             self.diagnostics.num_nonfinite += int(not is_finite)
             self.diagnostics.sum_norms += whole if is_finite else 0.0
-            self.diagnostics.sum_within += float(styles.within(norms.new_tensor([whole]), self.clipping_norm).sum())
+            within = styles.within(norms.new_tensor([whole]), self.clipping_norm)
+            self.diagnostics.shares_within += within.tolist()
         if not bool((factors > 0).all()):
             return None, norms
         by_group = exact_sum.on_grid(factors.cpu().flatten(), self.grid_exponent).tolist()

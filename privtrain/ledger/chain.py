@@ -36,7 +36,6 @@ class StepEntry:
 
     generation: int
     step: int
-    environment: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,10 +104,10 @@ class LedgerState:
         key_sha256: commitment to the pseudonym key.
         records_per_unit: k, the most records of a unit in a step.
         generation: the newest generation; -1 before the first session.
-        environment: digest of the environment under the pseudonym key; empty if nothing may be replayed.
+        environment: digest of the environment of the last session under the pseudonym key; one generation has one.
         split: commitment to the coins that are trained on; empty before the first session.
         intents: (generation, step) → root over its contributions; every one is charged.
-        commits: (generation, step) that finished → digest of the noised sum that was applied.
+        commits: (generation, step) that finished → commitment to the exact sum that was noised and applied.
         zeroed: (generation, step) → places in the tree of the users who counted as zero; only where there are any.
         path: the steps that the current model rests on, or would if the newest checkpoint were lost.
         segments: the sealed bodies.
@@ -325,7 +324,6 @@ _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
     "session": _check_session,
     "intent": _check_intent,
     "commit": _check_commit,
-    "diverged": _nothing_to_check,
     "repair": _nothing_to_check,
     "seal": _check_seal,
     "release": _check_release,
@@ -351,15 +349,11 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             generation, step = record["generation"], record["step"]
             state.intents[generation, step] = record["root"]
             state.open_bodies.append(Body(record["seq"], generation, step, record["num_units"], record["root"]))
-            state.path.append(StepEntry(generation, step, state.environment))
+            state.path.append(StepEntry(generation, step))
         case "commit":
             state.commits[record["generation"], record["step"]] = record["update"]
             if record["zeroed"]:
                 state.zeroed[record["generation"], record["step"]] = record["zeroed"]
-        case "diverged":
-            # Nothing of this generation may be replayed again.
-            state.path = [dataclasses.replace(entry, environment="") for entry in state.path]
-            state.environment = ""
         case "seal":
             state.segments.append(Segment(tuple(state.open_bodies), record["num_bytes"], tuple(record["chunks"])))
             state.open_bodies = []

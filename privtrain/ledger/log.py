@@ -170,39 +170,29 @@ class Ledger:
         self._append("intent", generation=generation, step=step, num_units=len(rows), root=root)
         self._open_rows.append(rows)
 
-    def check_replay(self, generation: int, step: int, update_sha256: str) -> None:
-        """Before a step is applied: if it was committed before, it must give the same noised sum, bit by bit.
-
-        Raises:
-            GuaranteeLost: if it does not. The steps past the checkpoint are given up then; the same command goes on
-                in a new generation.
-        """
-        known = self.state.commits.get((generation, step))
-        if known is not None and known != update_sha256:
-            self._append("diverged", generation=generation, step=step)
-            raise GuaranteeLost(
-                f"step {step} was repeated after a restart and gave another sum under the same noise (other weights, "
-                "or a device that is not deterministic); nothing was applied. Start the same command again: it goes on "
-                "with fresh noise, and the abandoned steps stay charged"
-            )
-
-    def commit(self, generation: int, step: int, update_sha256: str, zeroed: Collection[str] = ()) -> None:
+    def commit(self, generation: int, step: int, commitment: str, zeroed: Collection[str] = ()) -> None:
         """Put on disk that the step's update was made. A replayed step is committed once.
 
         Args:
             generation: the current generation.
             step: the step of the last :meth:`intend`.
-            update_sha256: digest of the noised sum.
+            commitment: to the exact sum, see :mod:`privtrain.sum_digest`.
             zeroed: names of the units whose gradient was not finite, so that they contributed zero.
+
+        Raises:
+            GuaranteeLost: if it was committed with another sum.
         """
-        if (generation, step) in self.state.commits:
+        known = self.state.commits.get((generation, step))
+        if known is not None:
+            if known != commitment:
+                raise GuaranteeLost(f"step {step} was repeated with another sum; this is a bug, report it")
             return
         assert self._units_of_step is not None
         assert self._units_of_step[0] == (generation, step)
         names = set(zeroed)
         places = [place for place, name in enumerate(self._units_of_step[1]) if name in names]
         assert len(places) == len(names)
-        self._append("commit", generation=generation, step=step, update=update_sha256, zeroed=places)
+        self._append("commit", generation=generation, step=step, update=commitment, zeroed=places)
         if self._num_open_rows >= self._segment_rows:
             self._seal()
 

@@ -1,7 +1,7 @@
-"""A digest of everything that must be equal for a replayed step to be the same step.
+"""A digest of what a step is computed with, as far as it can be seen; ranks must agree on it.
 
-Replaying a step under other code, libraries, hyper-parameters, ranks or device gives another sum under the same noise;
-whoever holds both models could subtract the noise away. Such a continuation gets a new generation instead.
+A run that goes on under another one gets a new generation (:mod:`.resume` says why). What cannot be seen here, such as
+settings of MKL or oneDNN, shows in the sums, which are compared when steps are replayed and which key the noise.
 """
 
 from __future__ import annotations

@@ -54,12 +54,13 @@ from privtrain.training.session import (
     begin_session,
     check_coins,
     decide_session,
+    new_generation,
     opened_ledger,
     root_key_of,
 )
 from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
-from privtrain.training.trainer import Trainer
+from privtrain.training.trainer import ReplayDiverged, Trainer
 from privtrain.training.used import note_canaries
 from privtrain.weights import BaseSource, ClassifierHead
 
@@ -144,7 +145,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
         costs = _counted(inputs, trainer, network)
         # A signal needs a moment to be noted, and a short evaluation leaves it none.
         stop.leave_if_agreed(backend, "training has not begun")
-        _loop(inputs, trainer, session.continuation, stop)
+        session = _loop(inputs, trainer, session, stop)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
@@ -295,6 +296,7 @@ def _build_trainer(
         stop=stop,
         objective=network.objective,
         first_step=session.continuation.first_step,
+        committed=session.committed,
     )
 
 
@@ -328,38 +330,61 @@ def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, 
         trainer.tracker.log(step, values)
 
 
-def _loop(inputs: Inputs, trainer: Trainer, continuation: Continuation, stop: StopRequest) -> None:
+def _loop(inputs: Inputs, trainer: Trainer, session: Session, stop: StopRequest) -> Session:
+    """Take the steps that are left; return the session that took the last of them."""
     performance, backend = inputs.config.performance, trainer.backend
+    continuation = session.continuation
+    step = continuation.start_step
     with Progress(
-        continuation.start_step,
+        step,
         continuation.end_step,
         backend.is_main,
         units_per_step=inputs.plan.expected_batch_size,
         unit=inputs.plan.unit,
     ) as progress:
-        for step in range(continuation.start_step, continuation.end_step):
-            trainer.train_step(step)
-            done = step + 1
-            if done % performance.checkpoint_interval_steps == 0 or done == continuation.end_step or trainer.must_stop:
-                norm = torch.tensor([trainer.clipping_norm], dtype=torch.float64)
-                if not (backend.parameters_agree(trainer.model) and backend.in_sync([norm])):
-                    raise GuaranteeLost(f"ranks hold different parameters after step {done}; nothing is released")
-                checkpoint.save(
-                    inputs.run.checkpoints,
-                    step=done,
-                    generation=trainer.generation,
-                    layout=trainer.layout,
-                    optimizer=trainer.optimizer,
-                    clipping_norm=trainer.clipping_norm,
-                    num_kept=performance.num_checkpoints_kept,
-                    backend=backend,
-                )
-            progress.advance(done, _epsilon_text(inputs.plan, trainer.ledger))
+        while step < continuation.end_step:
+            try:
+                trainer.train_step(step)
+            except ReplayDiverged:
+                session = _begin_generation(inputs, trainer, session, step)
+                continuation = session.continuation
+                continue
+            step += 1
+            if step % performance.checkpoint_interval_steps == 0 or step == continuation.end_step or trainer.must_stop:
+                _save_checkpoint(inputs, trainer, step)
+            progress.advance(step, _epsilon_text(inputs.plan, trainer.ledger))
             if trainer.must_stop:
                 with backend.main_alone():
-                    trainer.tracker.alert("Pre-empted", f"saved after step {done} of {continuation.end_step}")
+                    trainer.tracker.alert("Pre-empted", f"saved after step {step} of {continuation.end_step}")
                     trainer.tracker.close()
-                raise stop.preempted(f"saved after step {done} of {continuation.end_step}")
+                raise stop.preempted(f"saved after step {step} of {continuation.end_step}")
+    return session
+
+
+def _begin_generation(inputs: Inputs, trainer: Trainer, session: Session, step: int) -> Session:
+    """After a replay that diverged. The steps replayed before it stand, and a crash must not lose them."""
+    if step > session.continuation.start_step:
+        _save_checkpoint(inputs, trainer, step)
+    session = new_generation(inputs, trainer.backend, trainer.ledger, session, step)
+    trainer.begin_generation(session.key, session.continuation.generation, session.continuation.first_step)
+    return session
+
+
+def _save_checkpoint(inputs: Inputs, trainer: Trainer, step: int) -> None:
+    backend = trainer.backend
+    norm = torch.tensor([trainer.clipping_norm], dtype=torch.float64)
+    if not (backend.parameters_agree(trainer.model) and backend.in_sync([norm])):
+        raise GuaranteeLost(f"ranks hold different parameters after step {step}; nothing is released")
+    checkpoint.save(
+        inputs.run.checkpoints,
+        step=step,
+        generation=trainer.generation,
+        layout=trainer.layout,
+        optimizer=trainer.optimizer,
+        clipping_norm=trainer.clipping_norm,
+        num_kept=inputs.config.performance.num_checkpoints_kept,
+        backend=backend,
+    )
 
 
 def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:

@@ -1,8 +1,24 @@
-"""Where a restarted run goes on, decided from its ledger and its newest checkpoint. A pure function.
+"""Where a run goes on, decided from its ledger and its newest checkpoint. Pure functions.
 
-A session goes on under the same secret only if its environment is the one that drew from that secret so far: then steps
-that were begun after the checkpoint are replayed for free. Otherwise a new generation with a fresh secret begins, and
-abandoned steps stay charged, which leaves fewer steps for the model.
+What a release is: a step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact
+sum), see :mod:`privtrain.sum_digest`. From that follows how to go on:
+
+* **A replayed step with the sum that was committed is the same release**, bit for bit, on whatever machine, device or
+  number of ranks it is computed. It is free.
+* **A replayed step with another sum would be a second release about the same sample.** Its noise would be its own, so
+  nothing could be subtracted, but it is not what one more step costs: two releases about one sample do not compose like
+  releases about two samples drawn independently. So each replayed sum is compared with the ledger's commitment before
+  any noise is drawn. Where it differs a new generation begins with that step: a fresh secret, hence a fresh sample.
+  Steps replayed so far stand; those after them that were begun stay charged, and fewer are left.
+* **A step that was begun and never committed released nothing**, since nothing leaves the job before the commit is on
+  disk: metrics and checkpoints are written by rank 0 after it. It may be taken again with whatever sum, and is charged
+  once.
+* **Under another environment** (:mod:`.environment`: config, code, libraries, ranks, device) a new generation begins in
+  any case, also where nothing would be replayed. Not for the noise, which differs where sums do, but for the sample: a
+  copy of the directory may be going on under the old environment, and steps of the two must not share a sample.
+
+What the ledger cannot know: two copies that go on under one environment draw the same samples. Their noise differs
+where their sums do, but to release both is to release more about these samples than either statement says.
 """
 
 from __future__ import annotations
@@ -68,18 +84,28 @@ def decide(
         return Continuation(0, 0, num_steps, 0, 0, 0)
     past = [entry for entry in state.path if entry.step >= checkpoint_step]
     # Also at a step boundary: a copy of the directory may be going on from here under the old environment.
-    same = environment == state.environment and all(
-        entry.generation == state.generation and entry.environment == environment for entry in past
-    )
-    begun = Counter(generation for generation, _ in state.intents)
+    if environment != state.environment or any(entry.generation != state.generation for entry in past):
+        return next_generation(state, num_steps=num_steps, step=checkpoint_step, period=period)
+    begun = _steps_by_generation(state)
     num_left = num_steps - sum(-(-count // period) * period for g, count in begun.items() if g != state.generation)
-    if same:
-        num_left = max(0, num_left - begun[state.generation])
-        first = min((step for g, step in state.intents if g == state.generation), default=checkpoint_step)
-        return Continuation(
-            state.generation, checkpoint_step, checkpoint_step + len(past) + num_left, len(past), 0, first
-        )
-    num_left = max(0, num_left - -(-begun[state.generation] // period) * period)
-    return Continuation(
-        state.generation + 1, checkpoint_step, checkpoint_step + num_left, 0, len(past), checkpoint_step
-    )
+    num_left = max(0, num_left - begun[state.generation])
+    first = min((step for g, step in state.intents if g == state.generation), default=checkpoint_step)
+    return Continuation(state.generation, checkpoint_step, checkpoint_step + len(past) + num_left, len(past), 0, first)
+
+
+def next_generation(state: LedgerState, *, num_steps: int, step: int, period: int = 1) -> Continuation:
+    """Go on from ``step`` with a fresh secret; what was begun stays charged, in whole epochs of each generation.
+
+    Args:
+        state: the verified ledger.
+        num_steps: charged steps that the plan allows.
+        step: steps behind the model.
+        period: see :func:`decide`.
+    """
+    num_charged = sum(-(-count // period) * period for count in _steps_by_generation(state).values())
+    num_abandoned = sum(entry.step >= step for entry in state.path)
+    return Continuation(state.generation + 1, step, step + max(0, num_steps - num_charged), 0, num_abandoned, step)
+
+
+def _steps_by_generation(state: LedgerState) -> Counter[int]:
+    return Counter(generation for generation, _ in state.intents)

@@ -5,6 +5,9 @@ most 1/2, and noise of standard deviation ``noise`` makes it a Gaussian release 
 al. 2021, arXiv 1905.03871, theorem 1). Gradient and riders are one Gaussian release of the plan's noise multiplier: the
 gradient's noise is raised for it (:attr:`~privtrain.plan.PrivacyPlan.gradient_noise_multiplier`), and the step is
 accounted for once.
+
+The numbers are rounded towards zero to a public grid and added as integers, so that a sum does not depend on order,
+microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.noise`).
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ from collections.abc import Mapping
 
 import torch
 
+from privtrain import fixed_point
 from privtrain.backends import Backend
 from privtrain.clipping import ClippingDiagnostics
-from privtrain.noise import gaussian
+from privtrain.noise import StepNoise, noised
 from privtrain.plan import LOSS, WITHIN_NORM, PrivacyPlan
-from privtrain.secret import SecretKey
+
+#: Most that one unit adds to a sum, and the exponent of the grid that the sums lie on.
+SENSITIVITY = 0.5
+EXPONENT = fixed_point.grid_exponent(SENSITIVITY)
 
 
 def noise_name(rider: str) -> str:
@@ -26,49 +33,57 @@ def noise_name(rider: str) -> str:
     return f"rider: {rider}"
 
 
-def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, float]:
-    """This rank's part of every rider's sum, without noise: private.
+def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
+    """This rank's part of every rider's sum in units of 2**EXPONENT, without noise: private.
 
     A loss that is not a number counts as the largest: it says nothing of how large it would be.
     """
     found = {}
     for rider in plan.riders:
         if rider.name == WITHIN_NORM:
-            found[rider.name] = counts.sum_within - counts.num_units / 2
+            found[rider.name] = sum(_on_grid(share - 0.5) for share in counts.shares_within)
         else:
             assert rider.name == LOSS
             assert plan.noised_metrics is not None
             low, high = plan.noised_metrics.loss_range
-            found[rider.name] = math.fsum(_centred(loss, low, high) for loss in counts.unit_losses.values())
+            found[rider.name] = sum(_on_grid(_centred(loss, low, high)) for loss in counts.unit_losses.values())
     return found
 
 
-def release(
-    plan: PrivacyPlan, counts: ClippingDiagnostics, *, backend: Backend, key: SecretKey, step: int
-) -> dict[str, float]:
-    """Release every rider. All ranks call it together.
+def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) -> dict[str, int]:
+    """Every rider's sum over all ranks, exactly. All ranks call it together."""
+    mine = sums(plan, counts)
+    if not mine:
+        return {}
+    vector = torch.tensor(list(mine.values()), dtype=torch.int64, device=backend.device)
+    backend.reduce(vector)
+    return dict(zip(mine, vector.tolist(), strict=True))
+
+
+def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> dict[str, float]:
+    """Release every rider through the door.
 
     Args:
         plan: which riders, and their noise.
-        counts: this rank's units.
-        backend: adds up the ranks'.
-        key: secret of the run's current generation.
-        step: the logical step.
+        totals: their sums, see :func:`reduced`.
+        noise: the key of this step and of its sums, these included.
 
     Returns:
         Rider → its sum with noise, divided by the expected batch size, the constant that stands for the number of
         units; the same on every rank.
     """
-    if not plan.riders:
-        return {}
-    # Whole and fractional parts apart: fp32 adds both without error that a unit could hide in.
-    parts = [(math.floor(value), value - math.floor(value)) for value in sums(plan, counts).values()]
-    vector = torch.tensor(parts, dtype=torch.float32, device=backend.device)
-    backend.reduce(vector)
-    totals = vector.double().sum(dim=1).tolist()
     return {
-        rider.name: (total + rider.noise * _standard_normal(key, step, rider.name)) / plan.expected_batch_size
-        for rider, total in zip(plan.riders, totals, strict=True)
+        rider.name: float(
+            noised(
+                torch.tensor([totals[rider.name]]),
+                exponent=EXPONENT,
+                stddev=rider.noise,
+                noise=noise,
+                name=noise_name(rider.name),
+            )
+        )
+        / plan.expected_batch_size
+        for rider in plan.riders
     }
 
 
@@ -95,5 +110,7 @@ def _centred(loss: float, low: float, high: float) -> float:
     return (inside - low) / (high - low) - 0.5
 
 
-def _standard_normal(key: SecretKey, step: int, rider: str) -> float:
-    return float(gaussian(key, step, noise_name(rider), 0, 1)[0])
+def _on_grid(value: float) -> int:
+    """A unit's number in units of the grid, rounded towards zero."""
+    assert abs(value) <= SENSITIVITY
+    return math.trunc(math.ldexp(value, -EXPONENT))

@@ -29,9 +29,10 @@ from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout, Slot
-from privtrain.noise import gaussian
+from privtrain.noise import noised
 from privtrain.plan import PrivacyPlan
 from privtrain.secret import SecretKey
+from privtrain.training import riders
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.probes import Probe
 from privtrain.training.riders import noise_name
@@ -136,9 +137,15 @@ def _move(layout: Layout, backend: Backend) -> None:
     key = SecretKey.insecure(0, "self-test")
     with torch.no_grad():
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
-            nudge = gaussian(key, 0, slot.name, slot.first, slot.first + slot.num_coordinates) * 0.02
+            nudge = _nudge(key, slot)
             parameter.add_(nudge.view(slot.shape).to(parameter))
     backend.publish()
+
+
+def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
+    """Of this rank's part of a tensor: the same for each coordinate on any number of ranks."""
+    stop = slot.first + slot.num_coordinates
+    return torch.from_numpy(key.stream("nudge", slot.name).standard_normal(stop)[slot.first :] * 0.02)
 
 
 @contextlib.contextmanager
@@ -536,12 +543,15 @@ def _watched_gradient(
 def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper) -> None:
     """What a step without units releases, under a throw-away key: the right noise in every tensor and every rider.
 
-    In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here.
+    In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here. For another sum
+    the noise must be another.
     """
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     clipper.reset()
-    vector, released = trainer.release(clipper, key, _STEP)
+    vector, released, _ = trainer.release(clipper, key, _STEP)
+    zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)
+    noise = trainer.bound_sum(clipper, zeros, {rider.name: 0 for rider in plan.riders}, key, _STEP).noise
     stddev = plan.gradient_noise_multiplier * plan.clipping_norm
     faults = []
     for slot in layout.slots:
@@ -555,16 +565,46 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
                 f"tensor {slot.name!r}: noise has standard deviation {measured:.4g}, the plan asks for {stddev:.4g}"
             )
             continue
-        sample = part[:_NUM_COMPARED].cpu()
-        own = gaussian(key, _STEP, slot.name, slot.first, slot.first + len(sample)) * stddev
-        if not torch.allclose(sample, own, rtol=1e-5, atol=1e-6 * stddev):
+        sample = part[:_NUM_COMPARED]
+        place = {"name": slot.name, "first": slot.first}
+        own = noised(zeros[: len(sample)], exponent=clipper.grid_exponent, stddev=stddev, noise=noise, **place)
+        if not torch.equal(sample.float(), own.float()):
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
     for rider in plan.riders:
-        own = rider.noise / plan.expected_batch_size * float(gaussian(key, _STEP, noise_name(rider.name), 0, 1))
+        zero, name = torch.zeros(1, dtype=torch.int64), noise_name(rider.name)
+        own = float(noised(zero, exponent=riders.EXPONENT, stddev=rider.noise, noise=noise, name=name))
+        own /= plan.expected_batch_size
         found = released.get(rider.name, math.nan)
-        if not math.isclose(found, own, rel_tol=1e-9):
+        if found != own:
             faults.append(f"the sum {rider.name!r} of no unit was released as {found}, the plan's noise makes it {own}")
+    faults += _noise_bound_faults(trainer, clipper, key, vector, released)
     agree_on_fault(faults[0] if faults else "", backend)
+
+
+def _noise_bound_faults(
+    trainer: Trainer,
+    clipper: PerUnitClipper | CooperativeClipper,
+    key: SecretKey,
+    vector: torch.Tensor,
+    released: dict[str, float],
+) -> list[str]:
+    """Change one coordinate of the sum by one grid step, far below what is released: all noise must change."""
+    plan, backend = trainer.plan, trainer.backend
+    if plan.noise_multiplier == 0:
+        return []
+    clipper.reset()
+    if backend.is_main:
+        clipper.total[0] = 1
+    other = trainer.release(clipper, key, _STEP)
+    num_equal = torch.tensor(
+        [int((other.vector == vector).sum()), len(vector)], dtype=torch.int64, device=backend.device
+    )
+    backend.reduce(num_equal)
+    clipper.reset()
+    is_shared = 2 * int(num_equal[0]) > int(num_equal[1]) or any(
+        other.riders[name] == value for name, value in released.items()
+    )
+    return ["two different sums were released with the same noise: it is not keyed by the sum"] if is_shared else []

@@ -25,17 +25,26 @@ from privtrain.training import checkpoint
 from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs
 from privtrain.training.environment import check_ranks_agree
-from privtrain.training.resume import Continuation, decide
+from privtrain.training.resume import Continuation, decide, next_generation
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What rank 0 decided for this session and told the others; ``state`` is the checkpoint's file, on rank 0 alone."""
+    """What rank 0 decided for this session and told the others.
+
+    Attributes:
+        key: secret of the generation.
+        continuation: how to go on.
+        environment: digest of it.
+        state: the checkpoint's file, on rank 0 alone.
+        committed: step → commitment to its sum, of the steps that are replayed.
+    """
 
     key: SecretKey
     continuation: Continuation
     environment: str
     state: pathlib.Path | None
+    committed: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -106,10 +115,45 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
         if ledger is not None:
             newest = checkpoint.load_newest(inputs.run.checkpoints)
             key, continuation = _decided_on_main(inputs, ledger, environment, newest)
-            message = key.reveal() + json.dumps(dataclasses.asdict(continuation)).encode()
-    message = backend.broadcast_bytes(message)
+            message = _message(key, continuation, ledger.state)
     state = newest.state if newest else None
-    return Session(SecretKey(message[:32]), Continuation(**json.loads(message[32:])), environment.hex(), state)
+    return _session_of(backend.broadcast_bytes(message), environment.hex(), state)
+
+
+def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger | None, session: Session, step: int) -> Session:
+    """Go on from ``step`` with a fresh secret, since its sum is not the one that was committed. Every rank calls it."""
+    message = None
+    with backend.main_alone():
+        if ledger is not None:
+            plan = inputs.plan
+            continuation = next_generation(ledger.state, num_steps=plan.num_steps, step=step, period=plan.scheme.period)
+            say(
+                f"step {step} was repeated and gave another sum than before (other weights, or a device or library "
+                "that computes otherwise); nothing of it was released"
+            )
+            _explain(continuation)
+            key = inputs.run.create_key(f"generation-{continuation.generation:04d}", plan.insecure_seed)
+            ledger.begin_session(
+                generation=continuation.generation,
+                from_step=step,
+                environment=session.environment,
+                split=ledger.state.split,
+            )
+            message = _message(key, continuation, ledger.state)
+    return _session_of(backend.broadcast_bytes(message), session.environment, None)
+
+
+def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:
+    steps = range(continuation.start_step, continuation.start_step + continuation.num_replayed)
+    known = {step: state.commits.get((continuation.generation, step)) for step in steps}
+    committed = {step: commitment for step, commitment in known.items() if commitment is not None}
+    return key.reveal() + json.dumps([dataclasses.asdict(continuation), committed]).encode()
+
+
+def _session_of(message: bytes, environment: str, state: pathlib.Path | None) -> Session:
+    continuation, committed = json.loads(message[32:])
+    committed = {int(step): commitment for step, commitment in committed.items()}
+    return Session(SecretKey(message[:32]), Continuation(**continuation), environment, state, committed)
 
 
 def _decided_on_main(
@@ -133,9 +177,9 @@ def _decided_on_main(
 def _explain(continuation: Continuation) -> None:
     if continuation.num_abandoned:
         say(
-            f"the environment changed since {continuation.num_abandoned} steps past the last checkpoint were begun. "
-            f"They stay charged; generation {continuation.generation} goes on with a fresh secret and ends at step "
-            f"{continuation.end_step}"
+            f"{continuation.num_abandoned} steps that were begun are given up and stay charged (the environment "
+            f"changed, or their sums did); generation {continuation.generation} goes on with a fresh secret and ends "
+            f"at step {continuation.end_step}"
         )
     elif continuation.start_step or continuation.num_replayed:
         say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")

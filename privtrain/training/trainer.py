@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from privtrain import fixed_point
 from privtrain.backends import Backend, Placement
-from privtrain.backends.base import digest
-from privtrain.clipping import CooperativeClipper, PerUnitClipper, exact_sum, styles
+from privtrain.backends.base import all_equal
+from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError, Fault
+from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.secret import SecretKey
+from privtrain.sum_digest import BoundSum, bind
 from privtrain.tracking import Tracker
 from privtrain.training import riders
 from privtrain.training.adaptive import next_norm
 from privtrain.training.stop import StopRequest
+
+
+class Released(NamedTuple):
+    """What leaves a step.
+
+    Attributes:
+        vector: the clipped sum over all ranks with its noise, fp32, laid out as :attr:`Trainer.layout`.
+        riders: the riders with theirs.
+        commitment: to the exact sum of both, for the ledger.
+    """
+
+    vector: torch.Tensor
+    riders: dict[str, float]
+    commitment: str
+
+
+class ReplayDiverged(Exception):  # noqa: N818 - no error: the job goes on in a new generation
+    """On every rank: a replayed step has another sum than the one that was committed. Nothing was released."""
 
 
 class Trainer:
@@ -47,6 +68,7 @@ class Trainer:
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
         objective: the loss of a row.
         first_step: the generation's first step.
+        committed: step → commitment to its sum, of the steps that are replayed.
         stop: who asked this rank to stop.
 
     Attributes:
@@ -70,6 +92,7 @@ class Trainer:
         clipping_route: str = "auto",
         objective: Objective | None = None,
         first_step: int = 0,
+        committed: Mapping[int, str] | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
@@ -83,6 +106,7 @@ class Trainer:
         self.model = model
         self._units = units
         self._key = key
+        self._committed = committed or {}
         self.autocast = autocast
         self.packer = packer
         self._hand: Sequence[DrawnUnit] = ()
@@ -106,7 +130,11 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> None:
-        """One logical step; ``step`` counts from 0."""
+        """One logical step; ``step`` counts from 0.
+
+        Raises:
+            ReplayDiverged: if it was committed before with another sum; go on with :meth:`begin_generation`.
+        """
         started = time.monotonic()
         self._seed_dropout(step)
         drawn = self.sampler.draw(step)
@@ -114,34 +142,66 @@ class Trainer:
         self.clipper.reset()
         for batch in self.microbatches(drawn):
             self.clipper.accumulate(batch)
-        total, released = self.release(self.clipper, self._key, step)
-        update = self._check_replay(step, total, released)
+        vector, released, commitment = self.release(
+            self.clipper, self._key, step, functools.partial(self._check_replay, step)
+        )
         self._set_learning_rate(step)
-        self.backend.apply(total, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
+        self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         counts = self._reduced_counts()
-        self._commit(step, update, self._zeroed(drawn, num_nonfinite=counts[2]))
+        self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts[2]))
         self._log(step, time.monotonic() - started, counts, released)
         self._adapt(released)
 
+    def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
+        """Draw samples and noise from another secret from ``first_step`` on."""
+        self._key, self.generation, self._committed = key, generation, {}
+        self.sampler = UnitSampler(self.plan, key, self._units.num_records, first_step)
+
     def release(
-        self, clipper: PerUnitClipper | CooperativeClipper, key: SecretKey, step: int
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+        self,
+        clipper: PerUnitClipper | CooperativeClipper,
+        key: SecretKey,
+        step: int,
+        check: Callable[[str], None] | None = None,
+    ) -> Released:
         """All that leaves a step: the self-test calls it too, so that what it measures is what training does.
 
         Args:
             clipper: at the end of a step, on every rank.
             key: secret that the noise is drawn from.
             step: the logical step.
-
-        Returns:
-            The clipped sum over all ranks with its noise, laid out as ``layout``, and the riders with theirs.
+            check: called with the commitment to the sum before any noise is drawn; if it raises, nothing is released.
         """
-        total = exact_sum.as_float32(self.backend.reduce_total(clipper.finish()), clipper.grid_exponent)
+        total = self.backend.reduce_total(clipper.finish())
+        totals = riders.reduced(self.plan, clipper.diagnostics, self.backend)
+        bound = self.bound_sum(clipper, total, totals, key, step)
+        if not all_equal(self.backend.gather_digests(bytes.fromhex(bound.commitment))):
+            raise GuaranteeLost(f"ranks hold different sums of step {step} after the reduction; nothing is released")
+        if check is not None:
+            check(bound.commitment)
+        vector = self.backend.add_noise(
+            total, self.layout, bound.noise, exponent=clipper.grid_exponent, stddev=self._stddev(clipper)
+        )
         if self.plan.clipping_style == "batch":
-            self._clip_batch(total)
-        stddev = self.plan.gradient_noise_multiplier * clipper.sensitivity
-        self.backend.add_noise(total, self.layout, key, step, stddev)
-        return total, riders.release(self.plan, clipper.diagnostics, backend=self.backend, key=key, step=step)
+            self._clip_batch(vector)
+        return Released(vector, riders.release(self.plan, totals, bound.noise), bound.commitment)
+
+    def bound_sum(
+        self,
+        clipper: PerUnitClipper | CooperativeClipper,
+        total: torch.Tensor,
+        totals: Mapping[str, int],
+        key: SecretKey,
+        step: int,
+    ) -> BoundSum:
+        """The key of the noise for a reduced sum and its riders, and the commitment to them; equal on every rank."""
+        grids = clipper.grid_exponent, self._stddev(clipper), riders.EXPONENT
+        public = [*grids, *(value for rider in self.plan.riders for value in (rider.name, rider.noise))]
+        metrics, sum_parts = list(totals.values()), self.backend.sum_parts
+        return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts)
+
+    def _stddev(self, clipper: PerUnitClipper | CooperativeClipper) -> float:
+        return self.plan.gradient_noise_multiplier * clipper.sensitivity
 
     def _clip_batch(self, total: torch.Tensor) -> None:
         """Bound the mean gradient of the step, whoever is in it: no privacy, a mitigation to compare with."""
@@ -212,13 +272,9 @@ class Trainer:
             units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
             self.ledger.intend(self.generation, step, units)
 
-    def _check_replay(self, step: int, noised: torch.Tensor, released: Mapping[str, float]) -> str:
-        riding = torch.tensor(list(released.values()), dtype=torch.float64)
-        update = self.backend.combined_digest(digest([noised, riding])).hex()
-        if self.ledger is None:
-            return ""
-        self.ledger.check_replay(self.generation, step, update)
-        return update
+    def _check_replay(self, step: int, commitment: str) -> None:
+        if self._committed.get(step, commitment) != commitment:
+            raise ReplayDiverged
 
     def _reduced_counts(self) -> list[float]:
         """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
@@ -243,9 +299,9 @@ class Trainer:
         self.backend.reduce(flags)
         return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
 
-    def _commit(self, step: int, update: str, zeroed: Sequence[str]) -> None:
+    def _commit(self, step: int, commitment: str, zeroed: Sequence[str]) -> None:
         if self.ledger is not None:
-            self.ledger.commit(self.generation, step, update, zeroed)
+            self.ledger.commit(self.generation, step, commitment, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.

@@ -62,17 +62,22 @@ def write_words_of_their_own(path: pathlib.Path, num_users: int, num_records: in
 
 def no_noise(stack: contextlib.ExitStack) -> None:
     """The noise is forgotten."""
-    stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise"))
+    honest = ReplicatedBackend.add_noise
+
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        return honest(self, total, layout, noise, exponent=exponent, stddev=0.0)
+
+    stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise", add_noise))
 
 
 def noise_on_one_rank(stack: contextlib.ExitStack) -> None:
     """Of two ranks that each hold half of the coordinates only the first adds the noise of its shard."""
     honest = ReplicatedBackend.add_noise
 
-    def add_noise(self, vector, layout, key, step, stddev):
-        second = vector[vector.numel() // 2 :].clone()
-        honest(self, vector, layout, key, step, stddev)
-        vector[vector.numel() // 2 :] = second
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        vector, without = (honest(self, total, layout, noise, exponent=exponent, stddev=s) for s in (stddev, 0.0))
+        vector[vector.numel() // 2 :] = without[vector.numel() // 2 :]
+        return vector
 
     stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise", add_noise))
 
@@ -81,9 +86,8 @@ def noise_on_rank_zero(stack: contextlib.ExitStack) -> None:
     """The same with real ranks and sharded sums: only rank 0 adds the noise of its shard."""
     honest = ShardedBackend.add_noise
 
-    def add_noise(self, vector, layout, key, step, stddev):
-        if self.rank == 0:
-            honest(self, vector, layout, key, step, stddev)
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        return honest(self, total, layout, noise, exponent=exponent, stddev=stddev if self.rank == 0 else 0.0)
 
     stack.enter_context(mock.patch.object(ShardedBackend, "add_noise", add_noise))
 

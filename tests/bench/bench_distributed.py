@@ -109,10 +109,11 @@ def lora(name: str, directory: pathlib.Path) -> dict[str, Any]:
     noise_seconds = []
     original = trainer.backend.add_noise
 
-    def timed(*arguments: Any) -> None:
+    def timed(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
-        original(*arguments)
+        vector = original(*arguments, **named)
         noise_seconds.append(time.perf_counter() - started)
+        return vector
 
     trainer.backend.add_noise = timed  # type: ignore[method-assign]
     rounds = alternating_seconds(private, plain)

@@ -21,6 +21,7 @@ from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, GuaranteeLost
+from privtrain.noise import StepNoise
 from privtrain.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker
@@ -49,10 +50,11 @@ class Listening(LocalBackend):
         self.stddevs = []
         self.sums = []
 
-    def add_noise(self, vector, layout, key, step, stddev):
-        super().add_noise(vector, layout, key, step, stddev)
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        vector = super().add_noise(total, layout, noise, exponent=exponent, stddev=stddev)
         self.stddevs.append(stddev)
         self.sums.append(vector.clone())
+        return vector
 
 
 def make_trainer(tree, directory, users, backend) -> Trainer:
@@ -150,8 +152,8 @@ def test_one_unit_moves_gradient_and_count_together_by_at_most_one(tiny_llama, n
     def release(units):
         clipper.clipping_norm = norm
         total = clipped_sum(clipper, units, size).double()
-        counts = clipper.diagnostics
-        return total / (gradient_noise * norm), (counts.sum_within - counts.num_units / 2) / 0.8
+        count = sum(share - 0.5 for share in clipper.diagnostics.shares_within)
+        return total / (gradient_noise * norm), count / 0.8
 
     with_unit, without = release(users), release(users[:removed] + users[removed + 1 :])
     moved = float((with_unit[0] - without[0]).square().sum()) + (with_unit[1] - without[1]) ** 2
@@ -174,8 +176,9 @@ def test_the_norm_finds_the_quantile(adaptive):
     norm, path = 30.0, []
     for step in range(200):
         unit_norms = rng.lognormal(0, 1, size=100)
-        counts = ClippingDiagnostics(num_units=100, sum_within=float((unit_norms <= norm).sum()))
-        share = riders.share_within(riders.release(plan, counts, backend=backend, key=key, step=step))
+        counts = ClippingDiagnostics(shares_within=(unit_norms <= norm).astype(float).tolist())
+        noise = StepNoise(SecretKey(key.derive("step", step)))
+        share = riders.share_within(riders.release(plan, riders.reduced(plan, counts, backend), noise))
         norm = next_norm(settings, norm, share, initial_norm=30.0)
         path.append(norm)
     assert np.median(path[100:]) == pytest.approx(np.exp(0.8416), rel=0.1)
@@ -210,15 +213,16 @@ def test_the_trainer_stops_when_its_norm_runs_away(adaptive, tiny_llama, restore
 
 def _shares(plan, world_counts):
     backend = DdpBackend(CPU)
-    counts = ClippingDiagnostics(num_units=world_counts[backend.rank][0], sum_within=world_counts[backend.rank][1])
-    return riders.release(plan, counts, backend=backend, key=SecretKey.insecure(0, "x"), step=4)
+    counts = ClippingDiagnostics(shares_within=world_counts[backend.rank])
+    return riders.release(plan, riders.reduced(plan, counts, backend), StepNoise(SecretKey.insecure(0, "x")))
 
 
 @pytest.mark.dist
 def test_every_rank_gets_the_share_of_all_units_with_one_noise(adaptive):
     plan = PrivacyPlan.build(validate(adaptive).privacy)
-    (alone,) = run_on_ranks(1, _shares, plan, [(9, 5.25)])
-    assert run_on_ranks(2, _shares, plan, [(4, 1.25), (5, 4.0)]) == [alone, alone]
+    shares = [1.0, 0.1, 0.3, 0.0, 1.0, 0.7, 1 / 3]
+    (alone,) = run_on_ranks(1, _shares, plan, [shares])
+    assert run_on_ranks(2, _shares, plan, [shares[4:], shares[:4][::-1]]) == [alone, alone]
 
 
 def _metrics(run):
@@ -268,7 +272,7 @@ def test_the_noise_test_can_fail(adaptive, tiny_llama, restored, monkeypatch, mu
     import privtrain.training.riders as module
 
     if mutant == "count noise forgotten":
-        monkeypatch.setattr(module, "gaussian", lambda *_: torch.zeros(1))
+        monkeypatch.setattr(module, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)
     else:
         monkeypatch.setattr(PrivacyPlan, "gradient_noise_multiplier", property(lambda self: self.noise_multiplier))
     with pytest.raises((AssertionError, ValueError)):

@@ -1,4 +1,4 @@
-"""Every backend takes the same steps: three of them with noise equal the single process to 1e-6 in fp32."""
+"""Every backend takes the same steps: three of them, under noise of the step, equal one process to 1e-6 in fp32."""
 
 from __future__ import annotations
 

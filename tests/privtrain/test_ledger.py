@@ -351,14 +351,10 @@ def test_a_new_generation_abandons_the_steps_past_its_start(tmp_path):
     with opened(path) as ledger:
         ledger.begin_session(generation=1, from_step=3, environment="f")
         ledger.intend(1, 3, [])
-        old, new = ledger.blinded("environment", "e"), ledger.blinded("environment", "f")
+        environment = ledger.blinded("environment", "f")
     state = verify(path)
-    assert [(e.generation, e.step, e.environment) for e in state.path] == [
-        (0, 0, old),
-        (0, 1, old),
-        (0, 2, old),
-        (1, 3, new),
-    ]
+    assert [(e.generation, e.step) for e in state.path] == [(0, 0), (0, 1), (0, 2), (1, 3)]
+    assert state.environment == environment
     assert state.num_charged == 6
 
 

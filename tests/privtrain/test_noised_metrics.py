@@ -16,18 +16,20 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import accountants
+from privtrain import normal
 from privtrain.backends import LocalBackend
 from privtrain.clipping import ClippingDiagnostics
 from privtrain.config import validate
 from privtrain.errors import ConfigError, SelfTestFailed
 from privtrain.models import row_losses
+from privtrain.noise import StepNoise, noise_exponent
 from privtrain.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
 from privtrain.secret import SecretKey
 from privtrain.training import riders
 from privtrain.training.job import train
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
-from tests.privtrain.cells import NUM_STEPS, Cell, make_backend, make_trainer, self_test
+from tests.privtrain.cells import NUM_STEPS, Cell, key_noise_by_step_alone, make_backend, make_trainer, self_test
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,
@@ -125,7 +127,7 @@ def test_one_unit_moves_the_whole_vector_by_at_most_one_in_its_noise(tiny_llama,
     def release(units):
         total = clipped_sum(clipper, units, size).double() / (plan.gradient_noise_multiplier * 0.5)
         sums = riders.sums(plan, clipper.diagnostics)
-        return total, [sums[rider.name] / rider.noise for rider in plan.riders]
+        return total, [sums[rider.name] * 2.0**riders.EXPONENT / rider.noise for rider in plan.riders]
 
     with_unit, without = release(users), release(users[:removed] + users[removed + 1 :])
     moved = float((with_unit[0] - without[0]).square().sum())
@@ -140,7 +142,7 @@ def test_no_loss_moves_its_sum_by_more_than_one_half(losses, data):
     extra = data.draw(st.floats(allow_nan=True, allow_infinity=True))
     before = riders.sums(plan, counts)[LOSS]
     counts.add_loss(len(losses), extra)
-    assert abs(riders.sums(plan, counts)[LOSS] - before) <= 0.5 + 1e-12
+    assert abs(riders.sums(plan, counts)[LOSS] - before) * 2.0**riders.EXPONENT <= 0.5
 
 
 @pytest.mark.parametrize("route", ["batched", "one_unit"])
@@ -164,9 +166,7 @@ def test_without_noise_the_metrics_are_the_means_over_units_of_what_they_say(tin
     low, high = min(losses) + 0.01, max(losses) + 1
     settings = NoisedMetrics(("loss", "clip_fraction"), (low, high), 0.0)
     plan = dataclasses.replace(Cell(noise_multiplier=0.0).plan, noised_metrics=settings, expected_batch_size=len(users))
-    released = riders.release(
-        plan, clipper.diagnostics, backend=LocalBackend(CPU), key=SecretKey.insecure(0, "x"), step=0
-    )
+    released = riders.release(plan, riders.sums(plan, clipper.diagnostics), StepNoise(SecretKey.insecure(0, "x")))
     found = riders.metrics(plan, released)
     assert found["noised/loss"] == pytest.approx(np.mean(np.maximum(losses, low)), rel=1e-5)
     assert found["noised/clip_fraction"] == pytest.approx(np.mean(np.array(norms) > norm), abs=1e-6)
@@ -179,8 +179,8 @@ def test_the_trainers_real_noise_is_the_accounted_one(tiny_llama):
     plan, rows = trainer.plan, []
     for step in range(400):
         trainer.clipper.reset()
-        _, released = trainer.release(trainer.clipper, SecretKey.insecure(1, "noise"), step)
-        rows.append([*riders.metrics(plan, released).values()])
+        released = trainer.release(trainer.clipper, SecretKey.insecure(1, "noise"), step)
+        rows.append([*riders.metrics(plan, released.riders).values()])
     loss, loss_stddev, share, share_stddev = np.array(rows).T
     low, high = stats.chi2.interval(1 - 1e-6, len(rows))
     for centred, stddev in ((loss - 4.0, loss_stddev[0]), (share - 0.5, share_stddev[0])):
@@ -191,10 +191,64 @@ def test_the_trainers_real_noise_is_the_accounted_one(tiny_llama):
 
 
 def test_the_self_test_finds_a_rider_without_its_noise(tiny_llama, monkeypatch):
-    monkeypatch.setattr(riders, "gaussian", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(riders, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)
     trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
     with pytest.raises(SelfTestFailed, match="was released as"):
         self_test(trainer)
+
+
+def points_released(plan, shares, losses, num_steps=8) -> np.ndarray:
+    """What is published of some units, in points of the public grids: [steps, riders]."""
+    counts = ClippingDiagnostics(shares_within=shares, unit_losses=dict(enumerate(losses)))
+    totals = riders.reduced(plan, counts, LocalBackend(CPU))
+    rows = []
+    for step in range(num_steps):
+        released = riders.release(plan, totals, StepNoise(SecretKey(SecretKey.insecure(0, "x").derive("step", step))))
+        grids = [2.0 ** noise_exponent(rider.noise, riders.EXPONENT) for rider in plan.riders]
+        rows.append([released[r.name] * plan.expected_batch_size / g for r, g in zip(plan.riders, grids, strict=True)])
+    return np.array(rows)
+
+
+def is_on_grid(points: np.ndarray) -> bool:
+    return bool((np.abs(points - np.round(points)) < 1e-6).all())
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=20),
+    losses=st.lists(st.floats(-5, 20) | st.just(math.nan), min_size=1, max_size=20),
+)
+def test_neighbours_release_the_same_set_of_numbers_the_grid(shares, losses):
+    """Which last digits can occur is all that the digits of a number can tell; here all neighbours have the same."""
+    plan = Cell(noised_metrics=True).plan
+    assert is_on_grid(points_released(plan, shares, losses))
+    assert is_on_grid(points_released(plan, shares[1:], losses[1:]))
+
+
+def test_a_metric_that_goes_beside_the_door_is_off_the_grid_and_stops_the_self_test(tiny_llama, monkeypatch):
+    """The mutant: noise added to the exact sum in float64, as all 53 digits of it."""
+
+    def beside(total, *, exponent, stddev, noise, name, first=0):
+        x = normal.quantiles(noise.key.stream("noise", name, 0).uint64(1))
+        return total.double() * 2.0**exponent + stddev * torch.from_numpy(x)
+
+    trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
+    monkeypatch.setattr(riders, "noised", beside)
+    assert not is_on_grid(points_released(trainer.plan, [0.25], [3.0]))
+    with pytest.raises(SelfTestFailed, match="was released as"):
+        self_test(trainer)
+
+
+@hypothesis.given(data=st.data(), shares=st.lists(st.floats(0, 1), max_size=30))
+def test_sums_do_not_depend_on_order_or_on_how_units_are_shared_out(data, shares):
+    plan = Cell(noised_metrics=True).plan
+    order = data.draw(st.permutations(shares))
+    cut = data.draw(st.integers(0, len(shares)))
+    whole, *parts = (
+        riders.sums(plan, ClippingDiagnostics(shares_within=part, unit_losses=dict(enumerate(part))))
+        for part in (shares, order[:cut], order[cut:])
+    )
+    assert whole == {name: sum(part[name] for part in parts) for name in whole}
 
 
 def released_by(name: str, directory, cells) -> list[list[float]]:
@@ -207,11 +261,12 @@ def released_by(name: str, directory, cells) -> list[list[float]]:
         release = trainer.release
 
         def kept(*arguments, release=release, rows=rows):
-            total, released = release(*arguments)
-            rows += released.values()
-            return total, released
+            released = release(*arguments)
+            rows += released.riders.values()
+            return released
 
         trainer.release = kept
+        key_noise_by_step_alone(trainer)
         for step in range(NUM_STEPS):
             trainer.train_step(step)
         found.append(rows)

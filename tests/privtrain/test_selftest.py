@@ -13,8 +13,11 @@ from privtrain.backends import LocalBackend, Placement, base, sharded, shards
 from privtrain.clipping import capture, clipper, cooperative, exact_sum, rules, styles
 from privtrain.errors import SelfTestFailed
 from privtrain.layout import Layout
-from privtrain.noise import add_gaussian_noise_
+from privtrain.noise import StepNoise, noised_vector
+from privtrain.secret import SecretKey
+from privtrain.sum_digest import bind
 from privtrain.training import riders, selftest
+from privtrain.training import trainer as trainer_module
 from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer, self_test
 from tests.ranks import run_on_ranks
@@ -46,13 +49,13 @@ def wrong_rule(module, activation, output_gradient):
 
 
 class DoubleNoise(LocalBackend):
-    def add_noise(self, vector, layout, key, step, stddev):
-        add_gaussian_noise_(vector, layout, key=key, step=step, stddev=2 * stddev)
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        return super().add_noise(total, layout, noise, exponent=exponent, stddev=2 * stddev)
 
 
 class NoNoise(LocalBackend):
-    def add_noise(self, vector, layout, key, step, stddev):
-        pass
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        return super().add_noise(total, layout, noise, exponent=exponent, stddev=0.0)
 
 
 class MeanNotSum(LocalBackend):
@@ -206,22 +209,35 @@ def test_mutant_the_sensitivity_that_training_scales_noise_by(tiny_llama, monkey
         check(tiny_llama)
 
 
-class NoiseOfStepZero(LocalBackend):
-    def add_noise(self, vector, layout, key, step, stddev):
-        super().add_noise(vector, layout, key, 0, stddev)
+class NoiseOfNoKey(LocalBackend):
+    def add_noise(self, total, layout, noise, *, exponent, stddev):
+        noise = StepNoise(SecretKey.insecure(0, "noise"))
+        return super().add_noise(total, layout, noise, exponent=exponent, stddev=stddev)
 
 
 def test_mutant_noise_that_is_the_same_in_every_step(tiny_llama):
     with pytest.raises(SelfTestFailed, match="different noise"):
-        check(tiny_llama, NoiseOfStepZero(CPU))
+        check(tiny_llama, NoiseOfNoKey(CPU))
+
+
+@pytest.mark.parametrize("style", ["flat", "adaptive"])
+def test_mutant_noise_keyed_without_the_sum(tiny_llama, monkeypatch, style):
+    def keyed_by_the_step_alone(key, step, total, *arguments, **named):
+        return bind(key, step, torch.zeros_like(total), *arguments, **named)
+
+    monkeypatch.setattr(trainer_module, "bind", keyed_by_the_step_alone)
+    with pytest.raises(SelfTestFailed, match="not keyed by the sum"):
+        check(tiny_llama, cell=dataclasses.replace(LORA, style=style))
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
 def test_mutant_adaptive_count_with_too_little_noise(tiny_llama, monkeypatch, factor):
     cell = dataclasses.replace(LORA, style="adaptive")
     check(tiny_llama, cell=cell)
-    original = riders.gaussian
-    monkeypatch.setattr(riders, "gaussian", lambda *arguments: factor * original(*arguments))
+    original = riders.noised
+    monkeypatch.setattr(
+        riders, "noised", lambda total, *, stddev, **named: original(total, stddev=factor * stddev, **named)
+    )
     with pytest.raises(SelfTestFailed, match="was released as"):
         check(tiny_llama, cell=cell)
 
@@ -294,7 +310,9 @@ def noise_of_world_size(backend, patch) -> None:
     patch.setattr(
         backend,
         "add_noise",
-        lambda vector, layout, key, step, stddev: original(vector, layout, key, step, stddev * backend.world_size),
+        lambda total, layout, noise, *, exponent, stddev: original(
+            total, layout, noise, exponent=exponent, stddev=stddev * backend.world_size
+        ),
         raising=False,
     )
 
@@ -303,9 +321,8 @@ def noise_before_the_sum(backend, patch) -> None:
     """Each rank adds the same noise to its sum, and the sums are added up."""
     original = backend.add_noise
 
-    def twice(vector, layout, key, step, stddev):
-        for _ in range(backend.world_size):
-            original(vector, layout, key, step, stddev)
+    def twice(*arguments, **named):
+        return original(*arguments, **named) * backend.world_size
 
     patch.setattr(backend, "add_noise", twice, raising=False)
 
@@ -315,7 +332,9 @@ def noise_of_this_rank(backend, patch) -> None:
     patch.setattr(
         backend,
         "add_noise",
-        lambda vector, layout, key, step, stddev: original(vector, layout, key, step + backend.rank + 1, stddev),
+        lambda total, layout, noise, **named: original(
+            total, layout, StepNoise(SecretKey(noise.key.derive("rank", backend.rank))), **named
+        ),
         raising=False,
     )
 
@@ -323,12 +342,11 @@ def noise_of_this_rank(backend, patch) -> None:
 def noise_of_another_part(backend, patch) -> None:
     """Every rank draws from the first coordinate on: equal noise on different parts."""
 
-    def first(vector, layout, *, key, step, stddev):
-        layout = type(layout)(layout.parameters)
-        add_gaussian_noise_(vector, layout, key=key, step=step, stddev=stddev)
+    def first(total, layout, **named):
+        return noised_vector(total, type(layout)(layout.parameters), **named)
 
     for module in (base, sharded):
-        patch.setattr(module, "add_gaussian_noise_", first)
+        patch.setattr(module, "noised_vector", first)
 
 
 def mean(backend, patch) -> None:

@@ -1,0 +1,130 @@
+"""A digest of the clipped, reduced sum that does not depend on how the sum is cut over ranks.
+
+The noise of a step is keyed by the run's secret *and* this digest, so that equal sums get equal noise, on any number of
+ranks and in any replay, and different sums never share noise, whoever computes them, in however many copies of a run
+directory: whoever holds two noised sums of different data could subtract the noise otherwise.
+
+The flat vector of all trainable tensors is cut into blocks of 2**16 coordinates. A block's value is, in each of three
+lanes, Σ_i a_i·low_i + b_i·high_i mod 2**64: low_i and high_i are the 32-bit halves of coordinate i, and a_i and b_i
+come from a table under the secret (multilinear hashing: Carter and Wegman 1979; with halves and a power of two, Lemire
+and Kaser 2014, "Strongly universal string hashing is fast", section 3). Sums over disjoint coordinates add up, so a
+rank that holds a part of the vector computes its share, and an integer reduction of a few numbers a block gives every
+rank the whole. HMAC-SHA-256 binds the values of all blocks, the tensors' names and shapes, and all public constants.
+
+Two sums that differ, differ in a half of some coordinate by d with 0 < |d| < 2**32. A block's value is then equal in
+one lane with probability at most 2**-33, since a·d = c mod 2**64 has at most 2**31 solutions a; in three lanes at most
+**2**-99**. The table is independent of the sums, which depend on it through outputs of HMAC alone. Only sums under one
+secret and of one step are compared, so a union bound over 10**6 steps and 100 copies of each leaves less than 2**-66.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from privtrain.layout import Layout
+from privtrain.noise import StepNoise
+from privtrain.secret import SecretKey
+
+#: Coordinates of a block, and rows of the table that one lane uses.
+BLOCK = 1 << 16
+_NUM_LANES = 3
+_HALF = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundSum:
+    """A sum, as the ledger commits to it and as its noise is keyed.
+
+    Attributes:
+        noise: the key of the noise; different for every sum.
+        commitment: 64 hex digits that the ledger keeps; under the secret, so they tell nothing of the sum, and
+            independent of the noise's key.
+    """
+
+    noise: StepNoise
+    commitment: str
+
+
+def bind(
+    key: SecretKey,
+    step: int,
+    total: torch.Tensor,
+    layout: Layout,
+    *,
+    public: Sequence[object],
+    metrics: Sequence[int],
+    sum_parts: Callable[[torch.Tensor], None],
+) -> BoundSum:
+    """Derive the noise's key and the ledger's commitment from a step's sum.
+
+    Args:
+        key: secret of the run's current generation.
+        step: the logical step.
+        total: the reduced int64 sum, or this rank's parts of it.
+        layout: where they lie.
+        public: constants that say what the integers mean and how they are noised: exponents, standard deviations.
+        metrics: exact sums that are released beside the gradient, the same on every rank.
+        sum_parts: replaces a vector by its sum over the ranks that hold the parts of one copy.
+
+    Returns:
+        The same on every rank.
+    """
+    values = block_values(total, layout, _table(key, total.device))
+    sum_parts(values)
+    sha = hashlib.sha256()
+    for slot in layout.slots:
+        sha.update(f"{slot.name!r} {slot.whole_shape}\n".encode())
+    sha.update(repr((tuple(public), tuple(metrics))).encode())
+    sha.update(values.cpu().numpy().astype("<i8").tobytes())
+    digest = sha.hexdigest()
+    noise = SecretKey(key.derive("noise of a sum", step, digest))
+    return BoundSum(StepNoise(noise), key.derive("commitment to a sum", step, digest).hex())
+
+
+def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> torch.Tensor:
+    """This rank's share of every block's value: [blocks of the whole vector, lanes] int64."""
+    runs, num_coordinates = _runs(layout)
+    values = torch.zeros(-(-num_coordinates // BLOCK), _NUM_LANES, dtype=torch.int64, device=total.device)
+    for start, place, count in runs:
+        done = 0
+        while done < count:
+            block, offset = divmod(place + done, BLOCK)
+            size = min(count - done, BLOCK - offset)
+            part = total[start + done : start + done + size]
+            values[block] += _lanes(part, table[:, offset : offset + size])
+            done += size
+    return values
+
+
+def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    low, high = part & ((1 << _HALF) - 1), part >> _HALF
+    if part.device.type == "cpu":  # integer products on other devices have no dot
+        sums = [torch.dot(half, row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]
+        return torch.stack(sums).view(2, _NUM_LANES).sum(0)
+    return (low * table[0::2] + high * table[1::2]).sum(1)
+
+
+def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
+    """(place in the vector, place in the whole flat vector, count) of what is held; and the length of the whole."""
+    runs: list[tuple[int, int, int]] = []
+    whole = 0
+    for slot in layout.slots:
+        place, count = whole + slot.first, slot.num_coordinates
+        if runs and runs[-1][0] + runs[-1][2] == slot.start and runs[-1][1] + runs[-1][2] == place:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + count)
+        elif count:
+            runs.append((slot.start, place, count))
+        whole += slot.num_whole_coordinates
+    return runs, whole
+
+
+@functools.lru_cache(maxsize=4)
+def _table(key: SecretKey, device: torch.device) -> torch.Tensor:
+    """[2 · lanes, BLOCK] uniform 64-bit coefficients: of the low and the high half, lane by lane."""
+    words = key.stream("sum digest").uint64(2 * _NUM_LANES * BLOCK)
+    return torch.from_numpy(words.view("<i8").copy()).view(2 * _NUM_LANES, BLOCK).to(device)

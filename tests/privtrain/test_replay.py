@@ -1,0 +1,146 @@
+"""A resumed job: the same sum is the same release, another sum is never released about the same sample."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from privtrain.backends import LocalBackend
+from privtrain.errors import GuaranteeLost
+from privtrain.ledger import verify_chain
+from privtrain.training.job import train
+from privtrain.training.trainer import Trainer
+from tests.conftest import write_config
+from tests.privtrain.ledgers import opened
+
+NUM_STEPS = 8
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def config(tree, tmp_path):
+    tree["privacy"] |= {"num_steps": NUM_STEPS}
+    tree["performance"] = tree.get("performance", {}) | {"checkpoint_interval_steps": 4}
+    return write_config(tree, tmp_path / "run.yaml")
+
+
+def run_until_killed(config, monkeypatch, last: int) -> None:
+    step = Trainer.train_step
+
+    def killed(self, number):
+        step(self, number)
+        if number == last:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        with pytest.raises(Killed):
+            train(config)
+
+
+def nudge_sums_from(step: int, monkeypatch) -> list[tuple[int, int]]:
+    """As on a device that rounds differently from then on; says which (generation, step) drew noise."""
+    now, drawn = [], []
+    original_step, original_reduce, original_noise = (
+        Trainer.train_step,
+        LocalBackend.reduce_total,
+        LocalBackend.add_noise,
+    )
+
+    def train_step(self, number):
+        now[:] = [self.generation, number]
+        original_step(self, number)
+        now.clear()
+
+    def reduce_total(self, total):
+        total = original_reduce(self, total)
+        return total + 1 if now and now[1] >= step else total
+
+    def add_noise(self, *arguments, **named):
+        if now:
+            drawn.append(tuple(now))
+        return original_noise(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(LocalBackend, "reduce_total", reduce_total)
+    monkeypatch.setattr(LocalBackend, "add_noise", add_noise)
+    return drawn
+
+
+def state_of(tmp_path, name):
+    return verify_chain(tmp_path / "runs" / name / "secret" / "ledger.jsonl")
+
+
+def test_a_replay_with_another_sum_goes_on_in_a_new_generation(config, tree, tmp_path, monkeypatch):
+    """Killed after six steps, two past the checkpoint; the second of them gives another sum."""
+    run_until_killed(config, monkeypatch, last=5)
+    drawn = nudge_sums_from(5, monkeypatch)
+    train(config)
+    state = state_of(tmp_path, tree["run"]["name"])
+    assert (0, 5) not in drawn, "no noise is drawn over the second sum of a sample"
+    assert drawn == [(0, 4), (1, 5), (1, 6)]
+    assert [(e.generation, e.step) for e in state.path] == [*[(0, s) for s in range(5)], (1, 5), (1, 6)]
+    assert state.num_charged == NUM_STEPS, "the abandoned step stays charged, so the model has one less"
+    statement = json.loads((tmp_path / "runs" / tree["run"]["name"] / "privacy.json").read_text())
+    assert (statement["steps_released"], statement["steps_of_the_model"]) == (NUM_STEPS, NUM_STEPS - 1)
+
+
+def test_a_replay_that_diverges_at_once_and_a_crash_right_after_it(config, tree, tmp_path, monkeypatch):
+    run_until_killed(config, monkeypatch, last=6)
+    with monkeypatch.context() as patch:
+        nudge_sums_from(4, patch)
+        run_until_killed(config, patch, last=4)
+    train(config)
+    state = state_of(tmp_path, tree["run"]["name"])
+    assert (state.generation, state.num_charged) == (2, NUM_STEPS), "the sum without the nudge is another one again"
+    assert [(e.generation, e.step) for e in state.path] == [(0, s) for s in range(4)]
+
+
+def test_a_step_that_was_not_committed_is_taken_again_with_its_new_sum(config, tree, tmp_path, monkeypatch):
+    """Nothing of it left the job: it is charged once, and the generation goes on."""
+    with monkeypatch.context() as patch:
+
+        def killed(self, step, *_):
+            raise Killed
+
+        patch.setattr(Trainer, "_commit", killed)
+        with pytest.raises(Killed):
+            train(config)
+    nudge_sums_from(0, monkeypatch)
+    train(config)
+    state = state_of(tmp_path, tree["run"]["name"])
+    assert (state.generation, state.num_charged, len(state.path)) == (0, NUM_STEPS, NUM_STEPS)
+
+
+def test_an_undisturbed_replay_is_free_and_bitwise(config, tree, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / tree["run"]["name"]
+    run_until_killed(config, monkeypatch, last=5)
+    before = dict(verify_chain(run / "secret" / "ledger.jsonl").commits)
+    train(config)
+    state = state_of(tmp_path, run.name)
+    assert (state.generation, state.num_charged) == (0, NUM_STEPS)
+    assert before.items() <= state.commits.items()
+    whole = write_config({**tree, "run": {**tree["run"], "name": "whole"}}, tmp_path / "whole.yaml")
+    train(whole)
+    one, other = (
+        load_file(tmp_path / "runs" / n / "adapter" / "adapter_model.safetensors") for n in (run.name, "whole")
+    )
+    if tree["privacy"].get("insecure_seed") is not None:
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_ledger_refuses_another_sum_of_a_committed_step(tmp_path):
+    with opened(tmp_path / "l.jsonl") as ledger:
+        ledger.begin_session(generation=0, from_step=0, environment="e")
+        ledger.intend(0, 0, [("user", 1)])
+        ledger.commit(0, 0, "a" * 64)
+        ledger.intend(0, 0, [("user", 1)])
+        ledger.commit(0, 0, "a" * 64)
+        with pytest.raises(GuaranteeLost, match="another sum"):
+            ledger.commit(0, 0, "b" * 64)
