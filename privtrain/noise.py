@@ -86,7 +86,7 @@ def noised(
     if not 0 <= stddev < math.inf:
         raise ValueError(f"stddev is {stddev}; a standard deviation is finite and not negative")
     assert total.dtype == torch.int64
-    if stddev == 0:
+    if stddev == 0 or not len(total):
         return total.double().mul_(2.0**exponent)
     normal.check_quantiles()
     rounding = _Rounding(exponent, stddev)

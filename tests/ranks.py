@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import pathlib
 import pickle
 import tempfile
@@ -12,10 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+#: After this long a rank prints where it is, and again and again: which ranks wait for which.
+_STUCK_SECONDS = 120
+
 
 def _worker(
     rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    faulthandler.dump_traceback_later(_STUCK_SECONDS, repeat=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
     try:
