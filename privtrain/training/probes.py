@@ -16,9 +16,10 @@ Every rank runs the same passes, as a sharded model needs, and what one rank fin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from privtrain.clipping import refusals
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
+from privtrain.layout import Slot
 from privtrain.objectives import CausalLM
 from privtrain.training import hooks, traces
 from privtrain.training.agreement import agree_on_fault
@@ -204,18 +206,16 @@ class Probe:
             SelfTestFailed: naming the circumstance, and the first module whose output differs.
         """
         found = self._first_difference(route)
-        num_failed = torch.tensor([float(bool(found))], device=self.trainer.backend.device)
-        self.trainer.backend.reduce(num_failed)
-        if float(num_failed) == 0:
+        if not found:
             return route
         if route == "auto":
             return self.independent_route("one_unit")
         way_out = f"; {_ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
-        self._agree(f"{found}{way_out}" if found else "")
+        self._agree(f"{found}{way_out}")
         raise AssertionError("unreachable")
 
     def _first_difference(self, route: str) -> str:
-        """What is wrong with a short unit's contribution, or nothing."""
+        """What is wrong with a short unit's contribution, or nothing; on every rank if on any."""
         trainer, widths = self.trainer, self._widths()
         clipper = trainer.new_clipper(trainer.row_losses, route)
 
@@ -235,8 +235,8 @@ class Probe:
                 "in another row of the batch, beside rows with huge activations": self._arranged(last, True, other_pad),
             }
             for when, batch in cases.items():
-                if _equal(contribution(batch), reference):
-                    continue
+                if not self._on_any_rank(not _equal(contribution(batch), reference)):
+                    continue  # together: ranks that gather weights run equal passes
                 single = {
                     "beside rows with huge activations": self._arranged(0, True),
                     "in another row of the batch": self._arranged(last, False),
@@ -334,11 +334,11 @@ class Probe:
             if _weight_bytes(self.trainer.model) < 4:
                 self._losses(batch)
             else:
-                with torch.no_grad():
-                    self.trainer.objective.losses(self.trainer.model, batch.input_ids, batch.target_mask)
+                objective, model = self.trainer.objective, self.trainer.model
+                self._passed(lambda: objective.losses(model, batch.input_ids, batch.target_mask))
         finally:
             handle.remove()
-        logits = found[0][0].float()
+        logits = found[0][0].detach().float()
         return logits[-width:][:length] if logits.ndim == 2 else logits
 
     def _has_experts(self) -> bool:
@@ -400,11 +400,33 @@ class Probe:
         return batch.to(self.trainer.backend.device)
 
     def _losses(self, batch: Microbatch) -> torch.Tensor:
-        with torch.no_grad():
-            return self.trainer.row_losses(batch.input_ids, batch.target_mask)
+        return self._passed(lambda: self.trainer.row_losses(batch.input_ids, batch.target_mask))
+
+    def _passed(self, losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Losses without gradients; where a pass gathers weights, its backward pass is what lets go of them."""
+        placement = self.trainer.placement
+        if placement.shards is None and not placement.equal_passes:
+            with torch.no_grad():
+                return losses()
+        collecting = contextlib.nullcontext() if placement.shards is None else placement.shards.collecting(_forget)
+        with collecting:
+            found = losses()
+            found.sum().backward()
+        for parameter in placement.clipped.parameters.values() if placement.shards is None else ():
+            parameter.grad = None
+        return found.detach()
+
+    def _on_any_rank(self, is_so: bool) -> bool:
+        num_ranks = torch.tensor([float(is_so)], device=self.trainer.backend.device)
+        self.trainer.backend.reduce(num_ranks)
+        return float(num_ranks) > 0
 
     def _agree(self, fault: str) -> None:
         agree_on_fault(fault, self.trainer.backend)
+
+
+def _forget(_slot: Slot, _part: torch.Tensor) -> None:
+    pass
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:

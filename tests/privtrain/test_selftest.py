@@ -432,6 +432,27 @@ def coupled_rows(backend, patch) -> None:
     patch.setattr(backend, "place", place, raising=False)
 
 
+def keeps_state(backend, patch) -> None:
+    def remember(module, inputs, output):
+        module.longest = max(getattr(module, "longest", 0), output.shape[1])
+
+    hook_first_mlp(backend, patch, remember)
+
+
+def looks_ahead(backend, patch) -> None:
+    hook_first_mlp(backend, patch, lambda module, inputs, output: output + 0.1 * output.roll(-1, dims=1))
+
+
+def hook_first_mlp(backend, patch, hook) -> None:
+    original = backend.place
+
+    def place(model):
+        next(m for name, m in model.named_modules() if name.endswith("layers.0.mlp")).register_forward_hook(hook)
+        return original(model)
+
+    patch.setattr(backend, "place", place, raising=False)
+
+
 def none(backend, patch) -> None:
     pass
 
@@ -456,9 +477,18 @@ MUTANTS += [(name, "full", mean_over_rows, "is off by") for name in ("zero2", "z
 MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in SHARDED]
 MUTANTS += [
     *[
-        (name, "lora", mutant, "is off by")
+        (name, "lora", mutant, message)
         for name in ("zero3", "fsdp2")
-        for mutant in (one_factor_for_all, coupled_rows)
+        for mutant, message in {one_factor_for_all: "is off by", coupled_rows: "rows of a batch are mixed"}.items()
+    ],
+    *[
+        (name, method, mutant, message)
+        for name in ("zero3", "fsdp2")
+        for method, mutant, message in (
+            ("lora", keeps_state, "a pass over the model changes"),
+            ("full", keeps_state, "a pass over the model changes"),
+            ("full", looks_ahead, "is not causal"),
+        )
     ],
     *[(name, "full", not_finite_counts, "above clipping_norm") for name in ("zero3", "fsdp2")],
     *[(name, "full", no_reset, "above clipping_norm") for name in ("zero3", "fsdp2")],
