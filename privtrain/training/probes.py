@@ -209,6 +209,7 @@ class Probe:
         if not found:
             return route
         if route == "auto":
+            self.trainer.clipper.fallback_reason = found
             return self.independent_route("one_unit")
         way_out = f"; {_ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
         self._agree(f"{found}{way_out}")
@@ -235,7 +236,7 @@ class Probe:
                 "in another row of the batch, beside rows with huge activations": self._arranged(last, True, other_pad),
             }
             for when, batch in cases.items():
-                if not self._on_any_rank(not _equal(contribution(batch), reference)):
+                if not trainer.any_rank(not _equal(contribution(batch), reference)):
                     continue  # together: ranks that gather weights run equal passes
                 single = {
                     "beside rows with huge activations": self._arranged(0, True),
@@ -415,11 +416,6 @@ class Probe:
         for parameter in placement.clipped.parameters.values() if placement.shards is None else ():
             parameter.grad = None
         return found.detach()
-
-    def _on_any_rank(self, is_so: bool) -> bool:
-        num_ranks = torch.tensor([float(is_so)], device=self.trainer.backend.device)
-        self.trainer.backend.reduce(num_ranks)
-        return float(num_ranks) > 0
 
     def _agree(self, fault: str) -> None:
         agree_on_fault(fault, self.trainer.backend)

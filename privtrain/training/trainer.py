@@ -226,10 +226,10 @@ class Trainer:
             style,
             route,
             equal_passes=equal_passes,
-            any_rank=self._any_rank,
+            any_rank=self.any_rank,
         )
 
-    def _any_rank(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank."""
         flags = torch.tensor([float(flag)], device=self.backend.device)
         self.backend.reduce(flags)

@@ -255,7 +255,9 @@ class RoundsByPlace(nn.Module):
 
 def test_rounding_by_place_falls_back_to_one_unit():
     model = with_layer(RoundsByPlace())
-    assert start(model) == "one_unit"
+    trainer = trainer_of(model)
+    assert run_self_test(trainer, vocabulary_size=200, precision="fp32") == "one_unit"
+    assert "of type RoundsByPlace" in trainer.clipper.fallback_reason
     with pytest.raises(SelfTestFailed, match=r"in another row of the batch .*of type RoundsByPlace; set .*one_unit"):
         start(model, route="batched")
 
