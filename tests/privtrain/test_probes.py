@@ -10,6 +10,7 @@ import transformers as hf
 from torch import nn
 
 from privtrain.backends import LocalBackend
+from privtrain.clipping import PerUnitClipper
 from privtrain.config.schema import LoraSection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
@@ -387,6 +388,9 @@ def test_message_names_precision_and_the_unit_that_is_not_a_number(monkeypatch):
         def forward(self, hidden):
             return ReadsPastTheRow.apply(hidden)
 
+    assert start(with_layer(Layer()), precision="bf16", route="batched") == "batched"  # that unit is taken out
+    original = PerUnitClipper._add_batch
+    monkeypatch.setattr(PerUnitClipper, "_add_batch", lambda self, batch, **_: original(self, batch, is_alone=True))
     with pytest.raises(SelfTestFailed, match=r"not a number changes the units beside it.*precision bf16.*fp32"):
         start(with_layer(Layer()), precision="bf16", route="batched")
 
