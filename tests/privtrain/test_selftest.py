@@ -503,7 +503,7 @@ def outcomes(directory, mutants) -> list[str]:
             backend = make_backend(name)
             mutant(backend, patch)
             # On "auto", what fails under hooks is clipped one unit at a time, exactly.
-            route = "batched" if mutant is no_hook and method == "lora" else "auto"
+            route = "batched" if mutant is no_hook and (method == "lora" or name == "ddp") else "auto"
             trainer = make_trainer(backend, directory, dataclasses.replace(LORA, method=method, route=route))
             try:
                 self_test(trainer)
