@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 import accountants
 from privtrain import normal
@@ -207,6 +207,44 @@ def points_released(plan, shares, losses, num_steps=8) -> np.ndarray:
         grids = [2.0 ** noise_exponent(rider.noise, riders.EXPONENT) for rider in plan.riders]
         rows.append([released[r.name] * plan.expected_batch_size / g for r, g in zip(plan.riders, grids, strict=True)])
     return np.array(rows)
+
+
+def num_told_apart(plan, num_trials, num_steps=10) -> int:
+    """Guess from the digits of the published share alone whether a 24th user was there, as often right as is returned.
+
+    Mironov's attack: which float64 can a sampler of 52 digits reach from the sum with the user, and which not?
+    """
+    rider = next(rider for rider in plan.riders if rider.name == WITHIN_NORM)
+    num_right = 0
+    for trial in range(num_trials):
+        counts = ClippingDiagnostics(shares_within=[1.0] * (23 + trial % 2))
+        totals = riders.reduced(plan, counts, LocalBackend(CPU))
+        key = SecretKey.insecure(trial, "trial")
+        seen = [
+            riders.release(plan, totals, StepNoise(SecretKey(key.derive("step", step))))[WITHIN_NORM]
+            for step in range(num_steps)
+        ]
+        guess = all(can_reach(12.0, value * plan.expected_batch_size, rider.noise) for value in seen)
+        num_right += guess == bool(trial % 2)
+    return num_right
+
+
+def can_reach(total, released, stddev) -> bool:
+    nearest = round(special.ndtr((released - total) / stddev) * 2.0**52 - 0.5)
+    candidates = (np.arange(nearest - 40, nearest + 41) + 0.5) * 2.0**-52
+    return bool((total + stddev * special.ndtri(candidates) == released).any())
+
+
+def test_digits_of_a_published_metric_tell_nothing_of_who_was_there(monkeypatch):
+    plan = Cell(noised_metrics=True).plan
+    assert 70 <= num_told_apart(plan, 200) <= 130
+
+    def in_floating_point(total, *, exponent, stddev, noise, name, **_):
+        u = ((noise.key.stream("noise", name, 0).uint64(1) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return total.double() * 2.0**exponent + stddev * torch.from_numpy(special.ndtri(u))
+
+    monkeypatch.setattr(riders, "noised", in_floating_point)
+    assert num_told_apart(plan, 20) == 20
 
 
 def is_on_grid(points: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ from privtrain.errors import GuaranteeLost
 from privtrain.layout import Layout
 from privtrain.secret import SecretKey
 from privtrain.sum_digest import BLOCK, bind, block_values
-from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer
+from tests.privtrain.cells import Cell, make_backend, make_trainer
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -104,12 +104,9 @@ def test_lanes_agree_between_the_dot_and_the_product():
     assert torch.equal(sum_digest._lanes(part, table), (low * table[0::2] + high * table[1::2]).sum(1))
 
 
-def _released(name: str, directory) -> list[str]:
-    """Commitment and released metrics of one step through the trainer; units of one record have the same bits anywhere.
-
-    The sum of what a user's records add up to may round differently where they lie in other microbatches.
-    """
-    trainer = make_trainer(make_backend(name), directory, Cell(unit="example", noised_metrics=True))
+def _released(name: str, directory, cell: Cell) -> list[str]:
+    """Commitment to the exact sum and released metrics of one step through the trainer."""
+    trainer = make_trainer(make_backend(name), directory, cell)
     kept = []
     release = trainer.release
 
@@ -123,10 +120,22 @@ def _released(name: str, directory) -> list[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["ddp", *SHARDED[:1]])
-def test_one_and_two_ranks_draw_the_same_noise_over_the_same_sum(tiny_llama, name):
-    alone = _released("local", tiny_llama)
-    assert run_on_ranks(2, _released, name, tiny_llama) == [alone, alone]
+@pytest.mark.parametrize(
+    ("num_ranks", "name", "method", "unit"),
+    [
+        (2, "ddp", "lora", "user"),
+        (2, "ddp", "full", "user"),
+        (2, "zero1", "full", "example"),
+        (4, "zero1", "full", "user"),
+    ],
+)
+def test_any_number_of_ranks_has_the_same_sum_bit_by_bit_and_draws_the_same_noise(
+    tiny_llama, num_ranks, name, method, unit
+):
+    """Users have several records, so that where their rows lie differs with the hand they are dealt to."""
+    cell = Cell(method, unit, noised_metrics=True)
+    alone = _released("local", tiny_llama, cell)
+    assert run_on_ranks(num_ranks, _released, name, tiny_llama, cell) == [alone] * num_ranks
 
 
 def _with_another_sum_on_rank_one(directory):
