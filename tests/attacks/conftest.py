@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attacks import analyse, evidence, record, signals
+from privtrain.private_paths import make_private_directory
 from privtrain.rundir import RunDirectory
 
 STATEMENT = {
@@ -144,7 +145,7 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         if perplexity:
             metrics[0] |= {"eval/held_out_perplexity": 31.4}
             metrics[2] |= {"eval/held_out_perplexity": 22.05}
-        run.joinpath("secret").mkdir(exist_ok=True)
+        make_private_directory(run / "secret")
         RunDirectory(run).create_key("root")
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         if num_units:
