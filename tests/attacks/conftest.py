@@ -96,14 +96,18 @@ def rich_signals(rng: np.random.Generator, size: int, *, words: int, first: int)
 
 
 def put_signals(
-    run: pathlib.Path, rows: list[signals.DocumentSignals], *, prob_held_in: float | None = 0.5
+    run: pathlib.Path,
+    rows: list[signals.DocumentSignals],
+    *,
+    prob_held_in: float | None = 0.5,
+    shadow: int | None = None,
 ) -> pathlib.Path:
-    """Writes and seals signals as scoring would, of a target that nobody trained."""
-    path = run / signals.SIGNALS_PATH
+    """Writes and seals signals as scoring would, of a target that nobody trained or of a shadow of it."""
+    path = run / (signals.SIGNALS_PATH if shadow is None else signals.REFERENCES_PATH / f"shadow-{shadow}.parquet")
     signals.write_signals(path, rows)
     facts = {
         "options": {"sampling": "temperature=1,top_k=40,top_p=1", "num_training_records": 2},
-        "target": {"statement": "", "released": {"adapter": "t0"}, "base": {}, "precision": "fp32"},
+        "target": {"statement": "", "released": {"adapter": f"model {shadow}"}, "base": {}, "precision": "fp32"},
         "documents": {},
         "prob_held_in": prob_held_in,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 
@@ -27,6 +28,7 @@ from attacks.membership import (
 )
 from attacks.protocol import DocumentAttack, UnderOtherModels
 from attacks.signals import FRESH, TRAINING, DocumentSignals
+from tests.attacks.conftest import put_signals
 
 
 def row(target, base=None, *, user="u", document="d", side="held_in", **more):
@@ -141,7 +143,7 @@ def complete_run(make_run):
         for number in range(25)
         for document, kind in kinds
     ]
-    signals.write_signals(run / signals.SIGNALS_PATH, rows)
+    put_signals(run, rows)
     for shadow in range(6):
         changed = [
             full_row(
@@ -150,7 +152,7 @@ def complete_run(make_run):
             )
             for number, item in enumerate(rows)
         ]  # fmt: skip
-        signals.write_signals(run / signals.REFERENCES_PATH / f"shadow-{shadow}.parquet", changed)
+        put_signals(run, changed, shadow=shadow)
     return run
 
 
@@ -165,7 +167,8 @@ def test_every_attack_runs_where_its_signals_are_there(complete_run):
     assert (record["unit"], record["num_held_in"], record["documents"]) == ("record", 25, TRAINING)
     assert all(result["p_holm"] >= result["p_value"] for result in facts["results"].values() if "p_holm" in result)
     assert "p_holm" not in facts["results"]["token_mean"]
-    assert facts["shadows"] == {"num": 6}
+    records = [complete_run / signals.REFERENCES_PATH / f"shadow-{shadow}.json" for shadow in range(6)]
+    assert facts["shadows"] == {"num": 6, "seals": [json.loads(path.read_text())["seal"] for path in records]}
     for name in ("sequence_sum", "loss", "lira"):
         paired = facts["results"][name]["less_headline"]
         difference = facts["results"][name]["auroc"] - facts["results"]["token_mean"]["auroc"]
@@ -197,7 +200,7 @@ def test_an_attack_without_its_signals_says_what_it_lacks(make_run):
 
 def test_shadows_of_other_documents_are_refused(complete_run):
     path = complete_run / signals.REFERENCES_PATH / "shadow-0.parquet"
-    signals.write_signals(path, signals.read_signals(path)[1:])
+    put_signals(complete_run, signals.read_signals(path)[1:], shadow=0)
     with pytest.raises(analyse.AttackInputError, match="other documents"):
         analyse.analyse_run(complete_run)
 
