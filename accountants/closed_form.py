@@ -35,6 +35,8 @@ from accountants.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, 
 
 #: Epsilons beyond it are not told from infinity.
 _LARGEST = 1e18
+#: Squares beyond its own leave float64's range.
+_FARTHEST = 1e150
 
 
 def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
@@ -86,14 +88,18 @@ def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
     first = 1 if step.shifts[0] == 0 else 0
     shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
     x, here = z - shifts, np.full(len(shifts), z)
+    if -z > _FARTHEST if add else float(x[-1]) > _FARTHEST:
+        # Add is at most P(N < z), remove at most P(N > z - mu) of the largest mu.
+        return -_FARTHEST if side > 0 else -math.inf
+    square = np.minimum(x * x, _FARTHEST**2)
     if add:
         near, far = log_mills(-here), log_mills(-x)
-        log_first = shifts * (z - shifts / 2) + special.log_ndtr(z) if z > 0 else -x * x / 2 - LOG_ROOT_TWO_PI + near
-        size = np.abs(shifts) * (abs(z) + shifts) if z > 0 else x * x
+        log_first = shifts * (z - shifts / 2) + special.log_ndtr(z) if z > 0 else -square / 2 - LOG_ROOT_TWO_PI + near
+        size = np.abs(shifts) * (abs(z) + shifts) if z > 0 else square
     else:
         near, far = log_mills(x), log_mills(here)
-        log_first = np.where(x > 0, -x * x / 2 - LOG_ROOT_TWO_PI + near, special.log_ndtr(-x))
-        size = np.where(x > 0, x * x, 0.0)
+        log_first = np.where(x > 0, -square / 2 - LOG_ROOT_TWO_PI + near, special.log_ndtr(-x))
+        size = np.where(x > 0, square, 0.0)
     gap = near - far + side * (mills_error(near) + mills_error(far))
     rounding = 4 * UNIT * (8 + size + np.abs(log_first) + np.abs(log_probs))
     total = log_sum(log_probs + log_first + side * rounding + log_difference(gap))
@@ -113,8 +119,11 @@ def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -
 def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -> float:
     """The epsilon >= 0 at which one step's delta in one direction is ``delta``; ``side`` as in :func:`step_log_delta`.
 
-    A certified end was itself evaluated: the bound of its side on delta holds there.
+    A certified end was itself evaluated: the bound of its side on delta holds there. At a delta of 0 it is the supremum
+    of the loss.
     """
+    if delta == 0:
+        return math.inf if math.isinf(step.infimum) or not add else -step.infimum * (1 + side * 4 * UNIT)
     target = math.log(delta)
     target -= side * 4 * UNIT * (1 + abs(target))
 

@@ -16,6 +16,8 @@ from accountants.window import Window
 _UNIT = 2.0**-53
 #: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.
 CHERNOFF = (24.0, 48.0, 96.0)
+#: The tilt times how far below its centre a window can reach.
+LARGEST_LOG_WEIGHT = 600.0
 
 
 class LatticePhase:
@@ -63,6 +65,9 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     start = math.ceil((low - origin) / spacing)
     points = origin + spacing * (start + np.arange(length))
     probability = np.roll(probability, -(start % length))
+    # Each value rests on those above it alone: points whose weights would leave float64's range are left out.
+    first = int(np.argmax(tilt * (reliable_from - points) <= LARGEST_LOG_WEIGHT))
+    points, probability = points[first:], probability[first:]
     num_steps = sum(phase.count for phase in phases)
     centre = reliable_from
     largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
@@ -95,8 +100,6 @@ def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float
     difference of two sums would cancel.
     """
     spacing = points[1] - points[0]
-    if tilt * (centre - points[0]) > 600.0:
-        raise FloatingPointError("the window reaches so far below its centre that weights leave float64's range")
     weight = probability * np.exp(tilt * (centre - points))
     exceed = np.cumsum(weight[::-1])[::-1]
     ratio = math.exp(-spacing)

@@ -37,8 +37,9 @@ def mills_error(values: Array) -> Array:
 
 def log_difference(gap: Array) -> Array:
     """``log(1 - e^-gap)``; minus infinity for a gap of 0 or less."""
+    gap = np.maximum(gap, 0.0)
     with np.errstate(divide="ignore"):
-        return np.where(gap > 0.7, np.log1p(-np.exp(-gap)), np.log(-np.expm1(-np.maximum(gap, 0.0))))
+        return np.where(gap > 0.7, np.log1p(-np.exp(-gap)), np.log(-np.expm1(-gap)))
 
 
 def log_sum(logs: Array) -> float:

@@ -55,12 +55,12 @@ import numpy as np
 
 from accountants import closed_form, lattice, saddle
 from accountants.answer import Direction, Ends
-from accountants.lattice_sum import CHERNOFF, LatticePhase, compose
+from accountants.lattice_sum import CHERNOFF, LARGEST_LOG_WEIGHT, LatticePhase, compose
 from accountants.mixtures import Composition
 from accountants.protocol import NormalFormAccountant
 from accountants.rdp import renyi_epsilon
 from accountants.smoothed import SmoothedSum, smoothed_sum
-from accountants.window import MARGIN, Window
+from accountants.window import MARGIN, Window, largest_jump
 
 #: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
 _SHORTEST, _LONGEST = 13, 20
@@ -140,9 +140,8 @@ class _EpsilonSearch:
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
-        # In the add direction no loss exceeds minus the infimum: a bound that needs no inversion.
-        largest = math.fsum(-count * step.infimum for step, count in composed.phases) if add else math.inf
-        self.lower, self.upper = 0.0, largest * (1 + 1e-12)
+        # A bound that needs no inversion.
+        self.lower, self.upper = 0.0, _largest_loss(composed) if add else math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
         self._attempts = self._make_attempts()
@@ -217,9 +216,17 @@ def _longest(composed: Composition) -> int:
     return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(shifts, 1))))
 
 
+def _largest_loss(composed: Composition) -> float:
+    """An upper bound on the loss of the add direction: minus the infima, with their round-off."""
+    steps = ((count, step.infimum) for step, count in composed.phases)
+    return math.fsum(-count * infimum for count, infimum in steps) * (1 + 1e-12)
+
+
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Ends:
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
     for add in (False, True):
+        if add and epsilon >= _largest_loss(composed):
+            break  # delta is 0, and its saddle at infinity
         law = saddle.directed_loss(composed, add=add, log_mass=-60.0)
         start = saddle.saddle_for_epsilon(law, epsilon)
         # A second table, now that the size of delta is known: its cut must be far below it.
@@ -290,6 +297,9 @@ def _window(
     spacing = max(width / length, max(high - low for low, high in ranges) / (1 << _longest(composed)))
     phases: list[LatticePhase] = []
     width = spacing * length
+    # Where cells wider than asked for make the window wider, the tilt must leave the lower end its jumps.
+    jumps = min(largest_jump(composed.num_steps, spacing), _BELOW * length)
+    tilt = min(tilt, LARGEST_LOG_WEIGHT / (spacing * jumps))
     reliable_from = start.epsilon - min(2 / tilt, _BELOW * width / 2)
     with np.errstate(over="ignore", invalid="raise"):  # what overflows alone may be negligible; not a number is neither
         for (step, count), (low, high) in zip(composed.phases, ranges, strict=True):

@@ -138,6 +138,11 @@ class Window:
         return values[before] * (1 - part) + values[before + 1] * part
 
 
+def largest_jump(num_steps: int, spacing: float) -> float:
+    """How many points below its epsilon a lower end may look, whatever delta."""
+    return min(27 * math.sqrt(num_steps) + num_steps * spacing / 4, num_steps) + 2
+
+
 @functools.lru_cache(maxsize=8)
 def _jump_law(steps: int, reach: int, spacing: float) -> Array:
     """Probabilities of Xi / spacing between -reach and reach."""

@@ -115,6 +115,17 @@ def test_delta_at_epsilon_encloses_the_reference(epsilon):
     assert answer.lower <= exact <= answer.upper <= 1.02 * exact
 
 
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.19472, 1.7098, 2), (0.3, 1.0, 10)])
+@pytest.mark.parametrize("share", [0.9999, 1.0001, 1.5])
+def test_delta_about_the_largest_loss_of_the_add_direction_is_answered(q, sigma, steps, share):
+    """There the saddle runs away; beyond it that direction's delta is 0."""
+    event = dp_sgd(q, sigma, steps)
+    epsilon = -share * steps * math.log1p(-q)
+    answer, pessimistic = (accountants.delta(event, epsilon, accountant=name) for name in ("tilted", "pld"))
+    assert answer.upper <= 1.01 * answer.lower
+    assert answer.lower <= pessimistic.upper <= 1.05 * answer.upper
+
+
 def test_pld_is_right_where_tails_underflow():
     """At 60 digits epsilon is 700.2523139: tails without their logarithm made it 701.16, and pld look wrong."""
     event = dp_sgd(1.0, 1.0, 1000)

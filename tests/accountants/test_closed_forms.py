@@ -9,7 +9,7 @@ from scipy import optimize, stats
 
 import accountants
 from accountants import closed_form
-from accountants.mixtures import composition
+from accountants.mixtures import MixtureStep, composition
 
 EXACT = ("tilted", "contour")
 
@@ -89,3 +89,21 @@ def test_the_shortest_transforms_saying_nothing_is_no_end_of_refinement():
     """Forty million steps: the first windows bound nothing, longer ones do."""
     answer = accountants.epsilon(dp_sgd(5.09e-5, 1.0, 39_200_000), 1e-6, accountant="tilted")
     assert 1.84 < answer.lower <= answer.upper < 1.01 * answer.lower
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("side", [-1, 0, 1])
+def test_a_delta_of_zero_gives_the_largest_loss(add, side):
+    assert closed_form.step_epsilon(MixtureStep((0.5,), (1.0,)), 0.0, add=add, side=side) == math.inf
+    sampled = closed_form.step_epsilon(MixtureStep((0.0, 0.5), (0.75, 0.25)), 0.0, add=add, side=side)
+    assert sampled == (pytest.approx(math.log(4 / 3), rel=1e-14) if add else math.inf)
+    assert not add or side * (sampled - math.log(4 / 3)) >= 0
+
+
+@pytest.mark.parametrize("epsilon", [1e149, 1e151, 1e200, 1e300])
+@pytest.mark.parametrize("step", [MixtureStep((0.5,), (1.0,)), MixtureStep((0.0, 0.5), (0.75, 0.25))])
+@pytest.mark.parametrize("add", [False, True])
+def test_squares_beyond_float64_leave_a_delta_of_zero(epsilon, step, add):
+    lower, best, upper = (closed_form.step_delta(step, epsilon, add=add, side=side) for side in (-1, 0, 1))
+    assert lower == best == 0
+    assert 0 <= upper <= 1e-322
