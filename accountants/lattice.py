@@ -120,7 +120,7 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
         q_up -= q * fallen
     scale = half / math.sqrt(2 * math.pi)
     p_mass, q_mass, p_up, q_up = (
-        np.bincount(cell, weights=part * scale, minlength=num_cells)
+        np.bincount(cell, weights=part * scale, minlength=num_cells).astype(np.float64, copy=False)
         for part in (p_mass, q_mass, p_up / math.expm1(spacing), q_up / -math.expm1(-spacing))
     )
     first, last = float(edges[0]), float(edges[-1])

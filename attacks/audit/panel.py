@@ -211,8 +211,9 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
             {
                 **common,
                 "method": method,
-                "lower_bound": bound,
-                "ceiling": ceiling,
+                # At delta 0 a Gaussian curve has no epsilon.
+                "lower_bound": bound if math.isfinite(bound) else None,
+                "ceiling": ceiling if math.isfinite(ceiling) else None,
                 "confidence": 1.0 - SIGNIFICANCE,
                 "decides": False,
             }
