@@ -33,6 +33,8 @@ _FRAMEWORK_PREFIXES = (
     "_original_p",
 )
 _FRAMEWORK_PACKAGES = ("torch.", "deepspeed.", "builtins", "typing", "abc")
+#: Objects of these packages are not looked into: engines, process groups and buffers that come and go.
+_SHARDING_PACKAGES = ("torch.distributed.", "torch._C", "deepspeed.", "accelerate.")
 #: Containers within containers that are looked into.
 _MAX_DEPTH = 6
 #: Tensors up to this size are hashed; of larger ones the bits are added up, which is faster.
@@ -135,7 +137,12 @@ class _Walker:
             yield from ((f".{key}", item) for key, item in value.named_parameters(recurse=False))
             yield from ((f".{key}", item) for key, item in _own_attributes(value))
             yield from ((f".{key}", item) for key, item in value.named_children())
-        elif isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+        elif (
+            isinstance(value, type)
+            or callable(value)
+            or not hasattr(value, "__dict__")
+            or type(value).__module__.startswith(_SHARDING_PACKAGES)
+        ):
             self._found[place] = type(value).__name__
         else:
             yield from ((f".{key}", item) for key, item in list(vars(value).items()))
@@ -143,10 +150,15 @@ class _Walker:
 
 def _tensor_digest(value: Any) -> object:
     value = getattr(value, "to_local", lambda: value)()  # what this rank holds of a sharded one
-    if value.is_meta or value.layout != torch.strided:
+    if value.is_meta or value.layout != torch.strided or _is_freed(value):
         return str(value.layout), tuple(value.shape)
     if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:
         return str(value.dtype), tuple(value.shape), digest([value])
     kind = _BITS.get(value.element_size(), torch.uint8)
     bits = (torch.view_as_real(value) if value.is_complex() else value).contiguous().view(kind)
     return str(value.dtype), tuple(value.shape), int(bits.sum(dtype=torch.int64))
+
+
+def _is_freed(value: torch.Tensor) -> bool:
+    """Whether its memory was let go, as FSDP2 does with gathered weights: reading it would crash."""
+    return value.numel() > 0 and value.untyped_storage().nbytes() < value.element_size()
