@@ -35,6 +35,9 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 #: "pessimistic" value can fall below the truth; we refuse rather than print it.
 MIN_DELTA = 1e-11
 
+#: Relative round-off of the library that a certified upper end may stand in for.
+_ROUND_OFF = 1e-6
+
 _DEFAULT_GRID = 1e-4
 _COARSEST_GRID = 1e-2
 #: Standard deviations at which the library cuts the noise: probability e^-50.
@@ -67,8 +70,8 @@ class PldAccountant(Accountant):
             floor = 0.0 if isinstance(event, dp_accounting.NoOpDpEvent) else MIN_DELTA
             found = float(self._compose(event, relation, None, argument).get_delta(argument))
             value = min(1.0, max(found, floor))
-        _refuse_if_refuted(question, value)
-        return Ends(0.0, value, estimate=value)
+        upper = _not_refuted(question, value)
+        return Ends(0.0, upper, estimate=upper)
 
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None
@@ -82,22 +85,29 @@ class PldAccountant(Accountant):
         return accountant
 
 
-def _refuse_if_refuted(question: Question, value: float) -> None:
-    """Refuse a value that a certified lower bound contradicts: the library does not bound its round-off.
+def _not_refuted(question: Question, value: float) -> float:
+    """What is certified where a certified lower bound contradicts the library, which does not bound its round-off.
 
-    No setting is known at which this finds fault with a value that the limits of this module let through.
+    At sampling probability 1 the lower bound is tight to eleven digits and a value may fall short of it by its last
+    ones: then the certified upper end stands in.
+
+    Raises:
+        ValueError: where it falls short by more than round-off.
     """
     ask = getattr(TiltedAccountant(), question.quantity)
     try:
-        known = ask(question.event, question.argument, question.relation).lower
+        known = ask(question.event, question.argument, question.relation)
     except UnsupportedEventError:
-        return
-    if value < known:
+        return value
+    if value >= known.lower:
+        return value
+    if value < (1 - _ROUND_OFF) * known.lower:
         given = "delta" if question.quantity == "epsilon" else "epsilon"
         raise ValueError(
             f"pld's {question.quantity} {value:.6g} at {given}={question.argument:g} is below the certified lower "
-            f"bound {known:.6g}: its float64 round-off shows; use 'tilted'"
+            f"bound {known.lower:.6g}: its float64 round-off shows; use 'tilted'"
         )
+    return float(known.upper)
 
 
 def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: float | None) -> float:

@@ -113,9 +113,7 @@ class Fsdp2Backend(ShardedBackend):
 
     def place(self, model: torch.nn.Module) -> Placement:
         """See :class:`privtrain.backends.base.Backend`."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a model that has computed something holds its outermost weights whole
+        _let_go_of_whole_weights(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._split, self._shards, self._weights = None, None, {}
         if not any(isinstance(p, DTensor) for p in trainable.values()):
@@ -150,6 +148,7 @@ class Fsdp2Backend(ShardedBackend):
 
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """See :class:`privtrain.backends.base.Backend`."""
+        _let_go_of_whole_weights(model)
         for name, parameter in model.named_parameters():
             yield name, _local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
 
@@ -170,6 +169,13 @@ class Fsdp2Backend(ShardedBackend):
                 local = _local(parameter)
                 if local.numel():
                     local.copy_(read(name, _first(parameter), local.numel()))
+
+
+def _let_go_of_whole_weights(model: torch.nn.Module) -> None:
+    """A model that has computed something, or whose backward pass was broken off, holds some of its weights whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

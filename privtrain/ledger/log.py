@@ -270,6 +270,8 @@ def open_ledger(
         open_rows, num_torn_row_bytes = read_open(path, state)
         if state.num_records:
             _check_owner(path, state, plan_fingerprint, pseudonym_key)
+        if state.is_released and path.stat().st_size > end:
+            raise LedgerCorrupt(f"{path}: bytes behind the release record, where nothing is ever written; restore it")
         num_torn_bytes = _cut(path, end) + _cut(rows_path(path, len(state.segments)), open_rows.nbytes)
         _drop_leftovers(path, len(state.segments))
         if lag:

@@ -214,7 +214,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
     for number in (16, 128):
-        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number)).mkdir(mode=0o700)
         command = [sys.executable, "-c", code, str(number), str(tmp_path / str(number))]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=jobs.REPOSITORY)
         peaks.append(int(done.stdout))

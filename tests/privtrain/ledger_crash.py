@@ -123,3 +123,5 @@ def verify_or_repair(path: pathlib.Path, aside: pathlib.Path) -> tuple[int, int]
 
 if __name__ == "__main__":
     main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    sys.stdout.flush()
+    os._exit(0)  # a process that forked while libraries had threads may abort as it takes them down

@@ -126,7 +126,10 @@ def test_every_one_of_many_random_edits_is_found(logs):
         outcomes["repaired"] += 1
     restore(path, whole)
     assert outcomes["refused"] >= 200
-    assert outcomes["repaired"] >= 3, "the campaign must reach the tail"
+    if before.is_released:
+        assert outcomes["repaired"] == 0, "nothing is written behind a release, so no crash can have torn it"
+    else:
+        assert outcomes["repaired"] >= 3, "the campaign must reach the tail"
 
 
 def _is_crash(path: pathlib.Path, whole: bytes, data: bytes) -> bool:

@@ -57,7 +57,7 @@ def test_the_page_shows_budgets_and_runs(filled):
         "Data set chat",
     ):
         assert fact in text, fact
-    assert "(1.710, 1e-05) for one user" in text
+    assert "(1.603, 1e-05) for one user" in text
     assert "noise 73, prob 1, 900 steps" in text
     assert "<i>" not in page.text, "names are escaped"
     assert page.text.count("<svg") == 2
@@ -66,7 +66,7 @@ def test_the_page_shows_budgets_and_runs(filled):
 def test_a_user_is_looked_up_by_pseudonym(filled):
     text = text_of(client(filled).get("/user", params={"pseudonym": f"{1:032x}"}).text)
     assert "On the do-not-train list since" in text
-    assert "(1.710, 1e-05)-DP for one user" in text
+    assert "(1.603, 1e-05)-DP for one user" in text
     assert "run&lt;/i&gt;-4 (open)" in text
     assert "None that has finished" in text_of(client(filled).get("/user", params={"pseudonym": "f" * 32}).text)
     assert "is no pseudonym" in text_of(client(filled).get("/user", params={"pseudonym": "alice"}).text)
