@@ -227,6 +227,8 @@ class _Plant:
         original, plant = getattr(owner, name), self
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
+            if phase == "join":
+                plant.await_all()  # whoever is not yet listening for signals would die of the launcher's
             plant.strike(phase, "before")
             before = plant.ledger_files() if torn else (0, b"")
             if not torn:
@@ -241,6 +243,13 @@ class _Plant:
             return result
 
         setattr(owner, name, wrapped)
+
+    def await_all(self) -> None:
+        """Wait until every rank of the job is here."""
+        (self.place / f"here-{self.rank}").touch()
+        everybody = [self.place / f"here-{rank}" for rank in range(int(os.environ.get("WORLD_SIZE", "1")))]
+        while not all(path.exists() for path in everybody):
+            time.sleep(0.01)
 
     @property
     def run(self) -> pathlib.Path:
