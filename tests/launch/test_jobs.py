@@ -75,7 +75,7 @@ def test_a_run_ends_with_an_adapter_a_card_and_a_statement(uninterrupted):
     statement = json.loads((uninterrupted / "privacy.json").read_text())
     state = verify(uninterrupted / "secret" / "ledger.jsonl")
     assert statement["steps_released"] == state.num_charged == len(state.commits) == NUM_STEPS
-    records = read_records(uninterrupted / "secret" / "ledger.jsonl")
+    records = list(read_records(uninterrupted / "secret" / "ledger.jsonl"))
     assert [record["kind"] for record in records].index("release") == len(records) - 1
     assert statement["ledger"]["head"] == records[-1]["prev"], "what the release record follows"
     assert statement["unit"] == "user"

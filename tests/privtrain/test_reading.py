@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from privtrain import reading, sealing
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
+from privtrain.private_paths import make_private_directory
 from privtrain.rundir import RunDirectory, write_json
 
 PRIVATE = "margaret-hamilton"
@@ -165,7 +166,7 @@ def test_a_file_name_with_a_line_break_stays_one_line():
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
-    directory.secret.mkdir(parents=True)
+    make_private_directory(directory.secret)
     directory.create_key("root")
     return directory
 
@@ -197,7 +198,7 @@ def test_every_flipped_byte_and_every_cut_of_a_sealed_file_is_told(run):
 @given(st.dictionaries(st.text(max_size=3), st.one_of(st.floats(), st.text(max_size=3), st.integers()), max_size=4))
 def test_a_body_of_another_content_has_another_seal(tmp_path_factory, body):
     run = RunDirectory(tmp_path_factory.getbasetemp() / "sealed-run")
-    run.secret.mkdir(parents=True, exist_ok=True)
+    make_private_directory(run.secret)
     run.keep_key("root")
     path = run.secret / "facts.json"
     try:
@@ -215,7 +216,7 @@ def test_a_seal_holds_for_its_place_and_its_run_alone(run, tmp_path):
     elsewhere = run.secret / "other.json"
     elsewhere.write_bytes(path.read_bytes())
     assert "seal" in said(lambda p: sealing.read_sealed_file(run, p), elsewhere)
-    other.secret.mkdir(parents=True)
+    make_private_directory(other.secret)
     other.create_key("root")
     (other.secret / "facts.json").write_bytes(path.read_bytes())
     assert "seal" in said(lambda p: sealing.read_sealed_file(other, p), other.secret / "facts.json")
