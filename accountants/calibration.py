@@ -1,6 +1,6 @@
 """Find any one parameter of a run for a budget. Only certified upper bounds, covering both directions, may decide.
 
-A cheap certified guide (:mod:`accountants.tilted` at a loose tolerance) finds the root; the accountant that will be
+A cheap certified guide (:mod:`accountants.methods.tilted` at a loose tolerance) finds the root; the accountant that will be
 quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
 returned value was itself evaluated and spends at most the target.
 
@@ -18,10 +18,10 @@ import dp_accounting
 
 from accountants.api import certified_upper
 from accountants.events import dp_sgd_event, poisson_counterpart
+from accountants.methods.tilted import TiltedAccountant
 from accountants.protocol import Accountant, UnsupportedEventError
 from accountants.registry import fitting, get_accountant
 from accountants.roots import bracketed_root
-from accountants.tilted import TiltedAccountant
 from accountants.units import group_event
 
 NeighboringRelation = dp_accounting.NeighboringRelation

@@ -16,13 +16,13 @@ import dp_accounting
 
 from accountants.answer import Direction
 from accountants.calibration import calibrate_noise_multiplier
-from accountants.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant, EeaiAccountant
 from accountants.events import dp_sgd_event
-from accountants.laplace_reference import ContourAccountant
+from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant, EeaiAccountant
+from accountants.methods.laplace_reference import ContourAccountant
+from accountants.methods.prv import PrvAccountant
+from accountants.methods.tilted_edgeworth import TiltedEdgeworthAccountant
 from accountants.protocol import Accountant
-from accountants.prv import PrvAccountant
 from accountants.roots import bracketed_root
-from accountants.tilted_edgeworth import TiltedEdgeworthAccountant
 
 README = Path(__file__).with_name("README.md")
 PICTURE = Path(__file__).with_name("ewtune.png")

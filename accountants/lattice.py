@@ -16,7 +16,7 @@ on the loss, the hockey-stick divergence is convex in w, and so after n steps
 
     delta(eps) <= delta'(eps) <= E[delta(eps - Xi)],     Xi = h (Binomial(2n, 1/(1+e^(-h/2))) - n),
 
-where delta' belongs to the lattice pair. :mod:`accountants.tilted` turns the right half into a lower bound.
+where delta' belongs to the lattice pair. :mod:`accountants.methods.tilted` turns the right half into a lower bound.
 
 Accuracy. Masses under either law, and the parts of them that go to a cell's upper end, come from four-point
 Gauss-Legendre rules on pieces of ``z`` so narrow that the densities' logarithms, whose slope is at most the distance

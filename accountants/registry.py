@@ -13,26 +13,50 @@ if TYPE_CHECKING:
 
 #: Name -> (module, class, what it is in one phrase).
 ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
-    "pld": ("accountants.pld", "PldAccountant", "privacy loss distributions, certified upper bound"),
-    "tilted": ("accountants.tilted", "TiltedAccountant", "tilted lattice inversion, certified interval"),
+    "pld": ("accountants.methods.pld", "PldAccountant", "privacy loss distributions, certified upper bound"),
+    "tilted": ("accountants.methods.tilted", "TiltedAccountant", "tilted lattice inversion, certified interval"),
     "tilted-edgeworth": (
-        "accountants.tilted_edgeworth",
+        "accountants.methods.tilted_edgeworth",
         "TiltedEdgeworthAccountant",
         "tilted normal expansion with Berry-Esseen error, certified interval",
     ),
-    "rdp": ("accountants.rdp", "RdpAccountant", "Renyi divergences, certified upper bound"),
-    "prv": ("accountants.prv", "PrvAccountant", "privacy random variables (Opacus), certified, remove direction"),
+    "rdp": ("accountants.methods.rdp", "RdpAccountant", "Renyi divergences, certified upper bound"),
+    "prv": (
+        "accountants.methods.prv",
+        "PrvAccountant",
+        "privacy random variables (Opacus), certified, remove direction",
+    ),
     "allocation": (
-        "accountants.allocation",
+        "accountants.methods.allocation",
         "AllocationAccountant",
         "random allocation, certified upper bound",
     ),
-    "gdp": ("accountants.gdp", "GdpAccountant", "central limit theorem, asymptotic"),
-    "aea1": ("accountants.edgeworth", "Aea1Accountant", "Edgeworth expansion of order 1, both directions, estimate"),
-    "aea2": ("accountants.edgeworth", "Aea2Accountant", "Edgeworth expansion of order 2, both directions, estimate"),
-    "aea3": ("accountants.edgeworth", "Aea3Accountant", "Edgeworth expansion of order 3, both directions, estimate"),
-    "eeai": ("accountants.edgeworth", "EeaiAccountant", "Edgeworth interval with finite-sample error, certified"),
-    "contour": ("accountants.laplace_reference", "ContourAccountant", "saddle-line Laplace inversion, reference"),
+    "gdp": ("accountants.methods.gdp", "GdpAccountant", "central limit theorem, asymptotic"),
+    "aea1": (
+        "accountants.methods.edgeworth",
+        "Aea1Accountant",
+        "Edgeworth expansion of order 1, both directions, estimate",
+    ),
+    "aea2": (
+        "accountants.methods.edgeworth",
+        "Aea2Accountant",
+        "Edgeworth expansion of order 2, both directions, estimate",
+    ),
+    "aea3": (
+        "accountants.methods.edgeworth",
+        "Aea3Accountant",
+        "Edgeworth expansion of order 3, both directions, estimate",
+    ),
+    "eeai": (
+        "accountants.methods.edgeworth",
+        "EeaiAccountant",
+        "Edgeworth interval with finite-sample error, certified",
+    ),
+    "contour": (
+        "accountants.methods.laplace_reference",
+        "ContourAccountant",
+        "saddle-line Laplace inversion, reference",
+    ),
 }
 
 #: Kind of event -> the accountants that can certify it, the best first; the first kind found in an event decides.

@@ -1,7 +1,7 @@
 """Where to tilt: the cumulant generating function of the privacy loss and its saddle points.
 
-Nothing here is certified and nothing needs to be: any positive tilt gives a valid bound in :mod:`accountants.tilted`,
-and a contour through any positive point gives the same integral in :mod:`accountants.laplace_reference`. A good tilt
+Nothing here is certified and nothing needs to be: any positive tilt gives a valid bound in :mod:`accountants.methods.tilted`,
+and a contour through any positive point gives the same integral in :mod:`accountants.methods.laplace_reference`. A good tilt
 only makes them sharp.
 
 For the direction *remove* the loss is ``loss(z)``, z ~ Q; for *add* it is ``-loss(z)``, z ~ P. With one function

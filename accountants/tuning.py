@@ -22,8 +22,8 @@ from dp_accounting import dp_event
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import phased_event
-from accountants.rdp import RdpAccountant
-from accountants.tilted import TiltedAccountant
+from accountants.methods.rdp import RdpAccountant
+from accountants.methods.tilted import TiltedAccountant
 
 #: Shapes of the number of runs by name: truncated negative binomial, and Poisson as its limit.
 SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}

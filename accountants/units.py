@@ -28,8 +28,8 @@ from dp_accounting.rdp import rdp_privacy_accountant as conversion
 from scipy import special
 
 from accountants.answer import OWN_VERSION, BoundKind, PrivacyAnswer
+from accountants.methods.rdp import ORDERS
 from accountants.protocol import Accountant, check_delta
-from accountants.rdp import ORDERS
 from accountants.validation import check_event, check_values, not_negative, probability, whole
 
 NeighboringRelation = dp_accounting.NeighboringRelation

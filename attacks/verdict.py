@@ -228,8 +228,8 @@ def _event(
 
 def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relation: str) -> statistics.DpBound:
     import accountants
-    from accountants.allocation import AllocationAccountant
     from accountants.api import NeighboringRelation
+    from accountants.methods.allocation import AllocationAccountant
 
     asked = NeighboringRelation[_RELATIONS[relation]]
     if accountant == "allocation":

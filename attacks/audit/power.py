@@ -15,7 +15,7 @@ import math
 import scipy.optimize
 import scipy.stats
 
-from accountants import gdp
+from accountants.methods import gdp
 from attacks.audit import one_run
 from attacks.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
 from attacks.audit.guesses import guess_counts

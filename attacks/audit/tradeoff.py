@@ -25,7 +25,7 @@ from collections.abc import Callable
 import scipy.optimize
 import scipy.special
 
-from accountants import gdp
+from accountants.methods import gdp
 from attacks.statistics import Bound, CurveBound, DpBound
 
 InverseCurve = Callable[[float], float]

@@ -25,9 +25,9 @@ from dp_accounting.rdp import rdp_privacy_accountant as conversion
 import accountants
 from accountants.calibration import calibrate_noise
 from accountants.events import event_from_json, event_to_json
+from accountants.methods.rdp import ORDERS, mixture_divergences
+from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
-from accountants.rdp import ORDERS, mixture_divergences
-from accountants.tilted import TiltedAccountant
 from accountants.units import group_event
 
 #: With more different mechanisms than this the exact composition takes seconds; then the Rényi bound alone decides.

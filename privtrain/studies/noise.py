@@ -12,12 +12,12 @@ import pathlib
 
 import accountants
 from accountants.answer import Direction
-from accountants.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
+from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
+from accountants.methods.prv import PrvAccountant
+from accountants.methods.tilted import TiltedAccountant
 from accountants.protocol import Accountant
-from accountants.prv import PrvAccountant
 from accountants.registry import get_accountant
 from accountants.roots import bracketed_root
-from accountants.tilted import TiltedAccountant
 from privtrain.rundir import write_json
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.

@@ -29,7 +29,7 @@ def dp_sgd(sampling_prob, noise_multiplier, num_steps):
 
 def worst_contour_delta(event, epsilon):
     """The exact reference's delta, the worse direction."""
-    from accountants.laplace_reference import contour_delta
+    from accountants.methods.laplace_reference import contour_delta
 
     composed = composition(event)
     return max(contour_delta(composed, epsilon, add=add) for add in (False, True))

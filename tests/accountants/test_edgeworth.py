@@ -5,9 +5,9 @@ import pytest
 from accounting_cases import GLUE, dp_sgd, simulated_losses, worst_contour_delta
 
 import accountants
-from accountants import edgeworth
 from accountants.answer import Direction, NotCertifiedError
 from accountants.cumulants import sum_cumulants
+from accountants.methods import edgeworth
 from accountants.mixtures import composition
 
 

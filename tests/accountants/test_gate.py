@@ -9,8 +9,8 @@ from accounting_cases import dp_sgd
 
 import accountants
 from accountants.answer import BoundKind, Direction, PrivacyAnswer
-from accountants.prv import PrvAccountant
-from accountants.tilted import TiltedAccountant
+from accountants.methods.prv import PrvAccountant
+from accountants.methods.tilted import TiltedAccountant
 from accountants.units import group_epsilon
 
 RELATIONS = [relation.name for relation in dp_accounting.NeighboringRelation]

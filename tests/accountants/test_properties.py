@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import accountants
 from accountants import events
 from accountants.answer import BoundKind, Direction, PrivacyAnswer
+from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
-from accountants.tilted import TiltedAccountant
 from accountants.units import group_event
 
 QUICK = settings(max_examples=15, deadline=None)

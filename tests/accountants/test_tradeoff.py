@@ -5,7 +5,7 @@ import pytest
 from accounting_cases import dp_sgd
 from scipy import stats
 
-from accountants.gdp import gdp_tradeoff
+from accountants.methods.gdp import gdp_tradeoff
 from accountants.registry import get_accountant
 from accountants.tradeoff import privacy_curve, shuffle_lower_bound
 

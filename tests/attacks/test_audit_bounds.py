@@ -13,7 +13,7 @@ import statsmodels.stats.proportion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accountants import gdp
+from accountants.methods import gdp
 from attacks.audit import Claim, Coins, audit, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
 from attacks.audit.evaluate import epsilon_ceiling
 from attacks.statistics import CurveBound, DpBound

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from accountants import gdp
+from accountants.methods import gdp
 from attacks.audit import Coins, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
 from attacks.audit.power import reached
 from attacks.statistics import DpBound

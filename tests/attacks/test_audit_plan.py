@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from accountants import gdp
+from accountants.methods import gdp
 from attacks.audit import Coins, correct_guesses, guess_counts, one_run, power
 from attacks.cli import app
 from attacks.errors import AttackInputError

@@ -11,8 +11,8 @@ from dp_accounting import mechanism_calibration, pld
 
 import accountants
 from accountants.comparison import compare
-from accountants.edgeworth import Aea1Accountant
-from accountants.tilted import TiltedAccountant
+from accountants.methods.edgeworth import Aea1Accountant
+from accountants.methods.tilted import TiltedAccountant
 
 pytestmark = pytest.mark.campaign
 

@@ -2,7 +2,7 @@
 
 Koskela, Jalko, Honkela 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380) for the pessimistic
 discretisation that makes the upper end certified. Both directions. Relations: add-or-remove-one, zero-out, and
-replace-one (noise multipliers relative to C, under replace-one too; see :mod:`accountants.rdp` for the other
+replace-one (noise multipliers relative to C, under replace-one too; see :mod:`accountants.methods.rdp` for the other
 convention).
 
 The grid. Connecting the dots on a grid of width h adds a variance of at most h^2/6 a step, which moves epsilon by about
@@ -25,9 +25,9 @@ from dp_accounting import pld
 from accountants import saddle
 from accountants.answer import Ends
 from accountants.events import poisson_counterpart
+from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
 from accountants.protocol import Accountant, Question, UnsupportedEventError
-from accountants.tilted import TiltedAccountant
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 

@@ -56,9 +56,9 @@ import numpy as np
 from accountants import closed_form, lattice, saddle
 from accountants.answer import Direction, Ends
 from accountants.lattice_sum import CHERNOFF, LARGEST_LOG_WEIGHT, LatticePhase, compose
+from accountants.methods.rdp import renyi_epsilon
 from accountants.mixtures import Composition
 from accountants.protocol import NormalFormAccountant
-from accountants.rdp import renyi_epsilon
 from accountants.smoothed import SmoothedSum, smoothed_sum
 from accountants.window import MARGIN, Window, largest_jump
 

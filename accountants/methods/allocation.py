@@ -16,8 +16,8 @@ import dp_accounting
 
 from accountants.answer import Ends
 from accountants.events import RandomAllocationDpEvent, poisson_counterpart
+from accountants.methods.tilted import TiltedAccountant
 from accountants.protocol import Accountant, Question, UnsupportedEventError
-from accountants.tilted import TiltedAccountant
 
 #: Limits of the grid width: beyond them the bounds say little, or take hours.
 _FINEST, _COARSEST = 1e-3, 0.3

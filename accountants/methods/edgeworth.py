@@ -13,7 +13,7 @@ the settings of EW-Tune it is up to a sixth too low, and an expansion is not eve
 **EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.edgeworth_error`):
 delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps
 Delta_X < delta. At any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a
-bound of this family that is not vacuous see :mod:`accountants.tilted_edgeworth`.
+bound of this family that is not vacuous see :mod:`accountants.methods.tilted_edgeworth`.
 
 Both directions are computed; steps may differ; the cost does not depend on their number.
 """

@@ -1,6 +1,6 @@
 """A finite-sample Edgeworth bound that is not vacuous: tilt first, expand second.
 
-With the notation of :mod:`accountants.tilted`, for every t > 0
+With the notation of :mod:`accountants.methods.tilted`, for every t > 0
 
     delta(eps) = e^(K(t) - t eps) E_t[g(S - eps)],   g(x) = e^(-tx) (1 - e^(-x))_+,   0 <= g <= c_t = t^t / (1+t)^(1+t).
 
@@ -18,7 +18,7 @@ The branch c_t alone is the conversion from Renyi divergence, so the bound is ne
 unlike an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
 theory allows: Delta is of order n^(-1/2) times the tilted skewness, and g needs Delta << 1/(t sd), so at EW-Tune's
 settings a quarter to two fifths of the noise between Renyi's and the least goes. The rest needs the smoothness of the
-law, which :mod:`accountants.tilted` uses numerically.
+law, which :mod:`accountants.methods.tilted` uses numerically.
 
 All laws are cut where one step's noise exceeds a bound that all steps together exceed with probability at most e^-16
 delta, which is added to delta: without the cut, Renyi divergences of sampled steps explode at orders near 2
