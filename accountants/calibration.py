@@ -19,9 +19,9 @@ import dp_accounting
 from accountants.api import certified_upper
 from accountants.events import dp_sgd_event, poisson_counterpart
 from accountants.methods.tilted import TiltedAccountant
+from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant, UnsupportedEventError
 from accountants.registry import fitting, get_accountant
-from accountants.roots import bracketed_root
 from accountants.units import group_event
 
 NeighboringRelation = dp_accounting.NeighboringRelation

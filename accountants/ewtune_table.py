@@ -21,8 +21,8 @@ from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Ac
 from accountants.methods.laplace_reference import ContourAccountant
 from accountants.methods.prv import PrvAccountant
 from accountants.methods.tilted_edgeworth import TiltedEdgeworthAccountant
+from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
-from accountants.roots import bracketed_root
 
 README = Path(__file__).with_name("README.md")
 PICTURE = Path(__file__).with_name("ewtune.png")

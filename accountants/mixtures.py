@@ -27,8 +27,8 @@ import numpy.typing as npt
 from scipy import special
 
 from accountants.answer import UnsupportedEventError
-from accountants.roots import bracketed_root
-from accountants.tails import log_sum
+from accountants.numerics.roots import bracketed_root
+from accountants.numerics.tails import log_sum
 from accountants.validation import WEIGHTS_ERROR, check_event
 
 Array = npt.NDArray[np.floating[Any]]

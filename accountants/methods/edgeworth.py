@@ -10,7 +10,7 @@ of steps.
 **AEA** of order 1, 2, 3 puts the expansion in place of F. It is an ``ESTIMATE`` and no bound in either direction: at
 the settings of EW-Tune it is up to a sixth too low, and an expansion is not even a distribution function.
 
-**EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.edgeworth_error`):
+**EEAI** adds an explicit bound Delta on the expansion's error (:mod:`accountants.numerics.edgeworth_error`):
 delta <= 1 - F_Y + Delta_Y - e^eps (1 - F_X - Delta_X). It is certified, but says something only where Delta_Y + e^eps
 Delta_X < delta. At any realistic delta it is not, and then the answer is infinite and its note says ``vacuous``. For a
 bound of this family that is not vacuous see :mod:`accountants.methods.tilted_edgeworth`.
@@ -29,9 +29,9 @@ import numpy as np
 from scipy import special
 
 from accountants.answer import Direction, Ends, point
-from accountants.cumulants import step_moments, sum_cumulants
-from accountants.edgeworth_error import sup_error
 from accountants.mixtures import Array, Composition
+from accountants.numerics.cumulants import step_moments, sum_cumulants
+from accountants.numerics.edgeworth_error import sup_error
 from accountants.protocol import NormalFormAccountant
 
 #: Beyond it e^epsilon overflows.

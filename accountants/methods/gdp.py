@@ -14,9 +14,9 @@ import math
 
 from scipy import special
 
-from accountants import closed_form
 from accountants.answer import BoundKind, Direction, Ends, point
 from accountants.mixtures import Composition, MixtureStep
+from accountants.numerics import closed_form
 from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 

@@ -21,9 +21,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from accountants import closed_form, saddle
 from accountants.answer import Direction, Ends, point
 from accountants.mixtures import Array, Composition, MixtureStep
+from accountants.numerics import closed_form, saddle
 from accountants.protocol import NormalFormAccountant
 
 _DECAY = 34.0

@@ -22,11 +22,11 @@ import dp_accounting
 import numpy as np
 from dp_accounting import pld
 
-from accountants import saddle
 from accountants.answer import Ends
 from accountants.events import poisson_counterpart
 from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
+from accountants.numerics import saddle
 from accountants.protocol import Accountant, Question, UnsupportedEventError
 
 NeighboringRelation = dp_accounting.NeighboringRelation

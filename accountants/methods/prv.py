@@ -17,9 +17,9 @@ import importlib.metadata
 import math
 from typing import Any
 
-from accountants import saddle
 from accountants.answer import Direction, Ends
 from accountants.mixtures import Composition
+from accountants.numerics import saddle
 from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 #: The error in epsilon that is asked of the method, relative to an approximate answer, and its limits.

@@ -11,10 +11,10 @@ untilted law instead, where an error bound on the distribution function is usele
 g by its maximum c_t = t^t/(1+t)^(1+t) is the conversion from Renyi divergence of order 1 + t, Canonne et al. 2020,
 arXiv 2004.00010.)
 
-Here the expectation is computed rather than expanded: by :mod:`accountants.smoothed` where that takes few frequencies,
+Here the expectation is computed rather than expanded: by :mod:`accountants.numerics.smoothed` where that takes few frequencies,
 else (a handful of steps, or rare large losses) on a lattice.
 
-1. Every step's loss is replaced by the dominating lattice law of :mod:`accountants.lattice`, with spacing h.
+1. Every step's loss is replaced by the dominating lattice law of :mod:`accountants.numerics.lattice`, with spacing h.
 2. The tilted law of the sum is the inverse discrete Fourier transform, of length N, of the product of the steps'
    transforms raised to their counts. This is the law of S modulo W = N h, exactly: there is no error of truncating or
    sampling a Fourier integral. Only folding remains: probability outside the window of length W appears inside it.
@@ -26,7 +26,7 @@ else (a handful of steps, or rare large losses) on a lattice.
    by Chernoff; below that it lands under eps and adds nothing. Folded from below, S becomes S + kW >= eps, and
    M e^(-t eps) E_t[e^(-t(S + kW - eps))] <= e^(-tkW), in all at most e^(-tW)/(1 - e^(-tW)). Both are subtracted, as is
    the mass moved from beyond the lattice.
-5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))] (:mod:`accountants.lattice`). If D(g)
+5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))] (:mod:`accountants.numerics.lattice`). If D(g)
    = v, then
    between g e^(-c) and g e^c the function D lies below the chords from (g, v) to D' at those two points, elsewhere
    below D'; so D'(g) <= A + v B with known A and B, that is v >= (D'(g) - A) / B. The best of several c is taken. The
@@ -34,11 +34,11 @@ else (a handful of steps, or rare large losses) on a lattice.
 6. Round-off. A sum of N terms through log2 N butterflies has a forward error of at most c u log2(N) * sum of magnitudes
    (c = 8 is used, u = 2^-53); raising to the count n multiplies it by n; the inverse transform adds its own. This
    bound on every probability of the window is added (upper) or subtracted (lower). Errors of masses and losses are
-   those allowed for in :mod:`accountants.lattice`.
+   those allowed for in :mod:`accountants.numerics.lattice`.
 
 Smoothing and spacing are reduced until the ends agree to a relative ``tolerance`` or the transform reaches its largest
 length; in every case both ends are certified, assuming double precision arithmetic and scipy's logarithms of normal
-tails accurate to 16 units in the last place (:mod:`accountants.tails`; the tests compare them with 60 digits).
+tails accurate to 16 units in the last place (:mod:`accountants.numerics.tails`; the tests compare them with 60 digits).
 
 Relations: add-or-remove-one and zero-out of a clipped sum (Gaussian, Poisson-sampled and mixture-of-Gaussians steps,
 and any composition of them). Both directions are computed and the worse is reported.
@@ -53,14 +53,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from accountants import closed_form, lattice, saddle
 from accountants.answer import Direction, Ends
-from accountants.lattice_sum import CHERNOFF, LARGEST_LOG_WEIGHT, LatticePhase, compose
 from accountants.methods.rdp import renyi_epsilon
 from accountants.mixtures import Composition
+from accountants.numerics import closed_form, lattice, saddle
+from accountants.numerics.lattice_sum import CHERNOFF, LARGEST_LOG_WEIGHT, LatticePhase, compose
+from accountants.numerics.smoothed import SmoothedSum, smoothed_sum
+from accountants.numerics.window import MARGIN, Window, largest_jump
 from accountants.protocol import NormalFormAccountant
-from accountants.smoothed import SmoothedSum, smoothed_sum
-from accountants.window import MARGIN, Window, largest_jump
 
 #: Log2 of the shortest and the longest transform; those between are tried as the ends demand.
 _SHORTEST, _LONGEST = 13, 20

@@ -12,7 +12,7 @@ parts and the total variation 2 c_t of g give  |E_t g - int g dH| <= 2 c_t Delta
 Two choices of (H, Delta), the better counts:
 
 * the normal law and the bound of Berry and Esseen;
-* the first-order Edgeworth expansion and its explicit error (both: :mod:`accountants.edgeworth_error`).
+* the first-order Edgeworth expansion and its explicit error (both: :mod:`accountants.numerics.edgeworth_error`).
 
 The branch c_t alone is the conversion from Renyi divergence, so the bound is never worse than that at the same order:
 unlike an error of F, an error of E_t g is measured against a delta that the prefactor has already taken out. What the
@@ -34,11 +34,11 @@ import math
 
 import numpy as np
 
-from accountants import saddle
 from accountants.answer import Ends
-from accountants.cumulants import step_moments
-from accountants.edgeworth_error import normal_error, sup_error
 from accountants.mixtures import Composition
+from accountants.numerics import saddle
+from accountants.numerics.cumulants import step_moments
+from accountants.numerics.edgeworth_error import normal_error, sup_error
 from accountants.protocol import NormalFormAccountant
 
 _K_MARGIN = 1e-12

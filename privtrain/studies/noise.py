@@ -15,9 +15,9 @@ from accountants.answer import Direction
 from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
 from accountants.methods.prv import PrvAccountant
 from accountants.methods.tilted import TiltedAccountant
+from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
 from accountants.registry import get_accountant
-from accountants.roots import bracketed_root
 from privtrain.rundir import write_json
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.

@@ -8,8 +8,8 @@ from dp_accounting import gaussian_mechanism
 from scipy import optimize, stats
 
 import accountants
-from accountants import closed_form
 from accountants.mixtures import MixtureStep, composition
+from accountants.numerics import closed_form
 
 EXACT = ("tilted", "contour")
 

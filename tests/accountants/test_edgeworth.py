@@ -6,9 +6,9 @@ from accounting_cases import GLUE, dp_sgd, simulated_losses, worst_contour_delta
 
 import accountants
 from accountants.answer import Direction, NotCertifiedError
-from accountants.cumulants import sum_cumulants
 from accountants.methods import edgeworth
 from accountants.mixtures import composition
+from accountants.numerics.cumulants import sum_cumulants
 
 
 def remove(order, event, delta):

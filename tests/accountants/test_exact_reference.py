@@ -9,9 +9,9 @@ from exact_reference import gaussian_delta, step_delta, worst_delta
 from scipy import special
 
 import accountants
-from accountants import closed_form, tails
 from accountants.answer import BoundKind, Direction
 from accountants.mixtures import MixtureStep
+from accountants.numerics import closed_form, tails
 
 ACCOUNTANTS = ("tilted", "tilted-edgeworth", "rdp", "gdp", "pld", "prv", "eeai")
 NUM_ALWAYS, NUM_CAMPAIGN = 24, 2000

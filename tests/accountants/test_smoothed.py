@@ -9,10 +9,10 @@ from accounting_cases import dp_sgd
 from hypothesis import assume, example, given, reject, settings
 from hypothesis import strategies as st
 
-from accountants import closed_form, saddle, smoothed
 from accountants.methods import laplace_reference, tilted
 from accountants.mixtures import Composition, MixtureStep, composition
-from accountants.window import MARGIN
+from accountants.numerics import closed_form, saddle, smoothed
+from accountants.numerics.window import MARGIN
 
 QUICK = settings(max_examples=25, deadline=None)
 RUNS = {

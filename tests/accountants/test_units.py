@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from scipy import special
 
 import accountants
-from accountants import lattice
 from accountants.methods import rdp
 from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
+from accountants.numerics import lattice
 from accountants.tuning import individual_epsilon, individual_report, tuning_epsilon
 from accountants.units import group_delta_of, group_epsilon, group_event, rdp_group_epsilon
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import numpy as np
 from scipy import signal
 
-from accountants import lattice
 from accountants.mixtures import Array
-from accountants.window import Window
+from accountants.numerics import lattice
+from accountants.numerics.window import Window
 
 _UNIT = 2.0**-53
 #: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.

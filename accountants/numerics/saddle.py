@@ -20,7 +20,7 @@ import numpy as np
 from scipy import special
 
 from accountants.mixtures import Array, Composition
-from accountants.roots import bracketed_root
+from accountants.numerics.roots import bracketed_root
 
 _NUM_NODES = 2001
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from scipy import special
 
-from accountants.cumulants import Moments
+from accountants.numerics.cumulants import Moments
 
 _GRID = (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2)
 _C = 1.0253

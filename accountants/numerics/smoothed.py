@@ -26,7 +26,7 @@ own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integ
 
 The laws are cut as in :mod:`accountants.methods.tilted_edgeworth`: what is cut is added to the upper end, and the lower end is
 that of the cut law, which is smaller. The bias is of order ``t (t + 1) m^2`` relative to delta. Where the tilted law
-rests on rare large losses the number of frequencies grows and :mod:`accountants.lattice` serves instead.
+rests on rare large losses the number of frequencies grows and :mod:`accountants.numerics.lattice` serves instead.
 """
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -40,11 +40,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from scipy import special
 
-from accountants import saddle
-from accountants.lattice import LOSS_ERROR
 from accountants.mixtures import Array, Composition, MixtureStep
-from accountants.roots import bracketed_root
-from accountants.window import MARGIN
+from accountants.numerics import saddle
+from accountants.numerics.lattice import LOSS_ERROR
+from accountants.numerics.roots import bracketed_root
+from accountants.numerics.window import MARGIN
 
 ComplexArray = np.typing.NDArray[np.complexfloating[Any, Any]]
 

@@ -30,8 +30,8 @@ from scipy import special
 
 from accountants.answer import Direction, Ends
 from accountants.mixtures import MixtureStep
-from accountants.roots import bracketed_root
-from accountants.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, log_sum, mills_error
+from accountants.numerics.roots import bracketed_root
+from accountants.numerics.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, log_sum, mills_error
 
 #: Epsilons beyond it are not told from infinity.
 _LARGEST = 1e18

@@ -34,7 +34,7 @@ import math
 import numpy as np
 
 from accountants.mixtures import Array, MixtureStep
-from accountants.tails import UNIT
+from accountants.numerics.tails import UNIT
 
 #: Relative error of a cell's mass that is allowed for, per step; that of the exponentials is added.
 MASS_ERROR = 2e-14

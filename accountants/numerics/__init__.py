@@ -1,0 +1,1 @@
+"""What the accountants compute with."""
