@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from attacks import blind, curves, evidence, features, registry, results, signals, statistics, user_inference, verdict
 from attacks.audit import panel as auditing
-from attacks.coins import check_documents
+from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
 from attacks.features import DocumentTable, Scored
 from attacks.lift import AGGREGATIONS, lift

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from attacks.analyse import ATTACKS_PATH, analyse_run
 from attacks.cli import app
+from attacks.coins.prepare import prepare
 from attacks.documents import SPANS_PATH
 from attacks.errors import AttackInputError
-from attacks.prepare import prepare
 from attacks.report import read_results
 from attacks.score import ScoreOptions, score_run
 from attacks.shadows import write_recipes

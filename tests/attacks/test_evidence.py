@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from attacks import analyse, coins, documents, evidence, planned, record, report, score, signals, tracking, verify
+from attacks import analyse, documents, evidence, planned, record, report, score, signals, tracking, verify
 from attacks import target as targets
 from attacks.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
+from attacks.coins.check import check as coins
 from attacks.errors import AttackInputError
 from attacks.policy import Policy
 from attacks.score import ScoreOptions, score_run

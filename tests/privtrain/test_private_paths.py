@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from attacks.prepare import prepare
+from attacks.coins.prepare import prepare
 from privtrain import private_paths
 from privtrain.data import index
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
