@@ -101,7 +101,7 @@ def score(
     ] = None,
 ) -> None:
     """Score documents under the fine-tuned model and its base (loads the models; resumes where it was killed)."""
-    from attacks import score as scoring
+    from attacks.scoring import score as scoring
 
     options = scoring.ScoreOptions(
         batch_tokens, training_records, canary_references, variants, sampling, spans, date, language
@@ -112,7 +112,7 @@ def score(
 @app.command()
 def shadows(run: Run, count: Annotated[int, typer.Option(min=1, help="How many shadow models.")] = 8) -> None:
     """Write recipes of shadow models for LiRA and RMIA into secret/attack/shadows (trains nothing)."""
-    from attacks.shadows import commands, write_recipes
+    from attacks.scoring.shadows import commands, write_recipes
 
     for line in commands(run, write_recipes(run, count)):
         typer.echo(line)

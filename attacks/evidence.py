@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from attacks import target as targets
 from attacks.errors import AttackInputError
 from attacks.rundir import PrivacyStatement, read_statement
+from attacks.scoring import target as targets
 from privtrain import bundle, consistency, reading
 from privtrain.config import Config, load_config, public_tree, to_yaml
 from privtrain.errors import VerificationFailed
@@ -56,7 +56,7 @@ def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
 
     Args:
         run: a finished run.
-        digests: of the base model that is there now; see :mod:`attacks.target`.
+        digests: of the base model that is there now; see :mod:`attacks.scoring.target`.
 
     Raises:
         AttackInputError: naming the files that differ.

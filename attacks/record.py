@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import target as targets
 from attacks.errors import AttackInputError
+from attacks.scoring import target as targets
 from attacks.signals import ARROW_FAULTS, REFERENCES_PATH, SIGNALS_PATH, DocumentSignals, rows_of
 from privtrain import reading
 from privtrain.errors import DamagedFile

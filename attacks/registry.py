@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from attacks import cost, labeller
+from attacks import cost
 from attacks.membership import (
     calibrated,
     ez_mia,
@@ -25,6 +25,7 @@ from attacks.membership import (
 from attacks.memorisation import canary_panel, extraction_panel
 from attacks.protocol import Attack
 from attacks.rundir import PrivacyStatement
+from attacks.scoring import labeller
 
 ATTACKS: dict[str, Attack] = {}
 

@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 from attacks import analyse, record, report
-from attacks import target as targets
 from attacks.errors import AttackInputError
+from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
 from privtrain import reading
 from privtrain.rundir import RunDirectory

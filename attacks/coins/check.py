@@ -6,12 +6,12 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
-from attacks import planned
-from attacks.canaries import POOL
-from attacks.documents import attack_pseudonym, read_manifest, read_used
 from attacks.errors import AttackInputError
-from attacks.planned import DocumentKey
 from attacks.record import Scoring
+from attacks.scoring import planned
+from attacks.scoring.canaries import POOL
+from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
+from attacks.scoring.planned import DocumentKey
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, canaries_of
 from privtrain.secret import SecretKey

@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from attacks.columns import read_columns, spans_of
-from attacks.documents import SPANS_PATH, SPANS_SCHEMA
 from attacks.errors import AttackInputError
+from attacks.scoring.columns import read_columns, spans_of
+from attacks.scoring.documents import SPANS_PATH, SPANS_SCHEMA
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import Corpus, load_corpus, without_users
 from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer, read_sealed, split_commitment

@@ -13,11 +13,11 @@ import numpy as np
 import scipy.stats
 
 from attacks import statistics
-from attacks.canaries import POOL
-from attacks.documents import attack_pseudonym, read_manifest, read_used
 from attacks.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
 from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
+from attacks.scoring.canaries import POOL
+from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.signals import CANARY, CANARY_REFERENCE, DocumentSignals
 from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
 from privtrain.rundir import RunDirectory

@@ -13,8 +13,8 @@ from attacks.curves import MIN_USERS
 from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
+from attacks.scoring.variants import CONTROL_PREFIX_TOKENS
 from attacks.signals import CONTROL_PREFIX, HELD_IN, TRAINING, DocumentSignals
-from attacks.variants import CONTROL_PREFIX_TOKENS
 from privtrain.rundir import RunDirectory
 
 NUM_SAMPLES = (1, 10, 100, 1000)

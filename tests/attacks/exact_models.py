@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from attacks.scorer import TokenSignals
+from attacks.scoring.scorer import TokenSignals
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from attacks import cli, score
+from attacks import cli
+from attacks.scoring import score
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ import pytest
 
 from attacks import statistics
 from attacks.analyse import analyse_run
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring.score import ScoreOptions, score_run
 from attacks.statistics import DpBound
 from tests.attacks import broken_job, mutants
 from tests.conftest import write_config

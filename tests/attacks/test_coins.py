@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from attacks.analyse import ATTACKS_PATH, analyse_run
 from attacks.cli import app
 from attacks.coins.prepare import prepare
-from attacks.documents import SPANS_PATH
 from attacks.errors import AttackInputError
 from attacks.report import read_results
-from attacks.score import ScoreOptions, score_run
-from attacks.shadows import write_recipes
+from attacks.scoring.documents import SPANS_PATH
+from attacks.scoring.score import ScoreOptions, score_run
+from attacks.scoring.shadows import write_recipes
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from attacks.analyse import analyse_run
-from attacks.columns import days_of, read_columns, spans_of
-from attacks.documents import read_manifest, read_used
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring.columns import days_of, read_columns, spans_of
+from attacks.scoring.documents import read_manifest, read_used
+from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus

@@ -10,8 +10,8 @@ import pytest
 
 from attacks import statistics
 from attacks.analyse import analyse_run
-from attacks.score import score_run
-from attacks.shadows import commands, write_recipes
+from attacks.scoring.score import score_run
+from attacks.scoring.shadows import commands, write_recipes
 from attacks.signals import REFERENCES_PATH
 from attacks.statistics import DpBound
 from privtrain.training.job import train

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from attacks import analyse, documents, evidence, planned, record, report, score, signals, tracking, verify
-from attacks import target as targets
+from attacks import analyse, evidence, record, report, signals, tracking, verify
 from attacks.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
 from attacks.coins.check import check as coins
 from attacks.errors import AttackInputError
 from attacks.policy import Policy
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring import documents, planned, score
+from attacks.scoring import target as targets
+from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.rundir import RunDirectory, write_json

@@ -9,7 +9,7 @@ import pytest
 
 from attacks import features, statistics
 from attacks.lift import lift
-from attacks.score import score_sequences
+from attacks.scoring.score import score_sequences
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, DocumentSignals
 from tests.attacks.exact_models import Categorical, ExactModel, Markov, Mixture
 

@@ -18,13 +18,13 @@ from attacks.errors import AttackInputError
 from attacks.memorisation import canary_panel, extraction_panel
 from attacks.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
 from attacks.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
-from attacks.neural import sampled_logp
 from attacks.report import write_report
 from attacks.rundir import read_statement
-from attacks.sampling_scheme import SamplingScheme
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring.neural import sampled_logp
+from attacks.scoring.sampling_scheme import SamplingScheme
+from attacks.scoring.score import ScoreOptions, score_run
+from attacks.scoring.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
 from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals, read_signals
-from attacks.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.rundir import RunDirectory

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from attacks import labeller, pii
 from attacks.errors import AttackInputError
 from attacks.report import write_report
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring import labeller, pii
+from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.data.synthetic import CustomerRecord, Span
 from privtrain.rundir import RunDirectory

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from attacks.cli import app
 from attacks.coins.prepare import prepare
-from attacks.documents import SPANS_PATH, attack_pseudonym, read_manifest, read_used
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring.documents import SPANS_PATH, attack_pseudonym, read_manifest, read_used
+from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, SIGNALS_PATH, read_signals
 from privtrain.config.schema import ModelSection
 from privtrain.data.canaries import canaries_of

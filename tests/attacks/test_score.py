@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from attacks.analyse import analyse_run
 from attacks.cli import app
-from attacks.documents import compose_batches
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, attack_pseudonym, score_run
+from attacks.scoring.documents import compose_batches
+from attacks.scoring.score import ScoreOptions, attack_pseudonym, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from attacks import documents, shadows
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring import documents, shadows
+from attacks.scoring.score import ScoreOptions, score_run
+from attacks.scoring.variants import Variants
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
-from attacks.variants import Variants
 from privtrain.config.schema import ModelSection
 from privtrain.models import load_base, load_tokenizer
 from privtrain.training.job import train
@@ -42,7 +42,7 @@ def score_with(run: pathlib.Path, **options) -> list:
 
 _SLOW_SCORING = """
 import sys, pathlib, time
-import attacks.documents as documents, attacks.neural as neural
+import attacks.scoring.documents as documents, attacks.scoring.neural as neural
 documents.DOCUMENTS_PER_PART = 2
 plain = neural.NeuralScorer.score
 def slow(self, sequences):
@@ -51,7 +51,7 @@ def slow(self, sequences):
         log.write(f"{len(sequences)}\\n")
     return plain(self, sequences)
 neural.NeuralScorer.score = slow
-from attacks.score import score_run
+from attacks.scoring.score import score_run
 score_run(pathlib.Path(sys.argv[1]))
 """
 
@@ -83,7 +83,7 @@ def test_a_killed_job_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
         untouched.extend((path.stat().st_mtime_ns, path.read_bytes()) == was for path, was in before.items())
         return join(target, parts, digests)
 
-    from attacks import score
+    from attacks.scoring import score
 
     join = score.join_signals
     monkeypatch.setattr(score, "join_signals", joined)

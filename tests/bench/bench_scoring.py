@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from attacks.documents import compose_batches
-from attacks.neural import NeuralScorer
-from attacks.score import score_sequences
+from attacks.scoring.documents import compose_batches
+from attacks.scoring.neural import NeuralScorer
+from attacks.scoring.score import score_sequences
 from attacks.signals import HELD_IN, DocumentSignals, write_signals
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.models import add_lora, load_base

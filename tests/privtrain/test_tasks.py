@@ -13,7 +13,7 @@ import transformers as hf
 from tokenizers import processors
 
 from attacks.errors import AttackInputError
-from attacks.score import ScoreOptions, score_run
+from attacks.scoring.score import ScoreOptions, score_run
 from privtrain.clipping import exact_sum
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.encode import Encoder

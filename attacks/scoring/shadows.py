@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import yaml
 
 from attacks import evidence
-from attacks.documents import read_manifest
 from attacks.errors import AttackInputError
 from attacks.record import read_scoring
+from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.corpus import load_corpus
 from privtrain.private_paths import make_private_directory

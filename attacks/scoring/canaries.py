@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attacks.documents import Document
+from attacks.scoring.documents import Document
 from attacks.signals import CANARY, CANARY_REFERENCE
 from privtrain.config.schema import CanariesSection
 from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, Canary, canaries_of, digits_of, draw_secret

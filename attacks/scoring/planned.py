@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from attacks.documents import Document, attack_pseudonym
+from attacks.scoring.documents import Document, attack_pseudonym
 from attacks.signals import CONTROL_PREFIX, FRESH, TRAINING
 from privtrain.secret import SecretKey
 
@@ -53,7 +53,7 @@ def facts_of(keys: Collection[DocumentKey]) -> dict[str, Any]:
 def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) -> str:
     """What is missing and what was added, in a few words without names; empty if nothing.
 
-    A control document without anybody who could lend it a prompt may be missing; see ``attacks.variants``.
+    A control document without anybody who could lend it a prompt may be missing; see ``attacks.scoring.variants``.
 
     Args:
         planned: what should be there.

@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from attacks import pii
-from attacks.pii import Span
 from attacks.record import read_scoring
 from attacks.rundir import PrivacyStatement
+from attacks.scoring import pii
+from attacks.scoring.pii import Span
 from privtrain.data.synthetic import CustomerRecord, customer_records
 from privtrain.rundir import RunDirectory
 

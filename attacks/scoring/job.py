@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attacks import documents as planning
-from attacks import evidence, planned
-from attacks import target as targets
-from attacks import variants as rewriting
-from attacks.canaries import POOL, plan_canaries
-from attacks.columns import Extras, read_columns
-from attacks.documents import PSEUDONYM_PURPOSE, Document, sides_of
+from attacks import evidence
 from attacks.errors import AttackInputError
-from attacks.pii import PRESIDIO
-from attacks.planned import DocumentKey
 from attacks.record import PART_SCHEMA_NAME, read_scoring, record_path
-from attacks.sampling_scheme import SamplingScheme
+from attacks.scoring import documents as planning
+from attacks.scoring import planned
+from attacks.scoring import target as targets
+from attacks.scoring import variants as rewriting
+from attacks.scoring.canaries import POOL, plan_canaries
+from attacks.scoring.columns import Extras, read_columns
+from attacks.scoring.documents import PSEUDONYM_PURPOSE, Document, sides_of
+from attacks.scoring.pii import PRESIDIO
+from attacks.scoring.planned import DocumentKey
+from attacks.scoring.sampling_scheme import SamplingScheme
+from attacks.scoring.variants import Variants
 from attacks.signals import HELD_OUT, SCHEMA_NAME
-from attacks.variants import Variants
 from privtrain.config import Config
 from privtrain.config.schema import ModelSection
 from privtrain.data.canaries import canaries_of, plant
@@ -53,8 +54,8 @@ class ScoreOptions:
         batch_tokens: tokens in one forward pass, padding included.
         num_training_records: records of each user, among those that training could use, beside the fresh ones.
         num_canary_references: secrets that each canary is compared with.
-        variants: re-written texts to score too; see ``attacks.variants``.
-        sampling: how text would be drawn from the model; see ``attacks.sampling_scheme``.
+        variants: re-written texts to score too; see ``attacks.scoring.variants``.
+        sampling: how text would be drawn from the model; see ``attacks.scoring.sampling_scheme``.
         spans_column: column of labelled spans, or ``presidio``; without it the spans that were sealed, if any.
         date_column: column of dates, for the blind baseline.
         language_column: column of languages; guessed from the text without it.
@@ -90,7 +91,7 @@ class Job:
     Attributes:
         run: whose model is asked.
         attacked: whose documents are scored; another run where ``run`` is its shadow.
-        digests: of the target; see :mod:`attacks.target`.
+        digests: of the target; see :mod:`attacks.scoring.target`.
         fingerprint: digest of everything that a score depends on; parts of another one are not taken over.
         facts: what the record says beside the documents.
     """

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from attacks.sampling_scheme import SamplingScheme
-from attacks.scorer import TokenSignals
+from attacks.scoring.sampling_scheme import SamplingScheme
+from attacks.scoring.scorer import TokenSignals
 
 _TOKENS_PER_BLOCK_ON_CPU = 16
 _TOKENS_PER_BLOCK_ON_ACCELERATOR = 4096

@@ -22,21 +22,23 @@ import torch
 from accelerate import PartialState
 from rich.progress import track
 
-from attacks import documents as planning
-from attacks import evidence, labeller, planned
-from attacks import target as targets
-from attacks import variants as rewriting
-from attacks.columns import days_of, spans_of
-from attacks.documents import Document, attack_pseudonym
+from attacks import evidence
 from attacks.errors import AttackInputError
-from attacks.languages import guess_language
-from attacks.neural import NeuralScorer
-from attacks.pii import PRESIDIO, find_personal_data
-from attacks.planned import DocumentKey
 from attacks.record import PART_SCHEMA_NAME, record_path, write_scoring
-from attacks.sampling_scheme import SamplingScheme
-from attacks.scorer import Scorer, TokenSignals
-from attacks.scoring_job import Job, ScoreOptions, Tokens, prepare_job
+from attacks.scoring import documents as planning
+from attacks.scoring import labeller, planned
+from attacks.scoring import target as targets
+from attacks.scoring import variants as rewriting
+from attacks.scoring.columns import days_of, spans_of
+from attacks.scoring.documents import Document, attack_pseudonym
+from attacks.scoring.job import Job, ScoreOptions, Tokens, prepare_job
+from attacks.scoring.languages import guess_language
+from attacks.scoring.neural import NeuralScorer
+from attacks.scoring.pii import PRESIDIO, find_personal_data
+from attacks.scoring.planned import DocumentKey
+from attacks.scoring.sampling_scheme import SamplingScheme
+from attacks.scoring.scorer import Scorer, TokenSignals
+from attacks.scoring.variants import Variants
 from attacks.signals import (
     CANARY,
     CANARY_REFERENCE,
@@ -47,7 +49,6 @@ from attacks.signals import (
     join_signals,
     write_signals,
 )
-from attacks.variants import Variants
 from privtrain.config import Config
 from privtrain.config.schema import ModelSection
 from privtrain.models import base_dtype, load_adapter, load_base, resolve_precision

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attacks.documents import text_encoder, tokens_of
 from attacks.errors import AttackInputError
-from attacks.scorer import Scorer
+from attacks.scoring.documents import text_encoder, tokens_of
+from attacks.scoring.scorer import Scorer
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 

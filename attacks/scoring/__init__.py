@@ -1,0 +1,1 @@
+"""The job with the models: per-token signals of every planned document."""
