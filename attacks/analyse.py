@@ -23,7 +23,7 @@ from attacks.errors import AttackInputError
 from attacks.features import DocumentTable, Scored
 from attacks.lift import AGGREGATIONS, lift
 from attacks.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
-from attacks.record import Scoring, read_references, read_scoring, write_scoring
+from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring
 from attacks.results import Statistic
 from attacks.sensitive import SensitivePanel
 from privtrain.rundir import RunDirectory, make_private_directory, write_atomically

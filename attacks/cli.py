@@ -142,14 +142,14 @@ def report(
     """Write report/index.html, report.json and report.md of an analysed run, and print the summary."""
     import rich.console
 
-    from attacks import policy as policies
-    from attacks import report as reporting
+    from attacks.reporting import policy as policies
+    from attacks.reporting import report as reporting
 
     rules = None if policy is None else policies.read_policy(policy)
     path = reporting.write_report(run)
     rich.console.Console().print(reporting.summary_table(run))
     if wandb:
-        from attacks import tracking
+        from attacks.reporting import tracking
 
         tracking.log_report(run, reporting.read_results(run), project=wandb_project)
     typer.echo(f"report: {path}")
@@ -168,7 +168,7 @@ def verify(
     ],
 ) -> None:
     """Check a report: that its files belong together and to the model beside them, and with secret/ their seals."""
-    from attacks.verify import verify_report
+    from attacks.reporting.verify import verify_report
 
     checked = verify_report(run)
     for sentence in checked.holds:

@@ -15,7 +15,7 @@ import scipy.sparse
 
 from attacks import user_inference
 from attacks.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
-from attacks.record import Scoring
+from attacks.reporting.record import Scoring
 from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals
 
 IntArray = npt.NDArray[np.int64]

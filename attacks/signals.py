@@ -281,7 +281,7 @@ def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
 def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
     """Reads and checks the signals in the file's order, some hundred documents in memory at a time.
 
-    Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.record`.
+    Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.reporting.record`.
 
     Args:
         path: a file written by ``write_signals``.

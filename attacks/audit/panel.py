@@ -20,7 +20,7 @@ from attacks.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
 from attacks.audit.guesses import GUESS_SHARES, Coins
 from attacks.features import Scored
 from attacks.lift import lift
-from attacks.record import Scoring
+from attacks.reporting.record import Scoring
 from attacks.rundir import PrivacyStatement
 from attacks.statistics import CurveBound, DpBound
 
@@ -127,7 +127,7 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
 
 
 def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
-    """The findings as a panel of the report (:mod:`attacks.panels`); None without any coins."""
+    """The findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
     if not findings:
         return None
     decisive = max(findings, key=lambda finding: (_ORDER.index(finding.verdict), finding.epsilon))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attacks.errors import AttackInputError
-from attacks.record import Scoring
+from attacks.reporting.record import Scoring
 from attacks.scoring import planned
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used

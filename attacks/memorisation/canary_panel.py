@@ -14,7 +14,7 @@ import scipy.stats
 
 from attacks import statistics
 from attacks.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
-from attacks.record import read_scoring
+from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used

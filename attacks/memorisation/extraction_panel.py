@@ -11,7 +11,7 @@ from typing import Any
 from attacks import statistics
 from attacks.curves import MIN_USERS
 from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
-from attacks.record import read_scoring
+from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS
 from attacks.signals import CONTROL_PREFIX, HELD_IN, TRAINING, DocumentSignals

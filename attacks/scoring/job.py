@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from attacks import evidence
 from attacks.errors import AttackInputError
-from attacks.record import PART_SCHEMA_NAME, read_scoring, record_path
+from attacks.reporting.record import PART_SCHEMA_NAME, read_scoring, record_path
 from attacks.scoring import documents as planning
 from attacks.scoring import planned
 from attacks.scoring import target as targets

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from attacks.record import read_scoring
+from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring import pii
 from attacks.scoring.pii import Span

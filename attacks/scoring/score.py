@@ -24,7 +24,7 @@ from rich.progress import track
 
 from attacks import evidence
 from attacks.errors import AttackInputError
-from attacks.record import PART_SCHEMA_NAME, record_path, write_scoring
+from attacks.reporting.record import PART_SCHEMA_NAME, record_path, write_scoring
 from attacks.scoring import documents as planning
 from attacks.scoring import labeller, planned
 from attacks.scoring import target as targets

@@ -14,7 +14,7 @@ import yaml
 
 from attacks import evidence
 from attacks.errors import AttackInputError
-from attacks.record import read_scoring
+from attacks.reporting.record import read_scoring
 from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.corpus import load_corpus

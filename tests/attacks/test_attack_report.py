@@ -11,8 +11,9 @@ import subprocess
 import pytest
 import rich.console
 
-from attacks import analyse, report
+from attacks import analyse
 from attacks.errors import AttackInputError
+from attacks.reporting import report
 
 CHROMIUM = shutil.which("chromium", path="/usr/bin")
 

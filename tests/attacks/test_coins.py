@@ -14,7 +14,7 @@ from attacks.analyse import ATTACKS_PATH, analyse_run
 from attacks.cli import app
 from attacks.coins.prepare import prepare
 from attacks.errors import AttackInputError
-from attacks.report import read_results
+from attacks.reporting.report import read_results
 from attacks.scoring.documents import SPANS_PATH
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.shadows import write_recipes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from attacks import cost, panels
+from attacks import cost
+from attacks.reporting import panels
 from attacks.rundir import read_statement
 
 

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from attacks import analyse, evidence, record, report, signals, tracking, verify
+from attacks import analyse, evidence, signals
 from attacks.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
 from attacks.coins.check import check as coins
 from attacks.errors import AttackInputError
-from attacks.policy import Policy
+from attacks.reporting import record, report, tracking, verify
+from attacks.reporting.policy import Policy
 from attacks.scoring import documents, planned, score
 from attacks.scoring import target as targets
 from attacks.scoring.score import ScoreOptions, score_run

@@ -18,7 +18,7 @@ from attacks.errors import AttackInputError
 from attacks.memorisation import canary_panel, extraction_panel
 from attacks.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
 from attacks.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
-from attacks.report import write_report
+from attacks.reporting.report import write_report
 from attacks.rundir import read_statement
 from attacks.scoring.neural import sampled_logp
 from attacks.scoring.sampling_scheme import SamplingScheme

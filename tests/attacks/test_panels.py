@@ -8,8 +8,9 @@ import json
 import pytest
 import rich.console
 
-from attacks import analyse, panels, registry, report
-from attacks.policy import Policy
+from attacks import analyse, registry
+from attacks.reporting import panels, report
+from attacks.reporting.policy import Policy
 
 PANEL = {
     "title": "Exposure of canaries",

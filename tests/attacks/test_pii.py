@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from attacks.errors import AttackInputError
-from attacks.report import write_report
+from attacks.reporting.report import write_report
 from attacks.scoring import labeller, pii
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals

@@ -9,8 +9,9 @@ import pytest
 import wandb
 from typer.testing import CliRunner
 
-from attacks import analyse, policy, report, statistics, tracking
+from attacks import analyse, statistics
 from attacks.cli import app
+from attacks.reporting import policy, report, tracking
 from privtrain.errors import DamagedFile, PrivtrainError
 
 

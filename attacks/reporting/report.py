@@ -18,8 +18,9 @@ import jinja2
 import rich.table
 import rich.text
 
-from attacks import analyse, evidence, figures, panels, record, rundir
+from attacks import analyse, evidence, rundir
 from attacks.errors import AttackInputError
+from attacks.reporting import figures, panels, record
 from attacks.signals import SIGNALS_PATH
 from privtrain import reading
 from privtrain.errors import GuaranteeLost

@@ -6,8 +6,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from attacks import analyse, record, report
+from attacks import analyse
 from attacks.errors import AttackInputError
+from attacks.reporting import record, report
 from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
 from privtrain import reading

@@ -169,7 +169,7 @@ def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
-    """The figure of a panel (:mod:`attacks.panels`): lines or bars.
+    """The figure of a panel (:mod:`attacks.reporting.panels`): lines or bars.
 
     Args:
         figure_facts: its ``figure``.

@@ -1,0 +1,1 @@
+"""What people read: results, figures, page, policy, W&B."""
