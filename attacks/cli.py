@@ -124,7 +124,7 @@ def analyse(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; it protects nobody.")] = 0,
 ) -> None:
     """Compute the statistics of a scored run into report/attacks.json (no model, no GPU)."""
-    from attacks import analyse as analysis
+    from attacks.analysis import analyse as analysis
 
     analysis.analyse_run(run, seed=seed)
     typer.echo(f"wrote {run / analysis.ATTACKS_PATH}; run next: attacks report {run}")

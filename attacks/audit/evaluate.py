@@ -12,10 +12,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from attacks.analysis.verdict import Verdict
 from attacks.audit import clopper, one_run, tradeoff
 from attacks.audit.guesses import Coins, correct_guesses, fair, guess_counts
 from attacks.statistics import Bound, DpBound
-from attacks.verdict import Verdict
 
 SIGNIFICANCE = 0.05
 _NUM_TESTS = 2
@@ -160,7 +160,7 @@ def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
-    """The verdict of an audit: the words mean what they mean in :mod:`attacks.verdict`.
+    """The verdict of an audit: the words mean what they mean in :mod:`attacks.analysis.verdict`.
 
     ``falsified`` if the one-run bound exceeds the claimed epsilon at the same delta and in the same unit, or if the
     claimed curve leaves no room for so many right guesses. ``uninformative`` if neither could have happened.

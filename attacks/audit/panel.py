@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from attacks import signals, verdict
+from attacks import signals
+from attacks.analysis import verdict
+from attacks.analysis.features import Scored
+from attacks.analysis.lift import lift
 from attacks.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
 from attacks.audit.guesses import GUESS_SHARES, Coins
-from attacks.features import Scored
-from attacks.lift import lift
 from attacks.reporting.record import Scoring
 from attacks.rundir import PrivacyStatement
 from attacks.statistics import CurveBound, DpBound

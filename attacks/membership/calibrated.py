@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attacks.protocol import FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.protocol import FloatArray, ReferenceAttack, UnderOtherModels
 
 
 def score(models: UnderOtherModels) -> FloatArray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attacks.protocol import DocumentAttack
+from attacks.analysis.protocol import DocumentAttack
 from attacks.signals import DocumentSignals
 
 

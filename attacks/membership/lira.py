@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-from attacks.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
 
 _MIN_ONLINE = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attacks.protocol import DocumentAttack, FloatArray
+from attacks.analysis.protocol import DocumentAttack, FloatArray
 from attacks.signals import DocumentSignals
 
 SHARE = 0.2

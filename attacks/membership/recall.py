@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attacks.protocol import DocumentAttack
+from attacks.analysis.protocol import DocumentAttack
 from attacks.signals import DocumentSignals
 
 

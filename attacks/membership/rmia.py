@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attacks.protocol import FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.protocol import FloatArray, ReferenceAttack, UnderOtherModels
 
 GAMMA = 1.0
 OFFLINE_A = 0.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attacks.protocol import DocumentAttack
+from attacks.analysis.protocol import DocumentAttack
 from attacks.signals import DocumentSignals
 
 WIDTHS = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)

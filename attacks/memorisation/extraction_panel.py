@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from attacks import statistics
-from attacks.curves import MIN_USERS
+from attacks.analysis.curves import MIN_USERS
 from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement

@@ -9,7 +9,7 @@ A panel is a plain mapping, so that ``attacks.json`` holds it as it is:
 * ``figure``: optional; ``kind`` is ``line`` or ``bar``, with ``x_label``, ``y_label``, ``caption`` and ``series``, each
 with
   ``label``, ``x`` and ``y`` (bars: ``x`` are the names of the groups, the same for every series).
-* ``verdict``, ``verdict_reason``: optional; one of :class:`attacks.verdict.Verdict`. The policy file heeds it.
+* ``verdict``, ``verdict_reason``: optional; one of :class:`attacks.analysis.verdict.Verdict`. The policy file heeds it.
 
 Public: nothing about a single user may stand in a panel.
 """

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pydantic
 
+from attacks.analysis.verdict import Verdict
 from attacks.errors import AttackInputError
-from attacks.verdict import Verdict
 from privtrain import reading
 
 

@@ -18,7 +18,8 @@ import jinja2
 import rich.table
 import rich.text
 
-from attacks import analyse, evidence, rundir
+from attacks import evidence, rundir
+from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import figures, panels, record
 from attacks.signals import SIGNALS_PATH

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from attacks.analyse import ATTACKS_PATH
+from attacks.analysis.analyse import ATTACKS_PATH
 from attacks.reporting.report import INDEX_PATH, MARKDOWN_PATH, REPORT_PATH
 from privtrain import reading
 from privtrain.wandb_settings import careful_settings

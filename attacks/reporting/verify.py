@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from attacks import analyse
+from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import record, report
 from attacks.scoring import target as targets

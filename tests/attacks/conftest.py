@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from attacks import analyse, evidence, signals
+from attacks import evidence, signals
+from attacks.analysis import analyse
 from attacks.reporting import record
 from privtrain.private_paths import make_private_directory
 from privtrain.rundir import RunDirectory

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from attacks import analyse, results, signals
+from attacks import signals
+from attacks.analysis import analyse, results
 from attacks.errors import AttackInputError
 from tests.attacks.conftest import put_signals
 
@@ -25,7 +26,7 @@ def numbers(facts):
 
 
 def test_analysis_loads_no_torch():
-    code = "import sys, attacks.analyse, attacks.reporting.report; sys.exit(any(m.split('.')[0] == 'torch' for m in sys.modules))"
+    code = "import sys, attacks.analysis.analyse, attacks.reporting.report; sys.exit(any(m.split('.')[0] == 'torch' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import rich.console
 
-from attacks import analyse
+from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import report
 

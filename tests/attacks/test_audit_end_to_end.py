@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attacks import statistics
-from attacks.analyse import analyse_run
+from attacks.analysis.analyse import analyse_run
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.statistics import DpBound
 from tests.attacks import broken_job, mutants

@@ -9,12 +9,13 @@ import math
 import numpy as np
 import pytest
 
-from attacks import analyse, rundir, signals, verdict
+from attacks import rundir, signals
+from attacks.analysis import analyse, verdict
+from attacks.analysis.verdict import Verdict
 from attacks.audit import panel
 from attacks.audit.guesses import Coins
 from attacks.reporting import report
 from attacks.reporting.record import read_scoring
-from attacks.verdict import Verdict
 from privtrain.rundir import RunDirectory
 from tests.attacks.conftest import STATEMENT, build_rows, put_signals
 

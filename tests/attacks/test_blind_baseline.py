@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 import scipy.stats
 
-from attacks import analyse, blind
+from attacks.analysis import analyse, blind
 
 
 def users(num, seed, *, shift=0.0, vocabulary=60):

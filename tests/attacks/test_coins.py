@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from attacks.analyse import ATTACKS_PATH, analyse_run
+from attacks.analysis.analyse import ATTACKS_PATH, analyse_run
 from attacks.cli import app
 from attacks.coins.prepare import prepare
 from attacks.errors import AttackInputError

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from attacks.analyse import analyse_run
+from attacks.analysis.analyse import analyse_run
 from attacks.errors import AttackInputError
 from attacks.scoring.columns import days_of, read_columns, spans_of
 from attacks.scoring.documents import read_manifest, read_used

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from attacks import cost
+from attacks.analysis import cost
 from attacks.reporting import panels
 from attacks.rundir import read_statement
 

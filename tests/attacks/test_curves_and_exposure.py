@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attacks import curves, features
+from attacks.analysis import curves, features
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, DocumentSignals
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attacks import statistics
-from attacks.analyse import analyse_run
+from attacks.analysis.analyse import analyse_run
 from attacks.scoring.score import score_run
 from attacks.scoring.shadows import commands, write_recipes
 from attacks.signals import REFERENCES_PATH

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from attacks import analyse, evidence, signals
-from attacks.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
+from attacks import evidence, signals
+from attacks.analysis import analyse
+from attacks.analysis.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
 from attacks.coins.check import check as coins
 from attacks.errors import AttackInputError
 from attacks.reporting import record, report, tracking, verify

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from attacks import features, statistics
-from attacks.lift import lift
+from attacks import statistics
+from attacks.analysis import features
+from attacks.analysis.lift import lift
 from attacks.scoring.score import score_sequences
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, DocumentSignals
 from tests.attacks.exact_models import Categorical, ExactModel, Markov, Mixture

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from attacks import analyse, features, registry, signals
+from attacks import signals
+from attacks.analysis import analyse, features, registry
+from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
 from attacks.membership import (
     calibrated,
     ez_mia,
@@ -26,7 +28,6 @@ from attacks.membership import (
     wbc,
     zlib_ratio,
 )
-from attacks.protocol import DocumentAttack, UnderOtherModels
 from attacks.signals import FRESH, TRAINING, DocumentSignals
 from tests.attacks.conftest import put_signals
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from attacks.analyse import analyse_run
+from attacks.analysis.analyse import analyse_run
 from attacks.errors import AttackInputError
 from attacks.memorisation import canary_panel, extraction_panel
 from attacks.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal

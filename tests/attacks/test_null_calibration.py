@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 
 from attacks import statistics
+from attacks.analysis.verdict import Cap, Verdict, judge
 from attacks.statistics import DpBound
-from attacks.verdict import Cap, Verdict, judge
 
 LEVEL = 0.95
 HALF = (1.0 - LEVEL) / 2.0

@@ -8,7 +8,7 @@ import json
 import pytest
 import rich.console
 
-from attacks import analyse, registry
+from attacks.analysis import analyse, registry
 from attacks.reporting import panels, report
 from attacks.reporting.policy import Policy
 

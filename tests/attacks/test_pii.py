@@ -103,7 +103,7 @@ def test_a_run_scored_with_presidio_says_what_it_missed(tree, tmp_path, capsys, 
         assert row.kind in (FRESH, TRAINING)
         assert 20 <= row.sensitive.sum() <= 40, "a name and a telephone number; a token is a byte"
     assert "of the sensitive characters of 200 synthetic messages (account 8%" in capsys.readouterr().out
-    from attacks.analyse import analyse_run
+    from attacks.analysis.analyse import analyse_run
 
     panel = analyse_run(run.root)["panels"]["labeller"]
     assert panel["rows"][-1]["kind"] == "all"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attacks.analyse import analyse_run
+from attacks.analysis.analyse import analyse_run
 from attacks.cli import app
 from attacks.errors import AttackInputError
 from attacks.scoring.documents import compose_batches

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from attacks.sensitive import SensitivePanel
+from attacks.analysis.sensitive import SensitivePanel
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, TRAINING, DocumentSignals
 
 

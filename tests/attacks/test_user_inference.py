@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from attacks import user_inference
+from attacks.analysis import user_inference
 from attacks.signals import DocumentSignals
 
 

@@ -6,8 +6,8 @@ import pytest
 
 import accountants
 from attacks import statistics
+from attacks.analysis.verdict import Cap, Verdict, _tabulate, judge
 from attacks.statistics import Interval
-from attacks.verdict import Cap, Verdict, _tabulate, judge
 
 STRONG = Cap(statistics.DpBound(1.0, 0.0), "")
 WEAK = Cap(statistics.DpBound(8.0, 0.0), "")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
+from attacks.analysis.verdict import Cap
 from attacks.rundir import read_statement
-from attacks.verdict import Cap
 from privtrain.config import validate
 from privtrain.config.schema import PrivacySection
 from privtrain.data.corpus import load_corpus

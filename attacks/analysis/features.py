@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
-from attacks import user_inference
-from attacks.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
+from attacks.analysis import user_inference
+from attacks.analysis.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
 from attacks.reporting.record import Scoring
 from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals
 

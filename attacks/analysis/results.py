@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from attacks import signals, statistics, verdict
-from attacks.protocol import FloatArray
+from attacks import signals, statistics
+from attacks.analysis import verdict
+from attacks.analysis.protocol import FloatArray
 from attacks.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RESAMPLES
 
 TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)

@@ -16,16 +16,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import blind, curves, evidence, features, registry, results, signals, statistics, user_inference, verdict
+from attacks import evidence, signals, statistics
+from attacks.analysis import blind, curves, features, registry, results, user_inference, verdict
+from attacks.analysis.features import DocumentTable, Scored
+from attacks.analysis.lift import AGGREGATIONS, lift
+from attacks.analysis.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
+from attacks.analysis.results import Statistic
+from attacks.analysis.sensitive import SensitivePanel
 from attacks.audit import panel as auditing
 from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
-from attacks.features import DocumentTable, Scored
-from attacks.lift import AGGREGATIONS, lift
-from attacks.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
 from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring
-from attacks.results import Statistic
-from attacks.sensitive import SensitivePanel
 from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
 from privtrain.sealing import write_sealed
 

@@ -16,8 +16,8 @@ import scipy.sparse
 import scipy.stats
 
 from attacks import statistics
-from attacks.features import Scored
-from attacks.protocol import BoolArray
+from attacks.analysis.features import Scored
+from attacks.analysis.protocol import BoolArray
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from attacks import cost
+from attacks.analysis import cost
+from attacks.analysis.protocol import Attack
 from attacks.membership import (
     calibrated,
     ez_mia,
@@ -23,7 +24,6 @@ from attacks.membership import (
     zlib_ratio,
 )
 from attacks.memorisation import canary_panel, extraction_panel
-from attacks.protocol import Attack
 from attacks.rundir import PrivacyStatement
 from attacks.scoring import labeller
 

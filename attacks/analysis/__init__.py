@@ -1,0 +1,1 @@
+"""Every attack and statistic, from the signals alone."""
