@@ -63,7 +63,7 @@ def audit_plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """How many canary users an audit needs to show a wanted epsilon, or to notice missing noise (before training)."""
-    from attacks.audit import planning
+    from attacks.analysis.audit import planning
 
     plan = planning.plan_of(config, epsilon, delta, target_epsilon=target, power=power)
     if as_json:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from attacks import evidence, signals, statistics
 from attacks.analysis import blind, curves, features, registry, results, user_inference, verdict
+from attacks.analysis.audit import panel as auditing
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import AGGREGATIONS, lift
 from attacks.analysis.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
 from attacks.analysis.results import Statistic
 from attacks.analysis.sensitive import SensitivePanel
-from attacks.audit import panel as auditing
 from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accountants.methods import gdp
+from attacks.analysis.audit import Claim, Coins, audit, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
+from attacks.analysis.audit.evaluate import epsilon_ceiling
 from attacks.analysis.verdict import Verdict
-from attacks.audit import Claim, Coins, audit, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
-from attacks.audit.evaluate import epsilon_ceiling
 from attacks.statistics import CurveBound, DpBound
 
 

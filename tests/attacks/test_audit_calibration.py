@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 
 from accountants.methods import gdp
-from attacks.audit import Coins, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
-from attacks.audit.power import reached
+from attacks.analysis.audit import Coins, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
+from attacks.analysis.audit.power import reached
 from attacks.statistics import DpBound
 
 ALPHA = 0.05

@@ -11,9 +11,9 @@ import pytest
 
 from attacks import rundir, signals
 from attacks.analysis import analyse, verdict
+from attacks.analysis.audit import panel
+from attacks.analysis.audit.guesses import Coins
 from attacks.analysis.verdict import Verdict
-from attacks.audit import panel
-from attacks.audit.guesses import Coins
 from attacks.reporting import report
 from attacks.reporting.record import read_scoring
 from privtrain.rundir import RunDirectory

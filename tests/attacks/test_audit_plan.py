@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from accountants.methods import gdp
-from attacks.audit import Coins, correct_guesses, guess_counts, one_run, power
+from attacks.analysis.audit import Coins, correct_guesses, guess_counts, one_run, power
 from attacks.cli import app
 from attacks.errors import AttackInputError
 from tests.conftest import write_config

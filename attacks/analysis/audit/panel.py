@@ -17,10 +17,10 @@ import numpy as np
 
 from attacks import signals
 from attacks.analysis import verdict
+from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
+from attacks.analysis.audit.guesses import GUESS_SHARES, Coins
 from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
-from attacks.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
-from attacks.audit.guesses import GUESS_SHARES, Coins
 from attacks.reporting.record import Scoring
 from attacks.rundir import PrivacyStatement
 from attacks.statistics import CurveBound, DpBound

@@ -12,9 +12,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from attacks.analysis.audit import clopper, one_run, tradeoff
+from attacks.analysis.audit.guesses import Coins, correct_guesses, fair, guess_counts
 from attacks.analysis.verdict import Verdict
-from attacks.audit import clopper, one_run, tradeoff
-from attacks.audit.guesses import Coins, correct_guesses, fair, guess_counts
 from attacks.statistics import Bound, DpBound
 
 SIGNIFICANCE = 0.05

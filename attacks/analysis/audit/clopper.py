@@ -9,7 +9,7 @@ the error goes to each, and the second rule costs nothing more at the same thres
 
 The rates are binomial only if units are scored independently of each other: one unit a run over many runs. Within one
 training run all scores hang on one model. So in one run this is an estimate under that assumption, and the verdict
-rests on :mod:`attacks.audit.one_run`, which needs no such thing.
+rests on :mod:`attacks.analysis.audit.one_run`, which needs no such thing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import scipy.special
 
-from attacks.audit.guesses import FloatArray
+from attacks.analysis.audit.guesses import FloatArray
 
 Strategy = Literal["bonferroni", "split"]
 

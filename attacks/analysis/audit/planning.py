@@ -1,4 +1,4 @@
-"""``attacks audit-plan``: the claim of a configuration, and the table that :mod:`attacks.audit.power` makes of it."""
+"""``attacks audit-plan``: the claim of a configuration, and the table that :mod:`attacks.analysis.audit.power` makes of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pathlib
 
 import rich.table
 
-from attacks.audit import power as powers
+from attacks.analysis.audit import power as powers
 from attacks.errors import AttackInputError
 
 SCHEMA_NAME = "privtrain/audit-plan/1"

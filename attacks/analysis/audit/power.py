@@ -16,9 +16,9 @@ import scipy.optimize
 import scipy.stats
 
 from accountants.methods import gdp
-from attacks.audit import one_run
-from attacks.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
-from attacks.audit.guesses import guess_counts
+from attacks.analysis.audit import one_run
+from attacks.analysis.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
+from attacks.analysis.audit.guesses import guess_counts
 
 MOST_COINS = 20_000
 """Beyond this the answer is that no audit will do."""
