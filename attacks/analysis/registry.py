@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attacks.analysis import cost
-from attacks.analysis.protocol import Attack
-from attacks.membership import (
+from attacks.analysis.membership import (
     calibrated,
     ez_mia,
     lira,
@@ -23,6 +22,7 @@ from attacks.membership import (
     wbc,
     zlib_ratio,
 )
+from attacks.analysis.protocol import Attack
 from attacks.memorisation import canary_panel, extraction_panel
 from attacks.rundir import PrivacyStatement
 from attacks.scoring import labeller

@@ -12,8 +12,7 @@ import scipy.stats
 
 from attacks import signals
 from attacks.analysis import analyse, features, registry
-from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
-from attacks.membership import (
+from attacks.analysis.membership import (
     calibrated,
     ez_mia,
     lira,
@@ -28,6 +27,7 @@ from attacks.membership import (
     wbc,
     zlib_ratio,
 )
+from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
 from attacks.signals import FRESH, TRAINING, DocumentSignals
 from tests.attacks.conftest import put_signals
 

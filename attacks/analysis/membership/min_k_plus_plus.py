@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from attacks.analysis.membership.min_k import mean_of_lowest
 from attacks.analysis.protocol import DocumentAttack
-from attacks.membership.min_k import mean_of_lowest
 from attacks.signals import DocumentSignals
 
 
