@@ -22,8 +22,8 @@ from attacks.analysis.membership import (
     wbc,
     zlib_ratio,
 )
+from attacks.analysis.memorisation import canary_panel, extraction_panel
 from attacks.analysis.protocol import Attack
-from attacks.memorisation import canary_panel, extraction_panel
 from attacks.rundir import PrivacyStatement
 from attacks.scoring import labeller
 

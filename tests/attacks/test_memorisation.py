@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from attacks.analysis.analyse import analyse_run
+from attacks.analysis.memorisation import canary_panel, extraction_panel
+from attacks.analysis.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
+from attacks.analysis.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
 from attacks.errors import AttackInputError
-from attacks.memorisation import canary_panel, extraction_panel
-from attacks.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
-from attacks.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
 from attacks.reporting.report import write_report
 from attacks.rundir import read_statement
 from attacks.scoring.neural import sampled_logp

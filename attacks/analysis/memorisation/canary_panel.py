@@ -13,7 +13,7 @@ import numpy as np
 import scipy.stats
 
 from attacks import statistics
-from attacks.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
+from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
 from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring.canaries import POOL

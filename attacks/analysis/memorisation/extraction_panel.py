@@ -10,7 +10,7 @@ from typing import Any
 
 from attacks import statistics
 from attacks.analysis.curves import MIN_USERS
-from attacks.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
+from attacks.analysis.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS
