@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attacks import evidence, signals, statistics
-from attacks.analysis import blind, curves, features, registry, results, user_inference, verdict
+from attacks import evidence, signals
+from attacks.analysis import blind, curves, features, registry, results, statistics, user_inference, verdict
 from attacks.analysis.audit import panel as auditing
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import AGGREGATIONS, lift

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import scipy.sparse
 import scipy.stats
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.features import Scored
 from attacks.analysis.protocol import BoolArray
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import lift
 from attacks.analysis.protocol import BoolArray, FloatArray

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from attacks import signals, statistics
-from attacks.analysis import verdict
+from attacks import signals
+from attacks.analysis import statistics, verdict
 from attacks.analysis.protocol import FloatArray
-from attacks.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RESAMPLES
+from attacks.analysis.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RESAMPLES
 
 TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
 

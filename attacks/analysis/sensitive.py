@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.signals import HELD_IN, HELD_OUT, TRAINING, DocumentSignals
 
 FloatArray = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.rundir import PrivacyStatement
 
 if TYPE_CHECKING:

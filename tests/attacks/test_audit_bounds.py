@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from accountants.methods import gdp
 from attacks.analysis.audit import Claim, Coins, audit, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
 from attacks.analysis.audit.evaluate import epsilon_ceiling
+from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.analysis.verdict import Verdict
-from attacks.statistics import CurveBound, DpBound
 
 
 @pytest.mark.parametrize(("delta", "published"), [(0.0, 0.7022), (1e-5, 0.6995), (1e-4, 0.6730)])

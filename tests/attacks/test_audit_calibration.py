@@ -12,7 +12,7 @@ import scipy.stats
 from accountants.methods import gdp
 from attacks.analysis.audit import Coins, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
 from attacks.analysis.audit.power import reached
-from attacks.statistics import DpBound
+from attacks.analysis.statistics import DpBound
 
 ALPHA = 0.05
 

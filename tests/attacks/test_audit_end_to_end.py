@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.analyse import analyse_run
+from attacks.analysis.statistics import DpBound
 from attacks.scoring.score import ScoreOptions, score_run
-from attacks.statistics import DpBound
 from tests.attacks import broken_job, mutants
 from tests.conftest import write_config
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks import statistics
-from attacks.statistics import DpBound
+from attacks.analysis import statistics
+from attacks.analysis.statistics import DpBound
 
 bounds = st.builds(DpBound, st.floats(0.0, 30.0), st.floats(0.0, 1.0))
 

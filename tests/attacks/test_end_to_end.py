@@ -8,12 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.analyse import analyse_run
+from attacks.analysis.statistics import DpBound
 from attacks.scoring.score import score_run
 from attacks.scoring.shadows import commands, write_recipes
 from attacks.signals import REFERENCES_PATH
-from attacks.statistics import DpBound
 from privtrain.training.job import train
 from tests.conftest import write_config
 

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from attacks import statistics
-from attacks.analysis import features
+from attacks.analysis import features, statistics
 from attacks.analysis.lift import lift
 from attacks.scoring.score import score_sequences
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, DocumentSignals

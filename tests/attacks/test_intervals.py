@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import statsmodels.stats.proportion
 
-from attacks import statistics
+from attacks.analysis import statistics
 
 
 @pytest.mark.parametrize(("num_hits", "num_trials"), [(0, 68), (3, 68), (19, 68), (68, 68), (1, 1), (5, 10)])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from attacks import statistics
+from attacks.analysis import statistics
+from attacks.analysis.statistics import DpBound
 from attacks.analysis.verdict import Cap, Verdict, judge
-from attacks.statistics import DpBound
 
 LEVEL = 0.95
 HALF = (1.0 - LEVEL) / 2.0

@@ -9,8 +9,7 @@ import pytest
 import wandb
 from typer.testing import CliRunner
 
-from attacks import statistics
-from attacks.analysis import analyse
+from attacks.analysis import analyse, statistics
 from attacks.cli import app
 from attacks.reporting import policy, report, tracking
 from privtrain.errors import DamagedFile, PrivtrainError

@@ -6,8 +6,8 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks import statistics
-from attacks.statistics import roc
+from attacks.analysis import statistics
+from attacks.analysis.statistics import roc
 
 scores = st.lists(st.integers(-9, 9), min_size=1, max_size=25).map(lambda values: np.array(values, dtype=np.float64))
 

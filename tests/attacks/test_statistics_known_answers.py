@@ -9,8 +9,8 @@ import statsmodels.stats.multitest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks import statistics
-from attacks.statistics import CurveBound, DpBound
+from attacks.analysis import statistics
+from attacks.analysis.statistics import CurveBound, DpBound
 
 
 def kernel(held_in, held_out):

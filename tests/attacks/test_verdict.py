@@ -5,9 +5,9 @@ import math
 import pytest
 
 import accountants
-from attacks import statistics
+from attacks.analysis import statistics
+from attacks.analysis.statistics import Interval
 from attacks.analysis.verdict import Cap, Verdict, _tabulate, judge
-from attacks.statistics import Interval
 
 STRONG = Cap(statistics.DpBound(1.0, 0.0), "")
 WEAK = Cap(statistics.DpBound(8.0, 0.0), "")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from attacks.analysis.audit import clopper, one_run, tradeoff
 from attacks.analysis.audit.guesses import Coins, correct_guesses, fair, guess_counts
+from attacks.analysis.statistics import Bound, DpBound
 from attacks.analysis.verdict import Verdict
-from attacks.statistics import Bound, DpBound
 
 SIGNIFICANCE = 0.05
 _NUM_TESTS = 2

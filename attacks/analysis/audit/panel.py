@@ -21,9 +21,9 @@ from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
 from attacks.analysis.audit.guesses import GUESS_SHARES, Coins
 from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
+from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.reporting.record import Scoring
 from attacks.rundir import PrivacyStatement
-from attacks.statistics import CurveBound, DpBound
 
 NATURAL = "users of the sealed split"
 CANARIES = "canary users"

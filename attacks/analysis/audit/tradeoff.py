@@ -26,7 +26,7 @@ import scipy.optimize
 import scipy.special
 
 from accountants.methods import gdp
-from attacks.statistics import Bound, CurveBound, DpBound
+from attacks.analysis.statistics import Bound, CurveBound, DpBound
 
 InverseCurve = Callable[[float], float]
 """From a true positive rate to the smallest false positive rate that a test of that rate must have."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
 from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement

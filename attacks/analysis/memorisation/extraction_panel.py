@@ -8,7 +8,7 @@ import math
 import pathlib
 from typing import Any
 
-from attacks import statistics
+from attacks.analysis import statistics
 from attacks.analysis.curves import MIN_USERS
 from attacks.analysis.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.reporting.record import read_scoring

@@ -4,10 +4,10 @@ Every function takes one score per *user* on each side. Scores of documents are 
 intervals over documents would be too narrow.
 """
 
-from attacks.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
-from attacks.statistics.clusters import cluster_interval, cluster_p_value
-from attacks.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
-from attacks.statistics.mann_whitney import (
+from attacks.analysis.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
+from attacks.analysis.statistics.clusters import cluster_interval, cluster_p_value
+from attacks.analysis.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
+from attacks.analysis.statistics.mann_whitney import (
     NUM_RESAMPLES,
     Placements,
     auroc,
@@ -15,9 +15,9 @@ from attacks.statistics.mann_whitney import (
     delong_interval,
     delong_variance,
 )
-from attacks.statistics.multiplicity import auroc_p_value, holm, rank_p_values
-from attacks.statistics.paired import PairedDifference, paired_difference
-from attacks.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
+from attacks.analysis.statistics.multiplicity import auroc_p_value, holm, rank_p_values
+from attacks.analysis.statistics.paired import PairedDifference, paired_difference
+from attacks.analysis.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
 
 __all__ = [
     "CONFIDENCE_LEVEL",

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from attacks.statistics import interval
-from attacks.statistics.interval import Interval
-from attacks.statistics.mann_whitney import Placements
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import Placements
 
 FloatArray = npt.NDArray[np.float64]
 

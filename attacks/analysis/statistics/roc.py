@@ -12,8 +12,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from attacks.statistics import interval
-from attacks.statistics.interval import Interval
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.interval import Interval
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from attacks.statistics import interval
-from attacks.statistics.interval import Interval
-from attacks.statistics.mann_whitney import Placements, bca_interval, multiplicities
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import Placements, bca_interval, multiplicities
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int_]

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import scipy.special
 import scipy.stats
 
-from attacks.statistics import interval
-from attacks.statistics.interval import Interval
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.interval import Interval
 
 FloatArray = npt.NDArray[np.float64]
 
