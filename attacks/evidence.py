@@ -9,9 +9,10 @@ from typing import Any
 from attacks.errors import AttackInputError
 from attacks.rundir import PrivacyStatement, read_statement
 from attacks.scoring import target as targets
-from privtrain import bundle, consistency, reading
+from privtrain import bundle, consistency
 from privtrain.config import Config, load_config, public_tree, to_yaml
 from privtrain.errors import VerificationFailed
+from privtrain.files import reading
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256
 

@@ -9,7 +9,7 @@ from typing import Self
 import pydantic
 
 from attacks.errors import AttackInputError
-from privtrain import reading
+from privtrain.files import reading
 
 STATEMENT_SCHEMA = "privtrain/privacy/1"
 PERPLEXITY_KEY = "eval/held_out_perplexity"

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks.errors import AttackInputError
-from privtrain import reading
 from privtrain.errors import DamagedFile
-from privtrain.private_paths import make_private_directory
+from privtrain.files import reading
+from privtrain.files.private import make_private_directory
 from privtrain.rundir import sync_directory, temporary_of
 from privtrain.sealing import sha256_of
 

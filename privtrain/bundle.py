@@ -18,8 +18,8 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
-from privtrain import strict_json
 from privtrain.errors import PrivtrainError, VerificationFailed
+from privtrain.files import strict_json
 from privtrain.rundir import RunDirectory
 
 SCHEMA = "privtrain/release/1"

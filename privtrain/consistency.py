@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import privtrain
-from privtrain import strict_json
+from privtrain.files import strict_json
 from privtrain.plan import PrivacyPlan
 from privtrain.release import SCHEMA, banner, card_section, statement_of
 

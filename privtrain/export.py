@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from privtrain import bundle, strict_json
+from privtrain import bundle
 from privtrain.bundle import ReleaseManifest
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault, VerificationFailed
+from privtrain.files import strict_json
 from privtrain.rundir import RunDirectory, replace_directory, write_atomically
 
 DTYPES = ("fp32", "bf16", "fp16")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
-from privtrain.private_paths import (
+from privtrain.files.private import (
     check_empty,
     check_private_directory,
     check_private_tree,

@@ -14,8 +14,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from privtrain import reading
 from privtrain.errors import DamagedFile
+from privtrain.files import reading
 from privtrain.rundir import RunDirectory, json_pieces, write_json
 
 SEAL = "seal"
@@ -105,6 +105,6 @@ def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
 
 
 def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
-    """SHA-256 of a regular file; see :func:`privtrain.reading.opened`."""
+    """SHA-256 of a regular file; see :func:`privtrain.files.reading.opened`."""
     with reading.opened(path, follow_links=follow_links, may_be_empty=True) as file:
         return sha256_of(file, path)

@@ -14,9 +14,10 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from privtrain import bundle, consistency, export, strict_json
+from privtrain import bundle, consistency, export
 from privtrain.bundle import FileFault, ReleaseManifest
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
+from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
 from privtrain.model_files import digests_in
 from privtrain.rundir import RunDirectory

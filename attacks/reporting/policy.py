@@ -10,7 +10,7 @@ import pydantic
 
 from attacks.analysis.verdict import Verdict
 from attacks.errors import AttackInputError
-from privtrain import reading
+from privtrain.files import reading
 
 
 class Policy(pydantic.BaseModel):

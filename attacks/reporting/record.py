@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from attacks.errors import AttackInputError
 from attacks.scoring import target as targets
 from attacks.signals import ARROW_FAULTS, REFERENCES_PATH, SIGNALS_PATH, DocumentSignals, rows_of
-from privtrain import reading
 from privtrain.errors import DamagedFile
+from privtrain.files import reading
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import SEAL, read_sealed_file, sha256_of, write_sealed
 

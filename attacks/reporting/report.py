@@ -23,8 +23,8 @@ from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import figures, panels, record
 from attacks.signals import SIGNALS_PATH
-from privtrain import reading
 from privtrain.errors import GuaranteeLost
+from privtrain.files import reading
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.sealing import read_sealed_file, write_sealed
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from attacks.analysis.analyse import ATTACKS_PATH
 from attacks.reporting.report import INDEX_PATH, MARKDOWN_PATH, REPORT_PATH
-from privtrain import reading
+from privtrain.files import reading
 from privtrain.wandb_settings import careful_settings
 
 PUBLISHED = (ATTACKS_PATH, INDEX_PATH, REPORT_PATH, MARKDOWN_PATH)

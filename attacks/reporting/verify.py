@@ -11,7 +11,7 @@ from attacks.errors import AttackInputError
 from attacks.reporting import record, report
 from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
-from privtrain import reading
+from privtrain.files import reading
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256, read_sealed_file
 

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow
 
 from privtrain.data.digest import RecordDigest
-from privtrain.private_paths import check_private_tree, make_private_directory, open_lock_file
+from privtrain.files.private import check_private_tree, make_private_directory, open_lock_file
 
 SCHEMA = "privtrain/index/1"
 

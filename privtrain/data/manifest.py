@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from privtrain import reading
 from privtrain.config import Config
 from privtrain.data.canaries import TEMPLATE, Canary, draw_canaries, plant
 from privtrain.data.corpus import Corpus
@@ -20,6 +19,7 @@ from privtrain.data.encode import Encoder
 from privtrain.data.split import Split, seal, split_users
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, DamagedFile, Fault, PlanMismatch
+from privtrain.files import reading
 from privtrain.secret import SecretKey
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ import numpy as np
 
 from privtrain.bundle import ReleaseManifest
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
+from privtrain.files.private import make_private_directory
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import (
     ROW,
@@ -37,7 +38,6 @@ from privtrain.ledger.bodies import (
 )
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
 from privtrain.ledger.head import HeadFile, check_head, opened_head
-from privtrain.private_paths import make_private_directory
 from privtrain.rundir import sync_directory
 from privtrain.secret import SecretKey, pseudonym
 

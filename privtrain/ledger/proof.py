@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from privtrain import strict_json
 from privtrain.errors import ProofRejected
+from privtrain.files import strict_json
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import Body, LedgerState, advance, lines_of

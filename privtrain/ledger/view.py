@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain import bundle, strict_json
+from privtrain import bundle
 from privtrain.config import load_config
 from privtrain.consistency import statement_faults
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, VerificationFailed
+from privtrain.files import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.model_files import base_digests

@@ -11,7 +11,7 @@ import pytest
 from attacks import evidence, signals
 from attacks.analysis import analyse
 from attacks.reporting import record
-from privtrain.private_paths import make_private_directory
+from privtrain.files.private import make_private_directory
 from privtrain.rundir import RunDirectory
 
 STATEMENT = {

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 
 from attacks.coins.prepare import prepare
-from privtrain import private_paths
 from privtrain.data import index
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
-from privtrain.private_paths import check_private_directory, load_key_file, make_private_directory
+from privtrain.files import private as private_paths
+from privtrain.files.private import check_private_directory, load_key_file, make_private_directory
 from privtrain.registry.database import KEY_VARIABLE
 from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_atomically

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privtrain import reading, sealing
+from privtrain import sealing
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
-from privtrain.private_paths import make_private_directory
+from privtrain.files import reading
+from privtrain.files.private import make_private_directory
 from privtrain.rundir import RunDirectory, write_json
 
 PRIVATE = "margaret-hamilton"

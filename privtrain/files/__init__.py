@@ -1,0 +1,1 @@
+"""Files and directories: atomic writes, guarded reads, private places."""
