@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from privtrain.command import run_command
 from privtrain.errors import EXIT_REFUSED_RELEASE
+from privtrain.process.exit import run_command
 
 app = typer.Typer(
     name="attacks",

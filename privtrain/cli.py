@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from privtrain.command import run_command
 from privtrain.errors import PrivtrainError
 from privtrain.ledger_cli import RunPath, ledger_app
+from privtrain.process.exit import run_command
 from privtrain.registry import commands as registry_commands
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def launch(
     command: Annotated[list[str], typer.Argument(help="e.g. accelerate launch ... -m privtrain train CONFIG")],
 ) -> None:
     """Run a launcher and leave with the job's own exit code: 75 to be queued again, 2 for a mistake, ..."""
-    from privtrain.launcher import launch as run_launcher
+    from privtrain.process.launcher import launch as run_launcher
 
     raise typer.Exit(run_launcher(command))
 

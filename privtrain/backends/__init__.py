@@ -11,7 +11,7 @@ from privtrain.backends.ddp import DdpBackend
 from privtrain.backends.local import LocalBackend
 from privtrain.backends.watch import Watch
 from privtrain.errors import PrivtrainError
-from privtrain.processes import join_processes
+from privtrain.process.group import join_processes
 
 _REPLICATED = {
     DistributedType.MULTI_CPU,

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from privtrain.backends.base import Backend
-from privtrain.command import leave_at_once
 from privtrain.errors import EXIT_MACHINE_FAILED, PrivtrainError, RankLost
+from privtrain.process.exit import leave_at_once
 
 #: Beats in a time-out; a beat a few seconds late must not end a job.
 _BEATS_PER_TIMEOUT = 10

@@ -24,8 +24,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from privtrain.console import say
 from privtrain.errors import PrivtrainError
+from privtrain.process.console import say
 from privtrain.registry import printing, refusal, views
 from privtrain.registry.chart import budget_chart
 from privtrain.registry.database import Database

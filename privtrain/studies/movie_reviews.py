@@ -19,8 +19,8 @@ import sys
 import tarfile
 import tempfile
 
-from privtrain.command import run_command
 from privtrain.errors import ConfigError, Fault, PrivtrainError
+from privtrain.process.exit import run_command
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 FILE_NAME = "vaderSentiment-3.3.2.tar.gz"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
-from privtrain.console import say
 from privtrain.plan import PrivacyPlan
+from privtrain.process.console import say
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
 from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Set
 
 from privtrain.backends import Backend
-from privtrain.console import say
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus, without_users
 from privtrain.data.manifest import read_sealed
@@ -33,6 +32,7 @@ from privtrain.errors import (
 )
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.plan import PrivacyPlan
+from privtrain.process.console import say
 from privtrain.registry.database import registry_url
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest, Settled

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from privtrain.backends import Backend
-from privtrain.console import say
 from privtrain.errors import GuaranteeLost
 from privtrain.layout import Layout
+from privtrain.process.console import say
 from privtrain.rundir import replace_directory, write_atomically
 
 _STATE = "state.pt"

@@ -11,10 +11,10 @@ from typing import Any
 
 from privtrain.backends import Backend
 from privtrain.config import Config
-from privtrain.console import say
 from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import PlanMismatch
 from privtrain.plan import PrivacyPlan
+from privtrain.process.console import say
 from privtrain.publish import complete_release
 from privtrain.rundir import RunDirectory, write_json
 

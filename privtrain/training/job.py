@@ -17,7 +17,6 @@ from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
-from privtrain.console import Progress, say
 from privtrain.data.canaries import plant
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import draw_split
@@ -36,6 +35,7 @@ from privtrain.models import (
 )
 from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan
+from privtrain.process.console import Progress, say
 from privtrain.publish import publish
 from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model
 from privtrain.secret import SecretKey

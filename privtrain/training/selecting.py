@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from privtrain.backends import Backend
-from privtrain.console import say
 from privtrain.data.canaries import plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.selection import Losses, Selection, check_contributions
@@ -18,6 +17,7 @@ from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.process.console import say
 from privtrain.rundir import write_json
 from privtrain.secret import SecretKey
 from privtrain.training.claim import Inputs

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 from privtrain.backends import Backend
 from privtrain.config import public_tree, to_yaml
-from privtrain.console import say
 from privtrain.data.manifest import check_prepared, split_commitment, used_facts
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger import Ledger, LedgerState, open_ledger
 from privtrain.ledger.head import head_path
+from privtrain.process.console import say
 from privtrain.rundir import write_atomically, write_json
 from privtrain.sealing import write_sealed
 from privtrain.secret import SecretKey

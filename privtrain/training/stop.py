@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from privtrain.backends import Backend
-from privtrain.command import leave_at_once, record_stop_request
 from privtrain.errors import EXIT_PREEMPTED, Preempted
+from privtrain.process.exit import leave_at_once, record_stop_request
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from privtrain.slurm import adopt_slurm_tasks, first_host
+from privtrain.process.slurm import adopt_slurm_tasks, first_host
 from tests import jobs
 from tests.cluster import free_port
 from tests.conftest import save_tiny_llama, write_users

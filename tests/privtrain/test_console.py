@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from privtrain import console
+from privtrain.process import console
 
 
 def test_a_log_shows_budget_speed_and_time_left(monkeypatch):

@@ -14,8 +14,8 @@ import tempfile
 import threading
 from collections.abc import Sequence
 
-from privtrain.command import LAUNCH_DIRECTORY, was_asked_to_stop
 from privtrain.errors import EXIT_PREEMPTED, EXIT_REFUSED_RELEASE, EXIT_WRONG_INPUT, PrivtrainError
+from privtrain.process.exit import LAUNCH_DIRECTORY, was_asked_to_stop
 
 #: What ranks get to finish their step and save; the cluster's own patience usually ends first.
 _SHUTDOWN_TIMEOUT_SECONDS = 300

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from privtrain.errors import Preempted, PrivtrainError
-from privtrain.slurm import adopt_slurm_tasks
+from privtrain.process.slurm import adopt_slurm_tasks
 
 #: A mistake that every rank meets is told by rank 0; the launcher ends the others before this many seconds are over.
 _OTHER_RANKS_WAIT_SECONDS = 3.0
