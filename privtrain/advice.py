@@ -6,7 +6,7 @@ import math
 
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 
 #: Relative gap between expected batch size and sampling_prob times users that is worth a warning.
 _BATCH_GAP = 0.25

@@ -15,8 +15,8 @@ from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
 from privtrain.memory import LaunchLayout, ModelSize, model_size
-from privtrain.plan import PrivacyPlan, finite
 from privtrain.pricing import price_list
+from privtrain.privacy.plan import PrivacyPlan, finite
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from privtrain.config.schema import PrivacySection
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 
 
 @dataclasses.dataclass(frozen=True)

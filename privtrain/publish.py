@@ -22,7 +22,7 @@ from privtrain import bundle
 from privtrain.bundle import ReleaseManifest
 from privtrain.errors import GuaranteeLost
 from privtrain.ledger import Ledger, verify_chain
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.rundir import (
     RunDirectory,
     sync_directory,

@@ -25,7 +25,7 @@ from privtrain.files.private import (
     make_private_directory,
     open_lock_file,
 )
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 
 class RunDirectory:

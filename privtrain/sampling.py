@@ -1,6 +1,6 @@
 """Which units join a step, and how they are dealt to ranks.
 
-Public: the scheme (:mod:`privtrain.schemes`), k, and this code. Secret: the key, and therefore who was drawn. Privacy
+Public: the scheme (:mod:`privtrain.privacy.sampling`), k, and this code. Secret: the key, and therefore who was drawn. Privacy
 amplification by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
 
 The draw is global: a pure function of (secret, step), the same on every rank whatever their number, so that no unit can
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from privtrain.errors import ConfigError, Fault
-from privtrain.plan import PrivacyPlan
-from privtrain.secret import SecretKey
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 
 
 @dataclasses.dataclass(frozen=True)

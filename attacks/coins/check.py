@@ -14,7 +14,7 @@ from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.scoring.planned import DocumentKey
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, HELD_OUT, TRAINING
 from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, canaries_of
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 
 def check_documents(scoring: Scoring) -> int:

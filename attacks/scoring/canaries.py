@@ -13,7 +13,7 @@ from attacks.scoring.documents import Document
 from attacks.signals import CANARY, CANARY_REFERENCE
 from privtrain.config.schema import CanariesSection
 from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, Canary, canaries_of, digits_of, draw_secret
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 POOL = "canary references"
 """Owner of references that all canaries of a kind share."""

@@ -36,9 +36,9 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
 from privtrain.models import load_tokenizer
+from privtrain.privacy.secret import SecretKey
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256
-from privtrain.secret import SecretKey
 
 Tokens = npt.NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from attacks.scoring.documents import Document, attack_pseudonym
 from attacks.signals import CONTROL_PREFIX, FRESH, TRAINING
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 
 class DocumentKey(NamedTuple):

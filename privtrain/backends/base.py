@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 
 from privtrain.clipping.cooperative import GradientShards
-from privtrain.layout import Layout, Slot
-from privtrain.noise import StepNoise, noised_vector
+from privtrain.privacy.layout import Layout, Slot
+from privtrain.privacy.noise import StepNoise, noised_vector
 from privtrain.weights import BaseSource
 
 

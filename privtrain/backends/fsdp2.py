@@ -28,7 +28,7 @@ from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ArrivingShards
 from privtrain.backends.split import SplitStep
 from privtrain.errors import ConfigError, Fault
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 from privtrain.weights import BaseSource, PartReader
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from privtrain.backends.base import all_equal, digest
-from privtrain.layout import Slot
+from privtrain.privacy.layout import Slot
 
 # torch 2.13 renamed these two; the old names warn.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

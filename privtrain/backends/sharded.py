@@ -11,8 +11,8 @@ from privtrain.backends.base import Placement, digest, step_optimizer
 from privtrain.backends.group import ProcessGroup
 from privtrain.backends.split import SplitStep
 from privtrain.clipping import GradientShards
-from privtrain.layout import Layout, Slot
-from privtrain.noise import StepNoise, noised_vector
+from privtrain.privacy.layout import Layout, Slot
+from privtrain.privacy.noise import StepNoise, noised_vector
 
 
 class ShardedBackend(ProcessGroup):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from privtrain.backends.group import reduce_scatter_flat
 from privtrain.clipping.cooperative import Sink
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout, Slot
+from privtrain.privacy.layout import Layout, Slot
 
 #: Coordinates of a bucket: 16 MiB of fp32. A larger tensor travels alone.
 _BUCKET = 1 << 22

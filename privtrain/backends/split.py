@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from privtrain.backends.base import Placement
 from privtrain.backends.group import all_gather_flat, reduce_scatter_flat
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 
 
 class SplitStep:

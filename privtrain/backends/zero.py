@@ -30,7 +30,7 @@ from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ReducedShards, equal_part
 from privtrain.backends.split import SplitStep
 from privtrain.errors import ConfigError, Fault
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 from privtrain.weights import BaseSource
 
 

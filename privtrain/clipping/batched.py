@@ -37,7 +37,7 @@ from privtrain.clipping.factors import (
 )
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.layout import Layout, Slot
+from privtrain.privacy.layout import Layout, Slot
 
 
 class UnitGradients:

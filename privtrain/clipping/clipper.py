@@ -34,7 +34,7 @@ from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
-from privtrain.layout import Layout, Slot
+from privtrain.privacy.layout import Layout, Slot
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -28,7 +28,7 @@ from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout, Slot
+from privtrain.privacy.layout import Layout, Slot
 
 #: Called once a tensor with this rank's part of it in the slot's shape, fp32.
 Sink = Callable[[Slot, torch.Tensor], None]

@@ -1,7 +1,7 @@
 """The sum over units as integers: where a clipped contribution is rounded to the public grid and added.
 
 A unit's gradient g (fp32) is multiplied by its clipping factor w, rounded towards zero to a multiple of the grid step
-s = 2**e (:func:`privtrain.fixed_point.grid_exponent`) and added as int64. In units of s a contribution is
+s = 2**e (:func:`privtrain.privacy.fixed_point.grid_exponent`) and added as int64. In units of s a contribution is
 
     Q_i = trunc(fl(v · g_i)),    v = fl(w / s),
 

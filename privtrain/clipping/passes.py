@@ -26,7 +26,7 @@ from privtrain.clipping.capture import Calls
 from privtrain.clipping.factors import exact_fp32
 from privtrain.clipping.rules import Gradient, Rule
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.layout import Slot
+from privtrain.privacy.layout import Slot
 
 _BYTES_OF_A_NUMBER = 4
 

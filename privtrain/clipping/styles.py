@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from privtrain import fixed_point
-from privtrain.layout import Layout
+from privtrain.privacy import fixed_point
+from privtrain.privacy.layout import Layout
 
 #: Gamma of automatic clipping (Bu et al. 2022, arXiv 2206.07136, section 3.2): limits how far small ones are blown up.
 AUTOMATIC_GAMMA = 0.01

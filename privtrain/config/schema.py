@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from privtrain import fixed_point
+from privtrain.privacy import fixed_point
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
@@ -23,7 +23,7 @@ _SMALLEST_NOISE = 0.1
 _RECORDS_PER_USER = 4
 
 _BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
-#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.schemes`.
+#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.privacy.sampling`.
 _SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "poisson": (("sampling_prob",), (), _BOTH, _ALL),
     "truncated_poisson": (("sampling_prob", "max_batch_size", "max_num_units"), (), ("zero_out",), ("pld",)),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from privtrain.config.schema import CanariesSection
 from privtrain.data.corpus import Corpus
 from privtrain.errors import ConfigError, Fault
-from privtrain.secret import KeyStream, SecretKey
+from privtrain.privacy.secret import KeyStream, SecretKey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from privtrain.data.split import Split, seal, split_users
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, DamagedFile, Fault, PlanMismatch
 from privtrain.files import reading
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ from privtrain.data.corpus import Corpus
 from privtrain.data.packed import UserIndices
 from privtrain.data.split import Split
 from privtrain.errors import GuaranteeLost
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 #: (user, index of a record) → mean loss per predicted token under the public model, in nats.
 Losses = Mapping[tuple[str, int], float]

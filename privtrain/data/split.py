@@ -16,7 +16,7 @@ from privtrain.config.schema import DataSection
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
 from privtrain.data.packed import Names, UserIndices
-from privtrain.secret import KeyStream, SecretKey
+from privtrain.privacy.secret import KeyStream, SecretKey
 
 SCHEMA = "privtrain/manifest/2"
 

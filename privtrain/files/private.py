@@ -18,7 +18,7 @@ import stat
 from collections.abc import Collection
 
 from privtrain.errors import GuaranteeLost, UnsafePath
-from privtrain.secret import KEY_BYTES, SecretKey
+from privtrain.privacy.secret import KEY_BYTES, SecretKey
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 #: In hexadecimal, with or without the end of the line.

@@ -38,8 +38,8 @@ from privtrain.ledger.bodies import (
 )
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
 from privtrain.ledger.head import HeadFile, check_head, opened_head
+from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.rundir import sync_directory
-from privtrain.secret import SecretKey, pseudonym
 
 #: Contributions of an open segment at which it is sealed.
 SEGMENT_ROWS = 1 << 18
@@ -176,7 +176,7 @@ class Ledger:
         Args:
             generation: the current generation.
             step: the step of the last :meth:`intend`.
-            commitment: to the exact sum, see :mod:`privtrain.sum_digest`.
+            commitment: to the exact sum, see :mod:`privtrain.privacy.sum_digest`.
             zeroed: names of the units whose gradient was not finite, so that they contributed zero.
 
         Raises:

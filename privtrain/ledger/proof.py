@@ -27,7 +27,7 @@ from privtrain.ledger import merkle
 from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import Body, LedgerState, advance, lines_of
 from privtrain.ledger.log import key_commitment, verify_chain
-from privtrain.secret import SecretKey, pseudonym
+from privtrain.privacy.secret import SecretKey, pseudonym
 
 SCHEMA = "privtrain/ledger-proof/1"
 

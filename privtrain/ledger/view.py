@@ -19,9 +19,9 @@ from privtrain.files import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.model_files import base_digests
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.rundir import RunDirectory, write_atomically
-from privtrain.secret import SecretKey, pseudonym
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:

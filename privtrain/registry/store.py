@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from privtrain.errors import BudgetExceeded, GuaranteeLost, PlanMismatch, PrivtrainError
+from privtrain.privacy.secret import pseudonym
 from privtrain.registry import clock, endings, evidence, spending
 from privtrain.registry.database import Database
 from privtrain.registry.evidence import LedgerEvidence
@@ -37,7 +38,6 @@ from privtrain.registry.tables import (
     Run,
     Settlement,
 )
-from privtrain.secret import pseudonym
 
 #: Every lost race means that somebody else won one; more than this in a row is a fault.
 _MAX_RACES = 1000

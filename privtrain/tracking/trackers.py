@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from privtrain.config import Config, public_tree
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory
 from privtrain.tracking.mirrors import Row
 from privtrain.tracking.trackers import NullTracker

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from privtrain.errors import GuaranteeLost
-from privtrain.plan import AdaptiveClipping
+from privtrain.privacy.plan import AdaptiveClipping
 
 #: The norm changes by at most a factor e in a step, whatever the noise.
 _MOST_LOG_CHANGE = 1.0

@@ -31,13 +31,13 @@ from privtrain.errors import (
     RegistryUnreachable,
 )
 from privtrain.ledger import charged_units, verify_chain
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import pseudonym
 from privtrain.process.console import say
 from privtrain.registry.database import registry_url
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest, Settled
 from privtrain.rundir import RunDirectory, write_json
-from privtrain.secret import pseudonym
 from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs
 from privtrain.training.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far

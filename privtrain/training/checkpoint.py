@@ -21,7 +21,7 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 from privtrain.process.console import say
 from privtrain.rundir import replace_directory, write_atomically
 

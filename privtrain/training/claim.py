@@ -13,7 +13,7 @@ from privtrain.backends import Backend
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import PlanMismatch
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.publish import complete_release
 from privtrain.rundir import RunDirectory, write_json

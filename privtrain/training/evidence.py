@@ -8,7 +8,7 @@ from privtrain.data.manifest import read_sealed, split_commitment
 from privtrain.errors import LedgerCorrupt
 from privtrain.ledger import LedgerState, verify_chain
 from privtrain.ledger.log import blinded_plan, key_commitment
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.registry.evidence import NOTHING, LedgerEvidence
 from privtrain.rundir import RunDirectory
 from privtrain.training.begun import verified_state

@@ -28,8 +28,8 @@ from torch import nn
 from privtrain.clipping import refusals
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
-from privtrain.layout import Slot
 from privtrain.objectives import CausalLM
+from privtrain.privacy.layout import Slot
 from privtrain.training import hooks, traces
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.trainer import Trainer

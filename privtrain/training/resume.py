@@ -1,7 +1,7 @@
 """Where a run goes on, decided from its ledger and its newest checkpoint. Pure functions.
 
 What a release is: a step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact
-sum), see :mod:`privtrain.sum_digest`. From that follows how to go on:
+sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
 
 * **A replayed step with the sum that was committed is the same release**, bit for bit, on whatever machine, device or
   number of ranks it is computed. It is free.

@@ -3,11 +3,11 @@
 Each unit adds a number in [-1/2, 1/2] that depends on it alone, so a unit that is added or removed moves a sum by at
 most 1/2, and noise of standard deviation ``noise`` makes it a Gaussian release of multiplier ``2 * noise`` (Andrew et
 al. 2021, arXiv 1905.03871, theorem 1). Gradient and riders are one Gaussian release of the plan's noise multiplier: the
-gradient's noise is raised for it (:attr:`~privtrain.plan.PrivacyPlan.gradient_noise_multiplier`), and the step is
+gradient's noise is raised for it (:attr:`~privtrain.privacy.plan.PrivacyPlan.gradient_noise_multiplier`), and the step is
 accounted for once.
 
 The numbers are rounded towards zero to a public grid and added as integers, so that a sum does not depend on order,
-microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.noise`).
+microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.privacy.noise`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Mapping
 
 import torch
 
-from privtrain import fixed_point
 from privtrain.backends import Backend
 from privtrain.clipping import ClippingDiagnostics
-from privtrain.noise import StepNoise, noised
-from privtrain.plan import LOSS, WITHIN_NORM, PrivacyPlan
+from privtrain.privacy import fixed_point
+from privtrain.privacy.noise import StepNoise, noised
+from privtrain.privacy.plan import LOSS, WITHIN_NORM, PrivacyPlan
 
 #: Most that one unit adds to a sum, and the exponent of the grid that the sums lie on.
 SENSITIVITY = 0.5

@@ -17,9 +17,9 @@ from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
 from privtrain.rundir import write_json
-from privtrain.secret import SecretKey
 from privtrain.training.claim import Inputs
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
-from privtrain.layout import Layout, Slot
-from privtrain.noise import noised
-from privtrain.plan import PrivacyPlan
-from privtrain.secret import SecretKey
+from privtrain.privacy.layout import Layout, Slot
+from privtrain.privacy.noise import noised
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.training import riders
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.probes import Probe

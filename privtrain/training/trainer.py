@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from privtrain import fixed_point
 from privtrain.backends import Backend, Placement
 from privtrain.backends.base import all_equal
 from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
@@ -22,10 +21,11 @@ from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.ledger import Ledger
 from privtrain.objectives import CausalLM, Objective
-from privtrain.plan import PrivacyPlan, finite
+from privtrain.privacy import fixed_point
+from privtrain.privacy.plan import PrivacyPlan, finite
+from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.sum_digest import BoundSum, bind
 from privtrain.sampling import DrawnUnit, UnitSampler, deal
-from privtrain.secret import SecretKey
-from privtrain.sum_digest import BoundSum, bind
 from privtrain.tracking import Tracker
 from privtrain.training import riders
 from privtrain.training.adaptive import next_norm

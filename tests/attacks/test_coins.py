@@ -23,10 +23,10 @@ from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError, UnsafePath
 from privtrain.ledger.view import check_chain, verify_run
+from privtrain.privacy.secret import SecretKey
 from privtrain.registry.store import Registry
 from privtrain.rundir import RunDirectory, write_json
 from privtrain.sealing import write_sealed
-from privtrain.secret import SecretKey
 from privtrain.training import job
 from privtrain.training.job import train
 from tests.conftest import write_config

@@ -21,8 +21,8 @@ from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, re
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.models import load_adapter, load_base, load_tokenizer
+from privtrain.privacy.secret import pseudonym
 from privtrain.rundir import RunDirectory
-from privtrain.secret import pseudonym
 from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config

@@ -27,10 +27,10 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import used_facts
 from privtrain.data.split import split_users
 from privtrain.data.units_on_disk import units_on_disk
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.rundir import write_json
 from privtrain.sampling import UnitSampler
-from privtrain.secret import SecretKey
 
 NUM_SHARDS = 64
 STEP_UNITS = 1000

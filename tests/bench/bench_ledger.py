@@ -24,7 +24,7 @@ import numpy as np
 from privtrain.ledger import open_ledger, verify, verify_chain
 from privtrain.ledger.proof import check_proof, prove
 from privtrain.ledger.query import opened_contributions
-from privtrain.secret import SecretKey, pseudonym
+from privtrain.privacy.secret import SecretKey, pseudonym
 from tests.privtrain.ledgers import manifest_of
 
 _KEY = SecretKey.insecure(0, "pseudonym")

@@ -30,7 +30,7 @@ from privtrain.config import load_config
 from privtrain.errors import PrivtrainError
 from privtrain.ledger import read_records, verify
 from privtrain.ledger.view import verify_run
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from tests.cluster import BACKENDS, PHASES, Fault, Job
 from tests.conftest import save_tiny_llama, write_config, write_users
 

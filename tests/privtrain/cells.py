@@ -20,8 +20,8 @@ from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSect
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.models import add_lora
-from privtrain.plan import PrivacyPlan
-from privtrain.secret import SecretKey
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import Trainer

@@ -13,7 +13,7 @@ from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import lines_of, make_line, replay
 from privtrain.ledger.head import _encode, head_path
 from privtrain.ledger.log import verify_chain
-from privtrain.secret import SecretKey, pseudonym
+from privtrain.privacy.secret import SecretKey, pseudonym
 
 KEY = SecretKey.insecure(0, "pseudonym")
 

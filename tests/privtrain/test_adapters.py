@@ -17,8 +17,8 @@ from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
-from privtrain.layout import Layout
 from privtrain.models import load_base
+from privtrain.privacy.layout import Layout
 from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import brute_force_sum, clipped_sum, invented_users, make_clipper, relative_error

@@ -21,9 +21,9 @@ from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, GuaranteeLost
-from privtrain.noise import StepNoise
-from privtrain.plan import AdaptiveClipping, PrivacyPlan
-from privtrain.secret import SecretKey
+from privtrain.privacy.noise import StepNoise
+from privtrain.privacy.plan import AdaptiveClipping, PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import riders
 from privtrain.training.adaptive import next_norm

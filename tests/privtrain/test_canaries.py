@@ -20,7 +20,7 @@ from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.errors import ConfigError, PlanMismatch
 from privtrain.models import load_tokenizer
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 from tests.conftest import write_config
 from tests.privtrain.test_data import corpus_of, section
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from privtrain.backends import LocalBackend
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 from privtrain.training import checkpoint
 
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from privtrain import fixed_point
 from privtrain.backends import DdpBackend
 from privtrain.clipping import rules
 from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.layout import Layout
 from privtrain.models import row_losses
+from privtrain.privacy import fixed_point
+from privtrain.privacy.layout import Layout
 from privtrain.sampling import DrawnUnit, deal
 from tests.privtrain.models_for_tests import (
     brute_force_sum,

@@ -19,7 +19,7 @@ from privtrain.data.split import seal, split_users
 from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError
 from privtrain.models import load_tokenizer
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 ROWS = [
     ("bo", "one"),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from privtrain import fixed_point
 from privtrain.backends import DdpBackend
 from privtrain.clipping import PerUnitClipper, batched, exact_sum
 from privtrain.data.microbatch import Packer
-from privtrain.layout import Layout
+from privtrain.privacy import fixed_point
+from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import make_clipper
 from tests.privtrain.test_parity import build, losses_of
 from tests.ranks import run_on_ranks

@@ -18,7 +18,7 @@ from privtrain.ledger import charged_units, merkle, read_records, verify
 from privtrain.ledger.bodies import ROW, rows_path, segment_path
 from privtrain.ledger.head import head_path
 from privtrain.ledger.log import verify_chain
-from privtrain.secret import pseudonym
+from privtrain.privacy.secret import pseudonym
 from tests.privtrain.ledgers import (
     KEY,
     by_pseudonym,
@@ -328,7 +328,7 @@ def test_a_log_of_another_plan_or_key_is_refused(tmp_path, monkeypatch):
     path = write_steps(tmp_path / "l.jsonl")
     with pytest.raises(LedgerCorrupt, match="another plan"), opened(path, plan="other"):
         pass
-    from privtrain.secret import SecretKey
+    from privtrain.privacy.secret import SecretKey
     from tests.privtrain import ledgers
 
     monkeypatch.setattr(ledgers, "KEY", SecretKey.insecure(1, "pseudonym"))

@@ -15,7 +15,7 @@ from privtrain.ledger import merkle, read_records, verify
 from privtrain.ledger.bodies import ROW, rows_path
 from privtrain.ledger.chain import lines_of
 from privtrain.ledger.proof import check_proof, prove, read_proof
-from privtrain.secret import pseudonym
+from privtrain.privacy.secret import pseudonym
 from tests.privtrain.ledgers import KEY, _write_head, forge, opened, write_steps
 
 

@@ -16,7 +16,7 @@ from privtrain.errors import LedgerCorrupt, ProofRejected
 from privtrain.ledger import merkle, verify
 from privtrain.ledger.bodies import rows_path
 from privtrain.ledger.proof import check_proof, prove
-from privtrain.secret import SecretKey, pseudonym
+from privtrain.privacy.secret import SecretKey, pseudonym
 from tests.privtrain.ledgers import KEY, opened, units_of, write_steps
 
 NUM_STEPS = 24

@@ -12,12 +12,12 @@ import torch
 from hypothesis import strategies as st
 from scipy import stats
 
-from privtrain import noise, normal
 from privtrain.backends import DdpBackend
-from privtrain.fixed_point import grid_exponent
-from privtrain.layout import Layout
-from privtrain.noise import BLOCK, StepNoise, noise_exponent, noised, noised_vector
-from privtrain.secret import SecretKey
+from privtrain.privacy import noise, normal
+from privtrain.privacy.fixed_point import grid_exponent
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised, noised_vector
+from privtrain.privacy.secret import SecretKey
 from tests.ranks import run_on_ranks
 
 NOISE_MULTIPLIER, CLIPPING_NORM, NUM_STEPS = 1.7, 0.3, 200

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 import accountants
-from privtrain import normal
 from privtrain.backends import LocalBackend
 from privtrain.clipping import ClippingDiagnostics
 from privtrain.config import validate
 from privtrain.errors import ConfigError, SelfTestFailed
 from privtrain.models import row_losses
-from privtrain.noise import StepNoise, noise_exponent
-from privtrain.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
-from privtrain.secret import SecretKey
+from privtrain.privacy import normal
+from privtrain.privacy.noise import StepNoise, noise_exponent
+from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.training import riders
 from privtrain.training.job import train
 from privtrain.training.trainer import Trainer

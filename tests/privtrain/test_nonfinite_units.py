@@ -14,7 +14,7 @@ from torch import nn
 from privtrain.backends import DdpBackend
 from privtrain.clipping import PerUnitClipper, clipper
 from privtrain.data.microbatch import Packer
-from privtrain.layout import Layout
+from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper
 from tests.ranks import run_on_ranks
 

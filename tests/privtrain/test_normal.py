@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from privtrain import normal
 from privtrain.errors import GuaranteeLost
+from privtrain.privacy import normal
 
 MP = mpmath.mp.clone()
 MP.prec = 160

@@ -13,7 +13,7 @@ from privtrain.data.packed import Each, Names, UserIndices
 from privtrain.data.selection import check_contributions
 from privtrain.data.split import CANARY_COIN, split_users
 from privtrain.errors import GuaranteeLost
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 KEY = SecretKey.insecure(0, "root")
 IDS = st.text(st.characters(), max_size=4) | st.sampled_from(["", "\ud800", "é", "￮", "\U0001f600"])

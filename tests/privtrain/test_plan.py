@@ -8,7 +8,7 @@ import math
 import pytest
 
 from privtrain.config import validate
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 
 
 def fingerprint(tree) -> str:

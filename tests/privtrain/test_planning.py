@@ -15,10 +15,10 @@ from privtrain.config import validate
 from privtrain.errors import ConfigError
 from privtrain.memory import LaunchLayout, model_size
 from privtrain.models import add_lora
-from privtrain.plan import PrivacyPlan
 from privtrain.plan_view import print_plan
 from privtrain.planning import PlanOptions, describe_plan
 from privtrain.pricing import price_list
+from privtrain.privacy.plan import PrivacyPlan
 from tests.conftest import write_config
 
 ZERO3 = pathlib.Path(__file__).parents[2] / "launch" / "accelerate" / "zero3.yaml"

@@ -17,7 +17,7 @@ from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed
 from privtrain.models import add_lora
 from privtrain.objectives import CausalLM, Classification
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import traces
 from privtrain.training.selftest import run_self_test

@@ -14,7 +14,7 @@ from privtrain import bundle
 from privtrain.config import validate
 from privtrain.errors import GuaranteeLost, VerificationFailed
 from privtrain.ledger import verify_chain
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.publish import complete_release, publish
 from privtrain.rundir import RunDirectory
 from privtrain.training.job import train

@@ -11,9 +11,9 @@ from scipy import stats
 
 from privtrain.config.schema import PrivacySection
 from privtrain.data.microbatch import NOBODY, Packer
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.sampling import DrawnUnit, UnitSampler, deal
-from privtrain.secret import SecretKey
 
 
 def make_plan(**changes) -> PrivacyPlan:

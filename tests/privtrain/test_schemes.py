@@ -18,10 +18,10 @@ import accountants
 from accountants.events import RandomAllocationDpEvent, ShuffledBatchesDpEvent
 from privtrain.config import schema, validate
 from privtrain.errors import ConfigError
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.sampling import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson
+from privtrain.privacy.secret import SecretKey
 from privtrain.sampling import UnitSampler
-from privtrain.schemes import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson
-from privtrain.secret import SecretKey
 
 KEY = SecretKey.insecure(0, "schemes")
 EXAMPLES = [Poisson(0.3), TruncatedPoisson(0.3, 9, 30), RandomAllocation(5, 2), RandomAllocation(6), Shuffle(5, 30)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privtrain.errors import GuaranteeLost
+from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.rundir import RunDirectory
-from privtrain.secret import SecretKey, pseudonym
 
 
 def test_a_key_never_prints_or_pickles_itself():

@@ -12,10 +12,10 @@ import torch
 from privtrain.backends import LocalBackend, Placement, base, sharded, shards
 from privtrain.clipping import capture, clipper, cooperative, exact_sum, rules, styles
 from privtrain.errors import SelfTestFailed
-from privtrain.layout import Layout
-from privtrain.noise import StepNoise, noised_vector
-from privtrain.secret import SecretKey
-from privtrain.sum_digest import bind
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.noise import StepNoise, noised_vector
+from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.sum_digest import bind
 from privtrain.training import riders, selftest
 from privtrain.training import trainer as trainer_module
 from privtrain.training.trainer import Trainer

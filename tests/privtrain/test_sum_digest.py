@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from privtrain import sum_digest
 from privtrain.backends import DdpBackend, LocalBackend
 from privtrain.errors import GuaranteeLost
-from privtrain.layout import Layout
-from privtrain.secret import SecretKey
-from privtrain.sum_digest import BLOCK, bind, block_values
+from privtrain.privacy import sum_digest
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.sum_digest import BLOCK, bind, block_values
 from tests.privtrain.cells import Cell, make_backend, make_trainer
 from tests.ranks import run_on_ranks
 

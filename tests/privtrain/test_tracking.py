@@ -13,7 +13,7 @@ import wandb
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory
 from privtrain.tracking import wandb_tracker
 from privtrain.tracking.mirrors import BlockedMirror

@@ -17,10 +17,10 @@ from privtrain.config import validate
 from privtrain.config.schema import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, GuaranteeLost
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
 from privtrain.rundir import RunDirectory
 from privtrain.sampling import UnitSampler
-from privtrain.secret import SecretKey
 from privtrain.training import budget
 from privtrain.training.job import train
 from tests.conftest import write_config

@@ -19,7 +19,7 @@ from privtrain.bundle import check_released, digest_of, read_manifest, render
 from privtrain.errors import LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.export import export_run
 from privtrain.ledger.view import verify_run
-from privtrain.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.release import card_section
 from privtrain.training.job import train
 from privtrain.verify import Anchors, verify_directory

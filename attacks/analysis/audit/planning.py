@@ -92,7 +92,7 @@ def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
 def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
     """Epsilon and delta that the run will claim, and how many sources of coins will share the error."""
     from privtrain.config import load_config
-    from privtrain.plan import PrivacyPlan
+    from privtrain.privacy.plan import PrivacyPlan
 
     loaded = load_config(config)
     plan = PrivacyPlan.build(loaded.privacy)

@@ -19,7 +19,7 @@ from typing import Any
 
 import accountants
 from accountants.units import group_epsilon, group_event, record_delta_of
-from privtrain.schemes import Poisson, Scheme, relation_of
+from privtrain.privacy.sampling import Poisson, Scheme, relation_of
 
 #: Accountants that can certify, the first is the default: as tight as pld on mixtures, many times faster, and good at
 #: the tiny δ that group privacy asks about.

@@ -18,8 +18,8 @@ from typing import Any
 import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.schemes import SCHEMES, Scheme, relation_of, scheme_of
-from privtrain.user_level import ACCOUNTANTS, group_answer, group_holds, group_noise, mixture_event
+from privtrain.privacy.sampling import SCHEMES, Scheme, relation_of, scheme_of
+from privtrain.privacy.user_level import ACCOUNTANTS, group_answer, group_holds, group_noise, mixture_event
 
 SCHEMA = "privtrain/plan/1"
 
@@ -81,7 +81,7 @@ class PrivacyPlan:
 
     The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
     adding or removing one ``guaranteed_unit`` with all its records, provided that the secret keys stay secret and that
-    ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian (:mod:`privtrain.noise`).
+    ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian (:mod:`privtrain.privacy.noise`).
 
     Attributes:
         unit: ``"user"`` or ``"example"``: what is sampled and clipped.
@@ -89,7 +89,7 @@ class PrivacyPlan:
         records_per_user: where the unit is the example, the most records of a user in the whole training set; ``None``
             for any number, and where the unit is the user.
         user_accounting: where the unit is the example, how ε is stated for a user: ``"none"`` (for one record),
-            ``"group"`` or ``"mixture"`` (:mod:`privtrain.user_level`).
+            ``"group"`` or ``"mixture"`` (:mod:`privtrain.privacy.user_level`).
         selection: how a user's records are chosen (:mod:`privtrain.data.selection`).
         neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
         scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.

@@ -35,9 +35,9 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from privtrain import normal
-from privtrain.layout import Layout
-from privtrain.secret import SecretKey
+from privtrain.privacy import normal
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.secret import SecretKey
 
 #: Coordinates per independently keyed block.
 BLOCK = 1 << 16
@@ -49,7 +49,7 @@ _ROUNDING = 2.0**-50
 
 @dataclasses.dataclass(frozen=True)
 class StepNoise:
-    """The key of all noise of one step over one sum. Made from both by :func:`privtrain.sum_digest.bind` alone."""
+    """The key of all noise of one step over one sum. Made from both by :func:`privtrain.privacy.sum_digest.bind` alone."""
 
     key: SecretKey
 

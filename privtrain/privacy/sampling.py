@@ -21,7 +21,7 @@ import numpy as np
 
 import accountants
 from privtrain.config.schema import PrivacySection
-from privtrain.secret import SecretKey
+from privtrain.privacy.secret import SecretKey
 
 #: Our names of neighbouring relations, and dp_accounting's.
 RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPECIAL"}

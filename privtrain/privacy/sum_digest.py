@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from privtrain.layout import Layout
-from privtrain.noise import StepNoise
-from privtrain.secret import SecretKey
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.noise import StepNoise
+from privtrain.privacy.secret import SecretKey
 
 #: Coordinates of a block, and rows of the table that one lane uses.
 BLOCK = 1 << 16

@@ -1,0 +1,1 @@
+"""The guarantee: plan, sampling, secret, noise."""
