@@ -100,7 +100,7 @@ def _whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
     """The released model in fp32, so that merging rounds once."""
     import torch
 
-    from privtrain.models import load_adapter, load_base
+    from privtrain.models.load import load_adapter, load_base
 
     if run.model.exists():
         import transformers

@@ -7,7 +7,7 @@ import importlib.util
 from privtrain.config import Config
 from privtrain.data.corpus import check_source
 from privtrain.errors import ConfigError, Fault
-from privtrain.model_files import check_model
+from privtrain.models.files import check_model
 
 
 def check_inputs(config: Config) -> None:

@@ -14,7 +14,7 @@ from privtrain.config import Config, load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
-from privtrain.memory import LaunchLayout, ModelSize, model_size
+from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.pricing import price_list
 from privtrain.privacy.plan import PrivacyPlan, finite
 

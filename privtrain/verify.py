@@ -19,7 +19,7 @@ from privtrain.bundle import FileFault, ReleaseManifest
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
-from privtrain.model_files import digests_in
+from privtrain.models.files import digests_in
 from privtrain.rundir import RunDirectory
 from privtrain.signing import SIGNATURE, Keys, check_signature
 

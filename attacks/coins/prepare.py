@@ -135,7 +135,7 @@ def _check_sealed(run: RunDirectory, config: Config, everybody: Corpus, allowed:
 def _tokenizer(config: Config) -> Any:
     if not needs_tokenizer(config):
         return None
-    from privtrain.models import load_tokenizer
+    from privtrain.models.load import load_tokenizer
 
     return load_tokenizer(config.model)
 

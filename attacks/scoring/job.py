@@ -35,7 +35,7 @@ from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256

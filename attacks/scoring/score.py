@@ -51,7 +51,7 @@ from attacks.signals import (
 )
 from privtrain.config import Config
 from privtrain.config.schema import ModelSection
-from privtrain.models import base_dtype, load_adapter, load_base, resolve_precision
+from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.process.group import join_processes
 from privtrain.rundir import RunDirectory
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attacks.errors import AttackInputError
-from privtrain import bundle, model_files
+from privtrain import bundle
 from privtrain.config.schema import ModelSection
+from privtrain.models.load import files as model_files
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import file_sha256
 
@@ -51,7 +52,7 @@ def base_digests(model: ModelSection) -> dict[str, str]:
     try:
         found = model_files.base_digests(model)
         if not found:  # named on a hub and not here yet: loading it brings its files
-            from privtrain.models import load_base
+            from privtrain.models.load import load_base
 
             load_base(model)
             found = model_files.base_digests(model)

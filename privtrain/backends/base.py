@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from privtrain.clipping.cooperative import GradientShards
+from privtrain.models.weights import BaseSource
 from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.noise import StepNoise, noised_vector
-from privtrain.weights import BaseSource
 
 
 @dataclasses.dataclass(frozen=True)

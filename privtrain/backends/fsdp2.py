@@ -28,8 +28,8 @@ from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ArrivingShards
 from privtrain.backends.split import SplitStep
 from privtrain.errors import ConfigError, Fault
+from privtrain.models.weights import BaseSource, PartReader
 from privtrain.privacy.layout import Layout
-from privtrain.weights import BaseSource, PartReader
 
 
 def replicas_from_launch() -> int:

@@ -30,8 +30,8 @@ from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ReducedShards, equal_part
 from privtrain.backends.split import SplitStep
 from privtrain.errors import ConfigError, Fault
+from privtrain.models.weights import BaseSource
 from privtrain.privacy.layout import Layout
-from privtrain.weights import BaseSource
 
 
 @dataclasses.dataclass(frozen=True)

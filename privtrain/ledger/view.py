@@ -18,7 +18,7 @@ from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, Verific
 from privtrain.files import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
-from privtrain.model_files import base_digests
+from privtrain.models.files import base_digests
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.rundir import RunDirectory, write_atomically

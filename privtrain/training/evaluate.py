@@ -11,7 +11,7 @@ import torch
 from privtrain.backends import Backend
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
-from privtrain.objectives import Objective
+from privtrain.models.losses import Objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from privtrain.adapters import make_trainable
 from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
@@ -26,14 +25,16 @@ from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
-from privtrain.model_files import base_digests
-from privtrain.models import (
+from privtrain.models.files import base_digests
+from privtrain.models.load import (
     base_dtype,
     load_tokenizer,
     resolve_precision,
     weights_checksum,
 )
-from privtrain.objectives import CausalLM, Classification, Objective
+from privtrain.models.losses import CausalLM, Classification, Objective
+from privtrain.models.trainable import make_trainable
+from privtrain.models.weights import BaseSource, ClassifierHead
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import Progress, say
@@ -62,7 +63,6 @@ from privtrain.training.stop import StopRequest, listening
 from privtrain.training.supervise import joined
 from privtrain.training.trainer import ReplayDiverged, Trainer
 from privtrain.training.used import note_canaries
-from privtrain.weights import BaseSource, ClassifierHead
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0

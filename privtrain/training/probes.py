@@ -28,7 +28,7 @@ from torch import nn
 from privtrain.clipping import refusals
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
-from privtrain.objectives import CausalLM
+from privtrain.models.losses import CausalLM
 from privtrain.privacy.layout import Slot
 from privtrain.training import hooks, traces
 from privtrain.training.agreement import agree_on_fault

@@ -20,7 +20,7 @@ from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.ledger import Ledger
-from privtrain.objectives import CausalLM, Objective
+from privtrain.models.losses import CausalLM, Objective
 from privtrain.privacy import fixed_point
 from privtrain.privacy.plan import PrivacyPlan, finite
 from privtrain.privacy.secret import SecretKey

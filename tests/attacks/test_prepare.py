@@ -19,7 +19,7 @@ from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, PlanMismatch
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.rundir import RunDirectory
 from privtrain.sealing import read_sealed_file
 from privtrain.training.job import train

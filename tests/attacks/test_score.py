@@ -20,7 +20,7 @@ from attacks.scoring.score import ScoreOptions, attack_pseudonym, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
-from privtrain.models import load_adapter, load_base, load_tokenizer
+from privtrain.models.load import load_adapter, load_base, load_tokenizer
 from privtrain.privacy.secret import pseudonym
 from privtrain.rundir import RunDirectory
 from privtrain.training.job import train

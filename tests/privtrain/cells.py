@@ -19,13 +19,13 @@ from privtrain.backends.zero import ZeroBackend, ZeroSettings
 from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSection, PrivacySection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
-from privtrain.models import add_lora
+from privtrain.models.load import add_lora
+from privtrain.models.weights import BaseSource
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import Trainer
-from privtrain.weights import BaseSource
 from tests.privtrain.models_for_tests import invented_users
 
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
 
-from privtrain.adapters import make_trainable
 from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
-from privtrain.models import load_base
+from privtrain.models.load import load_base
+from privtrain.models.trainable import make_trainable
 from privtrain.privacy.layout import Layout
 from privtrain.training.job import train
 from tests.conftest import write_config

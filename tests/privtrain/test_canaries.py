@@ -19,7 +19,7 @@ from privtrain.data.manifest import draw_split, needs_tokenizer, read_sealed
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.errors import ConfigError, PlanMismatch
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from tests.conftest import write_config
 from tests.privtrain.test_data import corpus_of, section

@@ -15,7 +15,7 @@ from privtrain.backends import DdpBackend
 from privtrain.clipping import rules
 from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.models import row_losses
+from privtrain.models.load import row_losses
 from privtrain.privacy import fixed_point
 from privtrain.privacy.layout import Layout
 from privtrain.sampling import DrawnUnit, deal

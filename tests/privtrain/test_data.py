@@ -18,7 +18,7 @@ from privtrain.data.plays import parse_play, read_plays
 from privtrain.data.split import seal, split_users
 from privtrain.data.units import UnitData, build_units
 from privtrain.errors import ConfigError
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 
 ROWS = [

@@ -17,7 +17,7 @@ from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
 from privtrain.data.microbatch import Packer
 from privtrain.errors import ConfigError
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>\n{% endfor %}"

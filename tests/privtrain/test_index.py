@@ -24,7 +24,7 @@ from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from privtrain.training.job import train
 from tests.conftest import write_config

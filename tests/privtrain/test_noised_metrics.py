@@ -20,7 +20,7 @@ from privtrain.backends import LocalBackend
 from privtrain.clipping import ClippingDiagnostics
 from privtrain.config import validate
 from privtrain.errors import ConfigError, SelfTestFailed
-from privtrain.models import row_losses
+from privtrain.models.load import row_losses
 from privtrain.privacy import normal
 from privtrain.privacy.noise import StepNoise, noise_exponent
 from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
-from privtrain.memory import LaunchLayout, model_size
-from privtrain.models import add_lora
+from privtrain.models.load import add_lora
+from privtrain.models.memory import LaunchLayout, model_size
 from privtrain.plan_view import print_plan
 from privtrain.planning import PlanOptions, describe_plan
 from privtrain.pricing import price_list

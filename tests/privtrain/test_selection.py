@@ -21,7 +21,7 @@ from privtrain.data.selection import Selection, check_contributions
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.errors import ConfigError, GuaranteeLost
-from privtrain.models import load_tokenizer
+from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from privtrain.training import job, selecting
 from privtrain.training.claim import read_inputs

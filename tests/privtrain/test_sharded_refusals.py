@@ -7,8 +7,8 @@ import torch
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
+from privtrain.models.weights import BaseSource
 from privtrain.training import job
-from privtrain.weights import BaseSource
 
 
 def source_of(tree) -> BaseSource:

@@ -19,8 +19,8 @@ from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
 from privtrain.data.microbatch import Packer
-from privtrain.models import add_lora, load_classifier, load_tokenizer
-from privtrain.objectives import CausalLM, Classification
+from privtrain.models.load import add_lora, load_classifier, load_tokenizer
+from privtrain.models.losses import CausalLM, Classification
 from privtrain.privacy.layout import Layout
 from privtrain.training.job import train
 from tests.conftest import write_config

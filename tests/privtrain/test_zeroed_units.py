@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-import privtrain.objectives
+import privtrain.models.losses
 from privtrain.ledger import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.view import pseudonym_of
-from privtrain.models import row_losses
+from privtrain.models.load import row_losses
 from privtrain.rundir import RunDirectory
 from privtrain.training.job import train
 from tests import jobs
@@ -68,7 +68,7 @@ def check_ledger(run_path):
 @pytest.mark.parametrize("route", ["batched", "one_unit"])
 def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeypatch, route):
     path = poison(tree, tmp_path)
-    monkeypatch.setattr(privtrain.objectives, "row_losses", poisoned_row_losses)
+    monkeypatch.setattr(privtrain.models.losses, "row_losses", poisoned_row_losses)
     train(path, [f"performance.clipping_route={route}", "performance.microbatch_size=3"])
     check_ledger(tmp_path / "runs" / "tiny")
 
@@ -80,11 +80,11 @@ def test_flags_reach_the_ledger_from_the_rank_that_clipped(tree, tmp_path):
     script = tmp_path / "poisoned.py"
     script.write_text(
         "import sys\n"
-        "import privtrain.objectives\n"
+        "import privtrain.models.losses\n"
         "from privtrain import cli\n"
         "from tests.privtrain import test_zeroed_units as test\n"
         f"test._TOKEN[0] = {_TOKEN[0]}\n"
-        "privtrain.objectives.row_losses = test.poisoned_row_losses\n"
+        "privtrain.models.losses.row_losses = test.poisoned_row_losses\n"
         f"sys.argv = ['privtrain', 'train', {str(path)!r}]\n"
         "cli.main()\n"
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.model_files import locate
+from privtrain.models.files import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import yaml
 
 from privtrain.config import Config
 from privtrain.errors import ConfigError, Fault
-from privtrain.model_files import locate
+from privtrain.models.files import locate
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from privtrain.adapters import make_trainable
+    from privtrain.models.trainable import make_trainable
 
     if config.training.method.endswith("_tuning"):
         raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from privtrain.data.records import Record
-from privtrain.models import label_logits, row_losses
+from privtrain.models.load import label_logits, row_losses
 
 
 class Objective(Protocol):

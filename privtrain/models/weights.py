@@ -18,8 +18,8 @@ import torch
 
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.model_files import locate
-from privtrain.models import load_base, load_classifier
+from privtrain.models.files import locate
+from privtrain.models.load import load_base, load_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ PartReader = Callable[[str, int, int], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierHead:
-    """What makes a base model a sequence classifier; see :func:`~privtrain.models.load_classifier`."""
+    """What makes a base model a sequence classifier; see :func:`~privtrain.models.load.load_classifier`."""
 
     labels: tuple[int | str, ...]
     pad_id: int

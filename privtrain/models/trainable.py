@@ -16,7 +16,7 @@ import torch
 
 from privtrain.config import Config
 from privtrain.errors import ConfigError, Fault
-from privtrain.models import add_lora
+from privtrain.models.load import add_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""Base models: loading, losses, what is trained, what it needs."""
