@@ -9,12 +9,12 @@ from typing import Any
 from attacks.errors import AttackInputError
 from attacks.rundir import PrivacyStatement, read_statement
 from attacks.scoring import target as targets
-from privtrain import bundle, consistency
 from privtrain.config import Config, load_config, public_tree, to_yaml
 from privtrain.errors import VerificationFailed
 from privtrain.files import reading
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import file_sha256
+from privtrain.run import bundle, consistency
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import file_sha256
 
 
 def verified_statement(run: pathlib.Path) -> PrivacyStatement:

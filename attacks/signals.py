@@ -23,8 +23,8 @@ from attacks.errors import AttackInputError
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
 from privtrain.files.private import make_private_directory
-from privtrain.rundir import sync_directory, temporary_of
-from privtrain.sealing import sha256_of
+from privtrain.run.directory import sync_directory, temporary_of
+from privtrain.run.sealing import sha256_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")
 """Where a run directory keeps its signals."""

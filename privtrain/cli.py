@@ -139,7 +139,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Check that a directory is what was released, without secret/; names every file and field that is not."""
-    from privtrain.signing import Keys
+    from privtrain.run.signing import Keys
     from privtrain.verify import Anchors, print_verified
 
     if public_key is not None and certificate:
@@ -161,8 +161,8 @@ def sign(
     ] = None,
 ) -> None:
     """Sign what was released (model.sig, OpenSSF Model Signing); offline. Verifies the directory first."""
-    from privtrain.signing import Keys
-    from privtrain.signing import sign as sign_files
+    from privtrain.run.signing import Keys
+    from privtrain.run.signing import sign as sign_files
     from privtrain.verify import signed_files, verify_directory
 
     verify_directory(directory)

@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from privtrain import bundle
-from privtrain.bundle import ReleaseManifest
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault, VerificationFailed
 from privtrain.files import strict_json
-from privtrain.rundir import RunDirectory, replace_directory, write_atomically
+from privtrain.run import bundle
+from privtrain.run.bundle import ReleaseManifest
+from privtrain.run.directory import RunDirectory, replace_directory, write_atomically
 
 DTYPES = ("fp32", "bf16", "fp16")
 

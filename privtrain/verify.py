@@ -14,14 +14,15 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from privtrain import bundle, consistency, export
-from privtrain.bundle import FileFault, ReleaseManifest
+from privtrain import export
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
 from privtrain.models.files import digests_in
-from privtrain.rundir import RunDirectory
-from privtrain.signing import SIGNATURE, Keys, check_signature
+from privtrain.run import bundle, consistency
+from privtrain.run.bundle import FileFault, ReleaseManifest
+from privtrain.run.directory import RunDirectory
+from privtrain.run.signing import SIGNATURE, Keys, check_signature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Verified:
 
     Attributes:
         directory: what was checked.
-        place: its kind, see :data:`privtrain.bundle.PLACES`.
+        place: its kind, see :data:`privtrain.run.bundle.PLACES`.
         release_digest: names the release.
         epsilon: ε of the statement; ``None`` where it is infinite.
         checked: what was compared, in words.

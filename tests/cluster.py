@@ -166,7 +166,7 @@ class _Plant:
         self.is_spent = False
 
     def install(self) -> None:
-        from privtrain import publish
+        from privtrain.run import publish
         from privtrain.training import checkpoint, job, supervise
         from privtrain.training.trainer import Trainer
 

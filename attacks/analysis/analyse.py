@@ -27,8 +27,8 @@ from attacks.analysis.sensitive import SensitivePanel
 from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring
-from privtrain.rundir import RunDirectory, make_private_directory, write_atomically
-from privtrain.sealing import write_sealed
+from privtrain.run.directory import RunDirectory, make_private_directory, write_atomically
+from privtrain.run.sealing import write_sealed
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")

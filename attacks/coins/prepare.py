@@ -23,8 +23,8 @@ from privtrain.inputs import check_inputs
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
-from privtrain.rundir import RunDirectory, write_json
-from privtrain.sealing import read_sealed_file, write_sealed
+from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.sealing import read_sealed_file, write_sealed
 
 
 @dataclasses.dataclass(frozen=True)

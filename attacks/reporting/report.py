@@ -25,8 +25,8 @@ from attacks.reporting import figures, panels, record
 from attacks.signals import SIGNALS_PATH
 from privtrain.errors import GuaranteeLost
 from privtrain.files import reading
-from privtrain.rundir import RunDirectory, write_atomically
-from privtrain.sealing import read_sealed_file, write_sealed
+from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.run.sealing import read_sealed_file, write_sealed
 
 INDEX_PATH = pathlib.Path("report/index.html")
 REPORT_PATH = pathlib.Path("report/report.json")

@@ -27,8 +27,8 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import USED_SCHEMA, read_sealed, split_commitment
 from privtrain.errors import GuaranteeLost, PlanMismatch
 from privtrain.privacy.secret import SecretKey
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import read_sealed_file
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import read_sealed_file
 
 PSEUDONYM_PURPOSE = "attack pseudonym"
 

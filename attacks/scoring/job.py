@@ -37,8 +37,8 @@ from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import file_sha256
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import file_sha256
 
 Tokens = npt.NDArray[np.int64]
 

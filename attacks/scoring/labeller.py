@@ -13,7 +13,7 @@ from attacks.rundir import PrivacyStatement
 from attacks.scoring import pii
 from attacks.scoring.pii import Span
 from privtrain.data.synthetic import CustomerRecord, customer_records
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 NUM_MESSAGES = 200
 _MESSAGES_PER_CUSTOMER = 2.0

@@ -53,7 +53,7 @@ from privtrain.config import Config
 from privtrain.config.schema import ModelSection
 from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.process.group import join_processes
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 
 def score_run(

@@ -19,7 +19,7 @@ from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.corpus import load_corpus
 from privtrain.files.private import make_private_directory
-from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory, write_atomically
 
 SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
 

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from attacks.errors import AttackInputError
-from privtrain import bundle
 from privtrain.config.schema import ModelSection
 from privtrain.models.load import files as model_files
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import file_sha256
+from privtrain.run import bundle
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import file_sha256
 
 
 def digests_of(run: RunDirectory, model: ModelSection) -> dict[str, Any]:

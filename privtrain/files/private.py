@@ -178,7 +178,7 @@ def open_lock_file(path: pathlib.Path) -> int:
 
 
 def load_key_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> SecretKey:
-    """The key in a private file, as :meth:`privtrain.rundir.RunDirectory.create_key` writes it.
+    """The key in a private file, as :meth:`privtrain.run.directory.RunDirectory.create_key` writes it.
 
     Raises:
         GuaranteeLost: if it is gone or damaged.

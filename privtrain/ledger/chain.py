@@ -13,9 +13,9 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from privtrain.bundle import ReleaseManifest
 from privtrain.errors import LedgerCorrupt
 from privtrain.files import strict_json
+from privtrain.run.bundle import ReleaseManifest
 
 SCHEMA = "privtrain/ledger/2"
 GENESIS = "0" * 64

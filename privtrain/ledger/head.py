@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from privtrain.errors import LedgerCorrupt, RunBusy
 from privtrain.ledger.chain import GENESIS, LedgerState
-from privtrain.rundir import sync_directory
+from privtrain.run.directory import sync_directory
 
 _SLOT_BYTES = 128
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from privtrain.bundle import ReleaseManifest
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
 from privtrain.files.private import make_private_directory
 from privtrain.ledger import merkle
@@ -39,7 +38,8 @@ from privtrain.ledger.bodies import (
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
 from privtrain.ledger.head import HeadFile, check_head, opened_head
 from privtrain.privacy.secret import SecretKey, pseudonym
-from privtrain.rundir import sync_directory
+from privtrain.run.bundle import ReleaseManifest
+from privtrain.run.directory import sync_directory
 
 #: Contributions of an open segment at which it is sealed.
 SEGMENT_ROWS = 1 << 18

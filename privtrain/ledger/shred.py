@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from privtrain.errors import PrivtrainError
-from privtrain.rundir import RunDirectory, sync_directory, write_json
+from privtrain.run.directory import RunDirectory, sync_directory, write_json
 
 #: What else in ``secret/`` still says something about people, and what.
 _REMAINS = {

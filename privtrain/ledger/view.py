@@ -11,9 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain import bundle
 from privtrain.config import load_config
-from privtrain.consistency import statement_faults
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.chain import LedgerState, read_records
@@ -21,7 +19,9 @@ from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.models.files import base_digests
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey, pseudonym
-from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.run import bundle
+from privtrain.run.consistency import statement_faults
+from privtrain.run.directory import RunDirectory, write_atomically
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:

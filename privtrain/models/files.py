@@ -8,9 +8,9 @@ import importlib.util
 import pathlib
 from typing import Any
 
-from privtrain.bundle import sha256_of
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
+from privtrain.run.bundle import sha256_of
 
 #: Formats of weights, the one that transformers loads first.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")

@@ -25,7 +25,7 @@ from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.files.private import check_database_file, load_key_file, make_missing
 from privtrain.privacy.secret import KEY_BYTES, SecretKey
 from privtrain.registry.tables import Meta
-from privtrain.rundir import sync_directory, temporary_of
+from privtrain.run.directory import sync_directory, temporary_of
 
 URL_VARIABLE = "PRIVTRAIN_REGISTRY"
 KEY_VARIABLE = "PRIVTRAIN_REGISTRY_KEY"

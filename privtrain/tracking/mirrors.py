@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from privtrain.rundir import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory, write_json
 
 Values = Mapping[str, float | int | None]
 Row = tuple[int, Values]

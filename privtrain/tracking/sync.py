@@ -14,7 +14,7 @@ import time
 from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.tracking.wandb_tracker import WandbTracker
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import Row
 from privtrain.tracking.trackers import QuietTracker
 

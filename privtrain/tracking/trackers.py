@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
-from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
 from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values
 

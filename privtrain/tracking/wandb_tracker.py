@@ -11,7 +11,7 @@ from typing import Any
 
 from privtrain.config import Config, public_tree
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import Row
 from privtrain.tracking.trackers import NullTracker
 from privtrain.wandb_settings import careful_settings, is_online

@@ -12,7 +12,7 @@ from privtrain.errors import LedgerCorrupt
 from privtrain.ledger import LedgerState, verify_chain
 from privtrain.ledger.bodies import directory_of
 from privtrain.ledger.head import head_path
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training import checkpoint
 
 

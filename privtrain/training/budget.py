@@ -37,7 +37,7 @@ from privtrain.process.console import say
 from privtrain.registry.database import registry_url
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest, Settled
-from privtrain.rundir import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory, write_json
 from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs
 from privtrain.training.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far

@@ -23,7 +23,7 @@ from privtrain.backends import Backend
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.layout import Layout
 from privtrain.process.console import say
-from privtrain.rundir import replace_directory, write_atomically
+from privtrain.run.directory import replace_directory, write_atomically
 
 _STATE = "state.pt"
 _SUMMARY = "summary.json"

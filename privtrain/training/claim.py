@@ -15,8 +15,8 @@ from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import PlanMismatch
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
-from privtrain.publish import complete_release
-from privtrain.rundir import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.publish import complete_release
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from privtrain.inputs import check_inputs
 from privtrain.registry import clock, views
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
-from privtrain.rundir import write_atomically
+from privtrain.run.directory import write_atomically
 from privtrain.training.claim import check_run_directory, read_inputs
 from privtrain.training.job import rehearse
 from privtrain.training.stop import StopRequest, listening

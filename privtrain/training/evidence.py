@@ -10,7 +10,7 @@ from privtrain.ledger import LedgerState, verify_chain
 from privtrain.ledger.log import blinded_plan, key_commitment
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.registry.evidence import NOTHING, LedgerEvidence
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training.begun import verified_state
 
 

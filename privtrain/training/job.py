@@ -38,8 +38,8 @@ from privtrain.models.weights import BaseSource, ClassifierHead
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import Progress, say
-from privtrain.publish import publish
-from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model
+from privtrain.run.publish import publish
+from privtrain.run.release import model_card, privacy_statement, unit_text, write_adapter, write_model
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training import checkpoint
 from privtrain.training.budget import budgeted, check_contributed

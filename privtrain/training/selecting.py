@@ -19,7 +19,7 @@ from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
-from privtrain.rundir import write_json
+from privtrain.run.directory import write_json
 from privtrain.training.claim import Inputs
 
 if TYPE_CHECKING:

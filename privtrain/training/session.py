@@ -19,8 +19,8 @@ from privtrain.ledger import Ledger, LedgerState, open_ledger
 from privtrain.ledger.head import head_path
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
-from privtrain.rundir import write_atomically, write_json
-from privtrain.sealing import write_sealed
+from privtrain.run.directory import write_atomically, write_json
+from privtrain.run.sealing import write_sealed
 from privtrain.training import checkpoint
 from privtrain.training.begun import traces
 from privtrain.training.claim import Inputs

@@ -10,8 +10,8 @@ from privtrain.data.manifest import USED_SCHEMA, with_contributions
 from privtrain.data.units import UnitData
 from privtrain.ledger import LedgerState, charged_units
 from privtrain.privacy.secret import pseudonym
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import read_sealed_file, write_sealed
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import read_sealed_file, write_sealed
 
 
 def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:

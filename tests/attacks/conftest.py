@@ -12,7 +12,7 @@ from attacks import evidence, signals
 from attacks.analysis import analyse
 from attacks.reporting import record
 from privtrain.files.private import make_private_directory
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 STATEMENT = {
     "schema": "privtrain/privacy/1",

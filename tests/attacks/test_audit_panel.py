@@ -16,7 +16,7 @@ from attacks.analysis.audit.guesses import Coins
 from attacks.analysis.verdict import Verdict
 from attacks.reporting import report
 from attacks.reporting.record import read_scoring
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from tests.attacks.conftest import STATEMENT, build_rows, put_signals
 
 

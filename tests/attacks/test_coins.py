@@ -25,8 +25,8 @@ from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, Privtrai
 from privtrain.ledger.view import check_chain, verify_run
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.store import Registry
-from privtrain.rundir import RunDirectory, write_json
-from privtrain.sealing import write_sealed
+from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.sealing import write_sealed
 from privtrain.training import job
 from privtrain.training.job import train
 from tests.conftest import write_config
@@ -149,7 +149,7 @@ def test_a_key_that_can_be_guessed_never_lies_there_without_its_marker(config, m
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("privtrain.rundir.write_atomically", crash)
+        patch.setattr("privtrain.run.directory.write_atomically", crash)
         with pytest.raises(OSError, match="is gone"):
             run.create_key("root")
     assert (run.secret / "root.insecure").exists()

@@ -16,7 +16,7 @@ from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training.job import train
 from tests.conftest import write_config
 

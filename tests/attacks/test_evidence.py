@@ -25,8 +25,8 @@ from attacks.scoring import target as targets
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
-from privtrain.rundir import RunDirectory, write_json
-from privtrain.sealing import read_sealed_file, write_sealed
+from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.sealing import read_sealed_file, write_sealed
 from privtrain.training.job import train
 from tests.conftest import tiny_tree, write_config
 
@@ -517,7 +517,7 @@ def test_an_epsilon_that_was_edited_everywhere_does_not_follow_from_its_plan(run
     """The mutant is the forger: every digest made anew, the last record of the ledger included."""
     import hashlib
 
-    from privtrain import bundle
+    from privtrain.run import bundle
 
     statement = json.loads((run / "privacy.json").read_text())
     statement["epsilon"] = 0.5

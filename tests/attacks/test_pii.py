@@ -14,7 +14,7 @@ from attacks.scoring import labeller, pii
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.data.synthetic import CustomerRecord, Span
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training.job import train
 from tests.conftest import write_config
 

@@ -20,8 +20,8 @@ from privtrain.data.manifest import read_sealed
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, PlanMismatch
 from privtrain.models.load import load_tokenizer
-from privtrain.rundir import RunDirectory
-from privtrain.sealing import read_sealed_file
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import read_sealed_file
 from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config

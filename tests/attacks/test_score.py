@@ -22,7 +22,7 @@ from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.models.load import load_adapter, load_base, load_tokenizer
 from privtrain.privacy.secret import pseudonym
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config

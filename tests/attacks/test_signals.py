@@ -11,8 +11,8 @@ import pytest
 from attacks import signals
 from attacks.errors import AttackInputError
 from attacks.signals import DocumentSignals
-from privtrain import rundir
 from privtrain.errors import DamagedFile
+from privtrain.run import directory as rundir
 
 
 def row(user: str = "u", document: str = "d", side: str = "held_in", target=(-1.0, -2.0), base=(-1.5, -2.5)):

@@ -29,7 +29,7 @@ from privtrain.data.split import split_users
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
-from privtrain.rundir import write_json
+from privtrain.run.directory import write_json
 from privtrain.sampling import UnitSampler
 
 NUM_SHARDS = 64

@@ -28,7 +28,7 @@ from privtrain.ledger.head import head_path
 from privtrain.registry import views
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.training import budget as budget_module
 from privtrain.training import job
 from privtrain.training.job import train

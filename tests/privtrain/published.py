@@ -79,7 +79,7 @@ class Private:
     def of(cls, run: pathlib.Path, words: list[str], places: list[str]) -> Private:
         """Ids, pseudonyms, keys, private values and names, texts, this machine's name and places."""
         from privtrain.privacy.secret import pseudonym
-        from privtrain.rundir import RunDirectory
+        from privtrain.run.directory import RunDirectory
 
         secret = RunDirectory(run).secret
         manifest = json.loads((secret / "manifest.json").read_text())

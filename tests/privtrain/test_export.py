@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from privtrain import bundle
 from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.export import export_run
+from privtrain.run import bundle
 from privtrain.training.job import train
 from privtrain.verify import Anchors, verify_directory
 from tests.conftest import write_config

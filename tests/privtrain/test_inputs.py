@@ -155,7 +155,7 @@ def test_what_a_run_cannot_change_on_the_way_is_refused_and_costs_nothing(
 
 
 def test_a_second_job_on_a_busy_run_is_refused(tree, tmp_path, monkeypatch, capsys):
-    from privtrain.rundir import RunDirectory
+    from privtrain.run.directory import RunDirectory
     from privtrain.training.job import train
 
     path = write_config(tree, tmp_path / "c.yaml")

@@ -22,7 +22,7 @@ from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.shred import shred
 from privtrain.ledger.view import print_ledger, print_user, prove_run, verify_run
 from privtrain.privacy.secret import pseudonym
-from privtrain.rundir import RunDirectory, write_atomically, write_json
+from privtrain.run.directory import RunDirectory, write_atomically, write_json
 from tests.privtrain.ledgers import KEY, contents, units_of, write_steps
 
 NUM_STEPS, NUM_USERS = 30, 20

@@ -16,7 +16,7 @@ from privtrain.files import private as private_paths
 from privtrain.files.private import check_private_directory, load_key_file, make_private_directory
 from privtrain.registry.database import KEY_VARIABLE
 from privtrain.registry.store import Registry
-from privtrain.rundir import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory, write_atomically
 from privtrain.training import job
 from privtrain.training.job import train
 from tests.conftest import write_config

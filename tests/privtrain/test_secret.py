@@ -12,7 +12,7 @@ from scipy import stats
 
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.secret import SecretKey, pseudonym
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 
 def test_a_key_never_prints_or_pickles_itself():

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privtrain.errors import ConfigError, VerificationFailed
-from privtrain.signing import SIGNATURE, Keys, sign
+from privtrain.run.signing import SIGNATURE, Keys, sign
 from privtrain.verify import Anchors, signed_files, verify_directory
 
 pytest.importorskip("model_signing")

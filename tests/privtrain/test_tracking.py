@@ -14,7 +14,7 @@ import wandb
 from privtrain.config import validate
 from privtrain.errors import ConfigError
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.tracking import wandb_tracker
 from privtrain.tracking.mirrors import BlockedMirror
 from privtrain.tracking.sync import sync_run

@@ -19,7 +19,7 @@ from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 from privtrain.sampling import UnitSampler
 from privtrain.training import budget
 from privtrain.training.job import train

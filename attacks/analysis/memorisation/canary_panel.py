@@ -20,7 +20,7 @@ from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.signals import CANARY, CANARY_REFERENCE, DocumentSignals
 from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 MODELS = ("tuned", "base")
 

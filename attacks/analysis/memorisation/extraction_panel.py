@@ -15,7 +15,7 @@ from attacks.reporting.record import read_scoring
 from attacks.rundir import PrivacyStatement
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS
 from attacks.signals import CONTROL_PREFIX, HELD_IN, TRAINING, DocumentSignals
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 NUM_SAMPLES = (1, 10, 100, 1000)
 PROBABILITY = 0.5

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from privtrain.errors import PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
-from privtrain.rundir import RunDirectory
+from privtrain.run.directory import RunDirectory
 
 SCHEMA = "privtrain/release/1"
 NAME = "release.json"

@@ -9,7 +9,7 @@ from typing import Any
 import privtrain
 from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan, finite
-from privtrain.rundir import write_atomically
+from privtrain.run.directory import write_atomically
 
 SCHEMA = "privtrain/privacy/1"
 

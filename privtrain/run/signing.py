@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from privtrain.bundle import files_under
 from privtrain.errors import ConfigError, Fault
+from privtrain.run.bundle import files_under
 
 SIGNATURE = "model.sig"
 

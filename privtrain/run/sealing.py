@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
-from privtrain.rundir import RunDirectory, json_pieces, write_json
+from privtrain.run.directory import RunDirectory, json_pieces, write_json
 
 SEAL = "seal"
 """The key of a sealed file that holds its seal."""

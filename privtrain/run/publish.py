@@ -6,7 +6,7 @@
 
 A crash before 2 leaves a staged release that the next one replaces. A crash after 2 is completed by
 :func:`complete_release` when the run directory is claimed again, before anything could write a released file. No
-released file holds a digest of itself: see :mod:`privtrain.bundle`.
+released file holds a digest of itself: see :mod:`privtrain.run.bundle`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from privtrain import bundle
-from privtrain.bundle import ReleaseManifest
 from privtrain.errors import GuaranteeLost
 from privtrain.ledger import Ledger, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.rundir import (
+from privtrain.run import bundle
+from privtrain.run.bundle import ReleaseManifest
+from privtrain.run.directory import (
     RunDirectory,
     sync_directory,
     sync_file,

@@ -1,0 +1,1 @@
+"""One run's directory, its statement and its release."""
