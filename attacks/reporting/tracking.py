@@ -9,7 +9,7 @@ from typing import Any
 from attacks.analysis.analyse import ATTACKS_PATH
 from attacks.reporting.report import INDEX_PATH, MARKDOWN_PATH, REPORT_PATH
 from privtrain.files import reading
-from privtrain.wandb_settings import careful_settings
+from privtrain.tracking.wandb_settings import careful_settings
 
 PUBLISHED = (ATTACKS_PATH, INDEX_PATH, REPORT_PATH, MARKDOWN_PATH)
 """What is uploaded: these and nothing that happens to lie beside them."""

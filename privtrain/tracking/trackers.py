@@ -164,7 +164,7 @@ def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
     """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
-    from privtrain.wandb_settings import is_online
+    from privtrain.tracking.wandb_settings import is_online
 
     is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
     if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":

@@ -14,7 +14,7 @@ from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import Row
 from privtrain.tracking.trackers import NullTracker
-from privtrain.wandb_settings import careful_settings, is_online
+from privtrain.tracking.wandb_settings import careful_settings, is_online
 
 
 class WandbTracker:
