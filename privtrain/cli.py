@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from privtrain.errors import PrivtrainError
-from privtrain.ledger_cli import RunPath, ledger_app
+from privtrain.ledger.commands import RunPath, ledger_app
 from privtrain.process.exit import run_command
 from privtrain.registry import commands as registry_commands
 
