@@ -64,7 +64,7 @@ def plan(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train and release; the same command resumes. Start it with: accelerate launch ... -m privtrain train CONFIG."""
-    from privtrain.training.job import train as run_training
+    from privtrain.job.train import train as run_training
 
     run_training(config, overrides or [])
 
@@ -204,8 +204,8 @@ def schema() -> None:
 @registry_commands.app.command("refund")
 def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> None:
     """End a run that was given up; steps that its ledger never began are given back."""
+    from privtrain.job.reservation import refund_run
     from privtrain.registry.database import default_url
-    from privtrain.training.budget import refund_run
 
     typer.echo(refund_run(run, registry or default_url()))
 

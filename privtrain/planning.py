@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from accountants.comparison import compare
-from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.config import Config, load_config
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
+from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.pricing import price_list
 from privtrain.privacy.plan import PrivacyPlan, finite

@@ -166,8 +166,9 @@ class _Plant:
         self.is_spent = False
 
     def install(self) -> None:
+        from privtrain.job import checkpoint, supervise
+        from privtrain.job import train as job
         from privtrain.run import publish
-        from privtrain.training import checkpoint, job, supervise
         from privtrain.training.trainer import Trainer
 
         plant, original_init, original_step = self, Trainer.__init__, Trainer.train_step

@@ -21,7 +21,7 @@ from privtrain.registry.tables import Mechanism, ReservationRow, Run
 
 @dataclasses.dataclass(frozen=True)
 class LedgerEvidence:
-    """What a run's verified ledger shows. Made from the chain of records alone (:mod:`privtrain.training.evidence`).
+    """What a run's verified ledger shows. Made from the chain of records alone (:mod:`privtrain.job.evidence`).
 
     Attributes:
         num_steps: steps charged, over all generations.

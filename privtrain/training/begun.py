@@ -9,11 +9,11 @@ from __future__ import annotations
 import pathlib
 
 from privtrain.errors import LedgerCorrupt
+from privtrain.job import checkpoint
 from privtrain.ledger import LedgerState, verify_chain
 from privtrain.ledger.bodies import directory_of
 from privtrain.ledger.head import head_path
 from privtrain.run.directory import RunDirectory
-from privtrain.training import checkpoint
 
 
 def num_begun(run: RunDirectory) -> int:

@@ -19,6 +19,7 @@ from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.job.stop import StopRequest
 from privtrain.ledger import Ledger
 from privtrain.models.losses import CausalLM, Objective
 from privtrain.privacy import fixed_point
@@ -29,7 +30,6 @@ from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.tracking import Tracker
 from privtrain.training import riders
 from privtrain.training.adaptive import next_norm
-from privtrain.training.stop import StopRequest
 
 
 class Released(NamedTuple):

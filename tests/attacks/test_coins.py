@@ -22,13 +22,13 @@ from attacks.signals import SIGNALS_PATH
 from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError, UnsafePath
+from privtrain.job import train as job
+from privtrain.job.train import train
 from privtrain.ledger.view import check_chain, verify_run
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.store import Registry
 from privtrain.run.directory import RunDirectory, write_json
 from privtrain.run.sealing import write_sealed
-from privtrain.training import job
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 
@@ -204,9 +204,9 @@ def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatc
 def test_a_session_with_other_coins_is_no_record_of_the_same_ledger(config, monkeypatch):
     path, _ = config
     begin_and_crash(path, monkeypatch)
-    monkeypatch.setattr("privtrain.training.session.check_coins", lambda *_: None)
+    monkeypatch.setattr("privtrain.job.session.check_coins", lambda *_: None)
     monkeypatch.setattr(job, "check_coins", lambda *_: None)
-    monkeypatch.setattr("privtrain.training.session.split_commitment", lambda *_: "0" * 64)
+    monkeypatch.setattr("privtrain.job.session.split_commitment", lambda *_: "0" * 64)
     with pytest.raises(ValueError, match="other coins than the run began with"):
         train(path)
 

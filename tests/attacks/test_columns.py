@@ -16,8 +16,8 @@ from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.data.corpus import load_corpus
+from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 NUM_DISTINCT = 8

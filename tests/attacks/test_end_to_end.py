@@ -14,7 +14,7 @@ from attacks.analysis.statistics import DpBound
 from attacks.scoring.score import score_run
 from attacks.scoring.shadows import commands, write_recipes
 from attacks.signals import REFERENCES_PATH
-from privtrain.training.job import train
+from privtrain.job.train import train
 from tests.conftest import write_config
 
 

@@ -27,8 +27,8 @@ from attacks.scoring.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
 from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals, read_signals
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
+from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
-from privtrain.training.job import train
 from tests.attacks.conftest import put_signals
 from tests.attacks.exact_models import Markov
 from tests.conftest import write_config

@@ -14,8 +14,8 @@ from attacks.scoring import labeller, pii
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.data.synthetic import CustomerRecord, Span
+from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 

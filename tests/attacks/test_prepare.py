@@ -19,10 +19,10 @@ from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, PlanMismatch
+from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file
-from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
 

@@ -20,10 +20,10 @@ from attacks.scoring.score import ScoreOptions, attack_pseudonym, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
+from privtrain.job.train import train
 from privtrain.models.load import load_adapter, load_base, load_tokenizer
 from privtrain.privacy.secret import pseudonym
 from privtrain.run.directory import RunDirectory
-from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
 from tests.privtrain.ledgers import contents

@@ -21,8 +21,8 @@ from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import Variants
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
 from privtrain.config.schema import ModelSection
+from privtrain.job.train import train
 from privtrain.models.load import load_base, load_tokenizer
-from privtrain.training.job import train
 from tests import jobs
 from tests.conftest import write_config
 

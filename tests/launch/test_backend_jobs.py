@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from privtrain.job.train import train
 from privtrain.ledger import verify
 from privtrain.ledger.view import verify_run
-from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.jobs import REPOSITORY
 from tests.privtrain.ledgers import drop_records

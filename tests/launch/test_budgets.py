@@ -24,14 +24,14 @@ from privtrain.errors import (
     PrivtrainError,
     RegistryUnreachable,
 )
+from privtrain.job import reservation as budget_module
+from privtrain.job import train as job
+from privtrain.job.train import train
 from privtrain.ledger.head import head_path
 from privtrain.registry import views
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
 from privtrain.run.directory import RunDirectory
-from privtrain.training import budget as budget_module
-from privtrain.training import job
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 pytestmark = [pytest.mark.timeout(600)]

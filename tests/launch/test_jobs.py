@@ -116,7 +116,7 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_adapter(place, uninter
 
 def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
     """Without noise, which is another one as soon as two sums differ in the last bit."""
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     done = jobs.run("privtrain", "train", config(place, "two", noise_multiplier=0))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,7 +142,7 @@ def test_empty_steps_and_ranks_without_users_finish(place):
 
 def test_random_allocation_survives_a_kill_and_another_world_size(place):
     """Killed inside an epoch and resumed on two ranks, or alone: the same draw, every user once an epoch."""
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     settings = {"sampling": "random_allocation", "sampling_prob": None, "steps_per_epoch": 6, "num_steps": 12}
     path = config(place, "allocated", **settings)

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from privtrain.job.train import train
 from privtrain.registry.store import Registry
-from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.launch.readme_commands import (
     APPS,

@@ -26,7 +26,7 @@ def released_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: pathlib.Path, users_file: pathlib.Path
 ) -> pathlib.Path:
     """A finished, private run of the tiny model; copy it, never change it."""
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     place = tmp_path_factory.mktemp("released")
     tree = tiny_tree(tiny_llama, users_file, place / "runs")

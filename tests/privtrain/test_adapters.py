@@ -16,10 +16,10 @@ from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
+from privtrain.job.train import train
 from privtrain.models.load import load_base
 from privtrain.models.trainable import make_trainable
 from privtrain.privacy.layout import Layout
-from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import brute_force_sum, clipped_sum, invented_users, make_clipper, relative_error
 from tests.privtrain.test_parity import CAUSAL

@@ -21,13 +21,13 @@ from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, GuaranteeLost
+from privtrain.job.train import train
 from privtrain.privacy.noise import StepNoise
 from privtrain.privacy.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import riders
 from privtrain.training.adaptive import next_norm
-from privtrain.training.job import train
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora

@@ -14,8 +14,8 @@ from torch import nn
 
 from privtrain.backends import LocalBackend
 from privtrain.errors import GuaranteeLost
+from privtrain.job import checkpoint
 from privtrain.privacy.layout import Layout
-from privtrain.training import checkpoint
 
 
 def trained(seed: int, width: int = 5):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.export import export_run
+from privtrain.job.train import train
 from privtrain.run import bundle
-from privtrain.training.job import train
 from privtrain.verify import Anchors, verify_directory
 from tests.conftest import write_config
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from privtrain.job.train import train
 from privtrain.ledger.view import verify_run
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 

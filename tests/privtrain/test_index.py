@@ -24,9 +24,9 @@ from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError
+from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 USERS = ["al", "bo", "7", "007", "é", "z" * 40, "\U0001f600", "￮", "", " "]

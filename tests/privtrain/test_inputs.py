@@ -116,7 +116,7 @@ def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path, monkeypatch, capsys):
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)
@@ -143,7 +143,7 @@ def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path
 def test_what_a_run_cannot_change_on_the_way_is_refused_and_costs_nothing(
     tree, tmp_path, monkeypatch, capsys, key, value
 ):
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)
@@ -155,8 +155,8 @@ def test_what_a_run_cannot_change_on_the_way_is_refused_and_costs_nothing(
 
 
 def test_a_second_job_on_a_busy_run_is_refused(tree, tmp_path, monkeypatch, capsys):
+    from privtrain.job.train import train
     from privtrain.run.directory import RunDirectory
-    from privtrain.training.job import train
 
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)
@@ -167,7 +167,7 @@ def test_a_second_job_on_a_busy_run_is_refused(tree, tmp_path, monkeypatch, caps
 
 
 def test_a_run_whose_ledger_is_gone_is_not_begun_again_under_its_keys(tree, tmp_path):
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)
@@ -179,7 +179,7 @@ def test_a_run_whose_ledger_is_gone_is_not_begun_again_under_its_keys(tree, tmp_
 
 
 def test_a_diverged_model_is_released_all_the_same(tree, tmp_path):
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     train(write_config(tree, tmp_path / "c.yaml"), ["training.learning_rate=1e30"])
     assert (tmp_path / "runs" / "tiny" / "privacy.json").exists()
@@ -203,7 +203,7 @@ def test_a_directory_of_something_else_is_not_written_into(tree, tmp_path, monke
 
 
 def test_readable_secrets_are_refused(tree, tmp_path):
-    from privtrain.training.job import train
+    from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)

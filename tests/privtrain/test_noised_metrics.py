@@ -20,13 +20,13 @@ from privtrain.backends import LocalBackend
 from privtrain.clipping import ClippingDiagnostics
 from privtrain.config import validate
 from privtrain.errors import ConfigError, SelfTestFailed
+from privtrain.job.train import train
 from privtrain.models.load import row_losses
 from privtrain.privacy import normal
 from privtrain.privacy.noise import StepNoise, noise_exponent
 from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.training import riders
-from privtrain.training.job import train
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.cells import NUM_STEPS, Cell, key_noise_by_step_alone, make_backend, make_trainer, self_test

@@ -14,11 +14,11 @@ from privtrain.data import index
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
 from privtrain.files import private as private_paths
 from privtrain.files.private import check_private_directory, load_key_file, make_private_directory
+from privtrain.job import train as job
+from privtrain.job.train import train
 from privtrain.registry.database import KEY_VARIABLE
 from privtrain.registry.store import Registry
 from privtrain.run.directory import RunDirectory, write_atomically
-from privtrain.training import job
-from privtrain.training.job import train
 from tests.conftest import write_config
 
 NOBODY = 65534

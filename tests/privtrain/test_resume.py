@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from privtrain.errors import LedgerCorrupt
+from privtrain.job.resume import Continuation, decide, next_generation
 from privtrain.ledger import LedgerState, StepEntry
-from privtrain.training.resume import Continuation, decide, next_generation
 
 
 def state_of(path: list[tuple[int, int]], generation: int = 0, num_abandoned: int = 0) -> LedgerState:

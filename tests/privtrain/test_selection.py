@@ -21,11 +21,12 @@ from privtrain.data.selection import Selection, check_contributions
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.errors import ConfigError, GuaranteeLost
+from privtrain.job import train as job
+from privtrain.job.claim import read_inputs
+from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
-from privtrain.training import job, selecting
-from privtrain.training.claim import read_inputs
-from privtrain.training.job import train
+from privtrain.training import selecting
 from tests.conftest import write_config
 
 KEY = SecretKey.insecure(0, "root")

@@ -7,8 +7,8 @@ import torch
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
+from privtrain.job import train as job
 from privtrain.models.weights import BaseSource
-from privtrain.training import job
 
 
 def source_of(tree) -> BaseSource:

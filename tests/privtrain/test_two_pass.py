@@ -13,9 +13,9 @@ from privtrain.clipping import batched, clipper, factors, passes
 from privtrain.clipping.factors import GramCache, Lookup, Outer
 from privtrain.config.schema import PerformanceSection
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.job import train as job
 from privtrain.models.load import row_losses
 from privtrain.privacy.layout import Layout
-from privtrain.training import job
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,

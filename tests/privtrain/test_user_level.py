@@ -17,12 +17,12 @@ from privtrain.config import validate
 from privtrain.config.schema import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, GuaranteeLost
+from privtrain.job import reservation as budget
+from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
 from privtrain.sampling import UnitSampler
-from privtrain.training import budget
-from privtrain.training.job import train
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from privtrain.advice import expected_units, expected_users, warnings
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection
@@ -24,6 +23,24 @@ from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
 from privtrain.inputs import check_inputs
+from privtrain.job import checkpoint
+from privtrain.job.advice import expected_units, expected_users, warnings
+from privtrain.job.canaries_used import note_canaries
+from privtrain.job.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
+from privtrain.job.environment import environment_digest
+from privtrain.job.reservation import budgeted, check_contributed
+from privtrain.job.resume import Continuation
+from privtrain.job.session import (
+    Session,
+    begin_session,
+    check_coins,
+    decide_session,
+    new_generation,
+    opened_ledger,
+    root_key_of,
+)
+from privtrain.job.stop import StopRequest, listening
+from privtrain.job.supervise import joined
 from privtrain.ledger import Ledger
 from privtrain.models.files import base_digests
 from privtrain.models.load import (
@@ -41,28 +58,11 @@ from privtrain.process.console import Progress, say
 from privtrain.run.publish import publish
 from privtrain.run.release import model_card, privacy_statement, unit_text, write_adapter, write_model
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
-from privtrain.training import checkpoint
-from privtrain.training.budget import budgeted, check_contributed
-from privtrain.training.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
-from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
-from privtrain.training.resume import Continuation
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
-from privtrain.training.session import (
-    Session,
-    begin_session,
-    check_coins,
-    decide_session,
-    new_generation,
-    opened_ledger,
-    root_key_of,
-)
-from privtrain.training.stop import StopRequest, listening
-from privtrain.training.supervise import joined
 from privtrain.training.trainer import ReplayDiverged, Trainer
-from privtrain.training.used import note_canaries
 
 #: Public seed of the adapter's initial values, which do not depend on data.
 _INIT_SEED = 0

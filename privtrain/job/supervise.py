@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from privtrain.backends import Backend, Watch, create_backend
 from privtrain.config.schema import PerformanceSection
 from privtrain.errors import ModelFailed, Preempted, PrivtrainError, StorageFailed
-from privtrain.training.stop import StopRequest
+from privtrain.job.stop import StopRequest
 
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 #: A process group whose peer died may refuse to be left; the process goes all the same after this.

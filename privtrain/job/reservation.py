@@ -30,6 +30,9 @@ from privtrain.errors import (
     PrivtrainError,
     RegistryUnreachable,
 )
+from privtrain.job.claim import Inputs
+from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
+from privtrain.job.stop import StopRequest
 from privtrain.ledger import charged_units, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import pseudonym
@@ -39,9 +42,6 @@ from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Reservation, RunRequest, Settled
 from privtrain.run.directory import RunDirectory, write_json
 from privtrain.training.begun import traces
-from privtrain.training.claim import Inputs
-from privtrain.training.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
-from privtrain.training.stop import StopRequest
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
 _EXIT_REQUEUE = 75

@@ -1,0 +1,1 @@
+"""The life of a run: claim, session, resume, checkpoint, stop, release."""
