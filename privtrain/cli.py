@@ -50,8 +50,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
-    from privtrain.plan_view import print_plan
-    from privtrain.planning import PlanOptions, describe_plan
+    from privtrain.commands.plan import PlanOptions, describe_plan
+    from privtrain.commands.plan_view import print_plan
 
     options = PlanOptions(num_users, accelerate, tokens_per_second, prices, num_ranks)
     description = describe_plan(config, overrides or [], options)
@@ -88,7 +88,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Check ranks, versions, network, disk, W&B and, with CONFIG, the guarantee on the real model; trains nothing."""
-    from privtrain.training.doctor import examine
+    from privtrain.commands.doctor import examine
 
     raise typer.Exit(examine(config, overrides or [], as_json=as_json))
 
@@ -117,7 +117,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of merged or full weights: fp32, bf16 or fp16.")] = "bf16",
 ) -> None:
     """Copy what a finished run released, or merge it into one model, with tokenizer, card and privacy statement."""
-    from privtrain.export import export_run
+    from privtrain.commands.export import export_run
 
     typer.echo(export_run(run, output, merge=merge, dtype=dtype))
 
@@ -139,8 +139,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Check that a directory is what was released, without secret/; names every file and field that is not."""
+    from privtrain.commands.verify import Anchors, print_verified
     from privtrain.run.signing import Keys
-    from privtrain.verify import Anchors, print_verified
 
     if public_key is not None and certificate:
         raise PrivtrainError("give --public-key or --certificate")
@@ -161,9 +161,9 @@ def sign(
     ] = None,
 ) -> None:
     """Sign what was released (model.sig, OpenSSF Model Signing); offline. Verifies the directory first."""
+    from privtrain.commands.verify import signed_files, verify_directory
     from privtrain.run.signing import Keys
     from privtrain.run.signing import sign as sign_files
-    from privtrain.verify import signed_files, verify_directory
 
     verify_directory(directory)
     keys = Keys(private_key, certificate, tuple(chain or ()))

@@ -12,7 +12,7 @@ import tempfile
 
 import transformers
 
-from privtrain.planning import PlanOptions, describe_plan
+from privtrain.commands.plan import PlanOptions, describe_plan
 
 RECIPES = pathlib.Path(__file__).parents[2] / "launch" / "recipes"
 NUM_USERS = 200_000

@@ -102,12 +102,12 @@ def test_srun_alone_makes_ranks_of_tasks_and_passes_75_through(place):
 
 
 def test_doctor_names_every_fault_with_its_fix(place, monkeypatch, capsys):
-    from privtrain.training.doctor import examine
+    from privtrain.commands.doctor import examine
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(place / "no-netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr("privtrain.training.doctor.write_atomically", _no_room)
+    monkeypatch.setattr("privtrain.commands.doctor.write_atomically", _no_room)
     assert examine(None, [], as_json=True) == 2
     report = json.loads(capsys.readouterr().out)
     faults = {finding["name"]: finding["fix"] for finding in report["findings"] if finding["status"] == "fault"}
@@ -117,8 +117,8 @@ def test_doctor_names_every_fault_with_its_fix(place, monkeypatch, capsys):
 
 
 def test_doctor_looks_at_the_registry_without_making_one(tmp_path, monkeypatch, capsys):
+    from privtrain.commands.doctor import examine
     from privtrain.registry.store import Registry
-    from privtrain.training.doctor import examine
 
     database = tmp_path / "registry.db"
     monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(database))
@@ -148,7 +148,7 @@ def _no_room(*_: object) -> None:
 def test_doctor_reports_a_failed_self_test_as_a_fault(place, monkeypatch, capsys):
     """A mutant: the clipper lets everything through."""
     from privtrain.clipping import PerUnitClipper
-    from privtrain.training.doctor import examine
+    from privtrain.commands.doctor import examine
 
     finish = PerUnitClipper.finish
     monkeypatch.setattr(PerUnitClipper, "finish", lambda self: finish(self) * 3)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from privtrain.commands.plan import PlanOptions, describe_plan
 from privtrain.job.train import train
-from privtrain.planning import PlanOptions, describe_plan
 from privtrain.studies.recipe import RECIPES, Cell, expand, module_of, read_recipe
 from tests.launch import recipe_plans
 from tests.launch.study_models import PUBLISHED, save_tiny

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from privtrain.commands.export import export_run
+from privtrain.commands.verify import Anchors, verify_directory
 from privtrain.errors import ConfigError, VerificationFailed
-from privtrain.export import export_run
 from privtrain.job.train import train
 from privtrain.run import bundle
-from privtrain.verify import Anchors, verify_directory
 from tests.conftest import write_config
 
 IDS = torch.arange(1, 13)[None]

@@ -9,9 +9,9 @@ import pathlib
 import pytest
 
 from privtrain import cli
+from privtrain.commands.plan import PlanOptions, describe_plan
 from privtrain.config import load_config, validate
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
-from privtrain.planning import PlanOptions, describe_plan
 from tests.conftest import write_config
 
 

@@ -11,12 +11,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from privtrain.commands.plan import PlanOptions, describe_plan
+from privtrain.commands.plan_view import print_plan
 from privtrain.config import validate
 from privtrain.errors import ConfigError
 from privtrain.models.load import add_lora
 from privtrain.models.memory import LaunchLayout, model_size
-from privtrain.plan_view import print_plan
-from privtrain.planning import PlanOptions, describe_plan
 from privtrain.pricing import price_list
 from privtrain.privacy.plan import PrivacyPlan
 from tests.conftest import write_config

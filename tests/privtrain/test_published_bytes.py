@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import wandb
 
-from privtrain.export import export_run
+from privtrain.commands.export import export_run
 from privtrain.job.train import train
 from tests.conftest import save_tiny_llama, write_config, write_users
 from tests.privtrain.published import MEASURED, Private, num_moments, published_texts, wandb_records, wandb_rows

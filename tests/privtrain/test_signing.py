@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from privtrain.commands.verify import Anchors, signed_files, verify_directory
 from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.run.signing import SIGNATURE, Keys, sign
-from privtrain.verify import Anchors, signed_files, verify_directory
 
 pytest.importorskip("model_signing")
 

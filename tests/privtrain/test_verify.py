@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from privtrain.commands.export import export_run
+from privtrain.commands.verify import Anchors, verify_directory
 from privtrain.errors import LedgerCorrupt, PrivtrainError, VerificationFailed
-from privtrain.export import export_run
 from privtrain.job.train import train
 from privtrain.ledger.view import verify_run
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle, consistency
 from privtrain.run.bundle import check_released, digest_of, read_manifest, render
 from privtrain.run.release import card_section
-from privtrain.verify import Anchors, verify_directory
 from tests.conftest import write_config
 
 

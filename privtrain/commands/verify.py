@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from privtrain import export
+from privtrain.commands import export
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
