@@ -1,7 +1,7 @@
 """Find any one parameter of a run for a budget. Only certified upper bounds, covering both directions, may decide.
 
-A cheap certified guide (:mod:`accountants.methods.tilted` at a loose tolerance) finds the root; the accountant that will be
-quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
+A cheap certified guide (:mod:`accountants.methods.tilted` at a loose tolerance) finds the root; the accountant that
+will be quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
 returned value was itself evaluated and spends at most the target.
 
 Every function takes a family of events (any sampler, several phases) or builds one of Poisson-sampled steps, and any

@@ -33,7 +33,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Flip all coins and plant the canaries of a run before it is trained; seals them in its secret/ (no model)."""
-    from attacks.coins.check import prepare as preparing
+    from attacks.coins import prepare as preparing
 
     done = preparing.prepare(config, overrides or [], spans_column=spans)
     typer.echo(

@@ -1,7 +1,7 @@
 """Which units join a step, and how they are dealt to ranks.
 
-Public: the scheme (:mod:`privtrain.privacy.sampling`), k, and this code. Secret: the key, and therefore who was drawn. Privacy
-amplification by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
+Public: the scheme (:mod:`privtrain.privacy.sampling`), k, and this code. Secret: the key, and therefore who was drawn.
+Privacy amplification by sampling assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
 
 The draw is global: a pure function of (secret, step), the same on every rank whatever their number, so that no unit can
 be drawn twice and a resumed step is the same step.

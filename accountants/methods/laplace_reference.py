@@ -8,9 +8,9 @@ because exp(s (S - eps)) / (s (1 + s)) is the two-sided Laplace kernel of (1 - e
 integrand decays like a Gaussian; the number of steps enters only as a factor of K. Both integrals, over z and y, use
 the trapezoidal rule, which converges geometrically for integrands that are analytic and decay.
 
-It shares no discretisation with :mod:`accountants.methods.tilted` or :mod:`accountants.methods.pld`, which is why it serves as their
-reference. It is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a closed form
-instead.
+It shares no discretisation with :mod:`accountants.methods.tilted` or :mod:`accountants.methods.pld`, which is why it
+serves as their reference. It is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a
+closed form instead.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

@@ -11,8 +11,8 @@ untilted law instead, where an error bound on the distribution function is usele
 g by its maximum c_t = t^t/(1+t)^(1+t) is the conversion from Renyi divergence of order 1 + t, Canonne et al. 2020,
 arXiv 2004.00010.)
 
-Here the expectation is computed rather than expanded: by :mod:`accountants.numerics.smoothed` where that takes few frequencies,
-else (a handful of steps, or rare large losses) on a lattice.
+Here the expectation is computed rather than expanded: by :mod:`accountants.numerics.smoothed` where that takes few
+frequencies, else (a handful of steps, or rare large losses) on a lattice.
 
 1. Every step's loss is replaced by the dominating lattice law of :mod:`accountants.numerics.lattice`, with spacing h.
 2. The tilted law of the sum is the inverse discrete Fourier transform, of length N, of the product of the steps'
@@ -26,11 +26,10 @@ else (a handful of steps, or rare large losses) on a lattice.
    by Chernoff; below that it lands under eps and adds nothing. Folded from below, S becomes S + kW >= eps, and
    M e^(-t eps) E_t[e^(-t(S + kW - eps))] <= e^(-tkW), in all at most e^(-tW)/(1 - e^(-tW)). Both are subtracted, as is
    the mass moved from beyond the lattice.
-5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))] (:mod:`accountants.numerics.lattice`). If D(g)
-   = v, then
-   between g e^(-c) and g e^c the function D lies below the chords from (g, v) to D' at those two points, elsewhere
-   below D'; so D'(g) <= A + v B with known A and B, that is v >= (D'(g) - A) / B. The best of several c is taken. The
-   loss is of order n h^2, as for the upper end.
+5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))]
+   (:mod:`accountants.numerics.lattice`). If D(g) = v, then between g e^(-c) and g e^c the function D lies below the
+   chords from (g, v) to D' at those two points, elsewhere below D'; so D'(g) <= A + v B with known A and B, that is v
+   >= (D'(g) - A) / B. The best of several c is taken. The loss is of order n h^2, as for the upper end.
 6. Round-off. A sum of N terms through log2 N butterflies has a forward error of at most c u log2(N) * sum of magnitudes
    (c = 8 is used, u = 2^-53); raising to the count n multiplies it by n; the inverse transform adds its own. This
    bound on every probability of the window is added (upper) or subtracted (lower). Errors of masses and losses are

@@ -1,4 +1,4 @@
-"""Bounds on the law of a sum of lattice laws under a tilt (points 2, 3, 4 and 6 of :mod:`accountants.methods.tilted`)."""
+"""Bounds on a sum of lattice laws under a tilt (points 2, 3, 4 and 6 of :mod:`accountants.methods.tilted`)."""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations

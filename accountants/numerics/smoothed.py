@@ -1,8 +1,8 @@
 """Certified ends by inverting a smoothed sum: the number of steps is only an exponent, so its size costs nothing.
 
-With the notation of :mod:`accountants.methods.tilted`, let ``U ~ N(m^2/2, m^2)`` be the loss of a Gaussian mechanism of its
-own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integral soon ends: its transform falls like
-``exp(-m^2 y^2 / 2)`` whatever the law of S.
+With the notation of :mod:`accountants.methods.tilted`, let ``U ~ N(m^2/2, m^2)`` be the loss of a Gaussian mechanism of
+its own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integral soon ends: its transform falls
+like ``exp(-m^2 y^2 / 2)`` whatever the law of S.
 
 1. Upper end. ``E[e^-U] = 1`` and the hockey-stick divergence is convex in ``e^-S``: ``delta <= delta'``.
 2. Inversion. ``F(eps) = e^(t eps) delta'(eps)`` has the transform ``M'(s)/(s(1+s))``, ``s = t + iy``, with ``M'`` the
@@ -13,9 +13,9 @@ own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integ
    exactly. All terms on the right are positive: A is an upper bound as it stands. For the lower end, the terms j < 0
    are at most e^(-tW)/(1-e^(-tW)) and those above at most a Chernoff bound. Frequencies left out add at most an
    integral of ``exp(-m^2 y^2/2)/y^2``.
-3. Lower end. ``delta'(eps) = E[delta(eps - U)]`` exactly, so point 5 of :mod:`accountants.methods.tilted` applies with U in
-   place of Xi: near eps the curve, convex in e^eps, lies below the chords from its own value at eps to delta' on either
-   side, elsewhere below delta'.
+3. Lower end. ``delta'(eps) = E[delta(eps - U)]`` exactly, so point 5 of :mod:`accountants.methods.tilted` applies with
+   U in place of Xi: near eps the curve, convex in e^eps, lies below the chords from its own value at eps to delta' on
+   either side, elsewhere below delta'.
 4. One step's transform is a 16-point Gauss-Legendre rule on each of many panels of ``z``. The integrand
    ``f(z) = phi(z) R(z)^a e^(iyX)``, R = dQ/dP, is analytic where |Im z| * mu < pi/2, mu the largest shift, and on an
    ellipse of parameter r around a panel of half-width h the rule's error is at most 64/15 h max|f| r^-30 / (1 - r^-2)
@@ -24,9 +24,9 @@ own, ``S' = S + U`` and ``delta'`` its privacy curve, of which the Fourier integ
    integral are at most the panel's own mass. The round-off of losses, weights and sums is added; the n-th power
    multiplies all of it by n.
 
-The laws are cut as in :mod:`accountants.methods.tilted_edgeworth`: what is cut is added to the upper end, and the lower end is
-that of the cut law, which is smaller. The bias is of order ``t (t + 1) m^2`` relative to delta. Where the tilted law
-rests on rare large losses the number of frequencies grows and :mod:`accountants.numerics.lattice` serves instead.
+The laws are cut as in :mod:`accountants.methods.tilted_edgeworth`: what is cut is added to the upper end, and the lower
+end is that of the cut law, which is smaller. The bias is of order ``t (t + 1) m^2`` relative to delta. Where the tilted
+law rests on rare large losses the number of frequencies grows and :mod:`accountants.numerics.lattice` serves instead.
 """
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false

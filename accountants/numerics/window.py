@@ -1,4 +1,4 @@
-"""Certified ends of epsilon and delta, read off bounds on the lattice (points 4, 5 of :mod:`accountants.methods.tilted`)."""
+"""Certified ends of epsilon and delta from bounds on the lattice (points 4, 5 of :mod:`accountants.methods.tilted`)."""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 from attacks.errors import AttackInputError
 from privtrain.config.schema import ModelSection
-from privtrain.models.load import files as model_files
+from privtrain.models import files as model_files
 from privtrain.run import bundle
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import file_sha256

@@ -49,7 +49,7 @@ _ROUNDING = 2.0**-50
 
 @dataclasses.dataclass(frozen=True)
 class StepNoise:
-    """The key of all noise of one step over one sum. Made from both by :func:`privtrain.privacy.sum_digest.bind` alone."""
+    """The key of all noise of one step over one sum. Only :func:`privtrain.privacy.sum_digest.bind` makes it."""
 
     key: SecretKey
 

@@ -81,7 +81,8 @@ class PrivacyPlan:
 
     The guarantee: after ``num_steps`` steps the released adapter is (``epsilon``, ``delta``)-differentially private for
     adding or removing one ``guaranteed_unit`` with all its records, provided that the secret keys stay secret and that
-    ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian (:mod:`privtrain.privacy.noise`).
+    ChaCha20 and HMAC-SHA-256 look random. What is released is exactly a rounded Gaussian
+    (:mod:`privtrain.privacy.noise`).
 
     Attributes:
         unit: ``"user"`` or ``"example"``: what is sampled and clipped.

@@ -3,8 +3,8 @@
 Each unit adds a number in [-1/2, 1/2] that depends on it alone, so a unit that is added or removed moves a sum by at
 most 1/2, and noise of standard deviation ``noise`` makes it a Gaussian release of multiplier ``2 * noise`` (Andrew et
 al. 2021, arXiv 1905.03871, theorem 1). Gradient and riders are one Gaussian release of the plan's noise multiplier: the
-gradient's noise is raised for it (:attr:`~privtrain.privacy.plan.PrivacyPlan.gradient_noise_multiplier`), and the step is
-accounted for once.
+gradient's noise is raised for it (:attr:`~privtrain.privacy.plan.PrivacyPlan.gradient_noise_multiplier`), and the step
+is accounted for once.
 
 The numbers are rounded towards zero to a public grid and added as integers, so that a sum does not depend on order,
 microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.privacy.noise`).

@@ -26,7 +26,10 @@ def numbers(facts):
 
 
 def test_analysis_loads_no_torch():
-    code = "import sys, attacks.analysis.analyse, attacks.reporting.report; sys.exit(any(m.split('.')[0] == 'torch' for m in sys.modules))"
+    code = (
+        "import sys, attacks.analysis.analyse, attacks.reporting.report\n"
+        "sys.exit(any(m.split('.')[0] == 'torch' for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 from attacks import evidence, signals
 from attacks.analysis import analyse
 from attacks.analysis.analyse import ATTACKS_PATH, PER_USER_PATH, analyse_run
-from attacks.coins.check import check as coins
+from attacks.coins import check as coins
 from attacks.errors import AttackInputError
 from attacks.reporting import record, report, tracking, verify
 from attacks.reporting.policy import Policy

@@ -6,7 +6,8 @@ then, whatever the guesser does and however the units' scores hang together,
 
     P[at least v right] <= P[B >= v] + 2 m delta max_i P[v > B >= v - i] / i,   B ~ Binomial(r, e^eps / (1 + e^eps)).
 
-r is a constant: whoever tries several and keeps the best has to pay for the search (:mod:`attacks.analysis.audit.guesses`).
+r is a constant: whoever tries several and keeps the best has to pay for the search
+(:mod:`attacks.analysis.audit.guesses`).
 """
 
 from __future__ import annotations

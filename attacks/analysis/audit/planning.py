@@ -1,4 +1,4 @@
-"""``attacks audit-plan``: the claim of a configuration, and the table that :mod:`attacks.analysis.audit.power` makes of it."""
+"""``attacks audit-plan``: a claim, and the table that :mod:`attacks.analysis.audit.power` makes of it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The one-run audit against a whole trade-off curve (Mahloujifar, Melis and Chaudhuri 2024, arXiv 2410.22235).
 
-Setting and counts of :mod:`attacks.analysis.audit.one_run`: m fair coins, c' guesses, exactly i of them right with probability
-p_i. Take a unit j at random and the event "j was guessed right, and i of all guesses were". Exchange j's coin alone:
-the same output now has j wrong and i - 1 right. So if no test of one unit has a true positive rate above g(false
-positive rate), g concave, then for every c
+Setting and counts of :mod:`attacks.analysis.audit.one_run`: m fair coins, c' guesses, exactly i of them right with
+probability p_i. Take a unit j at random and the event "j was guessed right, and i of all guesses were". Exchange j's
+coin alone: the same output now has j wrong and i - 1 right. So if no test of one unit has a true positive rate above
+g(false positive rate), g concave, then for every c
 
     (1/m) sum_{i >= c} i p_i  <=  g( (1/m) sum_{i >= c - 1} (c' - i) p_i ).
 

@@ -1,6 +1,7 @@
 """Neighbourhood: a text that was trained on stands above texts that differ in a few words (Mattern et al. 2023).
 
-arXiv 2305.18462. Neighbours here are proposed by the base model from the left context; see ``attacks.scoring.variants``.
+arXiv 2305.18462. Neighbours here are proposed by the base model from the left context; see
+``attacks.scoring.variants``.
 """
 
 from __future__ import annotations
