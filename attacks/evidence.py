@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attacks.errors import AttackInputError
-from attacks.rundir import PrivacyStatement, read_statement
+from attacks.rundir import read_statement
 from attacks.scoring import target as targets
 from privtrain.config import Config, load_config, public_tree, to_yaml
 from privtrain.errors import VerificationFailed
@@ -15,6 +15,7 @@ from privtrain.files import reading
 from privtrain.run import bundle, consistency
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import file_sha256
+from privtrain.run.statement import PrivacyStatement
 
 
 def verified_statement(run: pathlib.Path) -> PrivacyStatement:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from attacks.errors import AttackInputError
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
+from privtrain.files.atomic import sync_directory, temporary_of
 from privtrain.files.private import make_private_directory
-from privtrain.run.directory import sync_directory, temporary_of
 from privtrain.run.sealing import sha256_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Callable
 
 from privtrain.config import Config
-from privtrain.data.corpus import check_source
+from privtrain.data.corpus import Corpus, check_source, load_corpus
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.files import check_model
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.directory import RunDirectory
 
 
 def check_inputs(config: Config) -> None:
@@ -21,3 +25,26 @@ def check_inputs(config: Config) -> None:
         faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
     if faults:
         raise ConfigError(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What every rank reads for itself before the process group exists.
+
+    ``check_release`` is called on rank 0 right before anything is released, and raises if nothing may be.
+    """
+
+    config: Config
+    corpus: Corpus
+    plan: PrivacyPlan
+    fingerprint: str
+    run: RunDirectory
+    check_release: Callable[[], None] = lambda: None
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Load the rows and build the plan."""
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    plan = PrivacyPlan.build(config.privacy)
+    run = RunDirectory(config.run.directory)
+    return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)

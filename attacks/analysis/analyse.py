@@ -27,7 +27,8 @@ from attacks.analysis.sensitive import SensitivePanel
 from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring
-from privtrain.run.directory import RunDirectory, make_private_directory, write_atomically
+from privtrain.files.atomic import write_atomically
+from privtrain.run.directory import RunDirectory, make_private_directory
 from privtrain.run.sealing import write_sealed
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from attacks.rundir import PrivacyStatement, released_values
+from attacks.rundir import released_values
+from privtrain.run.statement import PrivacyStatement
 
 _METRICS = (
     ("perf/step_seconds", "seconds of all steps", sum, 1.0),

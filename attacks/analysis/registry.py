@@ -24,8 +24,8 @@ from attacks.analysis.membership import (
 )
 from attacks.analysis.memorisation import canary_panel, extraction_panel
 from attacks.analysis.protocol import Attack
-from attacks.rundir import PrivacyStatement
 from attacks.scoring import labeller
+from privtrain.run.statement import PrivacyStatement
 
 ATTACKS: dict[str, Attack] = {}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attacks.analysis import statistics
-from attacks.rundir import PrivacyStatement
+from privtrain.run.statement import PrivacyStatement
 
 if TYPE_CHECKING:
     import dp_accounting

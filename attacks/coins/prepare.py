@@ -19,11 +19,12 @@ from privtrain.config import Config, load_config
 from privtrain.data.corpus import Corpus, load_corpus, without_users
 from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer, read_sealed, split_commitment
 from privtrain.data.split import Split
+from privtrain.files.atomic import write_json
 from privtrain.inputs import check_inputs
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
-from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
 
 

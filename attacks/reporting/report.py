@@ -25,7 +25,8 @@ from attacks.reporting import figures, panels, record
 from attacks.signals import SIGNALS_PATH
 from privtrain.errors import GuaranteeLost
 from privtrain.files import reading
-from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.files.atomic import write_atomically
+from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
 
 INDEX_PATH = pathlib.Path("report/index.html")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from attacks.reporting.record import read_scoring
-from attacks.rundir import PrivacyStatement
 from attacks.scoring import pii
 from attacks.scoring.pii import Span
 from privtrain.data.synthetic import CustomerRecord, customer_records
 from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import PrivacyStatement
 
 NUM_MESSAGES = 200
 _MESSAGES_PER_CUSTOMER = 2.0

@@ -18,8 +18,9 @@ from attacks.reporting.record import read_scoring
 from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
 from privtrain.data.corpus import load_corpus
+from privtrain.files.atomic import write_atomically
 from privtrain.files.private import make_private_directory
-from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory
 
 SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
 

@@ -29,15 +29,15 @@ from privtrain.backends import Backend
 from privtrain.config import Config, load_config
 from privtrain.config.schema import PerformanceSection, RegistrySection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
-from privtrain.inputs import check_inputs
-from privtrain.job.claim import check_run_directory, read_inputs
+from privtrain.files.atomic import write_atomically
+from privtrain.inputs import check_inputs, read_inputs
+from privtrain.job.claim import check_run_directory
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
 from privtrain.job.train import rehearse
 from privtrain.registry import clock, views
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
-from privtrain.run.directory import write_atomically
 
 #: Free space below which a run directory gets a warning; a LoRA run needs far less, a full model's checkpoints more.
 _LITTLE_SPACE_BYTES = 2**30

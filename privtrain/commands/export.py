@@ -19,9 +19,10 @@ from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault, VerificationFailed
 from privtrain.files import strict_json
+from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.run import bundle
 from privtrain.run.bundle import ReleaseManifest
-from privtrain.run.directory import RunDirectory, replace_directory, write_atomically
+from privtrain.run.directory import RunDirectory
 
 DTYPES = ("fp32", "bf16", "fp16")
 

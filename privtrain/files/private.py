@@ -17,12 +17,9 @@ import pathlib
 import stat
 from collections.abc import Collection
 
-from privtrain.errors import GuaranteeLost, UnsafePath
-from privtrain.privacy.secret import KEY_BYTES, SecretKey
+from privtrain.errors import UnsafePath
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-#: In hexadecimal, with or without the end of the line.
-_KEY_FILE_BYTES = (2 * KEY_BYTES, 2 * KEY_BYTES + 1)
 
 
 def make_private_directory(path: pathlib.Path) -> None:
@@ -175,24 +172,6 @@ def open_lock_file(path: pathlib.Path) -> int:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise UnsafePath(f"{path} is a link or no regular file; remove it") from None
         raise
-
-
-def load_key_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> SecretKey:
-    """The key in a private file, as :meth:`privtrain.run.directory.RunDirectory.create_key` writes it.
-
-    Raises:
-        GuaranteeLost: if it is gone or damaged.
-        UnsafePath: as :func:`read_private_file`.
-    """
-    try:
-        content = read_private_file(path, owners=owners)
-        if len(content) not in _KEY_FILE_BYTES:
-            raise ValueError("another size than a key's")
-        return SecretKey(bytes.fromhex(content.decode("ascii").strip()))
-    except (FileNotFoundError, ValueError):
-        raise GuaranteeLost(
-            f"{path} is missing or damaged; restore it, or start a new run with another run.name"
-        ) from None
 
 
 def _check_owner(path: pathlib.Path, found: os.stat_result, owners: Collection[int] | None = None) -> None:

@@ -21,9 +21,9 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.errors import GuaranteeLost
+from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.privacy.layout import Layout
 from privtrain.process.console import say
-from privtrain.run.directory import replace_directory, write_atomically
 
 _STATE = "state.pt"
 _SUMMARY = "summary.json"

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from privtrain.backends import Backend
 from privtrain.config import Config
-from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import PlanMismatch
-from privtrain.privacy.plan import PrivacyPlan
+from privtrain.files.atomic import write_json
+from privtrain.inputs import Inputs
+from privtrain.job.publish import complete_release
 from privtrain.process.console import say
-from privtrain.run.directory import RunDirectory, write_json
-from privtrain.run.publish import complete_release
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What every rank reads for itself before the process group exists.
-
-    ``check_release`` is called on rank 0 right before anything is released, and raises if nothing may be.
-    """
-
-    config: Config
-    corpus: Corpus
-    plan: PrivacyPlan
-    fingerprint: str
-    run: RunDirectory
-    check_release: Callable[[], None] = lambda: None
-
-
-def read_inputs(config: Config) -> Inputs:
-    """Load the rows and build the plan."""
-    corpus = load_corpus(config.data, config.performance.index_dir)
-    plan = PrivacyPlan.build(config.privacy)
-    run = RunDirectory(config.run.directory)
-    return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)
 
 
 def check_run_directory(inputs: Inputs) -> None:

@@ -12,14 +12,12 @@ import json
 import pathlib
 import secrets
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 
 from privtrain.backends import Backend
 from privtrain.data.canaries import canaries_of, plant
-from privtrain.data.corpus import Corpus, without_users
+from privtrain.data.corpus import without_users
 from privtrain.data.manifest import read_sealed
-from privtrain.data.selection import check_contributions
-from privtrain.data.units import example_name
 from privtrain.errors import (
     ClockRefused,
     ConfigError,
@@ -30,18 +28,19 @@ from privtrain.errors import (
     PrivtrainError,
     RegistryUnreachable,
 )
-from privtrain.job.claim import Inputs
+from privtrain.files.atomic import write_json
+from privtrain.inputs import Inputs
+from privtrain.job.contributions import contributions_of
 from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
+from privtrain.job.resume import traces
 from privtrain.job.stop import StopRequest
-from privtrain.ledger import charged_units, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.secret import pseudonym
 from privtrain.process.console import say
 from privtrain.registry.database import registry_url
+from privtrain.registry.requests import Reservation, RunRequest
 from privtrain.registry.spending import Settings
-from privtrain.registry.store import Registry, Reservation, RunRequest, Settled
-from privtrain.run.directory import RunDirectory, write_json
-from privtrain.training.begun import traces
+from privtrain.registry.store import Registry, Settled
+from privtrain.run.directory import RunDirectory
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
 _EXIT_REQUEUE = 75
@@ -242,56 +241,6 @@ class Hold:
             if canary.is_invented:  # nobody's budget
                 totals.pop(canary.user, None)
         return {self._registry.pseudonym(user): total for user, total in totals.items()}
-
-
-def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
-    """See in the ledger that no user contributed more records over the whole run than the plan's bound on users.
-
-    Raises:
-        GuaranteeLost: if one did, or the ledger names a unit that is nobody's.
-    """
-    if plan.records_per_user is None:
-        return
-    names = {name for name, _, _ in _charged_units(run)}
-    owner = _owners(run, corpus, plan, names)
-    if not names <= owner.keys():
-        raise GuaranteeLost(f"{run.ledger} names units that are no user's; nothing is released")
-    check_contributions([owner[name] for name in names], plan.records_per_user)
-
-
-def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[str]) -> dict[str, str]:
-    """Pseudonym of a unit → its user, for the units that are wanted: nobody else is kept, however many there are."""
-    key = run.load_key("pseudonym")
-    owner = {}
-    for user, texts in corpus.records.items():
-        most = max(len(texts), plan.records_per_user or 0)  # chunks may be more than records
-        for name in [user] if plan.unit == "user" else [example_name(user, index) for index in range(most)]:
-            known_as = pseudonym(key, name)
-            if known_as in wanted:
-                owner[known_as] = user
-    return owner
-
-
-def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
-    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
-    charged: dict[str, tuple[int, int]] = {}
-    for name, num_steps, num_records in _charged_units(run):
-        steps, records = charged.get(name, (0, 0))
-        charged[name] = (steps + num_steps, records + num_records)
-    owner = _owners(run, corpus, plan, charged.keys())
-    if not charged.keys() <= owner.keys():
-        raise LedgerCorrupt(f"{run.ledger} names units that are no user's of this data set; nothing was settled")
-    totals: dict[str, tuple[int, int]] = {}
-    for name, (num_steps, num_records) in charged.items():
-        steps, records = totals.get(owner[name], (0, 0))
-        totals[owner[name]] = (steps + num_steps, records + num_records)
-    return totals
-
-
-def _charged_units(run: RunDirectory) -> Iterator[tuple[str, int, int]]:
-    """Units by the run's own pseudonyms, with steps and records; a unit may come more than once."""
-    for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):
-        yield name, 1, num_records
 
 
 def refund_run(run_path: pathlib.Path, url: str) -> str:

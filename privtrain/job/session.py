@@ -15,17 +15,16 @@ from privtrain.data.manifest import check_prepared, split_commitment, used_facts
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
+from privtrain.files.atomic import write_atomically, write_json
+from privtrain.inputs import Inputs
 from privtrain.job import checkpoint
-from privtrain.job.claim import Inputs
 from privtrain.job.environment import check_ranks_agree
-from privtrain.job.resume import Continuation, decide, next_generation
+from privtrain.job.resume import Continuation, decide, next_generation, traces
 from privtrain.ledger import Ledger, LedgerState, open_ledger
 from privtrain.ledger.head import head_path
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
-from privtrain.run.directory import write_atomically, write_json
 from privtrain.run.sealing import write_sealed
-from privtrain.training.begun import traces
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from privtrain.backends import Backend
-from privtrain.config import Config, load_config
-from privtrain.config.schema import PerformanceSection
+from privtrain.config import load_config
 from privtrain.data.canaries import plant
-from privtrain.data.encode import Encoder
 from privtrain.data.manifest import draw_split
-from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
-from privtrain.inputs import check_inputs
+from privtrain.inputs import Inputs, check_inputs, read_inputs
 from privtrain.job import checkpoint
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.job.canaries_used import note_canaries
-from privtrain.job.claim import Inputs, check_run_directory, claimed, is_complete, read_inputs
+from privtrain.job.claim import check_run_directory, claimed, is_complete
+from privtrain.job.contributions import check_contributed
 from privtrain.job.environment import environment_digest
-from privtrain.job.reservation import budgeted, check_contributed
+from privtrain.job.publish import publish
+from privtrain.job.reservation import budgeted
 from privtrain.job.resume import Continuation
 from privtrain.job.session import (
     Session,
@@ -43,47 +39,18 @@ from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
 from privtrain.ledger import Ledger
 from privtrain.models.files import base_digests
-from privtrain.models.load import (
-    base_dtype,
-    load_tokenizer,
-    resolve_precision,
-    weights_checksum,
-)
-from privtrain.models.losses import CausalLM, Classification, Objective
-from privtrain.models.trainable import make_trainable
-from privtrain.models.weights import BaseSource, ClassifierHead
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import Progress, say
-from privtrain.run.publish import publish
-from privtrain.run.release import model_card, privacy_statement, unit_text, write_adapter, write_model
+from privtrain.run.release import model_card, write_adapter, write_model
+from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.evaluate import evaluate, perplexity
+from privtrain.training.network import Network, checksum_over_ranks, load_network
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import ReplayDiverged, Trainer
-
-#: Public seed of the adapter's initial values, which do not depend on data.
-_INIT_SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """The model and what goes with it on this rank."""
-
-    tokenizer: Any
-    model: Any
-    precision: str
-    autocast: torch.autocast
-    packer: Packer
-    encoder: Encoder
-    objective: Objective
-
-    @property
-    def lone_packer(self) -> Packer:
-        """For one record at a time, so that its loss is a function of itself alone."""
-        return dataclasses.replace(self.packer, microbatch_size=1)
 
 
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
@@ -115,7 +82,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
 def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
     if backend.is_main:
         _announce(inputs, backend)
-    network = _load_network(inputs.config, backend)
+    network = load_network(inputs.config, backend)
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         root_key = root_key_of(inputs, backend, ledger)
@@ -176,7 +143,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     Raises:
         PrivtrainError: as the run would.
     """
-    network = _load_network(inputs.config, backend)
+    network = load_network(inputs.config, backend)
     key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
     split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
@@ -195,64 +162,14 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
         say(f"[yellow]warning[/]: {warning}")
 
 
-def _load_network(config: Config, backend: Backend) -> Network:
-    tokenizer = load_tokenizer(config.model)
-    precision = resolve_precision(config.performance.precision, backend.device)
-    encoder = Encoder(config.data, tokenizer)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
-    assert isinstance(pad_id, int)
-    model = _trainable_model(config, precision, backend, pad_id)
-    model.train()
-    _make_repeatable(config.performance, backend.device)
-    packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
-    autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-    objective = _objective(config, model, tokenizer, pad_id)
-    return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
-
-
-def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
-    """So that a replayed step has the same bits (the ledger finds out if not), and a second backward pass too."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    route = performance.clipping_route
-    if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
-        # Under warn_only its backward adds up in any order; flash attention heeds the setting, plain needs none.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-
-
-def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
-    labels, is_pair = config.data.labels, config.data.text_pair_column is not None
-    if labels is None:
-        return CausalLM()
-    return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
-
-
-def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
-    dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
-    head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, _INIT_SEED)
-    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
-    model = make_trainable(base, config, _INIT_SEED)
-    if config.training.method != "full":
-        model = model.to(backend.device)  # what was added to the base
-    if config.performance.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 def _environment(inputs: Inputs, backend: Backend, network: Network, units: UnitData) -> bytes:
     return environment_digest(
         inputs.config,
         backend,
         precision=network.precision,
-        weights_checksum=_weights_checksum(network.model, backend),
+        weights_checksum=checksum_over_ranks(network.model, backend),
         units_sha256=units.sha256(),
     )
-
-
-def _weights_checksum(model: torch.nn.Module, backend: Backend) -> str:
-    mine = weights_checksum(backend.local_tensors(model))
-    return backend.combined_digest(bytes.fromhex(mine)).hex()
 
 
 def _tracker_id(inputs: Inputs, backend: Backend) -> str:
@@ -293,7 +210,7 @@ def _build_trainer(
         autocast=network.autocast,
         packer=network.packer,
         clipping_route=inputs.config.performance.clipping_route,
-        stop=stop,
+        should_stop=stop.requested.is_set,
         objective=network.objective,
         first_step=session.continuation.first_step,
         committed=session.committed,

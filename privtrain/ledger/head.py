@@ -18,8 +18,8 @@ import pathlib
 from collections.abc import Iterator
 
 from privtrain.errors import LedgerCorrupt, RunBusy
+from privtrain.files.atomic import sync_directory
 from privtrain.ledger.chain import GENESIS, LedgerState
-from privtrain.run.directory import sync_directory
 
 _SLOT_BYTES = 128
 

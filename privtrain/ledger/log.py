@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
+from privtrain.files.atomic import sync_directory
 from privtrain.files.private import make_private_directory
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import (
@@ -39,7 +40,6 @@ from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_li
 from privtrain.ledger.head import HeadFile, check_head, opened_head
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run.bundle import ReleaseManifest
-from privtrain.run.directory import sync_directory
 
 #: Contributions of an open segment at which it is sealed.
 SEGMENT_ROWS = 1 << 18

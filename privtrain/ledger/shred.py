@@ -7,7 +7,8 @@ import os
 import pathlib
 
 from privtrain.errors import PrivtrainError
-from privtrain.run.directory import RunDirectory, sync_directory, write_json
+from privtrain.files.atomic import sync_directory, write_json
+from privtrain.run.directory import RunDirectory
 
 #: What else in ``secret/`` still says something about people, and what.
 _REMAINS = {

@@ -14,6 +14,7 @@ from rich.table import Table
 from privtrain.config import load_config
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
+from privtrain.files.atomic import write_atomically
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
 from privtrain.models.files import base_digests
@@ -21,7 +22,7 @@ from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run import bundle
 from privtrain.run.consistency import statement_faults
-from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.files import locate
 
@@ -112,109 +110,11 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
-def add_lora(
-    base: PreTrainedModel, lora: LoraSection, init_seed: int, public_name: str, *, is_classifier: bool = False
-) -> torch.nn.Module:
-    """Wrap the base with a fresh LoRA adapter, the same on every rank.
-
-    Args:
-        base: the frozen base model.
-        lora: rank, alpha, dropout and target modules.
-        init_seed: public seed of the adapter's initial values (they do not depend on data).
-        public_name: what the saved adapter calls its base model.
-        is_classifier: the base is a sequence classifier; its head is trained too, and saved with the adapter.
-
-    Raises:
-        ConfigError: if no module matches ``lora.target_modules``.
-    """
-    import peft
-
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save or None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(init_seed)
-        try:
-            model = peft.get_peft_model(base, config)
-        except ValueError as error:
-            raise ConfigError([Fault("lora.target_modules", _first_line(error))]) from None
-    model.peft_config["default"].base_model_name_or_path = public_name
-    return model
-
-
 def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Module:
     """The base with a released adapter on it; ``disable_adapter()`` gives the base back."""
     import peft
 
     return peft.PeftModel.from_pretrained(base, str(directory))
-
-
-def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A digest of every named tensor's sum and norm: cheap, and other weights do not pass for the same."""
-    numbers = []
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        value = tensor.detach()
-        value = value if value.is_floating_point() else value.double()  # quantised weights are whole numbers
-        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
-        numbers.append((name, float(value.sum(dtype=torch.float64)), float(norm)))
-    return hashlib.sha256(repr(numbers).encode()).hexdigest()
-
-
-def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Log p(token | tokens before it) in fp32.
-
-    No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
-    does not depend on the padding or on the other rows.
-
-    Args:
-        model: a causal language model.
-        input_ids: [rows, tokens].
-
-    Returns:
-        [rows, tokens - 1]; position t is the token ``input_ids[:, t + 1]``.
-    """
-    # Prompt tuning puts its virtual tokens before the row's own.
-    logits = model(input_ids=input_ids).logits[:, -input_ids.shape[1] : -1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-    return -losses.view(input_ids.shape[0], -1)
-
-
-def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
-    log_probs = token_log_probs(model, input_ids)
-    return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
-
-
-def label_logits(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    segments: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
-
-    Args:
-        model: a sequence classification model.
-        input_ids: [rows, tokens].
-        attention_mask: [rows, tokens]; false on padding.
-        segments: [rows, tokens]; true in the second text, for models that mark it.
-    """
-    options = {} if segments is None else {"token_type_ids": segments.long()}
-    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **options).logits.float()
-
-
-def sequence_losses(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Negative log-likelihood of each row's label ([rows] class numbers); see :func:`label_logits`."""
-    return F.cross_entropy(label_logits(model, input_ids, attention_mask), labels, reduction="none")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

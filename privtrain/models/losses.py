@@ -7,13 +7,16 @@ predicted ones. Only this module knows that a classifier's one predicted "token"
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from privtrain.data.records import Record
-from privtrain.models.load import label_logits, row_losses
+
+if TYPE_CHECKING:
+    pass
 
 
 class Objective(Protocol):
@@ -107,3 +110,53 @@ class Classification:
             is_separator = (ids == self.separator_id).long()
             segments = ((is_separator.cumsum(dim=1) - is_separator) > 0) & attended
         return label_logits(model, ids, attended, segments), labels, has_label
+
+
+def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Log p(token | tokens before it) in fp32.
+
+    No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
+    does not depend on the padding or on the other rows.
+
+    Args:
+        model: a causal language model.
+        input_ids: [rows, tokens].
+
+    Returns:
+        [rows, tokens - 1]; position t is the token ``input_ids[:, t + 1]``.
+    """
+    # Prompt tuning puts its virtual tokens before the row's own.
+    logits = model(input_ids=input_ids).logits[:, -input_ids.shape[1] : -1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    return -losses.view(input_ids.shape[0], -1)
+
+
+def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
+    log_probs = token_log_probs(model, input_ids)
+    return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
+
+
+def label_logits(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    segments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
+
+    Args:
+        model: a sequence classification model.
+        input_ids: [rows, tokens].
+        attention_mask: [rows, tokens]; false on padding.
+        segments: [rows, tokens]; true in the second text, for models that mark it.
+    """
+    options = {} if segments is None else {"token_type_ids": segments.long()}
+    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **options).logits.float()
+
+
+def sequence_losses(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-likelihood of each row's label ([rows] class numbers); see :func:`label_logits`."""
+    return F.cross_entropy(label_logits(model, input_ids, attention_mask), labels, reduction="none")

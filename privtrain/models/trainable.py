@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config import Config
+from privtrain.config.schema import LoraSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import add_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from privtrain.models.load import _first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,5 +75,42 @@ def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, ini
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
         model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
+    model.peft_config["default"].base_model_name_or_path = public_name
+    return model
+
+
+def add_lora(
+    base: PreTrainedModel, lora: LoraSection, init_seed: int, public_name: str, *, is_classifier: bool = False
+) -> torch.nn.Module:
+    """Wrap the base with a fresh LoRA adapter, the same on every rank.
+
+    Args:
+        base: the frozen base model.
+        lora: rank, alpha, dropout and target modules.
+        init_seed: public seed of the adapter's initial values (they do not depend on data).
+        public_name: what the saved adapter calls its base model.
+        is_classifier: the base is a sequence classifier; its head is trained too, and saved with the adapter.
+
+    Raises:
+        ConfigError: if no module matches ``lora.target_modules``.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=lora.modules_to_save or None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init_seed)
+        try:
+            model = peft.get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError([Fault("lora.target_modules", _first_line(error))]) from None
     model.peft_config["default"].base_model_name_or_path = public_name
     return model

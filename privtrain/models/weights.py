@@ -8,10 +8,11 @@ into host memory first, once a rank, and freed after the parts were copied.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.files import locate
 from privtrain.models.load import load_base, load_classifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,3 +186,14 @@ def _weight_files(model: ModelSection) -> list[pathlib.Path]:
 
 
 __all__ = ["BaseSource", "ClassifierHead", "PartReader"]
+
+
+def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A digest of every named tensor's sum and norm: cheap, and other weights do not pass for the same."""
+    numbers = []
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        value = tensor.detach()
+        value = value if value.is_floating_point() else value.double()  # quantised weights are whole numbers
+        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
+        numbers.append((name, float(value.sum(dtype=torch.float64)), float(norm)))
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import pathlib
 import secrets
+from collections.abc import Collection
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import special
+
+from privtrain.errors import GuaranteeLost
+from privtrain.files.private import read_private_file
 
 KEY_BYTES = 32
 
@@ -88,3 +93,25 @@ class KeyStream:
             return list(range(population))
         # Ranking 64-bit draws is uniform up to ties, whose chance is below population**2 / 2**65.
         return sorted(np.argsort(self.uint64(population), kind="stable")[:count].tolist())
+
+
+#: In hexadecimal, with or without the end of the line.
+_KEY_FILE_BYTES = (2 * KEY_BYTES, 2 * KEY_BYTES + 1)
+
+
+def load_key_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> SecretKey:
+    """The key in a private file, as :meth:`privtrain.run.directory.RunDirectory.create_key` writes it.
+
+    Raises:
+        GuaranteeLost: if it is gone or damaged.
+        UnsafePath: as :func:`read_private_file`.
+    """
+    try:
+        content = read_private_file(path, owners=owners)
+        if len(content) not in _KEY_FILE_BYTES:
+            raise ValueError("another size than a key's")
+        return SecretKey(bytes.fromhex(content.decode("ascii").strip()))
+    except (FileNotFoundError, ValueError):
+        raise GuaranteeLost(
+            f"{path} is missing or damaged; restore it, or start a new run with another run.name"
+        ) from None

@@ -22,10 +22,10 @@ from sqlalchemy.pool import NullPool
 
 from privtrain.config.schema import RegistrySection
 from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
-from privtrain.files.private import check_database_file, load_key_file, make_missing
-from privtrain.privacy.secret import KEY_BYTES, SecretKey
+from privtrain.files.atomic import sync_directory, temporary_of
+from privtrain.files.private import check_database_file, make_missing
+from privtrain.privacy.secret import KEY_BYTES, SecretKey, load_key_file
 from privtrain.registry.tables import Meta
-from privtrain.run.directory import sync_directory, temporary_of
 
 URL_VARIABLE = "PRIVTRAIN_REGISTRY"
 KEY_VARIABLE = "PRIVTRAIN_REGISTRY_KEY"

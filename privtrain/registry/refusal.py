@@ -9,7 +9,7 @@ from privtrain.registry import spending
 from privtrain.registry.spending import Limit, Part
 
 if TYPE_CHECKING:
-    from privtrain.registry.store import BudgetKey, RunRequest
+    from privtrain.registry.requests import BudgetKey, RunRequest
 
 
 def explain(

@@ -16,7 +16,8 @@ import yaml
 import privtrain
 from privtrain.files import strict_json
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.run.release import SCHEMA, banner, card_section, statement_of
+from privtrain.run.release import banner, card_section
+from privtrain.run.statement import SCHEMA, statement_of
 
 #: Between machines the last digits of an accountant's answer may differ.
 _RELATIVE_TOLERANCE = 1e-6

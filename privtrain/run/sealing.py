@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
-from privtrain.run.directory import RunDirectory, json_pieces, write_json
+from privtrain.files.atomic import json_pieces, write_json
+from privtrain.run.directory import RunDirectory
 
 SEAL = "seal"
 """The key of a sealed file that holds its seal."""

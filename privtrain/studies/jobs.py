@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from privtrain.errors import RunBusy
-from privtrain.run.directory import write_atomically, write_json
+from privtrain.files.atomic import write_atomically, write_json
 from privtrain.studies.recipe import Cell, fill
 
 State = Literal["complete", "failed", "open"]

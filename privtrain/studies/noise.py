@@ -18,7 +18,7 @@ from accountants.methods.tilted import TiltedAccountant
 from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
 from accountants.registry import get_accountant
-from privtrain.run.directory import write_json
+from privtrain.files.atomic import write_json
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
 ESTIMATES = {"aea1": Aea1Accountant, "aea2": Aea2Accountant, "aea3": Aea3Accountant}

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
-from privtrain.run.directory import write_atomically
+from privtrain.files.atomic import write_atomically
 
 README = pathlib.Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"

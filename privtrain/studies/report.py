@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 import privtrain
-from privtrain.run.directory import write_atomically, write_json
+from privtrain.files.atomic import write_atomically, write_json
 from privtrain.studies.findings import Findings, Verdict, summary
 from privtrain.studies.recipe import Recipe
 from privtrain.studies.results import FEW_SEEDS, Results

@@ -22,7 +22,7 @@ import rich.table
 from rich.console import Console
 
 from privtrain.errors import ConfigError, Fault, Preempted, PrivtrainError, RunBusy
-from privtrain.run.directory import write_atomically
+from privtrain.files.atomic import write_atomically
 from privtrain.studies.jobs import Job, Processes, State, jobs_of, run_job, thread_environment
 from privtrain.studies.recipe import Cell, Recipe, expand, fill, module_of, read_recipe, recipe_path
 from privtrain.studies.report import Run, write_report

@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from privtrain.run.directory import RunDirectory, write_json
+from privtrain.files.atomic import write_json
+from privtrain.run.directory import RunDirectory
 
 Values = Mapping[str, float | int | None]
 Row = tuple[int, Values]

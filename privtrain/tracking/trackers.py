@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
+from privtrain.files.atomic import write_atomically
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.process.console import say
-from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory
 from privtrain.tracking.metrics import is_released
-from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values
+from privtrain.tracking.mirrors import Mirror, Values
 
 #: Share of the charged steps at which people are told.
 _ALERT_BUDGET_FRACTION = 0.9
@@ -142,15 +141,6 @@ class ReleaseGate:
             tracker.close()
 
 
-def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
-    """The gate over all configured trackers; for rank 0."""
-    public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
-    num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
-    for name, mirror in _mirrors(config, plan, run, run_id):
-        public.append(BlockedMirror(mirror, run, name, num_steps=num_steps, from_step=from_step))
-    return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
-
-
 def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
     if config.tracking.wandb:
         from privtrain.tracking.wandb_tracker import WandbTracker
@@ -160,21 +150,3 @@ def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) 
         from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
 
         yield "tensorboard", TensorBoardTracker(run)
-
-
-def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
-    """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
-    from privtrain.tracking.wandb_settings import is_online
-
-    is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
-    if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
-        return NullTracker()
-    import wandb
-
-    from privtrain.tracking.wandb_tracker import MachineTracker
-
-    try:
-        return MachineTracker(config, run_id, rank)
-    except wandb.Error as error:
-        say(f"[yellow]warning[/]: the load of rank {rank}'s machine is not shown in W&B: {error}")
-        return NullTracker()

@@ -19,9 +19,10 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.clipping import ClippingDiagnostics
+from privtrain.errors import GuaranteeLost
 from privtrain.privacy import fixed_point
 from privtrain.privacy.noise import StepNoise, noised
-from privtrain.privacy.plan import LOSS, WITHIN_NORM, PrivacyPlan
+from privtrain.privacy.plan import LOSS, WITHIN_NORM, AdaptiveClipping, PrivacyPlan
 
 #: Most that one unit adds to a sum, and the exponent of the grid that the sums lie on.
 SENSITIVITY = 0.5
@@ -114,3 +115,28 @@ def _on_grid(value: float) -> int:
     """A unit's number in units of the grid, rounded towards zero."""
     assert abs(value) <= SENSITIVITY
     return math.trunc(math.ldexp(value, -EXPONENT))
+
+
+#: The norm changes by at most a factor e in a step, whatever the noise.
+_MOST_LOG_CHANGE = 1.0
+
+
+#: A norm this many times the first one, or its share, is no clipping norm of anything.
+_FURTHEST = 1e12
+
+
+def next_norm(settings: AdaptiveClipping, clipping_norm: float, share: float, *, initial_norm: float) -> float:
+    """The next step's clipping norm: post-processing of the released share.
+
+    Raises:
+        GuaranteeLost: if it has left [1e-12, 1e12] times ``initial_norm``, beyond which fp32 may lose noise or sum.
+    """
+    change = settings.learning_rate * (settings.target_quantile - share)
+    norm = clipping_norm * math.exp(min(max(change, -_MOST_LOG_CHANGE), _MOST_LOG_CHANGE))
+    if not initial_norm / _FURTHEST <= norm <= initial_norm * _FURTHEST:
+        raise GuaranteeLost(
+            f"the clipping norm went from privacy.clipping_norm {initial_norm:g} to {norm:g}, past a factor of "
+            f"{_FURTHEST:g}; start a new run with another privacy.clipping_norm, a lower "
+            "privacy.adaptive_clipping.learning_rate or a target_quantile nearer to 0.5"
+        )
+    return norm

@@ -17,13 +17,13 @@ from privtrain.data.split import Split
 from privtrain.data.units import UnitData, build_units
 from privtrain.data.units_on_disk import units_on_disk
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
-from privtrain.job.claim import Inputs
+from privtrain.files.atomic import write_json
+from privtrain.inputs import Inputs
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
-from privtrain.run.directory import write_json
 
 if TYPE_CHECKING:
-    from privtrain.job.train import Network
+    from privtrain.training.network import Network
 
 #: The loss of a record that the model gives none for.
 _WORST = 1e30

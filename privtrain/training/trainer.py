@@ -19,17 +19,16 @@ from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, Fault, GuaranteeLost
-from privtrain.job.stop import StopRequest
 from privtrain.ledger import Ledger
 from privtrain.models.losses import CausalLM, Objective
 from privtrain.privacy import fixed_point
 from privtrain.privacy.plan import PrivacyPlan, finite
+from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import BoundSum, bind
-from privtrain.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.tracking import Tracker
 from privtrain.training import riders
-from privtrain.training.adaptive import next_norm
+from privtrain.training.riders import next_norm
 
 
 class Released(NamedTuple):
@@ -69,7 +68,7 @@ class Trainer:
         objective: the loss of a row.
         first_step: the generation's first step.
         committed: step → commitment to its sum, of the steps that are replayed.
-        stop: who asked this rank to stop.
+        should_stop: whether this rank was asked to stop.
 
     Attributes:
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
@@ -93,11 +92,11 @@ class Trainer:
         objective: Objective | None = None,
         first_step: int = 0,
         committed: Mapping[int, str] | None = None,
-        stop: StopRequest | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.plan = plan
         self.must_stop = False
-        self._stop = stop or StopRequest()
+        self._should_stop = should_stop
         self.backend = backend
         self.ledger = ledger
         self.tracker = tracker
@@ -118,7 +117,7 @@ class Trainer:
         if num_expected > fixed_point.MAX_UNITS:
             problem = f"given {plan.sampling_prob:g}, draws {num_expected:,.0f} units a step; integers hold the sum of "
             raise ConfigError([Fault("privacy.sampling_prob", problem + f"{fixed_point.MAX_UNITS:,}: lower it")])
-        self.sampler = UnitSampler(plan, key, units.num_records, first_step)
+        self.sampler = UnitSampler(plan.scheme, plan.records_per_unit, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
@@ -155,7 +154,9 @@ class Trainer:
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
         """Draw samples and noise from another secret from ``first_step`` on."""
         self._key, self.generation, self._committed = key, generation, {}
-        self.sampler = UnitSampler(self.plan, key, self._units.num_records, first_step)
+        self.sampler = UnitSampler(
+            self.plan.scheme, self.plan.records_per_unit, key, self._units.num_records, first_step
+        )
 
     def release(
         self,
@@ -283,7 +284,7 @@ class Trainer:
         """
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
-        raw.append(float(self._stop.requested.is_set()))
+        raw.append(float(self._should_stop()))
         sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
         self.backend.reduce(sums)
         *reduced, num_stopping = sums.tolist()

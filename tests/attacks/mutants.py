@@ -20,8 +20,8 @@ from privtrain.clipping import styles
 from privtrain.data import manifest
 from privtrain.data.split import Split
 from privtrain.job import train as job
+from privtrain.privacy.sampling import DrawnUnit
 from privtrain.privacy.secret import SecretKey
-from privtrain.sampling import DrawnUnit
 from privtrain.training.trainer import Trainer
 from tests.conftest import save_llama
 

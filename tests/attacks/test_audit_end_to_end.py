@@ -141,7 +141,7 @@ def test_the_self_test_refuses_at_the_start_what_the_audit_finds_at_the_end(tmp_
 def test_the_ledger_refuses_what_the_plan_does_not_allow(tmp_path, monkeypatch):
     """More than k records a step do not get past it; the mutant above is planted behind it."""
     from privtrain.errors import GuaranteeLost
-    from privtrain.sampling import DrawnUnit, UnitSampler
+    from privtrain.privacy.sampling import DrawnUnit, UnitSampler
 
     honest = UnitSampler.draw
     monkeypatch.setattr(

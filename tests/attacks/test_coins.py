@@ -22,12 +22,13 @@ from attacks.signals import SIGNALS_PATH
 from privtrain.data.manifest import split_commitment
 from privtrain.data.split import seal
 from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, PrivtrainError, UnsafePath
+from privtrain.files.atomic import write_json
 from privtrain.job import train as job
 from privtrain.job.train import train
 from privtrain.ledger.view import check_chain, verify_run
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.store import Registry
-from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import write_sealed
 from tests.conftest import write_config
 

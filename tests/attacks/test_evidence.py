@@ -25,8 +25,9 @@ from attacks.scoring import target as targets
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
+from privtrain.files.atomic import write_json
 from privtrain.job.train import train
-from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
 from tests.conftest import tiny_tree, write_config
 

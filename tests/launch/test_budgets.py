@@ -94,7 +94,7 @@ def test_nothing_of_the_registry_is_published(private_tree, tmp_path, registry):
 
 def test_a_run_that_does_not_fit_trains_nothing(private_tree, tmp_path, registry, monkeypatch):
     registry.set_budget("people", epsilon=0.5, delta=1e-6)
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BudgetExceeded, match="target_epsilon="):
         start(private_tree, tmp_path)
     assert views.runs(registry.database) == []
@@ -108,7 +108,7 @@ def test_a_run_that_does_not_fit_trains_nothing(private_tree, tmp_path, registry
 
 def test_without_its_registry_a_run_does_not_start(private_tree, tmp_path, registry, monkeypatch):
     monkeypatch.setenv("PRIVTRAIN_REGISTRY", f"postgresql://nobody@/nothing?host={tmp_path}")
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(RegistryUnreachable):
         start(private_tree, tmp_path)
 

@@ -19,7 +19,7 @@ from privtrain.backends.zero import ZeroBackend, ZeroSettings
 from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSection, PrivacySection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
-from privtrain.models.load import add_lora
+from privtrain.models.trainable import add_lora
 from privtrain.models.weights import BaseSource
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey

@@ -14,7 +14,9 @@ from privtrain.clipping import PerUnitClipper, clipper, exact_sum
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.data.microbatch import Packer
-from privtrain.models.load import add_lora, load_base, row_losses
+from privtrain.models.load import load_base
+from privtrain.models.losses import row_losses
+from privtrain.models.trainable import add_lora
 from privtrain.privacy.layout import Layout
 
 Users = Sequence[Sequence[np.ndarray]]

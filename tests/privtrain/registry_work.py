@@ -16,8 +16,9 @@ from sqlalchemy import event
 from privtrain.errors import BudgetExceeded, ClockRefused
 from privtrain.registry import spending, views
 from privtrain.registry.evidence import LedgerEvidence
+from privtrain.registry.requests import RunRequest
 from privtrain.registry.spending import Settings
-from privtrain.registry.store import Registry, RunRequest
+from privtrain.registry.store import Registry
 from privtrain.registry.tables import Contribution, Meta, OptOut, ReservationRow, Run, Settlement
 
 DATASET = "customers"

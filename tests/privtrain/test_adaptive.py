@@ -27,7 +27,7 @@ from privtrain.privacy.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import riders
-from privtrain.training.adaptive import next_norm
+from privtrain.training.riders import next_norm
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from privtrain.clipping import batched
 from privtrain.clipping.factors import Outer
 from privtrain.data.records import Record
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper
 from tests.privtrain.test_parity import build
 

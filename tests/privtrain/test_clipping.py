@@ -15,10 +15,10 @@ from privtrain.backends import DdpBackend
 from privtrain.clipping import rules
 from privtrain.data.microbatch import Packer
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy import fixed_point
 from privtrain.privacy.layout import Layout
-from privtrain.sampling import DrawnUnit, deal
+from privtrain.privacy.sampling import DrawnUnit, deal
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,

@@ -9,7 +9,7 @@ import torch
 
 from privtrain.clipping import CooperativeClipper
 from privtrain.errors import GuaranteeLost
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,

@@ -9,7 +9,7 @@ from torch import nn
 
 from privtrain.clipping import fallback
 from privtrain.errors import GuaranteeLost, ModelFailed, UnsupportedLayer
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import (
     brute_force_sum,

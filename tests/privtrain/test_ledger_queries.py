@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from privtrain.cli import app
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, PrivtrainError, ProofRejected
+from privtrain.files.atomic import write_atomically, write_json
 from privtrain.ledger import verify
 from privtrain.ledger.bodies import segment_path
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.shred import shred
 from privtrain.ledger.view import print_ledger, print_user, prove_run, verify_run
 from privtrain.privacy.secret import pseudonym
-from privtrain.run.directory import RunDirectory, write_atomically, write_json
+from privtrain.run.directory import RunDirectory
 from tests.privtrain.ledgers import KEY, contents, units_of, write_steps
 
 NUM_STEPS, NUM_USERS = 30, 20

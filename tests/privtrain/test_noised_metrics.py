@@ -21,7 +21,7 @@ from privtrain.clipping import ClippingDiagnostics
 from privtrain.config import validate
 from privtrain.errors import ConfigError, SelfTestFailed
 from privtrain.job.train import train
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy import normal
 from privtrain.privacy.noise import StepNoise, noise_exponent
 from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan

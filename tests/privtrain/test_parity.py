@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch.nn import functional as F
 
-from privtrain.models.load import row_losses, sequence_losses
+from privtrain.models.losses import row_losses, sequence_losses
 from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import (
     brute_force_sum,

@@ -11,13 +11,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from privtrain.commands.plan import PlanOptions, describe_plan
+from privtrain.commands.plan import PlanOptions, describe_plan, price_list
 from privtrain.commands.plan_view import print_plan
 from privtrain.config import validate
 from privtrain.errors import ConfigError
-from privtrain.models.load import add_lora
 from privtrain.models.memory import LaunchLayout, model_size
-from privtrain.pricing import price_list
+from privtrain.models.trainable import add_lora
 from privtrain.privacy.plan import PrivacyPlan
 from tests.conftest import write_config
 

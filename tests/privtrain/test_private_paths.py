@@ -13,12 +13,14 @@ from attacks.coins.prepare import prepare
 from privtrain.data import index
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
 from privtrain.files import private as private_paths
-from privtrain.files.private import check_private_directory, load_key_file, make_private_directory
+from privtrain.files.atomic import write_atomically
+from privtrain.files.private import check_private_directory, make_private_directory
 from privtrain.job import train as job
 from privtrain.job.train import train
+from privtrain.privacy.secret import load_key_file
 from privtrain.registry.database import KEY_VARIABLE
 from privtrain.registry.store import Registry
-from privtrain.run.directory import RunDirectory, write_atomically
+from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 
 NOBODY = 65534
@@ -164,7 +166,7 @@ def test_a_temporary_file_that_is_a_link_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize("planted", ["root.key", "generation-0000.key", "manifest.json", "ledger.jsonl"])
 def test_a_new_run_takes_over_nothing(tree, tmp_path, monkeypatch, planted):
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     run = RunDirectory(tmp_path / "runs" / "tiny")
     run.create()
     key_file(run.secret / planted)
@@ -184,7 +186,7 @@ def test_a_new_run_takes_over_no_checkpoint(run):
 
 @pytest.mark.parametrize("leave", [link_to_folder, open_folder])
 def test_neither_training_nor_prepare_begins_in_a_planted_directory(tree, tmp_path, monkeypatch, leave: Leave):
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     run = RunDirectory(tmp_path / "runs" / "tiny")
     run.root.mkdir(parents=True)
     leave(run.secret)

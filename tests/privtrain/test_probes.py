@@ -15,8 +15,8 @@ from privtrain.config.schema import LoraSection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed
-from privtrain.models.load import add_lora
 from privtrain.models.losses import CausalLM, Classification
+from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import traces

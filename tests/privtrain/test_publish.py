@@ -12,12 +12,12 @@ import pytest
 
 from privtrain.config import validate
 from privtrain.errors import GuaranteeLost, VerificationFailed
+from privtrain.job.publish import complete_release, publish
 from privtrain.job.train import train
 from privtrain.ledger import verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle
 from privtrain.run.directory import RunDirectory
-from privtrain.run.publish import complete_release, publish
 from tests.conftest import write_config
 from tests.privtrain.ledgers import opened, write_steps
 
@@ -157,9 +157,9 @@ def test_released_run_started_again_is_unchanged(tree, tmp_path):
 
 def test_job_killed_after_the_release_record_is_completed(tree, tmp_path, monkeypatch):
     """The same command completes the release without loading a model, and the bundle verifies."""
+    from privtrain.job import publish as publishing
     from privtrain.job import train as job
     from privtrain.ledger.view import verify_run
-    from privtrain.run import publish as publishing
 
     path = write_config(tree, tmp_path / "c.yaml")
     monkeypatch.setattr(publishing, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -168,7 +168,7 @@ def test_job_killed_after_the_release_record_is_completed(tree, tmp_path, monkey
     monkeypatch.undo()
     run = RunDirectory(tmp_path / "runs" / "tiny")
     assert not run.is_complete()
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     train(path)
     assert run.is_complete()
     assert "matches privacy.json" in verify_run(run.root)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.files import reading
+from privtrain.files.atomic import write_json
 from privtrain.files.private import make_private_directory
 from privtrain.run import sealing
-from privtrain.run.directory import RunDirectory, write_json
+from privtrain.run.directory import RunDirectory
 
 PRIVATE = "margaret-hamilton"
 BODY = {"schema": "s/1", "name": PRIVATE, "numbers": [1, 2.5, -0.0], "nested": {"ü": None, "empty": []}}

@@ -10,7 +10,7 @@ from opacus.layers import DPGRU, DPLSTM, DPMultiheadAttention
 from torch import nn
 
 from privtrain.errors import UnsupportedLayer
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import brute_force_sum, clipped_sum, invented_users, make_clipper, relative_error
 from tests.privtrain.test_parity import _SIZES

@@ -21,7 +21,7 @@ from privtrain.clipping import exact_sum, rules
 from privtrain.clipping.factors import GramCache, Lookup, Outer, squared_norms, squared_norms_of
 from privtrain.data.microbatch import Packer
 from privtrain.errors import UnsupportedLayer
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
 from tests.privtrain.models_for_tests import (
     brute_force_sum,

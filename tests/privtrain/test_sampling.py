@@ -12,8 +12,8 @@ from scipy import stats
 from privtrain.config.schema import PrivacySection
 from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.privacy.secret import SecretKey
-from privtrain.sampling import DrawnUnit, UnitSampler, deal
 
 
 def make_plan(**changes) -> PrivacyPlan:
@@ -28,9 +28,13 @@ def make_plan(**changes) -> PrivacyPlan:
     return PrivacyPlan.build(PrivacySection(**{**values, **changes}))
 
 
+def sampler_of(plan: PrivacyPlan, key: SecretKey, num_records, first_step: int = 0) -> UnitSampler:
+    return UnitSampler(plan.scheme, plan.records_per_unit, key, num_records, first_step)
+
+
 def test_the_draw_is_poisson_with_at_most_k_distinct_records():
     num_records = [1 + i % 7 for i in range(60)]
-    sampler = UnitSampler(make_plan(), SecretKey.insecure(0, "s"), num_records)
+    sampler = sampler_of(make_plan(), SecretKey.insecure(0, "s"), num_records)
     counts = np.zeros(60)
     sizes = []
     for step in range(2000):
@@ -53,9 +57,9 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
 
 def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
     plan, sizes = make_plan(), [3] * 40
-    first = UnitSampler(plan, SecretKey.insecure(0, "s"), sizes)
-    again = UnitSampler(plan, SecretKey.insecure(0, "s"), sizes)
-    other = UnitSampler(plan, SecretKey.insecure(1, "s"), sizes)
+    first = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
+    again = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
+    other = sampler_of(plan, SecretKey.insecure(1, "s"), sizes)
     assert first.draw(3) == again.draw(3)
     assert first.draw(3) != first.draw(4)
     assert first.draw(3) != other.draw(3)
@@ -63,8 +67,8 @@ def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
 
 def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
     sizes = [2] * 10
-    assert UnitSampler(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
-    assert len(UnitSampler(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
+    assert sampler_of(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
+    assert len(sampler_of(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
 
 
 @hypothesis.given(costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3))

@@ -19,9 +19,8 @@ from accountants.events import RandomAllocationDpEvent, ShuffledBatchesDpEvent
 from privtrain.config import schema, validate
 from privtrain.errors import ConfigError
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.sampling import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson
+from privtrain.privacy.sampling import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson, UnitSampler
 from privtrain.privacy.secret import SecretKey
-from privtrain.sampling import UnitSampler
 
 KEY = SecretKey.insecure(0, "schemes")
 EXAMPLES = [Poisson(0.3), TruncatedPoisson(0.3, 9, 30), RandomAllocation(5, 2), RandomAllocation(6), Shuffle(5, 30)]
@@ -44,6 +43,10 @@ def plan_of(tree, name, **changes) -> PrivacyPlan:
     privacy = {k: v for k, v in tree["privacy"].items() if k != "sampling_prob"}
     tree["privacy"] = privacy | {"sampling": name} | PRIVACY[name] | changes
     return PrivacyPlan.build(validate(tree).privacy)
+
+
+def sampler_of(plan: PrivacyPlan, key: SecretKey, num_records, first_step: int = 0) -> UnitSampler:
+    return UnitSampler(plan.scheme, plan.records_per_unit, key, num_records, first_step)
 
 
 def test_the_schema_knows_every_scheme_with_its_keys_relations_and_accountants():
@@ -136,19 +139,19 @@ def test_truncated_poisson_has_its_law():
 def test_draws_do_not_depend_on_what_was_drawn_before(tree, name):
     """A resumed run, and every rank of any world, draws the same; a generation begins with a whole epoch."""
     plan, sizes = plan_of(tree, name), [3] * 20
-    forward = [UnitSampler(plan, KEY, sizes).draw(step) for step in range(4)]
-    sampler = UnitSampler(plan, KEY, sizes)
+    forward = [sampler_of(plan, KEY, sizes).draw(step) for step in range(4)]
+    sampler = sampler_of(plan, KEY, sizes)
     assert [sampler.draw(step) for step in (3, 0, 2, 1)] == [forward[step] for step in (3, 0, 2, 1)]
-    other = UnitSampler(plan, SecretKey.insecure(1, "schemes"), sizes)
+    other = sampler_of(plan, SecretKey.insecure(1, "schemes"), sizes)
     assert [other.draw(step) for step in range(4)] != forward
-    later = UnitSampler(plan, KEY, sizes, first_step=3)
+    later = sampler_of(plan, KEY, sizes, first_step=3)
     assert [[d.unit for d in later.draw(step)] for step in range(3, 7)] == [[d.unit for d in s] for s in forward]
 
 
 @pytest.mark.parametrize("name", ["truncated_poisson", "shuffle"])
 def test_more_units_than_places_are_refused(tree, name):
     with pytest.raises(ConfigError, match=r"privacy.max_num_units: given 24, but there are 25"):
-        UnitSampler(plan_of(tree, name), KEY, [1] * 25)
+        sampler_of(plan_of(tree, name), KEY, [1] * 25)
 
 
 @pytest.mark.parametrize("name", PRIVACY)

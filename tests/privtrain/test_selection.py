@@ -21,12 +21,11 @@ from privtrain.data.selection import Selection, check_contributions
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.errors import ConfigError, GuaranteeLost
-from privtrain.job import train as job
-from privtrain.job.claim import read_inputs
+from privtrain.inputs import read_inputs
 from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
-from privtrain.training import selecting
+from privtrain.training import network, selecting
 from tests.conftest import write_config
 
 KEY = SecretKey.insecure(0, "root")
@@ -138,7 +137,7 @@ def test_a_user_above_the_bound_is_refused_whatever_made_it(tmp_path, tree, monk
 def _network_and_inputs(tree):
     config = validate(tree)
     inputs, backend = read_inputs(config), LocalBackend(CPU)
-    return inputs, backend, job._load_network(config, backend)
+    return inputs, backend, network.load_network(config, backend)
 
 
 def test_perplexities_are_the_base_models_and_of_each_record_alone(tree):

@@ -7,8 +7,8 @@ import torch
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError
-from privtrain.job import train as job
 from privtrain.models.weights import BaseSource
+from privtrain.training import network
 
 
 def source_of(tree) -> BaseSource:
@@ -45,4 +45,4 @@ def test_a_job_hands_its_adapter_settings_to_the_backend(tree):
             source.empty()
 
     with pytest.raises(ConfigError, match=r"lora\.use_dora"):
-        job._trainable_model(validate(tree), "fp32", Backend(), 0)
+        network._trainable_model(validate(tree), "fp32", Backend(), 0)

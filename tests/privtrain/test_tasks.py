@@ -20,8 +20,9 @@ from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
 from privtrain.data.microbatch import Packer
 from privtrain.job.train import train
-from privtrain.models.load import add_lora, load_classifier, load_tokenizer
+from privtrain.models.load import load_classifier, load_tokenizer
 from privtrain.models.losses import CausalLM, Classification
+from privtrain.models.trainable import add_lora
 from privtrain.privacy.layout import Layout
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clip, make_clipper, relative_error

@@ -18,8 +18,9 @@ from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking import wandb_tracker
 from privtrain.tracking.mirrors import BlockedMirror
+from privtrain.tracking.open import open_machine_tracker
 from privtrain.tracking.sync import sync_run
-from privtrain.tracking.trackers import JsonlTracker, NullTracker, QuietTracker, ReleaseGate, open_machine_tracker
+from privtrain.tracking.trackers import JsonlTracker, NullTracker, QuietTracker, ReleaseGate
 from tests.conftest import write_config
 from tests.privtrain.published import Private, published_texts, wandb_records, wandb_rows
 

@@ -13,9 +13,9 @@ from privtrain.clipping import batched, clipper, factors, passes
 from privtrain.clipping.factors import GramCache, Lookup, Outer
 from privtrain.config.schema import PerformanceSection
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
-from privtrain.job import train as job
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
+from privtrain.training import network
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,
@@ -71,7 +71,7 @@ def test_attention_that_adds_up_in_any_order_is_off_where_two_passes_are_compare
     before = torch.backends.cuda.mem_efficient_sdp_enabled()
     torch.backends.cuda.enable_mem_efficient_sdp(True)
     try:
-        job._make_repeatable(PerformanceSection(**settings), torch.device("cpu"))
+        network._make_repeatable(PerformanceSection(**settings), torch.device("cpu"))
         assert torch.backends.cuda.mem_efficient_sdp_enabled() == is_allowed
         assert torch.backends.cuda.math_sdp_enabled()
     finally:

@@ -20,9 +20,9 @@ from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.job import reservation as budget
 from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.sampling import UnitSampler
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
-from privtrain.sampling import UnitSampler
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
 
@@ -119,7 +119,7 @@ def test_each_record_joins_by_a_coin_of_its_own():
     """What the mixture assumes: of a user's k records Binomial(k, q) join a step, whatever other records do."""
     k, prob, num_users, num_steps = 4, 0.3, 50, 400
     plan = PrivacyPlan.build(section(sampling_prob=prob, user_accounting="mixture"))
-    sampler = UnitSampler(plan, SecretKey.insecure(3, "s"), [1] * (k * num_users))
+    sampler = UnitSampler(plan.scheme, plan.records_per_unit, SecretKey.insecure(3, "s"), [1] * (k * num_users))
     joined = np.zeros((num_steps, k * num_users))
     for step in range(num_steps):
         drawn = sampler.draw(step)

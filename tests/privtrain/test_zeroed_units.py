@@ -12,7 +12,7 @@ from privtrain.job.train import train
 from privtrain.ledger import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.view import pseudonym_of
-from privtrain.models.load import row_losses
+from privtrain.models.losses import row_losses
 from privtrain.run.directory import RunDirectory
 from tests import jobs
 from tests.conftest import write_config

@@ -23,7 +23,7 @@ from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
 from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.reporting.record import Scoring
-from attacks.rundir import PrivacyStatement
+from privtrain.run.statement import PrivacyStatement
 
 NATURAL = "users of the sealed split"
 CANARIES = "canary users"

@@ -15,12 +15,12 @@ import scipy.stats
 from attacks.analysis import statistics
 from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
 from attacks.reporting.record import read_scoring
-from attacks.rundir import PrivacyStatement
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.signals import CANARY, CANARY_REFERENCE, DocumentSignals
 from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
 from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import PrivacyStatement
 
 MODELS = ("tuned", "base")
 

@@ -12,10 +12,10 @@ from attacks.analysis import statistics
 from attacks.analysis.curves import MIN_USERS
 from attacks.analysis.memorisation.extraction import PREFIX_LENGTHS, recall, samples_needed
 from attacks.reporting.record import read_scoring
-from attacks.rundir import PrivacyStatement
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS
 from attacks.signals import CONTROL_PREFIX, HELD_IN, TRAINING, DocumentSignals
 from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import PrivacyStatement
 
 NUM_SAMPLES = (1, 10, 100, 1000)
 PROBABILITY = 0.5

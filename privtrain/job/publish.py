@@ -19,19 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 from privtrain.errors import GuaranteeLost
+from privtrain.files.atomic import sync_directory, sync_file, sync_tree, temporary_of, write_atomically, write_json
 from privtrain.ledger import Ledger, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle
 from privtrain.run.bundle import ReleaseManifest
-from privtrain.run.directory import (
-    RunDirectory,
-    sync_directory,
-    sync_file,
-    sync_tree,
-    temporary_of,
-    write_atomically,
-    write_json,
-)
+from privtrain.run.directory import RunDirectory
 
 #: Files of a run that were written during training and are released as they are.
 _WRITTEN_BEFORE = ("config.yaml", "metrics.jsonl")

@@ -1,0 +1,70 @@
+"""What a run asks of the registry, and what it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import dp_accounting
+
+from privtrain.registry.spending import Settings
+
+SCOPES = ("user", "dataset")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """A run that asks for budget.
+
+    Attributes:
+        uid: made with the run directory; a resumed run has the same.
+        name, fingerprint: the run's name, and its plan's fingerprint without the data.
+        dataset: the data set's name in the registry.
+        manifest_sha256: digest of its content.
+        unit, relation: of the guarantee; they must be the data set's and add-or-remove-one.
+        event: what all steps together release.
+        num_steps: how many they are.
+        epsilon, delta: the run's own guarantee.
+        settings: the knobs, for advice; ``None`` if the run has others.
+        lease_seconds: how long the reservation stays open without news.
+        claim: a new number that proves from now on that a job holds the reservation; ``None`` for none.
+        earlier_claims: the numbers one of which an existing reservation must have.
+        has_split: whether the run's users are split: then it keeps the do-not-train list of its last reservation.
+    """
+
+    uid: str
+    name: str
+    fingerprint: str
+    dataset: str
+    manifest_sha256: str
+    unit: str
+    relation: str
+    event: dp_accounting.DpEvent
+    num_steps: int
+    epsilon: float
+    delta: float
+    settings: Settings | None
+    lease_seconds: float
+    claim: str | None = None
+    earlier_claims: tuple[str, ...] = ()
+    has_split: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reservation:
+    """A run's hold on its budgets."""
+
+    id: str
+    state: str
+    num_opt_outs: int
+    is_new: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetKey:
+    """Which budget, for messages."""
+
+    scope: str
+    name: str
+    epsilon: float
+    delta: float
+    period_seconds: float | None

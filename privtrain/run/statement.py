@@ -1,0 +1,316 @@
+"""The privacy statement, privacy.json: one model, written by the trainer and read by ledger, registry and attacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import pydantic
+
+import privtrain
+from privtrain.config import Config
+from privtrain.privacy.plan import PrivacyPlan, finite
+
+SCHEMA = "privtrain/privacy/1"
+
+
+ASSUMPTIONS = (
+    "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
+    "The noise is exactly a Gaussian rounded to a public grid, over sums that are exact on a grid, so the last bits of "
+    "what is released tell nothing (Mironov 2012). Its digits are ChaCha20's, keyed by HMAC-SHA-256 of a key from the "
+    "operating system and the sum; both are assumed to look random.",
+    "The plan (sampling probability, expected batch size, clipping norm, steps, delta) was chosen without looking at "
+    "the private records.",
+    "Hyper-parameter search over this data, if there was any, is not included.",
+)
+
+
+_RELATION_ASSUMPTION = {
+    "add_or_remove_one": "Neighbouring data sets differ by all the records of one privacy unit, added or removed.",
+    "zero_out": "Neighbouring data sets differ by all the records of one privacy unit, replaced by nothing: its place "
+    "stays, and the number of places is public (zero-out).",
+}
+
+
+_UNIT_ASSUMPTION = {
+    "user": ("The owner of a record is the value of the user column; a person with two ids counts as two users.",),
+    "example": (
+        "The unit is one record: a user with n records is protected only as far as group privacy over n reaches.",
+    ),
+}
+
+
+_USER_ACCOUNTING_ASSUMPTION = {
+    "group": "ε for a user is black-box group privacy over {k} records of the guarantee for one record: (k ε, "
+    "δ (e^kε - 1) / (e^ε - 1)) at its best point.",
+    "mixture": "ε for a user is that of a mixture of Gaussians: of {k} records each joins a step by a coin of its own "
+    "(Charles et al. 2024, arXiv 2407.07737).",
+}
+
+
+def privacy_statement(config: Config, plan: PrivacyPlan, **facts: Any) -> dict[str, Any]:
+    """The statement of what is guaranteed, for ``privacy.json``; see :func:`statement_of` for the ``facts``."""
+    return statement_of(plan, not_covered=_not_covered(config), **facts)
+
+
+def statement_of(
+    plan: PrivacyPlan,
+    *,
+    not_covered: list[str],
+    num_model_steps: int,
+    num_charged: int,
+    num_accounted: int,
+    num_commits: int,
+    ledger_head: str,
+    split_commitment: str,
+) -> dict[str, Any]:
+    """The statement that follows from a plan and what happened; ``verify`` builds it again and compares.
+
+    Args:
+        plan: the plan that was carried out.
+        not_covered: what ε does not cover, in words.
+        num_model_steps: steps that the released model has behind it.
+        num_charged: steps charged to the budget, abandoned ones included.
+        num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
+        num_commits: steps that the ledger shows as finished.
+        ledger_head: head of the ledger before its release record, which holds this statement's digest.
+        split_commitment: to the coins, as the ledger has it; keyed, so it tells nothing of them.
+    """
+    epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
+    return {
+        "schema": SCHEMA,
+        "private": not plan.not_private_reasons,
+        "not_private_reasons": list(plan.not_private_reasons),
+        "unit": plan.guaranteed_unit,
+        "neighboring_relation": plan.neighboring_relation,
+        "contribution_bound": {
+            "records_per_unit_per_step": plan.records_per_unit,
+            "selection": plan.selection,
+            "records_per_user_in_training_set": plan.records_per_user,
+        },
+        "user_accounting": _user_accounting(plan, num_accounted),
+        "sampling": plan.scheme.parameters(),
+        "mechanism": {
+            "kind": "gaussian",
+            "unit": plan.unit,
+            "noise_multiplier": plan.noise_multiplier,
+            "clipping_norm": plan.clipping_norm,
+            "clipping_style": plan.clipping_style,
+            "adaptive_clipping": _adaptive(plan),
+            "noised_metrics": _noised_metrics(plan),
+            "expected_batch_size": plan.expected_batch_size,
+        },
+        "num_steps": plan.num_steps,
+        "steps_released": num_charged,
+        "steps_accounted": num_accounted,
+        "steps_of_the_model": num_model_steps,
+        "epsilon": finite(epsilon),
+        "delta": plan.delta,
+        "accountants": [
+            {
+                "method": plan.accountant,
+                "kind": answer.kind.value,
+                "lower": finite(answer.lower),
+                "upper": finite(epsilon),
+                "version": answer.version,
+            }
+        ],
+        "ledger": {"head": ledger_head, "num_commits": num_commits},
+        "split_commitment": split_commitment,
+        "plan": plan.body(),
+        "plan_fingerprint": plan.fingerprint(),
+        "assumptions": [
+            _RELATION_ASSUMPTION[plan.neighboring_relation],
+            *_UNIT_ASSUMPTION[plan.guaranteed_unit],
+            *_bound_assumptions(plan),
+            *ASSUMPTIONS,
+            plan.scheme.assumption,
+        ],
+        "not_covered": not_covered,
+        "software": {"privtrain": privtrain.__version__},
+    }
+
+
+def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
+    """How a guarantee for users follows from records that are sampled and clipped; ``None`` where it need not."""
+    if plan.user_accounting == "none":
+        return None
+    record_epsilon = plan.unit_epsilon_after(num_accounted)
+    return {
+        "method": plan.user_accounting,
+        "records_per_user": plan.records_per_user,
+        "sampled_unit": plan.unit,
+        "epsilon_of_one_record": finite(record_epsilon),
+    }
+
+
+def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
+    """What a bound on a user's records in the training set says, and what it is used for."""
+    found = []
+    if plan.records_per_user is not None:
+        found.append(
+            f"No user has more than {plan.records_per_user} records in the training set; they are chosen by a function "
+            f"of that user's records and of public things alone ({plan.selection.replace('_', ' ')})."
+        )
+    if plan.user_accounting != "none":
+        found.append(_USER_ACCOUNTING_ASSUMPTION[plan.user_accounting].format(k=plan.records_per_user))
+        found.append("Records are sampled and clipped one by one; the noise is relative to one record's norm.")
+    return found
+
+
+def unit_text(plan: PrivacyPlan) -> str:
+    """Whom ε protects, in words."""
+    if plan.user_accounting == "none":
+        return plan.unit
+    how = {"group": "group privacy", "mixture": "a mixture of Gaussians"}[plan.user_accounting]
+    return f"user, with at most {plan.records_per_user} records in the training set, by {how} over sampled records"
+
+
+def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """What adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    if plan.adaptive_clipping is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.adaptive_clipping),
+        "count_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+    }
+
+
+def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """Metrics that were released through the mechanism, in every step beside the gradient."""
+    if plan.noised_metrics is None:
+        return None
+    return {
+        **dataclasses.asdict(plan.noised_metrics),
+        "sum_sensitivity": 0.5,
+        "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+        "noise_stddev": plan.metric_stddevs,
+    }
+
+
+def _not_covered(config: Config) -> list[str]:
+    items = [
+        "The attack report: aggregate results measured on private records, published without noise.",
+        "What the base model knew before.",
+        "Facts about a person that other people's records contain.",
+    ]
+    if config.tracking.release_held_out_metrics:
+        items.append("Perplexity on held-out users: published without noise (tracking.release_held_out_metrics).")
+    items += _times_not_covered(config)
+    if config.tracking.system_metrics:
+        items.append("Load of the machines, which varies with the sample drawn (tracking.system_metrics).")
+    if config.tracking.private_metrics:
+        items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
+    return items
+
+
+def _times_not_covered(config: Config) -> list[str]:
+    """Time is measured, not computed: whoever sees how long a step took learns who may have been in it."""
+    tracking = config.tracking
+    if tracking.release_measurements:
+        return [
+            "Seconds, throughput and memory of every step, which vary with the sample drawn: published "
+            "(tracking.release_measurements)."
+        ]
+    if tracking.wandb or tracking.tensorboard:
+        return [
+            f"When each block of {tracking.mirror_block_steps} steps was done, and when the run began and ended, for "
+            "whoever watches rows arrive in W&B or TensorBoard (tracking.mirror_block_steps)."
+        ]
+    return []
+
+
+class _Part(pydantic.BaseModel):
+    """Statements may gain keys; those named here must be there."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class ContributionBound(_Part):
+    """How much of one user a step may hold."""
+
+    records_per_unit_per_step: int | None = None
+    selection: str | None = None
+    records_per_user_in_training_set: int | None = None
+
+
+class Sampling(_Part):
+    """How units enter a step."""
+
+    scheme: str
+    sampling_prob: float | None
+
+
+class AccountantAnswer(_Part):
+    """One accountant's epsilon."""
+
+    method: str
+    kind: str
+    upper: float | None
+    version: str
+
+
+class Ledger(_Part):
+    """Where the contribution ledger stood when the statement was written."""
+
+    head: str
+    num_commits: int
+
+
+class Mechanism(_Part):
+    """What makes a step private; ``unit`` is what is sampled and clipped, the guarantee's own where it is not given."""
+
+    kind: str
+    unit: str | None = None
+    noise_multiplier: float | None
+    clipping_norm: float | None
+    clipping_style: str | None
+    expected_batch_size: float | None = None
+
+
+class PrivacyStatement(_Part):
+    """``privacy.json``, written by the trainer. ``epsilon`` is None where it is infinite."""
+
+    schema_: str = pydantic.Field(alias="schema")
+    private: bool
+    not_private_reasons: list[str]
+    unit: str
+    neighboring_relation: str
+    contribution_bound: ContributionBound | None
+    sampling: Sampling
+    mechanism: Mechanism
+    num_steps: int
+    steps_released: int
+    steps_accounted: int | None = None
+    epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
+    delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    accountants: list[AccountantAnswer]
+    ledger: Ledger | None
+    split_commitment: str = pydantic.Field(min_length=1)
+    plan_fingerprint: str
+    assumptions: list[str]
+    not_covered: list[str]
+
+    @pydantic.model_validator(mode="after")
+    def _private_needs_epsilon(self) -> Self:
+        if self.private and self.epsilon is None:
+            raise ValueError("private is true and epsilon is null")
+        return self
+
+    @property
+    def sampled_records_per_unit(self) -> int | None:
+        """Records that are sampled one by one and together make a unit of the guarantee; 1 if the unit is sampled.
+
+        None if the statement bounds them nowhere: then nothing can be said of the mechanism from the unit's view.
+        """
+        if self.mechanism.unit in (None, self.unit):
+            return 1
+        bound = self.contribution_bound
+        return None if bound is None else bound.records_per_user_in_training_set
+
+    @property
+    def effective_epsilon(self) -> float:
+        """The epsilon that the run stands by: infinity unless it claims to be private."""
+        return self.epsilon if self.private and self.epsilon is not None else math.inf

@@ -1,0 +1,39 @@
+"""Open the trackers that a configuration asks for."""
+
+from __future__ import annotations
+
+import os
+
+from privtrain.config import Config
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.process.console import say
+from privtrain.run.directory import RunDirectory
+from privtrain.tracking.mirrors import BlockedMirror
+from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker, _mirrors
+
+
+def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
+    """The gate over all configured trackers; for rank 0."""
+    public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
+    num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
+    for name, mirror in _mirrors(config, plan, run, run_id):
+        public.append(BlockedMirror(mirror, run, name, num_steps=num_steps, from_step=from_step))
+    return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
+
+
+def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
+    """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
+    from privtrain.tracking.wandb_settings import is_online
+
+    is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
+    if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
+        return NullTracker()
+    import wandb
+
+    from privtrain.tracking.wandb_tracker import MachineTracker
+
+    try:
+        return MachineTracker(config, run_id, rank)
+    except wandb.Error as error:
+        say(f"[yellow]warning[/]: the load of rank {rank}'s machine is not shown in W&B: {error}")
+        return NullTracker()

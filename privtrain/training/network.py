@@ -1,0 +1,92 @@
+"""The model, its tokenizer, packer and objective, as this rank trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from privtrain.backends import Backend
+from privtrain.config import Config
+from privtrain.config.schema import PerformanceSection
+from privtrain.data.encode import Encoder
+from privtrain.data.microbatch import Packer
+from privtrain.models.load import base_dtype, load_tokenizer, resolve_precision
+from privtrain.models.losses import CausalLM, Classification, Objective
+from privtrain.models.trainable import make_trainable
+from privtrain.models.weights import BaseSource, ClassifierHead, weights_checksum
+
+#: Public seed of the adapter's initial values, which do not depend on data.
+INIT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The model and what goes with it on this rank."""
+
+    tokenizer: Any
+    model: Any
+    precision: str
+    autocast: torch.autocast
+    packer: Packer
+    encoder: Encoder
+    objective: Objective
+
+    @property
+    def lone_packer(self) -> Packer:
+        """For one record at a time, so that its loss is a function of itself alone."""
+        return dataclasses.replace(self.packer, microbatch_size=1)
+
+
+def load_network(config: Config, backend: Backend) -> Network:
+    """Load the model in the precision of the configuration, with what a step needs beside it."""
+    tokenizer = load_tokenizer(config.model)
+    precision = resolve_precision(config.performance.precision, backend.device)
+    encoder = Encoder(config.data, tokenizer)
+    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)
+    model = _trainable_model(config, precision, backend, pad_id)
+    model.train()
+    _make_repeatable(config.performance, backend.device)
+    packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
+    autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    objective = _objective(config, model, tokenizer, pad_id)
+    return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
+
+
+def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
+    """So that a replayed step has the same bits (the ledger finds out if not), and a second backward pass too."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    route = performance.clipping_route
+    if route == "two_pass" or (route == "auto" and performance.gradient_checkpointing):
+        # Under warn_only its backward adds up in any order; flash attention heeds the setting, plain needs none.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
+def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
+    labels, is_pair = config.data.labels, config.data.text_pair_column is not None
+    if labels is None:
+        return CausalLM()
+    return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
+
+
+def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
+    dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
+    head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, INIT_SEED)
+    base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
+    model = make_trainable(base, config, INIT_SEED)
+    if config.training.method != "full":
+        model = model.to(backend.device)  # what was added to the base
+    if config.performance.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def checksum_over_ranks(model: torch.nn.Module, backend: Backend) -> str:
+    """One digest of all weights, whichever rank holds them."""
+    mine = weights_checksum(backend.local_tensors(model))
+    return backend.combined_digest(bytes.fromhex(mine)).hex()
