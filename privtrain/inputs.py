@@ -9,8 +9,8 @@ from collections.abc import Callable
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus, check_source, load_corpus
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.files import check_model
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.base_model import check_model
 from privtrain.run.directory import RunDirectory
 
 

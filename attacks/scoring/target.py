@@ -14,8 +14,7 @@ from typing import Any
 
 from attacks.errors import AttackInputError
 from privtrain.config.schema import ModelSection
-from privtrain.models import files as model_files
-from privtrain.run import bundle
+from privtrain.run import base_model, bundle
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import file_sha256
 
@@ -50,12 +49,12 @@ def base_digests(model: ModelSection) -> dict[str, str]:
         ConfigError: if it is not there.
     """
     try:
-        found = model_files.base_digests(model)
+        found = base_model.base_digests(model)
         if not found:  # named on a hub and not here yet: loading it brings its files
             from privtrain.models.load import load_base
 
             load_base(model)
-            found = model_files.base_digests(model)
+            found = base_model.base_digests(model)
     except OSError as error:
         raise AttackInputError(f"the base model {model.public_name} cannot be read: {error.strerror}") from None
     if not found:

@@ -18,8 +18,8 @@ from privtrain.commands import export
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
-from privtrain.models.files import digests_in
 from privtrain.run import bundle, consistency
+from privtrain.run.base_model import digests_in
 from privtrain.run.bundle import FileFault, ReleaseManifest
 from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import SIGNATURE, Keys, check_signature

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from privtrain.privacy import fixed_point
-
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
 
@@ -341,9 +339,7 @@ class PrivacySection(Section):
     steps_per_unit: int | None = Field(
         default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins; 1 if not given."
     )
-    expected_batch_size: float = Field(
-        gt=0, le=fixed_point.MAX_UNITS, description="Constant that the noisy sum is divided by."
-    )
+    expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum is divided by.")
     clipping_norm: float = Field(default=1.0, ge=1e-12, le=1e12)
     clipping_style: Literal["flat", "per_layer", "automatic", "adaptive", "batch"] = Field(
         default="flat",

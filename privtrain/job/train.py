@@ -38,10 +38,10 @@ from privtrain.job.session import (
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
 from privtrain.ledger import Ledger
-from privtrain.models.files import base_digests
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import Progress, say
+from privtrain.run.base_model import base_digests
 from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker

@@ -17,10 +17,10 @@ from privtrain.files import strict_json
 from privtrain.files.atomic import write_atomically
 from privtrain.ledger.chain import LedgerState, read_records
 from privtrain.ledger.log import blinded_plan, verify, verify_chain
-from privtrain.models.files import base_digests
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run import bundle
+from privtrain.run.base_model import base_digests
 from privtrain.run.consistency import statement_faults
 from privtrain.run.directory import RunDirectory
 

@@ -10,7 +10,7 @@ import torch
 
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.files import locate
+from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

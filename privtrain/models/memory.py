@@ -15,7 +15,7 @@ import yaml
 
 from privtrain.config import Config
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.files import locate
+from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ import torch
 
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.files import locate
 from privtrain.models.load import load_base, load_classifier
+from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,6 +18,7 @@ from typing import Any
 import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
+from privtrain.privacy.fixed_point import MAX_UNITS
 from privtrain.privacy.sampling import SCHEMES, Scheme, relation_of, scheme_of
 from privtrain.privacy.user_level import ACCOUNTANTS, group_answer, group_holds, group_noise, mixture_event
 
@@ -135,6 +136,9 @@ class PrivacyPlan:
         Raises:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
+        if privacy.expected_batch_size > MAX_UNITS:
+            problem = f"given {privacy.expected_batch_size:g}; integers hold the sum of {MAX_UNITS:,} units: lower it"
+            raise ConfigError([Fault("privacy.expected_batch_size", problem)])
         scheme = scheme_of(privacy)
         choice = ACCOUNTANTS.get(privacy.user_accounting, scheme.accountants)
         accountant = privacy.accountant or choice[0]

@@ -15,7 +15,7 @@ import accountants
 from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.data.corpus import load_corpus
-from privtrain.models.files import locate
+from privtrain.run.base_model import locate
 from privtrain.studies import ew_tune, movie_reviews, readme, user_level_dp
 from privtrain.studies.findings import Claim, Verdict
 from privtrain.studies.noise import Setting
