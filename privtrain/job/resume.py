@@ -1,4 +1,4 @@
-"""Where a run goes on, decided from its ledger and its newest checkpoint. Pure functions.
+"""Where a run goes on, decided from its ledger and its newest checkpoint.
 
 What a release is: a step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact
 sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
@@ -19,6 +19,9 @@ sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
 
 What the ledger cannot know: two copies that go on under one environment draw the same samples. Their noise differs
 where their sums do, but to release both is to release more about these samples than either statement says.
+
+How many steps were begun is what the ledger shows, unless other files show more: a ledger that is gone, or an older one
+put in its place, must not look like a run that never began, since its steps may have been computed and copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load a base model and tokenizer, put LoRA on it, and compute losses that belong to one row alone."""
+"""Load a base model and its tokenizer, and choose the precision to compute in."""
 
 from __future__ import annotations
 

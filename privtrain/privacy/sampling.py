@@ -1,11 +1,12 @@
-"""How units are chosen for steps: each scheme draws the sample and states the event that accounts for it.
+"""Which units join a step: each scheme draws the sample and states the event that accounts for it.
 
 One value for both, so that sampler and accountant cannot disagree: every constant that a draw depends on is a field
 that :meth:`Scheme.event` reads. Public: the fields and this code. Secret: the key, and therefore who was drawn.
 
 A draw is a pure function of (key, epoch, number of units), the same on every rank. *Epoch* is the scheme's own period:
 one step for Poisson sampling. A new generation (a fresh key) begins a new epoch; an epoch that it cuts short stays
-charged as a whole, because a part of an epoch is post-processing of all of it.
+charged as a whole, because a part of an epoch is post-processing of all of it. Privacy amplification by sampling assumes
+that the draw stays secret, so nothing here is logged outside ``secret/``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What leaves the run: the adapter, its model card, and the privacy statement they both carry."""
+"""What leaves the run beside the statement: the adapter or the model, written and read back, and its model card."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
-from privtrain.tracking.mirrors import BlockedMirror
-from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker, _mirrors
+from privtrain.tracking.mirrors import BlockedMirror, Mirror
+from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker
 
 
 def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
@@ -37,3 +38,14 @@ def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
     except wandb.Error as error:
         say(f"[yellow]warning[/]: the load of rank {rank}'s machine is not shown in W&B: {error}")
         return NullTracker()
+
+
+def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
+    if config.tracking.wandb:
+        from privtrain.tracking.wandb_tracker import WandbTracker
+
+        yield "wandb", WandbTracker(config, plan, run, run_id)
+    if config.tracking.tensorboard:
+        from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
+
+        yield "tensorboard", TensorBoardTracker(run)

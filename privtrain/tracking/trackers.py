@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
 from privtrain.files.atomic import write_atomically
-from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking.metrics import is_released
-from privtrain.tracking.mirrors import Mirror, Values
+from privtrain.tracking.mirrors import Values
 
 #: Share of the charged steps at which people are told.
 _ALERT_BUDGET_FRACTION = 0.9
@@ -139,14 +137,3 @@ class ReleaseGate:
         """Close them all."""
         for tracker in [*self._public, self._private]:
             tracker.close()
-
-
-def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
-    if config.tracking.wandb:
-        from privtrain.tracking.wandb_tracker import WandbTracker
-
-        yield "wandb", WandbTracker(config, plan, run, run_id)
-    if config.tracking.tensorboard:
-        from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
-
-        yield "tensorboard", TensorBoardTracker(run)
