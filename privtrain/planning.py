@@ -17,6 +17,7 @@ from privtrain.inputs import check_inputs
 from privtrain.memory import LaunchLayout, ModelSize, model_size
 from privtrain.plan import PrivacyPlan, finite
 from privtrain.pricing import price_list
+from privtrain.sampling import check_step_size
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -63,6 +64,7 @@ def describe_plan(
     layout = options.layout()
     plan = PrivacyPlan.build(config.privacy)
     population = _population(config, options.num_users)
+    check_step_size(plan, population["expected_training_units"])
     prices = price_list(config.privacy, plan) if options.prices else []
     return {
         "run": str(config.run.directory),

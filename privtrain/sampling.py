@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from privtrain import fixed_point
 from privtrain.errors import ConfigError, Fault
 from privtrain.plan import PrivacyPlan
 from privtrain.secret import SecretKey
@@ -45,7 +46,7 @@ class UnitSampler:
         first_step: the first step of the generation, with which its first epoch begins.
 
     Raises:
-        ConfigError: if there are more units than the scheme has places for.
+        ConfigError: if there are more units than the scheme has places for, or than a step can add up.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class UnitSampler:
         if limit is not None and len(num_records) > limit:
             fault = f"given {limit}, but there are {len(num_records)} training units; raise it"
             raise ConfigError([Fault("privacy.max_num_units", fault)])
+        check_step_size(plan, len(num_records))
         self._scheme = plan.scheme
         self._records_per_unit = plan.records_per_unit
         self._key = key
@@ -73,6 +75,32 @@ class UnitSampler:
     def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)
         return tuple(stream.choose(int(self._num_records[unit]), self._records_per_unit))
+
+
+def check_step_size(plan: PrivacyPlan, num_units: float) -> None:
+    """Raise unless int64 holds the sum of any step: see :mod:`.clipping.exact_sum`.
+
+    A draw's size spreads by at most √MAX_UNITS = 1448 about the expected one, and an overflow needs twice MAX_UNITS.
+
+    Args:
+        plan: gives the scheme.
+        num_units: training units, or how many are expected.
+
+    Raises:
+        ConfigError: naming the key that decides.
+    """
+    num_drawn = plan.scheme.most_expected(num_units)
+    if num_drawn > fixed_point.MAX_UNITS:
+        key, how = plan.scheme.size_key
+        raise ConfigError(
+            [
+                Fault(
+                    f"privacy.{key}",
+                    f"given {getattr(plan.scheme, key):g}; with {num_units:,.0f} training units a step draws "
+                    f"{num_drawn:,.0f} of them, and integers hold the sum of {fixed_point.MAX_UNITS:,}: {how} it",
+                )
+            ]
+        )
 
 
 def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> list[list[DrawnUnit]]:

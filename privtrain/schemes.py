@@ -35,11 +35,13 @@ class Scheme(abc.ABC):
         name: as in ``privacy.sampling``.
         relations: neighbouring relations that the event covers; the first is the one to recommend.
         accountants: accountants that can certify it; the first is the default.
+        size_key: the key that decides how many units a step draws, and what to do to it to draw fewer.
     """
 
     name: ClassVar[str]
     relations: ClassVar[tuple[str, ...]] = ("add_or_remove_one", "zero_out")
     accountants: ClassVar[tuple[str, ...]] = ("pld", "tilted", "rdp")
+    size_key: ClassVar[tuple[str, str]]
 
     @property
     @abc.abstractmethod
@@ -50,6 +52,10 @@ class Scheme(abc.ABC):
     def num_places(self) -> int | None:
         """The public number of places that are drawn for, filled or not; ``None`` for any number of units."""
         return None
+
+    def most_expected(self, num_units: float) -> float:
+        """Units that a step draws on average, or at most where that is less."""
+        return self.rate * num_units
 
     @property
     def period(self) -> int:
@@ -91,6 +97,7 @@ class Poisson(Scheme):
     """Every unit joins every step by a coin of its own."""
 
     name = "poisson"
+    size_key = "sampling_prob", "lower"
     sampling_prob: float
 
     @property
@@ -124,6 +131,7 @@ class TruncatedPoisson(Scheme):
     """
 
     name = "truncated_poisson"
+    size_key = "max_batch_size", "lower"
     relations = ("zero_out",)
     accountants = ("pld",)
     sampling_prob: float
@@ -134,6 +142,10 @@ class TruncatedPoisson(Scheme):
     def rate(self) -> float:
         """See :class:`Scheme`."""
         return self.sampling_prob
+
+    def most_expected(self, num_units: float) -> float:
+        """See :class:`Scheme`."""
+        return min(super().most_expected(num_units), self.max_batch_size)
 
     @property
     def num_places(self) -> int:
@@ -177,6 +189,7 @@ class RandomAllocation(Scheme):
     """
 
     name = "random_allocation"
+    size_key = "steps_per_epoch", "raise"
     accountants = ("allocation",)
     steps_per_epoch: int
     steps_per_unit: int = 1
@@ -234,6 +247,7 @@ class Shuffle(Scheme):
     """
 
     name = "shuffle"
+    size_key = "steps_per_epoch", "raise"
     relations = ("zero_out",)
     steps_per_epoch: int
     max_num_units: int

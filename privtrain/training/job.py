@@ -38,6 +38,7 @@ from privtrain.objectives import CausalLM, Classification, Objective
 from privtrain.plan import PrivacyPlan
 from privtrain.publish import publish
 from privtrain.release import model_card, privacy_statement, unit_text, write_adapter, write_model
+from privtrain.sampling import check_step_size
 from privtrain.secret import SecretKey
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
 from privtrain.training import checkpoint
@@ -191,6 +192,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
     num_units, num_users = expected_units(inputs.config, inputs.corpus), expected_users(inputs.config, inputs.corpus)
+    check_step_size(inputs.plan, num_units)  # as soon as the data are read; the sampler knows the exact number
     for warning in warnings(inputs.config, inputs.plan, num_units, num_users):
         say(f"[yellow]warning[/]: {warning}")
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import dp_accounting
 import hypothesis
@@ -19,7 +20,7 @@ from accountants.events import RandomAllocationDpEvent, ShuffledBatchesDpEvent
 from privtrain.config import schema, validate
 from privtrain.errors import ConfigError
 from privtrain.plan import PrivacyPlan
-from privtrain.sampling import UnitSampler
+from privtrain.sampling import UnitSampler, check_step_size
 from privtrain.schemes import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson
 from privtrain.secret import SecretKey
 
@@ -270,3 +271,21 @@ def test_simulated_losses_through_the_sampler_lie_in_the_interval(scheme, num_ep
 )
 def test_ten_million_losses_through_the_sampler_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
     check_allocation(scheme, num_epochs, noise, epsilon, 10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Poisson(0.5), "privacy.sampling_prob: given 0.5; .*lower it"),
+        (TruncatedPoisson(0.5, 3_000_000, 6_000_000), r"privacy.max_batch_size: given 3e\+06; .*lower it"),
+        (RandomAllocation(2), "privacy.steps_per_epoch: given 2; .*raise it"),
+        (Shuffle(2, 6_000_000), "privacy.steps_per_epoch: given 2; .*raise it"),
+    ],
+)
+def test_more_units_a_step_than_integers_hold_are_refused(scheme, message):
+    """The key that decides differs by scheme; a truncated batch is no larger than it is cut to."""
+    plan = SimpleNamespace(scheme=scheme)
+    check_step_size(plan, 4_000_000)
+    with pytest.raises(ConfigError, match=message):
+        check_step_size(plan, 5_000_000)
+    check_step_size(SimpleNamespace(scheme=TruncatedPoisson(0.5, 1000, 6_000_000)), 5_000_000)
