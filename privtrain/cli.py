@@ -157,7 +157,7 @@ def sign(
         list[pathlib.Path] | None, typer.Option(help="PEM file of a certificate above it; may be repeated.")
     ] = None,
     password: Annotated[
-        str | None, typer.Option(help="Of the private key.", envvar="PRIVTRAIN_SIGNING_PASSWORD")
+        str | None, typer.Option(help="Of the private key.", envvar="PRIVTRAIN_SIGNING_PASSWORD", show_default=False)
     ] = None,
 ) -> None:
     """Sign what was released (model.sig, OpenSSF Model Signing); offline. Verifies the directory first."""

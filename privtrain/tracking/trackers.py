@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from privtrain.config import Config
@@ -13,7 +13,7 @@ from privtrain.console import say
 from privtrain.plan import PrivacyPlan
 from privtrain.rundir import RunDirectory, write_atomically
 from privtrain.tracking.metrics import is_released
-from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values
+from privtrain.tracking.mirrors import BlockedMirror, Mirror, Values, has_shown_release
 
 #: Share of the charged steps at which people are told.
 _ALERT_BUDGET_FRACTION = 0.9
@@ -146,20 +146,37 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
     """The gate over all configured trackers; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
-    for name, mirror in _mirrors(config, plan, run, run_id):
-        public.append(BlockedMirror(mirror, run, name, num_steps=num_steps, from_step=from_step))
+    for name, opened in _mirrors(config, plan, run, run_id):
+        public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
 
 
-def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
+def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str) -> None:
+    """Show the mirrors a finished run that its job could not show them any more: it died right after the release.
+
+    Rows that it kept back are shown first. Where a mirror has seen the release, nothing is done.
+    """
+    num_steps = config.tracking.mirror_block_steps
+    for name, opened in _mirrors(config, plan, run, run_id):
+        if not has_shown_release(run, name):
+            mirror = BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=plan.num_steps)
+            mirror.publish(run)
+            mirror.close()
+            say(f"{name} was shown the release, which an earlier job did not live to do")
+
+
+def _mirrors(
+    config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str
+) -> Iterator[tuple[str, Callable[[], Mirror]]]:
+    """What is configured: its name, and what opens it."""
     if config.tracking.wandb:
         from privtrain.tracking.wandb_tracker import WandbTracker
 
-        yield "wandb", WandbTracker(config, plan, run, run_id)
+        yield "wandb", lambda: WandbTracker(config, plan, run, run_id)
     if config.tracking.tensorboard:
         from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
 
-        yield "tensorboard", TensorBoardTracker(run)
+        yield "tensorboard", lambda: TensorBoardTracker(run)
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:

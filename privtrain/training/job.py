@@ -24,7 +24,7 @@ from privtrain.data.manifest import draw_split
 from privtrain.data.microbatch import Packer
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
-from privtrain.errors import GuaranteeLost
+from privtrain.errors import GuaranteeLost, SigningFailed
 from privtrain.inputs import check_inputs
 from privtrain.ledger import Ledger
 from privtrain.model_files import base_digests
@@ -47,6 +47,7 @@ from privtrain.training.claim import Inputs, check_run_directory, claimed, is_co
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.environment import environment_digest
 from privtrain.training.evaluate import evaluate, perplexity
+from privtrain.training.released import finish, sign_release
 from privtrain.training.resume import Continuation
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
@@ -97,6 +98,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
+    unsigned = None
     with listening() as stop:
         config = load_config(config_path, overrides)
         check_inputs(config)
@@ -110,10 +112,17 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
             budgeted(inputs, backend, stop) as allowed,
         ):
             if not is_complete(allowed, backend):
-                _run(allowed, backend, stop)
+                unsigned = _run(allowed, backend, stop)
+            else:
+                with backend.main_alone():
+                    unsigned = finish(allowed) if backend.is_main else None
+    if unsigned is not None:  # the release stands, and the registry has settled it
+        raise unsigned
 
 
-def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
+def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed | None:
+    """Train and release; what is returned kept rank 0 from signing the release."""
+    unsigned = None
     if backend.is_main:
         _announce(inputs, backend)
     network = _load_network(inputs.config, backend)
@@ -156,8 +165,10 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 _release(inputs, ledger, network, state)
+                unsigned = sign_release(inputs.run, inputs.config.release)
                 tracker.publish(inputs.run)
             tracker.close()
+    return unsigned
 
 
 def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
