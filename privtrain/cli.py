@@ -157,12 +157,12 @@ def sign(
         list[pathlib.Path] | None, typer.Option(help="PEM file of a certificate above it; may be repeated.")
     ] = None,
     password: Annotated[
-        str | None, typer.Option(help="Of the private key.", envvar="PRIVTRAIN_SIGNING_PASSWORD")
+        str | None, typer.Option(help="Of the private key.", envvar="PRIVTRAIN_SIGNING_PASSWORD", show_default=False)
     ] = None,
 ) -> None:
     """Sign what was released (model.sig, OpenSSF Model Signing); offline. Verifies the directory first."""
-    from privtrain.commands.verify import signed_files, verify_directory
-    from privtrain.run.signing import Keys
+    from privtrain.commands.verify import verify_directory
+    from privtrain.run.signing import Keys, signed_files
     from privtrain.run.signing import sign as sign_files
 
     verify_directory(directory)

@@ -122,6 +122,10 @@ class VerificationFailed(PrivtrainError):  # noqa: N818
         super().__init__("\n".join([f"{directory} is not what was released", *(f"  {item}" for item in problems)]))
 
 
+class SigningFailed(PrivtrainError):  # noqa: N818
+    """A release that stands, and could not be signed as ``release.signing_key`` asks."""
+
+
 class RegistryUnreachable(PrivtrainError):  # noqa: N818
     """The budget registry did not answer in time; without it no training starts."""
 

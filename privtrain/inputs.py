@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 
 from privtrain.config import Config
@@ -12,10 +13,11 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.base_model import check_model
 from privtrain.run.directory import RunDirectory
+from privtrain.run.signing import Keys, password_from_environment, signing_faults
 
 
 def check_inputs(config: Config) -> None:
-    """Look for the model, the data files and their columns.
+    """Look for the model, the data files and their columns, and the key that will sign; rank 0 alone needs that.
 
     Raises:
         ConfigError: with every fault.
@@ -23,6 +25,10 @@ def check_inputs(config: Config) -> None:
     faults = check_model(config.model) + check_source(config.data)
     if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
+    keys = Keys.of(config.release)
+    if keys is not None and os.environ.get("RANK", "0") == "0":
+        names = ("release.signing_key", "release.signing_certificate", "release.signing_chain")
+        faults += signing_faults(keys, password_from_environment(), names)
     if faults:
         raise ConfigError(faults)
 

@@ -77,6 +77,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
             "num_evaluation_records": 0,
         }
         tree.pop("canaries", None)
+        tree.pop("release", None)  # nobody publishes a shadow
         tree["tracking"] = {**tree.get("tracking", {}), "wandb": False}
         if tree["privacy"].get("insecure_seed") is not None:
             # A shadow with the same seed would flip the same coins.

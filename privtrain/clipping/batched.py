@@ -68,6 +68,8 @@ class UnitGradients:
         self._outers: dict[str, list[Outer]] = {}
         self._lookups: dict[str, list[Lookup]] = {}
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
+        self._added: dict[str, torch.Tensor] = {}
         self._released: set[str] = set()
         self._grams = GramCache()
 
@@ -142,11 +144,6 @@ class UnitGradients:
         for kept in (self._dense, self._outers, self._lookups):
             kept.pop(name, None)
 
-    def forget(self) -> None:
-        """Let everything go that is not a norm."""
-        for kept in (self._dense, self._outers, self._lookups):
-            kept.clear()
-
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
         for slot in self._layout.slots:
@@ -179,15 +176,17 @@ class UnitGradients:
                 exact_sum.add_units(out, self._dense[slot.name], weights[i])
             else:
                 units = weights[i].nonzero().flatten().tolist()
-                _add_factors(out, [self._of_unit(slot.name, unit) for unit in units], weights[i][units].tolist())
+                own = [self._of_unit(slot.name, unit) for unit in units]
+                self._note_added(slot.name, units, _add_factors(out, own, weights[i][units].tolist()))
 
-    def add_now(self, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
+    def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
         """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
 
         What the norm was taken of multiplied out is multiplied out here too, in the same products and order: where the
         rows of a unit cancel, another order leaves another rest, which its factor would blow up beyond the norm.
 
         Args:
+            name: the tensor's slot.
             out: the tensor's part of the sum, int64.
             gradient: what the rule returned.
             weights: [units] of :func:`.exact_sum.on_grid`.
@@ -196,7 +195,8 @@ class UnitGradients:
             exact_sum.add_units(out, self._of_units(self._dense_form(gradient)), weights)
         else:
             units = weights.nonzero().flatten().tolist()
-            _add_factors(out, [self._cut(gradient, unit) for unit in units], weights[units].tolist())
+            own = [self._cut(gradient, unit) for unit in units]
+            self._note_added(name, units, _add_factors(out, own, weights[units].tolist()))
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
         """``out += g_unit`` for one use that is not kept, in fp32."""
@@ -204,6 +204,21 @@ class UnitGradients:
             out.add_(self._dense_form(gradient)[self._firsts[unit]])
         else:
             add_multiplied(out, *self._cut(gradient, unit))
+
+    def added_squares(self, squares: torch.Tensor) -> torch.Tensor | None:
+        """[slots, units] ``squares`` with those of the very products that were added; ``None`` if all are anyway."""
+        if not self._added:
+            return None
+        names = [slot.name for slot in self._layout.slots]
+        added = squares.clone()
+        added[[names.index(name) for name in self._added]] = torch.stack(list(self._added.values())).cpu()
+        return torch.where(added == -1.0, squares, added)  # -1: a unit that was not added
+
+    def _note_added(self, name: str, units: Sequence[int], squares: torch.Tensor) -> None:
+        if units:
+            added = torch.full((self._num_units,), -1.0, dtype=torch.float64, device=self._device)
+            added[list(units)] = squares
+            self._added[name] = added
 
     def by_row(self, by_unit: torch.Tensor) -> torch.Tensor:
         """[units] → [rows of units]."""
@@ -273,23 +288,32 @@ def _is_cheap(gradient: Outer, *, keep: bool) -> bool:
 
 def _add_factors(
     out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: Sequence[float]
-) -> None:
-    """``out += Σ_u trunc(weight_u g_u)``, block by block, so that a block of the sum is in the cache for all units."""
+) -> torch.Tensor:
+    """``out += Σ_u trunc(weight_u g_u)``, block by block, so that a block of the sum is in the cache for all units.
+
+    Returns:
+        [units] float64 ‖g_u‖², of the numbers that were added.
+    """
+    squares = torch.zeros(len(units), dtype=torch.float64, device=out.device)
     if not units:
-        return
+        return squares
     outers, _ = units[0]
     if not outers:
-        for (_, own), weight in zip(units, weights, strict=True):
+        for place, ((_, own), weight) in enumerate(zip(units, weights, strict=True)):
             if own:
                 touched, summed = summed_lookups(own)
                 part = torch.zeros(summed.shape, dtype=torch.int64, device=out.device)
                 exact_sum.add_unit(part, summed, weight)
                 out.index_add_(0, touched, part)
-        return
+                squares[place] = squared_norms(summed[None])[0]
+        return squares
     summed = [summed_lookups(own) if own else None for _, own in units]
     for block in row_blocks(outers[0]):
-        for (own, _), lookup, weight in zip(units, summed, weights, strict=True):
-            exact_sum.add_unit(out[block], multiplied(own, lookup, block), weight)
+        for place, ((own, _), lookup, weight) in enumerate(zip(units, summed, weights, strict=True)):
+            product = multiplied(own, lookup, block)
+            squares[place] += squared_norms(product[None])[0]
+            exact_sum.add_unit(out[block], product, weight)
+    return squares
 
 
 def slots_by_tensor(layout: Layout) -> dict[int, Slot]:

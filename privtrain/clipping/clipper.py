@@ -40,8 +40,14 @@ from privtrain.privacy.layout import Layout, Slot
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Contributions of a unit's tokens that cancel to less than this share of what they could add up to (in squares) are
-#: multiplied out, so that the norm is of the very tensor that is added and fp32 rounding of the sum stays below 1e-5.
+#: multiplied out before they are measured: rounding of the product would be a large part of what is left.
 _CANCELLED = 1e-4
+#: So are those that could add up to more than this, whatever cancels: fp32 ends at 3.4e38.
+_LARGEST_LENGTH = 1e38
+#: A unit that was measured by its factors may be added this much longer, as a share of its norm; else it is taken back,
+#: multiplied out and measured again. Products of a thousand like tokens are biased by some 1e-6, of tokens that almost
+#: cancel by up to 1e-4. The rest of 1e-5 is for rounding of the factor (:mod:`.exact_sum`).
+_LONGER = 9e-6
 
 #: Per-unit gradients that the two-pass route keeps, as a share of the weights and the sum, which are held in any case.
 _KEPT_SHARE = 0.45
@@ -94,8 +100,9 @@ class PerUnitClipper:
     Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
     fp32 rounding), whatever the unit's records and whatever precision forward and backward run in; a unit whose
     gradient is not finite contributes zero. Norms are of the very fp32 tensors that are summed, or of the fp32 factors
-    whose product is summed, at most 1e-5 too small (:func:`.factors.squared_norms_of`); a unit whose tokens cancel is
-    multiplied out first. On the two-pass route the factors are had twice, and that they are the same is checked.
+    whose product is summed (:func:`.factors.squared_norms_of`). What such a product is longer than its norm is seen
+    when it is added: above 9e-6 the unit is taken out of the sum, multiplied out, and clipped by that. On the two-pass
+    route the factors are had twice, and that they are the same is checked.
     Assumes that ``row_losses`` gives each row a loss of that row alone; the start-up self-test compares with plain
     autograd.
 
@@ -364,63 +371,84 @@ class PerUnitClipper:
         self._saw_every_use = True
 
     def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
-        """Add the units of a microbatch; those that span microbatches, or cancel, are multiplied out."""
+        """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""
         num_units = len(batch.owners)
         if not num_units:
             return
+        gradients = passes.gradients
         with exact_fp32(self._device):
             # On the CPU: one wait for the device, and sums over tensors whose order no other unit changes.
-            squares, uncancelled = (value.cpu() for value in passes.gradients.squares())
-            cancelled = squares < _CANCELLED * uncancelled
-            if self._style != "per_layer":
-                cancelled = styles.summed(squares) < _CANCELLED * styles.summed(uncancelled)
-            apart = set(cancelled.any(dim=0).nonzero().flatten().tolist())
+            squares, uncancelled = (value.cpu() for value in gradients.squares())
+            apart = self._cancelled(squares, uncancelled)
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)])
-            weights = self._weights(squares, together, batch.owners)
-            if len(apart) < num_units:
-                passes.gradients.add_weighted(self.total, weights)
-        later = sorted(apart) or [None]
-        for index in later:
-            gradient = {} if index is None else self._begin(index, passes.gradients.unit(index))
-            is_first, is_last = index == later[0], index == later[-1]
-            if is_last:
-                passes.gradients.forget()
-            if not passes.is_complete:
-                self._pass_again(passes, calls, weights if is_first else None, index, gradient, is_last=is_last)
-            if index is not None:
-                with exact_fp32(self._device):
-                    self._add_unit(batch, index, gradient)
+            factors = self._factors(squares, batch.owners)
+            weights = self._on_grid(factors, together)
+            gradients.add_weighted(self.total, weights)
+        first = min(apart, default=None)
+        gradient = {} if first is None else self._begin(first, gradients.unit(first))
+        if not passes.is_complete:
+            self._pass_again(passes, calls, weights, first, gradient)
+        longer = self._longer(gradients, squares, together)
+        taken_back = torch.zeros_like(weights)
+        taken_back[:, longer] = -weights[:, longer]
+        with exact_fp32(self._device):
+            gradients.add_weighted(self.total, taken_back)
+        together[longer] = False
+        self._count(squares, factors, together, batch.owners)
+        for index in sorted(apart) + longer:
+            if index != first:
+                gradient = gradients.unit(index)
+                gradient = self._begin(index, gradient) if index in apart else gradient
+                if not passes.is_complete:
+                    back = torch.zeros_like(weights)
+                    back[:, index] = taken_back[:, index]
+                    self._pass_again(passes, calls, back, index, gradient)
+            with exact_fp32(self._device):
+                self._add_unit(batch, index, gradient)
+
+    def _cancelled(self, squares: torch.Tensor, uncancelled: torch.Tensor) -> set[int]:
+        """Units to multiply out at once: whose tokens cancel, or may leave fp32's range on the way to their sum."""
+        huge = (uncancelled > _LARGEST_LENGTH**2) & torch.isfinite(squares)
+        if self._style != "per_layer":
+            squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
+        cancelled = (squares < _CANCELLED * uncancelled).any(dim=0)
+        return set((cancelled | huge.any(dim=0)).nonzero().flatten().tolist())
+
+    def _longer(self, gradients: UnitGradients, squares: torch.Tensor, together: torch.Tensor) -> list[int]:
+        """Units that were added longer than they were measured: fp32 products of many tokens may be biased so far."""
+        added = gradients.added_squares(squares)
+        if added is None:
+            return []
+        before, after = (styles.group_norms(value, self._groups) for value in (squares, added))
+        is_longer = (after > before * (1 + _LONGER)).any(dim=0) & together
+        return is_longer.nonzero().flatten().tolist()
 
     def _pass_again(
         self,
         passes: Passes,
         calls: Calls,
-        weights: torch.Tensor | None,
+        weights: torch.Tensor,
         index: int | None,
         gradient: dict[str, torch.Tensor],
-        *,
-        is_last: bool,
     ) -> None:
         """Add what the first pass let go: the units with a weight to ``total``, the unit ``index`` to ``gradient``."""
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         gradients = passes.gradients
-        alone = torch.zeros(gradients.num_units, device=self._device)
+        used = (weights != 0).any(dim=0)
         if index is not None:
-            alone[index] = 1.0
-        used = alone if weights is None else alone + weights.amax(dim=0).to(self._device)
+            used[index] = True
 
         def add(slot: Slot, found: Gradient) -> None:
-            if weights is not None:
-                gradients.add_now(self.layout.view(self.total, slot), found, weights[number[slot.name]])
+            gradients.add_now(slot.name, self.layout.view(self.total, slot), found, weights[number[slot.name]])
             if index is not None:
                 if slot.name not in gradient:
                     gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 gradients.add_unit(gradient[slot.name], found, index)
 
-        if bool((used > 0).any()):
-            passes.again(calls, add, gradients.by_row(used > 0), is_last=is_last)
+        if bool(used.any()):
+            passes.again(calls, add, gradients.by_row(used.to(self._device)))
 
     def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
@@ -468,19 +496,29 @@ class PerUnitClipper:
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
         squares, chosen = squares.cpu(), torch.ones(1, dtype=torch.bool)
-        weights = self._weights(squares, chosen, batch.owners[index : index + 1])
+        factors = self._factors(squares, batch.owners[index : index + 1])
+        self._count(squares, factors, chosen, batch.owners[index : index + 1])
+        weights = self._on_grid(factors, chosen)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 exact_sum.add_units(self.layout.view(self.total, slot), gradient[slot.name][None], weights[i])
 
-    def _weights(self, squares: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
-        """[slots, units] factors on the grid; 0 for units that are not ``chosen`` or not finite. Counts the chosen."""
-        lost = [not math.isfinite(self.diagnostics.unit_losses.get(owner, 0.0)) for owner in owners]
-        if any(lost):  # a loss that is not a number may have a gradient that is
-            squares = squares.masked_fill(torch.tensor(lost, device=self._device), torch.inf)
+    def _factors(self, squares: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
+        """[groups, units] clipping factors; 0 for units that are not finite."""
         norms = styles.group_norms(squares, self._groups)
-        factors = styles.factors(self._style, norms, self._clipping_norm)
-        whole = styles.summed(squares)[0].sqrt()[chosen]
+        return torch.where(self._is_lost(owners), 0.0, styles.factors(self._style, norms, self._clipping_norm))
+
+    def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
+        """[units] whether a loss is not a number; its gradient may be one."""
+        return torch.tensor([not math.isfinite(self.diagnostics.unit_losses.get(owner, 0.0)) for owner in owners])
+
+    def _on_grid(self, factors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """[slots, units] factors on the grid; 0 for units that are not ``chosen``."""
+        return exact_sum.on_grid(torch.where(chosen, factors, 0.0)[self._groups], self.grid_exponent)
+
+    def _count(self, squares: torch.Tensor, factors: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> None:
+        """Add the ``chosen`` units to the diagnostics."""
+        whole = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)[chosen]
         finite = torch.isfinite(whole)
         self.diagnostics.num_units += int(chosen.sum())
         self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
@@ -491,8 +529,6 @@ class PerUnitClipper:
             self.diagnostics.nonfinite_owners += [owners[place] for place in places]
         self.diagnostics.sum_norms += float(whole[finite].sum())
         self.diagnostics.shares_within += styles.within(whole, self._clipping_norm).tolist()
-        by_slot = torch.where(chosen, factors, 0.0)[self._groups]
-        return exact_sum.on_grid(by_slot, self.grid_exponent)
 
 
 def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:

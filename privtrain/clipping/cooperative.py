@@ -3,7 +3,10 @@
 The ranks share out the unit's rows. The backend adds up their gradients and leaves each rank its own part of the sum;
 the parts' squared norms are added over the group (one small all-reduce a unit), and each rank scales its part by the
 same factor and adds it to its part of the total. That is exact for any layer, for records that span microbatches, and
-for every clipping style, because the norm is of the very numbers that are added.
+for every clipping style, because the norm is of the very numbers that are added. Which rank runs which row, and in what
+order a backend adds up the ranks' parts, rounds a unit's own gradient (fp32), as its rows alone decide: not the unit's
+mates, but the number of ranks does. So the clipped sum has the same bits on every rank and in every repetition, is
+bound by C whatever the ranks, and may differ in last bits from that of another number of ranks.
 
 Two ways to the same sum: keep the unit's part until its norm is known (one backward pass, memory for two parts: unit
 and total), or, on the ``two_pass`` route, take each tensor's norm as it arrives and let it go, then run the unit again
@@ -33,8 +36,8 @@ from privtrain.privacy.layout import Layout, Slot
 #: Called once a tensor with this rank's part of it in the slot's shape, fp32.
 Sink = Callable[[Slot, torch.Tensor], None]
 
-#: How much longer than the first time a unit may come out of the second pass.
-_SAME_NORM = 1e-5
+#: How much longer than the first time a unit may come out of the second pass: the rest of 1e-5 is for rounding.
+_SAME_NORM = 9e-6
 
 
 class GradientShards(Protocol):

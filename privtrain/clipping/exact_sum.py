@@ -9,8 +9,9 @@ where fl rounds to fp32. What that means for the sensitivity, for a clipping nor
 
 * **A contribution is no longer than C.** fl adds at most 2⁻²⁴ of a value, in v and in v · g_i; trunc shortens. So
   |Q_i| s ≤ (1 + 2⁻²⁴)² w |g_i|, coordinate by coordinate, and ‖Q‖ s ≤ (1 + 1.2e-7) w ‖g‖. The norm that w was made of
-  is under-estimated by less than 5e-6 of itself where Gram matrices are involved (their squares by 1e-5,
-  :func:`.factors.squared_norms_of`) and by 1e-6 elsewhere: together below C (1 + 1e-5). v is a normal number: w / s is
+  is that of g in float64 (off by 1e-10), or of factors whose product g is. Then ‖g‖ is measured as it is added, and
+  one that is longer than the norm by more than 9e-6 is taken out again, by adding trunc(fl(-v · g_i)) = -Q_i, and
+  clipped by ‖g‖ itself: together below C (1 + 1e-5). v is a normal number: w / s is
   folded in float64, and lies above 2**-64 for every fp32 gradient and below 2**127 for every clipping norm that a plan
   accepts. So a small factor is never rounded up by more than that.
 * **One unit moves the sum by its own contribution.** Integers are added without rounding, so the sum over any set of

@@ -105,18 +105,15 @@ class Passes:
         """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
         if not self.is_complete:
             everyone = torch.ones(self.gradients.num_rows, dtype=torch.bool, device=self._device)
-            self.again(calls, lambda _slot, _gradient: None, everyone, is_last=False)
+            self.again(calls, lambda _slot, _gradient: None, everyone)
 
-    def again(
-        self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor, *, is_last: bool
-    ) -> None:
+    def again(self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor) -> None:
         """One more pass over the graph, which hands ``add`` the gradient of every tensor that was let go.
 
         Args:
             calls: of the block that captures them.
             add: called once for each tensor.
             used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
-            is_last: whether the graph may be freed.
         """
         assert self._start is not None
         missing = set(self._seen)
@@ -141,9 +138,7 @@ class Passes:
 
         calls.sink = sink
         anchors = [calls.anchors[module] for module in self._seen]
-        torch.autograd.backward(*self._start, retain_graph=not is_last, inputs=anchors)
-        if is_last:
-            self._start = None
+        torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
         if missing:
             names = sorted(self._names[module] for module in missing)
             raise GuaranteeLost(f"a second backward pass did not come by {names[:3]}; this is a bug, report it")

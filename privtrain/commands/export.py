@@ -8,7 +8,6 @@ written, and one digest over all of these, the relation. Whoever has the run can
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 import tempfile
@@ -17,17 +16,12 @@ from typing import Any
 
 from privtrain.config import load_config
 from privtrain.config.schema import ModelSection
-from privtrain.errors import ConfigError, Fault, VerificationFailed
-from privtrain.files import strict_json
+from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.run import bundle
 from privtrain.run.bundle import ReleaseManifest
 from privtrain.run.directory import RunDirectory
-
-DTYPES = ("fp32", "bf16", "fp16")
-
-SCHEMA = "privtrain/export/1"
-NAME = "export.json"
+from privtrain.run.exported import DTYPES, NAME, SCHEMA, rendered, weights_of
 
 
 def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: str) -> str:
@@ -128,42 +122,8 @@ def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> No
         "dtype": dtype,
         "files": {path: bundle.sha256_of(target / path) for path in bundle.files_under(target)},
     }
-    write_atomically(target / NAME, _rendered({**content, "relation": bundle.digest_of(content)}))
+    write_atomically(target / NAME, rendered({**content, "relation": bundle.digest_of(content)}))
     write_atomically(target / bundle.NAME, bundle.render(manifest, "export"))
-
-
-def _rendered(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def weights_of(files: Mapping[str, str]) -> dict[str, str]:
-    """Of released files, those that the weights are read from: path → SHA-256."""
-    endings = (".safetensors", ".bin", "/config.json", "adapter_config.json", ".index.json")
-    return {path: digest for path, digest in files.items() if path.endswith(endings)}
-
-
-def read_description(directory: pathlib.Path) -> dict[str, Any]:
-    """What ``export.json`` says.
-
-    Raises:
-        VerificationFailed: if it is missing, or not in the one form in which it is written.
-    """
-    try:
-        text = (directory / NAME).read_bytes().decode("utf-8")
-        content = strict_json.loads(text)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise ValueError(f"it is not of schema {SCHEMA!r}")
-        names = {"schema", "release", "released", "base_model", "merged", "dtype", "files", "relation"}
-        if set(content) != names or content["dtype"] not in DTYPES or _rendered(content) != text:
-            raise ValueError("it is not in the form in which it is written")
-        if content["relation"] != bundle.digest_of({name: content[name] for name in content if name != "relation"}):
-            raise ValueError("relation is not the digest of the rest")
-        bundle.check_digests("files", content["files"])
-    except FileNotFoundError:
-        raise VerificationFailed([f"{NAME} is missing"], directory) from None
-    except (OSError, ValueError) as error:
-        raise VerificationFailed([f"{NAME} cannot be used: {error}"], directory) from None
-    return content
 
 
 def reproduction_faults(

@@ -18,6 +18,7 @@ from privtrain.inputs import check_inputs
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.privacy.plan import PrivacyPlan, finite
+from privtrain.privacy.sampling import check_step_size
 
 #: Points of the run at which the spent budget is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -64,6 +65,7 @@ def describe_plan(
     layout = options.layout()
     plan = PrivacyPlan.build(config.privacy)
     population = _population(config, options.num_users)
+    check_step_size(plan.scheme, population["expected_training_units"])
     prices = price_list(config.privacy, plan) if options.prices else []
     return {
         "run": str(config.run.directory),

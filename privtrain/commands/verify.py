@@ -18,11 +18,11 @@ from privtrain.commands import export
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
-from privtrain.run import bundle, consistency
+from privtrain.run import bundle, consistency, exported
 from privtrain.run.base_model import digests_in
 from privtrain.run.bundle import FileFault, ReleaseManifest
 from privtrain.run.directory import RunDirectory
-from privtrain.run.signing import SIGNATURE, Keys, check_signature
+from privtrain.run.signing import SIGNATURE, Keys, check_signature, signed_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
 def _check_inputs(directory: pathlib.Path) -> None:
     if not directory.is_dir():
         raise ConfigError([Fault("DIRECTORY", f"{directory} is no directory")])
-    parts = (bundle.NAME, "privacy.json", export.NAME, "adapter_model.safetensors", "adapter", "model")
+    parts = (bundle.NAME, "privacy.json", exported.NAME, "adapter_model.safetensors", "adapter", "model")
     if not any((directory / name).exists() for name in parts):
         raise ConfigError(
             [Fault("DIRECTORY", f"nothing in {directory} was released by privtrain; it has no release.json")]
@@ -125,13 +125,13 @@ def _files(
     expected = manifest.within(place)
     if place != "export":
         return *bundle.compare_files(directory, expected), None
-    made = export.read_description(directory)
-    faults, beside = bundle.compare_files(directory, {**made["files"], **expected}, own=(bundle.NAME, export.NAME))
+    made = exported.read_description(directory)
+    faults, beside = bundle.compare_files(directory, {**made["files"], **expected}, own=(bundle.NAME, exported.NAME))
     if made["release"] != manifest.digest:
-        faults.append(FileFault(export.NAME, "speaks of another release than release.json"))
-    weights = export.weights_of(manifest.files)
+        faults.append(FileFault(exported.NAME, "speaks of another release than release.json"))
+    weights = exported.weights_of(manifest.files)
     if made["released"] != weights or made["base_model"] != dict(manifest.base_model):
-        faults.append(FileFault(export.NAME, "names other released weights or another base model than release.json"))
+        faults.append(FileFault(exported.NAME, "names other released weights or another base model than release.json"))
     return faults, beside, made
 
 
@@ -193,17 +193,6 @@ def _of_signature(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
         return [], "", f"the signature {SIGNATURE}: give --public-key or --certificate" if is_signed else ""
     problems = check_signature(directory, anchors.keys, signed_files(directory))
     return problems, "" if problems else "the signature", ""
-
-
-def signed_files(directory: pathlib.Path) -> list[str]:
-    """What a signature of a directory is over: everything that was released there."""
-    manifest, place = bundle.read_manifest(directory)
-    names = {bundle.NAME, *manifest.within(place)}
-    if place == "export":
-        names |= {export.NAME, *export.read_description(directory)["files"]}
-    if place == "run":
-        names.add(f"{RunDirectory(directory).released.name}/{bundle.NAME}")
-    return sorted(names)
 
 
 def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:

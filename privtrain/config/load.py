@@ -73,7 +73,7 @@ def to_yaml(tree: dict[str, Any]) -> str:
 def public_tree(config: Config) -> dict[str, Any]:
     """The resolved configuration without this machine's paths."""
     tree = config.model_dump(
-        mode="json", exclude={"run": {"output_dir"}, "registry": {"url"}, "performance": {"index_dir"}}
+        mode="json", exclude={"run": {"output_dir"}, "registry": {"url"}, "performance": {"index_dir"}, "release": True}
     )
     if config.model.name_or_path is not None:
         tree["model"]["name_or_path"] = config.model.public_name

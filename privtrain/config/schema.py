@@ -554,6 +554,28 @@ class RegistrySection(Section):
         return value
 
 
+class ReleaseSection(Section):
+    """What is done with a release beside writing it. Paths of this machine: nothing of it is published."""
+
+    signing_key: pathlib.Path | None = Field(
+        default=None,
+        description="PEM file (mode 0600) of an elliptic-curve private key that signs the release; "
+        "PRIVTRAIN_SIGNING_PASSWORD opens an encrypted one.",
+    )
+    signing_certificate: pathlib.Path | None = Field(default=None, description="PEM file of the key's certificate.")
+    signing_chain: list[pathlib.Path] = Field(
+        default=[], description="PEM files of the certificates above it, up to the root."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _certificates_have_a_key(self) -> ReleaseSection:
+        if self.signing_key is None and (self.signing_certificate is not None or self.signing_chain):
+            raise ValueError("release.signing_certificate and release.signing_chain need release.signing_key")
+        if self.signing_chain and self.signing_certificate is None:
+            raise ValueError("release.signing_chain needs release.signing_certificate")
+        return self
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -568,6 +590,7 @@ class Config(Section):
     performance: PerformanceSection = PerformanceSection()
     tracking: TrackingSection = TrackingSection()
     registry: RegistrySection = RegistrySection()
+    release: ReleaseSection = ReleaseSection()
 
     @pydantic.model_validator(mode="after")
     def _method_fits(self) -> Config:

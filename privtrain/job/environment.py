@@ -40,11 +40,13 @@ def environment_digest(
 ) -> bytes:
     """SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
 
-    The run's name and place, tracking, the registry and the place of the index cannot change a step and are left out.
+    The run's name and place, tracking, the registry, what signs the release and the place of the index cannot change a
+    step and are left out.
     """
     body = {
         "config": config.model_dump(
-            mode="json", exclude={"run": True, "tracking": True, "registry": True, "performance": {"index_dir"}}
+            mode="json",
+            exclude={"run": True, "tracking": True, "registry": True, "release": True, "performance": {"index_dir"}},
         ),
         "records_on_disk": config.performance.index_dir is not None,
         "code": _code_digest(),

@@ -15,7 +15,7 @@ from privtrain.data.canaries import plant
 from privtrain.data.manifest import draw_split
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
-from privtrain.errors import GuaranteeLost
+from privtrain.errors import GuaranteeLost, SigningFailed
 from privtrain.inputs import Inputs, check_inputs, read_inputs
 from privtrain.job import checkpoint
 from privtrain.job.advice import expected_units, expected_users, warnings
@@ -24,6 +24,7 @@ from privtrain.job.claim import check_run_directory, claimed, is_complete
 from privtrain.job.contributions import check_contributed
 from privtrain.job.environment import environment_digest
 from privtrain.job.publish import publish
+from privtrain.job.released import finish, sign_release
 from privtrain.job.reservation import budgeted
 from privtrain.job.resume import Continuation
 from privtrain.job.session import (
@@ -39,6 +40,7 @@ from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
 from privtrain.ledger import Ledger
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.sampling import check_step_size
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import Progress, say
 from privtrain.run.base_model import base_digests
@@ -63,6 +65,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
+    unsigned = None
     with listening() as stop:
         config = load_config(config_path, overrides)
         check_inputs(config)
@@ -76,10 +79,17 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
             budgeted(inputs, backend, stop) as allowed,
         ):
             if not is_complete(allowed, backend):
-                _run(allowed, backend, stop)
+                unsigned = _run(allowed, backend, stop)
+            else:
+                with backend.main_alone():
+                    unsigned = finish(allowed) if backend.is_main else None
+    if unsigned is not None:  # the release stands, and the registry has settled it
+        raise unsigned
 
 
-def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
+def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed | None:
+    """Train and release; what is returned kept rank 0 from signing the release."""
+    unsigned = None
     if backend.is_main:
         _announce(inputs, backend)
     network = load_network(inputs.config, backend)
@@ -122,8 +132,10 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> None:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 _release(inputs, ledger, network, state)
+                unsigned = sign_release(inputs.run, inputs.config.release)
                 tracker.publish(inputs.run)
             tracker.close()
+    return unsigned
 
 
 def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
@@ -158,6 +170,7 @@ def _announce(inputs: Inputs, backend: Backend) -> None:
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
     num_units, num_users = expected_units(inputs.config, inputs.corpus), expected_users(inputs.config, inputs.corpus)
+    check_step_size(inputs.plan.scheme, num_units)  # as soon as the data are read; the sampler knows the exact number
     for warning in warnings(inputs.config, inputs.plan, num_units, num_users):
         say(f"[yellow]warning[/]: {warning}")
 

@@ -5,8 +5,8 @@ that :meth:`Scheme.event` reads. Public: the fields and this code. Secret: the k
 
 A draw is a pure function of (key, epoch, number of units), the same on every rank. *Epoch* is the scheme's own period:
 one step for Poisson sampling. A new generation (a fresh key) begins a new epoch; an epoch that it cuts short stays
-charged as a whole, because a part of an epoch is post-processing of all of it. Privacy amplification by sampling assumes
-that the draw stays secret, so nothing here is logged outside ``secret/``.
+charged as a whole, because a part of an epoch is post-processing of all of it. Privacy amplification by sampling
+assumes that the draw stays secret, so nothing here is logged outside ``secret/``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import accountants
 from privtrain.config.schema import PrivacySection
 from privtrain.errors import ConfigError, Fault
+from privtrain.privacy import fixed_point
 from privtrain.privacy.secret import SecretKey
 
 #: Our names of neighbouring relations, and dp_accounting's.
@@ -37,11 +38,13 @@ class Scheme(abc.ABC):
         name: as in ``privacy.sampling``.
         relations: neighbouring relations that the event covers; the first is the one to recommend.
         accountants: accountants that can certify it; the first is the default.
+        size_key: the key that decides how many units a step draws, and what to do to it to draw fewer.
     """
 
     name: ClassVar[str]
     relations: ClassVar[tuple[str, ...]] = ("add_or_remove_one", "zero_out")
     accountants: ClassVar[tuple[str, ...]] = ("pld", "tilted", "rdp")
+    size_key: ClassVar[tuple[str, str]]
 
     @property
     @abc.abstractmethod
@@ -52,6 +55,10 @@ class Scheme(abc.ABC):
     def num_places(self) -> int | None:
         """The public number of places that are drawn for, filled or not; ``None`` for any number of units."""
         return None
+
+    def most_expected(self, num_units: float) -> float:
+        """Units that a step draws on average, or at most where that is less."""
+        return self.rate * num_units
 
     @property
     def period(self) -> int:
@@ -93,6 +100,7 @@ class Poisson(Scheme):
     """Every unit joins every step by a coin of its own."""
 
     name = "poisson"
+    size_key = "sampling_prob", "lower"
     sampling_prob: float
 
     @property
@@ -126,6 +134,7 @@ class TruncatedPoisson(Scheme):
     """
 
     name = "truncated_poisson"
+    size_key = "max_batch_size", "lower"
     relations = ("zero_out",)
     accountants = ("pld",)
     sampling_prob: float
@@ -136,6 +145,10 @@ class TruncatedPoisson(Scheme):
     def rate(self) -> float:
         """See :class:`Scheme`."""
         return self.sampling_prob
+
+    def most_expected(self, num_units: float) -> float:
+        """See :class:`Scheme`."""
+        return min(super().most_expected(num_units), self.max_batch_size)
 
     @property
     def num_places(self) -> int:
@@ -179,6 +192,7 @@ class RandomAllocation(Scheme):
     """
 
     name = "random_allocation"
+    size_key = "steps_per_epoch", "raise"
     accountants = ("allocation",)
     steps_per_epoch: int
     steps_per_unit: int = 1
@@ -236,6 +250,7 @@ class Shuffle(Scheme):
     """
 
     name = "shuffle"
+    size_key = "steps_per_epoch", "raise"
     relations = ("zero_out",)
     steps_per_epoch: int
     max_num_units: int
@@ -322,7 +337,7 @@ class UnitSampler:
         first_step: the first step of the generation, with which its first epoch begins.
 
     Raises:
-        ConfigError: if there are more units than the scheme has places for.
+        ConfigError: if there are more units than the scheme has places for, or than a step can add up.
     """
 
     def __init__(
@@ -337,6 +352,7 @@ class UnitSampler:
         if limit is not None and len(num_records) > limit:
             fault = f"given {limit}, but there are {len(num_records)} training units; raise it"
             raise ConfigError([Fault("privacy.max_num_units", fault)])
+        check_step_size(scheme, len(num_records))
         self._scheme = scheme
         self._records_per_unit = records_per_unit
         self._key = key
@@ -355,6 +371,32 @@ class UnitSampler:
     def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)
         return tuple(stream.choose(int(self._num_records[unit]), self._records_per_unit))
+
+
+def check_step_size(scheme: Scheme, num_units: float) -> None:
+    """Raise unless int64 holds the sum of any step: see :mod:`privtrain.clipping.exact_sum`.
+
+    A draw's size spreads by at most √MAX_UNITS = 1448 about the expected one, and an overflow needs twice MAX_UNITS.
+
+    Args:
+        scheme: how units are drawn.
+        num_units: training units, or how many are expected.
+
+    Raises:
+        ConfigError: naming the key that decides.
+    """
+    num_drawn = scheme.most_expected(num_units)
+    if num_drawn > fixed_point.MAX_UNITS:
+        key, how = scheme.size_key
+        raise ConfigError(
+            [
+                Fault(
+                    f"privacy.{key}",
+                    f"given {getattr(scheme, key):g}; with {num_units:,.0f} training units a step draws "
+                    f"{num_drawn:,.0f} of them, and integers hold the sum of {fixed_point.MAX_UNITS:,}: {how} it",
+                )
+            ]
+        )
 
 
 def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> list[list[DrawnUnit]]:

@@ -1,22 +1,33 @@
 """Signatures of released directories by the OpenSSF Model Signing library (PyPI ``model-signing``), offline.
 
 Keys and certificates only: no network service, no transparency log. The signature is ``model.sig``, a Sigstore bundle
-over the SHA-256 of every released file, which ``model_signing verify`` reads too.
+over the SHA-256 of every released file, which ``model_signing verify`` reads too. The private key is read as the keys
+of a run are (no link, nobody else's, closed to others) and never written, shown or sent anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-from privtrain.errors import ConfigError, Fault
-from privtrain.run.bundle import files_under
+from privtrain.config.schema import ReleaseSection
+from privtrain.errors import ConfigError, Fault, UnsafePath
+from privtrain.files.private import read_private_file
+from privtrain.run import bundle, exported
+from privtrain.run.directory import RunDirectory
 
 SIGNATURE = "model.sig"
+
+PASSWORD_VARIABLE = "PRIVTRAIN_SIGNING_PASSWORD"
+"""Environment variable that opens an encrypted private key."""
+
+_OPTIONS = ("--private-key", "--certificate", "--chain")
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +44,88 @@ class Keys:
     certificate: pathlib.Path | None = None
     chain: tuple[pathlib.Path, ...] = ()
 
+    @classmethod
+    def of(cls, section: ReleaseSection) -> Self | None:
+        """What a configuration says that a release is signed with; ``None`` if it is not."""
+        if section.signing_key is None:
+            return None
+        return cls(section.signing_key, section.signing_certificate, tuple(section.signing_chain))
+
+
+def password_from_environment() -> str | None:
+    """The password of the private key, if one is set."""
+    return os.environ.get(PASSWORD_VARIABLE)
+
+
+def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str] = _OPTIONS) -> list[Fault]:
+    """Everything that would keep ``keys`` from signing, without what is in them.
+
+    Args:
+        keys: what is to sign.
+        password: of the private key.
+        names: what people call the key, its certificate and those above it.
+    """
+    assert keys.key is not None
+    if importlib.util.find_spec("model_signing") is None:
+        return [Fault(names[0], _NOT_INSTALLED)]
+    from cryptography import exceptions, x509
+
+    faults, public_key, certificate = [], None, None
+    try:
+        public_key = _public_key(keys.key, password, is_certified=keys.certificate is not None)
+    except FileNotFoundError:
+        faults.append(Fault(names[0], f"{keys.key} is missing"))
+    except (UnsafePath, OSError, ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+        faults.append(Fault(names[0], f"{keys.key} cannot sign: {error}"))
+    for name, path in ((names[1], keys.certificate), *((names[2], path) for path in keys.chain)):
+        try:
+            read = None if path is None else x509.load_pem_x509_certificate(path.read_bytes())
+        except (OSError, ValueError) as error:
+            faults.append(Fault(name, f"{path} is no certificate: {error}"))
+        else:
+            certificate = read if name == names[1] else certificate
+    if public_key is not None and certificate is not None and certificate.public_key() != public_key:
+        faults.append(Fault(names[1], f"{keys.certificate} is of another key than {keys.key}"))
+    return faults
+
+
+def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool) -> Any:
+    """The public half of a private key that the library can sign with."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    encoded = None if password is None else password.encode("utf-8")
+    content = read_private_file(path)
+    if not _is_encrypted(path):
+        encoded = None  # a password that another key needs
+    elif encoded is None:
+        raise ValueError(f"it is encrypted; set {PASSWORD_VARIABLE}")
+    elif is_certified:
+        raise ValueError("it is encrypted, and the library signs with a certificate by open keys alone")
+    key = serialization.load_pem_private_key(content, encoded)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
+        raise ValueError(f"it is no elliptic-curve key over {', '.join(_CURVES)}")
+    return key.public_key()
+
+
+def _is_encrypted(path: pathlib.Path) -> bool:
+    """Both PEM forms of an encrypted key say so in clear."""
+    return b"ENCRYPTED" in read_private_file(path)
+
+
+_NOT_INSTALLED = "needs the package model-signing, which is not installed: pip install 'privtrain[signing]'"
+
 
 def _library() -> Any:
     if importlib.util.find_spec("model_signing") is None:
-        problem = "needs the package model-signing, which is not installed: pip install 'privtrain[signing]'"
-        raise ConfigError([Fault("signature", problem)])
+        raise ConfigError([Fault("signature", _NOT_INSTALLED)])
     import model_signing
 
     return model_signing
 
 
 def _check_files(keys: Keys) -> None:
-    named = [("key", keys.key), ("certificate", keys.certificate), *(("chain", path) for path in keys.chain)]
+    named = [("--public-key", keys.key), *(("--certificate", path) for path in keys.chain)]
     faults = [Fault(name, f"{path} is no file") for name, path in named if path is not None and not path.is_file()]
     if faults:
         raise ConfigError(faults)
@@ -65,21 +146,25 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
     Raises:
         ConfigError: if the library or a key is not there or does not fit.
     """
+    faults = signing_faults(keys, password)
+    if faults:
+        raise ConfigError(faults)
     library = _library()
-    _check_files(keys)
     assert keys.key is not None
     config = library.signing.Config()
     signature = directory / SIGNATURE
     try:
         if keys.certificate is None:
-            config.use_elliptic_key_signer(private_key=keys.key, password=password)
+            # The library hands the password on to cryptography, which takes bytes.
+            encoded = None if password is None or not _is_encrypted(keys.key) else password.encode("utf-8")
+            config.use_elliptic_key_signer(private_key=keys.key, password=encoded)
         else:
             config.use_certificate_signer(
                 private_key=keys.key, signing_certificate=keys.certificate, certificate_chain=keys.chain
             )
         with tempfile.TemporaryDirectory(dir=directory, prefix=".signing-") as place:
             written = pathlib.Path(place) / SIGNATURE
-            config.set_hashing_config(_hashing(library, directory, files)).sign(directory, written)
+            config.set_hashing_config(_Exactly(library, directory, files)).sign(directory, written)
             written.replace(signature)
     except (ValueError, TypeError) as error:
         raise ConfigError([Fault("--private-key", f"{keys.key} cannot sign: {error}")]) from None
@@ -93,7 +178,7 @@ def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -
         return [f"{SIGNATURE} is missing: the directory is not signed"]
     library = _library()
     _check_files(keys)
-    config = library.verifying.Config().set_hashing_config(_hashing(library, directory, files))
+    config = library.verifying.Config().set_hashing_config(_Exactly(library, directory, files))
     if keys.key is not None:
         config.use_elliptic_key_verifier(public_key=keys.key)
     else:
@@ -105,8 +190,34 @@ def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -
     return []
 
 
-def _hashing(library: Any, directory: pathlib.Path, files: Sequence[str]) -> Any:
-    """SHA-256 over exactly ``files``; the library walks the directory and is told what to leave out."""
-    left_out = sorted(set(files_under(directory)) - set(files))
-    config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=True)
-    return config.set_ignored_paths(paths=[directory / path for path in left_out], ignore_git_paths=False)
+class _Exactly:
+    """A hashing configuration of the library: SHA-256 over exactly these files.
+
+    Left to itself the library walks the directory, and writes the names of what it is told to leave out (keys, caches)
+    into the signature, which is published.
+    """
+
+    def __init__(self, library: Any, directory: pathlib.Path, files: Sequence[str]) -> None:
+        config = library.hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+        config.set_allow_symlinks(True)  # hubs keep files behind links
+        self._config = config.set_ignored_paths(paths=[], ignore_git_paths=False)
+        self._paths = [directory / file for file in files]
+
+    def hash(self, model_path: pathlib.Path, *, files_to_hash: Any = None) -> Any:
+        """What is signed; which files that are is not for a signature to say."""
+        del files_to_hash
+        return self._config.hash(model_path, files_to_hash=self._paths)
+
+    def add_ignored_paths(self, **_: Any) -> None:
+        """Nothing, for the same reason."""
+
+
+def signed_files(directory: pathlib.Path) -> list[str]:
+    """What a signature of a directory is over: everything that was released there."""
+    manifest, place = bundle.read_manifest(directory)
+    names = {bundle.NAME, *manifest.within(place)}
+    if place == "export":
+        names |= {exported.NAME, *exported.read_description(directory)["files"]}
+    if place == "run":
+        names.add(f"{RunDirectory(directory).released.name}/{bundle.NAME}")
+    return sorted(names)

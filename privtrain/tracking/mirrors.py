@@ -9,6 +9,7 @@ steps at a time and under one time stamp. What is left is how long a block took,
 from __future__ import annotations
 
 import json
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -47,7 +48,7 @@ class BlockedMirror:
 
     Args:
         mirror: where rows go.
-        run: the run directory; ``secret/mirrored.json`` remembers the last step that was shown.
+        run: the run directory; ``secret/mirrored_NAME.json`` remembers the last step that was shown.
         name: of the mirror there.
         num_steps: steps of a block.
         from_step: steps behind the job as it begins; what comes after them is logged again.
@@ -55,11 +56,11 @@ class BlockedMirror:
 
     def __init__(self, mirror: Mirror, run: RunDirectory, name: str, *, num_steps: int, from_step: int) -> None:
         self._mirror = mirror
-        self._path = run.secret / f"mirrored_{name}.json"
+        self._path = _note_path(run, name)
         self._num_steps = num_steps
         self._rows: list[Row] = []
         self._alerts: list[tuple[str, str]] = []
-        self._shown = min(self._read(), from_step)
+        self._shown = min(_read(self._path).get("step", -1), from_step)
         for row in _rows_of(run):
             if row[0] > self._shown:
                 self._rows.append(row)
@@ -78,6 +79,7 @@ class BlockedMirror:
         """Show everything, then what was released."""
         self._flush()
         self._mirror.publish(run)
+        write_json(self._path, {"step": self._shown, "release": True}, mode=0o600)
 
     def close(self) -> None:
         """Show what is left and end."""
@@ -94,12 +96,22 @@ class BlockedMirror:
             self._mirror.alert(title, text)
         self._alerts = []
 
-    def _read(self) -> int:
-        """The last step that was shown; -1 before any. A torn or missing file shows rows once more, never fewer."""
-        try:
-            return int(json.loads(self._path.read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
+
+def has_shown_release(run: RunDirectory, name: str) -> bool:
+    """Whether a mirror took up what a finished run released."""
+    return _read(_note_path(run, name)).get("release", 0) == 1
+
+
+def _note_path(run: RunDirectory, name: str) -> pathlib.Path:
+    return run.secret / f"mirrored_{name}.json"
+
+
+def _read(path: pathlib.Path) -> dict[str, int]:
+    """The last step that was shown, and whether the release was; a torn or missing file shows them once more."""
+    try:
+        return {name: int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _rows_of(run: RunDirectory) -> list[Row]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
-from privtrain.tracking.mirrors import BlockedMirror, Mirror
+from privtrain.tracking.mirrors import BlockedMirror, Mirror, has_shown_release
 from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker
 
 
@@ -17,9 +17,37 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
     """The gate over all configured trackers; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
-    for name, mirror in _mirrors(config, plan, run, run_id):
-        public.append(BlockedMirror(mirror, run, name, num_steps=num_steps, from_step=from_step))
+    for name, opened in _mirrors(config, plan, run, run_id):
+        public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
+
+
+def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str) -> None:
+    """Show the mirrors a finished run that its job could not show them any more: it died right after the release.
+
+    Rows that it kept back are shown first. Where a mirror has seen the release, nothing is done.
+    """
+    num_steps = config.tracking.mirror_block_steps
+    for name, opened in _mirrors(config, plan, run, run_id):
+        if not has_shown_release(run, name):
+            mirror = BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=plan.num_steps)
+            mirror.publish(run)
+            mirror.close()
+            say(f"{name} was shown the release, which an earlier job did not live to do")
+
+
+def _mirrors(
+    config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str
+) -> Iterator[tuple[str, Callable[[], Mirror]]]:
+    """What is configured: its name, and what opens it."""
+    if config.tracking.wandb:
+        from privtrain.tracking.wandb_tracker import WandbTracker
+
+        yield "wandb", lambda: WandbTracker(config, plan, run, run_id)
+    if config.tracking.tensorboard:
+        from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
+
+        yield "tensorboard", lambda: TensorBoardTracker(run)
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
@@ -38,14 +66,3 @@ def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
     except wandb.Error as error:
         say(f"[yellow]warning[/]: the load of rank {rank}'s machine is not shown in W&B: {error}")
         return NullTracker()
-
-
-def _mirrors(config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> Iterator[tuple[str, Mirror]]:
-    if config.tracking.wandb:
-        from privtrain.tracking.wandb_tracker import WandbTracker
-
-        yield "wandb", WandbTracker(config, plan, run, run_id)
-    if config.tracking.tensorboard:
-        from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
-
-        yield "tensorboard", TensorBoardTracker(run)

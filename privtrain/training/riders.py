@@ -9,10 +9,10 @@ is accounted for once.
 The numbers are rounded towards zero to a public grid and added as integers, so that a sum does not depend on order,
 microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.privacy.noise`).
 
-Adaptive clipping (arXiv 1905.03871): after a step with norm C the count Σ_u (b_u - 1/2) is released with noise of standard
-deviation ``count_noise``, where b_u says whether unit u's norm was within C. With b the released share, C is then
-multiplied by exp(-learning_rate · (b - target_quantile)). So every norm is a function of counts released before: public,
-the same on all ranks and in a replay.
+Adaptive clipping (arXiv 1905.03871): after a step with norm C the count Σ_u (b_u - 1/2) is released with noise of
+standard deviation ``count_noise``, where b_u says whether unit u's norm was within C. With b the released share, C is
+then multiplied by exp(-learning_rate · (b - target_quantile)). So every norm is a function of counts released before:
+public, the same on all ranks and in a replay.
 """
 
 from __future__ import annotations

@@ -18,10 +18,9 @@ from privtrain.config.schema import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError, Fault, GuaranteeLost
+from privtrain.errors import GuaranteeLost
 from privtrain.ledger import Ledger
 from privtrain.models.losses import CausalLM, Objective
-from privtrain.privacy import fixed_point
 from privtrain.privacy.plan import PrivacyPlan, finite
 from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal
 from privtrain.privacy.secret import SecretKey
@@ -113,10 +112,6 @@ class Trainer:
         if plan.records_per_user is not None:
             assert len(units.owners) == len(units), "a bound on users needs to know them"
             check_contributions(units.owners, plan.records_per_user)
-        num_expected = plan.sampling_prob * len(units)
-        if num_expected > fixed_point.MAX_UNITS:
-            problem = f"given {plan.sampling_prob:g}, draws {num_expected:,.0f} units a step; integers hold the sum of "
-            raise ConfigError([Fault("privacy.sampling_prob", problem + f"{fixed_point.MAX_UNITS:,}: lower it")])
         self.sampler = UnitSampler(plan.scheme, plan.records_per_unit, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped

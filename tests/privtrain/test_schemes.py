@@ -19,7 +19,15 @@ from accountants.events import RandomAllocationDpEvent, ShuffledBatchesDpEvent
 from privtrain.config import schema, validate
 from privtrain.errors import ConfigError
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.sampling import SCHEMES, Poisson, RandomAllocation, Shuffle, TruncatedPoisson, UnitSampler
+from privtrain.privacy.sampling import (
+    SCHEMES,
+    Poisson,
+    RandomAllocation,
+    Shuffle,
+    TruncatedPoisson,
+    UnitSampler,
+    check_step_size,
+)
 from privtrain.privacy.secret import SecretKey
 
 KEY = SecretKey.insecure(0, "schemes")
@@ -273,3 +281,20 @@ def test_simulated_losses_through_the_sampler_lie_in_the_interval(scheme, num_ep
 )
 def test_ten_million_losses_through_the_sampler_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
     check_allocation(scheme, num_epochs, noise, epsilon, 10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Poisson(0.5), "privacy.sampling_prob: given 0.5; .*lower it"),
+        (TruncatedPoisson(0.5, 3_000_000, 6_000_000), r"privacy.max_batch_size: given 3e\+06; .*lower it"),
+        (RandomAllocation(2), "privacy.steps_per_epoch: given 2; .*raise it"),
+        (Shuffle(2, 6_000_000), "privacy.steps_per_epoch: given 2; .*raise it"),
+    ],
+)
+def test_more_units_a_step_than_integers_hold_are_refused(scheme, message):
+    """The key that decides differs by scheme; a truncated batch is no larger than it is cut to."""
+    check_step_size(scheme, 4_000_000)
+    with pytest.raises(ConfigError, match=message):
+        check_step_size(scheme, 5_000_000)
+    check_step_size(TruncatedPoisson(0.5, 1000, 6_000_000), 5_000_000)

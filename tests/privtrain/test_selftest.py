@@ -99,7 +99,7 @@ def test_mutant_a_unit_is_clipped_record_by_record(tiny_llama, monkeypatch):
         original(self, batch)
         if self._open is not None:
             so_far, self._open.gradient = self._open.gradient, {}
-            self._add_unit(dataclasses.replace(batch, last_continues=False), len(batch.owners), so_far)
+            self._add_unit(dataclasses.replace(batch, last_continues=False), len(batch.owners) - 1, so_far)
 
     monkeypatch.setattr(clipper.PerUnitClipper, "accumulate", forgetful)
     with pytest.raises(SelfTestFailed):

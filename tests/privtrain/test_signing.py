@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import json
 import pathlib
 import shutil
 
@@ -12,19 +14,28 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from privtrain.commands.verify import Anchors, signed_files, verify_directory
-from privtrain.errors import ConfigError, VerificationFailed
-from privtrain.run.signing import SIGNATURE, Keys, sign
+from privtrain.commands.verify import Anchors, verify_directory
+from privtrain.config import validate
+from privtrain.errors import ConfigError, SigningFailed, VerificationFailed
+from privtrain.inputs import check_inputs
+from privtrain.job import released
+from privtrain.job import train as job
+from privtrain.job.publish import publish
+from privtrain.job.train import train
+from privtrain.run.signing import SIGNATURE, Keys, sign, signed_files
+from tests.conftest import tiny_tree, write_config
 
 pytest.importorskip("model_signing")
 
 
-def write_key(place: pathlib.Path, name: str) -> tuple[ec.EllipticCurvePrivateKey, pathlib.Path, pathlib.Path]:
+def write_key(
+    place: pathlib.Path, name: str, password: bytes = b""
+) -> tuple[ec.EllipticCurvePrivateKey, pathlib.Path, pathlib.Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = place / f"{name}.pem", place / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+    private.chmod(0o600)
     public.write_bytes(
         key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
@@ -52,7 +63,13 @@ def test_signed_directory_verifies_with_its_key_alone(adapter, tmp_path):
 def test_whole_run_is_signed_without_what_is_private(released_run, tmp_path):
     run = shutil.copytree(released_run, tmp_path / "run")
     _, private, public = write_key(tmp_path, "ours")
+    (run / "wandb").mkdir()
+    (run / "wandb" / "latest-run").symlink_to("offline-run")  # as W&B leaves it
     sign(run, Keys(key=private), signed_files(run))
+    payload = json.loads((run / SIGNATURE).read_text())["dsseEnvelope"]["payload"]
+    signed = base64.b64decode(payload).decode()
+    assert "adapter_model.safetensors" in signed
+    assert not any(name in signed for name in ("secret", "checkpoints", "wandb")), "names of what is private"
     verify_directory(run, Anchors(keys=Keys(key=public)))
     for name in ("secret", "checkpoints"):
         shutil.rmtree(run / name)
@@ -129,8 +146,145 @@ def test_certificate_of_a_trusted_root_signs(adapter, tmp_path):
 
 def test_key_that_is_none_is_a_wrong_input(adapter, tmp_path):
     (tmp_path / "bad.pem").write_text("no key")
+    (tmp_path / "bad.pem").chmod(0o600)
     with pytest.raises(ConfigError, match="cannot sign"):
         sign(adapter, Keys(key=tmp_path / "bad.pem"), signed_files(adapter))
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match=r"none.pem is missing"):
         sign(adapter, Keys(key=tmp_path / "none.pem"), signed_files(adapter))
     assert not list(adapter.glob(".signing*"))
+
+
+def test_encrypted_key_needs_its_password(adapter, tmp_path):
+    _, private, public = write_key(tmp_path, "locked", b"sesame")
+    for password, problem in ((None, "PRIVTRAIN_SIGNING_PASSWORD"), ("wrong", "cannot sign")):
+        with pytest.raises(ConfigError, match=problem):
+            sign(adapter, Keys(key=private), signed_files(adapter), password)
+    sign(adapter, Keys(key=private), signed_files(adapter), "sesame")
+    assert "the signature" in verify_directory(adapter, Anchors(keys=Keys(key=public))).checked
+
+
+def signing_tree(tiny_llama, users_file, place: pathlib.Path, key: pathlib.Path) -> dict:
+    tree = tiny_tree(tiny_llama, users_file, place / "runs")
+    tree["release"] = {"signing_key": str(key)}
+    return tree
+
+
+def test_release_is_signed_by_the_key_of_the_configuration(tiny_llama, users_file, tmp_path, monkeypatch):
+    """Run and adapter alike; of the key nothing is kept, shown or sent, not even its path."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, private, public = write_key(tmp_path, "ours")
+    tree = signing_tree(tiny_llama, users_file, tmp_path, private)
+    tree["tracking"] = {"wandb": True}
+    train(write_config(tree, tmp_path / "c.yaml"))
+    run = tmp_path / "runs" / "tiny"
+    for place in (run, run / "adapter"):
+        assert "the signature" in verify_directory(place, Anchors(keys=Keys(key=public))).checked
+    body = b"".join(private.read_bytes().splitlines()[1:-1])
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert body[:40] not in content.replace(b"\n", b""), path
+        assert str(private).encode() not in content or path == run / "secret" / "config.yaml", path
+
+
+def key_of_another_kind(place: pathlib.Path) -> pathlib.Path:
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    path = place / "ed25519.pem"
+    path.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("missing", "is missing"),
+        ("link", "is a link"),
+        ("open", "can be read by other users"),
+        ("directory", "is no regular file"),
+        ("other", "no elliptic-curve key"),
+        ("public", "cannot sign"),
+        ("encrypted", "PRIVTRAIN_SIGNING_PASSWORD"),
+    ],
+)
+def test_key_that_cannot_sign_is_told_before_training_with_all_other_faults(
+    kind, problem, tiny_llama, users_file, tmp_path
+):
+    _, private, public = write_key(tmp_path, "ours", b"sesame" if kind == "encrypted" else b"")
+    key = {
+        "missing": tmp_path / "none.pem",
+        "link": tmp_path / "link.pem",
+        "directory": tmp_path,
+        "other": key_of_another_kind(tmp_path),
+        "public": public,
+    }.get(kind, private)
+    (tmp_path / "link.pem").symlink_to(private)
+    public.chmod(0o600)
+    if kind == "open":
+        private.chmod(0o640)
+    tree = signing_tree(tiny_llama, users_file, tmp_path, key)
+    tree["data"]["user_column"] = "nobody"
+    with pytest.raises(ConfigError, match=rf"(?s)user_column.*release.signing_key.*{problem}") as caught:
+        train(write_config(tree, tmp_path / "c.yaml"))
+    assert not (tmp_path / "runs" / "tiny").exists()
+    assert "-----" not in str(caught.value)
+
+
+def test_certificates_without_a_key_or_of_another_key_are_faults(tiny_llama, users_file, tmp_path):
+    tree = signing_tree(tiny_llama, users_file, tmp_path, tmp_path / "unused.pem")
+    tree["release"] = {"signing_certificate": "leaf.crt"}
+    with pytest.raises(ConfigError, match=r"need release.signing_key"):
+        validate(tree)
+    _, private, _ = write_key(tmp_path, "ours")
+    other_key, _, _ = write_key(tmp_path, "other")
+    tree["release"] = {
+        "signing_key": str(private),
+        "signing_certificate": str(certificate(other_key, "other", None, tmp_path / "other.crt")),
+        "signing_chain": [str(private)],
+    }
+    with pytest.raises(ConfigError, match=r"(?s)signing_chain.*is no certificate.*of another key than"):
+        check_inputs(validate(tree))
+
+
+def test_release_that_could_not_be_signed_stays_and_is_signed_by_the_same_command(
+    tiny_llama, users_file, tmp_path, monkeypatch
+):
+    _, private, public = write_key(tmp_path, "ours")
+    config = write_config(signing_tree(tiny_llama, users_file, tmp_path, private), tmp_path / "c.yaml")
+
+    def lost(directory, *rest):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(released, "sign", lost)
+        with pytest.raises(SigningFailed, match=r"stays so, but is not signed.*No space.*privtrain sign DIRECTORY"):
+            train(config)
+    run = tmp_path / "runs" / "tiny"
+    verify_directory(run)
+    assert SigningFailed.exit_code != 0
+    assert not (run / SIGNATURE).exists()
+    before = (run / "release.json").read_bytes()
+    train(config)
+    assert (run / "release.json").read_bytes() == before
+    assert "the signature" in verify_directory(run, Anchors(keys=Keys(key=public))).checked
+
+
+def test_what_is_signed_is_what_was_released(tiny_llama, users_file, tmp_path, monkeypatch):
+    """Weights that changed behind the release are never signed."""
+    _, private, _ = write_key(tmp_path, "ours")
+    config = write_config(signing_tree(tiny_llama, users_file, tmp_path, private), tmp_path / "c.yaml")
+
+    def publish_and_alter(run, *rest, **named):
+        manifest = publish(run, *rest, **named)
+        with open(run.adapter / "adapter_model.safetensors", "ab") as file:
+            file.write(b"x")
+        return manifest
+
+    monkeypatch.setattr(job, "publish", publish_and_alter)
+    with pytest.raises(SigningFailed, match=r"adapter_model.safetensors differs"):
+        train(config)
+    assert not list((tmp_path / "runs" / "tiny").rglob(SIGNATURE))

@@ -41,6 +41,44 @@ def test_a_replayed_run_has_every_row_once_and_the_release_as_an_artifact(tree, 
     )
 
 
+@pytest.mark.parametrize("moment", ["before it is installed", "before the mirrors know"])
+def test_release_that_a_crash_kept_from_the_mirrors_is_shown_by_the_next_start(tree, moment, tmp_path, monkeypatch):
+    """Every row and the release, once; and a third start shows nothing more."""
+    from privtrain import publish as publishing
+    from privtrain.training import job
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tree["tracking"] = {"wandb": True, "tensorboard": True}
+    path = write_config(tree, tmp_path / "c.yaml")
+    with monkeypatch.context() as patched:
+        if moment == "before it is installed":
+            patched.setattr(publishing, "install", die)
+        else:
+            patched.setattr(job, "sign_release", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(path)
+    wandb.teardown()
+    run = tmp_path / "runs" / "tiny"
+    metrics = (run / "metrics.jsonl").read_bytes()
+    known = {file for file in run.rglob("*") if "wandb" in str(file) or "tensorboard" in str(file)}
+    train(path)
+    wandb.teardown()
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    (file,) = set(run.rglob("*.wandb")) - known
+    records = wandb_records(file)
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    assert wandb_rows(records) == rows
+    assert "privacy/ledger_head" in {u.key or u.nested_key[0] for r in records for u in r.summary.update}
+    assert [file for file in (run / "tensorboard").iterdir() if file not in known]
+    files = set(run.rglob("*"))
+    train(path)
+    wandb.teardown()
+    assert set(run.rglob("*")) == files
+
+
 def test_sync_of_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         sync_run(tmp_path)

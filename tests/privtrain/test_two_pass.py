@@ -160,10 +160,10 @@ def test_mutant_the_second_pass_starts_at_the_head_though_a_path_leads_beside_it
 def test_mutant_a_layer_is_left_out_of_the_second_pass(monkeypatch):
     original = passes.Passes.again
 
-    def forgetful(self, calls, add, used_rows, *, is_last):
+    def forgetful(self, calls, add, used_rows):
         module = next(iter(self._seen))
         self._let_go.discard(module)
-        original(self, calls, add, used_rows, is_last=is_last)
+        original(self, calls, add, used_rows)
 
     monkeypatch.setattr(passes.Passes, "again", forgetful)
     model, layout = build("qwen2", "full")
@@ -173,7 +173,7 @@ def test_mutant_a_layer_is_left_out_of_the_second_pass(monkeypatch):
 
 def test_mutant_the_rows_of_another_unit_get_the_factor(monkeypatch):
     original = batched.UnitGradients.add_now
-    mutant = lambda self, out, gradient, weights: original(self, out, gradient, weights.flip(0))  # noqa: E731
+    mutant = lambda self, name, out, gradient, weights: original(self, name, out, gradient, weights.flip(0))  # noqa: E731
     monkeypatch.setattr(batched.UnitGradients, "add_now", mutant)
     model, layout = build("qwen2", "full")
     total = clipped_sum(make_clipper(model, layout, 0.3, route="two_pass"), USERS, 16)

@@ -1,0 +1,57 @@
+"""What follows a release and is no part of it: the signature, and word to the mirrors.
+
+A crash, a lost key or a lost network may leave either undone. The release stands; the same command does what is left.
+"""
+
+from __future__ import annotations
+
+import json
+
+from privtrain.config.schema import ReleaseSection
+from privtrain.errors import PrivtrainError, SigningFailed
+from privtrain.inputs import Inputs
+from privtrain.process.console import say
+from privtrain.run.bundle import check_released
+from privtrain.run.directory import RunDirectory
+from privtrain.run.signing import SIGNATURE, Keys, password_from_environment, sign, signed_files
+from privtrain.tracking import show_release
+
+
+def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | None:
+    """Sign the released directory and the run, where the configuration says so and they are not signed yet.
+
+    Args:
+        run: a finished run.
+        section: names the key.
+
+    Returns:
+        What kept it from being signed, to be raised once everything else of the job is done.
+    """
+    keys = Keys.of(section)
+    unsigned = [place for place in (run.released, run.root) if not (place / SIGNATURE).exists()]
+    if keys is None or not unsigned:
+        return None
+    try:
+        check_released(run.root)
+        for place in unsigned:
+            sign(place, keys, signed_files(place), password_from_environment())
+    except (PrivtrainError, OSError) as error:
+        return SigningFailed(
+            f"{run.root} is released and stays so, but is not signed ({' '.join(str(error).split())}). Mend that and "
+            f"start the same command again, or for {run.released} and for {run.root}: privtrain sign DIRECTORY "
+            f"--private-key {section.signing_key}"
+        )
+    say(f"signed {run.released} and {run.root} ({SIGNATURE})")
+    return None
+
+
+def finish(inputs: Inputs) -> SigningFailed | None:
+    """Do for a complete run what a job that died after its release left undone; on rank 0 alone.
+
+    Returns:
+        As :func:`sign_release`.
+    """
+    unsigned = sign_release(inputs.run, inputs.config.release)
+    tracker_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
+    show_release(inputs.config, inputs.plan, inputs.run, run_id=tracker_id)
+    return unsigned
