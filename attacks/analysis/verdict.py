@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attacks.analysis import statistics
+from privtrain.privacy.sampling import RELATIONS, Poisson, Scheme, relation_of, scheme_from_statement
+from privtrain.privacy.user_level import mixture_event
 from privtrain.run.statement import PrivacyStatement
 
 if TYPE_CHECKING:
@@ -19,15 +21,11 @@ ATTACKED_UNIT = "user"
 """User inference accuses users; a guarantee in another unit does not answer it."""
 
 _VACUOUS_AUROC = 0.999
-# The second answers where the first refuses: round-off rules it out, for example with little noise.
-_ACCOUNTANTS = ("pld", "tilted")
 # Small epsilons decide the middle of the ROC, and with it the area.
 _CURVE_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 # Random allocation: two seconds a point at this grid width, minutes at a finer one; certified at any.
 _ALLOCATION_SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 _ALLOCATION_GRID = 0.2
-# Names of neighbouring relations in statements, and dp_accounting's.
-_RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPECIAL"}
 
 
 class Verdict(enum.StrEnum):
@@ -116,19 +114,11 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     num_records = statement.sampled_records_per_unit
     if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps or not num_records:
         return None
-    if statement.neighboring_relation not in _RELATIONS:
+    scheme = scheme_from_statement(statement.sampling.model_dump())
+    if statement.neighboring_relation not in RELATIONS or scheme is None:
         return None
-    sampling = statement.sampling
-    parameters = (("sampling_prob", sampling.sampling_prob), *sorted((sampling.model_extra or {}).items()))
-    return _tabulate(
-        sampling.scheme,
-        tuple((name, value) for name, value in parameters if isinstance(value, (int, float))),
-        statement.neighboring_relation,
-        noise_multiplier,
-        num_steps,
-        max(1.0, statement.effective_epsilon),
-        num_records,
-    )
+    largest_epsilon = max(1.0, statement.effective_epsilon)
+    return _tabulate(scheme, statement.neighboring_relation, noise_multiplier, num_steps, largest_epsilon, num_records)
 
 
 def _charged_steps(statement: PrivacyStatement) -> int:
@@ -138,23 +128,17 @@ def _charged_steps(statement: PrivacyStatement) -> int:
 
 @functools.cache
 def _tabulate(
-    scheme: str,
-    parameters: tuple[tuple[str, float], ...],
-    relation: str,
-    noise_multiplier: float,
-    num_steps: int,
-    largest_epsilon: float,
-    num_records: int = 1,
+    scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, largest_epsilon: float, num_records: int = 1
 ) -> statistics.CurveBound | None:
     """Certified points of the curve, or None where no accountant can resolve the event."""
     if num_records == 1:
-        made = _event(scheme, dict(parameters), noise_multiplier, num_steps)
+        event = scheme.event_of_steps(noise_multiplier, num_steps)
+    elif isinstance(scheme, Poisson) and relation == "add_or_remove_one":
+        # A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone.
+        event = mixture_event(scheme, noise_multiplier, num_steps, num_records)
     else:
-        made = _group_event(scheme, dict(parameters), relation, noise_multiplier, num_steps, num_records)
-    if made is None:
         return None
-    event, names = made
-    for name in names:
+    for name in scheme.accountants:
         try:
             shares = _ALLOCATION_SHARES if name == "allocation" else _CURVE_SHARES
             points = [_point(event, share * largest_epsilon, name, relation) for share in shares]
@@ -165,73 +149,11 @@ def _tabulate(
     return None
 
 
-def _group_event(
-    scheme: str,
-    parameters: dict[str, float],
-    relation: str,
-    noise_multiplier: float,
-    num_steps: int,
-    num_records: int,
-) -> tuple[dp_accounting.DpEvent, tuple[str, ...]] | None:
-    """A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone."""
-    from accountants.units import group_event
-
-    if scheme != "poisson" or relation != "add_or_remove_one" or "sampling_prob" not in parameters:
-        return None
-    event = group_event(
-        noise_multiplier=noise_multiplier,
-        sampling_prob=parameters["sampling_prob"],
-        num_steps=num_steps,
-        num_records=num_records,
-    )
-    return event, _ACCOUNTANTS
-
-
-def _event(
-    scheme: str, parameters: dict[str, float], noise_multiplier: float, num_steps: int
-) -> tuple[dp_accounting.DpEvent, tuple[str, ...]] | None:
-    """What the steps released, by the statement's own parameters, and the accountants that can certify it."""
-    import accountants
-
-    try:
-        if scheme == "poisson":
-            prob = parameters["sampling_prob"]
-            event = accountants.dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=prob, num_steps=num_steps)
-            return event, _ACCOUNTANTS
-        if scheme == "truncated_poisson":
-            event = accountants.truncated_poisson_event(
-                noise_multiplier=noise_multiplier,
-                sampling_prob=parameters["sampling_prob"],
-                max_batch_size=int(parameters["max_batch_size"]),
-                num_units=int(parameters["max_num_units"]),
-                num_steps=num_steps,
-            )
-            return event, ("pld",)
-        num_epochs = -(-num_steps // int(parameters["steps_per_epoch"]))
-        if scheme == "random_allocation":
-            event = accountants.random_allocation_event(
-                noise_multiplier=noise_multiplier,
-                num_steps=int(parameters["steps_per_epoch"]),
-                num_selected=int(parameters["steps_per_unit"]),
-                num_epochs=num_epochs,
-            )
-            return event, ("allocation",)
-        if scheme == "shuffle":
-            event = accountants.shuffled_event(
-                noise_multiplier=noise_multiplier, num_batches=int(parameters["steps_per_epoch"]), num_epochs=num_epochs
-            )
-            return event, _ACCOUNTANTS
-    except KeyError:
-        return None
-    return None
-
-
 def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relation: str) -> statistics.DpBound:
     import accountants
-    from accountants.api import NeighboringRelation
     from accountants.methods.allocation import AllocationAccountant
 
-    asked = NeighboringRelation[_RELATIONS[relation]]
+    asked = relation_of(relation)
     if accountant == "allocation":
         exact = AllocationAccountant(_ALLOCATION_GRID / epsilon, with_lower=False)
         answer = exact.delta(event, epsilon, relation=asked)

@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -308,6 +308,15 @@ def scheme_of(privacy: PrivacySection) -> Scheme:
     cls = SCHEMES[privacy.sampling]
     values = {field.name: getattr(privacy, field.name) for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def scheme_from_statement(sampling: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a privacy statement names, from :meth:`Scheme.parameters`; ``None`` if it is none of ours."""
+    cls = SCHEMES.get(str(sampling.get("scheme")))
+    if cls is None:
+        return None
+    values = {field.name: sampling.get(field.name) for field in dataclasses.fields(cls)}
+    return None if None in values.values() else cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)

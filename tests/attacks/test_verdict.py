@@ -8,6 +8,7 @@ import accountants
 from attacks.analysis import statistics
 from attacks.analysis.statistics import Interval
 from attacks.analysis.verdict import Cap, Verdict, _tabulate, judge
+from privtrain.privacy.sampling import Poisson
 
 STRONG = Cap(statistics.DpBound(1.0, 0.0), "")
 WEAK = Cap(statistics.DpBound(8.0, 0.0), "")
@@ -59,7 +60,7 @@ def test_the_curve_falls_back_where_the_first_accountant_refuses(monkeypatch):
         return real(event, epsilon, accountant=accountant, relation=relation)
 
     monkeypatch.setattr(accountants, "delta", without_pld)
-    setting = ("poisson", (("sampling_prob", 0.1),), "add_or_remove_one", 1.0, 100, 7.3)
+    setting = (Poisson(0.1), "add_or_remove_one", 1.0, 100, 7.3)
     curve = _tabulate.__wrapped__(*setting)
     assert curve.source == "tilted"
     event = accountants.dp_sgd_event(noise_multiplier=1.0, sampling_prob=0.1, num_steps=100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import json
 import math
 
 import dp_accounting
@@ -27,8 +28,10 @@ from privtrain.privacy.sampling import (
     TruncatedPoisson,
     UnitSampler,
     check_step_size,
+    scheme_from_statement,
 )
 from privtrain.privacy.secret import SecretKey
+from privtrain.run.statement import Sampling
 
 KEY = SecretKey.insecure(0, "schemes")
 EXAMPLES = [Poisson(0.3), TruncatedPoisson(0.3, 9, 30), RandomAllocation(5, 2), RandomAllocation(6), Shuffle(5, 30)]
@@ -281,6 +284,20 @@ def test_simulated_losses_through_the_sampler_lie_in_the_interval(scheme, num_ep
 )
 def test_ten_million_losses_through_the_sampler_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
     check_allocation(scheme, num_epochs, noise, epsilon, 10_000_000)
+
+
+@pytest.mark.parametrize("scheme", EXAMPLES, ids=NAMES)
+def test_the_event_of_the_attacks_cap_is_the_plans(scheme):
+    """One definition: what the statement says of the sampling is all that the attack job needs to account for it."""
+    read = Sampling.model_validate(json.loads(json.dumps(scheme.parameters())))
+    again = scheme_from_statement(read.model_dump())
+    assert again == scheme
+    assert again.event_of_steps(1.1, 7) == scheme.event_of_steps(1.1, 7)
+
+
+@pytest.mark.parametrize("change", [{"scheme": "other"}, {"scheme": None}, {"sampling_prob": None}])
+def test_a_statement_without_a_known_scheme_gives_no_cap(change):
+    assert scheme_from_statement(Poisson(0.3).parameters() | change) is None
 
 
 @pytest.mark.parametrize(
