@@ -44,8 +44,8 @@ def test_a_replayed_run_has_every_row_once_and_the_release_as_an_artifact(tree, 
 @pytest.mark.parametrize("moment", ["before it is installed", "before the mirrors know"])
 def test_release_that_a_crash_kept_from_the_mirrors_is_shown_by_the_next_start(tree, moment, tmp_path, monkeypatch):
     """Every row and the release, once; and a third start shows nothing more."""
-    from privtrain import publish as publishing
-    from privtrain.training import job
+    from privtrain.job import publish as publishing
+    from privtrain.job import train as job
 
     def die(*_):
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from privtrain.config import validate
 from privtrain.config.schema import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, GuaranteeLost
-from privtrain.job import reservation as budget
+from privtrain.job import contributions, reservation
 from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import UnitSampler
@@ -189,12 +189,12 @@ def test_the_statement_says_user_and_how(user_tree, tmp_path, method, capsys):
 def _the_ledger_bounds_users(run, tree):
     """The check before a release reads the ledger, not the selection."""
     corpus, plan = load_corpus(validate(tree).data), PrivacyPlan.build(validate(tree).privacy)
-    budget.check_contributed(RunDirectory(run), corpus, plan)
-    joined = budget.contributions_of(RunDirectory(run), corpus, plan)
+    contributions.check_contributed(RunDirectory(run), corpus, plan)
+    joined = contributions.contributions_of(RunDirectory(run), corpus, plan)
     assert joined
     without = {user: texts for user, texts in corpus.records.items() if user != next(iter(joined))}
     with pytest.raises(GuaranteeLost, match="no user's"):
-        budget.check_contributed(RunDirectory(run), dataclasses.replace(corpus, records=without), plan)
+        contributions.check_contributed(RunDirectory(run), dataclasses.replace(corpus, records=without), plan)
 
 
 def test_a_ledger_with_a_user_above_the_bound_is_not_released(user_tree, tmp_path):
@@ -203,14 +203,14 @@ def test_a_ledger_with_a_user_above_the_bound_is_not_released(user_tree, tmp_pat
     plan = PrivacyPlan.build(validate(user_tree).privacy)
     run, corpus = RunDirectory(tmp_path / "runs" / "tiny"), load_corpus(validate(user_tree).data)
     with pytest.raises(GuaranteeLost, match="allows 2"):
-        budget.check_contributed(run, corpus, dataclasses.replace(plan, records_per_user=2))
+        contributions.check_contributed(run, corpus, dataclasses.replace(plan, records_per_user=2))
 
 
 def test_the_registry_charges_the_user_for_the_mixture(user_tree, tmp_path):
     from accountants.mixtures import composition
 
     plan = PrivacyPlan.build(validate(user_tree).privacy)
-    event = budget._settings(plan).event()
+    event = reservation._settings(plan).event()
     assert event == plan.event_of_steps(plan.num_steps)
     ((step, count),) = composition(event).phases
     assert (len(step.shifts), count) == (4, plan.num_steps)
