@@ -10,7 +10,8 @@ from attacks.errors import AttackInputError
 from attacks.rundir import read_statement
 from attacks.scoring import target as targets
 from privtrain.config import Config, load_config, public_tree, to_yaml
-from privtrain.errors import VerificationFailed
+from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.files import reading
 from privtrain.run import bundle, consistency
 from privtrain.run.directory import RunDirectory
@@ -96,14 +97,28 @@ def read_config(run: RunDirectory) -> Config:
     """The resolved configuration of a run, which must be the one that it published.
 
     Raises:
-        AttackInputError: if it is another one.
-        ConfigError: if it is none.
+        AttackInputError: if it is another one, or none.
     """
     reading.read_bytes(run.resolved_config)  # no link, no pipe
-    config = load_config(run.resolved_config)
+    try:
+        config = load_config(run.resolved_config)
+    except ConfigError as error:
+        raise AttackInputError(f"{' '.join(str(error).split())}; restore it") from None
     if reading.read_bytes(run.config) != to_yaml(public_tree(config)).encode("utf-8"):
         raise AttackInputError(
             f"{run.resolved_config} is not the configuration that {run.config} publishes: one of them was altered; "
             "restore it (paths may change, file names and everything else may not)"
         )
     return config
+
+
+def read_corpus(config: Config) -> Corpus:
+    """The records of a run, as the trainer read them.
+
+    Raises:
+        AttackInputError: in one line, if the files are not there, damaged or of other columns.
+    """
+    try:
+        return load_corpus(config.data, config.performance.index_dir)
+    except ConfigError as error:
+        raise AttackInputError(f"{' '.join(str(error).split())}; restore the files that were trained on") from None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import datetime
 import hashlib
+import io
 import json
 import math
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,8 @@ import pyarrow.parquet
 from attacks.errors import AttackInputError
 from privtrain.config.schema import DataSection, FilesSource
 from privtrain.data import formats
-from privtrain.data.corpus import Corpus, normal_form, owner_of, source_files
+from privtrain.data.corpus import READ_FAULTS, Corpus, NotAnObjectError, normal_form, owner_of, source_files, unreadable
+from privtrain.files import reading
 
 Extras = Mapping[tuple[str, int], Mapping[str, Any]]
 
@@ -124,14 +127,31 @@ def days_of(value: object) -> float | None:
 
 
 def _rows(source: FilesSource) -> Iterator[Mapping[str, Any]]:
+    """Whole rows; the trainer's rules for damage hold for the columns that it does not read, too."""
     for file in source_files(source):
+        number = 0
+        try:
+            for row in _rows_of(file):
+                yield row
+                number += 1
+        except READ_FAULTS as error:
+            raise AttackInputError(f"{unreadable(file, number + 1, error)}; restore it") from None
+
+
+def _rows_of(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+    with reading.opened(file, follow_links=True) as content:
         if file.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(file) as shard:
+            with pyarrow.parquet.ParquetFile(content) as shard:
                 for batch in shard.iter_batches():
                     yield from batch.to_pylist()
-        elif file.suffix == ".csv":
-            with open(file, newline="", encoding="utf-8") as lines:
-                yield from csv.DictReader(lines, strict=True)
-        else:
-            with open(file, encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
+            return
+        lines = io.TextIOWrapper(content, encoding="utf-8", newline="" if file.suffix == ".csv" else None)
+        if file.suffix == ".csv":
+            yield from csv.DictReader(lines, strict=True)
+            return
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise NotAnObjectError
+                yield row

@@ -31,7 +31,7 @@ from attacks.signals import HELD_OUT, SCHEMA_NAME
 from privtrain.config import Config
 from privtrain.config.schema import ModelSection
 from privtrain.data.canaries import canaries_of, plant
-from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
@@ -180,7 +180,7 @@ def prepare_job(
     if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
     tokenizer = load_tokenizer(config.model)
-    natural = load_corpus(data, attacked_config.performance.index_dir)
+    natural = evidence.read_corpus(attacked_config)
     corpus = plant(natural, canaries_of(manifest))
     variants = Variants.parse(options.variants)
     documents = planning.plan_documents(

@@ -17,7 +17,6 @@ from attacks.errors import AttackInputError
 from attacks.reporting.record import read_scoring
 from attacks.scoring.documents import read_manifest
 from attacks.signals import SIGNALS_PATH
-from privtrain.data.corpus import load_corpus
 from privtrain.files.atomic import write_atomically
 from privtrain.files.private import make_private_directory
 from privtrain.run.directory import RunDirectory
@@ -46,7 +45,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
             f"shadows are written for data.format 'text' only and this run has {config.data.format!r}; "
             "score it without shadows"
         )
-    corpus = load_corpus(config.data, config.performance.index_dir)
+    corpus = evidence.read_corpus(config)
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
     run.check_private()

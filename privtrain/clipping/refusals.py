@@ -84,7 +84,7 @@ def has_experts(config: Any) -> bool:
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
-    """The model's configuration, and that of the text model within it."""
+    """The model's configuration, that of the text model within it, and those of parts of that."""
     config = getattr(model, "config", None)
     if config is None or isinstance(config, dict):
         return
@@ -92,6 +92,9 @@ def configs(model: nn.Module) -> Iterator[Any]:
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     if inner is not config:
         yield inner
+    for part in vars(inner).values():  # DBRX keeps its feed-forward layers' settings in one of their own
+        if hasattr(part, "to_dict"):
+            yield part
 
 
 def _router(model: nn.Module) -> str:

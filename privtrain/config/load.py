@@ -13,6 +13,9 @@ import yaml
 
 from privtrain.config.schema import Config
 from privtrain.errors import ConfigError, Fault
+from privtrain.files import reading
+
+_MAX_BYTES = 16 << 20
 
 
 def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
@@ -98,9 +101,10 @@ def _parse_scalar(text: str) -> Any:
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([Fault("", f"no such file: {path}")])
+    content = reading.read_bytes(path, max_bytes=_MAX_BYTES, follow_links=True)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(content.decode("utf-8"))
+    except reading.YAML_FAULTS as error:
         raise ConfigError([Fault("", f"not a YAML file: {' '.join(str(error).split())}")], str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError([Fault("", "the file must hold sections such as run, model, data, privacy")], str(path))

@@ -17,7 +17,8 @@ import numpy as np
 
 from privtrain.config.schema import DataSection
 from privtrain.data.records import Record
-from privtrain.errors import ConfigError, Fault
+from privtrain.errors import ConfigError, DamagedFile, Fault
+from privtrain.files import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,11 @@ class ChatRenderer:
     def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         if data.chat_template_file is not None:
-            tokenizer.chat_template = data.chat_template_file.read_text(encoding="utf-8")
+            content = reading.read_bytes(data.chat_template_file, follow_links=True)
+            try:
+                tokenizer.chat_template = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DamagedFile(data.chat_template_file, f"is not UTF-8 at byte {error.start}") from None
         template = tokenizer.chat_template
         key = "data.chat_template_file"
         if not isinstance(template, str):

@@ -301,11 +301,15 @@ def _file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obj
                         row = _pick(json.loads(line), columns)
                         number += 1
                         yield row
-    except (OSError, ValueError, OverflowError, csv.Error) as error:
-        raise ConfigError([Fault("data.source.paths", _unreadable(file, number + 1, error))]) from None
+    except READ_FAULTS as error:
+        raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error))]) from None
 
 
-def _unreadable(file: pathlib.Path, row: int, error: Exception) -> str:
+#: What reading a damaged file of rows raises.
+READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv.Error, pyarrow.ArrowException)
+
+
+def unreadable(file: pathlib.Path, row: int, error: Exception) -> str:
     """Where and in which way a file cannot be read, without a word of what is in it."""
     match error:
         case OSError(strerror=str(reason)):
@@ -316,20 +320,22 @@ def _unreadable(file: pathlib.Path, row: int, error: Exception) -> str:
             reason = f"not UTF-8 ({error.reason})"
         case csv.Error():
             reason = f"not CSV ({error})"  # the module's own words
-        case _NotAnObjectError():
+        case RecursionError():
+            reason = "nested too deeply"
+        case NotAnObjectError():
             reason = "not a JSON object"
         case _:
             reason = f"{type(error).__name__}, whose message may hold values and is not shown"
     return f"cannot read {file}, in or after row {row}: {reason}"
 
 
-class _NotAnObjectError(ValueError):
+class NotAnObjectError(ValueError):
     """A line of JSON that holds something else than named values."""
 
 
 def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:
     if not isinstance(row, dict):
-        raise _NotAnObjectError
+        raise NotAnObjectError
     return tuple(row.get(column) for column in columns)
 
 
@@ -345,10 +351,10 @@ def _columns(file: pathlib.Path) -> list[str]:
                 return next(csv.reader(lines), [])
             first = json.loads(lines.readline() or "{}")
             if not isinstance(first, dict):
-                raise _NotAnObjectError
+                raise NotAnObjectError
             return list(first)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError([Fault("data.source.paths", _unreadable(file, 1, error))]) from None
+    except READ_FAULTS as error:
+        raise ConfigError([Fault("data.source.paths", unreadable(file, 1, error))]) from None
 
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:

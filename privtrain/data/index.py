@@ -31,6 +31,8 @@ import numpy.typing as npt
 import pyarrow
 
 from privtrain.data.digest import RecordDigest
+from privtrain.errors import DamagedFile
+from privtrain.files import reading
 from privtrain.files.private import check_private_tree, make_private_directory, open_lock_file
 
 SCHEMA = "privtrain/index/1"
@@ -211,8 +213,14 @@ def open_or_build(
                 os.replace(temporary, directory)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    facts = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-    return IndexedRecords.open(directory), facts["counts"], facts["manifest_sha256"]
+    remedy = f"remove {directory}, and it is made again"
+    facts = reading.read_json(directory / "index.json", remedy=remedy)
+    if not isinstance(facts.get("counts"), dict) or not isinstance(facts.get("manifest_sha256"), str):
+        raise DamagedFile(directory / "index.json", "is no description of an index", remedy)
+    try:
+        return IndexedRecords.open(directory), facts["counts"], facts["manifest_sha256"]
+    except (OSError, ValueError) as error:
+        raise DamagedFile(directory, f"cannot be read ({type(error).__name__})", remedy) from None
 
 
 def _build(

@@ -160,6 +160,38 @@ def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = No
         os.close(descriptor)
 
 
+def open_private_file(path: pathlib.Path, flags: int) -> int:
+    """A descriptor of a private file to be written, made if ``flags`` say so; it is 0600 from here on.
+
+    Args:
+        path: the file, in a private directory.
+        flags: of ``os.open``, such as ``os.O_WRONLY | os.O_CREAT | os.O_APPEND``; do not truncate before it is checked.
+
+    Raises:
+        FileNotFoundError: if it is not there and not to be made.
+        UnsafePath: if it is a link or no regular file, is another user's, or has a second name.
+    """
+    assert not flags & os.O_TRUNC
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+            raise UnsafePath(f"{path} is a link or no regular file; restore the file itself") from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnsafePath(f"{path} is no regular file; restore the file itself")
+        _check_owner(path, found)
+        if found.st_nlink != 1:
+            raise UnsafePath(f"{path} has {found.st_nlink} names (hard links), so others may write it; copy it")
+        os.fchmod(descriptor, 0o600)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def open_lock_file(path: pathlib.Path) -> int:
     """A descriptor of a lock file in a private directory, made if it is not there; no link is followed.
 

@@ -33,7 +33,7 @@ _WHAT_IT_IS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 # Everything that PyYAML's safe constructors raise on hostile scalars and keys, beside its own errors.
-_YAML_FAULTS = (
+YAML_FAULTS = (
     yaml.YAMLError,
     ValueError,
     LookupError,
@@ -170,7 +170,7 @@ def read_yaml(
     content = read_bytes(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links)
     try:
         found = yaml.safe_load(content.decode("utf-8"))
-    except _YAML_FAULTS as error:
+    except YAML_FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
         raise DamagedFile(path, f"is not YAML{where}", remedy) from None

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from privtrain.errors import LedgerCorrupt, RunBusy
 from privtrain.files.atomic import sync_directory
+from privtrain.files.private import open_private_file
 from privtrain.ledger.chain import GENESIS, LedgerState
 
 _SLOT_BYTES = 128
@@ -52,13 +53,13 @@ def opened_head(log: pathlib.Path) -> Iterator[HeadFile]:
 
     Raises:
         RunBusy: if another process writes this log.
+        UnsafePath: if the head file is a link, another user's or has a second name.
     """
     path = head_path(log)
     if not path.exists() and log.exists():
         raise LedgerCorrupt(f"{path} is gone, so records cut off the end of {log} would not be missed; restore it")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_private_file(path, os.O_RDWR | os.O_CREAT)
     try:
-        os.fchmod(descriptor, 0o600)
         _lock(descriptor, log)
         if not log.exists() and os.fstat(descriptor).st_size < 2 * _SLOT_BYTES:  # new, or a crash while it was made
             os.pwrite(descriptor, _encode(0, GENESIS) * 2, 0)

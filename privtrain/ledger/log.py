@@ -22,7 +22,7 @@ import numpy as np
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
 from privtrain.files.atomic import sync_directory
-from privtrain.files.private import make_private_directory
+from privtrain.files.private import check_private_directory, make_private_directory, open_private_file
 from privtrain.ledger import merkle
 from privtrain.ledger.bodies import (
     ROW,
@@ -37,7 +37,7 @@ from privtrain.ledger.bodies import (
     to_table,
 )
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
-from privtrain.ledger.head import HeadFile, check_head, opened_head
+from privtrain.ledger.head import HeadFile, check_head, head_path, opened_head
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run.bundle import ReleaseManifest
 
@@ -231,8 +231,8 @@ class Ledger:
         content = to_parquet(to_table(state.open_bodies, rows, state.zeroed))
         _write_new(segment_path(self._path, index), content)
         self._append("seal", segment=index, num_rows=len(rows), num_bytes=len(content), chunks=chunk_hashes(content))
-        self._rows.close()
-        self._rows = _Appender(rows_path(self._path, index + 1))
+        sealed, self._rows = self._rows, _Appender(rows_path(self._path, index + 1))
+        sealed.close()
         self._open_rows = [np.zeros(0, dtype=ROW)]
         rows_path(self._path, index).unlink()
 
@@ -259,14 +259,20 @@ def open_ledger(
     Raises:
         LedgerCorrupt: if anything but an unfinished tail is wrong, or the log belongs to another plan or key.
         RunBusy: if another process has it open.
+        UnsafePath: if a file of it is a link, another user's or has a second name, or its directory is not private.
     """
-    _refuse_first_format(path)
+    check_private_directory(path.parent)
     make_private_directory(directory_of(path))
+    for file in (path, head_path(path)):
+        _check_file(file)
+    _refuse_first_format(path)
     with opened_head(path) as head:
         state, end = replay(path) if path.exists() else (LedgerState(), 0)
         lag = check_head(path, state, end)
         for index, segment in enumerate(state.segments):
+            _check_file(segment_path(path, index))
             check_segment_file(path, index, segment)
+        _check_file(rows_path(path, len(state.segments)))
         open_rows, num_torn_row_bytes = read_open(path, state)
         if state.num_records:
             _check_owner(path, state, plan_fingerprint, pseudonym_key)
@@ -339,11 +345,17 @@ def _body(
     return [units[i][0] for i in order], rows, root
 
 
+def _check_file(path: pathlib.Path) -> None:
+    """Refuse a file whose content would come from, or go, elsewhere."""
+    if os.path.lexists(path):
+        os.close(open_private_file(path, os.O_RDONLY))
+
+
 def _cut(path: pathlib.Path, size: int) -> int:
     """Cut a file to ``size`` and return how many bytes went."""
     excess = path.stat().st_size - size if path.exists() else 0
     if excess > 0:
-        with open(path, "r+b") as file:
+        with os.fdopen(open_private_file(path, os.O_RDWR), "r+b") as file:
             file.truncate(size)
             os.fsync(file.fileno())
     return max(excess, 0)
@@ -356,8 +368,8 @@ def _drop_leftovers(path: pathlib.Path, num_segments: int) -> None:
 
 
 def _write_new(path: pathlib.Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with os.fdopen(open_private_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        file.truncate()  # what a crash left
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -370,8 +382,7 @@ class _Appender:
     def __init__(self, path: pathlib.Path) -> None:
         is_new = not path.exists()
         self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.fchmod(self._descriptor, 0o600)
+        self._descriptor = open_private_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if is_new:
             sync_directory(path.parent)
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import pathlib
+import types
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from attacks import evidence
 from attacks.analysis.analyse import analyse_run
 from attacks.errors import AttackInputError
+from attacks.scoring import columns
 from attacks.scoring.columns import days_of, read_columns, spans_of
 from attacks.scoring.documents import read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
-from privtrain.data.corpus import load_corpus
+from privtrain.config.schema import DataSection, PerformanceSection
+from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
@@ -133,3 +143,62 @@ def test_a_date_that_is_no_finite_number_is_refused(value):
 def test_spans_that_are_none_are_refused(value):
     with pytest.raises(AttackInputError, match="spans column"):
         spans_of(value, 0)
+
+
+def written(kind: str, place: pathlib.Path) -> pathlib.Path:
+    rows = [{"user": f"user-{n:03d}", "text": f"says {n}", "day": str(n)} for n in range(30)]
+    path = place / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def read_all(path: pathlib.Path, known: Corpus) -> None:
+    data = DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}})
+    config: Any = types.SimpleNamespace(data=data, performance=PerformanceSection())
+    evidence.read_corpus(config)
+    read_columns(data, known, ["day"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_damage_at_any_byte_of_the_rows_is_one_line_without_a_value(kind, tmp_path):
+    path, rng = written(kind, tmp_path), np.random.default_rng(0)
+    content = path.read_bytes()
+    known = load_corpus(DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}}))
+    read_all(path, known)
+    told = []
+    for place in rng.integers(0, len(content), 60).tolist():
+        flipped = bytearray(content)
+        flipped[place] ^= int(rng.integers(1, 256))
+        deep = content[:place] + b"[" * 100_000 + content[place:]
+        for spoiled in (bytes(flipped), content[:place], deep):
+            path.write_bytes(spoiled)
+            try:
+                read_all(path, known)
+            except PrivtrainError as error:
+                told.append((error.exit_code, str(error)))
+    assert len(told) > 30
+    for code, message in told:
+        assert code == EXIT_WRONG_INPUT
+        assert not any(part in message for part in ("\n", "user-0", "says")), message
+    path.write_bytes(content)
+    aside = path.rename(tmp_path / "aside")
+    path.symlink_to(aside)  # data may lie behind links
+    read_all(path, known)
+
+
+def test_mutant_without_the_guard_ends_in_a_traceback(tmp_path, monkeypatch):
+    path = written("parquet", tmp_path)
+    data = DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}})
+    known = load_corpus(data)
+    monkeypatch.setattr(columns, "READ_FAULTS", ())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(pa.ArrowInvalid):
+        read_columns(data, known, ["day"])

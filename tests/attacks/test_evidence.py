@@ -503,6 +503,14 @@ def test_the_configuration_must_be_the_published_one(run):
     refused(lambda: score_run(run, OPTIONS), "config.yaml")
 
 
+def test_a_cut_configuration_is_one_line(run):
+    path = run / "secret" / "config.yaml"
+    content = path.read_bytes()
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place])
+        refused(lambda: evidence.read_config(RunDirectory(run)), "config.yaml")
+
+
 def test_the_signals_schema_is_unchanged(run):
     assert pq.read_schema(run / SIGNALS_PATH).equals(signals.SCHEMA)
 

@@ -23,7 +23,7 @@ from privtrain.data.index import IndexedRecords, open_or_build
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.data.units_on_disk import units_on_disk
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, DamagedFile
 from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
@@ -111,6 +111,26 @@ def test_nobody_else_may_read_it_and_the_sorted_rows_are_gone(tmp_path):
         "user_ends.u64",
         "users.bin",
     ]
+
+
+def test_a_damaged_index_is_named_and_says_how_it_is_made_again(tmp_path):
+    """Its description at any byte; its arrays where their sizes cannot be."""
+    pattern = shards(tmp_path, [("al", "one"), ("bo", "two"), ("al", "three")])
+    load_corpus(section(pattern), tmp_path / "index")
+    (found,) = (tmp_path / "index").rglob("index.json")
+    content = found.read_bytes()
+    for place in range(0, len(content), 7):
+        found.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        with pytest.raises(DamagedFile, match=r"index.json .*is made again"):
+            load_corpus(section(pattern), tmp_path / "index")
+    found.write_bytes(b"{}")
+    with pytest.raises(DamagedFile, match="no description of an index"):
+        load_corpus(section(pattern), tmp_path / "index")
+    found.write_bytes(content)
+    ends = found.parent / "record_ends.u64"
+    ends.write_bytes(ends.read_bytes()[:-3])
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        load_corpus(section(pattern), tmp_path / "index")
 
 
 def test_a_pass_that_fails_leaves_no_index(tmp_path):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
-from privtrain.ledger import charged_units, merkle, read_records, verify
+from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy, UnsafePath
+from privtrain.ledger import charged_units, log, merkle, read_records, verify
 from privtrain.ledger.bodies import ROW, rows_path, segment_path
 from privtrain.ledger.head import head_path
 from privtrain.ledger.log import verify_chain
@@ -468,3 +468,63 @@ def test_after_a_loss_of_power_nothing_that_was_acknowledged_is_missing(tmp_path
                 assert found <= num_acknowledged + 1
             verify(path)
             assert all(contents(path)[0, step] == by_pseudonym(units_of(step)) for step in range(state.num_charged))
+
+
+def parts_of_an_open_log(path):
+    """What a writer will write to, and a segment that it goes on from where there is one."""
+    number = len(verify(path).segments) if path.exists() else 0
+    return [path, head_path(path), rows_path(path, number), rows_path(path, number + 1), segment_path(path, 0)]
+
+
+@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe", "directory"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_planted_file_is_neither_read_nor_written_through(tmp_path, part, kind, begun):
+    """A link would send who took part elsewhere; content behind one is somebody else's."""
+    path = tmp_path / "l.jsonl"
+    victim = tmp_path / "victim"
+    if begun:
+        write_steps(path, 12, segment_rows=20)
+    planted = parts_of_an_open_log(path)[part]
+    content = planted.read_bytes() if planted.exists() else b""
+    planted.unlink(missing_ok=True)
+    planted.parent.mkdir(mode=0o700, exist_ok=True)
+    victim.write_bytes(content)
+    victim.chmod(0o644)
+    if kind == "link":
+        planted.symlink_to(victim)
+    elif kind == "second name":
+        planted.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(planted)
+    else:
+        planted.mkdir()
+    with pytest.raises((UnsafePath, LedgerCorrupt, IsADirectoryError)) as caught:
+        write_steps(path, 30, segment_rows=20)
+    assert planted.name in str(caught.value)
+    assert victim.read_bytes() == content
+    assert victim.stat().st_mode & 0o777 == 0o644
+
+
+def test_directory_of_a_log_that_others_can_enter_is_refused(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir(mode=0o755)
+    with pytest.raises(UnsafePath, match="can be read by other users"):
+        write_steps(place / "l.jsonl")
+    place.chmod(0o700)
+    write_steps(place / "l.jsonl", 2)
+    (tmp_path / "link").symlink_to(place)
+    with pytest.raises(UnsafePath, match="is a link"):
+        write_steps(tmp_path / "link" / "l.jsonl", 4)
+
+
+def test_mutant_that_opens_plainly_writes_through_a_link(tmp_path, monkeypatch):
+    """What the check is for: without it rows of a step end up where a link leads."""
+    path, victim = tmp_path / "l.jsonl", tmp_path / "victim"
+    rows = rows_path(path, 0)
+    rows.parent.mkdir(mode=0o700)
+    rows.symlink_to(victim)
+    monkeypatch.setattr(log, "open_private_file", lambda path, flags: os.open(path, flags, 0o600))
+    monkeypatch.setattr(log, "_check_file", lambda path: None)
+    write_steps(path, 3)
+    assert victim.stat().st_size > 0

@@ -365,6 +365,25 @@ def test_model_that_reads_padding_is_refused():
         start(with_layer(CountsTokens()))
 
 
+def tiny_experts(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    if kind == "mixtral":
+        config = hf.MixtralConfig(**{**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2})
+        return hf.MixtralForCausalLM(config)
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 258}
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    return hf.DbrxForCausalLM(
+        hf.DbrxConfig(**sizes, ffn_config=experts, attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0})
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["mixtral", "dbrx"])
+def test_experts_start_one_unit_at_a_time(kind, seed):
+    """Padding goes to experts too, and their number of tokens rounds the others; DBRX hides how many experts it has."""
+    assert start(tiny_experts(kind, seed)) == "one_unit"
+
+
 def test_mixing_in_the_backward_pass_is_found():
     with pytest.raises(SelfTestFailed, match=r"is off by|backward pass"):
         start(with_layer(MixesBackwards()), route="batched")
