@@ -24,6 +24,7 @@ from attacks.scoring import documents, planned, score
 from attacks.scoring import target as targets
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals
+from privtrain.config import public_tree, to_yaml
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.files.atomic import write_json
 from privtrain.job.train import train
@@ -504,11 +505,19 @@ def test_the_configuration_must_be_the_published_one(run):
 
 
 def test_a_cut_configuration_is_one_line(run):
-    path = run / "secret" / "config.yaml"
+    """Unless what is gone says what holds without it: then the configuration is the published one."""
+    path, num_refused = run / "secret" / "config.yaml", 0
     content = path.read_bytes()
     for place in range(0, len(content), 97):
         path.write_bytes(content[:place])
-        refused(lambda: evidence.read_config(RunDirectory(run)), "config.yaml")
+        try:
+            found = evidence.read_config(RunDirectory(run))
+        except PrivtrainError:
+            num_refused += 1
+            refused(lambda: evidence.read_config(RunDirectory(run)), "config.yaml")
+        else:
+            assert to_yaml(public_tree(found)) == (run / "config.yaml").read_text()
+    assert num_refused > 10
 
 
 def test_the_signals_schema_is_unchanged(run):
