@@ -17,9 +17,15 @@ LAUNCH := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 
 # Shell scripts: of the launchers, the images and CI.
-SCRIPTS := launch/torchrun.sh launch/slurm/*.sbatch launch/wandb/*.sh docker/entrypoint.sh .ci/run
+SCRIPTS := launch/torchrun.sh launch/check_wheel.sh launch/slurm/*.sbatch launch/wandb/*.sh docker/entrypoint.sh .ci/run
 
-.PHONY: demo test campaign faults lint format install clean
+# The tests of `make test-fast`: they need no model, and a test asserts that they never import torch.
+FAST_TESTS := tests/accountants tests/privtrain/test_config_reference.py \
+	tests/attacks/test_auroc.py tests/attacks/test_roc.py tests/attacks/test_intervals.py tests/attacks/test_caps.py \
+	tests/attacks/test_statistics_known_answers.py tests/attacks/test_audit_bounds.py tests/attacks/test_audit_plan.py \
+	tests/attacks/test_verdict.py tests/attacks/test_blind_baseline.py
+
+.PHONY: demo test test-fast campaign faults lint format release install clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +48,10 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
+# Under two minutes on two cores; never imports torch. CONTRIBUTING.md describes the tiers.
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not campaign" $(FAST_TESTS)
+
 campaign: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign --timeout 3600 tests tests/bench -s
 
@@ -60,6 +70,15 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Build sdist and wheel, install the wheel into a clean environment outside the checkout, and run it there. Uploads nothing.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' privtrain/__init__.py)
+release: install
+	grep -q "^## \[$(VERSION)\]" CHANGELOG.md || { echo "CHANGELOG.md has no section [$(VERSION)]"; exit 1; }
+	grep -q "^version: $(VERSION)$$" CITATION.cff || { echo "CITATION.cff is not of version $(VERSION)"; exit 1; }
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
+	launch/check_wheel.sh dist/privtrain-$(VERSION)-py3-none-any.whl $(VERSION)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist

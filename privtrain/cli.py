@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+import privtrain
 from privtrain.command import run_command
 from privtrain.errors import PrivtrainError
 from privtrain.ledger_cli import RunPath, ledger_app
@@ -25,6 +26,22 @@ app.add_typer(track_app, name="track")
 app.add_typer(registry_commands.app, name="registry")
 ledger_app.command("forget")(registry_commands.forget)
 ledger_app.command("serve")(registry_commands.serve)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(privtrain.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigPath = Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -194,11 +211,16 @@ def study(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration."""
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page that lists every key.")] = False,
+) -> None:
+    """Print the schema of the configuration: JSON schema, or a page for readers."""
     from privtrain.config import Config
+    from privtrain.config.reference import markdown_reference
 
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    typer.echo(
+        markdown_reference(Config) if markdown else json.dumps(Config.model_json_schema(), indent=2), nl=not markdown
+    )
 
 
 @registry_commands.app.command("refund")

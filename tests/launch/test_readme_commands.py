@@ -196,7 +196,7 @@ def test_other_programs_within_sentences_are_there():
         text = path.read_text(encoding="utf-8")
         for module in re.findall(r"python -m ([\w.]+)", text):
             assert importlib.util.find_spec(module) is not None, (path, module)
-        for target in re.findall(r"`make ([a-z]+)", text):
+        for target in re.findall(r"`make ([a-z-]+)", text):
             assert target in make_targets(), (path, target)
         for extra in re.findall(r"pip install 'privtrain\[(\w+)\]'", text):
             assert extra in extras["optional-dependencies"], (path, extra)
