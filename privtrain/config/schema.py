@@ -345,7 +345,9 @@ class PrivacySection(Section):
     steps_per_unit: int | None = Field(
         default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins (default 1)."
     )
-    expected_batch_size: float = Field(gt=0, description="Constant that the noisy sum of a step is divided by.")
+    expected_batch_size: float = Field(
+        gt=0, description="Constant that the noisy sum of a step is divided by; at most 2,097,152."
+    )
     clipping_norm: float = Field(
         default=1.0, ge=1e-12, le=1e12, description="Norm C that each unit's gradient is clipped to."
     )
