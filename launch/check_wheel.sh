@@ -12,5 +12,5 @@ test "$(venv/bin/privtrain --version)" = "$version"
 for program in privtrain attacks accountants; do venv/bin/$program --help >/dev/null; done
 venv/bin/privtrain schema >/dev/null
 venv/bin/accountants epsilon -s 1 -q 0.01 -t 100 -d 1e-5
-venv/bin/python -c 'import attacks.registry as r; print(len(r.ATTACKS), "attacks")'
+venv/bin/python -c 'import attacks.analysis.registry as r; print(len(r.ATTACKS), "attacks")'
 echo "$(basename "$wheel") works from $away"
