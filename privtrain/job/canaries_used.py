@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from privtrain.data.canaries import Canary
 from privtrain.data.manifest import USED_SCHEMA, with_contributions
 from privtrain.data.units import UnitData
-from privtrain.ledger import LedgerState, charged_units
+from privtrain.ledger.bodies import charged_units
+from privtrain.ledger.chain import LedgerState
 from privtrain.privacy.secret import pseudonym
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed

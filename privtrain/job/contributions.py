@@ -11,7 +11,8 @@ from privtrain.errors import (
     GuaranteeLost,
     LedgerCorrupt,
 )
-from privtrain.ledger import charged_units, verify_chain
+from privtrain.ledger.bodies import charged_units
+from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import pseudonym
 from privtrain.run.directory import RunDirectory

@@ -7,8 +7,8 @@ import json
 from privtrain.data.manifest import read_sealed, split_commitment
 from privtrain.errors import LedgerCorrupt
 from privtrain.job.resume import verified_state
-from privtrain.ledger import LedgerState, verify_chain
-from privtrain.ledger.log import blinded_plan, key_commitment
+from privtrain.ledger.chain import LedgerState
+from privtrain.ledger.log import blinded_plan, key_commitment, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.registry.evidence import NOTHING, LedgerEvidence
 from privtrain.run.directory import RunDirectory

@@ -20,7 +20,7 @@ from typing import Any
 
 from privtrain.errors import GuaranteeLost
 from privtrain.files.atomic import sync_directory, sync_file, sync_tree, temporary_of, write_atomically, write_json
-from privtrain.ledger import Ledger, verify_chain
+from privtrain.ledger.log import Ledger, verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle
 from privtrain.run.bundle import ReleaseManifest

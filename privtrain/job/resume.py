@@ -32,9 +32,10 @@ from collections import Counter
 
 from privtrain.errors import LedgerCorrupt
 from privtrain.job import checkpoint
-from privtrain.ledger import LedgerState, verify_chain
 from privtrain.ledger.bodies import directory_of
+from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.head import head_path
+from privtrain.ledger.log import verify_chain
 from privtrain.run.directory import RunDirectory
 
 

@@ -20,8 +20,9 @@ from privtrain.inputs import Inputs
 from privtrain.job import checkpoint
 from privtrain.job.environment import check_ranks_agree
 from privtrain.job.resume import Continuation, decide, next_generation, traces
-from privtrain.ledger import Ledger, LedgerState, open_ledger
+from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.head import head_path
+from privtrain.ledger.log import Ledger, open_ledger
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
 from privtrain.run.sealing import write_sealed

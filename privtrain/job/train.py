@@ -38,7 +38,7 @@ from privtrain.job.session import (
 )
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
-from privtrain.ledger import Ledger
+from privtrain.ledger.log import Ledger
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import check_step_size
 from privtrain.privacy.secret import SecretKey

@@ -19,7 +19,7 @@ from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
-from privtrain.ledger import Ledger
+from privtrain.ledger.log import Ledger
 from privtrain.models.losses import CausalLM, Objective
 from privtrain.privacy.plan import PrivacyPlan, finite
 from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal

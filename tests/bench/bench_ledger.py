@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from privtrain.ledger import open_ledger, verify, verify_chain
+from privtrain.ledger.log import open_ledger, verify, verify_chain
 from privtrain.ledger.proof import check_proof, prove
 from privtrain.ledger.query import opened_contributions
 from privtrain.privacy.secret import SecretKey, pseudonym

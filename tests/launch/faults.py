@@ -28,7 +28,8 @@ import numpy as np
 
 from privtrain.config import load_config
 from privtrain.errors import PrivtrainError
-from privtrain.ledger import read_records, verify
+from privtrain.ledger.chain import read_records
+from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from privtrain.privacy.plan import PrivacyPlan
 from tests.cluster import BACKENDS, PHASES, Fault, Job

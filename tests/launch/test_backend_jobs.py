@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from privtrain.job.train import train
-from privtrain.ledger import verify
+from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from tests.conftest import write_config
 from tests.jobs import REPOSITORY

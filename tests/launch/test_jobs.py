@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from privtrain.ledger import read_records, verify
+from privtrain.ledger.chain import read_records
+from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from tests import jobs
 from tests.conftest import save_tiny_llama, write_config, write_users

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from privtrain.ledger import verify
+from privtrain.ledger.log import verify
 from tests import hosts, jobs
 from tests.cluster import Job
 from tests.conftest import save_tiny_llama, write_users

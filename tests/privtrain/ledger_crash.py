@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from privtrain.errors import LedgerCorrupt
-from privtrain.ledger import verify
+from privtrain.ledger.log import verify
 from tests.privtrain.ledgers import by_pseudonym, contents, opened, units_of
 
 _SEGMENT_ROWS = 25

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from privtrain.ledger import open_ledger
 from privtrain.ledger.bodies import each_segment
 from privtrain.ledger.chain import lines_of, make_line, replay
 from privtrain.ledger.head import _encode, head_path
-from privtrain.ledger.log import verify_chain
+from privtrain.ledger.log import open_ledger, verify_chain
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run.bundle import ReleaseManifest
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import strategies as st
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy, UnsafePath
-from privtrain.ledger import charged_units, log, merkle, read_records, verify
-from privtrain.ledger.bodies import ROW, rows_path, segment_path
+from privtrain.ledger import log, merkle
+from privtrain.ledger.bodies import ROW, charged_units, rows_path, segment_path
+from privtrain.ledger.chain import read_records
 from privtrain.ledger.head import head_path
-from privtrain.ledger.log import verify_chain
+from privtrain.ledger.log import verify, verify_chain
 from privtrain.privacy.secret import pseudonym
 from tests.privtrain.ledgers import (
     KEY,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from privtrain.errors import LedgerCorrupt
-from privtrain.ledger import verify
 from privtrain.ledger.bodies import rows_path
 from privtrain.ledger.head import head_path
+from privtrain.ledger.log import verify
 from tests.privtrain.ledgers import contents, could_be_torn, files_of, opened, restore, snapshot, write_steps
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

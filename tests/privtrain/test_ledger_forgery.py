@@ -11,9 +11,10 @@ import pytest
 
 from privtrain.errors import LedgerCorrupt, ProofRejected
 from privtrain.ledger import bodies as ledger_bodies
-from privtrain.ledger import merkle, read_records, verify
+from privtrain.ledger import merkle
 from privtrain.ledger.bodies import ROW, rows_path
-from privtrain.ledger.chain import lines_of
+from privtrain.ledger.chain import lines_of, read_records
+from privtrain.ledger.log import verify
 from privtrain.ledger.proof import check_proof, prove, read_proof
 from privtrain.privacy.secret import pseudonym
 from tests.privtrain.ledgers import KEY, _write_head, forge, opened, write_steps

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import strategies as st
 
 from privtrain.errors import LedgerCorrupt, ProofRejected
-from privtrain.ledger import merkle, verify
+from privtrain.ledger import merkle
 from privtrain.ledger.bodies import rows_path
+from privtrain.ledger.log import verify
 from privtrain.ledger.proof import check_proof, prove
 from privtrain.privacy.secret import SecretKey, pseudonym
 from tests.privtrain.ledgers import KEY, opened, units_of, write_steps

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from privtrain.cli import app
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, PrivtrainError, ProofRejected
 from privtrain.files.atomic import write_atomically, write_json
-from privtrain.ledger import verify
 from privtrain.ledger.bodies import segment_path
+from privtrain.ledger.log import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.shred import shred
 from privtrain.ledger.view import print_ledger, print_user, prove_run, verify_run

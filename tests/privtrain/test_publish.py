@@ -14,7 +14,7 @@ from privtrain.config import validate
 from privtrain.errors import GuaranteeLost, VerificationFailed
 from privtrain.job.publish import complete_release, publish
 from privtrain.job.train import train
-from privtrain.ledger import verify_chain
+from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle
 from privtrain.run.directory import RunDirectory

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from privtrain.config import validate
 from privtrain.errors import LedgerCorrupt, PrivtrainError
 from privtrain.job.train import train
-from privtrain.ledger import read_records
+from privtrain.ledger.chain import read_records
 from privtrain.ledger.view import print_ledger, verify_run
 from privtrain.tracking import METRICS, Release
 from privtrain.tracking.trackers import JsonlTracker, ReleaseGate

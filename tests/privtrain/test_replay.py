@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from privtrain.backends import LocalBackend
 from privtrain.errors import GuaranteeLost
 from privtrain.job.train import train
-from privtrain.ledger import verify_chain
+from privtrain.ledger.log import verify_chain
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.ledgers import opened

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from privtrain.errors import LedgerCorrupt
 from privtrain.job.resume import Continuation, decide, next_generation
-from privtrain.ledger import LedgerState, StepEntry
+from privtrain.ledger.chain import LedgerState, StepEntry
 
 
 def state_of(path: list[tuple[int, int]], generation: int = 0, num_abandoned: int = 0) -> LedgerState:

@@ -9,7 +9,7 @@ import torch
 
 import privtrain.models.losses
 from privtrain.job.train import train
-from privtrain.ledger import verify
+from privtrain.ledger.log import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.view import pseudonym_of
 from privtrain.models.losses import row_losses
