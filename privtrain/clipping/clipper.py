@@ -505,8 +505,8 @@ class PerUnitClipper:
 
     def _factors(self, squares: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """[groups, units] clipping factors; 0 for units that are not finite."""
-        norms = styles.group_norms(squares, self._groups)
-        return torch.where(self._is_lost(owners), 0.0, styles.factors(self._style, norms, self._clipping_norm))
+        norms = styles.group_norms(squares, self._groups).masked_fill(self._is_lost(owners), torch.inf)
+        return styles.factors(self._style, norms, self._clipping_norm)
 
     def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
         """[units] whether a loss is not a number; its gradient may be one."""
