@@ -393,8 +393,9 @@ class PerUnitClipper:
         longer = self._longer(gradients, squares, together)
         taken_back = torch.zeros_like(weights)
         taken_back[:, longer] = -weights[:, longer]
-        with exact_fp32(self._device):
-            gradients.add_weighted(self.total, taken_back)
+        if longer:
+            with exact_fp32(self._device):
+                gradients.add_weighted(self.total, taken_back)
         together[longer] = False
         self._count(squares, factors, together, batch.owners)
         for index in sorted(apart) + longer:

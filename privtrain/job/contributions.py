@@ -7,10 +7,7 @@ from collections.abc import Iterator, Set
 from privtrain.data.corpus import Corpus
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import example_name
-from privtrain.errors import (
-    GuaranteeLost,
-    LedgerCorrupt,
-)
+from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger.bodies import charged_units
 from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan

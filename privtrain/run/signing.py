@@ -96,7 +96,7 @@ def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool)
 
     encoded = None if password is None else password.encode("utf-8")
     content = read_private_file(path)
-    if not _is_encrypted(path):
+    if not _is_encrypted(content):
         encoded = None  # a password that another key needs
     elif encoded is None:
         raise ValueError(f"it is encrypted; set {PASSWORD_VARIABLE}")
@@ -108,9 +108,9 @@ def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool)
     return key.public_key()
 
 
-def _is_encrypted(path: pathlib.Path) -> bool:
+def _is_encrypted(content: bytes) -> bool:
     """Both PEM forms of an encrypted key say so in clear."""
-    return b"ENCRYPTED" in read_private_file(path)
+    return b"ENCRYPTED" in content
 
 
 _NOT_INSTALLED = "needs the package model-signing, which is not installed: pip install 'privtrain[signing]'"
@@ -156,7 +156,9 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
     try:
         if keys.certificate is None:
             # The library hands the password on to cryptography, which takes bytes.
-            encoded = None if password is None or not _is_encrypted(keys.key) else password.encode("utf-8")
+            encoded = (
+                None if password is None or not _is_encrypted(read_private_file(keys.key)) else password.encode("utf-8")
+            )
             config.use_elliptic_key_signer(private_key=keys.key, password=encoded)
         else:
             config.use_certificate_signer(

@@ -1,4 +1,4 @@
-"""The privacy statement, privacy.json: one model, written by the trainer and read by ledger, registry and attacks."""
+"""The privacy statement, ``privacy.json``: what the trainer writes, verification makes again, and others read."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ from privtrain.privacy.sampling import (
     RandomAllocation,
     Shuffle,
     TruncatedPoisson,
-    UnitSampler,
     check_step_size,
     scheme_from_statement,
 )
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.statement import Sampling
+from tests.privtrain.test_sampling import sampler_of
 
 KEY = SecretKey.insecure(0, "schemes")
 EXAMPLES = [Poisson(0.3), TruncatedPoisson(0.3, 9, 30), RandomAllocation(5, 2), RandomAllocation(6), Shuffle(5, 30)]
@@ -54,10 +54,6 @@ def plan_of(tree, name, **changes) -> PrivacyPlan:
     privacy = {k: v for k, v in tree["privacy"].items() if k != "sampling_prob"}
     tree["privacy"] = privacy | {"sampling": name} | PRIVACY[name] | changes
     return PrivacyPlan.build(validate(tree).privacy)
-
-
-def sampler_of(plan: PrivacyPlan, key: SecretKey, num_records, first_step: int = 0) -> UnitSampler:
-    return UnitSampler(plan.scheme, plan.records_per_unit, key, num_records, first_step)
 
 
 def test_the_schema_knows_every_scheme_with_its_keys_relations_and_accountants():
