@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from privtrain.files.private import make_private_directory
 from privtrain.ledger.log import open_ledger, verify, verify_chain
 from privtrain.ledger.proof import check_proof, prove
 from privtrain.ledger.query import opened_contributions
@@ -108,7 +109,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         place = arguments.directory or pathlib.Path(scratch)
-        place.mkdir(parents=True, exist_ok=True)
+        make_private_directory(place)
         phases = ["append", "chain", "verify", "user", "stats", "top", "prove"]
         for phase in phases if not (place / "ledger.jsonl").exists() else phases[1:]:
             command = [sys.executable, "-m", "tests.bench.bench_ledger", "--phase", phase, "--directory", str(place)]

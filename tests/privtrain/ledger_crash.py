@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from privtrain.errors import LedgerCorrupt
+from privtrain.files.private import make_private_directory
 from privtrain.ledger.log import verify
 from tests.privtrain.ledgers import by_pseudonym, contents, opened, units_of
 
@@ -96,7 +97,7 @@ def main(place: pathlib.Path, num_trials: int, seed: int) -> None:
     for trial in range(num_trials):
         if trial % _TRIALS_OF_A_LOG == 0:
             path, charged, committed = place / f"log-{trial}" / "ledger.jsonl", 0, 0
-            path.parent.mkdir(parents=True)
+            make_private_directory(path.parent)
         delay = float(rng.uniform(0, 0.004)) * bool(rng.integers(4))
         one = one_trial(path, int(rng.integers(0, 9)), delay)
         # An intent that an earlier writer left open is told again when it is begun again, so count what is on disk.
