@@ -15,7 +15,6 @@ from attacks.analysis.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RE
 
 TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
 
-_NUM_BAND_RESAMPLES = 1000
 _NUM_SECONDARY_RESAMPLES = 1000
 _MAX_BAND_POINTS = 100
 _MAX_BINS = 30
@@ -109,7 +108,7 @@ def evaluate(
         "verdict_reason": reason,
         "verdict_level": verdict_level,
         "verdict_lower": judged.lower,
-        "tpr_at_fpr": [_operating_point(statistic, target, cap) for target in TARGET_FPRS],
+        "tpr_at_fpr": operating_points(statistic, cap, seed),
     }
     if statistic.owners is None:
         # Both take the units as independent; records of one user are not.
@@ -120,7 +119,7 @@ def evaluate(
     else:
         facts["p_value"] = statistics.cluster_p_value(held_in, held_out, *statistic.owners)
     if statistic.is_detailed:
-        facts |= {"roc": _roc(held_in, held_out, cap, seed), "histogram": histogram(held_in, held_out)}
+        facts |= {"roc": _roc(held_in, held_out, cap), "histogram": histogram(held_in, held_out)}
     return facts
 
 
@@ -160,41 +159,62 @@ def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]
     return found
 
 
-def _operating_point(statistic: Statistic, target_fpr: float, cap: verdict.Cap) -> dict[str, object]:
-    """One row of the table of true positive rates."""
-    point = statistics.tpr_at_fpr(statistic.held_in, statistic.held_out, target_fpr)
-    allowed = point.num_false_positives_allowed
-    return {
-        "target_fpr": point.target_fpr,
-        "is_resolved": point.is_resolved,
-        "num_false_positives": point.num_false_positives,
-        "num_held_out": point.num_held_out,
-        "achieved_fpr": point.achieved_fpr,
-        "num_true_positives": point.num_true_positives,
-        "num_held_in": point.num_held_in,
-        "tpr": point.tpr,
-        "tpr_interval": [point.tpr_interval.lower, point.tpr_interval.upper],
-        "tpr_cap": cap.tpr(allowed, point.num_held_out),
-    }
+def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[dict[str, object]]:
+    """The table of true positive rates.
+
+    Records of one user rise and fall together, so of records one of each user counts, drawn at random.
+
+    Args:
+        statistic: what is judged.
+        cap: what the run's claim allows.
+        seed: of the draw of records.
+    """
+    sides = [statistic.held_in, statistic.held_out]
+    if statistic.owners is not None:
+        rng = np.random.default_rng(seed)
+        sides = [_one_of_each(side, owner, rng) for side, owner in zip(sides, statistic.owners, strict=True)]
+    found: list[dict[str, object]] = []
+    for target in TARGET_FPRS:
+        point = statistics.tpr_at_fpr(sides[0], sides[1], target)
+        allowed = point.num_false_positives_allowed
+        found.append(
+            {
+                "target_fpr": point.target_fpr,
+                "is_resolved": point.is_resolved,
+                "num_false_positives": point.num_false_positives,
+                "num_held_out": point.num_held_out,
+                "achieved_fpr": point.achieved_fpr,
+                "num_true_positives": point.num_true_positives,
+                "num_held_in": point.num_held_in,
+                "tpr": point.tpr,
+                "tpr_interval": [point.tpr_interval.lower, point.tpr_interval.upper],
+                "tpr_cap": cap.tpr(allowed, point.num_held_out),
+            }
+        )
+    return found
 
 
-def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap, seed: int) -> dict[str, object]:
+def _one_of_each(scores: FloatArray, owners: np.ndarray, rng: np.random.Generator) -> FloatArray:
+    """One score of each owner, each of theirs as likely as any other."""
+    order = rng.permutation(scores.size)
+    return scores[order[np.unique(owners[order], return_index=True)[1]]]
+
+
+def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap) -> dict[str, object]:
     """The corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
     exponents = np.linspace(0.0, 1.0, _MAX_BAND_POINTS)
     num_allowed = np.unique(np.concatenate([[0], np.round(held_out.size**exponents)])).astype(int)
-    num_allowed = num_allowed[num_allowed < held_out.size]
-    tpr, lower, upper = statistics.roc_band(
-        held_in, held_out, num_allowed, num_resamples=_NUM_BAND_RESAMPLES, seed=seed
-    )
+    allowed = num_allowed[num_allowed < held_out.size].tolist()
+    band = [statistics.rate_interval(held_in, held_out, count) for count in allowed]
+    thresholds = np.sort(held_out)[::-1]
     fpr_corners, tpr_corners = statistics.roc_points(held_in, held_out)
-    allowed = num_allowed.tolist()
     return {
         "corners": {"fpr": fpr_corners.tolist(), "tpr": tpr_corners.tolist()},
         "num_false_positives_allowed": allowed,
-        "tpr": tpr.tolist(),
-        "band_lower": lower.tolist(),
-        "band_upper": upper.tolist(),
-        "band_method": f"pointwise percentile, {_NUM_BAND_RESAMPLES} resamples of users within each side",
+        "tpr": [float((held_in > thresholds[count]).mean()) for count in allowed],
+        "band_lower": [ends.lower for ends in band],
+        "band_upper": [ends.upper for ends in band],
+        "band_method": "pointwise, exact in the luck of both sides",
         "tpr_cap": None if cap.bound is None else [cap.tpr(count, held_out.size) for count in allowed],
     }
 

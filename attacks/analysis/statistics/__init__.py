@@ -17,7 +17,7 @@ from attacks.analysis.statistics.mann_whitney import (
 )
 from attacks.analysis.statistics.multiplicity import auroc_p_value, holm, rank_p_values
 from attacks.analysis.statistics.paired import PairedDifference, paired_difference
-from attacks.analysis.statistics.roc import OperatingPoint, roc_band, roc_points, tpr_at_fpr
+from attacks.analysis.statistics.roc import OperatingPoint, rate_interval, roc_points, tpr_at_fpr
 
 __all__ = [
     "CONFIDENCE_LEVEL",
@@ -42,7 +42,7 @@ __all__ = [
     "paired_difference",
     "perfect_separation",
     "rank_p_values",
-    "roc_band",
+    "rate_interval",
     "roc_points",
     "tpr_at_fpr",
     "tpr_cap",

@@ -2,20 +2,39 @@
 
 No interpolation and no convex hull. Interpolating between two thresholds claims an operating point that needs a coin
 no attacker was given; the area under the hull of pure noise averages about .61 at 20 + 20 users.
+
+The threshold is estimated too. It is the (k + 1)-th highest of n held-out scores, and its true false positive rate X is
+not k / n: where no scores tie X follows Beta(k + 1, n - k), whose mean is x = (k + 1) / (n + 1), whatever the scores'
+law. Given X = t, each of the m held-in users lies above it with probability R(t), R being the attack's true ROC. If R
+lies below a concave curve f from (0, f(0) >= 0), as every ROC does that (epsilon, delta)-DP allows, then f(t) / t falls
+and so f(t) <= f(x) max(1, t / x). With B from Beta(v, m - v + 1), independent of X,
+
+    P(at least v above) <= P(B <= f(x) max(1, X / x)) = P(B / max(1, X / x) <= f(x)).
+
+So the alpha / 2 quantile of B / max(1, X / x) exceeds f(x) with probability at most alpha / 2. It is Clopper and
+Pearson's bound, the quantile of B alone, with the threshold's luck divided out. Likewise the 1 - alpha / 2 quantile of
+B' / min(1, X / x), B' from Beta(v + 1, m - v), is below R(x) with probability at most alpha / 2 where R itself is
+concave. Without any leak R(t) = t, and all that is needed is that users are exchangeable between the sides.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import numpy.typing as npt
+import scipy.optimize
+import scipy.special
 
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
 
 FloatArray = npt.NDArray[np.float64]
+
+_NUM_NODES = 1000
+"""Midpoints of the law of the threshold: they move the error of an end by less than .0005."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +48,8 @@ class OperatingPoint:
         num_held_out: users on the held-out side.
         num_true_positives: held-in users above the threshold.
         num_held_in: users on the held-in side.
-        tpr_interval: Clopper-Pearson interval of the true positive rate, the threshold taken as given.
+        tpr_interval: of the true positive rate at a false positive rate of (allowed + 1) / (held-out + 1), the mean of
+            the threshold's own; see :func:`rate_interval`.
     """
 
     target_fpr: float
@@ -95,8 +115,64 @@ def tpr_at_fpr(
         num_held_out=held_out.size,
         num_true_positives=num_true_positives,
         num_held_in=held_in.size,
-        tpr_interval=interval.clopper_pearson(num_true_positives, held_in.size, level),
+        tpr_interval=rate_interval(held_in, held_out, allowed, level),
     )
+
+
+def rate_interval(
+    held_in: FloatArray, held_out: FloatArray, num_allowed: int, level: float = interval.CONFIDENCE_LEVEL
+) -> Interval:
+    """The true positive rate at a threshold estimated from the held-out side, the luck of both sides carried.
+
+    Derived in the module's docstring for users who are independent of each other given the model. The lower end
+    exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every* concave f above the attack's ROC,
+    the cap of :func:`attacks.analysis.statistics.bounds.tpr_cap` among them; without any leak exchangeable users are
+    enough. The upper end holds for attacks whose own ROC is concave. Ties widen the interval on either side.
+
+    Args:
+        held_in: one score per held-in user.
+        held_out: one score per held-out user.
+        num_allowed: k, held-out users let through, below their number.
+        level: of the interval.
+
+    Returns:
+        For the rate at the false positive rate (k + 1) / (n + 1), which such a threshold has on average.
+    """
+    threshold = np.sort(held_out)[held_out.size - 1 - num_allowed]
+    above, at_least = (int(np.count_nonzero(held_in > threshold)), int(np.count_nonzero(held_in >= threshold)))
+    return _rate_interval(above, at_least, held_in.size, num_allowed, held_out.size, level)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rate_interval(
+    num_above: int, num_at_least: int, num_held_in: int, num_allowed: int, num_held_out: int, level: float
+) -> Interval:
+    tail, luck = (1.0 - level) / 2.0, _threshold_luck(num_allowed, num_held_out)
+
+    def end(law: tuple[int, int], scale: FloatArray, chance: float) -> float:
+        """The quantile of a Beta variable over the scale, at most 1."""
+
+        def excess(rate: float) -> float:
+            return float(scipy.special.betainc(*law, np.minimum(rate * scale, 1.0)).mean()) - chance
+
+        if excess(1.0) <= 0.0:
+            return 1.0
+        return float(scipy.optimize.root_scalar(excess, bracket=(0.0, 1.0), xtol=1e-9).root)
+
+    lower, upper = 0.0, 1.0
+    if num_above:
+        lower = end((num_above, num_held_in - num_above + 1), np.maximum(luck, 1.0), tail)
+    if num_at_least < num_held_in:
+        upper = end((num_at_least + 1, num_held_in - num_at_least), np.minimum(luck, 1.0), 1.0 - tail)
+    return Interval(lower, upper)
+
+
+@functools.lru_cache(maxsize=256)
+def _threshold_luck(num_allowed: int, num_held_out: int) -> FloatArray:
+    """X / x of the module's docstring: the true false positive rate of a threshold over its mean, at equal chances."""
+    chances = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
+    rates = scipy.special.betaincinv(num_allowed + 1, num_held_out - num_allowed, chances)
+    return np.asarray(rates * (num_held_out + 1) / (num_allowed + 1), dtype=np.float64)
 
 
 def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -121,43 +197,3 @@ def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, F
     across, up = np.diff(num_false), np.diff(num_true)
     is_corner = np.concatenate([[True], across[:-1] * up[1:] != across[1:] * up[:-1], [True]])
     return num_false[is_corner] / held_out.size, num_true[is_corner] / held_in.size
-
-
-def roc_band(
-    held_in: FloatArray,
-    held_out: FloatArray,
-    num_allowed: npt.NDArray[np.int_],
-    *,
-    num_resamples: int,
-    seed: int,
-    level: float = interval.CONFIDENCE_LEVEL,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The step ROC at given numbers of false positives, with a pointwise band from resampling users within each side.
-
-    Pointwise: at any one false positive rate the band means ``level``; the whole curve lies inside it less often.
-
-    Args:
-        held_in: one score per held-in user.
-        held_out: one score per held-out user.
-        num_allowed: numbers of false positives to allow, each below the number of held-out users.
-        num_resamples: bootstrap resamples.
-        seed: of the resampling; this randomness protects nobody.
-        level: of the band.
-
-    Returns:
-        (tpr, lower, upper), each of the shape of ``num_allowed``.
-    """
-    rng = np.random.default_rng(seed)
-
-    def step_curve(scores_in: FloatArray, scores_out: FloatArray) -> FloatArray:
-        thresholds = np.sort(scores_out)[scores_out.size - 1 - num_allowed]
-        return 1.0 - np.searchsorted(np.sort(scores_in), thresholds, side="right") / scores_in.size
-
-    curves = np.array(
-        [
-            step_curve(rng.choice(held_in, held_in.size), rng.choice(held_out, held_out.size))
-            for _ in range(num_resamples)
-        ]
-    )
-    lower, upper = np.quantile(curves, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
-    return step_curve(held_in, held_out), lower, upper
