@@ -23,13 +23,15 @@ class PrivtrainError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a configuration: the YAML path, and what to do about it."""
+    """One thing wrong with a configuration: the YAML path, what to do about it, and the line where it stands."""
 
     path: str
     problem: str
+    line: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}" if self.path else self.problem
+        where = "" if self.line is None else f"line {self.line}: "
+        return where + (f"{self.path}: {self.problem}" if self.path else self.problem)
 
 
 class ConfigError(PrivtrainError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,7 +23,7 @@ class Policy(pydantic.BaseModel):
         statistics: judge the declared headline alone, or every statistic.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     fail_on_verdicts: list[Verdict] = [Verdict.FALSIFIED]
     max_auroc_lower: float | None = pydantic.Field(default=None, ge=0.0, le=1.0)
@@ -55,7 +56,8 @@ def read_policy(path: pathlib.Path) -> Policy:
     """
     expected = f"expected a YAML file with the keys {', '.join(Policy.model_fields)}"
     try:
-        return Policy.model_validate(reading.read_yaml(path, remedy=expected, max_bytes=1 << 20, follow_links=True))
+        tree = reading.read_yaml(path, remedy=expected, max_bytes=1 << 20, follow_links=True)
+        return Policy.model_validate_json(json.dumps(tree, default=str), strict=True)  # a number is a number
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'policy'}: {fault['msg']}" for fault in error.errors()

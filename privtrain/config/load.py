@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import pathlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
-import yaml
 
 from privtrain.config.schema import Config
 from privtrain.errors import ConfigError, Fault
-from privtrain.files import reading
+from privtrain.files import reading, strict_yaml
 
 _MAX_BYTES = 16 << 20
 
@@ -31,20 +32,52 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every fault, each naming its YAML path.
     """
-    return validate(apply_overrides(_read_yaml(path), overrides), source=str(path))
+    document = read_tree(path)
+    faults = [Fault(fault.key, fault.problem, fault.line) for fault in document.faults]
+    tree = apply_overrides(document.value, overrides)
+    given = [tuple(override.partition("=")[0].split(".")) for override in overrides]
+
+    def line_of(place: strict_yaml.Path) -> int | None:
+        return None if any(place[: len(key)] == key for key in given) else document.line_of(place)
+
+    config, more = _validated(tree)
+    # A key that stands twice is one fault, whatever its last value is.
+    named = {fault.path for fault in faults}
+    faults += [dataclasses.replace(fault, line=line_of(place)) for place, fault in more if fault.path not in named]
+    if config is None or faults:
+        raise ConfigError(sorted(faults, key=lambda fault: fault.line or 0), str(path))
+    return config
 
 
 def validate(tree: dict[str, Any], source: str = "") -> Config:
     """Validate a tree; see :func:`load_config`."""
+    config, faults = _validated(tree)
+    if config is None:
+        raise ConfigError([fault for _, fault in faults], source)
+    return config
+
+
+def read_tree(path: pathlib.Path) -> strict_yaml.Document:
+    """A file of sections, with what has no single meaning in it as faults.
+
+    Raises:
+        ConfigError: if it is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError([Fault("", f"no such file: {path}")])
+    content = reading.read_bytes(path, max_bytes=_MAX_BYTES, follow_links=True)
     try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigError([_fault(item) for item in error.errors(include_url=False)], source) from None
+        document = strict_yaml.parse(content.decode("utf-8"))
+    except strict_yaml.YAML_FAULTS as error:
+        raise ConfigError([Fault("", f"not a YAML file: {' '.join(str(error).split())}")], str(path)) from None
+    if not isinstance(document.value, dict):
+        raise ConfigError([Fault("", "the file must hold sections such as run, model, data, privacy")], str(path))
+    return document
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of ``tree`` with ``a.b=value`` assignments applied, values read as YAML."""
-    result = yaml.safe_load(yaml.safe_dump(tree))
+    result = strict_yaml.parse(strict_yaml.dump(tree)).value
     faults = []
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -60,9 +93,12 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             node = node[part]
         else:
             try:
-                node[leaf] = _parse_scalar(text)
-            except yaml.YAMLError:
+                document = strict_yaml.parse(text)
+            except strict_yaml.YAML_FAULTS:
                 faults.append(Fault(key, f"given {text!r}, which is no YAML value"))
+                continue
+            faults += [Fault(".".join([key, *map(str, fault.path)]), fault.problem) for fault in document.faults]
+            node[leaf] = document.value
     if faults:
         raise ConfigError(faults, "overrides")
     return result
@@ -70,7 +106,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def to_yaml(tree: dict[str, Any]) -> str:
     """A configuration tree as YAML, in the order of the sections."""
-    return yaml.safe_dump(tree, sort_keys=False)
+    return strict_yaml.dump(tree)
 
 
 def public_tree(config: Config) -> dict[str, Any]:
@@ -87,43 +123,55 @@ def public_tree(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _parse_scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-5 as a string; people type it all the time.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError([Fault("", f"no such file: {path}")])
-    content = reading.read_bytes(path, max_bytes=_MAX_BYTES, follow_links=True)
+def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[tuple[strict_yaml.Path, Fault]]]:
+    """The configuration, or each fault with its place. A number is a number: no boolean, no text in its place."""
     try:
-        tree = yaml.safe_load(content.decode("utf-8"))
-    except reading.YAML_FAULTS as error:
-        raise ConfigError([Fault("", f"not a YAML file: {' '.join(str(error).split())}")], str(path)) from None
-    if not isinstance(tree, dict):
-        raise ConfigError([Fault("", "the file must hold sections such as run, model, data, privacy")], str(path))
-    return numbers_as_meant(tree)
+        # Strict by JSON's rules: paths are texts and pairs are lists there.
+        return Config.model_validate_json(json.dumps(_plain(tree), default=str), strict=True), []
+    except pydantic.ValidationError as error:
+        items = error.errors(include_url=False)
+    except (ValueError, RecursionError):  # a list that holds itself
+        return None, [((), Fault("", "a section holds itself, or is nested too deeply"))]
+    if items[0]["type"] == "json_invalid":
+        return None, [((), Fault("", "holds half of a surrogate pair, which no file can hold"))]
+    found: dict[strict_yaml.Path, Fault] = {}
+    for item in items:
+        place = _place(item, tree)
+        known = found.get(place)
+        fault = _fault(item, place)
+        if known is not None and fault.problem != known.problem:  # the other kinds that a value may be of
+            kind = item["msg"].removeprefix("Input should be ")
+            fault = known if kind in known.problem else dataclasses.replace(known, problem=f"{known.problem} or {kind}")
+        found[place] = fault
+    return None, list(found.items())
 
 
-def numbers_as_meant(node: Any) -> Any:
-    """A tree in which ``1e-5`` (a string in YAML 1.1) is the number that people mean."""
+def _plain(node: Any) -> Any:
+    """A tree in which 3.0 and 1e3 are whole numbers."""
     if isinstance(node, dict):
-        return {key: numbers_as_meant(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [numbers_as_meant(value) for value in node]
-    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
-        return _parse_scalar(node)
-    return node
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < 2**53 else node
 
 
-def _fault(item: Any) -> Fault:
-    location = [str(part) for part in item["loc"] if part not in ("files", "hub", "plays")]
+def _place(item: Any, tree: Any) -> strict_yaml.Path:
+    """Where a fault stands, without the names that pydantic gives to the alternatives of a value."""
+    *parents, last = item["loc"] or ("",)
+    node, place = tree, []
+    for part in item["loc"]:
+        is_key = isinstance(node, Mapping) and part in node
+        is_index = isinstance(node, list | tuple) and isinstance(part, int)
+        if is_key or is_index:
+            node = node[part]
+            place.append(part)
+    if item["type"] == "missing" and (not place or place[-1] != last or len(place) <= len(parents)):
+        place.append(last)
+    return tuple(place)
+
+
+def _fault(item: Any, place: strict_yaml.Path) -> Fault:
+    location = [str(part) for part in place]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], sorted(_keys_beside(location[:-1])), n=1)
@@ -131,10 +179,23 @@ def _fault(item: Any) -> Fault:
         return Fault(path, f"unknown key{hint}")
     if item["type"] == "missing":
         return Fault(path, "this key is required")
-    message = item["msg"].removeprefix("Value error, ")
+    message, given = item["msg"].removeprefix("Value error, "), item["input"]
     if item["type"] == "value_error":
         return Fault(path, message)
-    return Fault(path, f"given {item['input']!r}; {message[0].lower()}{message[1:]}")
+    hint = ""
+    if isinstance(given, bool) and item["type"] != "bool_type":
+        hint = " (YAML reads yes, no, on and off as true and false; put quotes around a text)"
+    elif isinstance(given, str) and item["type"] in ("int_type", "float_type", "bool_type"):
+        hint = " (without quotes)" if _is_number(given) else ""
+    return Fault(path, f"given {given!r}; {message[0].lower()}{message[1:]}{hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _keys_beside(location: Sequence[str]) -> set[str]:

@@ -34,9 +34,9 @@ Selection = Literal["random", "longest", "shortest", "highest_perplexity", "lowe
 
 
 class Section(pydantic.BaseModel):
-    """Base of every section: frozen, and strict about names."""
+    """Base of every section: frozen, strict about names; every number is finite."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -478,7 +478,9 @@ class TrainingSection(Section):
         default=0, ge=0, description="Steps over which the learning rate rises linearly from zero."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Averaging coefficients of AdamW.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="Averaging coefficients of AdamW."
+    )
 
     @property
     def releases_model(self) -> bool:

@@ -17,9 +17,8 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-import yaml
-
 from privtrain.errors import DamagedFile
+from privtrain.files import strict_yaml
 
 MAX_BYTES = 1 << 30
 """Of a file that is read whole, unless its reader says otherwise."""
@@ -30,17 +29,6 @@ _WHAT_IT_IS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
-)
-
-# Everything that PyYAML's safe constructors raise on hostile scalars and keys, beside its own errors.
-YAML_FAULTS = (
-    yaml.YAMLError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    OverflowError,
 )
 
 
@@ -162,19 +150,22 @@ def read_json_lines(
 def read_yaml(
     path: pathlib.Path, *, remedy: str = "", max_bytes: int = 16 << 20, follow_links: bool = False
 ) -> dict[str, Any]:
-    """One YAML mapping with text keys; an empty document is an empty one.
+    """One YAML mapping with text keys and one meaning (:mod:`.strict_yaml`); an empty document is an empty one.
 
     Raises:
         DamagedFile: if it is something else.
     """
     content = read_bytes(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links)
     try:
-        found = yaml.safe_load(content.decode("utf-8"))
-    except YAML_FAULTS as error:
+        document = strict_yaml.parse(content.decode("utf-8"))
+    except strict_yaml.YAML_FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
         raise DamagedFile(path, f"is not YAML{where}", remedy) from None
-    found = {} if found is None else found
+    if document.faults:
+        problems = "; ".join(f"line {fault.line}, {fault.key}: {fault.problem}" for fault in document.faults)
+        raise DamagedFile(path, f"has no single meaning: {problems}", remedy, line=document.faults[0].line)
+    found = {} if document.value is None else document.value
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise DamagedFile(path, "holds no mapping of names", remedy)
     return found

@@ -11,10 +11,9 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from privtrain.config import Config
-from privtrain.errors import ConfigError, Fault
+from privtrain.errors import ConfigError, Fault, PrivtrainError
+from privtrain.files import reading
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
@@ -53,10 +52,10 @@ class LaunchLayout:
             ConfigError: if the file is none.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = reading.read_yaml(path, follow_links=True)
             kind = content["distributed_type"]
             num_ranks = int(content["num_processes"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        except (PrivtrainError, KeyError, TypeError, ValueError) as error:
             raise ConfigError([Fault("--accelerate", f"{path} is not an accelerate config: {error!r}")]) from None
         deepspeed = content.get("deepspeed_config") or {}
         stage = int(deepspeed.get("zero_stage", 0)) if kind == "DEEPSPEED" else 0

@@ -19,11 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import pydantic
-import yaml
 from pydantic import Field
 
 import privtrain
-from privtrain.config.load import numbers_as_meant, to_yaml, validate
+from privtrain.config.load import read_tree, to_yaml, validate
 from privtrain.config.schema import Section
 from privtrain.errors import ConfigError, Fault
 
@@ -124,12 +123,10 @@ def read_recipe(path: pathlib.Path) -> Recipe:
         ConfigError: with every fault.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            raise ConfigError([Fault("", "a recipe holds study, base, axes, ...")], str(path))
-        return Recipe.model_validate(_with_text_keys(numbers_as_meant(tree)))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([Fault("", " ".join(str(error).split()))], str(path)) from None
+        document = read_tree(path)
+        if document.faults:
+            raise ConfigError([Fault(item.key, item.problem, item.line) for item in document.faults], str(path))
+        return Recipe.model_validate(_with_text_keys(document.value))
     except pydantic.ValidationError as error:
         faults = [Fault(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]
         raise ConfigError(faults, str(path)) from None
