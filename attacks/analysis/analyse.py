@@ -33,9 +33,9 @@ from privtrain.run.sealing import write_sealed
 
 ATTACKS_PATH = pathlib.Path("report/attacks.json")
 PER_USER_PATH = pathlib.Path("secret/attack/per_user.parquet")
-SCHEMA_NAME = "privtrain/attacks/3"
+SCHEMA_NAME = "privtrain/attacks/4"
 
-PER_USER_SCHEMA_NAME = "privtrain/per-user/1"
+PER_USER_SCHEMA_NAME = "privtrain/per-user/2"
 
 MIN_USERS_PER_SIDE = 2
 """Below this no interval over users exists."""
@@ -323,13 +323,20 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
         "by_share": curves.by_bucket(curves.shares(scored), values, scored.is_held_in),
         "by_distinctness": curves.by_bucket(curves.distinctness(scored), values, scored.is_held_in),
         "most_exposed": curves.most_exposed(scored, values),
-        "users_accused": {
-            "significance": _SIGNIFICANCE,
-            "num_held_in": int(p_values.size),
-            "num_before_holm": int((p_values <= _SIGNIFICANCE).sum()),
-            "num_after_holm": int((statistics.holm(p_values) <= _SIGNIFICANCE).sum()),
-            "smallest_possible_p_value": 1.0 / (1.0 + float((known & ~scored.is_held_in).sum())),
-        },
+        "users_accused": _users_accused(p_values, int((known & ~scored.is_held_in).sum())),
+    }
+
+
+def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
+    """How many held-in users stand out from the held-out ones, and whether any could have been told for sure."""
+    return {
+        "significance": _SIGNIFICANCE,
+        "num_held_in": int(p_values.size),
+        "num_unadjusted": int((p_values <= _SIGNIFICANCE).sum()),
+        "num_by_chance": _SIGNIFICANCE * p_values.size,
+        "num_at_false_discovery_rate": int((statistics.false_discovery_rate(p_values) <= _SIGNIFICANCE).sum()),
+        "num_needed_above_all": statistics.fewest_discoveries(p_values.size, num_held_out, _SIGNIFICANCE),
+        "smallest_possible_p_value": 1.0 / (1.0 + num_held_out),
     }
 
 
@@ -352,7 +359,7 @@ def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: 
         columns[name] = values[known]
         columns[f"{name}_rank"] = np.argsort(np.argsort(-values[known], kind="stable"), kind="stable") + 1
         p_values = statistics.rank_p_values(values[known][is_in], values[known][~is_in])
-        for label, found in (("p_value", p_values), ("p_holm", statistics.holm(p_values))):
+        for label, found in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
             column = np.full(is_in.size, np.nan)
             column[is_in] = found
             columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)

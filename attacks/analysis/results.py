@@ -11,7 +11,6 @@ import numpy as np
 from attacks import signals
 from attacks.analysis import statistics, verdict
 from attacks.analysis.protocol import FloatArray
-from attacks.analysis.statistics.clusters import NUM_RESAMPLES as NUM_CLUSTER_RESAMPLES
 
 TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
 
@@ -74,12 +73,10 @@ def evaluate(
         verdict_level: of the interval that decides the verdict; higher where many statistics are judged.
     """
     held_in, held_out = statistic.held_in, statistic.held_out
-    if statistic.owners is None:
-        num_resamples = statistics.NUM_RESAMPLES if statistic.is_detailed else _NUM_SECONDARY_RESAMPLES
-        bootstrap = statistics.bootstrap_interval(held_in, held_out, seed=seed, num_resamples=num_resamples)
-    else:
-        num_resamples = NUM_CLUSTER_RESAMPLES
-        bootstrap = statistics.cluster_interval(held_in, held_out, *statistic.owners, seed=seed)
+    num_resamples = statistics.NUM_RESAMPLES if statistic.is_detailed else _NUM_SECONDARY_RESAMPLES
+    bootstrap = statistics.bootstrap_interval(
+        held_in, held_out, owners=statistic.owners, seed=seed, num_resamples=num_resamples
+    )
     area = statistics.auroc(held_in, held_out)
     judged = dataclasses.replace(bootstrap, lower=bootstrap.lower_at(verdict_level, area))
     judged = judged.no_narrower_than(statistics.perfect_separation(*statistic.num_users, verdict_level))
@@ -103,6 +100,7 @@ def evaluate(
             "method": "BCa, users resampled within each side",
             "num_resamples": num_resamples,
         },
+        "p_value": statistics.auroc_p_value(held_in, held_out, statistic.owners),
         "warnings": _warnings(bootstrap, is_constant=statistic.is_constant),
         "verdict": str(found),
         "verdict_reason": reason,
@@ -111,13 +109,10 @@ def evaluate(
         "tpr_at_fpr": operating_points(statistic, cap, seed),
     }
     if statistic.owners is None:
-        # Both take the units as independent; records of one user are not.
+        # It takes the units as independent; records of one user are not.
         delong = statistics.delong_interval(held_in, held_out)
         variance = statistics.delong_variance(held_in, held_out)
         facts["delong"] = {"interval": [delong.lower, delong.upper], "method": "logit", "variance": variance}
-        facts["p_value"] = statistics.auroc_p_value(held_in, held_out)
-    else:
-        facts["p_value"] = statistics.cluster_p_value(held_in, held_out, *statistic.owners)
     if statistic.is_detailed:
         facts |= {"roc": _roc(held_in, held_out, cap), "histogram": histogram(held_in, held_out)}
     return facts

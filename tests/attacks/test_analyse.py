@@ -38,7 +38,7 @@ def test_the_results_are_complete_and_finite(make_run):
     facts = analyse.analyse_run(run)
     written = json.loads((run / analyse.ATTACKS_PATH).read_text())
     assert written == facts
-    assert facts["schema"] == "privtrain/attacks/3"
+    assert facts["schema"] == "privtrain/attacks/4"
     assert facts["headline"] == "token_mean"
     assert list(facts["results"])[:2] == ["token_mean", "sequence_sum"]
     assert {"token_mean_max", "token_mean_trimmed", "loss", "zlib", "min_k", "wbc"} < set(facts["results"])

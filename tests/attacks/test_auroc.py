@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attacks.analysis import statistics
+from attacks.analysis.statistics.bootstrap import bca_levels
 from attacks.analysis.statistics.interval import perfect_separation
-from attacks.analysis.statistics.mann_whitney import bca_levels
 
 scores = st.lists(st.integers(-20, 20), min_size=2, max_size=25).map(lambda values: np.array(values, dtype=np.float64))
 

@@ -97,7 +97,7 @@ def test_two_hundred_overfitted_users(run_of):
     headline = facts["results"]["token_mean"]
     print(f"{facts['counts']}: AUROC {headline['auroc']:.4f}, interval {headline['bootstrap']['interval']}")
     assert headline["auroc"] >= 0.9
-    assert facts["user_inference"]["users_accused"]["num_before_holm"] > 150
+    assert facts["user_inference"]["users_accused"]["num_unadjusted"] > 150
 
 
 @pytest.mark.campaign

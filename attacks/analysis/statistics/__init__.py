@@ -4,19 +4,13 @@ Every function takes one score per *user* on each side. Scores of documents are 
 intervals over documents would be too narrow.
 """
 
+from attacks.analysis.statistics.bootstrap import NUM_RESAMPLES, bootstrap_interval
 from attacks.analysis.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
-from attacks.analysis.statistics.clusters import cluster_interval, cluster_p_value
+from attacks.analysis.statistics.delong import PairedDifference, delong_interval, paired_difference
 from attacks.analysis.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
-from attacks.analysis.statistics.mann_whitney import (
-    NUM_RESAMPLES,
-    Placements,
-    auroc,
-    bootstrap_interval,
-    delong_interval,
-    delong_variance,
-)
-from attacks.analysis.statistics.multiplicity import auroc_p_value, holm, rank_p_values
-from attacks.analysis.statistics.paired import PairedDifference, paired_difference
+from attacks.analysis.statistics.mann_whitney import Placements, auroc, delong_variance
+from attacks.analysis.statistics.multiplicity import false_discovery_rate, fewest_discoveries, holm, rank_p_values
+from attacks.analysis.statistics.permutation import auroc_p_value
 from attacks.analysis.statistics.roc import OperatingPoint, rate_interval, roc_points, tpr_at_fpr
 
 __all__ = [
@@ -34,10 +28,10 @@ __all__ = [
     "auroc_p_value",
     "bootstrap_interval",
     "clopper_pearson",
-    "cluster_interval",
-    "cluster_p_value",
     "delong_interval",
     "delong_variance",
+    "false_discovery_rate",
+    "fewest_discoveries",
     "holm",
     "paired_difference",
     "perfect_separation",

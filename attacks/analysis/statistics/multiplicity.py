@@ -1,7 +1,8 @@
-"""Many tests at once: p-values of one attack or one user, and Holm's correction over all of them."""
+"""Many tests at once: p-values of users, Holm's correction over attacks, the false discovery rate over users."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,21 +10,6 @@ import numpy.typing as npt
 import scipy.stats
 
 FloatArray = npt.NDArray[np.float64]
-
-
-def auroc_p_value(held_in: FloatArray, held_out: FloatArray) -> float:
-    """One-sided Mann-Whitney test that held-in users score higher, with the correction for ties.
-
-    Args:
-        held_in: one score per held-in user.
-        held_out: one score per held-out user.
-
-    Returns:
-        1 where all scores are equal.
-    """
-    if np.ptp(np.concatenate([held_in, held_out])) == 0.0:
-        return 1.0
-    return float(scipy.stats.mannwhitneyu(held_in, held_out, alternative="greater").pvalue)
 
 
 def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
@@ -54,3 +40,31 @@ def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
     adjusted = np.empty_like(raw)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
+
+
+def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
+    """Benjamini and Hochberg's (1995) adjusted p-values: reject those at most q, and of the rejected q are false.
+
+    In expectation, for p-values of users against the same held-out users: those are positively dependent on each
+    other as the procedure needs it (Bates et al. 2023, "Testing for outliers with conformal p-values", theorem 2).
+    Holm's correction over n users cannot reject anybody against fewer than 20 n - 1 held-out users.
+
+    Args:
+        p_values: in [0, 1].
+
+    Returns:
+        Adjusted values in the same order.
+    """
+    return np.asarray(scipy.stats.false_discovery_control(p_values, method="bh"), dtype=np.float64)
+
+
+def fewest_discoveries(num_tested: int, num_held_out: int, rate: float) -> int | None:
+    """How many of those tested must score above every held-out user before any is rejected; None if all would not do.
+
+    Args:
+        num_tested: p-values.
+        num_held_out: users that they are against, so that none is below 1 / (num_held_out + 1).
+        rate: of false discoveries.
+    """
+    fewest = math.ceil(num_tested / ((num_held_out + 1.0) * rate) - 1e-9)
+    return fewest if fewest <= num_tested else None

@@ -1,0 +1,201 @@
+"""BCa intervals of the AUROC from resampling users, with all their records, within each side.
+
+Records of one user rise and fall together, so what is resampled is always users. Two floors stand below the resamples,
+which know nothing of scores that the sample happens to lack: the exact test of 1/2
+(:func:`attacks.analysis.statistics.permutation.no_narrower_than_test`) and, where scores tie, :func:`worst_case`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.stats
+
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import FloatArray, Placements
+from attacks.analysis.statistics.permutation import Owners, no_narrower_than_test
+
+NUM_RESAMPLES = 4000
+"""Enough for the 2.5 % ends: their Monte Carlo error is a few hundredths of the interval's width."""
+
+_DRAWS_PER_BLOCK = 2_000_000
+"""Resamples times records held in memory at once: some tens of megabytes."""
+
+_MANY_TIED = 0.1
+"""Share of the scores in one tie from which on resamples may lack a value that matters."""
+
+Draw = Callable[[np.random.Generator, int, int], FloatArray]
+"""From (generator, resamples, users) to weights [resamples, users + 1], the last of them for a user more."""
+
+
+def bootstrap_interval(
+    held_in: FloatArray,
+    held_out: FloatArray,
+    *,
+    seed: int,
+    owners: Owners | None = None,
+    level: float = interval.CONFIDENCE_LEVEL,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Interval:
+    """The BCa interval of the AUROC (Efron and Tibshirani 1993, chapter 14), with its floors.
+
+    Args:
+        held_in: one score per held-in user or record; at least two users.
+        held_out: one score per held-out user or record; at least two users.
+        seed: of the resampling; this randomness protects nobody.
+        owners: of the records; None where each score is of a user of its own.
+        level: confidence level.
+        num_resamples: bootstrap resamples.
+
+    Returns:
+        The interval, never narrower than perfect separation of as many users supports.
+    """
+    places = _places(held_in, held_out, owners)
+    num_in, num_out = (int(place.max()) + 1 for place in places)
+    assert min(num_in, num_out) >= 2, (num_in, num_out)
+    placements = Placements.of(held_in, held_out)
+    area = float(placements.held_in.mean())
+    influences = [
+        np.bincount(place, (side - area) / side.size).astype(np.float64)
+        for place, side in zip(places, (placements.held_in, placements.held_out), strict=True)
+    ]
+    found = Interval(area, area)
+    if any(influence.any() for influence in influences):
+        wins, sizes, _ = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
+        # The number of records differs from resample to resample, so the weights do not cancel.
+        found = bca_interval(area, influences, wins / (sizes[0] * sizes[1]), level)
+    return floored(found, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
+
+
+def bca_interval(area: float, influences: Sequence[FloatArray], resampled: FloatArray, level: float) -> Interval:
+    """The BCa interval of a two-sample statistic.
+
+    Args:
+        area: the statistic of the sample.
+        influences: of each independent unit, by side; not all zero.
+        resampled: the statistic of each resample.
+        level: confidence level.
+    """
+    variance = sum(float((influence**2).sum()) for influence in influences)
+    acceleration = sum(float((influence**3).sum()) for influence in influences) / (6.0 * variance**1.5)
+    # A resample that draws every user once equals the point but for the order of its sum.
+    is_tied = np.isclose(resampled, area, rtol=0.0, atol=1e-12)
+    share_below = (np.count_nonzero((resampled < area) & ~is_tied) + is_tied.sum() / 2.0) / resampled.size
+    bias = scipy.stats.norm.ppf(np.clip(share_below, 0.5 / resampled.size, 1.0 - 0.5 / resampled.size))
+    ends = np.quantile(resampled, bca_levels(float(bias), acceleration, level))
+    return Interval(float(ends[0]), float(ends[1]))
+
+
+def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
+    """Which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, chapter 14).
+
+    Args:
+        bias: normal quantile of the share of resamples below the estimate.
+        acceleration: skewness of the influences, over six.
+        level: confidence level.
+
+    Returns:
+        Two probabilities; ``(1 -+ level) / 2`` without bias and acceleration.
+    """
+    tails = bias + scipy.stats.norm.ppf([(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    # Past its pole the correction would come back from the other side; the extreme resample is the honest end there.
+    shrinkage = np.maximum(1.0 - acceleration * tails, 1e-9)
+    return scipy.stats.norm.cdf(bias + tails / shrinkage)
+
+
+def floored(
+    found: Interval,
+    held_in: FloatArray,
+    held_out: FloatArray,
+    level: float,
+    owners: Owners | None = None,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Widens an AUROC interval to what every interval must allow for: luck with few users, and with ties.
+
+    Args:
+        found: the interval.
+        held_in: scores.
+        held_out: scores.
+        level: its confidence level.
+        owners: of the records; None where each score is of a user of its own.
+        num_resamples: of :func:`worst_case`, where scores tie.
+        seed: of those.
+    """
+    places = _places(held_in, held_out, owners)
+    num_in, num_out = (int(place.max()) + 1 for place in places)
+    found = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
+    scores = np.concatenate([held_in, held_out])
+    is_separated = held_in.min() > held_out.max() or held_out.min() > held_in.max()
+    if not is_separated and np.unique(scores, return_counts=True)[1].max() >= max(_MANY_TIED * scores.size, 2):
+        worst = worst_case(held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
+        found = Interval(min(found.lower, worst.lower), max(found.upper, worst.upper))
+    return no_narrower_than_test(found, held_in, held_out, level, owners)
+
+
+def worst_case(
+    held_in: FloatArray,
+    held_out: FloatArray,
+    level: float,
+    owners: Owners | None = None,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The Bayesian bootstrap's interval with one user more on each side, who is as bad for the end as a user can be.
+
+    With a side of n scores of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and
+    Beta(v + 1, n - v), which are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the
+    sample had may still belong to as many as the size of the sample allows.
+    """
+    places = _places(held_in, held_out, owners)
+    wins, sizes, extra = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
+    total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])
+    tail = (1.0 - level) / 2.0
+    lower, upper = wins / total, (wins + total - sizes[0] * sizes[1]) / total
+    return Interval(float(np.quantile(lower, tail)), float(np.quantile(upper, 1.0 - tail)))
+
+
+def _places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
+    """The number of the owner of each record, by side."""
+    if owners is None:
+        return [np.arange(held_in.size), np.arange(held_out.size)]
+    return [np.unique(owner, return_inverse=True)[1] for owner in owners]
+
+
+def _multinomial(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:
+    times = rng.multinomial(num_users, np.full(num_users, 1.0 / num_users), num_resamples)
+    return np.pad(times, ((0, 0), (0, 1))).astype(np.float64)
+
+
+def _exponential(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:
+    return rng.standard_exponential((num_resamples, num_users + 1))
+
+
+def _resampled(
+    held_in: FloatArray, held_out: FloatArray, places: list[np.ndarray], draw: Draw, num_resamples: int, seed: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Of each resample the weight of pairs in order, and by side that of all records and of the users more.
+
+    In blocks of O(records) work per resample and without sorting again.
+    """
+    order = np.argsort(held_out, kind="stable")
+    below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
+    num_users = [int(place.max()) + 1 for place in places]
+    num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for start in range(0, num_resamples, num_per_block):
+        num = min(num_per_block, num_resamples - start)
+        drawn = [draw(rng, num, count) for count in num_users]
+        weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
+        cumulative = np.concatenate([np.zeros((num, 1)), weights_out.cumsum(axis=1)], axis=1)
+        wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
+        extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
+        blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))
+    found = np.concatenate(blocks, axis=1)
+    return found[0], found[1:3], found[3:5]

@@ -1,0 +1,109 @@
+"""DeLong, DeLong and Clarke-Pearson's (1988) intervals over users: of one AUROC, and of the difference of two scores'.
+
+Both are laws of large samples. With few users the interval of one is held up by the floors of
+:mod:`attacks.analysis.statistics.bootstrap`, and the difference is tested by exchanging a user's two scores at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import scipy.special
+import scipy.stats
+
+from attacks.analysis.statistics import interval
+from attacks.analysis.statistics.bootstrap import floored
+from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import FloatArray, Placements, auroc, delong_variance
+from attacks.analysis.statistics.permutation import MIN_NORMAL_USERS, NUM_PERMUTATIONS
+
+
+def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = interval.CONFIDENCE_LEVEL) -> Interval:
+    """DeLong's interval on the logit scale, which cannot leave [0, 1] as the Wald interval does, with the floors.
+
+    Args:
+        held_in: one score per held-in user, at least two.
+        held_out: one score per held-out user, at least two.
+        level: confidence level.
+
+    Returns:
+        The interval, never narrower than perfect separation of as many users supports.
+    """
+    area = auroc(held_in, held_out)
+    error = math.sqrt(delong_variance(held_in, held_out))
+    found = Interval(area, area)
+    if error > 0.0:
+        half_width = scipy.stats.norm.ppf((1.0 + level) / 2.0) * error / (area * (1.0 - area))
+        ends = scipy.special.expit(scipy.special.logit(area) + np.array([-half_width, half_width]))
+        found = Interval(float(ends[0]), float(ends[1]))
+    return floored(found, held_in, held_out, level)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """First AUROC less the second, on the same users.
+
+    Attributes:
+        difference: in [-1, 1].
+        interval: Student's, cut to [-1, 1]; it holds 0 unless the test rejects at its level.
+        p_value: two-sided, of no difference; 1 where the two scores place every user alike.
+    """
+
+    difference: float
+    interval: Interval
+    p_value: float
+
+
+def paired_difference(
+    first: tuple[FloatArray, FloatArray],
+    second: tuple[FloatArray, FloatArray],
+    level: float = interval.CONFIDENCE_LEVEL,
+) -> PairedDifference:
+    """Compares two attacks, or two checkpoints under one attack, on the same users.
+
+    Below ``MIN_NORMAL_USERS`` users on a side the test exchanges the two ranks of a user by a coin, for each user one;
+    it is exact where both scores rank a user alike in law. From there on it is DeLong's. The interval's degrees of
+    freedom are Welch and Satterthwaite's.
+
+    Args:
+        first: held-in and held-out scores, at least two users a side.
+        second: other scores of the same users in the same order.
+        level: confidence level.
+    """
+    sizes = [side.size for side in first]
+    assert sizes == [side.size for side in second]
+    ours, theirs = Placements.of(*first), Placements.of(*second)
+    changes = [ours.held_in - theirs.held_in, ours.held_out - theirs.held_out]
+    difference = float(changes[0].mean())
+    # The variance of the difference is that of the differences of the placements: covariances come along by themselves.
+    variances = [float(change.var(ddof=1)) / change.size for change in changes]
+    if sum(variances) == 0.0:
+        return PairedDifference(difference, Interval(difference, difference), float(difference == 0.0))
+    error = math.sqrt(sum(variances))
+    if min(sizes) < MIN_NORMAL_USERS:
+        p_value = _exchanged(first, second)
+    else:
+        p_value = float(2.0 * scipy.stats.norm.sf(abs(difference) / error))
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / (size - 1) for variance, size in zip(variances, sizes, strict=True)
+    )
+    half = float(scipy.stats.t.ppf((1.0 + level) / 2.0, freedom)) * error
+    lower, upper = max(-1.0, difference - half), min(1.0, difference + half)
+    if p_value > 1.0 - level:
+        lower, upper = min(lower, 0.0), max(upper, 0.0)
+    return PairedDifference(difference, Interval(lower, upper), p_value)
+
+
+def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray]) -> float:
+    """Two-sided, over all exchanges of users' ranks where there are few, else over as many drawn ones and the own."""
+    ranks = [scipy.stats.rankdata(np.concatenate(sides)) for sides in (first, second)]
+    num_in, num_out = first[0].size, first[1].size
+    changes = (ranks[0] - ranks[1]) / np.repeat([num_in, -num_out], [num_in, num_out])
+    num_users, observed = changes.size, abs(float(changes.sum())) - 1e-9
+    if 2**num_users <= NUM_PERMUTATIONS:
+        signs = 1 - 2 * (np.arange(2**num_users)[:, None] >> np.arange(num_users) & 1)
+        return float(np.mean(np.abs(signs @ changes) >= observed))
+    signs = 1 - 2 * np.random.default_rng(num_users).integers(0, 2, (NUM_PERMUTATIONS, num_users), dtype=np.int8)
+    return float((1 + np.count_nonzero(np.abs(signs @ changes) >= observed)) / (1 + NUM_PERMUTATIONS))

@@ -1,0 +1,130 @@
+"""One-sided tests of an AUROC: by permutation of the users' sides where users are few, by the normal law where many.
+
+A coin decided each user's side, so without any leak the users are exchangeable and so are all choices of as many of
+them: the share of choices whose AUROC is at least the observed one is a p-value that is right at every size, with ties,
+unequal sides and users with many records, who change sides with all of them. Where there are more choices than
+``NUM_PERMUTATIONS``, that many are drawn and the observed one counts as one more (Phipson and Smyth 2010).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
+
+from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import FloatArray, Placements
+
+IntArray = npt.NDArray[np.integer]
+Owners = tuple[IntArray, IntArray]
+"""The owner of each held-in and of each held-out record."""
+
+NUM_PERMUTATIONS = 9999
+MIN_NORMAL_USERS = 50
+"""Effective users on the smaller side from which on the normal law is used."""
+
+_MAX_NUMBERS = 5_000_000
+
+
+def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
+    """One-sided test that the held-in side scores higher.
+
+    Args:
+        held_in: one score per held-in user, or record.
+        held_out: one score per held-out user, or record.
+        owners: of the records; None where each score is of a user of its own.
+
+    Returns:
+        1 where all scores are equal. From ``MIN_NORMAL_USERS`` effective users on by the normal law: Mann-Whitney's
+        with the correction for ties, of records that of sums over users.
+    """
+    if np.ptp(np.concatenate([held_in, held_out])) == 0.0:
+        return 1.0
+    is_large = effective_users(held_in, held_out, owners) >= MIN_NORMAL_USERS
+    if owners is not None:
+        return _cluster_normal(held_in, held_out, owners) if is_large else _permuted(held_in, held_out, owners)
+    has_ties = np.unique(np.concatenate([held_in, held_out])).size < held_in.size + held_out.size
+    if has_ties and not is_large:
+        return _permuted(held_in, held_out, (np.arange(held_in.size), np.arange(held_out.size)))
+    method = "asymptotic" if is_large else "exact"
+    return float(scipy.stats.mannwhitneyu(held_in, held_out, alternative="greater", method=method).pvalue)
+
+
+def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
+    """How many users of the smaller side carry the test: not those of the largest tie, and Kish's number of clusters.
+
+    Args:
+        held_in: scores.
+        held_out: scores.
+        owners: of the records; None where each score is of a user of its own.
+    """
+    scores = np.concatenate([held_in, held_out])
+    untied = 1.0 - float(np.unique(scores, return_counts=True)[1].max()) / scores.size
+    if owners is None:
+        return untied * min(held_in.size, held_out.size)
+    counts = [np.unique(owner, return_counts=True)[1].astype(np.float64) for owner in owners]
+    return untied * min(float(count.sum() ** 2 / (count**2).sum()) for count in counts)
+
+
+def no_narrower_than_test(
+    found: Interval, held_in: FloatArray, held_out: FloatArray, level: float, owners: Owners | None = None
+) -> Interval:
+    """Widens an AUROC interval to hold 1/2 unless the test at (1 - level) / 2 rejects it on that side.
+
+    So without any leak either end is on the wrong side of 1/2 with probability at most (1 - level) / 2, at every size.
+    """
+    tail, lower, upper = (1.0 - level) / 2.0, found.lower, found.upper
+    if lower > 0.5 and auroc_p_value(held_in, held_out, owners) > tail:
+        lower = 0.5
+    if upper < 0.5 and auroc_p_value(held_out, held_in, None if owners is None else (owners[1], owners[0])) > tail:
+        upper = 0.5
+    return Interval(lower, upper)
+
+
+def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners) -> float:
+    """By the record AUROC of each choice of users, worked out from sums of ranks over each user."""
+    places = [np.unique(owner, return_inverse=True)[1] for owner in owners]
+    num_in, num_out = (int(place.max()) + 1 for place in places)
+    user = np.concatenate([places[0], num_in + places[1]])
+    ranks = scipy.stats.rankdata(np.concatenate([held_in, held_out]))
+    sums, counts = np.bincount(user, ranks), np.bincount(user)
+    is_in = np.arange(num_in + num_out) < num_in
+    # Choosing the smaller side is cheaper; the larger one is what is left.
+    sign, chosen = (1.0, is_in) if num_in <= num_out else (-1.0, ~is_in)
+
+    def area(rank_sum: FloatArray, count: FloatArray) -> FloatArray:
+        return sign * (rank_sum - count * (count + 1) / 2.0) / (count * (user.size - count))
+
+    choices, is_every = _choices(num_in + num_out, min(num_in, num_out))
+    areas = area(sums[choices].sum(axis=1), counts[choices].sum(axis=1))
+    observed = area(sums[chosen].sum(), counts[chosen].sum())
+    num_as_high = int(np.count_nonzero(areas >= observed - 1e-12))
+    return num_as_high / len(areas) if is_every else (1 + num_as_high) / (1 + len(areas))
+
+
+@functools.lru_cache(maxsize=4)
+def _choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
+    """Choices of users, [choices, num_chosen], and whether they are all that there are."""
+    if math.comb(num_users, num_chosen) <= NUM_PERMUTATIONS:
+        return np.array(list(itertools.combinations(range(num_users), num_chosen))), True
+    rng = np.random.default_rng((num_users, num_chosen))
+    count = min(NUM_PERMUTATIONS, max(_MAX_NUMBERS // num_chosen, 199))
+    drawn = [rng.choice(num_users, num_chosen, replace=False, shuffle=False) for _ in range(count)]
+    return np.array(drawn, dtype=np.int32), False
+
+
+def _cluster_normal(held_in: FloatArray, held_out: FloatArray, owners: Owners) -> float:
+    """By the normal law of sums of placements over users."""
+    placements = Placements.of(held_in, held_out)
+    area = float(placements.held_in.mean())
+    variance = sum(
+        float((np.bincount(np.unique(owner, return_inverse=True)[1], (side - area) / side.size) ** 2).sum())
+        for owner, side in zip(owners, (placements.held_in, placements.held_out), strict=True)
+    )
+    if variance == 0.0:
+        return _permuted(held_in, held_out, owners)
+    return float(scipy.stats.norm.sf((area - 0.5) / variance**0.5))
