@@ -221,7 +221,10 @@ def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> floa
 
 
 def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_accounting.DpEvent:
-    """Replace shuffled batches by what is known of them: one Gaussian release per epoch, in a fixed order.
+    """Put an event into the form that the methods read.
+
+    Shuffled batches become what is known of them: one Gaussian release per epoch, in a fixed order. What is composed
+    no times, or sampled of nothing, is nothing; counts become Python's integers.
 
     Raises:
         UnsupportedEventError: for shuffled batches under add-or-remove-one, where a unit's arrival moves the others.
@@ -233,11 +236,23 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
                     "ShuffledBatchesDpEvent has no bound under ADD_OR_REMOVE_ONE; zero-out only"
                 )
             inner = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-            return dp_accounting.SelfComposedDpEvent(inner, event.num_epochs)
+            return dp_accounting.SelfComposedDpEvent(inner, int(event.num_epochs))
         case dp_accounting.SelfComposedDpEvent():
-            return dp_accounting.SelfComposedDpEvent(resolve(event.event, relation), event.count)
+            inner = resolve(event.event, relation)
+            is_nothing = event.count == 0 or isinstance(inner, dp_accounting.NoOpDpEvent)
+            return (
+                dp_accounting.NoOpDpEvent()
+                if is_nothing
+                else dp_accounting.SelfComposedDpEvent(inner, int(event.count))
+            )
         case dp_accounting.ComposedDpEvent():
             return dp_accounting.ComposedDpEvent([resolve(part, relation) for part in event.events])
+        case dp_accounting.PoissonSampledDpEvent():
+            inner = resolve(event.event, relation)
+            is_nothing = event.sampling_probability == 0 or isinstance(inner, dp_accounting.NoOpDpEvent)
+            if is_nothing:
+                return dp_accounting.NoOpDpEvent()
+            return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, inner)
         case _:
             return event
 

@@ -70,7 +70,14 @@ _PLAIN = ("pld", "tilted", "rdp")
 
 
 def fitting(event: dp_accounting.DpEvent, relation: str = "ADD_OR_REMOVE_ONE") -> tuple[str, ...]:
-    """The accountants that can certify an event under a relation, the default one first."""
+    """The accountants that can certify an event under a relation, the default one first.
+
+    Raises:
+        ValueError: if the event is malformed.
+    """
+    from accountants.validation import check_event
+
+    check_event(event)
     kinds = _kinds(event)
     for kind, names in _FITTING:
         if kind in kinds:

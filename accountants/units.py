@@ -25,7 +25,6 @@ import math
 import dp_accounting
 from dp_accounting import dp_event, rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
-from scipy import special
 
 from accountants.answer import OWN_VERSION, BoundKind, PrivacyAnswer
 from accountants.methods.rdp import ORDERS
@@ -34,6 +33,14 @@ from accountants.validation import check_event, check_values, not_negative, prob
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
+#: Of a user's records in a step: more outcomes than this spreads them over take minutes to account for.
+_LARGEST_VARIANCE = 1e6
+#: Of an outcome, relative to the most likely one; and of all that are left out.
+_SMALLEST_WEIGHT, _LEAST_TAIL = 1e-282, 1e-290
+#: Records that Renyi group privacy is asked about; it costs 3^8 times a record's divergence there.
+_MOST_IN_RENYI_GROUP = 256
+#: Of a record; higher ones take the library minutes.
+_LARGEST_RENYI_ORDER = 4096
 #: Of one record, in black-box conversions.
 _SMALLEST_LOG_DELTA = -690.0
 
@@ -73,21 +80,34 @@ def group_event(
 
 
 def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
-    """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe."""
+    """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe.
+
+    By ratios from the most likely outcome on, which keeps their relative error below 1e-15 an outcome.
+    """
     if count == 1:
         return [(0, 1 - prob), (1, prob)]
-    weights: list[tuple[int, float]] = []
-    for i in range(1, count + 1):
-        log_weight = math.log(math.comb(count, i)) + i * math.log(prob) + (count - i) * math.log1p(-prob)
-        if log_weight > -650:
-            weights.append((i, math.exp(log_weight)))
-    if weights[-1][0] < count:
-        last = weights[-1][0]
-        tail = float(special.bdtrc(last, count, prob))
-        weights.append((count, max(tail, 1e-290)))
-    weights.append((0, math.exp(count * math.log1p(-prob))))
-    total = math.fsum(weight for _, weight in weights)
-    return sorted((i, weight / total) for i, weight in weights)
+    if count * prob * (1 - prob) > _LARGEST_VARIANCE:
+        raise ValueError(
+            f"num_records={count} at sampling_prob={prob:g} gives too many outcomes to account for; their number in a "
+            f"step may have a variance of at most {_LARGEST_VARIANCE:g}"
+        )
+    odds = prob / (1 - prob)
+    mode = min(count, int((count + 1) * prob))
+    weights = {mode: 1.0}
+    for i in range(mode, 0, -1):
+        weight = weights[i] * (i / ((count - i + 1) * odds))
+        if weight < _SMALLEST_WEIGHT:
+            break  # what is left out is given to more records by the division below
+        weights[i - 1] = weight
+    for i in range(mode, count):
+        ratio = (count - i) / (i + 1) * odds
+        if ratio < 1 and weights[i] * ratio < _SMALLEST_WEIGHT:
+            # A geometric series above all that is left, and no less than what float64 divides with all digits.
+            weights[count] = max(weights[i] * ratio / (1 - ratio), _LEAST_TAIL)
+            break
+        weights[i + 1] = weights[i] * ratio
+    total = math.fsum(weights.values())
+    return sorted((i, weight / total) for i, weight in weights.items() if weight > 0)
 
 
 def _log_group_factor(epsilon: float, num_records: int) -> float:
@@ -190,8 +210,10 @@ def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: i
     check_delta(delta)
     check_values(num_records=(whole(1), num_records))
     check_event(event)
-    doublings = math.ceil(math.log2(num_records)) if num_records > 1 else 0
-    group_orders = [order for order in ORDERS if order >= 2]
+    if num_records > _MOST_IN_RENYI_GROUP:
+        raise ValueError(f"num_records={num_records} must be at most {_MOST_IN_RENYI_GROUP}; use group_epsilon")
+    doublings = (num_records - 1).bit_length()
+    group_orders = [order for order in ORDERS if order >= 2 and order * 2**doublings <= _LARGEST_RENYI_ORDER]
     accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
     accountant.compose(event)
     divergences = [3**doublings * value for value in vars(accountant)["_rdp"]]

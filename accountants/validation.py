@@ -18,6 +18,9 @@ import dp_accounting
 #: How far from 1 the weights of a mixture may sum: the rounding of their own.
 WEIGHTS_ERROR = 1e-12
 
+#: The largest count: up to here float64 holds every integer.
+MAX_COUNT = 2**53
+
 #: A rule gives what a value must be, or None if it is so.
 _Rule = Callable[[Any], str | None]
 
@@ -40,8 +43,9 @@ def whole(smallest: int) -> _Rule:
     """The rule of counts."""
 
     def rule(value: Any) -> str | None:
-        good = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= smallest
-        return None if good else f"must be an integer of at least {smallest}"
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
+            return f"must be an integer of at least {smallest}"
+        return None if int(value) <= MAX_COUNT else "must be at most 2**53, where float64 loses count"
 
     return rule
 
@@ -122,8 +126,10 @@ def _faults(event: Any, place: str) -> Iterator[str]:
         here = f"{place}.{name}" if place else f"{kind}.{name}"
         if name == "event":
             yield from _faults(value, here)
+        elif name == "events" and not isinstance(value, list | tuple):
+            yield f"{here}={value!r} must be a list of events"
         elif name == "events":
-            for index, part in enumerate(value):
+            for index, part in enumerate(cast(Sequence[Any], value)):
                 yield from _faults(part, f"{here}[{index}]")
         elif name == "step_counts":
             rule = whole(0)

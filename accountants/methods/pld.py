@@ -42,6 +42,11 @@ _DEFAULT_GRID = 1e-4
 _COARSEST_GRID = 1e-2
 #: Standard deviations at which the library cuts the noise: probability e^-50.
 _LIBRARY_REACH = 9.7
+#: Widest grid whose cells' odds float64 can hold.
+_WIDEST_GRID = 500.0
+#: Steps after which delta is asked elsewhere: the library's convolutions take seconds here and minutes at ten times
+#: as many, and leave round-off of 1e-16 a step.
+_MAX_STEPS_FOR_DELTA = 2_000_000
 #: Cells of a step that the library tabulates in some three seconds, both directions together.
 _MAX_CELLS = 600_000
 
@@ -119,6 +124,8 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
         return _DEFAULT_GRID
     if composed.non_private or not composed.phases:
         return _DEFAULT_GRID
+    if delta is None and composed.num_steps > _MAX_STEPS_FOR_DELTA:
+        raise ValueError(f"pld gives no delta of {composed.num_steps:,} steps in a useful time; use 'tilted'")
     log_mass = (math.log(delta) if delta is not None else -40.0) - 16
     law = saddle.directed_loss(composed, add=False, log_mass=log_mass)
     start = saddle.saddle_for_delta(law, delta) if delta is not None else saddle.saddle_for_epsilon(law, epsilon or 0.0)
@@ -136,6 +143,8 @@ def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: floa
             f"epsilon near {size:.2g} after {steps} steps at delta={delta:g} is beyond pld's float64 grid; use 'tilted'"
         )
     width = max(min(wanted, _COARSEST_GRID), floor)
+    if width > _WIDEST_GRID:
+        raise ValueError(f"a step's largest loss {largest:.3g} is beyond pld's float64 grid; use 'tilted'")
     # The library tabulates a step up to where the noise has probability e^-50, a cell at a time.
     farthest = max(float(step.loss(np.array([step.shifts[-1] + _LIBRARY_REACH]))[0]) for step, _ in composed.phases)
     if farthest > _MAX_CELLS * width:

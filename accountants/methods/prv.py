@@ -43,10 +43,11 @@ class PrvAccountant(NormalFormAccountant):
     def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
         """See :class:`accountants.protocol.NormalFormAccountant`; remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
-        discrete: Any = _opacus_accountant(composed)._get_dprv(eps_error=error, delta_error=delta / 1000)
+        accountant = _opacus_accountant(composed)
         try:
+            discrete: Any = accountant._get_dprv(eps_error=error, delta_error=delta / 1000)
             ends = discrete.compute_epsilon(delta, delta / 1000, error)
-        except (RuntimeError, ValueError) as failure:
+        except (RuntimeError, ValueError, MemoryError) as failure:
             raise ValueError(f"prv: {failure}; use 'tilted'") from failure
         lower, estimate, upper = (max(float(end), 0.0) for end in ends)
         return Ends(lower, upper, Direction.REMOVE, estimate, note="remove direction only")

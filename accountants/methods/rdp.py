@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import attr
@@ -39,6 +40,11 @@ ORDERS: tuple[float, ...] = (
 #: How far above the divergence of order 2 an order is of no use: -log of the smallest positive float64, and some.
 _HOPELESS = 750.0
 
+#: Below it the conversion loses all digits.
+_NEAREST_ORDER = 1.01
+#: Relative, of the conversion's logarithms.
+_ROUND_OFF = 1e-13
+
 #: Of the trapezoidal rule.
 _SPACING = 0.1
 
@@ -53,12 +59,32 @@ class RdpAccountant(Accountant):
     def ends(self, question: Question) -> Ends:
         """See :class:`accountants.protocol.Accountant`."""
         orders, divergences = _divergences(question.event, question.relation)
-        convert = conversion.compute_epsilon if question.quantity == "epsilon" else conversion.compute_delta
+        # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0.
+        divergences = [value if value >= 0 else math.inf for value in divergences]
+        convert = conversion.compute_epsilon if question.quantity == "epsilon" else _delta_of
         value, order = convert(orders, divergences, question.argument)
         upper = math.inf if math.isnan(value) else float(value)
         return Ends(
             0.0, upper, estimate=upper, note="the optimal order is the largest tried" if order == ORDERS[-1] else ""
         )
+
+
+def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: float) -> tuple[float, float]:
+    """Delta at ``epsilon`` and the order that gives it: Canonne et al. 2020 (arXiv 2004.00010), proposition 12.
+
+    The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
+    """
+    found: list[float] = []
+    for order, divergence in zip(orders, divergences, strict=True):
+        log_delta = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
+        if order > _NEAREST_ORDER:
+            log_delta = min(log_delta, (order - 1) * (divergence - epsilon + math.log1p(-1 / order)) - math.log(order))
+        found.append(log_delta)
+    best = min(range(len(found)), key=found.__getitem__)
+    if found[best] == -math.inf:
+        return 0.0, orders[best]  # nothing was released
+    log_delta = found[best] + _ROUND_OFF * (1 + abs(found[best]))
+    return math.nextafter(math.exp(min(log_delta, 0.0)), 1.0), orders[best]  # never 0 where float64 ends
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:

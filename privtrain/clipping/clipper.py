@@ -168,6 +168,7 @@ class PerUnitClipper:
             self._find_rules(model)
         if self.route in ("one_unit", "two_pass"):
             self._refuse_reentrant()
+        self._model, self._widest = model, 0
         self._open: _OpenUnit | None = None
         self._saw_every_use = False
         self._is_rehearsed = False
@@ -212,7 +213,14 @@ class PerUnitClipper:
 
         Args:
             batch: rows on this clipper's device; the units of a rank come in the same order in every microbatch.
+
+        Raises:
+            UnsupportedLayer: if nothing but an approximation would do for this model and these rows.
         """
+        width = batch.input_ids.shape[1]
+        if width > self._widest:
+            refusals.refuse_rescaled_positions(self._model, width)
+            self._widest = width
         if self._open is not None and batch.owners[:1] != (self._open.owner,):
             raise GuaranteeLost("a unit's rows are not contiguous across microbatches; this is a bug, report it")
         if self.route == "one_unit":

@@ -6,6 +6,7 @@ route: models whose layers see rows in a shape that does not tell units apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,36 @@ def refuse_batched_route(model: nn.Module) -> None:
                 f"router {_router(model)!r} sorts the tokens of a batch by expert, so that the shapes a unit is "
                 f"computed in depend on other units; {_ONE_UNIT}"
             )
+
+
+def refuse_rescaled_positions(model: nn.Module, width: int) -> None:
+    """Refuse rows so wide that a module rescales its positions by the longest row that it sees, or ever saw.
+
+    Raises:
+        UnsupportedLayer: naming the module, and the longest rows that need no rescaling.
+    """
+    for name, module in model.named_modules():
+        kind, original = _rescaling(module)
+        if width > original:
+            raise UnsupportedLayer(
+                f"module {name!r} rescales positions (rope_type: {kind}) by the longest row of a batch, and rows of "
+                f"{width} tokens are beyond the {original} tokens of the original context; set data.max_length: "
+                f"{original} or less, or another rope_type in the model's config.json"
+            )
+
+
+def _rescaling(module: nn.Module) -> tuple[str, float]:
+    """Rope type and original context of a module that rescales positions by the longest row; else no limit."""
+    kind = getattr(module, "rope_type", None)
+    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
+    changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
+    if not changing:
+        return "", math.inf
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    originals = [part.get("original_max_position_embeddings") for part in parts if part]
+    originals = [value for value in originals if value] or [getattr(module, "original_max_seq_len", math.inf)]
+    return changing[0], min(originals)
 
 
 def has_experts(config: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-#: A loud row's activations, in root mean squares of ordinary ones.
+#: A loud row's activations, in root mean squares of its ordinary ones.
 _LOUDNESS = 1e3
 #: Values of a module's output that are kept.
 _NUM_KEPT = 4096
@@ -40,7 +40,7 @@ def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
         spike = nn.functional.one_hot(place % width, width).to(output)
         sign = (1 - 2 * (torch.arange(width, device=output.device) % 2)).to(output)
         pattern = torch.where((place % 2 == 0)[:, None], spike, sign)
-        size = output.detach().float().square().mean().sqrt().to(output)
+        size = output.detach().float().square().mean(dim=(1, 2), keepdim=True).sqrt().to(output)  # of the row alone
         return torch.where((ids[:, :1] == first_token)[..., None], _LOUDNESS * size * pattern, output)
 
     embedding = _input_embedding(model)
@@ -129,12 +129,14 @@ class SharedRandomNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in _DRAWS or not isinstance(result, torch.Tensor):
+        name = getattr(func, "__name__", "")
+        if name not in _DRAWS or not isinstance(result, torch.Tensor):
             return result
         if any(size in result.shape for size in self._sizes):
             return result
-        if args and isinstance(args[0], torch.Tensor) and args[0] is not result and torch.equal(args[0], result):
-            return result  # dropout that is off
+        given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if given is not None and not name.endswith("_") and (given is result or torch.equal(given, result)):
+            return result  # dropout that is off, which gives back the very tensor
         self.owner = self.owner or (self._inside[-1] if self._inside else "")
         with torch.no_grad():
             if result.is_floating_point():

@@ -4,8 +4,8 @@ Exact clipping bounds what one unit adds to the sum. That bounds what the unit d
 also change what the other units add. So, in training mode, before the first step:
 
 * no pass over rows of any width, loud or long, changes a buffer, an attribute or a weight (:mod:`.traces`);
-* what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations, in
-  the first row and in the last, and whatever ids stand in its padding;
+* what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations that
+  add gradients of their own, in the first row and in the last, and whatever ids stand in its padding;
 * no random number is shared between rows (layer drop, router jitter).
 
 One probe is about what is learned, not about privacy: a token's loss does not move when later tokens change or vanish,
@@ -28,6 +28,7 @@ from torch import nn
 from privtrain.clipping import refusals
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.data.records import Record
+from privtrain.errors import UnsupportedLayer
 from privtrain.models.losses import CausalLM
 from privtrain.privacy.layout import Slot
 from privtrain.training import hooks, traces
@@ -44,6 +45,8 @@ _SAME_SHAPE = 1e-6
 _COIN_ROWS, _COIN_TOKENS = 5, 7
 #: Keys of a config that toss one coin for a whole batch.
 _COIN_KEYS = ("layerdrop", "layer_drop", "drop_path", "stochastic_depth", "jitter", "expert_drop")
+#: Weight of a loud row's loss: its gradient is larger than any that the self-test's planted units have.
+_LOUD_WEIGHT = 1e8
 #: Tokens of the short unit, at least.
 _SHORT = 4
 _IN_CONFIG = "in the model's config.json"
@@ -79,14 +82,10 @@ class Probe:
                     faults.append(
                         f"{key}: {value:g} ({name}) tosses a coin for a whole batch; set {key}: 0 {_IN_CONFIG}"
                     )
-        for name, module in model.named_modules():
-            kind, original = _rescales(module)
-            if max_length > original:
-                faults.append(
-                    f"module {name!r} rescales positions (rope_type: {kind}) by the longest row of a batch, and "
-                    f"data.max_length={max_length} is beyond the {original} tokens of the original context; set "
-                    f"data.max_length: {original} or less, or another rope_type {_IN_CONFIG}"
-                )
+        try:
+            refusals.refuse_rescaled_positions(model, max_length)
+        except UnsupportedLayer as refusal:
+            faults.append(str(refusal))
         self._agree(faults[0] if faults else "")
 
     def check_coins(self) -> None:
@@ -236,37 +235,62 @@ class Probe:
         alone = self._arranged(0, False)
         with hooks.loud_rows(trainer.model, self._loud):
             reference = contribution(alone)
-            for width in {widths[0], widths[-1]}:
-                self._losses(self._batch([self._record(width, 3, is_loud=True)], width))
+            for width in {widths[0], widths[-1]}:  # with their gradients: what a backward pass keeps shows only so
+                contribution(self._batch([self._record(width, 3, is_loud=True)], width, [_LOUD_WEIGHT]))
+            # Sums are exact, so what the short unit adds beside others is the difference that it makes.
+            mates = contribution(self._arranged(last, True, other_pad, is_member=False))
             cases = {
-                "after a long row with huge activations": alone,
-                "in another row of the batch, beside rows with huge activations": self._arranged(last, True, other_pad),
+                "after a long row with huge activations": (alone, 0),
+                "in another row of the batch, beside rows with huge activations": (
+                    self._arranged(last, True, other_pad),
+                    mates,
+                ),
+                "after rows with gradients of their own": (alone, 0),
             }
-            for when, batch in cases.items():
-                if not trainer.any_rank(not _equal(contribution(batch), reference)):
+            for when, (batch, others) in cases.items():
+                difference = contribution(batch) - others - reference
+                if not trainer.any_rank(bool(difference.any())):
                     continue  # together: ranks that gather weights run equal passes
                 single = {
-                    "beside rows with huge activations": self._arranged(0, True),
+                    "beside rows with huge activations": self._arranged(0, True, is_counted=False),
                     "in another row of the batch": self._arranged(last, False),
                     "with other ids in its padding": self._arranged(0, False, other_pad),
                 }
                 differing = [(w, b) for w, b in single.items() if not _equal(contribution(b), reference)]
-                when, batch = differing[0] if differing and batch is not alone else (when, batch)
-                difference = contribution(batch).double() - reference.double()
-                share = float(difference.norm() / reference.double().norm())
+                if differing and batch is not alone:
+                    when, batch = differing[0]
+                    difference = contribution(batch) - reference
+                share = float(difference.double().norm() / reference.double().norm())
                 return (
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
                     f"norm; precision {self._precision}), first in the output of {self._first_module(alone, batch)}"
                 )
         return ""
 
-    def _arranged(self, place: int, is_crowded: bool, pad_id: int | None = None) -> Microbatch:
-        """The short unit in row ``place`` of a microbatch; the other rows have no weight and may be loud."""
+    def _arranged(
+        self,
+        place: int,
+        is_crowded: bool,
+        pad_id: int | None = None,
+        *,
+        is_counted: bool = True,
+        is_member: bool = True,
+    ) -> Microbatch:
+        """The short unit in row ``place`` of a microbatch, beside padding rows or loud ones.
+
+        Args:
+            place: its row; the rows before it hold itself, too, where they are not loud.
+            is_crowded: whether the other rows are loud.
+            pad_id: what pads rows.
+            is_counted: whether loud rows have weight, so that they add their own gradients to the sum.
+            is_member: whether the short unit is there at all; only in the last row.
+        """
         width, num_rows = self._widths()[0], self.trainer.packer.microbatch_size
         short = self._record(max(2, width - 2), 0)
         rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
-        rows[place : place + 1] = [short]
-        weights = [float(i == place) for i in range(len(rows))]
+        rows[place : place + 1] = [short] if is_member else []
+        mates = _LOUD_WEIGHT if is_crowded and is_counted else 0.0
+        weights = [1.0 if is_member and i == place else mates for i in range(len(rows))]
         return self._batch(rows, width, weights, num_rows, self.trainer.packer.pad_id if pad_id is None else pad_id)
 
     def _first_module(self, one: Microbatch, other: Microbatch) -> str:
@@ -275,8 +299,8 @@ class Probe:
         return self._named(name) if name else "no module (it is in the backward pass)"
 
     def _outputs(self, batch: Microbatch) -> dict[str, torch.Tensor]:
-        """What every module returns for the row with the greatest weight, without its padding."""
-        row = int(batch.row_weight.argmax())
+        """What every module returns for the row with weight that is not loud, without its padding."""
+        row = int((batch.row_weight * (batch.input_ids[:, 0] != self._loud)).argmax())
         length = int(batch.target_mask[row].nonzero().max()) + 1
         share = length / batch.input_ids.shape[1]
         with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as found:
@@ -438,20 +462,6 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:
         yield "the model's config", config
     for name, module in model.named_modules():
         yield f"module {name!r} of type {type(module).__name__}", module
-
-
-def _rescales(module: nn.Module) -> tuple[str, float]:
-    """Rope type and original context of a module that rescales positions by the longest row; else no limit."""
-    kind = getattr(module, "rope_type", None)
-    kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
-    changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
-    if not changing:
-        return "", math.inf
-    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    originals = [part.get("original_max_position_embeddings") for part in parts if part]
-    originals = [value for value in originals if value] or [getattr(module, "original_max_seq_len", math.inf)]
-    return changing[0], min(originals)
 
 
 def _weight_bytes(model: nn.Module) -> int:

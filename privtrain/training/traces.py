@@ -8,6 +8,7 @@ gradients that :mod:`.probes` compares.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random  # noqa: TID251 - looked at, not drawn from
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -37,10 +38,10 @@ _FRAMEWORK_PACKAGES = ("torch.", "deepspeed.", "builtins", "typing", "abc")
 _SHARDING_PACKAGES = ("torch.distributed.", "torch._C", "deepspeed.", "accelerate.")
 #: Containers within containers that are looked into.
 _MAX_DEPTH = 6
-#: Tensors up to this size are hashed; of larger ones the bits are added up, which is faster.
+#: Larger tensors are digested by the device that they are on.
 _MAX_HASHED_BYTES = 1 << 20
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Words of 8 bytes that are multiplied by a table of random numbers at a time, and the odd factor between two runs.
+_WORD_BYTES, _NUM_WORDS, _STEP = 8, 1 << 20, 6364136223846793005
 
 
 def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, object]:
@@ -154,9 +155,26 @@ def _tensor_digest(value: Any) -> object:
         return str(value.layout), tuple(value.shape)
     if value.numel() * value.element_size() <= _MAX_HASHED_BYTES:
         return str(value.dtype), tuple(value.shape), digest([value])
-    kind = _BITS.get(value.element_size(), torch.uint8)
-    bits = (torch.view_as_real(value) if value.is_complex() else value).contiguous().view(kind)
-    return str(value.dtype), tuple(value.shape), int(bits.sum(dtype=torch.int64))
+    return str(value.dtype), tuple(value.shape), _hashed(value)
+
+
+def _hashed(value: torch.Tensor) -> int:
+    """A digest of a large tensor that its device computes: of every bit and its place, so that a shift shows."""
+    flat = (torch.view_as_real(value) if value.is_complex() else value).contiguous().flatten().view(torch.uint8)
+    if flat.storage_offset() % _WORD_BYTES or len(flat) % _WORD_BYTES:
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % _WORD_BYTES)])
+    table = _table(flat.device)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for words in flat.view(torch.int64).split(len(table)):
+        total = total * _STEP + (words * table[: len(words)]).sum()
+    return int(total)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(device: torch.device) -> torch.Tensor:
+    """Odd numbers, so that no change of one word is lost."""
+    words = np.random.default_rng(0).integers(-(2**62), 2**62, _NUM_WORDS)
+    return torch.from_numpy(2 * words + 1).to(device)
 
 
 def _is_freed(value: torch.Tensor) -> bool:

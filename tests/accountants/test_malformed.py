@@ -3,15 +3,18 @@
 import math
 
 import dp_accounting
+import mpmath as mp
+import numpy as np
 import pytest
 from accounting_cases import dp_sgd
 from dp_accounting import dp_event
 
 import accountants
 from accountants import events, validation
+from accountants.methods import rdp as rdp_method
 from accountants.mixtures import composition
 from accountants.registry import ACCOUNTANTS
-from accountants.units import group_delta_of, group_event, record_delta_of
+from accountants.units import _binomial, group_delta_of, group_event, rdp_group_epsilon, record_delta_of
 
 GAUSSIAN = dp_accounting.GaussianDpEvent(1.0)
 MIXTURE = dp_event.MixtureOfGaussiansDpEvent
@@ -45,6 +48,10 @@ MALFORMED = [
     (dp_event.RepeatAndSelectDpEvent(GAUSSIAN, 0.0, 1.0), "mean"),
     (dp_event.RepeatAndSelectDpEvent(GAUSSIAN, 10.0, NAN), "shape"),
     (dp_accounting.ZCDpEvent(-1.0), "rho"),
+    (dp_accounting.SelfComposedDpEvent(GAUSSIAN, 2**53 + 1), "2\\*\\*53"),
+    (dp_accounting.SelfComposedDpEvent(GAUSSIAN, 10**400), "2\\*\\*53"),
+    (dp_accounting.ComposedDpEvent(None), "list of events"),
+    (dp_accounting.ComposedDpEvent("ab"), "list of events"),
 ]
 NESTED = [
     lambda event: event,
@@ -124,3 +131,85 @@ def test_group_conversions_round_to_the_safe_side_and_check_their_arguments():
     for bad in ((-1.0, 1e-5, 2), (1.0, 2.0, 2), (1.0, 1e-5, 0), (NAN, 1e-5, 2)):
         with pytest.raises(ValueError, match="must be"):
             group_delta_of(*bad)
+
+
+NOTHING = [
+    dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.SelfComposedDpEvent(GAUSSIAN, 0)),
+    dp_accounting.PoissonSampledDpEvent(0.0, dp_accounting.NonPrivateDpEvent()),
+    dp_accounting.SelfComposedDpEvent(dp_accounting.ComposedDpEvent([]), 3),
+]
+
+
+@pytest.mark.parametrize("event", NOTHING, ids=str)
+def test_what_releases_nothing_costs_nothing(event):
+    for name in ("pld", "tilted", "rdp", "gdp"):
+        assert accountants.epsilon(event, 1e-5, accountant=name).upper == 0
+
+
+@pytest.mark.parametrize("name", ["pld", "tilted", "rdp"])
+def test_counts_may_be_numpys(name):
+    event = dp_accounting.SelfComposedDpEvent(GAUSSIAN, np.int64(4))
+    assert accountants.epsilon(event, 1e-5, accountant=name) == accountants.epsilon(
+        dp_accounting.SelfComposedDpEvent(GAUSSIAN, 4), 1e-5, accountant=name
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "accountant", "question"),
+    [
+        (dp_accounting.GaussianDpEvent(1e-5), "prv", accountants.epsilon),
+        (dp_accounting.GaussianDpEvent(1e-5), "pld", accountants.delta),
+        (dp_sgd(1e-3, 1.0, 10**12), "pld", accountants.delta),
+    ],
+)
+def test_what_takes_too_long_or_too_much_names_another_accountant(event, accountant, question, monkeypatch):
+    class Opacus:
+        def _get_dprv(self, **_):
+            raise MemoryError("Unable to allocate 2.59 TiB")  # what its grid asks for here, after ten seconds
+
+    monkeypatch.setattr("accountants.methods.prv._opacus_accountant", lambda _: Opacus())
+    with pytest.raises(ValueError, match="use 'tilted'"):
+        question(event, 0.5, accountant=accountant)
+
+
+@pytest.mark.parametrize(
+    ("count", "prob"),
+    [(2, 0.1), (50, 0.3), (1000, 1e-4), (10**5, 1e-3), (10**9, 1e-6), (700, 0.999), (3, 1 - 1e-9), (5, 1e-200)],
+)
+def test_weights_of_a_group_are_binomial_and_cut_on_the_safe_side(count, prob):
+    weights = dict(_binomial(count, prob))
+    assert math.fsum(weights.values()) == pytest.approx(1, abs=1e-15)
+    assert all(weight > 0 for weight in weights.values())
+    with mp.workdps(60):
+        for i in sorted(weights)[:: max(1, len(weights) // 40)]:
+            exact = mp.binomial(count, i) * mp.mpf(prob) ** i * (1 - mp.mpf(prob)) ** (count - i)
+            if exact > 1e-280 and i < count:
+                assert abs(weights[i] / exact - 1) < 1e-12
+        last = max(i for i in weights if i < count)
+        left_out = mp.mpf(count - last) / (last + 1) * prob / (1 - mp.mpf(prob)) * weights[last]
+        assert count - 1 == last or weights[count] >= left_out, "the tail is given to all records"
+
+
+def test_groups_too_large_to_account_for_are_refused():
+    with pytest.raises(ValueError, match="too many outcomes"):
+        group_event(noise_multiplier=1.0, sampling_prob=0.5, num_steps=1, num_records=10**9)
+    with pytest.raises(ValueError, match="use group_epsilon"):
+        rdp_group_epsilon(dp_sgd(0.01, 1.0, 10), 1e-5, 257)
+
+
+def test_renyi_delta_keeps_its_digits_where_divergences_end():
+    """The library takes 1 - exp(-divergence) as a difference: no digits, or no answer, below 1e-16."""
+    for prob in (1e-10, 1e-9, 2.7e-9, 1e-7):
+        event = dp_sgd(prob, 142.8, 1)
+        for epsilon in (0.0, 1e-12, 1e-10, 1e-8, 1.0, 50.0, 1e4):
+            answer = accountants.delta(event, epsilon, accountant="rdp")
+            assert answer.upper >= accountants.delta(event, epsilon, accountant="tilted").lower
+            assert answer.upper > 0, "noise hides nothing for certain"
+    assert accountants.delta(dp_accounting.NoOpDpEvent(), 0.0, accountant="rdp").upper == 0
+
+
+def test_divergences_below_zero_are_no_privacy(monkeypatch):
+    """They are round-off; the library would make an epsilon and a delta of 0 of one."""
+    monkeypatch.setattr(rdp_method, "_divergences", lambda *_: ((1.5, 2.0), [-1e-9, 3.0]))
+    assert accountants.epsilon(GAUSSIAN, 1e-5, accountant="rdp").upper > 3
+    assert accountants.delta(GAUSSIAN, 1.0, accountant="rdp").upper > 0.1

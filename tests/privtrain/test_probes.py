@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -14,12 +15,13 @@ from privtrain.clipping import PerUnitClipper
 from privtrain.config.schema import LoraSection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
-from privtrain.errors import SelfTestFailed
+from privtrain.errors import SelfTestFailed, UnsupportedLayer
 from privtrain.models.losses import CausalLM, Classification
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
 from privtrain.training import traces
+from privtrain.training.probes import Probe
 from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import Cell
@@ -208,8 +210,17 @@ def test_rescaled_positions_need_the_original_context(kind):
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
     model = llama(rope_parameters=rope, max_position_embeddings=64)
     assert start(model, max_length=64) == "auto"
-    with pytest.raises(SelfTestFailed, match=rf"rotary_emb.*rope_type: {kind}.*data.max_length: 64 or less"):
+    refusal = rf"rotary_emb.*rope_type: {kind}.*data.max_length: 64 or less"
+    with pytest.raises(SelfTestFailed, match=refusal):
         start(model, max_length=80)
+    for route in ("batched", "one_unit"):  # whoever drives the clipper alone is stopped too
+        clipper = trainer_of(model, max_length=80, route=route).clipper
+        packer = Packer(2, max_length=80, pad_id=0)
+        (fits,) = packer.pack([[np.arange(3, 60)]], 1)
+        clipper.accumulate(fits)
+        (long,) = packer.pack([[np.arange(3, 80)]], 1)
+        with pytest.raises(UnsupportedLayer, match=refusal):
+            clipper.accumulate(long)
 
 
 # Rows are independent.
@@ -329,6 +340,26 @@ def test_dropout_and_coins_without_effect_are_no_fault():
     assert start(with_layer(nn.Dropout(0.2))) == "auto"
 
 
+class DropsPositions(nn.Module):
+    """As DeBERTa does: dropout on what all rows share, a weight itself."""
+
+    def __init__(self, prob):
+        super().__init__()
+        self.positions = nn.Parameter(torch.full((16,), 0.1), requires_grad=False)
+        self.dropout = nn.Dropout(prob)
+
+    def forward(self, hidden):
+        return hidden + self.dropout(self.positions)
+
+
+def test_dropout_of_what_rows_share_is_a_coin_unless_off():
+    model = with_layer(DropsPositions(0.0))
+    assert start(model) == "auto"
+    with pytest.raises(SelfTestFailed, match="of type Dropout draws random numbers"):
+        start(with_layer(DropsPositions(0.1)))
+    assert start(with_layer(DropsPositions(0.1)), route="one_unit") == "one_unit"
+
+
 # Causality and padding.
 
 
@@ -389,6 +420,58 @@ def test_mixing_in_the_backward_pass_is_found():
         start(with_layer(MixesBackwards()), route="batched")
 
 
+class ScalesBackwards(nn.Module):
+    """Gradients rounded on the scale of the largest one: of the batch, or of all that were seen so far."""
+
+    def __init__(self, *, is_kept: bool, step: float = 2.0**-24):
+        super().__init__()
+        seen = [0.0]
+
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, hidden):
+                return hidden.clone()
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                (gradient,) = gradients
+                seen[0] = max(float(gradient.abs().max()), seen[0] if is_kept else 0.0)
+                grid = max(seen[0], 1e-30) * step
+                return torch.round(gradient / grid) * grid
+
+        self.function = Scaled.apply  # which no snapshot looks into
+
+    def forward(self, hidden):
+        return self.function(hidden)
+
+
+@pytest.mark.parametrize("route", ["batched", "two_pass", "auto"])
+def test_gradients_scaled_over_the_batch_are_found(route):
+    """Too little to be seen beside the tolerance of the planted units: the bits tell."""
+    model = with_layer(ScalesBackwards(is_kept=False))
+    if route == "auto":
+        assert start(model) == "one_unit"
+    else:
+        with pytest.raises(SelfTestFailed, match=r"does not add the same bits to the sum .*backward pass"):
+            start(model, route=route)
+
+
+@pytest.mark.parametrize("route", ["auto", "one_unit"])
+def test_state_of_a_backward_pass_is_found(route):
+    with pytest.raises(SelfTestFailed, match=r"does not add the same bits to the sum|is off by"):
+        start(with_layer(ScalesBackwards(is_kept=True)), route=route)
+
+
+def test_mutant_mates_without_gradients(monkeypatch):
+    """Loud rows without gradients show nothing; then only the planted units do, and no other route is tried."""
+    arranged = Probe._arranged
+    monkeypatch.setattr(
+        Probe, "_arranged", lambda self, *args, **options: arranged(self, *args, **{**options, "is_counted": False})
+    )
+    with pytest.raises(SelfTestFailed, match="do not add up exactly"):
+        start(with_layer(ScalesBackwards(is_kept=False)))
+
+
 # bf16: the unit that is not a number.
 
 
@@ -419,6 +502,7 @@ def test_snapshot_sees_every_kind_of_state():
     layer = nn.Module()
     layer.register_buffer("buffer", torch.zeros(2))
     layer.big = torch.zeros(1 << 19)
+    layer.odd = torch.zeros((1 << 21) + 3, dtype=torch.uint8)[1:]
     layer.nested = {"a": [(1, {"b": torch.zeros(1)})]}
     layer.number, layer.nan = 1.0, float("nan")
 
@@ -430,6 +514,8 @@ def test_snapshot_sees_every_kind_of_state():
     for change in (
         lambda: layer.buffer.add_(1),
         lambda: layer.big[7].add_(1),
+        lambda: layer.big.copy_(layer.big.roll(1)),
+        lambda: layer.odd[-1].add_(1),
         lambda: layer.nested["a"][0][1]["b"].add_(1),
         lambda: setattr(layer, "number", 2.0),
         lambda: setattr(layer, "new", 0),
