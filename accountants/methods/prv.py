@@ -25,6 +25,9 @@ from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 #: The error in epsilon that is asked of the method, relative to an approximate answer, and its limits.
 RELATIVE_ERROR = 0.01
 
+#: The implementation takes exp(epsilon), and whatever the truth answers 709 where that ends.
+_LARGEST_EPSILON = 650.0
+
 
 class PrvAccountant(NormalFormAccountant):
     """Certified ends in the remove direction, from Opacus.
@@ -50,6 +53,8 @@ class PrvAccountant(NormalFormAccountant):
         except (RuntimeError, ValueError, MemoryError) as failure:
             raise ValueError(f"prv: {failure}; use 'tilted'") from failure
         lower, estimate, upper = (max(float(end), 0.0) for end in ends)
+        if upper > _LARGEST_EPSILON:
+            raise ValueError(f"prv: epsilon {upper:.4g} is where exponentials leave float64; use 'tilted'")
         return Ends(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
 
     def delta_ends(self, composed: Composition, epsilon: float) -> Ends:

@@ -181,16 +181,23 @@ class Probe:
         trainer = self.trainer
         if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
             return  # rows of different units never meet
-        with hooks.loud_rows(trainer.model, self._loud):
-            alone, beside = (self._outputs(self._arranged(0, is_crowded)) for is_crowded in (False, True))
-        # Experts return as many tokens as they get; what becomes of those is seen in the modules behind them.
-        beside = {name: value for name, value in beside.items() if name in alone and value.shape == alone[name].shape}
-        name, fault = self._first_differing(alone, beside), ""
-        if name and (share := _moved(alone[name], beside[name])) > self._tolerance(_MIXED):
-            fault = (
-                f"rows of a batch are mixed by {self._named(name)}: what it returns for a row is off by {share:.2g} "
-                f"beside rows with huge activations. Replace it by one that works on each row alone, or {_ONE_UNIT}"
-            )
+        fault, widths = "", self._widths()
+        for width in sorted({widths[0], widths[-1]}):
+            with hooks.loud_rows(trainer.model, self._loud):
+                alone, beside = (
+                    self._outputs(self._arranged(0, is_crowded, width=width)) for is_crowded in (False, True)
+                )
+            # Experts return as many tokens as they get; what becomes of those is seen in the modules behind them.
+            beside = {
+                name: value for name, value in beside.items() if name in alone and value.shape == alone[name].shape
+            }
+            name = self._first_differing(alone, beside)
+            if not fault and name and (share := _moved(alone[name], beside[name])) > self._tolerance(_MIXED):
+                fault = (
+                    f"rows of a batch are mixed by {self._named(name)}: what it returns for a row is off by "
+                    f"{share:.2g} beside rows with huge activations. Replace it by one that works on each row alone, "
+                    f"or {_ONE_UNIT}"
+                )
         self._agree(fault)
 
     def independent_route(self, route: str) -> str:
@@ -273,6 +280,7 @@ class Probe:
         is_crowded: bool,
         pad_id: int | None = None,
         *,
+        width: int | None = None,
         is_counted: bool = True,
         is_member: bool = True,
     ) -> Microbatch:
@@ -282,10 +290,11 @@ class Probe:
             place: its row; the rows before it hold itself, too, where they are not loud.
             is_crowded: whether the other rows are loud.
             pad_id: what pads rows.
+            width: of the rows; the short unit is two tokens shorter. By default the shortest.
             is_counted: whether loud rows have weight, so that they add their own gradients to the sum.
             is_member: whether the short unit is there at all; only in the last row.
         """
-        width, num_rows = self._widths()[0], self.trainer.packer.microbatch_size
+        width, num_rows = width or self._widths()[0], self.trainer.packer.microbatch_size
         short = self._record(max(2, width - 2), 0)
         rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
         rows[place : place + 1] = [short] if is_member else []
@@ -321,36 +330,43 @@ class Probe:
         Raises:
             SelfTestFailed: naming the model's class.
         """
-        widths, name, fault = self._widths(), type(hooks.unwrapped(self.trainer.model)).__name__, ""
-        width = widths[0]
+        widths = self._widths()
+        faults = [fault for width in sorted({widths[0], widths[-1]}) if (fault := self._looks_behind(width))]
+        self._agree(faults[0] if faults else "")
+
+    def _looks_behind(self, width: int) -> str:
+        """What moves the logits of a record of one width though it stands behind its tokens, or nothing."""
+        name, widest = type(hooks.unwrapped(self.trainer.model)).__name__, self._widths()[-1]
         record = self._record(max(2, width - 1), 4)
         is_causal, length = isinstance(self.trainer.objective, CausalLM), len(record)
         of_shape = self._tolerance(_OTHER_SHAPE)
         of_bits = of_shape if self._has_experts() else _SAME_SHAPE
         plain = self._logits(record, width, length)
         of_ids = _moved(plain, self._logits(record, width, length, pad_id=self._quiet))
-        of_width = _moved(plain, self._logits(record, widths[-1], length))
+        of_width = _moved(plain, self._logits(record, widest, length))
+        cut = -(-length // 2)
+        changed = record.tokens.copy()
+        changed[cut:] = (changed[cut:] + 1) % self.vocabulary_size
+        before, others = plain[:cut], {"change": changed, "vanish": record.tokens[:cut]}
+        moved = {
+            way: _moved(before, self._logits(Record.of(ids), width, cut)) if is_causal else 0.0
+            for way, ids in others.items()
+        }
+        way = max(moved, key=moved.__getitem__)
+        if moved[way] > of_bits:
+            can_decode = getattr(hooks.unwrapped(self.trainer.model).config, "is_decoder", None) is False
+            way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
+            return (
+                f"the model class {name} is not causal: logits move by {moved[way]:.2g} when tokens behind {way}, "
+                f"so it would learn to copy the token that it predicts; {way_out}"
+            )
         if of_ids > of_bits or of_width > of_shape:
-            fault = (
+            return (
                 f"the model class {name} reads the padding behind a record: logits move by {of_ids:.2g} with the ids "
                 f"that stand there, by {of_width:.2g} with their number. Choose a model whose tokens do not depend on "
                 "what stands behind them"
             )
-        cut = -(-length // 2)
-        if is_causal:
-            changed = record.tokens.copy()
-            changed[cut:] = (changed[cut:] + 1) % self.vocabulary_size
-            before, others = plain[:cut], {"change": changed, "vanish": record.tokens[:cut]}
-            moved = {way: _moved(before, self._logits(Record.of(ids), width, cut)) for way, ids in others.items()}
-            way = max(moved, key=moved.__getitem__)
-            if moved[way] > of_bits:
-                can_decode = getattr(hooks.unwrapped(self.trainer.model).config, "is_decoder", None) is False
-                way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
-                fault = (
-                    f"the model class {name} is not causal: logits move by {moved[way]:.2g} when tokens behind {way}, "
-                    f"so it would learn to copy the token that it predicts; {way_out}"
-                )
-        self._agree(fault)
+        return ""
 
     def _logits(self, record: Record, width: int, length: int, pad_id: int | None = None) -> torch.Tensor:
         """What the model makes of a record: [tokens, …] up to ``length``, or [labels].

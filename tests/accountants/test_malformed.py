@@ -213,3 +213,11 @@ def test_divergences_below_zero_are_no_privacy(monkeypatch):
     monkeypatch.setattr(rdp_method, "_divergences", lambda *_: ((1.5, 2.0), [-1e-9, 3.0]))
     assert accountants.epsilon(GAUSSIAN, 1e-5, accountant="rdp").upper > 3
     assert accountants.delta(GAUSSIAN, 1.0, accountant="rdp").upper > 0.1
+
+
+def test_prv_is_refused_where_exponentials_end():
+    """Its implementation answers 709 there: far below the truth, with an upper end that claims to be certified."""
+    event = dp_sgd(1.0, 1.3361820640953512, 2597)
+    assert accountants.epsilon(event, 4.4e-5, accountant="tilted").lower > 800
+    with pytest.raises(ValueError, match="float64; use 'tilted'"):
+        accountants.epsilon(event, 4.4e-5, accountant="prv")

@@ -384,6 +384,26 @@ def test_mask_that_is_off_by_one_is_refused():
         start(with_layer(LooksAhead()))
 
 
+class FarOut(nn.Module):
+    """A layer that is there for long rows alone, as blocks of attention are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        return self.layer(hidden) if hidden.shape[1] > 16 else hidden
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(LooksAhead, r"is not causal|reads the padding"), (OverTheBatch, r"rows of a batch are mixed by .*OverTheBatch")],
+)
+def test_what_only_long_rows_do_is_found(layer, message):
+    with pytest.raises(SelfTestFailed, match=message):
+        start(with_layer(FarOut(layer())))
+
+
 class CountsTokens(nn.Module):
     """By the width of the row, which padding belongs to."""
 
