@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from privtrain.config import load_config
-from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.run import bundle
@@ -38,11 +37,12 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
 
     Raises:
         ConfigError: if the run is not finished, the output exists or the dtype is unknown; nothing is written then.
-        VerificationFailed: if the run does not hold what was released.
+        VerificationFailed: if the run does not hold what was released, or if the merged or re-opened model computes
+            something else than base and adapter.
         RuntimeError: if what was saved is not what is in memory.
     """
     directory = RunDirectory(run)
-    _check(directory, output, dtype)
+    _check(directory, output, dtype, merge=merge)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -60,7 +60,7 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
     return f"wrote the {what} with its privacy statement to {output}; check it with: privtrain verify {output}"
 
 
-def _check(run: RunDirectory, output: pathlib.Path, dtype: str) -> None:
+def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) -> None:
     faults = []
     if not run.is_complete():
         faults.append(
@@ -70,45 +70,49 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str) -> None:
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
     if dtype not in DTYPES:
         faults.append(Fault("--dtype", f"given {dtype}; must be one of {', '.join(DTYPES)}"))
+    if merge and run.is_complete() and run.adapter.exists():
+        faults += _unmergeable(run)
     if faults:
         raise ConfigError(faults)
+
+
+def _unmergeable(run: RunDirectory) -> list[Fault]:
+    """Why an adapter cannot become part of its base's weights, seen before anything is loaded."""
+    run.check_private()
+    config = load_config(run.resolved_config)
+    method, quantization = config.training.method, config.model.quantization
+    faults = []
+    if method in ("prompt_tuning", "prefix_tuning"):
+        problem = f"{method} trains virtual tokens, which no weight of the base model can hold; export without --merge"
+        faults.append(Fault("--merge", problem))
+    if quantization is not None:
+        problem = (
+            f"the adapter was trained on a base held in {quantization}; merged into other weights it computes "
+            "something else. Export without --merge, and load the base with the same quantization"
+        )
+        faults.append(Fault("--merge", problem))
+    return faults
 
 
 def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:
     from transformers import AutoTokenizer
 
-    model = _whole_model(run, None).to(_type_of(dtype))
-    model.save_pretrained(str(target))
+    from privtrain.models.merge import check_outputs, outputs, reopened, rounded, save_weights, whole_model
+
+    model = rounded(whole_model(run, None), _type_of(dtype))
+    expected = outputs(model)
+    save_weights(model.to(_type_of(dtype)), target)
     AutoTokenizer.from_pretrained(str(run.released)).save_pretrained(str(target))
     shutil.copy(run.privacy, target / "privacy.json")
     write_atomically(target / "README.md", _card(run, dtype))
     _check_saved(model, target)
+    check_outputs(expected, outputs(reopened(model, target)), target)
 
 
 def _type_of(dtype: str) -> Any:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-
-
-def _whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
-    """The released model in fp32, so that merging rounds once."""
-    import torch
-
-    from privtrain.models.load import load_adapter, load_base
-
-    if run.model.exists():
-        import transformers
-
-        (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
-        return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32)
-    run.check_private()
-    section = load_config(run.resolved_config).model
-    if base_model is not None:
-        section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)
-    base = load_base(section, torch.float32)
-    adapted: Any = load_adapter(base, run.adapter)
-    return adapted.merge_and_unload(safe_merge=True)
 
 
 def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> None:
@@ -143,12 +147,14 @@ def reproduction_faults(
     import torch
     from safetensors.torch import load_file
 
+    from privtrain.models.merge import save_weights, whole_model
+
     run = RunDirectory(released)
     if run.adapter.exists() and not run.resolved_config.exists():
         raise ConfigError([Fault("--released", f"{released} has no secret/config.yaml; give the whole run")])
-    model = _whole_model(run, base_model).to(_type_of(made["dtype"]))
+    model = whole_model(run, base_model).to(_type_of(made["dtype"]))
     with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(place)
+        save_weights(model, pathlib.Path(place))
         expected = _tensors(pathlib.Path(place), load_file)
     found = _tensors(directory, load_file)
     problems = [f"tensor {name} is in one of them alone" for name in sorted(found.keys() ^ expected.keys())]

@@ -68,6 +68,8 @@ class Encoder:
             "classification": self._classified,
         }[data.format]
         self._chat = ChatRenderer(data, tokenizer) if data.format == "chat" else None
+        #: Ids that the model embeds, 0 to this; a record with another predicts nothing. Set once the model is known.
+        self.num_ids: int | None = None
 
     def encode(self, records: Sequence[str]) -> Encoded:
         """Tokens and targets of each record.
@@ -78,7 +80,7 @@ class Encoder:
         found, num_truncated = [], 0
         for start in range(0, len(records), _TOKENIZER_BATCH):
             for record, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):
-                found.append(record)
+                found.append(self._within_ids(record))
                 num_truncated += is_cut
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
 
@@ -105,8 +107,14 @@ class Encoder:
         places = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
         size = self._max_length - 1
         starts = range(0, len(tokens), size)
-        records = [Record.of(np.concatenate([[begin], tokens[i : i + size]])) for i in starts]
+        records = [self._within_ids(Record.of(np.concatenate([[begin], tokens[i : i + size]]))) for i in starts]
         return [(r, tuple(sorted(set(places[i : i + size].tolist())))) for r, i in zip(records, starts, strict=True)]
+
+    def _within_ids(self, record: Record) -> Record:
+        """The record, or its first mark alone if it holds a token that the model has no embedding of."""
+        if self.num_ids is None or int(record.tokens.max()) < self.num_ids:
+            return record
+        return Record.of(np.asarray([marks(self._tokenizer)[0]], dtype=np.int64))
 
     def _cut(self, record: Record) -> tuple[Record, bool]:
         return record.cut(self._max_length), len(record) > self._max_length

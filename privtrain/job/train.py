@@ -39,6 +39,7 @@ from privtrain.job.session import (
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import joined
 from privtrain.ledger.log import Ledger
+from privtrain.models.load import saved_as_loaded
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import check_step_size
 from privtrain.privacy.secret import SecretKey
@@ -142,7 +143,7 @@ def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, fl
     """What a token costs, if the config asks."""
     if not inputs.config.performance.count_flops:
         return {}
-    vocabulary_size = len(network.tokenizer)
+    vocabulary_size = network.num_ids
     return {"perf/flops_per_token": flops_per_token(trainer, network.packer, vocabulary_size=vocabulary_size)}
 
 
@@ -231,7 +232,7 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
-    vocabulary_size = len(network.tokenizer)
+    vocabulary_size = network.num_ids
     route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
     trainer.clipper.settle(route)
     if backend.is_main:
@@ -358,7 +359,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
 
     def write_weights(directory: pathlib.Path) -> None:
         if config.training.releases_model:
-            write_model(directory, network.model, network.tokenizer, card, state)
+            write_model(directory, network.model, network.tokenizer, card, state, saved_as_loaded)
         else:
             write_adapter(directory, network.model, network.tokenizer, card)
 

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
+from privtrain.models.complete import new_modules
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: What transformers, safetensors, tokenizers and pickle raise at files that they cannot read.
+LOADING_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -27,7 +45,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     location = locate(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
-    except (OSError, ValueError) as error:
+    except LOADING_FAILURES as error:
         raise ConfigError(
             [Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]
         ) from None
@@ -50,15 +68,16 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_classifier(
-    model: ModelSection, dtype: torch.dtype, *, labels: Sequence[int | str], pad_id: int, init_seed: int
+    model: ModelSection, dtype: torch.dtype, *, labels: Sequence[int | str], init_seed: int
 ) -> PreTrainedModel:
     """The base model as a sequence classifier, frozen; a head that its files do not hold is the same on every rank.
+
+    Decoders classify at the last token before the padding id: see :func:`~privtrain.models.limits.pad_classifier`.
 
     Args:
         model: where it is.
         dtype: of its weights.
         labels: names of the classes, in order.
-        pad_id: the tokenizer's padding token: decoders classify at the last token before it.
         init_seed: public seed of a fresh head.
 
     Raises:
@@ -69,16 +88,13 @@ def load_classifier(
     names = {i: str(label) for i, label in enumerate(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
-        base = _load(
+        return _load(
             AutoModelForSequenceClassification,
             model,
             dtype,
             id2label=names,
             label2id={name: i for i, name in names.items()},
-            ignore_mismatched_sizes=True,
         )
-    base.config.get_text_config().pad_token_id = pad_id
-    return base
 
 
 def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -89,14 +105,49 @@ def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: A
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
-        base = auto_class.from_pretrained(location.path, dtype=dtype, **options, **location.arguments)
-    except (OSError, ValueError) as error:
+        # Weights of other shapes are looked at below, where their names can be told.
+        base, info = auto_class.from_pretrained(
+            location.path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+            **location.arguments,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except LOADING_FAILURES as error:
         raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
+    is_classifier = auto_class.__name__ == "AutoModelForSequenceClassification"
+    base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
     # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
         delattr(base.config, "quantization_config")
-    base.config.use_cache = False
+    switch_cache_off(base)
     return base.requires_grad_(False)
+
+
+def switch_cache_off(base: PreTrainedModel) -> None:
+    """Keep no keys and values in training; :func:`saved_as_loaded` gives the config its own value back."""
+    base.privtrain_use_cache = getattr(base.config, "use_cache", None)  # type: ignore[assignment]
+    base.config.use_cache = False
+
+
+@contextlib.contextmanager
+def saved_as_loaded(model: Any) -> Iterator[None]:
+    """While it lasts, the model's config is as it was loaded, so that a released config serves as the base's does."""
+    if not hasattr(model, "privtrain_use_cache"):
+        yield
+        return
+    own = model.config.use_cache
+    if model.privtrain_use_cache is None:
+        del model.config.use_cache
+    else:
+        model.config.use_cache = model.privtrain_use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = own
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
@@ -141,4 +192,4 @@ def _cpu_has_bf16() -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ Trainable tensors are fp32 whatever the base is held in, and start from a public
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,13 @@ from privtrain.models.load import _first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: What PEFT raises at modules that it cannot adapt, such as routers and fused experts.
+_PEFT_FAILURES = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError, ImportError)
+_SHOWN_NAMES = 8
+
+#: Public seed of new tensors' initial values, which do not depend on data.
+INIT_SEED = 0
 
 #: Names of the heads of transformers' sequence classifiers.
 _HEADS = ("classifier", "score", "classification_head")
@@ -62,8 +70,9 @@ def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
         raise ConfigError([Fault("training.method", problem)])
     for parameter in biases:
         parameter.requires_grad_(True)
-    for name, module in base.named_children():
-        if name in _HEADS:
+    for name in {*_HEADS, *getattr(base, "privtrain_new_modules", ())}:
+        module = dict(base.named_modules()).get(name)
+        if module is not None:
             module.requires_grad_(True)
     return base
 
@@ -74,9 +83,41 @@ def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, ini
     kind = peft.PromptTuningConfig if method == "prompt_tuning" else peft.PrefixTuningConfig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
-        model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
+        try:
+            model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
+        except _PEFT_FAILURES as error:
+            raise ConfigError([Fault("training.method", f"{method}: PEFT refuses: {_first_line(error)}")]) from None
     model.peft_config["default"].base_model_name_or_path = public_name
     return model
+
+
+def _check_names(base: PreTrainedModel, lora: LoraSection) -> None:
+    """Raise for each name that matches no module of the model: PEFT is content if one of them does.
+
+    Raises:
+        ConfigError: with the nearest names that there are.
+    """
+    modules = [name for name, _ in base.named_modules() if name]
+    known = {part for name in modules for part in _endings(name)}
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    faults = []
+    for key, names in (("lora.target_modules", targets), ("lora.modules_to_save", lora.modules_to_save)):
+        for name in names:
+            if name in known:
+                continue
+            leaves = sorted({ending for ending in known if "." not in ending and not ending.isdigit()})
+            near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.5) or leaves[:_SHOWN_NAMES]
+            faults.append(Fault(key, f"no module of {type(base).__name__} is named {name}; near: {', '.join(near)}"))
+        if key == "lora.target_modules" and lora.target_modules == []:
+            faults.append(Fault(key, "names no module; give names, or all-linear"))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _endings(name: str) -> list[str]:
+    """What PEFT takes for the name of a module: its whole name, and every end of it after a dot."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def add_lora(
@@ -96,6 +137,9 @@ def add_lora(
     """
     import peft
 
+    _check_names(base, lora)
+    # What is new with a classifier is trained and saved: elsewhere it would be new again, and other.
+    modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *getattr(base, "privtrain_new_modules", ())]))
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
@@ -104,13 +148,13 @@ def add_lora(
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=modules_to_save or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
         try:
             model = peft.get_peft_model(base, config)
-        except ValueError as error:
-            raise ConfigError([Fault("lora.target_modules", _first_line(error))]) from None
+        except _PEFT_FAILURES as error:
+            raise ConfigError([Fault("lora.target_modules", f"PEFT refuses: {_first_line(error)}")]) from None
     model.peft_config["default"].base_model_name_or_path = public_name
     return model

@@ -7,6 +7,7 @@ into host memory first, once a rank, and freed after the parts were copied.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import torch
 
 from privtrain.config.schema import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.models.load import load_base, load_classifier
+from privtrain.models.load import load_base, load_classifier, switch_cache_off
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ class ClassifierHead:
     """What makes a base model a sequence classifier; see :func:`~privtrain.models.load.load_classifier`."""
 
     labels: tuple[int | str, ...]
-    pad_id: int
     init_seed: int
 
 
@@ -75,7 +75,7 @@ class BaseSource:
         if self.head is None:
             return load_base(self.model, self.dtype)
         head = self.head
-        return load_classifier(self.model, self.dtype, labels=head.labels, pad_id=head.pad_id, init_seed=head.init_seed)
+        return load_classifier(self.model, self.dtype, labels=head.labels, init_seed=head.init_seed)
 
     def empty(self) -> PreTrainedModel:
         """The model without weights, frozen; the caller chooses by context where its tensors are made.
@@ -83,7 +83,7 @@ class BaseSource:
         Raises:
             ConfigError: if this model or method needs the whole base on every rank.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         self._refuse_parts()
         location = locate(self.model)
@@ -91,7 +91,9 @@ class BaseSource:
         if getattr(config, "quantization_config", None) is not None and self.model.gguf_file:
             delattr(config, "quantization_config")
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        model.config.use_cache = False
+        switch_cache_off(model)
+        with contextlib.suppress(OSError):  # it has none; the whole model has that of its files
+            model.generation_config = GenerationConfig.from_pretrained(location.path, **_hub_only(location.arguments))
         return model.eval().requires_grad_(False)
 
     def _refuse_parts(self) -> None:
@@ -186,6 +188,10 @@ def _weight_files(model: ModelSection) -> list[pathlib.Path]:
 
 
 __all__ = ["BaseSource", "ClassifierHead", "PartReader"]
+
+
+def _hub_only(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "gguf_file"}
 
 
 def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.bundle import sha256_of
+from privtrain.run.weight_files import weight_file_faults
 
 #: Formats of weights, the one that transformers loads first.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -62,7 +63,9 @@ def check_model(model: ModelSection) -> list[Fault]:
         needed = model.gguf_file or "config.json"
         if not (path / needed).is_file():
             return [Fault("model.name_or_path", f"{path} is not a model directory: it has no {needed}")]
-    elif path.exists() or path.is_absolute() or location.path.startswith("."):
+        key = "model.name_or_path" if model.package is None else "model.package"
+        return [Fault(key, problem) for problem in weight_file_faults(path, model.gguf_file)]
+    if path.exists() or path.is_absolute() or location.path.startswith("."):
         return [Fault("model.name_or_path", f"no such model directory: {path}")]
     return []
 

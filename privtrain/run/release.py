@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from privtrain.config import Config
@@ -19,7 +21,14 @@ def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str
     _check_tensors(directory / "adapter_model.safetensors", model)
 
 
-def write_model(directory: pathlib.Path, model: Any, tokenizer: Any, card: str, state: dict[str, Any]) -> None:
+def write_model(
+    directory: pathlib.Path,
+    model: Any,
+    tokenizer: Any,
+    card: str,
+    state: dict[str, Any],
+    saving: Callable[[Any], contextlib.AbstractContextManager[None]],
+) -> None:
     """The same where all weights were trained: the whole model is loaded again and compared.
 
     Args:
@@ -28,6 +37,7 @@ def write_model(directory: pathlib.Path, model: Any, tokenizer: Any, card: str, 
         tokenizer: saved beside it.
         card: its model card.
         state: name → whole tensor, of everything that was trained; what was not is whole in ``model``.
+        saving: makes the model's config what it was when it was loaded, while it lasts.
 
     Raises:
         RuntimeError: if what was saved is not what is in memory; nothing is released then.
@@ -36,7 +46,8 @@ def write_model(directory: pathlib.Path, model: Any, tokenizer: Any, card: str, 
     import transformers
 
     whole = {name: p.detach().cpu() for name, p in model.named_parameters() if name not in state} | state
-    model.save_pretrained(str(directory), state_dict=dict(whole))
+    with saving(model):
+        model.save_pretrained(str(directory), state_dict=dict(whole))
     tokenizer.save_pretrained(str(directory))
     write_atomically(directory / "README.md", card)
     (architecture,) = transformers.AutoConfig.from_pretrained(str(directory)).architectures or []

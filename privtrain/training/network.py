@@ -13,13 +13,11 @@ from privtrain.config import Config
 from privtrain.config.schema import PerformanceSection
 from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
+from privtrain.models.limits import check_limits, num_embedded, pad_classifier, padding_id
 from privtrain.models.load import base_dtype, load_tokenizer, resolve_precision
 from privtrain.models.losses import CausalLM, Classification, Objective
-from privtrain.models.trainable import make_trainable
+from privtrain.models.trainable import INIT_SEED, make_trainable
 from privtrain.models.weights import BaseSource, ClassifierHead, weights_checksum
-
-#: Public seed of the adapter's initial values, which do not depend on data.
-INIT_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +33,11 @@ class Network:
     objective: Objective
 
     @property
+    def num_ids(self) -> int:
+        """Ids that both the tokenizer and the model know."""
+        return min(len(self.tokenizer), num_embedded(self.model))
+
+    @property
     def lone_packer(self) -> Packer:
         """For one record at a time, so that its loss is a function of itself alone."""
         return dataclasses.replace(self.packer, microbatch_size=1)
@@ -45,9 +48,9 @@ def load_network(config: Config, backend: Backend) -> Network:
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
     encoder = Encoder(config.data, tokenizer)
-    pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else tokenizer.eos_token_id
-    assert isinstance(pad_id, int)
-    model = _trainable_model(config, precision, backend, pad_id)
+    model = _trainable_model(config, precision, backend, tokenizer)
+    pad_id = padding_id(model, tokenizer)
+    encoder.num_ids = num_embedded(model)
     model.train()
     _make_repeatable(config.performance, backend.device)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
@@ -74,10 +77,13 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
     return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
 
 
-def _trainable_model(config: Config, precision: str, backend: Backend, pad_id: int) -> torch.nn.Module:
+def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer: Any) -> torch.nn.Module:
     dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
-    head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), pad_id, INIT_SEED)
+    head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), INIT_SEED)
     base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
+    check_limits(config, base, tokenizer)
+    if head is not None:
+        pad_classifier(base, tokenizer)
     model = make_trainable(base, config, INIT_SEED)
     if config.training.method != "full":
         model = model.to(backend.device)  # what was added to the base

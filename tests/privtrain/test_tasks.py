@@ -69,7 +69,6 @@ def _classifier(directory, pairs: bool):
         ModelSection(name_or_path=str(directory)),
         torch.float32,
         labels=LABELS,
-        pad_id=tokenizer.pad_token_id,
         init_seed=0,
     )
     objective = Classification.of(model, tokenizer, num_labels=2, pad_id=tokenizer.pad_token_id, is_pair=pairs)

@@ -1,0 +1,70 @@
+"""Whether a base model has all its weights: transformers puts random ones in the place of what a file lacks.
+
+Only what a task adds to a base may be new: a classifier's head, and the pooling layer before it. It is trained, saved
+with the adapter and said. Tied weights and buffers are no weights of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from privtrain.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHOWN = 3
+
+
+def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, is_classifier: bool) -> list[str]:
+    """The modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
+
+    Args:
+        base: the model.
+        info: what transformers says of the loading: ``missing_keys``, ``mismatched_keys``.
+        place: where it was loaded from, for the error.
+        is_classifier: whether a head may be new.
+
+    Raises:
+        ConfigError: naming the weights that are missing or of another shape.
+    """
+    own = dict(base.named_parameters(remove_duplicate=False))
+    missing = sorted(name for name in info.get("missing_keys", ()) if name in own)
+    shaped = {name: (found, wanted) for name, found, wanted in info.get("mismatched_keys", ())}
+    allowed = {name for name in {*missing, *shaped} if is_classifier and _is_head(base, name)}
+    lacking = [name for name in missing if name not in allowed and name not in shaped]
+    others = sorted(name for name in shaped if name not in allowed)
+    faults = []
+    if lacking:
+        problem = f"{place} lacks {len(lacking)} of {len(own)} weights of {type(base).__name__} ({_listed(lacking)})"
+        unused = sorted(info.get("unexpected_keys", ()))
+        hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
+        faults.append(Fault("model", f"{problem}{hint}; fetch the model again, or mend its config.json"))
+    if others:
+        shown = [
+            f"{name}: {_shape(shaped[name][0])} in the file, {_shape(shaped[name][1])} by config.json"
+            for name in others[:_SHOWN]
+        ]
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        faults.append(Fault("model", f"{place} has weights of other shapes: {', '.join(shown)}{more}"))
+    if faults:
+        raise ConfigError(faults)
+    pooler = f"{base.base_model_prefix}.pooler"
+    return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in allowed})
+
+
+def _is_head(base: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is no part of the body that classifiers and language models share."""
+    prefix = base.base_model_prefix
+    return not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f", … {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,70 @@
+"""What a model can read: how many ids it embeds, and how long a record may be. Known before any record is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from privtrain.config import Config
+from privtrain.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: How transformers' models name the table of learned positions, beside GPT-2's wpe.
+_POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
+
+
+def num_embedded(model: Any) -> int:
+    """The number of ids that a model embeds; its weights were compared with its config when they were loaded."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """The most tokens that a model with learned positions can read; ``None`` where positions are computed."""
+    found = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and (last == "wpe" or last.endswith(_POSITIONS)):
+            # OPT keeps two rows for itself; RoBERTa counts from the padding id on.
+            offset = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - int(offset))
+    return min(found, default=None)
+
+
+def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise unless the model can read records of ``data.max_length`` and the marks that surround them.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    faults, size, longest = [], num_embedded(model), learned_positions(model)
+    if config.training.method in ("prompt_tuning", "prefix_tuning") and longest is not None:
+        longest -= config.prompt.num_virtual_tokens
+    if longest is not None and config.data.max_length > longest:
+        taken = ", less prompt.num_virtual_tokens" if config.training.method.endswith("_tuning") else ""
+        problem = f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens{taken}"
+        faults.append(Fault("data.max_length", problem))
+    for name in ("bos_token", "eos_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if isinstance(number, int) and number >= size:
+            faults.append(
+                Fault("model", f"the tokenizer's {name} has id {number}; the model embeds {size} ids, from 0 on")
+            )
+    if faults:
+        raise ConfigError(faults)
+
+
+def pad_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a sequence classifier its padding id: decoders classify at the last token before it."""
+    model.config.get_text_config().pad_token_id = padding_id(model, tokenizer)
+
+
+def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows: the tokenizer's, or its end mark where the model embeds no such id. It is never read."""
+    number = tokenizer.pad_token_id
+    if not isinstance(number, int) or number >= num_embedded(model):
+        number = tokenizer.eos_token_id
+    assert isinstance(number, int)
+    return number

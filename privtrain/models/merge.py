@@ -1,0 +1,127 @@
+"""One model out of a released adapter and its base, proven by what it computes on fixed tokens.
+
+Merging adds the adapter to the weights that it stands on. Where embedding and head share one weight and the adapter
+touches one of them, they are untied first: the other keeps the base's values. Weights are fp32 until the end, so that
+merging rounds once.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from privtrain.config import Config, load_config
+from privtrain.config.schema import ModelSection
+from privtrain.errors import VerificationFailed
+from privtrain.models.limits import num_embedded, pad_classifier
+from privtrain.models.load import load_adapter, load_base, load_classifier, load_tokenizer, saved_as_loaded
+from privtrain.models.trainable import INIT_SEED
+from privtrain.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Most that outputs may differ, relative to the largest of them: fp32 sums in another order, through many layers.
+_TOLERANCE = 1e-3
+_NUM_TOKENS = 16
+
+
+def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
+    """The model that a run released, in fp32; an adapter is merged into its base.
+
+    Args:
+        run: a finished run.
+        base_model: directory of the base model; by default where the run had it.
+
+    Raises:
+        ConfigError: if the base cannot be loaded.
+        VerificationFailed: if the merged model computes something else than base and adapter.
+    """
+    if run.model.exists():
+        import transformers
+
+        (architecture,) = transformers.AutoConfig.from_pretrained(str(run.model)).architectures or []
+        return getattr(transformers, architecture).from_pretrained(str(run.model), dtype=torch.float32).eval()
+    run.check_private()
+    base = _base(load_config(run.resolved_config), base_model)
+    _untie(base, run.adapter)
+    adapted: Any = load_adapter(base, run.adapter).eval()
+    expected = outputs(adapted)
+    merged = adapted.merge_and_unload(safe_merge=True).eval()
+    check_outputs(expected, outputs(merged), run.adapter)
+    return merged
+
+
+def _base(config: Config, base_model: pathlib.Path | None) -> PreTrainedModel:
+    """The base as the run had it: a classifier with its labels, or a language model."""
+    section = config.model
+    if base_model is not None:
+        section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)
+    if config.data.labels is None:
+        return load_base(section, torch.float32)
+    base = load_classifier(section, torch.float32, labels=config.data.labels, init_seed=INIT_SEED)
+    pad_classifier(base, load_tokenizer(section))
+    return base
+
+
+def _untie(base: PreTrainedModel, adapter: pathlib.Path) -> None:
+    """Give the head a weight of its own if the adapter changes the embedding alone, or the head alone."""
+    import peft
+
+    inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
+    if outer is None or inner.weight is not outer.weight:
+        return
+    settings: Any = peft.PeftConfig.from_pretrained(str(adapter))
+    changed = [*(settings.target_modules or ()), *(settings.modules_to_save or ())]
+    names = [name for name, module in base.named_modules() if module is inner or module is outer]
+    if not any(name == end or name.endswith(f".{end}") for name in names for end in changed):
+        return
+    outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def rounded(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights rounded to ``dtype``, held and computed in fp32."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype).float())
+    return model
+
+
+def save_weights(model: Any, directory: pathlib.Path) -> None:
+    """``save_pretrained``, with a config that serves as the base's does."""
+    with saved_as_loaded(model):
+        model.save_pretrained(str(directory))
+
+
+def reopened(model: Any, directory: pathlib.Path) -> Any:
+    """What a directory holds, opened as others will open it, in fp32."""
+    return type(model).from_pretrained(str(directory), dtype=torch.float32).eval()
+
+
+def outputs(model: Any) -> torch.Tensor:
+    """What a model computes on fixed tokens: logits in fp32."""
+    ids = torch.arange(_NUM_TOKENS)[None] * 7 % num_embedded(model)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+def check_outputs(expected: torch.Tensor, found: torch.Tensor, place: pathlib.Path) -> None:
+    """Raise unless two models compute the same.
+
+    Raises:
+        VerificationFailed: saying by how much they differ.
+    """
+    scale = max(1.0, float(expected.abs().max()))
+    if expected.shape != found.shape:
+        problem = f"outputs have shape {list(found.shape)}; the base with its adapter gives {list(expected.shape)}"
+    elif not torch.isfinite(found).all():
+        problem = "outputs are not finite; export it with --dtype fp32"
+    elif (difference := float((expected - found).abs().max())) > _TOLERANCE * scale:
+        problem = f"outputs on fixed tokens differ by {difference:.3g} from those of the base with its adapter"
+    else:
+        return
+    raise VerificationFailed([problem], place)
