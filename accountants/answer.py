@@ -120,8 +120,8 @@ class PrivacyAnswer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
-    """What a method found out, before it is dressed as an answer.
+class Bounds:
+    """Bounds computed by a method, without the metadata of an answer.
 
     Attributes:
         lower, upper: as in :class:`PrivacyAnswer`.
@@ -146,6 +146,6 @@ class Ends:
         return self.upper if math.isinf(self.upper) else (self.lower + self.upper) / 2
 
 
-def point(value: float, kind: BoundKind = BoundKind.ESTIMATE, direction: Direction = Direction.BOTH) -> Ends:
+def point(value: float, kind: BoundKind = BoundKind.ESTIMATE, direction: Direction = Direction.BOTH) -> Bounds:
     """A point value about which nothing is known: its interval is the whole range."""
-    return Ends(0.0, math.inf, direction, value, kind)
+    return Bounds(0.0, math.inf, direction, value, kind)

@@ -1,6 +1,6 @@
 """What an accountant is: one question in, one labelled answer out, and the checks that all of them share.
 
-A method derives from :class:`Accountant` and answers :meth:`Accountant.ends`; one that works on the normal form of an
+A method derives from :class:`Accountant` and answers :meth:`Accountant.bounds`; one that works on the normal form of an
 event (:mod:`accountants.mixtures`) derives from :class:`NormalFormAccountant` and never sees the trivial cases.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 import dp_accounting
 
-from accountants.answer import OWN_VERSION, Direction, Ends, PrivacyAnswer, UnsupportedEventError
+from accountants.answer import OWN_VERSION, Bounds, Direction, PrivacyAnswer, UnsupportedEventError
 from accountants.events import resolve
 from accountants.mixtures import Composition, composition
 from accountants.validation import check_event
@@ -96,50 +96,50 @@ class Accountant(abc.ABC):
         return self._answer(Question("delta", event, epsilon, relation))
 
     @abc.abstractmethod
-    def ends(self, question: Question) -> Ends:
+    def bounds(self, question: Question) -> Bounds:
         """The method's answer."""
 
     def _answer(self, question: Question) -> PrivacyAnswer:
         if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:
             raise UnsupportedEventError(f"{self.name} does not cover REPLACE_ONE; use 'pld' or 'rdp'")
         check_event(question.event)
-        ends = self.ends(dataclasses.replace(question, event=resolve(question.event, question.relation)))
+        bounds = self.bounds(dataclasses.replace(question, event=resolve(question.event, question.relation)))
         return PrivacyAnswer(
             question.quantity,
-            ends.lower,
-            ends.best,
-            ends.upper,
-            ends.kind,
+            bounds.lower,
+            bounds.best,
+            bounds.upper,
+            bounds.kind,
             self.name,
             self.version,
-            ends.direction,
+            bounds.direction,
             question.relation.name,
-            ends.note,
+            bounds.note,
         )
 
 
 class NormalFormAccountant(Accountant):
     """A method for compositions of Gaussian noise on sampled sums."""
 
-    def ends(self, question: Question) -> Ends:
+    def bounds(self, question: Question) -> Bounds:
         """See :class:`Accountant`; nothing released and nothing hidden are answered here."""
         composed = composition(question.event)
         if composed.non_private or not composed.phases:
-            return self.trivial_ends(question.largest if composed.non_private else 0.0)
+            return self.trivial_bounds(question.largest if composed.non_private else 0.0)
         if question.quantity == "epsilon":
-            return self.epsilon_ends(composed, question.argument)
-        return self.delta_ends(composed, question.argument)
+            return self.epsilon_bounds(composed, question.argument)
+        return self.delta_bounds(composed, question.argument)
 
-    def trivial_ends(self, value: float) -> Ends:
-        """The ends where the truth is plain."""
-        return Ends(value, value, Direction.BOTH, value)
+    def trivial_bounds(self, value: float) -> Bounds:
+        """Return exact bounds, for events that release nothing or add no noise."""
+        return Bounds(value, value, Direction.BOTH, value)
 
     @abc.abstractmethod
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """Epsilon at ``delta`` of at least one step, all of them with noise."""
 
     @abc.abstractmethod
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Delta at ``epsilon`` of at least one step, all of them with noise."""
 
 

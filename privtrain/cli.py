@@ -1,4 +1,4 @@
-"""The command line: thin, lazy, and polite about mistakes."""
+"""Command-line entry point; commands import their implementation lazily."""
 
 from __future__ import annotations
 

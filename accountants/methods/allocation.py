@@ -14,7 +14,7 @@ from typing import Any
 
 import dp_accounting
 
-from accountants.answer import Ends
+from accountants.answer import Bounds
 from accountants.events import RandomAllocationDpEvent, poisson_counterpart
 from accountants.methods.tilted import TiltedAccountant
 from accountants.protocol import Accountant, Question, UnsupportedEventError
@@ -45,13 +45,13 @@ class AllocationAccountant(Accountant):
         """Library and version."""
         return f"PLD_accounting {importlib.metadata.version('PLD_accounting')}"
 
-    def ends(self, question: Question) -> Ends:
+    def bounds(self, question: Question) -> Bounds:
         """See :class:`accountants.protocol.Accountant`; the upper end of delta is never below 1e-11."""
         event = question.event
         if isinstance(event, dp_accounting.NoOpDpEvent):
-            return Ends(0.0, 0.0)
+            return Bounds(0.0, 0.0)
         if isinstance(event, dp_accounting.NonPrivateDpEvent):
-            return Ends(question.largest, question.largest)
+            return Bounds(question.largest, question.largest)
         if not isinstance(event, RandomAllocationDpEvent):
             raise UnsupportedEventError(f"allocation covers RandomAllocationDpEvent only, not {type(event).__name__}")
         upper = self._bound(question, event, "DOMINATES")
@@ -60,7 +60,7 @@ class AllocationAccountant(Accountant):
         # For other numbers of steps the library's lower end lies above simulated values: it is no bound.
         has_lower = self.with_lower and event.num_selected in (1, event.num_steps)
         lower = self._bound(question, event, "IS_DOMINATED") if has_lower else 0.0
-        return Ends(min(max(lower, 0.0), upper), upper, estimate=None if has_lower else upper)
+        return Bounds(min(max(lower, 0.0), upper), upper, estimate=None if has_lower else upper)
 
     def _bound(self, question: Question, event: RandomAllocationDpEvent, kind: str) -> float:
         library = _library()

@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 from scipy import special
 
-from accountants.answer import Direction, Ends, point
+from accountants.answer import Bounds, Direction, point
 from accountants.mixtures import Array, Composition
 from accountants.numerics.cumulants import step_moments, sum_cumulants
 from accountants.numerics.edgeworth_error import sup_error
@@ -136,16 +136,16 @@ class AeaAccountant(NormalFormAccountant):
     def __init__(self, direction: Direction = Direction.BOTH) -> None:
         self.direction = direction
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
-        return self.trivial_ends(max(side.epsilon(delta) for side in self._sides(composed)))
+        return self.trivial_bounds(max(side.epsilon(delta) for side in self._sides(composed)))
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`; moved into [0, 1] if the expansion leaves it."""
         value = max(float(side.delta(np.array([epsilon]))[0]) for side in self._sides(composed))
-        return self.trivial_ends(min(max(value, 0.0), 1.0))
+        return self.trivial_bounds(min(max(value, 0.0), 1.0))
 
-    def trivial_ends(self, value: float) -> Ends:
+    def trivial_bounds(self, value: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         return point(value, direction=self.direction)
 
@@ -180,22 +180,22 @@ class EeaiAccountant(NormalFormAccountant):
 
     name = "eeai"
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`; infinite, noted ``vacuous``, where it is."""
         sides = [with_error(composed, add=add) for add in (False, True)]
         lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
         error = max(side.first_error for side in sides)
         note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""
-        return Ends(lower, upper, estimate=estimate, note=note)
+        return Bounds(lower, upper, estimate=estimate, note=note)
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`; 1, with the note ``vacuous``, where it is."""
         where = np.array([epsilon])
         sides = [with_error(composed, add=add) for add in (False, True)]
         values = [max(float(side.delta(where, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]
         lower, estimate, upper = (min(max(value, 0.0), 1.0) for value in values)
-        return Ends(lower, upper, estimate=estimate, note="vacuous: the error bound exceeds 1" if upper == 1 else "")
+        return Bounds(lower, upper, estimate=estimate, note="vacuous: the error bound exceeds 1" if upper == 1 else "")
 
 
 def with_error(composed: Composition, *, add: bool) -> DirectedExpansion:

@@ -14,7 +14,7 @@ import math
 
 from scipy import special
 
-from accountants.answer import BoundKind, Direction, Ends, point
+from accountants.answer import BoundKind, Bounds, Direction, point
 from accountants.mixtures import Composition, MixtureStep
 from accountants.numerics import closed_form
 from accountants.protocol import NormalFormAccountant, UnsupportedEventError
@@ -66,16 +66,16 @@ class GdpAccountant(NormalFormAccountant):
 
     name = "gdp"
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if (exact := _exact(composed)) is not None:
-            return dataclasses.replace(closed_form.epsilon_ends(exact, delta), direction=Direction.BOTH)
+            return dataclasses.replace(closed_form.epsilon_bounds(exact, delta), direction=Direction.BOTH)
         return point(gdp_epsilon(gdp_parameter(composed), delta), BoundKind.ASYMPTOTIC)
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if (exact := _exact(composed)) is not None:
-            return dataclasses.replace(closed_form.delta_ends(exact, epsilon), direction=Direction.BOTH)
+            return dataclasses.replace(closed_form.delta_bounds(exact, epsilon), direction=Direction.BOTH)
         return point(gdp_delta(gdp_parameter(composed), epsilon), BoundKind.ASYMPTOTIC)
 
 

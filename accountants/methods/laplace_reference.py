@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from accountants.answer import Direction, Ends, point
+from accountants.answer import Bounds, Direction, point
 from accountants.mixtures import Array, Composition, MixtureStep
 from accountants.numerics import closed_form, saddle
 from accountants.protocol import NormalFormAccountant
@@ -37,19 +37,19 @@ class ContourAccountant(NormalFormAccountant):
 
     name = "contour"
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         remove = contour_epsilon(composed, delta, add=False)
         if _may_dominate(composed, remove, delta) and contour_delta(composed, remove, add=True) > delta:
             return point(contour_epsilon(composed, delta, add=True), direction=Direction.ADD)
         return point(remove, direction=Direction.REMOVE)
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         remove, add = (contour_delta(composed, epsilon, add=add) for add in (False, True))
         return point(max(remove, add), direction=Direction.ADD if add > remove else Direction.REMOVE)
 
-    def trivial_ends(self, value: float) -> Ends:
+    def trivial_bounds(self, value: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         return point(value)
 

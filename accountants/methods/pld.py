@@ -22,7 +22,7 @@ import dp_accounting
 import numpy as np
 from dp_accounting import pld
 
-from accountants.answer import Ends
+from accountants.answer import Bounds
 from accountants.events import poisson_counterpart
 from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
@@ -66,7 +66,7 @@ class PldAccountant(Accountant):
     def __init__(self, discretization: float | None = None) -> None:
         self.discretization = discretization
 
-    def ends(self, question: Question) -> Ends:
+    def bounds(self, question: Question) -> Bounds:
         """See :class:`accountants.protocol.Accountant`; delta is never reported below 1e-11, where round-off rules."""
         event, relation, argument = question.event, question.relation, question.argument
         if question.quantity == "epsilon":
@@ -76,7 +76,7 @@ class PldAccountant(Accountant):
             found = float(self._compose(event, relation, None, argument).get_delta(argument))
             value = min(1.0, max(found, floor))
         upper = _not_refuted(question, value)
-        return Ends(0.0, upper, estimate=upper)
+        return Bounds(0.0, upper, estimate=upper)
 
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None

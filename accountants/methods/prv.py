@@ -17,7 +17,7 @@ import importlib.metadata
 import math
 from typing import Any
 
-from accountants.answer import Direction, Ends
+from accountants.answer import Bounds, Direction
 from accountants.mixtures import Composition
 from accountants.numerics import saddle
 from accountants.protocol import NormalFormAccountant, UnsupportedEventError
@@ -43,7 +43,7 @@ class PrvAccountant(NormalFormAccountant):
     def __init__(self, eps_error: float | None = None) -> None:
         self.eps_error = eps_error
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`; remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
         accountant = _opacus_accountant(composed)
@@ -55,17 +55,17 @@ class PrvAccountant(NormalFormAccountant):
         lower, estimate, upper = (max(float(end), 0.0) for end in ends)
         if upper > _LARGEST_EPSILON:
             raise ValueError(f"prv: epsilon {upper:.4g} is where exponentials leave float64; use 'tilted'")
-        return Ends(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
+        return Bounds(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """Refused: the implementation answers epsilon only."""
         raise UnsupportedEventError(
             f"prv gives no delta (asked for at epsilon={epsilon:g}, {composed.num_steps} steps); use 'tilted'"
         )
 
-    def trivial_ends(self, value: float) -> Ends:
+    def trivial_bounds(self, value: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
-        return Ends(value, value, Direction.REMOVE, value, note="remove direction only")
+        return Bounds(value, value, Direction.REMOVE, value, note="remove direction only")
 
 
 def _scaled_error(composed: Composition, delta: float) -> float:

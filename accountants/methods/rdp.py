@@ -23,7 +23,7 @@ import numpy as np
 from dp_accounting import rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
 
-from accountants.answer import Ends
+from accountants.answer import Bounds
 from accountants.mixtures import Array, Composition, MixtureStep, composition
 from accountants.protocol import Accountant, Question, UnsupportedEventError
 
@@ -56,7 +56,7 @@ class RdpAccountant(Accountant):
     version = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
     covers_replacement = True
 
-    def ends(self, question: Question) -> Ends:
+    def bounds(self, question: Question) -> Bounds:
         """See :class:`accountants.protocol.Accountant`."""
         orders, divergences = _divergences(question.event, question.relation)
         # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0.
@@ -64,7 +64,7 @@ class RdpAccountant(Accountant):
         convert = conversion.compute_epsilon if question.quantity == "epsilon" else _delta_of
         value, order = convert(orders, divergences, question.argument)
         upper = math.inf if math.isnan(value) else float(value)
-        return Ends(
+        return Bounds(
             0.0, upper, estimate=upper, note="the optimal order is the largest tried" if order == ORDERS[-1] else ""
         )
 

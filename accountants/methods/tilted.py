@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from accountants.answer import Direction, Ends
+from accountants.answer import Bounds, Direction
 from accountants.methods.rdp import renyi_epsilon
 from accountants.mixtures import Composition
 from accountants.numerics import closed_form, lattice, saddle
@@ -85,10 +85,10 @@ class TiltedAccountant(NormalFormAccountant):
     def __init__(self, tolerance: float = 1e-3) -> None:
         self.tolerance = tolerance
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
-            return _both(closed_form.epsilon_ends(composed.phases[0][0], delta))
+            return _both(closed_form.epsilon_bounds(composed.phases[0][0], delta))
         try:
             ends = _worst_epsilon(composed, delta, self.tolerance)
         except ArithmeticError as error:
@@ -99,10 +99,10 @@ class TiltedAccountant(NormalFormAccountant):
             ends = dataclasses.replace(ends, upper=min(ends.upper, renyi_epsilon(composed, delta)))
         return _both(ends)
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
-            return _both(closed_form.delta_ends(composed.phases[0][0], epsilon))
+            return _both(closed_form.delta_bounds(composed.phases[0][0], epsilon))
         try:
             return _both(_worst_delta(composed, epsilon, self.tolerance))
         except ArithmeticError as error:
@@ -114,12 +114,12 @@ def _beyond_float64(quantity: str, given: str) -> ValueError:
     return ValueError(f"tilted's {quantity} at {given} leaves float64's range; use 'tilted-edgeworth' or 'rdp'")
 
 
-def _both(ends: Ends) -> Ends:
+def _both(ends: Bounds) -> Bounds:
     """The worse direction's ends hold for both."""
     return dataclasses.replace(ends, direction=Direction.BOTH)
 
 
-def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Ends:
+def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bounds:
     """Refine the direction with the larger upper end until its own ends agree."""
     searches = [_EpsilonSearch(composed, delta, add, tolerance) for add in (False, True)]
     searches[0].refine()
@@ -131,7 +131,7 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> End
         if known or not worst.refine():
             lower = max(search.lower for search in searches)
             assert lower <= worst.upper * (1 + 1e-9), (composed, delta, lower, worst.upper)
-            return Ends(min(lower, worst.upper), worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
+            return Bounds(min(lower, worst.upper), worst.upper, Direction.ADD if worst.add else Direction.REMOVE)
 
 
 class _EpsilonSearch:
@@ -221,7 +221,7 @@ def _largest_loss(composed: Composition) -> float:
     return math.fsum(-count * infimum for count, infimum in steps) * (1 + 1e-12)
 
 
-def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Ends:
+def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bounds:
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
     for add in (False, True):
         if add and epsilon >= _largest_loss(composed):
@@ -243,7 +243,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> End
         if best_upper > upper:
             upper, direction = best_upper, Direction.ADD if add else Direction.REMOVE
     assert lower <= upper * (1 + 1e-9), (composed, epsilon, lower, upper)
-    return Ends(min(lower, upper), max(upper, math.ulp(0.0)), direction)
+    return Bounds(min(lower, upper), max(upper, math.ulp(0.0)), direction)
 
 
 def _delta_attempts(

@@ -34,7 +34,7 @@ import math
 
 import numpy as np
 
-from accountants.answer import Ends
+from accountants.answer import Bounds
 from accountants.mixtures import Composition
 from accountants.numerics import saddle
 from accountants.numerics.cumulants import step_moments
@@ -134,13 +134,13 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
     name = "tilted-edgeworth"
 
-    def epsilon_ends(self, composed: Composition, delta: float) -> Ends:
+    def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         sides = [_epsilon_ends(composed, delta, add=add) for add in (False, True)]
         lower, estimate, upper = (max(values) for values in zip(*sides, strict=True))
-        return Ends(min(lower, upper), upper, estimate=estimate)
+        return Bounds(min(lower, upper), upper, estimate=estimate)
 
-    def delta_ends(self, composed: Composition, epsilon: float) -> Ends:
+    def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
         """See :class:`accountants.protocol.NormalFormAccountant`."""
         logs: list[tuple[float, float, float]] = []
         for add in (False, True):
@@ -151,7 +151,7 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
             below = tilted_sum(composed, start.tilt, add=add, margin=-1, log_mass=_DELTA_CUT)
             logs.append((below.log_delta(epsilon, -1), start.log_delta, upper))
         lower, estimate, upper = (math.exp(min(max(values), 0.0)) for values in zip(*logs, strict=True))
-        return Ends(min(lower, upper), upper, estimate=estimate)
+        return Bounds(min(lower, upper), upper, estimate=estimate)
 
 
 def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ import math
 import numpy as np
 from scipy import special
 
-from accountants.answer import Direction, Ends
+from accountants.answer import Bounds, Direction
 from accountants.mixtures import MixtureStep
 from accountants.numerics.roots import bracketed_root
 from accountants.numerics.tails import LOG_ROOT_TWO_PI, UNIT, log_difference, log_mills, log_sum, mills_error
@@ -148,7 +148,7 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
     return root * (1 + side * move)
 
 
-def epsilon_ends(step: MixtureStep, delta: float) -> Ends:
+def epsilon_bounds(step: MixtureStep, delta: float) -> Bounds:
     """Certified ends of epsilon for one step, the worse direction."""
     lower, upper = ({add: step_epsilon(step, delta, add=add, side=side) for add in (False, True)} for side in (-1, 1))
     add = upper[True] > upper[False]
@@ -156,7 +156,7 @@ def epsilon_ends(step: MixtureStep, delta: float) -> Ends:
     return _ends(max(lower.values()), best, upper[add], add=add)
 
 
-def delta_ends(step: MixtureStep, epsilon: float) -> Ends:
+def delta_bounds(step: MixtureStep, epsilon: float) -> Bounds:
     """Certified ends of delta for one step, the worse direction."""
     lower, upper = ({add: step_delta(step, epsilon, add=add, side=side) for add in (False, True)} for side in (-1, 1))
     add = upper[True] > upper[False]
@@ -164,7 +164,7 @@ def delta_ends(step: MixtureStep, epsilon: float) -> Ends:
     return _ends(max(lower.values()), best, upper[add], add=add)
 
 
-def _ends(lower: float, best: float, upper: float, *, add: bool) -> Ends:
+def _ends(lower: float, best: float, upper: float, *, add: bool) -> Bounds:
     assert lower <= upper, (lower, upper)
     direction = Direction.ADD if add else Direction.REMOVE
-    return Ends(lower, upper, direction, min(max(best, lower), upper))
+    return Bounds(lower, upper, direction, min(max(best, lower), upper))

@@ -1,4 +1,4 @@
-"""That what is analysed is what was sealed: documents and sides in the signals against the run's own coins."""
+"""Check that the signals use the train/held-out split that the run committed to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from privtrain.privacy.secret import SecretKey
 
 
 def check_documents(scoring: Scoring) -> int:
-    """See that the signals hold the documents that the sealed coins say, all of them and no other, on their sides.
+    """Raise unless the signals hold exactly the documents of the sealed split, each on its side.
 
-    The attacker's documents and the canaries are derived from the coins anew. Of the training records, whose names only
-    the data know, the number of each user is; which they are stands in the sealed record, as do the references.
+    The attacker's documents and the canaries are derived from the split again. Training records are named only in the
+    data, so their number per user is checked; which they are is checked against the sealed record, as are references.
 
     Args:
         scoring: the signals of a run, with their record.

@@ -94,7 +94,9 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
             labelled = {place: spans_of(row[spans_column], row["offset"]) for place, row in extras.items()}
             write_sealed(run, run.root / SPANS_PATH, _spans(manifest, labelled))
         elif _coins_of_spans(run) not in (None, manifest["sha256"]):
-            raise AttackInputError("somebody opted out and spans were sealed with the coins: give --spans again")
+            raise AttackInputError(
+                "the opt-out list changed since spans were sealed with the split; run prepare again with --spans COLUMN"
+            )
         # Last: it says that the run is prepared.
         write_json(run.prepared, manifest, mode=0o600)
     return _public(run, corpus, split, split_commitment(key, manifest["sha256"]), len(extras))

@@ -1,8 +1,8 @@
 """Score documents: signals of every token under the fine-tuned model and under its exact base. No verdicts.
 
-Launched like training (``accelerate launch ... -m attacks score RUN``). The documents are cut into parts before they
-are dealt to ranks, and a part is written whole: the signals do not depend on the number of ranks, memory does not grow
-with the number of documents, and a job that was killed goes on where it stopped.
+Launched like training (``accelerate launch ... -m attacks score RUN``). The documents are cut into parts, which are
+assigned to ranks and written whole: the signals do not depend on the number of ranks, memory does not grow with the
+number of documents, and a job that was killed continues where it stopped.
 
 A part counts only if its seal says that it is of this target, these documents and these settings; whatever cannot be
 shown to be is scored again. So rows of two models never meet in one file.

@@ -23,16 +23,16 @@ class Placement:
     Attributes:
         clipped: the tensors whose clipped sum this rank accumulates.
         stepped: the tensors, or parts of them, that this rank noises and steps; the optimizer holds these.
-        hand: which share of a step's units this rank works on.
-        num_hands: shares that a step's units are dealt into.
+        share: index of the share of a step's units that this rank works on.
+        num_shares: shares into which a step's units are divided.
         shards: set where ranks work on each unit together and hold parts of its gradient.
         equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
     clipped: Layout
     stepped: Layout
-    hand: int
-    num_hands: int
+    share: int
+    num_shares: int
     shards: GradientShards | None = None
     equal_passes: bool = False
 
@@ -155,7 +155,7 @@ class ReplicatedBackend:
     def place(self, model: torch.nn.Module) -> Placement:
         """See :class:`Backend`."""
         layout = Layout.of(model)
-        return Placement(layout, layout, hand=self.rank, num_hands=self.world_size)
+        return Placement(layout, layout, share=self.rank, num_shares=self.world_size)
 
     def add_noise(
         self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float

@@ -62,7 +62,7 @@ class Fsdp2Backend(ShardedBackend):
         timeout: of collectives among the ranks of a replica.
 
     Raises:
-        ConfigError: if the ranks cannot be dealt into that many replicas.
+        ConfigError: if the number of replicas does not divide the number of ranks.
     """
 
     def __init__(self, device: torch.device, num_replicas: int = 1, timeout: datetime.timedelta | None = None) -> None:

@@ -61,7 +61,7 @@ class Watch:
         self._store.set(self._key("beat", self._rank), "0")
         backend.barrier()
         self._roster = self._read("who", range(self._world_size))
-        for target in (self._beat, self._guard):
+        for target in (self._heartbeat_loop, self._guard):
             threading.Thread(target=target, name=f"watch{target.__name__}", daemon=True).start()
 
     def roster(self) -> list[str]:
@@ -109,7 +109,7 @@ class Watch:
             f"performance.collective_timeout_seconds: {error}"
         )
 
-    def _beat(self) -> None:
+    def _heartbeat_loop(self) -> None:
         """Say that this rank lives, and look whether the others do, until the end."""
         watched = range(1, self._world_size) if self._rank == 0 else range(1)
         last = dict.fromkeys(watched, "")

@@ -156,7 +156,7 @@ class ZeroBackend(ShardedBackend):
         self._layout = Layout(stepped, parts)
         self._weights = trainable
         self._shards = ReducedShards(trainable, self._layout, None, self.device)
-        return Placement(self._layout, self._layout, hand=0, num_hands=1, shards=self._shards)
+        return Placement(self._layout, self._layout, share=0, num_shares=1, shards=self._shards)
 
     def publish(self) -> None:
         """See :class:`privtrain.backends.base.Backend`."""

@@ -144,9 +144,11 @@ class PerUnitClipper:
         if not layout.slots:
             raise UnsupportedLayer("the model has no trainable tensor")
         known = {id(p) for p in layout.parameters.values()}
-        loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-        if loose:
-            raise UnsupportedLayer(f"{loose[:3]} require a gradient but are not in the layout, so nothing clips them")
+        uncovered = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        if uncovered:
+            raise UnsupportedLayer(
+                f"{uncovered[:3]} require a gradient but are not in the layout, so nothing clips them"
+            )
         self.layout = layout
         self.total = layout.zeros(device, torch.int64)
         self.diagnostics = ClippingDiagnostics()
@@ -238,9 +240,12 @@ class PerUnitClipper:
         """
         if self._open is not None:
             raise GuaranteeLost("the last unit of the step was never closed; this is a bug, report it")
-        loose = [name for name, p in self.layout.parameters.items() if p.grad is not None]
-        if loose:
-            raise GuaranteeLost(f"unclipped gradients appeared on {loose[:3]}; something else runs a backward pass")
+        uncovered = [name for name, p in self.layout.parameters.items() if p.grad is not None]
+        if uncovered:
+            raise GuaranteeLost(
+                f"unclipped gradients appeared on {uncovered[:3]}; another backward pass wrote to .grad outside the "
+                "clipper"
+            )
         return self.total
 
     def _find_rules(self, model: nn.Module) -> None:
@@ -266,9 +271,8 @@ class PerUnitClipper:
     def _refuse_reentrant(self) -> None:
         if self._checkpointing == "reentrant":
             raise UnsupportedLayer(
-                "re-entrant gradient checkpointing gives no gradient to who asks for it by name, which two passes and "
-                "one unit at a time need; call gradient_checkpointing_enable({'use_reentrant': False}), or set "
-                "performance.clipping_route: batched"
+                "clipping routes two_pass and one_unit need non-reentrant gradient checkpointing: call "
+                "gradient_checkpointing_enable({'use_reentrant': False}), or set performance.clipping_route: batched"
             )
 
     # The batched and the two-pass route.

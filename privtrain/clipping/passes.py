@@ -141,7 +141,7 @@ class Passes:
         torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
         if missing:
             names = sorted(self._names[module] for module in missing)
-            raise GuaranteeLost(f"a second backward pass did not come by {names[:3]}; this is a bug, report it")
+            raise GuaranteeLost(f"the second backward pass did not reach {names[:3]}; this is a bug, report it")
 
     def _plan(self, calls: Calls) -> None:
         """Choose what to let go: what comes first in a backward pass, so that the second one can stop early."""

@@ -33,7 +33,7 @@ from privtrain.files.atomic import write_atomically
 from privtrain.inputs import check_inputs, read_inputs
 from privtrain.job.claim import check_run_directory
 from privtrain.job.stop import StopRequest, listening
-from privtrain.job.supervise import joined
+from privtrain.job.supervise import process_group
 from privtrain.job.train import rehearse
 from privtrain.registry import clock, views
 from privtrain.registry.database import registry_url
@@ -224,7 +224,7 @@ def _together(config: Config | None) -> list[Finding]:
     inputs = read_inputs(config) if config is not None else None
     if inputs is not None:
         check_run_directory(inputs)
-    with listening() as stop, joined(performance, stop) as backend:
+    with listening() as stop, process_group(performance, stop) as backend:
         findings = [_world(backend), _agreement(backend), _network(backend)]
         if inputs is not None:
             findings.append(_self_test(inputs, backend, stop))

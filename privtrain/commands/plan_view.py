@@ -41,7 +41,7 @@ def _plan_table(d: dict[str, Any]) -> Table:
     if "records_within_bound" in d:
         beyond = d["num_records"] - d["records_within_bound"]
         is_afresh = d["sampled_unit"] == "user" and d["selection"].startswith("random")
-        fate = "more than one step takes, drawn afresh in each" if is_afresh else "dropped"
+        fate = "more, resampled in each step" if is_afresh else "dropped"
         table.add_row("records within the bound", f"{d['records_within_bound']:,}; {beyond:,} {fate}")
     if d["sampled_unit"] == "user":
         table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}; {_selection_text(d)}")

@@ -97,7 +97,7 @@ def draw_canaries(
         stream = root_key.stream("canary", number)
         user = f"canary-{root_key.derive('canary id', number).hex()[:32]}"
         if user in corpus.records:
-            raise ConfigError([Fault("data.user_column", "an id of the data begins like a canary's: canary-…")])
+            raise ConfigError([Fault("data.user_column", "user ids must not start with 'canary-' (reserved)")])
         repetitions = section.repetitions[number % len(section.repetitions)]
         prefix = f"The code of {_name(stream)} is " if section.kind == TEMPLATE else ""
         secret = draw_secret(section, tokenizer, stream)

@@ -85,13 +85,13 @@ _MAX_MANIFEST_BYTES = 1 << 34
 
 
 def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
-    """What may be published of the coins: it fixes them and tells nothing of them.
+    """Return a hiding commitment to the split, which may be published: HMAC under the root key.
 
-    The seal alone would not do: where few coins were flipped, whoever has the data could try them all.
+    A plain hash could be brute-forced for small splits.
 
     Args:
         root_key: the run's.
-        manifest_sha256: seal of the coins.
+        manifest_sha256: SHA-256 of the split's manifest.
 
     Returns:
         HMAC-SHA-256 in hex.
@@ -100,14 +100,14 @@ def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
 
 
 def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse to train with other coins than those that were sealed beforehand.
+    """Raise unless the split equals the one that was sealed beforehand.
 
     Args:
         path: what ``attacks prepare`` wrote.
-        manifest: of the coins that this configuration, data set and key give.
+        manifest: of the split that this configuration, data set and key give.
 
     Raises:
-        PlanMismatch: if they differ, saying in what.
+        PlanMismatch: if they differ, naming what differs.
     """
     prepared = read_sealed(path)
     differing = [name for name in manifest if name != "sha256" and prepared.get(name) != manifest[name]]

@@ -164,7 +164,7 @@ class _Values(ValuesView[tuple[int, ...]]):
         return self._mapping.in_order()
 
 
-class Each(Sequence[Any]):
+class LazySequence(Sequence[Any]):
     """A property of numbered things, found when it is asked for.
 
     Args:

@@ -95,10 +95,10 @@ class Selection:
 
 
 def check_contributions(owners: Sequence[str], max_records: int | None) -> None:
-    """See that no user owns more than k of the training units. A guarantee for users stands on it.
+    """Raise unless every user owns at most ``max_records`` training units; the user-level guarantee depends on it.
 
     Raises:
-        GuaranteeLost: if one does; nobody is named.
+        GuaranteeLost: if a user owns more. The message names nobody.
     """
     if max_records is None:
         return

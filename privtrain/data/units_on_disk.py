@@ -9,7 +9,7 @@ import numpy as np
 
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
-from privtrain.data.packed import Each, UserIndices
+from privtrain.data.packed import LazySequence, UserIndices
 from privtrain.data.records import Record
 from privtrain.data.split import Split
 from privtrain.data.units import Drawn, UnitData, example_name
@@ -60,12 +60,12 @@ def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) 
     """The training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
     training = UserIndices.of(split.training)
     names = owners = training.names
-    indices = Each(len(training), training.at)
+    indices = LazySequence(len(training), training.at)
     if unit == "example":
         num_units = training.num_indices
-        owners = Each(num_units, lambda number: training.names[training.owner(number)[0]])
-        indices = Each(num_units, lambda number: training.owner(number)[1:])
-        names = Each(num_units, lambda number: example_name(owners[number], *indices[number]))
+        owners = LazySequence(num_units, lambda number: training.names[training.owner(number)[0]])
+        indices = LazySequence(num_units, lambda number: training.owner(number)[1:])
+        names = LazySequence(num_units, lambda number: example_name(owners[number], *indices[number]))
     return UnitsOnDisk(
         names=names,
         records=(),

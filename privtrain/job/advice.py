@@ -1,4 +1,4 @@
-"""What a careful privacy engineer would point out about a plan that is valid all the same."""
+"""Warnings about valid but questionable plans."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _BATCH_GAP = 0.25
 
 
 def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
-    """What a careful privacy engineer would point out.
+    """Return warnings about a valid but questionable plan.
 
     Args:
         config: the configuration.
         plan: its plan.
-        num_units: units that are expected to be trained on: what is sampled.
-        num_users: users that are.
+        num_units: expected number of training units.
+        num_users: expected number of training users.
     """
     found = []
     num_protected = num_users if plan.guaranteed_unit == "user" else num_units
@@ -40,7 +40,7 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
 
 
 def expected_units(config: Config, corpus: Corpus) -> float:
-    """Units that the coins are expected to leave for training."""
+    """Return the expected number of training units after the split, planted canaries included."""
     num_canaries = config.canaries.num_users / 2
     if config.privacy.unit == "user":
         return expected_users(config, corpus) + num_canaries
@@ -51,5 +51,5 @@ def expected_units(config: Config, corpus: Corpus) -> float:
 
 
 def expected_users(config: Config, corpus: Corpus) -> float:
-    """Users that the coins are expected to leave for training, without canaries."""
+    """Return the expected number of training users after the split, without canaries."""
     return len(corpus.records) * (1 - config.data.held_out_fraction)

@@ -114,7 +114,7 @@ class _Hashing:
 
 
 def load_newest(directory: pathlib.Path) -> Checkpoint | None:
-    """The newest intact checkpoint: a damaged one is passed over with a word, since its steps can be replayed."""
+    """Return the newest intact checkpoint; skip damaged ones with a warning, since their steps can be replayed."""
     for candidate in _newest_first(directory):
         checkpoint = _read(candidate)
         if checkpoint is not None:
@@ -124,7 +124,7 @@ def load_newest(directory: pathlib.Path) -> Checkpoint | None:
 
 
 def listed(directory: pathlib.Path) -> list[tuple[pathlib.Path, int | None, int]]:
-    """Path, generation and step of every checkpoint, unverified; a damaged one still has the step in its name."""
+    """Return path, generation and step of every checkpoint, unverified; of a damaged one, the step in its name."""
     found = []
     for path in _newest_first(directory):
         try:
@@ -136,14 +136,14 @@ def listed(directory: pathlib.Path) -> list[tuple[pathlib.Path, int | None, int]
 
 
 def drop_after(directory: pathlib.Path, step: int) -> None:
-    """Remove checkpoints past ``step``: they are damaged, or rest on steps that were abandoned."""
+    """Remove checkpoints past ``step``: they are damaged, or contain steps that were abandoned."""
     for candidate in _newest_first(directory):
         if int(candidate.name.removeprefix("step-")) > step:
             shutil.rmtree(candidate)
 
 
 def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
-    """Put a checkpoint in place. Every rank calls it; rank 0 alone has ``state``, and the others take their parts.
+    """Load a checkpoint into model and optimizer. Every rank calls it; rank 0 reads ``state`` and sends the parts.
 
     Returns:
         The next step's clipping norm.

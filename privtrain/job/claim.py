@@ -1,4 +1,4 @@
-"""Read what a job needs before any process group exists, and claim its run directory."""
+"""Lock a run directory, and refuse one that belongs to another plan, data set or model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_run_directory(inputs: Inputs) -> None:
 
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
-    """What a run cannot change on the way, beside its plan: what is trained, on what, and what is published."""
+    """Return the keys besides the plan that a run cannot change: what is trained, on what, and what is published."""
     tree = config.model_dump(mode="json", include={"model", "lora", "prompt", "data", "canaries", "tracking"})
     del tree["data"]["source"]  # its content is in the fingerprint; files may move
     sections = ("model", "lora", "prompt", "data", "canaries")
@@ -54,7 +54,7 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
-    """Rank 0 makes and locks the run directory; the others need no file of it."""
+    """Create and lock the run directory on rank 0; the other ranks need no file of it."""
     if not backend.is_main:
         yield
         return
@@ -78,7 +78,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
 
 
 def is_complete(inputs: Inputs, backend: Backend) -> bool:
-    """Rank 0 looks, since the others may not see the run directory."""
+    """Return on every rank whether the run is complete. Rank 0 looks, since the others may not see the directory."""
     complete = backend.broadcast_bytes(bytes([inputs.run.is_complete()]) if backend.is_main else None) == b"\x01"
     if complete and backend.is_main:
         say(f"{inputs.run.root} is complete; nothing to do. For another run set run.name")

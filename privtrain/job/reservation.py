@@ -1,7 +1,7 @@
-"""A run's hold on its budgets: reserve before anything is trained, keep the lease alive, settle what was spent.
+"""A run's budget reservation: reserve before training, renew the lease, settle what was spent.
 
-Without a registry configured nothing happens here. With one, training never starts without a reservation: a refusal, or
-a registry that does not answer, ends the job before the model is loaded.
+Without a registry in the configuration nothing happens here. With one, training never starts without a reservation: a
+refusal, or a registry that does not answer, ends the job before the model is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.contributions import contributions_of
 from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
-from privtrain.job.resume import traces
+from privtrain.job.resume import files_written_after_start
 from privtrain.job.stop import StopRequest
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
@@ -65,27 +65,27 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
         GuaranteeLost: if the reservation was closed, or claimed by a copy of the run directory, while the run trained.
     """
     with backend.main_alone():
-        hold = Hold.take(inputs) if backend.is_main else None
+        hold = BudgetReservation.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
     message = json.dumps(hold.dropped_users() if hold else []).encode() if backend.is_main else None
     dropped = json.loads(backend.broadcast_bytes(message))
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
     try:
-        with hold.kept_alive(stop) if hold else contextlib.nullcontext():
+        with hold.heartbeat(stop) if hold else contextlib.nullcontext():
             yield dataclasses.replace(allowed, check_release=hold.check) if hold else allowed
     except Exception as error:
         if hold is not None and hold.lost is not None:
             raise hold.lost from error
         # A run that is to be requeued keeps what it has.
         if hold is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
-            hold.give_up()
+            hold.refund_if_unstarted()
         raise
     with backend.main_alone():
         if hold is not None:
             hold.settle()
 
 
-class Hold:
+class BudgetReservation:
     """A reservation held by this process, on rank 0. Use :func:`budgeted`."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Hold:
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
-    def take(cls, inputs: Inputs) -> Hold | None:
+    def take(cls, inputs: Inputs) -> BudgetReservation | None:
         """Reserve, or find this run's reservation; ``None`` without a registry.
 
         A complete run reserves nothing; it may still have to settle.
@@ -115,7 +115,7 @@ class Hold:
             raise
 
     @classmethod
-    def _take(cls, inputs: Inputs) -> Hold | None:
+    def _take(cls, inputs: Inputs) -> BudgetReservation | None:
         section = inputs.config.registry
         url = registry_url(section)
         note = _note(inputs.run)
@@ -158,13 +158,13 @@ class Hold:
         return [user for user in self._inputs.corpus.records if self._registry.pseudonym(user) in listed]
 
     @contextlib.contextmanager
-    def kept_alive(self, stop: StopRequest) -> Iterator[None]:
+    def heartbeat(self, stop: StopRequest) -> Iterator[None]:
         """Renew the lease from a thread, which stops the run if the reservation is lost."""
         if self._reservation is None:
             yield
             return
         ended = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(ended, stop), daemon=True)
+        thread = threading.Thread(target=self._heartbeat_loop, args=(ended, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -196,7 +196,7 @@ class Hold:
                 f"ledger verify {run.root}"
             )
 
-    def give_up(self) -> None:
+    def refund_if_unstarted(self) -> None:
         """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
         if self._reservation is None:
             return
@@ -223,7 +223,7 @@ class Hold:
                 self.lost = error
                 raise
 
-    def _beat(self, ended: threading.Event, stop: StopRequest) -> None:
+    def _heartbeat_loop(self, ended: threading.Event, stop: StopRequest) -> None:
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
         while not ended.wait(interval):
             try:
@@ -264,7 +264,7 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
 
 def _has_begun(run: RunDirectory) -> bool:
-    return run.ledger.exists() or bool(traces(run))
+    return run.ledger.exists() or bool(files_written_after_start(run))
 
 
 def _note(run: RunDirectory) -> pathlib.Path:

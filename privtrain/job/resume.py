@@ -1,4 +1,4 @@
-"""Where a run goes on, decided from its ledger and its newest checkpoint.
+"""Decide where a run continues, from its ledger and its newest checkpoint.
 
 What a release is: a step's sample is a function of (secret of the generation, step), its noise of (secret, step, exact
 sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
@@ -41,15 +41,15 @@ from privtrain.run.directory import RunDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """How a session goes on.
+    """Where a session continues.
 
     Attributes:
-        generation: whose secret draws samples and noise.
-        start_step: steps that the loaded model has behind it.
+        generation: the generation whose secret draws samples and noise.
+        start_step: steps that the loaded model has already taken.
         end_step: the model's number of steps when the budget is used up.
-        num_replayed: steps from ``start_step`` that were begun before and are repeated bit by bit.
-        num_abandoned: steps newly given up by this decision; they stay charged.
-        first_step: the first step of the generation: its epochs of sampling are counted from there.
+        num_replayed: steps from ``start_step`` that were started before and are repeated bit for bit.
+        num_abandoned: steps that this decision gives up; they stay charged.
+        first_step: the generation's first step, from which its sampling epochs are counted.
     """
 
     generation: int
@@ -69,7 +69,7 @@ def decide(
     checkpoint_generation: int,
     period: int = 1,
 ) -> Continuation:
-    """Decide how to go on.
+    """Decide where to continue.
 
     Args:
         state: the verified ledger.
@@ -103,7 +103,7 @@ def decide(
 
 
 def next_generation(state: LedgerState, *, num_steps: int, step: int, period: int = 1) -> Continuation:
-    """Go on from ``step`` with a fresh secret; what was begun stays charged, in whole epochs of each generation.
+    """Continue from ``step`` with a fresh secret; started steps stay charged, in whole epochs of each generation.
 
     Args:
         state: the verified ledger.
@@ -121,7 +121,7 @@ def _steps_by_generation(state: LedgerState) -> Counter[int]:
 
 
 def num_begun(run: RunDirectory) -> int:
-    """Steps that a run began, by its verified ledger; what a crash left half written was never begun.
+    """Return how many steps a run started, by its verified ledger; a record half written by a crash does not count.
 
     Raises:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
@@ -131,27 +131,27 @@ def num_begun(run: RunDirectory) -> int:
 
 
 def verified_state(run: RunDirectory) -> LedgerState | None:
-    """What a run's verified ledger says; ``None`` of a run that never had one. Not while a job is writing.
+    """Return the state of a run's verified ledger, or ``None`` if it never had one. Not while a job is writing.
 
     Raises:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
     """
     if not run.ledger.exists():
-        found = traces(run)
+        found = files_written_after_start(run)
         if found:
             raise LedgerCorrupt(
-                f"{run.ledger} is gone but {found[0]} is there: how many steps were begun is not known. Restore it"
+                f"{run.ledger} is missing but {found[0]} exists, so the number of started steps is unknown; restore it"
             )
         return None
     state = verify_chain(run.ledger, allow_torn=True)
     later = _past(run, state)
     if later is not None:
-        raise LedgerCorrupt(f"{later} is past {run.ledger}, which is an older copy or was replaced; restore it")
+        raise LedgerCorrupt(f"{later} is newer than {run.ledger}, which is an older copy or was replaced; restore it")
     return state
 
 
-def traces(run: RunDirectory) -> list[pathlib.Path]:
-    """What a run without a ledger would not have: files that are made only once there is one."""
+def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
+    """Return the files that exist only after a ledger was made: beside a missing ledger they show that it was lost."""
     certain = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
     found = [path for path in certain if path.exists()]
     for directory, pattern in (
@@ -164,7 +164,7 @@ def traces(run: RunDirectory) -> list[pathlib.Path]:
 
 
 def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:
-    """A file that rests on a record which the ledger does not have."""
+    """Return a file that presupposes a record which the ledger lacks, or ``None``."""
     if run.manifest.exists() and state.generation < 0:
         return run.manifest
     steps = {step for _, step in state.commits}

@@ -1,4 +1,4 @@
-"""Begin or go on: which secret, which checkpoint, which steps, and all ranks of one mind about it."""
+"""Start or resume a session: rank 0 chooses secret, checkpoint and steps, and broadcasts the choice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from privtrain.files.atomic import write_atomically, write_json
 from privtrain.inputs import Inputs
 from privtrain.job import checkpoint
 from privtrain.job.environment import check_ranks_agree
-from privtrain.job.resume import Continuation, decide, next_generation, traces
+from privtrain.job.resume import Continuation, decide, files_written_after_start, next_generation
 from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.head import head_path
 from privtrain.ledger.log import Ledger, open_ledger
@@ -30,14 +30,14 @@ from privtrain.run.sealing import write_sealed
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What rank 0 decided for this session and told the others.
+    """What rank 0 decided for this session and broadcast.
 
     Attributes:
         key: secret of the generation.
-        continuation: how to go on.
-        environment: digest of it.
-        state: the checkpoint's file, on rank 0 alone.
-        committed: step → commitment to its sum, of the steps that are replayed.
+        continuation: where training continues, see :class:`~privtrain.job.resume.Continuation`.
+        environment: digest of the environment, in hexadecimal.
+        state: the checkpoint's file on rank 0; ``None`` on the others.
+        committed: step → commitment to its sum, for the steps that are replayed.
     """
 
     key: SecretKey
@@ -49,7 +49,11 @@ class Session:
 
 @contextlib.contextmanager
 def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
-    """The ledger on rank 0, ``None`` elsewhere. A run that lost its ledger is not begun again under it."""
+    """Yield the open ledger on rank 0, and ``None`` on the others.
+
+    Raises:
+        LedgerCorrupt: if the run started and its ledger is gone.
+    """
     with contextlib.ExitStack() as stack:
         with backend.main_alone():
             ledger = stack.enter_context(_opened_on_main(inputs)) if backend.is_main else None
@@ -61,8 +65,8 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
     run, plan = inputs.run, inputs.plan
     is_gone = not run.ledger.exists()
     # A head file alone is left by a crash while the ledger was made; it is compared with the ledger on opening.
-    if is_gone and any(path != head_path(run.ledger) for path in traces(run)):
-        raise LedgerCorrupt(f"{run.ledger} is gone but the run had begun; restore it, or set another run.name")
+    if is_gone and any(path != head_path(run.ledger) for path in files_written_after_start(run)):
+        raise LedgerCorrupt(f"{run.ledger} is missing but the run started; restore it, or set another run.name")
     is_new = is_gone and not head_path(run.ledger).exists()  # a key that was used is never replaced
     key = run.create_key("pseudonym", plan.insecure_seed) if is_new else run.load_key("pseudonym")
     with open_ledger(
@@ -77,7 +81,7 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
 
 
 def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
-    """The key behind the split: made when the run is prepared or first tried, kept ever after, sent to every rank."""
+    """Return the key behind the split, on every rank: created on first use of the run directory, then kept."""
     secret = None
     if ledger is not None:
         run, seed = inputs.run, inputs.plan.insecure_seed
@@ -87,17 +91,17 @@ def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> Secr
 
 
 def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
-    """On rank 0: see that these coins are those that training began with, and that ``attacks prepare`` flipped.
+    """Raise unless the split is the one that training started with and that ``attacks prepare`` made. Rank 0 only.
 
     Raises:
-        GuaranteeLost: if training began with others.
-        PlanMismatch: if others were prepared.
+        GuaranteeLost: if training started with another split.
+        PlanMismatch: if ``attacks prepare`` made another split.
     """
     manifest = split.manifest(inputs.corpus)
     if state.split and state.split != split_commitment(inputs.run.load_key("root"), manifest["sha256"]):
         raise GuaranteeLost(
-            f"{inputs.run.ledger} shows that training began with other coins than secret/root.key and the data give "
-            "now: one of them was replaced. Restore it, or set another run.name"
+            f"{inputs.run.ledger} records another train/held-out split than secret/root.key and the data give now: "
+            "one of them was replaced. Restore it, or set another run.name"
         )
     known = inputs.run.manifest
     if known.exists() and json.loads(known.read_text(encoding="utf-8"))["sha256"] != manifest["sha256"]:
@@ -107,7 +111,7 @@ def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
 
 
 def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
-    """See that the ranks agree; then rank 0 decides how to go on and gives every rank the secret."""
+    """Raise unless the ranks agree; then let rank 0 decide where to continue and send every rank the secret."""
     data = hashlib.sha256(inputs.fingerprint.encode()).digest()
     check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
     message, newest = None, None
@@ -121,7 +125,7 @@ def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, envi
 
 
 def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger | None, session: Session, step: int) -> Session:
-    """Go on from ``step`` with a fresh secret, since its sum is not the one that was committed. Every rank calls it."""
+    """Continue from ``step`` with a fresh secret, because its sum is not the committed one. Every rank calls it."""
     message = None
     with backend.main_alone():
         if ledger is not None:
@@ -177,16 +181,16 @@ def _decided_on_main(
 def _explain(continuation: Continuation) -> None:
     if continuation.num_abandoned:
         say(
-            f"{continuation.num_abandoned} steps that were begun are given up and stay charged (the environment "
-            f"changed, or their sums did); generation {continuation.generation} goes on with a fresh secret and ends "
-            f"at step {continuation.end_step}"
+            f"{continuation.num_abandoned} started steps cannot be replayed (the environment or their sums changed) "
+            f"and stay charged; training continues as generation {continuation.generation} with a new secret, up to "
+            f"step {continuation.end_step}"
         )
     elif continuation.start_step or continuation.num_replayed:
-        say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit by bit")
+        say(f"resuming at step {continuation.start_step}; {continuation.num_replayed} steps are replayed bit for bit")
 
 
 def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split, units: UnitData) -> None:
-    """Put on record that training goes on, and with what."""
+    """Record in the ledger and the run directory that a session starts, with its split, config and data counts."""
     run, continuation = inputs.run, session.continuation
     manifest = split.manifest(inputs.corpus)
     ledger.begin_session(

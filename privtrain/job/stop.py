@@ -34,8 +34,8 @@ class StopRequest:
         self._signal_name = "a signal to another rank"
         self._is_joined = False
 
-    def joined(self) -> None:
-        """From here on other ranks count on this one; before, a signal ends the process at once."""
+    def joined_group(self) -> None:
+        """Stop only at step boundaries from now on, since other ranks wait for this one; before, a signal ends it."""
         self._is_joined = True
 
     def ask(self, reason: str) -> None:
@@ -50,7 +50,7 @@ class StopRequest:
         return bool(flag.item() > 0)
 
     def leave_if_agreed(self, backend: Backend, where: str) -> None:
-        """The same, and leave.
+        """Raise :class:`Preempted` if any rank was asked to stop. All ranks must call this at the same place.
 
         Raises:
             Preempted: on every rank or on none.
@@ -59,7 +59,7 @@ class StopRequest:
             raise self.preempted(where)
 
     def preempted(self, where: str) -> Preempted:
-        """The way out, with the reason for people."""
+        """Return the error that ends the job, with the signal's name."""
         return Preempted(f"asked to stop ({self._signal_name}): {where}. The same command goes on from there")
 
     def _listen(self, reader: int) -> None:
@@ -76,7 +76,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread signals are left as they are.
+    """Record SIGTERM and SIGUSR1 instead of dying of them. Outside the main thread, signals are left as they are.
 
     After :class:`Preempted` they stay ignored: the job is saved, and a launcher that signals the last ranks because the
     first one has left must not change their exit code.

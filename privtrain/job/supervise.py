@@ -1,4 +1,4 @@
-"""Join the other ranks, and say what went wrong in words when the machines fail the job."""
+"""Join the process group, and turn failures of machines, disks and peers into one clear error."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from privtrain.errors import ModelFailed, Preempted, PrivtrainError, StorageFail
 from privtrain.job.stop import StopRequest
 
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
-#: A process group whose peer died may refuse to be left; the process goes all the same after this.
+#: Leaving a process group whose peer died may hang; the process exits after this time in any case.
 _TEARDOWN_SECONDS = 20.0
 
 
 @contextlib.contextmanager
-def joined(performance: PerformanceSection, stop: StopRequest) -> Iterator[Backend]:
-    """This rank's backend, with every rank watching that the others live.
+def process_group(performance: PerformanceSection, stop: StopRequest) -> Iterator[Backend]:
+    """Yield this rank's backend while a watch detects ranks that died.
 
     Raises:
         RankLost: if another rank died or was cut off, named; within ``heartbeat_timeout_seconds`` at the latest (where
@@ -30,7 +30,7 @@ def joined(performance: PerformanceSection, stop: StopRequest) -> Iterator[Backe
         StorageFailed: for a full disk.
     """
     backend = create_backend(performance.collective_timeout_seconds)
-    stop.joined()
+    stop.joined_group()
     try:
         watch = Watch(backend, performance.heartbeat_timeout_seconds)
         try:
@@ -38,46 +38,49 @@ def joined(performance: PerformanceSection, stop: StopRequest) -> Iterator[Backe
         except Preempted:
             raise
         except Exception as error:
-            told = _explained(error, watch, stop)
-            _leave_even_if_teardown_hangs(backend, told)
-            if told is error:
+            shown_error = _root_cause(error, watch, stop)
+            _exit_after_timeout(backend, shown_error)
+            if shown_error is error:
                 raise
-            raise told from error
+            raise shown_error from error
         finally:
             watch.close()
     finally:
         backend.close()
 
 
-def _explained(error: Exception, watch: Watch, stop: StopRequest) -> Exception:
-    """The error that people should see; the other ranks are told if it is this rank's own."""
+def _root_cause(error: Exception, watch: Watch, stop: StopRequest) -> Exception:
+    """Return the error to show, and announce it to the other ranks if it is this rank's own."""
     # A pass that gathers weights fails where another rank is lost, and clipping knows no collectives.
     cause = error.__cause__ if isinstance(error, ModelFailed) and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, PrivtrainError):
-        told: Exception = error
+        shown_error: Exception = error
     else:
-        told = _storage_failure(cause) or watch.explain(cause, stop.requested) or error
-        if told is not error and not isinstance(told, StorageFailed):
-            return told
-    watch.announce(f"{type(told).__name__}: {told}", told.exit_code if isinstance(told, PrivtrainError) else 1)
-    return told
+        shown_error = _storage_failure(cause) or watch.explain(cause, stop.requested) or error
+        if shown_error is not error and not isinstance(shown_error, StorageFailed):
+            return shown_error
+    watch.announce(
+        f"{type(shown_error).__name__}: {shown_error}",
+        shown_error.exit_code if isinstance(shown_error, PrivtrainError) else 1,
+    )
+    return shown_error
 
 
 def _storage_failure(error: Exception) -> StorageFailed | None:
-    """Whether a write failed for want of room; safetensors tells so in words alone."""
+    """Return an error for a write that failed because the disk is full, or ``None``."""
     number = error.errno if isinstance(error, OSError) else None
     if number not in _FULL:
-        number = next((n for n in _FULL if f"os error {n}" in str(error)), None)
+        number = next((n for n in _FULL if f"os error {n}" in str(error)), None)  # safetensors gives only a message
     if number is None:
         return None
     place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     return StorageFailed(
-        f"{_FULL[number]}{place}; nothing is lost: make room for the run directory, and the same command goes on "
-        "from the last checkpoint"
+        f"{_FULL[number]}{place}; nothing is lost: make room for the run directory and repeat the command, which "
+        "continues from the last checkpoint"
     )
 
 
-def _leave_even_if_teardown_hangs(backend: Backend, error: Exception) -> None:
+def _exit_after_timeout(backend: Backend, error: Exception) -> None:
     if backend.world_size == 1:
         return
 

@@ -37,7 +37,7 @@ from privtrain.job.session import (
     root_key_of,
 )
 from privtrain.job.stop import StopRequest, listening
-from privtrain.job.supervise import joined
+from privtrain.job.supervise import process_group
 from privtrain.ledger.log import Ledger
 from privtrain.models.load import saved_as_loaded
 from privtrain.privacy.plan import PrivacyPlan
@@ -75,7 +75,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
         with (
-            joined(config.performance, stop) as backend,
+            process_group(config.performance, stop) as backend,
             claimed(inputs, backend),
             budgeted(inputs, backend, stop) as allowed,
         ):

@@ -131,7 +131,7 @@ def check_segment_file(log: pathlib.Path, index: int, segment: Segment) -> bytes
             end = min(start + CHUNK_BYTES, segment.num_bytes)
             raise LedgerCorrupt(f"{path}: bytes {start} to {end} are not what was sealed; restore it from a backup")
     if len(content) != segment.num_bytes:
-        raise LedgerCorrupt(f"{path}: goes on after byte {segment.num_bytes}, where it was sealed")
+        raise LedgerCorrupt(f"{path}: has trailing data after byte {segment.num_bytes}, where it was sealed")
     return content
 
 

@@ -211,7 +211,7 @@ def advance(state: LedgerState, line: bytes) -> None:
     try:
         apply(state, record)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
+        raise ValueError(f"missing or malformed field ({error!r})") from None
 
 
 def record_of(line: bytes) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def record_of(line: bytes) -> dict[str, Any]:
     if strict_json.dumps({**first, **record}).encode() + b"\n" != line:
         raise ValueError("it is not in the form in which records are written")
     if any(type(record[name]) is not int or record[name] < 0 for name in _COUNTS & record.keys()):
-        raise ValueError("a number that cannot be")
+        raise ValueError("a count is negative or not an integer")
     return {**record, "hash": digest}
 
 
@@ -251,7 +251,7 @@ def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
             raise ValueError("a record after the release")
         problem = _CHECKS.get(record["kind"], _unknown_kind)(state, record)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"lacks what a record of its kind holds ({error!r})") from None
+        raise ValueError(f"missing or malformed field ({error!r})") from None
     if problem:
         raise ValueError(problem)
     return record

@@ -53,7 +53,7 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
         quoted = _check_release(run, state)
     if head is not None:
         if all(record["hash"] != head for record in read_records(run.ledger)):
-            raise LedgerCorrupt(f"{run.ledger} never had head {head}: it was rewritten, or shortened and gone on from")
+            raise LedgerCorrupt(f"{run.ledger} never had head {head}: it was rewritten, or truncated and then extended")
         quoted += ", contains the head given"
     num_open = state.num_charged - len(state.commits)
     return (

@@ -1,4 +1,4 @@
-"""What is trained of a base model, by ``training.method``; everything else of it stays frozen.
+"""Select the trainable parameters (``training.method``) and freeze the rest.
 
 * ``lora``: low-rank adapters (rsLoRA, DoRA), also on embeddings, and whole copies of ``lora.modules_to_save``.
 * ``full``: every weight.

@@ -195,7 +195,7 @@ def _hub_only(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A digest of every named tensor's sum and norm: cheap, and other weights do not pass for the same."""
+    """Return a cheap digest that changes when the weights change: of every named tensor's sum and norm."""
     numbers = []
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         value = tensor.detach()

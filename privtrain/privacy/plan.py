@@ -25,17 +25,17 @@ from privtrain.privacy.user_level import ACCOUNTANTS, group_answer, group_holds,
 SCHEMA = "privtrain/plan/1"
 
 
-#: Noise on a sum that rides on the step, unless told otherwise: of the batch, and at least of the noise multiplier.
-_RIDER_NOISE_OF_BATCH = 1 / 20
-_RIDER_NOISE_OF_MULTIPLIER = 2.0
+#: Default noise of an auxiliary sum: this fraction of the batch size, at least this multiple of the noise multiplier.
+_AUXILIARY_NOISE_OF_BATCH = 1 / 20
+_AUXILIARY_NOISE_OF_MULTIPLIER = 2.0
 
-#: The sums over units that may ride on a step: how many are within the clipping norm, and their losses.
+#: Names of the auxiliary sums: the number of units within the clipping norm, and their losses.
 WITHIN_NORM, LOSS = "within_norm", "loss"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rider:
-    """A sum over a step's units that is released beside the gradient.
+class AuxiliarySum:
+    """A sum over a step's units, released with the gradient in the same Gaussian mechanism.
 
     Attributes:
         name: what a unit adds to it, always within [-1/2, 1/2]: one unit moves the sum by at most 1/2.
@@ -186,16 +186,20 @@ class PrivacyPlan:
         )
 
     @property
-    def riders(self) -> tuple[Rider, ...]:
+    def auxiliary_sums(self) -> tuple[AuxiliarySum, ...]:
         """What is released in every step beside the gradient. Adaptive clipping's count tells the clip fraction too."""
-        riders = []
+        auxiliary_sums = []
         if self.adaptive_clipping is not None:
-            riders.append(Rider(WITHIN_NORM, self.adaptive_clipping.count_noise))
+            auxiliary_sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
         if self.noised_metrics is not None:
             names = {"loss": LOSS, "clip_fraction": WITHIN_NORM}
             own = [names[metric] for metric in self.noised_metrics.release]
-            riders += [Rider(name, self.noised_metrics.noise) for name in own if name not in {r.name for r in riders}]
-        return tuple(riders)
+            auxiliary_sums += [
+                AuxiliarySum(name, self.noised_metrics.noise)
+                for name in own
+                if name not in {r.name for r in auxiliary_sums}
+            ]
+        return tuple(auxiliary_sums)
 
     @property
     def guaranteed_unit(self) -> str:
@@ -223,11 +227,11 @@ class PrivacyPlan:
     def gradient_noise_multiplier(self) -> float:
         """Noise standard deviation over clipping norm of the clipped sum alone.
 
-        More than ``noise_multiplier`` where riders are released beside it: all together have that.
+        More than ``noise_multiplier`` where auxiliary sums are released beside it: all together have that.
         """
-        if not self.riders or self.noise_multiplier == 0:
+        if not self.auxiliary_sums or self.noise_multiplier == 0:
             return self.noise_multiplier
-        joint = accountants.joint_noise_multiplier(*(rider.noise for rider in self.riders))
+        joint = accountants.joint_noise_multiplier(*(auxiliary_sum.noise for auxiliary_sum in self.auxiliary_sums))
         return accountants.adaptive_clipping_noise(self.noise_multiplier, joint)
 
     @property
@@ -236,7 +240,9 @@ class PrivacyPlan:
         if self.noised_metrics is None:
             return {}
         low, high = self.noised_metrics.loss_range
-        noise = {rider.name: rider.noise / self.expected_batch_size for rider in self.riders}
+        noise = {
+            auxiliary_sum.name: auxiliary_sum.noise / self.expected_batch_size for auxiliary_sum in self.auxiliary_sums
+        }
         found = {"loss": (high - low) * noise.get(LOSS, 0.0), "clip_fraction": noise.get(WITHIN_NORM, 0.0)}
         return {metric: found[metric] for metric in self.noised_metrics.release}
 
@@ -391,7 +397,7 @@ def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> Adap
     if privacy.clipping_style != "adaptive":
         return None
     given = privacy.adaptive_clipping or AdaptiveClippingSection()
-    noise = _rider_noise(given.count_noise, privacy.expected_batch_size, noise_multiplier, num_riders=1)
+    noise = _auxiliary_noise(given.count_noise, privacy.expected_batch_size, noise_multiplier, num_sums=1)
     return AdaptiveClipping(given.target_quantile, given.learning_rate, noise)
 
 
@@ -399,33 +405,37 @@ def _noised_metrics(privacy: PrivacySection, noise_multiplier: float) -> NoisedM
     given = privacy.noised_metrics
     if given is None:
         return None
-    noise = _rider_noise(given.noise, privacy.expected_batch_size, noise_multiplier, num_riders=len(given.release))
+    noise = _auxiliary_noise(given.noise, privacy.expected_batch_size, noise_multiplier, num_sums=len(given.release))
     return NoisedMetrics(tuple(given.release), given.loss_range, noise)
 
 
-def _rider_noise(given: float | None, batch_size: float, noise_multiplier: float, num_riders: int) -> float:
+def _auxiliary_noise(given: float | None, batch_size: float, noise_multiplier: float, num_sums: int) -> float:
     if noise_multiplier == 0:
         return 0.0
     if given is not None:
         return given
-    least = _RIDER_NOISE_OF_MULTIPLIER * noise_multiplier * math.sqrt(num_riders)
-    return max(_RIDER_NOISE_OF_BATCH * batch_size, least)
+    least = _AUXILIARY_NOISE_OF_MULTIPLIER * noise_multiplier * math.sqrt(num_sums)
+    return max(_AUXILIARY_NOISE_OF_BATCH * batch_size, least)
 
 
 def _check_room(plan: PrivacyPlan) -> None:
-    """Riders with so little noise that no gradient noise makes up for it are refused, by the keys that set theirs."""
-    if plan.noise_multiplier == 0 or not plan.riders:
+    """Raise if auxiliary sums have so little noise that no gradient noise makes up for it; name the keys to raise."""
+    if plan.noise_multiplier == 0 or not plan.auxiliary_sums:
         return
     room = plan.noise_multiplier**-2
-    if math.fsum((2 * rider.noise) ** -2 for rider in plan.riders) < room:
+    if math.fsum((2 * auxiliary_sum.noise) ** -2 for auxiliary_sum in plan.auxiliary_sums) < room:
         return
-    least = plan.noise_multiplier / 2 * math.sqrt(len(plan.riders))
+    least = plan.noise_multiplier / 2 * math.sqrt(len(plan.auxiliary_sums))
     given = []
     if plan.adaptive_clipping is not None:
         given.append(("privacy.adaptive_clipping.count_noise", plan.adaptive_clipping.count_noise))
     if plan.noised_metrics is not None:
         given.append(("privacy.noised_metrics.noise", plan.noised_metrics.noise))
-    what = "half the noise multiplier" if len(plan.riders) == 1 else f"{math.sqrt(len(plan.riders)) / 2:.3g} of it"
+    what = (
+        "half the noise multiplier"
+        if len(plan.auxiliary_sums) == 1
+        else f"{math.sqrt(len(plan.auxiliary_sums)) / 2:.3g} of it"
+    )
     raise ConfigError(
         [Fault(key, f"given {noise:g}; must exceed {what}, {least:g}") for key, noise in given if noise <= least]
     )

@@ -408,8 +408,8 @@ def check_step_size(scheme: Scheme, num_units: float) -> None:
         )
 
 
-def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> list[list[DrawnUnit]]:
-    """Deal whole units to ranks: counts differ by at most one, costs evened out by dealing back and forth.
+def assign_to_ranks(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> list[list[DrawnUnit]]:
+    """Assign whole units to ranks: counts differ by at most one, and a snake order evens out the costs.
 
     Args:
         drawn: the units of the step.
@@ -420,8 +420,8 @@ def deal(drawn: Sequence[DrawnUnit], costs: Sequence[int], num_ranks: int) -> li
         For every rank its units, in decreasing cost, so that neighbours have similar lengths.
     """
     order = sorted(range(len(drawn)), key=lambda i: (-costs[i], drawn[i].unit))
-    hands: list[list[DrawnUnit]] = [[] for _ in range(num_ranks)]
+    shares: list[list[DrawnUnit]] = [[] for _ in range(num_ranks)]
     for position, i in enumerate(order):
         round_number, seat = divmod(position, num_ranks)
-        hands[seat if round_number % 2 == 0 else num_ranks - 1 - seat].append(drawn[i])
-    return hands
+        shares[seat if round_number % 2 == 0 else num_ranks - 1 - seat].append(drawn[i])
+    return shares

@@ -12,15 +12,15 @@ from typing import NoReturn
 from privtrain.errors import Preempted, PrivtrainError
 from privtrain.process.slurm import adopt_slurm_tasks
 
-#: A mistake that every rank meets is told by rank 0; the launcher ends the others before this many seconds are over.
+#: Rank 0 reports a mistake that every rank meets; the launcher ends the others within this many seconds.
 _OTHER_RANKS_WAIT_SECONDS = 3.0
 
-#: Set by ``privtrain launch``: a directory of this machine in which ranks leave word, since launchers lose it.
+#: Set by ``privtrain launch``: a directory of this machine for markers of its ranks, since launchers lose exit codes.
 LAUNCH_DIRECTORY = "PRIVTRAIN_LAUNCH_DIRECTORY"
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
-    """Run ``app`` and leave with its exit code.
+    """Run ``app`` and exit with its exit code.
 
     Args:
         name: what the message begins with.
@@ -43,21 +43,21 @@ def run_command(name: str, app: Callable[[], None]) -> None:
 
 
 def record_exit_code(code: int) -> None:
-    """Leave the code for ``privtrain launch``; the first rank's stands, the others follow from it."""
-    _leave_word("exit-code", str(code))
+    """Record the exit code for ``privtrain launch``. The first rank's stands, since the others fail because of it."""
+    _write_marker("exit-code", str(code))
 
 
 def record_stop_request() -> None:
-    """Leave word that a rank of this machine was asked to stop."""
-    _leave_word("asked-to-stop", "")
+    """Record that a rank on this machine was asked to stop."""
+    _write_marker("asked-to-stop", "")
 
 
 def was_asked_to_stop(directory: str) -> bool:
-    """Whether a rank left that word."""
+    """Return whether a rank on this machine was asked to stop."""
     return os.path.exists(os.path.join(directory, "asked-to-stop"))
 
 
-def _leave_word(name: str, content: str) -> None:
+def _write_marker(name: str, content: str) -> None:
     directory = os.environ.get(LAUNCH_DIRECTORY)
     if directory is None:
         return
@@ -65,11 +65,11 @@ def _leave_word(name: str, content: str) -> None:
         with open(os.path.join(directory, name), "x", encoding="ascii") as file:
             file.write(content)
     except OSError:
-        pass  # told already, or no room for it: the launcher's own code stands then
+        pass  # already recorded, or the disk is full; the launcher falls back to its own exit code
 
 
 def leave_at_once(message: str, code: int) -> NoReturn:
-    """End this process from any thread, as a crash would: everything durable is on disk at every moment.
+    """End this process from any thread without cleaning up; durable state is on disk at every moment.
 
     Args:
         message: what one rank a machine prints.
@@ -82,7 +82,7 @@ def leave_at_once(message: str, code: int) -> NoReturn:
 
 
 def _report(message: str) -> None:
-    """Print a failure once a job: at once on rank 0, on another rank only if the launcher has not ended it by then."""
+    """Print a failure once per job: rank 0 at once, another rank only if it still lives after a wait."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(_OTHER_RANKS_WAIT_SECONDS)

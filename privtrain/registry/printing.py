@@ -116,6 +116,6 @@ def print_user(view: UserView) -> None:
         console.print(table)
     if view.unfinished:
         names = ", ".join(f"{escape(run.name)} ({run.state}, began {day(run.created_at)})" for run in view.unfinished)
-        console.print(f"not finished: {names}. Whom these runs use is known when they settle")
+        console.print(f"not finished: {names}. Their users are recorded when they settle")
         if view.opted_out_at is not None:
             console.print("they began before this user opted out; to keep the user out, stop them and start new runs")

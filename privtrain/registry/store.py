@@ -124,7 +124,7 @@ class Registry:
         if scope not in SCOPES:
             raise PrivtrainError(f"given --per {scope}; it is one of {', '.join(SCOPES)}")
         if scope == "user" and unit != "user":
-            raise PrivtrainError("a guarantee for one example is none for its user; give --per dataset, or --unit user")
+            raise PrivtrainError("a per-user budget needs a user-level guarantee: use --unit user, or --per dataset")
 
         def work(connection: sa.Connection) -> BudgetKey:
             dataset_id, population_id, population_name = _ensure_dataset(connection, dataset, population, unit)
@@ -271,11 +271,11 @@ class Registry:
                 endings.close(connection, row, "settle", charged, shown.head, now)
             else:
                 endings.outdate(connection, row.dataset_id)
-                is_beside = not is_ours or endings.closed_by(connection, row) != "close"
-                own = endings.beside(connection, row, now) if is_beside else row
+                charged_separately = not is_ours or endings.closed_by(connection, row) != "close"
+                own = endings.beside(connection, row, now) if charged_separately else row
                 connection.execute(sa.delete(Settlement).where(Settlement.reservation_id == own.id))
                 endings.close(connection, own, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
-                outcome = Settled.BESIDE if is_beside else Settled.OWN
+                outcome = Settled.BESIDE if charged_separately else Settled.OWN
             endings.add_contributions(connection, row.run_id, contributions)
             return outcome
 

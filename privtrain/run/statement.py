@@ -75,7 +75,7 @@ def statement_of(
         num_accounted: the same, with every epoch of the sampling scheme that was begun counted whole; ε is for these.
         num_commits: steps that the ledger shows as finished.
         ledger_head: head of the ledger before its release record, which holds this statement's digest.
-        split_commitment: to the coins, as the ledger has it; keyed, so it tells nothing of them.
+        split_commitment: hiding commitment to the split, as in the ledger.
     """
     epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
     return {

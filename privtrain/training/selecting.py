@@ -25,8 +25,8 @@ from privtrain.process.console import say
 if TYPE_CHECKING:
     from privtrain.training.network import Network
 
-#: The loss of a record that the model gives none for.
-_WORST = 1e30
+#: Rank given to records whose loss is not finite.
+_NONFINITE_LOSS = 1e30
 
 
 def select_units(
@@ -129,4 +129,4 @@ def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend,
                 losses[place] = loss / max(1, records[place].num_targets)
     network.model.train()
     backend.reduce(losses)
-    return losses.nan_to_num(nan=_WORST, posinf=_WORST).tolist()
+    return losses.nan_to_num(nan=_NONFINITE_LOSS, posinf=_NONFINITE_LOSS).tolist()

@@ -32,10 +32,10 @@ from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.noise import noised
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
-from privtrain.training import riders
+from privtrain.training import auxiliary_sums
 from privtrain.training.agreement import agree_on_fault
+from privtrain.training.auxiliary_sums import noise_name
 from privtrain.training.probes import Probe
-from privtrain.training.riders import noise_name
 from privtrain.training.trainer import Trainer
 
 #: Relative error allowed between the clipper and plain autograd, by precision of forward and backward. In bf16 both run
@@ -411,8 +411,8 @@ def _reduced_total(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """The last hand holds the units, the others none: the reduced sum is that of these units, clipped."""
-    is_mine = placement.hand == placement.num_hands - 1
+    """Return the reduced clipped sum of these units, all of them in the last share and none in the others."""
+    is_mine = placement.share == placement.num_shares - 1
     clipper.reset()
     for batch in _batches(units, microbatch_size, backend.device, is_mine=is_mine):
         clipper.accumulate(batch)
@@ -536,7 +536,7 @@ def _watched_gradient(
 
 
 def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper) -> None:
-    """What a step without units releases, under a throw-away key: the right noise in every tensor and every rider.
+    """Check the noise that a step without units releases, under a throw-away key, in every tensor and auxiliary sum.
 
     In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here. For another sum
     the noise must be another.
@@ -546,7 +546,9 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
     clipper.reset()
     vector, released, _ = trainer.release(clipper, key, _STEP)
     zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)
-    noise = trainer.bound_sum(clipper, zeros, {rider.name: 0 for rider in plan.riders}, key, _STEP).noise
+    noise = trainer.bound_sum(
+        clipper, zeros, {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}, key, _STEP
+    ).noise
     stddev = plan.gradient_noise_multiplier * plan.clipping_norm
     faults = []
     for slot in layout.slots:
@@ -568,13 +570,15 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
             )
-    for rider in plan.riders:
-        zero, name = torch.zeros(1, dtype=torch.int64), noise_name(rider.name)
-        own = float(noised(zero, exponent=riders.EXPONENT, stddev=rider.noise, noise=noise, name=name))
+    for auxiliary_sum in plan.auxiliary_sums:
+        zero, name = torch.zeros(1, dtype=torch.int64), noise_name(auxiliary_sum.name)
+        own = float(noised(zero, exponent=auxiliary_sums.EXPONENT, stddev=auxiliary_sum.noise, noise=noise, name=name))
         own /= plan.expected_batch_size
-        found = released.get(rider.name, math.nan)
+        found = released.get(auxiliary_sum.name, math.nan)
         if found != own:
-            faults.append(f"the sum {rider.name!r} of no unit was released as {found}, the plan's noise makes it {own}")
+            faults.append(
+                f"the sum {auxiliary_sum.name!r} of no unit was released as {found}, the plan's noise makes it {own}"
+            )
     faults += _noise_bound_faults(trainer, clipper, key, vector, released)
     agree_on_fault(faults[0] if faults else "", backend)
 
@@ -600,6 +604,6 @@ def _noise_bound_faults(
     backend.reduce(num_equal)
     clipper.reset()
     is_shared = 2 * int(num_equal[0]) > int(num_equal[1]) or any(
-        other.riders[name] == value for name, value in released.items()
+        other.auxiliary_sums[name] == value for name, value in released.items()
     )
     return ["two different sums were released with the same noise: it is not keyed by the sum"] if is_shared else []

@@ -22,12 +22,12 @@ from privtrain.errors import GuaranteeLost
 from privtrain.ledger.log import Ledger
 from privtrain.models.losses import CausalLM, Objective
 from privtrain.privacy.plan import PrivacyPlan, finite
-from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal
+from privtrain.privacy.sampling import DrawnUnit, UnitSampler, assign_to_ranks
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import BoundSum, bind
 from privtrain.tracking import Tracker
-from privtrain.training import riders
-from privtrain.training.riders import next_norm
+from privtrain.training import auxiliary_sums
+from privtrain.training.auxiliary_sums import next_norm
 
 
 class Released(NamedTuple):
@@ -35,12 +35,12 @@ class Released(NamedTuple):
 
     Attributes:
         vector: the clipped sum over all ranks with its noise, fp32, laid out as :attr:`Trainer.layout`.
-        riders: the riders with theirs.
+        auxiliary sums: the auxiliary sums with theirs.
         commitment: to the exact sum of both, for the ledger.
     """
 
     vector: torch.Tensor
-    riders: dict[str, float]
+    auxiliary_sums: dict[str, float]
     commitment: str
 
 
@@ -107,7 +107,7 @@ class Trainer:
         self._committed = committed or {}
         self.autocast = autocast
         self.packer = packer
-        self._hand: Sequence[DrawnUnit] = ()
+        self._share: Sequence[DrawnUnit] = ()
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
             assert len(units.owners) == len(units), "a bound on users needs to know them"
@@ -169,7 +169,7 @@ class Trainer:
             check: called with the commitment to the sum before any noise is drawn; if it raises, nothing is released.
         """
         total = self.backend.reduce_total(clipper.finish())
-        totals = riders.reduced(self.plan, clipper.diagnostics, self.backend)
+        totals = auxiliary_sums.reduced(self.plan, clipper.diagnostics, self.backend)
         bound = self.bound_sum(clipper, total, totals, key, step)
         if not all_equal(self.backend.gather_digests(bytes.fromhex(bound.commitment))):
             raise GuaranteeLost(f"ranks hold different sums of step {step} after the reduction; nothing is released")
@@ -180,7 +180,7 @@ class Trainer:
         )
         if self.plan.clipping_style == "batch":
             self._clip_batch(vector)
-        return Released(vector, riders.release(self.plan, totals, bound.noise), bound.commitment)
+        return Released(vector, auxiliary_sums.release(self.plan, totals, bound.noise), bound.commitment)
 
     def bound_sum(
         self,
@@ -190,9 +190,16 @@ class Trainer:
         key: SecretKey,
         step: int,
     ) -> BoundSum:
-        """The key of the noise for a reduced sum and its riders, and the commitment to them; equal on every rank."""
-        grids = clipper.grid_exponent, self._stddev(clipper), riders.EXPONENT
-        public = [*grids, *(value for rider in self.plan.riders for value in (rider.name, rider.noise))]
+        """Return the noise key of a reduced sum and its auxiliary sums, and their commitment; equal on every rank."""
+        grids = clipper.grid_exponent, self._stddev(clipper), auxiliary_sums.EXPONENT
+        public = [
+            *grids,
+            *(
+                value
+                for auxiliary_sum in self.plan.auxiliary_sums
+                for value in (auxiliary_sum.name, auxiliary_sum.noise)
+            ),
+        ]
         metrics, sum_parts = list(totals.values()), self.backend.sum_parts
         return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts)
 
@@ -236,11 +243,11 @@ class Trainer:
         fetched = self._units.fetch([(d.unit, d.records) for d in drawn])
         costs = [self.packer.width(records) for records in fetched]
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
-        dealt = deal(drawn, costs, self.placement.num_hands)
-        self._hand = dealt[self.placement.hand]
-        hands = [[records_of[d.unit] for d in hand] for hand in dealt]
-        num_batches = max(self.packer.num_batches(hand) for hand in hands)
-        for batch in self.packer.pack(hands[self.placement.hand], num_batches):
+        drawn_by_share = assign_to_ranks(drawn, costs, self.placement.num_shares)
+        self._share = drawn_by_share[self.placement.share]
+        shares = [[records_of[d.unit] for d in share] for share in drawn_by_share]
+        num_batches = max(self.packer.num_batches(share) for share in shares)
+        for batch in self.packer.pack(shares[self.placement.share], num_batches):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -260,7 +267,7 @@ class Trainer:
     def _adapt(self, released: Mapping[str, float]) -> None:
         settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm
         if settings is not None:
-            share = riders.share_within(released)
+            share = auxiliary_sums.share_within(released)
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
@@ -290,7 +297,7 @@ class Trainer:
         """Names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
         if not num_nonfinite:
             return []
-        clipped_here = {self._hand[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
+        clipped_here = {self._share[position].unit for position in self.clipper.diagnostics.nonfinite_owners}
         flags = torch.tensor([float(d.unit in clipped_here) for d in drawn], device=self.backend.device)
         self.backend.reduce(flags)
         return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
@@ -315,13 +322,13 @@ class Trainer:
         epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         adaptive = {}
         if self.plan.adaptive_clipping is not None:
-            share = riders.share_within(released)
+            share = auxiliary_sums.share_within(released)
             adaptive = {"privacy/clipping_norm": self.clipping_norm, "privacy/share_within_norm": share}
         self.tracker.log(
             step + 1,
             {
                 **adaptive,
-                **riders.metrics(self.plan, released),
+                **auxiliary_sums.metrics(self.plan, released),
                 "train/lr": learning_rate(self._training, step, self.plan.num_steps),
                 "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,

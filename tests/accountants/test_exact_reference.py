@@ -122,12 +122,12 @@ EXTREMES = [
 
 @pytest.mark.parametrize(("shifts", "probs", "delta"), EXTREMES)
 def test_the_ends_of_the_range_are_right_and_tight(shifts, probs, delta):
-    ends = closed_form.epsilon_ends(MixtureStep(shifts, probs), delta)
+    ends = closed_form.epsilon_bounds(MixtureStep(shifts, probs), delta)
     assert 0 < ends.lower <= ends.upper <= (1 + 1e-9) * ends.lower
     if ends.upper < 1e5:
         assert worst_delta(shifts, probs, ends.lower) >= mp.mpf(delta) >= worst_delta(shifts, probs, ends.upper)
     epsilon = min(ends.upper, 1e4)
-    at = closed_form.delta_ends(MixtureStep(shifts, probs), epsilon)
+    at = closed_form.delta_bounds(MixtureStep(shifts, probs), epsilon)
     assert mp.mpf(at.lower) <= worst_delta(shifts, probs, epsilon) <= mp.mpf(at.upper)
     assert at.upper <= (1 + 1e-6) * at.lower
 

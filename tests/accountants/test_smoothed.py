@@ -208,7 +208,7 @@ def test_a_window_too_short_for_a_bound_gives_no_lower_end():
 
 
 def test_a_lattice_beyond_float64_does_not_take_back_the_ends_found_before():
-    ends = tilted.TiltedAccountant().epsilon_ends(composition(dp_sgd(0.5, 0.02, 100)), 1e-6)
+    ends = tilted.TiltedAccountant().epsilon_bounds(composition(dp_sgd(0.5, 0.02, 100)), 1e-6)
     assert 90_000 < ends.upper < 97_500
 
 

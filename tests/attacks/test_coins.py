@@ -128,7 +128,7 @@ def test_coins_cannot_be_prepared_anew_once_training_began(config, monkeypatch):
     for file in (run.ledger, run.manifest, run.secret / "root.key", run.secret / "generation-0000.key"):
         file.unlink()
     prepare(path)  # nothing is left that prepare could know it by
-    with pytest.raises(LedgerCorrupt, match="is gone but the run had begun"):
+    with pytest.raises(LedgerCorrupt, match="is missing but the run started"):
         train(path)
 
 
@@ -198,7 +198,7 @@ def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatc
     run.create_key("root")
     for file in (run.prepared, run.manifest, run.used):
         file.unlink()
-    with pytest.raises(GuaranteeLost, match="training began with other coins"):
+    with pytest.raises(GuaranteeLost, match="records another train"):
         train(path)
 
 
@@ -353,7 +353,7 @@ def test_sealed_spans_follow_the_coins_when_somebody_opts_out(charged, tree, tmp
     path = write_config(tree, tmp_path / "labelled.yaml")
     assert prepare(path, spans_column="spans").num_labelled == 48
     registry.forget(registry.pseudonym("u3"))
-    with pytest.raises(AttackInputError, match="give --spans again"):
+    with pytest.raises(AttackInputError, match="prepare again with --spans"):
         prepare(path)
     assert prepare(path, spans_column="spans").num_labelled == 42
     manifest, sealed = json.loads(run.prepared.read_text()), json.loads((run.root / SPANS_PATH).read_text())

@@ -26,8 +26,8 @@ from privtrain.privacy.noise import StepNoise
 from privtrain.privacy.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
-from privtrain.training import riders
-from privtrain.training.riders import next_norm
+from privtrain.training import auxiliary_sums
+from privtrain.training.auxiliary_sums import next_norm
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
@@ -178,7 +178,9 @@ def test_the_norm_finds_the_quantile(adaptive):
         unit_norms = rng.lognormal(0, 1, size=100)
         counts = ClippingDiagnostics(shares_within=(unit_norms <= norm).astype(float).tolist())
         noise = StepNoise(SecretKey(key.derive("step", step)))
-        share = riders.share_within(riders.release(plan, riders.reduced(plan, counts, backend), noise))
+        share = auxiliary_sums.share_within(
+            auxiliary_sums.release(plan, auxiliary_sums.reduced(plan, counts, backend), noise)
+        )
         norm = next_norm(settings, norm, share, initial_norm=30.0)
         path.append(norm)
     assert np.median(path[100:]) == pytest.approx(np.exp(0.8416), rel=0.1)
@@ -214,7 +216,9 @@ def test_the_trainer_stops_when_its_norm_runs_away(adaptive, tiny_llama, restore
 def _shares(plan, world_counts):
     backend = DdpBackend(CPU)
     counts = ClippingDiagnostics(shares_within=world_counts[backend.rank])
-    return riders.release(plan, riders.reduced(plan, counts, backend), StepNoise(SecretKey.insecure(0, "x")))
+    return auxiliary_sums.release(
+        plan, auxiliary_sums.reduced(plan, counts, backend), StepNoise(SecretKey.insecure(0, "x"))
+    )
 
 
 @pytest.mark.dist
@@ -269,7 +273,7 @@ def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path, monkeypat
 
 @pytest.mark.parametrize("mutant", ["count noise forgotten", "gradient noise not raised"])
 def test_the_noise_test_can_fail(adaptive, tiny_llama, restored, monkeypatch, mutant):
-    import privtrain.training.riders as module
+    import privtrain.training.auxiliary_sums as module
 
     if mutant == "count noise forgotten":
         monkeypatch.setattr(module, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)

@@ -173,7 +173,7 @@ def test_a_sealed_file_that_was_altered_is_refused(tmp_path):
 
 def test_an_id_like_a_canarys_is_refused():
     (canary,) = draw_canaries(corpus_of(1), CanariesSection(num_users=1), None, KEY)
-    with pytest.raises(ConfigError, match="begins like a canary"):
+    with pytest.raises(ConfigError, match="must not start with 'canary-'"):
         draw_canaries(group_by_user([(canary.user, "x")]), CanariesSection(num_users=1), None, KEY)
 
 

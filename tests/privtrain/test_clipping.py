@@ -18,7 +18,7 @@ from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.models.losses import row_losses
 from privtrain.privacy import fixed_point
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.sampling import DrawnUnit, deal
+from privtrain.privacy.sampling import DrawnUnit, assign_to_ranks
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,
@@ -50,12 +50,12 @@ def _reduced_sums(directory: pathlib.Path, microbatch_sizes: list[int]) -> list[
     backend = DdpBackend(CPU)
     users = invented_users(5, most_records=4)
     drawn = [DrawnUnit(i, tuple(range(len(u)))) for i, u in enumerate(users)]
-    hands = deal(drawn, [max(map(len, u)) for u in users], backend.world_size)
-    mine = [users[d.unit] for d in hands[backend.rank]]
+    shares = assign_to_ranks(drawn, [max(map(len, u)) for u in users], backend.world_size)
+    mine = [users[d.unit] for d in shares[backend.rank]]
     sums = []
     for size in microbatch_sizes:
         packer = Packer(size, max_length=16, pad_id=0)
-        num_batches = max(packer.num_batches([users[d.unit] for d in hand]) for hand in hands)
+        num_batches = max(packer.num_batches([users[d.unit] for d in share]) for share in shares)
         total = clipped_sum(make_clipper(model, layout, 0.5), mine, size, num_batches)
         backend.reduce(total)
         sums.append(total)

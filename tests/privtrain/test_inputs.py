@@ -174,7 +174,7 @@ def test_a_run_whose_ledger_is_gone_is_not_begun_again_under_its_keys(tree, tmp_
     run = tmp_path / "runs" / "tiny"
     (run / "secret" / "ledger.jsonl").unlink()
     (run / "privacy.json").unlink()
-    with pytest.raises(LedgerCorrupt, match="is gone but the run had begun"):
+    with pytest.raises(LedgerCorrupt, match="is missing but the run started"):
         train(path)
 
 

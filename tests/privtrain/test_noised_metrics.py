@@ -26,7 +26,7 @@ from privtrain.privacy import normal
 from privtrain.privacy.noise import StepNoise, noise_exponent
 from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
-from privtrain.training import riders
+from privtrain.training import auxiliary_sums
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.cells import NUM_STEPS, Cell, key_noise_by_step_alone, make_backend, make_trainer, self_test
@@ -64,10 +64,10 @@ def plan_of(tree) -> PrivacyPlan:
 @pytest.mark.parametrize("style", ["flat", "adaptive"])
 @pytest.mark.parametrize("release", [["loss"], ["clip_fraction"], ["loss", "clip_fraction"]])
 @pytest.mark.parametrize("noise", [None, 1.2])
-def test_all_riders_and_the_gradient_together_have_the_plans_noise_multiplier(noised, style, release, noise):
+def test_auxiliary_sums_and_gradient_together_have_the_plans_noise_multiplier(noised, style, release, noise):
     noised["privacy"] |= {"clipping_style": style, "noised_metrics": {"release": release, "noise": noise}}
     plan = plan_of(noised)
-    own = [2 * rider.noise for rider in plan.riders]
+    own = [2 * auxiliary_sum.noise for auxiliary_sum in plan.auxiliary_sums]
     assert accountants.joint_noise_multiplier(plan.gradient_noise_multiplier, *own) == pytest.approx(
         plan.noise_multiplier, rel=1e-12
     )
@@ -75,7 +75,9 @@ def test_all_riders_and_the_gradient_together_have_the_plans_noise_multiplier(no
     assert plan.epsilon == without.epsilon
     expected = {{"clip_fraction": WITHIN_NORM, "loss": LOSS}[name] for name in release}
     expected |= {WITHIN_NORM} if style == "adaptive" else set()
-    assert sorted(rider.name for rider in plan.riders) == sorted(expected), "count and clip fraction are one sum"
+    assert sorted(auxiliary_sum.name for auxiliary_sum in plan.auxiliary_sums) == sorted(expected), (
+        "count and clip fraction are one sum"
+    )
 
 
 def test_the_default_noise_costs_at_most_a_thirtieth(noised):
@@ -118,7 +120,7 @@ def test_every_setting_changes_the_fingerprint(noised, change):
     route=st.sampled_from(["batched", "one_unit"]),
 )
 def test_one_unit_moves_the_whole_vector_by_at_most_one_in_its_noise(tiny_llama, scale, removed, size, route):
-    """Gradient over its noise, each rider over its own: the step of the whole is at most 1 / noise_multiplier."""
+    """Gradient and auxiliary sums, each over its noise: together they move by at most 1 / noise_multiplier."""
     plan = Cell(noised_metrics=True).plan
     model, layout = tiny_lora(tiny_llama)
     users = invented_users(6, most_records=3)
@@ -126,8 +128,11 @@ def test_one_unit_moves_the_whole_vector_by_at_most_one_in_its_noise(tiny_llama,
 
     def release(units):
         total = clipped_sum(clipper, units, size).double() / (plan.gradient_noise_multiplier * 0.5)
-        sums = riders.sums(plan, clipper.diagnostics)
-        return total, [sums[rider.name] * 2.0**riders.EXPONENT / rider.noise for rider in plan.riders]
+        sums = auxiliary_sums.sums(plan, clipper.diagnostics)
+        return total, [
+            sums[auxiliary_sum.name] * 2.0**auxiliary_sums.EXPONENT / auxiliary_sum.noise
+            for auxiliary_sum in plan.auxiliary_sums
+        ]
 
     with_unit, without = release(users), release(users[:removed] + users[removed + 1 :])
     moved = float((with_unit[0] - without[0]).square().sum())
@@ -140,9 +145,9 @@ def test_no_loss_moves_its_sum_by_more_than_one_half(losses, data):
     plan = Cell(noised_metrics=True).plan
     counts = ClippingDiagnostics(unit_losses=dict(enumerate(losses)))
     extra = data.draw(st.floats(allow_nan=True, allow_infinity=True))
-    before = riders.sums(plan, counts)[LOSS]
+    before = auxiliary_sums.sums(plan, counts)[LOSS]
     counts.add_loss(len(losses), extra)
-    assert abs(riders.sums(plan, counts)[LOSS] - before) * 2.0**riders.EXPONENT <= 0.5
+    assert abs(auxiliary_sums.sums(plan, counts)[LOSS] - before) * 2.0**auxiliary_sums.EXPONENT <= 0.5
 
 
 @pytest.mark.parametrize("route", ["batched", "one_unit"])
@@ -166,8 +171,10 @@ def test_without_noise_the_metrics_are_the_means_over_units_of_what_they_say(tin
     low, high = min(losses) + 0.01, max(losses) + 1
     settings = NoisedMetrics(("loss", "clip_fraction"), (low, high), 0.0)
     plan = dataclasses.replace(Cell(noise_multiplier=0.0).plan, noised_metrics=settings, expected_batch_size=len(users))
-    released = riders.release(plan, riders.sums(plan, clipper.diagnostics), StepNoise(SecretKey.insecure(0, "x")))
-    found = riders.metrics(plan, released)
+    released = auxiliary_sums.release(
+        plan, auxiliary_sums.sums(plan, clipper.diagnostics), StepNoise(SecretKey.insecure(0, "x"))
+    )
+    found = auxiliary_sums.metrics(plan, released)
     assert found["noised/loss"] == pytest.approx(np.mean(np.maximum(losses, low)), rel=1e-5)
     assert found["noised/clip_fraction"] == pytest.approx(np.mean(np.array(norms) > norm), abs=1e-6)
 
@@ -180,32 +187,38 @@ def test_the_trainers_real_noise_is_the_accounted_one(tiny_llama):
     for step in range(400):
         trainer.clipper.reset()
         released = trainer.release(trainer.clipper, SecretKey.insecure(1, "noise"), step)
-        rows.append([*riders.metrics(plan, released.riders).values()])
+        rows.append([*auxiliary_sums.metrics(plan, released.auxiliary_sums).values()])
     loss, loss_stddev, share, share_stddev = np.array(rows).T
     low, high = stats.chi2.interval(1 - 1e-6, len(rows))
     for centred, stddev in ((loss - 4.0, loss_stddev[0]), (share - 0.5, share_stddev[0])):
         assert low < (centred**2).sum() / stddev**2 < high
     assert abs(np.corrcoef(loss, share)[0, 1]) < 0.25
     assert [loss_stddev[0], share_stddev[0]] == [plan.metric_stddevs["loss"], plan.metric_stddevs["clip_fraction"]]
-    assert loss_stddev[0] == pytest.approx(8 * plan.riders[0].noise / plan.expected_batch_size)
+    assert loss_stddev[0] == pytest.approx(8 * plan.auxiliary_sums[0].noise / plan.expected_batch_size)
 
 
-def test_the_self_test_finds_a_rider_without_its_noise(tiny_llama, monkeypatch):
-    monkeypatch.setattr(riders, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)
+def test_the_self_test_finds_an_auxiliary_sum_without_its_noise(tiny_llama, monkeypatch):
+    monkeypatch.setattr(auxiliary_sums, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)
     trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
     with pytest.raises(SelfTestFailed, match="was released as"):
         self_test(trainer)
 
 
 def points_released(plan, shares, losses, num_steps=8) -> np.ndarray:
-    """What is published of some units, in points of the public grids: [steps, riders]."""
+    """What is published of some units, in points of the public grids: [steps, auxiliary sums]."""
     counts = ClippingDiagnostics(shares_within=shares, unit_losses=dict(enumerate(losses)))
-    totals = riders.reduced(plan, counts, LocalBackend(CPU))
+    totals = auxiliary_sums.reduced(plan, counts, LocalBackend(CPU))
     rows = []
     for step in range(num_steps):
-        released = riders.release(plan, totals, StepNoise(SecretKey(SecretKey.insecure(0, "x").derive("step", step))))
-        grids = [2.0 ** noise_exponent(rider.noise, riders.EXPONENT) for rider in plan.riders]
-        rows.append([released[r.name] * plan.expected_batch_size / g for r, g in zip(plan.riders, grids, strict=True)])
+        released = auxiliary_sums.release(
+            plan, totals, StepNoise(SecretKey(SecretKey.insecure(0, "x").derive("step", step)))
+        )
+        grids = [
+            2.0 ** noise_exponent(auxiliary_sum.noise, auxiliary_sums.EXPONENT) for auxiliary_sum in plan.auxiliary_sums
+        ]
+        rows.append(
+            [released[r.name] * plan.expected_batch_size / g for r, g in zip(plan.auxiliary_sums, grids, strict=True)]
+        )
     return np.array(rows)
 
 
@@ -214,17 +227,17 @@ def num_told_apart(plan, num_trials, num_steps=10) -> int:
 
     Mironov's attack: which float64 can a sampler of 52 digits reach from the sum with the user, and which not?
     """
-    rider = next(rider for rider in plan.riders if rider.name == WITHIN_NORM)
+    auxiliary_sum = next(auxiliary_sum for auxiliary_sum in plan.auxiliary_sums if auxiliary_sum.name == WITHIN_NORM)
     num_right = 0
     for trial in range(num_trials):
         counts = ClippingDiagnostics(shares_within=[1.0] * (23 + trial % 2))
-        totals = riders.reduced(plan, counts, LocalBackend(CPU))
+        totals = auxiliary_sums.reduced(plan, counts, LocalBackend(CPU))
         key = SecretKey.insecure(trial, "trial")
         seen = [
-            riders.release(plan, totals, StepNoise(SecretKey(key.derive("step", step))))[WITHIN_NORM]
+            auxiliary_sums.release(plan, totals, StepNoise(SecretKey(key.derive("step", step))))[WITHIN_NORM]
             for step in range(num_steps)
         ]
-        guess = all(can_reach(12.0, value * plan.expected_batch_size, rider.noise) for value in seen)
+        guess = all(can_reach(12.0, value * plan.expected_batch_size, auxiliary_sum.noise) for value in seen)
         num_right += guess == bool(trial % 2)
     return num_right
 
@@ -243,7 +256,7 @@ def test_digits_of_a_published_metric_tell_nothing_of_who_was_there(monkeypatch)
         u = ((noise.key.stream("noise", name, 0).uint64(1) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
         return total.double() * 2.0**exponent + stddev * torch.from_numpy(special.ndtri(u))
 
-    monkeypatch.setattr(riders, "noised", in_floating_point)
+    monkeypatch.setattr(auxiliary_sums, "noised", in_floating_point)
     assert num_told_apart(plan, 20) == 20
 
 
@@ -271,7 +284,7 @@ def test_a_metric_that_goes_beside_the_door_is_off_the_grid_and_stops_the_self_t
         return total.double() * 2.0**exponent + stddev * torch.from_numpy(x)
 
     trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
-    monkeypatch.setattr(riders, "noised", beside)
+    monkeypatch.setattr(auxiliary_sums, "noised", beside)
     assert not is_on_grid(points_released(trainer.plan, [0.25], [3.0]))
     with pytest.raises(SelfTestFailed, match="was released as"):
         self_test(trainer)
@@ -283,7 +296,7 @@ def test_sums_do_not_depend_on_order_or_on_how_units_are_shared_out(data, shares
     order = data.draw(st.permutations(shares))
     cut = data.draw(st.integers(0, len(shares)))
     whole, *parts = (
-        riders.sums(plan, ClippingDiagnostics(shares_within=part, unit_losses=dict(enumerate(part))))
+        auxiliary_sums.sums(plan, ClippingDiagnostics(shares_within=part, unit_losses=dict(enumerate(part))))
         for part in (shares, order[:cut], order[cut:])
     )
     assert whole == {name: sum(part[name] for part in parts) for name in whole}
@@ -300,7 +313,7 @@ def released_by(name: str, directory, cells) -> list[list[float]]:
 
         def kept(*arguments, release=release, rows=rows):
             released = release(*arguments)
-            rows += released.riders.values()
+            rows += released.auxiliary_sums.values()
             return released
 
         trainer.release = kept

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from privtrain.config.schema import DataSection
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import group_by_user
-from privtrain.data.packed import Each, Names, UserIndices
+from privtrain.data.packed import LazySequence, Names, UserIndices
 from privtrain.data.selection import check_contributions
 from privtrain.data.split import CANARY_COIN, split_users
 from privtrain.errors import GuaranteeLost
@@ -61,7 +61,7 @@ def test_indices_are_the_dictionary_that_they_stand_for(names, data):
 
 
 def test_a_property_of_each_is_found_when_it_is_asked_for():
-    each = Each(4, lambda number: number * number)
+    each = LazySequence(4, lambda number: number * number)
     assert (list(each), each[-1], each[1:3]) == ([0, 1, 4, 9], 9, (1, 4))
     with pytest.raises(IndexError):
         each[4]

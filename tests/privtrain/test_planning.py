@@ -119,7 +119,7 @@ def test_what_the_bound_leaves_and_how_delta_compares_with_the_users(tree, tmp_p
     assert description["users_above_bound"] == sum(size > 3 for size in sizes)
     print_plan(description)
     shown = capsys.readouterr().out
-    assert f"{sum(max(size - 3, 0) for size in sizes)} more than one step takes" in shown
+    assert f"{sum(max(size - 3, 0) for size in sizes)} more, resampled in each step" in shown
     assert "1 / users is 0.059" in shown  # 17 of them
 
 

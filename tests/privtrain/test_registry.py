@@ -266,7 +266,7 @@ def test_what_the_registry_does_not_know_is_refused_with_the_command_to_type(reg
     registry.reserve(request("run"))
     with pytest.raises(PrivtrainError, match="are the data set 'customers'"):
         registry.reserve(request("other", dataset="alias", manifest_sha256=f"manifest of {DATASET}"))
-    with pytest.raises(PrivtrainError, match="none for its user"):
+    with pytest.raises(PrivtrainError, match="needs a user-level guarantee"):
         registry.set_budget("records", epsilon=8, delta=1e-6, unit="example")
     registry.set_budget("records", epsilon=8, delta=1e-6, unit="example", scope="dataset")
     with pytest.raises(PrivtrainError, match="per example"):

@@ -12,7 +12,7 @@ from scipy import stats
 from privtrain.config.schema import PrivacySection
 from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.sampling import DrawnUnit, UnitSampler, deal
+from privtrain.privacy.sampling import DrawnUnit, UnitSampler, assign_to_ranks
 from privtrain.privacy.secret import SecretKey
 
 
@@ -74,9 +74,9 @@ def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
 @hypothesis.given(costs=st.lists(st.integers(1, 50), max_size=30), num_ranks=st.integers(1, 8), seed=st.integers(0, 3))
 def test_dealing_gives_every_unit_to_exactly_one_rank_evenly(costs, num_ranks, seed):
     drawn = [DrawnUnit(i * 3 + seed, (0,)) for i in range(len(costs))]
-    hands = deal(drawn, costs, num_ranks)
-    assert sorted(d.unit for hand in hands for d in hand) == [d.unit for d in drawn]
-    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+    shares = assign_to_ranks(drawn, costs, num_ranks)
+    assert sorted(d.unit for share in shares for d in share) == [d.unit for d in drawn]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 unit_sizes = st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), max_size=6)

@@ -16,7 +16,7 @@ from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import StepNoise, noised_vector
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import bind
-from privtrain.training import riders, selftest
+from privtrain.training import auxiliary_sums, selftest
 from privtrain.training import trainer as trainer_module
 from privtrain.training.trainer import Trainer
 from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer, self_test
@@ -234,9 +234,9 @@ def test_mutant_noise_keyed_without_the_sum(tiny_llama, monkeypatch, style):
 def test_mutant_adaptive_count_with_too_little_noise(tiny_llama, monkeypatch, factor):
     cell = dataclasses.replace(LORA, style="adaptive")
     check(tiny_llama, cell=cell)
-    original = riders.noised
+    original = auxiliary_sums.noised
     monkeypatch.setattr(
-        riders, "noised", lambda total, *, stddev, **named: original(total, stddev=factor * stddev, **named)
+        auxiliary_sums, "noised", lambda total, *, stddev, **named: original(total, stddev=factor * stddev, **named)
     )
     with pytest.raises(SelfTestFailed, match="was released as"):
         check(tiny_llama, cell=cell)

@@ -116,7 +116,7 @@ def _released(name: str, directory, cell: Cell) -> list[str]:
 
     trainer.release = keep
     trainer.train_step(0)
-    return [kept[0].commitment, str(kept[0].riders)]
+    return [kept[0].commitment, str(kept[0].auxiliary_sums)]
 
 
 @pytest.mark.dist

@@ -1,10 +1,10 @@
-"""Sums over units that ride on a step: adaptive clipping's count, and the metrics that are released with noise.
+"""Sums over units released with the gradient in one Gaussian mechanism: adaptive clipping's count, noised metrics.
 
 Each unit adds a number in [-1/2, 1/2] that depends on it alone, so a unit that is added or removed moves a sum by at
 most 1/2, and noise of standard deviation ``noise`` makes it a Gaussian release of multiplier ``2 * noise`` (Andrew et
-al. 2021, arXiv 1905.03871, theorem 1). Gradient and riders are one Gaussian release of the plan's noise multiplier: the
-gradient's noise is raised for it (:attr:`~privtrain.privacy.plan.PrivacyPlan.gradient_noise_multiplier`), and the step
-is accounted for once.
+al. 2021, arXiv 1905.03871, theorem 1). Gradient and auxiliary sums are one Gaussian release of the plan's noise
+multiplier: the gradient's noise is raised for it
+(:attr:`~privtrain.privacy.plan.PrivacyPlan.gradient_noise_multiplier`), and the step is accounted for once.
 
 The numbers are rounded towards zero to a public grid and added as integers, so that a sum does not depend on order,
 microbatches or ranks; it leaves through the same door as the gradient (:mod:`privtrain.privacy.noise`).
@@ -34,30 +34,30 @@ SENSITIVITY = 0.5
 EXPONENT = fixed_point.grid_exponent(SENSITIVITY)
 
 
-def noise_name(rider: str) -> str:
-    """Name of a rider's noise; no tensor is called so."""
-    return f"rider: {rider}"
+def noise_name(auxiliary_sum: str) -> str:
+    """Name of an auxiliary sum's noise; no tensor is called so."""
+    return f"rider: {auxiliary_sum}"  # part of the noise key: runs in progress depend on it
 
 
 def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
-    """This rank's part of every rider's sum in units of 2**EXPONENT, without noise: private.
+    """This rank's part of every auxiliary sum's sum in units of 2**EXPONENT, without noise: private.
 
     A loss that is not a number counts as the largest: it says nothing of how large it would be.
     """
     found = {}
-    for rider in plan.riders:
-        if rider.name == WITHIN_NORM:
-            found[rider.name] = sum(_on_grid(share - 0.5) for share in counts.shares_within)
+    for auxiliary_sum in plan.auxiliary_sums:
+        if auxiliary_sum.name == WITHIN_NORM:
+            found[auxiliary_sum.name] = sum(_on_grid(share - 0.5) for share in counts.shares_within)
         else:
-            assert rider.name == LOSS
+            assert auxiliary_sum.name == LOSS
             assert plan.noised_metrics is not None
             low, high = plan.noised_metrics.loss_range
-            found[rider.name] = sum(_on_grid(_centred(loss, low, high)) for loss in counts.unit_losses.values())
+            found[auxiliary_sum.name] = sum(_on_grid(_centred(loss, low, high)) for loss in counts.unit_losses.values())
     return found
 
 
 def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) -> dict[str, int]:
-    """Every rider's sum over all ranks, exactly. All ranks call it together."""
+    """Every auxiliary sum's sum over all ranks, exactly. All ranks call it together."""
     mine = sums(plan, counts)
     if not mine:
         return {}
@@ -67,29 +67,29 @@ def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) ->
 
 
 def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> dict[str, float]:
-    """Release every rider through the door.
+    """Release every auxiliary sum through the door.
 
     Args:
-        plan: which riders, and their noise.
+        plan: which auxiliary sums, and their noise.
         totals: their sums, see :func:`reduced`.
         noise: the key of this step and of its sums, these included.
 
     Returns:
-        Rider → its sum with noise, divided by the expected batch size, the constant that stands for the number of
-        units; the same on every rank.
+        Auxiliary sum → its value with noise, divided by the expected batch size, the constant that stands for the
+        number of units; the same on every rank.
     """
     return {
-        rider.name: float(
+        auxiliary_sum.name: float(
             noised(
-                torch.tensor([totals[rider.name]]),
+                torch.tensor([totals[auxiliary_sum.name]]),
                 exponent=EXPONENT,
-                stddev=rider.noise,
+                stddev=auxiliary_sum.noise,
                 noise=noise,
-                name=noise_name(rider.name),
+                name=noise_name(auxiliary_sum.name),
             )
         )
         / plan.expected_batch_size
-        for rider in plan.riders
+        for auxiliary_sum in plan.auxiliary_sums
     }
 
 
