@@ -260,6 +260,10 @@ class AdaptiveClippingSection(Section):
     )
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class NoisedMetricsSection(Section):
     """Metrics that the mechanism itself releases in every step: covered by ε, which does not change.
 
@@ -273,7 +277,8 @@ class NoisedMetricsSection(Section):
         description="loss: mean over units, each unit's moved into loss_range; clip_fraction: share of units whose "
         "norm is above the clipping norm (with clipping_style: adaptive its own count tells, at no cost).",
     )
-    loss_range: tuple[float, float] = Field(
+    # A section that has read its JSON hands on a list, which a strict tuple is not.
+    loss_range: Annotated[tuple[float, float], pydantic.BeforeValidator(_as_tuple)] = Field(
         default=(0.0, 8.0), description="Public bounds of a unit's loss; narrower ones make it less noisy."
     )
     noise: float | None = Field(
