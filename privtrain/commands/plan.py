@@ -117,7 +117,7 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
     return {
         "unit": plan.guaranteed_unit,
         "sampled_unit": plan.unit,
-        "user_accounting": plan.user_accounting,
+        "user_accounting": plan.user_accounting.name,
         "records_per_user_in_training_set": plan.records_per_user,
         "selection": plan.selection,
         "records_per_unit": plan.records_per_unit,
@@ -142,7 +142,7 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
 
 def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
-    if plan.not_private_reasons or plan.user_accounting == "group":
+    if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return []
     event = plan.event_of_steps(plan.num_steps)
     names = _COMPARED if plan.sampling == "poisson" else plan.scheme.accountants

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from privtrain.privacy.user_level import USER_ACCOUNTING
+
 _GIB = 2**30
 
 
@@ -69,9 +71,9 @@ def _plan_table(d: dict[str, Any]) -> Table:
 
 
 def _unit_text(d: dict[str, Any]) -> str:
-    if d["user_accounting"] == "none":
+    how = USER_ACCOUNTING[d["user_accounting"]].how
+    if not how:
         return d["unit"]
-    how = {"group": "group privacy", "mixture": "a mixture of Gaussians"}[d["user_accounting"]]
     return f"user, by {how} over {d['records_per_user_in_training_set']} sampled records"
 
 

@@ -315,7 +315,4 @@ def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
 
 
 def _settings(plan: PrivacyPlan) -> Settings:
-    is_bounded = plan.user_accounting != "none"
-    records = plan.records_per_user if is_bounded else 1
-    assert records is not None, "the schema asks for it"
-    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps, records)
+    return Settings(plan.noise_multiplier, plan.sampling_prob, plan.num_steps, plan.user_accounting.num_sampled)

@@ -19,8 +19,8 @@ import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.fixed_point import MAX_UNITS
-from privtrain.privacy.sampling import SCHEMES, Scheme, relation_of, scheme_of
-from privtrain.privacy.user_level import ACCOUNTANTS, group_answer, group_holds, group_noise, mixture_event
+from privtrain.privacy.sampling import SCHEMES, Scheme, scheme_of
+from privtrain.privacy.user_level import USER_ACCOUNTING, Terms, UserAccounting
 
 SCHEMA = "privtrain/plan/1"
 
@@ -88,10 +88,6 @@ class PrivacyPlan:
     Attributes:
         unit: ``"user"`` or ``"example"``: what is sampled and clipped.
         records_per_unit: the most records of a unit in one step.
-        records_per_user: where the unit is the example, the most records of a user in the whole training set; ``None``
-            for any number, and where the unit is the user.
-        user_accounting: where the unit is the example, how ε is stated for a user: ``"none"`` (for one record),
-            ``"group"`` or ``"mixture"`` (:mod:`privtrain.privacy.user_level`).
         selection: how a user's records are chosen (:mod:`privtrain.data.selection`).
         neighboring_relation: ``"add_or_remove_one"`` or ``"zero_out"``.
         scheme: how units are chosen for steps; it gives both the sampler and the event that is accounted.
@@ -106,6 +102,7 @@ class PrivacyPlan:
         epsilon: certified ε at ``delta`` after ``num_steps``; infinite without noise.
         accountant: name of the accountant that certified ``epsilon``.
         insecure_seed: not ``None`` only in tests; voids the guarantee.
+        user_accounting: whom ε protects where the unit is the example: one record, or a user with a bounded number.
         adaptive_clipping: not ``None`` where ``clipping_style`` is ``"adaptive"``.
         noised_metrics: metrics that are released through the mechanism, if any.
     """
@@ -124,10 +121,9 @@ class PrivacyPlan:
     epsilon: float
     accountant: str
     insecure_seed: int | None
+    user_accounting: UserAccounting
     adaptive_clipping: AdaptiveClipping | None = None
     noised_metrics: NoisedMetrics | None = None
-    records_per_user: int | None = None
-    user_accounting: str = "none"
 
     @classmethod
     def build(cls, privacy: PrivacySection) -> PrivacyPlan:
@@ -139,36 +135,35 @@ class PrivacyPlan:
         if privacy.expected_batch_size > MAX_UNITS:
             problem = f"given {privacy.expected_batch_size:g}; integers hold the sum of {MAX_UNITS:,} units: lower it"
             raise ConfigError([Fault("privacy.expected_batch_size", problem)])
-        scheme = scheme_of(privacy)
-        choice = ACCOUNTANTS.get(privacy.user_accounting, scheme.accountants)
-        accountant = privacy.accountant or choice[0]
         try:
-            noise_multiplier = _noise_multiplier(privacy, scheme, accountant)
-            plan = cls._uncertified(privacy, scheme, accountant, noise_multiplier)
+            plan = cls._uncertified(privacy)
             known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
             answer = _answer(dataclasses.replace(plan, epsilon=known), privacy.num_steps)
         except accountants.CalibrationError as error:
             raise ConfigError([Fault("privacy.target_epsilon", str(error))]) from None
         except ValueError as error:
             raise ConfigError([Fault("privacy.accountant", str(error))]) from None
-        plan = dataclasses.replace(
-            plan, epsilon=accountants.certified_upper(answer, relation_of(plan.neighboring_relation))
-        )
+        plan = dataclasses.replace(plan, epsilon=plan.terms.certified(answer))
         _check_room(plan)
         return plan
 
     @classmethod
-    def _uncertified(
-        cls, privacy: PrivacySection, scheme: Scheme, accountant: str, noise_multiplier: float
-    ) -> PrivacyPlan:
+    def _uncertified(cls, privacy: PrivacySection) -> PrivacyPlan:
         is_example = privacy.unit == "example"
         records_per_user = privacy.records_per_user
         assert is_example or records_per_user is not None, "the schema has a default"
+        scheme = scheme_of(privacy)
+        user_accounting = USER_ACCOUNTING[privacy.user_accounting](records_per_user if is_example else None)
+        accountant = privacy.accountant or user_accounting.accountants_for(scheme)[0]
+        noise_multiplier = privacy.noise_multiplier
+        if noise_multiplier is None:
+            assert privacy.target_epsilon is not None, "the schema asks for one of the two"
+            terms = Terms(privacy.target_delta, accountant, privacy.neighboring_relation)
+            noise_multiplier = user_accounting.noise_for(scheme, privacy.num_steps, privacy.target_epsilon, terms)
         return cls(
             unit=privacy.unit,
             records_per_unit=1 if is_example else records_per_user or 1,
-            records_per_user=records_per_user if is_example else None,
-            user_accounting=privacy.user_accounting,
+            user_accounting=user_accounting,
             selection=privacy.selection,
             neighboring_relation=privacy.neighboring_relation,
             scheme=scheme,
@@ -204,14 +199,21 @@ class PrivacyPlan:
     @property
     def guaranteed_unit(self) -> str:
         """Whom ``epsilon`` protects: the unit, or the user through its bounded number of records."""
-        return self.unit if self.user_accounting == "none" else "user"
+        return self.user_accounting.guaranteed_unit(self.unit)
+
+    @property
+    def records_per_user(self) -> int | None:
+        """Where the unit is the example, the most records of a user in the training set; ``None`` for any number."""
+        return self.user_accounting.records_per_user
+
+    @property
+    def terms(self) -> Terms:
+        """What certifies ``epsilon``: δ, accountant and relation."""
+        return Terms(self.delta, self.accountant, self.neighboring_relation)
 
     def event_of_steps(self, num_steps: int) -> Any:
         """What a ``guaranteed_unit`` sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
-        if self.user_accounting == "none":
-            return self.record_event_of_steps(num_steps)
-        assert self.records_per_user is not None
-        return mixture_event(self.scheme, self.noise_multiplier, num_steps, self.records_per_user)
+        return self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
 
     def record_event_of_steps(self, num_steps: int) -> Any:
         """What one sampled unit sees of ``num_steps`` steps."""
@@ -219,9 +221,7 @@ class PrivacyPlan:
 
     def unit_epsilon_after(self, num_steps: int) -> float:
         """Certified ε of one sampled unit; differs from ``epsilon_after`` where that speaks of a user's k records."""
-        event, relation = self.record_event_of_steps(num_steps), relation_of(self.neighboring_relation)
-        answer = accountants.epsilon(event, self.delta, accountant=self.accountant, relation=relation)
-        return accountants.certified_upper(answer, relation)
+        return self.terms.certified(self.terms.epsilon(self.record_event_of_steps(num_steps)))
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -283,8 +283,7 @@ class PrivacyPlan:
         if num_steps == self.num_steps or math.isinf(self.epsilon):
             return self.epsilon
         try:
-            relation = relation_of(self.neighboring_relation)
-            value = accountants.certified_upper(_answer_after(self, num_steps), relation)
+            value = self.terms.certified(_answer_after(self, num_steps))
         except ValueError:
             if num_steps > self.num_steps:
                 raise
@@ -298,21 +297,14 @@ class PrivacyPlan:
 
     def recomputed_epsilon(self) -> float:
         """Certified ε after ``num_steps``, from the event alone and whatever ``epsilon`` says."""
-        answer = _answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps)
-        return accountants.certified_upper(answer, relation_of(self.neighboring_relation))
+        return self.terms.certified(_answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps))
 
-    def epsilon_certifies_itself(self) -> bool:
-        """With group accounting: whether the event certifies ``epsilon``, which may have been found by another path."""
-        assert self.user_accounting == "group"
-        assert self.records_per_user is not None
-        return group_holds(
-            self.record_event_of_steps(self.num_steps),
-            self.epsilon,
-            self.delta,
-            self.records_per_user,
-            accountant=self.accountant,
-            relation=self.neighboring_relation,
-        )
+    def epsilon_agrees_with(self, recomputed: float) -> bool:
+        """Whether ``epsilon`` is the same as one that was computed again, and holds where another path found it."""
+        way = self.user_accounting
+        if self.epsilon != recomputed and not math.isclose(self.epsilon, recomputed, rel_tol=way.epsilon_tolerance):
+            return False
+        return way.certifies(self.scheme, self.noise_multiplier, self.num_steps, self.epsilon, self.terms)
 
     def fingerprint(self, data_sha256: str | None = None) -> str:
         """SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
@@ -326,6 +318,8 @@ class PrivacyPlan:
     def body(self) -> dict[str, Any]:
         """Every value of the plan in JSON's types; the statement carries it so that anybody can rebuild the plan."""
         body = {**dataclasses.asdict(self), "scheme": self.scheme.parameters(), "epsilon": finite(self.epsilon)}
+        del body["user_accounting"]
+        body |= {"records_per_user": self.records_per_user, "user_accounting": self.user_accounting.name}
         return json.loads(json.dumps(body, allow_nan=False))
 
     @classmethod
@@ -341,6 +335,7 @@ class PrivacyPlan:
             scheme_class = SCHEMES[scheme.pop("scheme")]
             own = {field.name for field in dataclasses.fields(scheme_class)}
             values["scheme"] = scheme_class(**{name: value for name, value in scheme.items() if name in own})
+            values["user_accounting"] = USER_ACCOUNTING[values["user_accounting"]](values.pop("records_per_user"))
             if values["epsilon"] is None:
                 values["epsilon"] = math.inf
             if values["adaptive_clipping"] is not None:
@@ -360,37 +355,6 @@ class PrivacyPlan:
 def finite(value: float) -> float | None:
     """The value, or ``None`` for one that JSON has no number for."""
     return value if math.isfinite(value) else None
-
-
-def _noise_multiplier(privacy: PrivacySection, scheme: Scheme, accountant: str) -> float:
-    if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
-    assert privacy.target_epsilon is not None
-    if privacy.user_accounting == "group":
-        assert privacy.records_per_user is not None
-        return group_noise(
-            scheme,
-            privacy.num_steps,
-            privacy.records_per_user,
-            epsilon=privacy.target_epsilon,
-            delta=privacy.target_delta,
-            accountant=accountant,
-            relation=privacy.neighboring_relation,
-        )
-    return accountants.calibrate_noise(
-        lambda noise: _plain_event(privacy, scheme, noise),
-        target_epsilon=privacy.target_epsilon,
-        target_delta=privacy.target_delta,
-        accountant=accountant,
-        relation=relation_of(privacy.neighboring_relation),
-    )
-
-
-def _plain_event(privacy: PrivacySection, scheme: Scheme, noise_multiplier: float) -> Any:
-    if privacy.user_accounting != "mixture":
-        return scheme.event_of_steps(noise_multiplier, privacy.num_steps)
-    assert privacy.records_per_user is not None
-    return mixture_event(scheme, noise_multiplier, privacy.num_steps, privacy.records_per_user)
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
@@ -442,20 +406,9 @@ def _check_room(plan: PrivacyPlan) -> None:
 
 
 def _answer(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
-    if plan.user_accounting == "group":
-        assert plan.records_per_user is not None
-        # What holds for all steps holds for fewer.
-        known = plan.epsilon if num_steps <= plan.num_steps else math.inf
-        return group_answer(
-            plan.record_event_of_steps(num_steps),
-            plan.delta,
-            plan.records_per_user,
-            accountant=plan.accountant,
-            relation=plan.neighboring_relation,
-            known=known,
-        )
-    event, relation = plan.event_of_steps(num_steps), relation_of(plan.neighboring_relation)
-    return accountants.epsilon(event, plan.delta, accountant=plan.accountant, relation=relation)
+    # What holds for all steps holds for fewer.
+    known = plan.epsilon if num_steps <= plan.num_steps else math.inf
+    return plan.user_accounting.answer(plan.scheme, plan.noise_multiplier, num_steps, plan.terms, known=known)
 
 
 _answer_after = functools.lru_cache(maxsize=4096)(_answer)

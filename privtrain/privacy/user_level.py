@@ -1,37 +1,284 @@
-"""A guarantee for users from records that are sampled and clipped one by one: ``privacy.user_accounting``.
+"""Whom ε protects where records are sampled and clipped one by one: ``privacy.user_accounting``.
 
 No user has more than k records in the training set (:mod:`privtrain.data.selection`), so adding or removing a user adds
 or removes at most k records. Two ways to say what that costs:
 
-* ``mixture``: each of the k records joins a step by a coin of its own, so a user moves the sum by a Binomial(k, q)
+* :class:`Mixture`: each of the k records joins a step by a coin of its own, so a user moves the sum by a Binomial(k, q)
   number of clipped vectors; the worst case is a mixture of Gaussians (Charles et al. 2024, arXiv 2407.07737, theorem
   2), composed exactly. Needs the coins to be independent: Poisson sampling of records.
-* ``group``: the guarantee (ε₁, δ₁) for one record is (k ε₁, δ₁ (e^(k ε₁) - 1)/(e^ε₁ - 1)) for k (Vadhan 2017, lemma
-  2.2), with ε₁ chosen best. Knows nothing of the mechanism, and never gives less than ``mixture``.
+* :class:`Group`: the guarantee (ε₁, δ₁) for one record is (k ε₁, δ₁ (e^(k ε₁) - 1)/(e^ε₁ - 1)) for k (Vadhan 2017,
+  lemma 2.2), with ε₁ chosen best. Knows nothing of the mechanism, and never gives less than the mixture.
 
 Both are for a user added or removed with all records, under either neighbouring relation that Poisson sampling has.
+:class:`Direct` is the plain case: ε protects what is sampled.
 """
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 import accountants
 from accountants.units import group_epsilon, group_event, record_delta_of
 from privtrain.privacy.sampling import Poisson, Scheme, relation_of
 
-#: Accountants that can certify, the first is the default: as tight as pld on mixtures, many times faster, and good at
-#: the tiny δ that group privacy asks about.
-ACCOUNTANTS = {"group": ("tilted", "rdp"), "mixture": ("tilted", "pld", "rdp")}
-
 #: Improvements of a group ε that holds already; each takes one evaluation, and a handful settles four digits.
 _NUM_REFINEMENTS = 6
 
 
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """On what terms an ε is certified.
+
+    Attributes:
+        delta: the δ of the guarantee.
+        accountant: name of the accountant that certifies.
+        relation: the neighbouring relation, by our name.
+    """
+
+    delta: float
+    accountant: str
+    relation: str
+
+    def epsilon(self, event: Any) -> accountants.PrivacyAnswer:
+        """The accountant's answer for an event."""
+        return accountants.epsilon(event, self.delta, accountant=self.accountant, relation=relation_of(self.relation))
+
+    def certified(self, answer: accountants.PrivacyAnswer) -> float:
+        """The upper bound that an answer certifies under these terms."""
+        return accountants.certified_upper(answer, relation_of(self.relation))
+
+
+@dataclasses.dataclass(frozen=True)
+class UserAccounting(abc.ABC):
+    """How the ε of a plan follows from what is sampled and clipped.
+
+    Attributes:
+        records_per_user: k, the most records of a user in the whole training set; ``None`` for any number.
+        name: as in ``privacy.user_accounting``.
+        how: the way from one record to a user, in words; empty where ε is for what is sampled.
+        assumption: what the privacy statement says of that way, with a place for k.
+        epsilon_tolerance: relative difference that two computations of one ε may have.
+        follows_from_event: whether ε is an accountant's answer for :meth:`event`, so that any accountant may be asked.
+    """
+
+    records_per_user: int | None
+
+    name: ClassVar[str]
+    how: ClassVar[str]
+    assumption: ClassVar[str]
+    epsilon_tolerance: ClassVar[float] = 1e-6  # between machines the last digits of an answer differ
+    follows_from_event: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def num_sampled(self) -> int:
+        """How many sampled units together make one unit of the guarantee."""
+
+    @abc.abstractmethod
+    def guaranteed_unit(self, sampled_unit: str) -> str:
+        """Whom ε protects."""
+
+    @abc.abstractmethod
+    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
+        """Accountants that can certify ε, the first is the default."""
+
+    @abc.abstractmethod
+    def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
+        """What one unit of the guarantee sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
+
+    def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
+        """The smallest noise multiplier with which ``epsilon`` is certified.
+
+        Raises:
+            CalibrationError: if there is none.
+        """
+        return accountants.calibrate_noise(
+            lambda noise: self.event(scheme, noise, num_steps),
+            target_epsilon=epsilon,
+            target_delta=terms.delta,
+            accountant=terms.accountant,
+            relation=relation_of(terms.relation),
+        )
+
+    def answer(
+        self, scheme: Scheme, noise_multiplier: float, num_steps: int, terms: Terms, *, known: float = math.inf
+    ) -> accountants.PrivacyAnswer:
+        """ε of a unit of the guarantee after ``num_steps`` steps.
+
+        Args:
+            scheme: how records (or users) are sampled.
+            noise_multiplier: noise standard deviation over the norm of one sampled unit.
+            num_steps: steps to account for.
+            terms: δ, accountant and relation.
+            known: an ε that is known to hold, where that helps to find a better one.
+        """
+        del known
+        return terms.epsilon(self.event(scheme, noise_multiplier, num_steps))
+
+    def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
+        """Whether an ε holds that :meth:`answer` may not find by itself, being another path's."""
+        del scheme, noise_multiplier, num_steps, epsilon, terms
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Direct(UserAccounting):
+    """ε protects what is sampled and clipped. A bound on a user's records may hold; nothing is claimed from it."""
+
+    records_per_user: int | None = None
+
+    name = "none"
+    how = ""
+    assumption = ""
+
+    @property
+    @override
+    def num_sampled(self) -> int:
+        return 1
+
+    @override
+    def guaranteed_unit(self, sampled_unit: str) -> str:
+        return sampled_unit
+
+    @override
+    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
+        return scheme.accountants
+
+    @override
+    def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
+        return scheme.event_of_steps(noise_multiplier, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(UserAccounting):
+    """ε protects a user with at most k records, by the mixture of Gaussians that they see."""
+
+    records_per_user: int
+
+    def __post_init__(self) -> None:
+        if type(self.records_per_user) is not int or self.records_per_user < 1:
+            raise ValueError(f"records_per_user is {self.records_per_user!r}; must be a whole number, at least 1")
+
+    name = "mixture"
+    how = "a mixture of Gaussians"
+    assumption = (
+        "ε for a user is that of a mixture of Gaussians: of {k} records each joins a step by a coin of its own "
+        "(Charles et al. 2024, arXiv 2407.07737)."
+    )
+
+    @property
+    @override
+    def num_sampled(self) -> int:
+        return self.records_per_user
+
+    @override
+    def guaranteed_unit(self, sampled_unit: str) -> str:
+        return "user"
+
+    @override
+    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
+        return "tilted", "pld", "rdp"  # tilted is as tight as pld on mixtures and many times faster
+
+    @override
+    def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
+        return mixture_event(scheme, noise_multiplier, num_steps, self.records_per_user)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group(Mixture):
+    """ε protects a user with at most k records, by black-box group privacy over the guarantee of one record.
+
+    The event of a user is the mixture's all the same: it is what the mechanism does, whatever ε is claimed for it.
+    """
+
+    name = "group"
+    how = "group privacy"
+    assumption = (
+        "ε for a user is black-box group privacy over {k} records of the guarantee for one record: (k ε, "
+        "δ (e^kε - 1) / (e^ε - 1)) at its best point."
+    )
+    epsilon_tolerance = 0.02  # two paths to the best point end within this of one another
+    follows_from_event = False
+
+    @override
+    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
+        return "tilted", "rdp"  # good at the tiny δ that group privacy asks about
+
+    @override
+    def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
+        k = self.records_per_user
+        record_delta = record_delta_of(epsilon / k, terms.delta, k)
+        if record_delta == 0:
+            raise accountants.CalibrationError(
+                f"target_epsilon={epsilon:g} for {k} records needs a delta for one record that underflows; lower "
+                "it, lower privacy.records_per_user, or use user_accounting: mixture"
+            )
+        of_record = dataclasses.replace(terms, delta=record_delta)
+        return Direct().noise_for(scheme, num_steps, epsilon / k, of_record)
+
+    @override
+    def answer(
+        self, scheme: Scheme, noise_multiplier: float, num_steps: int, terms: Terms, *, known: float = math.inf
+    ) -> accountants.PrivacyAnswer:
+        event, k = scheme.event_of_steps(noise_multiplier, num_steps), self.records_per_user
+        of_record = terms.epsilon(event)
+        epsilon = known if math.isfinite(of_record.upper) else math.inf
+        if math.isinf(epsilon) and math.isfinite(of_record.upper):
+            judge = accountants.get_accountant(terms.accountant)
+            of_group = group_epsilon(event, terms.delta, k, judge, relation=relation_of(terms.relation))
+            epsilon = terms.certified(of_group)
+        for _ in range(_NUM_REFINEMENTS):
+            record_delta = 0.0 if math.isinf(epsilon) else record_delta_of(epsilon / k, terms.delta, k)
+            if record_delta == 0:
+                break
+            # If ε holds then so does this: less ε₁ at the δ₁ that ε asks for needs less of the user's δ.
+            epsilon = min(epsilon, k * _record_epsilon(event, record_delta, terms))
+        return accountants.PrivacyAnswer(
+            "epsilon",
+            0.0,
+            epsilon,
+            epsilon,
+            accountants.BoundKind.CERTIFIED_UPPER,
+            f"group({terms.accountant})",
+            of_record.version,
+            relation=relation_of(terms.relation).name,
+            note=f"group of {k}",
+        )
+
+    @override
+    def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
+        if math.isinf(epsilon):
+            return True
+        k = self.records_per_user
+        record_delta = record_delta_of(epsilon / k, terms.delta, k)
+        if record_delta == 0:
+            return False
+        event = scheme.event_of_steps(noise_multiplier, num_steps)
+        # Round-off between machines moves the last digits of an answer.
+        return k * _record_epsilon(event, record_delta, terms) <= epsilon * (1 + 1e-6)
+
+
+def _record_epsilon(event: Any, record_delta: float, terms: Terms) -> float:
+    return terms.certified(dataclasses.replace(terms, delta=record_delta).epsilon(event))
+
+
+#: Every way by its name in ``privacy.user_accounting``.
+USER_ACCOUNTING: dict[str, type[UserAccounting]] = {cls.name: cls for cls in (Direct, Mixture, Group)}
+
+
 def mixture_event(scheme: Scheme, noise_multiplier: float, num_steps: int, num_records: int) -> Any:
-    """What a user with ``num_records`` records sees of ``num_steps`` steps."""
-    assert isinstance(scheme, Poisson), scheme
+    """What a user with ``num_records`` records sees of ``num_steps`` steps.
+
+    Raises:
+        ValueError: if the scheme is not Poisson sampling, whose coins are independent.
+    """
+    if not isinstance(scheme, Poisson):
+        raise ValueError(f"a user's mixture is known for poisson sampling, not for {scheme.name}")
     if num_records == 1:
         return scheme.event_of_steps(noise_multiplier, num_steps)
     return group_event(
@@ -40,82 +287,3 @@ def mixture_event(scheme: Scheme, noise_multiplier: float, num_steps: int, num_r
         num_steps=num_steps,
         num_records=num_records,
     )
-
-
-def group_noise(
-    scheme: Scheme, num_steps: int, num_records: int, *, epsilon: float, delta: float, accountant: str, relation: str
-) -> float:
-    """The smallest noise multiplier with which black-box group privacy certifies (``epsilon``, ``delta``) for a user.
-
-    Raises:
-        CalibrationError: if there is none.
-    """
-    record_delta = record_delta_of(epsilon / num_records, delta, num_records)
-    if record_delta == 0:
-        raise accountants.CalibrationError(
-            f"target_epsilon={epsilon:g} for {num_records} records needs a delta for one record that underflows; lower "
-            "it, lower privacy.records_per_user, or use user_accounting: mixture"
-        )
-    return accountants.calibrate_noise(
-        lambda noise: scheme.event_of_steps(noise, num_steps),
-        target_epsilon=epsilon / num_records,
-        target_delta=record_delta,
-        accountant=accountant,
-        relation=relation_of(relation),
-    )
-
-
-def group_answer(
-    record_event: Any, delta: float, num_records: int, *, accountant: str, relation: str, known: float = math.inf
-) -> accountants.PrivacyAnswer:
-    """Black-box group privacy's ε of a user at ``delta``, by the record's whole curve.
-
-    Args:
-        record_event: what one record sees.
-        delta: the user's.
-        num_records: k.
-        accountant: one of ``ACCOUNTANTS["group"]``.
-        relation: the neighbouring relation.
-        known: a user ε that is known to hold, to start from.
-
-    Returns:
-        A certified upper bound, infinite if no record ε below 400 works.
-    """
-    judge = accountants.get_accountant(accountant)
-    of_record = judge.epsilon(record_event, delta, relation_of(relation))
-    epsilon = known if math.isfinite(of_record.upper) else math.inf
-    if math.isinf(epsilon) and math.isfinite(of_record.upper):
-        of_group = group_epsilon(record_event, delta, num_records, judge, relation=relation_of(relation))
-        epsilon = accountants.certified_upper(of_group, relation_of(relation))
-    for _ in range(_NUM_REFINEMENTS):
-        record_delta = 0.0 if math.isinf(epsilon) else record_delta_of(epsilon / num_records, delta, num_records)
-        if record_delta == 0:
-            break
-        # If ε holds then so does this: less ε₁ at the δ₁ that ε asks for needs less of the user's δ.
-        answer = judge.epsilon(record_event, record_delta, relation_of(relation))
-        epsilon = min(epsilon, num_records * accountants.certified_upper(answer, relation_of(relation)))
-    return accountants.PrivacyAnswer(
-        "epsilon",
-        0.0,
-        epsilon,
-        epsilon,
-        accountants.BoundKind.CERTIFIED_UPPER,
-        f"group({accountant})",
-        of_record.version,
-        relation=relation_of(relation).name,
-        note=f"group of {num_records}",
-    )
-
-
-def group_holds(
-    record_event: Any, epsilon: float, delta: float, num_records: int, *, accountant: str, relation: str
-) -> bool:
-    """Whether group privacy over ``num_records`` records certifies (``epsilon``, ``delta``) for a user."""
-    if math.isinf(epsilon):
-        return True
-    record_delta = record_delta_of(epsilon / num_records, delta, num_records)
-    if record_delta == 0:
-        return False
-    answer = accountants.get_accountant(accountant).epsilon(record_event, record_delta, relation_of(relation))
-    # Round-off between machines moves the last digits of an answer.
-    return num_records * accountants.certified_upper(answer, relation_of(relation)) <= epsilon * (1 + 1e-6)

@@ -21,8 +21,6 @@ from privtrain.run.statement import SCHEMA, statement_of
 
 #: Between machines the last digits of an accountant's answer may differ.
 _RELATIVE_TOLERANCE = 1e-6
-#: Two paths to a certified group ε end within this of one another.
-_GROUP_TOLERANCE = 0.02
 
 #: Keys of the published configuration → what they must be by the plan.
 _CONFIG_KEYS = ("unit", "neighboring_relation", "num_steps", "clipping_norm", "clipping_style", "expected_batch_size")
@@ -57,11 +55,9 @@ def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
     if plan.noise_multiplier == 0:
         return [] if math.isinf(plan.epsilon) else [f"plan.epsilon is {plan.epsilon}, but the plan adds no noise"]
     fresh = plan.recomputed_epsilon()
-    tolerance = _RELATIVE_TOLERANCE if plan.user_accounting != "group" else _GROUP_TOLERANCE
-    is_right = plan.epsilon == fresh or math.isclose(plan.epsilon, fresh, rel_tol=tolerance)
-    if is_right and plan.user_accounting == "group":
-        is_right = plan.epsilon_certifies_itself()
-    return [] if is_right else [f"plan.epsilon is {plan.epsilon}, the accountant gives {fresh} for the plan stated"]
+    if plan.epsilon_agrees_with(fresh):
+        return []
+    return [f"plan.epsilon is {plan.epsilon}, the accountant gives {fresh} for the plan stated"]
 
 
 def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:

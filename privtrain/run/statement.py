@@ -41,14 +41,6 @@ _UNIT_ASSUMPTION = {
 }
 
 
-_USER_ACCOUNTING_ASSUMPTION = {
-    "group": "ε for a user is black-box group privacy over {k} records of the guarantee for one record: (k ε, "
-    "δ (e^kε - 1) / (e^ε - 1)) at its best point.",
-    "mixture": "ε for a user is that of a mixture of Gaussians: of {k} records each joins a step by a coin of its own "
-    "(Charles et al. 2024, arXiv 2407.07737).",
-}
-
-
 def privacy_statement(config: Config, plan: PrivacyPlan, **facts: Any) -> dict[str, Any]:
     """The statement of what is guaranteed, for ``privacy.json``; see :func:`statement_of` for the ``facts``."""
     return statement_of(plan, not_covered=_not_covered(config), **facts)
@@ -134,11 +126,11 @@ def statement_of(
 
 def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
     """How a guarantee for users follows from records that are sampled and clipped; ``None`` where it need not."""
-    if plan.user_accounting == "none":
+    if not plan.user_accounting.how:
         return None
     record_epsilon = plan.unit_epsilon_after(num_accounted)
     return {
-        "method": plan.user_accounting,
+        "method": plan.user_accounting.name,
         "records_per_user": plan.records_per_user,
         "sampled_unit": plan.unit,
         "epsilon_of_one_record": finite(record_epsilon),
@@ -153,17 +145,17 @@ def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
             f"No user has more than {plan.records_per_user} records in the training set; they are chosen by a function "
             f"of that user's records and of public things alone ({plan.selection.replace('_', ' ')})."
         )
-    if plan.user_accounting != "none":
-        found.append(_USER_ACCOUNTING_ASSUMPTION[plan.user_accounting].format(k=plan.records_per_user))
+    if plan.user_accounting.assumption:
+        found.append(plan.user_accounting.assumption.format(k=plan.records_per_user))
         found.append("Records are sampled and clipped one by one; the noise is relative to one record's norm.")
     return found
 
 
 def unit_text(plan: PrivacyPlan) -> str:
     """Whom ε protects, in words."""
-    if plan.user_accounting == "none":
+    how = plan.user_accounting.how
+    if not how:
         return plan.unit
-    how = {"group": "group privacy", "mixture": "a mixture of Gaussians"}[plan.user_accounting]
     return f"user, with at most {plan.records_per_user} records in the training set, by {how} over sampled records"
 
 

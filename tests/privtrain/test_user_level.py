@@ -20,8 +20,9 @@ from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.job import contributions, reservation
 from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.sampling import UnitSampler
+from privtrain.privacy.sampling import Poisson, UnitSampler
 from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.user_level import USER_ACCOUNTING, Mixture, mixture_event
 from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
@@ -87,6 +88,25 @@ def test_group_privacy_holds_at_the_pair_that_it_states():
     delta = accountants.delta(plan.record_event_of_steps(60), record_epsilon, accountant="tilted").upper
     grown = delta * math.expm1(k * record_epsilon) / math.expm1(record_epsilon)
     assert 0.9 * plan.delta < grown <= plan.delta * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("change", [{"records_per_user": None}, {"records_per_user": 0}, {"user_accounting": "other"}])
+def test_a_plan_without_a_bound_on_users_is_not_rebuilt(method, change):
+    body = PrivacyPlan.build(section(target_epsilon=None, noise_multiplier=1.0, user_accounting=method)).body()
+    assert PrivacyPlan.from_body(body).user_accounting == USER_ACCOUNTING[method](4)
+    with pytest.raises(ValueError, match="no plan can be rebuilt"):
+        PrivacyPlan.from_body(body | change)
+
+
+@pytest.mark.parametrize("way", USER_ACCOUNTING.values())
+def test_event_is_of_as_many_records_as_the_ledger_and_registry_count(way):
+    """Event, number of sampled units and guaranteed unit say one thing of each way."""
+    k = 3
+    found, scheme = way(k), Poisson(0.1)
+    assert found.event(scheme, 1.2, 5) == mixture_event(scheme, 1.2, 5, found.num_sampled)
+    assert (found.num_sampled, found.guaranteed_unit("example")) in ((1, "example"), (k, "user"))
+    assert bool(found.how) == bool(found.assumption) == (found.num_sampled == k)
 
 
 def test_noise_zero_is_said_to_be_no_privacy():
@@ -203,7 +223,7 @@ def test_a_ledger_with_a_user_above_the_bound_is_not_released(user_tree, tmp_pat
     plan = PrivacyPlan.build(validate(user_tree).privacy)
     run, corpus = RunDirectory(tmp_path / "runs" / "tiny"), load_corpus(validate(user_tree).data)
     with pytest.raises(GuaranteeLost, match="allows 2"):
-        contributions.check_contributed(run, corpus, dataclasses.replace(plan, records_per_user=2))
+        contributions.check_contributed(run, corpus, dataclasses.replace(plan, user_accounting=Mixture(2)))
 
 
 def test_the_registry_charges_the_user_for_the_mixture(user_tree, tmp_path):
