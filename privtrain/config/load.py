@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -12,11 +13,15 @@ from typing import Any
 
 import pydantic
 
-from privtrain.config.schema import Config
+from privtrain.config.schema import Config, ConflictError
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading, strict_yaml
 
 _MAX_BYTES = 16 << 20
+#: What required keys hold in a second look for conflicts, where their own values are missing or at fault.
+_STAND_INS = {"privacy.expected_batch_size": 1.0, "privacy.target_delta": 0.5, "privacy.num_steps": 1}
+
+_PlacedFault = tuple[strict_yaml.Path, Fault]
 
 
 def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
@@ -123,27 +128,63 @@ def public_tree(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[tuple[strict_yaml.Path, Fault]]]:
-    """The configuration, or each fault with its place. A number is a number: no boolean, no text in its place."""
+def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]:
+    """The configuration, or each fault with its place.
+
+    pydantic looks for conflicts between keys only where each is valid by itself. So the keys at fault are masked for a
+    second look; conflicts that name one of them are not told.
+    """
+    config, faults, conflicts = _looked_at(tree)
+    rest, masked = copy.deepcopy(tree), [".".join(map(str, place)) for place, _ in faults if place]
+    if masked and all(_mask(rest, place) for place, _ in faults):
+        further = [(place, fault) for place, fault in _looked_at(rest)[2] if (place, fault) not in conflicts]
+        conflicts += [item for item in further if not any(path in item[1].problem for path in masked)]
+    return config, faults + conflicts
+
+
+def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
+    """The configuration; or faults of single keys, and conflicts. A number is a number: no boolean, no text instead."""
     try:
         # Strict by JSON's rules: paths are texts and pairs are lists there.
-        return Config.model_validate_json(json.dumps(_plain(tree), default=str), strict=True), []
+        return Config.model_validate_json(json.dumps(_plain(tree), default=str), strict=True), [], []
     except pydantic.ValidationError as error:
         items = error.errors(include_url=False)
     except (ValueError, RecursionError):  # a list that holds itself
-        return None, [((), Fault("", "a section holds itself, or is nested too deeply"))]
+        return None, [((), Fault("", "a section holds itself, or is nested too deeply"))], []
     if items[0]["type"] == "json_invalid":
-        return None, [((), Fault("", "holds half of a surrogate pair, which no file can hold"))]
+        return None, [((), Fault("", "holds half of a surrogate pair, which no file can hold"))], []
     found: dict[strict_yaml.Path, Fault] = {}
+    conflicts: list[_PlacedFault] = []
     for item in items:
         place = _place(item, tree)
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ConflictError):
+            conflicts += [(place, Fault(".".join(map(str, place)), problem)) for problem in cause.problems]
+            continue
         known = found.get(place)
         fault = _fault(item, place)
         if known is not None and fault.problem != known.problem:  # the other kinds that a value may be of
             kind = item["msg"].removeprefix("Input should be ")
             fault = known if kind in known.problem else dataclasses.replace(known, problem=f"{known.problem} or {kind}")
         found[place] = fault
-    return None, list(found.items())
+    return None, list(found.items()), conflicts
+
+
+def _mask(tree: Any, place: strict_yaml.Path) -> bool:
+    """Take the key at a place, or the list that it is in, out of a tree; false if there is nothing to take."""
+    node, path = tree, []
+    for part in place:
+        path.append(str(part))
+        if (stand_in := _STAND_INS.get(".".join(path))) is not None:
+            node[part] = stand_in
+            return True
+        if part not in node:
+            return path == [str(p) for p in place]  # a key that is missing
+        if len(path) == len(place) or not isinstance(node[part], dict):
+            del node[part]
+            return True
+        node = node[part]
+    return False
 
 
 def _plain(node: Any) -> Any:

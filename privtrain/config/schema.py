@@ -9,10 +9,21 @@ from __future__ import annotations
 import math
 import pathlib
 import urllib.parse
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
+from typing_extensions import override
+
+from privtrain.config.schemes import (
+    SCHEME_RULES,
+    USER_ACCOUNTING_RULES,
+    Accountant,
+    Relation,
+    SchemeName,
+    UserAccountingName,
+)
 
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
@@ -20,23 +31,34 @@ _SMALLEST_NOISE = 0.1
 #: Records of a user in one step, unless told otherwise.
 _RECORDS_PER_USER = 4
 
-_BOTH, _ALL = ("add_or_remove_one", "zero_out"), ("pld", "tilted", "rdp")
-#: Sampling scheme -> (keys it needs, keys it may have, relations, accountants); see :mod:`privtrain.privacy.sampling`.
-_SAMPLING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "poisson": (("sampling_prob",), (), _BOTH, _ALL),
-    "truncated_poisson": (("sampling_prob", "max_batch_size", "max_num_units"), (), ("zero_out",), ("pld",)),
-    "random_allocation": (("steps_per_epoch",), ("steps_per_unit",), _BOTH, ("allocation",)),
-    "shuffle": (("steps_per_epoch", "max_num_units"), (), ("zero_out",), _ALL),
-}
-
+#: Units of a step whose sum int64 holds for certain: each adds at most 2**41 to a coordinate.
+MAX_UNITS = 1 << 21
 
 Selection = Literal["random", "longest", "shortest", "highest_perplexity", "lowest_perplexity", "random_chunk"]
+
+
+class ConflictError(ValueError):
+    """Keys of a section that do not go together; carries all of them at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 class Section(pydantic.BaseModel):
     """Base of every section: frozen, strict about names; every number is finite."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, each sentence with the full names of the keys."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _without_conflicts(self) -> Self:
+        if found := list(self.conflicts()):
+            raise ConflictError(found)
+        return self
 
 
 class RunSection(Section):
@@ -66,11 +88,10 @@ class ModelSection(Section):
         default=None, description="Hold the frozen base model in 4 or 8 bits (bitsandbytes); for adapters only."
     )
 
-    @pydantic.model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
+    @override
+    def conflicts(self) -> Iterator[str]:
         if (self.name_or_path is None) == (self.package is None):
-            raise ValueError("give exactly one of model.name_or_path and model.package")
-        return self
+            yield "give exactly one of model.name_or_path and model.package"
 
     @property
     def public_name(self) -> str:
@@ -189,19 +210,18 @@ class DataSection(Section):
             raise ValueError("packing puts several users into one row, where they cannot be clipped apart; remove it")
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _fits_the_format(self) -> DataSection:
+    @override
+    def conflicts(self) -> Iterator[str]:
         if (self.format == "classification") != (self.labels is not None):
-            raise ValueError("data.labels declares the labels of data.format: classification, and of no other")
+            yield "data.labels declares the labels of data.format: classification, and of no other"
         if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
-            raise ValueError(f"data.labels={self.labels} names a label twice")
+            yield f"data.labels={self.labels} names a label twice"
         if self.text_pair_column is not None and self.format != "classification":
-            raise ValueError("data.text_pair_column belongs to data.format: classification")
+            yield "data.text_pair_column belongs to data.format: classification"
         if self.chat_template_file is not None and self.format != "chat":
-            raise ValueError("data.chat_template_file belongs to data.format: chat")
+            yield "data.chat_template_file belongs to data.format: chat"
         if self.format != "text" and self.source.kind == "plays":
-            raise ValueError("the plays are data.format: text")
-        return self
+            yield "data.source.kind: plays needs data.format: text"
 
     @property
     def is_classification(self) -> bool:
@@ -233,13 +253,15 @@ class CanariesSection(Section):
     )
     num_digits: int = Field(default=8, ge=1, le=12, description="Length of the secret, for template.")
 
-    @pydantic.model_validator(mode="after")
-    def _of_its_kind(self) -> CanariesSection:
+    @override
+    def conflicts(self) -> Iterator[str]:
         if self.kind == "shared_substring" and self.num_users:
-            raise ValueError("canaries.kind: shared_substring changes users and adds none; give canaries.user_fraction")
+            yield (
+                "canaries.kind: shared_substring changes users and adds none; give canaries.user_fraction in place of "
+                "canaries.num_users"
+            )
         if self.kind != "shared_substring" and self.user_fraction:
-            raise ValueError(f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction")
-        return self
+            yield f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction"
 
     @property
     def are_planted(self) -> bool:
@@ -289,14 +311,13 @@ class NoisedMetricsSection(Section):
         "noise by at most 3.3 %.",
     )
 
-    @pydantic.model_validator(mode="after")
-    def _bounds(self) -> NoisedMetricsSection:
+    @override
+    def conflicts(self) -> Iterator[str]:
         low, high = self.loss_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"loss_range: given [{low:g}, {high:g}]; must be two finite numbers, smaller one first")
+            yield f"loss_range: given [{low:g}, {high:g}]; must be two finite numbers, smaller one first"
         if len(set(self.release)) < len(self.release):
-            raise ValueError(f"release={self.release} names a metric twice")
-        return self
+            yield f"release={self.release} names a metric twice"
 
 
 class PrivacySection(Section):
@@ -311,7 +332,7 @@ class PrivacySection(Section):
         description="Most records k of one user: in one step with unit: user (default 4); in the whole training set "
         "with unit: example (default: no bound).",
     )
-    user_accounting: Literal["none", "group", "mixture"] = Field(
+    user_accounting: UserAccountingName = Field(
         default="none",
         description="With unit: example, whom ε and δ are for: one record (none), or a user with at most k records, by "
         "group privacy or, with less noise, by a mixture of Gaussians.",
@@ -321,12 +342,12 @@ class PrivacySection(Section):
         description="Which k records of a user are used. It depends on that user's records and on public things alone, "
         "so it costs no ε; perplexity is the base model's.",
     )
-    neighboring_relation: Literal["add_or_remove_one", "zero_out"] = Field(
+    neighboring_relation: Relation = Field(
         default="add_or_remove_one",
         description="How neighbouring data sets differ: one unit more or less; or one unit's records removed while its "
         "place stays (zero_out, the only relation of truncated_poisson and shuffle).",
     )
-    sampling: Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"] = Field(
+    sampling: SchemeName = Field(
         default="poisson", description="How the units of a step are chosen; shuffle is accounted without amplification."
     )
     sampling_prob: float | None = Field(
@@ -351,7 +372,7 @@ class PrivacySection(Section):
         default=None, ge=1, description="random_allocation: steps of an epoch that each unit joins (default 1)."
     )
     expected_batch_size: float = Field(
-        gt=0, description="Constant that the noisy sum of a step is divided by; at most 2,097,152."
+        gt=0, description=f"Constant that the noisy sum of a step is divided by; at most {MAX_UNITS:,}."
     )
     clipping_norm: float = Field(
         default=1.0, ge=1e-12, le=1e12, description="Norm C that each unit's gradient is clipped to."
@@ -380,7 +401,7 @@ class PrivacySection(Section):
         gt=0, lt=1, description="δ; choose it below 1 / units. Below 1e-11 it needs accountant: tilted."
     )
     num_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
-    accountant: Literal["pld", "tilted", "rdp", "allocation"] | None = Field(
+    accountant: Accountant | None = Field(
         default=None,
         description="Accountant that certifies ε, tilted also at tiny δ. Default: pld, or allocation for "
         "random_allocation (pip install 'privtrain[allocation]').",
@@ -388,6 +409,13 @@ class PrivacySection(Section):
     insecure_seed: int | None = Field(
         default=None, ge=0, description="Seed for tests in place of a secret; marks the run as not private everywhere."
     )
+
+    @pydantic.field_validator("expected_batch_size")
+    @classmethod
+    def _sum_fits(cls, value: float) -> float:
+        if value > MAX_UNITS:
+            raise ValueError(f"given {value:g}; integers hold the sum of {MAX_UNITS:,} units: lower it")
+        return value
 
     @pydantic.field_validator("noise_multiplier")
     @classmethod
@@ -403,68 +431,51 @@ class PrivacySection(Section):
             return {**values, "records_per_user": _RECORDS_PER_USER}
         return values
 
-    @pydantic.model_validator(mode="after")
-    def _user_bound(self) -> PrivacySection:
-        faults = []
-        if self.user_accounting != "none":
+    @override
+    def conflicts(self) -> Iterator[str]:
+        yield from self._sampling_conflicts()
+        yield from self._user_conflicts()
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            yield "give exactly one of privacy.target_epsilon and privacy.noise_multiplier"
+        if self.clipping_style == "batch" and self.noise_multiplier != 0:
+            yield "privacy.clipping_style: batch bounds no unit; it needs privacy.noise_multiplier: 0"
+        if self.noised_metrics is not None and self.noise_multiplier == 0:
+            yield "privacy.noised_metrics needs noise: with privacy.noise_multiplier: 0 it is the raw loss"
+        if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
+            yield "privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive"
+
+    def _user_conflicts(self) -> Iterator[str]:
+        rules = USER_ACCOUNTING_RULES[self.user_accounting]
+        if rules is not None:
             given = f"privacy.user_accounting: {self.user_accounting}"
             if self.unit == "user":
-                faults.append(f"{given} is for privacy.unit: example; users are the unit already, set it to none")
+                yield f"{given} is for privacy.unit: example; users are the unit already, set it to none"
             elif self.records_per_user is None:
-                faults.append(f"{given} needs privacy.records_per_user, the most records of a user in the training set")
-            if self.sampling != "poisson":
-                faults.append(f"{given} needs privacy.sampling: poisson; given {self.sampling}")
-            if self.user_accounting == "group" and self.accountant not in (None, "tilted", "rdp"):
-                faults.append(f"privacy.accountant must be tilted or rdp for {given}")
+                yield f"{given} needs privacy.records_per_user, the most records of a user in the training set"
+            if self.sampling != rules.sampling:
+                yield f"{given} needs privacy.sampling: {rules.sampling}; given {self.sampling}"
+            if self.accountant is not None and self.accountant not in rules.accountants:
+                yield f"privacy.accountant must be {' or '.join(rules.accountants)} for {given}"
         if self.selection != "random" and self.records_per_user is None:
-            faults.append(f"privacy.selection: {self.selection} selects privacy.records_per_user records; give it")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield f"privacy.selection: {self.selection} selects privacy.records_per_user records; give it"
 
-    @pydantic.model_validator(mode="after")
-    def _one_target(self) -> PrivacySection:
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _batch_clipping_has_no_noise(self) -> PrivacySection:
-        if self.clipping_style == "batch" and self.noise_multiplier != 0:
-            raise ValueError("privacy.clipping_style: batch bounds no unit; it needs privacy.noise_multiplier: 0")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _metrics_need_noise(self) -> PrivacySection:
-        if self.noised_metrics is not None and self.noise_multiplier == 0:
-            raise ValueError("privacy.noised_metrics needs noise: with noise_multiplier: 0 it is the raw loss")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _adaptive_settings(self) -> PrivacySection:
-        if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
-            raise ValueError("privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _sampling_keys(self) -> PrivacySection:
-        needed, optional, relations, accountants = _SAMPLING[self.sampling]
-        faults = [f"privacy.{key} is required by" for key in needed if getattr(self, key) is None]
-        others = {key for keys in _SAMPLING.values() for key in (*keys[0], *keys[1])} - {*needed, *optional}
-        faults += [f"privacy.{key} is not used by" for key in sorted(others) if getattr(self, key) is not None]
-        if self.neighboring_relation not in relations:
-            faults.append(f"privacy.neighboring_relation must be {' or '.join(relations)} for")
-        if self.accountant is not None and self.accountant not in accountants:
-            faults.append(f"privacy.accountant must be {' or '.join(accountants)} for")
-        faults = [f"{fault} privacy.sampling={self.sampling}" for fault in faults]
+    def _sampling_conflicts(self) -> Iterator[str]:
+        rules, given = SCHEME_RULES[self.sampling], f"privacy.sampling={self.sampling}"
+        for key in rules.needs:
+            if getattr(self, key) is None:
+                yield f"privacy.{key} is required by {given}"
+        for key in sorted({key for other in SCHEME_RULES.values() for key in other.keys}.difference(rules.keys)):
+            if getattr(self, key) is not None:
+                yield f"privacy.{key} is not used by {given}"
+        if self.neighboring_relation not in rules.relations:
+            yield f"privacy.neighboring_relation must be {' or '.join(rules.relations)} for {given}"
+        if self.accountant is not None and self.accountant not in rules.accountants:
+            yield f"privacy.accountant must be {' or '.join(rules.accountants)} for {given}"
         if self.steps_per_epoch is not None:
             if self.num_steps % self.steps_per_epoch:
-                faults.append(f"privacy.num_steps={self.num_steps} must be a multiple of privacy.steps_per_epoch")
+                yield f"privacy.num_steps={self.num_steps} must be a multiple of privacy.steps_per_epoch"
             if (self.steps_per_unit or 1) > self.steps_per_epoch:
-                faults.append("privacy.steps_per_unit must not exceed privacy.steps_per_epoch")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+                yield "privacy.steps_per_unit must not exceed privacy.steps_per_epoch"
 
 
 class TrainingSection(Section):
@@ -595,13 +606,12 @@ class ReleaseSection(Section):
         default=[], description="PEM files of the certificates above it, up to the root."
     )
 
-    @pydantic.model_validator(mode="after")
-    def _certificates_have_a_key(self) -> ReleaseSection:
+    @override
+    def conflicts(self) -> Iterator[str]:
         if self.signing_key is None and (self.signing_certificate is not None or self.signing_chain):
-            raise ValueError("release.signing_certificate and release.signing_chain need release.signing_key")
+            yield "release.signing_certificate and release.signing_chain need release.signing_key"
         if self.signing_chain and self.signing_certificate is None:
-            raise ValueError("release.signing_chain needs release.signing_certificate")
-        return self
+            yield "release.signing_chain needs release.signing_certificate"
 
 
 class Config(Section):
@@ -620,27 +630,27 @@ class Config(Section):
     registry: RegistrySection = RegistrySection()
     release: ReleaseSection = ReleaseSection()
 
-    @pydantic.model_validator(mode="after")
-    def _method_fits(self) -> Config:
-        method = self.training.method
+    @override
+    def conflicts(self) -> Iterator[str]:
+        method, selection = self.training.method, self.privacy.selection
         if self.model.quantization is not None and self.training.releases_model:
-            raise ValueError(f"training.method: {method} trains weights that model.quantization freezes; use lora")
-        selection = self.privacy.selection
+            yield f"training.method: {method} trains weights that model.quantization freezes; use lora"
         if selection == "random_chunk" and self.data.format != "text":
-            raise ValueError("privacy.selection: random_chunk cuts texts; it needs data.format: text")
+            yield "privacy.selection: random_chunk cuts texts; it needs data.format: text"
         if selection.endswith("perplexity") and self.data.is_classification:
-            raise ValueError(f"privacy.selection: {selection} needs a language model; a classifier has no perplexity")
+            yield (
+                f"privacy.selection: {selection} needs a language model, and data.format: classification trains a "
+                "classifier, which has no perplexity"
+            )
         if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
-            raise ValueError(f"training.method: {method} does not train a classifier's head; use lora, bias or full")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _canaries_fit(self) -> Config:
+            yield (
+                f"training.method: {method} does not train the head that data.format: classification needs; use lora, "
+                "bias or full"
+            )
         if self.canaries.are_planted and self.data.format != "text":
-            raise ValueError(f"canaries are texts and need data.format: text, not {self.data.format}")
+            yield f"canaries are texts and need data.format: text, not {self.data.format}"
         if self.canaries.user_fraction and self.privacy.unit == "example":
-            raise ValueError(
+            yield (
                 "canaries.kind: shared_substring spreads one record over others of its owner, which "
                 "privacy.unit: example does not cover; use template or random_tokens"
             )
-        return self

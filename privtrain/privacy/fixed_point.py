@@ -11,8 +11,7 @@ import math
 
 #: Bits of a clipping norm's worth below the binary point: the grid is between C * 2**-41 and C * 2**-40.
 FRACTION_BITS = 40
-#: Units of a step that cannot overflow int64: each adds at most 2**41 to a coordinate.
-MAX_UNITS = 1 << 21
+# A unit adds at most 2**41 to a coordinate, so int64 holds the sum of ``privtrain.config.schema.MAX_UNITS`` units.
 
 
 def grid_exponent(clipping_norm: float) -> int:

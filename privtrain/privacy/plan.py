@@ -18,7 +18,6 @@ from typing import Any
 import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.privacy.fixed_point import MAX_UNITS
 from privtrain.privacy.sampling import SCHEMES, Scheme, scheme_of
 from privtrain.privacy.user_level import USER_ACCOUNTING, Terms, UserAccounting
 
@@ -132,9 +131,6 @@ class PrivacyPlan:
         Raises:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
-        if privacy.expected_batch_size > MAX_UNITS:
-            problem = f"given {privacy.expected_batch_size:g}; integers hold the sum of {MAX_UNITS:,} units: lower it"
-            raise ConfigError([Fault("privacy.expected_batch_size", problem)])
         try:
             plan = cls._uncertified(privacy)
             known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon

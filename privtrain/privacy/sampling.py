@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 import accountants
-from privtrain.config.schema import PrivacySection
+from privtrain.config.schema import MAX_UNITS, PrivacySection
+from privtrain.config.schemes import SCHEME_RULES, SchemeName
 from privtrain.errors import ConfigError, Fault
-from privtrain.privacy import fixed_point
 from privtrain.privacy.secret import SecretKey
 
 #: Our names of neighbouring relations, and dp_accounting's.
@@ -35,16 +35,17 @@ class Scheme(abc.ABC):
     """A way of choosing units, with the event that accounts for it.
 
     Attributes:
-        name: as in ``privacy.sampling``.
-        relations: neighbouring relations that the event covers; the first is the one to recommend.
-        accountants: accountants that can certify it; the first is the default.
+        name: as in ``privacy.sampling``; :mod:`privtrain.config.schemes` has what goes with it.
         size_key: the key that decides how many units a step draws, and what to do to it to draw fewer.
     """
 
-    name: ClassVar[str]
-    relations: ClassVar[tuple[str, ...]] = ("add_or_remove_one", "zero_out")
-    accountants: ClassVar[tuple[str, ...]] = ("pld", "tilted", "rdp")
+    name: ClassVar[SchemeName]
     size_key: ClassVar[tuple[str, str]]
+
+    @property
+    def accountants(self) -> tuple[str, ...]:
+        """Accountants that can certify it; the first is the default."""
+        return SCHEME_RULES[self.name].accountants
 
     @property
     @abc.abstractmethod
@@ -135,8 +136,6 @@ class TruncatedPoisson(Scheme):
 
     name = "truncated_poisson"
     size_key = "max_batch_size", "lower"
-    relations = ("zero_out",)
-    accountants = ("pld",)
     sampling_prob: float
     max_batch_size: int
     max_num_units: int
@@ -193,7 +192,6 @@ class RandomAllocation(Scheme):
 
     name = "random_allocation"
     size_key = "steps_per_epoch", "raise"
-    accountants = ("allocation",)
     steps_per_epoch: int
     steps_per_unit: int = 1
 
@@ -251,7 +249,6 @@ class Shuffle(Scheme):
 
     name = "shuffle"
     size_key = "steps_per_epoch", "raise"
-    relations = ("zero_out",)
     steps_per_epoch: int
     max_num_units: int
 
@@ -395,14 +392,14 @@ def check_step_size(scheme: Scheme, num_units: float) -> None:
         ConfigError: naming the key that decides.
     """
     num_drawn = scheme.most_expected(num_units)
-    if num_drawn > fixed_point.MAX_UNITS:
+    if num_drawn > MAX_UNITS:
         key, how = scheme.size_key
         raise ConfigError(
             [
                 Fault(
                     f"privacy.{key}",
                     f"given {getattr(scheme, key):g}; with {num_units:,.0f} training units a step draws "
-                    f"{num_drawn:,.0f} of them, and integers hold the sum of {fixed_point.MAX_UNITS:,}: {how} it",
+                    f"{num_drawn:,.0f} of them, and integers hold the sum of {MAX_UNITS:,}: {how} it",
                 )
             ]
         )

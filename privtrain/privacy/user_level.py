@@ -24,6 +24,7 @@ from typing_extensions import override
 
 import accountants
 from accountants.units import group_epsilon, group_event, record_delta_of
+from privtrain.config.schemes import USER_ACCOUNTING_RULES, UserAccountingName
 from privtrain.privacy.sampling import Poisson, Scheme, relation_of
 
 #: Improvements of a group ε that holds already; each takes one evaluation, and a handful settles four digits.
@@ -68,7 +69,7 @@ class UserAccounting(abc.ABC):
 
     records_per_user: int | None
 
-    name: ClassVar[str]
+    name: ClassVar[UserAccountingName]
     how: ClassVar[str]
     assumption: ClassVar[str]
     epsilon_tolerance: ClassVar[float] = 1e-6  # between machines the last digits of an answer differ
@@ -83,9 +84,10 @@ class UserAccounting(abc.ABC):
     def guaranteed_unit(self, sampled_unit: str) -> str:
         """Whom ε protects."""
 
-    @abc.abstractmethod
     def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
         """Accountants that can certify ε, the first is the default."""
+        rules = USER_ACCOUNTING_RULES[self.name]
+        return scheme.accountants if rules is None else rules.accountants
 
     @abc.abstractmethod
     def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
@@ -146,10 +148,6 @@ class Direct(UserAccounting):
         return sampled_unit
 
     @override
-    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
-        return scheme.accountants
-
-    @override
     def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
         return scheme.event_of_steps(noise_multiplier, num_steps)
 
@@ -181,10 +179,6 @@ class Mixture(UserAccounting):
         return "user"
 
     @override
-    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
-        return "tilted", "pld", "rdp"  # tilted is as tight as pld on mixtures and many times faster
-
-    @override
     def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
         return mixture_event(scheme, noise_multiplier, num_steps, self.records_per_user)
 
@@ -204,10 +198,6 @@ class Group(Mixture):
     )
     epsilon_tolerance = 0.02  # two paths to the best point end within this of one another
     follows_from_event = False
-
-    @override
-    def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
-        return "tilted", "rdp"  # good at the tiny δ that group privacy asks about
 
     @override
     def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:

@@ -13,6 +13,7 @@ from hypothesis import strategies
 
 from privtrain.backends import DdpBackend
 from privtrain.clipping import PerUnitClipper, batched, exact_sum
+from privtrain.config.schema import MAX_UNITS
 from privtrain.data.microbatch import Packer
 from privtrain.privacy import fixed_point
 from privtrain.privacy.layout import Layout
@@ -206,7 +207,7 @@ def test_the_most_units_of_a_step_do_not_overflow():
         one = torch.zeros(1, dtype=torch.int64)
         exact_sum.add_units(one, torch.tensor([[clipping_norm]]), weight)
         assert 2**40 * (1 - 1e-6) <= int(one) <= 2**41 * (1 + 1e-5)
-        assert int(one) * 2 * fixed_point.MAX_UNITS < 2**63 * (1 + 1e-5)
+        assert int(one) * 2 * MAX_UNITS < 2**63 * (1 + 1e-5)
 
 
 def test_a_unit_of_weight_zero_adds_nothing_whatever_it_is():

@@ -86,6 +86,45 @@ def test_all_faults_come_at_once(tree):
     }
 
 
+def test_conflicts_come_at_once_with_faults_of_single_keys(tree):
+    """A conflict is told beside a wrong value, unless it names the key at fault."""
+    tree["privacy"] |= {
+        "num_steps": 0,
+        "expected_batch_size": 3e6,
+        "max_batch_size": 4,
+        "neighboring_relation": "zero_out",
+        "sampling": "shuffle",
+        "target_epsilon": 3.0,
+        "clipping_style": "batch",
+    }
+    tree["canaries"] = {"user_fraction": 0.1}
+    with pytest.raises(ConfigError) as error:
+        validate(tree)
+    assert sorted(map(str, error.value.faults)) == [
+        "canaries: canaries.kind: template adds canaries.num_users; it has no canaries.user_fraction",
+        "privacy.expected_batch_size: given 3e+06; integers hold the sum of 2,097,152 units: lower it",
+        "privacy.num_steps: given 0; input should be greater than or equal to 1",
+    ] + [
+        f"privacy: {problem}"
+        for problem in (
+            "give exactly one of privacy.target_epsilon and privacy.noise_multiplier",
+            "privacy.clipping_style: batch bounds no unit; it needs privacy.noise_multiplier: 0",
+            "privacy.max_batch_size is not used by privacy.sampling=shuffle",
+            "privacy.max_num_units is required by privacy.sampling=shuffle",
+            "privacy.sampling_prob is not used by privacy.sampling=shuffle",
+            "privacy.steps_per_epoch is required by privacy.sampling=shuffle",
+        )
+    ]
+
+
+@pytest.mark.parametrize("noise", ["much", -1, 0.01])
+def test_a_conflict_with_a_key_at_fault_is_not_told(tree, noise):
+    tree["privacy"] |= {"noise_multiplier": noise, "clipping_style": "batch"}
+    with pytest.raises(ConfigError) as error:
+        validate(tree)
+    assert {fault.path for fault in error.value.faults} == {"privacy.noise_multiplier"}
+
+
 def test_data_and_model_faults_come_at_once(tree, tmp_path):
     tree = merged(tree, BAD["no such column"][0] | BAD["no such model"][0])
     with pytest.raises(ConfigError) as error:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+from typing import get_args
 
 import dp_accounting
 import hypothesis
@@ -17,10 +18,18 @@ from scipy import stats
 
 import accountants
 from accountants.events import RandomAllocationDpEvent, ShuffledBatchesDpEvent
-from privtrain.config import schema, validate
+from privtrain.config import validate
+from privtrain.config.schemes import (
+    SCHEME_RULES,
+    USER_ACCOUNTING_RULES,
+    Relation,
+    SchemeName,
+    UserAccountingName,
+)
 from privtrain.errors import ConfigError
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import (
+    RELATIONS,
     SCHEMES,
     Poisson,
     RandomAllocation,
@@ -30,6 +39,7 @@ from privtrain.privacy.sampling import (
     scheme_from_statement,
 )
 from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.user_level import USER_ACCOUNTING
 from privtrain.run.statement import Sampling
 from tests.privtrain.test_sampling import sampler_of
 
@@ -56,12 +66,13 @@ def plan_of(tree, name, **changes) -> PrivacyPlan:
     return PrivacyPlan.build(validate(tree).privacy)
 
 
-def test_the_schema_knows_every_scheme_with_its_keys_relations_and_accountants():
-    assert set(schema._SAMPLING) == set(SCHEMES)
-    for name, (needed, optional, relations, methods) in schema._SAMPLING.items():
+def test_schemes_and_their_rules_in_the_schema_have_the_same_names_and_keys():
+    assert set(SCHEME_RULES) == set(SCHEMES) == set(get_args(SchemeName))
+    assert set(RELATIONS) == set(get_args(Relation))
+    assert set(USER_ACCOUNTING_RULES) == set(USER_ACCOUNTING) == set(get_args(UserAccountingName))
+    for name, rules in SCHEME_RULES.items():
         fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(SCHEMES[name])}
-        assert fields == {key: True for key in needed} | {key: False for key in optional}
-        assert (relations, methods) == (SCHEMES[name].relations, SCHEMES[name].accountants)
+        assert fields == {key: True for key in rules.needs} | {key: False for key in rules.takes}
 
 
 def test_the_event_has_the_constants_that_the_draw_has():
