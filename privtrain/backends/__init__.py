@@ -22,7 +22,7 @@ _REPLICATED = {
 
 
 def create_backend(timeout_seconds: int) -> Backend:
-    """The backend that the accelerate config of this job asks for.
+    """Return the backend that the accelerate config of this job asks for.
 
     Raises:
         PrivtrainError: if it asks for a mode whose guarantee we cannot establish.

@@ -52,11 +52,11 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> str:
-        """A phrase for people: kind, ranks and device."""
+        """Return a phrase for people: kind, ranks and device."""
         ...
 
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """The base model on this rank's device, frozen; sharded where the backend shards weights."""
+        """Return the base model on this rank's device, frozen; sharded where the backend shards weights."""
         ...
 
     def place(self, model: torch.nn.Module) -> Placement:
@@ -68,7 +68,7 @@ class Backend(Protocol):
         ...
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """The SUM over ranks of the clipped sums (int64), as far as this rank steps it.
+        """Return the SUM over ranks of the clipped sums (int64), as far as this rank steps it.
 
         Returns:
             int64, laid out as ``Placement.stepped``; the same bits for the same units, however they are shared out.
@@ -102,7 +102,7 @@ class Backend(Protocol):
         ...
 
     def broadcast_bytes(self, value: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank; the others pass ``None``."""
+        """Return rank 0's bytes, on every rank; the others pass ``None``."""
         ...
 
     def barrier(self) -> None:
@@ -118,7 +118,7 @@ class Backend(Protocol):
         ...
 
     def gather_digests(self, value: bytes) -> list[bytes]:
-        """Every rank's 32 bytes, by rank, on every rank."""
+        """Return every rank's 32 bytes, by rank, on every rank."""
         ...
 
     def combined_digest(self, value: bytes) -> bytes:
@@ -126,11 +126,11 @@ class Backend(Protocol):
         ...
 
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these tensors are bit-identical on every rank."""
+        """Return whether these tensors are bit-identical on every rank."""
         ...
 
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """Whether every rank that holds a trainable tensor, or the same part of it, holds the same bits."""
+        """Return whether every rank that holds a trainable tensor, or the same part of it, holds the same bits."""
         ...
 
     def close(self) -> None:
@@ -200,12 +200,12 @@ def step_optimizer(vector: torch.Tensor, layout: Layout, optimizer: torch.optim.
 
 
 def all_equal(values: Sequence[bytes]) -> bool:
-    """Whether there is one value."""
+    """Return whether there is one value."""
     return len(set(values)) == 1
 
 
 def digest(tensors: Sequence[torch.Tensor]) -> bytes:
-    """SHA-256 over the exact bits of the tensors."""
+    """Return SHA-256 over the exact bits of the tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:
         if tensor.numel():

@@ -33,7 +33,7 @@ from privtrain.privacy.layout import Layout
 
 
 def replicas_from_launch() -> int:
-    """How many replicas the accelerate config asks for.
+    """Return how many replicas the accelerate config asks for.
 
     Raises:
         ConfigError: if the config asks for something whose guarantee or effect we do not establish.
@@ -179,13 +179,13 @@ def _let_go_of_whole_weights(model: torch.nn.Module) -> None:
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that is cut along its first dimension: flat, sharing memory."""
+    """Return this rank's part of a tensor that is cut along its first dimension: flat, sharing memory."""
     assert isinstance(parameter, DTensor)
     return parameter.detach().to_local().view(-1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _first(parameter: torch.Tensor) -> int:
-    """First coordinate of this rank's part: rows lie in equal runs, of which the last may be short or empty."""
+    """Return the first coordinate of this rank's part: rows lie in equal runs, of which the last may be short or empty."""
     assert isinstance(parameter, DTensor)
     mesh, num_rows = parameter.device_mesh, parameter.shape[0]
     rows = -(-num_rows // mesh.size())

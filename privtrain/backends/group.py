@@ -114,7 +114,7 @@ class ProcessGroup:
         return self.in_sync([p for p in model.parameters() if p.requires_grad])
 
     def assemble(self, slot: Slot, part: torch.Tensor, contributes: bool = True) -> torch.Tensor | None:
-        """The whole of a tensor on rank 0's CPU from ranks that hold disjoint parts; ``None`` elsewhere.
+        """Return the whole of a tensor on rank 0's CPU from ranks that hold disjoint parts; ``None`` elsewhere.
 
         The bits are added as integers, so that they arrive as they are (adding floats would turn -0.0 into 0.0).
         """
@@ -132,7 +132,7 @@ class ProcessGroup:
 
 
 def _store() -> dist.Store:
-    """The key-value store that the job's process group was made with."""
+    """Return the key-value store that the job's process group was made with."""
     world = dist.group.WORLD
     assert world is not None
     return world.get_group_store()

@@ -41,7 +41,7 @@ class SplitStep:
         self.placement = Placement(self._layout, self._stepped, rank, self._world_size, equal_passes=equal_passes)
 
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the SUM over ranks, of the same type."""
+        """Return this rank's part of the SUM over ranks, of the same type."""
         padded = torch.nn.functional.pad(total, (0, self._size * self._world_size - len(total)))
         part = torch.empty(self._size, dtype=total.dtype, device=total.device)
         reduce_scatter_flat(part, padded)

@@ -65,7 +65,7 @@ class Watch:
             threading.Thread(target=target, name=f"watch{target.__name__}", daemon=True).start()
 
     def roster(self) -> list[str]:
-        """Every rank's host, process and device, by rank."""
+        """Return every rank's host, process and device, by rank."""
         return list(self._roster)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Watch:
         thread.join(timeout=2.0)
 
     def explain(self, error: Exception, is_stopping: threading.Event) -> PrivtrainError | None:
-        """Why ``error`` was raised here, if it comes of another rank; ``None`` if it is this rank's own.
+        """Return why ``error`` was raised here, if it comes of another rank; ``None`` if it is this rank's own.
 
         Args:
             error: what the main thread met.
@@ -135,7 +135,7 @@ class Watch:
                 self._end()
 
     def _guard(self) -> None:
-        """See that the beating thread is answered: nothing else notices that the store's host is cut off."""
+        """Check that the beating thread is answered: nothing else notices that the store's host is cut off."""
         seen, ticks = -1, 0
         while not self._closing.wait(self._interval) and not self._decided.is_set():
             ticks = ticks + 1 if self._num_rounds == seen else 0
@@ -193,7 +193,7 @@ class Watch:
 
 
 def _connect(timeout_seconds: float) -> dist.TCPStore:
-    """A client of the store that launcher or rank 0 keeps at MASTER_ADDR, on a connection of its own."""
+    """Return a client of the store that launcher or rank 0 keeps at MASTER_ADDR, on a connection of its own."""
     timeout = datetime.timedelta(seconds=max(timeout_seconds, 10.0))
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
 

@@ -212,7 +212,7 @@ def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 
 
 def _part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of a tensor that stage 3 cut: flat, padded, sharing memory."""
+    """Return this rank's part of a tensor that stage 3 cut: flat, padded, sharing memory."""
     part: torch.Tensor = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return part.detach()
 

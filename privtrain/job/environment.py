@@ -38,7 +38,7 @@ _CODE = ("backends", "clipping", "config", "data", "models", "privacy", "trainin
 def environment_digest(
     config: Config, backend: Backend, *, precision: str, weights_checksum: str, units_sha256: str
 ) -> bytes:
-    """SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
+    """Return SHA-256 over config, code, library versions, world layout, device, precision, weights and tokens.
 
     The run's name and place, tracking, the registry, what signs the release and the place of the index cannot change a
     step and are left out.
@@ -89,7 +89,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _code_digest() -> str:
-    """SHA-256 of the packages that a step computes with: a corrected sentence elsewhere costs no generation."""
+    """Return SHA-256 of the packages that a step computes with: a corrected sentence elsewhere costs no generation."""
     digest = hashlib.sha256()
     root = pathlib.Path(privtrain.__file__).parent
     for package in _CODE:

@@ -15,7 +15,7 @@ from privtrain.run.directory import RunDirectory
 
 
 def evidence_so_far(run: RunDirectory) -> LedgerEvidence | None:
-    """What the ledger shows while a job writes it; ``None`` before it is made.
+    """Return what the ledger shows while a job writes it; ``None`` before it is made.
 
     Raises:
         LedgerCorrupt: if it does not verify.
@@ -26,7 +26,7 @@ def evidence_so_far(run: RunDirectory) -> LedgerEvidence | None:
 
 
 def evidence_of_unreleased(run: RunDirectory, fingerprint: str) -> LedgerEvidence:
-    """What a run that was given up has spent. The caller holds the run's lock.
+    """Return what a run that was given up has spent. The caller holds the run's lock.
 
     Raises:
         LedgerCorrupt: if the ledger is gone, damaged, another run's or older than what lies beside it, or if it shows
@@ -42,7 +42,7 @@ def evidence_of_unreleased(run: RunDirectory, fingerprint: str) -> LedgerEvidenc
 
 
 def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) -> LedgerEvidence:
-    """What a released run has spent. The caller holds the run's lock.
+    """Return what a released run has spent. The caller holds the run's lock.
 
     Args:
         run: the run directory.
@@ -63,7 +63,7 @@ def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) 
 
 
 def contradictions(run: RunDirectory, shown: LedgerEvidence) -> list[str]:
-    """What the published statement says otherwise than the ledger; it decides nothing."""
+    """Return what the published statement says otherwise than the ledger; it decides nothing."""
     try:
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
         claims = {

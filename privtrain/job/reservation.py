@@ -151,7 +151,7 @@ class BudgetReservation:
         return cls(registry, reservation, inputs, uid, (claim,))
 
     def dropped_users(self) -> list[str]:
-        """Users of this run's data that are on the do-not-train list."""
+        """Return the users of this run's data that are on the do-not-train list."""
         listed = self._registry.opted_out(self._reservation) if self._reservation else frozenset()
         if not listed:
             return []
@@ -207,7 +207,7 @@ class BudgetReservation:
                 self._registry.refund(self._uid, shown, claims=self._claims)
 
     def check(self) -> None:
-        """See that the reservation still is this run's, and tell the registry what its ledger shows.
+        """Check that the reservation still is this run's, and tell the registry what its ledger shows.
 
         Raises:
             GuaranteeLost: if it was closed, another copy of the run directory claimed it, or the ledger was replaced.
@@ -272,7 +272,7 @@ def _note(run: RunDirectory) -> pathlib.Path:
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:
-    """What this copy of the run directory claimed its reservation with; more than one after a crash in between.
+    """Return what this copy of the run directory claimed its reservation with; more than one after a crash in between.
 
     The registry keeps one claim, a new one at every start: of two copies of a directory, the one that starts second
     takes the reservation, and the first is refused from then on, as is one that was restored.

@@ -44,7 +44,7 @@ class StopRequest:
         self.requested.set()
 
     def agreed(self, backend: Backend) -> bool:
-        """Whether any rank was asked to stop: one number, summed. All ranks must call this at the same place."""
+        """Return whether any rank was asked to stop: one number, summed. All ranks must call this at the same place."""
         flag = torch.tensor([float(self.requested.is_set())], dtype=torch.float32, device=backend.device)
         backend.reduce(flag)
         return bool(flag.item() > 0)

@@ -140,7 +140,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
 
 
 def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
-    """What a token costs, if the config asks."""
+    """Return what a token costs, if the config asks."""
     if not inputs.config.performance.count_flops:
         return {}
     vocabulary_size = network.num_ids
@@ -187,7 +187,7 @@ def _environment(inputs: Inputs, backend: Backend, network: Network, units: Unit
 
 
 def _tracker_id(inputs: Inputs, backend: Backend) -> str:
-    """The run's id in W&B, from rank 0, which alone sees the run directory."""
+    """Return the run's id in W&B, from rank 0, which alone sees the run directory."""
     identity = inputs.run.identity.read_text(encoding="utf-8") if backend.is_main else "{}"
     value = json.loads(identity).get("tracker_id", "").encode()
     return backend.broadcast_bytes(value if backend.is_main else None).decode()
@@ -327,7 +327,7 @@ def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
 
 
 def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Every trained tensor of the model, whole, on rank 0's CPU; empty elsewhere. Every rank calls it."""
+    """Return every trained tensor of the model, whole, on rank 0's CPU; empty elsewhere. Every rank calls it."""
     state: dict[str, torch.Tensor] = {}
     for slot, parameter in zip(trainer.layout.slots, trainer.layout.parameters.values(), strict=True):
         value = trainer.backend.whole(slot, parameter)

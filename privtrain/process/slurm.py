@@ -35,7 +35,7 @@ def adopt_slurm_tasks(environment: MutableMapping[str, str]) -> None:
 
 
 def first_host(node_list: str) -> str:
-    """The first name of a SLURM node list: ``gpu[007-012,20],cpu3`` → ``gpu007``."""
+    """Return the first name of a SLURM node list: ``gpu[007-012,20],cpu3`` → ``gpu007``."""
     match = re.match(r"([^,\[]+)(?:\[([^\]]*)\]([^,\[]*))?", node_list.strip())
     if match is None:
         return "localhost"

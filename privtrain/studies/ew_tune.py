@@ -69,7 +69,7 @@ PUBLISHED = (
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The noise that the cell's accountant asks for, rounded up."""
+    """Return the noise that the cell's accountant asks for, rounded up."""
     scale = 10 ** settings["noise_decimals"]
     noise = _setting(tree["privacy"], settings).noise(values["accountant"])
     return {"privacy.noise_multiplier": math.ceil(noise * scale - 1e-6) / scale}

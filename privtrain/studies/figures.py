@@ -107,7 +107,7 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
 def places_figure(
     name: str, places: Sequence[str], series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()
 ) -> str:
-    """Points at named places, such as σ against accountant; a series' ``x`` are numbers of places.
+    """Return the points at named places, such as σ against accountant; a series' ``x`` are numbers of places.
 
     Args:
         name: of the figure, unique in the report.
@@ -197,7 +197,7 @@ def _new_figure() -> tuple[Figure, Axes]:
 
 
 def _finished(figure: Figure, axes: Axes, name: str) -> str:
-    """An element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
+    """Return an element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.8)

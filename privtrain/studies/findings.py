@@ -150,7 +150,7 @@ def _judged(claim: Statement, ours: str, verdict: Verdict, reason: str) -> Claim
 
 
 def summary(claims: Sequence[Claim]) -> list[str]:
-    """The verdicts in plain sentences, one each."""
+    """Return the verdicts in plain sentences, one each."""
     words = {
         Verdict.REPRODUCED: "Reproduced",
         Verdict.NOT_SHOWN: "Not shown",

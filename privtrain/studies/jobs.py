@@ -88,14 +88,14 @@ class Job:
         return None
 
     def state(self) -> State:
-        """Whether it is complete, failed at its last start, or still to be run."""
+        """Return whether it is complete, failed at its last start, or still to be run."""
         record = self.record()
         if record is None:
             return "open"
         return "complete" if record["exit_code"] == 0 else "failed"
 
     def commands(self) -> list[list[str]]:
-        """Its commands as words, places filled in, programs as a person would type them."""
+        """Return its commands as words, places filled in, programs as a person would type them."""
         places = {
             "config": str(self.directory / "config.yaml"),
             "run": str(self.run),
@@ -106,7 +106,7 @@ class Job:
 
 
 def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> list[Job]:
-    """The jobs behind a grid, in its order; cells of equal digest share one.
+    """Return the jobs behind a grid, in its order; cells of equal digest share one.
 
     Args:
         cells: the grid.
@@ -126,7 +126,7 @@ def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> li
 
 
 def as_typed(command: Sequence[str]) -> list[str]:
-    """Arguments that run a command with this interpreter."""
+    """Return arguments that run a command with this interpreter."""
     for words, replacement in _PROGRAMS.items():
         if tuple(command[: len(words)]) == words:
             return [sys.executable, *replacement, *command[len(words) :]]

@@ -51,7 +51,7 @@ class Setting:
         return answer.estimate if name in ESTIMATES else answer.upper
 
     def true_epsilon(self, noise_multiplier: float) -> float:
-        """The least certified ε that we can give: the upper end of the tilted interval, tight to about 1e-3."""
+        """Return the least certified ε that we can give: the upper end of the tilted interval, tight to about 1e-3."""
         return _kept(self, "true", noise_multiplier)
 
     def noise(self, name: str) -> float:
@@ -84,7 +84,7 @@ def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
 
 
 def _code_version() -> str:
-    """Digest of the accountants' code: another version's numbers are not ours."""
+    """Return a digest of the accountants' code: another version's numbers are not ours."""
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(accountants.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

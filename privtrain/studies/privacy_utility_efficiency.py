@@ -48,7 +48,7 @@ def leak(result: CellResult) -> float:
 
 
 def excess(result: CellResult) -> float:
-    """How much more that is on sensitive than on other tokens: what the paper says is overlooked."""
+    """Return how much more that is on sensitive than on other tokens: what the paper says is overlooked."""
     return _facts(result)["sensitive"]["difference_in_differences"]["excess_on_sensitive"]["value"]
 
 
@@ -75,7 +75,7 @@ def gain_on_test(result: CellResult) -> float:
 
 
 def seconds(result: CellResult) -> float:
-    """All steps."""
+    """Return all steps."""
     return sum(value for _, value in result.series(SECONDS))
 
 
@@ -127,16 +127,16 @@ class _View:
         self.private: list[str] = results.recipe.settings["private"]
 
     def estimate(self, measure: str | Callable[[CellResult], float], method: str) -> Estimate | None:
-        """Mean over seeds."""
+        """Return the mean over seeds."""
         return self.results.estimate(measure, method=method, **self.values)
 
     def less(self, measure: str | Callable[[CellResult], float], first: str, second: str) -> Estimate | None:
-        """First minus second, paired by seed."""
+        """Return the first minus second, paired by seed."""
         sides = ({**self.values, "method": method} for method in (first, second))
         return self.results.difference(measure, *sides)
 
     def claims(self) -> list[Claim]:
-        """The paper's claims, and the row that it lacks."""
+        """Return the paper's claims, and the row that it lacks."""
         full, *loras = self.plain
         dp_full, dp_lora = self.private[0], self.private[-1]
         lora = dp_lora.removeprefix("dp-")
@@ -169,7 +169,7 @@ class _View:
         return minus(self.estimate(lambda result: fall(result) / 2, method), self.estimate(fall, private))
 
     def costs(self) -> Table:
-        """The paper's three axes, and what it was asked for beside them."""
+        """Return the paper's three axes, and what it was asked for beside them."""
         rows = []
         for method in self._methods():
             ones = [

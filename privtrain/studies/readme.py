@@ -17,7 +17,7 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
 def section(facts: dict[str, Any]) -> str:
-    """What one report says, as Markdown."""
+    """Return what one report says, as Markdown."""
     cells = facts["cells"]
     lines = [
         f"### {facts['study']}, scale {facts['scale']}",

@@ -87,7 +87,7 @@ class Cell:
     digest: str
 
     def config_yaml(self, directory: pathlib.Path, data: pathlib.Path) -> str:
-        """The file that ``privtrain train`` reads, for a cell that lives in ``directory``."""
+        """Return the file that ``privtrain train`` reads, for a cell that lives in ``directory``."""
         tree = {"run": {"name": "run", "output_dir": str(directory)}, **copy.deepcopy(dict(self.tree))}
         return to_yaml(_in_strings(tree, {"data": str(data)}))
 
@@ -103,7 +103,7 @@ class Settle(Protocol):
 
 
 def recipe_path(study: str, scale: str) -> pathlib.Path:
-    """The shipped recipe of a study.
+    """Return the shipped recipe of a study.
 
     Raises:
         ConfigError: if there is none; with those that there are.
@@ -133,7 +133,7 @@ def read_recipe(path: pathlib.Path) -> Recipe:
 
 
 def module_of(recipe: Recipe) -> Any:
-    """The Python module that settles a study's cells and reads their results.
+    """Return the Python module that settles a study's cells and reads their results.
 
     Raises:
         ConfigError: if there is none.
@@ -148,7 +148,7 @@ def module_of(recipe: Recipe) -> Any:
 
 
 def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
-    """Every cell, axes in the order of the recipe, seeds innermost.
+    """Return every cell, axes in the order of the recipe, seeds innermost.
 
     Args:
         recipe: the recipe.
@@ -213,7 +213,7 @@ def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settl
 
 
 def fill(command: str, places: Mapping[str, str]) -> list[str]:
-    """A command's words with its places filled in; a path with a space stays one word."""
+    """Return a command's words with its places filled in; a path with a space stays one word."""
     return [_in_strings(word, places) for word in command.split()]
 
 

@@ -117,7 +117,7 @@ def _facts(run: Run, findings: Findings) -> dict[str, Any]:
 
 
 def _standalone(svg: str) -> str:
-    """An SVG file of its own needs its names of elements declared, and white under its ink."""
+    """Return a stand-alone SVG file: with its namespaces declared, and white under its ink."""
     declared = svg if "xmlns=" in svg[:400] else svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return re.sub(r"(<svg [^>]*)>", r'\1 style="background:#fff">', declared, count=1)
 

@@ -83,7 +83,7 @@ class CellResult:
         return found
 
     def metric(self, name: str) -> float:
-        """The last value of a released metric.
+        """Return the last value of a released metric.
 
         Raises:
             KeyError: if the run released none.
@@ -91,7 +91,7 @@ class CellResult:
         return self._metrics[name][-1][1]
 
     def first(self, name: str) -> float:
-        """The first value of a released metric."""
+        """Return the first value of a released metric."""
         return self._metrics[name][0][1]
 
     def series(self, name: str) -> list[tuple[int, float]]:
@@ -99,7 +99,7 @@ class CellResult:
         return self._metrics[name]
 
     def json(self, path: str) -> Any:
-        """A JSON file of the run directory, e.g. ``privacy.json`` or ``report/attacks.json``."""
+        """Return a JSON file of the run directory, e.g. ``privacy.json`` or ``report/attacks.json``."""
         return json.loads((self.run / path).read_text(encoding="utf-8"))
 
 
@@ -126,23 +126,23 @@ class Results:
         return [r for r in self.cells if all(r.cell.values[axis] == value for axis, value in values.items())]
 
     def values_of(self, axis: str) -> list[str]:
-        """Values of an axis that the grid has, in its order."""
+        """Return the values of an axis that the grid has, in its order."""
         return list(dict.fromkeys(cell.values[axis] for cell in self.planned))
 
     def estimate(self, measure: Measure, **values: str) -> Estimate | None:
-        """Mean over the seeds of these axis values; ``None`` if nothing of them is complete."""
+        """Return the mean over the seeds of these axis values; ``None`` if nothing of them is complete."""
         found = [_measured(result, measure) for result in self.where(**values)]
         return Estimate(tuple(found)) if found else None
 
     def difference(self, measure: Measure, first: Mapping[str, str], second: Mapping[str, str]) -> Estimate | None:
-        """Mean of first minus second, paired by seed; ``None`` if no seed has both."""
+        """Return the mean of first minus second, paired by seed; ``None`` if no seed has both."""
         sides = [{r.cell.seed: _measured(r, measure) for r in self.where(**side)} for side in (first, second)]
         shared = [seed for seed in sides[0] if seed in sides[1]]
         return Estimate(tuple(sides[0][seed] - sides[1][seed] for seed in shared)) if shared else None
 
 
 def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
-    """First minus second, paired by seed; ``None`` unless both are known for equally many seeds."""
+    """Return the first minus second, paired by seed; ``None`` unless both are known for equally many seeds."""
     if first is None or second is None or first.n != second.n:
         return None
     return Estimate(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))

@@ -110,7 +110,7 @@ class Study:
         ]
 
     def results(self) -> Results:
-        """What is complete, in the order of the grid."""
+        """Return what is complete, in the order of the grid."""
         runs = {job.digest: job.run for job in self.jobs if job.state() == "complete"}
         found = [CellResult(cell, runs[cell.digest]) for cell in self.cells if cell.digest in runs]
         return Results(self.recipe, found, self.cells)

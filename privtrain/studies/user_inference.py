@@ -60,7 +60,7 @@ def tpr(target_fpr: float) -> Callable[[CellResult], float]:
 
 
 def last_less_first(curve: str) -> Callable[[CellResult], float]:
-    """How much the AUROC grows along one of the attack report's curves."""
+    """Return how much the AUROC grows along one of the attack report's curves."""
 
     def measure(result: CellResult) -> float:
         points = _points(result, curve)
@@ -259,7 +259,7 @@ def _dependences(results: Results) -> list[Table]:
 
 
 def _by_place(results: Results, method: str, curve: str) -> list[list[dict[str, Any]]]:
-    """The points of a curve by place, over the seeds that have them."""
+    """Return the points of a curve by place, over the seeds that have them."""
     found = [_points(result, curve) for result in results.where(method=method)]
     longest = max(map(len, found), default=0)
     return [[points[place] for points in found if place < len(points)] for place in range(longest)]

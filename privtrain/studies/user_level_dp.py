@@ -26,7 +26,7 @@ NAMES = {"group": "Group Privacy", "mixture": "ELS, mixture accounting", "user":
 
 
 def settle(values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The expected batch: the sampling probability times the public number of units.
+    """Return the expected batch: the sampling probability times the public number of units.
 
     ``settings.populations`` holds it: the value of the axis ``data`` (or ``here``) → ``num_users`` that are held in,
     and ``num_records`` by k, of them at most k each. Constants: they scale the step, no guarantee depends on them.
@@ -74,11 +74,11 @@ class _View:
         return {**self.values, "method": method, "k": k, "epsilon": epsilon, "selection": selection}
 
     def perplexity(self, method: str, k: str, epsilon: str, selection: str = "random") -> Estimate | None:
-        """Mean over seeds."""
+        """Return the mean over seeds."""
         return self.results.estimate(_PERPLEXITY, **self.cell(method, k, epsilon, selection))
 
     def best_k(self, method: str, epsilon: str) -> str | None:
-        """The k of least mean perplexity; chosen on the same held-out users, for every method alike."""
+        """Return the k of least mean perplexity; chosen on the same held-out users, for every method alike."""
         planned = self.planned("k", method=method, epsilon=epsilon, selection="random")
         if not all(self.is_complete(method, k, epsilon) for k in planned):
             return None  # the best of a part is not the best
@@ -86,22 +86,22 @@ class _View:
         return min(means, key=means.__getitem__) if means else None
 
     def planned(self, axis: str, **values: str) -> list[str]:
-        """Values of an axis that the grid has together with these."""
+        """Return the values of an axis that the grid has together with these."""
         wanted = {**self.values, **values}.items()
         return list(dict.fromkeys(c.values[axis] for c in self.results.planned if wanted <= c.values.items()))
 
     def is_complete(self, method: str, k: str, epsilon: str, selection: str = "random") -> bool:
-        """Whether every seed is there."""
+        """Return whether every seed is there."""
         found = self.perplexity(method, k, epsilon, selection)
         return found is not None and found.n == len(self.results.recipe.seeds)
 
     def best(self, method: str, epsilon: str) -> Estimate | None:
-        """Its perplexity."""
+        """Return its perplexity."""
         k = self.best_k(method, epsilon)
         return None if k is None else self.perplexity(method, k, epsilon)
 
     def gap(self, first: str, second: str, epsilon: str) -> Estimate | None:
-        """First minus second, each at its best k, paired by seed."""
+        """Return the first minus second, each at its best k, paired by seed."""
         k_first, k_second = self.best_k(first, epsilon), self.best_k(second, epsilon)
         if k_first is None or k_second is None:
             return None
@@ -115,7 +115,7 @@ class _View:
         return None if found is None else found.mean
 
     def claims(self) -> list[Claim]:
-        """The papers' claims, judged."""
+        """Return the papers' claims, judged."""
         chua, charles = "Chua et al. 2024", "Charles et al. 2024"
         smallest, largest, few, many = self.epsilons[0], self.epsilons[-1], self.ks[0], self.ks[-1]
         judged: list[tuple[str, str, str, Estimate | None]] = [
@@ -286,7 +286,7 @@ class _View:
         return [Figure(name, "perplexity by selection", places_figure(name, places, kept, labels), caption)]
 
     def numbers(self) -> list[dict[str, Any]]:
-        """Every cell for machines."""
+        """Return every cell for machines."""
         rows = []
         for cell in dict.fromkeys(tuple(c.values.items()) for c in self.results.planned):
             values = dict(cell)
