@@ -185,7 +185,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _first(parameter: torch.Tensor) -> int:
-    """Return the first coordinate of this rank's part: rows lie in equal runs, of which the last may be short or empty."""
+    """Return the first coordinate of this rank's part: rows lie in equal runs; the last may be short or empty."""
     assert isinstance(parameter, DTensor)
     mesh, num_rows = parameter.device_mesh, parameter.shape[0]
     rows = -(-num_rows // mesh.size())
