@@ -41,8 +41,8 @@ _MIXED = {4: 1e-5, 2: 2e-2}
 _OTHER_SHAPE = {4: 1e-4, 2: 5e-2}
 #: The same where every shape is the same: none is expected.
 _SAME_SHAPE = 1e-6
-#: Rows and tokens of the passes that look for shared random numbers: primes, which other sizes are not taken for.
-_COIN_ROWS, _COIN_TOKENS = 5, 7
+#: Rows and tokens of the passes that look for shared random numbers. Two pairs, since one may be sizes of the model's.
+_COIN_SHAPES = ((5, 7), (3, 11))
 #: Keys of a config that toss one coin for a whole batch.
 _COIN_KEYS = ("layerdrop", "layer_drop", "drop_path", "stochastic_depth", "jitter", "expert_drop")
 #: Weight of a loud row's loss: its gradient is larger than any that the self-test's planted units have.
@@ -99,23 +99,24 @@ class Probe:
         trainer = self.trainer
         if trainer.placement.shards is not None or trainer.clipper.route == "one_unit":
             return  # a batch is one row, or rows of one unit: its coin is the unit's own
-        batch = self._batch([self._record(_COIN_TOKENS, seed) for seed in range(_COIN_ROWS)], _COIN_TOKENS)
-        losses, drew = zip(*(self._with_coins(batch, extreme) for extreme in (0.0, 1.0)), strict=True)
         fault = ""
-        if not _equal(*losses):
-            fault = (
-                f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of a "
-                f"batch share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
-            )
+        for num_rows, num_tokens in _COIN_SHAPES:
+            batch = self._batch([self._record(num_tokens, seed) for seed in range(num_rows)], num_tokens)
+            losses, drew = zip(*(self._with_coins(batch, extreme) for extreme in (0.0, 1.0)), strict=True)
+            if not fault and not _equal(*losses):
+                fault = (
+                    f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of "
+                    f"a batch share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
+                )
         self._agree(fault)
 
     def _with_coins(self, batch: Microbatch, extreme: float) -> tuple[torch.Tensor, str]:
         """Losses, and the module that drew, where every random number that rows share is 0 or 1."""
         device = self.trainer.backend.device
+        num_rows, num_tokens = batch.input_ids.shape
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            sizes = (_COIN_ROWS, _COIN_ROWS * _COIN_TOKENS)
-            with hooks.SharedRandomNumbers(self.trainer.model, sizes, extreme) as numbers:
+            with hooks.SharedRandomNumbers(self.trainer.model, (num_rows, num_rows * num_tokens), extreme) as numbers:
                 return self._losses(batch), numbers.owner
 
     # Traces.

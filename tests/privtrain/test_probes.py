@@ -316,7 +316,12 @@ class CoinOfTheBatch(nn.Module):
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda: torch.rand(()), lambda: torch.bernoulli(torch.tensor(0.5)), lambda: torch.empty(1).uniform_()],
+    [
+        lambda: torch.rand(()),
+        lambda: torch.bernoulli(torch.tensor(0.5)),
+        lambda: torch.empty(1).uniform_(),
+        lambda: torch.rand(5)[0],  # as many as rows of a probe
+    ],
 )
 def test_coin_of_the_batch_is_refused_by_name(draw):
     with pytest.raises(SelfTestFailed, match="of type CoinOfTheBatch draws random numbers"):
