@@ -38,6 +38,10 @@ from accountants.protocol import NormalFormAccountant
 _LARGEST_EXPONENT = 700.0
 
 
+#: Standard deviation of a sum whose fifth power is still a normal number.
+_SMALLEST_SCALE = 1e-60
+
+
 @dataclasses.dataclass(frozen=True)
 class Expansion:
     """The Edgeworth expansion of a sum's survival function.
@@ -54,6 +58,8 @@ class Expansion:
         """The expansion of P(sum > x); can leave [0, 1] and need not be monotone."""
         k1, k2, k3, k4, k5 = self.cumulants
         scale = math.sqrt(k2)
+        if scale < _SMALLEST_SCALE:
+            raise ValueError(f"the loss's variance {k2:.3g} leaves float64 in an Edgeworth expansion; use 'tilted'")
         z = (x - k1) / scale
         skew, kurtosis, fifth = k3 / scale**3, k4 / scale**4, k5 / scale**5
         terms = skew / 6 * (z**2 - 1)

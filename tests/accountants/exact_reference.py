@@ -55,16 +55,21 @@ def _signed_delta(shifts, probs, epsilon, add):
     return first - mp.exp(epsilon) * second, first
 
 
-def step_delta(shifts, probs, epsilon, *, add):
-    """Delta of one step in one direction at an exact float ``epsilon``, to 60 digits."""
+def _to_sixty_digits(signed):
+    """The value of ``signed() = (value, first term)`` at a precision at which their cancelling leaves 60 digits."""
     digits = DIGITS + 40
     while digits < 10_000:
         with mp.workdps(digits):
-            value, first = _signed_delta(*_step(shifts, probs), mp.mpf(epsilon), add)
+            value, first = signed()
             if value == first or value > first * mp.mpf(10) ** (DIGITS + 20 - digits):
                 return value
         digits *= 2
     raise ArithmeticError("the difference cancels to ten thousand digits")
+
+
+def step_delta(shifts, probs, epsilon, *, add):
+    """Delta of one step in one direction at an exact float ``epsilon``, to 60 digits."""
+    return _to_sixty_digits(lambda: _signed_delta(*_step(shifts, probs), mp.mpf(epsilon), add))
 
 
 def worst_delta(shifts, probs, epsilon):
@@ -74,7 +79,11 @@ def worst_delta(shifts, probs, epsilon):
 
 def gaussian_delta(shift_squared, epsilon):
     """Delta of any composition of plain Gaussian steps, whose squared shifts sum to ``shift_squared`` (an mpf)."""
-    with mp.workdps(4 * DIGITS + 2 * int(mp.mpf(epsilon)) // 2):
+
+    def signed():
         shift = mp.sqrt(shift_squared)
         x = mp.mpf(epsilon) / shift
-        return _cdf(shift / 2 - x) - mp.exp(mp.mpf(epsilon)) * _cdf(-shift / 2 - x)
+        first = _cdf(shift / 2 - x)
+        return first - mp.exp(mp.mpf(epsilon)) * _cdf(-shift / 2 - x), first
+
+    return _to_sixty_digits(signed)

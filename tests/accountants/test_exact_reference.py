@@ -30,7 +30,8 @@ def draw(seed):
             event = accountants.dp_sgd_event(
                 noise_multiplier=noise * math.sqrt(steps), sampling_prob=1.0, num_steps=steps
             )
-            return event, None, delta, steps / mp.mpf(noise * math.sqrt(steps)) ** 2
+            with mp.workdps(60):
+                return event, None, delta, steps / mp.mpf(noise * math.sqrt(steps)) ** 2
         case 1:
             q = float(10 ** rng.uniform(-9, -0.001))
             event = accountants.dp_sgd_event(noise_multiplier=noise, sampling_prob=q, num_steps=1)

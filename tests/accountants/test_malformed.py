@@ -221,3 +221,9 @@ def test_prv_is_refused_where_exponentials_end():
     assert accountants.epsilon(event, 4.4e-5, accountant="tilted").lower > 800
     with pytest.raises(ValueError, match="float64; use 'tilted'"):
         accountants.epsilon(event, 4.4e-5, accountant="prv")
+
+
+@pytest.mark.parametrize("name", ["aea1", "aea3", "eeai"])
+def test_edgeworth_is_refused_where_variances_leave_float64(name):
+    with pytest.raises(ValueError, match="float64 in an Edgeworth expansion; use 'tilted'"):
+        accountants.epsilon(dp_sgd(0.9968261915957359, 0.013599408743691956, 1), 1.3e-7, accountant=name)
