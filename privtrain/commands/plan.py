@@ -188,16 +188,21 @@ class Price:
         epsilon: certified ε of the changed plan.
         noise_multiplier: calibrated again.
         relative_noise: noise on a coordinate of the mean gradient, relative to the plan as it stands.
+        relative_noise_of_run: noise relative to the signal over all steps, if the mean gradient stays as it is:
+            noise_multiplier / (batch √steps), relative to the plan as it stands.
     """
 
     change: str
     epsilon: float
     noise_multiplier: float
     relative_noise: float
+    relative_noise_of_run: float
 
 
 def price_list(privacy: PrivacySection, plan: PrivacyPlan) -> list[Price]:
-    """Noise for half and double ε, batch and steps; empty where ε is infinite, and for other samplers than Poisson.
+    """Return what changes of ε, batch and steps cost in noise; two of them keep the compute.
+
+    Empty where ε is infinite, and for other samplers than Poisson.
 
     Args:
         privacy: the section that the plan was built from.
@@ -219,6 +224,14 @@ def _changes(privacy: PrivacySection, epsilon: float) -> dict[str, dict[str, Any
         "batch ÷ 2, same ε": _batch(privacy, 0.5),
         "batch × 2, same ε": _batch(privacy, 2),
         "batch × 4, same ε": _batch(privacy, 4),
+        **{
+            f"batch × {factor}, steps ÷ {factor}, same ε and compute": {
+                **_batch(privacy, factor),
+                "num_steps": round(privacy.num_steps / factor),
+            }
+            for factor in (4, 16)
+            if privacy.num_steps >= 4 * factor  # fewer steps train nothing
+        },
         "steps ÷ 2, same ε": {"num_steps": max(1, privacy.num_steps // 2)},
         "steps × 2, same ε": {"num_steps": privacy.num_steps * 2},
     }
@@ -238,4 +251,5 @@ def _price(change: str, privacy: PrivacySection, plan: PrivacyPlan, **values: An
         update["accountant"] = "tilted"  # as certified, and several times faster
     other = PrivacyPlan.build(privacy.model_copy(update=update))
     relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
-    return Price(change, other.epsilon, other.noise_multiplier, relative)
+    of_run = relative * math.sqrt(plan.num_steps / other.num_steps)
+    return Price(change, other.epsilon, other.noise_multiplier, relative, of_run)

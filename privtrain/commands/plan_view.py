@@ -100,10 +100,11 @@ def _accountant_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _price_table(prices: list[dict[str, Any]]) -> Table:
-    table = Table("what a change costs", "ε", "noise multiplier", "noise on the mean", caption="relative to this plan")
+    columns = "what a change costs", "ε", "noise multiplier", "noise of a step", "noise of the run"
+    table = Table(*columns, caption="on the mean gradient and on its sum over all steps, relative to this plan")
     for price in prices:
-        relative = f"{price['relative_noise']:.2f} ×"
-        table.add_row(price["change"], f"{price['epsilon']:.3f}", f"{price['noise_multiplier']:g}", relative)
+        relative = f"{price['relative_noise']:.2f} ×", f"{price['relative_noise_of_run']:.2f} ×"
+        table.add_row(price["change"], f"{price['epsilon']:.3f}", f"{price['noise_multiplier']:g}", *relative)
     return table
 
 

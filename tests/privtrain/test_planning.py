@@ -105,6 +105,19 @@ def test_prices_are_certified_plans_of_their_own(tree):
     assert PrivacyPlan.build(half).epsilon == pytest.approx(prices["steps ÷ 2, same ε"].epsilon, rel=1e-3)
 
 
+def test_equal_compute_with_larger_batches_is_less_noise_over_the_run(tree):
+    """At the published setting: 950 of 190,000 users, 1,500 steps, ε 4, δ 1e-6."""
+    tree["privacy"] |= {"target_epsilon": 4.0, "target_delta": 1e-6, "num_steps": 1500, "noise_multiplier": None}
+    tree["privacy"] |= {"sampling_prob": 950 / 190_000, "expected_batch_size": 950, "accountant": "tilted"}
+    privacy = validate(tree).privacy
+    prices = {price.change: price for price in price_list(privacy, PrivacyPlan.build(privacy))}
+    four = prices["batch × 4, steps ÷ 4, same ε and compute"]
+    sixteen = prices["batch × 16, steps ÷ 16, same ε and compute"]
+    assert four.relative_noise_of_run == pytest.approx(0.643, abs=2e-3)
+    assert sixteen.relative_noise_of_run == pytest.approx(0.476, abs=2e-3)
+    assert max(four.epsilon, sixteen.epsilon) <= 4
+
+
 def test_no_prices_without_a_guarantee(tree):
     tree["privacy"]["noise_multiplier"] = 0
     privacy = validate(tree).privacy
