@@ -13,9 +13,9 @@ from privtrain.config import Config, load_config, public_tree, to_yaml
 from privtrain.data.corpus import Corpus, load_corpus
 from privtrain.errors import ConfigError, VerificationFailed
 from privtrain.files import reading
+from privtrain.files.reading import file_sha256
 from privtrain.run import bundle, consistency
 from privtrain.run.directory import RunDirectory
-from privtrain.run.sealing import file_sha256
 from privtrain.run.statement import PrivacyStatement
 
 

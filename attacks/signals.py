@@ -24,7 +24,7 @@ from privtrain.errors import DamagedFile
 from privtrain.files import reading
 from privtrain.files.atomic import sync_directory, temporary_of
 from privtrain.files.private import make_private_directory
-from privtrain.run.sealing import sha256_of
+from privtrain.files.reading import sha256_of
 
 SIGNALS_PATH = pathlib.Path("secret/attack/signals.parquet")
 """Where a run directory keeps its signals."""

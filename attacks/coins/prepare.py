@@ -26,6 +26,7 @@ from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
+from privtrain.run.sources import source_digests, write_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,8 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
         raise AttackInputError(f"--spans needs data.format: text; {config_path} has {config.data.format}")
     everybody = load_corpus(config.data, config.performance.index_dir)
     corpus = _without_opted_out(config, everybody)
-    extras = read_columns(config.data, corpus, [spans_column] if spans_column else [])
+    digests = source_digests(config.data, corpus)
+    extras = read_columns(config.data, corpus, [spans_column] if spans_column else [], digests)
     run = RunDirectory(config.run.directory)
     if _has_begun(run):
         raise AttackInputError(f"training has begun in {run.root}: coins come before it; set another run.name")
@@ -97,6 +99,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
             raise AttackInputError(
                 "the opt-out list changed since spans were sealed with the split; run prepare again with --spans COLUMN"
             )
+        write_sources(run, digests)
         # Last: it says that the run is prepared.
         write_json(run.prepared, manifest, mode=0o600)
     return _public(run, corpus, split, split_commitment(key, manifest["sha256"]), len(extras))

@@ -20,8 +20,9 @@ from attacks.scoring import target as targets
 from attacks.signals import ARROW_FAULTS, REFERENCES_PATH, SIGNALS_PATH, DocumentSignals, rows_of
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
+from privtrain.files.reading import sha256_of
 from privtrain.run.directory import RunDirectory
-from privtrain.run.sealing import SEAL, read_sealed_file, sha256_of, write_sealed
+from privtrain.run.sealing import SEAL, read_sealed_file, write_sealed
 
 SCHEMA_NAME = "privtrain/scoring/1"
 PART_SCHEMA_NAME = "privtrain/scoring-part/1"

@@ -12,8 +12,9 @@ from attacks.reporting import record, report
 from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
 from privtrain.files import reading
+from privtrain.files.reading import file_sha256
 from privtrain.run.directory import RunDirectory
-from privtrain.run.sealing import file_sha256, read_sealed_file
+from privtrain.run.sealing import read_sealed_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,18 @@ from attacks.errors import AttackInputError
 from privtrain.config.schema import DataSection, FilesSource
 from privtrain.data import formats
 from privtrain.data.corpus import READ_FAULTS, Corpus, NotAnObjectError, normal_form, owner_of, source_files, unreadable
+from privtrain.errors import DamagedFile
 from privtrain.files import reading
 
 Extras = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def read_columns(
-    data: DataSection, corpus: Corpus, names: Sequence[str], wanted: Iterable[tuple[str, int]] | None = None
+    data: DataSection,
+    corpus: Corpus,
+    names: Sequence[str],
+    digests: Sequence[str] | None,
+    wanted: Iterable[tuple[str, int]] | None = None,
 ) -> Extras:
     """Values of further columns by (user, record index): the index that the record has in the corpus.
 
@@ -35,20 +40,23 @@ def read_columns(
         data: where the rows are; files only.
         corpus: what the trainer read of them, in memory or on disk.
         names: columns.
+        digests: SHA-256 that each file must have, in reading order; the corpus' own digest says nothing of columns that
+            the trainer does not read.
         wanted: (user, record index) pairs; all of the corpus' without.
 
     Raises:
         AttackInputError: if the source is no file, a column is missing, or the rows are not the corpus' rows.
+        DamagedFile: if a file is not the one that it was.
     """
     if not names:
         return {}
-    if not isinstance(data.source, FilesSource):
+    if not isinstance(data.source, FilesSource) or digests is None:
         raise AttackInputError(f"columns {', '.join(names)} can be read of data.source.kind: files only")
     chosen = None if wanted is None else set(wanted)
     owners = corpus.records if chosen is None else {user for user, _ in chosen}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     texts: dict[str, _Places] = {}
-    for row in _rows(data.source):
+    for row in _rows(data.source, digests):
         values = [row.get(getattr(data, key)) for key in formats.column_keys(data)]
         owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
         if not owner or not content or owner not in owners:
@@ -61,7 +69,7 @@ def read_columns(
             raise AttackInputError(_CHANGED)
         missing = [name for name in names if name not in row]
         if missing:
-            raise AttackInputError(f"a row has no column {', '.join(missing)}; it has {', '.join(row)}")
+            raise AttackInputError(f"a row has no column {', '.join(missing)}; name one that every row has")
         text = values[0] if data.format == "text" else None
         offset = len(text) - len(text.lstrip()) if isinstance(text, str) else 0
         found[owner, index] = {name: row[name] for name in names} | {"offset": offset}
@@ -126,20 +134,31 @@ def days_of(value: object) -> float | None:
     return float(moment.toordinal() - datetime.date(1970, 1, 1).toordinal())
 
 
-def _rows(source: FilesSource) -> Iterator[Mapping[str, Any]]:
+def _rows(source: FilesSource, digests: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     """Whole rows; the trainer's rules for damage hold for the columns that it does not read, too."""
-    for file in source_files(source):
+    files = source_files(source)
+    if len(files) != len(digests):
+        raise AttackInputError(_CHANGED)
+    for file, digest in zip(files, digests, strict=True):
         number = 0
         try:
-            for row in _rows_of(file):
+            for row in _rows_of(file, digest):
                 yield row
                 number += 1
         except READ_FAULTS as error:
             raise AttackInputError(f"{unreadable(file, number + 1, error)}; restore it") from None
 
 
-def _rows_of(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+def _rows_of(file: pathlib.Path, digest: str) -> Iterator[Mapping[str, Any]]:
     with reading.opened(file, follow_links=True) as content:
+        # Hashed through the handle that is read: no other file can take its place in between.
+        if reading.sha256_of(content, file) != digest:
+            raise DamagedFile(
+                file,
+                "changed since the run was prepared or began, so the columns beside those that are trained on can say "
+                "anything",
+                "restore it",
+            )
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(content) as shard:
                 for batch in shard.iter_batches():

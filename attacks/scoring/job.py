@@ -35,10 +35,11 @@ from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
+from privtrain.files.reading import file_sha256
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
-from privtrain.run.sealing import file_sha256
+from privtrain.run.sources import read_sources
 
 Tokens = npt.NDArray[np.int64]
 
@@ -195,7 +196,8 @@ def prepare_job(
             f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
         )
     prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
-    extras = read_columns(data, natural, options.columns, _records_of(documents))
+    digests_of_files = read_sources(attacked) if options.columns else ()
+    extras = read_columns(data, natural, options.columns, digests_of_files, _records_of(documents))
     sealed_spans = planning.read_spans(attacked, manifest) if options.spans_column is None else None
     settings = {
         "schemas": [SCHEMA_NAME, PSEUDONYM_PURPOSE],

@@ -14,9 +14,9 @@ from typing import Any
 
 from attacks.errors import AttackInputError
 from privtrain.config.schema import ModelSection
+from privtrain.files.reading import file_sha256
 from privtrain.run import base_model, bundle
 from privtrain.run.directory import RunDirectory
-from privtrain.run.sealing import file_sha256
 
 
 def digests_of(run: RunDirectory, model: ModelSection) -> dict[str, Any]:

@@ -65,6 +65,14 @@ class Anchors:
     base_model: pathlib.Path | None = None
 
 
+#: What may lie in a published run and is no part of the release.
+_NOT_RELEASED = {
+    "report": "report/: attacks verify RUN does",
+    "wandb": "wandb/, which mirrors metrics.jsonl",
+    "tensorboard": "tensorboard/, which mirrors metrics.jsonl",
+}
+
+
 def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) -> Verified:
     """Check a directory; see the module for what.
 
@@ -90,6 +98,8 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         problems += problem
         checked += [done] if done else []
         not_checked += [left] if left else []
+    if place == "run":
+        not_checked += [_NOT_RELEASED[name] for name in _NOT_RELEASED if (directory / name).exists()]
     if place in ("adapter", "model"):
         not_checked.append("config.yaml and metrics.jsonl, which are published beside this directory")
     run = RunDirectory(directory)
@@ -146,9 +156,10 @@ def _contents(directory: pathlib.Path, manifest: ReleaseManifest, place: str) ->
         problems.append("release.json: tokenizer is not the digest of the tokenizer's files")
     if bundle.digest_of(statement) != manifest.statement:
         problems.append("privacy.json: its content is not what release.json holds")
+    ledger = statement.get("ledger")
     for name, mine, theirs in (
         ("plan_fingerprint", statement.get("plan_fingerprint"), manifest.plan),
-        ("ledger.head", (statement.get("ledger") or {}).get("head"), manifest.ledger_head),
+        ("ledger.head", ledger.get("head") if isinstance(ledger, dict) else None, manifest.ledger_head),
     ):
         if mine != theirs:
             problems.append(f"privacy.json: {name} is {mine}, release.json has {theirs}")

@@ -565,8 +565,9 @@ class TrackingSection(Section):
     mirror_block_steps: int = Field(
         default=25,
         ge=1,
-        description="W&B and TensorBoard get the rows of this many steps at once, so that the arrival of a row says "
-        "nothing about one step. The console and metrics.jsonl are not delayed.",
+        description="TensorBoard, and W&B online, get the rows of this many steps at once, so that the arrival of a "
+        "row says nothing about one step; W&B offline gets all of them at the release. The console and metrics.jsonl "
+        "are not delayed.",
     )
     release_held_out_metrics: bool = Field(
         default=False,

@@ -22,6 +22,7 @@ from privtrain.config.schema import DataSection, FilesSource, HubSource
 from privtrain.data import formats, index, plays
 from privtrain.data.digest import RecordDigest
 from privtrain.errors import ConfigError, Fault
+from privtrain.files import reading
 
 _FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -46,12 +47,14 @@ class Corpus:
         counts: what was dropped.
         manifest_sha256: digest of the kept records; part of the run's fingerprint.
         is_on_disk: whether records are read when they are asked for (:mod:`.index`); they then are tokenised so too.
+        source_digests: SHA-256 of the source's files in reading order, where they were hashed already.
     """
 
     records: Mapping[str, Sequence[str]]
     counts: RowCounts
     manifest_sha256: str
     is_on_disk: bool = False
+    source_digests: tuple[str, ...] | None = None
 
     @property
     def num_records(self) -> int:
@@ -133,10 +136,18 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         "columns": [getattr(data, key) for key in ("user_column", *formats.column_keys(data))],
     }
     form = normal_form if data.deduplicate == "within_user" else None
-    records, counts, digest = index.open_or_build(index_dir, made_of, lambda tally: _kept(_rows(data), tally), form)
-    if not records:
-        raise ConfigError([Fault("data.source", f"no usable row among {counts['num_rows']}")])
-    return Corpus(records, RowCounts(**counts), digest, is_on_disk=True)
+    found = index.open_or_build(
+        index_dir, made_of, lambda tally: _kept(_rows(data), tally), form, lambda: digests_of(files)
+    )
+    if not found.records:
+        raise ConfigError([Fault("data.source", f"no usable row among {found.counts['num_rows']}")])
+    counts = RowCounts(**found.counts)
+    return Corpus(found.records, counts, found.manifest_sha256, is_on_disk=True, source_digests=found.source_digests)
+
+
+def digests_of(files: Iterable[pathlib.Path]) -> tuple[str, ...]:
+    """SHA-256 of each file."""
+    return tuple(reading.file_sha256(file, follow_links=True) for file in files)
 
 
 def deduplicated(corpus: Corpus) -> Corpus:
@@ -266,10 +277,15 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
 
 def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+    except (DatasetGenerationError, pyarrow.ArrowException) as error:
+        # Raised at a file that cannot be read; its message may quote rows.
+        problem = f"cannot read the files of {source.name} ({type(error).__name__})"
+        raise ConfigError([Fault("data.source.name", problem)]) from None
     except (OSError, ValueError) as error:
         raise ConfigError([Fault("data.source.name", f"cannot load {source.name}: {error}")]) from None
     assert isinstance(table, datasets.Dataset)

@@ -1,11 +1,14 @@
 """Records on disk: an index that is built in one pass over the source and read at random, whatever the number of users.
 
 The rules are those of :mod:`.corpus` and so is the digest; only the place differs. duckdb sorts the kept rows by user
-outside memory, and five flat files are written from that order and mapped into memory afterwards:
+outside memory, and six flat files are written from that order and mapped into memory afterwards:
 
     texts.bin, text_ends.u64       every record's text, users in order, records in reading order
+    text_digests.bin               a digest of each, compared whenever a text is read
     users.bin, user_ends.u64       every user's id
     record_ends.u64                up to which record each user's go
+
+Nothing of them is believed that is not what was written: see :mod:`.index_files`.
 
 The directory holds everybody's ids and texts, so it is 0700, as is the one it lies in (``performance.index_dir``), and
 it is no part of a run. It is named by what it was made of: the files' paths, sizes and times, and the settings that
@@ -24,18 +27,27 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow
 
 from privtrain.data.digest import RecordDigest
+from privtrain.data.index_files import (
+    ARRAYS,
+    DIGEST_BYTES,
+    SCHEMA,
+    TEXTS,
+    HashedFile,
+    created,
+    describe,
+    map_checked,
+    read_description,
+    text_digest,
+)
 from privtrain.errors import DamagedFile
-from privtrain.files import reading
 from privtrain.files.private import check_private_tree, make_private_directory, open_lock_file
-
-SCHEMA = "privtrain/index/1"
 
 #: Rows that are in memory at once.
 _ROWS_AT_ONCE = 1 << 12
@@ -52,32 +64,42 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
     """User id → records, read from disk when they are asked for; users sorted.
 
     Attributes:
+        directory: where the files are.
         texts: all texts, mapped.
         text_ends: [records] where each text ends.
+        text_digests: [records, 16] of each text.
         users: all ids, mapped.
         user_ends: [users] where each id ends.
         record_ends: [users] up to which record each user's go.
         places: the users that are here, increasing; others are hidden.
     """
 
+    directory: pathlib.Path
     texts: npt.NDArray[np.uint8]
     text_ends: Ends
+    text_digests: npt.NDArray[np.uint8]
     users: npt.NDArray[np.uint8]
     user_ends: Ends
     record_ends: Ends
     places: npt.NDArray[np.int64] | range
 
     @classmethod
-    def open(cls, directory: pathlib.Path) -> IndexedRecords:
-        """Map the files of an index."""
-        user_ends = _mapped(directory / "user_ends.u64", np.uint64)
+    def open(cls, directory: pathlib.Path, description: Mapping[str, Any]) -> IndexedRecords:
+        """Map the files of an index, as its description has them.
+
+        Raises:
+            DamagedFile: naming the file that is not as it was written.
+        """
+        files = map_checked(directory, description, _remedy(directory))
         return cls(
-            texts=_mapped(directory / "texts.bin", np.uint8),
-            text_ends=_mapped(directory / "text_ends.u64", np.uint64),
-            users=_mapped(directory / "users.bin", np.uint8),
-            user_ends=user_ends,
-            record_ends=_mapped(directory / "record_ends.u64", np.uint64),
-            places=range(len(user_ends)),
+            directory=directory,
+            texts=files[TEXTS],
+            text_ends=files["text_ends.u64"],
+            text_digests=files["text_digests.bin"].reshape(-1, DIGEST_BYTES),
+            users=files["users.bin"],
+            user_ends=files["user_ends.u64"],
+            record_ends=files["record_ends.u64"],
+            places=range(len(files["user_ends.u64"])),
         )
 
     def without(self, users: Iterable[str]) -> IndexedRecords:
@@ -141,9 +163,17 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
         return _Texts(self, range(first, int(self.record_ends[place])))
 
     def text(self, record: int) -> str:
-        """One record."""
+        """One record, compared with its digest.
+
+        Raises:
+            DamagedFile: if it is not as it was written. It does not say which: a step reads the users that it drew.
+        """
         start = int(self.text_ends[record - 1]) if record else 0
-        return self.texts[start : int(self.text_ends[record])].tobytes().decode("utf-8", errors=_ERRORS)
+        content = self.texts[start : int(self.text_ends[record])].tobytes()
+        if text_digest(content) != self.text_digests[record].tobytes():
+            problem = "holds a text that is not as it was written: it was altered or damaged"
+            raise DamagedFile(self.directory / TEXTS, problem, _remedy(self.directory))
+        return content.decode("utf-8", errors=_ERRORS)
 
 
 class _Items(ItemsView[str, Sequence[str]]):
@@ -178,12 +208,29 @@ class _Texts(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
 
+class Index(NamedTuple):
+    """An index that was opened.
+
+    Attributes:
+        records: what it holds.
+        counts: of rows, while it was made.
+        manifest_sha256: digest of the kept records.
+        source_digests: SHA-256 of the files that it was made of.
+    """
+
+    records: IndexedRecords
+    counts: dict[str, int]
+    manifest_sha256: str
+    source_digests: tuple[str, ...]
+
+
 def open_or_build(
     parent: pathlib.Path,
     made_of: Mapping[str, Any],
     rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
     form: Callable[[str], str] | None = None,
-) -> tuple[IndexedRecords, dict[str, int], str]:
+    source_digests: Callable[[], Sequence[str]] = tuple,
+) -> Index:
     """The index of ``made_of``, made by one process of the machine while the others wait.
 
     Args:
@@ -191,12 +238,11 @@ def open_or_build(
         made_of: what names the index.
         rows: yields the kept (user id, text) pairs in reading order and counts into the dictionary it is given.
         form: of a user's records with one form the first is kept, the others are counted; the digest is of all.
-
-    Returns:
-        The records, the counts, and the digest of the kept records.
+        source_digests: gives SHA-256 of the files that it is made of.
 
     Raises:
         UnsafePath: if ``parent`` or the index is a link, another user's or open to others.
+        DamagedFile: if a file of the index is missing or not as it was written.
     """
     name = hashlib.sha256(json.dumps([SCHEMA, made_of], sort_keys=True).encode()).hexdigest()[:32]
     make_private_directory(parent)
@@ -204,29 +250,33 @@ def open_or_build(
     with _locked(parent / f"index-{name}.lock"):
         if os.path.lexists(directory):
             check_private_tree(directory)
-        if not (directory / "index.json").is_file():
+        else:
             temporary = parent / f"index-{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(mode=0o700)
             try:
-                _build(temporary, rows, form)
+                _build(temporary, rows, form, source_digests)
                 os.replace(temporary, directory)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    remedy = f"remove {directory}, and it is made again"
-    facts = reading.read_json(directory / "index.json", remedy=remedy)
-    if not isinstance(facts.get("counts"), dict) or not isinstance(facts.get("manifest_sha256"), str):
-        raise DamagedFile(directory / "index.json", "is no description of an index", remedy)
-    try:
-        return IndexedRecords.open(directory), facts["counts"], facts["manifest_sha256"]
-    except (OSError, ValueError) as error:
-        raise DamagedFile(directory, f"cannot be read ({type(error).__name__})", remedy) from None
+    description = read_description(directory, _remedy(directory))
+    return Index(
+        IndexedRecords.open(directory, description),
+        description["counts"],
+        description["manifest_sha256"],
+        tuple(description["source_digests"]),
+    )
+
+
+def _remedy(directory: pathlib.Path) -> str:
+    return f"remove {directory}, and it is made again"
 
 
 def _build(
     directory: pathlib.Path,
     rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
     form: Callable[[str], str] | None,
+    source_digests: Callable[[], Sequence[str]],
 ) -> None:
     import duckdb
 
@@ -245,13 +295,12 @@ def _build(
             connection.execute("INSERT INTO rows SELECT * FROM batch")
             connection.unregister("batch")
         found = connection.sql("SELECT owner, content FROM rows ORDER BY owner, place")
-        digest, num_duplicates = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE), form)
+        files, digest, num_duplicates = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE), form)
     (directory / "rows.duckdb").unlink()
     shutil.rmtree(directory / "sorting", ignore_errors=True)
     counts["num_duplicates"] = num_duplicates
-    facts = {"schema": SCHEMA, "counts": counts, "manifest_sha256": digest}
-    with _created(directory / "index.json") as file:
-        file.write(json.dumps(facts).encode())
+    facts = {"counts": counts, "manifest_sha256": digest, "source_digests": list(source_digests())}
+    describe(directory, facts, files)
 
 
 def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
@@ -271,16 +320,18 @@ def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
 
 def _write(
     directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch], form: Callable[[str], str] | None
-) -> tuple[str, int]:
-    """Write the flat files from rows in order; the digest of all, and the number of duplicates left out."""
+) -> tuple[dict[str, HashedFile], str, int]:
+    """Write the flat files from rows in order.
+
+    Returns:
+        What was written of each file, the digest of all rows, and the number of duplicates left out.
+    """
     digest, current = RecordDigest(), None
     seen: set[str] = set()
     num_rows = num_records = users_end = texts_end = 0
     with contextlib.ExitStack() as stack:
-        names = ("texts.bin", "text_ends.u64", "users.bin", "user_ends.u64", "record_ends.u64")
-        texts, text_ends, users, user_ends, record_ends = (
-            stack.enter_context(_created(directory / name)) for name in names
-        )
+        files = {name: stack.enter_context(created(directory / name)) for name in (TEXTS, *ARRAYS)}
+        texts, text_ends, text_digests, users, user_ends, record_ends = files.values()
         for batch in batches:
             new_users: list[bytes] = []
             full: list[int] = []
@@ -300,12 +351,13 @@ def _write(
                     num_records += 1
             texts.write(b"".join(kept))
             texts_end = _write_ends(text_ends, kept, texts_end)
+            text_digests.write(b"".join(map(text_digest, kept)))
             users.write(b"".join(new_users))
             users_end = _write_ends(user_ends, new_users, users_end)
             record_ends.write(np.asarray(full, dtype=np.uint64).tobytes())
         if current is not None:
             record_ends.write(np.asarray([num_records], dtype=np.uint64).tobytes())
-    return digest.hexdigest(), num_rows - num_records
+    return files, digest.hexdigest(), num_rows - num_records
 
 
 def _is_new(form: str, seen: set[str]) -> bool:
@@ -314,21 +366,11 @@ def _is_new(form: str, seen: set[str]) -> bool:
     return is_new
 
 
-def _write_ends(file: IO[bytes], parts: Sequence[bytes], start: int) -> int:
+def _write_ends(file: HashedFile, parts: Sequence[bytes], start: int) -> int:
     lengths = np.fromiter(map(len, parts), dtype=np.uint64, count=len(parts))
     ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(start)
     file.write(ends.tobytes())
     return int(ends[-1]) if len(ends) else start
-
-
-@contextlib.contextmanager
-def _created(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A new file for nobody else's eyes, on disk when the block ends."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -339,9 +381,3 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _mapped(path: pathlib.Path, kind: type[Any]) -> Any:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=kind)
-    return np.memmap(path, dtype=kind, mode="r")

@@ -86,24 +86,41 @@ def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
     return tightened
 
 
+def check_directory_around(path: pathlib.Path) -> None:
+    """Raise unless nobody else can put something in place of what lies in a directory, which others may read.
+
+    Raises:
+        UnsafePath: if it is another user's (but for root's), or every user may write there.
+    """
+    found = path.stat()
+    _check_owner(path, found, (os.geteuid(), 0))
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise UnsafePath(
+            f"{path} can be written by every user of this machine, who could put something else in place of what is in "
+            f"it; run: chmod o-w {path}"
+        )
+
+
 def check_database_file(path: pathlib.Path) -> None:
     """Raise unless a database file is this user's alone, in a directory where nobody else can put another in its place.
 
     Raises:
-        UnsafePath: saying which of the two it is not.
+        UnsafePath: saying which of the two it is not, or that somebody else's journal lies beside it.
     """
-    directory = path.parent.stat()
-    if directory.st_mode & stat.S_IWOTH and not directory.st_mode & stat.S_ISVTX:
-        raise UnsafePath(
-            f"{path.parent} can be written by every user of this machine, who could put another registry there; run: "
-            f"chmod o-w {path.parent}"
-        )
+    check_directory_around(path.parent)
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         raise UnsafePath(f"{path} is a link or no regular file; give the file itself")
     _check_owner(path, found)
     if found.st_mode & _OTHERS:
         raise UnsafePath(f"{path} can be read or changed by other users of this machine; run: chmod 600 {path}")
+    # SQLite plays back a journal that it finds, so somebody else's would rewrite the registry.
+    for companion in (path.with_name(f"{path.name}{suffix}") for suffix in ("-journal", "-wal", "-shm")):
+        with contextlib.suppress(FileNotFoundError):
+            beside = companion.lstat()
+            if not stat.S_ISREG(beside.st_mode):
+                raise UnsafePath(f"{companion} is a link or no regular file; remove it")
+            _check_owner(companion, beside)
 
 
 def check_empty(path: pathlib.Path, allowed: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from privtrain.errors import DamagedFile
-from privtrain.files import strict_yaml
+from privtrain.files import strict_json, strict_yaml
 
 MAX_BYTES = 1 << 30
 """Of a file that is read whole, unless its reader says otherwise."""
+
+_CHUNK_BYTES = 1 << 20
 
 _WHAT_IT_IS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISLNK, "a link"),
@@ -88,6 +91,29 @@ def read_bytes(
     return content
 
 
+def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
+    """SHA-256 of an open file from its beginning; it stands at the beginning afterwards.
+
+    Raises:
+        DamagedFile: if the disk does not give it.
+    """
+    digest = hashlib.sha256()
+    try:
+        file.seek(0)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        file.seek(0)
+    except OSError as error:
+        raise DamagedFile(path, f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
+    """SHA-256 of a regular file; see :func:`opened`."""
+    with opened(path, follow_links=follow_links, may_be_empty=True) as file:
+        return sha256_of(file, path)
+
+
 def read_json(
     path: pathlib.Path, *, remedy: str = "", schema: str | None = None, max_bytes: int = MAX_BYTES
 ) -> dict[str, Any]:
@@ -116,8 +142,8 @@ def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, r
             content.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_small_enough,
+            parse_float=strict_json.finite_float,
+            parse_int=strict_json.small_int,
         )
     except UnicodeDecodeError as error:
         raise DamagedFile(path, f"{where}is not UTF-8 at byte {error.start}", remedy, line=line) from None
@@ -220,16 +246,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(_: str) -> Any:
     raise ValueError("NaN and infinity are no numbers of JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):  # 1e999
-        raise ValueError("a number is beyond the range of a double")
-    return value
-
-
-def _small_enough(text: str) -> int:
-    if len(text) > 300:  # beyond a double, and int() itself refuses thousands of digits in its own words
-        raise ValueError("a whole number is beyond the range of a double")
-    return int(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 
@@ -13,7 +14,13 @@ def loads(text: str | bytes) -> Any:
         ValueError: if it is no such JSON.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=finite_float,
+            parse_int=small_int,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -21,6 +28,21 @@ def loads(text: str | bytes) -> Any:
 def dumps(value: Any) -> str:
     """The one form in which records are written: ASCII, no spaces, keys in the order given."""
     return json.dumps(value, separators=(",", ":"))
+
+
+def finite_float(text: str) -> float:
+    """A number as JSON writes it; ``ValueError`` where no double holds it, as of 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is beyond the range of a double")
+    return value
+
+
+def small_int(text: str) -> int:
+    """A whole number as JSON writes it; ``ValueError`` where no double comes near, and before Python's own limit."""
+    if len(text) > 300:
+        raise ValueError("a whole number is beyond the range of a double")
+    return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

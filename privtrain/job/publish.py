@@ -15,6 +15,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,8 +115,18 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
                 f"{run.root / path} is not what the release record of {run.ledger} holds; restore it from a backup"
             )
     _move(run.staged / bundle.NAME, run.release)
+    _give_one_time(run, manifest)
     with contextlib.suppress(FileNotFoundError):
         run.staged.rmdir()
+
+
+def _give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
+    """Let every released file bear the hour of the release: when each was written tells how long training took."""
+    hour = time.time() // 3600 * 3600
+    released = [run.root / path for path in (*manifest.files, bundle.NAME)]
+    for path in {*released, *(path.parent for path in released), run.released / bundle.NAME}:
+        with contextlib.suppress(OSError):  # a file system that keeps no times
+            os.utime(path, (hour, hour))
 
 
 def _move(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -35,6 +35,9 @@ def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | 
         check_released(run.root)
         for place in unsigned:
             sign(place, keys, signed_files(place), password_from_environment())
+        missing = [place / SIGNATURE for place in unsigned if not (place / SIGNATURE).is_file()]
+        if missing:
+            raise SigningFailed(f"{missing[0]} was not written")
     except (PrivtrainError, OSError) as error:
         return SigningFailed(
             f"{run.root} is released and stays so, but is not signed ({' '.join(str(error).split())}). Mend that and "

@@ -26,6 +26,7 @@ from privtrain.ledger.log import Ledger, open_ledger
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
 from privtrain.run.sealing import write_sealed
+from privtrain.run.sources import source_digests, write_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,3 +219,5 @@ def begin_session(inputs: Inputs, ledger: Ledger, session: Session, split: Split
         records_per_unit=inputs.plan.records_per_unit,
     )
     write_sealed(run, run.used, used)
+    if not run.sources.exists():  # else they are those that the coins were flipped with
+        write_sources(run, source_digests(inputs.config.data, inputs.corpus))

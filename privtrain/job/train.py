@@ -47,7 +47,7 @@ from privtrain.process.console import Progress, say
 from privtrain.run.base_model import base_digests
 from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
-from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker
+from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.network import Network, checksum_over_ranks, load_network
@@ -348,6 +348,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
     statement = privacy_statement(
         config,
         plan,
+        watched=watched_mirrors(config, run),
         num_model_steps=len(past.path),
         num_charged=past.num_charged,
         num_accounted=num_accounted,

@@ -132,7 +132,7 @@ class PrivacyPlan:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
         try:
-            plan = cls._uncertified(privacy)
+            plan = cls.uncertified(privacy)
             known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
             answer = _answer(dataclasses.replace(plan, epsilon=known), privacy.num_steps)
         except accountants.CalibrationError as error:
@@ -144,7 +144,8 @@ class PrivacyPlan:
         return plan
 
     @classmethod
-    def _uncertified(cls, privacy: PrivacySection) -> PrivacyPlan:
+    def uncertified(cls, privacy: PrivacySection) -> PrivacyPlan:
+        """The plan of a configuration before anything is accounted for: its ε is infinite."""
         is_example = privacy.unit == "example"
         records_per_user = privacy.records_per_user
         assert is_example or records_per_user is not None, "the schema has a default"
@@ -341,9 +342,10 @@ class PrivacyPlan:
                 low, high = noised["loss_range"]
                 values["noised_metrics"] = NoisedMetrics(tuple(noised["release"]), (low, high), noised["noise"])
             plan = cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no plan can be rebuilt from it ({error!r})") from None
-        if plan.body() != body:
+            is_one_form = plan.body() == body
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"no plan can be rebuilt from it ({type(error).__name__})") from None
+        if not is_one_form:
             raise ValueError("it does not describe a plan in the one form")
         return plan
 

@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 from privtrain.config.schema import RegistrySection
 from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.files.atomic import sync_directory, temporary_of
-from privtrain.files.private import check_database_file, make_missing
+from privtrain.files.private import check_database_file, make_missing, open_lock_file
 from privtrain.privacy.secret import KEY_BYTES, SecretKey, load_key_file
 from privtrain.registry.tables import Meta
 
@@ -235,7 +235,8 @@ class Database:
             return
         make_missing(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        temporary.unlink(missing_ok=True)  # of a crash, or a link that somebody put there
+        descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(os.urandom(KEY_BYTES).hex() + "\n")
             file.flush()
@@ -307,9 +308,12 @@ def _data_directory() -> pathlib.Path:
 
 @contextlib.contextmanager
 def _file_lock(file: pathlib.Path) -> Iterator[None]:
-    with open(file.with_name(f".{file.name}.lock"), "w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = open_lock_file(file.with_name(f".{file.name}.lock"))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -314,4 +314,8 @@ def _check_digest(name: str, value: Any) -> None:
 def _safe(path: str) -> str:
     """The path if it stays below its directory and is written in one way; another text otherwise."""
     pure = pathlib.PurePosixPath(path)
-    return "" if pure.is_absolute() or ".." in pure.parts or "\\" in path else pure.as_posix()
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return ""
+    return "" if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path else pure.as_posix()

@@ -11,19 +11,23 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
+import pydantic
 
 import privtrain
-from privtrain.files import strict_json
+from privtrain.config.schema import PrivacySection, TrackingSection
+from privtrain.errors import ConfigError
+from privtrain.files import strict_json, strict_yaml
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.release import banner, card_section
-from privtrain.run.statement import SCHEMA, statement_of
+from privtrain.run.statement import NOT_COVERED, SCHEMA, PrivacyStatement, not_covered, statement_of
 
 #: Between machines the last digits of an accountant's answer may differ.
 _RELATIVE_TOLERANCE = 1e-6
 
-#: Keys of the published configuration → what they must be by the plan.
+#: Keys of the published configuration → what they must be by the plan, whatever version wrote it.
 _CONFIG_KEYS = ("unit", "neighboring_relation", "num_steps", "clipping_norm", "clipping_style", "expected_batch_size")
+#: Values of the plan that the configuration names otherwise.
+_NAMES = {"delta": "target_delta", "records_per_unit": "records_per_user"}
 
 
 def statement_faults(statement: dict[str, Any]) -> list[str]:
@@ -35,8 +39,16 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     except ValueError as error:
         return [f"plan: {error}"]
     fingerprint = plan.fingerprint()
+    uncovered = statement.get("not_covered")
+    if not isinstance(uncovered, list) or not all(isinstance(item, str) for item in uncovered):
+        return ["not_covered is no list of sentences"]
+    if is_our_version(statement) and uncovered[: len(NOT_COVERED)] != list(NOT_COVERED):
+        return ["not_covered lacks what no run covers"]
     if statement.get("plan_fingerprint") != fingerprint:
         return [f"plan_fingerprint is {statement.get('plan_fingerprint')}, the plan stated has {fingerprint}"]
+    problem = _form_problem(statement)
+    if problem:
+        return [problem]
     released, accounted = statement.get("steps_released"), statement.get("steps_accounted")
     if type(released) is not int or type(accounted) is not int or not 0 <= released <= accounted <= plan.num_steps:
         return [f"steps_accounted is {accounted}; must be at least steps_released and at most num_steps of the plan"]
@@ -48,6 +60,23 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     except ValueError as error:
         return [f"epsilon: the accountant cannot certify the plan stated ({error})"]
     return faults + list(_differences(statement, expected, ""))
+
+
+def _form_problem(statement: dict[str, Any]) -> str:
+    """What has another type than a statement's, of all that does not follow from the plan; empty if nothing."""
+    try:
+        found = PrivacyStatement.model_validate(statement)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'private'}: {first['msg']}"
+    software, num_model_steps = statement.get("software"), statement.get("steps_of_the_model")
+    if not isinstance(software, dict) or not all(isinstance(value, str) for value in software.values()):
+        return "software: names no version"
+    if type(num_model_steps) is not int or not 0 <= num_model_steps <= found.steps_released:
+        return f"steps_of_the_model is {_short(num_model_steps)}; must be at most steps_released"
+    if found.ledger is None or not num_model_steps <= found.ledger.num_commits <= found.steps_released:
+        return "ledger.num_commits: must be at least steps_of_the_model and at most steps_released"
+    return ""
 
 
 def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
@@ -133,30 +162,55 @@ def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
 
 def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
     """What released metrics say otherwise than the statement: the ε of the last step is the statement's."""
-    epsilons = []
+    known: list[float] = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            epsilons.append(strict_json.loads(line)["privacy/epsilon"])
-        except KeyError:
-            continue
-        except (ValueError, TypeError):
+            value = strict_json.loads(line).get("privacy/epsilon")
+            if value is not None:
+                known.append(float(value + 0.0))  # no text
+        except (AttributeError, ArithmeticError, ValueError, TypeError):
             return [f"line {number} is no row of metrics"]
-    known = [value for value in epsilons if value is not None]
     if known and not _is_equal(max(known), statement["epsilon"]):
         return [f"privacy/epsilon ends at {max(known)}, the statement says {statement['epsilon']}"]
     return []
 
 
 def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
-    """What the published configuration says otherwise than the plan in the statement."""
+    """What the published configuration says otherwise than the plan in the statement, or of what ε does not cover."""
     plan = PrivacyPlan.from_body(statement["plan"])
     try:
-        privacy = yaml.safe_load(text)["privacy"]
+        document = strict_yaml.parse(text)
+        if document.faults:
+            return [f"line {fault.line}, {fault.key}: {fault.problem}" for fault in document.faults]
+        tree = document.value
+        privacy = tree["privacy"]
         expected = {name: getattr(plan, name) for name in _CONFIG_KEYS}
         expected |= {"sampling": plan.sampling, "target_delta": plan.delta, "insecure_seed": plan.insecure_seed}
         if privacy["noise_multiplier"] is not None:
             expected["noise_multiplier"] = plan.noise_multiplier
         wrong = {name: value for name, value in expected.items() if privacy[name] != value}
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        faults = [f"privacy.{name} is {privacy[name]}, by the statement it is {value}" for name, value in wrong.items()]
+        if faults or not is_our_version(statement):
+            return faults
+        return _remade_faults(tree, plan, statement["not_covered"])
+    except (*strict_yaml.YAML_FAULTS, ConfigError) as error:
         return [f"is no published configuration ({type(error).__name__})"]
-    return [f"privacy.{name} is {privacy[name]}, by the statement it is {value}" for name, value in wrong.items()]
+
+
+def _remade_faults(tree: dict[str, Any], plan: PrivacyPlan, uncovered: list[str]) -> list[str]:
+    """The plan and the list of what ε does not cover, made again from the configuration."""
+    section = PrivacySection.model_validate(tree["privacy"])
+    given = {"noise_multiplier": plan.noise_multiplier, "accountant": section.accountant or plan.accountant}
+    remade = PrivacyPlan.uncertified(section.model_copy(update=given)).body()
+    faults = [
+        f"privacy.{_NAMES.get(name, name)} gives {_short(remade[name])}, by the statement it is {_short(value)}"
+        for name, value in plan.body().items()
+        if name != "epsilon" and remade[name] != value
+    ]
+    if section.target_epsilon is not None and not plan.epsilon <= section.target_epsilon * (1 + _RELATIVE_TOLERANCE):
+        faults.append(f"privacy.target_epsilon is {section.target_epsilon}, the statement's ε is {plan.epsilon}")
+    tracking = TrackingSection.model_validate(tree["tracking"])
+    # Which mirrors were watched while the run trained is not in the configuration.
+    if uncovered not in [not_covered(tracking, watched) for watched in ((), ("wandb",), ("tensorboard",))]:
+        faults.append("tracking publishes other things than not_covered of the statement names")
+    return faults

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
 from privtrain.files.atomic import temporary_of, write_atomically
 from privtrain.files.private import (
+    check_directory_around,
     check_empty,
     check_private_directory,
     check_private_tree,
@@ -44,6 +45,7 @@ class RunDirectory:
         self.manifest = self.secret / "manifest.json"
         self.prepared = self.secret / "prepared.json"
         self.used = self.secret / "used.json"
+        self.sources = self.secret / "sources.json"
         self.ledger = self.secret / "ledger.jsonl"
         self.data_counts = self.secret / "data_counts.json"
         self.base_losses = self.secret / "base_losses.json"
@@ -75,6 +77,7 @@ class RunDirectory:
                 f"{self.root} exists and is not a run of privtrain; choose another run.name or run.output_dir"
             )
         self.root.mkdir(parents=True, exist_ok=True)
+        check_directory_around(self.root)
         for private in (self.secret, self.checkpoints):
             make_private_directory(private)
 
@@ -86,17 +89,21 @@ class RunDirectory:
         """
         files = [self.secret / "lock", self.secret / "reservation_claims.json", self.identity]
         if self.prepared.exists():
-            files += [self.prepared, self.secret / "spans.json"]
+            files += [self.prepared, self.sources, self.secret / "spans.json"]
             files += [self.secret / "root.key", self.secret / "root.insecure"]
         check_empty(self.secret, {path.name for file in files for path in (file, temporary_of(file))})
         check_empty(self.checkpoints, ())
 
     def check_private(self) -> None:
-        """Refuse private directories that are links, another user's, or open to others. Before every use of them.
+        """Refuse private directories that are links, another user's, open to others, or could be put in their place.
+
+        Before every use of them.
 
         Raises:
             UnsafePath: saying which, and what to do.
         """
+        if self.root.exists():
+            check_directory_around(self.root)
         for private in (self.secret, self.checkpoints):
             if os.path.lexists(private):
                 check_private_directory(private)
@@ -111,6 +118,7 @@ class RunDirectory:
         Raises:
             UnsafePath: saying what is not as it must be.
         """
+        self.check_private()
         tightened: list[pathlib.Path] = []
         for private in (self.secret, self.checkpoints):
             if os.path.lexists(private):

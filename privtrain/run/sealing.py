@@ -7,12 +7,11 @@ place of another are all told. It proves nothing to those without ``secret/``, a
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
@@ -23,7 +22,6 @@ SEAL = "seal"
 """The key of a sealed file that holds its seal."""
 
 _PURPOSE = "sealed file"
-_CHUNK_BYTES = 1 << 20
 
 
 def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> str:
@@ -86,26 +84,3 @@ def read_sealed_file(
     if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), seal_of(run, path, found).encode()):
         raise DamagedFile(path, "does not match its seal: it was altered, or belongs to another run or place", remedy)
     return found
-
-
-def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
-    """SHA-256 of an open file from its beginning; it stands at the beginning afterwards.
-
-    Raises:
-        DamagedFile: if the disk does not give it.
-    """
-    digest = hashlib.sha256()
-    try:
-        file.seek(0)
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-        file.seek(0)
-    except OSError as error:
-        raise DamagedFile(path, f"cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
-
-
-def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
-    """SHA-256 of a regular file; see :func:`privtrain.files.reading.opened`."""
-    with reading.opened(path, follow_links=follow_links, may_be_empty=True) as file:
-        return sha256_of(file, path)

@@ -7,6 +7,7 @@ of a run are (no link, nobody else's, closed to others) and never written, shown
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib.util
 import os
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from privtrain.config.schema import ReleaseSection
-from privtrain.errors import ConfigError, Fault, UnsafePath
+from privtrain.errors import ConfigError, Fault, SigningFailed, UnsafePath
+from privtrain.files import strict_json
 from privtrain.files.private import read_private_file
 from privtrain.run import bundle, exported
 from privtrain.run.directory import RunDirectory
@@ -145,6 +147,7 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
 
     Raises:
         ConfigError: if the library or a key is not there or does not fit.
+        SigningFailed: if what was signed is not these files as they are; there is no signature then.
     """
     faults = signing_faults(keys, password)
     if faults:
@@ -167,6 +170,9 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
         with tempfile.TemporaryDirectory(dir=directory, prefix=".signing-") as place:
             written = pathlib.Path(place) / SIGNATURE
             config.set_hashing_config(_Exactly(library, directory, files)).sign(directory, written)
+            problems = _content_faults(directory, written, files)
+            if problems:
+                raise SigningFailed(f"{directory} was not signed as it is: {'; '.join(problems)}")
             written.replace(signature)
     except (ValueError, TypeError) as error:
         raise ConfigError([Fault("--private-key", f"{keys.key} cannot sign: {error}")]) from None
@@ -189,7 +195,20 @@ def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -
         config.verify(directory, signature)
     except Exception as error:  # noqa: BLE001 - the library has no base of its own, and any doubt is a failure
         return [f"{SIGNATURE} does not hold: {str(error).strip() or type(error).__name__}"]
-    return []
+    return _content_faults(directory, signature, files)
+
+
+def _content_faults(directory: pathlib.Path, signature: pathlib.Path, files: Sequence[str]) -> list[str]:
+    """What a signature is over, read from it, against the files: so that no setting of the library decides it."""
+    try:
+        envelope = strict_json.loads(signature.read_bytes())["dsseEnvelope"]
+        resources = strict_json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+        signed = {item["name"]: (item["algorithm"], item["digest"]) for item in resources}
+        expected = {file: ("sha256", bundle.sha256_of(directory / file)) for file in files}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return [f"{SIGNATURE} is no signature of files that are here ({type(error).__name__})"]
+    wrong = sorted(name for name in {*signed, *expected} if signed.get(name) != expected.get(name))
+    return [f"{SIGNATURE} is not over {bundle.printable(name)} as it is here" for name in wrong]
 
 
 class _Exactly:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any, Self
 
 import pydantic
 
 import privtrain
 from privtrain.config import Config
+from privtrain.config.schema import TrackingSection
 from privtrain.privacy.plan import PrivacyPlan, finite
 
 SCHEMA = "privtrain/privacy/1"
@@ -41,9 +43,18 @@ _UNIT_ASSUMPTION = {
 }
 
 
-def privacy_statement(config: Config, plan: PrivacyPlan, **facts: Any) -> dict[str, Any]:
-    """The statement of what is guaranteed, for ``privacy.json``; see :func:`statement_of` for the ``facts``."""
-    return statement_of(plan, not_covered=_not_covered(config), **facts)
+def privacy_statement(
+    config: Config, plan: PrivacyPlan, *, watched: Collection[str] = (), **facts: Any
+) -> dict[str, Any]:
+    """The statement of what is guaranteed, for ``privacy.json``.
+
+    Args:
+        config: says what is published.
+        plan: the plan that was carried out.
+        watched: mirrors (``"wandb"``, ``"tensorboard"``) that were shown rows while the run trained.
+        facts: see :func:`statement_of`.
+    """
+    return statement_of(plan, not_covered=not_covered(config.tracking, watched), **facts)
 
 
 def statement_of(
@@ -182,35 +193,44 @@ def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
     }
 
 
-def _not_covered(config: Config) -> list[str]:
-    items = [
-        "The attack report: aggregate results measured on private records, published without noise.",
-        "What the base model knew before.",
-        "Facts about a person that other people's records contain.",
-    ]
-    if config.tracking.release_held_out_metrics:
+NOT_COVERED: tuple[str, ...] = (
+    "The attack report: aggregate results measured on private records, published without noise.",
+    "What the base model knew before.",
+    "Facts about a person that other people's records contain.",
+)
+"""What ε covers in no run, in words."""
+
+
+def not_covered(tracking: TrackingSection, watched: Collection[str] = ()) -> list[str]:
+    """What ε does not cover, in words.
+
+    Args:
+        tracking: says what is published.
+        watched: as for :func:`privacy_statement`.
+    """
+    items = list(NOT_COVERED)
+    if tracking.release_held_out_metrics:
         items.append("Perplexity on held-out users: published without noise (tracking.release_held_out_metrics).")
-    items += _times_not_covered(config)
-    if config.tracking.system_metrics:
+    items += _times_not_covered(tracking, watched)
+    if tracking.system_metrics:
         items.append("Load of the machines, which varies with the sample drawn (tracking.system_metrics).")
-    if config.tracking.private_metrics:
+    if tracking.private_metrics:
         items.append("Raw training loss, norms, clip fraction and batch sizes: published (tracking.private_metrics).")
     return items
 
 
-def _times_not_covered(config: Config) -> list[str]:
+def _times_not_covered(tracking: TrackingSection, watched: Collection[str]) -> list[str]:
     """Time is measured, not computed: whoever sees how long a step took learns who may have been in it."""
-    tracking = config.tracking
     if tracking.release_measurements:
         return [
             "Seconds, throughput and memory of every step, which vary with the sample drawn: published "
             "(tracking.release_measurements)."
         ]
-    if tracking.wandb or tracking.tensorboard:
-        return [
-            f"When each block of {tracking.mirror_block_steps} steps was done, and when the run began and ended, for "
-            "whoever watches rows arrive in W&B or TensorBoard (tracking.mirror_block_steps)."
-        ]
+    if "wandb" in watched:
+        block = f"each block of {tracking.mirror_block_steps} steps"
+        return [f"When training began, ended and was done with {block} (tracking.mirror_block_steps)."]
+    if "tensorboard" in watched:
+        return ["When training began, and so about how long it took (tracking.tensorboard)."]
     return []
 
 

@@ -1,17 +1,18 @@
-"""Mirrors see steps late and in blocks: when a row arrives must not tell how long a step took.
+"""Mirrors see steps late: when a row arrives, or what time it bears, must not tell how long a step took.
 
 A step takes as long as the records that were drawn, so whoever watches rows arrive one by one (W&B's server, anybody
 with access to the project, a reader of TensorBoard's event files) learns who may have been in a step: seconds alone
-found a user with long records in every step of its (measured: AUC 1.0 at ε 0.26). So rows go out together, a block of
-steps at a time and under one time stamp. What is left is how long a block took, which the privacy statement says.
+found a user with long records in every step of its (measured: AUC 1.0 at ε 0.26). So a mirror that nobody can watch
+(W&B offline) is opened when the run is released, and shown everything then. To one that people watch rows go a block of
+steps at a time. W&B's server stamps them with the moment of the block, and the privacy statement says so; event files
+of TensorBoard bear the moment at which they were opened, and nothing of when a block was done.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from privtrain.files.atomic import write_json
@@ -24,8 +25,8 @@ Row = tuple[int, Values]
 class Mirror(Protocol):
     """Something that shows released rows to people."""
 
-    def log_rows(self, rows: Sequence[Row], timestamp: float) -> None:
-        """Show rows of (step, values), all of them under one time stamp (seconds since 1970)."""
+    def log_rows(self, rows: Sequence[Row]) -> None:
+        """Show rows of (step, values), all of them under one time stamp."""
         ...
 
     def alert(self, title: str, text: str) -> None:
@@ -52,18 +53,25 @@ class BlockedMirror:
         name: of the mirror there.
         num_steps: steps of a block.
         from_step: steps behind the job as it begins; what comes after them is logged again.
+        is_live: whether somebody may watch rows arrive, which is remembered beside the last step.
     """
 
-    def __init__(self, mirror: Mirror, run: RunDirectory, name: str, *, num_steps: int, from_step: int) -> None:
+    def __init__(
+        self, mirror: Mirror, run: RunDirectory, name: str, *, num_steps: int, from_step: int, is_live: bool = False
+    ) -> None:
         self._mirror = mirror
         self._path = _note_path(run, name)
         self._num_steps = num_steps
         self._rows: list[Row] = []
         self._alerts: list[tuple[str, str]] = []
-        self._shown = min(_read(self._path).get("step", -1), from_step)
+        note = _read(self._path)
+        self._was_live = is_live or note.get("live", 0) == 1
+        self._shown = min(note.get("step", -1), from_step)
         for row in _rows_of(run):
             if row[0] > self._shown:
                 self._rows.append(row)
+        if is_live:
+            self._note()
 
     def log(self, step: int, values: Values) -> None:
         """Keep a row; show the block if this row begins another one."""
@@ -79,7 +87,7 @@ class BlockedMirror:
         """Show everything, then what was released."""
         self._flush()
         self._mirror.publish(run)
-        write_json(self._path, {"step": self._shown, "release": True}, mode=0o600)
+        self._note(release=True)
 
     def close(self) -> None:
         """Show what is left and end."""
@@ -88,13 +96,59 @@ class BlockedMirror:
 
     def _flush(self) -> None:
         if self._rows:
-            self._mirror.log_rows(self._rows, time.time())
+            self._mirror.log_rows(self._rows)
             self._shown = max(step for step, _ in self._rows)
-            write_json(self._path, {"step": self._shown}, mode=0o600)
+            self._note()
             self._rows = []
         for title, text in self._alerts:
             self._mirror.alert(title, text)
         self._alerts = []
+
+    def _note(self, *, release: bool = False) -> None:
+        write_json(self._path, {"step": self._shown, "release": release, "live": self._was_live}, mode=0o600)
+
+
+class MirrorAtTheEnd:
+    """A mirror that is opened when the run is released, and shown every row then.
+
+    Args:
+        opened: opens it.
+        run: the run directory, whose ``metrics.jsonl`` has the rows.
+        name: as of :class:`BlockedMirror`.
+    """
+
+    def __init__(self, opened: Callable[[], Mirror], run: RunDirectory, name: str) -> None:
+        self._opened = opened
+        self._run = run
+        self._name = name
+        self._alerts: list[tuple[str, str]] = []
+
+    def log(self, step: int, values: Values) -> None:
+        """Nothing: ``metrics.jsonl`` has it."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Keep an alert until the end."""
+        self._alerts.append((title, text))
+
+    def publish(self, run: RunDirectory) -> None:
+        """Open the mirror, show everything and what was released, and close it."""
+        mirror = BlockedMirror(self._opened(), run, self._name, num_steps=1, from_step=_LAST)
+        for title, text in self._alerts:
+            mirror.alert(title, text)
+        mirror.publish(run)
+        mirror.close()
+
+    def close(self) -> None:
+        """Nothing: a run that is not released is not shown yet."""
+
+
+_LAST = 1 << 62
+"""Beyond every step: nothing is logged again."""
+
+
+def was_watched(run: RunDirectory, name: str) -> bool:
+    """Whether some job of the run showed rows to a mirror while it trained, which people could watch."""
+    return _read(_note_path(run, name)).get("live", 0) == 1
 
 
 def has_shown_release(run: RunDirectory, name: str) -> bool:

@@ -9,7 +9,7 @@ from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
-from privtrain.tracking.mirrors import BlockedMirror, Mirror, has_shown_release
+from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd, has_shown_release, was_watched
 from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker
 
 
@@ -18,7 +18,10 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
-        public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step))
+        if name == "wandb" and not is_live(config):
+            public.append(MirrorAtTheEnd(opened, run, name))
+        else:
+            public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step, is_live=True))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
 
 
@@ -27,13 +30,23 @@ def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
 
     Rows that it kept back are shown first. Where a mirror has seen the release, nothing is done.
     """
-    num_steps = config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
         if not has_shown_release(run, name):
-            mirror = BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=plan.num_steps)
-            mirror.publish(run)
-            mirror.close()
+            MirrorAtTheEnd(opened, run, name).publish(run)
             say(f"{name} was shown the release, which an earlier job did not live to do")
+
+
+def is_live(config: Config) -> bool:
+    """Whether W&B is shown rows while the run trains: where people may watch it, or it records the machines' load."""
+    from privtrain.tracking.wandb_settings import is_online
+
+    return is_online() or config.tracking.system_metrics or config.tracking.release_measurements
+
+
+def watched_mirrors(config: Config, run: RunDirectory) -> tuple[str, ...]:
+    """Names of the mirrors that any job of the run showed rows to while it trained."""
+    names = {"wandb": config.tracking.wandb and is_live(config), "tensorboard": config.tracking.tensorboard}
+    return tuple(name for name, is_now in names.items() if is_now or was_watched(run, name))
 
 
 def _mirrors(

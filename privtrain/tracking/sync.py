@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import time
 
 from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
@@ -43,7 +42,7 @@ def sync_run(path: pathlib.Path) -> str:
         tracker = WandbTracker(config, PrivacyPlan.build(config.privacy), run, identity["tracker_id"])
         try:
             split = [(row["train/step"], {name: row[name] for name in row if name != "train/step"}) for row in rows]
-            tracker.log_rows(split, time.time())
+            tracker.log_rows(split)
             if run.is_complete():
                 tracker.publish(run)
         finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Sequence
 
 from privtrain.run.directory import RunDirectory
@@ -13,6 +15,9 @@ from privtrain.tracking.trackers import QuietTracker
 class TensorBoardTracker(QuietTracker):
     """Mirrors rows as scalars; needs the package ``tensorboard``.
 
+    All bear the moment at which the file was opened, and so does the file itself: its name and its head tell that one
+    in any case.
+
     Args:
         run: the run directory.
     """
@@ -21,14 +26,15 @@ class TensorBoardTracker(QuietTracker):
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory = run.root / "tensorboard"
+        self._opened_at = time.time()
         self._writer = SummaryWriter(str(self._directory))
 
-    def log_rows(self, rows: Sequence[Row], timestamp: float) -> None:
+    def log_rows(self, rows: Sequence[Row]) -> None:
         """Mirror rows."""
         for step, values in rows:
             for name, value in values.items():
                 if value is not None:
-                    self._writer.add_scalar(name, value, step, walltime=timestamp)
+                    self._writer.add_scalar(name, value, step, walltime=self._opened_at)
         self._writer.flush()
 
     def close(self) -> None:
@@ -36,4 +42,6 @@ class TensorBoardTracker(QuietTracker):
         self._writer.close()
         for file in self._directory.iterdir():
             # events.out.tfevents.TIME.HOST.PID.N: the machine's name has no place in a published directory.
-            file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".privtrain.")))
+            renamed = file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".privtrain.")))
+            opened_at = min(self._opened_at, renamed.stat().st_mtime)  # an earlier job's file keeps its own
+            os.utime(renamed, (opened_at, opened_at))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,8 +51,9 @@ class WandbTracker:
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
 
-    def log_rows(self, rows: Sequence[Row], timestamp: float) -> None:
-        """Mirror rows. The time stamp is given with each: W&B would take the moment of the call."""
+    def log_rows(self, rows: Sequence[Row]) -> None:
+        """Mirror rows. One time stamp is given with all: W&B would take the moment of each call."""
+        timestamp = time.time()
         for step, values in rows:
             self._run.log({"train/step": step, **values, "_timestamp": timestamp})
 

@@ -9,10 +9,12 @@ import pathlib
 import types
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import strategies as st
 
 from attacks import evidence
 from attacks.analysis.analyse import analyse_run
@@ -23,11 +25,12 @@ from attacks.scoring.documents import read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
-from privtrain.config.schema import DataSection, PerformanceSection
-from privtrain.data.corpus import Corpus, load_corpus
-from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
+from privtrain.config.schema import DataSection, FilesSource, PerformanceSection
+from privtrain.data.corpus import Corpus, digests_of, load_corpus, source_files
+from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
+from privtrain.run.sources import read_sources
 from tests.conftest import write_config
 
 NUM_DISTINCT = 8
@@ -41,6 +44,12 @@ def rows_of(user: int) -> list[dict[str, object]]:
         for copy, written in enumerate((f" {text}", text.replace(" ", "  "), text)):
             rows.append({"user": f"u{user}", "text": written, "spans": [[1 + copy, 3 + copy]], "day": copy})
     return rows
+
+
+def read_now(data: DataSection, corpus: Corpus, names: list[str], wanted: Any = None) -> Any:
+    """Read columns of the files as they are now: the rules of the rows alone decide."""
+    assert isinstance(data.source, FilesSource)
+    return read_columns(data, corpus, names, digests_of(source_files(data.source)), wanted)
 
 
 @pytest.fixture
@@ -74,17 +83,17 @@ def config_of(tree, rows, tmp_path):
 def test_a_record_has_the_columns_of_the_row_that_was_kept(config_of, on_disk):
     config = load_config(config_of("columns", on_disk=on_disk)[0])
     corpus = load_corpus(config.data, config.performance.index_dir)
-    found = read_columns(config.data, corpus, ["spans", "day"])
+    found = read_now(config.data, corpus, ["spans", "day"])
     assert set(found) == {(f"u{user}", index) for user in range(8) for index in range(NUM_DISTINCT)}
     assert all(row == {"spans": [[1, 3]], "day": 0, "offset": 1} for row in found.values())
-    assert read_columns(config.data, corpus, ["day"], [("u3", 2)]) == {("u3", 2): {"day": 0, "offset": 1}}
+    assert read_now(config.data, corpus, ["day"], [("u3", 2)]) == {("u3", 2): {"day": 0, "offset": 1}}
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_without_deduplication_every_row_counts(config_of, on_disk):
     config = load_config(config_of("all", on_disk=on_disk)[0], ["data.deduplicate=none"])
     corpus = load_corpus(config.data, config.performance.index_dir)
-    found = read_columns(config.data, corpus, ["day"])
+    found = read_now(config.data, corpus, ["day"])
     assert [found["u1", index]["day"] for index in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
@@ -94,10 +103,10 @@ def test_rows_that_changed_are_refused(config_of, rows):
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join(line.replace("user 1 says 2", "user 1 said 2") for line in lines))
     with pytest.raises(AttackInputError, match="not those that were trained on"):
-        read_columns(config.data, corpus, ["day"])
+        read_now(config.data, corpus, ["day"])
     rows.write_text("\n".join(line for line in lines if "user 1 says 2" not in line.replace("  ", " ")))
     with pytest.raises(AttackInputError, match="not those that were trained on"):
-        read_columns(config.data, corpus, ["day"], [("u1", NUM_DISTINCT - 1)])
+        read_now(config.data, corpus, ["day"], [("u1", NUM_DISTINCT - 1)])
 
 
 def test_no_dropped_duplicate_is_scored_and_a_run_on_disk_gives_the_same_signals(config_of):
@@ -164,7 +173,7 @@ def read_all(path: pathlib.Path, known: Corpus) -> None:
     data = DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}})
     config: Any = types.SimpleNamespace(data=data, performance=PerformanceSection())
     evidence.read_corpus(config)
-    read_columns(data, known, ["day"])
+    read_now(data, known, ["day"])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -201,4 +210,50 @@ def test_mutant_without_the_guard_ends_in_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "READ_FAULTS", ())
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(pa.ArrowInvalid):
-        read_columns(data, known, ["day"])
+        read_now(data, known, ["day"])
+
+
+@hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(kind=st.sampled_from(["jsonl", "csv", "parquet"]), place=st.floats(0, 1), bits=st.integers(1, 255))
+def test_columns_of_a_file_with_any_other_byte_are_refused(tmp_path, kind, place, bits):
+    """The digest of the data covers the columns that are trained on; a date beside them could say anything."""
+    path = written(kind, tmp_path)
+    data = DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}})
+    known, digests, content = load_corpus(data), digests_of([path]), bytearray(path.read_bytes())
+    assert read_columns(data, known, ["day"], digests)
+    content[int(place * (len(content) - 1))] ^= bits
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=path.name) as refused:
+        read_columns(data, known, ["day"], digests)
+    assert refused.value.exit_code == EXIT_WRONG_INPUT
+    assert "\n" not in str(refused.value)
+
+
+def test_mutant_without_digests_of_files_reads_another_date(tmp_path):
+    path = written("jsonl", tmp_path)
+    data = DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}})
+    known, digests = load_corpus(data), digests_of([path])
+    path.write_text(path.read_text().replace('"day": "7"', '"day": "8"'))
+    with pytest.raises(DamagedFile):
+        read_columns(data, known, ["day"], digests)
+    assert read_now(data, known, ["day"])["user-007", 0]["day"] == "8"
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_scoring_reads_dates_of_the_files_that_training_began_with(config_of, rows, on_disk):
+    path, run = config_of("dated", on_disk=on_disk)
+    train(path)
+    assert read_sources(run) == digests_of([rows])
+    content = rows.read_text()
+    rows.write_text(content.replace('"day": 0', '"day": 9', 1))
+    with pytest.raises(PrivtrainError, match=r"rows\.jsonl changed since the run was prepared or began"):
+        score_run(run.root, ScoreOptions(date_column="day"))
+    rows.write_text(content)
+    run.sources.write_text(run.sources.read_text().replace("sources/1", "sources/2"))
+    with pytest.raises(DamagedFile, match=r"sources\.json"):
+        score_run(run.root, ScoreOptions(date_column="day"))
+    run.sources.unlink()
+    with pytest.raises(DamagedFile, match=r"sources\.json is missing"):
+        score_run(run.root, ScoreOptions(date_column="day"))

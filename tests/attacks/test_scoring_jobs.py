@@ -197,7 +197,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
 import sys, resource, pathlib, numpy as np
 from attacks import signals
 from attacks.signals import DocumentSignals
-from privtrain.run.sealing import file_sha256
+from privtrain.files.reading import file_sha256
 number, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 rng = np.random.default_rng(0)
 def part(p):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -26,9 +27,11 @@ from privtrain.errors import (
 )
 from privtrain.job import reservation as budget_module
 from privtrain.job import train as job
+from privtrain.job.evidence import evidence_so_far
 from privtrain.job.train import train
 from privtrain.ledger.head import head_path
-from privtrain.registry import views
+from privtrain.registry import evidence, views
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
 from privtrain.run.directory import RunDirectory
@@ -367,6 +370,27 @@ def test_settling_believes_the_ledger_not_the_statement(private_tree, tmp_path, 
     (view,) = views.runs(registry.database)
     assert (view.state, view.num_charged, view.epsilon) == ("closed", 4, reserved)
     assert "steps_released is 0, the ledger shows 4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_mutant_that_settles_by_the_statement_is_seen(private_tree, tmp_path, registry, monkeypatch):
+    """The registry remembers what the ledger showed, and refuses; did it believe as well, nothing would be charged."""
+
+    def by_the_statement(run: RunDirectory, *_: object) -> LedgerEvidence:
+        statement = json.loads(run.privacy.read_text())
+        shown = evidence_so_far(run)
+        assert shown is not None
+        return dataclasses.replace(shown, num_steps=statement["steps_released"])
+
+    run = unsettled(private_tree, tmp_path, monkeypatch)
+    statement = json.loads(run.privacy.read_text())
+    run.privacy.write_text(json.dumps({**statement, "steps_released": 0, "epsilon": 0.0}))
+    monkeypatch.setattr(budget_module, "evidence_of_release", by_the_statement)
+    with pytest.raises(GuaranteeLost, match="shows 0 steps, but the run had begun 4"):
+        start(private_tree, tmp_path)
+    assert views.runs(registry.database)[0].state == "open"
+    monkeypatch.setattr(evidence, "check", lambda *_: None)
+    start(private_tree, tmp_path)
+    assert views.runs(registry.database)[0].num_charged == 0
 
 
 def put_in_the_ledger_of(other: RunDirectory, run: RunDirectory) -> None:

@@ -119,3 +119,23 @@ def num_moments(run: pathlib.Path) -> dict[str, int]:
     (events_file,) = (run / "tensorboard").iterdir()
     scalars = [event.wall_time for event in tensorboard_events(events_file) if event.HasField("summary")]
     return {"wandb": len({row["_timestamp"] for row in rows}), "tensorboard": len(set(scalars))}
+
+
+def times_told(run: pathlib.Path) -> list[str]:
+    """What the mirrors and the released files tell of when something was done while the run trained."""
+    found = []
+    ended = (run / "secret" / "private_metrics.jsonl").stat().st_mtime  # its last row is that of the last step
+    (wandb_file,) = run.rglob("*.wandb")
+    records = wandb_records(wandb_file)
+    moments = [record.run.start_time.seconds + 1 for record in records if record.HasField("run")]
+    moments += [row["_timestamp"] for row in wandb_rows(records, with_internal=True)]
+    found += ["wandb knows a moment of training"] if min(moments) < ended else []
+    for file in (run / "tensorboard").iterdir():
+        events = tensorboard_events(file)
+        if max(event.wall_time for event in events) > events[0].wall_time or file.stat().st_mtime > events[0].wall_time:
+            found.append("tensorboard knows more than when it was opened")
+    parts = ("config.yaml", "metrics.jsonl", "privacy.json", "release.json", "adapter")
+    released = [path for part in parts for path in (run / part, *(run / part).rglob("*"))]
+    if len({path.stat().st_mtime for path in released}) > 1 or released[0].stat().st_mtime % 3600:
+        found.append("released files bear times of their own")
+    return found

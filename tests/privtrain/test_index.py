@@ -20,10 +20,11 @@ from privtrain.data import index
 from privtrain.data.corpus import load_corpus, without_users
 from privtrain.data.encode import Encoder
 from privtrain.data.index import IndexedRecords, open_or_build
+from privtrain.data.index_files import ARRAYS
 from privtrain.data.split import split_users
 from privtrain.data.units import build_units
 from privtrain.data.units_on_disk import units_on_disk
-from privtrain.errors import ConfigError, DamagedFile
+from privtrain.errors import EXIT_WRONG_INPUT, ConfigError, DamagedFile, UnsafePath
 from privtrain.job.train import train
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
@@ -103,34 +104,103 @@ def test_nobody_else_may_read_it_and_the_sorted_rows_are_gone(tmp_path):
     (directory,) = (path for path in (tmp_path / "index").iterdir() if path.is_dir())
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()} == {0o600}
-    assert sorted(file.name for file in directory.iterdir()) == [
-        "index.json",
-        "record_ends.u64",
-        "text_ends.u64",
-        "texts.bin",
-        "user_ends.u64",
-        "users.bin",
-    ]
+    assert sorted(file.name for file in directory.iterdir()) == sorted(FILES)
 
 
-def test_a_damaged_index_is_named_and_says_how_it_is_made_again(tmp_path):
-    """Its description at any byte; its arrays where their sizes cannot be."""
-    pattern = shards(tmp_path, [("al", "one"), ("bo", "two"), ("al", "three")])
-    load_corpus(section(pattern), tmp_path / "index")
-    (found,) = (tmp_path / "index").rglob("index.json")
-    content = found.read_bytes()
-    for place in range(0, len(content), 7):
-        found.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        with pytest.raises(DamagedFile, match=r"index.json .*is made again"):
-            load_corpus(section(pattern), tmp_path / "index")
-    found.write_bytes(b"{}")
-    with pytest.raises(DamagedFile, match="no description of an index"):
-        load_corpus(section(pattern), tmp_path / "index")
-    found.write_bytes(content)
-    ends = found.parent / "record_ends.u64"
-    ends.write_bytes(ends.read_bytes()[:-3])
-    with pytest.raises(DamagedFile, match="cannot be read"):
-        load_corpus(section(pattern), tmp_path / "index")
+def read_all(pattern: pathlib.Path, parent: pathlib.Path) -> None:
+    """Open the index and read every user and record, as the split and the steps of a job do."""
+    records = load_corpus(section(pattern), parent).records
+    assert all(tuple(texts) for _, texts in records.items())
+
+
+@pytest.fixture(scope="module")
+def one_index(tmp_path_factory):
+    """An index of a few users, which each test leaves as it was."""
+    place = tmp_path_factory.mktemp("indexed")
+    pattern = shards(place, [("al", "one"), ("bo", "two"), ("al", "three"), ("cy", "")])
+    load_corpus(section(pattern), place / "index")
+    (directory,) = (path for path in (place / "index").iterdir() if path.is_dir())
+    return pattern, directory
+
+
+FILES = ("index.json", "texts.bin", *ARRAYS)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    name=st.sampled_from(FILES),
+    place=st.floats(0, 1),
+    bits=st.integers(1, 255),
+    how=st.sampled_from(["flip", "flip", "flip", "cut", "append", "swap", "remove", "link"]),
+)
+def test_an_index_with_any_other_byte_is_refused(one_index, name, place, bits, how):
+    pattern, directory = one_index
+    file, content = directory / name, (directory / name).read_bytes()
+    index_of = int(place * (len(content) - 1))
+    flipped = content[:index_of] + bytes([content[index_of] ^ bits]) + content[index_of + 1 :]
+    swapped = content[index_of + 1 :] + content[: index_of + 1]
+    changed = {"flip": flipped, "cut": content[:index_of], "append": content + b"\0", "swap": swapped}
+    hypothesis.assume(changed.get(how) != content)
+    try:
+        if how in changed:
+            file.write_bytes(changed[how])
+        else:
+            file.rename(directory.parent / "aside")
+        if how == "link":
+            file.symlink_to(directory.parent / "aside")
+        with pytest.raises((DamagedFile, UnsafePath), match=name) as refused:
+            read_all(pattern, directory.parent)
+        assert refused.value.exit_code == EXIT_WRONG_INPUT
+        assert "\n" not in str(refused.value)
+        assert not any(value in str(refused.value) for value in ("one", "two", "three"))
+    finally:
+        file.unlink(missing_ok=True)
+        file.write_bytes(content)
+        file.chmod(0o600)
+        (directory.parent / "aside").unlink(missing_ok=True)
+    read_all(pattern, directory.parent)
+
+
+class Anything:
+    """A digest that fits whatever is there."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "before", "after"),
+    [
+        ("texts.bin", "privtrain.data.index.text_digest", b"two", b"owt"),
+        ("users.bin", "privtrain.files.reading.sha256_of", b"bo", b"bp"),
+        ("index.json", "privtrain.data.index_files._digest_of", b'"num_rows": 4', b'"num_rows": 5'),
+    ],
+)
+def test_mutant_without_a_digest_reads_a_changed_file(one_index, monkeypatch, name, digest, before, after):
+    pattern, directory = one_index
+    file, content = directory / name, (directory / name).read_bytes()
+    assert content.count(before) == 1
+    try:
+        file.write_bytes(content.replace(before, after))
+        with pytest.raises(DamagedFile, match=name):
+            read_all(pattern, directory.parent)
+        monkeypatch.setattr(digest, lambda *_: Anything())
+        read_all(pattern, directory.parent)
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_job_whose_index_is_damaged_ends_in_one_line(tree, tmp_path):
+    """Also where the damage is met when a step draws the text, long after the index was opened."""
+    tree["performance"] |= {"index_dir": str(tmp_path / "index")}
+    path = write_config(tree, tmp_path / "c.yaml")
+    load_corpus(load_config(path).data, tmp_path / "index")
+    (texts,) = (tmp_path / "index").rglob("texts.bin")
+    texts.write_bytes(bytes(byte ^ 1 for byte in texts.read_bytes()))
+    with pytest.raises(DamagedFile, match=r"texts\.bin holds a text that is not as it was written.*is made again"):
+        train(path)
 
 
 def test_a_pass_that_fails_leaves_no_index(tmp_path):
@@ -141,7 +211,7 @@ def test_a_pass_that_fails_leaves_no_index(tmp_path):
     with pytest.raises(ConfigError):
         open_or_build(tmp_path, {}, rows)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    records, _, _ = open_or_build(tmp_path, {}, lambda counts: [("al", "one")])
+    records = open_or_build(tmp_path, {}, lambda counts: [("al", "one")]).records
     assert {user: tuple(texts) for user, texts in records.items()} == {"al": ("one",)}
 
 

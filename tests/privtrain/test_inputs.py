@@ -6,11 +6,16 @@ import copy
 import json
 import pathlib
 
+import datasets
+import pyarrow
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from privtrain import cli
 from privtrain.commands.plan import PlanOptions, describe_plan
 from privtrain.config import load_config, validate
+from privtrain.config.schema import DataSection
+from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
 from tests.conftest import write_config
 
@@ -273,3 +278,15 @@ def test_schema_is_json(monkeypatch, capsys):
         cli.main()
     assert ended.value.code in (0, None)
     assert "privacy" in json.loads(capsys.readouterr().out)["properties"]
+
+
+@pytest.mark.parametrize("error", [DatasetGenerationError, pyarrow.ArrowInvalid])
+def test_files_of_a_hub_that_cannot_be_read_are_told_without_a_value(monkeypatch, error):
+    def load(*_: object, **__: object) -> None:
+        raise error("cannot convert 'alice wrote this' to a number")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = DataSection.model_validate({"source": {"kind": "hub", "name": "some/rows"}})
+    with pytest.raises(ConfigError, match="cannot read the files of some/rows") as refused:
+        load_corpus(data)
+    assert "alice" not in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import stat
@@ -243,6 +244,57 @@ def test_a_registry_in_a_directory_of_everybody_is_refused(tmp_path):
     (tmp_path / "linked.db").symlink_to(place / "registry.db")
     with pytest.raises(UnsafePath, match="is a link"):
         Registry(str(tmp_path / "linked.db"))
+
+
+def foreign_file(path: pathlib.Path) -> None:
+    path.write_bytes(b"pages")
+    os.chown(path, 65534, 65534)
+
+
+@pytest.mark.parametrize(
+    ("leave", "why"),
+    [
+        pytest.param(lambda path: path.symlink_to("/etc/passwd"), "is a link", id="link"),
+        pytest.param(foreign_file, "belongs to user 65534", id="foreign", marks=as_root),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+def test_a_registry_plays_back_nobody_elses_journal(tmp_path, suffix, leave: Leave, why):
+    Registry(str(tmp_path / "registry.db"))
+    leave(tmp_path / f"registry.db{suffix}")
+    with pytest.raises(UnsafePath, match=why):
+        Registry(str(tmp_path / "registry.db"))
+
+
+@pytest.mark.parametrize("planted", [".registry.db.lock", f".registry.db.key.{os.getpid()}"])
+def test_making_a_registry_writes_through_no_link(tmp_path, planted):
+    victim = tmp_path / "victim"
+    victim.write_text("whole")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / planted).symlink_to(victim)
+    with contextlib.suppress(UnsafePath):
+        Registry(str(place / "registry.db"))
+    assert victim.read_text() == "whole"
+
+
+def test_a_run_directory_that_everybody_may_write_is_refused(run):
+    """Whoever may write there can put another ``secret/`` in the place of this one."""
+    run.create_key("root")
+    run.root.chmod(0o777)
+    for use in (run.check_private, run.check_permissions, run.create, lambda: run.load_key("root")):
+        with pytest.raises(UnsafePath, match="chmod o-w"):
+            use()
+    run.root.chmod(0o755)
+    run.load_key("root")
+
+
+@as_root
+def test_a_run_directory_of_another_user_is_refused(run):
+    run.create_key("root")
+    os.chown(run.root, 65534, 65534)
+    with pytest.raises(UnsafePath, match="belongs to user 65534"):
+        run.load_key("root")
 
 
 def test_a_registrys_key_is_no_link_unless_it_was_named(tmp_path, monkeypatch):

@@ -12,9 +12,23 @@ import pytest
 import wandb
 
 from privtrain.commands.export import export_run
+from privtrain.config import validate
 from privtrain.job.train import train
+from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import not_covered
+from privtrain.tracking import watched_mirrors
+from privtrain.tracking.mirrors import BlockedMirror
 from tests.conftest import save_tiny_llama, write_config, write_users
-from tests.privtrain.published import MEASURED, Private, num_moments, published_texts, wandb_records, wandb_rows
+from tests.privtrain.published import (
+    MEASURED,
+    Private,
+    num_moments,
+    published_texts,
+    times_told,
+    wandb_records,
+    wandb_rows,
+)
+from tests.privtrain.test_tracking import Shown as Listener
 
 WORDS = ["alder", "birch", "cedar", "gorse", "hazel", "larch", "maple"]
 NUM_STEPS, BLOCK = 6, 4
@@ -71,10 +85,74 @@ def test_no_row_tells_when_its_step_was_done(finished):
     """The attack: the seconds of a step, or when its row arrived, tell whether somebody with long records was in it."""
     run, texts, _ = finished
     assert not [name for name in MEASURED for text in texts.values() if name in text]
-    num_blocks = -(-NUM_STEPS // BLOCK)
-    assert num_moments(run) == {"wandb": num_blocks, "tensorboard": num_blocks}
+    assert num_moments(run) == {"wandb": 1, "tensorboard": 1}
+    assert times_told(run) == []
     private = [json.loads(line) for line in (run / "secret" / "private_metrics.jsonl").read_text().splitlines()]
     assert sum("perf/step_seconds" in row for row in private) == NUM_STEPS, "the operator has them"
+
+
+def open_at_once(opened, run, name):
+    """A mutant of W&B offline: opened as the job begins, shown a block at a time."""
+    return BlockedMirror(opened(), run, name, num_steps=BLOCK, from_step=-1)
+
+
+def log_with_time(tracker, rows):
+    for step, values in rows:
+        for name, value in values.items():
+            if value is not None:
+                tracker._writer.add_scalar(name, value, step)
+
+
+@pytest.mark.parametrize(
+    ("target", "mutant", "told"),
+    [
+        ("privtrain.tracking.open.MirrorAtTheEnd", open_at_once, "wandb knows a moment of training"),
+        (
+            "privtrain.tracking.tensorboard_tracker.TensorBoardTracker.log_rows",
+            log_with_time,
+            "tensorboard knows more than when it was opened",
+        ),
+        ("privtrain.job.publish._give_one_time", lambda *_: None, "released files bear times of their own"),
+    ],
+)
+def test_mutant_that_tells_a_time_is_seen(tree, tmp_path, monkeypatch, target, mutant, told):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(target, mutant)
+    tree["tracking"] = {"wandb": True, "tensorboard": True, "mirror_block_steps": BLOCK}
+    train(write_config(tree, tmp_path / "c.yaml"))
+    wandb.teardown()
+    assert told in times_told(tmp_path / "runs" / "tiny")
+
+
+def test_list_of_what_is_not_covered_has_a_line_for_what_is_published(tree, monkeypatch):
+    """At most three lines where nothing was asked for; another for each key that publishes something, and no more."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    always = not_covered(validate(tree).tracking)
+    assert len(always) == 3
+    assert not any("tracking." in line or "time" in line.lower() for line in always)
+    for key in ("release_held_out_metrics", "release_measurements", "system_metrics", "private_metrics"):
+        tree["tracking"] = {key: True}
+        (line,) = (line for line in not_covered(validate(tree).tracking) if line not in always)
+        assert f"tracking.{key}" in line
+    tree["tracking"] = {}
+    for mirror, key in (("wandb", "tracking.mirror_block_steps"), ("tensorboard", "tracking.tensorboard")):
+        (line,) = (line for line in not_covered(validate(tree).tracking, [mirror]) if line not in always)
+        assert key in line
+
+
+def test_a_mirror_that_was_ever_watched_is_in_the_statement(tree, tmp_path, monkeypatch):
+    """Also if the job that releases shows rows to nobody: an earlier one did."""
+    run = RunDirectory(tmp_path)
+    run.secret.mkdir(mode=0o700)
+    tree["tracking"] = {}
+    config = validate(tree)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert watched_mirrors(config, run) == ()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert watched_mirrors(config, run) == ("wandb",)
+    BlockedMirror(Listener(), run, "wandb", num_steps=3, from_step=-1, is_live=True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert watched_mirrors(config, run) == ("wandb",)
 
 
 def test_the_number_of_units_is_nowhere(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import json
 import pathlib
@@ -13,15 +14,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from privtrain.commands.verify import Anchors, verify_directory
 from privtrain.config import validate
+from privtrain.config.schema import ReleaseSection
 from privtrain.errors import ConfigError, SigningFailed, VerificationFailed
 from privtrain.inputs import check_inputs
 from privtrain.job import released
 from privtrain.job import train as job
 from privtrain.job.publish import publish
 from privtrain.job.train import train
+from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import SIGNATURE, Keys, sign, signed_files
 from tests.conftest import tiny_tree, write_config
 
@@ -288,3 +293,112 @@ def test_what_is_signed_is_what_was_released(tiny_llama, users_file, tmp_path, m
     with pytest.raises(SigningFailed, match=r"adapter_model.safetensors differs"):
         train(config)
     assert not list((tmp_path / "runs" / "tiny").rglob(SIGNATURE))
+
+
+# Mutants: the code is broken on purpose, and a check sees it.
+
+
+def check_weights_are_signed(released_run: pathlib.Path, place: pathlib.Path) -> None:
+    """Raise unless weights that changed, with every digest made again, break the signature."""
+    test_every_resealed_change_breaks_the_signature(released_run, place)
+
+
+ALL_SIGNED_FILES = signed_files
+
+
+def only_cards(directory: pathlib.Path) -> list[str]:
+    return [name for name in ALL_SIGNED_FILES(directory) if name.endswith(".md")]
+
+
+def hash_only_cards(self, model_path, *, files_to_hash=None):
+    del files_to_hash
+    return self._config.hash(model_path, files_to_hash=[path for path in self._paths if path.suffix == ".md"])
+
+
+SIGNING_MUTANTS = {
+    "the card alone is signed": {
+        "tests.privtrain.test_signing.signed_files": only_cards,
+        "privtrain.commands.verify.signed_files": only_cards,
+    },
+    "any signature holds": {"privtrain.commands.verify.check_signature": lambda *_: []},
+    "the library hashes a part and nobody looks": {
+        "privtrain.run.signing._Exactly.hash": hash_only_cards,
+        "privtrain.run.signing._content_faults": lambda *_: [],
+    },
+}
+
+
+@pytest.mark.parametrize("mutant", SIGNING_MUTANTS)
+def test_mutant_of_signing_is_seen(released_run, tmp_path, monkeypatch, mutant):
+    (tmp_path / "whole").mkdir()
+    check_weights_are_signed(released_run, tmp_path / "whole")
+    for name, broken in SIGNING_MUTANTS[mutant].items():
+        monkeypatch.setattr(name, broken)
+    with pytest.raises(pytest.fail.Exception):
+        check_weights_are_signed(released_run, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fewer", "more", "other content"])
+def test_signature_over_other_files_does_not_hold(released_run, adapter, tmp_path, kind):
+    """By the right key, but over a part, over more, or over another directory."""
+    _, private, public = write_key(tmp_path, "ours")
+    files, source = signed_files(adapter), adapter
+    if kind == "fewer":
+        files = only_cards(adapter)
+    elif kind == "more":
+        (adapter / "LICENSE").write_text("mine")
+        files = [*files, "LICENSE"]
+    else:
+        source = shutil.copytree(adapter, tmp_path / "other")
+        (source / "README.md").write_text("another card")
+    sign(source, Keys(key=private), files)
+    if source != adapter:
+        shutil.copy(source / SIGNATURE, adapter / SIGNATURE)
+    with pytest.raises(VerificationFailed, match=rf"{SIGNATURE} (does not hold|is not over)"):
+        verify_directory(adapter, Anchors(keys=Keys(key=public)))
+
+
+def test_signature_that_the_library_makes_over_a_part_is_never_kept(adapter, tmp_path, monkeypatch):
+    _, private, _ = write_key(tmp_path, "ours")
+    monkeypatch.setattr("privtrain.run.signing._Exactly.hash", hash_only_cards)
+    with pytest.raises(SigningFailed, match=r"is not over adapter_model.safetensors as it is here"):
+        sign(adapter, Keys(key=private), signed_files(adapter))
+    assert not (adapter / SIGNATURE).exists()
+    assert not list(adapter.glob(".signing*"))
+
+
+def test_release_is_not_called_signed_without_a_signature(released_run, tmp_path, monkeypatch, capsys):
+    run = RunDirectory(shutil.copytree(released_run, tmp_path / "run"))
+    _, private, _ = write_key(tmp_path, "ours")
+    section = ReleaseSection(signing_key=private)
+    with monkeypatch.context() as patched:
+        patched.setattr(released, "sign", lambda directory, *_: directory / SIGNATURE)
+        assert isinstance(released.sign_release(run, section), SigningFailed)
+    assert "signed" not in capsys.readouterr().out
+    assert released.sign_release(run, section) is None
+    assert "signed" in capsys.readouterr().out
+
+
+def test_signature_of_another_release_does_not_hold(released_run, adapter, tmp_path):
+    """Of the run for its adapter, or of an adapter with another card for this one."""
+    run = shutil.copytree(released_run, tmp_path / "run")
+    _, private, public = write_key(tmp_path, "ours")
+    sign(run, Keys(key=private), signed_files(run))
+    shutil.copy(run / SIGNATURE, adapter / SIGNATURE)
+    with pytest.raises(VerificationFailed, match=r"model.sig does not hold"):
+        verify_directory(adapter, Anchors(keys=Keys(key=public)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1), bits=st.integers(1, 255))
+def test_signature_with_any_other_byte_is_one_line(adapter, tmp_path, place, bits):
+    """Refused, or read the same way (JSON has room for spaces): never a traceback."""
+    if not (tmp_path / "ours.pem").exists():
+        write_key(tmp_path, "ours")
+        sign(adapter, Keys(key=tmp_path / "ours.pem"), signed_files(adapter))
+        (tmp_path / "whole.sig").write_bytes((adapter / SIGNATURE).read_bytes())
+    content = bytearray((tmp_path / "whole.sig").read_bytes())
+    content[int(place * (len(content) - 1))] ^= bits
+    (adapter / SIGNATURE).write_bytes(content)
+    with contextlib.suppress(VerificationFailed):
+        verify_directory(adapter, Anchors(keys=Keys(key=tmp_path / "ours.pub")))

@@ -123,12 +123,13 @@ class Shown(Listener):
         super().__init__()
         self.blocks: list[list[int]] = []
 
-    def log_rows(self, rows, timestamp):
+    def log_rows(self, rows):
         self.blocks.append([step for step, _ in rows])
 
 
-def test_mirrors_get_whole_blocks_and_a_killed_job_loses_no_row(tmp_path):
-    run = RunDirectory(tmp_path)
+def blocks_shown(directory: pathlib.Path) -> list[list[int]]:
+    """What a mirror is shown by a job that is killed after step 5 and by the one that goes on to step 8."""
+    run = RunDirectory(directory)
     run.secret.mkdir(mode=0o700)
 
     def job(from_step: int, steps: range) -> tuple[Shown, BlockedMirror]:
@@ -143,11 +144,51 @@ def test_mirrors_get_whole_blocks_and_a_killed_job_loses_no_row(tmp_path):
         return shown, mirror
 
     killed, _ = job(-1, range(6))
-    assert killed.blocks == [[0, 1, 2, 3]]
     resumed, mirror = job(5, range(6, 9))  # the checkpoint was after step 5, whose row was never shown
-    assert resumed.blocks == [[4, 5, 6]]
     mirror.close()
-    assert resumed.blocks == [[4, 5, 6], [7, 8]]
+    return killed.blocks + resumed.blocks
+
+
+def check_blocks(blocks: list[list[int]]) -> None:
+    assert [step for block in blocks for step in block] == list(range(9)), "every row once"
+    assert all(len(block) >= 3 for block in blocks[:-1]), "no row alone"
+
+
+def test_mirrors_get_whole_blocks_and_a_killed_job_loses_no_row(tmp_path):
+    blocks = blocks_shown(tmp_path)
+    check_blocks(blocks)
+    assert blocks == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+
+
+def shown_per_step(mirror: BlockedMirror, step: int, values: Any) -> None:
+    mirror._rows.append((step, values))
+    mirror._flush()
+
+
+def shown_early(mirror: BlockedMirror, step: int, values: Any) -> None:
+    mirror._rows.append((step, values))
+    if len(mirror._rows) == 2:
+        mirror._flush()
+
+
+MIRROR_MUTANTS = {
+    "shown per step": ("privtrain.tracking.mirrors.BlockedMirror.log", shown_per_step),
+    "shown before the block is whole": ("privtrain.tracking.mirrors.BlockedMirror.log", shown_early),
+    "shown twice": ("privtrain.tracking.mirrors._read", lambda path: {}),
+    "never shown": ("privtrain.tracking.mirrors.BlockedMirror.close", lambda mirror: mirror._mirror.close()),
+    "kept rows forgotten": ("privtrain.tracking.mirrors._rows_of", lambda run: []),
+    "alert at once": (
+        "privtrain.tracking.mirrors.BlockedMirror.alert",
+        lambda mirror, title, text: mirror._mirror.alert(title, text),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MIRROR_MUTANTS)
+def test_mutant_of_the_mirrors_is_seen(tmp_path, monkeypatch, mutant):
+    monkeypatch.setattr(*MIRROR_MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        check_blocks(blocks_shown(tmp_path))
 
 
 @pytest.mark.parametrize("private_metrics", [False, True])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -230,6 +232,12 @@ FIELDS = {
     "assumptions": lambda s: s.update(assumptions=[]),
     "steps_accounted": lambda s: s.update(steps_accounted=0),
     "extra": lambda s: s.update(extra=1),
+    "not_covered": lambda s: s.update(not_covered=[]),
+    "not_covered is": lambda s: s.update(not_covered={}),
+    "steps_of_the_model": lambda s: s.update(steps_of_the_model=None),
+    "ledger.num_commits": lambda s: s["ledger"].update(num_commits=9),
+    "split_commitment": lambda s: s.update(split_commitment={}),
+    "software": lambda s: s.update(software="x"),
     "plan": lambda s: s["plan"].update(extra=1),
     "plan_fingerprint": less_noise_than_said,
 }
@@ -279,6 +287,47 @@ def test_mutant_that_skips_unlisted_files_misses_an_added_one(finished, monkeypa
         verify_directory(finished)
 
 
+def verifier_that_skips(monkeypatch: pytest.MonkeyPatch, is_skipped: Callable[[str], bool]) -> None:
+    """A mutant of the verifier: files of a kind are compared with nothing."""
+    compare = bundle.compare_files
+
+    def compare_some(directory, expected, **named):
+        faults, beside = compare(directory, expected, **named)
+        return [fault for fault in faults if not is_skipped(fault.path)], beside
+
+    monkeypatch.setattr(bundle, "compare_files", compare_some)
+
+
+SKIPPED = {
+    "weights": lambda path: path.endswith(".safetensors"),
+    "JSON": lambda path: path.endswith(".json"),
+    "cards": lambda path: path.endswith(".md"),
+    "metrics": lambda path: path.endswith(".jsonl"),
+    "configuration": lambda path: path.endswith(".yaml"),
+    "the adapter": lambda path: path.startswith("adapter/"),
+    "what is at the top": lambda path: "/" not in path,
+}
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_mutant_that_ignores_files_of_a_kind_is_seen(places, tmp_path, monkeypatch, kind):
+    """Each file of the kind with one more blank: found and named, and by the mutant alone it is not."""
+    directory = shutil.copytree(places["public"], tmp_path / "copy")
+    names = [name for name in released_files(directory) if SKIPPED[kind](name) and not name.endswith("release.json")]
+    assert names
+    for name in names:
+        content = (directory / name).read_bytes()
+        # Where no reader of the content minds.
+        blank = content.replace(b": ", b":  ", 1) if name.endswith(".jsonl") else b"\n" + content
+        (directory / name).write_bytes(blank)
+        with pytest.raises(VerificationFailed, match=re.escape(f"{name} differs")):
+            verify_directory(directory)
+        with monkeypatch.context() as patched:
+            verifier_that_skips(patched, SKIPPED[kind])
+            verify_directory(directory)
+        (directory / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
@@ -287,6 +336,14 @@ def test_mutant_that_skips_unlisted_files_misses_an_added_one(finished, monkeypa
         ("metrics.jsonl", '"privacy/epsilon": ', '"privacy/epsilon": 1'),
         ("config.yaml", "num_steps: 4", "num_steps: 3"),
         ("config.yaml", "noise_multiplier: 1.0", "noise_multiplier: 99.0"),
+        ("config.yaml", "sampling_prob: 0.4", "sampling_prob: 0.0001"),
+        ("config.yaml", "records_per_user: 3", "records_per_user: 1"),
+        ("config.yaml", "selection: random", "selection: longest"),
+        ("config.yaml", "target_epsilon: null", "target_epsilon: 0.1"),
+        ("config.yaml", "noised_metrics: null", "noised_metrics: {}"),
+        ("config.yaml", "release_held_out_metrics: false", "release_held_out_metrics: true"),
+        ("config.yaml", "clipping_norm: ", "clipping_norm: 9.0\n  clipping_norm: "),
+        ("metrics.jsonl", '"privacy/epsilon": ', '"privacy/epsilon": "x", "was": '),
     ],
 )
 def test_resealed_file_that_says_otherwise_than_the_statement_is_named(finished, name, old, new):
@@ -355,12 +412,81 @@ def test_seeded_run_edited_to_private_is_refused(tree, tmp_path):
         verify_run(run)
 
 
+def test_line_of_what_is_not_covered_that_the_configuration_asks_for_is_missed(finished):
+    """The statement of a run that published raw losses, with the line about them taken out."""
+    config = (finished / "config.yaml").read_text()
+    (finished / "config.yaml").write_text(config.replace("private_metrics: false", "private_metrics: true"))
+    reseal(finished)
+    with pytest.raises(VerificationFailed, match=r"config.yaml: tracking publishes other things than not_covered"):
+        verify_directory(finished)
+
+
 # What a hostile directory could do to the verifier.
+
+
+def places_in(value: Any, path: tuple = ()) -> list[tuple]:
+    """Paths of every value inside."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [path, *(inner for key in keys for inner in places_in(value[key], (*path, key)))]
+
+
+OTHER_VALUES = [None, [], {}, "x", "", "\0", "é", 0, -1, 0.5, 1e308, 10**30, 10**299, True, [1], {"a": 1}, [[[]]]]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_resealed_statement_with_any_other_value_is_refused(places, data, tmp_path):
+    """Whatever stands anywhere in it, every digest made anew: one error, or nothing but another version's name."""
+    copy = tmp_path / "copy"
+    if not copy.exists():
+        shutil.copytree(places["public"], copy)
+    whole = {name: (copy / name).read_bytes() for name in released_files(copy)}
+    statement = json.loads(whole["privacy.json"])
+    path = data.draw(st.sampled_from(places_in(statement)[1:]))
+    value = data.draw(st.sampled_from(OTHER_VALUES))
+    parent = statement
+    for key in path[:-1]:
+        parent = parent[key]
+    assume(parent[path[-1]] != value)
+    parent[path[-1]] = value
+    try:
+        (copy / "privacy.json").write_text(json.dumps(statement, indent=2, ensure_ascii=False) + "\n")
+        if path != ("plan_fingerprint",):
+            reseal(copy)
+        is_name_of_a_version = path[-1] in ("version", "privtrain") and isinstance(value, str)
+        if is_name_of_a_version or (path == ("steps_of_the_model",) and value == 0):  # for the ledger to tell
+            verify_directory(copy)
+        else:
+            with pytest.raises(VerificationFailed, match=r"privacy\.json"):
+                verify_directory(copy)
+    finally:
+        for name, content in whole.items():
+            (copy / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"delta": ', '"delta": 1e999, "was": '),
+        ('"unit": "user"', '"unit": "user", "unit": "user"'),
+        ('"unit": "user"', '"unit": NaN'),
+        ('"unit": "user"', '"unit": ' + "[" * 100_000),
+        ('"num_steps": ', '"num_steps": ' + "1" * 5000),
+        ('"unit": "user"', '"unit": "\\ud800"'),
+    ],
+)
+def test_statement_that_is_no_json_with_one_meaning_is_one_error(finished, old, new):
+    text = (finished / "privacy.json").read_text()
+    assert old in text
+    (finished / "privacy.json").write_text(text.replace(old, new, 1))
+    for check in (verify_directory, verify_run):
+        with pytest.raises((VerificationFailed, LedgerCorrupt), match=r"privacy\.json"):
+            check(finished)
 
 
 def test_files_outside_the_directory_are_never_read(finished):
     old, _ = read_manifest(finished)
-    for path in ("../outside", "/etc/hostname", "adapter/../../x", "a//b", "./a", "a\\b", ""):
+    for path in ("../outside", "/etc/hostname", "adapter/../../x", "a//b", "./a", "a\\b", "", "a\0b", "\ud800"):
         content = json.loads(render(old, "run"))
         content["files"][path] = "0" * 64
         (finished / "release.json").write_text(json.dumps(content, indent=2) + "\n")

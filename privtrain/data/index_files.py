@@ -1,0 +1,140 @@
+"""The files of an index on disk, and the digests that bind them: damage is found before it is learned from.
+
+``index.json`` holds its own digest, the size of every file, and SHA-256 of all but the texts, which are small beside
+them: these are hashed through the handle that is mapped, whenever an index is opened (10 million records: 0.3 GB, well
+under a second). Texts may be larger than memory, so each has a digest of its own, 16 bytes of its SHA-256, and is
+compared when it is read. So nothing of an index is used that is not what was written, and opening one costs what its
+users cost, never what its texts do.
+
+Digests without a key tell damage, not malice: whoever can write into a directory that is 0700 is the user who trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from privtrain.errors import DamagedFile
+from privtrain.files import reading
+
+SCHEMA = "privtrain/index/2"
+DESCRIPTION = "index.json"
+
+TEXTS = "texts.bin"
+#: Of every other file: what an element is.
+ARRAYS: Mapping[str, type[Any]] = {
+    "text_ends.u64": np.uint64,
+    "text_digests.bin": np.uint8,
+    "users.bin": np.uint8,
+    "user_ends.u64": np.uint64,
+    "record_ends.u64": np.uint64,
+}
+DIGEST_BYTES = 16
+
+_OWN_DIGEST = "description_sha256"
+
+
+def text_digest(content: bytes) -> bytes:
+    """What a text is compared with when it is read."""
+    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
+
+
+@dataclasses.dataclass
+class HashedFile:
+    """A new file whose content is hashed as it is written."""
+
+    file: IO[bytes]
+    num_bytes: int = 0
+    sha256: Any = dataclasses.field(default_factory=hashlib.sha256)
+
+    def write(self, content: bytes) -> None:
+        """Append."""
+        self.file.write(content)
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+
+
+@contextlib.contextmanager
+def created(path: pathlib.Path) -> Iterator[HashedFile]:
+    """A new file for nobody else's eyes, on disk when the block ends."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        yield HashedFile(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe(directory: pathlib.Path, facts: Mapping[str, Any], files: Mapping[str, HashedFile]) -> None:
+    """Write the description of an index, last: it says that the index is whole.
+
+    Args:
+        directory: of the index.
+        facts: JSON about the records.
+        files: name → what was written, of every file.
+    """
+    assert set(files) == {TEXTS, *ARRAYS}
+    described = {
+        name: {"num_bytes": file.num_bytes, **({} if name == TEXTS else {"sha256": file.sha256.hexdigest()})}
+        for name, file in files.items()
+    }
+    body = {"schema": SCHEMA, **facts, "files": described}
+    with created(directory / DESCRIPTION) as file:
+        file.write(json.dumps({**body, _OWN_DIGEST: _digest_of(body)}).encode())
+
+
+def read_description(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
+    """The description of an index as it was written.
+
+    Raises:
+        DamagedFile: if it is missing or anything else.
+    """
+    path = directory / DESCRIPTION
+    content = reading.read_bytes(path, remedy=remedy)
+    found = reading.parse_json(content, path, remedy=remedy)
+    body = {name: value for name, value in found.items() if name != _OWN_DIGEST}
+    if found.get(_OWN_DIGEST) != _digest_of(body) or json.dumps(found).encode() != content:
+        raise DamagedFile(path, "is not as it was written: it was altered or damaged", remedy)
+    if found.get("schema") != SCHEMA or set(found.get("files", ())) != {TEXTS, *ARRAYS}:
+        raise DamagedFile(path, "is no description of an index", remedy)
+    return found
+
+
+def map_checked(directory: pathlib.Path, description: Mapping[str, Any], remedy: str) -> dict[str, npt.NDArray[Any]]:
+    """Map the files of an index; the arrays are compared with their digests, the texts' file with its size.
+
+    Args:
+        directory: of the index.
+        description: of :func:`read_description`.
+        remedy: what an error ends with.
+
+    Raises:
+        DamagedFile: naming the file that is missing or not as it was written.
+    """
+    kinds = {TEXTS: np.uint8, **ARRAYS}
+    return {name: _mapped(directory / name, kinds[name], facts, remedy) for name, facts in description["files"].items()}
+
+
+def _mapped(path: pathlib.Path, kind: type[Any], facts: Mapping[str, Any], remedy: str) -> npt.NDArray[Any]:
+    with reading.opened(path, remedy=remedy, may_be_empty=True) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes != facts["num_bytes"]:
+            raise DamagedFile(path, f"has {num_bytes} bytes; expected {facts['num_bytes']}", remedy)
+        try:
+            if "sha256" in facts and reading.sha256_of(file, path) != facts["sha256"]:
+                raise DamagedFile(path, "is not as it was written: it was altered or damaged", remedy)
+            return np.memmap(file, dtype=kind, mode="r") if num_bytes else np.zeros(0, dtype=kind)
+        except (OSError, ValueError) as error:
+            raise DamagedFile(path, f"cannot be read ({type(error).__name__})", remedy) from None
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
