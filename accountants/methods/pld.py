@@ -93,8 +93,8 @@ class PldAccountant(Accountant):
 def _not_refuted(question: Question, value: float) -> float:
     """What is certified where a certified lower bound contradicts the library, which does not bound its round-off.
 
-    At sampling probability 1 the lower bound is tight to eleven digits and a value may fall short of it by its last
-    ones: then the certified upper end stands in.
+    At sampling probability 1 the bounds are tight to eleven digits and a value may fall between them, or short of the
+    lower one, by its last ones: then the certified upper end stands in.
 
     Raises:
         ValueError: where it falls short by more than round-off.
@@ -104,7 +104,8 @@ def _not_refuted(question: Question, value: float) -> float:
         known = ask(question.event, question.argument, question.relation)
     except UnsupportedEventError:
         return value
-    if value >= known.lower:
+    is_tight = known.upper <= (1 + _ROUND_OFF) * known.lower
+    if value >= (known.upper if is_tight else known.lower):
         return value
     if value < (1 - _ROUND_OFF) * known.lower:
         given = "delta" if question.quantity == "epsilon" else "epsilon"

@@ -97,7 +97,7 @@ def check(seed):
     return asked
 
 
-@pytest.mark.parametrize("seed", range(NUM_ALWAYS))
+@pytest.mark.parametrize("seed", [*range(NUM_ALWAYS), 73, 112, 120, 232, 1978])  # the last five were wrong once
 def test_no_certified_end_is_on_the_wrong_side(seed):
     assert check(seed) >= 3
 
