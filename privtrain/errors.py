@@ -39,6 +39,7 @@ class ConfigError(PrivtrainError):
 
     def __init__(self, faults: Sequence[Fault], source: str = "") -> None:
         self.faults = tuple(faults)
+        self.source = source
         head = f"{source}: " if source else ""
         if len(self.faults) == 1:
             message = f"{head}{self.faults[0]}"

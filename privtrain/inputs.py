@@ -5,15 +5,34 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Sequence
 
-from privtrain.config import Config
+from privtrain.config import Config, load_config
+from privtrain.config.load import sections_of
 from privtrain.data.corpus import Corpus, check_source, load_corpus
 from privtrain.errors import ConfigError, Fault
+from privtrain.files.writable import why_unwritable
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.base_model import check_model
 from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import Keys, password_from_environment, signing_faults
+
+
+def load_checked(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration and look at what it names; every fault of both comes in one round.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        model, data = sections_of(path, overrides)
+        more = [*(check_model(model) if model else ()), *(check_source(data) if data else ())]
+        raise ConfigError([*error.faults, *more], error.source) from None
+    check_inputs(config)
+    return config
 
 
 def check_inputs(config: Config) -> None:
@@ -26,7 +45,10 @@ def check_inputs(config: Config) -> None:
     if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
     keys = Keys.of(config.release)
-    if keys is not None and os.environ.get("RANK", "0") == "0":
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and (problem := why_unwritable(config.run.directory)):
+        faults.append(Fault("run.output_dir", problem))
+    if keys is not None and is_main:
         names = ("release.signing_key", "release.signing_certificate", "release.signing_chain")
         faults += signing_faults(keys, password_from_environment(), names)
     if faults:

@@ -17,7 +17,8 @@ import pyarrow.parquet
 from attacks.errors import AttackInputError
 from privtrain.config.schema import DataSection, FilesSource
 from privtrain.data import formats
-from privtrain.data.corpus import READ_FAULTS, Corpus, NotAnObjectError, normal_form, owner_of, source_files, unreadable
+from privtrain.data.corpus import Corpus, normal_form, owner_of, source_files
+from privtrain.data.rows import READ_FAULTS, NotAnObjectError, allow_long_fields, unreadable
 from privtrain.errors import DamagedFile
 from privtrain.files import reading
 
@@ -164,8 +165,9 @@ def _rows_of(file: pathlib.Path, digest: str) -> Iterator[Mapping[str, Any]]:
                 for batch in shard.iter_batches():
                     yield from batch.to_pylist()
             return
-        lines = io.TextIOWrapper(content, encoding="utf-8", newline="" if file.suffix == ".csv" else None)
+        lines = io.TextIOWrapper(content, encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None)
         if file.suffix == ".csv":
+            allow_long_fields()
             yield from csv.DictReader(lines, strict=True)
             return
         for line in lines:

@@ -17,6 +17,7 @@ from typing import Any
 from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
+from privtrain.files.writable import why_unwritable
 from privtrain.run import bundle
 from privtrain.run.bundle import ReleaseManifest
 from privtrain.run.directory import RunDirectory
@@ -68,6 +69,8 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) 
         )
     if output.exists():
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
+    elif problem := why_unwritable(output.parent):
+        faults.append(Fault("OUTPUT", problem))
     if dtype not in DTYPES:
         faults.append(Fault("--dtype", f"given {dtype}; must be one of {', '.join(DTYPES)}"))
     if merge and run.is_complete() and run.adapter.exists():

@@ -173,7 +173,9 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
 
 def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:
     launcher = options.accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
-    words = ["accelerate", "launch", "--config_file", str(launcher)]
+    words = ["accelerate", "launch"]
+    if launcher.is_file():  # outside a checkout accelerate's own defaults stand
+        words += ["--config_file", str(launcher)]
     if options.num_ranks is not None:
         words += ["--num_processes", str(options.num_ranks)]
     return shlex.join([*words, "-m", "privtrain", "train", str(config_path), *overrides])

@@ -13,8 +13,8 @@ from typing import Any
 
 import pydantic
 
-from privtrain.config.schema import Config, ConflictError
-from privtrain.errors import ConfigError, Fault
+from privtrain.config.schema import Config, ConflictError, DataSection, ModelSection
+from privtrain.errors import ConfigError, Fault, PrivtrainError
 from privtrain.files import reading, strict_yaml
 
 _MAX_BYTES = 16 << 20
@@ -52,6 +52,18 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     if config is None or faults:
         raise ConfigError(sorted(faults, key=lambda fault: fault.line or 0), str(path))
     return config
+
+
+def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSection | None, DataSection | None]:
+    """The sections model and data of a file with faults elsewhere; none in the place of one that has its own."""
+    found: list[Any] = []
+    for name, kind in (("model", ModelSection), ("data", DataSection)):
+        try:
+            tree = apply_overrides(read_tree(path).value, overrides)
+            found.append(kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True))
+        except (PrivtrainError, ValueError, LookupError, RecursionError):  # their faults are told already
+            found.append(None)
+    return found[0], found[1]
 
 
 def validate(tree: dict[str, Any], source: str = "") -> Config:

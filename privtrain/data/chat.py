@@ -9,6 +9,7 @@ turns, as some do with a model's reasoning) is refused by name, on a public conv
 from __future__ import annotations
 
 import bisect
+import collections
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,15 @@ class ChatRenderer:
     Args:
         data: may name a template file that replaces the tokenizer's.
         tokenizer: the model's, a fast one.
+        complaints: counts conversations that predict nothing, by reason: the template's own words where it holds them.
 
     Raises:
         ConfigError: if there is no template, or its assistant turns cannot be told apart exactly.
     """
 
-    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, complaints: collections.Counter[str]
+    ) -> None:
         self._tokenizer = tokenizer
         if data.chat_template_file is not None:
             content = reading.read_bytes(data.chat_template_file, follow_links=True)
@@ -55,17 +59,24 @@ class ChatRenderer:
                 tokenizer.chat_template = content.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DamagedFile(data.chat_template_file, f"is not UTF-8 at byte {error.start}") from None
+        if isinstance(tokenizer.chat_template, dict):  # several by name, as some models have for tools
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         template = tokenizer.chat_template
         key = "data.chat_template_file"
         if not isinstance(template, str):
-            raise ConfigError([Fault(key, "the tokenizer has no chat template of its own; give a Jinja file")])
+            problem = (
+                "the tokenizer has no chat template of its own, as those of base models have none; give the Jinja file "
+                "of the model that you will serve, or train the instruct model"
+            )
+            raise ConfigError([Fault(key, problem)])
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 [Fault("data.format", "chat needs a fast tokenizer, which knows the characters of a token")]
             )
         self._marks_itself = _GENERATION.search(template) is not None
+        self._complaints = complaints
         try:
-            spans = self._spans(_PROBE)[1]
+            whole, spans = self._spans(_PROBE)
         except _UNRENDERABLE as error:
             raise ConfigError([Fault(key, f"the chat template cannot be rendered: {error}")]) from None
         if len(spans) != 2 or not all(start < end for start, end in spans):
@@ -80,6 +91,26 @@ class ChatRenderer:
                 ]
             )
 
+        self._check_ends(whole, spans, key)
+
+    def _check_ends(self, whole: str, spans: list[tuple[int, int]], key: str) -> None:
+        """Raise unless each answer is predicted with what ends it: else the model never learns to stop.
+
+        Raises:
+            ConfigError: if a generation block closes before the end mark.
+        """
+        answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
+        for (start, end), answer in zip(spans, answers, strict=True):
+            tail = whole[start:end].rpartition(answer)[2]
+            after = whole[end:].lstrip()
+            marks = [mark for mark in self._tokenizer.all_special_tokens if mark]
+            if self._marks_itself and not tail.strip() and (not tail or after.startswith(tuple(marks))):
+                problem = (
+                    "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model "
+                    "would never learn to stop; put the end mark inside the generation block"
+                )
+                raise ConfigError([Fault(key, problem)])
+
     def encode(self, messages: Messages) -> Record:
         """Tokens of a conversation; predicted are those that begin within an assistant turn.
 
@@ -87,8 +118,12 @@ class ChatRenderer:
         """
         try:
             text, spans = self._spans(messages)
-        except _UNRENDERABLE:
+        except _UNRENDERABLE as error:
+            self._complaints[f"the chat template refuses it: {self._own_words(error)}"] += 1
             text, spans = "\n".join(message["content"] for message in messages), []
+        else:
+            if not spans:
+                self._complaints["the chat template keeps no assistant turn apart in it"] += 1
         encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
         starts = [start for start, _ in spans]
@@ -98,6 +133,11 @@ class ChatRenderer:
             is_target[position] = span >= 0 and begin < end and begin < spans[span][1]
         is_target[:1] = False
         return Record(tokens, is_target)
+
+    def _own_words(self, error: Exception) -> str:
+        """A template's complaint if the template itself holds it: another may quote a conversation."""
+        words = " ".join(str(error).split())
+        return words if words and words in str(self._tokenizer.chat_template) else type(error).__name__
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> Any:
         return self._tokenizer.apply_chat_template(

@@ -8,19 +8,18 @@ diagnostics, because they describe the data.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import glob
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-import pyarrow.parquet
+from typing import Any
 
 from privtrain.config.schema import DataSection, FilesSource, HubSource
 from privtrain.data import formats, index, plays
 from privtrain.data.digest import RecordDigest
+from privtrain.data.formats import Unusable
+from privtrain.data.rows import file_columns, file_rows, hub_rows
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
 
@@ -29,13 +28,17 @@ _FORMATS = (".jsonl", ".csv", ".parquet")
 
 @dataclasses.dataclass(frozen=True)
 class RowCounts:
-    """How many rows were read and what became of them. Private: it describes the data."""
+    """How many rows were read and what became of them. Private: it describes the data.
+
+    ``reasons`` says of the empty ones by which rule each cannot be used (:class:`~privtrain.data.formats.Unusable`).
+    """
 
     num_rows: int
     num_without_user: int
     num_empty: int
     num_users_opted_out: int = 0
     num_duplicates: int = 0
+    reasons: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
     if file.suffix not in _FORMATS:
         return [Fault("data.source.paths", f"{file} is not one of {', '.join(_FORMATS)}")]
     try:
-        columns = _columns(file)
+        columns = file_columns(file)
     except ConfigError as error:
         return list(error.faults)
     faults = []
@@ -140,7 +143,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         index_dir, made_of, lambda tally: _kept(_rows(data), tally), form, lambda: digests_of(files)
     )
     if not found.records:
-        raise ConfigError([Fault("data.source", f"no usable row among {found.counts['num_rows']}")])
+        raise ConfigError([_no_row(found.counts)])
     counts = RowCounts(**found.counts)
     return Corpus(found.records, counts, found.manifest_sha256, is_on_disk=True, source_digests=found.source_digests)
 
@@ -183,18 +186,28 @@ def without_users(corpus: Corpus, dropped: Iterable[str]) -> Corpus:
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
-    tally: dict[str, int] = {}
+    tally: dict[str, Any] = {}
     for owner, content in _kept(rows, tally):
         records.setdefault(owner, []).append(content)
     if not records:
-        raise ConfigError([Fault("data.source", f"no usable row among {tally['num_rows']}")])
+        raise ConfigError([_no_row(tally)])
     ordered = {user: tuple(records[user]) for user in sorted(records)}
     return Corpus(ordered, RowCounts(**tally), _digest(ordered))
 
 
-def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, int]) -> Iterator[tuple[str, str]]:
+def _no_row(tally: Mapping[str, Any]) -> Fault:
+    """Why nothing is left, by reason; for the owner of the data, whose counts they are."""
+    found = [f"{count} × {reason}" for reason, count in sorted(tally["reasons"].items(), key=lambda item: -item[1])]
+    if tally["num_without_user"]:
+        found.append(f"{tally['num_without_user']} × no user id in the column that data.user_column names")
+    reasons = f": {'; '.join(found)}" if found else ""
+    return Fault("data.source", f"no usable row among {tally['num_rows']}{reasons}")
+
+
+def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Owner and text of the rows that can be used; what became of all of them is in ``tally`` when it is exhausted."""
     num_rows = num_without_user = num_empty = 0
+    reasons: dict[str, int] = {}
     for user, text in rows:
         num_rows += 1
         owner = owner_of(user)
@@ -203,9 +216,11 @@ def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, int]) -> Itera
             num_without_user += 1
         elif not content:
             num_empty += 1
+            reason = text.reason if isinstance(text, Unusable) else "no text"
+            reasons[reason] = reasons.get(reason, 0) + 1
         else:
             yield owner, content
-    tally.update(num_rows=num_rows, num_without_user=num_without_user, num_empty=num_empty)
+    tally.update(num_rows=num_rows, num_without_user=num_without_user, num_empty=num_empty, reasons=reasons)
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
@@ -264,113 +279,15 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
         return
     columns = [getattr(data, key) for key in ("user_column", *formats.column_keys(data))]
     sources = (
-        [(data.source.name, _hub_rows(data.source, columns))]
+        [(data.source.name, hub_rows(data.source, columns))]
         if isinstance(data.source, HubSource)
-        else ((str(file), _file_rows(file, columns)) for file in source_files(data.source))
+        else ((str(file), file_rows(file, columns)) for file in source_files(data.source))
     )
     for name, rows in sources:
         for number, (user, *values) in enumerate(rows, start=1):
             if not isinstance(user, str) or not user.isascii():
                 owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
-            yield user, formats.canonical(data, values)
-
-
-def _hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except (DatasetGenerationError, pyarrow.ArrowException) as error:
-        # Raised at a file that cannot be read; its message may quote rows.
-        problem = f"cannot read the files of {source.name} ({type(error).__name__})"
-        raise ConfigError([Fault("data.source.name", problem)]) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError([Fault("data.source.name", f"cannot load {source.name}: {error}")]) from None
-    assert isinstance(table, datasets.Dataset)
-    missing = set(columns) - set(table.column_names)
-    if missing:
-        problem = f"no column {sorted(missing)} in {source.name}; it has {', '.join(table.column_names)}"
-        raise ConfigError([Fault("data", problem)])
-    yield from zip(*(table[column] for column in columns), strict=True)
-
-
-def _file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """Rows as written: no type is guessed, so that 007 and 7 stay the two ids that the file says they are."""
-    number = 0
-    try:
-        if file.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(file) as shard:
-                for batch in shard.iter_batches(columns=list(columns)):
-                    yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
-                    number += batch.num_rows
-        elif file.suffix == ".csv":
-            with open(file, newline="", encoding="utf-8") as lines:
-                for row in csv.DictReader(lines, strict=True):
-                    number += 1
-                    yield tuple(row[c] for c in columns)
-        else:
-            with open(file, encoding="utf-8") as lines:
-                for line in lines:
-                    if line.strip():
-                        row = _pick(json.loads(line), columns)
-                        number += 1
-                        yield row
-    except READ_FAULTS as error:
-        raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error))]) from None
-
-
-#: What reading a damaged file of rows raises.
-READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv.Error, pyarrow.ArrowException)
-
-
-def unreadable(file: pathlib.Path, row: int, error: Exception) -> str:
-    """Where and in which way a file cannot be read, without a word of what is in it."""
-    match error:
-        case OSError(strerror=str(reason)):
-            return f"cannot read {file}: {reason}"
-        case json.JSONDecodeError():
-            reason = f"not JSON ({error.msg} at column {error.colno})"
-        case UnicodeDecodeError():
-            reason = f"not UTF-8 ({error.reason})"
-        case csv.Error():
-            reason = f"not CSV ({error})"  # the module's own words
-        case RecursionError():
-            reason = "nested too deeply"
-        case NotAnObjectError():
-            reason = "not a JSON object"
-        case _:
-            reason = f"{type(error).__name__}, whose message may hold values and is not shown"
-    return f"cannot read {file}, in or after row {row}: {reason}"
-
-
-class NotAnObjectError(ValueError):
-    """A line of JSON that holds something else than named values."""
-
-
-def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:
-    if not isinstance(row, dict):
-        raise NotAnObjectError
-    return tuple(row.get(column) for column in columns)
-
-
-def _columns(file: pathlib.Path) -> list[str]:
-    try:
-        if file.suffix == ".parquet":
-            try:
-                return pyarrow.parquet.read_schema(file).names
-            except pyarrow.ArrowInvalid as error:  # of the footer, which holds no row
-                raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
-        with open(file, newline="", encoding="utf-8") as lines:
-            if file.suffix == ".csv":
-                return next(csv.reader(lines), [])
-            first = json.loads(lines.readline() or "{}")
-            if not isinstance(first, dict):
-                raise NotAnObjectError
-            return list(first)
-    except READ_FAULTS as error:
-        raise ConfigError([Fault("data.source.paths", unreadable(file, 1, error))]) from None
+            yield user, formats.canonical(data, values) or formats.why_unusable(data, values)
 
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:

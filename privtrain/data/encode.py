@@ -1,6 +1,7 @@
 """From a kept record to tokens and the positions that are predicted, one function a format.
 
-* ``text``: begin mark, text, end mark; everything but the begin mark is predicted.
+* ``text``: begin mark, text, end mark, those that the text carries itself not doubled; everything but the begin mark
+  is predicted.
 * ``prompt_completion``: begin mark, prompt, completion, end mark; the completion and the end mark are predicted. Prompt
   and completion are tokenised apart, as they will be when the model answers a prompt.
 * ``chat``: the model's chat template over the messages; the assistant's turns are predicted (:mod:`.chat`).
@@ -12,6 +13,7 @@ zero, and is counted.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -67,7 +69,9 @@ class Encoder:
             "chat": self._chats,
             "classification": self._classified,
         }[data.format]
-        self._chat = ChatRenderer(data, tokenizer) if data.format == "chat" else None
+        #: Why records predicted nothing, with their number; words of ours and of the chat template alone. Private.
+        self.complaints: collections.Counter[str] = collections.Counter()
+        self._chat = ChatRenderer(data, tokenizer, self.complaints) if data.format == "chat" else None
         #: Ids that the model embeds, 0 to this; a record with another predicts nothing. Set once the model is known.
         self.num_ids: int | None = None
 
@@ -79,8 +83,11 @@ class Encoder:
         """
         found, num_truncated = [], 0
         for start in range(0, len(records), _TOKENIZER_BATCH):
-            for record, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):
-                found.append(self._within_ids(record))
+            for whole, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):
+                record = self._within_ids(whole)
+                if record is whole and is_cut and not record.num_targets:
+                    self.complaints["cut before its first predicted token; raise data.max_length"] += 1
+                found.append(record)
                 num_truncated += is_cut
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
 
@@ -102,7 +109,7 @@ class Encoder:
             Pieces, each with the places of the texts that it is of.
         """
         begin, end = marks(self._tokenizer)
-        encoded = [[*ids, end] for ids in self._ids(texts)]
+        encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
         tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)
         places = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
         size = self._max_length - 1
@@ -114,6 +121,7 @@ class Encoder:
         """The record, or its first mark alone if it holds a token that the model has no embedding of."""
         if self.num_ids is None or int(record.tokens.max()) < self.num_ids:
             return record
+        self.complaints["holds a token that the model has no embedding of"] += 1
         return Record.of(np.asarray([marks(self._tokenizer)[0]], dtype=np.int64))
 
     def _cut(self, record: Record) -> tuple[Record, bool]:
@@ -128,14 +136,15 @@ class Encoder:
     def _texts(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
         begin, end = marks(self._tokenizer)
         for ids in self._ids(records):
-            yield self._cut(Record.of(np.asarray([begin, *ids, end], dtype=np.int64)))
+            yield self._cut(Record.of(np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)))
 
     def _completions(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
         begin, end = marks(self._tokenizer)
         parsed = [json.loads(record) for record in records]
         prompts = self._ids([item["prompt"] for item in parsed])
         completions = self._ids([item["completion"] for item in parsed])
-        for prompt, completion in zip(prompts, completions, strict=True):
+        for prompt_ids, completion_ids in zip(prompts, completions, strict=True):
+            prompt, completion = _unmarked(prompt_ids, begin, None), _unmarked(completion_ids, None, end)
             tokens = np.asarray([begin, *prompt, *completion, end], dtype=np.int64)
             yield self._cut(Record(tokens, np.arange(len(tokens)) > len(prompt)))
 
@@ -148,10 +157,11 @@ class Encoder:
         for record in records:
             item = json.loads(record)
             limit = self._max_length - 1
-            whole: Any = self._tokenizer(*item["texts"], verbose=False)
+            texts = [_without_marks(text, self._tokenizer) for text in item["texts"]]
+            whole: Any = self._tokenizer(*texts, verbose=False)
             is_cut = len(whole["input_ids"]) > limit
             if is_cut:
-                whole = self._tokenizer(*item["texts"], truncation="longest_first", max_length=limit, verbose=False)
+                whole = self._tokenizer(*texts, truncation="longest_first", max_length=limit, verbose=False)
             tokens = np.asarray([*whole["input_ids"], item["label"]], dtype=np.int64)
             yield Record(tokens, np.arange(len(tokens)) == len(tokens) - 1), is_cut
 
@@ -163,6 +173,27 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     assert isinstance(begin, int)
     assert isinstance(end, int)
     return begin, end
+
+
+def _unmarked(ids: Sequence[int], begin: int | None, end: int | None) -> Sequence[int]:
+    """Ids without the marks that a text carries itself: each record has one begin mark and one end mark, of ours."""
+    first, last = 0, len(ids)
+    while first < last and ids[first] == begin:
+        first += 1
+    while last > first and ids[last - 1] == end:
+        last -= 1
+    return ids[first:last]
+
+
+def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for a text that the tokenizer marks by itself."""
+    begins = [mark for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
+    ends = [mark for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
+    while any(text.startswith(mark) for mark in begins):
+        text = next(text.removeprefix(mark) for mark in begins if text.startswith(mark))
+    while any(text.endswith(mark) for mark in ends):
+        text = next(text.removesuffix(mark) for mark in ends if text.endswith(mark))
+    return text
 
 
 def _without_state(tokenizer: str) -> dict[str, Any]:

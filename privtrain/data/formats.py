@@ -1,12 +1,13 @@
 """The record formats: which columns a row needs, and the one text form in which a record is kept and fingerprinted.
 
 ``text`` keeps the text itself; the others keep a line of JSON. A row that has nothing to learn from (no text, no
-completion, no assistant turn, a label that ``data.labels`` does not name) becomes an empty string: whether a row is
-kept depends on that row alone, so neighbouring data sets keep the same other rows.
+completion, no assistant turn with words or a tool call, a label that ``data.labels`` does not name) becomes an empty
+string: whether a row is kept depends on that row alone, so neighbouring data sets keep the same other rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,13 @@ from typing import Any
 from privtrain.config.schema import DataSection
 
 _ASSISTANT = "assistant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A row that nothing can be learned from, with the rule that it breaks in words that hold none of its values."""
+
+    reason: str
 
 
 def column_keys(data: DataSection) -> list[str]:
@@ -50,6 +58,55 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
             return _dump({"label": number, "texts": texts}) if number is not None and all(texts) else ""
 
 
+def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
+    """The rule by which :func:`canonical` makes nothing of a row."""
+    keys = [f"data.{key}" for key in column_keys(data)]
+    match data.format:
+        case "text":
+            return Unusable(_text_problem(values[0], keys[0]))
+        case "prompt_completion":
+            return Unusable(_text_problem(values[1], keys[1]))
+        case "chat":
+            return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")
+        case "classification":
+            if _label_number(data, values[0]) is None:
+                return Unusable(f"a label that data.labels does not name ({keys[0]})")
+            texts = zip(values[1:], keys[1:], strict=True)
+            return Unusable(next(_text_problem(text, key) for text, key in texts if not _content(text).strip()))
+
+
+def _text_problem(value: object, key: str) -> str:
+    if value is None or isinstance(value, str):
+        return f"no text in the column that {key} names"
+    hint = "; a list of turns is data.format: chat" if isinstance(value, list) else "; convert the column to text"
+    return f"{_kind(value)} where {key} needs text{hint}"
+
+
+def _kind(value: object) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _conversation_problem(value: object) -> str:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return "text that is no JSON where a list of turns is needed"
+    if not isinstance(value, list):
+        return "no conversation" if value is None else f"{_kind(value)} where a list of turns is needed"
+    for turn in value:
+        if not isinstance(turn, dict):
+            return f"a turn is {_kind(turn)}, not an object with role and content"
+        if not isinstance(turn.get("role"), str):
+            return "a turn has no role; turns are {role, content}, not {from, value}"
+        content = turn.get("content")
+        if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+            what = "no content" if content is None else f"{_kind(content)} for content"
+            return f"a turn has {what}; it must be text (parts: join their texts), or absent beside tool_calls"
+    return "no assistant turn with content or tool_calls"
+
+
 def _content(value: object) -> str:
     return value if isinstance(value, str) else ""
 
@@ -65,6 +122,9 @@ def _messages(value: object) -> list[dict[str, Any]]:
         return []
     # Parquet fills the keys that only some turns have with nulls.
     turns = [{k: v for k, v in turn.items() if v is not None} for turn in value if isinstance(turn, dict)]
+    for turn in turns:
+        if turn.get("tool_calls"):  # a call needs no words beside it, and templates expect a text
+            turn.setdefault("content", "")
     is_whole = len(turns) == len(value) and all(
         isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
@@ -72,7 +132,7 @@ def _messages(value: object) -> list[dict[str, Any]]:
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
-    return message["role"] == _ASSISTANT and bool(message["content"].strip())
+    return message["role"] == _ASSISTANT and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _label_number(data: DataSection, label: object) -> int | None:

@@ -219,7 +219,7 @@ class Index(NamedTuple):
     """
 
     records: IndexedRecords
-    counts: dict[str, int]
+    counts: dict[str, Any]
     manifest_sha256: str
     source_digests: tuple[str, ...]
 
@@ -227,7 +227,7 @@ class Index(NamedTuple):
 def open_or_build(
     parent: pathlib.Path,
     made_of: Mapping[str, Any],
-    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    rows: Callable[[dict[str, Any]], Iterable[tuple[str, str]]],
     form: Callable[[str], str] | None = None,
     source_digests: Callable[[], Sequence[str]] = tuple,
 ) -> Index:
@@ -274,13 +274,13 @@ def _remedy(directory: pathlib.Path) -> str:
 
 def _build(
     directory: pathlib.Path,
-    rows: Callable[[dict[str, int]], Iterable[tuple[str, str]]],
+    rows: Callable[[dict[str, Any]], Iterable[tuple[str, str]]],
     form: Callable[[str], str] | None,
     source_digests: Callable[[], Sequence[str]],
 ) -> None:
     import duckdb
 
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
     config: dict[str, Any] = {
         "memory_limit": _SORT_MEMORY,
         "threads": _SORT_THREADS,

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from privtrain.backends import Backend
-from privtrain.config import Config
-from privtrain.errors import PlanMismatch
+from privtrain.config import Config, load_config
+from privtrain.errors import PlanMismatch, PrivtrainError
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.publish import complete_release
+from privtrain.job.resume import traces
 from privtrain.process.console import say
+from privtrain.run.directory import RunDirectory
 
 
 def check_run_directory(inputs: Inputs) -> None:
@@ -39,6 +41,31 @@ def check_run_directory(inputs: Inputs) -> None:
             f"{run.root} was begun with another {', '.join(changed)}; nothing was written. "
             "Restore the value, or set another run.name"
         )
+    if run.is_complete():
+        _check_unchanged(inputs)
+
+
+def _check_unchanged(inputs: Inputs) -> None:
+    """Raise if a finished run was trained with other settings than these: it would not be trained again."""
+    run = inputs.run
+    if not run.resolved_config.exists():
+        return
+    before, now = (_telling_keys(config) for config in (load_config(run.resolved_config), inputs.config))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise PlanMismatch(
+            f"{run.root} is finished and was trained with another {', '.join(changed)}; nothing was done. "
+            "Restore the value, or set another run.name"
+        )
+
+
+def _telling_keys(config: Config) -> dict[str, Any]:
+    """What decides the trained weights, as dotted keys; the files may have moved."""
+    tree = config.model_dump(
+        mode="json", include={"model", "lora", "prompt", "data", "canaries", "privacy", "training"}
+    )
+    del tree["data"]["source"]
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
@@ -59,8 +86,9 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         yield
         return
     run = inputs.run
-    if not run.exists():
-        run.create()
+    is_new = not run.exists()
+    if is_new:
+        _create(run)
     with run.locked():
         check_run_directory(inputs)  # again: another job may have begun here since the first look
         if not run.exists():
@@ -74,7 +102,20 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
             write_json(run.identity, identity, mode=0o600)
         if complete_release(run):
             say(f"completed the release of {run.root}, which a crash had interrupted after it was recorded")
-        yield
+        try:
+            yield
+        except PrivtrainError:
+            if is_new and not run.ledger.exists() and not any(traces(run)):
+                run.identity.unlink(missing_ok=True)  # nothing began: the next start may be of another plan
+            raise
+
+
+def _create(run: RunDirectory) -> None:
+    try:
+        run.create()
+    except OSError as error:
+        problem = f"cannot make {run.root} ({error.strerror or type(error).__name__}); choose another run.output_dir"
+        raise PrivtrainError(problem) from None
 
 
 def is_complete(inputs: Inputs, backend: Backend) -> bool:

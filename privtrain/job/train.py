@@ -8,15 +8,16 @@ import pathlib
 from collections.abc import Sequence
 
 import torch
+from rich.markup import escape
 
 from privtrain.backends import Backend
-from privtrain.config import load_config
 from privtrain.data.canaries import plant
+from privtrain.data.look import check_learnable, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, SigningFailed
-from privtrain.inputs import Inputs, check_inputs, read_inputs
+from privtrain.inputs import Inputs, load_checked, read_inputs
 from privtrain.job import checkpoint
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.job.canaries_used import note_canaries
@@ -68,8 +69,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     """
     unsigned = None
     with listening() as stop:
-        config = load_config(config_path, overrides)
-        check_inputs(config)
+        config = load_checked(config_path, overrides)
         inputs = read_inputs(config)
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
@@ -94,6 +94,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
     if backend.is_main:
         _announce(inputs, backend)
     network = load_network(inputs.config, backend)
+    check_learnable(inputs.corpus, network.encoder)
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         root_key = root_key_of(inputs, backend, ledger)
@@ -104,6 +105,8 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
         has_begun = ledger is not None and ledger.state.generation >= 0
         cache = inputs.run.base_losses
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
+        if backend.is_main and network.encoder.complaints:
+            say(f"[yellow]warning[/]: records that predict nothing{escape(reasons_of(network.encoder))}")
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         run_id = _tracker_id(inputs, backend)
         with backend.main_alone():

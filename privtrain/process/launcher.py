@@ -35,8 +35,9 @@ def launch(command: Sequence[str]) -> int:
         asked to stop and the job neither finished nor was refused: the same command goes on.
 
     Raises:
-        PrivtrainError: if there is no such command.
+        PrivtrainError: if there is no such command, or no such accelerate config.
     """
+    _check_config_file(command)
     with tempfile.TemporaryDirectory(prefix="privtrain-launch-") as directory:
         environment = {
             "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_TIMEOUT_SECONDS),
@@ -69,6 +70,15 @@ def launch(command: Sequence[str]) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return _exit_code(code, pathlib.Path(directory), received)
+
+
+def _check_config_file(command: Sequence[str]) -> None:
+    """Accelerate answers a missing file with a traceback; paths of launch/ are relative to a checkout."""
+    for word, value in zip(command, [*command[1:], ""], strict=True):
+        name, _, joined = word.partition("=")
+        path = joined if joined else value
+        if name in ("--config_file", "--config-file") and not os.path.isfile(path):
+            raise PrivtrainError(f"{name}: no such file: {path}; give its whole path, or start in the checkout")
 
 
 def _exit_code(launcher_code: int, directory: pathlib.Path, received: list[int]) -> int:

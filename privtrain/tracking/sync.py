@@ -14,6 +14,7 @@ from privtrain.config import load_config
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
+from privtrain.tracking.wandb_settings import is_online
 from privtrain.tracking.wandb_tracker import WandbTracker
 
 
@@ -24,16 +25,18 @@ def sync_run(path: pathlib.Path) -> str:
         path: run directory. Nobody may be training in it.
 
     Returns:
-        A line that says what was sent.
+        A line that says what was sent, or that nothing was.
 
     Raises:
-        ConfigError: if there is no run.
+        ConfigError: if there is no run, or no key to send it with.
         RunBusy: if a job is running there.
     """
     run = RunDirectory(path)
     if not run.exists() or not run.metrics.exists():
         raise ConfigError([Fault("RUN", f"{path} holds no run with metrics")])
     os.environ.setdefault("WANDB_MODE", "online")
+    if is_online() and not _has_key():
+        raise ConfigError([Fault("WANDB_API_KEY", "no key of W&B on this machine; set it, or run: wandb login")])
     run.check_private()
     config = load_config(run.resolved_config)
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
@@ -47,4 +50,15 @@ def sync_run(path: pathlib.Path) -> str:
                 tracker.publish(run)
         finally:
             tracker.close()
-    return f"sent {len(rows)} rows of {config.run.name} to W&B ({os.environ['WANDB_MODE']})"
+    if is_online():
+        return f"sent {len(rows)} rows of {config.run.name} to W&B"
+    mode = os.environ["WANDB_MODE"]
+    kept = f"{len(rows)} rows are in {run.root / 'wandb'}" if mode == "offline" else "nothing was written"
+    return f"sent nothing (WANDB_MODE={mode}): {kept}; unset WANDB_MODE to send"
+
+
+def _has_key() -> bool:
+    """Whether W&B finds a key: in the environment, in its settings, or in ~/.netrc."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)

@@ -30,7 +30,9 @@ def test_a_replayed_run_has_every_row_once_and_the_release_as_an_artifact(tree, 
     train(write_config(tree, tmp_path / "c.yaml"))
     run = tmp_path / "runs" / "tiny"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert f"sent {len(rows)} rows" in sync_run(run)
+    said = sync_run(run)
+    assert said.startswith("sent nothing (WANDB_MODE=offline)")
+    assert f"{len(rows)} rows are in {run}" in said
     wandb.teardown()  # waits until the file is written
     (file,) = run.rglob("*.wandb")
     records = wandb_records(file)
@@ -77,6 +79,17 @@ def test_release_that_a_crash_kept_from_the_mirrors_is_shown_by_the_next_start(t
     train(path)
     wandb.teardown()
     assert set(run.rglob("*")) == files
+
+
+def test_sync_without_a_key_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr("privtrain.tracking.sync._has_key", lambda: False)
+    run = tmp_path / "run"
+    (run / "secret").mkdir(parents=True, mode=0o700)
+    for name in ("secret/identity.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    with pytest.raises(ConfigError, match="WANDB_API_KEY: no key of W&B"):
+        sync_run(run)
 
 
 def test_sync_of_nothing_is_refused(tmp_path):

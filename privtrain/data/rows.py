@@ -1,0 +1,174 @@
+"""Rows out of files and data sets, as written: no type is guessed, so that 007 and 7 stay the two ids that they are.
+
+Whatever a file holds, an error names it, the row or line, and what to do; never a value. A byte-order mark, which
+spreadsheets write, is no part of the first column's name.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import pyarrow.parquet
+
+from privtrain.config.schema import HubSource
+from privtrain.errors import ConfigError, Fault
+
+#: Lines of JSON that are read to learn which columns there are; a row need not name them all.
+_LINES_FOR_COLUMNS = 1000
+#: The module's own limit is 131,072, which a conversation reaches.
+_MOST_FIELD_CHARACTERS = (1 << 31) - 1
+
+#: What a file of objects is.
+_ONE_A_LINE = "a .jsonl file holds one object with named columns a line; convert an array with: jq -c '.[]' FILE"
+
+#: What reading a damaged file of rows raises.
+READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv.Error, pyarrow.ArrowException)
+#: What the library datasets raises at names, scripts and files that it cannot load, beside its own errors.
+_HUB_FAULTS = (*READ_FAULTS, RuntimeError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
+
+
+class NotAnObjectError(ValueError):
+    """A line of JSON that holds something else than named values."""
+
+
+def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    """The values of these columns, row by row, of a data set by name.
+
+    Raises:
+        ConfigError: if it cannot be loaded or lacks a column.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+        # Raised at a file that cannot be read; its message may quote rows.
+        problem = f"cannot read the files of {source.name} ({type(error).__name__})"
+        raise ConfigError([Fault("data.source.name", problem)]) from None
+    except (*_HUB_FAULTS, datasets.exceptions.DatasetsError) as error:
+        problem = f"cannot load {source.name}: {_hub_reason(error)}"
+        raise ConfigError([Fault("data.source.name", problem)]) from None
+    if not isinstance(table, datasets.Dataset):
+        raise ConfigError([Fault("data.source.split", f"{source.split!r} of {source.name} is not one table of rows")])
+    missing = set(columns) - set(table.column_names)
+    if missing:
+        problem = f"no column {sorted(missing)} in {source.name}; it has {', '.join(table.column_names)}"
+        raise ConfigError([Fault("data", problem)])
+    yield from zip(*(table[column] for column in columns), strict=True)
+
+
+def _hub_reason(error: Exception) -> str:
+    """The first line of an error's message, unless it may quote a row."""
+    if "scripts are no longer supported" in str(error):
+        return (
+            "it is loaded by a script, which the library datasets no longer runs; convert it to Parquet or JSONL and "
+            "give the files with data.source.kind: files"
+        )
+    if isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, pyarrow.ArrowException):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}, whose message may hold values and is not shown"
+
+
+def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    """The values of these columns, row by row, of a JSONL, CSV or Parquet file.
+
+    Raises:
+        ConfigError: at the first row that cannot be read.
+    """
+    number, unit = 0, "row"
+    try:
+        if file.suffix == ".parquet":
+            with pyarrow.parquet.ParquetFile(file) as shard:
+                for batch in shard.iter_batches(columns=list(columns)):
+                    yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
+                    number += batch.num_rows
+        elif file.suffix == ".csv":
+            with _opened(file) as lines:
+                for row in csv.DictReader(lines, strict=True):
+                    number += 1
+                    yield tuple(row[c] for c in columns)
+        else:
+            unit = "line"
+            with _opened(file) as lines:
+                for line in lines:
+                    if line.strip():
+                        yield _pick(json.loads(line), columns)
+                    number += 1
+    except READ_FAULTS as error:
+        raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error, unit))]) from None
+
+
+def file_columns(file: pathlib.Path) -> list[str]:
+    """The names of a file's columns: of a header, a footer, or the first lines that hold an object.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    number = 0
+    try:
+        if file.suffix == ".parquet":
+            try:
+                return pyarrow.parquet.read_schema(file).names
+            except pyarrow.ArrowInvalid as error:  # of the footer, which holds no row
+                raise ConfigError([Fault("data.source.paths", f"cannot read {file}: {error}")]) from None
+        with _opened(file) as lines:
+            if file.suffix == ".csv":
+                return next(csv.reader(lines), [])
+            names: dict[str, None] = {}
+            for line in lines:
+                if number == _LINES_FOR_COLUMNS:
+                    break
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise NotAnObjectError
+                    names.update(dict.fromkeys(row))
+                number += 1
+            return list(names)
+    except READ_FAULTS as error:
+        unit = "row" if file.suffix == ".csv" else "line"
+        raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error, unit))]) from None
+
+
+def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "row") -> str:
+    """Where and in which way a file cannot be read, without a word of what is in it."""
+    match error:
+        case OSError(strerror=str(reason)):
+            return f"cannot read {file}: {reason}"
+        case json.JSONDecodeError():
+            reason = f"not JSON ({error.msg} at column {error.colno})"
+            if error.doc.strip() in ("[", "{"):
+                reason = _ONE_A_LINE
+        case UnicodeDecodeError():
+            is_utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+            reason = f"not UTF-8 ({'UTF-16' if is_utf16 else error.reason}); save it as UTF-8"
+        case csv.Error():
+            reason = f"not CSV ({error})"  # the module's own words
+        case RecursionError():
+            reason = "nested too deeply"
+        case NotAnObjectError():
+            reason = f"not a JSON object; {_ONE_A_LINE}"
+        case _:
+            reason = f"{type(error).__name__}, whose message may hold values and is not shown"
+    return f"cannot read {file}, in or after {unit} {number}: {reason}"
+
+
+def allow_long_fields() -> None:
+    """Let a field of CSV be as long as a document."""
+    csv.field_size_limit(_MOST_FIELD_CHARACTERS)
+
+
+def _opened(file: pathlib.Path) -> IO[str]:
+    allow_long_fields()
+    return open(file, newline="" if file.suffix == ".csv" else None, encoding="utf-8-sig")
+
+
+def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:
+    if not isinstance(row, dict):
+        raise NotAnObjectError
+    return tuple(row.get(column) for column in columns)

@@ -1,0 +1,348 @@
+"""Rows and conversations that people have: read as meant, or refused with file, row, rule and key, never a value."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from privtrain import cli
+from privtrain.config.schema import DataSection, ModelSection
+from privtrain.data import formats, look
+from privtrain.data.corpus import load_corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.formats import canonical
+from privtrain.data.look import check_learnable
+from privtrain.errors import ConfigError, PlanMismatch, PrivtrainError
+from privtrain.files.writable import why_unwritable
+from privtrain.inputs import load_checked
+from privtrain.job.train import train
+from privtrain.models.load import load_tokenizer
+from privtrain.process.launcher import launch
+from tests.conftest import write_config
+from tests.privtrain.bases import save_base, save_tokenizer
+
+SECRET = "my own secret words"
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
+}
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def section(path: pathlib.Path | str, **changes) -> DataSection:
+    return DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}, **changes})
+
+
+def corpus_of(tmp_path, name: str, content: str | bytes, **changes):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_corpus(section(path, **changes))
+
+
+def refused(tmp_path, name: str, content: str | bytes, **changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        corpus_of(tmp_path, name, content, **changes)
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+READ = {
+    "a mark of a spreadsheet": ("d.csv", "\ufeffuser,text\nann,x\n"),
+    "a mark before JSON": ("d.jsonl", '\ufeff{"user": "ann", "text": "x"}\n'),
+    "a long field": ("d.csv", f"user,text\nann,{'x' * 200_000}\n"),
+    "columns that the first line lacks": ("d.jsonl", '{"text": "x"}\n{"user": "ann", "text": "x"}\n'),
+    "blank lines first": ("d.jsonl", '\n\n{"user": "ann", "text": "x"}\n'),
+    "lines that end as on Windows": ("d.jsonl", '{"user": "ann", "text": "x"}\r\n\r\n'),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_files_as_people_have_them_are_read(tmp_path, case):
+    corpus = corpus_of(tmp_path, *READ[case])
+    assert list(corpus.records) == ["ann"]
+
+
+def test_a_broken_line_is_named_by_its_number_whatever_stands_before(tmp_path):
+    lines = [json.dumps({"user": "a", "text": "x"})] * 400 + ["{" + SECRET]
+    assert "line 401" in refused(tmp_path, "d.jsonl", "\n".join(lines))
+    assert "line 801" in refused(tmp_path, "e.jsonl", "\n\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "content", [f'[{{"user": "a", "text": "{SECRET}"}}]', f'["{SECRET}"]', "5", "null", "[\n{}\n]"]
+)
+def test_json_that_is_not_one_object_a_line_says_so(tmp_path, content):
+    said = refused(tmp_path, "d.jsonl", content)
+    assert "holds one object with named columns a line" in said
+    assert "d.jsonl" in said
+
+
+def test_other_encodings_are_named(tmp_path):
+    assert "UTF-16); save it as UTF-8" in refused(tmp_path, "d.csv", "user,text\nann,x\n".encode("utf-16"))
+
+
+WHY = {
+    "content parts": (
+        "chat",
+        [{"role": "assistant", "content": [{"type": "text", "text": SECRET}]}],
+        "a list for content",
+    ),
+    "from and value": ("chat", [{"from": "gpt", "value": SECRET}], "a turn has no role"),
+    "no content": ("chat", [{"role": "user"}], "no content"),
+    "no answer": ("chat", [{"role": "user", "content": SECRET}], "no assistant turn"),
+    "turns that are texts": ("chat", [SECRET], "a turn is a value of type str"),
+    "a text for turns": ("chat", SECRET, "text that is no JSON"),
+    "nothing": ("chat", None, "no conversation"),
+    "turns as completion": ("prompt_completion", [{"role": "assistant", "content": SECRET}], "is data.format: chat"),
+    "numbers": ("text", 17, "a number where data.text_column needs text"),
+    "blank": ("text", "  ", "no text in the column"),
+    "another label": ("classification", SECRET, "a label that data.labels does not name"),
+}
+COLUMNS = {"chat": "messages", "prompt_completion": "completion", "text": "text", "classification": "label"}
+
+
+@pytest.mark.parametrize("case", WHY)
+def test_no_usable_row_says_why_with_counts(tmp_path, case):
+    kind, value, expected = WHY[case]
+    row = {"prompt": "p", "completion": "c", "text": "t", "messages": TALK, COLUMNS[kind]: value}
+    rows = [{"user": f"u{i}", **row} for i in range(7)] + [{**row, "user": None}]
+    changes = {"labels": ["no", "yes"]} if kind == "classification" else {}
+    said = refused(tmp_path, "d.jsonl", "".join(json.dumps(r) + "\n" for r in rows), format=kind, **changes)
+    assert "no usable row among 8: 7 × " in said
+    assert expected in said
+    assert f"data.{COLUMNS[kind]}_column" in said
+    assert "1 × no user id in the column that data.user_column names" in said
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(value=json_values, kind=st.sampled_from(["chat", "text", "prompt_completion", "classification"]))
+def test_whatever_a_row_holds_it_is_used_or_has_a_reason(tmp_path, value, kind):
+    row = {"user": "u", "prompt": "p", "completion": "c", "text": "t", "messages": TALK, COLUMNS[kind]: value}
+    changes = {"labels": ["no", "yes"]} if kind == "classification" else {}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = section(path, format=kind, **changes)
+    values = [row[getattr(data, key)] for key in formats.column_keys(data)]
+    if canonical(data, values):
+        assert load_corpus(data).num_records == 1
+    else:
+        with pytest.raises(ConfigError, match="1 × "):
+            load_corpus(data)
+
+
+def test_tool_calls_without_content_are_kept(tmp_path):
+    talks = [[TALK[0], CALL, {"role": "tool", "content": "5"}, TALK[1]], [TALK[0], CALL], TALK]
+    rows = "".join(json.dumps({"user": f"u{i}", "messages": talk}) + "\n" for i, talk in enumerate(talks))
+    corpus = corpus_of(tmp_path, "d.jsonl", rows, format="chat")
+    assert corpus.num_records == 3
+    (kept,) = corpus.records["u1"]
+    assert json.loads(kept)[1]["content"] == ""  # templates expect a text
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}INSIDE"
+    "{% endgeneration %}OUTSIDE{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def encoder_with(tmp_path, template: str | None, **changes) -> Encoder:
+    save_tokenizer(tmp_path / "t", template)
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t")))
+    return Encoder(section("x.jsonl", format="chat", **changes), tokenizer)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [("", "{{ eos_token }}"), ("\n", "{{ eos_token }}\n"), ("", "")])
+def test_a_generation_block_without_its_end_mark_is_refused(tmp_path, inside, outside):
+    with pytest.raises(ConfigError, match="would never learn to stop"):
+        encoder_with(tmp_path, MARKED.replace("INSIDE", inside).replace("OUTSIDE", outside))
+
+
+def test_a_generation_block_with_its_end_mark_is_taken(tmp_path):
+    encoder = encoder_with(tmp_path, MARKED.replace("INSIDE", "{{ eos_token }}").replace("OUTSIDE", "\n"))
+    (record,) = encoder.encode([json.dumps(TALK)]).records
+    assert record.tokens[record.is_target].tolist()[-1] == 1
+
+
+def corpus_of_talks(tmp_path, talks):
+    rows = "".join(json.dumps({"user": f"u{i}", "messages": talk}) + "\n" for i, talk in enumerate(talks))
+    return corpus_of(tmp_path, "talks.jsonl", rows, format="chat")
+
+
+def test_a_template_that_refuses_every_conversation_is_quoted_and_nothing_is_learned(tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    encoder = encoder_with(tmp_path, refuses)
+    talks = [[{"role": "system", "content": SECRET}, *TALK]] * 70
+    with pytest.raises(ConfigError) as caught:
+        check_learnable(corpus_of_talks(tmp_path, talks), encoder)
+    assert "70 × the chat template refuses it: no system turns" in str(caught.value)
+    check_learnable(corpus_of_talks(tmp_path, [*talks, TALK]), encoder)  # one that teaches something is enough
+
+
+def test_a_templates_complaint_that_quotes_a_conversation_is_not_shown(tmp_path):
+    quotes = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('bad: ' + messages[0].content) }}{% endif %}"
+        + TEMPLATE
+    )
+    encoder = encoder_with(tmp_path, quotes)
+    with pytest.raises(ConfigError) as caught:
+        check_learnable(corpus_of_talks(tmp_path, [[{"role": "system", "content": SECRET}, *TALK]]), encoder)
+    assert SECRET not in str(caught.value)
+    assert "1 × the chat template refuses it: TemplateError" in str(caught.value)
+
+
+def test_records_cut_before_their_answer_say_which_key(tmp_path):
+    encoder = encoder_with(tmp_path, TEMPLATE, max_length=8)
+    with pytest.raises(ConfigError, match=r"raise data\.max_length"):
+        check_learnable(corpus_of_talks(tmp_path, [TALK]), encoder)
+
+
+def test_a_template_among_several_is_the_default(tmp_path):
+    save_tokenizer(tmp_path / "t")
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t")))
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ 1 / 0 }}"}
+    Encoder(section("x.jsonl", format="chat"), tokenizer)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=st.text("ab ", max_size=6), before=st.integers(0, 2), after=st.integers(0, 2))
+def test_marks_that_a_text_carries_are_not_doubled(tmp_path_factory, text, before, after):
+    place = tmp_path_factory.getbasetemp() / "marks"
+    if not place.exists():
+        save_tokenizer(place)
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(place)))
+    (plain, marked) = (
+        Encoder(section("x.jsonl"), tokenizer).encode([text, "<s>" * before + text + "</s>" * after]).records
+    )
+    assert plain.tokens.tolist() == marked.tokens.tolist()
+    data = section("x.jsonl", format="prompt_completion")
+    rows = [canonical(data, ("p", f"c{text}c")), canonical(data, ("<s>" * before + "p", f"c{text}c" + "</s>" * after))]
+    (plain, marked) = Encoder(data, tokenizer).encode(rows).records
+    assert plain.tokens.tolist() == marked.tokens.tolist()
+
+
+def test_a_classifiers_marks_are_not_doubled(tmp_path):
+    from tokenizers import processors
+
+    save_tokenizer(tmp_path / "t")
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t")))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    data = section("x.jsonl", format="classification", labels=["no", "yes"])
+    rows = [canonical(data, ("no", text)) for text in ("ab", "<s>ab</s>")]
+    plain, marked = Encoder(data, tokenizer).encode(rows).records
+    assert plain.tokens.tolist() == marked.tokens.tolist()
+
+
+def test_a_data_set_of_a_script_is_refused_in_words(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("import datasets\n")
+    data = DataSection.model_validate({"source": {"kind": "hub", "name": str(tmp_path / "old")}})
+    with pytest.raises(ConfigError, match="loaded by a script"):
+        load_corpus(data)
+
+
+def test_places_that_cannot_be_written_are_seen_before_training(tree, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    tree["run"]["output_dir"] = str(tmp_path / "file" / "runs")
+    with pytest.raises(ConfigError, match=r"run\.output_dir: .*file is not a directory"):
+        load_checked(write_config(tree, tmp_path / "c.yaml"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "may not write into" in why_unwritable(tmp_path / "runs")
+
+
+def test_faults_of_the_schema_the_model_and_the_files_come_in_one_round(tree, tmp_path):
+    tree["privacy"]["num_steps"] = True
+    tree["data"]["user_column"] = "author"
+    tree["model"]["name_or_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError) as caught:
+        load_checked(write_config(tree, tmp_path / "c.yaml"))
+    assert {fault.path for fault in caught.value.faults} == {
+        "privacy.num_steps",
+        "data.user_column",
+        "model.name_or_path",
+    }
+
+
+def chats(tree, tmp_path, template: str):
+    """A job on conversations that the template refuses."""
+    base = save_base(tmp_path / "m")
+    save_tokenizer(base, template)
+    rows = "".join(
+        json.dumps({"user": f"u{i % 9}", "messages": [{"role": "system", "content": "s"}, *TALK]}) + "\n"
+        for i in range(30)
+    )
+    (tmp_path / "d.jsonl").write_text(rows)
+    tree["model"]["name_or_path"] = str(base)
+    tree["data"] |= {
+        "source": {"kind": "files", "paths": [str(tmp_path / "d.jsonl")]},
+        "format": "chat",
+        "max_length": 64,
+    }
+
+
+def test_a_refused_start_leaves_the_run_directory_free_for_another_plan(tree, tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    chats(tree, tmp_path, refuses)
+    path = write_config(tree, tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="no system turns"):
+        train(path)
+    save_tokenizer(tmp_path / "m", TEMPLATE)
+    train(path, ["privacy.num_steps=2", "lora.rank=1"])
+    assert (tmp_path / "runs" / "tiny" / "release.json").exists()
+    with pytest.raises(PlanMismatch, match=r"is finished and was trained with another training\.learning_rate"):
+        train(path, ["privacy.num_steps=2", "lora.rank=1", "training.learning_rate=0.5"])
+    train(path, ["privacy.num_steps=2", "lora.rank=1", "performance.num_checkpoints_kept=5"])  # changes nothing
+
+
+def test_mutant_without_the_look_noise_alone_is_trained_on(tree, tmp_path, monkeypatch):
+    """Plant: nobody looks whether anything is learned."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    chats(tree, tmp_path, refuses)
+    monkeypatch.setattr("privtrain.job.train.check_learnable", lambda *_: None)
+    train(write_config(tree, tmp_path / "c.yaml"))
+    assert (tmp_path / "runs" / "tiny" / "release.json").exists()
+    assert look.check_learnable is check_learnable
+
+
+def test_a_launch_file_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    command = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        "launch/accelerate/cpu.yaml",
+        "-m",
+        "privtrain",
+        "train",
+        "c.yaml",
+    ]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrivtrainError, match=r"no such file: launch/accelerate/cpu\.yaml"):
+        launch(command)
+    monkeypatch.setattr("sys.argv", ["privtrain", "launch", "accelerate", "launch", "--config_file=none.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "no such file: none.yaml" in capsys.readouterr().err
