@@ -14,7 +14,7 @@ from privtrain.errors import PlanMismatch, PrivtrainError
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.publish import complete_release
-from privtrain.job.resume import traces
+from privtrain.job.resume import files_written_after_start
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
 
@@ -105,7 +105,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         try:
             yield
         except PrivtrainError:
-            if is_new and not run.ledger.exists() and not any(traces(run)):
+            if is_new and not run.ledger.exists() and not any(files_written_after_start(run)):
                 run.identity.unlink(missing_ok=True)  # nothing began: the next start may be of another plan
             raise
 
