@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from privtrain.config import Config, public_tree
+from privtrain.errors import PrivtrainError
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import Row
@@ -28,6 +29,9 @@ class WandbTracker:
         plan: the privacy plan.
         run: the run directory, where offline files are kept.
         run_id: W&B's id of the run, the same on every resume.
+
+    Raises:
+        PrivtrainError: if W&B cannot be opened; a release that it was to be shown stands.
     """
 
     def __init__(self, config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str) -> None:
@@ -37,17 +41,21 @@ class WandbTracker:
 
         tags = [plan.unit, plan.sampling, *(["not private"] if plan.not_private_reasons else [])]
         self._name = config.run.name
-        self._run = wandb.init(
-            project=config.tracking.wandb_project,
-            name=config.run.name,
-            id=sweep_run_id() or run_id,
-            resume=None if machine and is_online() else "allow",  # in shared mode every writer attaches by id
-            job_type="train",
-            dir=str(run.root),
-            config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
-            tags=tags,
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.tracking.wandb_project,
+                name=config.run.name,
+                id=sweep_run_id() or run_id,
+                resume=None if machine and is_online() else "allow",  # in shared mode every writer attaches by id
+                job_type="train",
+                dir=str(run.root),
+                config={**public_tree(config), "noise_multiplier": plan.noise_multiplier},
+                tags=tags,
+                settings=settings,
+            )
+        except wandb.Error as error:
+            remedy = "mend it, or set tracking.wandb: false; then start the same command again"
+            raise PrivtrainError(f"W&B cannot be opened: {error}; {remedy}") from None
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
 

@@ -12,12 +12,12 @@ import pytest
 import wandb
 
 from privtrain.config import validate
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, PrivtrainError
 from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking import wandb_tracker
-from privtrain.tracking.mirrors import BlockedMirror
+from privtrain.tracking.mirrors import BlockedMirror, MirrorAtTheEnd
 from privtrain.tracking.open import open_machine_tracker
 from privtrain.tracking.sync import sync_run
 from privtrain.tracking.trackers import JsonlTracker, NullTracker, QuietTracker, ReleaseGate
@@ -301,3 +301,14 @@ def test_a_machine_that_cannot_reach_wandb_goes_on_training(tree, monkeypatch, c
     tree["tracking"] = {"system_metrics": True}
     assert type(open_machine_tracker(validate(tree), "the-run", 8)) is NullTracker
     assert "is not shown in W&B: no network" in capsys.readouterr().out
+
+
+def test_wandb_that_cannot_be_opened_is_one_error(tree, tmp_path, monkeypatch):
+    def fail(**_: object) -> None:
+        raise wandb.Error("no service")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    config, run = validate(tree), RunDirectory(tmp_path)
+    opened = lambda: wandb_tracker.WandbTracker(config, PrivacyPlan.build(config.privacy), run, "the-run")  # noqa: E731
+    with pytest.raises(PrivtrainError, match=r"W&B cannot be opened: no service.*the same command again"):
+        MirrorAtTheEnd(opened, run, "wandb").publish(run)
