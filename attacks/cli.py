@@ -122,11 +122,15 @@ def shadows(run: Run, count: Annotated[int, typer.Option(min=1, help="How many s
 def analyse(
     run: Run,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap; it protects nobody.")] = 0,
+    audit_delta: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Delta of the audit, chosen before its result; default: the claim's own."),
+    ] = None,
 ) -> None:
     """Compute the statistics of a scored run into report/attacks.json (no model, no GPU)."""
     from attacks.analysis import analyse as analysis
 
-    analysis.analyse_run(run, seed=seed)
+    analysis.analyse_run(run, seed=seed, audit_delta=audit_delta)
     typer.echo(f"wrote {run / analysis.ATTACKS_PATH}; run next: attacks report {run}")
 
 

@@ -45,12 +45,14 @@ _SIGNIFICANCE = 0.05
 FloatArray = npt.NDArray[np.float64]
 
 
-def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
+def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None = None) -> dict[str, Any]:
     """Computes every statistic of a scored run and writes the public and the per-user results.
 
     Args:
         run: a finished run directory with signals.
         seed: of the bootstrap and the folds; not secret, it protects nobody.
+        audit_delta: at which the audit compares its lower bounds with the claim; the claim's own if None. A choice of
+            the audit, to be made before its result is seen; the results record it.
 
     Returns:
         What was written to ``report/attacks.json``.
@@ -96,7 +98,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
-    findings = auditing.audit_run(scoring, statement, scored, cap, seed, confounded_by)
+    findings = auditing.audit_run(scoring, statement, scored, cap, seed, confounded_by, audit_delta)
     found_verdict, reason = verdict.combine(
         (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
         [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
@@ -106,6 +108,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0) -> dict[str, Any]:
         "attack": "user_inference",
         "unit": verdict.ATTACKED_UNIT,
         "seed": seed,
+        "audit_delta": statement.delta if audit_delta is None else audit_delta,
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
         "split_commitment": statement.split_commitment,

@@ -108,8 +108,46 @@ class Cap:
         return [bound for bound in (self.bound, self.curve) if bound is not None]
 
 
+def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
+    """What the statement's mechanism certifies for users at another delta; None where nothing can be.
+
+    Args:
+        statement: of the run.
+        delta: from the stated one on the stated epsilon holds as it is.
+    """
+    if delta >= statement.delta or math.isinf(statement.effective_epsilon):
+        return statement.effective_epsilon
+    stated = None if statement.unit != ATTACKED_UNIT else _mechanism(statement)
+    if stated is None:
+        return None
+    scheme, noise_multiplier, num_steps, num_records = stated
+    event = _event(scheme, statement.neighboring_relation, noise_multiplier, num_steps, num_records)
+    if event is None:
+        return None
+    import accountants
+
+    asked = relation_of(statement.neighboring_relation)
+    for name in scheme.accountants:
+        try:
+            answer = accountants.epsilon(event, delta, accountant=name, relation=asked)
+            return accountants.certified_upper(answer, asked)
+        except (ValueError, ImportError):
+            continue
+    return None
+
+
 def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     """The privacy curve of the stated mechanism, or None where the statement gives none that can be certified."""
+    stated = _mechanism(statement)
+    if stated is None:
+        return None
+    scheme, noise_multiplier, num_steps, num_records = stated
+    largest_epsilon = max(1.0, statement.effective_epsilon)
+    return _tabulate(scheme, statement.neighboring_relation, noise_multiplier, num_steps, largest_epsilon, num_records)
+
+
+def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | None:
+    """Scheme, noise multiplier, steps and records a unit, where the statement holds all that an accountant needs."""
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
     if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps or not num_records:
@@ -117,8 +155,7 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
     scheme = scheme_from_statement(statement.sampling.model_dump())
     if statement.neighboring_relation not in RELATIONS or scheme is None:
         return None
-    largest_epsilon = max(1.0, statement.effective_epsilon)
-    return _tabulate(scheme, statement.neighboring_relation, noise_multiplier, num_steps, largest_epsilon, num_records)
+    return scheme, noise_multiplier, num_steps, num_records
 
 
 def _charged_steps(statement: PrivacyStatement) -> int:
@@ -131,12 +168,8 @@ def _tabulate(
     scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, largest_epsilon: float, num_records: int = 1
 ) -> statistics.CurveBound | None:
     """Certified points of the curve, or None where no accountant can resolve the event."""
-    if num_records == 1:
-        event = scheme.event_of_steps(noise_multiplier, num_steps)
-    elif isinstance(scheme, Poisson) and relation == "add_or_remove_one":
-        # A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone.
-        event = mixture_event(scheme, noise_multiplier, num_steps, num_records)
-    else:
+    event = _event(scheme, relation, noise_multiplier, num_steps, num_records)
+    if event is None:
         return None
     for name in scheme.accountants:
         try:
@@ -146,6 +179,17 @@ def _tabulate(
             # The stated pair stands alone in the end; a cap is never made of what is not certified.
             continue
         return statistics.CurveBound(tuple(points), name)
+    return None
+
+
+def _event(
+    scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, num_records: int
+) -> dp_accounting.DpEvent | None:
+    if num_records == 1:
+        return scheme.event_of_steps(noise_multiplier, num_steps)
+    if isinstance(scheme, Poisson) and relation == "add_or_remove_one":
+        # A user whose records are sampled apart: a mixture of Gaussians, known for Poisson sampling alone.
+        return mixture_event(scheme, noise_multiplier, num_steps, num_records)
     return None
 
 

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accountants.methods import gdp
-from attacks.analysis.audit import Claim, Coins, audit, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
+from attacks.analysis.audit import (
+    Claim,
+    Coins,
+    audit,
+    clopper,
+    correct_guesses,
+    declared_guesses,
+    fair,
+    one_run,
+    tradeoff,
+)
 from attacks.analysis.audit.evaluate import epsilon_ceiling
 from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.analysis.verdict import Verdict
@@ -230,8 +240,8 @@ def coins_of(num, mu, seed, prob_in=0.5):
 def test_equal_scores_tell_nothing_even_if_the_users_are_sorted_by_side():
     is_in = np.repeat([True, False], 100)
     coins = Coins(np.zeros(200), is_in, 0.5, "user", "sorted")
-    for num in guess_counts(200):
-        assert abs(correct_guesses(coins, num, 0) - num / 2) <= 4 * math.sqrt(num) / 2 + 1
+    for guess in declared_guesses(200):
+        assert abs(correct_guesses(coins, guess, 0) - guess.num / 2) <= 4 * math.sqrt(guess.num) / 2 + 1
     assert audit(coins, Claim(DpBound(1.0, 0.0), None, ""), 0.0, seed=0).verdict is Verdict.UNINFORMATIVE
 
 
@@ -239,15 +249,16 @@ def test_equal_scores_tell_nothing_even_if_the_users_are_sorted_by_side():
 def test_a_perfect_score_is_guessed_right_whatever_the_sides_weigh(num, seed):
     coins = coins_of(num, 100.0, seed)
     if abs(int(coins.is_in.sum()) - num // 2) < math.isqrt(num):
-        assert [correct_guesses(coins, count, seed) for count in guess_counts(num)] == guess_counts(num)
+        guesses = [guess for guess in declared_guesses(num) if guess.num <= coins.is_in.sum() or not guess.only_in]
+        assert [correct_guesses(coins, guess, seed) for guess in guesses] == [guess.num for guess in guesses]
 
 
 @given(st.integers(1, 60), st.integers(0, 1000))
 def test_as_many_guesses_as_declared(num, seed):
     coins = dataclasses.replace(coins_of(num, 0.3, seed), is_in=np.ones(num, dtype=bool))
-    for count in guess_counts(num):
+    for guess in declared_guesses(num):
         flipped = dataclasses.replace(coins, is_in=~coins.is_in)
-        assert correct_guesses(coins, count, seed) + correct_guesses(flipped, count, seed) == count
+        assert correct_guesses(coins, guess, seed) + correct_guesses(flipped, guess, seed) == guess.num
 
 
 @pytest.mark.parametrize("prob_in", [0.3, 0.5, 0.7, 0.9])

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from accountants.methods import gdp
-from attacks.analysis.audit import Coins, clopper, correct_guesses, fair, guess_counts, one_run, tradeoff
+from attacks.analysis.audit import Coins, clopper, correct_guesses, declared_guesses, fair, one_run, tradeoff
 from attacks.analysis.audit.power import reached
 from attacks.analysis.statistics import DpBound
 
@@ -58,12 +58,12 @@ mu_bound = functools.cache(tradeoff.mu_lower_bound)
 def bounds(coins, delta, seed):
     """Every lower bound on epsilon at level ``ALPHA``."""
     num, sides = coins.num_coins, (coins.scores[coins.is_in], coins.scores[~coins.is_in])
-    numbers = guess_counts(num)
-    share = ALPHA / len(numbers)
-    right = {count: correct_guesses(coins, count, seed) for count in numbers}
+    guesses = declared_guesses(num)
+    share = ALPHA / len(guesses)
+    right = {guess: correct_guesses(coins, guess, seed) for guess in guesses}
     return {
-        "one run": max(one_run_bound(num, count, value, delta, share) for count, value in right.items()),
-        "mu": max(mu_bound(num, count, value, share) for count, value in right.items()),
+        "one run": max(one_run_bound(num, guess.num, value, delta, share) for guess, value in right.items()),
+        "mu": max(mu_bound(num, guess.num, value, share) for guess, value in right.items()),
         "clopper": clopper.epsilon_lower_bound(*sides, delta, ALPHA),
         "clopper split": clopper.epsilon_lower_bound(*sides, delta, ALPHA, strategy="split", seed=seed),
     }
@@ -124,10 +124,60 @@ def test_the_curve_test_rejects_a_true_claim_as_rarely_as_it_says():
     for seed in range(150):
         coins = draw(seed, 60, leaky_response, 1.0, 0.05)
         num_rejected += any(
-            tradeoff.p_value(inverse, 60, count, correct_guesses(coins, count, seed)) <= ALPHA / 3
-            for count in guess_counts(60)
+            tradeoff.p_value(inverse, 60, guess.num, correct_guesses(coins, guess, seed)) <= ALPHA / 8
+            for guess in declared_guesses(60)
         )
     assert num_rejected <= plausible(150, ALPHA)
+
+
+def some_memorised(rng, is_in, share):
+    """A share of the units in training is known by heart, the others not at all."""
+    return rng.normal(size=is_in.size) + 10.0 * (is_in & (rng.random(is_in.size) < share))
+
+
+def medians(num, law, parameter, num_runs):
+    """Median one-run bound at the error of one deciding test: with all declared guesses, and two-sided ones alone."""
+    found = []
+    for seed in range(num_runs):
+        coins = draw(seed, num, law, parameter)
+        right = {guess: correct_guesses(coins, guess, seed) for guess in declared_guesses(num)}
+        two_sided = {guess: value for guess, value in right.items() if not guess.only_in}
+        found.append(
+            [
+                max(
+                    one_run_bound(num, guess.num, value, 1e-5, ALPHA / 2 / len(chosen))
+                    for guess, value in chosen.items()
+                )
+                for chosen in (right, two_sided)
+            ]
+        )
+    return np.median(found, axis=0)
+
+
+def test_a_few_units_known_by_heart_are_seen_by_guesses_of_the_highest():
+    """The planted mutant, two-sided guesses alone, sees next to nothing of one unit in twenty."""
+    found, two_sided = medians(1000, some_memorised, 0.05, 15)
+    assert found > 0.9
+    assert two_sided < 0.1
+    assert len(declared_guesses(1000)) == 8
+
+
+def test_where_everybody_is_shifted_more_guesses_cost_little():
+    found, two_sided = medians(1000, normal, 2.0, 15)
+    assert two_sided - 0.2 <= found <= two_sided
+
+
+@pytest.mark.campaign
+def test_bounds_where_a_share_is_memorised():
+    """Median bounds at m = 1000, delta 1e-5, error .025: two-sided guesses alone 0.00, .2, .9."""
+    for share, least in ((0.05, 1.1), (0.1, 1.85), (0.25, 2.6)):
+        found, two_sided = medians(1000, some_memorised, share, 200)
+        print(f"{share:.0%} memorised: {found:.2f}, two-sided alone {two_sided:.2f}")
+        assert found >= least
+    for mu in (0.5, 1.0, 2.0, 4.0):
+        found, two_sided = medians(1000, normal, mu, 100)
+        print(f"everybody shifted by {mu}: {found:.2f}, two-sided alone {two_sided:.2f}")
+        assert found >= two_sided - 0.2
 
 
 @pytest.mark.campaign

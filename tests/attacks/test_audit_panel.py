@@ -14,6 +14,7 @@ from attacks.analysis import analyse, verdict
 from attacks.analysis.audit import panel
 from attacks.analysis.audit.guesses import Coins
 from attacks.analysis.verdict import Verdict
+from attacks.errors import AttackInputError
 from attacks.reporting import report
 from attacks.reporting.record import read_scoring
 from privtrain.run.directory import RunDirectory
@@ -160,3 +161,19 @@ def test_every_sampling_scheme_has_a_certified_curve(scheme, source):
     assert 0.5 < curve.max_auroc() < 0.95
     lacking = json.dumps(STATEMENT | {"sampling": {"scheme": scheme["scheme"], "sampling_prob": None}})
     assert verdict.Cap.of(rundir.PrivacyStatement.model_validate_json(lacking)).curve is None
+
+
+def test_delta_is_a_choice_of_the_audit(make_run):
+    """At a smaller delta the claim is worth more, by the mechanism's own accountant, and so is the ceiling."""
+    run = make_run(60, shift=0.0, epsilon=7.99, delta=1e-3)
+    own, chosen = (analyse.analyse_run(run, audit_delta=delta) for delta in (None, 1e-6))
+    assert (own["audit_delta"], chosen["audit_delta"]) == (1e-3, 1e-6)
+    first, second = (facts["panels"]["audit"]["rows"][0] for facts in (own, chosen))
+    assert first["claimed"] == 7.99
+    assert second["claimed"] > 7.99
+    assert second["ceiling"] > first["ceiling"]
+    assert "--audit-delta" in " ".join(own["panels"]["audit"]["notes"])
+    with pytest.raises(AttackInputError, match="audit-delta"):
+        analyse.analyse_run(
+            make_run(20, name="b", sampling={"scheme": "unheard of", "sampling_prob": None}), audit_delta=1e-9
+        )

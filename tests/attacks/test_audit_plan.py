@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from accountants.methods import gdp
-from attacks.analysis.audit import Coins, correct_guesses, guess_counts, one_run, power
+from attacks.analysis.audit import Coins, Guess, correct_guesses, declared_guesses, one_run, power
 from attacks.cli import app
 from attacks.errors import AttackInputError
 from tests.conftest import write_config
@@ -23,7 +23,7 @@ def test_the_modelled_accuracy_is_that_of_drawn_scores(mu, share):
     coins = Coins(rng.normal(size=40_000) + mu * is_in, is_in, 0.5, "user", "drawn")
     count = int(share * 40_000)
     error = 0.5 / math.sqrt(count)
-    assert correct_guesses(coins, count, 0) / count == pytest.approx(power.accuracy(mu, share), abs=5 * error)
+    assert correct_guesses(coins, Guess(count), 0) / count == pytest.approx(power.accuracy(mu, share), abs=5 * error)
 
 
 def test_mu_goes_through_the_claim():
@@ -42,7 +42,7 @@ def test_the_coins_needed_do_and_fewer_do_not():
         assert power.reached(int(0.8 * count), mu, 1e-6, found.significance, found.power) < 1.0
     assert found.needed[1.0] is None
     row = found.rows[0]
-    share = found.significance / len(guess_counts(400))
+    share = found.significance / len(declared_guesses(400))
     assert one_run.epsilon_lower_bound(400, 400, row.correct_needed, 1e-6, share) > 1.0
     assert one_run.epsilon_lower_bound(400, 400, row.correct_needed - 1, 1e-6, share) <= 1.0
     assert list(row.bounds.values()) == sorted(row.bounds.values())
@@ -51,13 +51,13 @@ def test_the_coins_needed_do_and_fewer_do_not():
 
 def test_the_power_is_reached_in_simulation():
     found, reached = power.reached(200, 2.0, 1e-6, 0.05, 0.8), 0
-    share = 0.05 / len(guess_counts(200))
+    share = 0.05 / len(declared_guesses(200))
     for seed in range(80):
         rng = np.random.default_rng(seed)
         is_in = rng.random(200) < 0.5
         coins = Coins(rng.normal(size=200) + 2.0 * is_in, is_in, 0.5, "user", "drawn")
-        right = {count: correct_guesses(coins, count, seed) for count in guess_counts(200)}
-        best = max(one_run.epsilon_lower_bound(200, count, value, 1e-6, share) for count, value in right.items())
+        right = {guess: correct_guesses(coins, guess, seed) for guess in declared_guesses(200)}
+        best = max(one_run.epsilon_lower_bound(200, guess.num, value, 1e-6, share) for guess, value in right.items())
         reached += best >= found
     assert reached >= 0.66 * 80
 
@@ -75,6 +75,18 @@ def test_the_command_reads_the_claim_of_a_configuration(tree, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "canaries" in shown.stdout
     assert "ceiling" in shown.stdout
+    assert "by the delta of the audit" in shown.stdout
+
+
+def test_the_plan_says_that_delta_decides_the_ceiling():
+    """Two sources at delta 1e-3: more coins can show less, and at most half of one."""
+    found = power.plan(4.0, 1e-3, num_sources=2)
+    at_claim, small = found.ceilings[1e-3], found.ceilings[1e-6]
+    assert max(at_claim) < 4.0
+    assert at_claim[-1] < max(at_claim)
+    assert list(small) == sorted(small)
+    assert small[-1] > 4.0
+    assert [row.ceiling for row in found.rows] == list(at_claim)
 
 
 @pytest.mark.parametrize(

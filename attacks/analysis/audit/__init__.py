@@ -1,16 +1,16 @@
 """Lower bounds on epsilon from what an attacker finds, and what they say about the run's claim."""
 
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
-from attacks.analysis.audit.guesses import GUESS_SHARES, Coins, correct_guesses, fair, guess_counts
+from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair
 
 __all__ = [
-    "GUESS_SHARES",
     "SIGNIFICANCE",
     "Claim",
     "Coins",
     "Finding",
+    "Guess",
     "audit",
     "correct_guesses",
+    "declared_guesses",
     "fair",
-    "guess_counts",
 ]

@@ -2,7 +2,7 @@
 
 Two tests decide, and both need nothing but the coins: the one-run bound at the claim's delta, and the one-run test
 of the run's own certified curve. The error of all deciding tests together is ``SIGNIFICANCE``, shared equally between
-sources, tests and declared numbers of guesses. The Gaussian and the Clopper-Pearson bounds stand beside them with the
+sources, tests and declared guesses. The Gaussian and the Clopper-Pearson bounds stand beside them with the
 assumption that each needs, and decide nothing.
 """
 
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from attacks.analysis.audit import clopper, one_run, tradeoff
-from attacks.analysis.audit.guesses import Coins, correct_guesses, fair, guess_counts
+from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair
 from attacks.analysis.statistics import Bound, DpBound
 from attacks.analysis.verdict import Verdict
 
@@ -38,10 +38,14 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """The most telling of the declared numbers of guesses: r, and how many were right."""
+    """The most telling of the declared guesses: r, how many were right, and whether all said "in"."""
 
     num_guesses: int
     num_correct: int
+    only_in: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.num_correct} of {self.num_guesses} guesses{' that said in' * self.only_in}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Finding:
         gaussian_ceiling: its ceiling.
         clopper_epsilon: taking scores as independent of each other.
         clopper_ceiling: its ceiling.
-        curve_p_value: of the claimed curve, corrected for the numbers of guesses; None without a claim.
+        curve_p_value: of the claimed curve, corrected for the number of declared guesses; None without a claim.
         curve_p_floor: the smallest that this many coins could have given; None without a claim.
         significance: of each deciding test.
         claim: what it is held against.
@@ -108,16 +112,18 @@ def audit(
     num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
     significance = SIGNIFICANCE / (num_sources * _NUM_TESTS)
     delta = delta if claim.pair is None else claim.pair.delta
-    found = {num: correct_guesses(sample, num, seed) for num in guess_counts(num_coins)}
+    found = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
     share, shown_share = (level / max(len(found), 1) for level in (significance, SIGNIFICANCE))
-    epsilons = {num: one_run.epsilon_lower_bound(num_coins, num, right, delta, share) for num, right in found.items()}
-    best = max(found, key=lambda num: (epsilons[num], num), default=0)
+    epsilons = {
+        guess: one_run.epsilon_lower_bound(num_coins, guess.num, right, delta, share) for guess, right in found.items()
+    }
+    best = max(found, key=lambda guess: (epsilons[guess], guess), default=Guess(0))
     sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
     p_values, p_floors = [], []
     if claim.pair is not None:
         inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
-        p_values = [tradeoff.p_value(inverse, num_coins, num, right) for num, right in found.items()]
-        p_floors = [tradeoff.p_value(inverse, num_coins, num, num) for num in found]
+        p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in found.items()]
+        p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in found]
     finding = Finding(
         name=coins.name,
         unit=coins.unit,
@@ -127,16 +133,19 @@ def audit(
         delta=delta,
         epsilon=epsilons.get(best, 0.0),
         epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
-        counts=Counts(best, found.get(best, 0)),
+        counts=Counts(best.num, found.get(best, 0), best.only_in),
         gaussian_epsilon=max(
             (
-                tradeoff.gaussian_epsilon_lower_bound(num_coins, num, right, delta, shown_share)
-                for num, right in found.items()
+                tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
+                for guess, right in found.items()
             ),
             default=0.0,
         ),
         gaussian_ceiling=max(
-            (tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share) for num in found),
+            (
+                tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
+                for num in _numbers(num_coins)
+            ),
             default=0.0,
         ),
         clopper_epsilon=clopper.epsilon_lower_bound(*sides, delta, SIGNIFICANCE),
@@ -154,9 +163,13 @@ def audit(
 
 def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
     """The largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
-    numbers = guess_counts(num_coins)
-    share = significance / max(len(numbers), 1)
-    return max((one_run.epsilon_lower_bound(num_coins, num, num, delta, share) for num in numbers), default=0.0)
+    share = significance / max(len(declared_guesses(num_coins)), 1)
+    bounds = (one_run.epsilon_lower_bound(num_coins, num, num, delta, share) for num in _numbers(num_coins))
+    return max(bounds, default=0.0)
+
+
+def _numbers(num_coins: int) -> set[int]:
+    return {guess.num for guess in declared_guesses(num_coins)}
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
@@ -174,8 +187,7 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
         return Verdict.UNINFORMATIVE, "all units have the same score: was the base model scored against itself?"
     assert finding.curve_p_value is not None
     assert finding.curve_p_floor is not None
-    right = f"{finding.counts.num_correct} of {finding.counts.num_guesses} guesses"
-    counts = f"{right} among {finding.num_coins} coins were right"
+    counts = f"{finding.counts} among {finding.num_coins} coins were right"
     if finding.epsilon > pair.epsilon:
         return Verdict.FALSIFIED, (
             f"{counts}: epsilon is at least {finding.epsilon:.4g} at delta = {finding.delta:.2g}, and the run claims "

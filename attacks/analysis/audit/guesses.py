@@ -1,9 +1,10 @@
 """From scores and coins to counts of right guesses, with the search over thresholds paid for.
 
-The guesser says "in" of the highest scores, "out" of the lowest, and abstains between. How many guesses are made is
-declared here, before any score is seen: all units, half and a fifth of them, each at a third of the error (Bonferroni).
-A search over all thresholds without that pays nothing and reports a positive epsilon on a third of runs that leak
-nothing.
+The guesser says "in" of the highest scores, "out" of the lowest, and abstains between: for a model that knows every
+unit a little. Or it says "in" of the highest alone, for a model that knows a few by heart and nothing of the others, of
+whose absence no score speaks. Which guesses are made is declared here, before any score is seen: all units, half and a
+fifth of them on both sides, and five shares of the highest, each at an equal share of the error (Bonferroni). A search
+over all thresholds without that pays nothing and reports a positive epsilon on a third of runs that leak nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ BoolArray = npt.NDArray[np.bool_]
 
 GUESS_SHARES = (1.0, 0.5, 0.2)
 """Shares of the units that are guessed: few for a weak attack that is sure of some, all for one that is sure of all."""
+
+TOP_SHARES = (0.2, 0.1, 0.05, 0.025, 0.0125)
+"""Shares of the units that are guessed "in", those with the highest scores, and nobody "out"."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Guess:
+    """One declared way of guessing.
+
+    Attributes:
+        num: r, guesses made.
+        only_in: whether all of them are "in".
+    """
+
+    num: int
+    only_in: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,12 +94,15 @@ def fair(coins: Coins, seed: int) -> Coins:
     return dataclasses.replace(coins, scores=coins.scores[kept], is_in=coins.is_in[kept], prob_in=0.5)
 
 
-def guess_counts(num_coins: int) -> list[int]:
-    """The declared numbers of guesses, without repeats."""
-    return sorted({max(1, math.floor(share * num_coins)) for share in GUESS_SHARES} if num_coins else set())
+def declared_guesses(num_coins: int) -> list[Guess]:
+    """All that are made of so many coins, without repeats; they share the error equally."""
+    if not num_coins:
+        return []
+    both = {Guess(max(1, math.floor(share * num_coins))) for share in GUESS_SHARES}
+    return sorted(both | {Guess(max(1, math.floor(share * num_coins)), only_in=True) for share in TOP_SHARES})
 
 
-def correct_guesses(coins: Coins, num_guesses: int, seed: int) -> int:
+def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
     """How many are right if those above a cut are guessed "in", those below it "out", and those next to it not at all.
 
     The cut is the widest gap between neighbouring scores, among the places that fair coins make likely: with half of
@@ -92,15 +112,15 @@ def correct_guesses(coins: Coins, num_guesses: int, seed: int) -> int:
 
     Args:
         coins: scores and fair coins.
-        num_guesses: at most m.
+        guess: of at most m coins; the cut is not asked for where only the highest are guessed.
         seed: of the order of equal scores: the order of the units might know the coins.
     """
-    num_coins = coins.num_coins
+    num_coins, num_guesses = coins.num_coins, guess.num
     assert 0 < num_guesses <= num_coins, (num_guesses, num_coins)
     shuffle = np.random.default_rng(seed).permutation(num_coins)
     order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]
     num_below = _cut(coins.scores[order])
-    num_out = min(max(num_below - (num_coins - num_guesses) // 2, 0), num_guesses)
+    num_out = 0 if guess.only_in else min(max(num_below - (num_coins - num_guesses) // 2, 0), num_guesses)
     right_out = np.count_nonzero(~coins.is_in[order[:num_out]])
     right_in = np.count_nonzero(coins.is_in[order[num_coins - (num_guesses - num_out) :]])
     return int(right_out + right_in)

@@ -17,11 +17,13 @@ import numpy as np
 
 from attacks import signals
 from attacks.analysis import verdict
-from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
-from attacks.analysis.audit.guesses import GUESS_SHARES, Coins
+from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit, epsilon_ceiling
+from attacks.analysis.audit.guesses import GUESS_SHARES, TOP_SHARES, Coins
+from attacks.analysis.audit.power import DELTAS, NUM_COINS
 from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
 from attacks.analysis.statistics import CurveBound, DpBound
+from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring
 from privtrain.run.statement import PrivacyStatement
 
@@ -30,7 +32,13 @@ CANARIES = "canary users"
 
 
 def audit_run(
-    scoring: Scoring, statement: PrivacyStatement, scored: Scored, cap: verdict.Cap, seed: int, confounded_by: str
+    scoring: Scoring,
+    statement: PrivacyStatement,
+    scored: Scored,
+    cap: verdict.Cap,
+    seed: int,
+    confounded_by: str,
+    delta: float | None = None,
 ) -> list[Finding]:
     """Audits every source of coins that the run has.
 
@@ -41,14 +49,22 @@ def audit_run(
         cap: the claim for users.
         seed: of the analysis.
         confounded_by: what overrules verdicts on the split's users; canaries of our own making are not concerned.
+        delta: at which lower bound and claim are compared; the statement's own if None.
+
+    Raises:
+        AttackInputError: if the mechanism certifies nothing at that delta.
     """
     sources = [natural_coins(scoring.facts["prob_held_in"], scored), canary_coins(scoring, statement)]
     sources = [coins for coins in sources if coins is not None]
     return [
         audit(
             coins,
-            claim_of(statement, cap if coins.name == NATURAL else cap_of(statement, coins), coins.unit),
-            statement.delta,
+            _at_delta(
+                claim_of(statement, cap if coins.name == NATURAL else cap_of(statement, coins), coins.unit),
+                statement,
+                delta,
+            ),
+            statement.delta if delta is None else delta,
             seed=seed,
             num_sources=len(sources),
             confounded_by=confounded_by if coins.name == NATURAL else "",
@@ -127,6 +143,19 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
     return Claim(DpBound(epsilon, min(delta, 1.0)), None, "a user with one record more or less is two steps away")
 
 
+def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:
+    """The claim at the audit's own delta; its curve is the mechanism's at every delta."""
+    if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
+        return claim
+    epsilon = claim.pair.epsilon if delta >= claim.pair.delta else verdict.epsilon_at(statement, delta)
+    if epsilon is None:
+        raise AttackInputError(
+            f"--audit-delta {delta:g}: nothing certifies an epsilon at it for this mechanism and unit; expected at "
+            f"least the claim's {claim.pair.delta:g}, or leave it out"
+        )
+    return Claim(DpBound(epsilon, delta), claim.curve, claim.reason)
+
+
 def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
     """The findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
     if not findings:
@@ -150,6 +179,7 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
         ],
         "rows": [row for finding in findings for row in _rows(finding)],
         "notes": _notes(findings),
+        "figure": _figure(findings),
     }
 
 
@@ -159,6 +189,40 @@ _ORDER = (
     verdict.Verdict.CONFOUNDED,
     verdict.Verdict.FALSIFIED,
 )
+
+
+def _ceilings(finding: Finding) -> str:
+    """That delta decides what could have been shown, with the numbers."""
+    shown = "; ".join(
+        f"{epsilon_ceiling(finding.num_coins, delta, finding.significance):.3g} at δ = {delta:.0e}" for delta in DELTAS
+    )
+    return (
+        "The δ of the audit decides what it can show, since the theorem pays 2 m δ for m coins. With "
+        f"{finding.num_coins} coins of {finding.name} the ceiling is {shown}. This audit compares at δ = "
+        f"{finding.delta:.2g}; the claim's own is the default, and attacks analyse --audit-delta chooses another, at "
+        "which the claim is worth another ε."
+    )
+
+
+def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The ceiling by number of coins, for the audit's delta and for others."""
+    first = findings[0]
+    deltas = sorted({first.delta, *DELTAS} - {0.0}, reverse=True)
+    return {
+        "kind": "line",
+        "x_label": "coins",
+        "x_scale": "log",
+        "y_label": "largest ε that could be shown",
+        "caption": "Had every guess been right: the largest lower bound on ε, by number of coins and δ of the audit.",
+        "series": [
+            {
+                "label": f"δ = {delta:.2g}" + " (this audit)" * (delta == first.delta),
+                "x": list(NUM_COINS),
+                "y": [epsilon_ceiling(count, delta, first.significance) for count in NUM_COINS],
+            }
+            for delta in deltas
+        ],
+    }
 
 
 def _sentence(finding: Finding) -> str:
@@ -223,11 +287,12 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
 
 
 def _notes(findings: Sequence[Finding]) -> list[str]:
-    shares = ", ".join(f"{share:g}" for share in GUESS_SHARES)
+    both, top = (", ".join(f"{share:g}" for share in shares) for shares in (GUESS_SHARES, TOP_SHARES))
     notes = [
         f"The deciding tests hold together at {1.0 - SIGNIFICANCE:.0%} confidence: the error is shared equally between "
-        f"sources of coins, the two tests, and the declared numbers of guesses ({shares} of the coins). A bound of 0 "
-        "says that this attack showed nothing; the ceiling is what these coins had shown if every guess were right.",
+        f"sources of coins, the two tests, and the declared guesses ({both} of the coins on both sides; {top} of them, "
+        "those with the highest scores, as in and none as out). A bound of 0 says that this attack showed nothing; the "
+        "ceiling is what these coins had shown if every guess were right.",
         "One run: Steinke, Nasr and Jagielski 2023. A coin moved one unit in or out of training with everything that "
         "belongs to it, while the others stayed: add-or-remove-one and zero-out. Scores may depend on each other.",
         "Tied to a Gaussian curve (Mahloujifar, Melis and Chaudhuri 2024): it contradicts this Gaussian and is no "
@@ -235,6 +300,7 @@ def _notes(findings: Sequence[Finding]) -> list[str]:
         "promise. Neither decides.",
     ]
     for finding in findings:
+        notes.append(_ceilings(finding))
         if finding.num_coins < finding.num_flipped:
             notes.append(
                 f"Of {finding.num_flipped} {finding.name} {finding.num_coins} remain after some of the commoner side "

@@ -53,6 +53,7 @@ def to_json(plan: powers.Plan) -> str:
     """The plan as JSON; an infinite failure is ``"none at all"``."""
     facts = {"schema": SCHEMA_NAME, **dataclasses.asdict(plan)}
     facts["needed"] = {_failure(failure): count for failure, count in plan.needed.items()}
+    facts["ceilings"] = {f"{delta:g}": list(ceilings) for delta, ceilings in plan.ceilings.items()}
     facts["rows"] = [
         {**dataclasses.asdict(row), "bounds": {_failure(failure): value for failure, value in row.bounds.items()}}
         for row in plan.rows
@@ -86,7 +87,24 @@ def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
         f"canaries for a bound above {target}. Real attacks get less out of a model; the audit's test of the whole "
         "privacy curve may need fewer canaries."
     )
-    return [table, words]
+    return [table, words, _ceilings(plan), CEILINGS_SAY]
+
+
+CEILINGS_SAY = (
+    "Delta is a choice of the audit: the theorem pays 2 m delta for m coins, so at a large delta more coins show less. "
+    "attacks analyse --audit-delta sets it; the claim is then worth the epsilon that its mechanism has at that delta."
+)
+
+
+def _ceilings(plan: powers.Plan) -> rich.table.Table:
+    """What could be shown at all, by the delta of the audit."""
+    table = rich.table.Table(title="Ceiling of the bound by the delta of the audit", title_justify="left")
+    table.add_column("canaries", justify="right")
+    for delta in plan.ceilings:
+        table.add_column(f"{delta:g}" + " (claim)" * (delta == plan.delta), justify="right")
+    for number, row in enumerate(plan.rows):
+        table.add_row(str(row.num_coins), *(f"{ceilings[number]:.2f}" for ceilings in plan.ceilings.values()))
+    return table
 
 
 def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:

@@ -18,12 +18,15 @@ import scipy.stats
 from accountants.methods import gdp
 from attacks.analysis.audit import one_run
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
-from attacks.analysis.audit.guesses import guess_counts
+from attacks.analysis.audit.guesses import Guess, declared_guesses
 
 MOST_COINS = 20_000
 """Beyond this the answer is that no audit will do."""
 
 NUM_COINS = (20, 50, 100, 200, 500, 1000, 2000, 5000)
+DELTAS = (1e-3, 1e-4, 1e-5, 1e-6)
+"""At which an audit may be made, beside the claim's own."""
+
 FAILURES = (1.0, 2.0, 4.0, 8.0, math.inf)
 """How much too small the noise is; infinity for none at all."""
 
@@ -44,6 +47,7 @@ class Plan:
         power: chance of reaching it.
         rows: for each number of coins the ceiling, the right guesses needed and the bound by failure.
         needed: failure to the fewest coins with which the bound exceeds the target; None if more than ``MOST_COINS``.
+        ceilings: delta to the ceiling of each row's coins: the audit's own delta and others that it could choose.
     """
 
     epsilon: float
@@ -54,6 +58,7 @@ class Plan:
     power: float
     rows: tuple[Row, ...]
     needed: dict[float, int | None]
+    ceilings: dict[float, tuple[float, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ def plan(
     target = epsilon if target_epsilon is None else target_epsilon
     significance = SIGNIFICANCE / (num_sources * _DECIDING_TESTS)
     mu = mu_of(epsilon, delta)
-    share = significance / len(guess_counts(1000))
+    share = significance / len(declared_guesses(1000))
     rows = tuple(
         Row(
             count,
@@ -106,7 +111,11 @@ def plan(
         for count in num_coins
     )
     needed = {failure: coins_needed(target, failure * mu, delta, significance, power) for failure in FAILURES}
-    return Plan(epsilon, delta, mu, target, significance, power, rows, needed)
+    ceilings = {
+        other: tuple(epsilon_ceiling(count, other, significance) for count in num_coins)
+        for other in sorted({delta, *DELTAS}, reverse=True)
+    }
+    return Plan(epsilon, delta, mu, target, significance, power, rows, needed, ceilings)
 
 
 def mu_of(epsilon: float, delta: float) -> float:
@@ -128,26 +137,24 @@ def mu_of(epsilon: float, delta: float) -> float:
 
 def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
     """The one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
-    numbers = guess_counts(num_coins)
-    share = significance / len(numbers)
-    found = 0.0
-    for count in numbers:
-        right = int(scipy.stats.binom.ppf(1.0 - power, count, accuracy(mu, count / num_coins)))
-        found = max(found, one_run.epsilon_lower_bound(num_coins, count, right, delta, share))
-    return found
+    guesses = declared_guesses(num_coins)
+    share = significance / len(guesses)
+    return max(
+        one_run.epsilon_lower_bound(num_coins, guess.num, _right(guess, num_coins, mu, power), delta, share)
+        for guess in guesses
+    )
 
 
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
     """The fewest coins, to one part in fifty, with which the bound exceeds ``target``; None beyond ``MOST_COINS``."""
 
     def does(num_coins: int) -> bool:
-        numbers = guess_counts(num_coins)
-        share = significance / len(numbers)
-        for count in numbers:
-            right = int(scipy.stats.binom.ppf(1.0 - power, count, accuracy(mu, count / num_coins)))
-            if one_run.p_value(num_coins, count, right, target, delta) <= share:
-                return True
-        return False
+        guesses = declared_guesses(num_coins)
+        return any(
+            one_run.p_value(num_coins, guess.num, _right(guess, num_coins, mu, power), target, delta)
+            <= significance / len(guesses)
+            for guess in guesses
+        )
 
     low, high = 1, 2
     while not does(high):
@@ -158,6 +165,13 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
         middle = (low + high) // 2
         low, high = (low, middle) if does(middle) else (middle, high)
     return high if high <= MOST_COINS else None
+
+
+def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
+    """How many of these guesses are right with chance ``power``."""
+    # Of twice as many guesses on both sides the upper half are these.
+    share = (2.0 if guess.only_in else 1.0) * guess.num / num_coins
+    return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, min(share, 1.0))))
 
 
 @functools.cache
