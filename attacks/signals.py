@@ -184,7 +184,8 @@ class DocumentSignals:
         for name, logp in (("target_logp", self.target_logp), ("base_logp", self.base_logp)):
             if not np.isfinite(logp).all() or logp.max() > _MAX_LOGP:
                 raise ValueError(
-                    f"{name} holds a value that is NaN, infinite or above 0; expected log-probabilities in nats"
+                    f"{name} of document {self.document!r} of user {self.user!r} ({self.kind}) holds a value that is "
+                    "NaN, infinite or above 0; expected log-probabilities in nats"
                 )
         for name in ("target_mean", "target_variance", "base_mean", "base_variance"):
             moment = getattr(self, name)

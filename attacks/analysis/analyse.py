@@ -6,6 +6,7 @@ are sealed under the run's key; the results also name the target that they are o
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import pathlib
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
         "attack": "user_inference",
         "unit": verdict.ATTACKED_UNIT,
         "seed": seed,
+        "software": {name: importlib.metadata.version(name) for name in ("privtrain", "numpy", "scipy")},
         "audit_delta": statement.delta if audit_delta is None else audit_delta,
         "confidence_level": statistics.CONFIDENCE_LEVEL,
         "plan_fingerprint": statement.plan_fingerprint,
@@ -121,6 +123,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
         "headline": user_inference.HEADLINE,
         "verdict": str(found_verdict),
         "verdict_reason": reason,
+        "achieved": _achieved(headline, findings),
         "results": found,
         "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
         f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
@@ -137,6 +140,20 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
     (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
     _write_per_user(directory, scoring, scored, users)
     return write_sealed(directory, run / ATTACKS_PATH, facts, mode=0o644)
+
+
+def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> list[str]:
+    """What the attack can tell that chance does not explain, whatever is claimed; one sentence each, none if nothing.
+
+    By the declared tests alone: the headline's interval and the audit, whose errors are .025 and .05.
+    """
+    found = auditing.achieved(findings)
+    lower = headline["bootstrap"]["interval"][0]
+    if lower > 0.5 and headline["verdict"] != verdict.Verdict.CONFOUNDED:
+        found.insert(
+            0, f"Fresh documents tell who was trained on: the AUROC is at least {lower:.3f}, where guessing has 0.5."
+        )
+    return found
 
 
 def _counts(scored: Scored, side: str) -> dict[str, int]:

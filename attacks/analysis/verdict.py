@@ -35,6 +35,7 @@ class Verdict(enum.StrEnum):
     CONSISTENT = "consistent"
     UNINFORMATIVE = "uninformative"
     CONFOUNDED = "confounded"
+    NO_CLAIM = "no claim"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Cap:
         if grouped.max_auroc() > _VACUOUS_AUROC:
             return cls(None, f"{said}, and that cap is vacuous", conversion=said)
         return cls(grouped, "", conversion=said)
+
+    @property
+    def claims_nothing(self) -> bool:
+        """Whether the run is not private."""
+        return self.bound is not None and math.isinf(self.bound.epsilon)
 
     def auroc(self, num_held_out: int) -> float | None:
         """The cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
@@ -221,6 +227,7 @@ def judge(
     ``confounded`` if a blind baseline tells the sides apart: nothing that the model shows can then be told from what
     the split shows. ``falsified`` if the interval's lower end exceeds the cap. ``uninformative`` if that could not have
     happened: no cap, a statistic without any spread, or a ceiling whose own lower end does not exceed the cap.
+    ``no claim`` if the run is not private: nothing is claimed that the result could speak of, whatever was achieved.
     ``consistent`` otherwise: the sample could have contradicted the claim and did not.
 
     Args:
@@ -237,6 +244,8 @@ def judge(
     """
     if confounded_by:
         return Verdict.CONFOUNDED, confounded_by
+    if cap.claims_nothing:
+        return Verdict.NO_CLAIM, cap.reason
     allowed = cap.auroc(num_held_out)
     if allowed is None or cap.reason:
         return Verdict.UNINFORMATIVE, cap.reason

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator
 
 INK = "#22303c"
 MUTED = "#6b7a88"
@@ -80,6 +83,8 @@ def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
             label="user inference",
         )
         axes.set(xscale="log", yscale="log", xlim=(left, 1.0), ylim=(bottom, 1.15))
+        for axis, edge, first in ((axes.xaxis, left, 1.0 / num_held_out), (axes.yaxis, bottom, 1.0 / num_held_in)):
+            _mark_zero(axis, edge, first)
         axes.set(xlabel="false positive rate (held-out users accused)", ylabel="true positive rate (held-in users)")
         axes.grid(color=GRID, linewidth=0.7)
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.6)
@@ -199,6 +204,13 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=2)
         return _svg(figure, name)
+
+
+def _mark_zero(axis: Axis, edge: float, first: float) -> None:
+    """Labels the edge of a logarithmic axis of rates 0, and powers of ten from the first count on."""
+    powers = [10.0**power for power in range(math.floor(math.log10(first)), 1) if 10.0**power >= 1.5 * edge]
+    axis.set_major_locator(FixedLocator([edge, *powers]))
+    axis.set_major_formatter(FixedFormatter(["0", *(f"{100 * power:g} %" for power in powers)]))
 
 
 def _new_figure(height: float = 4.4) -> tuple[Figure, Axes]:

@@ -6,6 +6,7 @@ never sees; of ``secret/`` it needs the key, with which it checks the seal of th
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import math
 import os
@@ -22,6 +23,7 @@ from attacks import evidence, rundir
 from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import figures, panels, record
+from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
 from privtrain.errors import GuaranteeLost
 from privtrain.files import reading
@@ -73,6 +75,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
         "axis_labels": AXIS_LABELS,
         "claim": _claim(statement, attacks),
         "panels": _shown_panels(attacks),
+        "identity": _identity(run, statement, attacks),
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attacks"),
@@ -113,6 +116,26 @@ def read_results(run: pathlib.Path) -> Mapping[str, Any]:
         AttackInputError: if the run is not finished or not analysed.
     """
     return _read(run)[1]
+
+
+def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> dict[str, str]:
+    """Which run this page is about: what a file copy of it needs to be found again by."""
+    directory = RunDirectory(run)
+    found = {"Run": run.resolve().name}
+    config = directory.root / "config.yaml"
+    if config.exists():
+        model = (reading.read_yaml(config, max_bytes=1 << 20) or {}).get("model") or {}
+        found["Base model"] = str(model.get("name_or_path") or model.get("package") or NOT_RELEASED)
+    target = attacks["target"]
+    if target.get("base"):
+        found["Base model, digest"] = targets.digest_of(target["base"])
+    found["Released model, digest"] = targets.digest_of(target["released"])
+    found["Scored documents, digest"] = targets.digest_of(attacks["scoring"]["documents"])
+    for name, path in (("Statement of", directory.privacy), ("Analysed on", run / analyse.ATTACKS_PATH)):
+        found[name] = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
+    software = {**(statement.model_extra or {}).get("software", {}), **attacks["software"]}
+    found["Software"] = ", ".join(f"{name} {version}" for name, version in software.items())
+    return found
 
 
 def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:

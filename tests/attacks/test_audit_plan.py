@@ -79,14 +79,13 @@ def test_the_command_reads_the_claim_of_a_configuration(tree, tmp_path):
 
 
 def test_the_plan_says_that_delta_decides_the_ceiling():
-    """Two sources at delta 1e-3: more coins can show less, and at most half of one."""
+    """Two sources: at delta 1e-3 next to nothing can be shown, at 1e-4 more coins show less, at 1e-6 more show more."""
     found = power.plan(4.0, 1e-3, num_sources=2)
-    at_claim, small = found.ceilings[1e-3], found.ceilings[1e-6]
-    assert max(at_claim) < 4.0
-    assert at_claim[-1] < max(at_claim)
-    assert list(small) == sorted(small)
-    assert small[-1] > 4.0
-    assert [row.ceiling for row in found.rows] == list(at_claim)
+    assert max(found.ceilings[1e-3]) < 0.5
+    assert found.ceilings[1e-4][-1] < max(found.ceilings[1e-4]) < 4.0
+    assert list(found.ceilings[1e-6]) == sorted(found.ceilings[1e-6])
+    assert found.ceilings[1e-6][-1] > 4.0
+    assert [row.ceiling for row in found.rows] == list(found.ceilings[1e-3])
 
 
 @pytest.mark.parametrize(

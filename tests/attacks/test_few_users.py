@@ -118,6 +118,20 @@ def test_worst_case_of_two_values_is_clopper_pearson():
     assert (found.lower, found.upper) == pytest.approx((expected.lower, expected.upper), abs=0.02)
 
 
+def test_mean_of_values_at_a_bound_is_not_certain():
+    """All held-in canaries at rank one: Clopper and Pearson's end, not a point; and few values cover their mean."""
+    found = statistics.bounded_mean_interval(np.full(6, 7.0), 0.0, 7.0)
+    assert found.lower == pytest.approx(7.0 * statistics.clopper_pearson(6, 6).lower, abs=0.1)
+    assert found.upper == pytest.approx(7.0)
+    rng, misses = np.random.default_rng(0), np.zeros(2, dtype=int)
+    for _ in range(300):
+        bits = 5.0 - np.log2(rng.integers(1, 33, 5))  # exposures of untrained secrets among 32
+        ends = statistics.bounded_mean_interval(bits, 0.0, 5.0)
+        truth = float(np.mean(5.0 - np.log2(np.arange(1, 33))))
+        misses += [ends.lower > truth, ends.upper < truth]
+    assert max(misses) <= plausible(300, HALF)
+
+
 RECORDS = {
     "2 each": lambda rng, num: np.full(num, 2),
     "1 to 8": lambda rng, num: rng.integers(1, 9, num),

@@ -94,8 +94,8 @@ def test_no_rows_round_trip(tmp_path):
         ({"user": ""}, "without a name or an owner"),
         ({"target": [-1.0]}, "two lists of the same tokens"),
         ({"target": [], "base": []}, "at least one"),
-        ({"target": [-1.0, float("nan")]}, "target_logp holds a value that is NaN"),
-        ({"base": [-1.0, float("-inf")]}, "base_logp holds a value that is NaN, infinite"),
+        ({"target": [-1.0, float("nan")]}, "target_logp of document .* holds a value that is NaN"),
+        ({"base": [-1.0, float("-inf")]}, "base_logp of document .* holds a value that is NaN, infinite"),
         ({"target": [-1.0, 0.5]}, "above 0"),
     ],
 )
@@ -145,3 +145,9 @@ def test_a_missing_or_torn_file_names_the_next_command(tmp_path):
     pathlib.Path(tmp_path / "s.parquet").write_bytes(torn)
     with pytest.raises(DamagedFile, match="not a readable parquet file"):
         signals.read_signals(tmp_path / "s.parquet")
+
+
+def test_a_record_with_nan_is_named():
+    """Whoever gets the error must find the record: which document, of whom, of which kind."""
+    with pytest.raises(ValueError, match=r"target_logp of document 'doc-7' of user 'u1' \(fresh\)"):
+        signals.DocumentSignals("u1", "doc-7", signals.HELD_IN, np.array([-1.0, np.nan]), np.array([-1.0, -2.0]))

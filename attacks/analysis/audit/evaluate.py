@@ -29,11 +29,13 @@ class Claim:
         pair: its (epsilon, delta), or None if it gives none for this unit.
         curve: more certified points of the same mechanism, or None.
         reason: why there is no pair, or how it came from another unit; may be empty.
+        is_made: whether the run claims anything at all; a run that is not private does not.
     """
 
     pair: DpBound | None
     curve: Bound | None
     reason: str
+    is_made: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,8 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
     pair = finding.claim.pair
     if confounded_by:
         return Verdict.CONFOUNDED, confounded_by
+    if not finding.claim.is_made:
+        return Verdict.NO_CLAIM, finding.claim.reason
     if pair is None or math.isinf(pair.epsilon):
         return Verdict.UNINFORMATIVE, finding.claim.reason or "the run claims nothing for this unit"
     if is_constant:

@@ -128,11 +128,11 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
     """
     if unit == verdict.ATTACKED_UNIT:
         if cap.bound is None or cap.reason:
-            return Claim(None, None, cap.reason)
+            return Claim(None, None, cap.reason, is_made=not cap.claims_nothing)
         curve = None if cap.curve is None else CurveBound((*cap.curve.points, cap.bound), cap.curve.source)
         return Claim(cap.bound, curve, cap.conversion)
     if math.isinf(statement.effective_epsilon):
-        return Claim(None, None, "the run is not private, so it claims nothing")
+        return Claim(None, None, "the run is not private, so it claims nothing", is_made=False)
     pair = DpBound(statement.effective_epsilon, statement.delta)
     if statement.unit == unit:
         return Claim(pair, None, "")
@@ -184,6 +184,7 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
 
 
 _ORDER = (
+    verdict.Verdict.NO_CLAIM,
     verdict.Verdict.UNINFORMATIVE,
     verdict.Verdict.CONSISTENT,
     verdict.Verdict.CONFOUNDED,
@@ -230,6 +231,16 @@ def _sentence(finding: Finding) -> str:
         f"{finding.name[0].upper()}{finding.name[1:]}: ε ≥ {finding.epsilon:.3g} per {finding.unit} at δ = "
         f"{finding.delta:.2g}; {finding.num_coins} coins could have shown at most {finding.epsilon_ceiling:.3g}."
     )
+
+
+def achieved(findings: Sequence[Finding]) -> list[str]:
+    """What the guesses showed, one sentence for each source where it is more than chance."""
+    return [
+        f"Of {finding.num_coins} {finding.name} {finding.counts} were right; so ε per {finding.unit} is at least "
+        f"{finding.epsilon:.3g} at δ = {finding.delta:.2g}."
+        for finding in findings
+        if finding.epsilon > 0.0 and finding.verdict is not verdict.Verdict.CONFOUNDED
+    ]
 
 
 def _rows(finding: Finding) -> list[dict[str, Any]]:

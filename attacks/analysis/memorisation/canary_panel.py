@@ -71,6 +71,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
             {"key": "num_held_out", "label": "held-out"},
             {"key": "drawn", "label": "records drawn, median"},
             {"key": "exposure", "label": "exposure held-in, bits"},
+            {"key": "exposure_interval", "label": "95 % interval of it"},
             {"key": "exposure_base", "label": "same under the base"},
             {"key": "exposure_held_out", "label": "exposure held-out"},
             {"key": "exposure_expected", "label": "expected if not trained on"},
@@ -153,6 +154,9 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         "extrapolated": _mean(each.extrapolated_bits for each in tuned if each.extrapolated_bits is not None),
     }
     if tuned:
+        most = max(math.log2(each.num_secrets) for each in tuned)
+        ends = statistics.bounded_mean_interval(np.array([each.bits for each in tuned]), 0.0, most)
+        row["exposure_interval"] = f"{ends.lower:.2f} to {ends.upper:.2f}"
         top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)
         interval = statistics.clopper_pearson(top, len(tuned))
         row["top_rank"] = f"{top} of {len(tuned)} ({interval.lower:.0%} to {interval.upper:.0%})"

@@ -160,6 +160,28 @@ def worst_case(
     return Interval(float(np.quantile(lower, tail)), float(np.quantile(upper, 1.0 - tail)))
 
 
+def bounded_mean_interval(
+    values: FloatArray, low: float, high: float, level: float = interval.CONFIDENCE_LEVEL, *, seed: int = 0
+) -> Interval:
+    """The mean of independent values between two bounds, by the Bayesian bootstrap with one value more at each bound.
+
+    For values that are all at a bound the interval is Clopper and Pearson's (Gaffke 2005): n values at the top do not
+    make the mean certain.
+
+    Args:
+        values: at least one, within the bounds.
+        low: the least that a value can be.
+        high: the most.
+        level: confidence level.
+        seed: of the weights; this randomness protects nobody.
+    """
+    weights = np.random.default_rng(seed).standard_exponential((NUM_RESAMPLES, values.size + 1))
+    total, tail = weights.sum(axis=1), (1.0 - level) / 2.0
+    sums = weights[:, :-1] @ values
+    lower, upper = (np.quantile((sums + weights[:, -1] * end) / total, q) for end, q in ((low, tail), (high, 1 - tail)))
+    return Interval(float(lower), float(upper))
+
+
 def _places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
     """The number of the owner of each record, by side."""
     if owners is None:
