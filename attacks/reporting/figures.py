@@ -142,7 +142,8 @@ def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str]
             places, areas, yerr=[below, above], fmt="o", color=HELD_IN_COLOR, capsize=3, label="95 % interval"
         )
         axes.set(ylim=(0.0, 1.02), xlim=(-0.5, len(points) - 0.5), xlabel=axis_label, ylabel="AUROC")
-        axes.set_xticks(places, labels)
+        # On two lines, so that neighbours do not run into each other.
+        axes.set_xticks(places, [label.replace(" to ", "\nto ") for label in labels])
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=2)

@@ -141,7 +141,7 @@ def test_a_run_that_is_not_private_caps_nothing(make_run, changes):
     facts = analyse.analyse_run(make_run(100, shift=0.5, private=False, not_private_reasons=["fixed seed"], **changes))
     assert facts["cap"]["auroc"] == 1.0
     assert "not private" in facts["cap"]["reason"]
-    assert facts["verdict"] == "uninformative"
+    assert facts["verdict"] == "no claim"
 
 
 def test_a_base_model_scored_against_itself_is_said_so(make_run, make_rows):

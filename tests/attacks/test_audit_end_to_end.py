@@ -183,4 +183,5 @@ def test_two_hundred_overfitted_users_give_a_bound_near_its_ceiling(tmp_path):
     lower, ceiling = bound_of(facts)
     assert facts["results"]["token_mean"]["auroc"] >= 0.9
     assert lower >= 0.9 * ceiling > 3.0
-    assert facts["verdict"] == "uninformative"
+    assert facts["verdict"] == "no claim"
+    assert len(facts["achieved"]) == 2

@@ -64,7 +64,7 @@ def run_of(tree, tmp_path):
 def test_a_model_that_did_not_move_gives_one_half(run_of):
     facts = analyse_run(run_of(30, 1, learning_rate=1e-30))
     assert facts["results"]["token_mean"]["auroc"] == 0.5
-    assert facts["verdict"] == "uninformative"
+    assert facts["verdict"] == "no claim"
     assert "scored against itself" in facts["results"]["token_mean"]["warnings"][0]
 
 

@@ -47,7 +47,7 @@ def test_perfect_separation_falsifies_exactly_where_the_sample_is_informative(ep
 
 def test_no_cap_and_no_spread_say_nothing():
     assert verdict(Cap(None, "epsilon protects one example"), 0.99) is Verdict.UNINFORMATIVE
-    assert verdict(Cap(statistics.DpBound(math.inf, 0.0), "the run is not private"), 0.99) is Verdict.UNINFORMATIVE
+    assert verdict(Cap(statistics.DpBound(math.inf, 0.0), "the run is not private"), 0.99) is Verdict.NO_CLAIM
     assert verdict(STRONG, 0.4, is_constant=True) is Verdict.UNINFORMATIVE
 
 
