@@ -151,7 +151,7 @@ def test_sum_of_up_to_1e5_contributions_has_one_value(kind, num_units, seed, siz
 
 
 @pytest.mark.campaign
-@hypothesis.settings(max_examples=1000, deadline=None)
+@hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(**SETS)
 def test_sum_of_any_contributions_has_one_value_campaign(kind, num_units, seed, size, num_ranks):
     check_one_value(kind, num_units, seed, size, num_ranks)
