@@ -13,6 +13,7 @@ import math
 from typing import Literal
 
 import dp_accounting
+from typing_extensions import override
 
 from accountants.answer import OWN_VERSION, Bounds, Direction, PrivacyAnswer, UnsupportedEventError
 from accountants.events import resolve
@@ -121,8 +122,9 @@ class Accountant(abc.ABC):
 class NormalFormAccountant(Accountant):
     """A method for compositions of Gaussian noise on sampled sums."""
 
+    @override
     def bounds(self, question: Question) -> Bounds:
-        """See :class:`Accountant`; nothing released and nothing hidden are answered here."""
+        """Nothing released and nothing hidden are answered here."""
         composed = composition(question.event)
         if composed.non_private or not composed.phases:
             return self.trivial_bounds(question.largest if composed.non_private else 0.0)

@@ -13,6 +13,7 @@ import importlib.metadata
 from typing import Any
 
 import dp_accounting
+from typing_extensions import override
 
 from accountants.answer import Bounds
 from accountants.events import RandomAllocationDpEvent, poisson_counterpart
@@ -45,8 +46,9 @@ class AllocationAccountant(Accountant):
         """Library and version."""
         return f"PLD_accounting {importlib.metadata.version('PLD_accounting')}"
 
+    @override
     def bounds(self, question: Question) -> Bounds:
-        """See :class:`accountants.protocol.Accountant`; the upper end of delta is never below 1e-11."""
+        """The upper end of delta is never below 1e-11."""
         event = question.event
         if isinstance(event, dp_accounting.NoOpDpEvent):
             return Bounds(0.0, 0.0)

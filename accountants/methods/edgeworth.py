@@ -27,6 +27,7 @@ from typing import ClassVar
 
 import numpy as np
 from scipy import special
+from typing_extensions import override
 
 from accountants.answer import Bounds, Direction, point
 from accountants.mixtures import Array, Composition
@@ -142,17 +143,18 @@ class AeaAccountant(NormalFormAccountant):
     def __init__(self, direction: Direction = Direction.BOTH) -> None:
         self.direction = direction
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         return self.trivial_bounds(max(side.epsilon(delta) for side in self._sides(composed)))
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`; moved into [0, 1] if the expansion leaves it."""
+        """Moved into [0, 1] if the expansion leaves it."""
         value = max(float(side.delta(np.array([epsilon]))[0]) for side in self._sides(composed))
         return self.trivial_bounds(min(max(value, 0.0), 1.0))
 
+    @override
     def trivial_bounds(self, value: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         return point(value, direction=self.direction)
 
     def _sides(self, composed: Composition) -> list[DirectedExpansion]:
@@ -186,8 +188,9 @@ class EeaiAccountant(NormalFormAccountant):
 
     name = "eeai"
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`; infinite, noted ``vacuous``, where it is."""
+        """Infinite, noted ``vacuous``, where it is."""
         sides = [with_error(composed, add=add) for add in (False, True)]
         lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
@@ -195,8 +198,9 @@ class EeaiAccountant(NormalFormAccountant):
         note = f"vacuous: the distribution functions are known to {error:.2g} only" if math.isinf(upper) else ""
         return Bounds(lower, upper, estimate=estimate, note=note)
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`; 1, with the note ``vacuous``, where it is."""
+        """1, with the note ``vacuous``, where it is."""
         where = np.array([epsilon])
         sides = [with_error(composed, add=add) for add in (False, True)]
         values = [max(float(side.delta(where, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]

@@ -13,6 +13,7 @@ import dataclasses
 import math
 
 from scipy import special
+from typing_extensions import override
 
 from accountants.answer import BoundKind, Bounds, Direction, point
 from accountants.mixtures import Composition, MixtureStep
@@ -66,14 +67,14 @@ class GdpAccountant(NormalFormAccountant):
 
     name = "gdp"
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         if (exact := _exact(composed)) is not None:
             return dataclasses.replace(closed_form.epsilon_bounds(exact, delta), direction=Direction.BOTH)
         return point(gdp_epsilon(gdp_parameter(composed), delta), BoundKind.ASYMPTOTIC)
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         if (exact := _exact(composed)) is not None:
             return dataclasses.replace(closed_form.delta_bounds(exact, epsilon), direction=Direction.BOTH)
         return point(gdp_delta(gdp_parameter(composed), epsilon), BoundKind.ASYMPTOTIC)

@@ -20,6 +20,7 @@ import math
 from typing import Any, cast
 
 import numpy as np
+from typing_extensions import override
 
 from accountants.answer import Bounds, Direction, point
 from accountants.mixtures import Array, Composition, MixtureStep
@@ -37,20 +38,20 @@ class ContourAccountant(NormalFormAccountant):
 
     name = "contour"
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         remove = contour_epsilon(composed, delta, add=False)
         if _may_dominate(composed, remove, delta) and contour_delta(composed, remove, add=True) > delta:
             return point(contour_epsilon(composed, delta, add=True), direction=Direction.ADD)
         return point(remove, direction=Direction.REMOVE)
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         remove, add = (contour_delta(composed, epsilon, add=add) for add in (False, True))
         return point(max(remove, add), direction=Direction.ADD if add > remove else Direction.REMOVE)
 
+    @override
     def trivial_bounds(self, value: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         return point(value)
 
 

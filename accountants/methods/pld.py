@@ -21,6 +21,7 @@ import math
 import dp_accounting
 import numpy as np
 from dp_accounting import pld
+from typing_extensions import override
 
 from accountants.answer import Bounds
 from accountants.events import poisson_counterpart
@@ -66,8 +67,9 @@ class PldAccountant(Accountant):
     def __init__(self, discretization: float | None = None) -> None:
         self.discretization = discretization
 
+    @override
     def bounds(self, question: Question) -> Bounds:
-        """See :class:`accountants.protocol.Accountant`; delta is never reported below 1e-11, where round-off rules."""
+        """Delta is never reported below 1e-11, where round-off rules."""
         event, relation, argument = question.event, question.relation, question.argument
         if question.quantity == "epsilon":
             value = float(self._compose(event, relation, argument, None).get_epsilon(argument))

@@ -17,6 +17,8 @@ import importlib.metadata
 import math
 from typing import Any
 
+from typing_extensions import override
+
 from accountants.answer import Bounds, Direction
 from accountants.mixtures import Composition
 from accountants.numerics import saddle
@@ -43,8 +45,9 @@ class PrvAccountant(NormalFormAccountant):
     def __init__(self, eps_error: float | None = None) -> None:
         self.eps_error = eps_error
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`; remove direction."""
+        """Remove direction."""
         error = self.eps_error or _scaled_error(composed, delta)
         accountant = _opacus_accountant(composed)
         try:
@@ -63,8 +66,8 @@ class PrvAccountant(NormalFormAccountant):
             f"prv gives no delta (asked for at epsilon={epsilon:g}, {composed.num_steps} steps); use 'tilted'"
         )
 
+    @override
     def trivial_bounds(self, value: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         return Bounds(value, value, Direction.REMOVE, value, note="remove direction only")
 
 

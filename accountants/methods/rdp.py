@@ -22,6 +22,7 @@ import dp_accounting
 import numpy as np
 from dp_accounting import rdp
 from dp_accounting.rdp import rdp_privacy_accountant as conversion
+from typing_extensions import override
 
 from accountants.answer import Bounds
 from accountants.mixtures import Array, Composition, MixtureStep, composition
@@ -56,8 +57,8 @@ class RdpAccountant(Accountant):
     version = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
     covers_replacement = True
 
+    @override
     def bounds(self, question: Question) -> Bounds:
-        """See :class:`accountants.protocol.Accountant`."""
         orders, divergences = _divergences(question.event, question.relation)
         # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0.
         divergences = [value if value >= 0 else math.inf for value in divergences]

@@ -51,6 +51,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from typing_extensions import override
 
 from accountants.answer import Bounds, Direction
 from accountants.methods.rdp import renyi_epsilon
@@ -85,8 +86,8 @@ class TiltedAccountant(NormalFormAccountant):
     def __init__(self, tolerance: float = 1e-3) -> None:
         self.tolerance = tolerance
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
             return _both(closed_form.epsilon_bounds(composed.phases[0][0], delta))
         try:
@@ -99,8 +100,8 @@ class TiltedAccountant(NormalFormAccountant):
             ends = dataclasses.replace(ends, upper=min(ends.upper, renyi_epsilon(composed, delta)))
         return _both(ends)
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         if composed.num_steps == 1:
             return _both(closed_form.delta_bounds(composed.phases[0][0], epsilon))
         try:

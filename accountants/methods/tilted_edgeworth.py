@@ -33,6 +33,7 @@ import dataclasses
 import math
 
 import numpy as np
+from typing_extensions import override
 
 from accountants.answer import Bounds
 from accountants.mixtures import Composition
@@ -134,14 +135,14 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
     name = "tilted-edgeworth"
 
+    @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         sides = [_epsilon_ends(composed, delta, add=add) for add in (False, True)]
         lower, estimate, upper = (max(values) for values in zip(*sides, strict=True))
         return Bounds(min(lower, upper), upper, estimate=estimate)
 
+    @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """See :class:`accountants.protocol.NormalFormAccountant`."""
         logs: list[tuple[float, float, float]] = []
         for add in (False, True):
             law = saddle.directed_loss(composed, add=add, log_mass=_DELTA_CUT)

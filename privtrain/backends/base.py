@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from privtrain.clipping.cooperative import GradientShards
 from privtrain.models.weights import BaseSource
@@ -37,7 +38,7 @@ class Placement:
     equal_passes: bool = False
 
 
-class Backend(Protocol):
+class Backend(abc.ABC):
     """One rank's view of the job. Every method but ``describe`` is called by all ranks in the same order."""
 
     rank: int
@@ -47,98 +48,98 @@ class Backend(Protocol):
     kind: str
 
     @property
+    @abc.abstractmethod
     def is_main(self) -> bool:
         """Whether this is global rank 0, the only one that writes."""
-        ...
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """Return a phrase for people: kind, ranks and device."""
-        ...
 
+    @abc.abstractmethod
     def load_base(self, source: BaseSource) -> torch.nn.Module:
         """Return the base model on this rank's device, frozen; sharded where the backend shards weights."""
-        ...
 
+    @abc.abstractmethod
     def place(self, model: torch.nn.Module) -> Placement:
         """Take charge of the model's trainable tensors. Once a model, when it is complete and on its device."""
-        ...
 
+    @abc.abstractmethod
     def reduce(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` (fp32 or int64, any shape) on every rank by its SUM over ranks."""
-        ...
 
+    @abc.abstractmethod
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
         """Return the SUM over ranks of the clipped sums (int64), as far as this rank steps it.
 
         Returns:
             int64, laid out as ``Placement.stepped``; the same bits for the same units, however they are shared out.
         """
-        ...
 
+    @abc.abstractmethod
     def add_noise(
         self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
     ) -> torch.Tensor:
         """The fp32 vector with the step's noise, once per coordinate over the whole job, from the reduced int64 sum."""
-        ...
 
+    @abc.abstractmethod
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
         """Step the optimizer on ``vector / divide_by`` and :meth:`publish`."""
-        ...
 
+    @abc.abstractmethod
     def publish(self) -> None:
         """Put what this rank stepped into the model, on every rank that computes with it."""
-        ...
 
+    @abc.abstractmethod
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
         """The whole tensor on rank 0's CPU, put together from every rank's ``part`` of it; ``None`` elsewhere."""
-        ...
 
+    @abc.abstractmethod
     def sum_parts(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` by its sum over the ranks that hold the parts of one copy of the trainable tensors."""
-        ...
 
+    @abc.abstractmethod
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank holds of each of the model's tensors."""
-        ...
 
+    @abc.abstractmethod
     def broadcast_bytes(self, value: bytes | None) -> bytes:
         """Return rank 0's bytes, on every rank; the others pass ``None``."""
-        ...
 
+    @abc.abstractmethod
     def barrier(self) -> None:
         """Wait for every rank."""
-        ...
 
+    @abc.abstractmethod
     def main_alone(self) -> contextlib.AbstractContextManager[None]:
         """Around what rank 0 alone does and may take long: no collective's time-out runs while the others wait.
 
         All ranks enter it, and leave together. That rank 0 lives is for :class:`~.watch.Watch` to see; if it leaves by
         an error, the others find that out in the collective at the end.
         """
-        ...
 
+    @abc.abstractmethod
     def gather_digests(self, value: bytes) -> list[bytes]:
         """Return every rank's 32 bytes, by rank, on every rank."""
-        ...
 
+    @abc.abstractmethod
     def combined_digest(self, value: bytes) -> bytes:
         """One digest for the job: this rank's where all hold the same, that of all ranks' digests where they do not."""
-        ...
 
+    @abc.abstractmethod
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these tensors are bit-identical on every rank."""
-        ...
 
+    @abc.abstractmethod
     def parameters_agree(self, model: torch.nn.Module) -> bool:
         """Return whether every rank that holds a trainable tensor, or the same part of it, holds the same bits."""
-        ...
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Leave the process group."""
-        ...
 
 
-class ReplicatedBackend:
+class ReplicatedBackend(Backend):
     """Noise and update where every rank holds all trainable tensors: ``local`` and ``ddp``.
 
     All ranks draw the same bits, so their parameters stay identical without a broadcast.
@@ -148,42 +149,44 @@ class ReplicatedBackend:
     world_size: int
     device: torch.device
 
+    @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """See :class:`Backend`."""
         return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
 
+    @override
     def place(self, model: torch.nn.Module) -> Placement:
-        """See :class:`Backend`."""
         layout = Layout.of(model)
         return Placement(layout, layout, share=self.rank, num_shares=self.world_size)
 
+    @override
     def add_noise(
         self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
     ) -> torch.Tensor:
-        """See :class:`Backend`."""
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
+    @override
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
-        """See :class:`Backend`."""
         step_optimizer(vector, layout, optimizer, divide_by)
 
+    @override
     def publish(self) -> None:
-        """See :class:`Backend`."""
+        pass
 
+    @override
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
-        """See :class:`Backend`."""
         return part.detach().cpu().view(slot.whole_shape) if self.rank == 0 else None
 
+    @override
     def sum_parts(self, vector: torch.Tensor) -> None:
-        """See :class:`Backend`. Every rank holds all parts."""
+        """Every rank holds all parts."""
 
+    @override
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`Backend`."""
         for name, parameter in model.named_parameters():
             yield name, parameter.detach()
 
+    @override
     def combined_digest(self, value: bytes) -> bytes:
-        """See :class:`Backend`."""
         return value
 
 

@@ -6,6 +6,7 @@ The clipped sum of all trainable tensors is one flat int64 vector, so a step cos
 from __future__ import annotations
 
 import torch
+from typing_extensions import override
 
 from privtrain.backends.base import ReplicatedBackend
 from privtrain.backends.group import ProcessGroup
@@ -16,7 +17,7 @@ class DdpBackend(ProcessGroup, ReplicatedBackend):
 
     kind = "ddp"
 
+    @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`privtrain.backends.base.Backend`."""
         self.reduce(total)
         return total

@@ -22,6 +22,7 @@ from accelerate import init_empty_weights
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from privtrain.backends.base import Placement, digest
 from privtrain.backends.sharded import ShardedBackend
@@ -89,12 +90,13 @@ class Fsdp2Backend(ShardedBackend):
         self._layout = Layout({})
 
     @property
+    @override
     def is_contributor(self) -> bool:
-        """See :class:`~.sharded.ShardedBackend`."""
         return self._replica == 0
 
+    @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """See :class:`privtrain.backends.base.Backend`. One layer at a time is whole here, and only as empty memory."""
+        """One layer at a time is whole here, and only as empty memory."""
         with init_empty_weights(include_buffers=False):
             model = source.empty()
         model.tie_weights()
@@ -111,8 +113,8 @@ class Fsdp2Backend(ShardedBackend):
         self._fill(model, source.reader(shapes))
         return model
 
+    @override
     def place(self, model: torch.nn.Module) -> Placement:
-        """See :class:`privtrain.backends.base.Backend`."""
         _let_go_of_whole_weights(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._split, self._shards, self._weights = None, None, {}
@@ -131,29 +133,30 @@ class Fsdp2Backend(ShardedBackend):
         self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device)
         return Placement(layout, layout, self._replica, self._num_replicas, shards=self._shards)
 
+    @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`privtrain.backends.base.Backend`."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
         return super().reduce_total(total)
 
+    @override
     def publish(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         super().publish()
         for name, weight in self._weights.items():
             local, stepped = _local(weight), self._layout.parameters[name].detach()
             if local.data_ptr() != stepped.data_ptr():
                 local.copy_(stepped)
 
+    @override
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`privtrain.backends.base.Backend`."""
         _let_go_of_whole_weights(model)
         for name, parameter in model.named_parameters():
             yield name, _local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
 
+    @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """See :class:`privtrain.backends.base.Backend`. Replicas of a shard are compared."""
+        """Replicas of a shard are compared."""
         if self._split is not None:
             return super().parameters_agree(model)
         mine = self.gather_digests(digest(list(self._layout.parameters.values())))

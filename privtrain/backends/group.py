@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
-from privtrain.backends.base import all_equal, digest
+from privtrain.backends.base import Backend, all_equal, digest
 from privtrain.privacy.layout import Slot
 
 # torch 2.13 renamed these two; the old names warn.
@@ -38,7 +39,7 @@ def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.Pr
     _reduce_scatter(mine, vector, op=dist.ReduceOp.SUM, group=group)
 
 
-class ProcessGroup:
+class ProcessGroup(Backend):
     """The job's process group, which must be initialised.
 
     Args:
@@ -53,21 +54,21 @@ class ProcessGroup:
         self.world_size = dist.get_world_size()
 
     @property
+    @override
     def is_main(self) -> bool:
-        """See :class:`privtrain.backends.base.Backend`."""
         return self.rank == 0
 
+    @override
     def describe(self) -> str:
-        """See :class:`privtrain.backends.base.Backend`."""
         return f"{self.kind}, {self.world_size} processes on {self.device.type} ({dist.get_backend()})"
 
+    @override
     def reduce(self, vector: torch.Tensor) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         assert vector.dtype in _SUMMED
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
 
+    @override
     def broadcast_bytes(self, value: bytes | None) -> bytes:
-        """See :class:`privtrain.backends.base.Backend`."""
         size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0)
         if value is not None:
@@ -77,13 +78,14 @@ class ProcessGroup:
         dist.broadcast(payload, src=0)
         return payload.cpu().numpy().tobytes()[: int(size)]
 
+    @override
     def barrier(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         dist.barrier()
 
     @contextlib.contextmanager
+    @override
     def main_alone(self) -> Iterator[None]:
-        """See :class:`privtrain.backends.base.Backend`. The others look into the group's store."""
+        """The others look into the group's store."""
         store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
         if self.is_main:
             try:
@@ -98,19 +100,19 @@ class ProcessGroup:
                 pause = min(2 * pause, _LONGEST_POLL_SECONDS)
         self.barrier()  # rank 0 may keep the store: it must not leave before the others have looked
 
+    @override
     def gather_digests(self, value: bytes) -> list[bytes]:
-        """See :class:`privtrain.backends.base.Backend`."""
         mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self.device)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine)
         return [item.cpu().numpy().tobytes() for item in gathered]
 
+    @override
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """See :class:`privtrain.backends.base.Backend`."""
         return all_equal(self.gather_digests(digest(tensors)))
 
+    @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """See :class:`privtrain.backends.base.Backend`."""
         return self.in_sync([p for p in model.parameters() if p.requires_grad])
 
     def assemble(self, slot: Slot, part: torch.Tensor, contributes: bool = True) -> torch.Tensor | None:
@@ -125,8 +127,8 @@ class ProcessGroup:
         dist.reduce(whole.view(torch.int32), dst=0, op=dist.ReduceOp.SUM)
         return whole.cpu().view(slot.whole_shape) if self.rank == 0 else None
 
+    @override
     def close(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

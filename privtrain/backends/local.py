@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
 from privtrain.backends.base import ReplicatedBackend
 
@@ -21,41 +22,44 @@ class LocalBackend(ReplicatedBackend):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @override
     def describe(self) -> str:
-        """See :class:`privtrain.backends.base.Backend`."""
         return f"local, 1 process on {self.device.type}"
 
+    @override
     def reduce(self, vector: torch.Tensor) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
+        pass
 
+    @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`privtrain.backends.base.Backend`."""
         self.reduce(total)
         return total
 
+    @override
     def broadcast_bytes(self, value: bytes | None) -> bytes:
-        """See :class:`privtrain.backends.base.Backend`."""
         assert value is not None
         return value
 
+    @override
     def barrier(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
+        pass
 
+    @override
     def main_alone(self) -> contextlib.AbstractContextManager[None]:
-        """See :class:`privtrain.backends.base.Backend`."""
         return contextlib.nullcontext()
 
+    @override
     def gather_digests(self, value: bytes) -> list[bytes]:
-        """See :class:`privtrain.backends.base.Backend`."""
         return [value]
 
-    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002
-        """See :class:`privtrain.backends.base.Backend`."""
+    @override
+    def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
         return True
 
-    def parameters_agree(self, model: torch.nn.Module) -> bool:  # noqa: ARG002
-        """See :class:`privtrain.backends.base.Backend`."""
+    @override
+    def parameters_agree(self, model: torch.nn.Module) -> bool:
         return True
 
+    @override
     def close(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
+        pass

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from privtrain.backends.base import Placement, digest, step_optimizer
 from privtrain.backends.group import ProcessGroup
@@ -26,46 +27,46 @@ class ShardedBackend(ProcessGroup):
         """Whether this rank's parts count when tensors are put together; false on all but one replica."""
         return True
 
+    @override
     def place(self, model: torch.nn.Module) -> Placement:
-        """See :class:`privtrain.backends.base.Backend`."""
         raise NotImplementedError
 
+    @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        """See :class:`privtrain.backends.base.Backend`."""
         return self._split.reduce_total(total) if self._split is not None else total
 
+    @override
     def add_noise(
         self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
     ) -> torch.Tensor:
-        """See :class:`privtrain.backends.base.Backend`."""
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
+    @override
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         step_optimizer(vector, layout, optimizer, divide_by)
         self.publish()
 
+    @override
     def publish(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         if self._split is not None:
             self._split.publish()
 
+    @override
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
-        """See :class:`privtrain.backends.base.Backend`."""
         return self.assemble(slot, part, self._split is not None or self.is_contributor)
 
+    @override
     def sum_parts(self, vector: torch.Tensor) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         if self._shards is not None:
             self._shards.sum_over_group(vector)
         else:
             dist.all_reduce(vector, op=dist.ReduceOp.SUM)
 
+    @override
     def combined_digest(self, value: bytes) -> bytes:
-        """See :class:`privtrain.backends.base.Backend`."""
         return digest([torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in self.gather_digests(value)])
 
+    @override
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`privtrain.backends.base.Backend`."""
         for name, parameter in model.named_parameters():
             yield name, parameter.detach()

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from privtrain.backends.group import reduce_scatter_flat
-from privtrain.clipping.cooperative import Sink
+from privtrain.clipping.cooperative import GradientShards, Sink
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.layout import Layout, Slot
 
@@ -25,7 +26,7 @@ from privtrain.privacy.layout import Layout, Slot
 _BUCKET = 1 << 22
 
 
-class ArrivingShards:
+class ArrivingShards(GradientShards):
     """Hands over what arrives on hooked tensors while a block of :meth:`collecting` is open.
 
     Args:
@@ -52,8 +53,8 @@ class ArrivingShards:
             hooked[slot.name].register_post_accumulate_grad_hook(functools.partial(self._arrived, slot))
 
     @contextlib.contextmanager
+    @override
     def collecting(self, sink: Sink) -> Iterator[None]:
-        """See :class:`privtrain.clipping.GradientShards`."""
         self._sink = sink
         try:
             yield
@@ -61,8 +62,8 @@ class ArrivingShards:
         finally:
             self._sink = None
 
+    @override
     def sum_over_group(self, vector: torch.Tensor) -> None:
-        """See :class:`privtrain.clipping.GradientShards`."""
         dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=self._group)
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from privtrain.backends.base import Placement
 from privtrain.backends.group import all_gather_flat
@@ -106,8 +107,9 @@ class ZeroBackend(ShardedBackend):
         self._layout = Layout({})
         self._engine: Any = None
 
+    @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """See :class:`privtrain.backends.base.Backend`. At stage 3 each module is cut as soon as it is made."""
+        """At stage 3 each module is cut as soon as it is made."""
         if self.settings.stage < 3:
             return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
         import deepspeed
@@ -139,8 +141,8 @@ class ZeroBackend(ShardedBackend):
         assert held == {source.dtype}, f"DeepSpeed holds the weights in {held}, not {source.dtype}"
         return model
 
+    @override
     def place(self, model: torch.nn.Module) -> Placement:
-        """See :class:`privtrain.backends.base.Backend`."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
         self._split, self._shards, self._weights, self._layout = None, None, {}, Layout({})
@@ -158,8 +160,8 @@ class ZeroBackend(ShardedBackend):
         self._shards = ReducedShards(trainable, self._layout, None, self.device)
         return Placement(self._layout, self._layout, share=0, num_shares=1, shards=self._shards)
 
+    @override
     def publish(self) -> None:
-        """See :class:`privtrain.backends.base.Backend`."""
         super().publish()
         if self._engine is not None and self._weights:
             # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
@@ -172,13 +174,14 @@ class ZeroBackend(ShardedBackend):
             if not _is_partitioned(weight):
                 self._gather(weight, local)
 
+    @override
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """See :class:`privtrain.backends.base.Backend`."""
         for name, parameter in model.named_parameters():
             yield name, _part(parameter) if _is_partitioned(parameter) else parameter.detach()
 
+    @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """See :class:`privtrain.backends.base.Backend`. Parts of stage 3 have no second copy to compare with."""
+        """Parts of stage 3 have no second copy to compare with."""
         has_parts = bool(self._weights) and self.settings.stage == 3
         return has_parts or super().parameters_agree(model)
 

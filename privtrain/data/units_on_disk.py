@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 
 import numpy as np
+from typing_extensions import override
 
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
@@ -28,12 +29,13 @@ class UnitsOnDisk(UnitData):
     unit: str
 
     @property
+    @override
     def num_records(self) -> np.ndarray:
-        """See :class:`~.units.UnitData`."""
         return np.ones(len(self.names), dtype=np.int64) if self.unit == "example" else self.training.counts()
 
+    @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """See :class:`~.units.UnitData`. All texts are tokenised together."""
+        """All texts are tokenised together."""
         places = [self._place(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
         return [[next(encoded) for _ in numbers] for _, numbers in drawn]

@@ -6,53 +6,52 @@ predicted ones. Only this module knows that a classifier's one predicted "token"
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from privtrain.data.records import Record
 
-if TYPE_CHECKING:
-    pass
 
-
-class Objective(Protocol):
+class Objective(abc.ABC):
     """A task."""
 
+    @abc.abstractmethod
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] fp32: the sum of each row's losses at its predicted positions; zero for a row without any."""
-        ...
 
+    @abc.abstractmethod
     def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[] how many labels are the model's first choice; zero where accuracy has no meaning."""
-        ...
 
+    @abc.abstractmethod
     def plant(self, tokens: np.ndarray) -> Record:
         """A record of arbitrary tokens for the start-up self-test."""
-        ...
 
 
-class CausalLM:
+class CausalLM(Objective):
     """The next token, wherever the mask asks for it."""
 
+    @override
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """See :class:`Objective`."""
         return row_losses(model, input_ids, target_mask)
 
-    def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """See :class:`Objective`."""
+    @override
+    def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=input_ids.device)
 
+    @override
     def plant(self, tokens: np.ndarray) -> Record:
-        """See :class:`Objective`."""
         return Record.of(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """The label of a sequence.
 
     Attributes:
@@ -79,19 +78,19 @@ class Classification:
         has_segments = is_pair and getattr(model.config, "type_vocab_size", 0) > 1
         return cls(num_labels, pad_id, tokenizer.sep_token_id if has_segments else None)
 
+    @override
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """See :class:`Objective`."""
         logits, labels, has_label = self._read(model, input_ids, target_mask)
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         return torch.where(has_label, losses, 0.0)
 
+    @override
     def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """See :class:`Objective`."""
         logits, labels, has_label = self._read(model, input_ids, target_mask)
         return ((logits.argmax(dim=1) == labels) & has_label).sum()
 
+    @override
     def plant(self, tokens: np.ndarray) -> Record:
-        """See :class:`Objective`."""
         planted = np.append(tokens[:-1], tokens[-1] % self.num_labels)
         return Record(planted, np.arange(len(planted)) == len(planted) - 1)
 

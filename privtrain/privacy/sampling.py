@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from typing_extensions import override
 
 import accountants
 from privtrain.config.schema import MAX_UNITS, PrivacySection
@@ -105,8 +106,8 @@ class Poisson(Scheme):
     sampling_prob: float
 
     @property
+    @override
     def rate(self) -> float:
-        """See :class:`Scheme`."""
         return self.sampling_prob
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
@@ -120,8 +121,8 @@ class Poisson(Scheme):
         return [np.flatnonzero(key.stream("sample", epoch).uniform(num_units) < self.sampling_prob)]
 
     @property
+    @override
     def assumption(self) -> str:
-        """See :class:`Scheme`."""
         return f"Each unit joins each step by a secret coin of its own, with probability {self.sampling_prob:g}."
 
 
@@ -141,17 +142,17 @@ class TruncatedPoisson(Scheme):
     max_num_units: int
 
     @property
+    @override
     def rate(self) -> float:
-        """See :class:`Scheme`."""
         return self.sampling_prob
 
+    @override
     def most_expected(self, num_units: float) -> float:
-        """See :class:`Scheme`."""
         return min(super().most_expected(num_units), self.max_batch_size)
 
     @property
+    @override
     def num_places(self) -> int:
-        """See :class:`Scheme`."""
         return self.max_num_units
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
@@ -172,8 +173,8 @@ class TruncatedPoisson(Scheme):
         return [drawn[drawn < num_units]]
 
     @property
+    @override
     def assumption(self) -> str:
-        """See :class:`Scheme`."""
         return (
             f"Each of {self.max_num_units} places joins each step by a secret coin with probability "
             f"{self.sampling_prob:g}; of more than {self.max_batch_size} a uniform subset of that size is kept. Places "
@@ -196,13 +197,13 @@ class RandomAllocation(Scheme):
     steps_per_unit: int = 1
 
     @property
+    @override
     def rate(self) -> float:
-        """See :class:`Scheme`."""
         return self.steps_per_unit / self.steps_per_epoch
 
     @property
+    @override
     def period(self) -> int:
-        """See :class:`Scheme`."""
         return self.steps_per_epoch
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
@@ -230,8 +231,8 @@ class RandomAllocation(Scheme):
         return np.split(units[order], ends[:-1])
 
     @property
+    @override
     def assumption(self) -> str:
-        """See :class:`Scheme`."""
         return (
             f"In every epoch of {self.steps_per_epoch} steps each unit joins {self.steps_per_unit}, chosen uniformly, "
             "in secret and independently of the other units. An epoch that was begun is charged as a whole."
@@ -253,18 +254,18 @@ class Shuffle(Scheme):
     max_num_units: int
 
     @property
+    @override
     def rate(self) -> float:
-        """See :class:`Scheme`."""
         return 1 / self.steps_per_epoch
 
     @property
+    @override
     def period(self) -> int:
-        """See :class:`Scheme`."""
         return self.steps_per_epoch
 
     @property
+    @override
     def num_places(self) -> int:
-        """See :class:`Scheme`."""
         return self.max_num_units
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
@@ -280,8 +281,8 @@ class Shuffle(Scheme):
         return [np.sort(batch[batch < num_units]) for batch in batches]
 
     @property
+    @override
     def assumption(self) -> str:
-        """See :class:`Scheme`."""
         return (
             f"Every epoch shuffles {self.max_num_units} places into {self.steps_per_epoch} batches; each unit joins one"
             " step an epoch. No amplification by the shuffle is claimed: the guarantee holds even if the order is "
