@@ -55,7 +55,7 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     try:
         faults = _epsilon_faults(plan)
         expected = _derived(plan, statement)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, pydantic.ValidationError) as error:
         return [f"it lacks what a privacy statement holds ({error!r})"]
     except ValueError as error:
         return [f"epsilon: the accountant cannot certify the plan stated ({error})"]

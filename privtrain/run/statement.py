@@ -17,6 +17,107 @@ from privtrain.privacy.plan import PrivacyPlan, finite
 SCHEMA = "privtrain/privacy/1"
 
 
+class _Part(pydantic.BaseModel):
+    """Statements may gain keys; those without a default must be there."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class ContributionBound(_Part):
+    """How much of one user a step may hold."""
+
+    records_per_unit_per_step: int | None = None
+    selection: str | None = None
+    records_per_user_in_training_set: int | None = None
+
+
+class Sampling(_Part):
+    """How units enter a step."""
+
+    scheme: str
+    sampling_prob: float | None
+
+
+class AccountantAnswer(_Part):
+    """One accountant's epsilon."""
+
+    method: str
+    kind: str
+    lower: float | None = None
+    upper: float | None
+    version: str
+
+
+class Ledger(_Part):
+    """Where the contribution ledger stood when the statement was written."""
+
+    head: str
+    num_commits: int
+
+
+class Mechanism(_Part):
+    """What makes a step private; ``unit`` is what is sampled and clipped, the guarantee's own where it is not given."""
+
+    kind: str
+    unit: str | None = None
+    noise_multiplier: float | None
+    clipping_norm: float | None
+    clipping_style: str | None
+    adaptive_clipping: dict[str, Any] | None = None
+    noised_metrics: dict[str, Any] | None = None
+    expected_batch_size: float | None = None
+
+
+class PrivacyStatement(_Part):
+    """``privacy.json``, its keys in the order of the file. ``epsilon`` is None where it is infinite."""
+
+    schema_: str = pydantic.Field(alias="schema")
+    private: bool
+    not_private_reasons: list[str]
+    unit: str
+    neighboring_relation: str
+    contribution_bound: ContributionBound | None
+    user_accounting: dict[str, Any] | None = None
+    sampling: Sampling
+    mechanism: Mechanism
+    num_steps: int
+    steps_released: int
+    steps_accounted: int | None = None
+    steps_of_the_model: int | None = None
+    epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
+    delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
+    accountants: list[AccountantAnswer]
+    ledger: Ledger | None
+    split_commitment: str = pydantic.Field(min_length=1)
+    plan: dict[str, Any] | None = None
+    plan_fingerprint: str
+    assumptions: list[str]
+    not_covered: list[str]
+    software: dict[str, Any] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _private_needs_epsilon(self) -> Self:
+        if self.private and self.epsilon is None:
+            raise ValueError("private is true and epsilon is null")
+        return self
+
+    @property
+    def sampled_records_per_unit(self) -> int | None:
+        """Records that are sampled one by one and together make a unit of the guarantee; 1 if the unit is sampled.
+
+        None if the statement bounds them nowhere: then nothing can be said of the mechanism from the unit's view.
+        """
+        if self.mechanism.unit in (None, self.unit):
+            return 1
+        bound = self.contribution_bound
+        return None if bound is None else bound.records_per_user_in_training_set
+
+    @property
+    def effective_epsilon(self) -> float:
+        """The epsilon that the run stands by: infinity unless it claims to be private."""
+        return self.epsilon if self.private and self.epsilon is not None else math.inf
+
+
 ASSUMPTIONS = (
     "The keys in secret/ stay secret: whoever has them can redraw the sample and subtract the noise.",
     "The noise is exactly a Gaussian rounded to a public grid, over sums that are exact on a grid, so the last bits of "
@@ -81,58 +182,59 @@ def statement_of(
         split_commitment: hiding commitment to the split, as in the ledger.
     """
     epsilon, answer = plan.epsilon_after(num_accounted), plan.answer_after(num_accounted)
-    return {
-        "schema": SCHEMA,
-        "private": not plan.not_private_reasons,
-        "not_private_reasons": list(plan.not_private_reasons),
-        "unit": plan.guaranteed_unit,
-        "neighboring_relation": plan.neighboring_relation,
-        "contribution_bound": {
-            "records_per_unit_per_step": plan.records_per_unit,
-            "selection": plan.selection,
-            "records_per_user_in_training_set": plan.records_per_user,
-        },
-        "user_accounting": _user_accounting(plan, num_accounted),
-        "sampling": plan.scheme.parameters(),
-        "mechanism": {
-            "kind": "gaussian",
-            "unit": plan.unit,
-            "noise_multiplier": plan.noise_multiplier,
-            "clipping_norm": plan.clipping_norm,
-            "clipping_style": plan.clipping_style,
-            "adaptive_clipping": _adaptive(plan),
-            "noised_metrics": _noised_metrics(plan),
-            "expected_batch_size": plan.expected_batch_size,
-        },
-        "num_steps": plan.num_steps,
-        "steps_released": num_charged,
-        "steps_accounted": num_accounted,
-        "steps_of_the_model": num_model_steps,
-        "epsilon": finite(epsilon),
-        "delta": plan.delta,
-        "accountants": [
-            {
-                "method": plan.accountant,
-                "kind": answer.kind.value,
-                "lower": finite(answer.lower),
-                "upper": finite(epsilon),
-                "version": answer.version,
-            }
+    statement = PrivacyStatement(
+        schema=SCHEMA,
+        private=not plan.not_private_reasons,
+        not_private_reasons=list(plan.not_private_reasons),
+        unit=plan.guaranteed_unit,
+        neighboring_relation=plan.neighboring_relation,
+        contribution_bound=ContributionBound(
+            records_per_unit_per_step=plan.records_per_unit,
+            selection=plan.selection,
+            records_per_user_in_training_set=plan.records_per_user,
+        ),
+        user_accounting=_user_accounting(plan, num_accounted),
+        sampling=Sampling(**plan.scheme.parameters()),
+        mechanism=Mechanism(
+            kind="gaussian",
+            unit=plan.unit,
+            noise_multiplier=plan.noise_multiplier,
+            clipping_norm=plan.clipping_norm,
+            clipping_style=plan.clipping_style,
+            adaptive_clipping=_adaptive(plan),
+            noised_metrics=_noised_metrics(plan),
+            expected_batch_size=plan.expected_batch_size,
+        ),
+        num_steps=plan.num_steps,
+        steps_released=num_charged,
+        steps_accounted=num_accounted,
+        steps_of_the_model=num_model_steps,
+        epsilon=finite(epsilon),
+        delta=plan.delta,
+        accountants=[
+            AccountantAnswer(
+                method=plan.accountant,
+                kind=answer.kind.value,
+                lower=finite(answer.lower),
+                upper=finite(epsilon),
+                version=answer.version,
+            )
         ],
-        "ledger": {"head": ledger_head, "num_commits": num_commits},
-        "split_commitment": split_commitment,
-        "plan": plan.body(),
-        "plan_fingerprint": plan.fingerprint(),
-        "assumptions": [
+        ledger=Ledger(head=ledger_head, num_commits=num_commits),
+        split_commitment=split_commitment,
+        plan=plan.body(),
+        plan_fingerprint=plan.fingerprint(),
+        assumptions=[
             _RELATION_ASSUMPTION[plan.neighboring_relation],
             *_UNIT_ASSUMPTION[plan.guaranteed_unit],
             *_bound_assumptions(plan),
             *ASSUMPTIONS,
             plan.scheme.assumption,
         ],
-        "not_covered": not_covered,
-        "software": {"privtrain": privtrain.__version__},
-    }
+        not_covered=not_covered,
+        software={"privtrain": privtrain.__version__},
+    )
+    return statement.model_dump(by_alias=True)
 
 
 def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
@@ -232,97 +334,3 @@ def _times_not_covered(tracking: TrackingSection, watched: Collection[str]) -> l
     if "tensorboard" in watched:
         return ["When training began, and so about how long it took (tracking.tensorboard)."]
     return []
-
-
-class _Part(pydantic.BaseModel):
-    """Statements may gain keys; those named here must be there."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="allow", strict=True)
-
-
-class ContributionBound(_Part):
-    """How much of one user a step may hold."""
-
-    records_per_unit_per_step: int | None = None
-    selection: str | None = None
-    records_per_user_in_training_set: int | None = None
-
-
-class Sampling(_Part):
-    """How units enter a step."""
-
-    scheme: str
-    sampling_prob: float | None
-
-
-class AccountantAnswer(_Part):
-    """One accountant's epsilon."""
-
-    method: str
-    kind: str
-    upper: float | None
-    version: str
-
-
-class Ledger(_Part):
-    """Where the contribution ledger stood when the statement was written."""
-
-    head: str
-    num_commits: int
-
-
-class Mechanism(_Part):
-    """What makes a step private; ``unit`` is what is sampled and clipped, the guarantee's own where it is not given."""
-
-    kind: str
-    unit: str | None = None
-    noise_multiplier: float | None
-    clipping_norm: float | None
-    clipping_style: str | None
-    expected_batch_size: float | None = None
-
-
-class PrivacyStatement(_Part):
-    """``privacy.json``, written by the trainer. ``epsilon`` is None where it is infinite."""
-
-    schema_: str = pydantic.Field(alias="schema")
-    private: bool
-    not_private_reasons: list[str]
-    unit: str
-    neighboring_relation: str
-    contribution_bound: ContributionBound | None
-    sampling: Sampling
-    mechanism: Mechanism
-    num_steps: int
-    steps_released: int
-    steps_accounted: int | None = None
-    epsilon: float | None = pydantic.Field(ge=0.0, allow_inf_nan=False)
-    delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
-    accountants: list[AccountantAnswer]
-    ledger: Ledger | None
-    split_commitment: str = pydantic.Field(min_length=1)
-    plan_fingerprint: str
-    assumptions: list[str]
-    not_covered: list[str]
-
-    @pydantic.model_validator(mode="after")
-    def _private_needs_epsilon(self) -> Self:
-        if self.private and self.epsilon is None:
-            raise ValueError("private is true and epsilon is null")
-        return self
-
-    @property
-    def sampled_records_per_unit(self) -> int | None:
-        """Records that are sampled one by one and together make a unit of the guarantee; 1 if the unit is sampled.
-
-        None if the statement bounds them nowhere: then nothing can be said of the mechanism from the unit's view.
-        """
-        if self.mechanism.unit in (None, self.unit):
-            return 1
-        bound = self.contribution_bound
-        return None if bound is None else bound.records_per_user_in_training_set
-
-    @property
-    def effective_epsilon(self) -> float:
-        """The epsilon that the run stands by: infinity unless it claims to be private."""
-        return self.epsilon if self.private and self.epsilon is not None else math.inf
