@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from typing_extensions import override
@@ -102,8 +102,12 @@ class Backend(abc.ABC):
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank holds of each of the model's tensors."""
 
+    def from_main(self, make: Callable[[], bytes]) -> bytes:
+        """Return rank 0's ``make()``, on every rank; the others do not call it."""
+        return self._broadcast(make() if self.is_main else None)
+
     @abc.abstractmethod
-    def broadcast_bytes(self, value: bytes | None) -> bytes:
+    def _broadcast(self, value: bytes | None) -> bytes:
         """Return rank 0's bytes, on every rank; the others pass ``None``."""
 
     @abc.abstractmethod

@@ -68,7 +68,7 @@ class ProcessGroup(Backend):
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
 
     @override
-    def broadcast_bytes(self, value: bytes | None) -> bytes:
+    def _broadcast(self, value: bytes | None) -> bytes:
         size = torch.tensor([len(value) if value is not None else 0], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0)
         if value is not None:

@@ -36,7 +36,7 @@ class LocalBackend(ReplicatedBackend):
         return total
 
     @override
-    def broadcast_bytes(self, value: bytes | None) -> bytes:
+    def _broadcast(self, value: bytes | None) -> bytes:
         assert value is not None
         return value
 

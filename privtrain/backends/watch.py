@@ -54,7 +54,7 @@ class Watch:
         self._is_alone = backend.world_size == 1
         if self._is_alone:
             return
-        nonce = backend.broadcast_bytes(os.urandom(8) if backend.is_main else None).hex()
+        nonce = backend.from_main(lambda: os.urandom(8)).hex()
         self._store = _connect(timeout_seconds)
         self._prefix = f"privtrain/{nonce}"
         self._store.set(self._key("who", self._rank), self._roster[0])

@@ -9,6 +9,7 @@ Everything else a resumed run needs (sample, noise, data order) is a pure functi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -156,12 +157,11 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
         if backend.is_main:
             assert state is not None
             content = _loaded(state)
-    head = json.loads(backend.broadcast_bytes(content.get("head")))
+    head = json.loads(backend.from_main(lambda: content["head"]))
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
         optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
         for key in [None, *head["moments"]]:
-            values = content.get("moments", {}).get(key) if key else content.get("tensors")
-            whole = backend.broadcast_bytes(values[slot.name].numpy().tobytes() if values else None)
+            whole = backend.from_main(functools.partial(_tensor_bytes, content, key, slot.name))
             count = slot.num_coordinates
             part = np.frombuffer(whole, dtype=np.float32)[slot.first : slot.first + count].copy()
             value = torch.from_numpy(part).view(slot.shape).to(parameter.device)
@@ -171,6 +171,11 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
                 parameter.detach().copy_(value)
     backend.publish()
     return head["clipping_norm"]
+
+
+def _tensor_bytes(content: dict[str, Any], moment: str | None, name: str) -> bytes:
+    tensors = content["tensors"] if moment is None else content["moments"][moment]
+    return tensors[name].numpy().tobytes()
 
 
 def _loaded(state: pathlib.Path) -> dict[str, Any]:

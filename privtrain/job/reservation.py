@@ -67,8 +67,7 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
     with backend.main_alone():
         hold = BudgetReservation.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
-    message = json.dumps(hold.dropped_users() if hold else []).encode() if backend.is_main else None
-    dropped = json.loads(backend.broadcast_bytes(message))
+    dropped = json.loads(backend.from_main(lambda: json.dumps(hold.dropped_users() if hold else []).encode()))
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
     try:
         with hold.heartbeat(stop) if hold else contextlib.nullcontext():

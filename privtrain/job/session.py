@@ -22,7 +22,7 @@ from privtrain.job.environment import check_ranks_agree
 from privtrain.job.resume import Continuation, decide, files_written_after_start, next_generation
 from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.head import head_path
-from privtrain.ledger.log import Ledger, open_ledger
+from privtrain.ledger.log import Ledger, NullLedger, open_ledger
 from privtrain.privacy.secret import SecretKey
 from privtrain.process.console import say
 from privtrain.run.sealing import write_sealed
@@ -49,7 +49,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
+def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
     """Yield the open ledger on rank 0, and ``None`` on the others.
 
     Raises:
@@ -57,7 +57,7 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger | None]:
     """
     with contextlib.ExitStack() as stack:
         with backend.main_alone():
-            ledger = stack.enter_context(_opened_on_main(inputs)) if backend.is_main else None
+            ledger = stack.enter_context(_opened_on_main(inputs)) if backend.is_main else NullLedger()
         yield ledger
 
 
@@ -81,14 +81,15 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
         yield ledger
 
 
-def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger | None) -> SecretKey:
+def root_key_of(inputs: Inputs, backend: Backend, ledger: Ledger) -> SecretKey:
     """Return the key behind the split, on every rank: created on first use of the run directory, then kept."""
-    secret = None
-    if ledger is not None:
+
+    def kept() -> bytes:
         run, seed = inputs.run, inputs.plan.insecure_seed
         was_used = ledger.state.generation >= 0 or run.prepared.exists()
-        secret = run.keep_key("root", seed, was_used=was_used).reveal()
-    return SecretKey(backend.broadcast_bytes(secret))
+        return run.keep_key("root", seed, was_used=was_used).reveal()
+
+    return SecretKey(backend.from_main(kept))
 
 
 def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
@@ -111,25 +112,25 @@ def check_coins(inputs: Inputs, split: Split, state: LedgerState) -> None:
         check_prepared(inputs.run.prepared, manifest)
 
 
-def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger | None, environment: bytes) -> Session:
+def decide_session(inputs: Inputs, backend: Backend, ledger: Ledger, environment: bytes) -> Session:
     """Raise unless the ranks agree; then let rank 0 decide where to continue and send every rank the secret."""
     data = hashlib.sha256(inputs.fingerprint.encode()).digest()
     check_ranks_agree(backend, {"plan or data set": data, "environment": environment})
-    message, newest = None, None
+    message, newest = b"", None
     with backend.main_alone():
-        if ledger is not None:
+        if backend.is_main:
             newest = checkpoint.load_newest(inputs.run.checkpoints)
             key, continuation = _decided_on_main(inputs, ledger, environment, newest)
             message = _message(key, continuation, ledger.state)
     state = newest.state if newest else None
-    return _session_of(backend.broadcast_bytes(message), environment.hex(), state)
+    return _session_of(backend.from_main(lambda: message), environment.hex(), state)
 
 
-def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger | None, session: Session, step: int) -> Session:
+def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Session, step: int) -> Session:
     """Continue from ``step`` with a fresh secret, because its sum is not the committed one. Every rank calls it."""
-    message = None
+    message = b""
     with backend.main_alone():
-        if ledger is not None:
+        if backend.is_main:
             plan = inputs.plan
             continuation = next_generation(ledger.state, num_steps=plan.num_steps, step=step, period=plan.scheme.period)
             say(
@@ -145,7 +146,7 @@ def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger | None, sess
                 split=ledger.state.split,
             )
             message = _message(key, continuation, ledger.state)
-    return _session_of(backend.broadcast_bytes(message), session.environment, None)
+    return _session_of(backend.from_main(lambda: message), session.environment, None)
 
 
 def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:

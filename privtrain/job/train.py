@@ -39,7 +39,7 @@ from privtrain.job.session import (
 )
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import process_group
-from privtrain.ledger.log import Ledger
+from privtrain.ledger.log import Ledger, NullLedger
 from privtrain.models.load import saved_as_loaded
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import check_step_size
@@ -100,9 +100,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
         root_key = root_key_of(inputs, backend, ledger)
         split = draw_split(inputs.config, inputs.corpus, network.tokenizer, root_key)
         with backend.main_alone():
-            if ledger is not None:
+            if backend.is_main:
                 check_coins(inputs, split, ledger.state)
-        has_begun = ledger is not None and ledger.state.generation >= 0
+        has_begun = ledger.state.generation >= 0
         cache = inputs.run.base_losses
         units = select_units(inputs, backend, network, split, root_key, cache=cache, has_begun=has_begun)
         if backend.is_main and network.encoder.complaints:
@@ -117,7 +117,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
         if session.continuation.start_step:
             trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
         with backend.main_alone():
-            if ledger is not None:
+            if backend.is_main:
                 # Everything that can fail came first: a start that fails costs no budget.
                 begin_session(inputs, ledger, session, split, units)
                 inputs.check_release()  # before the first step: which ledger ends the run's reservation
@@ -132,7 +132,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
         _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
-            if ledger is not None:
+            if backend.is_main:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 _release(inputs, ledger, network, state)
@@ -160,11 +160,11 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
         PrivtrainError: as the run would.
     """
     network = load_network(inputs.config, backend)
-    key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
+    key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
-    trainer = _build_trainer(inputs, backend, None, network, units, session, NullTracker(), stop)
+    trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop)
     _self_test(trainer, network, backend)
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
@@ -191,9 +191,12 @@ def _environment(inputs: Inputs, backend: Backend, network: Network, units: Unit
 
 def _tracker_id(inputs: Inputs, backend: Backend) -> str:
     """Return the run's id in W&B, from rank 0, which alone sees the run directory."""
-    identity = inputs.run.identity.read_text(encoding="utf-8") if backend.is_main else "{}"
-    value = json.loads(identity).get("tracker_id", "").encode()
-    return backend.broadcast_bytes(value if backend.is_main else None).decode()
+
+    def read() -> bytes:
+        identity = json.loads(inputs.run.identity.read_text(encoding="utf-8"))
+        return identity.get("tracker_id", "").encode()
+
+    return backend.from_main(read).decode()
 
 
 def _open_tracker(inputs: Inputs, backend: Backend, run_id: str, start_step: int) -> Tracker:
@@ -207,7 +210,7 @@ def _open_tracker(inputs: Inputs, backend: Backend, run_id: str, start_step: int
 def _build_trainer(
     inputs: Inputs,
     backend: Backend,
-    ledger: Ledger | None,
+    ledger: Ledger,
     network: Network,
     units: UnitData,
     session: Session,
@@ -321,9 +324,7 @@ def _save_checkpoint(inputs: Inputs, trainer: Trainer, step: int) -> None:
     )
 
 
-def _epsilon_text(plan: PrivacyPlan, ledger: Ledger | None) -> str:
-    if ledger is None:
-        return ""
+def _epsilon_text(plan: PrivacyPlan, ledger: Ledger) -> str:
     if plan.not_private_reasons:
         return "NOT PRIVATE"
     return f"ε {plan.epsilon_after(plan.accounted_steps(ledger.state.intents)):.3f}/{plan.epsilon:.3f}"

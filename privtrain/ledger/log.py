@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, RunBusy
 from privtrain.files.atomic import sync_directory
@@ -243,6 +244,29 @@ class Ledger:
         self._size += len(line)
         apply(self.state, record)
         self._head.write(self.state.num_records, self.state.head)
+
+
+class NullLedger(Ledger):
+    """The ledger of a rank that keeps none, and of a rehearsal: what a step records goes nowhere.
+
+    Everything else that a ledger does is rank 0's, and fails here for want of a log.
+    """
+
+    def __init__(self) -> None:
+        self.state = LedgerState()
+        self.repair = ""
+
+    @override
+    def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
+        pass
+
+    @override
+    def commit(self, generation: int, step: int, commitment: str, zeroed: Collection[str] = ()) -> None:
+        pass
+
+    @override
+    def close(self) -> None:
+        pass
 
 
 @contextlib.contextmanager

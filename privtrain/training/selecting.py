@@ -101,9 +101,10 @@ def _losses(
                 "run.name"
             )
     is_known = known is not None and all(record in known for record in wanted)
-    if backend.broadcast_bytes(bytes([is_known]) if backend.is_main else None) == b"\x01":
-        values = json.dumps([known[record] for record in wanted]).encode() if known is not None else None
-        return dict(zip(wanted, json.loads(backend.broadcast_bytes(values)), strict=True))
+    if backend.from_main(lambda: bytes([is_known])) == b"\x01":
+        cached = known or {}
+        values = backend.from_main(lambda: json.dumps([cached[record] for record in wanted]).encode())
+        return dict(zip(wanted, json.loads(values), strict=True))
     if backend.is_main:
         say(f"scoring records under the model before training, for {inputs.plan.selection}")
     found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))

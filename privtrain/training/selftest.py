@@ -542,7 +542,7 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
     the noise must be another.
     """
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
-    key = SecretKey(backend.broadcast_bytes(SecretKey.generate().reveal() if backend.is_main else None))
+    key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     clipper.reset()
     vector, released, _ = trainer.release(clipper, key, _STEP)
     zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)

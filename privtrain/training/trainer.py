@@ -59,7 +59,7 @@ class Trainer:
         backend: this rank's view of the job.
         key: secret of the current generation.
         generation: its number.
-        ledger: the open ledger on rank 0, ``None`` elsewhere.
+        ledger: the open ledger on rank 0, a ``NullLedger`` elsewhere.
         tracker: where metrics go.
         autocast: precision of forward passes.
         packer: makes microbatches.
@@ -83,7 +83,7 @@ class Trainer:
         backend: Backend,
         key: SecretKey,
         generation: int,
-        ledger: Ledger | None,
+        ledger: Ledger,
         tracker: Tracker,
         autocast: torch.autocast,
         packer: Packer,
@@ -271,9 +271,8 @@ class Trainer:
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
-        if self.ledger is not None:
-            units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
-            self.ledger.intend(self.generation, step, units)
+        units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
+        self.ledger.intend(self.generation, step, units)
 
     def _check_replay(self, step: int, commitment: str) -> None:
         if self._committed.get(step, commitment) != commitment:
@@ -303,8 +302,7 @@ class Trainer:
         return [self._units.names[d.unit] for d, flag in zip(drawn, flags.tolist(), strict=True) if flag]
 
     def _commit(self, step: int, commitment: str, zeroed: Sequence[str]) -> None:
-        if self.ledger is not None:
-            self.ledger.commit(self.generation, step, commitment, zeroed)
+        self.ledger.commit(self.generation, step, commitment, zeroed)
 
     def _seed_dropout(self, step: int) -> None:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.
@@ -315,7 +313,7 @@ class Trainer:
             group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
 
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
-        if self.ledger is None:
+        if not self.backend.is_main:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = counts
         num_charged = self.ledger.state.num_charged

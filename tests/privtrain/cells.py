@@ -19,6 +19,7 @@ from privtrain.backends.zero import ZeroBackend, ZeroSettings
 from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSection, PrivacySection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
+from privtrain.ledger.log import NullLedger
 from privtrain.models.trainable import add_lora
 from privtrain.models.weights import BaseSource
 from privtrain.privacy.plan import PrivacyPlan
@@ -103,7 +104,7 @@ def make_trainer(backend: Backend, directory: pathlib.Path, cell: Cell) -> Train
         backend=backend,
         key=SecretKey.insecure(5, "cells"),
         generation=0,
-        ledger=None,
+        ledger=NullLedger(),
         tracker=NullTracker(),
         autocast=torch.autocast("cpu", enabled=False),
         packer=Packer(cell.microbatch_size, max_length=16, pad_id=0),

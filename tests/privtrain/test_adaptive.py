@@ -22,6 +22,7 @@ from privtrain.data.records import Record
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.job.train import train
+from privtrain.ledger.log import NullLedger
 from privtrain.privacy.noise import StepNoise
 from privtrain.privacy.plan import AdaptiveClipping, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
@@ -67,7 +68,7 @@ def make_trainer(tree, directory, users, backend) -> Trainer:
         backend=backend,
         key=SecretKey.insecure(3, "test"),
         generation=0,
-        ledger=None,
+        ledger=NullLedger(),
         tracker=NullTracker(),
         autocast=torch.autocast("cpu", enabled=False),
         packer=Packer(4, 16, 0),

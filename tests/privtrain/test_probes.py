@@ -16,6 +16,7 @@ from privtrain.config.schema import LoraSection, TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed, UnsupportedLayer
+from privtrain.ledger.log import NullLedger
 from privtrain.models.losses import CausalLM, Classification
 from privtrain.models.trainable import add_lora
 from privtrain.privacy.secret import SecretKey
@@ -50,7 +51,7 @@ def trainer_of(model, *, route="auto", precision="fp32", max_length=32, microbat
         backend=LocalBackend(CPU),
         key=SecretKey.insecure(5, "probes"),
         generation=0,
-        ledger=None,
+        ledger=NullLedger(),
         tracker=NullTracker(),
         autocast=torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
         packer=Packer(microbatch_size, max_length=max_length, pad_id=0),
