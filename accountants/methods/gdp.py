@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from scipy import special
 from typing_extensions import override
 
 from accountants.answer import BoundKind, Bounds, Direction, point
@@ -55,11 +54,6 @@ def gdp_epsilon(mu: float, delta: float) -> float:
     if math.isinf(mu):
         return math.inf
     return closed_form.step_epsilon(MixtureStep((mu,), (1.0,)), delta, add=False)
-
-
-def gdp_tradeoff(mu: float, alpha: float) -> float:
-    """The least false-negative rate of a test with false-positive rate ``alpha``: Phi(Phi^-1(1 - alpha) - mu)."""
-    return float(special.ndtr(-special.ndtri(alpha) - mu))
 
 
 class GdpAccountant(NormalFormAccountant):

@@ -64,10 +64,6 @@ class Watch:
         for target in (self._heartbeat_loop, self._guard):
             threading.Thread(target=target, name=f"watch{target.__name__}", daemon=True).start()
 
-    def roster(self) -> list[str]:
-        """Return every rank's host, process and device, by rank."""
-        return list(self._roster)
-
     def close(self) -> None:
         """End the watch: from here on silence is no loss."""
         self._closing.set()

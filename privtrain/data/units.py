@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,11 +45,6 @@ class UnitData:
     def num_records(self) -> np.ndarray:
         """[units] number of records."""
         return np.fromiter(map(len, self.records), dtype=np.int64, count=len(self.records))
-
-    @property
-    def num_owners(self) -> int:
-        """Number of users, all units of one standing together."""
-        return sum(1 for _ in itertools.groupby(self.owners))
 
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
         """The tokenised records that are wanted, unit by unit."""

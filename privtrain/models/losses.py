@@ -152,10 +152,3 @@ def label_logits(
     """
     options = {} if segments is None else {"token_type_ids": segments.long()}
     return model(input_ids=input_ids, attention_mask=attention_mask.long(), **options).logits.float()
-
-
-def sequence_losses(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Negative log-likelihood of each row's label ([rows] class numbers); see :func:`label_logits`."""
-    return F.cross_entropy(label_logits(model, input_ids, attention_mask), labels, reduction="none")

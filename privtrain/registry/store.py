@@ -81,10 +81,6 @@ class Registry:
         self.database = Database(url, retry_seconds=retry_seconds, read_only=read_only)
         self.database.prepare()
 
-    def close_connections(self) -> None:
-        """Forget all connections."""
-        self.database.close()
-
     def pseudonym(self, user: str) -> str:
         """A user's pseudonym, the same in all runs of this registry."""
         return pseudonym(self.database.key(), user)

@@ -69,11 +69,6 @@ def exposure(result: CellResult) -> float:
     return row["exposure"] - row["exposure_expected"]
 
 
-def gain_on_test(result: CellResult) -> float:
-    """Utility: how much tuning lowered the loss on other tokens of held-out users."""
-    return nll("other", "test", "base")(result) - nll("other", "test", "tuned")(result)
-
-
 def seconds(result: CellResult) -> float:
     """Return all steps."""
     return sum(value for _, value in result.series(SECONDS))

@@ -265,4 +265,3 @@ def test_what_training_leaves_out_is_named_also_where_a_user_lost_everything():
     assert left_out() == {"a": [0, 1], "b": [0], "c": [0]}
     with pytest.raises(AssertionError, match="another order"):
         left_out(("c", (0,)), ("a", (0,)))
-    assert units(("a", (1,)), ("a", (0,)), ("b", (0,))).num_owners == 2

@@ -1,11 +1,9 @@
 """Recompute the table and the picture of ``accountants/README.md``: EW-Tune's settings under every accountant.
 
-``python -m accountants.ewtune_table`` rewrites the text between the two markers of the README and the picture beside
-it. Behnia et al.
-2022 (arXiv 2210.15042): RoBERTa on four GLUE tasks, batch 2000, 20 epochs, epsilon 8.
+``python -m tests.bench.ewtune_table`` rewrites the text between the two markers of the README and the picture beside
+it. Behnia et al. 2022 (arXiv 2210.15042): RoBERTa on four GLUE tasks, batch 2000, 20 epochs, epsilon 8.
 """
 
-# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses
@@ -14,6 +12,7 @@ from typing import Any, cast
 
 import dp_accounting
 
+import accountants
 from accountants.answer import Direction
 from accountants.calibration import calibrate_noise_multiplier
 from accountants.events import dp_sgd_event
@@ -24,8 +23,8 @@ from accountants.methods.tilted_edgeworth import TiltedEdgeworthAccountant
 from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
 
-README = Path(__file__).with_name("README.md")
-PICTURE = Path(__file__).with_name("ewtune.png")
+README = Path(accountants.__file__).with_name("README.md")
+PICTURE = README.with_name("ewtune.png")
 BEGIN, END = "<!-- ewtune table: begin -->", "<!-- ewtune table: end -->"
 
 BATCH, EPOCHS = 2000, 20
