@@ -113,14 +113,14 @@ class Job:
     key: SecretKey
     prefix: Tokens | None
     sealed_spans: Mapping[str, Mapping[str, Sequence[Sequence[int]]]] | None
-    target: pathlib.Path
+    signals_path: pathlib.Path
     fingerprint: str
     facts: Mapping[str, Any]
 
     @property
     def parts(self) -> pathlib.Path:
         """Where finished parts wait; another job's parts have another name."""
-        return self.target.parent / f"parts-{self.target.stem}-{self.fingerprint[:12]}"
+        return self.signals_path.parent / f"parts-{self.signals_path.stem}-{self.fingerprint[:12]}"
 
     def part(self, number: int) -> pathlib.Path:
         """One finished part."""
@@ -149,13 +149,13 @@ class Job:
 
     def why_not_done(self) -> str:
         """Why the signals that are there do not do; empty if they are of this job."""
-        if not self.target.exists() and not record_path(self.target).exists():
+        if not self.signals_path.exists() and not record_path(self.signals_path).exists():
             return "there is none"
         try:
-            scoring = read_scoring(self.attacked, self.target)
+            scoring = read_scoring(self.attacked, self.signals_path)
             scoring.check()
         except DamagedFile as error:
-            return f"it {error.problem}" if error.path == self.target else f"its record {error.problem}"
+            return f"it {error.problem}" if error.path == self.signals_path else f"its record {error.problem}"
         if scoring.facts.get("fingerprint") != self.fingerprint:
             return "it is of another target, other documents or other settings"
         if scoring.facts.get("planned") != planned.facts_of(self.keys(self.documents)):
@@ -168,7 +168,7 @@ def prepare_job(
     attacked: RunDirectory,
     config: Config,
     options: ScoreOptions,
-    target: pathlib.Path,
+    signals_path: pathlib.Path,
     precision: str,
 ) -> Job:
     """Reads everything that is needed besides the models."""
@@ -234,7 +234,7 @@ def prepare_job(
         key=attacked.load_key("pseudonym"),
         prefix=prefix,
         sealed_spans=sealed_spans,
-        target=target,
+        signals_path=signals_path,
         fingerprint=fingerprint,
         facts={
             "options": dataclasses.asdict(options),

@@ -6,7 +6,7 @@ import collections
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from attacks.reporting.record import read_scoring
 from attacks.scoring import pii
@@ -20,12 +20,30 @@ _MESSAGES_PER_CUSTOMER = 2.0
 ALL = "all"
 
 
+class Recall(TypedDict):
+    """How much of one kind of span a labeller found; of all kinds also how much of what it found was meant."""
+
+    kind: str
+    num_spans: int
+    num_characters: int
+    recall: float
+    found_whole: float
+    precision: NotRequired[float | None]
+
+
+class LabellerFacts(TypedDict):
+    """What the record of a scoring says of its labeller."""
+
+    name: str
+    rows: list[Recall]
+
+
 def synthetic_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
     """The first messages of synthetic customers, the same every time."""
     return list(itertools.islice(customer_records(count, seed=0, mean_records=_MESSAGES_PER_CUSTOMER), count))
 
 
-def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[dict[str, Any]]:
+def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[Recall]:
     """Recall of a labeller, for each kind of span and over all.
 
     Args:
@@ -51,7 +69,7 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
                     num_found=len(places & found),
                     num_whole=places <= found,
                 )
-    rows = [
+    rows: list[Recall] = [
         {
             "kind": kind,
             "num_spans": total["num_spans"],
@@ -66,12 +84,12 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
     return rows
 
 
-def measure_presidio() -> dict[str, Any]:
+def measure_presidio() -> LabellerFacts:
     """Presidio's recall on synthetic customers, as :func:`panel` reads it; takes some seconds."""
     return {"name": pii.version(), "rows": measure(pii.find_personal_data, synthetic_messages())}
 
 
-def sentence(facts: dict[str, Any]) -> str:
+def sentence(facts: LabellerFacts) -> str:
     """The recall in a line, the kinds that are missed first."""
     *kinds, total = facts["rows"]
     listed = ", ".join(f"{row['kind']} {row['recall']:.0%}" for row in sorted(kinds, key=lambda row: row["recall"]))

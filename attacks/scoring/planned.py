@@ -10,7 +10,7 @@ import collections
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from attacks.scoring.documents import Document, attack_pseudonym
 from attacks.signals import CONTROL_PREFIX, FRESH, TRAINING
@@ -43,7 +43,15 @@ def digest_of(keys: Iterable[DocumentKey]) -> str:
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()
 
 
-def facts_of(keys: Collection[DocumentKey]) -> dict[str, Any]:
+class PlannedFacts(TypedDict):
+    """What a record says of the documents: digest, documents by kind and side, users."""
+
+    sha256: str
+    num: dict[str, int]
+    num_users: int
+
+
+def facts_of(keys: Collection[DocumentKey]) -> PlannedFacts:
     """What a record says of the documents: their digest, and how many of each kind and side, of how many users."""
     counts = collections.Counter(f"{key.kind} {key.side}" for key in keys)
     num_users = len({key.user for key in keys})

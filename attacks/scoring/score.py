@@ -83,18 +83,18 @@ def score_run(
         raise AttackInputError("attacks score tokens of texts; a run with data.format: classification predicts none")
     state, device = join_processes(config.performance.collective_timeout_seconds)
     try:
-        target = attacked.root / SIGNALS_PATH
+        signals_path = attacked.root / SIGNALS_PATH
         if documents_of is not None:
-            target = attacked.root / REFERENCES_PATH / f"shadow-{run_path.resolve().name}.parquet"
+            signals_path = attacked.root / REFERENCES_PATH / f"shadow-{run_path.resolve().name}.parquet"
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
         job = prepare_job(
-            run, attacked, config, options, target, resolve_precision(config.performance.precision, device)
+            run, attacked, config, options, signals_path, resolve_precision(config.performance.precision, device)
         )
         if _is_done(job, state):
             return
-        tuned, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
-        num_documents = _score_parts(job, tuned, base, state)
+        target, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
+        num_documents = _score_parts(job, target, base, state)
         if state.is_main_process:
             print(f"scored {num_documents} documents; next: attacks analyse {attacked.root}")
     finally:
@@ -106,10 +106,10 @@ def _is_done(job: Job, state: PartialState) -> bool:
     reason = [job.why_not_done() if state.is_main_process else ""]
     accelerate.utils.broadcast_object_list(reason)
     if state.is_main_process and not reason[0]:
-        print(f"{job.target} is already there; delete it to score again")
+        print(f"{job.signals_path} is already there; delete it to score again")
         shutil.rmtree(job.parts, ignore_errors=True)  # of a job that was killed while it removed them
-    elif state.is_main_process and (job.target.exists() or record_path(job.target).exists()):
-        print(f"{job.target} is scored again: {reason[0]}")
+    elif state.is_main_process and (job.signals_path.exists() or record_path(job.signals_path).exists()):
+        print(f"{job.signals_path} is scored again: {reason[0]}")
     return not reason[0]
 
 
@@ -132,8 +132,8 @@ def load_scorers(
         return NeuralScorer(network, device, precision, context, scheme)
 
     if config.training.releases_model:
-        tuned = load_base(ModelSection(name_or_path=str(run.model)), dtype)
-        return scorer(tuned), scorer(base)
+        target = load_base(ModelSection(name_or_path=str(run.model)), dtype)
+        return scorer(target), scorer(base)
     model = load_adapter(base, run.adapter)
     if _changes_the_base(model):
         return scorer(model), scorer(load_base(config.model, dtype))
@@ -146,7 +146,7 @@ def _changes_the_base(model: torch.nn.Module) -> bool:
     return getattr(settings, "bias", "none") != "none" or bool(getattr(settings, "modules_to_save", None))
 
 
-def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> int:
+def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) -> int:
     """Scores what is not there yet, each part on one rank, joins all parts, and seals what came out."""
     parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
@@ -156,7 +156,7 @@ def _score_parts(job: Job, tuned: Scorer, base: Scorer, state: PartialState) -> 
     accelerate.utils.broadcast_object_list(missing)
     mine = missing[0][state.process_index :: state.num_processes]
     for number in track(mine, "scoring", disable=not state.is_main_process):
-        write_signals(job.part(number), score_documents(job, parts[number], tuned, base))
+        write_signals(job.part(number), score_documents(job, parts[number], target, base))
         write_scoring(job.attacked, job.part(number), job.part_facts(parts[number]), schema=PART_SCHEMA_NAME)
     state.wait_for_everyone()
     num_documents = 0
@@ -184,12 +184,13 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
             "again"
         )
     paths = [job.part(number) for number in digests]
-    # Until its new record is there, what stands at the target has none.
-    record_path(job.target).unlink(missing_ok=True)
-    keys = [DocumentKey(*key) for key in join_signals(job.target, paths, [digest or "" for digest in digests.values()])]
+    # Until their new record is there, the signals have none.
+    record_path(job.signals_path).unlink(missing_ok=True)
+    joined = join_signals(job.signals_path, paths, [digest or "" for digest in digests.values()])
+    keys = [DocumentKey(*key) for key in joined]
     wrong = planned.difference(job.keys(job.documents), keys)
     if wrong:
-        job.target.unlink()
+        job.signals_path.unlink()
         raise AttackInputError(f"{job.parts} holds other documents than planned: {wrong}; delete it and score again")
     facts = {
         **job.facts,
@@ -200,43 +201,43 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
     if job.options.spans_column == PRESIDIO:
         facts["labeller"] = labeller.measure_presidio()
         print(f"{facts['labeller']['name']} {labeller.sentence(facts['labeller'])}")
-    write_scoring(job.attacked, job.target, facts)
+    write_scoring(job.attacked, job.signals_path, facts)
     shutil.rmtree(job.parts)
     return len(keys)
 
 
-def score_documents(job: Job, documents: Sequence[Document], tuned: Scorer, base: Scorer) -> list[DocumentSignals]:
+def score_documents(job: Job, documents: Sequence[Document], target: Scorer, base: Scorer) -> list[DocumentSignals]:
     """Signals of the documents of one part."""
     texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     documents, texts, tokens = _with_control_prefixes(documents, texts, tokens)
     batch_tokens = job.options.batch_tokens
-    target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (tuned, base))
+    target_signals, base_signals = (score_sequences(scorer, tokens, batch_tokens) for scorer in (target, base))
     names = [attack_pseudonym(job.key, document.user) for document in documents]
-    means = _variant_means(job, names, documents, texts, tokens, tuned, base)
+    means = _variant_means(job, names, documents, texts, tokens, target, base)
     rows = []
     for place, document in enumerate(documents):
-        target, reference = target_signals[place], base_signals[place]
+        of_target, of_base = target_signals[place], base_signals[place]
         if rewriting.RECALL in means[place]:
             assert job.prefix is not None
             num_shared = min(len(tokens[place]), job.max_length - len(job.prefix) + 1) - 1
-            means[place][rewriting.RECALL_PLAIN] = float(target.logp[:num_shared].mean(dtype=np.float64))
+            means[place][rewriting.RECALL_PLAIN] = float(of_target.logp[:num_shared].mean(dtype=np.float64))
         rows.append(
             DocumentSignals(
                 names[place],
                 document.name,
                 job.sides[document.user],
-                target.logp,
-                reference.logp,
+                of_target.logp,
+                of_base.logp,
                 kind=document.kind,
-                target_correct=target.correct,
-                target_mean=target.mean,
-                target_variance=target.variance,
-                target_sampled_logp=target.sampled_logp,
-                base_correct=reference.correct,
-                base_mean=reference.mean,
-                base_variance=reference.variance,
-                base_sampled_logp=reference.sampled_logp,
+                target_correct=of_target.correct,
+                target_mean=of_target.mean,
+                target_variance=of_target.variance,
+                target_sampled_logp=of_target.sampled_logp,
+                base_correct=of_base.correct,
+                base_mean=of_base.mean,
+                base_variance=of_base.variance,
+                base_sampled_logp=of_base.sampled_logp,
                 token_ids=tokens[place][1:].astype(np.int32),
                 variants=means[place],
                 **_facts(job, document, texts[place], len(tokens[place]) - 1),
@@ -271,7 +272,7 @@ def _variant_means(
     documents: Sequence[Document],
     texts: Sequence[str],
     tokens: Sequence[Tokens],
-    tuned: Scorer,
+    target: Scorer,
     base: Scorer,
 ) -> list[dict[str, float]]:
     """Mean log-probability under the target of every re-written text, by document and name."""
@@ -289,7 +290,7 @@ def _variant_means(
         ordered = [proposals[place] for place in range(len(tokens))]
         rewritten += rewriting.neighbours(labels, tokens, ordered, wanted.num_neighbours)
     found: list[dict[str, float]] = [{} for _ in documents]
-    scored = score_sequences(tuned, [item.tokens for item in rewritten], job.options.batch_tokens)
+    scored = score_sequences(target, [item.tokens for item in rewritten], job.options.batch_tokens)
     for item, signals in zip(rewritten, scored, strict=True):
         found[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from attacks.errors import AttackInputError
 from privtrain.config.schema import ModelSection
@@ -19,16 +19,20 @@ from privtrain.run import base_model, bundle
 from privtrain.run.directory import RunDirectory
 
 
-def digests_of(run: RunDirectory, model: ModelSection) -> dict[str, Any]:
+class TargetDigests(TypedDict):
+    """What a scoring was made of: the statement, and file to digest of the release and of the base model."""
+
+    statement: str
+    released: dict[str, str]
+    base: dict[str, str]
+
+
+def digests_of(run: RunDirectory, model: ModelSection) -> TargetDigests:
     """Digests of a run's target: public, since they are of public files.
 
     Args:
         run: a finished run.
         model: its base model.
-
-    Returns:
-        ``statement``, of ``privacy.json``; ``released``, file to digest of what the run released; ``base``, the same of
-        the base model and the tokenizer.
 
     Raises:
         DamagedFile: if a file of them is missing, a link or cannot be read.

@@ -323,11 +323,11 @@ class DrawnUnit:
 
     Attributes:
         unit: index into the run's units.
-        records: at most k distinct indices of that unit's records.
+        record_indices: at most k distinct indices of that unit's records.
     """
 
     unit: int
-    records: tuple[int, ...]
+    record_indices: tuple[int, ...]
 
 
 class UnitSampler:
@@ -373,9 +373,9 @@ class UnitSampler:
         assert epoch >= 0, (step, self._first_step)
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = epoch, self._scheme.epoch(self._key, epoch, len(self._num_records))
-        return [DrawnUnit(int(unit), self._records_of(int(unit), step)) for unit in self._drawn[1][position]]
+        return [DrawnUnit(int(unit), self._record_indices_of(int(unit), step)) for unit in self._drawn[1][position]]
 
-    def _records_of(self, unit: int, step: int) -> tuple[int, ...]:
+    def _record_indices_of(self, unit: int, step: int) -> tuple[int, ...]:
         stream = self._key.stream("records", step, unit)
         return tuple(stream.choose(int(self._num_records[unit]), self._records_per_unit))
 

@@ -240,7 +240,7 @@ class Trainer:
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
-        fetched = self._units.fetch([(d.unit, d.records) for d in drawn])
+        fetched = self._units.fetch([(d.unit, d.record_indices) for d in drawn])
         costs = [self.packer.width(records) for records in fetched]
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
         drawn_by_share = assign_to_ranks(drawn, costs, self.placement.num_shares)
@@ -271,7 +271,7 @@ class Trainer:
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
-        units = [(self._units.names[d.unit], len(d.records)) for d in drawn]
+        units = [(self._units.names[d.unit], len(d.record_indices)) for d in drawn]
         self.ledger.intend(self.generation, step, units)
 
     def _check_replay(self, step: int, commitment: str) -> None:

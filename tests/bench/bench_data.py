@@ -111,7 +111,7 @@ def main(num_users: int, directory: pathlib.Path) -> None:
         drawn = [sampler.draw(step) for step in range(NUM_STEPS)]
     with timed(f"read and tokenise {NUM_STEPS} steps of {STEP_UNITS}"):
         for step in drawn:
-            units.fetch([(d.unit, d.records) for d in step])
+            units.fetch([(d.unit, d.record_indices) for d in step])
 
 
 if __name__ == "__main__":

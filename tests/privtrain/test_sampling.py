@@ -41,8 +41,8 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
         drawn = sampler.draw(step)
         assert [d.unit for d in drawn] == sorted({d.unit for d in drawn})
         for d in drawn:
-            assert len(set(d.records)) == len(d.records) == min(3, num_records[d.unit])
-            assert max(d.records) < num_records[d.unit]
+            assert len(set(d.record_indices)) == len(d.record_indices) == min(3, num_records[d.unit])
+            assert max(d.record_indices) < num_records[d.unit]
         counts[[d.unit for d in drawn]] += 1
         sizes.append(len(drawn))
     assert (

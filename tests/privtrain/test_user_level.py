@@ -144,7 +144,7 @@ def test_each_record_joins_by_a_coin_of_its_own():
     joined = np.zeros((num_steps, k * num_users))
     for step in range(num_steps):
         drawn = sampler.draw(step)
-        assert all(d.records == (0,) for d in drawn)
+        assert all(d.record_indices == (0,) for d in drawn)
         joined[step, [d.unit for d in drawn]] = 1
     counts = joined.reshape(num_steps, num_users, k).sum(axis=2).ravel().astype(int)
     observed = np.bincount(counts, minlength=k + 1)
