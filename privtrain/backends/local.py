@@ -16,11 +16,15 @@ class LocalBackend(ReplicatedBackend):
 
     rank = 0
     world_size = 1
-    is_main = True
     kind = "local"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    @property
+    @override
+    def is_main(self) -> bool:
+        return True
 
     @override
     def describe(self) -> str:
