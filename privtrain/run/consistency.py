@@ -50,6 +50,8 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     if problem:
         return [problem]
     released, accounted = statement.get("steps_released"), statement.get("steps_accounted")
+    if type(plan.num_steps) is not int:
+        return ["plan.num_steps is no whole number"]
     if type(released) is not int or type(accounted) is not int or not 0 <= released <= accounted <= plan.num_steps:
         return [f"steps_accounted is {accounted}; must be at least steps_released and at most num_steps of the plan"]
     try:
@@ -70,7 +72,7 @@ def _form_problem(statement: dict[str, Any]) -> str:
         first = error.errors(include_input=False, include_url=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or 'private'}: {first['msg']}"
     software, num_model_steps = statement.get("software"), statement.get("steps_of_the_model")
-    if not isinstance(software, dict) or not all(isinstance(value, str) for value in software.values()):
+    if not isinstance(software, dict) or not software or not all(isinstance(value, str) for value in software.values()):
         return "software: names no version"
     if type(num_model_steps) is not int or not 0 <= num_model_steps <= found.steps_released:
         return f"steps_of_the_model is {_short(num_model_steps)}; must be at most steps_released"
