@@ -10,7 +10,17 @@ import pytest
 import scipy.stats
 
 from accountants.methods import gdp
-from attacks.analysis.audit import Coins, clopper, correct_guesses, declared_guesses, fair, one_run, tradeoff
+from attacks.analysis.audit import (
+    Coins,
+    clopper,
+    correct_guesses,
+    declared_guesses,
+    fair,
+    one_run,
+    telling_guesses,
+    tradeoff,
+)
+from attacks.analysis.audit.evaluate import epsilon_ceiling
 from attacks.analysis.audit.power import reached
 from attacks.analysis.statistics import DpBound
 
@@ -58,12 +68,11 @@ mu_bound = functools.cache(tradeoff.mu_lower_bound)
 def bounds(coins, delta, seed):
     """Every lower bound on epsilon at level ``ALPHA``."""
     num, sides = coins.num_coins, (coins.scores[coins.is_in], coins.scores[~coins.is_in])
-    guesses = declared_guesses(num)
-    share = ALPHA / len(guesses)
-    right = {guess: correct_guesses(coins, guess, seed) for guess in guesses}
+    right = {guess: correct_guesses(coins, guess, seed) for guess in declared_guesses(num)}
+    telling = telling_guesses(num, delta, ALPHA)
     return {
-        "one run": max(one_run_bound(num, guess.num, value, delta, share) for guess, value in right.items()),
-        "mu": max(mu_bound(num, guess.num, value, share) for guess, value in right.items()),
+        "one run": max(one_run_bound(num, g.num, right[g], delta, ALPHA / len(telling)) for g in telling),
+        "mu": max(mu_bound(num, guess.num, value, ALPHA / len(right)) for guess, value in right.items()),
         "clopper": clopper.epsilon_lower_bound(*sides, delta, ALPHA),
         "clopper split": clopper.epsilon_lower_bound(*sides, delta, ALPHA, strategy="split", seed=seed),
     }
@@ -140,7 +149,7 @@ def medians(num, law, parameter, num_runs):
     found = []
     for seed in range(num_runs):
         coins = draw(seed, num, law, parameter)
-        right = {guess: correct_guesses(coins, guess, seed) for guess in declared_guesses(num)}
+        right = {guess: correct_guesses(coins, guess, seed) for guess in telling_guesses(num, 1e-5, ALPHA / 2)}
         two_sided = {guess: value for guess, value in right.items() if not guess.only_in}
         found.append(
             [
@@ -162,6 +171,16 @@ def test_a_few_units_known_by_heart_are_seen_by_guesses_of_the_highest():
     assert len(declared_guesses(1000)) == 8
 
 
+def test_guesses_that_could_show_nothing_at_this_delta_use_up_no_error():
+    """The mutant, all eight at every delta, could show nothing of two sources at delta 1e-3."""
+    significance = ALPHA / 4
+    assert len(telling_guesses(100, 1e-3, significance)) < len(declared_guesses(100))
+    assert epsilon_ceiling(100, 1e-3, significance) > 2
+    assert max(one_run_bound(100, g.num, g.num, 1e-3, significance / 8) for g in declared_guesses(100)) == 0
+    assert telling_guesses(1000, 1e-6, significance) == tuple(declared_guesses(1000))
+    assert telling_guesses(3, 0.5, significance) == ()
+
+
 def test_where_everybody_is_shifted_more_guesses_cost_little():
     found, two_sided = medians(1000, normal, 2.0, 15)
     assert two_sided - 0.2 <= found <= two_sided
@@ -177,7 +196,7 @@ def test_bounds_where_a_share_is_memorised():
     for mu in (0.5, 1.0, 2.0, 4.0):
         found, two_sided = medians(1000, normal, mu, 100)
         print(f"everybody shifted by {mu}: {found:.2f}, two-sided alone {two_sided:.2f}")
-        assert found >= two_sided - 0.2
+        assert found >= two_sided - (0.2 if mu <= 2 else 0.3)
 
 
 @pytest.mark.campaign

@@ -1,7 +1,7 @@
 """Lower bounds on epsilon from what an attacker finds, and what they say about the run's claim."""
 
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit
-from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair
+from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair, telling_guesses
 
 __all__ = [
     "SIGNIFICANCE",
@@ -13,4 +13,5 @@ __all__ = [
     "correct_guesses",
     "declared_guesses",
     "fair",
+    "telling_guesses",
 ]

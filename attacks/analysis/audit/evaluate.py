@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from attacks.analysis.audit import clopper, one_run, tradeoff
-from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair
+from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair, telling_guesses
 from attacks.analysis.statistics import Bound, DpBound
 from attacks.analysis.verdict import Verdict
 
@@ -115,11 +115,13 @@ def audit(
     significance = SIGNIFICANCE / (num_sources * _NUM_TESTS)
     delta = delta if claim.pair is None else claim.pair.delta
     found = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
-    share, shown_share = (level / max(len(found), 1) for level in (significance, SIGNIFICANCE))
+    shown_share = SIGNIFICANCE / max(len(found), 1)
+    telling = telling_guesses(num_coins, delta, significance)
     epsilons = {
-        guess: one_run.epsilon_lower_bound(num_coins, guess.num, right, delta, share) for guess, right in found.items()
+        guess: one_run.epsilon_lower_bound(num_coins, guess.num, found[guess], delta, significance / len(telling))
+        for guess in telling
     }
-    best = max(found, key=lambda guess: (epsilons[guess], guess), default=Guess(0))
+    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=max(found, default=Guess(0)))
     sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
     p_values, p_floors = [], []
     if claim.pair is not None:
@@ -165,8 +167,8 @@ def audit(
 
 def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
     """The largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
-    share = significance / max(len(declared_guesses(num_coins)), 1)
-    bounds = (one_run.epsilon_lower_bound(num_coins, num, num, delta, share) for num in _numbers(num_coins))
+    telling = telling_guesses(num_coins, delta, significance)
+    bounds = (one_run.epsilon_lower_bound(num_coins, g.num, g.num, delta, significance / len(telling)) for g in telling)
     return max(bounds, default=0.0)
 
 

@@ -18,7 +18,7 @@ import scipy.stats
 from accountants.methods import gdp
 from attacks.analysis.audit import one_run
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, epsilon_ceiling
-from attacks.analysis.audit.guesses import Guess, declared_guesses
+from attacks.analysis.audit.guesses import Guess, telling_guesses
 
 MOST_COINS = 20_000
 """Beyond this the answer is that no audit will do."""
@@ -100,12 +100,11 @@ def plan(
     target = epsilon if target_epsilon is None else target_epsilon
     significance = SIGNIFICANCE / (num_sources * _DECIDING_TESTS)
     mu = mu_of(epsilon, delta)
-    share = significance / len(declared_guesses(1000))
     rows = tuple(
         Row(
             count,
             epsilon_ceiling(count, delta, significance),
-            one_run.correct_guesses_needed(count, count, target, delta, share),
+            one_run.correct_guesses_needed(count, count, target, delta, _share(count, delta, significance)),
             {failure: reached(count, failure * mu, delta, significance, power) for failure in FAILURES},
         )
         for count in num_coins
@@ -137,23 +136,29 @@ def mu_of(epsilon: float, delta: float) -> float:
 
 def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
     """The one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
-    guesses = declared_guesses(num_coins)
-    share = significance / len(guesses)
+    share = _share(num_coins, delta, significance)
     return max(
-        one_run.epsilon_lower_bound(num_coins, guess.num, _right(guess, num_coins, mu, power), delta, share)
-        for guess in guesses
+        (
+            one_run.epsilon_lower_bound(num_coins, guess.num, _right(guess, num_coins, mu, power), delta, share)
+            for guess in telling_guesses(num_coins, delta, significance)
+        ),
+        default=0.0,
     )
+
+
+def _share(num_coins: int, delta: float, significance: float) -> float:
+    """Each guess's share of the error."""
+    return significance / max(len(telling_guesses(num_coins, delta, significance)), 1)
 
 
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
     """The fewest coins, to one part in fifty, with which the bound exceeds ``target``; None beyond ``MOST_COINS``."""
 
     def does(num_coins: int) -> bool:
-        guesses = declared_guesses(num_coins)
         return any(
             one_run.p_value(num_coins, guess.num, _right(guess, num_coins, mu, power), target, delta)
-            <= significance / len(guesses)
-            for guess in guesses
+            <= _share(num_coins, delta, significance)
+            for guess in telling_guesses(num_coins, delta, significance)
         )
 
     low, high = 1, 2
