@@ -80,7 +80,7 @@ class PrivacyAnswer:
         return self.kind is BoundKind.CERTIFIED_UPPER and self.direction is Direction.BOTH
 
     def certified_upper(self, relation: str = "ADD_OR_REMOVE_ONE") -> float:
-        """The upper end, if a guarantee under ``relation`` may be built on it: the one gate for such numbers.
+        """Return the upper end, if a guarantee under ``relation`` may be built on it: the one gate for such numbers.
 
         Args:
             relation: the neighbouring relation of the guarantee, by dp_accounting's name.
@@ -101,7 +101,7 @@ class PrivacyAnswer:
         return self.upper
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of JSON scalars; infinity becomes the string ``"inf"``, which strict JSON allows."""
+        """Return a dictionary of JSON scalars; infinity becomes the string ``"inf"``, which strict JSON allows."""
         record = dataclasses.asdict(self)
         for key in ("lower", "estimate", "upper"):
             if math.isinf(record[key]):
@@ -110,7 +110,7 @@ class PrivacyAnswer:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> PrivacyAnswer:
-        """The inverse of :meth:`to_json`."""
+        """Return the inverse of :meth:`to_json`."""
         values = dict(record)
         for key in ("lower", "estimate", "upper"):
             values[key] = float(values[key])
@@ -147,5 +147,5 @@ class Bounds:
 
 
 def point(value: float, kind: BoundKind = BoundKind.ESTIMATE, direction: Direction = Direction.BOTH) -> Bounds:
-    """A point value about which nothing is known: its interval is the whole range."""
+    """Return a point value about which nothing is known: its interval is the whole range."""
     return Bounds(0.0, math.inf, direction, value, kind)

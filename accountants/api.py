@@ -51,7 +51,7 @@ def delta(
 def certified_upper(
     answer: PrivacyAnswer, relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
 ) -> float:
-    """The number that a guarantee under ``relation`` may be built on; see :meth:`PrivacyAnswer.certified_upper`.
+    """Return the number that a guarantee under ``relation`` may be built on; see :meth:`PrivacyAnswer.certified_upper`.
 
     Raises:
         NotCertifiedError: if the answer is no certified upper bound, covers one direction only, or is about another

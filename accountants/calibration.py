@@ -54,7 +54,7 @@ def calibrate_noise_multiplier(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """The smallest noise multiplier, rounded up, whose certified epsilon does not exceed the target.
+    """Return the smallest noise multiplier, rounded up, whose certified epsilon does not exceed the target.
 
     Args:
         target_epsilon: epsilon > 0 for the relation.
@@ -119,7 +119,7 @@ def calibrate_num_steps(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> int:
-    """The largest number of steps that stays within the target; see :func:`calibrate_count`."""
+    """Return the largest number of steps that stays within the target; see :func:`calibrate_count`."""
     return calibrate_count(
         lambda n: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=int(n)),
         name="num_steps",
@@ -168,7 +168,7 @@ def calibrate_sampling_prob(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """The largest Poisson sampling probability within the target; see :func:`calibrate_probability`."""
+    """Return the largest Poisson sampling probability within the target; see :func:`calibrate_probability`."""
     return calibrate_probability(
         lambda q: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=q, num_steps=num_steps),
         target_epsilon=target_epsilon,
@@ -186,7 +186,7 @@ def calibrate_probability(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """The largest probability, rounded down to four significant digits, within the target.
+    """Return the largest probability, rounded down to four significant digits, within the target.
 
     Raises:
         CalibrationError: if the target cannot be met above a probability of 1e-9.
@@ -228,7 +228,7 @@ def calibrate_count(
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     largest: int = LARGEST_COUNT,
 ) -> int:
-    """The largest count (of steps, epochs, records) within the target; beyond ten thousand, to one part in it.
+    """Return the largest count (of steps, epochs, records) within the target; beyond ten thousand, to one part in it.
 
     Args:
         make_event: the event of a count; epsilon must grow with it.
@@ -270,7 +270,7 @@ def calibrate_count(
 
 
 def _log_root(judge: _Judge, aim: float, low: float, high: float, xtol: float) -> float:
-    """Where the guide spends ``aim``, between two values around it."""
+    """Return where the guide spends ``aim``, between two values around it."""
     return math.exp(
         bracketed_root(
             lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / aim), math.log(low), math.log(high), xtol=xtol
@@ -279,7 +279,7 @@ def _log_root(judge: _Judge, aim: float, low: float, high: float, xtol: float) -
 
 
 def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_is_better: bool) -> float:
-    """A value that spends at least 99.5 % of the target, for events that take seconds to minutes to account for.
+    """Return a value that spends at least 99.5 % of the target, for events that take seconds to minutes to account for.
 
     Epsilon as a function of the parameter has nearly the shape of the guide's; only its size is asked of the
     accountant.
@@ -304,7 +304,7 @@ def _few_evaluations(judge: _Judge, find: Callable[[float], float], *, smaller_i
 
 
 def _first_allowed(allows: Callable[[int], bool], guess: int) -> int:
-    """The smallest allowed index near a good guess, by doubling steps and then bisection."""
+    """Return the smallest allowed index near a good guess, by doubling steps and then bisection."""
     stride = 1
     if allows(guess):
         high = guess
@@ -344,16 +344,16 @@ class _Judge:
         self.is_slow = poisson_counterpart(event) is not event
 
     def allows(self, value: float) -> bool:
-        """Whether the certified epsilon stays within the target."""
+        """Return whether the certified epsilon stays within the target."""
         return self.spent(value) <= self.target
 
     def spent(self, value: float) -> float:
-        """The certified epsilon."""
+        """Return the certified epsilon."""
         answer = self._accountant.epsilon(self._make_event(value), self._delta, self._relation)
         return certified_upper(answer, self._relation)
 
     def guide(self, value: float) -> float:
-        """A cheap certified epsilon near the one that decides."""
+        """Return a cheap certified epsilon near the one that decides."""
         event = poisson_counterpart(self._make_event(value))
         try:
             return self._guide.epsilon(event, self._delta, self._relation).upper

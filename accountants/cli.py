@@ -149,7 +149,7 @@ class Run:
     relation: RelationOption = None
 
     def neighbours(self) -> dp_accounting.NeighboringRelation:
-        """The relation as the library's value."""
+        """Return the relation as the library's value."""
         import dp_accounting
 
         return dp_accounting.NeighboringRelation[(self.relation or _SAMPLERS[self.sampler][2]).name]
@@ -183,7 +183,7 @@ class Run:
             raise ValueError("; ".join(faults))
 
     def event(self) -> dp_accounting.DpEvent:
-        """What the run released; :meth:`check` first."""
+        """Return what the run released; :meth:`check` first."""
         from accountants import events
 
         values: dict[str, Any] = {"noise_multiplier": self.noise, "num_steps": self.steps}

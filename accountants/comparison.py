@@ -106,7 +106,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 def curves(
     *, noise_multiplier: float, sampling_prob: float, num_steps: int, delta: float, accountant: str, points: int
 ) -> dict[str, Any]:
-    """The three curves of one DP-SGD run, as lists."""
+    """Return the three curves of one DP-SGD run, as lists."""
     method = get_accountant(accountant)
     steps = sorted({round(x) for x in np.geomspace(1, max(num_steps, 1), points)})
     events = [

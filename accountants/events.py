@@ -67,7 +67,7 @@ class ShuffledBatchesDpEvent(dp_accounting.DpEvent):
 
 
 def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: int) -> dp_accounting.DpEvent:
-    """The event of ``num_steps`` Poisson-sampled Gaussian releases.
+    """Return the event of ``num_steps`` Poisson-sampled Gaussian releases.
 
     Args:
         noise_multiplier: standard deviation of the noise divided by the clipping norm; 0 means no noise at all.
@@ -182,14 +182,14 @@ def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int
 
 
 def _plain(noise_multiplier: float, count: int) -> dp_accounting.DpEvent | None:
-    """The event of nothing released, or of no noise; None if there is something to account for."""
+    """Return the event of nothing released, or of no noise; None if there is something to account for."""
     if count == 0:
         return dp_accounting.NoOpDpEvent()
     return dp_accounting.NonPrivateDpEvent() if noise_multiplier == 0 else None
 
 
 def joint_noise_multiplier(*noise_multipliers: float) -> float:
-    """The noise multiplier of several Gaussian releases made together from one sample: ``(sum 1/s^2)^(-1/2)``.
+    """Return the noise multiplier of several Gaussian releases made together from one sample: ``(sum 1/s^2)^(-1/2)``.
 
     For statistics that ride on a step as extra coordinates, each with noise relative to its own bound: the
     concatenation, every part divided by its noise, is one Gaussian release, so nothing is added to the number of steps.
@@ -203,7 +203,7 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
 
 
 def adaptive_clipping_noise(noise_multiplier: float, count_noise: float) -> float:
-    """The gradient noise multiplier that leaves room for the noised count of unclipped units.
+    """Return the gradient noise multiplier that leaves room for the noised count of unclipped units.
 
     Andrew et al. 2021 (arXiv 1905.03871, theorem 1): the count is shifted to take values +-1/2, so its sensitivity is
     1/2 and noise of standard deviation ``count_noise`` has multiplier ``2 * count_noise``. The step as a whole then has
@@ -277,7 +277,7 @@ def poisson_counterpart(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
 
 
 def event_to_json(event: dp_accounting.DpEvent) -> dict[str, Any]:
-    """A dictionary of JSON values, with the event's class name under ``"kind"``."""
+    """Return a dictionary of JSON values, with the event's class name under ``"kind"``."""
     record: dict[str, Any] = {"kind": type(event).__name__}
     for name in attr.fields_dict(type(event)):
         value = getattr(event, name)
@@ -305,7 +305,7 @@ _OWN = {cls.__name__: cls for cls in (RandomAllocationDpEvent, ShuffledBatchesDp
 
 
 def event_from_json(record: Mapping[str, Any]) -> dp_accounting.DpEvent:
-    """The inverse of :func:`event_to_json`.
+    """Return the inverse of :func:`event_to_json`.
 
     Raises:
         ValueError: if the record names no event class, one of its fields does not exist, or a value is none.

@@ -78,7 +78,7 @@ class MixtureStep:
         return self._loss_and_slope(z)[0]
 
     def slope(self, z: float) -> float:
-        """The loss's derivative at ``z``: the mean shift given ``z``."""
+        """Return the loss's derivative at ``z``: the mean shift given ``z``."""
         if len(self.shifts) == 1:
             return self.shifts[0]
         if self.shifts[0] == 0 and len(self.shifts) == 2:
@@ -173,7 +173,7 @@ class MixtureStep:
         return np.maximum.accumulate(roots) if roots.size else roots
 
     def tail_quantile(self, log_tail: float) -> float:
-        """A ``z`` that Q exceeds with log probability at most ``log_tail``, and hardly less."""
+        """Return a ``z`` that Q exceeds with log probability at most ``log_tail``, and hardly less."""
         shifts, _, log_probs = self._arrays
 
         def excess(z: float) -> float:
@@ -186,7 +186,7 @@ class MixtureStep:
         return min(bracketed_root(excess, 0.0, high + 1e-9, xtol=1e-4) + 1e-3, high)
 
     def log_tail(self, z: float, *, under_q: bool, above: bool) -> float:
-        """Log of the probability under Q or P of exceeding ``z``, or of not exceeding it."""
+        """Return log of the probability under Q or P of exceeding ``z``, or of not exceeding it."""
         sign = 1.0 if above else -1.0
         if not under_q:
             return float(special.log_ndtr(-sign * z))
@@ -214,7 +214,7 @@ class Composition:
 
 
 def composition(event: dp_accounting.DpEvent) -> Composition:
-    """The normal form of an event for add-or-remove-one.
+    """Return the normal form of an event for add-or-remove-one.
 
     Raises:
         UnsupportedEventError: if some part is not Gaussian noise on a (Poisson-sampled or mixture) sum; by name.

@@ -68,7 +68,7 @@ class Accountant(abc.ABC):
         delta: float,
         relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     ) -> PrivacyAnswer:
-        """The privacy parameter of ``event`` at ``delta``, for adaptive composition of its parts.
+        """Return the privacy parameter of ``event`` at ``delta``, for adaptive composition of its parts.
 
         Args:
             event: what was released.
@@ -92,13 +92,13 @@ class Accountant(abc.ABC):
         epsilon: float,
         relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     ) -> PrivacyAnswer:
-        """The counterpart of :meth:`epsilon`: delta at a given ``epsilon`` >= 0."""
+        """Return the counterpart of :meth:`epsilon`: delta at a given ``epsilon`` >= 0."""
         check_epsilon(epsilon)
         return self._answer(Question("delta", event, epsilon, relation))
 
     @abc.abstractmethod
     def bounds(self, question: Question) -> Bounds:
-        """The method's answer."""
+        """Return the method's answer."""
 
     def _answer(self, question: Question) -> PrivacyAnswer:
         if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:

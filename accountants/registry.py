@@ -70,7 +70,7 @@ _PLAIN = ("pld", "tilted", "rdp")
 
 
 def fitting(event: dp_accounting.DpEvent, relation: str = "ADD_OR_REMOVE_ONE") -> tuple[str, ...]:
-    """The accountants that can certify an event under a relation, the default one first.
+    """Return the accountants that can certify an event under a relation, the default one first.
 
     Raises:
         ValueError: if the event is malformed.
@@ -86,13 +86,13 @@ def fitting(event: dp_accounting.DpEvent, relation: str = "ADD_OR_REMOVE_ONE") -
 
 
 def _kinds(event: dp_accounting.DpEvent) -> set[str]:
-    """Names of the classes of an event and of all events in it."""
+    """Return the names of the classes of an event and of all events in it."""
     inner = [getattr(event, "event", None), *getattr(event, "events", ())]
     return {type(event).__name__}.union(*(_kinds(part) for part in inner if part is not None))
 
 
 def get_accountant(name: str) -> Accountant:
-    """The accountant of that name, with its default settings.
+    """Return the accountant of that name, with its default settings.
 
     Raises:
         ValueError: if there is none; with the names that there are.

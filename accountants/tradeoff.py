@@ -38,7 +38,7 @@ class PrivacyCurve:
     method: str
 
     def true_positive_cap(self, false_positive_rate: float) -> float:
-        """The largest true-positive rate that any attack can have at ``false_positive_rate``."""
+        """Return the largest true-positive rate that any attack can have at ``false_positive_rate``."""
         if not 0 <= false_positive_rate <= 1:
             raise ValueError(f"false_positive_rate={false_positive_rate} must lie in [0, 1]")
         growth = np.exp(np.minimum(self.epsilons, 700.0))
@@ -47,11 +47,11 @@ class PrivacyCurve:
         return float(min(np.min(first), np.min(second), 1.0))
 
     def advantage(self) -> float:
-        """The largest difference of true- and false-positive rate: delta at epsilon 0, the total variation."""
+        """Return the largest difference of true- and false-positive rate: delta at epsilon 0, the total variation."""
         return float(self.deltas[0])
 
     def auc_cap(self, points: int = 1001) -> float:
-        """The largest area under any attack's ROC curve."""
+        """Return the largest area under any attack's ROC curve."""
         rates = np.linspace(0.0, 1.0, points)
         caps = np.array([self.true_positive_cap(float(rate)) for rate in rates])
         # The right end of each strip: the cap increases, so this errs upwards.
@@ -78,7 +78,7 @@ def privacy_curve(
 
 
 def shuffle_lower_bound(noise_multiplier: float, num_batches: int, num_epochs: int, delta: float) -> float:
-    """A certified lower bound on epsilon for shuffled fixed batches (zero-out): what shuffling certainly costs.
+    """Return a certified lower bound on epsilon for shuffled fixed batches (zero-out): what shuffling certainly costs.
 
     The other units contribute so that, after a shift, every batch without the unit has mean 0 and the unit's own batch
     has mean 2 with it and 1 without (all others -1, the unit +1 or 0, in units of the clipping norm). The test is the

@@ -30,7 +30,7 @@ SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
 
 
 def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str = "geometric") -> dp_accounting.DpEvent:
-    """The event of releasing the best of a random number of runs.
+    """Return the event of releasing the best of a random number of runs.
 
     Args:
         event: one run.
@@ -50,7 +50,7 @@ def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str =
 def tuning_epsilon(
     event: dp_accounting.DpEvent, delta: float, *, mean_runs: float, shape: str = "geometric"
 ) -> PrivacyAnswer:
-    """A certified upper bound on epsilon for the best of a random number of runs; at least that of one run."""
+    """Return a certified upper bound on epsilon for the best of a random number of runs; at least that of one run."""
     return RdpAccountant().epsilon(tuning_event(event, mean_runs=mean_runs, shape=shape), delta)
 
 
@@ -114,7 +114,7 @@ def individual_epsilon(
     sampling_prob: float = 1.0,
     num_levels: int = 100,
 ) -> PrivacyAnswer:
-    """What one user spent, given a bound on its contribution to every step; a report, not a guarantee.
+    """Return what one user spent, given a bound on its contribution to every step; a report, not a guarantee.
 
     Args:
         step_ratios: per step, an upper bound on the norm of the user's clipped contribution over the clipping norm; 0

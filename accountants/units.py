@@ -111,7 +111,7 @@ def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
 
 
 def _log_group_factor(epsilon: float, num_records: int) -> float:
-    """Log of ``(e^(k eps) - 1) / (e^eps - 1)``; its limit k at 0."""
+    """Return log of ``(e^(k eps) - 1) / (e^eps - 1)``; its limit k at 0."""
     if epsilon == 0:
         return math.log(num_records)
     return (num_records - 1) * epsilon + math.log(math.expm1(-num_records * epsilon) / math.expm1(-epsilon))

@@ -30,17 +30,17 @@ def _is_number(value: Any) -> bool:
 
 
 def not_negative(value: Any) -> str | None:
-    """The rule of noise and sensitivities."""
+    """Return the rule of noise and sensitivities."""
     return None if _is_number(value) and value >= 0 else "must be a finite number and not negative"
 
 
 def probability(value: Any) -> str | None:
-    """The rule of sampling probabilities."""
+    """Return the rule of sampling probabilities."""
     return None if _is_number(value) and 0 <= value <= 1 else "must be a number in [0, 1]"
 
 
 def whole(smallest: int) -> _Rule:
-    """The rule of counts."""
+    """Return the rule of counts."""
 
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:

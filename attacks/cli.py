@@ -182,5 +182,5 @@ def verify(
 
 
 def main() -> None:
-    """Runs the command; a user's own mistake is one line on stderr and its exit code."""
+    """Run the command; a user's own mistake is one line on stderr and its exit code."""
     run_command("attacks", app)

@@ -20,7 +20,7 @@ from privtrain.run.statement import PrivacyStatement
 
 
 def verified_statement(run: pathlib.Path) -> PrivacyStatement:
-    """The privacy statement of a finished run, once the run stands by it: every cap follows from it.
+    """Return the privacy statement of a finished run, once the run stands by it: every cap follows from it.
 
     Raises:
         AttackInputError: if the run is not finished.
@@ -32,7 +32,7 @@ def verified_statement(run: pathlib.Path) -> PrivacyStatement:
 
 
 def check_release(run: RunDirectory) -> None:
-    """See that every released file is what the release record holds, and that the statement follows from its plan.
+    """Check that every released file is what the release record holds, and that the statement follows from its plan.
 
     The record is ``release.json`` and the ledger's last record; whether the ledger's chain leads there is for
     ``privtrain verify``.
@@ -55,7 +55,7 @@ def check_release(run: RunDirectory) -> None:
 
 
 def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
-    """See that a base model is the one that the run was trained from.
+    """Check that a base model is the one that the run was trained from.
 
     Args:
         run: a finished run.
@@ -76,7 +76,7 @@ def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
 
 
 def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Path, remedy: str) -> None:
-    """See that something was computed on the target that the run has now.
+    """Check that something was computed on the target that the run has now.
 
     Args:
         run: the run.
@@ -94,7 +94,7 @@ def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Pat
 
 
 def read_config(run: RunDirectory) -> Config:
-    """The resolved configuration of a run, which must be the one that it published.
+    """Return the resolved configuration of a run, which must be the one that it published.
 
     Raises:
         AttackInputError: if it is another one, or none.
@@ -113,7 +113,7 @@ def read_config(run: RunDirectory) -> Config:
 
 
 def read_corpus(config: Config) -> Corpus:
-    """The records of a run, as the trainer read them.
+    """Return the records of a run, as the trainer read them.
 
     Raises:
         AttackInputError: in one line, if the files are not there, damaged or of other columns.

@@ -17,7 +17,7 @@ _MAX_STATEMENT_BYTES = 16 << 20
 
 
 def read_statement(run: pathlib.Path) -> PrivacyStatement:
-    """Reads the privacy statement of a finished run.
+    """Read the privacy statement of a finished run.
 
     Args:
         run: the run directory.
@@ -56,7 +56,7 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
 
 
 def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
-    """The held-out perplexity before and after training, if the run released it.
+    """Return the held-out perplexity before and after training, if the run released it.
 
     Args:
         run: the run directory.
@@ -72,7 +72,7 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
 
 
 def training_seconds(run: pathlib.Path) -> float | None:
-    """The time that the steps took, as the run released it.
+    """Return the time that the steps took, as the run released it.
 
     Args:
         run: the run directory.
@@ -85,7 +85,7 @@ def training_seconds(run: pathlib.Path) -> float | None:
 
 
 def released_values(run: pathlib.Path, name: str) -> list[float]:
-    """A metric as the run released it, in the order of ``metrics.jsonl``; lines without it are passed over.
+    """Return a metric as the run released it, in the order of ``metrics.jsonl``; lines without it are passed over.
 
     Raises:
         DamagedFile: naming the line, if one is not JSON, or holds something else than a finite number.

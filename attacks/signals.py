@@ -210,7 +210,7 @@ class DocumentSignals:
 
 
 def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
-    """Writes the signals: the same rows in any order give the same bytes, and a crash leaves no half file.
+    """Write the signals: the same rows in any order give the same bytes, and a crash leaves no half file.
 
     Args:
         path: the parquet file to replace; missing directories are made, readable by their owner alone.
@@ -265,7 +265,7 @@ def join_signals(
 
 
 def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
-    """Reads and checks all signals, sorted by (side, user, document); for small files.
+    """Read and check all signals, sorted by (side, user, document); for small files.
 
     Args:
         path: a file written by ``write_signals``.
@@ -280,7 +280,7 @@ def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
 
 
 def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
-    """Reads and checks the signals in the file's order, some hundred documents in memory at a time.
+    """Read and check the signals in the file's order, some hundred documents in memory at a time.
 
     Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.reporting.record`.
 
@@ -329,7 +329,7 @@ def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterat
 
 
 def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
-    """The rows as a table of ``SCHEMA``, in their order."""
+    """Return the rows as a table of ``SCHEMA``, in their order."""
     columns: list[pa.Array] = [
         pa.array([getattr(row, name) for row in rows], kind) for name, kind in _SCALAR_COLUMNS.items()
     ]

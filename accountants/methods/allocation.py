@@ -48,7 +48,7 @@ class AllocationAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """The upper end of delta is never below 1e-11."""
+        """Return bounds of which delta's upper end is never below 1e-11."""
         event = question.event
         if isinstance(event, dp_accounting.NoOpDpEvent):
             return Bounds(0.0, 0.0)
@@ -86,7 +86,7 @@ class AllocationAccountant(Accountant):
 
 
 def _poisson_epsilon(event: RandomAllocationDpEvent, delta: float) -> float:
-    """The epsilon of Poisson sampling at the same rate: the size of the answer."""
+    """Return the epsilon of Poisson sampling at the same rate: the size of the answer."""
     poisson = poisson_counterpart(event)
     return TiltedAccountant(tolerance=5e-2).epsilon(poisson, delta).upper
 

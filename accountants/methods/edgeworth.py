@@ -56,7 +56,7 @@ class Expansion:
     order: int
 
     def survival(self, x: Array) -> Array:
-        """The expansion of P(sum > x); can leave [0, 1] and need not be monotone."""
+        """Return the expansion of P(sum > x); can leave [0, 1] and need not be monotone."""
         k1, k2, k3, k4, k5 = self.cumulants
         scale = math.sqrt(k2)
         if scale < _SMALLEST_SCALE:
@@ -91,7 +91,7 @@ class DirectedExpansion:
         return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value) if sign < 0 else value
 
     def epsilon(self, delta: float, sign: float = 0.0) -> float:
-        """The smallest epsilon from which on delta stays at or below ``delta``, by bracketing; infinity if none.
+        """Return the smallest epsilon from which on delta stays at or below ``delta``, by bracketing; infinity if none.
 
         The curve of an expansion is not monotone, so the last crossing below the point where the expansion has died out
         is taken.
@@ -121,7 +121,7 @@ class DirectedExpansion:
 
 
 def expand(composed: Composition, order: int, *, add: bool) -> DirectedExpansion:
-    """The point estimate's expansions for one direction."""
+    """Return the point estimate's expansions for one direction."""
     return DirectedExpansion(
         Expansion(sum_cumulants(composed, add=add, first_law=True), order),
         Expansion(sum_cumulants(composed, add=add, first_law=False), order),
@@ -209,7 +209,7 @@ class EeaiAccountant(NormalFormAccountant):
 
 
 def with_error(composed: Composition, *, add: bool) -> DirectedExpansion:
-    """The order-1 expansions of one direction with certified errors."""
+    """Return the order-1 expansions of one direction with certified errors."""
     errors: list[float] = []
     for first in (True, False):
         steps = [(step_moments(step, add=add, first_law=first), count) for step, count in composed.phases]

@@ -75,6 +75,6 @@ class GdpAccountant(NormalFormAccountant):
 
 
 def _exact(composed: Composition) -> MixtureStep | None:
-    """The one Gaussian step that a composition without sampling is; None with sampling."""
+    """Return the one Gaussian step that a composition without sampling is; None with sampling."""
     (step, count), *rest = composed.phases
     return step if len(step.shifts) == 1 and count == 1 and not rest else None

@@ -56,7 +56,7 @@ class ContourAccountant(NormalFormAccountant):
 
 
 def _may_dominate(composed: Composition, epsilon: float, delta: float) -> bool:
-    """Whether the add direction's delta at ``epsilon`` comes near ``delta``, by the saddle-point formula."""
+    """Return whether the add direction's delta at ``epsilon`` comes near ``delta``, by the saddle-point formula."""
     if composed.num_steps <= 1 or math.isinf(epsilon):
         return composed.num_steps == 1
     law = saddle.directed_loss(composed, add=True, log_mass=-80.0)
@@ -147,7 +147,7 @@ def _log_delta(composed: Composition, tilt: float, epsilon: float, add: bool) ->
 
 
 def _log_moment(step: MixtureStep, tilt: float, y: Array, add: bool) -> np.typing.NDArray[np.complexfloating[Any, Any]]:
-    """Log E[exp((tilt + iy) loss)] for one step."""
+    """Return log E[exp((tilt + iy) loss)] for one step."""
     largest = step.shifts[-1]
     order = -tilt if add else 1 + tilt
     # A loss bounded on one side (add) cannot shift the tilted mass far to the right, nor beyond the cut-off of P to the

@@ -77,7 +77,7 @@ def _scaled_error(composed: Composition, delta: float) -> float:
 
 
 def _opacus_accountant(composed: Composition) -> Any:
-    """An Opacus accountant with the composition as its history."""
+    """Return an Opacus accountant with the composition as its history."""
     # A dynamic import keeps torch out of everything that only imports this module.
     opacus_prv = importlib.import_module("opacus.accountants.prv")
     accountant = opacus_prv.PRVAccountant()

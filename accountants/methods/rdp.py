@@ -107,7 +107,7 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
 
 
 def renyi_epsilon(composed: Composition, delta: float) -> float:
-    """The certified epsilon of a normal form, the best over the orders."""
+    """Return the certified epsilon of a normal form, the best over the orders."""
     return float(conversion.compute_epsilon(ORDERS, mixture_divergences(composed), delta)[0])
 
 
@@ -175,7 +175,7 @@ class _LossTable:
 
 
 def halve_noise(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """The same event with every noise multiplier halved: relative to 2C instead of C."""
+    """Return the same event with every noise multiplier halved: relative to 2C instead of C."""
     changes: dict[str, Any] = {}
     for name in attr.fields_dict(type(event)):
         value = getattr(event, name)

@@ -111,12 +111,12 @@ class TiltedAccountant(NormalFormAccountant):
 
 
 def _beyond_float64(quantity: str, given: str) -> ValueError:
-    """What is said where the lattice's losses overflow."""
+    """Return what is said where the lattice's losses overflow."""
     return ValueError(f"tilted's {quantity} at {given} leaves float64's range; use 'tilted-edgeworth' or 'rdp'")
 
 
 def _both(ends: Bounds) -> Bounds:
-    """The worse direction's ends hold for both."""
+    """Return the bounds of the worse direction, which hold for both."""
     return dataclasses.replace(ends, direction=Direction.BOTH)
 
 
@@ -184,7 +184,7 @@ class _EpsilonSearch:
 
 
 def _next(attempts: Iterator[SmoothedSum | Window], has_ends: bool) -> SmoothedSum | Window | None:
-    """The next attempt. A lattice whose losses leave float64 does not take back the ends found before."""
+    """Return the next attempt. A lattice whose losses leave float64 does not take back the ends found before."""
     try:
         return next(attempts, None)
     except ArithmeticError:
@@ -217,7 +217,7 @@ def _longest(composed: Composition) -> int:
 
 
 def _largest_loss(composed: Composition) -> float:
-    """An upper bound on the loss of the add direction: minus the infima, with their round-off."""
+    """Return an upper bound on the loss of the add direction: minus the infima, with their round-off."""
     steps = ((count, step.infimum) for step, count in composed.phases)
     return math.fsum(-count * infimum for count, infimum in steps) * (1 + 1e-12)
 
@@ -309,7 +309,7 @@ def _window(
 
 
 def _window_length(law: saddle.DirectedLoss, tilt: float, epsilon: float, log_delta: float) -> float:
-    """A window long enough that folding and cutting should cost less than exp(-MARGIN) delta; later bounded."""
+    """Return a window long enough that folding and cutting should cost less than exp(-MARGIN) delta; later bounded."""
     base = law.cumulants(tilt)[0]
     width = (MARGIN - log_delta) / tilt
     for _ in range(12):

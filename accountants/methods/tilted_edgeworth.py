@@ -70,7 +70,7 @@ class TiltedSum:
     edgeworth_error: float
 
     def log_delta(self, epsilon: float, sign: float) -> float:
-        """Log of the upper (``sign`` 1) or lower (-1) bound on delta."""
+        """Return log of the upper (``sign`` 1) or lower (-1) bound on delta."""
         log_peak = self.tilt * math.log(self.tilt) - (1 + self.tilt) * math.log1p(self.tilt)
         if self.scale == 0:
             # Tilted so far that float64 sees one point: nothing to expand, but the branch c_t needs no law.
@@ -87,7 +87,7 @@ class TiltedSum:
         return math.log(value) + self.log_moment - self.tilt * epsilon
 
     def _integral(self, epsilon: float, skew: float) -> float:
-        """The integral of g against the expansion, on the stretch where g matters."""
+        """Return the integral of g against the expansion, on the stretch where g matters."""
         top = min(45 / self.tilt, max(self.mean - epsilon, 0.0) + 14 * self.scale)
         # A square map: the kink of g at 0 and its peak near 1/t get most of the nodes.
         unit = (1 + _NODES) / 2

@@ -40,7 +40,7 @@ _FARTHEST = 1e150
 
 
 def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
-    """Log of one step's delta in one direction; with ``side`` 1 or -1, a certified upper or lower bound on it.
+    """Return log of one step's delta in one direction; with ``side`` 1 or -1, a certified upper or lower bound on it.
 
     Args:
         step: the step.
@@ -57,7 +57,7 @@ def step_log_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 
 
 
 def loss_rounding(step: MixtureStep, loss: float, z: float) -> float:
-    """A bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``."""
+    """Return a bound on the round-off of ``step.loss``, which gave ``loss`` at ``z``."""
     slope, rest = 0.0, 0.0
     if math.isfinite(z):
         slope = step.slope(z)
@@ -67,7 +67,7 @@ def loss_rounding(step: MixtureStep, loss: float, z: float) -> float:
 
 
 def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | None:
-    """A cutting point whose epsilon is certainly on the safe side of ``epsilon``; None if none was found."""
+    """Return a cutting point whose epsilon is certainly on the safe side of ``epsilon``; None if none was found."""
     target = -epsilon if add else epsilon
     z = float(step.inverse_loss(np.array([target]))[0])
     if side == 0:
@@ -84,7 +84,7 @@ def _cut(step: MixtureStep, epsilon: float, add: bool, side: int) -> float | Non
 
 
 def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
-    """Log of the sum of the module's text at ``z``, moved by its round-off to ``side``."""
+    """Return log of the sum of the module's text at ``z``, moved by its round-off to ``side``."""
     first = 1 if step.shifts[0] == 0 else 0
     shifts, log_probs = np.asarray(step.shifts[first:]), np.log(step.probs[first:])
     x, here = z - shifts, np.full(len(shifts), z)

@@ -70,7 +70,7 @@ def step_moments(
 
 @functools.lru_cache(maxsize=64)
 def _tabulated(step: MixtureStep, low: float, high: float) -> tuple[Array, Array]:
-    """Log of the normal density without its constant, and the loss, at the nodes: the same for every tilt."""
+    """Return log of the normal density without its constant, and the loss, at the nodes: the same for every tilt."""
     z = low + (high - low) * _NODES
     loss = step.loss(z)
     loss.setflags(write=False)

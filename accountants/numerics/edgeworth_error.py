@@ -29,7 +29,7 @@ _LARGEST_TERM = 1 / (6 * math.sqrt(2 * math.pi))
 
 
 def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
-    """The bound for a sum of independent steps with their counts; may exceed 1, which says nothing."""
+    """Return the bound for a sum of independent steps with their counts; may exceed 1, which says nothing."""
     variance = math.fsum(count * moments.central[0] for moments, count in steps)
     if variance < _SMALLEST_VARIANCE:
         return math.inf

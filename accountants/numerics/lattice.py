@@ -140,7 +140,7 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
 
 
 def _pieces(step: MixtureStep, edges: Array) -> Array:
-    """The cells' edges, and between them points so dense that four nodes suffice wherever there is mass."""
+    """Return the cells' edges, and between them points so dense that four nodes suffice wherever there is mass."""
     bottom, top = max(float(edges[0]), -_REACH), float(edges[-1])
     reach = min(max(-bottom, top - step.shifts[-1], 16.0), _REACH)
     grids: list[Array] = []
@@ -155,7 +155,7 @@ def _pieces(step: MixtureStep, edges: Array) -> Array:
 
 
 def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
-    """The law of the chord pair's loss: under Q of the loss, or with ``add`` under P of its negative."""
+    """Return the law of the chord pair's loss: under Q of the loss, or with ``add`` under P of its negative."""
     mass, up = (cells.p_mass, cells.p_up) if add else (cells.q_mass, cells.q_up)
     points = np.zeros_like(cells.points)
     points[:-1] += mass - up

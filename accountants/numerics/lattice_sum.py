@@ -30,7 +30,7 @@ class LatticePhase:
         self.losses = law.origin + spacing * law.index
 
     def tilt(self, tilt: float) -> tuple[Array, float]:
-        """The tilted law and the log of its normaliser."""
+        """Return the tilted law and the log of its normaliser."""
         logs = self.log_mass + tilt * self.losses
         top = float(np.max(logs))
         weight = np.exp(logs - top)
@@ -38,7 +38,7 @@ class LatticePhase:
         return weight / total, top + math.log(total)
 
     def transform(self, tilt: float, length: int) -> tuple[np.typing.NDArray[np.complex128], float]:
-        """The discrete Fourier transform of the tilted law folded to ``length``, and its log normaliser."""
+        """Return the discrete Fourier transform of the tilted law folded to ``length``, and its log normaliser."""
         law, log_moment = self.tilt(tilt)
         return np.fft.rfft(np.bincount(self.law.index % length, weights=law, minlength=length)), log_moment
 
@@ -112,7 +112,7 @@ def _exp(value: float) -> float:
 
 
 def _log_above(phases: list[LatticePhase], tilt: float, log_moment: float, edge: float, window: float) -> float:
-    """Log of a Chernoff bound on the tilted probability of exceeding ``edge``."""
+    """Return log of a Chernoff bound on the tilted probability of exceeding ``edge``."""
     best = 0.0
     for exponent in CHERNOFF:
         change = exponent / window

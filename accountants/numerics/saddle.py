@@ -55,7 +55,7 @@ class DirectedLoss:
         return totals[0], totals[1], totals[2]
 
     def epsilon_at(self, tilt: float) -> tuple[float, float]:
-        """The epsilon for which ``tilt`` is the saddle point, and the saddle-point value of log delta there."""
+        """Return the epsilon for which ``tilt`` is the saddle point, and the saddle-point value of log delta there."""
         k, slope, curvature = self.cumulants(tilt)
         epsilon = slope - 1 / tilt - 1 / (1 + tilt)
         spread = curvature + tilt**-2 + (1 + tilt) ** -2
@@ -74,7 +74,7 @@ class Saddle:
 
 @functools.lru_cache(maxsize=64)
 def truncation(composed: Composition, log_mass: float) -> tuple[float, float]:
-    """A ``z`` interval outside which P (below) and Q (above) have at most ``exp(log_mass)`` over all steps."""
+    """Return a ``z`` interval outside which P (below) and Q (above) have at most ``exp(log_mass)`` over all steps."""
     log_tail = log_mass - math.log(max(composed.num_steps, 1))
     reach = -float(special.ndtri_exp(min(log_tail, -1.0)))
     return -reach, max(step.tail_quantile(log_tail) for step, _ in composed.phases)
@@ -98,7 +98,7 @@ _LOG_TILT = (math.log(1e-6), math.log(1e9))
 
 
 def saddle_for_delta(law: DirectedLoss, delta: float) -> Saddle:
-    """The saddle at which the approximate delta equals ``delta``, with epsilon held at or above 0."""
+    """Return the saddle at which the approximate delta equals ``delta``, with epsilon held at or above 0."""
     target = math.log(delta)
 
     def gap(log_tilt: float) -> float:
@@ -112,7 +112,7 @@ def saddle_for_delta(law: DirectedLoss, delta: float) -> Saddle:
 
 
 def saddle_for_epsilon(law: DirectedLoss, epsilon: float) -> Saddle:
-    """The saddle of a given epsilon."""
+    """Return the saddle of a given epsilon."""
     log_tilt = _root(lambda x: epsilon - law.epsilon_at(math.exp(x))[0])
     return Saddle(math.exp(log_tilt), epsilon, law.epsilon_at(math.exp(log_tilt))[1])
 

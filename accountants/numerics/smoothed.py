@@ -93,11 +93,11 @@ class StepTransform:
         self._size = np.maximum(np.maximum(1.0, np.abs(self.loss)), step.shifts[-1] * np.abs(self.z))
 
     def order(self, tilt: float) -> float:
-        """The power of dQ/dP in the tilted first law."""
+        """Return the power of dQ/dP in the tilted first law."""
         return -tilt if self._add else 1 + tilt
 
     def tilted(self, tilt: float) -> tuple[Array, float]:
-        """The tilted weights, of sum one, and the log of their sum before."""
+        """Return the tilted weights, of sum one, and the log of their sum before."""
         logs = self._log_weight + self.order(tilt) * self.loss
         top = float(np.max(logs))
         weight = np.exp(logs - top)
@@ -105,14 +105,14 @@ class StepTransform:
         return weight / total, top + math.log(total)
 
     def values(self, weight: Array, spacing: float, num: int) -> ComplexArray:
-        """The transform at 0, spacing, ... (``num`` of them)."""
+        """Return the transform at 0, spacing, ... (``num`` of them)."""
         loss = -self.loss if self._add else self.loss
         fine = np.exp(1j * spacing * np.arange(_BLOCK)[:, None] * loss)
         coarse = np.exp(1j * spacing * _BLOCK * np.arange(-(-num // _BLOCK))[:, None] * loss)
         return cast(Any, (coarse * weight) @ fine.T).ravel()[:num]
 
     def errors(self, weight: Array, log_total: float, tilt: float, frequencies: Array) -> Array:
-        """A bound on the error of each value, of the rule and of arithmetic; it grows with the frequency."""
+        """Return a bound on the error of each value, of the rule and of arithmetic; it grows with the frequency."""
         order = self.order(tilt)
         masses = weight.reshape(-1, _RULE).sum(axis=1)
         log_still, rates = self._ellipse_bounds(order, log_total)
@@ -189,7 +189,7 @@ class SmoothedSum:
     removed: float
 
     def upper_delta(self, epsilon: float) -> float:
-        """A certified upper bound on delta."""
+        """Return a certified upper bound on delta."""
         return min(self._value(epsilon, 1) + self.added, 1.0)
 
     def upper_epsilon(self, delta: float) -> float | None:
@@ -247,7 +247,7 @@ class SmoothedSum:
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
-        """An epsilon, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        """Return an epsilon, as large as found, at which ``lower_delta`` is at least ``delta``."""
         step = (self.tilt + 1) * self.deviation**2 / 4
         for _ in range(10):
             if (self.lower_delta(upper - step) or 0.0) >= delta:
@@ -286,13 +286,13 @@ class SmoothedSum:
         return self.error + 8 * _UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
 
     def _value(self, epsilon: float, sign: float) -> float:
-        """An upper (1) or lower (-1) bound on A."""
+        """Return an upper (1) or lower (-1) bound on A."""
         shift = epsilon - self.centre
         total = max(float(self._turned(shift).real.sum()) + sign * self._error_at(shift), 0.0)
         return total * math.exp(min(self.log_scale - self.tilt * shift, 700.0))
 
     def _on_grid(self, epsilon: float) -> Array:
-        """Upper bounds on delta' at ``epsilon - m * grid``."""
+        """Return the upper bounds on delta' at ``epsilon - m * grid``."""
         shift = epsilon - self.centre
         moves = -self.deviation * self._grid
         error = self._error_at(abs(shift) + self.deviation * float(self._grid[-1]))
@@ -311,7 +311,7 @@ def smoothed_sum(
     log_delta: float,
     add: bool,
 ) -> SmoothedSum | None:
-    """The smoothed sum of one direction; None where a lattice is quicker, or no error can be bounded.
+    """Return the smoothed sum of one direction; None where a lattice is quicker, or no error can be bounded.
 
     Args:
         composed: the steps.
@@ -378,12 +378,12 @@ def smoothed_sum(
 
 
 def _tail(frequency: float, m: float) -> float:
-    """A bound on the terms beyond ``frequency``, relative to ``exp(log_scale)``."""
+    """Return a bound on the terms beyond ``frequency``, relative to ``exp(log_scale)``."""
     return math.exp(-((m * frequency) ** 2) / 2) / (math.pi * m * m * frequency**3)
 
 
 def _folded(steps: list[tuple[StepTransform, int]], tilt: float, window: float, centre: float, m: float) -> float:
-    """A Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)``, which falls as eps grows, at ``centre``."""
+    """Return a Chernoff bound on ``sum_(j>0) e^(tjW) delta'(eps + jW)``, which falls as eps grows, at ``centre``."""
     best = math.inf
     for exponent in (24.0, 48.0, 96.0):
         order = tilt + exponent / window

@@ -44,12 +44,12 @@ class Window:
     num_steps: int
 
     def upper_delta(self, epsilon: float) -> float | None:
-        """A certified upper bound on delta; None outside the window."""
+        """Return a certified upper bound on delta; None outside the window."""
         value = self._at(self.upper_values, epsilon - self.shift)
         return None if value is None else min(self._scaled(value, self.margin) + self.added, 1.0)
 
     def upper_epsilon(self, delta: float) -> float | None:
-        """The smallest epsilon of the window at which ``upper_delta`` is at most ``delta``; None outside."""
+        """Return the smallest epsilon of the window at which ``upper_delta`` is at most ``delta``; None outside."""
         if delta <= self.added:
             return None
         log_target = math.log(delta - self.added) - self.log_scale - self.margin
@@ -65,7 +65,7 @@ class Window:
         return float(left) + math.log1p(part * math.expm1(right - left)) + self.shift
 
     def lower_delta(self, epsilon: float) -> float | None:
-        """A certified lower bound on delta (point 5 of the module's text); None outside the window."""
+        """Return a certified lower bound on delta (point 5 of the module's text); None outside the window."""
         epsilon += self.shift
         spacing = float(self.points[1] - self.points[0])
         at = self._at(self.lower_values, epsilon)
@@ -105,7 +105,7 @@ class Window:
         return best
 
     def lower_epsilon(self, delta: float, upper: float) -> float | None:
-        """An epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``."""
+        """Return an epsilon of the window, as large as found, at which ``lower_delta`` is at least ``delta``."""
         spacing = float(self.points[1] - self.points[0])
         # The size of the lattice's effect, or less.
         good, step = None, max(spacing / 8, self.num_steps * spacing**2 / 24)
@@ -139,7 +139,7 @@ class Window:
 
 
 def largest_jump(num_steps: int, spacing: float) -> float:
-    """How many points below its epsilon a lower end may look, whatever delta."""
+    """Return how many points below its epsilon a lower end may look, whatever delta."""
     return min(27 * math.sqrt(num_steps) + num_steps * spacing / 4, num_steps) + 2
 
 

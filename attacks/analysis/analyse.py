@@ -47,7 +47,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None = None) -> dict[str, Any]:
-    """Computes every statistic of a scored run and writes the public and the per-user results.
+    """Compute every statistic of a scored run, and write the public and the per-user results.
 
     Args:
         run: a finished run directory with signals.
@@ -157,7 +157,7 @@ def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> lis
 
 
 def _counts(scored: Scored, side: str) -> dict[str, int]:
-    """What stands behind one side of the headline."""
+    """Return what stands behind one side of the headline."""
     table = scored.documents[signals.FRESH]
     chosen = scored.is_held_in[table.owner] == (side == signals.HELD_IN)
     return {
@@ -221,7 +221,7 @@ def _of_shadows(
 
 
 def _lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
-    """What an attack needs of shadows and has not."""
+    """Return what an attack needs of shadows and has not."""
     if models is None:
         return "needs shadow models; see attacks shadows --help"
     fewest_in, fewest_out = int(models.is_in.sum(axis=1).min()), int((~models.is_in).sum(axis=1).min())
@@ -236,7 +236,7 @@ def _lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
 def _first_of_each(
     values: npt.NDArray[np.bool_], owner: npt.NDArray[np.int64], num_users: int
 ) -> npt.NDArray[np.bool_]:
-    """The rows of the first document of each user; all documents of a user share them."""
+    """Return the rows of the first document of each user; all documents of a user share them."""
     found = np.zeros((num_users, values.shape[1]), dtype=np.bool_)
     users, starts = np.unique(owner, return_index=True)
     found[users] = values[starts]
@@ -294,7 +294,7 @@ def _not_run(scored: Scored) -> list[dict[str, str]]:
 
 
 def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
-    """The cap for the whole population, for this many held-out users, and of the whole curve."""
+    """Return the cap for the whole population, for this many held-out users, and of the whole curve."""
     curve = None
     if cap.curve is not None:
         sample = statistics.auroc_cap(cap.curve, num_held_out)
@@ -310,7 +310,7 @@ def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:
 
 
 def _confounded_by(families: dict[str, blind.BlindResult]) -> str:
-    """The sentence that overrules every verdict; empty if the baseline found nothing."""
+    """Return the sentence that overrules every verdict; empty if the baseline found nothing."""
     guilty = [f"{name} (AUROC {result.auroc:.3f})" for name, result in families.items() if result.separates]
     if not guilty:
         return ""
@@ -327,13 +327,13 @@ def _blind_facts(result: blind.BlindResult) -> dict[str, Any]:
 
 
 def _user_values(scored: Scored) -> dict[str, FloatArray]:
-    """The user-inference statistics of each user."""
+    """Return the user-inference statistics of each user."""
     fresh = scored.documents[signals.FRESH]
     return {name: lift(fresh.scores[name], fresh.owner, len(scored.users)) for name in user_inference.DEFINITIONS}
 
 
 def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: int) -> dict[str, Any]:
-    """What the headline depends on, and whom it accuses."""
+    """Return what the headline depends on, and whom it accuses."""
     fresh, values = scored.documents[signals.FRESH], users[user_inference.HEADLINE]
     known = ~np.isnan(values)
     p_values = statistics.rank_p_values(values[known & scored.is_held_in], values[known & ~scored.is_held_in])
@@ -348,7 +348,7 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
 
 
 def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
-    """How many held-in users stand out from the held-out ones, and whether any could have been told for sure."""
+    """Return how many held-in users stand out from the held-out ones, and whether any could have been told for sure."""
     return {
         "significance": _SIGNIFICANCE,
         "num_held_in": int(p_values.size),
@@ -361,7 +361,7 @@ def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
 
 
 def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: dict[str, FloatArray]) -> None:
-    """Writes each user's values and, for held-in users, the p-value against the held-out users."""
+    """Write each user's values and, for held-in users, the p-value against the held-out users."""
     path = run.root / PER_USER_PATH
     fresh = scored.documents[signals.FRESH]
     known = ~np.isnan(users[user_inference.HEADLINE])

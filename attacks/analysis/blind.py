@@ -51,7 +51,7 @@ class BlindResult:
 
 
 def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
-    """Every family of features against the split.
+    """Return every family of features against the split.
 
     Args:
         scored: users with their tokens and traits.
@@ -112,7 +112,7 @@ def _null_variance(held_in: FloatArray, held_out: FloatArray) -> float:
 
 
 def _scores(features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntArray, seed: int) -> FloatArray:
-    """Scores of the judged users by a fit on the fitted ones, with the strength that inner folds prefer."""
+    """Return the scores of the judged users by a fit on the fitted ones, with the strength that inner folds prefer."""
     from sklearn.model_selection import StratifiedKFold
 
     inner = StratifiedKFold(_NUM_INNER_FOLDS, shuffle=True, random_state=seed)
@@ -128,7 +128,7 @@ def _scores(features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntAr
 def _fit_and_score(
     features: Matrix, labels: BoolArray, fitted: IntArray, judged: IntArray, strength: float
 ) -> FloatArray:
-    """One logistic regression on columns of unit variance."""
+    """Fit one logistic regression on columns of unit variance, and return its scores."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.utils.sparsefuncs import mean_variance_axis
 

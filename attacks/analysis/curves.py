@@ -71,7 +71,7 @@ def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) 
 
 
 def shares(scored: Scored) -> FloatArray:
-    """Each user's text over all that was trained on, as if the user had taken part."""
+    """Return each user's text over all that was trained on, as if the user had taken part."""
     total = scored.num_bytes[scored.is_held_in].sum()
     return scored.num_bytes / max(float(total), 1.0)
 

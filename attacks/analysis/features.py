@@ -68,7 +68,7 @@ class Scored:
 
 
 def _ignore(row: DocumentSignals) -> None:
-    """Watches nothing."""
+    """Watch nothing."""
 
 
 def collect(
@@ -76,7 +76,7 @@ def collect(
     attacks: Iterable[DocumentAttack],
     watch: Callable[[DocumentSignals], None] = _ignore,
 ) -> Scored:
-    """Scores every document by every attack that its signals suffice for.
+    """Score every document by every attack that its signals suffice for.
 
     Args:
         rows: the signals; canaries among them are passed over, others judge them.
@@ -123,7 +123,7 @@ def collect(
 
 
 def under_other_models(table: DocumentTable, scored: Scored, references: Iterable[Scoring]) -> UnderOtherModels | None:
-    """The same documents under shadow models.
+    """Return the same documents under shadow models.
 
     Args:
         table: documents of one kind.

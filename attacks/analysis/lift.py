@@ -26,7 +26,7 @@ AGGREGATIONS: Mapping[str, Callable[[FloatArray], float]] = {
 
 
 def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean") -> FloatArray:
-    """One number per user.
+    """Return one number per user.
 
     Args:
         scores: of documents, sorted by owner.

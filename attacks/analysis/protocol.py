@@ -35,7 +35,7 @@ class DocumentAttack:
     needs: tuple[str, ...] = ()
 
     def missing(self, row: DocumentSignals) -> str | None:
-        """The first needed field that the row lacks."""
+        """Return the first needed field that the row lacks."""
         for need in self.needs:
             field, _, key = need.partition(".")
             value = getattr(row, field)
@@ -59,7 +59,7 @@ class UnderOtherModels:
     is_in: BoolArray
 
     def mean_where(self, chosen: BoolArray) -> FloatArray:
-        """Each unit's mean over the chosen shadows; NaN where there is none."""
+        """Return each unit's mean over the chosen shadows; NaN where there is none."""
         counts = chosen.sum(axis=1)
         sums = np.where(chosen, self.shadows, 0.0).sum(axis=1)
         return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)

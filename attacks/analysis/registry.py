@@ -42,7 +42,7 @@ need. ``attacks.json`` holds them under ``panels``."""
 
 
 def register(attack: Attack) -> None:
-    """Adds an attack; every later analysis runs it.
+    """Add an attack; every later analysis runs it.
 
     Raises:
         ValueError: if the name is taken.

@@ -63,7 +63,7 @@ def evaluate(
     confounded_by: str,
     verdict_level: float = statistics.CONFIDENCE_LEVEL,
 ) -> dict[str, Any]:
-    """Points, intervals, operating points and the verdict.
+    """Return points, intervals, operating points and the verdict.
 
     Args:
         statistic: what is judged.
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
-    """The AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
+    """Return the AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
     ours, theirs = ((item.held_in, item.held_out) for item in (statistic, headline))
     found = statistics.paired_difference(ours, theirs)
     ends = [found.interval.lower, found.interval.upper]
@@ -127,7 +127,7 @@ def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
 
 
 def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> int:
-    """Adds ``p_holm`` beside every p-value but the headline's, which was declared beforehand.
+    """Add ``p_holm`` beside every p-value but the headline's, which was declared beforehand.
 
     Paired differences from the headline are tests too.
 
@@ -142,7 +142,7 @@ def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) 
 
 
 def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:
-    """What a reader must know before the number."""
+    """Return what a reader must know before the number."""
     found = []
     if is_constant:
         found.append("All users have the same value: was the base model scored against itself?")
@@ -155,7 +155,7 @@ def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]
 
 
 def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[dict[str, object]]:
-    """The table of true positive rates.
+    """Return the table of true positive rates.
 
     Records of one user rise and fall together, so of records one of each user counts, drawn at random.
 
@@ -190,13 +190,13 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
 
 
 def _one_of_each(scores: FloatArray, owners: np.ndarray, rng: np.random.Generator) -> FloatArray:
-    """One score of each owner, each of theirs as likely as any other."""
+    """Return one score of each owner, each of theirs as likely as any other."""
     order = rng.permutation(scores.size)
     return scores[order[np.unique(owners[order], return_index=True)[1]]]
 
 
 def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap) -> dict[str, object]:
-    """The corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
+    """Return the corners of the curve, and on a thinned grid of false positive counts its band and the cap."""
     exponents = np.linspace(0.0, 1.0, _MAX_BAND_POINTS)
     num_allowed = np.unique(np.concatenate([[0], np.round(held_out.size**exponents)])).astype(int)
     allowed = num_allowed[num_allowed < held_out.size].tolist()

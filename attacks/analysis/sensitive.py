@@ -41,7 +41,7 @@ class SensitivePanel:
         self._losses: dict[tuple[str, str], list[FloatArray]] = collections.defaultdict(list)
 
     def watch(self, row: DocumentSignals) -> None:
-        """Adds a labelled row: held-in users' training records are train, everything of held-out users is test."""
+        """Add a labelled row: held-in users' training records are train, everything of held-out users is test."""
         split = next((name for name, side in SPLITS.items() if side == row.side), None)
         if row.sensitive is None or split is None or (split == "train" and row.kind != TRAINING):
             return
@@ -53,7 +53,7 @@ class SensitivePanel:
         self._losses[split, "base"].append(base[row.sensitive])
 
     def facts(self, seed: int) -> dict[str, Any] | None:
-        """The panel, or None without labelled tokens on both splits.
+        """Return the panel, or None without labelled tokens on both splits.
 
         Args:
             seed: of the bootstrap over users.
@@ -83,7 +83,7 @@ def _stack(users: dict[str, _User]) -> FloatArray:
 
 
 def _gain(sums: FloatArray) -> FloatArray:
-    """How much tuning lowered the loss, in nats per token: [..., tokens]."""
+    """Return how much tuning lowered the loss, in nats per token: [..., tokens]."""
     counts = np.maximum(sums[..., 0], 1.0)
     return (sums[..., 2] - sums[..., 1]) / counts
 

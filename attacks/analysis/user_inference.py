@@ -50,7 +50,7 @@ class UserStatistics:
 
 
 def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
-    """The log-likelihood ratio of one document, by statistic.
+    """Return the log-likelihood ratio of one document, by statistic.
 
     Args:
         row: the document's signals.
@@ -64,7 +64,7 @@ def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
 
 
 def user_statistics(rows: Iterable[signals.DocumentSignals]) -> list[UserStatistics]:
-    """Averages each user's documents, with equal weight whatever their lengths.
+    """Average each user's documents, with equal weight whatever their lengths.
 
     Args:
         rows: one per document.

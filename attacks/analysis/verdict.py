@@ -56,7 +56,7 @@ class Cap:
 
     @classmethod
     def of(cls, statement: PrivacyStatement, records_per_user: int = 0) -> Cap:
-        """Reads the cap off the privacy statement; nobody types it.
+        """Read the cap off the privacy statement; nobody types it.
 
         Args:
             statement: of the attacked run.
@@ -94,7 +94,7 @@ class Cap:
         return self.bound is not None and math.isinf(self.bound.epsilon)
 
     def auroc(self, num_held_out: int) -> float | None:
-        """The cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
+        """Return the cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
 
         Args:
             num_held_out: held-out users.
@@ -105,7 +105,7 @@ class Cap:
         return min((statistics.auroc_cap(bound, num_held_out) for bound in self._bounds), default=None)
 
     def tpr(self, num_false_positives_allowed: int, num_held_out: int) -> float | None:
-        """The cap on the sample's expected true positive rate, likewise."""
+        """Return the cap on the sample's expected true positive rate, likewise."""
         caps = (statistics.tpr_cap(bound, num_false_positives_allowed, num_held_out) for bound in self._bounds)
         return min(caps, default=None)
 
@@ -115,7 +115,7 @@ class Cap:
 
 
 def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
-    """What the statement's mechanism certifies for users at another delta; None where nothing can be.
+    """Return what the statement's mechanism certifies for users at another delta; None where nothing can be.
 
     Args:
         statement: of the run.
@@ -222,7 +222,7 @@ def judge(
     confounded_by: str = "",
     level: float = statistics.CONFIDENCE_LEVEL,
 ) -> tuple[Verdict, str]:
-    """The verdict on one statistic and the sentence that explains it.
+    """Return the verdict on one statistic and the sentence that explains it.
 
     ``confounded`` if a blind baseline tells the sides apart: nothing that the model shows can then be told from what
     the split shows. ``falsified`` if the interval's lower end exceeds the cap. ``uninformative`` if that could not have
@@ -269,7 +269,7 @@ def judge(
 
 
 def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
-    """The run's verdict: the headline's, unless an audit falsifies.
+    """Return the run's verdict: the headline's, unless an audit falsifies.
 
     Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
     A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.

@@ -62,7 +62,7 @@ def _side(manifest: Mapping[str, Any]) -> collections.defaultdict[str, str]:
 
 
 def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
-    """The attacker's documents and the planted ones."""
+    """Return the attacker's documents and the planted ones."""
     sides, canaries = _side(manifest), canaries_of(manifest)
     planted = {canary.user for canary in canaries}
     places = [(user, FRESH, index) for user, fresh in manifest["attacker"].items() for index in fresh]

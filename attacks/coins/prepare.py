@@ -106,7 +106,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
 
 
 def _has_begun(run: RunDirectory) -> bool:
-    """Whether training came to its first session; a start that failed before leaves a log of one record."""
+    """Return whether training came to its first session; a start that failed before leaves a log of one record."""
     if run.manifest.exists():
         return True
     if run.ledger.exists():
@@ -126,7 +126,7 @@ def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
 
 
 def _check_sealed(run: RunDirectory, config: Config, everybody: Corpus, allowed: Corpus, key: SecretKey) -> None:
-    """See that the sealed coins are those of this command, but for people who opted out since.
+    """Check that the sealed coins are those of this command, but for people who opted out since.
 
     Raises:
         PlanMismatch: if they are not.
@@ -147,7 +147,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _coins_of_spans(run: RunDirectory) -> str | None:
-    """The seal of the coins that sealed spans belong to; None without spans."""
+    """Return the seal of the coins that sealed spans belong to; None without spans."""
     path = run.root / SPANS_PATH
     return read_sealed_file(run, path, schema=SPANS_SCHEMA)["manifest_sha256"] if path.is_file() else None
 

@@ -43,7 +43,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
-    """The ROC on log-log axes with its band, the chance line and what the claim allows.
+    """Return the ROC on log-log axes with its band, the chance line and what the claim allows.
 
     Args:
         result: one entry of ``results`` in ``report/attacks.json``.
@@ -92,7 +92,7 @@ def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
 
 
 def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
-    """How the statistic is distributed over the users of the two sides.
+    """Return how the statistic is distributed over the users of the two sides.
 
     Args:
         result: one entry of ``results`` in ``report/attacks.json``.
@@ -175,7 +175,7 @@ def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
-    """The figure of a panel (:mod:`attacks.reporting.panels`): lines or bars.
+    """Return the figure of a panel (:mod:`attacks.reporting.panels`): lines or bars.
 
     Args:
         figure_facts: its ``figure``.
@@ -215,14 +215,14 @@ def _mark_zero(axis: Axis, edge: float, first: float) -> None:
 
 
 def _new_figure(height: float = 4.4) -> tuple[Figure, Axes]:
-    """A figure small enough that its text stays readable on a phone. No pyplot: no global state, no display."""
+    """Return a figure small enough that its text stays readable on a phone. No pyplot: no global state, no display."""
     figure = Figure(figsize=(5.0, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Renders to an element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
+    """Render to an element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -25,7 +25,7 @@ _NONE = "–"  # noqa: RUF001
 
 
 def check(name: str, panel: Mapping[str, Any]) -> None:
-    """Refuses a panel that the report could not show: our own mistake, found where it was made.
+    """Refuse a panel that the report could not show: our own mistake, found where it was made.
 
     Raises:
         ValueError: naming the panel and what it lacks.
@@ -51,7 +51,7 @@ def columns(panel: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def cell(value: object) -> str:
-    """A value as a reader wants it: no needless digits, nothing for None."""
+    """Return a value as a reader wants it: no needless digits, nothing for None."""
     if value is None:
         return _NONE
     if isinstance(value, bool):
@@ -66,7 +66,7 @@ def cell(value: object) -> str:
 
 
 def table(panel: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The rows as text, with their headings."""
+    """Return the rows as text, with their headings."""
     keys = columns(panel)
     return {
         "headings": [label for _, label in keys],

@@ -30,7 +30,7 @@ class Policy(pydantic.BaseModel):
     statistics: Literal["headline", "all"] = "headline"
 
     def violations(self, attacks: Mapping[str, Any]) -> list[str]:
-        """What the results of ``attacks analyse`` break, one sentence each."""
+        """Return what the results of ``attacks analyse`` break, one sentence each."""
         names = [attacks["headline"]] if self.statistics == "headline" else list(attacks["results"])
         found = []
         for name in names:
@@ -48,7 +48,7 @@ class Policy(pydantic.BaseModel):
 
 
 def read_policy(path: pathlib.Path) -> Policy:
-    """Reads a YAML policy.
+    """Read a YAML policy.
 
     Raises:
         DamagedFile: if it is no YAML file.

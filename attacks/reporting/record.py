@@ -86,7 +86,7 @@ class Scoring:
 
 
 def record_path(signals_path: pathlib.Path) -> pathlib.Path:
-    """Where the record of signals is."""
+    """Return where the record of signals is."""
     return signals_path.with_suffix(".json")
 
 
@@ -109,7 +109,7 @@ def write_scoring(
 def read_scoring(
     run: RunDirectory, path: pathlib.Path | None = None, *, schema: str = SCHEMA_NAME, remedy: str | None = None
 ) -> Scoring:
-    """The scoring of a run, its record checked; the signals are checked whenever they are read.
+    """Return the scoring of a run, its record checked; the signals are checked whenever they are read.
 
     Args:
         run: the attacked run.
@@ -130,7 +130,7 @@ def read_scoring(
 
 
 def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
-    """The same documents under shadow models, each comparable with the run's own scoring.
+    """Return the same documents under shadow models, each comparable with the run's own scoring.
 
     Args:
         run: the attacked run.
@@ -161,7 +161,7 @@ def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
 
 
 def _weights_of(scoring: Scoring) -> str:
-    """A digest of the released weights alone: a copy of a model under another name is the same model."""
+    """Return a digest of the released weights alone: a copy of a model under another name is the same model."""
     released = scoring.facts["target"]["released"]
     weights = {name: value for name, value in released.items() if name.endswith((".safetensors", ".bin"))}
     return targets.digest_of(weights or released)

@@ -52,7 +52,7 @@ AXIS_LABELS = {
 
 
 def write_report(run: pathlib.Path) -> pathlib.Path:
-    """Writes ``report/index.html``, ``report/report.json`` and ``report/report.md``.
+    """Write ``report/index.html``, ``report/report.json`` and ``report/report.md``.
 
     Args:
         run: an analysed run directory.
@@ -107,7 +107,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
 
 def read_results(run: pathlib.Path) -> Mapping[str, Any]:
-    """The results that the report is about.
+    """Return the results that the report is about.
 
     Args:
         run: an analysed run directory.
@@ -119,7 +119,7 @@ def read_results(run: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> dict[str, str]:
-    """Which run this page is about: what a file copy of it needs to be found again by."""
+    """Return which run this page is about: what a file copy of it needs to be found again by."""
     directory = RunDirectory(run)
     found = {"Run": run.resolve().name}
     config = directory.root / "config.yaml"
@@ -139,7 +139,7 @@ def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Ma
 
 
 def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The panels that have something to show, ready for the templates."""
+    """Return the panels that have something to show, ready for the templates."""
     shown = []
     for name, panel in attacks["panels"].items():
         if panel is None:
@@ -152,7 +152,7 @@ def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One figure for each thing that the headline was split by, where there was enough to split."""
+    """Return one figure for each thing that the headline was split by, where there was enough to split."""
     figure_list = []
     for key, title in _DEPENDENCES.items():
         points = found[key]
@@ -169,7 +169,7 @@ def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def summary_table(run: pathlib.Path) -> rich.table.Table:
-    """The run in ten rows and one for each panel, for the terminal.
+    """Return the run in ten rows and one for each panel, for the terminal.
 
     Args:
         run: an analysed run directory.
@@ -224,7 +224,7 @@ def format_epsilon(epsilon: float | None) -> str:
 
 
 def scientific(value: float) -> str:
-    """A small number with its power of ten.
+    """Return a small number with its power of ten.
 
     Args:
         value: at least 0.
@@ -239,7 +239,7 @@ def scientific(value: float) -> str:
 
 
 def grouped(count: int | None) -> str:
-    """A count with thin spaces between thousands.
+    """Return a count with thin spaces between thousands.
 
     Args:
         count: the count, or None where the statement keeps it.
@@ -251,7 +251,7 @@ def grouped(count: int | None) -> str:
 
 
 def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]]:
-    """The statement and the attack results, which must be the run's own and belong together."""
+    """Return the statement and the attack results, which must be the run's own and belong together."""
     statement = evidence.verified_statement(run)
     path = run / analyse.ATTACKS_PATH
     if not os.path.lexists(path):
@@ -279,7 +279,7 @@ def _read(run: pathlib.Path) -> tuple[rundir.PrivacyStatement, Mapping[str, Any]
 
 
 def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> str | None:
-    """The guarantee in words, where it caps the attack."""
+    """Return the guarantee in words, where it caps the attack."""
     if attacks["cap"]["reason"]:
         return None
     equals = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
@@ -287,7 +287,7 @@ def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> st
 
 
 def _cap_text(cap: Mapping[str, Any]) -> str:
-    """The cap for a table cell."""
+    """Return the cap for a table cell."""
     if cap["reason"]:
         return f"none: {cap['reason']}"
     curve = "" if cap["curve"] is None else f"; {cap['curve']['auroc_of_sample']:.4f} by the whole privacy curve"

@@ -30,7 +30,7 @@ TABLE_COLUMNS = (
 
 
 def table_rows(attacks: Mapping[str, Any]) -> list[list[Any]]:
-    """One row per statistic, in the order of ``TABLE_COLUMNS``."""
+    """Return one row per statistic, in the order of ``TABLE_COLUMNS``."""
     return [
         [
             name,
@@ -49,7 +49,7 @@ def table_rows(attacks: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -> None:
-    """Logs headline, table and artifact of a written report, and nothing of ``secret/``.
+    """Log headline, table and artifact of a written report, and nothing of ``secret/``.
 
     Args:
         run: a run directory with a report.

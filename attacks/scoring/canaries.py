@@ -26,7 +26,7 @@ def plan_canaries(
     root_key: SecretKey,
     num_references: int,
 ) -> list[Document]:
-    """The documents of canaries and of their references.
+    """Return the documents of canaries and of their references.
 
     Args:
         manifest: of the attacked run.

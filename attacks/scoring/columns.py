@@ -32,7 +32,7 @@ def read_columns(
     digests: Sequence[str] | None,
     wanted: Iterable[tuple[str, int]] | None = None,
 ) -> Extras:
-    """Values of further columns by (user, record index): the index that the record has in the corpus.
+    """Return the values of further columns by (user, record index): the index that the record has in the corpus.
 
     Rows are read one after the other by the rules of the corpus, so memory grows with the records that are wanted and
     with nothing else; of a user's equal rows, where ``data.deduplicate`` drops them, the first one's values count.
@@ -90,7 +90,7 @@ class _Places:
         self._forms: set[bytes] | None = set() if drops_equal else None
 
     def place(self, content: str) -> int | None:
-        """The place of the next row; None if the corpus dropped it because the user has an equal one."""
+        """Return the place of the next row; None if the corpus dropped it because the user has an equal one."""
         if self._forms is not None:
             form = hashlib.sha256(normal_form(content).encode("utf-8", errors="surrogatepass")).digest()
             if form in self._forms:
@@ -120,7 +120,7 @@ def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
 
 
 def days_of(value: object) -> float | None:
-    """A date as days since 1970: ISO 8601 text, a date, or a number that is days already."""
+    """Return a date as days since 1970: ISO 8601 text, a date, or a number that is days already."""
     if value is None or value == "":
         return None
     try:

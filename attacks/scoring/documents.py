@@ -56,12 +56,12 @@ class Document:
         return f"{self.index}-{self.kind}" if self.kind == CONTROL_PREFIX else str(self.index)
 
     def text_in(self, corpus: Corpus) -> str:
-        """What is scored."""
+        """Return what is scored."""
         return corpus.records[self.user][self.index] if self.text is None else self.text
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any]:
-    """The sealed coins of a run.
+    """Return the sealed coins of a run.
 
     Raises:
         AttackInputError: if they are missing or were altered, or are not those that its privacy statement commits to.
@@ -87,7 +87,7 @@ def read_manifest(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_used(run: RunDirectory) -> dict[str, Any]:
-    """What training says that it used of the coins.
+    """Return what training says that it used of the coins.
 
     Raises:
         DamagedFile: if it is missing, or not as training sealed it.
@@ -96,7 +96,7 @@ def read_used(run: RunDirectory) -> dict[str, Any]:
 
 
 def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict[str, list[list[int]]]] | None:
-    """The spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
+    """Return the spans that `attacks prepare` sealed: user to record to [start, end] pairs; None if it sealed none.
 
     Raises:
         DamagedFile: if they are not as they were sealed.
@@ -112,7 +112,7 @@ def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict
 
 
 def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, str]:
-    """The side that every scored user has in a run.
+    """Return the side that every scored user has in a run.
 
     Args:
         own: manifest of the run whose model is asked.
@@ -124,7 +124,7 @@ def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, s
 
 
 def attack_pseudonym(key: SecretKey, user: str) -> str:
-    """A user's name in signals, the same in every scoring of a run and of its shadows.
+    """Return a user's name in signals, the same in every scoring of a run and of its shadows.
 
     Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
     ledger are whose, also after its key was destroyed.
@@ -142,7 +142,7 @@ def attack_pseudonym(key: SecretKey, user: str) -> str:
 def plan_documents(
     manifest: Mapping[str, Any], corpus: Corpus, num_training_records: int, *, with_controls: bool = False
 ) -> list[Document]:
-    """The documents in scoring order: longest text first.
+    """Return the documents in scoring order: longest text first.
 
     Args:
         manifest: of the attacked run.
@@ -216,7 +216,7 @@ def text_encoder(tokenizer: Any, max_length: int) -> Encoder:
 def sensitive_tokens(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, num_tokens: int
 ) -> npt.NDArray[np.bool_]:
-    """Whether any character of each scored token lies in a labelled span.
+    """Return whether any character of each scored token lies in a labelled span.
 
     Args:
         text: the document.
@@ -238,7 +238,7 @@ def text_facts(text: str) -> dict[str, int]:
 
 
 def user_facts(manifest: Mapping[str, Any], corpus: Corpus, user: str) -> dict[str, int]:
-    """How much of a user training could use; the same rule on both sides, and nothing of nobody."""
+    """Return how much of a user training could use; the same rule on both sides, and nothing of nobody."""
     fresh = set(manifest["attacker"].get(user, ()))
     texts = [text for index, text in enumerate(corpus.records.get(user, ())) if index not in fresh]
     return {
@@ -248,5 +248,5 @@ def user_facts(manifest: Mapping[str, Any], corpus: Corpus, user: str) -> dict[s
 
 
 def _order(user: str, index: int) -> bytes:
-    """A public shuffle: which records are scored must not depend on the side."""
+    """Return a public shuffle: which records are scored must not depend on the side."""
     return hashlib.sha256(f"{user}\x1f{index}".encode("utf-8", errors="surrogatepass")).digest()

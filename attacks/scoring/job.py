@@ -123,19 +123,19 @@ class Job:
         return self.signals_path.parent / f"parts-{self.signals_path.stem}-{self.fingerprint[:12]}"
 
     def part(self, number: int) -> pathlib.Path:
-        """One finished part."""
+        """Return one finished part."""
         return self.parts / f"part-{number:06d}.parquet"
 
     def keys(self, documents: Sequence[Document]) -> list[DocumentKey]:
-        """What documents are called in the signals."""
+        """Return what documents are called in the signals."""
         return planned.keys_of(documents, self.sides, self.key)
 
     def part_facts(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """What the record of a part must say."""
+        """Return what the record of a part must say."""
         return {"fingerprint": self.fingerprint, "planned": planned.facts_of(self.keys(documents))}
 
     def sealed_part(self, number: int, documents: Sequence[Document]) -> str | None:
-        """SHA-256 of a part that is there and sealed as one of this job; None of anything else."""
+        """Return SHA-256 of a part that is there and sealed as one of this job; None of anything else."""
         path = self.part(number)
         try:
             scoring = read_scoring(self.attacked, path, schema=PART_SCHEMA_NAME)
@@ -148,7 +148,7 @@ class Job:
         return scoring.facts["signals_sha256"]
 
     def why_not_done(self) -> str:
-        """Why the signals that are there do not do; empty if they are of this job."""
+        """Return why the signals that are there do not do; empty if they are of this job."""
         if not self.signals_path.exists() and not record_path(self.signals_path).exists():
             return "there is none"
         try:
@@ -171,7 +171,7 @@ def prepare_job(
     signals_path: pathlib.Path,
     precision: str,
 ) -> Job:
-    """Reads everything that is needed besides the models."""
+    """Read everything that is needed besides the models."""
     digests = {**targets.digests_of(run, config.model), "precision": precision}
     evidence.check_base(run, digests["base"])
     own = planning.read_manifest(run)
@@ -252,5 +252,5 @@ _SOFTWARE = ("torch", "transformers", "tokenizers", "peft")
 
 
 def _records_of(documents: Sequence[Document]) -> set[tuple[str, int]]:
-    """The documents that are records of the data as they stand there."""
+    """Return the documents that are records of the data as they stand there."""
     return {(document.user, document.index) for document in documents if document.text is None}

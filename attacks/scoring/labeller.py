@@ -39,7 +39,7 @@ class LabellerFacts(TypedDict):
 
 
 def synthetic_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
-    """The first messages of synthetic customers, the same every time."""
+    """Return the first messages of synthetic customers, the same every time."""
     return list(itertools.islice(customer_records(count, seed=0, mean_records=_MESSAGES_PER_CUSTOMER), count))
 
 
@@ -90,14 +90,14 @@ def measure_presidio() -> LabellerFacts:
 
 
 def sentence(facts: LabellerFacts) -> str:
-    """The recall in a line, the kinds that are missed first."""
+    """Return the recall in a line, the kinds that are missed first."""
     *kinds, total = facts["rows"]
     listed = ", ".join(f"{row['kind']} {row['recall']:.0%}" for row in sorted(kinds, key=lambda row: row["recall"]))
     return f"found {total['recall']:.0%} of the sensitive characters of {NUM_MESSAGES} synthetic messages ({listed})"
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """The recall of the labeller that a run was scored with; None if the spans were labelled or there are none.
+    """Return the recall of the labeller that a run was scored with; None if the spans were labelled or there are none.
 
     Args:
         run: a scored run.

@@ -21,7 +21,7 @@ for _language, _words in _COMMON_WORDS.items():
 
 
 def guess_language(text: str) -> str:
-    """The language whose commonest words occur most, or the script where none does.
+    """Return the language whose commonest words occur most, or the script where none does.
 
     Args:
         text: any text.

@@ -62,13 +62,13 @@ class NeuralScorer:
         return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
-        """The ``count`` most likely tokens at the place of each token after the first: one forward pass."""
+        """Return the ``count`` most likely tokens at the place of each token after the first: one forward pass."""
         found = [block.topk(count, dim=-1).indices.cpu().numpy() for _, block in self._blocks(sequences)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return np.split(np.concatenate(found), ends)
 
     def logits(self, sequences: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
-        """The bare forward pass: [rows, tokens, vocabulary], padded with token 0."""
+        """Return the bare forward pass: [rows, tokens, vocabulary], padded with token 0."""
         width = max(map(len, sequences))
         ids = np.zeros((len(sequences), width), dtype=np.int64)
         for row, tokens in enumerate(sequences):
@@ -92,7 +92,7 @@ class NeuralScorer:
 
 
 def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingScheme) -> torch.Tensor:
-    """Log-probability of each label under the sampling scheme.
+    """Return log-probability of each label under the sampling scheme.
 
     Args:
         logits: [tokens, vocabulary], fp32; left as it is.
@@ -117,7 +117,7 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
 
 
 def _signals_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Log-probability, hit, mean and variance of log p; ``logits`` is overwritten."""
+    """Return log-probability, hit, mean and variance of log p; ``logits`` is overwritten."""
     highest, best = logits.max(dim=-1, keepdim=True)
     shifted = logits.sub_(highest).clamp_(min=_LOWEST_LOGIT)
     weights = shifted.exp()

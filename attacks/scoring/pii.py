@@ -32,7 +32,7 @@ def find_personal_data(text: str) -> list[Span]:
 
 
 def version() -> str:
-    """What finds the spans, with versions."""
+    """Return what finds the spans, with versions."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("presidio-analyzer", _spacy_model()))
 
 

@@ -27,7 +27,7 @@ class DocumentKey(NamedTuple):
 
 
 def keys_of(documents: Sequence[Document], sides: Mapping[str, str], key: SecretKey) -> list[DocumentKey]:
-    """The keys that documents will have in the signals, in their order.
+    """Return the keys that documents will have in the signals, in their order.
 
     Args:
         documents: what is planned.
@@ -39,7 +39,7 @@ def keys_of(documents: Sequence[Document], sides: Mapping[str, str], key: Secret
 
 
 def digest_of(keys: Iterable[DocumentKey]) -> str:
-    """SHA-256 over the keys in any order."""
+    """Return SHA-256 over the keys in any order."""
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ def facts_of(keys: Collection[DocumentKey]) -> PlannedFacts:
 
 
 def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) -> str:
-    """What is missing and what was added, in a few words without names; empty if nothing.
+    """Return what is missing and what was added, in a few words without names; empty if nothing.
 
     A control document without anybody who could lend it a prompt may be missing; see ``attacks.scoring.variants``.
 

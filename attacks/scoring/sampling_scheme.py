@@ -34,7 +34,7 @@ class SamplingScheme:
 
     @classmethod
     def parse(cls, text: str) -> SamplingScheme:
-        """Reads ``temperature=1,top_k=40,top_p=1``; what is left out has its default.
+        """Read ``temperature=1,top_k=40,top_p=1``; what is left out has its default.
 
         Raises:
             AttackInputError: if a part is unknown or no number.

@@ -59,7 +59,7 @@ from privtrain.run.directory import RunDirectory
 def score_run(
     run_path: pathlib.Path, options: ScoreOptions | None = None, *, documents_of: pathlib.Path | None = None
 ) -> None:
-    """Writes the signals of a finished run; nothing to do if they are there and sealed as those of this very job.
+    """Write the signals of a finished run; nothing to do if they are there and sealed as those of this very job.
 
     Args:
         run_path: directory of a finished run.
@@ -102,7 +102,7 @@ def score_run(
 
 
 def _is_done(job: Job, state: PartialState) -> bool:
-    """Whether there is nothing to do; one look for all ranks."""
+    """Return whether there is nothing to do; one look for all ranks."""
     reason = [job.why_not_done() if state.is_main_process else ""]
     accelerate.utils.broadcast_object_list(reason)
     if state.is_main_process and not reason[0]:
@@ -116,7 +116,7 @@ def _is_done(job: Job, state: PartialState) -> bool:
 def load_scorers(
     run: RunDirectory, config: Config, device: torch.device, scheme: SamplingScheme | None = None
 ) -> tuple[Scorer, Scorer]:
-    """The fine-tuned model and its exact base: one set of weights with the adapter on and off, or two models.
+    """Return the fine-tuned model and its exact base: one set of weights with the adapter on and off, or two models.
 
     Args:
         run: a finished run; what it released is loaded, whatever backend trained it.
@@ -141,13 +141,13 @@ def load_scorers(
 
 
 def _changes_the_base(model: torch.nn.Module) -> bool:
-    """Whether disabling the adapter would not give the base back: trained biases or whole modules."""
+    """Return whether disabling the adapter would not give the base back: trained biases or whole modules."""
     settings = next(iter(model.peft_config.values()))  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
     return getattr(settings, "bias", "none") != "none" or bool(getattr(settings, "modules_to_save", None))
 
 
 def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) -> int:
-    """Scores what is not there yet, each part on one rank, joins all parts, and seals what came out."""
+    """Score what is not there yet, each part on one rank, join all parts, and seal the result."""
     parts = planning.in_parts(job.documents)
     # One listing for all ranks: each rank's own could already see what another has just written.
     missing: list[list[int]] = [[]]
@@ -275,7 +275,7 @@ def _variant_means(
     target: Scorer,
     base: Scorer,
 ) -> list[dict[str, float]]:
-    """Mean log-probability under the target of every re-written text, by document and name."""
+    """Return the mean log-probability under the target of every re-written text, by document and name."""
     wanted = Variants.parse(job.options.variants)
     rewritten = rewriting.rewrite(
         wanted, texts, tokens, tokenizer=job.tokenizer, max_length=job.max_length, prefix=job.prefix
@@ -297,7 +297,7 @@ def _variant_means(
 
 
 def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str, Any]:
-    """What is known of a document and its owner without any model."""
+    """Return what is known of a document and its owner without any model."""
     extra = job.extras.get((document.user, document.index), {})
     options = job.options
     spans = None

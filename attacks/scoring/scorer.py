@@ -45,7 +45,7 @@ class Scorer(Protocol):
         ...
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
-        """The ``count`` most likely tokens at the place of each token after the first.
+        """Return the ``count`` most likely tokens at the place of each token after the first.
 
         Args:
             sequences: as in ``score``.

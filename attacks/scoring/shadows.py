@@ -25,7 +25,7 @@ SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
 
 
 def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Writes a data file and ``count`` configurations under ``secret/attack/shadows``.
+    """Write a data file and ``count`` configurations under ``secret/attack/shadows``.
 
     Args:
         run_path: a finished run.

@@ -28,7 +28,7 @@ class TargetDigests(TypedDict):
 
 
 def digests_of(run: RunDirectory, model: ModelSection) -> TargetDigests:
-    """Digests of a run's target: public, since they are of public files.
+    """Return the digests of a run's target: public, since they are of public files.
 
     Args:
         run: a finished run.
@@ -46,7 +46,7 @@ def digests_of(run: RunDirectory, model: ModelSection) -> TargetDigests:
 
 
 def base_digests(model: ModelSection) -> dict[str, str]:
-    """File to SHA-256 of a base model's weights, configuration and tokenizer.
+    """Return file to SHA-256 of a base model's weights, configuration and tokenizer.
 
     Raises:
         AttackInputError: if it cannot be read.
@@ -67,12 +67,12 @@ def base_digests(model: ModelSection) -> dict[str, str]:
 
 
 def digest_of(digests: Mapping[str, Any]) -> str:
-    """One digest over all of them."""
+    """Return one digest over all of them."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what differs between two targets, or is in one of them alone."""
+    """Return the names of what differs between two targets, or is in one of them alone."""
     found = []
     for group in sorted({*one, *other}):
         ours, theirs = one.get(group), other.get(group)
@@ -84,7 +84,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def released_digests(run: RunDirectory) -> dict[str, str]:
-    """File to SHA-256 of everything that a run released; no link among it is followed."""
+    """Return file to SHA-256 of everything that a run released; no link among it is followed."""
     directory = run.released
     found = {
         name: file_sha256(directory / name) for name in bundle.files_under(directory) if not bundle.is_harmless(name)

@@ -64,7 +64,7 @@ class Variants:
 
     @classmethod
     def parse(cls, text: str) -> Variants:
-        """Reads a comma-separated list.
+        """Read a comma-separated list.
 
         Raises:
             AttackInputError: if an item is unknown.
@@ -84,7 +84,7 @@ class Variants:
 
 
 def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, max_length: int) -> Tokens:
-    """A prefix of held-out text whose owner is not attacked, so that no scored user meets their own words in it.
+    """Return a prefix of held-out text whose owner is not attacked, so that no scored user meets their own words in it.
 
     Raises:
         AttackInputError: if there is no such user.
@@ -99,7 +99,7 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
 
 
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
-    """Each document after the first tokens of another user's; a document too short to lend or to take has none.
+    """Return each document after the first tokens of another user's; a document too short to lend or to take has none.
 
     Args:
         users: owners.
@@ -127,7 +127,7 @@ def rewrite(
     max_length: int,
     prefix: Tokens | None,
 ) -> list[Rewritten]:
-    """The variants that need no model."""
+    """Return the variants that need no model."""
     found = []
     if variants.lowercase:
         lowered = tokens_of([text.lower() for text in texts], text_encoder(tokenizer, max_length))
@@ -166,5 +166,5 @@ def neighbours(
 
 
 def propose(base: Scorer, sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:
-    """What the base model finds likely at each place."""
+    """Return what the base model finds likely at each place."""
     return base.likeliest(sequences, _NUM_PROPOSALS)

@@ -96,7 +96,7 @@ class Fsdp2Backend(ShardedBackend):
 
     @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """One layer at a time is whole here, and only as empty memory."""
+        """Load layer by layer: one at a time is whole, and only as empty memory."""
         with init_empty_weights(include_buffers=False):
             model = source.empty()
         model.tie_weights()

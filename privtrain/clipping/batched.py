@@ -266,7 +266,7 @@ class UnitGradients:
             self._dense[name] = value
 
     def _of_unit(self, name: str, unit: int) -> tuple[list[Outer], list[Lookup]]:
-        """One unit's own factors, all its tokens in a line: [1, tokens, …]."""
+        """Return one unit's own factors, all its tokens in a line: [1, tokens, …]."""
         uses: list[Gradient] = [*self._outers.get(name, []), *self._lookups.get(name, [])]
         cut = [self._cut(use, unit) for use in uses]
         return [outer for outers, _ in cut for outer in outers], [lookup for _, lookups in cut for lookup in lookups]
@@ -281,7 +281,7 @@ class UnitGradients:
 
 
 def _is_cheap(gradient: Outer, *, keep: bool) -> bool:
-    """Whether one row (or one unit, given alone) is rather multiplied out than kept: by its own tokens."""
+    """Return whether one row (or one unit, given alone) is rather multiplied out than kept: by its own tokens."""
     p, d, num_tokens = gradient.left.shape[-1], gradient.right.shape[-1], gradient.left.shape[1]
     return p * d <= (1.25 if keep else 1) * num_tokens * (p + d)
 
@@ -317,5 +317,5 @@ def _add_factors(
 
 
 def slots_by_tensor(layout: Layout) -> dict[int, Slot]:
-    """The slot of each trainable tensor by identity: a tied tensor has one slot and several names."""
+    """Return the slot of each trainable tensor by identity: a tied tensor has one slot and several names."""
     return {id(layout.parameters[slot.name]): slot for slot in layout.slots}

@@ -259,7 +259,7 @@ class PerUnitClipper:
             self.route, self.fallback_reason = "one_unit", str(refusal)
 
     def _budget(self, model: nn.Module) -> float:
-        """Bytes that per-unit gradients of one microbatch may take."""
+        """Return bytes that per-unit gradients of one microbatch may take."""
         num_weights = sum(p.numel() for p in model.parameters())
         mostly_trained = self.layout.num_coordinates >= _MOSTLY_TRAINED * num_weights
         is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and mostly_trained
@@ -464,7 +464,7 @@ class PerUnitClipper:
             passes.again(calls, add, gradients.by_row(used.to(self._device)))
 
     def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
+        """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
         if index > 0 or self._open is None:
             return gradient
         so_far, self._open = self._open.gradient, None
@@ -545,7 +545,7 @@ class PerUnitClipper:
 
 
 def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:
-    """The modules that own a trainable tensor, each once; a tied tensor has several owners."""
+    """Return the modules that own a trainable tensor, each once; a tied tensor has several owners."""
     modules: dict[str, nn.Module] = {}
     owned: set[int] = set()
     for name, module in model.named_modules():

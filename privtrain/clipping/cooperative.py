@@ -79,7 +79,7 @@ class _Rows:
 
     @classmethod
     def joined(cls, parts: Sequence[_Rows]) -> _Rows:
-        """A unit has the same width in every microbatch."""
+        """Join parts of a unit's rows: they have the same width in every microbatch."""
         ids, mask, weight = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
         return cls(torch.cat(ids), torch.cat(mask), torch.cat(weight))
 
@@ -239,7 +239,7 @@ class CooperativeClipper:
             )
 
     def _measuring(self) -> tuple[torch.Tensor, Sink]:
-        """This rank's squared norms by slot, and what fills them in one pass: each tensor must arrive whole."""
+        """Return this rank's squared norms by slot, and what fills them in one pass: each tensor must arrive whole."""
         squares, arrived = self._zero_squares(), set[str]()
 
         def measure(slot: Slot, part: torch.Tensor) -> None:

@@ -73,7 +73,7 @@ def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None
 
 
 def as_float32(total: torch.Tensor, exponent: int) -> torch.Tensor:
-    """The value of a sum on the grid, in fp32: for comparing, and where no noise is to be added."""
+    """Return the value of a sum on the grid, in fp32: for comparing, and where no noise is to be added."""
     vector = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     for part, out in zip(total.split(_LARGEST_CHUNK), vector.split(_LARGEST_CHUNK), strict=True):
         out.copy_(part.double().mul_(2.0**exponent))

@@ -144,7 +144,7 @@ def squared_norms_of(
 
 
 def _joined(outers: Sequence[Outer]) -> Outer:
-    """All tokens of a unit in one line; a single use is not copied."""
+    """Return all tokens of a unit in one line; a single use is not copied."""
     if len(outers) == 1:
         return outers[0]
     return Outer(*(torch.cat([getattr(o, side).float() for o in outers], dim=1) for side in ("left", "right")))
@@ -206,7 +206,7 @@ def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def row_blocks(outer: Outer) -> list[slice]:
-    """Rows of a [p, d] tensor in blocks that a CPU's cache holds: a function of its shape alone."""
+    """Return the rows of a [p, d] tensor in blocks that a CPU's cache holds: a function of its shape alone."""
     p, d = outer.left.shape[-1], outer.right.shape[-1]
     size = max(1, (_CPU_BLOCK if outer.left.device.type == "cpu" else _LARGEST_BLOCK) // d)
     return [slice(start, min(start + size, p)) for start in range(0, p, size)]
@@ -235,7 +235,7 @@ def multiplied(outers: Sequence[Outer], lookup: tuple[torch.Tensor, torch.Tensor
 
 
 def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that one unit touches, ascending, and its gradient in each: [touched], [touched, d] float32."""
+    """Return the rows that one unit touches, ascending, and its gradient in each: [touched], [touched, d] float32."""
     ids = torch.cat([lookup.ids.flatten() for lookup in lookups])
     values = torch.cat([lookup.values.flatten(0, 1).float() for lookup in lookups])
     touched, place = ids.unique(return_inverse=True)

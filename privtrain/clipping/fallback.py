@@ -22,7 +22,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 def plain_gradients(
     loss: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of one row's loss by autograd alone; ``None`` for a tensor that it does not depend on.
+    """Return the gradients of one row's loss by autograd alone; ``None`` for a tensor that it does not depend on.
 
     Raises:
         UnsupportedLayer: if the model runs a backward pass of its own within this one, as reversible networks do: what
@@ -43,7 +43,7 @@ def plain_gradients(
 def cause(
     failure: Exception, row_loss: Callable[[], torch.Tensor] | None, parameters: Mapping[str, torch.nn.Parameter]
 ) -> str:
-    """What it is about the hooks that failed, in words, if the twin without them succeeds.
+    """Return what it is about the hooks that failed, in words, if the twin without them succeeds.
 
     Args:
         failure: what a pass under hooks raised.

@@ -23,22 +23,22 @@ _TIME_FIRST = ("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
 
 
 def covers(module: nn.Module) -> bool:
-    """Whether Opacus has an exact rule for layers of exactly this type."""
+    """Return whether Opacus has an exact rule for layers of exactly this type."""
     return type(module) in _EXACT or _kind(module) == _RECURRENT
 
 
 def only_names(module: nn.Module) -> bool:
-    """Whether a module lists parameters that its cells own and use, as Opacus' recurrent layers do."""
+    """Return whether a module lists parameters that its cells own and use, as Opacus' recurrent layers do."""
     return _kind(module)[0] == _RECURRENT[0] and _kind(module) != _RECURRENT
 
 
 def is_time_first(module: nn.Module) -> bool:
-    """Whether the layers within see [tokens, rows, features]."""
+    """Return whether the layers within see [tokens, rows, features]."""
     return _kind(module) == _TIME_FIRST
 
 
 def advice(module: nn.Module) -> str:
-    """What Opacus' validator says of a layer that it cannot clip, as a clause to append; empty if nothing."""
+    """Return what Opacus' validator says of a layer that it cannot clip, as a clause to append; empty if nothing."""
     from opacus.validators import ModuleValidator
 
     validator = ModuleValidator.VALIDATORS.get(type(module))
@@ -53,7 +53,7 @@ def _kind(module: nn.Module) -> tuple[str, str]:
 def per_row(
     module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
 ) -> dict[str, torch.Tensor | Outer | Lookup]:
-    """The rule itself: gradients of every row by parameter name."""
+    """Return the rule itself: gradients of every row by parameter name."""
     from opacus.grad_sample import GradSampleModule
 
     sampler = GradSampleModule.GRAD_SAMPLERS[type(module)]

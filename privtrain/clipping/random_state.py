@@ -19,7 +19,7 @@ class RandomState:
 
     @classmethod
     def of(cls, device: torch.device) -> RandomState:
-        """The present state. Waits for no device."""
+        """Return the present state. Waits for no device."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), cuda)
 

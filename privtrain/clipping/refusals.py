@@ -110,7 +110,7 @@ def _rescaling(module: nn.Module) -> tuple[str, float]:
 
 
 def has_experts(config: Any) -> bool:
-    """Whether a router sorts tokens by expert."""
+    """Return whether a router sorts tokens by expert."""
     return any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS)
 
 

@@ -53,7 +53,7 @@ def register(layer_type: type[nn.Module], rule: Rule) -> None:
 
 
 def rule_for(name: str, module: nn.Module) -> Rule:
-    """The rule of a module that owns trainable tensors.
+    """Return the rule of a module that owns trainable tensors.
 
     Transformers has a class of RMS norms for every architecture. They get :func:`rms_norm` by their name, after it has
     been tried on the layer itself against autograd.
@@ -145,7 +145,7 @@ def _by_token(value: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_between(value: torch.Tensor, num_last: int) -> torch.Tensor:
-    """Sum over all dimensions but the first and the last ``num_last``."""
+    """Return the sum over all dimensions but the first and the last ``num_last``."""
     dims = tuple(range(1, value.dim() - num_last))
     return value.sum(dim=dims) if dims else value
 
@@ -161,7 +161,7 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
 
 def _agrees_with_autograd(rule: Rule, module: nn.Module) -> bool:
-    """Whether ``rule`` gives what autograd gives on random rows of the layer itself."""
+    """Return whether ``rule`` gives what autograd gives on random rows of the layer itself."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     inputs, gradient = (torch.randn(2, 3, weight.shape[-1], generator=generator).to(weight) for _ in range(2))

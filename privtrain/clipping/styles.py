@@ -26,7 +26,7 @@ _BATCH_BOUND, _BATCH_CLIPPING_NORMS = 2.0**13, 2.0**14
 
 
 def groups(style: str, layout: Layout) -> list[int]:
-    """The group of each slot: one norm is taken over each group.
+    """Return the group of each slot: one norm is taken over each group.
 
     ``per_layer`` puts the tensors of a module (weight and bias) in a group; the other styles have one group.
     """
@@ -38,7 +38,7 @@ def groups(style: str, layout: Layout) -> list[int]:
 
 
 def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
-    """What to multiply each unit's gradient by, group by group.
+    """Return what to multiply each unit's gradient by, group by group.
 
     * ``flat``: min(1, C/‖g‖), Abadi et al. 2016 (arXiv 1607.00133); ``adaptive`` is the same with a C that changes.
     * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
@@ -67,17 +67,17 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
 
 
 def grid_exponent(style: str, clipping_norm: float) -> int:
-    """The sum over units is in multiples of 2 to this power (:mod:`.exact_sum`)."""
+    """Return the exponent e: the sum over units is in multiples of 2**e (:mod:`.exact_sum`)."""
     return fixed_point.grid_exponent(_bound(style, clipping_norm))
 
 
 def _bound(style: str, clipping_norm: float) -> float:
-    """The norm that no unit's contribution exceeds."""
+    """Return the norm that no unit's contribution exceeds."""
     return max(_BATCH_BOUND, _BATCH_CLIPPING_NORMS * clipping_norm) if style == "batch" else clipping_norm
 
 
 def batch_factor(norm_of_mean: float, clipping_norm: float) -> float:
-    """What ``batch`` multiplies a step's mean gradient by: min(1, C/‖mean‖)."""
+    """Return what ``batch`` multiplies a step's mean gradient by: min(1, C/‖mean‖)."""
     return min(1.0, clipping_norm / norm_of_mean) if norm_of_mean > 0 else 1.0
 
 

@@ -138,7 +138,7 @@ def _accelerator() -> str:
 
 
 def _launcher() -> list[Finding]:
-    """What clusters do to a job that its launcher must be told of."""
+    """Return what clusters do to a job that its launcher must be told of."""
     findings = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "PRIVTRAIN_LAUNCH_DIRECTORY" not in os.environ:
         is_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -183,7 +183,7 @@ def _disk(config: Config | None) -> Finding:
 
 
 def _wandb(config: Config | None) -> Finding:
-    """Whether metrics would get to W&B; nothing is sent."""
+    """Return whether metrics would get to W&B; nothing is sent."""
     if config is not None and not config.tracking.wandb:
         return Finding("W&B", "ok", "off (tracking.wandb); metrics.jsonl has everything that is released")
     mode = os.environ.get("WANDB_MODE", "offline")
@@ -198,7 +198,7 @@ def _wandb(config: Config | None) -> Finding:
 
 
 def _registry(config: Config | None) -> Finding:
-    """Whether the registry of budgets answers, knows its key and has a budget; nothing is reserved or made."""
+    """Return whether the registry of budgets answers, knows its key and has a budget; nothing is reserved or made."""
     section = config.registry if config is not None else RegistrySection()
     url = registry_url(section)
     if os.environ.get("RANK", "0") != "0" or url is None:
@@ -219,7 +219,7 @@ def _registry(config: Config | None) -> Finding:
 
 
 def _together(config: Config | None) -> list[Finding]:
-    """What can be seen only with all ranks: who is there, how fast they talk, and the self-test."""
+    """Return what can be seen only with all ranks: who is there, how fast they talk, and the self-test."""
     performance = config.performance if config is not None else PerformanceSection()
     inputs = read_inputs(config) if config is not None else None
     if inputs is not None:
@@ -233,7 +233,7 @@ def _together(config: Config | None) -> list[Finding]:
 
 
 def _world(backend: Backend) -> Finding:
-    """Which rank sits where; two ranks on one GPU are almost always a mistake."""
+    """Return which rank sits where; two ranks on one GPU are almost always a mistake."""
     places = [text.decode() for text in _gather(backend, f"{platform.node()} {backend.device}".encode())]
     shared = sorted({place for place in places if places.count(place) > 1 and not place.endswith(("cpu", "cpu:0"))})
     lines = "".join(f"\n          rank {rank}: {place}" for rank, place in enumerate(places))
@@ -246,14 +246,14 @@ def _world(backend: Backend) -> Finding:
 
 
 def _gather(backend: Backend, text: bytes, num_pieces: int = 4) -> list[bytes]:
-    """Every rank's short text, by rank, over the one gathering collective that there is."""
+    """Return every rank's short text, by rank, over the one gathering collective that there is."""
     padded = text[: 32 * num_pieces].ljust(32 * num_pieces, b"\0")
     pieces = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]
     return [b"".join(parts).rstrip(b"\0") for parts in zip(*pieces, strict=True)]
 
 
 def _agreement(backend: Backend) -> Finding:
-    """Whether all ranks run the same software."""
+    """Return whether all ranks run the same software."""
     own = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     text = json.dumps([platform.python_version(), platform.machine(), sorted(own.items())])
     digests = backend.gather_digests(hashlib.sha256(text.encode()).digest())

@@ -80,7 +80,7 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) 
 
 
 def _unmergeable(run: RunDirectory) -> list[Fault]:
-    """Why an adapter cannot become part of its base's weights, seen before anything is loaded."""
+    """Return why an adapter cannot become part of its base's weights, seen before anything is loaded."""
     run.check_private()
     config = load_config(run.resolved_config)
     method, quantization = config.training.method, config.model.quantization
@@ -171,7 +171,7 @@ def reproduction_faults(
 
 
 def _is_round_off(mine: Any, theirs: Any) -> bool:
-    """Whether two tensors differ by units in the last place: another machine may round a product differently."""
+    """Return whether two tensors differ by units in the last place: another machine may round a product differently."""
     import torch
 
     unit = torch.finfo(theirs.dtype).eps if theirs.dtype.is_floating_point else 0.0

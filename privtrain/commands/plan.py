@@ -45,7 +45,7 @@ class PlanOptions:
     num_ranks: int | None = None
 
     def layout(self) -> LaunchLayout:
-        """How the launch divides the model."""
+        """Return how the launch divides the model."""
         layout = LaunchLayout() if self.accelerate is None else LaunchLayout.from_accelerate(self.accelerate)
         return layout if self.num_ranks is None else dataclasses.replace(layout, num_ranks=self.num_ranks)
 
@@ -53,7 +53,7 @@ class PlanOptions:
 def describe_plan(
     config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions | None = None
 ) -> dict[str, Any]:
-    """The plan with what can be said about it from config and data alone.
+    """Return the plan with what can be said about it from config and data alone.
 
     Raises:
         ConfigError: with every fault of the config and its inputs.
@@ -83,7 +83,7 @@ def describe_plan(
 
 
 def _population(config: Config, num_users: int | None) -> dict[str, Any]:
-    """Users and records, read from the data or, where these are elsewhere, as stated."""
+    """Return the users and records, read from the data or, where these are elsewhere, as stated."""
     if num_users is not None:
         training_users = round(num_users * (1 - config.data.held_out_fraction))
         bound = config.privacy.records_per_user if config.privacy.unit == "example" else None

@@ -146,7 +146,7 @@ def _files(
 
 
 def _contents(directory: pathlib.Path, manifest: ReleaseManifest, place: str) -> list[str]:
-    """What the files say, against each other; a file that is missing is named elsewhere."""
+    """Return what the files say, against each other; a file that is missing is named elsewhere."""
     try:
         statement = _statement(directory)
     except (OSError, ValueError) as error:
@@ -237,7 +237,7 @@ def _of_export(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[st
 
 
 def describe(found: Verified) -> str:
-    """Lines for people."""
+    """Return lines for people."""
     lines = [f"{found.directory} is what was released ({found.place}); release digest {found.release_digest}"]
     lines += _listed("compared", found.checked)
     lines += _listed("not compared", found.not_checked)

@@ -55,7 +55,7 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSection | None, DataSection | None]:
-    """The sections model and data of a file with faults elsewhere; none in the place of one that has its own."""
+    """Return the sections model and data of a file with faults elsewhere; none in the place of one that has its own."""
     found: list[Any] = []
     for name, kind in (("model", ModelSection), ("data", DataSection)):
         try:
@@ -75,7 +75,7 @@ def validate(tree: dict[str, Any], source: str = "") -> Config:
 
 
 def read_tree(path: pathlib.Path) -> strict_yaml.Document:
-    """A file of sections, with what has no single meaning in it as faults.
+    """Return a file of sections, with what has no single meaning in it as faults.
 
     Raises:
         ConfigError: if it is no such file.
@@ -122,12 +122,12 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
-    """A configuration tree as YAML, in the order of the sections."""
+    """Return a configuration tree as YAML, in the order of the sections."""
     return strict_yaml.dump(tree)
 
 
 def public_tree(config: Config) -> dict[str, Any]:
-    """The resolved configuration without this machine's paths."""
+    """Return the resolved configuration without this machine's paths."""
     tree = config.model_dump(
         mode="json", exclude={"run": {"output_dir"}, "registry": {"url"}, "performance": {"index_dir"}, "release": True}
     )
@@ -141,7 +141,7 @@ def public_tree(config: Config) -> dict[str, Any]:
 
 
 def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]:
-    """The configuration, or each fault with its place.
+    """Return the configuration, or each fault with its place.
 
     pydantic looks for conflicts between keys only where each is valid by itself. So the keys at fault are masked for a
     second look; conflicts that name one of them are not told.
@@ -200,7 +200,7 @@ def _mask(tree: Any, place: strict_yaml.Path) -> bool:
 
 
 def _plain(node: Any) -> Any:
-    """A tree in which 3.0 and 1e3 are whole numbers."""
+    """Return a tree in which 3.0 and 1e3 are whole numbers."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -209,7 +209,7 @@ def _plain(node: Any) -> Any:
 
 
 def _place(item: Any, tree: Any) -> strict_yaml.Path:
-    """Where a fault stands, without the names that pydantic gives to the alternatives of a value."""
+    """Return where a fault stands, without the names that pydantic gives to the alternatives of a value."""
     *parents, last = item["loc"] or ("",)
     node, place = tree, []
     for part in item["loc"]:

@@ -106,7 +106,7 @@ def draw_canaries(
 
 
 def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, stream: KeyStream) -> str:
-    """A secret from the law that canaries of this kind have: theirs and all that they are compared with."""
+    """Return a secret from the law that canaries of this kind have: theirs and all that they are compared with."""
     if section.kind == TEMPLATE:
         return digits_of(int(stream.uint64(1)[0]) % 10**section.num_digits, section.num_digits)
     assert tokenizer is not None
@@ -121,18 +121,18 @@ def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | N
 
 
 def digits_of(number: int, num_digits: int) -> str:
-    """A number as digits in groups of four: ``1234 5678``."""
+    """Return a number as digits in groups of four: ``1234 5678``."""
     digits = f"{number:0{num_digits}d}"
     return " ".join(digits[at : at + _DIGITS_PER_GROUP] for at in range(0, num_digits, _DIGITS_PER_GROUP))
 
 
 def canaries_of(manifest: Mapping[str, Any]) -> tuple[Canary, ...]:
-    """The canaries that a manifest names; none in one of the first form."""
+    """Return the canaries that a manifest names; none in one of the first form."""
     return tuple(Canary.from_json(item) for item in manifest.get("canaries", ()))
 
 
 def plant(corpus: Corpus, canaries: Iterable[Canary]) -> Corpus:
-    """The corpus with canary users added, and records of ``shared_substring`` users replaced.
+    """Return the corpus with canary users added, and records of ``shared_substring`` users replaced.
 
     Its digest stays that of the data without canaries.
     """

@@ -112,7 +112,7 @@ class ChatRenderer:
                 raise ConfigError([Fault(key, problem)])
 
     def encode(self, messages: Messages) -> Record:
-        """Tokens of a conversation; predicted are those that begin within an assistant turn.
+        """Return tokens of a conversation; predicted are those that begin within an assistant turn.
 
         A conversation that the template refuses, or whose turns it does not keep apart, predicts nothing.
         """
@@ -135,7 +135,7 @@ class ChatRenderer:
         return Record(tokens, is_target)
 
     def _own_words(self, error: Exception) -> str:
-        """A template's complaint if the template itself holds it: another may quote a conversation."""
+        """Return a template's complaint if the template itself holds it: another may quote a conversation."""
         words = " ".join(str(error).split())
         return words if words and words in str(self._tokenizer.chat_template) else type(error).__name__
 
@@ -145,7 +145,7 @@ class ChatRenderer:
         )
 
     def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text and the assistant's characters in it: empty if they cannot be told apart."""
+        """Return the rendered text and the assistant's characters in it: empty if they cannot be told apart."""
         whole: str = self._render(messages)
         if self._marks_itself:
             return whole, self._marked_spans(messages)

@@ -149,7 +149,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
 
 
 def digests_of(files: Iterable[pathlib.Path]) -> tuple[str, ...]:
-    """SHA-256 of each file."""
+    """Return SHA-256 of each file."""
     return tuple(reading.file_sha256(file, follow_links=True) for file in files)
 
 
@@ -167,7 +167,7 @@ def deduplicated(corpus: Corpus) -> Corpus:
 
 
 def without_users(corpus: Corpus, dropped: Iterable[str]) -> Corpus:
-    """The corpus without these users; its digest stays that of the data as it was read.
+    """Return the corpus without these users; its digest stays that of the data as it was read.
 
     Raises:
         ConfigError: if nobody is left.
@@ -196,7 +196,7 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
 
 
 def _no_row(tally: Mapping[str, Any]) -> Fault:
-    """Why nothing is left, by reason; for the owner of the data, whose counts they are."""
+    """Return why nothing is left, by reason; for the owner of the data, whose counts they are."""
     found = [f"{count} × {reason}" for reason, count in sorted(tally["reasons"].items(), key=lambda item: -item[1])]
     if tally["num_without_user"]:
         found.append(f"{tally['num_without_user']} × no user id in the column that data.user_column names")
@@ -236,7 +236,7 @@ def normal_form(text: str) -> str:
 
 
 def owner_of(user: object, place: str = "") -> str:
-    """A user id as text; empty if there is none.
+    """Return a user id as text; empty if there is none.
 
     Args:
         user: the value of the user column.
@@ -291,7 +291,7 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
 
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:
-    """The files of a source in reading order."""
+    """Return the files of a source in reading order."""
     return [file for pattern in source.paths for file in _expand(pattern)]
 
 

@@ -23,7 +23,7 @@ class RecordDigest:
         self._sha.update(len(text).to_bytes(8, "little") + text)
 
     def hexdigest(self) -> str:
-        """The digest of what was added; nothing may follow."""
+        """Return the digest of what was added; nothing may follow."""
         self._end_user()
         return self._sha.hexdigest()
 

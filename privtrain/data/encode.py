@@ -76,7 +76,7 @@ class Encoder:
         self.num_ids: int | None = None
 
     def encode(self, records: Sequence[str]) -> Encoded:
-        """Tokens and targets of each record.
+        """Return tokens and targets of each record.
 
         Args:
             records: canonical records, see :mod:`.formats`.
@@ -92,7 +92,7 @@ class Encoder:
         return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
 
     def sha256(self) -> str:
-        """Digest of all that decides which tokens a text becomes, library versions aside."""
+        """Return a digest of all that decides which tokens a text becomes, library versions aside."""
         backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         body = {
             "data": self._data.model_dump(mode="json", exclude={"source"}),
@@ -118,7 +118,7 @@ class Encoder:
         return [(r, tuple(sorted(set(places[i : i + size].tolist())))) for r, i in zip(records, starts, strict=True)]
 
     def _within_ids(self, record: Record) -> Record:
-        """The record, or its first mark alone if it holds a token that the model has no embedding of."""
+        """Return the record, or its first mark alone if it holds a token that the model has no embedding of."""
         if self.num_ids is None or int(record.tokens.max()) < self.num_ids:
             return record
         self.complaints["holds a token that the model has no embedding of"] += 1
@@ -186,7 +186,7 @@ def _unmarked(ids: Sequence[int], begin: int | None, end: int | None) -> Sequenc
 
 
 def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for a text that the tokenizer marks by itself."""
+    """Return the same for a text that the tokenizer marks by itself."""
     begins = [mark for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
     ends = [mark for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
     while any(text.startswith(mark) for mark in begins):
@@ -197,5 +197,5 @@ def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _without_state(tokenizer: str) -> dict[str, Any]:
-    """A tokenizer's JSON without truncation and padding, which encoding switches and we do by ourselves."""
+    """Return a tokenizer's JSON without truncation and padding, which encoding switches and we do by ourselves."""
     return {name: value for name, value in json.loads(tokenizer).items() if name not in ("truncation", "padding")}

@@ -36,7 +36,7 @@ def column_keys(data: DataSection) -> list[str]:
 
 
 def canonical(data: DataSection, values: Sequence[object]) -> str:
-    """A record as text, the same for the same content whatever file it came from; empty if it cannot be used.
+    """Return a record as text, the same for the same content whatever file it came from; empty if it cannot be used.
 
     Args:
         data: names the format.
@@ -59,7 +59,7 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
 
 
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
-    """The rule by which :func:`canonical` makes nothing of a row."""
+    """Return the rule by which :func:`canonical` makes nothing of a row."""
     keys = [f"data.{key}" for key in column_keys(data)]
     match data.format:
         case "text":
@@ -112,7 +112,7 @@ def _content(value: object) -> str:
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
-    """The turns of a conversation, also from a JSON string (CSV); none if any of them is not one."""
+    """Return the turns of a conversation, also from a JSON string (CSV); none if any of them is not one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -136,7 +136,7 @@ def _is_answer(message: dict[str, Any]) -> bool:
 
 
 def _label_number(data: DataSection, label: object) -> int | None:
-    """The label's place in ``data.labels``; 1 and "1" are the same label, since CSV has no numbers."""
+    """Return the label's place in ``data.labels``; 1 and "1" are the same label, since CSV has no numbers."""
     if isinstance(label, bool) or not isinstance(label, int | str):
         return None
     names = [str(name) for name in data.labels or ()]

@@ -103,7 +103,7 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
         )
 
     def without(self, users: Iterable[str]) -> IndexedRecords:
-        """The same without these users."""
+        """Return the same without these users."""
         gone = [place for place in map(self._place, users) if place is not None]
         return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), gone))
 
@@ -140,7 +140,7 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
         return ((self._user(int(place)), self._texts_of(int(place))) for place in self.places)
 
     def _place(self, user: str) -> int | None:
-        """Where the user stands among those that are here."""
+        """Return where the user stands among those that are here."""
         wanted = user.encode("utf-8", errors=_ERRORS)
         low, high = 0, len(self.places)
         while low < high:
@@ -163,7 +163,7 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
         return _Texts(self, range(first, int(self.record_ends[place])))
 
     def text(self, record: int) -> str:
-        """One record, compared with its digest.
+        """Return one record, compared with its digest.
 
         Raises:
             DamagedFile: if it is not as it was written. It does not say which: a step reads the users that it drew.
@@ -231,7 +231,7 @@ def open_or_build(
     form: Callable[[str], str] | None = None,
     source_digests: Callable[[], Sequence[str]] = tuple,
 ) -> Index:
-    """The index of ``made_of``, made by one process of the machine while the others wait.
+    """Return the index of ``made_of``, made by one process of the machine while the others wait.
 
     Args:
         parent: where indexes are kept.

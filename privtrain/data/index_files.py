@@ -44,7 +44,7 @@ _OWN_DIGEST = "description_sha256"
 
 
 def text_digest(content: bytes) -> bytes:
-    """What a text is compared with when it is read."""
+    """Return what a text is compared with when it is read."""
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
@@ -92,7 +92,7 @@ def describe(directory: pathlib.Path, facts: Mapping[str, Any], files: Mapping[s
 
 
 def read_description(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
-    """The description of an index as it was written.
+    """Return the description of an index as it was written.
 
     Raises:
         DamagedFile: if it is missing or anything else.

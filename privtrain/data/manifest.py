@@ -29,7 +29,7 @@ USED_SCHEMA = "privtrain/used/1"
 
 
 def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey) -> Split:
-    """All coins and canaries of a run.
+    """Return all coins and canaries of a run.
 
     Args:
         config: its configuration.
@@ -60,12 +60,12 @@ def _once(canary: Canary) -> Canary:
 
 
 def needs_tokenizer(config: Config) -> bool:
-    """Whether the coins cannot be flipped without the model's tokenizer."""
+    """Return whether the coins cannot be flipped without the model's tokenizer."""
     return config.canaries.are_planted and config.canaries.kind != TEMPLATE
 
 
 def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """A manifest, as long as it matches its own digest; whether it is the run's own the commitment says.
+    """Return a manifest, as long as it matches its own digest; whether it is the run's own the commitment says.
 
     Raises:
         PlanMismatch: if it was altered or damaged.
@@ -123,7 +123,7 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def used_facts(
     corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
-    """What training may really draw, against what the coins allow. Names users: ``secret/`` only.
+    """Return what training may really draw, against what the coins allow. Names users: ``secret/`` only.
 
     Args:
         corpus: the kept records, without canaries.
@@ -155,7 +155,7 @@ def used_facts(
 
 
 def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
-    """Records of canaries that became units, and of anybody that did not, without a table of everybody."""
+    """Return the records of canaries that became units, and of anybody that did not, without a table of everybody."""
     canaries = {canary.user for canary in split.canaries}
     kept: dict[str, set[int]] = {}
     left_out: dict[str, list[int]] = {}
@@ -177,7 +177,7 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:
-    """The same after training: how many records of each canary entered steps, counted once a step.
+    """Return the same after training: how many records of each canary entered steps, counted once a step.
 
     Args:
         used: of :func:`used_facts`.

@@ -55,7 +55,7 @@ class Microbatch:
     pad_id: int = 0
 
     def alone(self, index: int) -> Microbatch:
-        """A microbatch of the same shape in which ``owners[index]`` has its rows and all others are padding.
+        """Return a microbatch of the same shape in which ``owners[index]`` has its rows and all others are padding.
 
         The rows stay in their places, so that they draw the same dropout. Without anybody if there is no such owner.
         """
@@ -71,7 +71,7 @@ class Microbatch:
         )
 
     def to(self, device: torch.device) -> Microbatch:
-        """The same microbatch on another device."""
+        """Return the same microbatch on another device."""
         moved = {
             field: getattr(self, field).to(device, non_blocking=True)
             for field in ("input_ids", "target_mask", "row_weight", "owner")
@@ -98,7 +98,7 @@ class Packer:
     pad_id: int
 
     def width(self, records: Records) -> int:
-        """The fixed width that a unit's records are padded to: a function of these records alone."""
+        """Return the fixed width that a unit's records are padded to: a function of these records alone."""
         part = -(-self.max_length // _NUM_WIDTHS)
         longest = max(len(tokens) for tokens in records)
         assert longest <= self.max_length

@@ -40,7 +40,7 @@ class Names(Sequence[str]):
         self._ends.append(len(self._bytes))
 
     def place(self, name: str) -> int | None:
-        """Where it stands; ``None`` if it is not there."""
+        """Return where it stands; ``None`` if it is not there."""
         wanted = name.encode("utf-8", errors=_ERRORS)
         if wanted in self._unsorted:
             return self._unsorted[wanted]
@@ -92,7 +92,7 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def of(cls, mapping: Mapping[str, Sequence[int]]) -> UserIndices:
-        """The same as this mapping; itself if it is one already."""
+        """Return the same as this mapping; itself if it is one already."""
         return mapping if isinstance(mapping, cls) else cls(mapping.items())
 
     def add(self, user: str, indices: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
         self._ends.append(len(self._indices))
 
     def at(self, place: int) -> tuple[int, ...]:
-        """Indices of the user who stands there."""
+        """Return indices of the user who stands there."""
         start = self._ends[place - 1] if place else 0
         return tuple(self._indices[start : self._ends[place]])
 

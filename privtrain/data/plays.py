@@ -21,7 +21,7 @@ _ASIDE = re.compile(r"_\\\[.*?\]_\s*", re.DOTALL)
 
 
 def play_files() -> list[pathlib.Path]:
-    """The plays' Markdown files inside the installed package.
+    """Return the plays' Markdown files inside the installed package.
 
     Raises:
         ConfigError: if the package is not installed.

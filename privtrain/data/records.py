@@ -44,5 +44,5 @@ class Record:
         return cls(tokens, is_target)
 
     def cut(self, max_length: int) -> Record:
-        """Its first ``max_length`` tokens."""
+        """Return its first ``max_length`` tokens."""
         return Record(self.tokens[:max_length], self.is_target[:max_length])

@@ -63,7 +63,7 @@ def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object
 
 
 def _hub_reason(error: Exception) -> str:
-    """The first line of an error's message, unless it may quote a row."""
+    """Return the first line of an error's message, unless it may quote a row."""
     if "scripts are no longer supported" in str(error):
         return (
             "it is loaded by a script, which the library datasets no longer runs; convert it to Parquet or JSONL and "
@@ -104,7 +104,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
 
 
 def file_columns(file: pathlib.Path) -> list[str]:
-    """The names of a file's columns: of a header, a footer, or the first lines that hold an object.
+    """Return the names of a file's columns: of a header, a footer, or the first lines that hold an object.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -136,7 +136,7 @@ def file_columns(file: pathlib.Path) -> list[str]:
 
 
 def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "row") -> str:
-    """Where and in which way a file cannot be read, without a word of what is in it."""
+    """Return where and in which way a file cannot be read, without a word of what is in it."""
     match error:
         case OSError(strerror=str(reason)):
             return f"cannot read {file}: {reason}"

@@ -55,13 +55,13 @@ class Selection:
         return self.strategy.endswith("_perplexity")
 
     def to_score(self, split: Split) -> list[tuple[str, int]]:
-        """The records whose loss decides: of the users who have more than k."""
+        """Return the records whose loss decides: of the users who have more than k."""
         if not self.needs_losses or self.max_records is None:
             return []
         return [(u, i) for u, indices in split.training.items() if len(indices) > self.max_records for i in indices]
 
     def applied(self, corpus: Corpus, split: Split, losses: Losses) -> Split:
-        """The split with at most k training records a user; chunks are chosen when they are cut."""
+        """Return the split with at most k training records a user; chunks are chosen when they are cut."""
         if self.max_records is None or self.strategy == "random_chunk":
             return split
         chosen = (

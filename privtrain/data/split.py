@@ -44,7 +44,7 @@ class Split:
     canaries: tuple[Canary, ...] = ()
 
     def manifest(self, corpus: Corpus) -> dict[str, Any]:
-        """The sealed form, with a digest over its content. Names users: ``secret/`` only."""
+        """Return the sealed form, with a digest over its content. Names users: ``secret/`` only."""
         body = {
             "schema": SCHEMA,
             "data_sha256": corpus.manifest_sha256,
@@ -58,7 +58,7 @@ class Split:
 
 
 def seal(body: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of a manifest's body."""
+    """Return SHA-256 over the canonical JSON of a manifest's body."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
 
@@ -103,7 +103,7 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries
 
 
 def _taken(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:
-    """Records of one user that only the attacker holds."""
+    """Return the records of one user that only the attacker holds."""
     if data.attack_fraction == 0 or num_records < data.attack_min_records:
         return set()
     count = min(max(1, round(data.attack_fraction * num_records)), data.attack_max_records, num_records - 1)

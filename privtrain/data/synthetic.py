@@ -76,7 +76,7 @@ class CustomerRecord:
     spans: tuple[Span, ...]
 
     def as_row(self) -> dict[str, object]:
-        """A row of a JSONL data set: ``user``, ``text`` and ``spans``."""
+        """Return a row of a JSONL data set: ``user``, ``text`` and ``spans``."""
         return dataclasses.asdict(self)
 
 

@@ -47,11 +47,11 @@ class UnitData:
         return np.fromiter(map(len, self.records), dtype=np.int64, count=len(self.records))
 
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """The tokenised records that are wanted, unit by unit."""
+        """Return the tokenised records that are wanted, unit by unit."""
         return [[self.records[unit][number] for number in numbers] for unit, numbers in drawn]
 
     def sha256(self) -> str:
-        """Digest of every unit's name, tokens and targets."""
+        """Return a digest of every unit's name, tokens and targets."""
         digest = hashlib.sha256()
         for name, records in zip(self.names, self.records, strict=True):
             arrays = [array.tobytes() for record in records for array in (record.tokens, record.is_target)]
@@ -61,7 +61,7 @@ class UnitData:
 
 
 def example_name(user: str, index: int) -> str:
-    """The unit's name where the unit is the example."""
+    """Return the unit's name where the unit is the example."""
     return f"{user}#{index}"
 
 
@@ -109,7 +109,7 @@ def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: S
 
 
 def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:
-    """Units from pieces, a user's next to each other."""
+    """Return the units from pieces, a user's next to each other."""
     names: list[str] = []
     owners: list[str] = []
     grouped: list[list[Record]] = []

@@ -35,13 +35,13 @@ class UnitsOnDisk(UnitData):
 
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """All texts are tokenised together."""
+        """Tokenise all texts together."""
         places = [self._place(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
         return [[next(encoded) for _ in numbers] for _, numbers in drawn]
 
     def sha256(self) -> str:
-        """Digest of all that decides every unit's name, tokens and targets."""
+        """Return a digest of all that decides every unit's name, tokens and targets."""
         digest = hashlib.sha256()
         for part in (self.corpus.manifest_sha256, self.encoder.sha256(), self.unit):
             digest.update(part.encode())
@@ -59,7 +59,7 @@ class UnitsOnDisk(UnitData):
 
 
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
-    """The training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
+    """Return the training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
     training = UserIndices.of(split.training)
     names = owners = training.names
     indices = LazySequence(len(training), training.at)

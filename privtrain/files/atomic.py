@@ -12,7 +12,7 @@ from typing import Any
 
 
 def temporary_of(path: pathlib.Path) -> pathlib.Path:
-    """Where a file is written before it takes its place."""
+    """Return where a file is written before it takes its place."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -138,7 +138,7 @@ def check_empty(path: pathlib.Path, allowed: Collection[str]) -> None:
 
 
 def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> bytes:
-    """The content of a private file, which was opened without following a link.
+    """Return the content of a private file, which was opened without following a link.
 
     Args:
         path: the file; its directory is the caller's to check.
@@ -178,7 +178,7 @@ def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = No
 
 
 def open_private_file(path: pathlib.Path, flags: int) -> int:
-    """A descriptor of a private file to be written, made if ``flags`` say so; it is 0600 from here on.
+    """Return a descriptor of a private file to be written, made if ``flags`` say so; it is 0600 from here on.
 
     Args:
         path: the file, in a private directory.
@@ -210,7 +210,7 @@ def open_private_file(path: pathlib.Path, flags: int) -> int:
 
 
 def open_lock_file(path: pathlib.Path) -> int:
-    """A descriptor of a lock file in a private directory, made if it is not there; no link is followed.
+    """Return a descriptor of a lock file in a private directory, made if it is not there; no link is followed.
 
     Raises:
         UnsafePath: if it is a link.

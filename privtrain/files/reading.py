@@ -80,7 +80,7 @@ def opened(
 def read_bytes(
     path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES, follow_links: bool = False
 ) -> bytes:
-    """The whole of a file; see :func:`opened`."""
+    """Return the whole of a file; see :func:`opened`."""
     with opened(path, remedy=remedy, max_bytes=max_bytes, follow_links=follow_links) as file:
         try:
             content = file.read(max_bytes + 1)  # it may have grown since it was opened
@@ -92,7 +92,7 @@ def read_bytes(
 
 
 def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
-    """SHA-256 of an open file from its beginning; it stands at the beginning afterwards.
+    """Return SHA-256 of an open file from its beginning; it stands at the beginning afterwards.
 
     Raises:
         DamagedFile: if the disk does not give it.
@@ -109,7 +109,7 @@ def sha256_of(file: BinaryIO, path: pathlib.Path) -> str:
 
 
 def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
-    """SHA-256 of a regular file; see :func:`opened`."""
+    """Return SHA-256 of a regular file; see :func:`opened`."""
     with opened(path, follow_links=follow_links, may_be_empty=True) as file:
         return sha256_of(file, path)
 
@@ -117,7 +117,7 @@ def file_sha256(path: pathlib.Path, *, follow_links: bool = False) -> str:
 def read_json(
     path: pathlib.Path, *, remedy: str = "", schema: str | None = None, max_bytes: int = MAX_BYTES
 ) -> dict[str, Any]:
-    """One JSON object that has one meaning: no key twice, every number finite.
+    """Return one JSON object that has one meaning: no key twice, every number finite.
 
     Args:
         path: the file.
@@ -135,7 +135,7 @@ def read_json(
 
 
 def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, remedy: str = "") -> dict[str, Any]:
-    """The object in a file's content or in one line of it; see :func:`read_json`."""
+    """Return the object in a file's content or in one line of it; see :func:`read_json`."""
     where = "" if line is None else f"line {line} "
     try:
         found = json.loads(
@@ -176,7 +176,7 @@ def read_json_lines(
 def read_yaml(
     path: pathlib.Path, *, remedy: str = "", max_bytes: int = 16 << 20, follow_links: bool = False
 ) -> dict[str, Any]:
-    """One YAML mapping with text keys and one meaning (:mod:`.strict_yaml`); an empty document is an empty one.
+    """Return one YAML mapping with text keys and one meaning (:mod:`.strict_yaml`); an empty document is an empty one.
 
     Raises:
         DamagedFile: if it is something else.
@@ -198,7 +198,7 @@ def read_yaml(
 
 
 def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line: int) -> float | None:
-    """A finite number in one line of a file; None where the line has none.
+    """Return a finite number in one line of a file; None where the line has none.
 
     Raises:
         DamagedFile: if there is something else.
@@ -218,7 +218,7 @@ def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line:
 
 
 def _problem(path: pathlib.Path, error: OSError) -> str:
-    """What the operating system says, in words."""
+    """Return what the operating system says, in words."""
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             return "is missing"

@@ -26,12 +26,12 @@ def loads(text: str | bytes) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """The one form in which records are written: ASCII, no spaces, keys in the order given."""
+    """Return the one form in which records are written: ASCII, no spaces, keys in the order given."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def finite_float(text: str) -> float:
-    """A number as JSON writes it; ``ValueError`` where no double holds it, as of 1e999."""
+    """Return a number as JSON writes it; ``ValueError`` where no double holds it, as of 1e999."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("a number is beyond the range of a double")

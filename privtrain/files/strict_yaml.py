@@ -69,7 +69,7 @@ class Document:
     lines: dict[Path, int]
 
     def line_of(self, path: Path) -> int | None:
-        """The line of a path, or of the nearest section above it; none if that is the document."""
+        """Return the line of a path, or of the nearest section above it; none if that is the document."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -97,7 +97,7 @@ def parse(text: str) -> Document:
 
 
 def dump(value: Any) -> str:
-    """What :func:`parse` reads as ``value``, keys in their order."""
+    """Return what :func:`parse` reads as ``value``, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 

@@ -7,7 +7,7 @@ import pathlib
 
 
 def why_unwritable(directory: pathlib.Path) -> str:
-    """Why this user could not make or write into a directory; empty if nothing speaks against it."""
+    """Return why this user could not make or write into a directory; empty if nothing speaks against it."""
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent

@@ -60,7 +60,7 @@ def _check_unchanged(inputs: Inputs) -> None:
 
 
 def _telling_keys(config: Config) -> dict[str, Any]:
-    """What decides the trained weights, as dotted keys; the files may have moved."""
+    """Return what decides the trained weights, as dotted keys; the files may have moved."""
     tree = config.model_dump(
         mode="json", include={"model", "lora", "prompt", "data", "canaries", "privacy", "training"}
     )

@@ -44,22 +44,22 @@ Zeroed = Mapping[tuple[int, int], Sequence[int]]
 
 
 def directory_of(log: pathlib.Path) -> pathlib.Path:
-    """Where the bodies of a log are."""
+    """Return where the bodies of a log are."""
     return log.with_suffix("")
 
 
 def rows_path(log: pathlib.Path, segment: int) -> pathlib.Path:
-    """The row file of an open segment."""
+    """Return the row file of an open segment."""
     return directory_of(log) / f"rows-{segment:08d}.bin"
 
 
 def segment_path(log: pathlib.Path, segment: int) -> pathlib.Path:
-    """The file of a sealed segment."""
+    """Return the file of a sealed segment."""
     return directory_of(log) / f"segment-{segment:08d}.parquet"
 
 
 def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Table:
-    """The rows of these bodies as columns.
+    """Return the rows of these bodies as columns.
 
     Args:
         bodies: steps, in order.
@@ -85,7 +85,7 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """The file of a segment. Pseudonyms are random bytes, so only the other columns are worth a dictionary."""
+    """Return the file of a segment. Pseudonyms are random bytes, so only the other columns are worth a dictionary."""
     buffer = io.BytesIO()
     small: Any = ["generation", "step", "records"]
     pq.write_table(table, buffer, compression="zstd", use_dictionary=small, write_statistics=small)
@@ -93,7 +93,7 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def chunk_hashes(content: bytes) -> list[str]:
-    """SHA-256 of every piece of a file."""
+    """Return SHA-256 of every piece of a file."""
     return [hashlib.sha256(content[i : i + CHUNK_BYTES]).hexdigest() for i in range(0, len(content), CHUNK_BYTES)]
 
 
@@ -136,7 +136,7 @@ def check_segment_file(log: pathlib.Path, index: int, segment: Segment) -> bytes
 
 
 def read_segment(log: pathlib.Path, index: int, segment: Segment, state: LedgerState) -> np.ndarray:
-    """The rows of a sealed segment, checked: bytes, steps, flags, roots, order and contribution bound.
+    """Return the rows of a sealed segment, checked: bytes, steps, flags, roots, order and contribution bound.
 
     Raises:
         LedgerCorrupt: naming file and step.

@@ -155,7 +155,7 @@ class LedgerState:
 
 
 def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
-    """The line of the next record."""
+    """Return the line of the next record."""
     body = strict_json.dumps({"seq": state.num_records, "prev": state.head, "kind": kind, **fields})
     return _OPENING + hashlib.sha256(body.encode()).hexdigest().encode() + b'",' + body[1:].encode() + b"\n"
 
@@ -215,7 +215,7 @@ def advance(state: LedgerState, line: bytes) -> None:
 
 
 def record_of(line: bytes) -> dict[str, Any]:
-    """The record of a line, which must be the only line that says this: its hash, no key twice, the one form.
+    """Return the record of a line, which must be the only line that says this: its hash, no key twice, the one form.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -236,7 +236,7 @@ def record_of(line: bytes) -> dict[str, Any]:
 
 
 def parse(state: LedgerState, line: bytes) -> dict[str, Any]:
-    """The record of the next line, checked against all rules.
+    """Return the record of the next line, checked against all rules.
 
     Raises:
         ValueError: saying what is wrong with it.

@@ -29,7 +29,7 @@ Slot = tuple[int, str] | None
 
 
 def head_path(log: pathlib.Path) -> pathlib.Path:
-    """Where the head file of a log is."""
+    """Return where the head file of a log is."""
     return log.with_suffix(".head")
 
 

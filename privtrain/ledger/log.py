@@ -66,7 +66,7 @@ def verify(path: pathlib.Path) -> LedgerState:
 
 
 def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState:
-    """The same for the records alone, which is quick; bodies are not looked at.
+    """Return the same for the records alone, which is quick; bodies are not looked at.
 
     Args:
         path: the log.
@@ -327,12 +327,12 @@ def open_ledger(
 
 
 def key_commitment(key: SecretKey) -> str:
-    """What the first record says of the pseudonym key, so that a proof can be checked against the right one."""
+    """Return what the first record says of the pseudonym key, so that a proof can be checked against the right one."""
     return hashlib.sha256(b"privtrain/ledger/2/key:" + key.reveal()).hexdigest()
 
 
 def blinded_plan(key: SecretKey, plan_fingerprint: str) -> str:
-    """What the first record says of the plan and the data: see :meth:`Ledger.blinded`."""
+    """Return what the first record says of the plan and the data: see :meth:`Ledger.blinded`."""
     return key.derive("ledger plan", plan_fingerprint).hex()
 
 
@@ -357,7 +357,7 @@ def _refuse_first_format(path: pathlib.Path) -> None:
 def _body(
     key: SecretKey, generation: int, step: int, units: Sequence[tuple[str, int]]
 ) -> tuple[list[str], np.ndarray, str]:
-    """The names in the order of the tree, their rows in the same order, and the root."""
+    """Return the names in the order of the tree, their rows in the same order, and the root."""
     context = merkle.step_context(generation, step)
     pseudonyms = [bytes.fromhex(pseudonym(key, name)) for name, _ in units]
     hashes = merkle.row_hashes(context, b"".join(pseudonyms))

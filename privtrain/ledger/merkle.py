@@ -34,7 +34,7 @@ def step_context(generation: int, step: int) -> bytes:
 
 
 def row_hashes(context: bytes, pseudonyms: bytes) -> list[bytes]:
-    """The rows of concatenated pseudonyms, in their order, before the counts are put in."""
+    """Return the rows of concatenated pseudonyms, in their order, before the counts are put in."""
     return [
         _sha256(context + pseudonyms[i : i + PSEUDONYM_BYTES]).digest()
         for i in range(0, len(pseudonyms), PSEUDONYM_BYTES)
@@ -54,12 +54,12 @@ def with_counts(hashes: bytes, counts: np.ndarray) -> bytes:
 
 
 def rows_of(context: bytes, pseudonyms: bytes, counts: np.ndarray) -> bytes:
-    """The rows of a step whose pseudonyms are in the order of their tags."""
+    """Return the rows of a step whose pseudonyms are in the order of their tags."""
     return with_counts(b"".join(row_hashes(context, pseudonyms)), counts)
 
 
 def are_sorted(rows: bytes) -> bool:
-    """Whether tags strictly increase, so that no user is there twice and neighbours show an absence."""
+    """Return whether tags strictly increase, so that no user is there twice and neighbours show an absence."""
     first = np.frombuffer(rows, dtype=">u8").reshape(-1, ROW_BYTES // 8)[:, 0]
     if bool(np.all(first[1:] > first[:-1])):
         return True
@@ -73,17 +73,17 @@ def num_buckets(num_rows: int) -> int:
 
 
 def bucket(rows: bytes, index: int) -> bytes:
-    """The rows of one leaf."""
+    """Return the rows of one leaf."""
     return rows[index * _BUCKET_BYTES : (index + 1) * _BUCKET_BYTES]
 
 
 def leaf_hash(bucket_rows: bytes) -> bytes:
-    """The hash of a leaf."""
+    """Return the hash of a leaf."""
     return _sha256(b"\x00" + bucket_rows).digest()
 
 
 def leaf_hashes(rows: bytes) -> list[bytes]:
-    """The hash of every leaf."""
+    """Return the hash of every leaf."""
     return [_sha256(b"\x00" + rows[i : i + _BUCKET_BYTES]).digest() for i in range(0, len(rows), _BUCKET_BYTES)]
 
 
@@ -93,7 +93,7 @@ def _parents(level: Sequence[bytes]) -> list[bytes]:
 
 
 def root_of(rows: bytes) -> str:
-    """The root over the rows of a step, in hex; of none, the hash of nothing (RFC 6962, section 2.1)."""
+    """Return the root over the rows of a step, in hex; of none, the hash of nothing (RFC 6962, section 2.1)."""
     level = leaf_hashes(rows)
     if not level:
         return _sha256(b"").hexdigest()
@@ -103,7 +103,7 @@ def root_of(rows: bytes) -> str:
 
 
 def audit_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """The hashes that lead from a leaf to the root (RFC 6962, section 2.1.1)."""
+    """Return the hashes that lead from a leaf to the root (RFC 6962, section 2.1.1)."""
     path, level = [], list(leaves)
     while len(level) > 1:
         sibling = index ^ 1
@@ -114,7 +114,7 @@ def audit_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
 
 
 def root_from_path(leaf: bytes, index: int, num_leaves: int, path: Sequence[bytes]) -> str:
-    """The root that a leaf at ``index`` of ``num_leaves`` has under this path, in hex.
+    """Return the root that a leaf at ``index`` of ``num_leaves`` has under this path, in hex.
 
     Raises:
         ValueError: if the path does not have the length that this place asks for.

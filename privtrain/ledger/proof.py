@@ -106,7 +106,7 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
 
 
 def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]]:
-    """The one or two leaves that show a user's row, or that there is none between its neighbours."""
+    """Return the one or two leaves that show a user's row, or that there is none between its neighbours."""
     context = merkle.step_context(body.generation, body.step)
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
@@ -203,7 +203,7 @@ def _check_key(state: LedgerState, proof: dict[str, Any], key: SecretKey) -> Non
 
 
 def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tuple[int, int] | None:
-    """The user's place and records in a step, or ``None`` where the leaves show that there is none."""
+    """Return the user's place and records in a step, or ``None`` where the leaves show that there is none."""
     where = f"step {body.step} of generation {body.generation}"
     num_leaves = merkle.num_buckets(body.num_units)
     rows = b""
@@ -249,7 +249,7 @@ def _decode(text: str) -> bytes:
 
 
 def read_proof(path: pathlib.Path) -> dict[str, Any]:
-    """The proof in a file.
+    """Return the proof in a file.
 
     Raises:
         ProofRejected: if it is no such file.

@@ -88,7 +88,7 @@ class Contributions:
         return {(row.pop("generation"), row.pop("step")): row for row in rows}
 
     def top(self, count: int) -> list[Row]:
-        """The heaviest contributors: pseudonym, records, steps, zeroed; the most records first."""
+        """Return the heaviest contributors: pseudonym, records, steps, zeroed; the most records first."""
         rows = self._rows(
             "SELECT unit, sum(records)::BIGINT AS records, count(*) AS steps, count(*) FILTER (zeroed) AS zeroed "
             "FROM contributions GROUP BY unit ORDER BY records DESC, steps DESC, unit LIMIT ?",
@@ -97,7 +97,7 @@ class Contributions:
         return [{"pseudonym": row.pop("unit").hex, **row} for row in rows]
 
     def user(self, unit_pseudonym: str) -> list[Row]:
-        """One user's part in every step that it joined."""
+        """Return one user's part in every step that it joined."""
         rows = self._rows(
             "SELECT generation, step, records, zeroed FROM contributions WHERE unit = ? ORDER BY generation, step",
             [uuid.UUID(hex=unit_pseudonym)],
@@ -109,7 +109,7 @@ class Contributions:
         return rows
 
     def statistics(self, cap: int | None = None) -> Statistics:
-        """How the contributions are spread."""
+        """Return how the contributions are spread."""
         # Two passes: a table of users with two sums each is what fits in memory at millions of users.
         spread = self._rows(
             "SELECT steps, records, count(*) AS users FROM ("

@@ -26,7 +26,7 @@ from privtrain.run.directory import RunDirectory
 
 
 def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
-    """The run, which must have a ledger."""
+    """Return the run, which must have a ledger."""
     run = RunDirectory(run_path)
     if not run.ledger.is_file():
         raise PrivtrainError(f"{run_path} has no ledger; give a run directory such as runs/demo")
@@ -182,7 +182,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def pseudonym_of(run: RunDirectory, user: str) -> str:
-    """A user's pseudonym in this run.
+    """Return a user's pseudonym in this run.
 
     Raises:
         PrivtrainError: if the key was shredded.
@@ -251,7 +251,7 @@ def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | N
 
 
 def which_pseudonym(run: RunDirectory, user: str | None, unit_pseudonym: str | None) -> str:
-    """The pseudonym that a command is about.
+    """Return the pseudonym that a command is about.
 
     Raises:
         PrivtrainError: unless exactly one of the two is given, and well formed.
@@ -364,7 +364,7 @@ def print_checked_proof(
 
 
 def _shown_key(path: pathlib.Path) -> SecretKey:
-    """A key that somebody was shown, from wherever they keep it."""
+    """Return a key that somebody was shown, from wherever they keep it."""
     try:
         return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
     except (OSError, ValueError):
@@ -372,7 +372,7 @@ def _shown_key(path: pathlib.Path) -> SecretKey:
 
 
 def check_chain(run_path: pathlib.Path) -> LedgerState:
-    """What a run's records say, without its bodies: quick, for lists of runs."""
+    """Return what a run's records say, without its bodies: quick, for lists of runs."""
     return verify_chain(run_with_ledger(run_path).ledger, allow_torn=True)
 
 

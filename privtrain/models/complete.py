@@ -18,7 +18,7 @@ _SHOWN = 3
 
 
 def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, is_classifier: bool) -> list[str]:
-    """The modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
+    """Return the modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
 
     Args:
         base: the model.
@@ -55,7 +55,7 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
 
 
 def _is_head(base: PreTrainedModel, name: str) -> bool:
-    """Whether a weight is no part of the body that classifiers and language models share."""
+    """Return whether a weight is no part of the body that classifiers and language models share."""
     prefix = base.base_model_prefix
     return not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler.")
 

@@ -17,12 +17,12 @@ _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
 
 
 def num_embedded(model: Any) -> int:
-    """The number of ids that a model embeds; its weights were compared with its config when they were loaded."""
+    """Return the number of ids that a model embeds; its weights were compared with its config when they were loaded."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def learned_positions(model: torch.nn.Module) -> int | None:
-    """The most tokens that a model with learned positions can read; ``None`` where positions are computed."""
+    """Return the most tokens that a model with learned positions can read; ``None`` where positions are computed."""
     found = []
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]

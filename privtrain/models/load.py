@@ -35,7 +35,7 @@ LOADING_FAILURES = (
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
+    """Return the base model's tokenizer.
 
     Raises:
         ConfigError: if it cannot be loaded or has no end-of-text token.
@@ -57,7 +57,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The base model in ``dtype``, frozen. The adapter stays in fp32 whatever the base is held in.
+    """Return the base model in ``dtype``, frozen. The adapter stays in fp32 whatever the base is held in.
 
     Raises:
         ConfigError: if it cannot be loaded.
@@ -162,7 +162,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
 
 
 def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Module:
-    """The base with a released adapter on it; ``disable_adapter()`` gives the base back."""
+    """Return the base with a released adapter on it; ``disable_adapter()`` gives the base back."""
     import peft
 
     return peft.PeftModel.from_pretrained(base, str(directory))
@@ -178,7 +178,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the frozen base is held in.
+    """Return what the frozen base is held in.
 
     On a CPU autocast over fp32 weights is the faster way to bf16 (measured: bf16 weights make the backward pass half as
     slow again); on an accelerator bf16 weights save memory and the conversion.

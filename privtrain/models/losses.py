@@ -31,7 +31,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def plant(self, tokens: np.ndarray) -> Record:
-        """A record of arbitrary tokens for the start-up self-test."""
+        """Return a record of arbitrary tokens for the start-up self-test."""
 
 
 class CausalLM(Objective):
@@ -66,7 +66,7 @@ class Classification(Objective):
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, *, num_labels: int, pad_id: int, is_pair: bool) -> Classification:
-        """The objective of a model: the second text is marked where the model has segments for it.
+        """Return the objective of a model: the second text is marked where the model has segments for it.
 
         Args:
             model: a sequence classifier, with or without an adapter.
@@ -112,7 +112,7 @@ class Classification(Objective):
 
 
 def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Log p(token | tokens before it) in fp32.
+    """Return log p(token | tokens before it) in fp32.
 
     No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
     does not depend on the padding or on the other rows.

@@ -29,7 +29,7 @@ _NUM_TOKENS = 16
 
 
 def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
-    """The model that a run released, in fp32; an adapter is merged into its base.
+    """Return the model that a run released, in fp32; an adapter is merged into its base.
 
     Args:
         run: a finished run.
@@ -55,7 +55,7 @@ def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
 
 
 def _base(config: Config, base_model: pathlib.Path | None) -> PreTrainedModel:
-    """The base as the run had it: a classifier with its labels, or a language model."""
+    """Return the base as the run had it: a classifier with its labels, or a language model."""
     section = config.model
     if base_model is not None:
         section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)
@@ -84,7 +84,7 @@ def _untie(base: PreTrainedModel, adapter: pathlib.Path) -> None:
 
 
 def rounded(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights rounded to ``dtype``, held and computed in fp32."""
+    """Return the model with its weights rounded to ``dtype``, held and computed in fp32."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype).float())
@@ -98,12 +98,12 @@ def save_weights(model: Any, directory: pathlib.Path) -> None:
 
 
 def reopened(model: Any, directory: pathlib.Path) -> Any:
-    """What a directory holds, opened as others will open it, in fp32."""
+    """Return what a directory holds, opened as others will open it, in fp32."""
     return type(model).from_pretrained(str(directory), dtype=torch.float32).eval()
 
 
 def outputs(model: Any) -> torch.Tensor:
-    """What a model computes on fixed tokens: logits in fp32."""
+    """Return what a model computes on fixed tokens: logits in fp32."""
     ids = torch.arange(_NUM_TOKENS)[None] * 7 % num_embedded(model)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()

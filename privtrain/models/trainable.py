@@ -38,7 +38,7 @@ _HEADS = ("classifier", "score", "classification_head")
 
 
 def make_trainable(base: PreTrainedModel, config: Config, init_seed: int) -> torch.nn.Module:
-    """The model to train.
+    """Return the model to train.
 
     Args:
         base: the frozen base model.
@@ -115,7 +115,7 @@ def _check_names(base: PreTrainedModel, lora: LoraSection) -> None:
 
 
 def _endings(name: str) -> list[str]:
-    """What PEFT takes for the name of a module: its whole name, and every end of it after a dot."""
+    """Return what PEFT takes for the name of a module: its whole name, and every end of it after a dot."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 

@@ -67,7 +67,7 @@ class BaseSource:
         self.lora = lora if lora is not None and method == "lora" else LoraSection()
 
     def whole(self) -> PreTrainedModel:
-        """The model with its weights, frozen.
+        """Return the model with its weights, frozen.
 
         Raises:
             ConfigError: if it cannot be loaded.
@@ -78,7 +78,7 @@ class BaseSource:
         return load_classifier(self.model, self.dtype, labels=head.labels, init_seed=head.init_seed)
 
     def empty(self) -> PreTrainedModel:
-        """The model without weights, frozen; the caller chooses by context where its tensors are made.
+        """Return the model without weights, frozen; the caller chooses by context where its tensors are made.
 
         Raises:
             ConfigError: if this model or method needs the whole base on every rank.
@@ -114,7 +114,7 @@ class BaseSource:
             raise ConfigError(faults)
 
     def reader(self, shapes: Mapping[str, tuple[int, ...]]) -> PartReader:
-        """Reads parts of the tensors with these names and shapes."""
+        """Read parts of the tensors with these names and shapes."""
         files = _SafetensorsParts.find(self.model, shapes)
         if files is not None:
             return lambda name, first, count: files.read(name, first, count).to(self.dtype)
@@ -129,7 +129,7 @@ class _SafetensorsParts:
 
     @classmethod
     def find(cls, model: ModelSection, shapes: Mapping[str, tuple[int, ...]]) -> _SafetensorsParts | None:
-        """The files of a model, if they hold just these tensors under just these names and shapes."""
+        """Return the files of a model, if they hold just these tensors under just these names and shapes."""
         if model.gguf_file:
             return None
         files = cls({name: path for path in _weight_files(model) for name in _names(path)})
@@ -168,7 +168,7 @@ def _names(path: pathlib.Path) -> list[str]:
 
 
 def _weight_files(model: ModelSection) -> list[pathlib.Path]:
-    """Every safetensors file of the model, on this machine."""
+    """Return every safetensors file of the model, on this machine."""
     from transformers.utils import cached_file
 
     location = locate(model)

@@ -64,13 +64,13 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
-        """The layout of the tensors of ``model`` that require a gradient; a tied tensor has one place."""
+        """Return the layout of the tensors of ``model`` that require a gradient; a tied tensor has one place."""
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
 
     def zeros(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A zero vector."""
+        """Return a zero vector."""
         return torch.zeros(self.num_coordinates, dtype=dtype, device=device)
 
     def view(self, vector: torch.Tensor, slot: Slot) -> torch.Tensor:
-        """The part of ``vector`` that belongs to ``slot``, in its shape, sharing memory."""
+        """Return the part of ``vector`` that belongs to ``slot``, in its shape, sharing memory."""
         return vector[slot.start : slot.start + slot.num_coordinates].view(slot.shape)

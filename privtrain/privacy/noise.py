@@ -55,7 +55,7 @@ class StepNoise:
 
 
 def noise_exponent(stddev: float, exponent: int) -> int:
-    """The exponent of the public grid that is released, given the noise and the exponent of the sum's grid.
+    """Return the exponent of the public grid that is released, given the noise and the exponent of the sum's grid.
 
     Between σ·2**-21 and σ·2**-20, but never finer than the sum's.
     """
@@ -164,7 +164,7 @@ class _Rounding:
         return total >> self._shift, total & ((1 << self._shift) - 1)
 
     def _doubtful(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-        """Where the nearest integer to t may not be the nearest to what t stands for."""
+        """Return where the nearest integer to t may not be the nearest to what t stands for."""
         candidates = distance >= 0.5 - self._far
         lowest, highest = torch.aminmax(x)
         if max(-float(lowest), float(highest)) > normal.FAR:
@@ -174,7 +174,7 @@ class _Rounding:
         return found[~is_near]
 
     def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
-        """The nearest integer to the t of a coordinate whose U has all its digits."""
+        """Return the nearest integer to the t of a coordinate whose U has all its digits."""
 
         def more(number: int) -> int:
             return int(noise.key.stream("more noise", name, coordinate).uint64(number + 1)[number])

@@ -74,7 +74,7 @@ def check_quantiles() -> None:
 
 
 def is_below(first: int, more: Callable[[int], int], z: Fraction) -> bool:
-    """Whether X < z, for certain.
+    """Return whether X < z, for certain.
 
     Args:
         first: the first 64 digits of U as an integer.

@@ -145,7 +145,7 @@ class PrivacyPlan:
 
     @classmethod
     def uncertified(cls, privacy: PrivacySection) -> PrivacyPlan:
-        """The plan of a configuration before anything is accounted for: its ε is infinite."""
+        """Return the plan of a configuration before anything is accounted for: its ε is infinite."""
         is_example = privacy.unit == "example"
         records_per_user = privacy.records_per_user
         assert is_example or records_per_user is not None, "the schema has a default"
@@ -209,11 +209,11 @@ class PrivacyPlan:
         return Terms(self.delta, self.accountant, self.neighboring_relation)
 
     def event_of_steps(self, num_steps: int) -> Any:
-        """What a ``guaranteed_unit`` sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
+        """Return what a ``guaranteed_unit`` sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
         return self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
 
     def record_event_of_steps(self, num_steps: int) -> Any:
-        """What one sampled unit sees of ``num_steps`` steps."""
+        """Return what one sampled unit sees of ``num_steps`` steps."""
         return self.scheme.event_of_steps(self.noise_multiplier, num_steps)
 
     def unit_epsilon_after(self, num_steps: int) -> float:
@@ -289,7 +289,7 @@ class PrivacyPlan:
         return min(value, self.epsilon) if num_steps < self.num_steps else value
 
     def answer_after(self, num_steps: int) -> accountants.PrivacyAnswer:
-        """The accountant's whole answer for ``num_steps`` charged steps."""
+        """Return the accountant's whole answer for ``num_steps`` charged steps."""
         return _answer_after(self, num_steps)
 
     def recomputed_epsilon(self) -> float:
@@ -304,7 +304,7 @@ class PrivacyPlan:
         return way.certifies(self.scheme, self.noise_multiplier, self.num_steps, self.epsilon, self.terms)
 
     def fingerprint(self, data_sha256: str | None = None) -> str:
-        """SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
+        """Return SHA-256 over the plan's canonical JSON, with the data manifest's digest for the run's own use.
 
         Publish it without the digest only: with it, whoever knows all records but one could test a guess of that one.
         """
@@ -321,7 +321,7 @@ class PrivacyPlan:
 
     @classmethod
     def from_body(cls, body: Any) -> PrivacyPlan:
-        """The plan that :meth:`body` describes; nothing is calibrated or accounted for.
+        """Return the plan that :meth:`body` describes; nothing is calibrated or accounted for.
 
         Raises:
             ValueError: if it describes none.
@@ -351,7 +351,7 @@ class PrivacyPlan:
 
 
 def finite(value: float) -> float | None:
-    """The value, or ``None`` for one that JSON has no number for."""
+    """Return the value, or ``None`` for one that JSON has no number for."""
     return value if math.isfinite(value) else None
 
 

@@ -59,7 +59,7 @@ class Scheme(abc.ABC):
         return None
 
     def most_expected(self, num_units: float) -> float:
-        """Units that a step draws on average, or at most where that is less."""
+        """Return the units that a step draws on average, or at most where that is less."""
         return self.rate * num_units
 
     @property
@@ -69,7 +69,7 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """The event of ``num_epochs`` epochs, as :mod:`accountants` reads it."""
+        """Return the event of ``num_epochs`` epochs, as :mod:`accountants` reads it."""
 
     @abc.abstractmethod
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ class Scheme(abc.ABC):
         """What the privacy statement says about the sampling."""
 
     def event_of_steps(self, noise_multiplier: float, num_steps: int) -> Any:
-        """The event of ``num_steps`` steps of one key; an unfinished epoch counts as a whole one."""
+        """Return the event of ``num_steps`` steps of one key; an unfinished epoch counts as a whole one."""
         return self.event(noise_multiplier, -(-num_steps // self.period))
 
     def whole_steps(self, num_steps: int) -> int:
@@ -93,7 +93,7 @@ class Scheme(abc.ABC):
         return sum(self.whole_steps(count) for count in Counter(generations).values())
 
     def parameters(self) -> dict[str, Any]:
-        """The scheme's constants by name."""
+        """Return the scheme's constants by name."""
         return {"scheme": self.name, "sampling_prob": self.rate, **dataclasses.asdict(self)}
 
 
@@ -117,7 +117,7 @@ class Poisson(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """One step."""
+        """Draw one step."""
         return [np.flatnonzero(key.stream("sample", epoch).uniform(num_units) < self.sampling_prob)]
 
     @property
@@ -166,7 +166,7 @@ class TruncatedPoisson(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """One step."""
+        """Draw one step."""
         drawn = np.flatnonzero(key.stream("sample", epoch).uniform(self.max_num_units) < self.sampling_prob)
         if len(drawn) > self.max_batch_size:
             drawn = drawn[key.stream("truncate", epoch).choose(len(drawn), self.max_batch_size)]
@@ -275,7 +275,7 @@ class Shuffle(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """A permutation by ranking 64-bit draws; ties have a chance below ``max_num_units**2 / 2**65``."""
+        """Return a permutation by ranking 64-bit draws; ties have a chance below ``max_num_units**2 / 2**65``."""
         order = np.argsort(key.stream("shuffle", epoch).uint64(self.max_num_units), kind="stable")
         batches = np.array_split(order, self.steps_per_epoch)
         return [np.sort(batch[batch < num_units]) for batch in batches]
@@ -295,14 +295,14 @@ SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (Poisson, Truncated
 
 
 def relation_of(name: str) -> Any:
-    """The neighbouring relation as :mod:`accountants` reads it."""
+    """Return the neighbouring relation as :mod:`accountants` reads it."""
     from accountants.api import NeighboringRelation  # dp-accounting takes a second to import
 
     return NeighboringRelation[RELATIONS[name]]
 
 
 def scheme_of(privacy: PrivacySection) -> Scheme:
-    """The scheme that a config asks for; the schema has seen to it that its keys are there."""
+    """Return the scheme that a config asks for; the schema has seen to it that its keys are there."""
     cls = SCHEMES[privacy.sampling]
     values = {field.name: getattr(privacy, field.name) for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in values.items() if value is not None})
@@ -368,7 +368,7 @@ class UnitSampler:
         self._drawn: tuple[int, list[np.ndarray]] | None = None
 
     def draw(self, step: int) -> list[DrawnUnit]:
-        """The units of a step in increasing order; possibly none."""
+        """Return the units of a step in increasing order; possibly none."""
         epoch, position = divmod(step - self._first_step, self._scheme.period)
         assert epoch >= 0, (step, self._first_step)
         if self._drawn is None or self._drawn[0] != epoch:

@@ -35,25 +35,25 @@ class SecretKey:
 
     @classmethod
     def generate(cls) -> SecretKey:
-        """A fresh key from the operating system's entropy."""
+        """Return a fresh key from the operating system's entropy."""
         return cls(secrets.token_bytes(KEY_BYTES))
 
     @classmethod
     def insecure(cls, seed: int, purpose: str) -> SecretKey:
-        """A key that anybody can recompute: tests only; the run is marked as not private."""
+        """Return a key that anybody can recompute: tests only; the run is marked as not private."""
         return cls(hashlib.sha256(f"insecure:{seed}:{purpose}".encode()).digest())
 
     def reveal(self) -> bytes:
-        """The raw bytes, for storage in ``secret/`` and for the broadcast to the other ranks."""
+        """Return the raw bytes, for storage in ``secret/`` and for the broadcast to the other ranks."""
         return self._key
 
     def derive(self, purpose: str, *context: int | str) -> bytes:
-        """HMAC-SHA-256 of the purpose and context: 32 bytes, different for every different argument list."""
+        """Return HMAC-SHA-256 of the purpose and context: 32 bytes, different for every different argument list."""
         message = "\x1f".join([purpose, *(f"{type(item).__name__}:{item}" for item in context)])
         return hmac.digest(self._key, message.encode(), "sha256")
 
     def stream(self, purpose: str, *context: int | str) -> KeyStream:
-        """The random stream of this purpose and context, always from its beginning."""
+        """Return the random stream of this purpose and context, always from its beginning."""
         return KeyStream(self.derive(purpose, *context))
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class SecretKey:
 
 
 def pseudonym(key: SecretKey, unit_name: str) -> str:
-    """HMAC-SHA-256 of a unit's name under the run's pseudonym key, 128 bits of it in hex."""
+    """Return HMAC-SHA-256 of a unit's name under the run's pseudonym key, 128 bits of it in hex."""
     return key.derive("pseudonym", unit_name).hex()[:32]
 
 
@@ -100,7 +100,7 @@ _KEY_FILE_BYTES = (2 * KEY_BYTES, 2 * KEY_BYTES + 1)
 
 
 def load_key_file(path: pathlib.Path, *, owners: Collection[int] | None = None) -> SecretKey:
-    """The key in a private file, as :meth:`privtrain.run.directory.RunDirectory.create_key` writes it.
+    """Return the key in a private file, as :meth:`privtrain.run.directory.RunDirectory.create_key` writes it.
 
     Raises:
         GuaranteeLost: if it is gone or damaged.

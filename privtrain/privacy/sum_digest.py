@@ -87,7 +87,7 @@ def bind(
 
 
 def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> torch.Tensor:
-    """This rank's share of every block's value: [blocks of the whole vector, lanes] int64."""
+    """Return this rank's share of every block's value: [blocks of the whole vector, lanes] int64."""
     runs, num_coordinates = _runs(layout)
     values = torch.zeros(-(-num_coordinates // BLOCK), _NUM_LANES, dtype=torch.int64, device=total.device)
     for start, place, count in runs:

@@ -46,11 +46,11 @@ class Terms:
     relation: str
 
     def epsilon(self, event: Any) -> accountants.PrivacyAnswer:
-        """The accountant's answer for an event."""
+        """Return the accountant's answer for an event."""
         return accountants.epsilon(event, self.delta, accountant=self.accountant, relation=relation_of(self.relation))
 
     def certified(self, answer: accountants.PrivacyAnswer) -> float:
-        """The upper bound that an answer certifies under these terms."""
+        """Return the upper bound that an answer certifies under these terms."""
         return accountants.certified_upper(answer, relation_of(self.relation))
 
 
@@ -94,7 +94,7 @@ class UserAccounting(abc.ABC):
         """What one unit of the guarantee sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
 
     def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
-        """The smallest noise multiplier with which ``epsilon`` is certified.
+        """Return the smallest noise multiplier with which ``epsilon`` is certified.
 
         Raises:
             CalibrationError: if there is none.
@@ -123,7 +123,7 @@ class UserAccounting(abc.ABC):
         return terms.epsilon(self.event(scheme, noise_multiplier, num_steps))
 
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
-        """Whether an ε holds that :meth:`answer` may not find by itself, being another path's."""
+        """Return whether an ε holds that :meth:`answer` may not find by itself, being another path's."""
         del scheme, noise_multiplier, num_steps, epsilon, terms
         return True
 
@@ -262,7 +262,7 @@ USER_ACCOUNTING: dict[str, type[UserAccounting]] = {cls.name: cls for cls in (Di
 
 
 def mixture_event(scheme: Scheme, noise_multiplier: float, num_steps: int, num_records: int) -> Any:
-    """What a user with ``num_records`` records sees of ``num_steps`` steps.
+    """Return what a user with ``num_records`` records sees of ``num_steps`` steps.
 
     Raises:
         ValueError: if the scheme is not Poisson sampling, whose coins are independent.

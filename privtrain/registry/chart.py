@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 28
 
 
 def budget_chart(view: BudgetView) -> markupsafe.Markup:
-    """The picture; without runs, only its frame. Colours come from the page's style sheet."""
+    """Return the picture; without runs, only its frame. Colours come from the page's style sheet."""
     end = view.as_of
     begin = min([point[0] for point in view.history] + [end - 86400])
     top = 1.15 * max([view.epsilon, *(value for _, value in view.history if value < float("inf"))])

@@ -50,7 +50,7 @@ def now(connection: sa.Connection) -> float:
 
 
 def estimate(connection: sa.Connection) -> float:
-    """The time where none must be refused: signs of life, opt-outs, what is shown.
+    """Return the time for what must not be refused: heartbeats, opt-outs, displays.
 
     A clock that :func:`now` would refuse is not believed: then it is the newest time that was noted, at which no less
     is charged than later.
@@ -79,7 +79,7 @@ def confirm(connection: sa.Connection, today: datetime.date) -> float:
 
 
 def describe(seconds: float) -> str:
-    """A time as UTC to the minute."""
+    """Return a time as UTC to the minute."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -177,7 +177,7 @@ for _name, _command in (("forget", forget), ("serve", serve)):
 
 
 def parse_period(text: str) -> float:
-    """Seconds of ``365d``, ``12w``, ``24h``, ``1y``.
+    """Return seconds of ``365d``, ``12w``, ``24h``, ``1y``.
 
     Raises:
         PrivtrainError: if the text is something else.
@@ -189,7 +189,7 @@ def parse_period(text: str) -> float:
 
 
 def parse_date(text: str) -> datetime.date:
-    """The date of ``2026-03-31``.
+    """Return the date of ``2026-03-31``.
 
     Raises:
         PrivtrainError: if the text is something else.

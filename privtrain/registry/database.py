@@ -56,7 +56,7 @@ def registry_url(section: RegistrySection) -> str | None:
 
 
 def default_url() -> str:
-    """A SQLite file in the user's data directory."""
+    """Return a SQLite file in the user's data directory."""
     return f"sqlite:///{_data_directory() / 'registry.db'}"
 
 
@@ -144,7 +144,7 @@ class Database:
             sync_directory(self._file.parent)
 
     def key(self, *, check: bool = True) -> SecretKey:
-        """The pseudonym key.
+        """Return the pseudonym key.
 
         Raises:
             GuaranteeLost: if it is missing, or is not the one that this registry's pseudonyms were made with: then

@@ -16,7 +16,7 @@ _CHUNK = 2000
 
 
 def reservations_of(connection: sa.Connection, uid: str) -> Sequence[Any]:
-    """All of a run's reservations, the one that is not closed last, locked until the transaction ends."""
+    """Return all of a run's reservations, the one that is not closed last, locked until the transaction ends."""
     chosen = sa.select(ReservationRow).join(Run, Run.id == ReservationRow.run_id).where(Run.uid == uid)
     is_live = sa.case((ReservationRow.state != "closed", 1), else_=0)
     ordered = chosen.order_by(is_live, ReservationRow.created_at)
@@ -32,7 +32,7 @@ def settled_heads(connection: sa.Connection, rows: Sequence[Any]) -> set[str]:
 
 
 def closed_by(connection: sa.Connection, row: Any) -> str:
-    """How a closed reservation ended."""
+    """Return how a closed reservation ended."""
     return connection.execute(sa.select(Settlement.kind).where(Settlement.reservation_id == row.id)).scalar_one()
 
 

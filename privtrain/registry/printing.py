@@ -17,24 +17,24 @@ _BAR = 20
 
 
 def upwards(value: float, digits: int = 3) -> str:
-    """A spent ε, never shown below what it is."""
+    """Return a spent ε, never shown below what it is."""
     return "∞" if math.isinf(value) else f"{math.ceil(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
 def downwards(value: float, digits: int = 3) -> str:
-    """What is left, never shown above what it is."""
+    """Return what is left, never shown above what it is."""
     return f"{math.floor(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
 def day(seconds: float | None) -> str:
-    """A time as UTC to the minute; empty for none."""
+    """Return a time as UTC to the minute; empty for none."""
     if seconds is None:
         return ""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def mechanism_text(view: RunView) -> str:
-    """A run's mechanism in one phrase."""
+    """Return a run's mechanism in one phrase."""
     known = view.mechanism
     if "noise_multiplier" not in known:
         return f"{known['count']} times {known['mechanism']}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def explain(
     request: RunRequest, part: Part, refused: Sequence[tuple[BudgetKey, Limit]], limits: Sequence[Limit]
 ) -> str:
-    """The message of a refusal.
+    """Return the message of a refusal.
 
     Args:
         request: the run.
@@ -37,12 +37,12 @@ def explain(
 
 
 def describe_scope(key: BudgetKey) -> str:
-    """Whose budget it is."""
+    """Return whose budget it is."""
     return f"every user of {key.name!r}" if key.scope == "user" else f"the data set {key.name!r}"
 
 
 def describe_period(seconds: float | None) -> str:
-    """The window in words; empty if the budget is for ever."""
+    """Return the window in words; empty if the budget is for ever."""
     if seconds is None:
         return ""
     return f" in any {seconds / 86400:g} days" if seconds >= 86400 else f" in any {seconds:g} s"

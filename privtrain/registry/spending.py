@@ -90,7 +90,7 @@ class Settings:
     num_records: int = 1
 
     def event(self) -> dp_accounting.DpEvent:
-        """What the run releases of one unit."""
+        """Return what the run releases of one unit."""
         if self.num_records == 1:
             return accountants.dp_sgd_event(
                 noise_multiplier=self.noise_multiplier, sampling_prob=self.sampling_prob, num_steps=self.num_steps
@@ -116,7 +116,7 @@ class Knobs:
 
 
 def part_of(event: dp_accounting.DpEvent) -> Part:
-    """One run's event as a repeated mechanism."""
+    """Return one run's event as a repeated mechanism."""
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return Part(event_text(event.event), event.count, divergences_of(event.event))
     if isinstance(event, dp_accounting.NoOpDpEvent):
@@ -138,18 +138,18 @@ def event_text(event: dp_accounting.DpEvent) -> str:
 
 
 def event_digest(text: str) -> str:
-    """SHA-256 of an event's canonical JSON."""
+    """Return SHA-256 of an event's canonical JSON."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=65536)
 def parse_event(text: str) -> dp_accounting.DpEvent:
-    """The inverse of :func:`event_text`."""
+    """Return the inverse of :func:`event_text`."""
     return event_from_json(json.loads(text))
 
 
 def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
-    """Whether the composition is certified to be (``epsilon``, ``delta``)-differentially private."""
+    """Return whether the composition is certified to be (``epsilon``, ``delta``)-differentially private."""
     parts = [part for part in parts if part.count]
     if not parts or renyi_epsilon(parts, delta) <= epsilon:
         return True
@@ -172,7 +172,7 @@ def fits(parts: Sequence[Part], epsilon: float, delta: float) -> bool:
 
 
 def composed_epsilon(parts: Sequence[Part], delta: float) -> Spent:
-    """The smallest certified ε of the composition at ``delta`` that an accountant finds."""
+    """Return the smallest certified ε of the composition at ``delta`` that an accountant finds."""
     parts = [part for part in parts if part.count]
     if not parts:
         return Spent(0.0, "none")
@@ -188,7 +188,7 @@ def composed_epsilon(parts: Sequence[Part], delta: float) -> Spent:
 
 
 def renyi_epsilon(parts: Sequence[Part], delta: float) -> float:
-    """The Rényi bound of the composition from the stored divergences; infinite where a part has none."""
+    """Return the Rényi bound of the composition from the stored divergences; infinite where a part has none."""
     if any(part.divergences is None for part in parts):
         return math.inf
     counts = np.array([part.count for part in parts], dtype=np.float64)
@@ -222,7 +222,7 @@ def _certified(event: dp_accounting.DpEvent, delta: float, name: str) -> float:
 
 
 def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> Knobs:
-    """What of ``settings`` to change, one at a time, for a run to fit into every budget.
+    """Return what of ``settings`` to change, one at a time, for a run to fit into every budget.
 
     Args:
         settings: what was asked for.
@@ -269,7 +269,7 @@ def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
 
 
 def _largest(allowed: Callable[[int], bool], below: int, precision: float = 0.0) -> int:
-    """The largest count in [0, ``below``) that is allowed, to a relative precision on the safe side."""
+    """Return the largest count in [0, ``below``) that is allowed, to a relative precision on the safe side."""
     low, high = 0, below
     while high - low > max(1, precision * low):
         middle = (low + high) // 2

@@ -82,7 +82,7 @@ class Registry:
         self.database.prepare()
 
     def pseudonym(self, user: str) -> str:
-        """A user's pseudonym, the same in all runs of this registry."""
+        """Return a user's pseudonym, the same in all runs of this registry."""
         return pseudonym(self.database.key(), user)
 
     def set_budget(
@@ -279,7 +279,7 @@ class Registry:
         return self.database.write(work)
 
     def is_settled(self, uid: str, ledger_head: str) -> bool:
-        """Whether the release with this ledger is settled."""
+        """Return whether the release with this ledger is settled."""
         chosen = sa.select(Settlement.id).join(ReservationRow).join(Run)
         chosen = chosen.where(Run.uid == uid, Settlement.ledger_head == ledger_head, Settlement.kind == "settle")
         return self.database.read(lambda c: c.execute(chosen).first()) is not None
@@ -387,7 +387,7 @@ def charges(
 
 
 def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> Sequence[Any]:
-    """The budgets in force, with their names; those that a data set draws on if one is given."""
+    """Return the budgets in force, with their names; those that a data set draws on if one is given."""
     chosen = (
         sa.select(Budget, Population.name.label("population"), Dataset.name.label("dataset"))
         .join(Population, Population.id == Budget.population_id)
@@ -526,7 +526,7 @@ def _holds(connection: sa.Connection, uid: str) -> bool:
 
 
 def _take_over(connection: sa.Connection, request: RunRequest, part: Part, manifest: str) -> Reservation | None:
-    """The run's own reservation, open again if it had expired."""
+    """Return the run's own reservation, open again if it had expired."""
     now = clock.now(connection)
     row = _live(connection, request.uid, now)
     if row is None:
@@ -580,7 +580,7 @@ def _check_claim(row: Any, known: Collection[str | None]) -> None:
 
 
 def _live(connection: sa.Connection, uid: str, now: float) -> Any:
-    """The run's reservation that is not closed, locked against others until the transaction ends."""
+    """Return the run's reservation that is not closed, locked against others until the transaction ends."""
     endings.expire(connection, now)
     return connection.execute(
         sa.select(ReservationRow)
@@ -591,7 +591,7 @@ def _live(connection: sa.Connection, uid: str, now: float) -> Any:
 
 
 def _ensure_dataset(connection: sa.Connection, name: str, population: str | None, unit: str) -> tuple[int, int, str]:
-    """The data set's id with its population's id and name, made if it is new."""
+    """Return the data set's id with its population's id and name, made if it is new."""
     chosen = (
         sa.select(Dataset.id, Dataset.unit, Population.id.label("population_id"), Population.name)
         .join(Population, Population.id == Dataset.population_id)

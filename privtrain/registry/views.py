@@ -112,7 +112,7 @@ class UserView:
 
 
 def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
-    """Every budget in force with what is spent of it."""
+    """Return every budget in force with what is spent of it."""
     now = database.read(clock.estimate)
     views = []
     for row in database.read(active_budgets):
@@ -150,7 +150,7 @@ def runs(database: Database, limit: int | None = None) -> list[RunView]:
 
 
 def user(database: Database, pseudonym: str) -> UserView:
-    """What is known of one user."""
+    """Return what is known of one user."""
     out = sa.select(OptOut).where(OptOut.user_pseudonym == pseudonym)
     listed = database.read(lambda c: c.execute(out).one_or_none())
     held = (
@@ -217,7 +217,7 @@ def _run_view(row: Any, now: float) -> RunView:
 
 
 def _counted(connection: sa.Connection, budget: Any, since: float | None) -> Sequence[Any]:
-    """The reservations that count against a budget, in order of time."""
+    """Return the reservations that count against a budget, in order of time."""
     chosen = (
         sa.select(ReservationRow, Mechanism.event, Mechanism.divergences)
         .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)

@@ -37,7 +37,7 @@ _LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 
 
 def create_app(database: Database, *, token: str | None = None, hosts: Sequence[str] = ()) -> Starlette:
-    """The page as an application.
+    """Return the page as an application.
 
     Args:
         database: opened read-only.
@@ -105,7 +105,7 @@ def run_server(database: Database, *, host: str, port: int, always_token: bool =
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return whether an address is reached from this machine alone."""
     if host == "localhost":
         return True
     try:

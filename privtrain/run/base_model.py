@@ -31,7 +31,7 @@ class ModelLocation:
 
 
 def locate(model: ModelSection) -> ModelLocation:
-    """Where the weights are.
+    """Return where the weights are.
 
     Raises:
         ConfigError: if the package, directory or file does not exist.
@@ -86,7 +86,7 @@ def base_digests(model: ModelSection) -> dict[str, str]:
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:
-    """The same for a directory; see :func:`base_digests`."""
+    """Return the same for a directory; see :func:`base_digests`."""
     if gguf_file is not None:
         return {gguf_file: sha256_of(directory / gguf_file)}
     names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -103,7 +103,7 @@ def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[st
 
 
 def _cached_directory(location: ModelLocation) -> pathlib.Path | None:
-    """Where the hub's cache keeps a model that was loaded by name."""
+    """Return where the hub's cache keeps a model that was loaded by name."""
     import huggingface_hub
 
     name = location.arguments.get("gguf_file", "config.json")

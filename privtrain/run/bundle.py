@@ -74,7 +74,7 @@ class ReleaseManifest:
 
     @classmethod
     def parse(cls, body: Any) -> Self:
-        """The manifest in a release record or in ``release.json``.
+        """Return the manifest in a release record or in ``release.json``.
 
         Raises:
             ValueError: if it is none, or names a file outside the release.
@@ -89,7 +89,7 @@ class ReleaseManifest:
         return cls(**body)
 
     def within(self, place: str) -> dict[str, str]:
-        """Path from a directory of this kind → SHA-256, of the files that must be in it."""
+        """Return path from a directory of this kind → SHA-256, of the files that must be in it."""
         prefix = PLACES[place]
         if place == "export":
             return {"privacy.json": self.files["privacy.json"]} if "privacy.json" in self.files else {}
@@ -113,22 +113,22 @@ class FileFault:
 
 
 def printable(path: str) -> str:
-    """A path that any terminal takes."""
+    """Return a path as text that any terminal can show."""
     return path.encode("utf-8", "backslashreplace").decode() if path.isprintable() else ascii(path)
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON form of a value that digests are taken of: sorted keys, no spaces, ASCII."""
+    """Return the one JSON form of a value that digests are taken of: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
+    """Return SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def sha256_of(path: pathlib.Path) -> str:
-    """SHA-256 of a regular file.
+    """Return SHA-256 of a regular file.
 
     Raises:
         OSError: if it cannot be read or is a pipe, a device or a directory.
@@ -158,7 +158,7 @@ def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterato
 
 
 def is_harmless(path: str) -> bool:
-    """Whether a file may lie beside a release without being part of it."""
+    """Return whether a file may lie beside a release without being part of it."""
     return path in HARMLESS or any(path.startswith(f"{directory}/") for directory in HARMLESS_DIRECTORIES)
 
 
@@ -197,13 +197,13 @@ def compare_files(
 
 
 def render(manifest: ReleaseManifest, place: str) -> str:
-    """The content of ``release.json`` in a directory of a kind, see :data:`PLACES`."""
+    """Return the content of ``release.json`` in a directory of a kind, see :data:`PLACES`."""
     content = {"schema": SCHEMA, "place": place, "release_digest": manifest.digest, **manifest.body}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
-    """The manifest beside released files, and what kind of directory it says this is.
+    """Return the manifest beside released files, and what kind of directory it says this is.
 
     Raises:
         VerificationFailed: if there is none, or it is not in the one form in which it is written.
@@ -276,12 +276,12 @@ def run_faults(run: RunDirectory, manifest: ReleaseManifest) -> tuple[list[FileF
 
 
 def text_sha256(text: str) -> str:
-    """SHA-256 of a text file's bytes."""
+    """Return SHA-256 of a text file's bytes."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def last_record(log: pathlib.Path) -> dict[str, Any]:
-    """The last whole line of a log, unchecked; empty if there is none."""
+    """Return the last whole line of a log, unchecked; empty if there is none."""
     lines = log.read_bytes().splitlines(keepends=True)
     try:
         record = strict_json.loads(lines[-1]) if lines and lines[-1].endswith(b"\n") else {}
@@ -291,7 +291,7 @@ def last_record(log: pathlib.Path) -> dict[str, Any]:
 
 
 def tokenizer_digest(files: Mapping[str, str]) -> str:
-    """Digest over the tokenizer's files among released files (path from the run directory → SHA-256)."""
+    """Return a digest over the tokenizer's files among released files (path from the run directory → SHA-256)."""
     own = {path.partition("/")[2]: digest for path, digest in files.items()}
     return digest_of({name: digest for name, digest in own.items() if name.startswith(_TOKENIZER_PREFIXES)})
 
@@ -312,7 +312,7 @@ def _check_digest(name: str, value: Any) -> None:
 
 
 def _safe(path: str) -> str:
-    """The path if it stays below its directory and is written in one way; another text otherwise."""
+    """Return the path if it stays below its directory and is written in one way; another text otherwise."""
     pure = pathlib.PurePosixPath(path)
     try:
         os.fsencode(path)

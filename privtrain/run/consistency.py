@@ -31,7 +31,7 @@ _NAMES = {"delta": "target_delta", "records_per_unit": "records_per_user"}
 
 
 def statement_faults(statement: dict[str, Any]) -> list[str]:
-    """What a statement says that its own plan does not bear out, each beginning with the field's name."""
+    """Return what a statement says that its own plan does not bear out, each beginning with the field's name."""
     if statement.get("schema") != SCHEMA:
         return [f"schema is {statement.get('schema')!r}; this version reads {SCHEMA!r}"]
     try:
@@ -65,7 +65,7 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
 
 
 def _form_problem(statement: dict[str, Any]) -> str:
-    """What has another type than a statement's, of all that does not follow from the plan; empty if nothing."""
+    """Return what has another type than a statement's, of all that does not follow from the plan; empty if nothing."""
     try:
         found = PrivacyStatement.model_validate(statement)
     except pydantic.ValidationError as error:
@@ -82,7 +82,7 @@ def _form_problem(statement: dict[str, Any]) -> str:
 
 
 def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
-    """The plan's own ε against the accountant's answer for the event that the plan describes."""
+    """Return the plan's own ε against the accountant's answer for the event that the plan describes."""
     if plan.noise_multiplier == 0:
         return [] if math.isinf(plan.epsilon) else [f"plan.epsilon is {plan.epsilon}, but the plan adds no noise"]
     fresh = plan.recomputed_epsilon()
@@ -112,7 +112,7 @@ def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_our_version(statement: dict[str, Any]) -> bool:
-    """Whether this version of privtrain wrote the statement, so that its words can be compared too."""
+    """Return whether this version of privtrain wrote the statement, so that its words can be compared too."""
     return statement.get("software") == {"privtrain": privtrain.__version__}
 
 
@@ -145,7 +145,7 @@ def _short(value: Any) -> str:
 
 
 def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
-    """What a model card says otherwise than the statement, which must hold by itself."""
+    """Return what a model card says otherwise than the statement, which must hold by itself."""
     plan = PrivacyPlan.from_body(statement["plan"])
     if not is_our_version(statement):
         epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
@@ -163,7 +163,7 @@ def card_faults(card: str, statement: dict[str, Any]) -> list[str]:
 
 
 def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
-    """What released metrics say otherwise than the statement: the ε of the last step is the statement's."""
+    """Return what released metrics say otherwise than the statement: the ε of the last step is the statement's."""
     known: list[float] = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -200,7 +200,7 @@ def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
 
 
 def _remade_faults(tree: dict[str, Any], plan: PrivacyPlan, uncovered: list[str]) -> list[str]:
-    """The plan and the list of what ε does not cover, made again from the configuration."""
+    """Return the plan and the list of what ε does not cover, made again from the configuration."""
     section = PrivacySection.model_validate(tree["privacy"])
     given = {"noise_multiplier": plan.noise_multiplier, "accountant": section.accountant or plan.accountant}
     remade = PrivacyPlan.uncertified(section.model_copy(update=given)).body()

@@ -52,11 +52,11 @@ class RunDirectory:
         self.private_metrics = self.secret / "private_metrics.jsonl"
 
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether a run was begun here."""
         return self.identity.exists()
 
     def is_complete(self) -> bool:
-        """Whether training finished and everything was released: ``release.json`` is put in place last."""
+        """Return whether training finished and everything was released: ``release.json`` is put in place last."""
         return self.release.exists() and self.privacy.exists() and self.released.exists()
 
     @property
@@ -141,7 +141,7 @@ class RunDirectory:
             yield
 
     def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:
-        """A fresh key under ``secret/NAME.key``, in place of one that was never used."""
+        """Return a fresh key under ``secret/NAME.key``, in place of one that was never used."""
         key, marker = SecretKey.generate(), self.secret / f"{name}.insecure"
         if insecure_seed is not None:
             key = SecretKey.insecure(insecure_seed, name)
@@ -153,7 +153,7 @@ class RunDirectory:
         return key
 
     def keep_key(self, name: str, insecure_seed: int | None = None, *, was_used: bool = False) -> SecretKey:
-        """The key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again.
+        """Return the key under ``secret/NAME.key``, made if it is not there: what was drawn once is not drawn again.
 
         Raises:
             GuaranteeLost: if it is gone but ``was_used``, or if it was made from a seed and ``insecure_seed`` is none:
@@ -169,7 +169,7 @@ class RunDirectory:
         return self.load_key(name)
 
     def load_key(self, name: str) -> SecretKey:
-        """The key stored under ``secret/NAME.key``.
+        """Return the key stored under ``secret/NAME.key``.
 
         Raises:
             GuaranteeLost: if it is gone: another one must never stand in for a key that was used.

@@ -17,7 +17,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def rendered(content: Mapping[str, Any]) -> str:
-    """The one form in which it is written."""
+    """Return the one form in which it is written."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -28,7 +28,7 @@ def weights_of(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_description(directory: pathlib.Path) -> dict[str, Any]:
-    """What ``export.json`` says.
+    """Return what ``export.json`` says.
 
     Raises:
         VerificationFailed: if it is missing, or not in the one form in which it is written.

@@ -89,13 +89,13 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
 
 
 def banner(statement: dict[str, Any]) -> str:
-    """What the card of a run that is not private begins with."""
+    """Return what the card of a run that is not private begins with."""
     reasons = statement["not_private_reasons"]
     return "".join(f"> **NOT PRIVATE**: {reason}.\n" for reason in reasons) + ("\n" if reasons else "")
 
 
 def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
-    """The privacy statement in the card: a function of plan and statement, which ``verify`` makes again."""
+    """Return the privacy statement in the card: a function of plan and statement, which ``verify`` makes again."""
     epsilon = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
     bound = statement["contribution_bound"]
     rows = [

@@ -25,7 +25,7 @@ _PURPOSE = "sealed file"
 
 
 def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> str:
-    """The seal that a body has at a place in a run.
+    """Return the seal that a body has at a place in a run.
 
     Args:
         run: the run, whose root key seals.
@@ -62,7 +62,7 @@ def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any],
 def read_sealed_file(
     run: RunDirectory, path: pathlib.Path, *, schema: str | None = None, remedy: str = ""
 ) -> dict[str, Any]:
-    """A file of :func:`write_sealed`.
+    """Return a file of :func:`write_sealed`.
 
     Args:
         run: the run.

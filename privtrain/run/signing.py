@@ -48,14 +48,14 @@ class Keys:
 
     @classmethod
     def of(cls, section: ReleaseSection) -> Self | None:
-        """What a configuration says that a release is signed with; ``None`` if it is not."""
+        """Return what a configuration says that a release is signed with; ``None`` if it is not."""
         if section.signing_key is None:
             return None
         return cls(section.signing_key, section.signing_certificate, tuple(section.signing_chain))
 
 
 def password_from_environment() -> str | None:
-    """The password of the private key, if one is set."""
+    """Return the password of the private key, if one is set."""
     return os.environ.get(PASSWORD_VARIABLE)
 
 
@@ -92,7 +92,7 @@ def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str]
 
 
 def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool) -> Any:
-    """The public half of a private key that the library can sign with."""
+    """Return the public half of a private key that the library can sign with."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -111,7 +111,7 @@ def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool)
 
 
 def _is_encrypted(content: bytes) -> bool:
-    """Both PEM forms of an encrypted key say so in clear."""
+    """Return whether a PEM key is encrypted, which both forms say in clear."""
     return b"ENCRYPTED" in content
 
 
@@ -225,7 +225,7 @@ class _Exactly:
         self._paths = [directory / file for file in files]
 
     def hash(self, model_path: pathlib.Path, *, files_to_hash: Any = None) -> Any:
-        """What is signed; which files that are is not for a signature to say."""
+        """Return what is signed; which files that are is not for a signature to say."""
         del files_to_hash
         return self._config.hash(model_path, files_to_hash=self._paths)
 
@@ -234,7 +234,7 @@ class _Exactly:
 
 
 def signed_files(directory: pathlib.Path) -> list[str]:
-    """What a signature of a directory is over: everything that was released there."""
+    """Return what a signature of a directory is over: everything that was released there."""
     manifest, place = bundle.read_manifest(directory)
     names = {bundle.NAME, *manifest.within(place)}
     if place == "export":

@@ -19,7 +19,7 @@ SCHEMA = "privtrain/sources/1"
 
 
 def source_digests(data: DataSection, corpus: Corpus) -> tuple[str, ...] | None:
-    """SHA-256 of the source's files in reading order; ``None`` where the rows are in no files."""
+    """Return SHA-256 of the source's files in reading order; ``None`` where the rows are in no files."""
     if not isinstance(data.source, FilesSource):
         return None
     return corpus.source_digests or digests_of(source_files(data.source))
@@ -32,7 +32,7 @@ def write_sources(run: RunDirectory, digests: tuple[str, ...] | None) -> None:
 
 
 def read_sources(run: RunDirectory) -> tuple[str, ...]:
-    """The digests of the files that the run began with.
+    """Return the digests of the files that the run began with.
 
     Raises:
         DamagedFile: if they are missing or not as they were sealed.

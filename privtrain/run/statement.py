@@ -147,7 +147,7 @@ _UNIT_ASSUMPTION = {
 def privacy_statement(
     config: Config, plan: PrivacyPlan, *, watched: Collection[str] = (), **facts: Any
 ) -> dict[str, Any]:
-    """The statement of what is guaranteed, for ``privacy.json``.
+    """Return the statement of what is guaranteed, for ``privacy.json``.
 
     Args:
         config: says what is published.
@@ -169,7 +169,7 @@ def statement_of(
     ledger_head: str,
     split_commitment: str,
 ) -> dict[str, Any]:
-    """The statement that follows from a plan and what happened; ``verify`` builds it again and compares.
+    """Return the statement that follows from a plan and what happened; ``verify`` builds it again and compares.
 
     Args:
         plan: the plan that was carried out.
@@ -251,7 +251,7 @@ def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | 
 
 
 def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
-    """What a bound on a user's records in the training set says, and what it is used for."""
+    """Return what a bound on a user's records in the training set says, and what it is used for."""
     found = []
     if plan.records_per_user is not None:
         found.append(
@@ -273,7 +273,7 @@ def unit_text(plan: PrivacyPlan) -> str:
 
 
 def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
-    """What adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
+    """Return what adaptive clipping released beside the gradient; ``clipping_norm`` is then the first step's."""
     if plan.adaptive_clipping is None:
         return None
     return {
@@ -304,7 +304,7 @@ NOT_COVERED: tuple[str, ...] = (
 
 
 def not_covered(tracking: TrackingSection, watched: Collection[str] = ()) -> list[str]:
-    """What ε does not cover, in words.
+    """Return what ε does not cover, in words.
 
     Args:
         tracking: says what is published.

@@ -18,7 +18,7 @@ _READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".t
 
 
 def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) -> list[str]:
-    """What is wrong with the files of a model directory, one line each that names the file.
+    """Return what is wrong with the files of a model directory, one line each that names the file.
 
     Args:
         directory: of the model.
@@ -51,7 +51,7 @@ def _problem(path: pathlib.Path) -> str:
 
 
 def _safetensors_problem(path: pathlib.Path, size: int) -> str:
-    """What keeps a safetensors file from being whole."""
+    """Return what keeps a safetensors file from being whole."""
     damaged = "is damaged, or was not copied to its end; fetch it again"
     with open(path, "rb") as file:
         start = file.read(_LENGTH_BYTES)

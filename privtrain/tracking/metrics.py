@@ -58,7 +58,7 @@ METRICS: dict[str, Release] = {
 
 
 def is_released(name: str, tracking: TrackingSection) -> bool:
-    """Whether a metric may leave ``secret/``.
+    """Return whether a metric may leave ``secret/``.
 
     Raises:
         KeyError: for a metric that nobody declared.

@@ -147,12 +147,12 @@ _LAST = 1 << 62
 
 
 def was_watched(run: RunDirectory, name: str) -> bool:
-    """Whether some job of the run showed rows to a mirror while it trained, which people could watch."""
+    """Return whether some job of the run showed rows to a mirror while it trained, which people could watch."""
     return _read(_note_path(run, name)).get("live", 0) == 1
 
 
 def has_shown_release(run: RunDirectory, name: str) -> bool:
-    """Whether a mirror took up what a finished run released."""
+    """Return whether a mirror took up what a finished run released."""
     return _read(_note_path(run, name)).get("release", 0) == 1
 
 
@@ -161,7 +161,7 @@ def _note_path(run: RunDirectory, name: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> dict[str, int]:
-    """The last step that was shown, and whether the release was; a torn or missing file shows them once more."""
+    """Return the last step that was shown, and whether the release was; a torn or missing file shows them once more."""
     try:
         return {name: int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -169,7 +169,7 @@ def _read(path: pathlib.Path) -> dict[str, int]:
 
 
 def _rows_of(run: RunDirectory) -> list[Row]:
-    """The rows of ``metrics.jsonl`` as it was opened: without those that will be logged again."""
+    """Return the rows of ``metrics.jsonl`` as it was opened: without those that will be logged again."""
     found = []
     for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []:
         row = json.loads(line)

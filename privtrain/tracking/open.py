@@ -14,7 +14,7 @@ from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, 
 
 
 def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
-    """The gate over all configured trackers; for rank 0."""
+    """Return the gate over all configured trackers; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
@@ -44,7 +44,7 @@ def is_live(config: Config) -> bool:
 
 
 def watched_mirrors(config: Config, run: RunDirectory) -> tuple[str, ...]:
-    """Names of the mirrors that any job of the run showed rows to while it trained."""
+    """Return the names of the mirrors that any job of the run showed rows to while it trained."""
     names = {"wandb": config.tracking.wandb and is_live(config), "tensorboard": config.tracking.tensorboard}
     return tuple(name for name, is_now in names.items() if is_now or was_watched(run, name))
 

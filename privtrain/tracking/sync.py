@@ -58,7 +58,7 @@ def sync_run(path: pathlib.Path) -> str:
 
 
 def _has_key() -> bool:
-    """Whether W&B finds a key: in the environment, in its settings, or in ~/.netrc."""
+    """Return whether W&B finds a key: in the environment, in its settings, or in ~/.netrc."""
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)

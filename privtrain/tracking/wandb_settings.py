@@ -36,5 +36,5 @@ def careful_settings(machine: str | None = None, *, is_primary: bool = True) -> 
 
 
 def is_online() -> bool:
-    """Whether W&B is asked to send anything."""
+    """Return whether W&B is asked to send anything."""
     return os.environ.get("WANDB_MODE", "offline") in ("online", "shared", "run")

@@ -129,10 +129,10 @@ class MachineTracker(NullTracker):
 
 
 def machine_label(rank: int) -> str:
-    """How a machine is called in W&B."""
+    """Return how a machine is called in W&B."""
     return f"rank-{rank}"
 
 
 def sweep_run_id() -> str | None:
-    """The run that a W&B sweep's agent gave this trial."""
+    """Return the run that a W&B sweep's agent gave this trial."""
     return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None

@@ -35,12 +35,12 @@ EXPONENT = fixed_point.grid_exponent(SENSITIVITY)
 
 
 def noise_name(auxiliary_sum: str) -> str:
-    """Name of an auxiliary sum's noise; no tensor is called so."""
+    """Return the name of an auxiliary sum's noise; no tensor is called so."""
     return f"rider: {auxiliary_sum}"  # part of the noise key: runs in progress depend on it
 
 
 def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
-    """This rank's part of every auxiliary sum's sum in units of 2**EXPONENT, without noise: private.
+    """Return this rank's part of every auxiliary sum's sum in units of 2**EXPONENT, without noise: private.
 
     A loss that is not a number counts as the largest: it says nothing of how large it would be.
     """
@@ -57,7 +57,7 @@ def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
 
 
 def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) -> dict[str, int]:
-    """Every auxiliary sum's sum over all ranks, exactly. All ranks call it together."""
+    """Return every auxiliary sum's sum over all ranks, exactly. All ranks call it together."""
     mine = sums(plan, counts)
     if not mine:
         return {}
@@ -94,7 +94,7 @@ def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> d
 
 
 def share_within(released: Mapping[str, float]) -> float:
-    """The share of units within the clipping norm, with noise."""
+    """Return the share of units within the clipping norm, with noise."""
     return 0.5 + released[WITHIN_NORM]
 
 
@@ -117,7 +117,7 @@ def _centred(loss: float, low: float, high: float) -> float:
 
 
 def _on_grid(value: float) -> int:
-    """A unit's number in units of the grid, rounded towards zero."""
+    """Return a unit's number in units of the grid, rounded towards zero."""
     assert abs(value) <= SENSITIVITY
     return math.trunc(math.ldexp(value, -EXPONENT))
 
@@ -131,7 +131,7 @@ _FURTHEST = 1e12
 
 
 def next_norm(settings: AdaptiveClipping, clipping_norm: float, share: float, *, initial_norm: float) -> float:
-    """The next step's clipping norm: post-processing of the released share.
+    """Return the next step's clipping norm: post-processing of the released share.
 
     Raises:
         GuaranteeLost: if it has left [1e-12, 1e12] times ``initial_norm``, beyond which fp32 may lose noise or sum.

@@ -44,7 +44,7 @@ def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this rank held: of the device, or, on CPU, of the process."""
+    """Return the most that this rank held: of the device, or, on CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

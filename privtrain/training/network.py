@@ -93,6 +93,6 @@ def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer
 
 
 def checksum_over_ranks(model: torch.nn.Module, backend: Backend) -> str:
-    """One digest of all weights, whichever rank holds them."""
+    """Return one digest of all weights, whichever rank holds them."""
     mine = weights_checksum(backend.local_tensors(model))
     return backend.combined_digest(bytes.fromhex(mine)).hex()

@@ -111,7 +111,7 @@ class Probe:
         self._agree(fault)
 
     def _with_coins(self, batch: Microbatch, extreme: float) -> tuple[torch.Tensor, str]:
-        """Losses, and the module that drew, where every random number that rows share is 0 or 1."""
+        """Return losses, and the module that drew, where every random number that rows share is 0 or 1."""
         device = self.trainer.backend.device
         num_rows, num_tokens = batch.input_ids.shape
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -227,7 +227,7 @@ class Probe:
         raise AssertionError("unreachable")
 
     def _first_difference(self, route: str) -> str:
-        """What is wrong with a short unit's contribution, or nothing; on every rank if on any."""
+        """Return what is wrong with a short unit's contribution, or nothing; on every rank if on any."""
         trainer, widths = self.trainer, self._widths()
         clipper = trainer.new_clipper(trainer.row_losses, route)
 
@@ -285,7 +285,7 @@ class Probe:
         is_counted: bool = True,
         is_member: bool = True,
     ) -> Microbatch:
-        """The short unit in row ``place`` of a microbatch, beside padding rows or loud ones.
+        """Return the short unit in row ``place`` of a microbatch, beside padding rows or loud ones.
 
         Args:
             place: its row; the rows before it hold itself, too, where they are not loud.
@@ -304,12 +304,12 @@ class Probe:
         return self._batch(rows, width, weights, num_rows, self.trainer.packer.pad_id if pad_id is None else pad_id)
 
     def _first_module(self, one: Microbatch, other: Microbatch) -> str:
-        """The first module, in the order of the forward pass, whose output for the row with weight differs."""
+        """Return the first module, in the order of the forward pass, whose output for the row with weight differs."""
         name = self._first_differing(self._outputs(one), self._outputs(other))
         return self._named(name) if name else "no module (it is in the backward pass)"
 
     def _outputs(self, batch: Microbatch) -> dict[str, torch.Tensor]:
-        """What every module returns for the row with weight that is not loud, without its padding."""
+        """Return what every module returns for the row with weight that is not loud, without its padding."""
         row = int((batch.row_weight * (batch.input_ids[:, 0] != self._loud)).argmax())
         length = int(batch.target_mask[row].nonzero().max()) + 1
         share = length / batch.input_ids.shape[1]
@@ -336,7 +336,7 @@ class Probe:
         self._agree(faults[0] if faults else "")
 
     def _looks_behind(self, width: int) -> str:
-        """What moves the logits of a record of one width though it stands behind its tokens, or nothing."""
+        """Return what moves the logits of a record of one width though it stands behind its tokens, or nothing."""
         name, widest = type(hooks.unwrapped(self.trainer.model)).__name__, self._widths()[-1]
         record = self._record(max(2, width - 1), 4)
         is_causal, length = isinstance(self.trainer.objective, CausalLM), len(record)
@@ -370,7 +370,7 @@ class Probe:
         return ""
 
     def _logits(self, record: Record, width: int, length: int, pad_id: int | None = None) -> torch.Tensor:
-        """What the model makes of a record: [tokens, …] up to ``length``, or [labels].
+        """Return what the model makes of a record: [tokens, …] up to ``length``, or [labels].
 
         Without autocast where the weights allow it, so that rounding hides little.
         """
@@ -391,7 +391,7 @@ class Probe:
         return logits[-width:][:length] if logits.ndim == 2 else logits
 
     def _has_experts(self) -> bool:
-        """Tokens are sorted by expert, so that each is rounded in a shape that others decide."""
+        """Return whether tokens are sorted by expert, and each is rounded in a shape that others decide."""
         return any(refusals.has_experts(config) for config in refusals.configs(hooks.unwrapped(self.trainer.model)))
 
     # Planted rows.
@@ -415,7 +415,7 @@ class Probe:
         return by_bytes[2 if self._precision == "bf16" or _weight_bytes(self.trainer.model) < 4 else 4]
 
     def _widths(self) -> list[int]:
-        """Widths that the packer makes, from the shortest that holds a short unit."""
+        """Return the widths that the packer makes, from the shortest that holds a short unit."""
         packer = self.trainer.packer
         widths = sorted({packer.width([np.zeros(n)]) for n in range(1, packer.max_length + 1)})
         return [width for width in widths if width >= _SHORT] or widths[-1:]
@@ -433,7 +433,7 @@ class Probe:
         num_rows: int | None = None,
         pad_id: int | None = None,
     ) -> Microbatch:
-        """Rows of a unit each, then padding rows."""
+        """Return the rows of a unit each, then padding rows."""
         num_rows = num_rows or len(rows)
         input_ids = np.full((num_rows, width), self.trainer.packer.pad_id if pad_id is None else pad_id, dtype=np.int64)
         mask = np.zeros((num_rows, width), dtype=bool)
@@ -486,7 +486,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest change, relative to the largest value."""
+    """Return the largest change, relative to the largest value."""
     change = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
     return math.inf if math.isnan(change) else change
 

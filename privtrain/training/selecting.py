@@ -39,7 +39,7 @@ def select_units(
     cache: pathlib.Path | None,
     has_begun: bool = False,
 ) -> UnitData:
-    """The privacy units that the plan's selection leaves. Every rank calls it, before the model is trained.
+    """Return the privacy units that the plan's selection leaves. Every rank calls it, before the model is trained.
 
     Args:
         inputs: plan and records.

@@ -202,14 +202,14 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
 
 
 def _power_sums(stop: int) -> tuple[int, int, int]:
-    """The sums of the 0th, 1st and 2nd powers of the coordinates below ``stop``."""
+    """Return the sums of the 0th, 1st and 2nd powers of the coordinates below ``stop``."""
     return stop, stop * (stop - 1) // 2, stop * (stop - 1) * (2 * stop - 1) // 6
 
 
 def _check_clipping(
     trainer: Trainer, units: list[list[Record]], precision: str, route: str
 ) -> PerUnitClipper | CooperativeClipper:
-    """The job's own path against plain autograd: the huge unit alone, then all three, by one clipper.
+    """Return the job's own path against plain autograd: the huge unit alone, then all three, by one clipper.
 
     Returns:
         The clipper, on the route that passed.
@@ -308,7 +308,7 @@ class _Reference:
         return factor
 
     def clipped_sum(self, num_units: int, microbatch_size: int) -> torch.Tensor:
-        """What this rank steps of the sum over the first units, laid out as ``placement.stepped``.
+        """Return what this rank steps of the sum over the first units, laid out as ``placement.stepped``.
 
         Args:
             num_units: 1 where the huge unit is alone; 2 where all planted units share microbatches.
@@ -336,7 +336,7 @@ class _Reference:
     def _plain(
         self, present: list[list[Record]], unit: int, microbatch_size: int, row_losses: RowLosses
     ) -> torch.Tensor:
-        """A unit's gradient by autograd alone: what this rank steps of it, laid out as ``placement.stepped``."""
+        """Return a unit's gradient by autograd alone: what this rank steps of it, laid out as ``placement.stepped``."""
         placement, device = self.trainer.placement, self.trainer.backend.device
         batches = _batches(present, microbatch_size, device)
         losses = [functools.partial(_unit_loss, row_losses, batch, unit) for batch in batches if unit in batch.owners]
@@ -352,7 +352,7 @@ def _unit_loss(row_losses: RowLosses, batch: Microbatch, unit: int) -> torch.Ten
 
 
 def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route: str) -> str:
-    """One unit at a time on every rank if any rank needs it: ranks of a sharded base must run equal passes.
+    """Return the route: one unit at a time on every rank if any rank needs it: ranks of a sharded base must run equal passes.
 
     Every rank works through the same unit, since one without any would not see what the others see.
     """
@@ -386,7 +386,7 @@ def _planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
 def _batches(
     units: list[list[Record]], microbatch_size: int, device: torch.device, *, is_mine: bool = True
 ) -> list[Microbatch]:
-    """The units' microbatches, or as many without any unit."""
+    """Return the units' microbatches, or as many without any unit."""
     packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
     batches = packer.pack(units if is_mine else [], packer.num_batches(units))
     return [batch.to(device) for batch in batches]
@@ -445,7 +445,7 @@ def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Ba
 def _difference(
     total: torch.Tensor, expected: torch.Tensor, trainer: Trainer, precision: str, *, num_units: int
 ) -> str:
-    """What is wrong with the clipped and reduced sum of some units, or nothing. The same on every rank."""
+    """Return what is wrong with the clipped and reduced sum of some units, or nothing. The same on every rank."""
     layout, backend, clipping_norm = trainer.placement.stepped, trainer.backend, trainer.plan.clipping_norm
     norm = math.hypot(*_norms(total, layout, backend))
     differences = _norms(total - expected, layout, backend)
@@ -464,7 +464,7 @@ def _difference(
 
 
 def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float]:
-    """The norm of each whole tensor, whichever parts of it are here.
+    """Return the norm of each whole tensor, whichever parts of it are here.
 
     In float64: an fp32 sum over millions of squares is off by more than the bound that is checked.
     """

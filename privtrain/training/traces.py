@@ -73,7 +73,7 @@ def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[s
 
 
 def was_nothing(before: Mapping[str, object], place: str) -> bool:
-    """Whether nothing was there: no attribute, ``None``, ``False`` or an empty container."""
+    """Return whether nothing was there: no attribute, ``None``, ``False`` or an empty container."""
     return place not in before or before[place] in ("None", "False", 0, [])
 
 
@@ -159,7 +159,7 @@ def _tensor_digest(value: Any) -> object:
 
 
 def _hashed(value: torch.Tensor) -> int:
-    """A digest of a large tensor that its device computes: of every bit and its place, so that a shift shows."""
+    """Return a digest of a large tensor that its device computes: of every bit and its place, so that a shift shows."""
     flat = (torch.view_as_real(value) if value.is_complex() else value).contiguous().flatten().view(torch.uint8)
     if flat.storage_offset() % _WORD_BYTES or len(flat) % _WORD_BYTES:
         flat = torch.cat([flat, flat.new_zeros(-len(flat) % _WORD_BYTES)])
@@ -178,5 +178,5 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def _is_freed(value: torch.Tensor) -> bool:
-    """Whether its memory was let go, as FSDP2 does with gathered weights: reading it would crash."""
+    """Return whether its memory was let go, as FSDP2 does with gathered weights: reading it would crash."""
     return value.numel() > 0 and value.untyped_storage().nbytes() < value.element_size()

@@ -160,7 +160,7 @@ class Trainer:
         step: int,
         check: Callable[[str], None] | None = None,
     ) -> Released:
-        """All that leaves a step: the self-test calls it too, so that what it measures is what training does.
+        """Return all that leaves a step: the self-test calls it too, so that what it measures is what training does.
 
         Args:
             clipper: at the end of a step, on every rank.
@@ -215,7 +215,7 @@ class Trainer:
         total *= styles.batch_factor(norm, self.plan.clipping_norm)
 
     def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
-        """A clipper for where the trainable tensors are; the self-test makes its own with other losses."""
+        """Return a clipper for where the trainable tensors are; the self-test makes its own with other losses."""
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         if self.placement.shards is not None:
             return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style, route)
@@ -233,7 +233,7 @@ class Trainer:
         )
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any rank."""
+        """Return whether ``flag`` is set on any rank."""
         flags = torch.tensor([float(flag)], device=self.backend.device)
         self.backend.reduce(flags)
         return float(flags) > 0
@@ -279,7 +279,7 @@ class Trainer:
             raise ReplayDiverged
 
     def _reduced_counts(self) -> list[float]:
-        """The clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
+        """Return the clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
 
         Whether any rank was asked to stop rides along, so that it needs no collective of its own.
         """
@@ -343,7 +343,7 @@ class Trainer:
 
 
 def learning_rate(training: TrainingSection, step: int, num_steps: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
     if step < training.num_warmup_steps:
         return training.learning_rate * (step + 1) / training.num_warmup_steps
     progress = (step - training.num_warmup_steps) / max(1, num_steps - training.num_warmup_steps)

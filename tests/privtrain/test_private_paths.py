@@ -266,8 +266,9 @@ def test_a_registry_plays_back_nobody_elses_journal(tmp_path, suffix, leave: Lea
         Registry(str(tmp_path / "registry.db"))
 
 
-@pytest.mark.parametrize("planted", [".registry.db.lock", f".registry.db.key.{os.getpid()}"])
+@pytest.mark.parametrize("planted", [".registry.db.lock", ".registry.db.key.{pid}"])
 def test_making_a_registry_writes_through_no_link(tmp_path, planted):
+    planted = planted.format(pid=os.getpid())
     victim = tmp_path / "victim"
     victim.write_text("whole")
     place = tmp_path / "place"

@@ -31,12 +31,12 @@ _MAX_THRESHOLDS = 100
 
 
 def lower_rate(num_hits: int, num_trials: int, significance: float) -> float:
-    """The rate below which as many hits are as rare as ``significance`` (one-sided Clopper-Pearson)."""
+    """Return the rate below which as many hits are as rare as ``significance`` (one-sided Clopper-Pearson)."""
     return float(scipy.special.betaincinv(num_hits, num_trials - num_hits + 1, significance)) if num_hits else 0.0
 
 
 def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
-    """The rate above which as few hits are as rare as ``significance``."""
+    """Return the rate above which as few hits are as rare as ``significance``."""
     if num_hits == num_trials:
         return 1.0
     return float(scipy.special.betainccinv(num_hits + 1, num_trials - num_hits, significance))
@@ -45,7 +45,7 @@ def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
 def epsilon_of_counts(
     true_positives: int, num_in: int, false_positives: int, num_out: int, delta: float, significance: float
 ) -> float:
-    """The better of both rules at one threshold that was fixed beforehand.
+    """Return the better of both rules at one threshold that was fixed beforehand.
 
     Args:
         true_positives: held-in units beyond the threshold.
@@ -72,7 +72,7 @@ def epsilon_lower_bound(
     strategy: Strategy = "bonferroni",
     seed: int = 0,
 ) -> float:
-    """A lower bound on epsilon over thresholds, the choice among them paid for.
+    """Return a lower bound on epsilon over thresholds, the choice among them paid for.
 
     ``bonferroni``: thresholds at declared ranks of one side's scores, each at its share of the error. A threshold at a
     rank of the held-out scores has a false positive rate that Clopper-Pearson bounds exactly, and the held-in scores
@@ -102,7 +102,7 @@ def epsilon_lower_bound(
 def ceiling(
     num_in: int, num_out: int, delta: float, significance: float, *, strategy: Strategy = "bonferroni"
 ) -> float:
-    """The bound had every held-in unit scored above every held-out unit."""
+    """Return the bound had every held-in unit scored above every held-out unit."""
     separated = np.ones(num_in), np.zeros(num_out)
     return epsilon_lower_bound(*separated, delta, significance, strategy=strategy)
 
@@ -112,7 +112,7 @@ def _ranks(num_units: int) -> list[int]:
 
 
 def _at_rank(one: FloatArray, other: FloatArray, rank: int, delta: float, significance: float) -> float:
-    """Both rules at the threshold that lets ``rank`` units of ``other`` through."""
+    """Return both rules at the threshold that lets ``rank`` units of ``other`` through."""
     threshold = np.sort(other)[other.size - 1 - rank]
     # Ties lie on the threshold and are let through by neither side, so the rank stays an upper bound of the count.
     return epsilon_of_counts(int(np.count_nonzero(one > threshold)), one.size, rank, other.size, delta, significance)

@@ -166,7 +166,7 @@ def audit(
 
 
 def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
-    """The largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
+    """Return the largest one-run bound that this many fair coins could give: every guess right, the search paid for."""
     telling = telling_guesses(num_coins, delta, significance)
     bounds = (one_run.epsilon_lower_bound(num_coins, g.num, g.num, delta, significance / len(telling)) for g in telling)
     return max(bounds, default=0.0)
@@ -177,7 +177,7 @@ def _numbers(num_coins: int) -> set[int]:
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:
-    """The verdict of an audit: the words mean what they mean in :mod:`attacks.analysis.verdict`.
+    """Return the verdict of an audit: the words mean what they mean in :mod:`attacks.analysis.verdict`.
 
     ``falsified`` if the one-run bound exceeds the claimed epsilon at the same delta and in the same unit, or if the
     claimed curve leaves no room for so many right guesses. ``uninformative`` if neither could have happened.

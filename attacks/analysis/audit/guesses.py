@@ -79,7 +79,7 @@ class Coins:
 
 
 def fair(coins: Coins, seed: int) -> Coins:
-    """The units among which the coin is fair: the theorems know no other.
+    """Return the units among which the coin is fair: the theorems know no other.
 
     Each unit of the commoner side is dropped by a coin of its own, with the chance that makes both sides equally
     likely. Given who is left, the coins of those left are independent and fair, and the others are part of the fixed
@@ -99,7 +99,7 @@ def fair(coins: Coins, seed: int) -> Coins:
 
 
 def declared_guesses(num_coins: int) -> list[Guess]:
-    """All that are made of so many coins, without repeats; they share the error equally."""
+    """Return all that are made of so many coins, without repeats; they share the error equally."""
     if not num_coins:
         return []
     both = {Guess(max(1, math.floor(share * num_coins))) for share in GUESS_SHARES}
@@ -148,7 +148,7 @@ def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
 
 
 def _cut(ordered: FloatArray) -> int:
-    """How many of the scores lie below the cut; within two standard deviations of half."""
+    """Return how many of the scores lie below the cut; within two standard deviations of half."""
     half, spread = ordered.size // 2, math.isqrt(ordered.size)
     first, last = max(half - spread, 0), min(half + spread, ordered.size)
     gaps = np.diff(ordered)[max(first - 1, 0) : last]

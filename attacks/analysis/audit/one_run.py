@@ -22,7 +22,7 @@ _PRECISION = 1e-7
 
 
 def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, delta: float) -> float:
-    """The largest chance that an (epsilon, delta)-DP mechanism gives to this many right guesses or more.
+    """Return the largest chance that an (epsilon, delta)-DP mechanism gives to this many right guesses or more.
 
     Args:
         num_coins: m, coins flipped, guessed or not.
@@ -50,7 +50,7 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
 
 
 def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float) -> float:
-    """The smallest epsilon that this many right guesses do not contradict.
+    """Return the smallest epsilon that this many right guesses do not contradict.
 
     The true epsilon at ``delta`` is below it with probability at most ``significance``, for add-or-remove-one of the
     unit whose coins were flipped.
@@ -82,7 +82,7 @@ def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delt
 def correct_guesses_needed(
     num_coins: int, num_guesses: int, epsilon: float, delta: float, significance: float
 ) -> int | None:
-    """The fewest right guesses whose bound exceeds ``epsilon``; None if even all of them would not do.
+    """Return the fewest right guesses whose bound exceeds ``epsilon``; None if even all of them would not do.
 
     Args:
         num_coins: m.

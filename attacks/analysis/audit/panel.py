@@ -40,7 +40,7 @@ def audit_run(
     confounded_by: str,
     delta: float | None = None,
 ) -> list[Finding]:
-    """Audits every source of coins that the run has.
+    """Audit every source of coins that the run has.
 
     Args:
         scoring: the signals of the run, and the chance of a coin.
@@ -74,7 +74,7 @@ def audit_run(
 
 
 def natural_coins(prob_in: float | None, scored: Scored) -> Coins | None:
-    """The users of the sealed split who were scored; None where the chance of their coin is not known.
+    """Return the users of the sealed split who were scored; None where the chance of their coin is not known.
 
     Whether a user is attacked hangs on their number of records, never on the coin, so those left out leave the coins of
     the others independent.
@@ -89,7 +89,7 @@ def natural_coins(prob_in: float | None, scored: Scored) -> Coins | None:
 
 
 def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
-    """The planted canary users; None if there are none.
+    """Return the planted canary users; None if there are none.
 
     Where the guarantee is per example, canaries that own one record are examples, and only those are read.
     """
@@ -114,12 +114,12 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
 
 
 def cap_of(statement: PrivacyStatement, coins: Coins) -> verdict.Cap:
-    """What the run promises for these units: a guarantee per record is worth less to one that owns many."""
+    """Return what the run promises for these units: a guarantee per record is worth less to one that owns many."""
     return verdict.Cap.of(statement, coins.most_records)
 
 
 def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
-    """What the run promises in the coins' unit.
+    """Return what the run promises in the coins' unit.
 
     Args:
         statement: of the run.
@@ -144,7 +144,7 @@ def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
 
 
 def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) -> Claim:
-    """The claim at the audit's own delta; its curve is the mechanism's at every delta."""
+    """Return the claim at the audit's own delta; its curve is the mechanism's at every delta."""
     if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
         return claim
     epsilon = claim.pair.epsilon if delta >= claim.pair.delta else verdict.epsilon_at(statement, delta)
@@ -157,7 +157,7 @@ def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) ->
 
 
 def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
-    """The findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
+    """Return the findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
     if not findings:
         return None
     decisive = max(findings, key=lambda finding: (_ORDER.index(finding.verdict), finding.epsilon))
@@ -206,7 +206,7 @@ def _ceilings(finding: Finding) -> str:
 
 
 def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The ceiling by number of coins, for the audit's delta and for others."""
+    """Return the ceiling by number of coins, for the audit's delta and for others."""
     first = findings[0]
     deltas = sorted({first.delta, *DELTAS} - {0.0}, reverse=True)
     return {
@@ -234,7 +234,7 @@ def _sentence(finding: Finding) -> str:
 
 
 def achieved(findings: Sequence[Finding]) -> list[str]:
-    """What the guesses showed, one sentence for each source where it is more than chance."""
+    """Return what the guesses showed, one sentence for each source where it is more than chance."""
     return [
         f"Of {finding.num_coins} {finding.name} {finding.counts} were right; so ε per {finding.unit} is at least "
         f"{finding.epsilon:.3g} at δ = {finding.delta:.2g}."

@@ -23,7 +23,7 @@ def plan_of(
     target_epsilon: float | None = None,
     power: float = powers.POWER,
 ) -> powers.Plan:
-    """The plan for a configuration's own claim or for one that is given.
+    """Return the plan for a configuration's own claim or for one that is given.
 
     Args:
         config: YAML file of a run that is to be trained.
@@ -50,7 +50,7 @@ def plan_of(
 
 
 def to_json(plan: powers.Plan) -> str:
-    """The plan as JSON; an infinite failure is ``"none at all"``."""
+    """Return the plan as JSON; an infinite failure is ``"none at all"``."""
     facts = {"schema": SCHEMA_NAME, **dataclasses.asdict(plan)}
     facts["needed"] = {_failure(failure): count for failure, count in plan.needed.items()}
     facts["ceilings"] = {f"{delta:g}": list(ceilings) for delta, ceilings in plan.ceilings.items()}
@@ -62,7 +62,7 @@ def to_json(plan: powers.Plan) -> str:
 
 
 def printed(plan: powers.Plan) -> list[rich.table.Table | str]:
-    """The plan for a terminal."""
+    """Return the plan for a terminal."""
     table = rich.table.Table(
         title=f"One-run audit of a claim of epsilon = {plan.epsilon:.4g}, delta = {plan.delta:.2g}",
         title_justify="left",
@@ -97,7 +97,7 @@ CEILINGS_SAY = (
 
 
 def _ceilings(plan: powers.Plan) -> rich.table.Table:
-    """What could be shown at all, by the delta of the audit."""
+    """Return what could be shown at all, by the delta of the audit."""
     table = rich.table.Table(title="Ceiling of the bound by the delta of the audit", title_justify="left")
     table.add_column("canaries", justify="right")
     for delta in plan.ceilings:

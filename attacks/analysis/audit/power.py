@@ -87,7 +87,7 @@ def plan(
     power: float = POWER,
     num_coins: tuple[int, ...] = NUM_COINS,
 ) -> Plan:
-    """Works out what coins can show of a claim.
+    """Work out what coins can show of a claim.
 
     Args:
         epsilon: claimed, in the unit whose coins are flipped.
@@ -118,7 +118,7 @@ def plan(
 
 
 def mu_of(epsilon: float, delta: float) -> float:
-    """The Gaussian curve through the point: mu with epsilon(delta) = ``epsilon``.
+    """Return the Gaussian curve through the point: mu with epsilon(delta) = ``epsilon``.
 
     Raises:
         ValueError: if delta is 0, which no Gaussian has at a finite epsilon.
@@ -135,7 +135,7 @@ def mu_of(epsilon: float, delta: float) -> float:
 
 
 def reached(num_coins: int, mu: float, delta: float, significance: float, power: float) -> float:
-    """The one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
+    """Return the one-run bound that is reached with chance ``power`` by an attack of this mu, the search paid for."""
     share = _share(num_coins, delta, significance)
     return max(
         (
@@ -147,7 +147,7 @@ def reached(num_coins: int, mu: float, delta: float, significance: float, power:
 
 
 def _share(num_coins: int, delta: float, significance: float) -> float:
-    """Each guess's share of the error."""
+    """Return each guess's share of the error."""
     return significance / max(len(telling_guesses(num_coins, delta, significance)), 1)
 
 
@@ -173,7 +173,7 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
 
 
 def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
-    """How many of these guesses are right with chance ``power``."""
+    """Return how many of these guesses are right with chance ``power``."""
     # Of twice as many guesses on both sides the upper half are these.
     share = (2.0 if guess.only_in else 1.0) * guess.num / num_coins
     return int(scipy.stats.binom.ppf(1.0 - power, guess.num, accuracy(mu, min(share, 1.0))))

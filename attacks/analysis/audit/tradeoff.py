@@ -36,12 +36,12 @@ _LARGEST_MU = 64.0
 
 
 def gaussian(mu: float) -> InverseCurve:
-    """The curve of mu-GDP: telling N(0, 1) from N(mu, 1)."""
+    """Return the curve of mu-GDP: telling N(0, 1) from N(mu, 1)."""
     return lambda rate: float(scipy.special.ndtr(scipy.special.ndtri(rate) - mu))
 
 
 def of_points(bound: Bound) -> InverseCurve:
-    """The curve below all of a bound's (epsilon, delta) points."""
+    """Return the curve below all of a bound's (epsilon, delta) points."""
     points = bound.points if isinstance(bound, CurveBound) else (bound,)
     assert all(isinstance(point, DpBound) for point in points), points
     lines = [(math.exp(-min(point.epsilon, 700.0)), point.delta) for point in points if isinstance(point, DpBound)]
@@ -55,7 +55,7 @@ def of_points(bound: Bound) -> InverseCurve:
 
 
 def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int, tail: float) -> bool:
-    """Whether the curve leaves room for at least ``num_correct`` right guesses with probability ``tail``.
+    """Return whether the curve leaves room for at least ``num_correct`` right guesses with probability ``tail``.
 
     Args:
         inverse: of the trade-off curve; concave, and the same in both directions of the relation.
@@ -80,7 +80,7 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
 
 
 def p_value(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int) -> float:
-    """The largest chance that a mechanism within the curve gives to this many right guesses or more.
+    """Return the largest chance that a mechanism within the curve gives to this many right guesses or more.
 
     Args:
         inverse: of the trade-off curve.
@@ -106,7 +106,7 @@ def p_value(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct
 
 
 def mu_lower_bound(num_coins: int, num_guesses: int, num_correct: int, significance: float) -> float:
-    """The smallest mu whose Gaussian curve these guesses do not contradict.
+    """Return the smallest mu whose Gaussian curve these guesses do not contradict.
 
     Args:
         num_coins: m.

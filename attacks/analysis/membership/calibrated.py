@@ -6,7 +6,7 @@ from attacks.analysis.protocol import FloatArray, ReferenceAttack, UnderOtherMod
 
 
 def score(models: UnderOtherModels) -> FloatArray:
-    """Mean log-probability less its mean over the shadows that did not see the owner."""
+    """Return the mean log-probability less its mean over the shadows that did not see the owner."""
     return models.target - models.mean_where(~models.is_in)
 
 

@@ -26,7 +26,7 @@ def score(models: UnderOtherModels) -> FloatArray:
 
 
 def _spread(models: UnderOtherModels, chosen: BoolArray) -> float:
-    """Standard deviation of the shadows about each unit's own mean, pooled over units."""
+    """Return the standard deviation of the shadows about each unit's own mean, pooled over units."""
     deviations = np.where(chosen, models.shadows - models.mean_where(chosen)[:, None], 0.0)
     freedom = max(1, int((chosen.sum(axis=1) - 1).clip(min=0).sum()))
     return max(float(np.sqrt((deviations**2).sum() / freedom)), 1e-12)

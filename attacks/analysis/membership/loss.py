@@ -9,7 +9,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean log-probability per token."""
+    """Return the mean log-probability per token."""
     return float(row.target_logp.mean(dtype=np.float64))
 
 

@@ -9,7 +9,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean log-probability of the text less that of its lower-case form."""
+    """Return the mean log-probability of the text less that of its lower-case form."""
     return float(row.target_logp.mean(dtype=np.float64)) - row.variants["lowercase"]
 
 

@@ -17,7 +17,7 @@ def mean_of_lowest(values: FloatArray, share: float = SHARE) -> float:
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean of the lowest fifth of the tokens' log-probabilities."""
+    """Return the mean of the lowest fifth of the tokens' log-probabilities."""
     return mean_of_lowest(row.target_logp.astype(np.float64))
 
 

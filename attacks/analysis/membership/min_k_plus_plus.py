@@ -14,7 +14,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean of the lowest fifth of (log p - mean) / standard deviation; 0 where the model is certain."""
+    """Return the mean of the lowest fifth of (log p - mean) / standard deviation; 0 where the model is certain."""
     assert row.target_mean is not None
     assert row.target_variance is not None
     spread = np.sqrt(row.target_variance.astype(np.float64))

@@ -13,7 +13,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean log-probability of the text less the average over its neighbours."""
+    """Return the mean log-probability of the text less the average over its neighbours."""
     around = [value for name, value in sorted(row.variants.items()) if name.startswith("neighbour_")]
     return float(row.target_logp.mean(dtype=np.float64)) - float(np.mean(around))
 

@@ -9,7 +9,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean log-probability per token over the compressed size; both grow less negative with membership."""
+    """Return the mean log-probability per token over the compressed size; both grow less negative with membership."""
     return float(row.target_logp.mean(dtype=np.float64)) / max(row.zlib_bytes, 1)
 
 

@@ -88,7 +88,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
 
 
 def read_canaries(run: pathlib.Path) -> list[Scored]:
-    """The scored canaries of a run, in the manifest's order."""
+    """Return the scored canaries of a run, in the manifest's order."""
     directory = RunDirectory(run)
     if not directory.manifest.is_file():
         return []
@@ -128,7 +128,7 @@ def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[Docume
 
 
 def _by_tier(found: Sequence[Scored]) -> dict[int | str, list[Scored]]:
-    """All of one number of repetitions together; users that were changed have as many as they have records."""
+    """Return all of one number of repetitions together; users that were changed have as many as they have records."""
     groups: dict[int | str, list[Scored]] = collections.defaultdict(list)
     for item in found:
         groups["all" if item.canary.kind == SHARED_SUBSTRING else item.canary.repetitions].append(item)
@@ -136,7 +136,7 @@ def _by_tier(found: Sequence[Scored]) -> dict[int | str, list[Scored]]:
 
 
 def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
-    """One tier of the table."""
+    """Return one tier of the table."""
     inside, outside = ([item for item in group if item.is_held_in == side] for side in (True, False))
     drawn = [item.num_drawn for item in inside if item.num_drawn is not None]
     tuned = [item.exposures["tuned"] for item in inside if item.exposures]
@@ -174,7 +174,7 @@ def _mean(values: Any) -> float | None:
 
 
 def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
-    """Mean exposure of held-out canaries against what it must be, by a two-sided test."""
+    """Return the mean exposure of held-out canaries against what it must be, by a two-sided test."""
     outside = [item for item in exposed if not item.is_held_in]
     if not outside:
         return None

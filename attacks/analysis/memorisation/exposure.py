@@ -49,7 +49,7 @@ class Exposure:
 
 
 def exposure(score: float, references: FloatArray, *, extrapolate: bool = True) -> Exposure:
-    """The exposure of a canary.
+    """Return the exposure of a canary.
 
     Args:
         score: its log-likelihood.
@@ -69,7 +69,7 @@ def exposure(score: float, references: FloatArray, *, extrapolate: bool = True) 
 
 
 def null_moments(num_secrets: int) -> tuple[float, float]:
-    """Mean and variance of the exposure of a canary that was not trained on: its rank is uniform."""
+    """Return the mean and variance of the exposure of a canary that was not trained on: its rank is uniform."""
     bits = math.log2(num_secrets) - np.log2(np.arange(1, num_secrets + 1))
     return float(bits.mean()), float(bits.var())
 

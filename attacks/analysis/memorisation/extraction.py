@@ -50,7 +50,7 @@ class Recall:
 
 
 def recall(row: DocumentSignals, model: str, prefix: int) -> Recall | None:
-    """What a model gives back of a document after its first tokens.
+    """Return what a model gives back of a document after its first tokens.
 
     Args:
         row: the document's signals.
@@ -72,7 +72,7 @@ def recall(row: DocumentSignals, model: str, prefix: int) -> Recall | None:
 
 
 def samples_needed(log_prob: float, probability: float) -> float:
-    """The fewest samples n that make a suffix (n, p)-discoverable; infinity if it cannot be drawn.
+    """Return the fewest samples n that make a suffix (n, p)-discoverable; infinity if it cannot be drawn.
 
     Args:
         log_prob: of one sample being the suffix.

@@ -54,7 +54,7 @@ class Tally:
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """What the model gives back of training records; None if no training record was scored.
+    """Return what the model gives back of training records; None if no training record was scored.
 
     Args:
         run: a scored run.
@@ -117,7 +117,7 @@ def _row(group: str, length: int, tally: Tally) -> dict[str, Any]:
 
 
 def _users(tally: Tally, hits: collections.Counter[str]) -> str:
-    """Users are independent, their records are not: the interval is over users."""
+    """Return the interval over users, who are independent; their records are not."""
     num_hit = sum(count > 0 for count in hits.values())
     interval = statistics.clopper_pearson(num_hit, len(tally.records))
     return f"{num_hit} of {len(tally.records)} ({interval.lower:.1%} to {interval.upper:.1%})"

@@ -39,7 +39,7 @@ def bootstrap_interval(
     level: float = interval.CONFIDENCE_LEVEL,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """The BCa interval of the AUROC (Efron and Tibshirani 1993, chapter 14), with its floors.
+    """Return the BCa interval of the AUROC (Efron and Tibshirani 1993, chapter 14), with its floors.
 
     Args:
         held_in: one score per held-in user or record; at least two users.
@@ -70,7 +70,7 @@ def bootstrap_interval(
 
 
 def bca_interval(area: float, influences: Sequence[FloatArray], resampled: FloatArray, level: float) -> Interval:
-    """The BCa interval of a two-sample statistic.
+    """Return the BCa interval of a two-sample statistic.
 
     Args:
         area: the statistic of the sample.
@@ -89,7 +89,7 @@ def bca_interval(area: float, influences: Sequence[FloatArray], resampled: Float
 
 
 def bca_levels(bias: float, acceleration: float, level: float) -> FloatArray:
-    """Which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, chapter 14).
+    """Return which quantiles of the resamples are the ends of a BCa interval (Efron and Tibshirani 1993, chapter 14).
 
     Args:
         bias: normal quantile of the share of resamples below the estimate.
@@ -115,7 +115,7 @@ def floored(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Widens an AUROC interval to what every interval must allow for: luck with few users, and with ties.
+    """Widen an AUROC interval to what every interval must allow for: luck with few users, and with ties.
 
     Args:
         found: the interval.
@@ -183,7 +183,7 @@ def bounded_mean_interval(
 
 
 def _places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
-    """The number of the owner of each record, by side."""
+    """Return the number of the owner of each record, by side."""
     if owners is None:
         return [np.arange(held_in.size), np.arange(held_out.size)]
     return [np.unique(owner, return_inverse=True)[1] for owner in owners]

@@ -42,11 +42,11 @@ class Bound(Protocol):
     """Anything that says how high a test's ROC may be."""
 
     def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The largest true positive rate at each false positive rate."""
+        """Return the largest true positive rate at each false positive rate."""
         ...
 
     def max_auroc(self) -> float:
-        """The largest area under the ROC."""
+        """Return the largest area under the ROC."""
         ...
 
 
@@ -67,7 +67,7 @@ class DpBound:
             raise ValueError(f"epsilon={self.epsilon}, delta={self.delta}; expected epsilon >= 0 and 0 <= delta <= 1")
 
     def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The largest true positive rate of any test with these false positive rates: f above.
+        """Return the largest true positive rate of any test with these false positive rates: f above.
 
         Args:
             fpr: false positive rates in [0, 1].
@@ -83,7 +83,7 @@ class DpBound:
         return np.clip(np.minimum(growth * fpr + self.delta, 1.0 - (1.0 - self.delta - fpr) / growth), 0.0, 1.0)
 
     def max_auroc(self) -> float:
-        """The largest area under the ROC of any test: the cap for a whole population."""
+        """Return the largest area under the ROC of any test: the cap for a whole population."""
         if self.epsilon > 700.0:
             return 1.0
         return 1.0 - (1.0 - self.delta) ** 2 / (1.0 + math.exp(self.epsilon))
@@ -102,16 +102,16 @@ class CurveBound:
     source: str = ""
 
     def max_tpr(self, fpr: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The smallest of the points' own caps."""
+        """Return the smallest of the points' own caps."""
         return np.min([point.max_tpr(fpr) for point in self.points], axis=0)
 
     def max_auroc(self) -> float:
-        """The area under that smallest cap, by strips that err upwards."""
+        """Return the area under that smallest cap, by strips that err upwards."""
         return float(self.max_tpr(np.arange(1, 4001) / 4000).mean())
 
 
 def auroc_cap(bound: Bound, num_held_out: int) -> float:
-    """The largest expected AUROC of a sample whose held-out side has this many users.
+    """Return the largest expected AUROC of a sample whose held-out side has this many users.
 
     Args:
         bound: the guarantee, with the user as its unit.
@@ -125,7 +125,7 @@ def auroc_cap(bound: Bound, num_held_out: int) -> float:
 
 
 def tpr_cap(bound: Bound, num_false_positives_allowed: int, num_held_out: int) -> float:
-    """The largest expected TPR at the threshold that lets this many held-out users through.
+    """Return the largest expected TPR at the threshold that lets this many held-out users through.
 
     Args:
         bound: the guarantee, with the user as its unit.

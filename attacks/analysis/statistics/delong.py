@@ -61,7 +61,7 @@ def paired_difference(
     second: tuple[FloatArray, FloatArray],
     level: float = interval.CONFIDENCE_LEVEL,
 ) -> PairedDifference:
-    """Compares two attacks, or two checkpoints under one attack, on the same users.
+    """Compare two attacks, or two checkpoints under one attack, on the same users.
 
     Below ``MIN_NORMAL_USERS`` users on a side the test exchanges the two ranks of a user by a coin, for each user one;
     it is exact where both scores rank a user alike in law. From there on it is DeLong's. The interval's degrees of

@@ -27,7 +27,7 @@ class Interval:
         assert self.lower <= self.upper, self
 
     def no_narrower_than(self, ceiling: Interval) -> Interval:
-        """Widens this AUROC interval so that it claims no more than perfect separation would.
+        """Widen this AUROC interval so that it claims no more than perfect separation would.
 
         Bootstrap and DeLong give zero width once the two sides are separated: 3 + 3 users would "prove" an AUROC of 1.
 
@@ -40,7 +40,7 @@ class Interval:
         return Interval(min(self.lower, ceiling.lower), max(self.upper, 1.0 - ceiling.lower))
 
     def lower_at(self, level: float, area: float) -> float:
-        """The lower end of this AUROC interval at a higher level, for many statistics at once.
+        """Return the lower end of this AUROC interval at a higher level, for many statistics at once.
 
         Its distance from the area grows, in logits, as a normal interval's would: no number of resamples would reach
         such quantiles. Before :meth:`no_narrower_than` of that level.
@@ -73,7 +73,7 @@ def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LE
 
 
 def perfect_separation(num_held_in: int, num_held_out: int, level: float = CONFIDENCE_LEVEL) -> Interval:
-    """The ceiling: the interval for AUROC had every held-in user scored above every held-out user.
+    """Return the ceiling: the interval for AUROC had every held-in user scored above every held-out user.
 
     No sample of this size can show more. Pair the users off: n = min(num_held_in, num_held_out) disjoint pairs are
     independent and each is in order with probability AUROC, so perfect separation has probability at most AUROC^n.

@@ -28,7 +28,7 @@ class Placements:
 
     @classmethod
     def of(cls, held_in: FloatArray, held_out: FloatArray) -> Placements:
-        """Ranks the two sides against each other in O(n log n).
+        """Return the rank the two sides against each other in O(n log n).
 
         Args:
             held_in: one score per held-in user.
@@ -46,7 +46,7 @@ class Placements:
 
 
 def auroc(held_in: FloatArray, held_out: FloatArray) -> float:
-    """The probability that a random held-in user scores above a random held-out user, ties one half.
+    """Return the probability that a random held-in user scores above a random held-out user, ties one half.
 
     Args:
         held_in: one score per held-in user.

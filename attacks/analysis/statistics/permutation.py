@@ -31,7 +31,7 @@ _MAX_NUMBERS = 5_000_000
 
 
 def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
-    """One-sided test that the held-in side scores higher.
+    """Return the p-value of a one-sided test that the held-in side scores higher.
 
     Args:
         held_in: one score per held-in user, or record.
@@ -73,7 +73,7 @@ def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | 
 def no_narrower_than_test(
     found: Interval, held_in: FloatArray, held_out: FloatArray, level: float, owners: Owners | None = None
 ) -> Interval:
-    """Widens an AUROC interval to hold 1/2 unless the test at (1 - level) / 2 rejects it on that side.
+    """Widen an AUROC interval to hold 1/2 unless the test at (1 - level) / 2 rejects it on that side.
 
     So without any leak either end is on the wrong side of 1/2 with probability at most (1 - level) / 2, at every size.
     """

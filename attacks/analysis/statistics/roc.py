@@ -77,7 +77,7 @@ class OperatingPoint:
 
 
 def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
-    """The largest k with k / num_held_out <= target_fpr.
+    """Return the largest k with k / num_held_out <= target_fpr.
 
     Args:
         target_fpr: in [0, 1].
@@ -92,7 +92,7 @@ def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
 def tpr_at_fpr(
     held_in: FloatArray, held_out: FloatArray, target_fpr: float, level: float = interval.CONFIDENCE_LEVEL
 ) -> OperatingPoint:
-    """The true positive rate at the largest achievable false positive rate <= ``target_fpr``.
+    """Return the true positive rate at the largest achievable false positive rate <= ``target_fpr``.
 
     Args:
         held_in: one score per held-in user.
@@ -122,7 +122,7 @@ def tpr_at_fpr(
 def rate_interval(
     held_in: FloatArray, held_out: FloatArray, num_allowed: int, level: float = interval.CONFIDENCE_LEVEL
 ) -> Interval:
-    """The true positive rate at a threshold estimated from the held-out side, the luck of both sides carried.
+    """Return the true positive rate at a threshold estimated from the held-out side, the luck of both sides carried.
 
     Derived in the module's docstring for users who are independent of each other given the model. The lower end
     exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every* concave f above the attack's ROC,
@@ -150,7 +150,7 @@ def _rate_interval(
     tail, luck = (1.0 - level) / 2.0, _threshold_luck(num_allowed, num_held_out)
 
     def end(law: tuple[int, int], scale: FloatArray, chance: float) -> float:
-        """The quantile of a Beta variable over the scale, at most 1."""
+        """Return the quantile of a Beta variable over the scale, at most 1."""
 
         def excess(rate: float) -> float:
             return float(scipy.special.betainc(*law, np.minimum(rate * scale, 1.0)).mean()) - chance
@@ -176,7 +176,7 @@ def _threshold_luck(num_allowed: int, num_held_out: int) -> FloatArray:
 
 
 def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The corners of the ROC.
+    """Return the corners of the ROC.
 
     Tied scores move both rates at once, a diagonal edge; the area under the straight edges is the Mann-Whitney AUROC
     with ties at one half.
