@@ -352,7 +352,7 @@ def _unit_loss(row_losses: RowLosses, batch: Microbatch, unit: int) -> torch.Ten
 
 
 def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route: str) -> str:
-    """Return the route: one unit at a time on every rank if any rank needs it: ranks of a sharded base must run equal passes.
+    """Return the route: one unit at a time on every rank if any needs it, as a sharded base needs equal passes.
 
     Every rank works through the same unit, since one without any would not see what the others see.
     """
