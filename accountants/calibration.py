@@ -270,7 +270,7 @@ def calibrate_count(
 
 
 def _log_root(judge: _Judge, aim: float, low: float, high: float, xtol: float) -> float:
-    """Return where the guide spends ``aim``, between two values around it."""
+    """Return the parameter in [low, high] at which ``judge.guide`` equals ``aim``, by log-log root finding."""
     return math.exp(
         bracketed_root(
             lambda x: math.log(max(judge.guide(math.exp(x)), 1e-300) / aim), math.log(low), math.log(high), xtol=xtol

@@ -235,6 +235,8 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
                 raise UnsupportedEventError(
                     "ShuffledBatchesDpEvent has no bound under ADD_OR_REMOVE_ONE; zero-out only"
                 )
+            if event.num_epochs == 0:
+                return dp_accounting.NoOpDpEvent()
             inner = dp_accounting.GaussianDpEvent(event.noise_multiplier)
             return dp_accounting.SelfComposedDpEvent(inner, int(event.num_epochs))
         case dp_accounting.SelfComposedDpEvent():
@@ -246,7 +248,9 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
                 else dp_accounting.SelfComposedDpEvent(inner, int(event.count))
             )
         case dp_accounting.ComposedDpEvent():
-            return dp_accounting.ComposedDpEvent([resolve(part, relation) for part in event.events])
+            parts = [resolve(part, relation) for part in event.events]
+            left = [part for part in parts if not isinstance(part, dp_accounting.NoOpDpEvent)]
+            return dp_accounting.ComposedDpEvent(left) if left else dp_accounting.NoOpDpEvent()
         case dp_accounting.PoissonSampledDpEvent():
             inner = resolve(event.event, relation)
             is_nothing = event.sampling_probability == 0 or isinstance(inner, dp_accounting.NoOpDpEvent)

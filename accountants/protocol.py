@@ -98,7 +98,7 @@ class Accountant(abc.ABC):
 
     @abc.abstractmethod
     def bounds(self, question: Question) -> Bounds:
-        """Return the method's answer."""
+        """Compute the method's bounds; the question's event is already resolved for its neighbouring relation."""
 
     def _answer(self, question: Question) -> PrivacyAnswer:
         if question.relation is NeighboringRelation.REPLACE_ONE and not self.covers_replacement:
@@ -124,7 +124,7 @@ class NormalFormAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """Nothing released and nothing hidden are answered here."""
+        """Answer trivial events exactly; pass all others to ``epsilon_bounds`` or ``delta_bounds``."""
         composed = composition(question.event)
         if composed.non_private or not composed.phases:
             return self.trivial_bounds(question.largest if composed.non_private else 0.0)

@@ -352,7 +352,7 @@ def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dty
 
 
 def _rows(batch: pa.RecordBatch, path: pathlib.Path, num_before: int, remedy: str) -> Iterator[DocumentSignals]:
-    """Cuts the columns of a batch into rows."""
+    """Yield the rows of a batch as :class:`DocumentSignals`; raise at the first invalid row."""
     batch.validate(full=True)  # offsets that point outside of the values
     scalars = {name: batch.column(name).to_pylist() for name in _SCALAR_COLUMNS}
     variants = batch.column("variants").to_pylist()

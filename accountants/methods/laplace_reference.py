@@ -34,7 +34,7 @@ _MAX_NODES = 1 << 14
 
 
 class ContourAccountant(NormalFormAccountant):
-    """The saddle-line reference; any delta."""
+    """Reference accountant for any delta, by contour integration through the saddle point; not certified."""
 
     name = "contour"
 
@@ -64,7 +64,7 @@ def _may_dominate(composed: Composition, epsilon: float, delta: float) -> bool:
 
 
 def contour_delta(composed: Composition, epsilon: float, *, add: bool) -> float:
-    """Delta in one direction.
+    """Return delta in the add or the remove direction, by contour integration through the saddle point.
 
     Raises:
         ValueError: if the integrand does not decay within the number of points allowed (very few steps).

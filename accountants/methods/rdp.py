@@ -60,8 +60,10 @@ class RdpAccountant(Accountant):
     @override
     def bounds(self, question: Question) -> Bounds:
         orders, divergences = _divergences(question.event, question.relation)
-        # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0.
-        divergences = [value if value >= 0 else math.inf for value in divergences]
+        # A divergence below 0 is the library's round-off, of which it would make an epsilon or delta of 0; one of 0 is
+        # where float64 ends, unless nothing was released.
+        if not isinstance(question.event, dp_accounting.NoOpDpEvent):
+            divergences = [math.inf if value < 0 else max(value, math.ulp(0.0)) for value in divergences]
         convert = conversion.compute_epsilon if question.quantity == "epsilon" else _delta_of
         value, order = convert(orders, divergences, question.argument)
         upper = math.inf if math.isnan(value) else float(value)
@@ -107,7 +109,7 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
 
 
 def renyi_epsilon(composed: Composition, delta: float) -> float:
-    """Return the certified epsilon of a normal form, the best over the orders."""
+    """Return the certified epsilon of a composition by Rényi DP, minimised over ``ORDERS``."""
     return float(conversion.compute_epsilon(ORDERS, mixture_divergences(composed), delta)[0])
 
 

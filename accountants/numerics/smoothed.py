@@ -93,7 +93,7 @@ class StepTransform:
         self._size = np.maximum(np.maximum(1.0, np.abs(self.loss)), step.shifts[-1] * np.abs(self.z))
 
     def order(self, tilt: float) -> float:
-        """Return the power of dQ/dP in the tilted first law."""
+        """Return the exponent p of the tilted density, which is proportional to dP · (dQ/dP)**p."""
         return -tilt if self._add else 1 + tilt
 
     def tilted(self, tilt: float) -> tuple[Array, float]:

@@ -32,12 +32,12 @@ _MAX_WORDS = 5000
 
 @dataclasses.dataclass(frozen=True)
 class BlindResult:
-    """One family of features.
+    """Cross-validated separation of held-in from held-out users by one family of model-free features.
 
     Attributes:
         auroc: mean over folds, on users held out of the fit.
-        interval: at the level that a correction over the families leaves.
-        num_features: columns.
+        interval: of the AUROC, at a confidence level corrected for the number of families.
+        num_features: columns of the feature matrix.
     """
 
     auroc: float
@@ -46,7 +46,7 @@ class BlindResult:
 
     @property
     def separates(self) -> bool:
-        """Whether the sides can be told apart without a model."""
+        """Whether the features alone separate the two groups: the whole interval lies above 0.5."""
         return self.interval.lower > 0.5
 
 

@@ -62,7 +62,7 @@ class NeuralScorer:
         return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
-        """Return the ``count`` most likely tokens at the place of each token after the first: one forward pass."""
+        """Return [len - 1, count] per sequence: the most likely tokens at each position after the first."""
         found = [block.topk(count, dim=-1).indices.cpu().numpy() for _, block in self._blocks(sequences)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return np.split(np.concatenate(found), ends)

@@ -83,7 +83,7 @@ class _Rows:
         ids, mask, weight = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
         return cls(torch.cat(ids), torch.cat(mask), torch.cat(weight))
 
-    def dealt(self, rank: int, size: int) -> tuple[_Rows, bool]:
+    def share_of(self, rank: int, size: int) -> tuple[_Rows, bool]:
         """One rank's rows, and whether it has any; else the last with weight zero, since all ranks must take part."""
         mine = list(range(rank, len(self), size))
         has_rows = bool(mine)
@@ -95,13 +95,13 @@ class _Rows:
 
 
 class CooperativeClipper:
-    """Accumulates this rank's part of Σ_u clip(g_u); the interface of :class:`~.clipper.PerUnitClipper`.
+    """A :class:`~.clipper.PerUnitClipper` for sharded gradients: each rank accumulates its part of Σ_u clip(g_u).
 
-    Guarantee: as there. Every rank of the group takes the same decisions, since it sees the same summed norms.
+    Guarantee: as for ``PerUnitClipper``. All ranks of the group decide alike, since they see the same summed norms.
 
     Args:
         model: the model that ``row_losses`` runs.
-        shards: the backend's parts of a gradient.
+        shards: the backend's description of this rank's part of each gradient.
         clipping_norm: C > 0.
         row_losses: see :data:`~.clipper.RowLosses`.
         device: where ``total`` lives.
@@ -254,7 +254,7 @@ class CooperativeClipper:
 
     def _run(self, rows: _Rows, sink: Sink, *, counts_loss: bool = True) -> None:
         """One forward and backward pass of this rank over its share of the rows."""
-        mine, has_rows = rows.dealt(self._shards.rank, self._shards.size)
+        mine, has_rows = rows.share_of(self._shards.rank, self._shards.size)
         with self._shards.collecting(sink):
             loss = (self._row_losses(mine.input_ids, mine.target_mask) * mine.row_weight).sum()
             loss.backward()

@@ -62,12 +62,12 @@ class Canary:
         return self.kind != SHARED_SUBSTRING
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the canary as a JSON object for the manifest."""
         return {**dataclasses.asdict(self), "records": list(self.records)}
 
     @classmethod
     def from_json(cls, item: Mapping[str, Any]) -> Canary:
-        """From the manifest."""
+        """Return the canary that a manifest entry describes."""
         return cls(**{**item, "records": tuple(item["records"])})
 
 
@@ -106,7 +106,7 @@ def draw_canaries(
 
 
 def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, stream: KeyStream) -> str:
-    """Return a secret from the law that canaries of this kind have: theirs and all that they are compared with."""
+    """Draw a secret from the distribution of this kind, for a canary or for a candidate that it is compared with."""
     if section.kind == TEMPLATE:
         return digits_of(int(stream.uint64(1)[0]) % 10**section.num_digits, section.num_digits)
     assert tokenizer is not None
@@ -144,7 +144,7 @@ def plant(corpus: Corpus, canaries: Iterable[Canary]) -> Corpus:
 
 
 def _name(stream: KeyStream) -> str:
-    """Two invented words of three syllables: 70**6 names, none of anybody."""
+    """Return an invented name of two three-syllable words, one of 70**6."""
     draws = stream.uint64(12)
     letters = [(_VOWELS if at % 2 else _CONSONANTS)[int(d) % (5 if at % 2 else 14)] for at, d in enumerate(draws)]
     return " ".join("".join(letters[at : at + 6]).capitalize() for at in (0, 6))
@@ -157,7 +157,7 @@ def _shared(
     tokenizer: PreTrainedTokenizerBase | None,
     root_key: SecretKey,
 ) -> Canary | None:
-    """A user's records with a substring of one of them in all of them; None if all are shorter than the substring."""
+    """Return a canary: one record's substring put into all of a user's records; ``None`` if all are too short."""
     assert tokenizer is not None
     if not tokenizer.is_fast:
         problem = "shared_substring needs a fast tokenizer, which says where a token stands in the text"

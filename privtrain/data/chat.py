@@ -135,7 +135,7 @@ class ChatRenderer:
         return Record(tokens, is_target)
 
     def _own_words(self, error: Exception) -> str:
-        """Return a template's complaint if the template itself holds it: another may quote a conversation."""
+        """Return the error message if the template contains it; else only the error's type, for privacy."""
         words = " ".join(str(error).split())
         return words if words and words in str(self._tokenizer.chat_template) else type(error).__name__
 

@@ -43,7 +43,7 @@ class RowCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Every kept record by owner, in a canonical order that does not depend on file order across users.
+    """Every kept record by user, in a canonical order that does not depend on file order across users.
 
     Attributes:
         records: user id → records in their text form (:mod:`.formats`), users sorted, records in reading order.
@@ -154,7 +154,7 @@ def digests_of(files: Iterable[pathlib.Path]) -> tuple[str, ...]:
 
 
 def deduplicated(corpus: Corpus) -> Corpus:
-    """Of each user's records that differ in white space alone, the first.
+    """Keep the first of each user's records that differ only in white space.
 
     A function of one user's records: what another user wrote is no duplicate. The digest stays that of the data as they
     were read.
@@ -205,7 +205,7 @@ def _no_row(tally: Mapping[str, Any]) -> Fault:
 
 
 def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Owner and text of the rows that can be used; what became of all of them is in ``tally`` when it is exhausted."""
+    """Yield (user id, text) of the usable rows; at the end, fill ``tally`` with the counts of all rows."""
     num_rows = num_without_user = num_empty = 0
     reasons: dict[str, int] = {}
     for user, text in rows:
@@ -231,19 +231,19 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def normal_form(text: str) -> str:
-    """Equal for texts that differ in white space alone."""
+    """Return the text with every run of white space replaced by one space, and none at the ends."""
     return " ".join(text.split())
 
 
 def owner_of(user: object, place: str = "") -> str:
-    """Return a user id as text; empty if there is none.
+    """Return a value of the user column as text, or an empty string if it is missing.
 
     Args:
         user: the value of the user column.
-        place: where it stands, for the error, which never shows it.
+        place: file and row for the error message, which never quotes the id.
 
     Raises:
-        ConfigError: if the id could be written in two ways, or in none.
+        ConfigError: if the id is neither text nor an integer, or holds an unpaired surrogate.
     """
     if user is None or (isinstance(user, float) and math.isnan(user)):
         return ""

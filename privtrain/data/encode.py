@@ -103,10 +103,10 @@ class Encoder:
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
     def chunks(self, texts: Sequence[str]) -> list[tuple[Record, tuple[int, ...]]]:
-        """The texts end to end, each with its end mark, in pieces of ``max_length`` tokens that begin with a mark.
+        """Concatenate the texts, each with an end token, and cut them into records of at most ``max_length`` tokens.
 
         Returns:
-            Pieces, each with the places of the texts that it is of.
+            Records, each starting with the begin token, and the indices of the texts whose tokens it holds.
         """
         begin, end = marks(self._tokenizer)
         encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
@@ -157,17 +157,18 @@ class Encoder:
         for record in records:
             item = json.loads(record)
             limit = self._max_length - 1
-            texts = [_without_marks(text, self._tokenizer) for text in item["texts"]]
-            whole: Any = self._tokenizer(*texts, verbose=False)
+            text, *pair = (_without_marks(text, self._tokenizer) for text in item["texts"])
+            second = pair[0] if pair else None
+            whole: Any = self._tokenizer(text, second, verbose=False)
             is_cut = len(whole["input_ids"]) > limit
             if is_cut:
-                whole = self._tokenizer(*texts, truncation="longest_first", max_length=limit, verbose=False)
+                whole = self._tokenizer(text, second, truncation="longest_first", max_length=limit, verbose=False)
             tokens = np.asarray([*whole["input_ids"], item["label"]], dtype=np.int64)
             yield Record(tokens, np.arange(len(tokens)) == len(tokens) - 1), is_cut
 
 
 def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Begin and end marks of a text. The begin mark is context only, so that every token of the text is predicted."""
+    """Return the begin and end token; the begin token is context only, so every token of the text is predicted."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     end = tokenizer.eos_token_id
     assert isinstance(begin, int)
@@ -176,7 +177,7 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def _unmarked(ids: Sequence[int], begin: int | None, end: int | None) -> Sequence[int]:
-    """Ids without the marks that a text carries itself: each record has one begin mark and one end mark, of ours."""
+    """Strip begin and end tokens that the text itself carries; the encoder adds one of each."""
     first, last = 0, len(ids)
     while first < last and ids[first] == begin:
         first += 1
@@ -186,9 +187,9 @@ def _unmarked(ids: Sequence[int], begin: int | None, end: int | None) -> Sequenc
 
 
 def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the same for a text that the tokenizer marks by itself."""
-    begins = [mark for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
-    ends = [mark for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
+    """Strip leading begin tokens and trailing end tokens from a text whose tokenizer adds them itself."""
+    begins = [str(mark) for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
+    ends = [str(mark) for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
     while any(text.startswith(mark) for mark in begins):
         text = next(text.removeprefix(mark) for mark in begins if text.startswith(mark))
     while any(text.endswith(mark) for mark in ends):
@@ -197,5 +198,5 @@ def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _without_state(tokenizer: str) -> dict[str, Any]:
-    """Return a tokenizer's JSON without truncation and padding, which encoding switches and we do by ourselves."""
+    """Return a tokenizer's JSON without its truncation and padding state, which changes whenever it encodes."""
     return {name: value for name, value in json.loads(tokenizer).items() if name not in ("truncation", "padding")}

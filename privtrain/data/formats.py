@@ -47,7 +47,8 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
             return _content(values[0]).strip()
         case "prompt_completion":
             prompt, completion = map(_content, values)
-            return _dump({"prompt": prompt, "completion": completion}) if completion.strip() else ""
+            is_whole = completion.strip() and (values[0] is None or isinstance(values[0], str))
+            return _dump({"prompt": prompt, "completion": completion}) if is_whole else ""
         case "chat":
             messages = _messages(values[0])
             return _dump(messages) if any(_is_answer(m) for m in messages) else ""
@@ -59,13 +60,14 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
 
 
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
-    """Return the rule by which :func:`canonical` makes nothing of a row."""
+    """Return the reason why :func:`canonical` rejects a row."""
     keys = [f"data.{key}" for key in column_keys(data)]
     match data.format:
         case "text":
             return Unusable(_text_problem(values[0], keys[0]))
         case "prompt_completion":
-            return Unusable(_text_problem(values[1], keys[1]))
+            faulty = 1 if values[0] is None or isinstance(values[0], str) else 0
+            return Unusable(_text_problem(values[faulty], keys[faulty]))
         case "chat":
             return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")
         case "classification":
@@ -120,15 +122,23 @@ def _messages(value: object) -> list[dict[str, Any]]:
             return []
     if not isinstance(value, list):
         return []
-    # Parquet fills the keys that only some turns have with nulls.
-    turns = [{k: v for k, v in turn.items() if v is not None} for turn in value if isinstance(turn, dict)]
+    # Parquet fills the keys that only some turns, or some tools, have with nulls.
+    turns = [_without_nulls(turn) for turn in value if isinstance(turn, dict)]
     for turn in turns:
         if turn.get("tool_calls"):  # a call needs no words beside it, and templates expect a text
             turn.setdefault("content", "")
+        else:  # templates ask whether the key is there
+            turn.pop("tool_calls", None)
     is_whole = len(turns) == len(value) and all(
         isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
     return turns if is_whole else []
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _is_answer(message: dict[str, Any]) -> bool:

@@ -128,11 +128,11 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
         return isinstance(user, str) and self._place(user) is not None
 
     def items(self) -> ItemsView[str, Sequence[str]]:
-        """In order, without looking anybody up."""
+        """Return a view that iterates in stored order, without lookups by user id."""
         return _Items(self)
 
     def values(self) -> ValuesView[Sequence[str]]:
-        """In order, without looking anybody up."""
+        """Return a view that iterates in stored order, without lookups by user id."""
         return _Values(self)
 
     def in_order(self) -> Iterator[tuple[str, Sequence[str]]]:

@@ -44,7 +44,7 @@ _OWN_DIGEST = "description_sha256"
 
 
 def text_digest(content: bytes) -> bytes:
-    """Return what a text is compared with when it is read."""
+    """Return a text's truncated SHA-256, which is checked whenever the text is read."""
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
@@ -65,7 +65,7 @@ class HashedFile:
 
 @contextlib.contextmanager
 def created(path: pathlib.Path) -> Iterator[HashedFile]:
-    """A new file for nobody else's eyes, on disk when the block ends."""
+    """Create a file with mode 0600 for the block, and fsync it at the end."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         yield HashedFile(file)
@@ -74,7 +74,7 @@ def created(path: pathlib.Path) -> Iterator[HashedFile]:
 
 
 def describe(directory: pathlib.Path, facts: Mapping[str, Any], files: Mapping[str, HashedFile]) -> None:
-    """Write the description of an index, last: it says that the index is whole.
+    """Write the description of an index as its last file, which marks the index as complete.
 
     Args:
         directory: of the index.

@@ -27,11 +27,12 @@ def check_learnable(corpus: Corpus, encoder: Encoder) -> None:
     while batch := list(itertools.islice(records, _AT_ONCE)):
         encoded = encoder.encode(batch)
         if encoded.num_without_target < len(batch):
+            encoder.complaints.clear()  # the records that are trained on are counted when they are encoded
             return
     raise ConfigError([Fault("data", f"no record predicts a token, so nothing would be learned{reasons_of(encoder)}")])
 
 
 def reasons_of(encoder: Encoder) -> str:
-    """Why records that were encoded so far predict nothing, in words that hold none of theirs; empty if all do."""
+    """Return why encoded records have no predicted token, without quoting any; empty if all have one."""
     found = [f"{count} × {reason}" for reason, count in encoder.complaints.most_common()]
     return f": {'; '.join(found)}" if found else ""

@@ -1,4 +1,4 @@
-"""The manifest as a file: written by whoever flips the coins, compared by training, and what training says it used.
+"""The manifest file: written when the split is drawn, compared by training; and the record of what training used.
 
 The coins are a function of the run's root key, the data and the configuration, so training does not have to believe
 the file that ``attacks prepare`` wrote: it draws them again and refuses a file that says anything else.
@@ -29,7 +29,7 @@ USED_SCHEMA = "privtrain/used/1"
 
 
 def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey) -> Split:
-    """Return all coins and canaries of a run.
+    """Return a run's split, canaries included.
 
     Args:
         config: its configuration.
@@ -60,7 +60,7 @@ def _once(canary: Canary) -> Canary:
 
 
 def needs_tokenizer(config: Config) -> bool:
-    """Return whether the coins cannot be flipped without the model's tokenizer."""
+    """Return whether drawing the split needs the model's tokenizer."""
     return config.canaries.are_planted and config.canaries.kind != TEMPLATE
 
 
@@ -123,7 +123,7 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def used_facts(
     corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
-    """Return what training may really draw, against what the coins allow. Names users: ``secret/`` only.
+    """Return which records training can draw, compared with the split. Names users: ``secret/`` only.
 
     Args:
         corpus: the kept records, without canaries.
@@ -155,7 +155,7 @@ def used_facts(
 
 
 def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
-    """Return the records of canaries that became units, and of anybody that did not, without a table of everybody."""
+    """Return, by user, the canary records that became units, and all users' records that did not."""
     canaries = {canary.user for canary in split.canaries}
     kept: dict[str, set[int]] = {}
     left_out: dict[str, list[int]] = {}

@@ -105,7 +105,7 @@ class Packer:
         return min(-(-longest // part) * part, self.max_length)
 
     def num_batches(self, units: Sequence[Records]) -> int:
-        """Microbatches that these units need."""
+        """Return the number of microbatches that these units need."""
         rows: dict[int, list[int]] = {}
         for records in units:
             rows.setdefault(self.width(records), []).append(len(records))

@@ -40,7 +40,7 @@ class Names(Sequence[str]):
         self._ends.append(len(self._bytes))
 
     def place(self, name: str) -> int | None:
-        """Return where it stands; ``None`` if it is not there."""
+        """Return the index of an id; ``None`` if it was not added."""
         wanted = name.encode("utf-8", errors=_ERRORS)
         if wanted in self._unsorted:
             return self._unsorted[wanted]
@@ -102,7 +102,7 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
         self._ends.append(len(self._indices))
 
     def at(self, place: int) -> tuple[int, ...]:
-        """Return indices of the user who stands there."""
+        """Return the record indices of the user who was added as number ``place``, from 0."""
         start = self._ends[place - 1] if place else 0
         return tuple(self._indices[start : self._ends[place]])
 
@@ -111,7 +111,7 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
         return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
 
     def owner(self, number: int) -> tuple[int, int]:
-        """Of all indices in order, the place of the user who has this one, and the index itself."""
+        """Return (number of the user, record index) of entry ``number`` in all users' concatenated indices."""
         if not 0 <= number < len(self._indices):
             raise IndexError(number)
         return bisect.bisect_right(self._ends, number), self._indices[number]
@@ -137,11 +137,11 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
         return user in self.names
 
     def items(self) -> ItemsView[str, tuple[int, ...]]:
-        """In order, without looking anybody up."""
+        """Return a view that iterates in stored order, without lookups by user id."""
         return _Items(self)
 
     def values(self) -> ValuesView[tuple[int, ...]]:
-        """In order, without looking anybody up."""
+        """Return a view that iterates in stored order, without lookups by user id."""
         return _Values(self)
 
     def in_order(self) -> Iterator[tuple[int, ...]]:
@@ -165,7 +165,7 @@ class _Values(ValuesView[tuple[int, ...]]):
 
 
 class LazySequence(Sequence[Any]):
-    """A property of numbered things, found when it is asked for.
+    """A sequence whose items are computed on access.
 
     Args:
         length: how many things.

@@ -36,7 +36,7 @@ class Record:
 
     @classmethod
     def of(cls, tokens: np.ndarray | Record) -> Record:
-        """Plain text: every token but the first is predicted. A record is returned as it is."""
+        """Return tokens as a record that predicts every token but the first; return a record unchanged."""
         if isinstance(tokens, Record):
             return tokens
         is_target = np.ones(len(tokens), dtype=bool)

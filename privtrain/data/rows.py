@@ -42,15 +42,16 @@ def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object
         ConfigError: if it cannot be loaded or lacks a column.
     """
     import datasets
+    from datasets import exceptions
 
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+    except (exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
         # Raised at a file that cannot be read; its message may quote rows.
         problem = f"cannot read the files of {source.name} ({type(error).__name__})"
         raise ConfigError([Fault("data.source.name", problem)]) from None
-    except (*_HUB_FAULTS, datasets.exceptions.DatasetsError) as error:
+    except (*_HUB_FAULTS, exceptions.DatasetsError) as error:
         problem = f"cannot load {source.name}: {_hub_reason(error)}"
         raise ConfigError([Fault("data.source.name", problem)]) from None
     if not isinstance(table, datasets.Dataset):

@@ -37,7 +37,7 @@ Losses = Mapping[tuple[str, int], float]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How many of a user's records, and which.
+    """The rule that selects each user's training records: how many, and which.
 
     Attributes:
         strategy: as in ``privacy.selection``.

@@ -1,4 +1,4 @@
-"""The sealed coins: which users are trained on, and which of their records the attacker holds.
+"""The split: which users are trained on, and which of their records the attacker holds.
 
 Flipped once, before training, from the run's root key, independently for every user, so that the attack job can treat
 held-in and held-out users as exchangeable. Both sides pass through the same rules before anybody is selected.
@@ -44,7 +44,7 @@ class Split:
     canaries: tuple[Canary, ...] = ()
 
     def manifest(self, corpus: Corpus) -> dict[str, Any]:
-        """Return the sealed form, with a digest over its content. Names users: ``secret/`` only."""
+        """Return the split's manifest with a digest over its content. Names users: ``secret/`` only."""
         body = {
             "schema": SCHEMA,
             "data_sha256": corpus.manifest_sha256,
@@ -64,7 +64,7 @@ def seal(body: Mapping[str, Any]) -> str:
 
 
 def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries: Sequence[Canary] = ()) -> Split:
-    """Flip every user's coin and draw the attacker's records.
+    """Draw which users are held out, and which of each user's records only the attacker holds.
 
     A user with fewer than ``attack_min_records`` records gives none to the attacker. Everybody else gives
     ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one. Canaries are

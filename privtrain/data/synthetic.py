@@ -167,7 +167,7 @@ def _profile(faker: Faker) -> dict[str, str]:
 
 
 def _favourites(rng: np.random.Generator, values: tuple[str, ...]) -> list[str]:
-    """What a customer keeps coming back to: this is what a user-inference attack can pick up besides the profile."""
+    """Draw up to three values that a customer's texts repeat, a signal for user inference besides the profile."""
     return [str(value) for value in rng.choice(values, size=min(3, len(values)), replace=False)]
 
 

@@ -89,7 +89,7 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A tokenised record, or a piece of some: its number among its owner's, and the records that it is of."""
+    """A tokenised record or chunk, with its number among the user's and the indices of the records it holds."""
 
     owner: str
     number: int

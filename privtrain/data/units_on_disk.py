@@ -18,7 +18,7 @@ from privtrain.data.units import Drawn, UnitData, example_name
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class UnitsOnDisk(UnitData):
-    """The interface of :class:`~.units.UnitData`; only who the units are is in memory.
+    """A :class:`~.units.UnitData` that keeps only users and record indices in memory.
 
     How many records are cut or predict nothing is not counted: that would take tokenising them all.
     """
@@ -35,7 +35,7 @@ class UnitsOnDisk(UnitData):
 
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """Tokenise all texts together."""
+        """Return the drawn units' records, tokenised in one call."""
         places = [self._place(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
         return [[next(encoded) for _ in numbers] for _, numbers in drawn]

@@ -87,7 +87,9 @@ def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_directory_around(path: pathlib.Path) -> None:
-    """Raise unless nobody else can put something in place of what lies in a directory, which others may read.
+    """Raise if every user of this machine could put something in place of what lies in a directory.
+
+    Others may read it, and members of its group are trusted where they may write.
 
     Raises:
         UnsafePath: if it is another user's (but for root's), or every user may write there.

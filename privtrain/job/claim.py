@@ -10,7 +10,7 @@ from typing import Any
 
 from privtrain.backends import Backend
 from privtrain.config import Config, load_config
-from privtrain.errors import PlanMismatch, PrivtrainError
+from privtrain.errors import PlanMismatch, Preempted, PrivtrainError, RegistryUnreachable
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.publish import complete_release
@@ -86,8 +86,8 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         yield
         return
     run = inputs.run
-    is_new = not run.exists()
-    if is_new:
+    made_here = False
+    if not run.exists():
         _create(run)
     with run.locked():
         check_run_directory(inputs)  # again: another job may have begun here since the first look
@@ -100,13 +100,17 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
                 "fixed": _fixed_keys(inputs.config),
             }
             write_json(run.identity, identity, mode=0o600)
+            made_here = True
         if complete_release(run):
             say(f"completed the release of {run.root}, which a crash had interrupted after it was recorded")
         try:
             yield
+        except (Preempted, RegistryUnreachable):
+            raise  # the same command continues: a reservation stands, or may stand, under this identity
         except PrivtrainError:
-            if is_new and not run.ledger.exists() and not any(files_written_after_start(run)):
-                run.identity.unlink(missing_ok=True)  # nothing began: the next start may be of another plan
+            has_begun = run.ledger.exists() or run.reservation.exists() or any(files_written_after_start(run))
+            if made_here and not has_begun:
+                run.identity.unlink(missing_ok=True)  # the next start may be of another plan
             raise
 
 

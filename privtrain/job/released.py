@@ -6,6 +6,9 @@ A crash, a lost key or a lost network may leave either undone. The release stand
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+
+from rich.markup import escape
 
 from privtrain.config.schema import ReleaseSection
 from privtrain.errors import PrivtrainError, SigningFailed
@@ -48,13 +51,36 @@ def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | 
     return None
 
 
-def finish(inputs: Inputs) -> SigningFailed | None:
+def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[], None]) -> PrivtrainError | None:
+    """Sign a release and show it to the mirrors; on rank 0 alone.
+
+    Args:
+        run: a finished run.
+        section: names the key.
+        show: shows it.
+
+    Returns:
+        What was left undone, to be raised once everything else of the job is done, settlement included.
+    """
+    unsigned, unshown = sign_release(run, section), None
+    try:
+        show()
+    except PrivtrainError as error:
+        unshown = error
+    if unsigned and unshown:
+        say(f"[yellow]warning[/]: {escape(str(unshown))}")
+    return unsigned or unshown
+
+
+def finish(inputs: Inputs) -> PrivtrainError | None:
     """Do for a complete run what a job that died after its release left undone; on rank 0 alone.
 
     Returns:
-        As :func:`sign_release`.
+        As :func:`after_release`.
     """
-    unsigned = sign_release(inputs.run, inputs.config.release)
-    tracker_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
-    show_release(inputs.config, inputs.plan, inputs.run, run_id=tracker_id)
-    return unsigned
+
+    def show() -> None:
+        tracker_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
+        show_release(inputs.config, inputs.plan, inputs.run, run_id=tracker_id)
+
+    return after_release(inputs.run, inputs.config.release, show)

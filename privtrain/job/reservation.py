@@ -65,23 +65,25 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
         GuaranteeLost: if the reservation was closed, or claimed by a copy of the run directory, while the run trained.
     """
     with backend.main_alone():
-        hold = BudgetReservation.take(inputs) if backend.is_main else None
+        reservation = BudgetReservation.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
-    dropped = json.loads(backend.from_main(lambda: json.dumps(hold.dropped_users() if hold else []).encode()))
+    dropped = json.loads(
+        backend.from_main(lambda: json.dumps(reservation.dropped_users() if reservation else []).encode())
+    )
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
     try:
-        with hold.heartbeat(stop) if hold else contextlib.nullcontext():
-            yield dataclasses.replace(allowed, check_release=hold.check) if hold else allowed
+        with reservation.heartbeat(stop) if reservation else contextlib.nullcontext():
+            yield dataclasses.replace(allowed, check_release=reservation.check) if reservation else allowed
     except Exception as error:
-        if hold is not None and hold.lost is not None:
-            raise hold.lost from error
+        if reservation is not None and reservation.lost is not None:
+            raise reservation.lost from error
         # A run that is to be requeued keeps what it has.
-        if hold is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
-            hold.refund_if_unstarted()
+        if reservation is not None and getattr(error, "exit_code", None) != _EXIT_REQUEUE:
+            reservation.refund_if_unstarted()
         raise
     with backend.main_alone():
-        if hold is not None:
-            hold.settle()
+        if reservation is not None:
+            reservation.settle()
 
 
 class BudgetReservation:
@@ -117,7 +119,7 @@ class BudgetReservation:
     def _take(cls, inputs: Inputs) -> BudgetReservation | None:
         section = inputs.config.registry
         url = registry_url(section)
-        note = _note(inputs.run)
+        note = inputs.run.reservation
         if url is None:
             if note.exists() and not inputs.run.is_complete():
                 place = json.loads(note.read_text(encoding="utf-8"))["registry"]
@@ -204,6 +206,7 @@ class BudgetReservation:
             shown = evidence_of_unreleased(self._inputs.run, self._inputs.fingerprint)
             if shown.num_steps == 0:
                 self._registry.refund(self._uid, shown, claims=self._claims)
+                self._inputs.run.reservation.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Check that the reservation still is this run's, and tell the registry what its ledger shows.
@@ -243,14 +246,14 @@ class BudgetReservation:
 
 
 def refund_run(run_path: pathlib.Path, url: str) -> str:
-    """End a run that was given up: only the steps that its verified ledger shows as begun stay charged.
+    """Refund an abandoned run, except the steps that its verified ledger shows as begun; return a summary.
 
     Raises:
         PrivtrainError: if it is no run, it is still training, it was released, or it holds no reservation.
-        LedgerCorrupt: if its ledger proves nothing: it is gone, damaged, or older than what lies beside it.
+        LedgerCorrupt: if its ledger is missing, damaged, or older than the other files of the run.
     """
     run = RunDirectory(run_path)
-    if not run.exists() or not _note(run).exists():
+    if not run.exists() or not run.reservation.exists():
         raise PrivtrainError(f"{run.root} is not a run that holds a reservation")
     with run.locked():
         if run.is_complete():
@@ -264,10 +267,6 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
 def _has_begun(run: RunDirectory) -> bool:
     return run.ledger.exists() or bool(files_written_after_start(run))
-
-
-def _note(run: RunDirectory) -> pathlib.Path:
-    return run.secret / "reservation.json"
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class Session:
 
 @contextlib.contextmanager
 def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
-    """Yield the open ledger on rank 0, and ``None`` on the others.
+    """Yield the open ledger on rank 0, and a :class:`NullLedger` on the others.
 
     Raises:
         LedgerCorrupt: if the run started and its ledger is gone.

@@ -16,7 +16,7 @@ from privtrain.data.look import check_learnable, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.split import Split
 from privtrain.data.units import UnitData
-from privtrain.errors import GuaranteeLost, SigningFailed
+from privtrain.errors import GuaranteeLost, PrivtrainError
 from privtrain.inputs import Inputs, load_checked, read_inputs
 from privtrain.job import checkpoint
 from privtrain.job.advice import expected_units, expected_users, warnings
@@ -25,7 +25,7 @@ from privtrain.job.claim import check_run_directory, claimed, is_complete
 from privtrain.job.contributions import check_contributed
 from privtrain.job.environment import environment_digest
 from privtrain.job.publish import publish
-from privtrain.job.released import finish, sign_release
+from privtrain.job.released import after_release, finish
 from privtrain.job.reservation import budgeted
 from privtrain.job.resume import Continuation
 from privtrain.job.session import (
@@ -67,7 +67,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
-    unsigned = None
+    undone = None
     with listening() as stop:
         config = load_checked(config_path, overrides)
         inputs = read_inputs(config)
@@ -80,17 +80,17 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
             budgeted(inputs, backend, stop) as allowed,
         ):
             if not is_complete(allowed, backend):
-                unsigned = _run(allowed, backend, stop)
+                undone = _run(allowed, backend, stop)
             else:
                 with backend.main_alone():
-                    unsigned = finish(allowed) if backend.is_main else None
-    if unsigned is not None:  # the release stands, and the registry has settled it
-        raise unsigned
+                    undone = finish(allowed) if backend.is_main else None
+    if undone is not None:  # the release stands, and the registry has settled it
+        raise undone
 
 
-def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed | None:
-    """Train and release; what is returned kept rank 0 from signing the release."""
-    unsigned = None
+def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError | None:
+    """Train and release; return what rank 0 could not do after the release."""
+    undone = None
     if backend.is_main:
         _announce(inputs, backend)
     network = load_network(inputs.config, backend)
@@ -136,10 +136,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> SigningFailed |
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 _release(inputs, ledger, network, state)
-                unsigned = sign_release(inputs.run, inputs.config.release)
-                tracker.publish(inputs.run)
+                undone = after_release(inputs.run, inputs.config.release, lambda: tracker.publish(inputs.run))
             tracker.close()
-    return unsigned
+    return undone
 
 
 def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:

@@ -85,7 +85,7 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """Return the file of a segment. Pseudonyms are random bytes, so only the other columns are worth a dictionary."""
+    """Return a segment as Parquet; the random pseudonyms are not dictionary-encoded."""
     buffer = io.BytesIO()
     small: Any = ["generation", "step", "records"]
     pq.write_table(table, buffer, compression="zstd", use_dictionary=small, write_statistics=small)
@@ -98,7 +98,7 @@ def chunk_hashes(content: bytes) -> list[str]:
 
 
 def read_open(log: pathlib.Path, state: LedgerState) -> tuple[np.ndarray, int]:
-    """The rows of the open segment, checked against their roots, and how many bytes of an unfinished write follow.
+    """Return the open segment's checked rows, and the number of bytes of an unfinished write after them.
 
     Raises:
         LedgerCorrupt: naming file, offset and record of the first rows that are missing or changed.
@@ -205,14 +205,14 @@ def _problem(body: Body, pseudonyms: bytes, counts: np.ndarray, is_within: bool,
 
 
 def each_segment(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[tuple[Body, ...], np.ndarray]]:
-    """All contributions, a segment at a time, each checked as :func:`read_segment` does."""
+    """Yield (bodies, rows) of every sealed segment and then of the open one, each checked."""
     for index, segment in enumerate(state.segments):
         yield segment.bodies, read_segment(log, index, segment, state)
     yield tuple(state.open_bodies), read_open(log, state)[0]
 
 
 def charged_units(log: pathlib.Path, state: LedgerState) -> Iterator[tuple[str, int]]:
-    """(pseudonym, records) of every contribution of every step charged, out of checked bodies."""
+    """Yield (pseudonym, records) of every contribution to every charged step, from checked bodies."""
     for _, rows in each_segment(log, state):
         units, width = np.ascontiguousarray(rows["unit"]).tobytes().hex(), 2 * _WIDTH
         yield from ((units[i * width : (i + 1) * width], n) for i, n in enumerate(rows["records"].tolist()))

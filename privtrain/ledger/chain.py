@@ -40,7 +40,7 @@ class StepEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Body:
-    """What the intent of a step binds: its users, found elsewhere by their order.
+    """The users that a step's intent record commits to; their rows lie in the body files, in the same order.
 
     Attributes:
         record: number of the record.
@@ -79,7 +79,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Release:
-    """What the last record of a finished run promises.
+    """The guarantee and the released files, as stated by the last record of a finished run.
 
     Attributes:
         epsilon: ε for all steps charged; ``None`` where no finite one is guaranteed.
@@ -94,7 +94,7 @@ class Release:
 
 @dataclasses.dataclass
 class LedgerState:
-    """What the records say, replayed in order.
+    """The state of a run after replaying its records in order.
 
     Attributes:
         head: hash of the last record.
@@ -161,7 +161,7 @@ def make_line(state: LedgerState, kind: str, fields: dict[str, Any]) -> bytes:
 
 
 def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a log with the offset of each; the last may lack its end."""
+    """Yield (byte offset, line) of every line of a log; the last may lack its newline."""
     offset = 0
     with open(path, "rb") as file:
         for line in file:
@@ -170,7 +170,7 @@ def lines_of(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a log in order, each checked by itself and not how they follow; a torn tail is left out.
+    """Yield the records of a log, checked one by one but not as a chain; an incomplete last line is skipped.
 
     Raises:
         LedgerCorrupt: naming the offset of a line that is no record.
@@ -202,7 +202,7 @@ def replay(path: pathlib.Path) -> tuple[LedgerState, int]:
 
 
 def advance(state: LedgerState, line: bytes) -> None:
-    """Check the next line and take it in.
+    """Check the next line and apply its record to the state.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -215,7 +215,7 @@ def advance(state: LedgerState, line: bytes) -> None:
 
 
 def record_of(line: bytes) -> dict[str, Any]:
-    """Return the record of a line, which must be the only line that says this: its hash, no key twice, the one form.
+    """Return the record of a line; raise unless its hash matches and it is the record's canonical serialisation.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -331,7 +331,7 @@ _CHECKS: dict[str, Callable[[LedgerState, dict[str, Any]], str | None]] = {
 
 
 def apply(state: LedgerState, record: dict[str, Any]) -> None:
-    """Take in a record that holds."""
+    """Update the state with a record that :func:`parse` has checked."""
     state.earlier_heads, state.head = (state.head, state.earlier_heads[0]), record["hash"]
     state.num_records += 1
     match record["kind"]:

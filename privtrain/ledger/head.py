@@ -1,4 +1,4 @@
-"""The head file: how many records were on disk, beside the log, so that records cut off its end are missed.
+"""The head file: the number of records and the last hash, kept beside the log so that truncation is detected.
 
 A hash chain shows any change but its own shortening. After each record the number of records and the hash of the last
 one go into the older of two slots, which are overwritten in place: no rename, and a torn write spoils one slot only.
@@ -40,7 +40,7 @@ class HeadFile:
         self._descriptor = descriptor
 
     def write(self, num_records: int, head: str) -> None:
-        """Note that the log has so many records, the last of which has this hash."""
+        """Store the log's number of records and the hash of the last one."""
         slot = _encode(num_records, head)
         if os.pwrite(self._descriptor, slot, (num_records % 2) * _SLOT_BYTES) != len(slot):
             raise OSError("a short write to the ledger's head file")
@@ -49,7 +49,7 @@ class HeadFile:
 
 @contextlib.contextmanager
 def opened_head(log: pathlib.Path) -> Iterator[HeadFile]:
-    """Hold the head file of a log, and with it the right to write the log; make it if the log does not exist yet.
+    """Lock the head file of a log, and so the log, for writing; create it for a new log.
 
     Raises:
         RunBusy: if another process writes this log.

@@ -66,7 +66,7 @@ def verify(path: pathlib.Path) -> LedgerState:
 
 
 def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState:
-    """Return the same for the records alone, which is quick; bodies are not looked at.
+    """Check the chained records without the bodies and return the state; faster than :func:`verify`.
 
     Args:
         path: the log.
@@ -122,7 +122,7 @@ class Ledger:
         self._units_of_step: tuple[tuple[int, int], list[str]] | None = None
 
     def blinded(self, purpose: str, digest: str) -> str:
-        """A digest of the data under the run's key: a log without its key tells nobody whether a guess is right."""
+        """Return an HMAC of a digest under the run's key: without the key, nobody can test a guess against the log."""
         return self._key.derive(f"ledger {purpose}", digest).hex()
 
     def begin_session(self, *, generation: int, from_step: int, environment: str, split: str = "") -> None:
@@ -138,7 +138,7 @@ class Ledger:
         self._append("session", generation=generation, from_step=from_step, **fields)
 
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
-        """Put on disk who is about to contribute.
+        """Write a step's units to disk before they contribute.
 
         Args:
             generation: the current generation.
@@ -172,7 +172,7 @@ class Ledger:
         self._open_rows.append(rows)
 
     def commit(self, generation: int, step: int, commitment: str, zeroed: Collection[str] = ()) -> None:
-        """Put on disk that the step's update was made. A replayed step is committed once.
+        """Write to disk that the step's update was made; a replayed step is committed once.
 
         Args:
             generation: the current generation.
@@ -198,7 +198,7 @@ class Ledger:
             self._seal()
 
     def prepare_release(self) -> str:
-        """Seal what is open and return the head that the privacy statement quotes: nothing but the release follows."""
+        """Seal the open segment and return the head for the privacy statement; only the release may follow."""
         self._seal()
         return self.state.head
 
@@ -247,7 +247,7 @@ class Ledger:
 
 
 class NullLedger(Ledger):
-    """The ledger of a rank that keeps none, and of a rehearsal: what a step records goes nowhere.
+    """A ledger that discards what steps record, for ranks other than 0 and for rehearsals.
 
     Everything else that a ledger does is rank 0's, and fails here for want of a log.
     """
@@ -327,12 +327,12 @@ def open_ledger(
 
 
 def key_commitment(key: SecretKey) -> str:
-    """Return what the first record says of the pseudonym key, so that a proof can be checked against the right one."""
+    """Return the commitment to the pseudonym key in the first record, which proofs are checked against."""
     return hashlib.sha256(b"privtrain/ledger/2/key:" + key.reveal()).hexdigest()
 
 
 def blinded_plan(key: SecretKey, plan_fingerprint: str) -> str:
-    """Return what the first record says of the plan and the data: see :meth:`Ledger.blinded`."""
+    """Return the HMAC of the plan's fingerprint in the first record; see :meth:`Ledger.blinded`."""
     return key.derive("ledger plan", plan_fingerprint).hex()
 
 
@@ -357,7 +357,7 @@ def _refuse_first_format(path: pathlib.Path) -> None:
 def _body(
     key: SecretKey, generation: int, step: int, units: Sequence[tuple[str, int]]
 ) -> tuple[list[str], np.ndarray, str]:
-    """Return the names in the order of the tree, their rows in the same order, and the root."""
+    """Return the unit names and their rows in Merkle-tree order, and the root."""
     context = merkle.step_context(generation, step)
     pseudonyms = [bytes.fromhex(pseudonym(key, name)) for name, _ in units]
     hashes = merkle.row_hashes(context, b"".join(pseudonyms))
@@ -386,7 +386,7 @@ def _cut(path: pathlib.Path, size: int) -> int:
 
 
 def _drop_leftovers(path: pathlib.Path, num_segments: int) -> None:
-    """Remove the row file of a segment that was sealed just before a crash."""
+    """Remove the row file that a crash left behind after its segment was sealed."""
     if num_segments:
         rows_path(path, num_segments - 1).unlink(missing_ok=True)
 

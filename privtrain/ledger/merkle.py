@@ -1,4 +1,4 @@
-"""One root for who took part in a step, from which one user's part, or absence, can be shown without the others'.
+"""Merkle tree over a step's users, to prove one user's part or absence without revealing the others'.
 
 A row is ``SHA-256(context of the step ‖ pseudonym)`` with the number of records XORed into its last four bytes. Whoever
 knows a pseudonym can recompute its row and read its count; to everybody else a row is 32 random bytes, and the rows of
@@ -29,12 +29,12 @@ _sha256 = hashlib.sha256
 
 
 def step_context(generation: int, step: int) -> bytes:
-    """32 bytes that no other step of a run has."""
+    """Return 32 bytes that are unique to this step of a run."""
     return _sha256(f"privtrain/ledger/2/row:{generation}:{step}".encode()).digest()
 
 
 def row_hashes(context: bytes, pseudonyms: bytes) -> list[bytes]:
-    """Return the rows of concatenated pseudonyms, in their order, before the counts are put in."""
+    """Return the hash of each concatenated pseudonym, in order, without record counts."""
     return [
         _sha256(context + pseudonyms[i : i + PSEUDONYM_BYTES]).digest()
         for i in range(0, len(pseudonyms), PSEUDONYM_BYTES)
@@ -42,7 +42,7 @@ def row_hashes(context: bytes, pseudonyms: bytes) -> list[bytes]:
 
 
 def with_counts(hashes: bytes, counts: np.ndarray) -> bytes:
-    """Put the numbers of records into concatenated rows; doing it twice takes them out again.
+    """XOR the record counts into concatenated rows; a second call removes them.
 
     Args:
         hashes: n rows.
@@ -68,7 +68,7 @@ def are_sorted(rows: bytes) -> bool:
 
 
 def num_buckets(num_rows: int) -> int:
-    """Leaves of a tree over so many rows."""
+    """Return the number of leaves of a tree over ``num_rows`` rows."""
     return -(-num_rows // BUCKET_ROWS)
 
 

@@ -1,4 +1,4 @@
-"""One user's part in a run, shown to somebody who sees neither the run nor the other users.
+"""Proofs of one user's part in a run, checkable without the run and without the other users' data.
 
 A proof holds the records of the chain, which name nobody, and for every step the leaves of its tree in which the user's
 row is, or in which its two neighbours are. Whoever checks it recomputes the chain up to a head that they have from
@@ -55,7 +55,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedProof:
-    """What a proof shows.
+    """The verified content of a proof.
 
     Attributes:
         user: the user that it says it is about; shown only if ``is_key_checked``.
@@ -106,7 +106,7 @@ def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> di
 
 
 def _opening(body: Body, rows: np.ndarray, secret: bytes) -> list[dict[str, Any]]:
-    """Return the one or two leaves that show a user's row, or that there is none between its neighbours."""
+    """Return the one or two Merkle leaves that prove a user's row, or its absence by the neighbouring rows."""
     context = merkle.step_context(body.generation, body.step)
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     tree_rows = merkle.rows_of(context, units, np.ascontiguousarray(rows["records"]))
@@ -203,7 +203,7 @@ def _check_key(state: LedgerState, proof: dict[str, Any], key: SecretKey) -> Non
 
 
 def _check_step(body: Body, leaves: list[dict[str, Any]], secret: bytes) -> tuple[int, int] | None:
-    """Return the user's place and records in a step, or ``None`` where the leaves show that there is none."""
+    """Return the user's (row index, records) in a step; ``None`` if the leaves prove the user's absence."""
     where = f"step {body.step} of generation {body.generation}"
     num_leaves = merkle.num_buckets(body.num_units)
     rows = b""

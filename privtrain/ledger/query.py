@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """How the contributions of a run are spread over its users. Private: none of it is covered by ε.
+    """Distribution of a run's contributions over its users. Private: ε does not cover it.
 
     Attributes:
         num_steps: steps charged.
@@ -180,7 +180,7 @@ def opened_contributions(log: pathlib.Path) -> Iterator[Contributions]:
 
 
 def _spill_directory(log: pathlib.Path) -> pathlib.Path | None:
-    """A directory beside the segments; none where an auditor may only read, and then big queries fail for memory."""
+    """Return a new spill directory beside the segments; ``None`` without write access, where big queries may fail."""
     try:
         return pathlib.Path(tempfile.mkdtemp(prefix=".query-", dir=directory_of(log)))
     except OSError:
@@ -216,7 +216,7 @@ def _steps_table(state: LedgerState) -> pa.Table:
 
 
 def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | None) -> Statistics:
-    """From the numbers of users with so many steps and records."""
+    """Compute the statistics from ``spread``, the number of users for each (steps, records)."""
     column = {name: np.array([row[name] for row in spread], dtype=np.int64) for name in (spread[0] if spread else ())}
     users = column.get("users", np.zeros(0, dtype=np.int64))
     records, steps = column.get("records", users), column.get("steps", users)

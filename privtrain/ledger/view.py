@@ -65,7 +65,7 @@ def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
 
 
 def _check_release(run: RunDirectory, state: LedgerState) -> str:
-    """Everything that was released against the release record; what was compared, in words."""
+    """Compare all released files with the release record; return in words what was compared."""
     if state.release is None:
         raise LedgerCorrupt(f"{run.ledger}: has no release, but there is {run.privacy}")
     manifest = state.release.manifest
@@ -107,7 +107,7 @@ def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
 
 
 def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[list[str], str]:
-    """Where the base model of a run is at hand: whether it is the one that was recorded; else, that it could not be."""
+    """Return how the base model differs from the recorded one, and a note if it could not be compared."""
     if not manifest.base_model:
         return [], "; the base model was not on disk and is not recorded"
     try:
@@ -130,7 +130,7 @@ def _false_claims(statement: dict[str, Any], state: LedgerState) -> list[str]:
 
 
 def _claims(statement: dict[str, Any], state: LedgerState) -> list[tuple[str, Any, Any]]:
-    """(name, what the statement says, what the log shows)."""
+    """Return (name, value in the privacy statement, value in the log) for each compared value."""
     release = state.release
     assert release is not None
     claims = [
@@ -158,7 +158,7 @@ def _claims(statement: dict[str, Any], state: LedgerState) -> list[tuple[str, An
 
 
 def _check_plan(run: RunDirectory, state: LedgerState) -> None:
-    """While the key exists: that the log was begun for the plan and the data of this run."""
+    """Raise if the log belongs to another plan or data set; skip the check once the key is destroyed."""
     if not (run.secret / "pseudonym.key").is_file() or not run.identity.is_file():
         return
     identity = _read(run.identity)
@@ -193,7 +193,7 @@ def pseudonym_of(run: RunDirectory, user: str) -> str:
 
 
 def print_ledger(run_path: pathlib.Path, last: int = 40, as_json: bool = False) -> None:
-    """One row a record, with the step's users, records and the most records of one user; names never appear."""
+    """Print one row per ledger record, with each step's counts of users and records; no user id appears."""
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
@@ -223,7 +223,7 @@ def print_ledger(run_path: pathlib.Path, last: int = 40, as_json: bool = False) 
 
 
 def print_top(run_path: pathlib.Path, count: int, as_json: bool) -> None:
-    """The heaviest contributors."""
+    """Print the users with the most records, by pseudonym."""
     from privtrain.ledger.query import opened_contributions
 
     with opened_contributions(run_with_ledger(run_path).ledger) as contributions:
@@ -232,7 +232,7 @@ def print_top(run_path: pathlib.Path, count: int, as_json: bool) -> None:
 
 
 def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, as_json: bool) -> None:
-    """One user's part in a run."""
+    """Print one user's contributions to a run, step by step."""
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
@@ -267,7 +267,7 @@ def which_pseudonym(run: RunDirectory, user: str | None, unit_pseudonym: str | N
 
 
 def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> None:
-    """How the contributions are spread over users."""
+    """Print how the contributions are distributed over users."""
     from privtrain.ledger.query import opened_contributions
 
     with opened_contributions(run_with_ledger(run_path).ledger) as contributions:
@@ -377,7 +377,7 @@ def check_chain(run_path: pathlib.Path) -> LedgerState:
 
 
 def print_json(value: Any) -> None:
-    """Plain JSON on standard output."""
+    """Print a value as JSON on standard output."""
     print(json.dumps(value, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""The public grid that sums over units live on: integers, so that addition is exact in any order.
+"""The public fixed-point grid of all sums over units: integers, so that addition is exact in any order.
 
 A clipped contribution is rounded towards zero to a multiple of ``2**exponent`` and added as int64. Rounding towards
 zero never lengthens a vector, and integer addition has no rounding, so the sum of a step does not depend on the order
@@ -15,5 +15,5 @@ FRACTION_BITS = 40
 
 
 def grid_exponent(clipping_norm: float) -> int:
-    """The exponent e of the grid 2**e for contributions of norm at most ``clipping_norm``: a constant of the plan."""
+    """Return the exponent e of the grid 2**e for contributions of norm at most ``clipping_norm``."""
     return math.frexp(clipping_norm)[1] - 1 - FRACTION_BITS

@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One trainable tensor's place in the vector, or that of the part of it which a rank holds.
+    """The position of a trainable tensor, or of this rank's part of it, in the flat vector.
 
     Attributes:
         name: the tensor's name.

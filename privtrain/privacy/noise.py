@@ -1,4 +1,4 @@
-"""The one door through which a noised number leaves: gradients and metrics, exact sum in, point of a public grid out.
+"""Gaussian noise for every release, gradients and metrics: exact sum in, point of a public grid out.
 
 **What is released.** The sum is an integer vector S on the grid h = 2**exponent, exact (:mod:`.fixed_point`). What
 leaves is Y = round((S·h + σX) / g), times g: X is a vector of independent standard normal numbers and g =
@@ -128,7 +128,7 @@ def noised_vector(
 
 
 class _Rounding:
-    """round((S·h + σX) / g) for one σ and pair of grids.
+    """Exact rounding round((S·h + σX) / g), for one σ and pair of grids.
 
     With S = a·2**shift + r in integers, it is a + round(t), where t = r·2**-shift + (σ/g)·X.
     """
@@ -144,7 +144,7 @@ class _Rounding:
         )
 
     def apply(self, total: torch.Tensor, bits: np.ndarray, noise: StepNoise, name: str, start: int) -> torch.Tensor:
-        """float64 Y·g of coordinates ``start``…; ``bits`` are their first digits."""
+        """Return Y·g in float64 for the coordinates from ``start``; ``bits`` are the first 64 digits of their U."""
         whole, rest = self._split(total)
         x = torch.from_numpy(normal.quantiles(bits)).to(total.device)
         t = rest.double().mul_(2.0**-self._shift).add_(x, alpha=self._scale)
@@ -164,7 +164,7 @@ class _Rounding:
         return total >> self._shift, total & ((1 << self._shift) - 1)
 
     def _doubtful(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-        """Return where the nearest integer to t may not be the nearest to what t stands for."""
+        """Return the indices where float64 t may round to another integer than the exact value."""
         candidates = distance >= 0.5 - self._far
         lowest, highest = torch.aminmax(x)
         if max(-float(lowest), float(highest)) > normal.FAR:
@@ -174,7 +174,7 @@ class _Rounding:
         return found[~is_near]
 
     def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
-        """Return the nearest integer to the t of a coordinate whose U has all its digits."""
+        """Return the integer nearest to one coordinate's exact t, using as many digits of U as needed."""
 
         def more(number: int) -> int:
             return int(noise.key.stream("more noise", name, coordinate).uint64(number + 1)[number])

@@ -1,4 +1,4 @@
-"""A standard normal number with infinitely many digits, of which as many are computed as a question needs.
+"""Standard normal numbers of unlimited precision, computed to as many digits as a comparison needs.
 
 X = Φ⁻¹(U), where U is uniform on (0, 1) with the binary digits of a key stream: 64 at first, then 64 at a time.
 :func:`quantiles` gives X in float64 within a stated margin. :func:`is_below` decides X < z without error, by comparing
@@ -30,7 +30,7 @@ _CHUNK_BITS, _GUARD_BITS = 64, 32
 
 
 def quantiles(bits: np.ndarray) -> np.ndarray:
-    """X in float64, from the first 64 digits of U.
+    """Return X in float64, from the first 64 binary digits of U.
 
     What the margins rest on, for X anywhere in the interval that the digits leave: half that interval's width, at most
     2**-65 / φ(x), which is 2**-57 at 3 and 2**-37.6 at 6; rounding U to float64, at most 1.3 * 2**-52; and the error of
@@ -100,7 +100,7 @@ def _cdf(mp: Any, z: Fraction) -> Any:
 
 
 def nearest(estimate: float | int, is_under: Callable[[int], bool]) -> int:
-    """The smallest n with ``is_under(n)``, for a predicate that is monotone in n: near ``estimate`` it is quick."""
+    """Return the smallest n with ``is_under(n)``, a monotone predicate; fast if n is near ``estimate``."""
     n = math.floor(estimate)
     reach = 1
     if is_under(n):

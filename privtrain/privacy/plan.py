@@ -179,7 +179,7 @@ class PrivacyPlan:
 
     @property
     def auxiliary_sums(self) -> tuple[AuxiliarySum, ...]:
-        """What is released in every step beside the gradient. Adaptive clipping's count tells the clip fraction too."""
+        """Sums released in every step beside the gradient; adaptive clipping's count also gives the clip fraction."""
         auxiliary_sums = []
         if self.adaptive_clipping is not None:
             auxiliary_sums.append(AuxiliarySum(WITHIN_NORM, self.adaptive_clipping.count_noise))
@@ -209,15 +209,15 @@ class PrivacyPlan:
         return Terms(self.delta, self.accountant, self.neighboring_relation)
 
     def event_of_steps(self, num_steps: int) -> Any:
-        """Return what a ``guaranteed_unit`` sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
+        """Return the exact DP event of ``num_steps`` steps for one ``guaranteed_unit``."""
         return self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
 
     def record_event_of_steps(self, num_steps: int) -> Any:
-        """Return what one sampled unit sees of ``num_steps`` steps."""
+        """Return the DP event of ``num_steps`` steps for one sampled unit."""
         return self.scheme.event_of_steps(self.noise_multiplier, num_steps)
 
     def unit_epsilon_after(self, num_steps: int) -> float:
-        """Certified ε of one sampled unit; differs from ``epsilon_after`` where that speaks of a user's k records."""
+        """Return the certified ε of one sampled unit; ``epsilon_after`` may be for a user's k records instead."""
         return self.terms.certified(self.terms.epsilon(self.record_event_of_steps(num_steps)))
 
     @property
@@ -293,11 +293,11 @@ class PrivacyPlan:
         return _answer_after(self, num_steps)
 
     def recomputed_epsilon(self) -> float:
-        """Certified ε after ``num_steps``, from the event alone and whatever ``epsilon`` says."""
+        """Return the certified ε after ``num_steps``, recomputed from the event without using ``epsilon``."""
         return self.terms.certified(_answer(dataclasses.replace(self, epsilon=math.inf), self.num_steps))
 
     def epsilon_agrees_with(self, recomputed: float) -> bool:
-        """Whether ``epsilon`` is the same as one that was computed again, and holds where another path found it."""
+        """Return whether ``epsilon`` matches a recomputed value and holds even if another method found it."""
         way = self.user_accounting
         if self.epsilon != recomputed and not math.isclose(self.epsilon, recomputed, rel_tol=way.epsilon_tolerance):
             return False
@@ -313,7 +313,7 @@ class PrivacyPlan:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def body(self) -> dict[str, Any]:
-        """Every value of the plan in JSON's types; the statement carries it so that anybody can rebuild the plan."""
+        """Return every value of the plan as JSON; a reader of the privacy statement can rebuild the plan from it."""
         body = {**dataclasses.asdict(self), "scheme": self.scheme.parameters(), "epsilon": finite(self.epsilon)}
         del body["user_accounting"]
         body |= {"records_per_user": self.records_per_user, "user_accounting": self.user_accounting.name}
@@ -351,7 +351,7 @@ class PrivacyPlan:
 
 
 def finite(value: float) -> float | None:
-    """Return the value, or ``None`` for one that JSON has no number for."""
+    """Return the value, or ``None`` if it is infinite or NaN, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 

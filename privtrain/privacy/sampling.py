@@ -1,4 +1,4 @@
-"""Which units join a step: each scheme draws the sample and states the event that accounts for it.
+"""Sampling schemes: each draws the units of a step and states the DP event that accounts for the draw.
 
 One value for both, so that sampler and accountant cannot disagree: every constant that a draw depends on is a field
 that :meth:`Scheme.event` reads. Public: the fields and this code. Secret: the key, and therefore who was drawn.
@@ -33,7 +33,7 @@ RELATIONS = {"add_or_remove_one": "ADD_OR_REMOVE_ONE", "zero_out": "REPLACE_SPEC
 
 @dataclasses.dataclass(frozen=True)
 class Scheme(abc.ABC):
-    """A way of choosing units, with the event that accounts for it.
+    """A sampling scheme, with the DP event that accounts for it.
 
     Attributes:
         name: as in ``privacy.sampling``; :mod:`privtrain.config.schemes` has what goes with it.
@@ -45,26 +45,26 @@ class Scheme(abc.ABC):
 
     @property
     def accountants(self) -> tuple[str, ...]:
-        """Accountants that can certify it; the first is the default."""
+        """Accountants that can certify the scheme; the first is the default."""
         return SCHEME_RULES[self.name].accountants
 
     @property
     @abc.abstractmethod
     def rate(self) -> float:
-        """The chance that a unit is drawn for a given step, seen before its epoch."""
+        """Marginal probability that a unit joins a given step."""
 
     @property
     def num_places(self) -> int | None:
-        """The public number of places that are drawn for, filled or not; ``None`` for any number of units."""
+        """Fixed public number of slots to draw from, filled by a unit or empty; ``None`` if the scheme has no slots."""
         return None
 
     def most_expected(self, num_units: float) -> float:
-        """Return the units that a step draws on average, or at most where that is less."""
+        """Return the expected number of units in a step, or the batch limit if that is less."""
         return self.rate * num_units
 
     @property
     def period(self) -> int:
-        """Steps of an epoch: the number over which a unit's steps are chosen together."""
+        """Steps per epoch: a unit's steps within one epoch are drawn together."""
         return 1
 
     @abc.abstractmethod
@@ -73,23 +73,23 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """For every step of an epoch the increasing indices of the units that join it."""
+        """Return, for each step of an epoch, the sorted indices of its units."""
 
     @property
     @abc.abstractmethod
     def assumption(self) -> str:
-        """What the privacy statement says about the sampling."""
+        """The sampling assumption, as a sentence of the privacy statement."""
 
     def event_of_steps(self, noise_multiplier: float, num_steps: int) -> Any:
         """Return the event of ``num_steps`` steps of one key; an unfinished epoch counts as a whole one."""
         return self.event(noise_multiplier, -(-num_steps // self.period))
 
     def whole_steps(self, num_steps: int) -> int:
-        """``num_steps`` rounded up to whole epochs."""
+        """Return ``num_steps`` rounded up to whole epochs."""
         return -(-num_steps // self.period) * self.period
 
     def accounted_steps(self, generations: Iterable[int]) -> int:
-        """Steps to account for, given the generation of every step begun: whole epochs of each generation."""
+        """Return the steps to account for: those begun in each generation, rounded up to whole epochs."""
         return sum(self.whole_steps(count) for count in Counter(generations).values())
 
     def parameters(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Scheme(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Poisson(Scheme):
-    """Every unit joins every step by a coin of its own."""
+    """Poisson sampling: each unit joins each step independently with probability ``sampling_prob``."""
 
     name = "poisson"
     size_key = "sampling_prob", "lower"
@@ -111,13 +111,13 @@ class Poisson(Scheme):
         return self.sampling_prob
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Poisson-sampled Gaussians."""
+        """Return the event of Poisson-sampled Gaussian mechanisms."""
         return accountants.dp_sgd_event(
             noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=num_epochs
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Draw one step."""
+        """Draw the units of one step, which is a whole epoch of this scheme."""
         return [np.flatnonzero(key.stream("sample", epoch).uniform(num_units) < self.sampling_prob)]
 
     @property
@@ -156,7 +156,7 @@ class TruncatedPoisson(Scheme):
         return self.max_num_units
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Truncated Poisson-sampled Gaussians."""
+        """Return the event of truncated Poisson-sampled Gaussian mechanisms."""
         return accountants.truncated_poisson_event(
             noise_multiplier=noise_multiplier,
             sampling_prob=self.sampling_prob,
@@ -166,7 +166,7 @@ class TruncatedPoisson(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Draw one step."""
+        """Draw the units of one step, which is a whole epoch of this scheme."""
         drawn = np.flatnonzero(key.stream("sample", epoch).uniform(self.max_num_units) < self.sampling_prob)
         if len(drawn) > self.max_batch_size:
             drawn = drawn[key.stream("truncate", epoch).choose(len(drawn), self.max_batch_size)]
@@ -207,7 +207,7 @@ class RandomAllocation(Scheme):
         return self.steps_per_epoch
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Random allocation."""
+        """Return the event of random allocation."""
         return accountants.random_allocation_event(
             noise_multiplier=noise_multiplier,
             num_steps=self.steps_per_epoch,
@@ -216,7 +216,7 @@ class RandomAllocation(Scheme):
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Floyd's sampling without replacement, for all units at once."""
+        """Draw each unit's steps without replacement (Floyd's algorithm), for all units at once."""
         shape = num_units, self.steps_per_unit
         draws = key.stream("allocation", epoch).uint64(math.prod(shape)).reshape(shape)
         chosen = np.empty(shape, dtype=np.int64)
@@ -269,13 +269,13 @@ class Shuffle(Scheme):
         return self.max_num_units
 
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Shuffled fixed batches."""
+        """Return the event of shuffled fixed batches."""
         return accountants.shuffled_event(
             noise_multiplier=noise_multiplier, num_batches=self.steps_per_epoch, num_epochs=num_epochs
         )
 
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Return a permutation by ranking 64-bit draws; ties have a chance below ``max_num_units**2 / 2**65``."""
+        """Shuffle the slots by ranking 64-bit draws; P(tie) is below ``max_num_units**2 / 2**65``."""
         order = np.argsort(key.stream("shuffle", epoch).uint64(self.max_num_units), kind="stable")
         batches = np.array_split(order, self.steps_per_epoch)
         return [np.sort(batch[batch < num_units]) for batch in batches]
@@ -302,14 +302,14 @@ def relation_of(name: str) -> Any:
 
 
 def scheme_of(privacy: PrivacySection) -> Scheme:
-    """Return the scheme that a config asks for; the schema has seen to it that its keys are there."""
+    """Return the configured scheme; the config schema guarantees that its keys are set."""
     cls = SCHEMES[privacy.sampling]
     values = {field.name: getattr(privacy, field.name) for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 def scheme_from_statement(sampling: Mapping[str, Any]) -> Scheme | None:
-    """The scheme that a privacy statement names, from :meth:`Scheme.parameters`; ``None`` if it is none of ours."""
+    """Return the scheme of a privacy statement, from :meth:`Scheme.parameters`; ``None`` if it is unknown."""
     cls = SCHEMES.get(str(sampling.get("scheme")))
     if cls is None:
         return None
@@ -331,7 +331,7 @@ class DrawnUnit:
 
 
 class UnitSampler:
-    """The units of each step by a scheme, each bringing at most k random records.
+    """Sampler of the units of each step by a scheme, with at most k random records of each.
 
     Which records a unit brings does not affect the guarantee: the unit is clipped once whatever it brings. It is drawn
     afresh each step, so over a run all of a user's records can be seen.

@@ -1,4 +1,4 @@
-"""A digest of the clipped, reduced sum that does not depend on how the sum is cut over ranks.
+"""A digest of the clipped, reduced sum that does not depend on how the sum is sharded over ranks.
 
 The noise of a step is keyed by the run's secret *and* this digest, so that equal sums get equal noise, on any number of
 ranks and in any replay, and different sums never share noise, whoever computes them, in however many copies of a run
@@ -38,7 +38,7 @@ _HALF = 32
 
 @dataclasses.dataclass(frozen=True)
 class BoundSum:
-    """A sum, as the ledger commits to it and as its noise is keyed.
+    """The noise key and the ledger commitment derived from a sum.
 
     Attributes:
         noise: the key of the noise; different for every sum.
@@ -110,7 +110,7 @@ def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
-    """(place in the vector, place in the whole flat vector, count) of what is held; and the length of the whole."""
+    """Return this rank's runs (start in its vector, start in the whole vector, count) and the whole length."""
     runs: list[tuple[int, int, int]] = []
     whole = 0
     for slot in layout.slots:
@@ -125,6 +125,6 @@ def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
 
 @functools.lru_cache(maxsize=4)
 def _table(key: SecretKey, device: torch.device) -> torch.Tensor:
-    """[2 · lanes, BLOCK] uniform 64-bit coefficients: of the low and the high half, lane by lane."""
+    """Return [2 · lanes, BLOCK] uniform 64-bit coefficients for the low and the high half, lane by lane."""
     words = key.stream("sum digest").uint64(2 * _NUM_LANES * BLOCK)
     return torch.from_numpy(words.view("<i8").copy()).view(2 * _NUM_LANES, BLOCK).to(device)

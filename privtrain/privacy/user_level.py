@@ -1,4 +1,4 @@
-"""Whom ε protects where records are sampled and clipped one by one: ``privacy.user_accounting``.
+"""User-level guarantees where records are sampled and clipped one by one: ``privacy.user_accounting``.
 
 No user has more than k records in the training set (:mod:`privtrain.data.selection`), so adding or removing a user adds
 or removes at most k records. Two ways to say what that costs:
@@ -33,7 +33,7 @@ _NUM_REFINEMENTS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """On what terms an ε is certified.
+    """The δ, accountant and neighbouring relation under which an ε is certified.
 
     Attributes:
         delta: the δ of the guarantee.
@@ -56,7 +56,7 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class UserAccounting(abc.ABC):
-    """How the ε of a plan follows from what is sampled and clipped.
+    """A method that derives a plan's ε from what is sampled and clipped.
 
     Attributes:
         records_per_user: k, the most records of a user in the whole training set; ``None`` for any number.
@@ -78,11 +78,11 @@ class UserAccounting(abc.ABC):
     @property
     @abc.abstractmethod
     def num_sampled(self) -> int:
-        """How many sampled units together make one unit of the guarantee."""
+        """Number of sampled units that one protected unit may own."""
 
     @abc.abstractmethod
     def guaranteed_unit(self, sampled_unit: str) -> str:
-        """Whom ε protects."""
+        """Return the unit that ε protects, given the sampled unit."""
 
     def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
         """Accountants that can certify ε, the first is the default."""
@@ -91,7 +91,7 @@ class UserAccounting(abc.ABC):
 
     @abc.abstractmethod
     def event(self, scheme: Scheme, noise_multiplier: float, num_steps: int) -> Any:
-        """What one unit of the guarantee sees of ``num_steps`` steps, exactly, as :mod:`accountants` reads it."""
+        """Return the exact DP event of ``num_steps`` steps for one protected unit."""
 
     def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
         """Return the smallest noise multiplier with which ``epsilon`` is certified.
@@ -110,7 +110,7 @@ class UserAccounting(abc.ABC):
     def answer(
         self, scheme: Scheme, noise_multiplier: float, num_steps: int, terms: Terms, *, known: float = math.inf
     ) -> accountants.PrivacyAnswer:
-        """ε of a unit of the guarantee after ``num_steps`` steps.
+        """Return the ε of one protected unit after ``num_steps`` steps.
 
         Args:
             scheme: how records (or users) are sampled.
@@ -123,14 +123,14 @@ class UserAccounting(abc.ABC):
         return terms.epsilon(self.event(scheme, noise_multiplier, num_steps))
 
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
-        """Return whether an ε holds that :meth:`answer` may not find by itself, being another path's."""
+        """Return whether ``epsilon`` holds, also where another method found it and :meth:`answer` would not."""
         del scheme, noise_multiplier, num_steps, epsilon, terms
         return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Direct(UserAccounting):
-    """ε protects what is sampled and clipped. A bound on a user's records may hold; nothing is claimed from it."""
+    """ε protects the sampled and clipped unit; a bound on records per user implies no further guarantee here."""
 
     records_per_user: int | None = None
 
@@ -262,7 +262,7 @@ USER_ACCOUNTING: dict[str, type[UserAccounting]] = {cls.name: cls for cls in (Di
 
 
 def mixture_event(scheme: Scheme, noise_multiplier: float, num_steps: int, num_records: int) -> Any:
-    """Return what a user with ``num_records`` records sees of ``num_steps`` steps.
+    """Return the DP event of ``num_steps`` steps for a user with ``num_records`` records.
 
     Raises:
         ValueError: if the scheme is not Poisson sampling, whose coins are independent.

@@ -1,4 +1,4 @@
-"""What time it is for the budgets: the database's clock, read in the transaction that uses it.
+"""The clock of budgets and leases: the database's time, read in the transaction that uses it.
 
 A charge leaves a budget's window, and a lease ends, by the passing of time, so no client's clock decides it. PostgreSQL
 answers with its server's clock, one for all clients. SQLite has no server: its clock is this machine's, and the
@@ -33,7 +33,7 @@ _CLOCKS = {
 
 
 def now(connection: sa.Connection) -> float:
-    """The time, in seconds since 1970 (UTC), never before the newest that was noted; noted if the transaction writes.
+    """Return seconds since 1970 (UTC), at least the newest time stored; a writing transaction stores it.
 
     Raises:
         ClockRefused: on SQLite, if the machine's clock is before the newest time noted, or implausibly long after it.
@@ -50,7 +50,7 @@ def now(connection: sa.Connection) -> float:
 
 
 def estimate(connection: sa.Connection) -> float:
-    """Return the time for what must not be refused: heartbeats, opt-outs, displays.
+    """Return the time without refusing any clock, for heartbeats, opt-outs and displays.
 
     A clock that :func:`now` would refuse is not believed: then it is the newest time that was noted, at which no less
     is charged than later.
@@ -63,7 +63,7 @@ def estimate(connection: sa.Connection) -> float:
 
 
 def confirm(connection: sa.Connection, today: datetime.date) -> float:
-    """Go by this machine's clock from now on; what was charged in its future stays charged until then.
+    """Accept this machine's clock from now on; charges dated after it stay charged until that date passes.
 
     Raises:
         PrivtrainError: if the clock shows another date, or the database has a server, whose clock counts.
@@ -88,7 +88,7 @@ def _read(connection: sa.Connection) -> float:
 
 
 def _newest(connection: sa.Connection) -> float | None:
-    """``None`` where the clock is a server's, or nothing has happened yet."""
+    """Return the newest time stored; ``None`` if the database has a server or the registry is unused."""
     if connection.dialect.name != "sqlite":
         return None
     return connection.execute(sa.select(Meta.newest_at)).scalar_one_or_none()

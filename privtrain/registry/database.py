@@ -1,4 +1,4 @@
-"""Reach the registry's database: its URL, its schema, its key, and patience with a server that is away.
+"""Access to the registry's database: URL, schema, pseudonym key, and retries while a server is unreachable.
 
 SQLite, for one machine: a file in rollback-journal mode (write-ahead logging fails on network file systems), written in
 ``BEGIN IMMEDIATE`` transactions. PostgreSQL, for many: any URL that SQLAlchemy takes. A password in the URL is used and
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def registry_url(section: RegistrySection) -> str | None:
-    """Where a run's registry is: ``PRIVTRAIN_REGISTRY``, else ``registry.url``, else a default if a data set is named.
+    """Return the URL: ``PRIVTRAIN_REGISTRY``, else ``registry.url``, else a default if a data set is named.
 
     Returns:
         ``None`` if neither is set and ``registry.dataset`` is not either: then the run uses no registry.
@@ -61,7 +61,7 @@ def default_url() -> str:
 
 
 def key_path(url: sa.URL) -> pathlib.Path:
-    """Where the pseudonym key lies: ``PRIVTRAIN_REGISTRY_KEY``, else beside the SQLite file or in the data directory.
+    """Return the key file: ``PRIVTRAIN_REGISTRY_KEY``, else beside the SQLite file or in the data directory.
 
     Every machine that trains with the registry needs the same file; keep it out of the database's backups.
     """

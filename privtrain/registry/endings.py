@@ -1,4 +1,4 @@
-"""How reservations end, inside a transaction: what is charged, beside which settlement, with whose contributions."""
+"""End reservations inside a transaction: charge them, write settlements, store contributions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reservations_of(connection: sa.Connection, uid: str) -> Sequence[Any]:
 
 
 def settled_heads(connection: sa.Connection, rows: Sequence[Any]) -> set[str]:
-    """Heads of the ledgers whose releases are settled."""
+    """Return the ledger heads whose releases are settled."""
     chosen = sa.select(Settlement.ledger_head).where(
         Settlement.reservation_id.in_([row.id for row in rows]), Settlement.kind == "settle"
     )
@@ -37,7 +37,7 @@ def closed_by(connection: sa.Connection, row: Any) -> str:
 
 
 def beside(connection: sa.Connection, row: Any, now: float) -> Any:
-    """One more reservation like ``row``, for a release that has none; whatever the budgets say, since it is out."""
+    """Insert a closed copy of a reservation for an extra release; it is already public, so no budget is checked."""
     values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "claim": None}
     values = row._asdict() | values
     connection.execute(sa.insert(ReservationRow).values(**values))
@@ -45,14 +45,14 @@ def beside(connection: sa.Connection, row: Any, now: float) -> Any:
 
 
 def outdate(connection: sa.Connection, dataset_id: int) -> None:
-    """Make the snapshots of whoever is deciding now invalid: something is charged that they do not know of."""
+    """Raise the population's version: reservations decided on an older snapshot must be decided again."""
     population = sa.select(Dataset.population_id).where(Dataset.id == dataset_id).scalar_subquery()
     raised = sa.update(Population).where(Population.id == population)
     connection.execute(raised.values(version=Population.version + 1))
 
 
 def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str, tuple[int, int]]) -> None:
-    """To those of an earlier release of the same run, if there was one."""
+    """Add contributions to those stored by earlier releases of the same run."""
     before = sa.select(Contribution).where(Contribution.run_id == run_id)
     known = {row.user_pseudonym: (row.num_steps, row.num_records) for row in connection.execute(before)}
     connection.execute(sa.delete(Contribution).where(Contribution.run_id == run_id))
@@ -65,7 +65,7 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
 
 
 def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> int:
-    """Close a reservation, charging so many repetitions; return them."""
+    """Close a reservation at ``charged`` repetitions, write its settlement and return ``charged``."""
     now = max(now, row.created_at)  # no period of a budget ends early because a server's clock was set back
     epsilon = evidence.epsilon_of(connection, row, charged)
     values = {"state": "closed", "num_charged": charged, "epsilon": epsilon, "closed_at": now}
@@ -84,7 +84,7 @@ def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_h
 
 
 def charge_of(row: Any, num_steps: int) -> int:
-    """Repetitions charged for so many steps; a mechanism that is one piece is charged whole for any.
+    """Return the repetitions to charge for ``num_steps`` steps; an indivisible mechanism is charged whole.
 
     Raises:
         GuaranteeLost: if they are more than what was reserved; the reservation stays as it is.
@@ -100,7 +100,7 @@ def charge_of(row: Any, num_steps: int) -> int:
 
 
 def charge_in_full(row: Any, num_steps: int) -> int:
-    """Repetitions charged for a release without a reservation of its own: the whole plan, or more if there was more."""
+    """Return the charge for a release without its own reservation: the whole plan, or the steps shown if more."""
     return row.num_reserved if row.num_reserved == 1 else max(row.num_reserved, num_steps)
 
 

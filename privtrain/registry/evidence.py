@@ -1,4 +1,4 @@
-"""What a reservation's end is decided by: a run's verified ledger, held against what the registry knows of the run.
+"""Ledger evidence for ending a reservation, checked against what the registry knows of the run.
 
 A run directory can be edited, restored from a backup or replaced by another run's. So the registry takes no number from
 what a run publishes. From a job's signs of life it remembers which ledger is the run's and how many steps it showed:
@@ -41,7 +41,7 @@ NOTHING = LedgerEvidence(0, "")
 
 
 def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
-    """Raise unless the ledger is that of the reservation's run, and no older than the one it was last seen with.
+    """Raise unless the ledger is the reserved run's own and no older than the last one seen.
 
     Raises:
         GuaranteeLost: saying which of the two it is not; the reservation stays as it is.
@@ -66,7 +66,7 @@ def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
 
 
 def note(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
-    """Remember which ledger a run has and how many steps it shows.
+    """Store which ledger a run uses and how many steps it shows.
 
     Raises:
         GuaranteeLost: if it is another one or an older one than before.
@@ -77,7 +77,7 @@ def note(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
 
 
 def epsilon_of(connection: sa.Connection, row: Any, num_steps: int) -> float:
-    """Certified ε of so many steps of what was reserved, at the run's own δ."""
+    """Return the certified ε of ``num_steps`` steps of the reserved mechanism, at the run's own δ."""
     if num_steps == row.num_reserved:
         return row.epsilon
     text = connection.execute(sa.select(Mechanism.event).where(Mechanism.id == row.mechanism_id)).scalar_one()
@@ -87,5 +87,5 @@ def epsilon_of(connection: sa.Connection, row: Any, num_steps: int) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def composed(event_text: str, count: int, delta: float) -> float:
-    """Certified ε of a mechanism repeated ``count`` times. Remembered: asked for once before a transaction."""
+    """Return the certified ε of ``count`` repetitions; cached, so that a transaction need not wait for it."""
     return spending.composed_epsilon([Part(event_text, count, None)], delta).epsilon

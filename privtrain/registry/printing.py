@@ -42,7 +42,7 @@ def mechanism_text(view: RunView) -> str:
 
 
 def print_budgets(views: Sequence[BudgetView]) -> None:
-    """One row a budget."""
+    """Print a table of budgets, one row each."""
     console = Console(highlight=False)
     if not views:
         console.print("no budgets yet; set one: privtrain registry budget set DATASET --epsilon 8 --delta 1e-6")
@@ -69,7 +69,7 @@ def print_budgets(views: Sequence[BudgetView]) -> None:
 
 
 def print_runs(views: Sequence[RunView]) -> None:
-    """One row a reservation."""
+    """Print a table of reservations, one row each."""
     console = Console(highlight=False)
     table = Table(
         "run", "data set", "state", "mechanism charged", "of", "ε, δ of the run", "begun", "ended", "reservation"
@@ -90,7 +90,7 @@ def print_runs(views: Sequence[RunView]) -> None:
 
 
 def print_user(view: UserView) -> None:
-    """Where a user's contribution is."""
+    """Print which models hold a user's contribution, under which guarantee, and whether the user opted out."""
     console = Console(highlight=False, soft_wrap=True)
     listed = "not on the do-not-train list"
     if view.opted_out_at is not None:

@@ -1,4 +1,4 @@
-"""What a refused run is told: how much is spent, and which single change would fit."""
+"""The message for a refused run: how much is spent, and which single change would fit."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class RunRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Reservation:
-    """A run's hold on its budgets."""
+    """A run's budget reservation."""
 
     id: str
     state: str
@@ -61,7 +61,7 @@ class Reservation:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetKey:
-    """Which budget, for messages."""
+    """The identity of a budget, for messages."""
 
     scope: str
     name: str

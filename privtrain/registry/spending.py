@@ -52,13 +52,13 @@ class Part(NamedTuple):
 
     @property
     def event(self) -> dp_accounting.DpEvent:
-        """One repetition."""
+        """The event of one repetition."""
         return parse_event(self.text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """A certified ε of a composition, and how it was had."""
+    """A certified ε of a composition, and the method that computed it."""
 
     epsilon: float
     method: str
@@ -66,7 +66,7 @@ class Spent:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """A budget: its ε and δ, and what is spent of it already."""
+    """A budget's ε and δ, with the mechanisms already charged to it."""
 
     epsilon: float
     delta: float
@@ -100,7 +100,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """What would fit, one change at a time; ``None`` where no value does.
+    """The single changes that would each make a run fit; ``None`` where no value does.
 
     Attributes:
         num_steps: the most steps.
@@ -125,7 +125,7 @@ def part_of(event: dp_accounting.DpEvent) -> Part:
 
 
 def divergences_of(event: dp_accounting.DpEvent) -> np.ndarray | None:
-    """Rényi divergences of an event; ``None`` if it is not Gaussian noise on a sampled sum."""
+    """Return an event's Rényi divergences at ``ORDERS``; ``None`` unless it is Gaussian noise on a sampled sum."""
     try:
         return np.asarray(mixture_divergences(composition(event)))
     except accountants.UnsupportedEventError:
@@ -202,7 +202,7 @@ def _composed(parts: Sequence[Part]) -> dp_accounting.DpEvent:
 
 
 def _split_delta(parts: Sequence[Part], delta: float) -> Spent:
-    """Kinds of mechanism that no accountant composes with each other: basic composition between the kinds."""
+    """Return ε by basic composition between kinds of mechanism, with δ split equally among the kinds."""
     kinds = sorted({type(part.event).__name__ for part in parts})
     total = 0.0
     for kind in kinds:
@@ -278,7 +278,7 @@ def _largest(allowed: Callable[[int], bool], below: int, precision: float = 0.0)
 
 
 def settings_of(text: str, count: int) -> dict[str, Any]:
-    """Noise multiplier and sampling probability of a mechanism, for people; only its kind where it has none."""
+    """Return a mechanism's noise, sampling probability and steps for display; other kinds give type and count."""
     event = parse_event(text)
     prob, inner = 1.0, event
     if isinstance(event, dp_accounting.PoissonSampledDpEvent):

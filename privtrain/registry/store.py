@@ -44,7 +44,7 @@ _MAX_RACES = 1000
 
 
 class Settled(enum.Enum):
-    """What a settlement came to.
+    """The outcome of a settlement.
 
     ``OWN``: charged on the run's reservation; ``BESIDE``: it had none left and was charged in full beside another;
     ``ALREADY``: it was settled before; ``UNKNOWN``: the run never reserved here, and is charged nowhere.
@@ -184,7 +184,7 @@ class Registry:
         claim: str | None = None,
         shown: LedgerEvidence | None = None,
     ) -> None:
-        """Say that the run is alive. One that had expired is open again: its charge never stopped counting.
+        """Renew a run's lease; an expired reservation opens again, and its charge never stopped counting.
 
         Args:
             reservation_id: the reservation.
@@ -216,12 +216,12 @@ class Registry:
             )
 
     def opted_out(self, reservation: Reservation) -> frozenset[str]:
-        """Pseudonyms that this run drops: those on the list when it began, so that a resumed run has the same data."""
+        """Return the pseudonyms opted out when the run began; a resumed run drops the same ones."""
         chosen = sa.select(OptOut.user_pseudonym).where(OptOut.number <= reservation.num_opt_outs)
         return frozenset(self.database.read(lambda c: c.execute(chosen).scalars().all()))
 
     def do_not_train(self) -> frozenset[str]:
-        """Pseudonyms on the list now: what a run drops that reserves before anybody else is put there."""
+        """Return the pseudonyms on the do-not-train list now."""
         return frozenset(self.database.read(lambda c: c.execute(sa.select(OptOut.user_pseudonym)).scalars().all()))
 
     def settle(
@@ -312,7 +312,7 @@ class Registry:
         return self.database.write(work)
 
     def _warm_up(self, uid: str, num_steps: int) -> None:
-        """Have the accountants at work before the transaction, which locks others out, rather than in it."""
+        """Compute and cache the charge's ε before the transaction, which holds locks."""
         chosen = sa.select(ReservationRow).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
 
         def work(connection: sa.Connection) -> None:
@@ -362,7 +362,7 @@ class Registry:
 def charges(
     connection: sa.Connection, *, population_id: int, dataset_id: int | None, since: float | None
 ) -> list[Part]:
-    """Mechanisms that count against a budget: every live reservation, and those closed after ``since``."""
+    """Return the mechanisms charged to a budget: of live reservations and of those closed after ``since``."""
     chosen = (
         sa.select(ReservationRow.mechanism_id, sa.func.sum(ReservationRow.num_charged).label("count"))
         .where(ReservationRow.num_charged > 0)
@@ -430,7 +430,7 @@ def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> 
 
 
 def _check_unit(connection: sa.Connection, dataset: str, population_id: int, unit: str) -> None:
-    """Losses of a user and losses of an example are not added up: one population, one unit."""
+    """Raise unless the population's data sets share one unit; user-level and example-level ε do not compose."""
     chosen = sa.select(Dataset.name, Dataset.unit).where(Dataset.population_id == population_id, Dataset.unit != unit)
     other = connection.execute(chosen.order_by(Dataset.id)).first()
     if other is not None:

@@ -24,7 +24,7 @@ class Base(DeclarativeBase):
 
 
 class Meta(Base):
-    """One row: which key the pseudonyms are made with, and how many users have opted out so far.
+    """A single row: a check value of the pseudonym key, and the number of users who have opted out.
 
     ``newest_at``: the newest time at which a registry on SQLite was used (:mod:`.clock`).
     """
@@ -46,7 +46,7 @@ class Population(Base):
 
 
 class Dataset(Base):
-    """A data set by the name that configs use, and whose records it holds."""
+    """A data set: the name that configs use, its population and its unit."""
 
     __tablename__ = "datasets"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -85,7 +85,7 @@ class Budget(Base):
 
 
 class Mechanism(Base):
-    """What one step releases, as an accountants' event; ``divergences`` are its Rényi divergences, if it has any."""
+    """One repetition's release as a DP event; ``divergences`` are its Rényi divergences, ``NULL`` if unavailable."""
 
     __tablename__ = "mechanisms"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -107,7 +107,7 @@ class Run(Base):
 
 
 class ReservationRow(Base):
-    """What a run may spend, and does spend for the budgets. Its charge counts whatever its state.
+    """The budget that a run has reserved and is charged. The charge counts in every state.
 
     ``state``: ``open``; ``expired`` (its lease ran out: charged in full until it comes back or is closed); ``closed``.
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.

@@ -143,7 +143,7 @@ def budgets(database: Database, *, history: bool = False) -> list[BudgetView]:
 
 
 def runs(database: Database, limit: int | None = None) -> list[RunView]:
-    """Reservations, newest first."""
+    """Return the reservations, newest first."""
     chosen = _run_columns().order_by(ReservationRow.created_at.desc())
     now = database.read(clock.estimate)
     return [_run_view(row, now) for row in database.read(lambda c: c.execute(chosen.limit(limit)).all())]
@@ -235,7 +235,7 @@ def _counted(connection: sa.Connection, budget: Any, since: float | None) -> Seq
 def _history(
     counted: Sequence[Any], parts: Sequence[Part], delta: float, final: float
 ) -> tuple[tuple[float, float], ...]:
-    """ε after each of at most ``_MAX_POINTS`` runs; the last is the ε spent now."""
+    """Return (time, ε) after each of at most ``_MAX_POINTS`` runs; the last ε is the one spent now."""
     if not counted:
         return ()
     chosen = sorted(set(np.linspace(1, len(counted), min(len(counted), _MAX_POINTS)).astype(int).tolist()))

@@ -42,6 +42,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.secret = root / "secret"
         self.identity = self.secret / "identity.json"
+        self.reservation = self.secret / "reservation.json"
         self.manifest = self.secret / "manifest.json"
         self.prepared = self.secret / "prepared.json"
         self.used = self.secret / "used.json"
@@ -76,7 +77,7 @@ class RunDirectory:
             raise PrivtrainError(
                 f"{self.root} exists and is not a run of privtrain; choose another run.name or run.output_dir"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)  # whoever may write here may rename secret/
         check_directory_around(self.root)
         for private in (self.secret, self.checkpoints):
             make_private_directory(private)

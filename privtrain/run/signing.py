@@ -60,12 +60,12 @@ def password_from_environment() -> str | None:
 
 
 def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str] = _OPTIONS) -> list[Fault]:
-    """Everything that would keep ``keys`` from signing, without what is in them.
+    """Return every reason why ``keys`` cannot sign, without quoting key material.
 
     Args:
         keys: what is to sign.
         password: of the private key.
-        names: what people call the key, its certificate and those above it.
+        names: option names of the key, its certificate and the certificate chain, for the faults.
     """
     assert keys.key is not None
     if importlib.util.find_spec("model_signing") is None:
@@ -92,7 +92,7 @@ def signing_faults(keys: Keys, password: str | None, names: tuple[str, str, str]
 
 
 def _public_key(path: pathlib.Path, password: str | None, *, is_certified: bool) -> Any:
-    """Return the public half of a private key that the library can sign with."""
+    """Return the public key of a private key file; raise unless model-signing can sign with it."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 

@@ -328,9 +328,7 @@ def _times_not_covered(tracking: TrackingSection, watched: Collection[str]) -> l
             "Seconds, throughput and memory of every step, which vary with the sample drawn: published "
             "(tracking.release_measurements)."
         ]
-    if "wandb" in watched:
+    if watched:
         block = f"each block of {tracking.mirror_block_steps} steps"
         return [f"When training began, ended and was done with {block} (tracking.mirror_block_steps)."]
-    if "tensorboard" in watched:
-        return ["When training began, and so about how long it took (tracking.tensorboard)."]
     return []

@@ -10,11 +10,10 @@ from privtrain.errors import PrivtrainError
 from privtrain.files import reading
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-_INDEX = "model.safetensors.index.json"
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 #: The safetensors format: 8 bytes of length, so many of JSON, then the tensors without a gap.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000
-_WITHOUT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
-_READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt")
+_DESCRIPTIONS = (".json", ".model", ".txt")
 
 
 def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) -> list[str]:
@@ -27,13 +26,26 @@ def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) ->
     if gguf_file is not None:
         paths = [directory / gguf_file]
     else:
-        paths = sorted(path for path in directory.iterdir() if path.suffix in _READ_SUFFIXES and path.is_file())
-        paths = [path for path in paths if not path.name.startswith(_WITHOUT_WEIGHTS)]
+        paths = sorted(path for path in directory.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
     faults = [f"{path} {problem}" for path in paths if (problem := _problem(path))]
-    index = directory / _INDEX
-    if gguf_file is None and not (directory / "model.safetensors").exists() and index in paths and not faults:
-        faults += _missing_parts(index)
+    if gguf_file is None and not faults:
+        weights, faults = _weights_read(directory)
+        faults += [f"{path} {problem}" for path in weights if (problem := _problem(path))]
     return faults
+
+
+def _weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Return the weight files that transformers opens, in its order of preference, and faults of their index.
+
+    Others may be what they like: a clone without large files keeps pointers in the place of formats that nobody reads.
+    """
+    for whole in _WHOLE:
+        if (directory / whole).is_file():
+            return [directory / whole], []
+        index = directory / f"{whole}.index.json"
+        if index.is_file():
+            return _parts(index)
+    return [], []
 
 
 def _problem(path: pathlib.Path) -> str:
@@ -70,10 +82,13 @@ def _safetensors_problem(path: pathlib.Path, size: int) -> str:
     return "" if size == expected else f"{damaged} ({size} bytes; its header tells of {expected})"
 
 
-def _missing_parts(index: pathlib.Path) -> list[str]:
+def _parts(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     try:
-        parts = reading.read_json(index)["weight_map"].values()
-        names = sorted({str(part) for part in parts})
+        # The hub's cache keeps every file as a link.
+        content = reading.read_bytes(index, follow_links=True)
+        parts = [index.parent / str(name) for name in reading.parse_json(content, index)["weight_map"].values()]
     except (PrivtrainError, KeyError, AttributeError) as error:
-        return [f"{index} is not an index of weights ({type(error).__name__})"]
-    return [f"{index} names {name}, which is not there" for name in names if not (index.parent / name).is_file()]
+        return [], [f"{index} is not an index of weights ({type(error).__name__})"]
+    parts = sorted(set(parts))
+    missing = [f"{index} names {part.name}, which is not there" for part in parts if not part.is_file()]
+    return ([], missing) if missing else (parts, [])

@@ -21,13 +21,13 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A paper's claim beside what we found.
+    """A paper's claim, compared with this study's result.
 
     Attributes:
         statement: the claim, in one sentence.
-        citation: where it stands.
-        paper: its number, in words.
-        ours: our number, in words.
+        citation: reference to the claim in the paper.
+        paper: the paper's number, as text.
+        ours: this study's number, as text.
         verdict: computed by one of the functions of this module.
         reason: why that verdict.
     """
@@ -138,7 +138,7 @@ def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) 
     Args:
         claim: what the paper says.
         holds: whether it does; ``None`` if it was not computed.
-        ours: our number, in words.
+        ours: this study's number, as text.
         reason: how it was compared.
     """
     verdict = {True: Verdict.REPRODUCED, False: Verdict.CONTRADICTED, None: Verdict.NOT_MEASURED}[holds]

@@ -95,7 +95,7 @@ class Job:
         return "complete" if record["exit_code"] == 0 else "failed"
 
     def commands(self) -> list[list[str]]:
-        """Return its commands as words, places filled in, programs as a person would type them."""
+        """Return the job's commands as argument lists, with placeholders filled in and program names unchanged."""
         places = {
             "config": str(self.directory / "config.yaml"),
             "run": str(self.run),

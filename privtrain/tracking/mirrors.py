@@ -4,8 +4,8 @@ A step takes as long as the records that were drawn, so whoever watches rows arr
 with access to the project, a reader of TensorBoard's event files) learns who may have been in a step: seconds alone
 found a user with long records in every step of its (measured: AUC 1.0 at ε 0.26). So a mirror that nobody can watch
 (W&B offline) is opened when the run is released, and shown everything then. To one that people watch rows go a block of
-steps at a time. W&B's server stamps them with the moment of the block, and the privacy statement says so; event files
-of TensorBoard bear the moment at which they were opened, and nothing of when a block was done.
+steps at a time: W&B's server stamps them with the moment of the block, whoever watches TensorBoard's event files sees
+them grow, and the privacy statement says so. Once closed, event files bear only the moment at which they were opened.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from privtrain.tracking.trackers import QuietTracker
 class TensorBoardTracker(QuietTracker):
     """Mirrors rows as scalars; needs the package ``tensorboard``.
 
-    All bear the moment at which the file was opened, and so does the file itself: its name and its head tell that one
-    in any case.
+    All bear the moment at which the file was opened, and so does the file itself once it is closed: its name and its
+    head tell that one in any case. Of a file whose job was killed the next job's close sees to that.
 
     Args:
         run: the run directory.
@@ -43,5 +43,5 @@ class TensorBoardTracker(QuietTracker):
         for file in self._directory.iterdir():
             # events.out.tfevents.TIME.HOST.PID.N: the machine's name has no place in a published directory.
             renamed = file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".privtrain.")))
-            opened_at = min(self._opened_at, renamed.stat().st_mtime)  # an earlier job's file keeps its own
+            opened_at = int(renamed.name.split(".")[3])
             os.utime(renamed, (opened_at, opened_at))

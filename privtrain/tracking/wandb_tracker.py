@@ -82,7 +82,14 @@ class WandbTracker:
         aliases = ["latest", "not-private" if epsilon is None else f"eps-{epsilon:.2f}"]
         artifact: Any = self._artifact(statement)
         artifact.add_dir(str(run.released))
-        self._run.log_artifact(artifact, aliases=aliases)
+        import wandb
+
+        try:
+            self._run.log_artifact(artifact, aliases=aliases)
+        except wandb.Error as error:
+            raise PrivtrainError(
+                f"W&B did not take the released files: {error}; start the same command again"
+            ) from None
 
     def close(self) -> None:
         """Finish the run."""

@@ -40,7 +40,7 @@ def noise_name(auxiliary_sum: str) -> str:
 
 
 def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
-    """Return this rank's part of every auxiliary sum's sum in units of 2**EXPONENT, without noise: private.
+    """Return this rank's part of every auxiliary sum in units of 2**EXPONENT, without noise: private.
 
     A loss that is not a number counts as the largest: it says nothing of how large it would be.
     """
@@ -57,7 +57,7 @@ def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
 
 
 def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) -> dict[str, int]:
-    """Return every auxiliary sum's sum over all ranks, exactly. All ranks call it together."""
+    """Return every auxiliary sum over all ranks, exactly. All ranks call it together."""
     mine = sums(plan, counts)
     if not mine:
         return {}
@@ -117,7 +117,7 @@ def _centred(loss: float, low: float, high: float) -> float:
 
 
 def _on_grid(value: float) -> int:
-    """Return a unit's number in units of the grid, rounded towards zero."""
+    """Return a unit's contribution as an integer multiple of 2**EXPONENT, rounded towards zero."""
     assert abs(value) <= SENSITIVITY
     return math.trunc(math.ldexp(value, -EXPONENT))
 

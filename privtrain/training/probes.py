@@ -264,10 +264,12 @@ class Probe:
                     "in another row of the batch": self._arranged(last, False),
                     "with other ids in its padding": self._arranged(0, False, other_pad),
                 }
-                differing = [(w, b) for w, b in single.items() if not _equal(contribution(b), reference)]
+                # All of them on every rank, differing or not: ranks that gather weights run equal passes.
+                added = {circumstance: contribution(rows) for circumstance, rows in single.items()}
+                differing = [circumstance for circumstance in single if not _equal(added[circumstance], reference)]
                 if differing and batch is not alone:
-                    when, batch = differing[0]
-                    difference = contribution(batch) - reference
+                    when, batch = differing[0], single[differing[0]]
+                    difference = added[when] - reference
                 share = float(difference.double().norm() / reference.double().norm())
                 return (
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
@@ -486,7 +488,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest change, relative to the largest value."""
+    """Return max |one - other| / max |one|; infinite if that is NaN."""
     change = float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
     return math.inf if math.isnan(change) else change
 

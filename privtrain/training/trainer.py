@@ -35,7 +35,7 @@ class Released(NamedTuple):
 
     Attributes:
         vector: the clipped sum over all ranks with its noise, fp32, laid out as :attr:`Trainer.layout`.
-        auxiliary sums: the auxiliary sums with theirs.
+        auxiliary_sums: the auxiliary sums with theirs.
         commitment: to the exact sum of both, for the ledger.
     """
 
@@ -45,7 +45,7 @@ class Released(NamedTuple):
 
 
 class ReplayDiverged(Exception):  # noqa: N818 - no error: the job goes on in a new generation
-    """On every rank: a replayed step has another sum than the one that was committed. Nothing was released."""
+    """Mismatch of a replayed step's sum with its commitment, raised on every rank before anything is released."""
 
 
 class Trainer:

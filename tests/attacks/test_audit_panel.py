@@ -163,6 +163,12 @@ def test_every_sampling_scheme_has_a_certified_curve(scheme, source):
     assert verdict.Cap.of(rundir.PrivacyStatement.model_validate_json(lacking)).curve is None
 
 
+def test_what_is_stated_of_a_record_is_no_claim_for_users_at_any_delta():
+    """Also between the record's own delta and the larger one that group privacy makes of it."""
+    statement = rundir.PrivacyStatement.model_validate_json(json.dumps(STATEMENT | {"unit": "example"}))
+    assert verdict.epsilon_at(statement, 10 * statement.delta) is None
+
+
 def test_delta_is_a_choice_of_the_audit(make_run):
     """At a smaller delta the claim is worth more, by the mechanism's own accountant, and so is the ceiling."""
     run = make_run(60, shift=0.0, epsilon=2.0, delta=1e-3)

@@ -238,6 +238,22 @@ def delong_p_value(first, second):
     return 2.0 * scipy.stats.norm.sf(abs(changes[0].mean()) / error) if error else 1.0
 
 
+def test_users_who_all_moved_alike_are_no_certainty():
+    """Two users a side, every one moved to the other end: 2 of 16 exchanges differ as much."""
+    first, second = (np.array([3.0, 4.0]), np.array([1.0, 2.0])), (np.array([1.0, 2.0]), np.array([3.0, 4.0]))
+    found = statistics.paired_difference(first, second)
+    assert found.p_value == 2 / 16
+    assert found.interval.lower <= 0
+    assert statistics.paired_difference(first, first).p_value == 1
+
+
+def test_many_users_on_one_side_cost_no_more_memory_and_little_time():
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(size=20), rng.normal(size=20_000)
+    assert 0 < statistics.auroc_p_value(few + 1, many) < 0.05
+    assert statistics.paired_difference((few + 1, many), (rng.normal(size=20), many)).p_value < 0.2
+
+
 def test_paired_differences_of_few_users_keep_the_level_short():
     found = paired_counts((40, 5), 200)
     assert max(found.values()) <= plausible(200, 0.05), found

@@ -22,6 +22,7 @@ from privtrain.errors import (
     GuaranteeLost,
     LedgerCorrupt,
     PlanMismatch,
+    Preempted,
     PrivtrainError,
     RegistryUnreachable,
 )
@@ -82,6 +83,21 @@ def test_a_run_reserves_settles_and_says_who_contributed(private_tree, tmp_path,
         assert views.user(registry.database, registry.pseudonym(user)).held == ()
     start(private_tree, tmp_path)  # complete: nothing is reserved again
     assert len(views.runs(registry.database)) == 1
+
+
+@pytest.mark.parametrize("error", [PrivtrainError("no"), Preempted("asked to stop"), RegistryUnreachable("gone")])
+def test_a_start_that_fails_after_it_reserved_can_be_repeated(private_tree, tmp_path, registry, monkeypatch, error):
+    """Nothing was trained: the next start finds the reservation, or makes another one after a refund."""
+
+    def fail(*_) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "check_learnable", fail)
+        with pytest.raises(type(error)):
+            start(private_tree, tmp_path)
+    start(private_tree, tmp_path)
+    assert [view.num_charged for view in views.runs(registry.database) if view.num_charged] == [4]
 
 
 def test_nothing_of_the_registry_is_published(private_tree, tmp_path, registry):

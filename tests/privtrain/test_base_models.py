@@ -169,6 +169,27 @@ def test_pointers_in_place_of_tokenizers_and_missing_parts_are_named(base):
     assert "names model-00002-of-00002.safetensors, which is not there" in fault.problem
 
 
+def test_only_the_weights_that_are_read_must_be_whole(base):
+    """As a clone without large files leaves them: pointers in place of other formats."""
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf", "pytorch_model-00001-of-00002.bin"):
+        (base / name).write_bytes(DAMAGE["pointer"][0](b""))
+    assert check_model(section(base)) == []
+    (base / "model.safetensors").unlink()
+    (fault,) = check_model(section(base))
+    assert "pytorch_model.bin is a Git LFS pointer" in fault.problem
+
+
+def test_a_model_in_parts_in_the_hubs_cache_is_whole(base, tmp_path):
+    """There every file is a link into a directory of blobs."""
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    snapshot = tmp_path / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    for path in base.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert check_model(section(snapshot)) == []
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_weight_file_cut_anywhere_is_seen(base, cut):

@@ -11,7 +11,7 @@ WIDTHS = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)
 
 
 def score(row: DocumentSignals) -> float:
-    """Return the mean over widths of the share of windows with a gain; wider than the text means the whole text."""
+    """Return the share of windows likelier under the target than the base, averaged over widths (at most the text)."""
     gain = row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64)
     total = np.concatenate([[0.0], gain.cumsum()])
     shares = [float((total[w:] - total[:-w] > 0.0).mean()) for w in (min(width, gain.size) for width in WIDTHS)]

@@ -17,7 +17,7 @@ from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.bootstrap import floored
 from attacks.analysis.statistics.interval import Interval
 from attacks.analysis.statistics.mann_whitney import FloatArray, Placements, auroc, delong_variance
-from attacks.analysis.statistics.permutation import MIN_NORMAL_USERS, NUM_PERMUTATIONS
+from attacks.analysis.statistics.permutation import MAX_NUMBERS, MIN_NORMAL_USERS, NUM_PERMUTATIONS
 
 
 def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = interval.CONFIDENCE_LEVEL) -> Interval:
@@ -79,8 +79,12 @@ def paired_difference(
     difference = float(changes[0].mean())
     # The variance of the difference is that of the differences of the placements: covariances come along by themselves.
     variances = [float(change.var(ddof=1)) / change.size for change in changes]
-    if sum(variances) == 0.0:
-        return PairedDifference(difference, Interval(difference, difference), float(difference == 0.0))
+    if difference == 0.0 and sum(variances) == 0.0:
+        return PairedDifference(0.0, Interval(0.0, 0.0), 1.0)
+    if sum(variances) == 0.0:  # every user moved alike: the sample says nothing of how far others would
+        p_value = _exchanged(first, second)
+        ends = (-1.0, 1.0) if p_value > 1.0 - level else (0.0, math.copysign(1.0, difference))
+        return PairedDifference(difference, Interval(min(ends), max(ends)), p_value)
     error = math.sqrt(sum(variances))
     if min(sizes) < MIN_NORMAL_USERS:
         p_value = _exchanged(first, second)
@@ -105,5 +109,10 @@ def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, F
     if 2**num_users <= NUM_PERMUTATIONS:
         signs = 1 - 2 * (np.arange(2**num_users)[:, None] >> np.arange(num_users) & 1)
         return float(np.mean(np.abs(signs @ changes) >= observed))
-    signs = 1 - 2 * np.random.default_rng(num_users).integers(0, 2, (NUM_PERMUTATIONS, num_users), dtype=np.int8)
-    return float((1 + np.count_nonzero(np.abs(signs @ changes) >= observed)) / (1 + NUM_PERMUTATIONS))
+    rng, num_as_far = np.random.default_rng(num_users), 0
+    most = max(1, MAX_NUMBERS // num_users)  # at a time, so that memory does not grow with the users
+    for start in range(0, NUM_PERMUTATIONS, most):
+        shape = min(most, NUM_PERMUTATIONS - start), num_users
+        signs = 1 - 2 * rng.integers(0, 2, shape, dtype=np.int8)
+        num_as_far += int(np.count_nonzero(np.abs(signs @ changes) >= observed))
+    return (1 + num_as_far) / (1 + NUM_PERMUTATIONS)

@@ -27,7 +27,8 @@ NUM_PERMUTATIONS = 9999
 MIN_NORMAL_USERS = 50
 """Effective users on the smaller side from which on the normal law is used."""
 
-_MAX_NUMBERS = 5_000_000
+MAX_NUMBERS = 5_000_000
+_MAX_PAIRS = 20_000
 
 
 def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
@@ -48,7 +49,8 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
     if owners is not None:
         return _cluster_normal(held_in, held_out, owners) if is_large else _permuted(held_in, held_out, owners)
     has_ties = np.unique(np.concatenate([held_in, held_out])).size < held_in.size + held_out.size
-    if has_ties and not is_large:
+    # scipy's exact law takes the square of the pairs.
+    if not is_large and (has_ties or held_in.size * held_out.size > _MAX_PAIRS):
         return _permuted(held_in, held_out, (np.arange(held_in.size), np.arange(held_out.size)))
     method = "asymptotic" if is_large else "exact"
     return float(scipy.stats.mannwhitneyu(held_in, held_out, alternative="greater", method=method).pvalue)
@@ -112,7 +114,7 @@ def _choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
     if math.comb(num_users, num_chosen) <= NUM_PERMUTATIONS:
         return np.array(list(itertools.combinations(range(num_users), num_chosen))), True
     rng = np.random.default_rng((num_users, num_chosen))
-    count = min(NUM_PERMUTATIONS, max(_MAX_NUMBERS // num_chosen, 199))
+    count = min(NUM_PERMUTATIONS, max(MAX_NUMBERS // num_chosen, 199))
     drawn = [rng.choice(num_users, num_chosen, replace=False, shuffle=False) for _ in range(count)]
     return np.array(drawn, dtype=np.int32), False
 

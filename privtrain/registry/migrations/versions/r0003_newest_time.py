@@ -19,12 +19,12 @@ _TIMES = {
 
 
 def upgrade() -> None:
-    """What the rows of before say; none of a registry without rows."""
+    """Add ``meta.newest_at``, the newest time in the existing rows; ``NULL`` without rows."""
     op.add_column("meta", sa.Column("newest_at", sa.Double(), nullable=True))
     newest = " UNION ALL ".join(f"SELECT max({name}) AS t FROM {table}" for table in _TIMES for name in _TIMES[table])
     op.execute(f"UPDATE meta SET newest_at = (SELECT max(t) FROM ({newest}) AS times)")
 
 
 def downgrade() -> None:
-    """Forget it."""
+    """Drop ``meta.newest_at``."""
     op.drop_column("meta", "newest_at")
