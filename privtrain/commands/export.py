@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from privtrain.config import load_config
+from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.files.writable import why_unwritable
 from privtrain.run import bundle
+from privtrain.run.base_model import locate
 from privtrain.run.bundle import ReleaseManifest
 from privtrain.run.directory import RunDirectory
 from privtrain.run.exported import DTYPES, NAME, SCHEMA, rendered, weights_of
@@ -88,13 +90,29 @@ def _unmergeable(run: RunDirectory) -> list[Fault]:
     if method in ("prompt_tuning", "prefix_tuning"):
         problem = f"{method} trains virtual tokens, which no weight of the base model can hold; export without --merge"
         faults.append(Fault("--merge", problem))
-    if quantization is not None:
+    held_in = quantization or _own_quantization(config.model)
+    if held_in is not None:
         problem = (
-            f"the adapter was trained on a base held in {quantization}; merged into other weights it computes "
+            f"the adapter was trained on a base held in {held_in}; merged into other weights it computes "
             "something else. Export without --merge, and load the base with the same quantization"
         )
         faults.append(Fault("--merge", problem))
     return faults
+
+
+def _own_quantization(model: ModelSection) -> str | None:
+    """Return how the base's own ``config.json`` says that its weights are held, e.g. ``gptq``; GGUF is made whole."""
+    from transformers import PretrainedConfig
+
+    if model.gguf_file is not None:
+        return None
+    location = locate(model)
+    try:
+        tree, _ = PretrainedConfig.get_config_dict(location.path, **location.arguments)
+    except OSError:
+        return None  # loading says why
+    settings = tree.get("quantization_config")
+    return None if settings is None else str(settings.get("quant_method", "a quantised form"))
 
 
 def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:

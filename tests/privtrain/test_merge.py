@@ -146,3 +146,15 @@ def test_what_cannot_be_merged_is_refused_by_name_before_loading(tree, tmp_path,
     with pytest.raises(ConfigError, match=said):
         export_run(run.root, tmp_path / "out", merge=True, dtype="bf16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_quantised_by_its_own_config_is_not_merged_into(tree, tmp_path, monkeypatch):
+    base = save_base(tmp_path / "m")
+    run = released(tmp_path, tree, base, LORA["q and v"])
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
+    for path in (run.release, run.privacy):
+        path.write_text("{}")
+    monkeypatch.setattr(merge, "whole_model", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match="a base held in gptq"):
+        export_run(run.root, tmp_path / "out", merge=True, dtype="bf16")

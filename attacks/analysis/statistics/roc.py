@@ -125,9 +125,10 @@ def rate_interval(
     """Return the true positive rate at a threshold estimated from the held-out side, the luck of both sides carried.
 
     Derived in the module's docstring for users who are independent of each other given the model. The lower end
-    exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every* concave f above the attack's ROC,
-    the cap of :func:`attacks.analysis.statistics.bounds.tpr_cap` among them; without any leak exchangeable users are
-    enough. The upper end holds for attacks whose own ROC is concave. Ties widen the interval on either side.
+    exceeds f((k + 1) / (n + 1)) with probability at most (1 - level) / 2 for *every* concave f above the attack's ROC
+    on the model at hand; without any leak exchangeable users are enough. An (epsilon, delta) cap bounds the ROC
+    averaged over models: a mechanism that releases everything with probability delta exceeds it on such models. The
+    upper end holds for attacks whose own ROC is concave. Ties widen the interval on either side.
 
     Args:
         held_in: one score per held-in user.
