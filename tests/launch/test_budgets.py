@@ -85,6 +85,22 @@ def test_a_run_reserves_settles_and_says_who_contributed(private_tree, tmp_path,
     assert len(views.runs(registry.database)) == 1
 
 
+def test_a_mirror_that_fails_at_the_release_keeps_nothing_from_being_settled(
+    private_tree, tmp_path, registry, monkeypatch
+):
+    def fail(*_) -> None:
+        raise PrivtrainError("W&B did not take it")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("privtrain.tracking.mirrors.MirrorAtTheEnd.publish", fail)
+    private_tree["tracking"] = {"wandb": True}
+    for _ in range(2):  # the same command goes on failing, and the release stands
+        with pytest.raises(PrivtrainError, match="did not take it"):
+            start(private_tree, tmp_path)
+        (view,) = views.runs(registry.database)
+        assert (view.state, view.num_charged) == ("closed", 4)
+
+
 @pytest.mark.parametrize("error", [PrivtrainError("no"), Preempted("asked to stop"), RegistryUnreachable("gone")])
 def test_a_start_that_fails_after_it_reserved_can_be_repeated(private_tree, tmp_path, registry, monkeypatch, error):
     """Nothing was trained: the next start finds the reservation, or makes another one after a refund."""

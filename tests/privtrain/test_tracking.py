@@ -59,7 +59,7 @@ def test_release_that_a_crash_kept_from_the_mirrors_is_shown_by_the_next_start(t
         if moment == "before it is installed":
             patched.setattr(publishing, "install", die)
         else:
-            patched.setattr(job, "sign_release", die)
+            patched.setattr(job, "after_release", die)
         with pytest.raises(KeyboardInterrupt):
             train(path)
     wandb.teardown()
