@@ -123,6 +123,7 @@ def test_what_became_of_the_rows_is_counted_in_secret(finished):
         "num_without_user",
         "num_users_opted_out",
         "num_empty",
+        "reasons",
         "num_duplicates",
         "num_truncated_training_records",
         "num_training_records_without_target",
