@@ -78,11 +78,11 @@ def test_another_log_cannot_carry_the_published_head(tmp_path, disguise):
         (lambda body: body.replace("release", "rele\\u0061se"), "form"),
         (lambda body: body.replace('"epsilon":1.0', '"epsilon":1.00'), "form"),
         (lambda body: body.replace('"epsilon":1.0', '"epsilon":NaN'), "NaN"),
-        (lambda body: body.replace('"epsilon":1.0', '"epsilon":1e999'), "form"),
+        (lambda body: body.replace('"epsilon":1.0', '"epsilon":1e999'), "beyond the range of a double"),
         (lambda body: body[:-1] + ',"more":"\u00e9"}', "form"),
         (lambda body: body[:-1] + ',"more":' + "[" * 100_000 + "}", "nested"),
         (lambda body: '{"kind":"release",' + body[1:].replace('"kind":"release",', ""), "form"),
-        (lambda body: body.replace('"num_charged":6', '"num_charged":6.0'), "cannot be"),
+        (lambda body: body.replace('"num_charged":6', '"num_charged":6.0'), "a count is negative or not an integer"),
     ],
 )
 def test_a_line_that_could_be_read_in_two_ways_is_refused(tmp_path, edit, message):
