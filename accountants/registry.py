@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from accountants.protocol import Accountant
+from accountants.validation import check_event
 
 if TYPE_CHECKING:
     import dp_accounting
@@ -75,8 +76,6 @@ def fitting(event: dp_accounting.DpEvent, relation: str = "ADD_OR_REMOVE_ONE") -
     Raises:
         ValueError: if the event is malformed.
     """
-    from accountants.validation import check_event
-
     check_event(event)
     kinds = _kinds(event)
     for kind, names in _FITTING:

@@ -119,15 +119,9 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
 
     Args:
         statement: of the run.
-        delta: from the stated one on the stated epsilon holds as it is.
+        delta: below the stated one.
     """
-    if math.isinf(statement.effective_epsilon):
-        return math.inf
-    if statement.unit != ATTACKED_UNIT:
-        return None  # what is stated of a record is nothing for a user, at whatever delta
-    if delta >= statement.delta:
-        return statement.effective_epsilon
-    stated = _mechanism(statement)
+    stated = None if statement.unit != ATTACKED_UNIT else _mechanism(statement)
     if stated is None:
         return None
     scheme, noise_multiplier, num_steps, num_records = stated

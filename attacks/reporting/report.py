@@ -122,9 +122,8 @@ def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Ma
     """Return which run this page is about: what a file copy of it needs to be found again by."""
     directory = RunDirectory(run)
     found = {"Run": run.resolve().name}
-    config = directory.root / "config.yaml"
-    if config.exists():
-        model = (reading.read_yaml(config, max_bytes=1 << 20) or {}).get("model") or {}
+    if directory.config.exists():
+        model = (reading.read_yaml(directory.config, max_bytes=1 << 20) or {}).get("model") or {}
         found["Base model"] = str(model.get("name_or_path") or model.get("package") or NOT_RELEASED)
     target = attacks["target"]
     if target.get("base"):

@@ -87,7 +87,7 @@ def _unmergeable(run: RunDirectory) -> list[Fault]:
     config = load_config(run.resolved_config)
     method, quantization = config.training.method, config.model.quantization
     faults = []
-    if method in ("prompt_tuning", "prefix_tuning"):
+    if config.training.has_virtual_tokens:
         problem = f"{method} trains virtual tokens, which no weight of the base model can hold; export without --merge"
         faults.append(Fault("--merge", problem))
     held_in = quantization or _own_quantization(config.model)

@@ -94,7 +94,7 @@ def read_tree(path: pathlib.Path) -> strict_yaml.Document:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of ``tree`` with ``a.b=value`` assignments applied, values read as YAML."""
-    result = strict_yaml.parse(strict_yaml.dump(tree)).value
+    result = copy.deepcopy(tree)
     faults = []
     for override in overrides:
         key, separator, text = override.partition("=")

@@ -503,6 +503,11 @@ class TrainingSection(Section):
         """Whether the base model's own weights change, and the whole model is released."""
         return self.method in ("full", "bias")
 
+    @property
+    def has_virtual_tokens(self) -> bool:
+        """Whether virtual tokens are trained, and no weight of the base."""
+        return self.method in ("prompt_tuning", "prefix_tuning")
+
 
 class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
@@ -643,7 +648,7 @@ class Config(Section):
                 f"privacy.selection: {selection} needs a language model, and data.format: classification trains a "
                 "classifier, which has no perplexity"
             )
-        if self.data.is_classification and method in ("prompt_tuning", "prefix_tuning"):
+        if self.data.is_classification and self.training.has_virtual_tokens:
             yield (
                 f"training.method: {method} does not train the head that data.format: classification needs; use lora, "
                 "bias or full"

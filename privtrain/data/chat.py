@@ -91,20 +91,21 @@ class ChatRenderer:
                 ]
             )
 
-        self._check_ends(whole, spans, key)
+        if self._marks_itself:
+            self._check_ends(whole, spans, key)
 
     def _check_ends(self, whole: str, spans: list[tuple[int, int]], key: str) -> None:
-        """Raise unless each answer is predicted with what ends it: else the model never learns to stop.
+        """Raise unless a template that marks answers marks what ends them too: else the model never learns to stop.
 
         Raises:
             ConfigError: if a generation block closes before the end mark.
         """
+        marks = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
         answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
         for (start, end), answer in zip(spans, answers, strict=True):
             tail = whole[start:end].rpartition(answer)[2]
             after = whole[end:].lstrip()
-            marks = [mark for mark in self._tokenizer.all_special_tokens if mark]
-            if self._marks_itself and not tail.strip() and (not tail or after.startswith(tuple(marks))):
+            if not tail.strip() and (not tail or after.startswith(marks)):
                 problem = (
                     "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model "
                     "would never learn to stop; put the end mark inside the generation block"

@@ -190,10 +190,10 @@ def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Strip leading begin tokens and trailing end tokens from a text whose tokenizer adds them itself."""
     begins = [str(mark) for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
     ends = [str(mark) for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
-    while any(text.startswith(mark) for mark in begins):
-        text = next(text.removeprefix(mark) for mark in begins if text.startswith(mark))
-    while any(text.endswith(mark) for mark in ends):
-        text = next(text.removesuffix(mark) for mark in ends if text.endswith(mark))
+    while found := next((mark for mark in begins if text.startswith(mark)), ""):
+        text = text.removeprefix(found)
+    while found := next((mark for mark in ends if text.endswith(mark)), ""):
+        text = text.removesuffix(found)
     return text
 
 

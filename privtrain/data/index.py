@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -47,7 +46,7 @@ from privtrain.data.index_files import (
     text_digest,
 )
 from privtrain.errors import DamagedFile
-from privtrain.files.private import check_private_tree, make_private_directory, open_lock_file
+from privtrain.files.private import check_private_tree, locked_file, make_private_directory
 
 #: Rows that are in memory at once.
 _ROWS_AT_ONCE = 1 << 12
@@ -247,7 +246,7 @@ def open_or_build(
     name = hashlib.sha256(json.dumps([SCHEMA, made_of], sort_keys=True).encode()).hexdigest()[:32]
     make_private_directory(parent)
     directory = parent / f"index-{name}"
-    with _locked(parent / f"index-{name}.lock"):
+    with locked_file(parent / f"index-{name}.lock"):
         if os.path.lexists(directory):
             check_private_tree(directory)
         else:
@@ -371,13 +370,3 @@ def _write_ends(file: HashedFile, parts: Sequence[bytes], start: int) -> int:
     ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(start)
     file.write(ends.tobytes())
     return int(ends[-1]) if len(ends) else start
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    descriptor = open_lock_file(path)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

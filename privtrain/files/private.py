@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from privtrain.errors import UnsafePath
 
@@ -223,6 +224,17 @@ def open_lock_file(path: pathlib.Path) -> int:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise UnsafePath(f"{path} is a link or no regular file; remove it") from None
         raise
+
+
+@contextlib.contextmanager
+def locked_file(path: pathlib.Path) -> Iterator[None]:
+    """Hold a lock file, waiting for whoever holds it; see :func:`open_lock_file`."""
+    descriptor = open_lock_file(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_owner(path: pathlib.Path, found: os.stat_result, owners: Collection[int] | None = None) -> None:

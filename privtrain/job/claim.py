@@ -14,9 +14,12 @@ from privtrain.errors import PlanMismatch, Preempted, PrivtrainError, RegistryUn
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.publish import complete_release
-from privtrain.job.resume import files_written_after_start
+from privtrain.job.resume import has_begun
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
+
+#: Sections that say what is trained, and on what.
+_TRAINED_SECTIONS = ("model", "lora", "prompt", "data", "canaries")
 
 
 def check_run_directory(inputs: Inputs) -> None:
@@ -59,24 +62,26 @@ def _check_unchanged(inputs: Inputs) -> None:
         )
 
 
-def _telling_keys(config: Config) -> dict[str, Any]:
-    """Return what decides the trained weights, as dotted keys; the files may have moved."""
-    tree = config.model_dump(
-        mode="json", include={"model", "lora", "prompt", "data", "canaries", "privacy", "training"}
-    )
+def _dotted(config: Config, *sections: str) -> dict[str, Any]:
+    """Return the keys of sections by dotted name.
+
+    Without the source, whose files may move: their content is in the fingerprint.
+    """
+    tree = config.model_dump(mode="json", include=set(sections))
     del tree["data"]["source"]
-    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    return {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
+
+
+def _telling_keys(config: Config) -> dict[str, Any]:
+    """Return what decides the trained weights, as dotted keys."""
+    return _dotted(config, *_TRAINED_SECTIONS, "privacy", "training")
 
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
     """Return the keys besides the plan that a run cannot change: what is trained, on what, and what is published."""
-    tree = config.model_dump(mode="json", include={"model", "lora", "prompt", "data", "canaries", "tracking"})
-    del tree["data"]["source"]  # its content is in the fingerprint; files may move
-    sections = ("model", "lora", "prompt", "data", "canaries")
-    keys = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
     published = ("private_metrics", "release_held_out_metrics", "release_measurements")
-    keys["training.method"] = config.training.method
-    return keys | {f"tracking.{key}": tree["tracking"][key] for key in published}
+    tracking = {f"tracking.{key}": getattr(config.tracking, key) for key in published}
+    return _dotted(config, *_TRAINED_SECTIONS) | {"training.method": config.training.method} | tracking
 
 
 @contextlib.contextmanager
@@ -108,8 +113,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         except (Preempted, RegistryUnreachable):
             raise  # the same command continues: a reservation stands, or may stand, under this identity
         except PrivtrainError:
-            has_begun = run.ledger.exists() or run.reservation.exists() or any(files_written_after_start(run))
-            if made_here and not has_begun:
+            if made_here and not (has_begun(run) or run.reservation.exists()):
                 run.identity.unlink(missing_ok=True)  # the next start may be of another plan
             raise
 

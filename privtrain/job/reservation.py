@@ -32,7 +32,7 @@ from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.contributions import contributions_of
 from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
-from privtrain.job.resume import files_written_after_start
+from privtrain.job.resume import has_begun
 from privtrain.job.stop import StopRequest
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
@@ -111,7 +111,7 @@ class BudgetReservation:
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.
-            if not isinstance(error, RegistryUnreachable) and not _has_begun(inputs.run):
+            if not isinstance(error, RegistryUnreachable) and not has_begun(inputs.run):
                 inputs.run.identity.unlink(missing_ok=True)
             raise
 
@@ -263,10 +263,6 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
         num_back = Registry(url).refund(identity["tracker_id"], shown, claims=_read_claims(run))
     what = f"{shown.num_steps} steps stay charged, {num_back} were given back"
     return f"{run.root}: {what}. Resuming it reserves its plan anew"
-
-
-def _has_begun(run: RunDirectory) -> bool:
-    return run.ledger.exists() or bool(files_written_after_start(run))
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:

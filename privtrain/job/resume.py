@@ -150,6 +150,11 @@ def verified_state(run: RunDirectory) -> LedgerState | None:
     return state
 
 
+def has_begun(run: RunDirectory) -> bool:
+    """Return whether a run ever had a ledger."""
+    return run.ledger.exists() or bool(files_written_after_start(run))
+
+
 def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
     """Return the files that exist only after a ledger was made: beside a missing ledger they show that it was lost."""
     certain = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]

@@ -40,10 +40,10 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
         ConfigError: with every fault.
     """
     faults, size, longest = [], num_embedded(model), learned_positions(model)
-    if config.training.method in ("prompt_tuning", "prefix_tuning") and longest is not None:
+    if config.training.has_virtual_tokens and longest is not None:
         longest -= config.prompt.num_virtual_tokens
     if longest is not None and config.data.max_length > longest:
-        taken = ", less prompt.num_virtual_tokens" if config.training.method.endswith("_tuning") else ""
+        taken = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
         problem = f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens{taken}"
         faults.append(Fault("data.max_length", problem))
     for name in ("bos_token", "eos_token"):

@@ -92,12 +92,15 @@ def load_classifier(
             AutoModelForSequenceClassification,
             model,
             dtype,
+            is_classifier=True,
             id2label=names,
             label2id={name: i for i, name in names.items()},
         )
 
 
-def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def _load(
+    auto_class: Any, model: ModelSection, dtype: torch.dtype, *, is_classifier: bool = False, **options: Any
+) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress
@@ -118,7 +121,7 @@ def _load(auto_class: Any, model: ModelSection, dtype: torch.dtype, **options: A
         raise
     except LOADING_FAILURES as error:
         raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
-    is_classifier = auto_class.__name__ == "AutoModelForSequenceClassification"
+
     base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
     # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:

@@ -125,7 +125,7 @@ def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
 
     from privtrain.models.trainable import make_trainable
 
-    if config.training.method.endswith("_tuning"):
+    if config.training.has_virtual_tokens:
         raise ConfigError([Fault("training.method", f"memory is not estimated for {config.training.method}")])
     location = locate(config.model)
     try:

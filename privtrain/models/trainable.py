@@ -70,10 +70,9 @@ def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
         raise ConfigError([Fault("training.method", problem)])
     for parameter in biases:
         parameter.requires_grad_(True)
-    for name in {*_HEADS, *getattr(base, "privtrain_new_modules", ())}:
-        module = dict(base.named_modules()).get(name)
-        if module is not None:
-            module.requires_grad_(True)
+    modules = dict(base.named_modules())
+    for name in modules.keys() & {*_HEADS, *getattr(base, "privtrain_new_modules", ())}:
+        modules[name].requires_grad_(True)
     return base
 
 

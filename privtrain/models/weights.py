@@ -26,9 +26,6 @@ from privtrain.run.base_model import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 #: (tensor name, first coordinate, number of coordinates) → flat values.
 PartReader = Callable[[str, int, int], torch.Tensor]
 

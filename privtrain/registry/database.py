@@ -8,12 +8,11 @@ never shown. The key behind the pseudonyms lies in a file outside the database (
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -23,7 +22,7 @@ from sqlalchemy.pool import NullPool
 from privtrain.config.schema import RegistrySection
 from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.files.atomic import sync_directory, temporary_of
-from privtrain.files.private import check_database_file, make_missing, open_lock_file
+from privtrain.files.private import check_database_file, locked_file, make_missing
 from privtrain.privacy.secret import KEY_BYTES, SecretKey, load_key_file
 from privtrain.registry.tables import Meta
 
@@ -128,7 +127,7 @@ class Database:
             self.write(self._migrate)
             return
         make_missing(self._file.parent)
-        with _file_lock(self._file):
+        with locked_file(self._file.with_name(f".{self._file.name}.lock")):
             self._ensure_key()
             if self._file.exists():
                 self.write(self._migrate)
@@ -304,16 +303,6 @@ def _sqlite_file(url: sa.URL) -> pathlib.Path | None:
 def _data_directory() -> pathlib.Path:
     base = os.environ.get("XDG_DATA_HOME")
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".local" / "share") / "privtrain"
-
-
-@contextlib.contextmanager
-def _file_lock(file: pathlib.Path) -> Iterator[None]:
-    descriptor = open_lock_file(file.with_name(f".{file.name}.lock"))
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.bundle import sha256_of
-from privtrain.run.weight_files import weight_file_faults
+from privtrain.run.weight_files import WEIGHT_SUFFIXES, weight_file_faults
 
-#: Formats of weights, the one that transformers loads first.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 _NO_BASE_WEIGHTS = ("adapter_model", "training_args", "optimizer")
 
 #: What else changes what is computed: configurations, tokenizers, templates, code.
@@ -93,7 +91,7 @@ def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[st
     weights = next(
         (
             own
-            for suffix in _WEIGHT_SUFFIXES
+            for suffix in WEIGHT_SUFFIXES
             if (own := [name for name in names if name.endswith(suffix) and not name.startswith(_NO_BASE_WEIGHTS)])
         ),
         [],

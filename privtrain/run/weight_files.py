@@ -10,6 +10,8 @@ from privtrain.errors import PrivtrainError
 from privtrain.files import reading
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+#: Formats of weights, the one that transformers loads first.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 #: The safetensors format: 8 bytes of length, so many of JSON, then the tensors without a gap.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000
@@ -57,7 +59,7 @@ def _problem(path: pathlib.Path) -> str:
         return f"cannot be read ({error.strerror})"
     if head == _LFS:
         return "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-    if path.suffix in (".safetensors", ".bin", ".pt", ".gguf") and size == 0:
+    if path.suffix in WEIGHT_SUFFIXES and size == 0:
         return "is empty"
     return _safetensors_problem(path, size) if path.suffix == ".safetensors" else ""
 

@@ -11,6 +11,7 @@ from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd, has_shown_release, was_watched
 from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker
+from privtrain.tracking.wandb_settings import is_online
 
 
 def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
@@ -38,8 +39,6 @@ def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
 
 def is_live(config: Config) -> bool:
     """Whether W&B is shown rows while the run trains: where people may watch it, or it records the machines' load."""
-    from privtrain.tracking.wandb_settings import is_online
-
     return is_online() or config.tracking.system_metrics or config.tracking.release_measurements
 
 
@@ -65,8 +64,6 @@ def _mirrors(
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
     """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
-    from privtrain.tracking.wandb_settings import is_online
-
     is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
     if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
         return NullTracker()

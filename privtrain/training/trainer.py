@@ -271,8 +271,9 @@ class Trainer:
             self.clipping_norm = next_norm(settings, self.clipping_norm, share, initial_norm=initial_norm)
 
     def _intend(self, step: int, drawn: Sequence[DrawnUnit]) -> None:
-        units = [(self._units.names[d.unit], len(d.record_indices)) for d in drawn]
-        self.ledger.intend(self.generation, step, units)
+        if self.backend.is_main:  # of data on disk, names are read from there
+            units = [(self._units.names[d.unit], len(d.record_indices)) for d in drawn]
+            self.ledger.intend(self.generation, step, units)
 
     def _check_replay(self, step: int, commitment: str) -> None:
         if self._committed.get(step, commitment) != commitment:

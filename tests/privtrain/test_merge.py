@@ -19,7 +19,7 @@ from privtrain.models import merge
 from privtrain.models.load import load_base, load_classifier
 from privtrain.models.trainable import INIT_SEED, make_trainable
 from privtrain.run.directory import RunDirectory
-from tests.privtrain.bases import save_base
+from tests.privtrain.bases import change_config, save_base
 
 LORA: dict[str, dict[str, Any]] = {
     "q and v": {"target_modules": ["q_proj", "v_proj"]},
@@ -151,8 +151,7 @@ def test_what_cannot_be_merged_is_refused_by_name_before_loading(tree, tmp_path,
 def test_a_base_that_is_quantised_by_its_own_config_is_not_merged_into(tree, tmp_path, monkeypatch):
     base = save_base(tmp_path / "m")
     run = released(tmp_path, tree, base, LORA["q and v"])
-    settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
+    change_config(base, quantization_config={"quant_method": "gptq"})
     for path in (run.release, run.privacy):
         path.write_text("{}")
     monkeypatch.setattr(merge, "whole_model", lambda *_: pytest.fail("it was loaded"))

@@ -453,11 +453,7 @@ class ScalesBackwards(nn.Module):
         super().__init__()
         seen = [0.0]
 
-        class Scaled(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, hidden):
-                return hidden.clone()
-
+        class Scaled(LetsNothingBack):
             @staticmethod
             def backward(ctx, *gradients):
                 (gradient,) = gradients

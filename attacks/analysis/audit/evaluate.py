@@ -148,7 +148,7 @@ def audit(
         gaussian_ceiling=max(
             (
                 tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
-                for num in _numbers(num_coins)
+                for num in {guess.num for guess in found}
             ),
             default=0.0,
         ),
@@ -170,10 +170,6 @@ def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
     telling = telling_guesses(num_coins, delta, significance)
     bounds = (one_run.epsilon_lower_bound(num_coins, g.num, g.num, delta, significance / len(telling)) for g in telling)
     return max(bounds, default=0.0)
-
-
-def _numbers(num_coins: int) -> set[int]:
-    return {guess.num for guess in declared_guesses(num_coins)}
 
 
 def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[Verdict, str]:

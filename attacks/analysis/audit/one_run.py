@@ -12,6 +12,7 @@ r is a constant: whoever tries several and keeps the best has to pay for the sea
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -49,6 +50,7 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
     return min(tail + 2.0 * num_coins * delta * slack, 1.0)
 
 
+@functools.lru_cache(maxsize=4096)  # ceilings of plan and page ask for the same few thousand again and again
 def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float) -> float:
     """Return the smallest epsilon that this many right guesses do not contradict.
 

@@ -147,7 +147,12 @@ def _at_delta(claim: Claim, statement: PrivacyStatement, delta: float | None) ->
     """Return the claim at the audit's own delta; its curve is the mechanism's at every delta."""
     if delta is None or claim.pair is None or math.isinf(claim.pair.epsilon):
         return claim
-    epsilon = claim.pair.epsilon if delta >= claim.pair.delta else verdict.epsilon_at(statement, delta)
+    # Only the stated pair has a mechanism; one that group privacy made of it has none of its own.
+    is_stated = claim.pair == DpBound(statement.effective_epsilon, statement.delta)
+    if delta >= claim.pair.delta:
+        epsilon = claim.pair.epsilon
+    else:
+        epsilon = verdict.epsilon_at(statement, delta) if is_stated else None
     if epsilon is None:
         raise AttackInputError(
             f"--audit-delta {delta:g}: nothing certifies an epsilon at it for this mechanism and unit; expected at "

@@ -15,7 +15,7 @@ import scipy.stats
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
 from attacks.analysis.statistics.mann_whitney import FloatArray, Placements
-from attacks.analysis.statistics.permutation import Owners, no_narrower_than_test
+from attacks.analysis.statistics.permutation import Owners, influences, no_narrower_than_test, owner_places
 
 NUM_RESAMPLES = 4000
 """Enough for the 2.5 % ends: their Monte Carlo error is a few hundredths of the interval's width."""
@@ -52,20 +52,17 @@ def bootstrap_interval(
     Returns:
         The interval, never narrower than perfect separation of as many users supports.
     """
-    places = _places(held_in, held_out, owners)
+    places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     assert min(num_in, num_out) >= 2, (num_in, num_out)
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
-    influences = [
-        np.bincount(place, (side - area) / side.size).astype(np.float64)
-        for place, side in zip(places, (placements.held_in, placements.held_out), strict=True)
-    ]
+    of_users = influences(placements, places, area)
     found = Interval(area, area)
-    if any(influence.any() for influence in influences):
+    if any(influence.any() for influence in of_users):
         wins, sizes, _ = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
         # The number of records differs from resample to resample, so the weights do not cancel.
-        found = bca_interval(area, influences, wins / (sizes[0] * sizes[1]), level)
+        found = bca_interval(area, of_users, wins / (sizes[0] * sizes[1]), level)
     return floored(found, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
 
 
@@ -126,7 +123,7 @@ def floored(
         num_resamples: of :func:`worst_case`, where scores tie.
         seed: of those.
     """
-    places = _places(held_in, held_out, owners)
+    places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     found = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
     scores = np.concatenate([held_in, held_out])
@@ -152,7 +149,7 @@ def worst_case(
     Beta(v + 1, n - v), which are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the
     sample had may still belong to as many as the size of the sample allows.
     """
-    places = _places(held_in, held_out, owners)
+    places = owner_places(held_in, held_out, owners)
     wins, sizes, extra = _resampled(held_in, held_out, places, _exponential, num_resamples, seed)
     total = (sizes[0] + extra[0]) * (sizes[1] + extra[1])
     tail = (1.0 - level) / 2.0
@@ -180,13 +177,6 @@ def bounded_mean_interval(
     sums = weights[:, :-1] @ values
     lower, upper = (np.quantile((sums + weights[:, -1] * end) / total, q) for end, q in ((low, tail), (high, 1 - tail)))
     return Interval(float(lower), float(upper))
-
-
-def _places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
-    """Return the number of the owner of each record, by side."""
-    if owners is None:
-        return [np.arange(held_in.size), np.arange(held_out.size)]
-    return [np.unique(owner, return_inverse=True)[1] for owner in owners]
 
 
 def _multinomial(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:

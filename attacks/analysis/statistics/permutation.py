@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,7 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
     has_ties = np.unique(np.concatenate([held_in, held_out])).size < held_in.size + held_out.size
     # scipy's exact law takes the square of the pairs.
     if not is_large and (has_ties or held_in.size * held_out.size > _MAX_PAIRS):
-        return _permuted(held_in, held_out, (np.arange(held_in.size), np.arange(held_out.size)))
+        return _permuted(held_in, held_out, None)
     method = "asymptotic" if is_large else "exact"
     return float(scipy.stats.mannwhitneyu(held_in, held_out, alternative="greater", method=method).pvalue)
 
@@ -87,9 +88,24 @@ def no_narrower_than_test(
     return Interval(lower, upper)
 
 
-def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners) -> float:
+def owner_places(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> list[np.ndarray]:
+    """Return the number of the owner of each record, by side."""
+    if owners is None:
+        return [np.arange(held_in.size), np.arange(held_out.size)]
+    return [np.unique(owner, return_inverse=True)[1] for owner in owners]
+
+
+def influences(placements: Placements, places: Sequence[np.ndarray], area: float) -> list[FloatArray]:
+    """Return what the records of each user add to the AUROC's error, by side."""
+    return [
+        np.bincount(place, (side - area) / side.size).astype(np.float64)
+        for place, side in zip(places, (placements.held_in, placements.held_out), strict=True)
+    ]
+
+
+def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> float:
     """By the record AUROC of each choice of users, worked out from sums of ranks over each user."""
-    places = [np.unique(owner, return_inverse=True)[1] for owner in owners]
+    places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     user = np.concatenate([places[0], num_in + places[1]])
     ranks = scipy.stats.rankdata(np.concatenate([held_in, held_out]))
@@ -123,10 +139,8 @@ def _cluster_normal(held_in: FloatArray, held_out: FloatArray, owners: Owners) -
     """By the normal law of sums of placements over users."""
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
-    variance = sum(
-        float((np.bincount(np.unique(owner, return_inverse=True)[1], (side - area) / side.size) ** 2).sum())
-        for owner, side in zip(owners, (placements.held_in, placements.held_out), strict=True)
-    )
+    places = owner_places(held_in, held_out, owners)
+    variance = sum(float((influence**2).sum()) for influence in influences(placements, places, area))
     if variance == 0.0:
         return _permuted(held_in, held_out, owners)
     return float(scipy.stats.norm.sf((area - 0.5) / variance**0.5))
