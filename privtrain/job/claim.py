@@ -14,7 +14,7 @@ from privtrain.errors import PlanMismatch, Preempted, PrivtrainError, RegistryUn
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.publish import complete_release
-from privtrain.job.resume import has_begun
+from privtrain.job.resume import is_bound
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
 
@@ -113,7 +113,7 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
         except (Preempted, RegistryUnreachable):
             raise  # the same command continues: a reservation stands, or may stand, under this identity
         except PrivtrainError:
-            if made_here and not (has_begun(run) or run.reservation.exists()):
+            if made_here and not is_bound(run):
                 run.identity.unlink(missing_ok=True)  # the next start may be of another plan
             raise
 

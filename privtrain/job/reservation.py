@@ -32,7 +32,7 @@ from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.contributions import contributions_of
 from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
-from privtrain.job.resume import has_begun
+from privtrain.job.resume import is_bound
 from privtrain.job.stop import StopRequest
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
@@ -111,7 +111,7 @@ class BudgetReservation:
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.
-            if not isinstance(error, RegistryUnreachable) and not has_begun(inputs.run):
+            if not isinstance(error, RegistryUnreachable) and not is_bound(inputs.run):
                 inputs.run.identity.unlink(missing_ok=True)
             raise
 

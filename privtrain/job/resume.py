@@ -150,9 +150,9 @@ def verified_state(run: RunDirectory) -> LedgerState | None:
     return state
 
 
-def has_begun(run: RunDirectory) -> bool:
-    """Return whether a run ever had a ledger."""
-    return run.ledger.exists() or bool(files_written_after_start(run))
+def is_bound(run: RunDirectory) -> bool:
+    """Return whether a directory stays its run's: there ever was a ledger, or it holds a budget reservation."""
+    return run.ledger.exists() or run.reservation.exists() or bool(files_written_after_start(run))
 
 
 def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:

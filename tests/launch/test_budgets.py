@@ -116,6 +116,27 @@ def test_a_start_that_fails_after_it_reserved_can_be_repeated(private_tree, tmp_
     assert [view.num_charged for view in views.runs(registry.database) if view.num_charged] == [4]
 
 
+def test_a_start_without_the_registry_keeps_the_reservation_that_a_stopped_one_holds(
+    private_tree, tmp_path, registry, monkeypatch
+):
+    def stop(*_) -> None:
+        raise Preempted("asked to stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "check_learnable", stop)
+        with pytest.raises(Preempted):
+            start(private_tree, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delenv("PRIVTRAIN_REGISTRY")
+        del private_tree["registry"]["dataset"]
+        with pytest.raises(PlanMismatch, match="holds a reservation"):
+            start(private_tree, tmp_path)
+    private_tree["registry"]["dataset"] = "people"
+    start(private_tree, tmp_path)
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("closed", 4)
+
+
 def test_nothing_of_the_registry_is_published(private_tree, tmp_path, registry):
     registry.forget(registry.pseudonym("user-003"))
     run = start(private_tree, tmp_path)
