@@ -30,18 +30,22 @@ def save_llama(directory: pathlib.Path, core: Any, **shape: Any) -> pathlib.Path
     return directory
 
 
-def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Two layers, 258 tokens: every byte, one begin-and-end mark and one spare."""
+def byte_core(*marks: str) -> Any:
+    """The core of a byte tokenizer: the marks come first, then every byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0, **{symbol: i + 1 for i, symbol in enumerate(alphabet)}}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    symbols = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core: Any = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    return core
+
+
+def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
+    """Two layers, 258 tokens: every byte, one begin-and-end mark and one spare."""
     return save_llama(
         directory,
-        core,
+        byte_core("<end>"),
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,

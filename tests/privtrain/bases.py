@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import byte_core
+
 NUM_IDS = 258
 
 
 def save_tokenizer(out: pathlib.Path, template: str | None = None, pad: str | None = "<s>", extra: Any = ()) -> Any:
     """A byte tokenizer; ``extra`` marks and a ``pad`` of another name have ids from 258 on."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    symbols = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    core.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    core = byte_core("<s>", "</s>")
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<s>", "</s>")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", **({} if pad is None else {"pad_token": pad})
