@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 
@@ -15,6 +15,9 @@ from privtrain.config.schema import TrackingSection
 from privtrain.privacy.plan import PrivacyPlan, finite
 
 SCHEMA = "privtrain/privacy/1"
+
+#: SHA-256, or HMAC-SHA-256, in hex.
+_Digest = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Part(pydantic.BaseModel):
@@ -51,7 +54,7 @@ class AccountantAnswer(_Part):
 class Ledger(_Part):
     """Where the contribution ledger stood when the statement was written."""
 
-    head: str
+    head: _Digest
     num_commits: int
 
 
@@ -88,9 +91,9 @@ class PrivacyStatement(_Part):
     delta: float = pydantic.Field(ge=0.0, le=1.0, allow_inf_nan=False)
     accountants: list[AccountantAnswer]
     ledger: Ledger | None
-    split_commitment: str = pydantic.Field(min_length=1)
+    split_commitment: _Digest
     plan: dict[str, Any] | None = None
-    plan_fingerprint: str
+    plan_fingerprint: _Digest
     assumptions: list[str]
     not_covered: list[str]
     software: dict[str, Any] | None = None

@@ -20,8 +20,8 @@ FACTS = {
     "num_charged": 3,
     "num_accounted": 3,
     "num_commits": 2,
-    "ledger_head": "ab",
-    "split_commitment": "cd",
+    "ledger_head": "ab" * 32,
+    "split_commitment": "cd" * 32,
 }
 
 
