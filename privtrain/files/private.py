@@ -88,19 +88,20 @@ def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_directory_around(path: pathlib.Path) -> None:
-    """Raise if every user of this machine could put something in place of what lies in a directory.
+    """Raise if other users of this machine could put something into a directory, or in place of what lies there.
 
-    Others may read it, and members of its group are trusted where they may write.
+    Others may read it. A sticky bit does not help: it keeps others from removing, not from adding.
 
     Raises:
-        UnsafePath: if it is another user's (but for root's), or every user may write there.
+        UnsafePath: if it, or a link in its place, is another user's (but for root's), or others may write there.
     """
+    _check_owner(path, path.lstat(), (os.geteuid(), 0))
     found = path.stat()
     _check_owner(path, found, (os.geteuid(), 0))
-    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UnsafePath(
-            f"{path} can be written by every user of this machine, who could put something else in place of what is in "
-            f"it; run: chmod o-w {path}"
+            f"{path} can be written by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}), who could "
+            f"put something else in place of what is in it; run: chmod go-w {path}"
         )
 
 

@@ -106,6 +106,8 @@ def claimed(inputs: Inputs, backend: Backend) -> Iterator[None]:
             }
             write_json(run.identity, identity, mode=0o600)
             made_here = True
+        if not run.is_complete():
+            run.hide()  # what an earlier version, or somebody, left open
         if complete_release(run):
             say(f"completed the release of {run.root}, which a crash had interrupted after it was recorded")
         try:

@@ -114,6 +114,7 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
             raise GuaranteeLost(
                 f"{run.root / path} is not what the release record of {run.ledger} holds; restore it from a backup"
             )
+    run.show()
     _move(run.staged / bundle.NAME, run.release)
     _give_one_time(run, manifest)
     with contextlib.suppress(FileNotFoundError):
@@ -124,7 +125,8 @@ def _give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
     """Let every released file bear the hour of the release: when each was written tells how long training took."""
     hour = time.time() // 3600 * 3600
     released = [run.root / path for path in (*manifest.files, bundle.NAME)]
-    for path in {*released, *(path.parent for path in released), run.released / bundle.NAME}:
+    around = {run.secret, run.checkpoints, *(path.parent for path in released)}  # anybody can see the time of these
+    for path in {*released, *around, run.released / bundle.NAME}:
         with contextlib.suppress(OSError):  # a file system that keeps no times
             os.utime(path, (hour, hour))
 

@@ -1,7 +1,8 @@
 """The run directory: where each file lives, who may read it, and how it is written without being lost.
 
-Public files lie at the top; ``secret/`` and ``checkpoints/`` are 0700 and never leave the machine. What is checked of
-them, and how keys are opened, is in :mod:`privtrain.files.private`.
+Public files lie at the top; ``secret/`` and ``checkpoints/`` are 0700 and never leave the machine. The whole directory
+is 0700 until the release: ``metrics.jsonl`` grows with every step, and when it does tells how long each took, and so
+who may have been in it. What is checked, and how keys are opened, is in :mod:`privtrain.files.private`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 
-from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy
+from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy, UnsafePath
 from privtrain.files.atomic import temporary_of, write_atomically
 from privtrain.files.private import (
     check_directory_around,
@@ -77,10 +79,30 @@ class RunDirectory:
             raise PrivtrainError(
                 f"{self.root} exists and is not a run of privtrain; choose another run.name or run.output_dir"
             )
-        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)  # whoever may write here may rename secret/
-        check_directory_around(self.root)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_directory_around(self.root)  # whoever may write here may rename secret/
+        self.hide()
         for private in (self.secret, self.checkpoints):
             make_private_directory(private)
+
+    def hide(self) -> None:
+        """Close the directory to other users, until :meth:`show`.
+
+        Raises:
+            UnsafePath: if it cannot be closed.
+        """
+        with contextlib.suppress(PermissionError):
+            self.root.chmod(stat.S_IRWXU)
+        mode = stat.S_IMODE(self.root.stat().st_mode)
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UnsafePath(
+                f"{self.root} stays open to other users (mode {mode:04o}), who could see how long each step takes: it "
+                "is another user's, or its file system keeps no modes; choose another run.output_dir"
+            )
+
+    def show(self) -> None:
+        """Let other users read what is released, as far as the umask let them read the released directory in it."""
+        self.root.chmod(stat.S_IRWXU | self.released.stat().st_mode & 0o055)
 
     def check_new(self) -> None:
         """Refuse what lies in the private directories before a run has begun: nobody may choose its keys.

@@ -27,6 +27,9 @@ from tests.conftest import write_config
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 
+#: Of directories that others may write: everybody, everybody but with the sticky bit, members of the group.
+OPEN_MODES = [pytest.param(mode, id=f"{mode:04o}") for mode in (0o777, 0o1777, 0o775, 0o770)]
+
 Leave = Callable[[pathlib.Path], object]
 
 
@@ -232,14 +235,16 @@ def test_an_index_has_no_linked_file(tmp_path):
         make_index(tmp_path / "own")
 
 
-def test_a_registry_in_a_directory_of_everybody_is_refused(tmp_path):
+@pytest.mark.parametrize("mode", OPEN_MODES)
+def test_a_registry_in_a_directory_that_others_may_write_is_refused(tmp_path, mode):
+    """In a sticky one, others could still add a journal, which SQLite would play back."""
     place = tmp_path / "shared"
     place.mkdir()
     Registry(str(place / "registry.db"))
-    place.chmod(0o777)
-    with pytest.raises(UnsafePath, match="chmod o-w"):
+    place.chmod(mode)
+    with pytest.raises(UnsafePath, match="chmod go-w"):
         Registry(str(place / "registry.db"))
-    place.chmod(0o1777)
+    place.chmod(0o755)
     Registry(str(place / "registry.db"))
     (tmp_path / "linked.db").symlink_to(place / "registry.db")
     with pytest.raises(UnsafePath, match="is a link"):
@@ -279,15 +284,49 @@ def test_making_a_registry_writes_through_no_link(tmp_path, planted):
     assert victim.read_text() == "whole"
 
 
-def test_a_run_directory_that_everybody_may_write_is_refused(run):
+@pytest.mark.parametrize("mode", OPEN_MODES)
+def test_a_run_directory_that_others_may_write_is_refused(run, mode):
     """Whoever may write there can put another ``secret/`` in the place of this one."""
     run.create_key("root")
-    run.root.chmod(0o777)
+    run.root.chmod(mode)
     for use in (run.check_private, run.check_permissions, run.create, lambda: run.load_key("root")):
-        with pytest.raises(UnsafePath, match="chmod o-w"):
+        with pytest.raises(UnsafePath, match="chmod go-w"):
             use()
     run.root.chmod(0o755)
     run.load_key("root")
+
+
+def test_a_run_directory_is_closed_until_it_is_released(run):
+    """The size and time of ``metrics.jsonl``, which others could see, tell how long each step took."""
+    assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
+    run.root.chmod(0o755)
+    run.create()
+    assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
+
+
+def test_without_its_rule_a_run_directory_stays_open(run, monkeypatch):
+    """The mutant."""
+    run.root.chmod(0o755)
+    monkeypatch.setattr(RunDirectory, "hide", lambda _: None)
+    run.create()
+    assert stat.S_IMODE(run.root.stat().st_mode) == 0o755
+
+
+def test_a_run_directory_that_stays_open_is_refused(run, monkeypatch):
+    """As on a file system that keeps no modes."""
+    run.root.chmod(0o755)
+    monkeypatch.setattr(pathlib.Path, "chmod", lambda *_: None)
+    with pytest.raises(UnsafePath, match="stays open"):
+        run.hide()
+
+
+@as_root
+def test_a_run_directory_behind_anothers_link_is_refused(run, tmp_path):
+    (tmp_path / "linked").symlink_to(run.root)
+    RunDirectory(tmp_path / "linked").check_private()
+    os.chown(tmp_path / "linked", NOBODY, NOBODY, follow_symlinks=False)
+    with pytest.raises(UnsafePath, match="belongs to user 65534"):
+        RunDirectory(tmp_path / "linked").check_private()
 
 
 @as_root

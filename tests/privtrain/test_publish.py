@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,17 @@ def release(run: RunDirectory, plan: PrivacyPlan) -> None:
             (directory / "README.md").write_text("card")
 
         publish(run, ledger, plan, statement, write_weights, name="adapter", base_model={})
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750), (0o077, 0o700)])
+def test_a_released_run_is_as_readable_as_the_umask_lets_it_be(run, plan, umask, mode):
+    before = os.umask(umask)
+    try:
+        release(run, plan)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(run.root.stat().st_mode) == mode
+    assert stat.S_IMODE(run.secret.stat().st_mode) == 0o700
 
 
 def crash_at(call: int, action: Callable[[], None]) -> bool:
