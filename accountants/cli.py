@@ -109,7 +109,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file.")]
 
 #: What ``compare`` asks where every method has an analysis: all accountants but the slow ones.
-_EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,contour,gdp,aea1,aea2,aea3,eeai"
+_EVERYTHING = "tilted,pld,tilted-edgeworth,rdp,gdp,aea1,aea2,aea3,eeai"
 
 #: Sampler -> the fields of a run that it needs, those that it may have, and the relation that it is for.
 _SAMPLERS: dict[Sampler, tuple[tuple[str, ...], tuple[str, ...], Relation]] = {

@@ -53,11 +53,6 @@ ACCOUNTANTS: dict[str, tuple[str, str, str]] = {
         "EeaiAccountant",
         "Edgeworth interval with finite-sample error, certified",
     ),
-    "contour": (
-        "accountants.methods.laplace_reference",
-        "ContourAccountant",
-        "saddle-line Laplace inversion, reference",
-    ),
 }
 
 #: Kind of event -> the accountants that can certify it, the best first; the first kind found in an event decides.

@@ -2,8 +2,7 @@
 
 Tuning: Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD
 under one common bound, and only the best by a score that is itself private or post-processing is released. The number
-of runs must be
-random: a fixed number of tries has no such bound. Renyi accounting only.
+of runs must be random: a fixed number of tries has no such bound. Renyi accounting only.
 
 Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: the values depend on the data, releasing
 them is itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
@@ -22,7 +21,6 @@ from dp_accounting import dp_event
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import phased_event
-from accountants.methods.rdp import RdpAccountant
 from accountants.methods.tilted import TiltedAccountant
 
 #: Shapes of the number of runs by name: truncated negative binomial, and Poisson as its limit.
@@ -45,65 +43,6 @@ def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str =
     if not mean_runs >= 1:
         raise ValueError(f"mean_runs={mean_runs} must be at least 1")
     return dp_event.RepeatAndSelectDpEvent(event, mean_runs, SHAPES[shape])
-
-
-def tuning_epsilon(
-    event: dp_accounting.DpEvent, delta: float, *, mean_runs: float, shape: str = "geometric"
-) -> PrivacyAnswer:
-    """Return a certified upper bound on epsilon for the best of a random number of runs; at least that of one run."""
-    return RdpAccountant().epsilon(tuning_event(event, mean_runs=mean_runs, shape=shape), delta)
-
-
-@dataclasses.dataclass(frozen=True)
-class IndividualSpending:
-    """What users of one contribution level spent; a report, not a guarantee.
-
-    Attributes:
-        norm_ratio: the upper end of the level: the largest clipped norm over the clipping norm.
-        num_users: how many users fall in the level.
-        answer: epsilon at that level, with a note that it is a report.
-    """
-
-    norm_ratio: float
-    num_users: int
-    answer: PrivacyAnswer
-
-
-def individual_report(
-    norm_ratios: Sequence[float],
-    *,
-    noise_multiplier: float,
-    sampling_prob: float,
-    num_steps: int,
-    delta: float,
-    num_levels: int = 10,
-) -> list[IndividualSpending]:
-    """Spending by level of contribution.
-
-    Args:
-        norm_ratios: per user, an upper bound on the norm of its clipped contribution over the clipping norm, in [0, 1].
-        noise_multiplier: relative to the clipping norm.
-        sampling_prob: per user and step.
-        num_steps: the number of steps.
-        delta: in (0, 1).
-        num_levels: users are grouped by rounding up to multiples of ``1 / num_levels``.
-
-    Raises:
-        ValueError: if a ratio is outside [0, 1].
-    """
-    if norm_ratios and not (min(norm_ratios) >= 0 and max(norm_ratios) <= 1):
-        raise ValueError("norm_ratios must lie in [0, 1]")
-    levels = Counter(math.ceil(ratio * num_levels - 1e-12) / num_levels for ratio in norm_ratios)
-    return [
-        IndividualSpending(
-            ratio,
-            num_users,
-            individual_epsilon(
-                [ratio] * num_steps, noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, delta=delta
-            ),
-        )
-        for ratio, num_users in sorted(levels.items())
-    ]
 
 
 def individual_epsilon(

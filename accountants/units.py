@@ -1,6 +1,6 @@
 """Whose privacy: from records to users.
 
-Four routes for a user with up to k records, all for add-or-remove-one of the user:
+Three routes for a user with up to k records, all for add-or-remove-one of the user:
 
 * **ULS** (user-level sampling; Charles et al. 2024, arXiv 2407.07737; User-wise DP-SGD of Chua et al. 2024, arXiv
   2406.14322): users are sampled and each user's gradient is clipped once. Account as DP-SGD with
@@ -8,13 +8,9 @@ Four routes for a user with up to k records, all for add-or-remove-one of the us
 * **ELS** (example-level sampling): records are sampled one by one and clipped one by one. A user with k records
   contributes Binomial(k, q) clipped vectors to a step, each of norm at most C; the worst pair is the mixture of
   Gaussians with sensitivities 0..k and binomial weights (Charles et al., theorem 2). Exact: :func:`group_event`.
-* **Black-box group privacy**: an (eps, delta)-DP release for one record is (k eps, delta (e^(k eps) - 1)/(e^eps -
-  1))-DP
-  for k; never k delta. Optimised over the record curve: :func:`group_epsilon`.
-* **Renyi group privacy** (Mironov 2017, arXiv 1702.07476, proposition 2): for k <= 2^c, order alpha >= 2 at the group
-  costs
-  3^c times the record's divergence at order 2^c alpha: :func:`rdp_group_epsilon`. Useless under sampling, kept for
-comparison.
+* **Black-box group privacy**: an (eps, delta)-DP release for one record is
+  (k eps, delta (e^(k eps) - 1)/(e^eps - 1))-DP for k; never k delta. Optimised over the record curve:
+  :func:`group_epsilon`.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -23,13 +19,11 @@ from __future__ import annotations
 import math
 
 import dp_accounting
-from dp_accounting import dp_event, rdp
-from dp_accounting.rdp import rdp_privacy_accountant as conversion
+from dp_accounting import dp_event
 
 from accountants.answer import OWN_VERSION, BoundKind, PrivacyAnswer
-from accountants.methods.rdp import ORDERS
 from accountants.protocol import Accountant, check_delta
-from accountants.validation import check_event, check_values, not_negative, probability, whole
+from accountants.validation import check_values, not_negative, probability, whole
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -37,10 +31,6 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 _LARGEST_VARIANCE = 1e6
 #: Of an outcome, relative to the most likely one; and of all that are left out.
 _SMALLEST_WEIGHT, _LEAST_TAIL = 1e-282, 1e-290
-#: Records that Renyi group privacy is asked about; it costs 3^8 times a record's divergence there.
-_MOST_IN_RENYI_GROUP = 256
-#: Of a record; higher ones take the library minutes.
-_LARGEST_RENYI_ORDER = 4096
 #: Of one record, in black-box conversions.
 _SMALLEST_LOG_DELTA = -690.0
 
@@ -202,25 +192,4 @@ def _answer(value: float, method: str, note: str, relation: NeighboringRelation)
         OWN_VERSION,
         relation=relation.name,
         note=note,
-    )
-
-
-def rdp_group_epsilon(event: dp_accounting.DpEvent, delta: float, num_records: int) -> PrivacyAnswer:
-    """Epsilon for k records by Renyi group privacy."""
-    check_delta(delta)
-    check_values(num_records=(whole(1), num_records))
-    check_event(event)
-    if num_records > _MOST_IN_RENYI_GROUP:
-        raise ValueError(f"num_records={num_records} must be at most {_MOST_IN_RENYI_GROUP}; use group_epsilon")
-    doublings = (num_records - 1).bit_length()
-    group_orders = [order for order in ORDERS if order >= 2 and order * 2**doublings <= _LARGEST_RENYI_ORDER]
-    accountant = rdp.RdpAccountant([order * 2**doublings for order in group_orders])
-    accountant.compose(event)
-    divergences = [3**doublings * value for value in vars(accountant)["_rdp"]]
-    value, _ = conversion.compute_epsilon(group_orders, divergences, delta)
-    return _answer(
-        math.inf if math.isnan(value) else float(value),
-        "rdp",
-        f"group of {num_records}",
-        NeighboringRelation.ADD_OR_REMOVE_ONE,
     )

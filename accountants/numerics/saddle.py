@@ -1,8 +1,7 @@
 """Where to tilt: the cumulant generating function of the privacy loss and its saddle points.
 
 Nothing here is certified and nothing needs to be: any positive tilt gives a valid bound in
-:mod:`accountants.methods.tilted`, and a contour through any positive point gives the same integral in
-:mod:`accountants.methods.laplace_reference`. A good tilt only makes them sharp.
+:mod:`accountants.methods.tilted`. A good tilt only makes it sharp.
 
 For the direction *remove* the loss is ``loss(z)``, z ~ Q; for *add* it is ``-loss(z)``, z ~ P. With one function
 ``M(s) = E_P[exp(s * loss)]`` the moment generating functions are ``M(1 + t)`` and ``M(-t)``.

@@ -245,7 +245,7 @@ class Shuffle(Scheme):
 
     Accounted *without* amplification, as if the order were known: one Gaussian release of a unit an epoch. No better
     upper bound is known, and shuffling certainly costs far more than Poisson sampling at the same rate
-    (:func:`accountants.tradeoff.shuffle_lower_bound`). Empty places are shuffled too: see :class:`TruncatedPoisson`.
+    (``tests/accountants/shuffling.py``). Empty places are shuffled too: see :class:`TruncatedPoisson`.
     """
 
     name = "shuffle"

@@ -338,7 +338,7 @@ def _notes(results: Results) -> list[str]:
     return [
         f"Model: {model}; LoRA in place of the paper's reparametrised gradient perturbation (rank 1).",
         "Sampling is Poisson, as accounted. The paper's code shuffles fixed batches; for those the accounted ε does "
-        "not hold (accountants/README.md, accountants.tradeoff.shuffle_lower_bound).",
+        "not hold (accountants/README.md).",
         "The interval form of the Edgeworth accountant (EEAI) is sound and vacuous at every δ of the paper, so it has "
         "no row; accountants/README.md shows it.",
         "Accuracy is measured on held-out records of the training data; which seeds split them is the same for all "

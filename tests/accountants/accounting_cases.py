@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+from laplace_reference import contour_delta
 
 import accountants
 from accountants.mixtures import composition
@@ -29,8 +30,6 @@ def dp_sgd(sampling_prob, noise_multiplier, num_steps):
 
 def worst_contour_delta(event, epsilon):
     """The exact reference's delta, the worse direction."""
-    from accountants.methods.laplace_reference import contour_delta
-
     composed = composition(event)
     return max(contour_delta(composed, epsilon, add=add) for add in (False, True))
 

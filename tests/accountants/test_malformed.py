@@ -14,7 +14,7 @@ from accountants import events, validation
 from accountants.methods import rdp as rdp_method
 from accountants.mixtures import composition
 from accountants.registry import ACCOUNTANTS
-from accountants.units import _binomial, group_delta_of, group_event, rdp_group_epsilon, record_delta_of
+from accountants.units import _binomial, group_delta_of, group_event, record_delta_of
 
 GAUSSIAN = dp_accounting.GaussianDpEvent(1.0)
 MIXTURE = dp_event.MixtureOfGaussiansDpEvent
@@ -193,8 +193,6 @@ def test_weights_of_a_group_are_binomial_and_cut_on_the_safe_side(count, prob):
 def test_groups_too_large_to_account_for_are_refused():
     with pytest.raises(ValueError, match="too many outcomes"):
         group_event(noise_multiplier=1.0, sampling_prob=0.5, num_steps=1, num_records=10**9)
-    with pytest.raises(ValueError, match="use group_epsilon"):
-        rdp_group_epsilon(dp_sgd(0.01, 1.0, 10), 1e-5, 257)
 
 
 def test_renyi_delta_keeps_its_digits_where_divergences_end():

@@ -4,11 +4,11 @@ import dp_accounting
 import pytest
 from accounting_cases import dp_sgd
 from dp_accounting import pld, rdp
+from shuffling import shuffle_lower_bound
 
 import accountants
 from accountants import events
 from accountants.protocol import UnsupportedEventError
-from accountants.tradeoff import shuffle_lower_bound
 
 ADD, REPLACE, ZERO = (
     dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,

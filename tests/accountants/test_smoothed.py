@@ -2,6 +2,7 @@
 
 import math
 
+import laplace_reference
 import mpmath
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from accounting_cases import dp_sgd
 from hypothesis import assume, example, given, reject, settings
 from hypothesis import strategies as st
 
-from accountants.methods import laplace_reference, tilted
+from accountants.methods import tilted
 from accountants.mixtures import Composition, MixtureStep, composition
 from accountants.numerics import closed_form, saddle, smoothed
 from accountants.numerics.window import MARGIN

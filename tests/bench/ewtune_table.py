@@ -17,11 +17,11 @@ from accountants.answer import Direction
 from accountants.calibration import calibrate_noise_multiplier
 from accountants.events import dp_sgd_event
 from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant, EeaiAccountant
-from accountants.methods.laplace_reference import ContourAccountant
 from accountants.methods.prv import PrvAccountant
 from accountants.methods.tilted_edgeworth import TiltedEdgeworthAccountant
 from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
+from tests.accountants.laplace_reference import ContourAccountant
 
 README = Path(accountants.__file__).with_name("README.md")
 PICTURE = README.with_name("ewtune.png")

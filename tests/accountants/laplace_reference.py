@@ -9,11 +9,10 @@ integrand decays like a Gaussian; the number of steps enters only as a factor of
 the trapezoidal rule, which converges geometrically for integrands that are analytic and decay.
 
 It shares no discretisation with :mod:`accountants.methods.tilted` or :mod:`accountants.methods.pld`, which is why it
-serves as their reference. It is an ``ESTIMATE``: its error is far below theirs but is not bounded here. One step has a
-closed form instead.
+serves as their reference; ``conftest.py`` registers it as the accountant ``contour``. It is an ``ESTIMATE``: its error
+is far below theirs but is not bounded here. One step has a closed form instead.
 """
 
-# pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import math
