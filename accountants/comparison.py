@@ -21,14 +21,7 @@ from accountants.tradeoff import privacy_curve
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One accountant's answer, or why it refused.
-
-    Attributes:
-        name: the accountant.
-        answer: None if it refused.
-        refusal: the reason; empty if it answered.
-        seconds: wall time of the call.
-    """
+    """One accountant's answer, or why it refused."""
 
     name: str
     answer: PrivacyAnswer | None

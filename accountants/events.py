@@ -29,12 +29,6 @@ class RandomAllocationDpEvent(dp_accounting.DpEvent):
     With ``num_selected = 1`` this is balls-and-bins sampling. Feldman and Shenfeld 2025 (arXiv 2502.08202) and 2026
     (arXiv
     2602.17284).
-
-    Attributes:
-        noise_multiplier: of each release.
-        num_steps: releases per epoch.
-        num_selected: in how many of them a unit takes part.
-        num_epochs: independent repetitions.
     """
 
     noise_multiplier: float
@@ -51,11 +45,6 @@ class ShuffledBatchesDpEvent(dp_accounting.DpEvent):
     """Every epoch shuffles the units into ``num_batches`` fixed batches and releases each with Gaussian noise.
 
     No amplification by the shuffle is claimed: no upper bound better than the fixed order's is known.
-
-    Attributes:
-        noise_multiplier: of each release.
-        num_batches: batches per epoch; one of them holds the unit.
-        num_epochs: independent shuffles.
     """
 
     noise_multiplier: float

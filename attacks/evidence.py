@@ -57,10 +57,6 @@ def check_release(run: RunDirectory) -> None:
 def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
     """Check that a base model is the one that the run was trained from.
 
-    Args:
-        run: a finished run.
-        digests: of the base model that is there now; see :mod:`attacks.scoring.target`.
-
     Raises:
         AttackInputError: naming the files that differ.
     """
@@ -77,12 +73,6 @@ def check_base(run: RunDirectory, digests: Mapping[str, str]) -> None:
 
 def check_target(run: RunDirectory, scored: Mapping[str, Any], path: pathlib.Path, remedy: str) -> None:
     """Check that something was computed on the target that the run has now.
-
-    Args:
-        run: the run.
-        scored: digests of the target that it was computed on.
-        path: the file that says so.
-        remedy: what the error ends with.
 
     Raises:
         AttackInputError: naming what differs.

@@ -19,9 +19,6 @@ _MAX_STATEMENT_BYTES = 16 << 20
 def read_statement(run: pathlib.Path) -> PrivacyStatement:
     """Read the privacy statement of a finished run.
 
-    Args:
-        run: the run directory.
-
     Returns:
         The statement.
 
@@ -58,9 +55,6 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
 def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
     """Return the held-out perplexity before and after training, if the run released it.
 
-    Args:
-        run: the run directory.
-
     Returns:
         The first and the last finite value in ``metrics.jsonl``, or None if fewer than two rows carry one.
 
@@ -73,9 +67,6 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
 
 def training_seconds(run: pathlib.Path) -> float | None:
     """Return the time that the steps took, as the run released it.
-
-    Args:
-        run: the run directory.
 
     Returns:
         Seconds over all logged steps, or None if none was logged.

@@ -267,9 +267,6 @@ def join_signals(
 def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
     """Read and check all signals, sorted by (side, user, document); for small files.
 
-    Args:
-        path: a file written by ``write_signals``.
-
     Returns:
         One entry per document.
 
@@ -283,9 +280,6 @@ def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
     """Read and check the signals in the file's order, some hundred documents in memory at a time.
 
     Whether they are those that the run's scoring wrote is not for the file to say; see :mod:`attacks.reporting.record`.
-
-    Args:
-        path: a file written by ``write_signals``.
 
     Yields:
         One entry per document.

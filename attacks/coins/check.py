@@ -23,9 +23,6 @@ def check_documents(scoring: Scoring) -> int:
     The attacker's documents and the canaries are derived from the split again. Training records are named only in the
     data, so their number per user is checked; which they are is checked against the sealed record, as are references.
 
-    Args:
-        scoring: the signals of a run, with their record.
-
     Returns:
         How many of the scored training records of held-in users no step could draw, because selection left them out.
 

@@ -27,19 +27,10 @@ from privtrain.run.sealing import SEAL, read_sealed_file, write_sealed
 SCHEMA_NAME = "privtrain/scoring/1"
 PART_SCHEMA_NAME = "privtrain/scoring-part/1"
 
-_MAX_RECORD_BYTES = 64 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """Signals that are known to be those that the run's scoring wrote.
-
-    Attributes:
-        run: the attacked run.
-        path: the signals.
-        facts: the record.
-        remedy: what an error ends with.
-    """
+    """Signals that are known to be those that the run's scoring wrote."""
 
     run: RunDirectory
     path: pathlib.Path
@@ -93,14 +84,7 @@ def record_path(signals_path: pathlib.Path) -> pathlib.Path:
 def write_scoring(
     run: RunDirectory, path: pathlib.Path, facts: Mapping[str, Any], *, schema: str = SCHEMA_NAME
 ) -> None:
-    """Seal signals that have just been written.
-
-    Args:
-        run: the attacked run.
-        path: the signals.
-        facts: what they are of.
-        schema: of the record.
-    """
+    """Seal signals that have just been written."""
     with reading.opened(path) as file:
         digest = sha256_of(file, path)
     write_sealed(run, record_path(path), {"schema": schema, **facts, "signals_sha256": digest})
@@ -131,10 +115,6 @@ def read_scoring(
 
 def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
     """Return the same documents under shadow models, each comparable with the run's own scoring.
-
-    Args:
-        run: the attacked run.
-        own: its scoring.
 
     Raises:
         DamagedFile: if one is not as it was sealed.

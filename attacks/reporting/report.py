@@ -54,9 +54,6 @@ AXIS_LABELS = {
 def write_report(run: pathlib.Path) -> pathlib.Path:
     """Write ``report/index.html``, ``report/report.json`` and ``report/report.md``.
 
-    Args:
-        run: an analysed run directory.
-
     Returns:
         The path of the page.
 
@@ -108,9 +105,6 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
 def read_results(run: pathlib.Path) -> Mapping[str, Any]:
     """Return the results that the report is about.
-
-    Args:
-        run: an analysed run directory.
 
     Raises:
         AttackInputError: if the run is not finished or not analysed.
@@ -170,9 +164,6 @@ def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
 def summary_table(run: pathlib.Path) -> rich.table.Table:
     """Return the run in ten rows and one for each panel, for the terminal.
 
-    Args:
-        run: an analysed run directory.
-
     Returns:
         A table of two columns.
 
@@ -225,9 +216,6 @@ def format_epsilon(epsilon: float | None) -> str:
 def scientific(value: float) -> str:
     """Return a small number with its power of ten.
 
-    Args:
-        value: at least 0.
-
     Returns:
         For example ``"1e-4"``.
     """
@@ -239,9 +227,6 @@ def scientific(value: float) -> str:
 
 def grouped(count: int | None) -> str:
     """Return a count with thin spaces between thousands.
-
-    Args:
-        count: the count, or None where the statement keeps it.
 
     Returns:
         For example ``"12 345"``.

@@ -49,13 +49,7 @@ def table_rows(attacks: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def log_report(run: pathlib.Path, attacks: Mapping[str, Any], *, project: str) -> None:
-    """Log headline, table and artifact of a written report, and nothing of ``secret/``.
-
-    Args:
-        run: a run directory with a report.
-        attacks: its results.
-        project: of Weights & Biases.
-    """
+    """Log headline, table and artifact of a written report, and nothing of ``secret/``."""
     settings = careful_settings()
     import wandb
 

@@ -28,9 +28,6 @@ class Checked:
 def verify_report(root: pathlib.Path) -> Checked:
     """Check ``report/`` against itself, the released files beside it and, where ``secret/`` is there, its seals.
 
-    Args:
-        root: a run directory, or what was published of one.
-
     Raises:
         DamagedFile: if a file is missing, damaged or not as it was sealed.
         AttackInputError: if two files contradict each other, naming them.

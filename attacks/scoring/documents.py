@@ -129,10 +129,6 @@ def attack_pseudonym(key: SecretKey, user: str) -> str:
     Not the ledger's pseudonym: signals hold token ids, so with the data set at hand they would tell whose rows of the
     ledger are whose, also after its key was destroyed.
 
-    Args:
-        key: the attacked run's pseudonym key.
-        user: the user's id.
-
     Returns:
         HMAC-SHA-256 under that key with another purpose, 128 bits of it in hex.
     """
@@ -185,10 +181,6 @@ def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
 
 def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Groups sequences of similar length; no batch exceeds ``batch_tokens`` with padding, unless it is one sequence.
-
-    Args:
-        lengths: tokens of each sequence.
-        batch_tokens: tokens in one forward pass.
 
     Yields:
         Places in ``lengths``, longest first.

@@ -46,10 +46,6 @@ def synthetic_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
 def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[Recall]:
     """Recall of a labeller, for each kind of span and over all.
 
-    Args:
-        find: from a text to the spans that it takes for sensitive.
-        records: texts with their true spans.
-
     Returns:
         A row a kind: how many spans and characters there are, the share of the characters that was found, and the
         share of the spans that was found whole. The last row, ``all``, also has the share of the characters found that
@@ -97,13 +93,7 @@ def sentence(facts: LabellerFacts) -> str:
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Return the recall of the labeller that a run was scored with; None if the spans were labelled or there are none.
-
-    Args:
-        run: a scored run.
-        statement: unused.
-        seed: unused; nothing is drawn.
-    """
+    """Return the recall of the labeller that a run was scored with; None if spans were labelled or there are none."""
     facts = read_scoring(RunDirectory(run)).facts.get("labeller")
     if facts is None:
         return None

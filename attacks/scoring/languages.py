@@ -23,9 +23,6 @@ for _language, _words in _COMMON_WORDS.items():
 def guess_language(text: str) -> str:
     """Return the language whose commonest words occur most, or the script where none does.
 
-    Args:
-        text: any text.
-
     Returns:
         For example ``"en"``, ``"cyrillic"`` or ``"unknown"``.
     """

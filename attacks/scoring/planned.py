@@ -27,13 +27,7 @@ class DocumentKey(NamedTuple):
 
 
 def keys_of(documents: Sequence[Document], sides: Mapping[str, str], key: SecretKey) -> list[DocumentKey]:
-    """Return the keys that documents will have in the signals, in their order.
-
-    Args:
-        documents: what is planned.
-        sides: user to side.
-        key: the attacked run's pseudonym key.
-    """
+    """Return the keys that documents will have in the signals, in their order."""
     names = {user: attack_pseudonym(key, user) for user in {document.user for document in documents}}
     return [DocumentKey(names[d.user], d.name, d.kind, sides[d.user]) for d in documents]
 
@@ -62,10 +56,6 @@ def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) ->
     """Return what is missing and what was added, in a few words without names; empty if nothing.
 
     A control document without anybody who could lend it a prompt may be missing; see ``attacks.scoring.variants``.
-
-    Args:
-        planned: what should be there.
-        scored: what is there.
     """
     expected, found = collections.Counter(planned), collections.Counter(scored)
     missing = [key for key in (expected - found).elements() if key.kind != CONTROL_PREFIX]

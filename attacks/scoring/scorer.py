@@ -47,10 +47,6 @@ class Scorer(Protocol):
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
         """Return the ``count`` most likely tokens at the place of each token after the first.
 
-        Args:
-            sequences: as in ``score``.
-            count: how many.
-
         Returns:
             For a sequence of n tokens an array [n - 1, count], best first.
         """

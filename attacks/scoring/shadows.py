@@ -27,10 +27,6 @@ SHADOWS_PATH = pathlib.Path("secret/attack/shadows")
 def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     """Write a data file and ``count`` configurations under ``secret/attack/shadows``.
 
-    Args:
-        run_path: a finished run.
-        count: how many shadows.
-
     Returns:
         The configurations, to be given to ``privtrain train`` one by one.
 
@@ -88,12 +84,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:
-    """A line for each shadow that trains it and scores the attacked run's documents, as many as were scored there.
-
-    Args:
-        run_path: the attacked run.
-        recipes: of :func:`write_recipes`.
-    """
+    """A line for each shadow that trains it and scores the attacked run's documents, as many as were scored there."""
     options = ""
     if (run_path / SIGNALS_PATH).exists():
         scored = read_scoring(RunDirectory(run_path)).facts["options"]

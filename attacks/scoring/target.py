@@ -30,10 +30,6 @@ class TargetDigests(TypedDict):
 def digests_of(run: RunDirectory, model: ModelSection) -> TargetDigests:
     """Return the digests of a run's target: public, since they are of public files.
 
-    Args:
-        run: a finished run.
-        model: its base model.
-
     Raises:
         DamagedFile: if a file of them is missing, a link or cannot be read.
         ConfigError: if the base model is not there.

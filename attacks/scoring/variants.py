@@ -99,12 +99,7 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
 
 
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
-    """Return each document after the first tokens of another user's; a document too short to lend or to take has none.
-
-    Args:
-        users: owners.
-        tokens: of their documents.
-    """
+    """Return each document after the first tokens of another user's; one too short to lend or to take has none."""
     size = 1 + CONTROL_PREFIX_TOKENS
     found: list[Tokens | None] = []
     for place, ids in enumerate(tokens):

@@ -40,11 +40,7 @@ def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.Pr
 
 
 class ProcessGroup(Backend):
-    """The job's process group, which must be initialised.
-
-    Args:
-        device: this rank's device.
-    """
+    """The job's process group, which must be initialised."""
 
     kind: str
 

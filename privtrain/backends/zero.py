@@ -91,12 +91,7 @@ def _number(value: Any) -> float:
 
 
 class ZeroBackend(ShardedBackend):
-    """Optimizer, gradients and weights in parts, by stage.
-
-    Args:
-        device: this rank's device.
-        settings: see :class:`ZeroSettings`.
-    """
+    """Optimizer, gradients and weights in parts, by stage."""
 
     def __init__(self, device: torch.device, settings: ZeroSettings) -> None:
         super().__init__(device)

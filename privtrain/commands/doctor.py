@@ -50,15 +50,7 @@ _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "fault": "
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what was looked at.
-        status: whether a run would go well.
-        what: what was seen.
-        fix: what to do about it; empty where all is well.
-        values: the measured numbers, for machines.
-    """
+    """One thing that was looked at."""
 
     name: str
     status: Literal["ok", "warning", "fault"]
@@ -69,11 +61,6 @@ class Finding:
 
 def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     """Look at everything, print what was found on rank 0, and return the exit code.
-
-    Args:
-        config_path: YAML file of the run, or ``None``.
-        overrides: dotted assignments.
-        as_json: print one JSON object instead of lines.
 
     Returns:
         0, or 2 if there is a fault.

@@ -205,10 +205,6 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan) -> list[Price]:
     """Return what changes of ε, batch and steps cost in noise; two of them keep the compute.
 
     Empty where ε is infinite, and for other samplers than Poisson.
-
-    Args:
-        privacy: the section that the plan was built from.
-        plan: the plan.
     """
     if privacy.sampling != "poisson" or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
         return []

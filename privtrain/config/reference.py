@@ -29,9 +29,6 @@ _LIMITS = {
 def markdown_reference(model: type[pydantic.BaseModel]) -> str:
     """Return a Markdown page with one table of keys for each section of a configuration.
 
-    Args:
-        model: the root of the tree; each of its fields is a section.
-
     Returns:
         Type and limits, default and description of every key.
     """

@@ -50,10 +50,6 @@ class Encoded:
 class Encoder:
     """Encodes records of the configured format.
 
-    Args:
-        data: format and ``max_length``.
-        tokenizer: the model's.
-
     Raises:
         ConfigError: if the tokenizer cannot serve the format (no chat template, or one whose assistant turns cannot be
             told apart).
@@ -76,11 +72,7 @@ class Encoder:
         self.num_ids: int | None = None
 
     def encode(self, records: Sequence[str]) -> Encoded:
-        """Return tokens and targets of each record.
-
-        Args:
-            records: canonical records, see :mod:`.formats`.
-        """
+        """Return tokens and targets of each record."""
         found, num_truncated = [], 0
         for start in range(0, len(records), _TOKENIZER_BATCH):
             for whole, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):

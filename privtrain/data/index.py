@@ -208,14 +208,7 @@ class _Texts(Sequence[str]):
 
 
 class Index(NamedTuple):
-    """An index that was opened.
-
-    Attributes:
-        records: what it holds.
-        counts: of rows, while it was made.
-        manifest_sha256: digest of the kept records.
-        source_digests: SHA-256 of the files that it was made of.
-    """
+    """An index that was opened."""
 
     records: IndexedRecords
     counts: dict[str, Any]

@@ -74,13 +74,7 @@ def created(path: pathlib.Path) -> Iterator[HashedFile]:
 
 
 def describe(directory: pathlib.Path, facts: Mapping[str, Any], files: Mapping[str, HashedFile]) -> None:
-    """Write the description of an index as its last file, which marks the index as complete.
-
-    Args:
-        directory: of the index.
-        facts: JSON about the records.
-        files: name → what was written, of every file.
-    """
+    """Write the description of an index as its last file, which marks the index as complete."""
     assert set(files) == {TEXTS, *ARRAYS}
     described = {
         name: {"num_bytes": file.num_bytes, **({} if name == TEXTS else {"sha256": file.sha256.hexdigest()})}
@@ -110,11 +104,6 @@ def read_description(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
 
 def map_checked(directory: pathlib.Path, description: Mapping[str, Any], remedy: str) -> dict[str, npt.NDArray[Any]]:
     """Map the files of an index; the arrays are compared with their digests, the texts' file with its size.
-
-    Args:
-        directory: of the index.
-        description: of :func:`read_description`.
-        remedy: what an error ends with.
 
     Raises:
         DamagedFile: naming the file that is missing or not as it was written.

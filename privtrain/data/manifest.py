@@ -89,10 +89,6 @@ def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
 
     A plain hash could be brute-forced for small splits.
 
-    Args:
-        root_key: the run's.
-        manifest_sha256: SHA-256 of the split's manifest.
-
     Returns:
         HMAC-SHA-256 in hex.
     """
@@ -177,11 +173,6 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:
-    """Return the same after training: how many records of each canary entered steps, counted once a step.
-
-    Args:
-        used: of :func:`used_facts`.
-        num_drawn: canary user to that number.
-    """
+    """Return the same after training: how many records of each canary entered steps, counted once a step."""
     canaries = {user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()}
     return {**used, "canaries": canaries}

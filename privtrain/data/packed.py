@@ -13,11 +13,7 @@ _ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 t
 
 
 class Names(Sequence[str]):
-    """Distinct ids in the order in which they were added. Those that came in increasing order are found by bisection.
-
-    Args:
-        names: to begin with.
-    """
+    """Distinct ids in the order in which they were added; those that came in order are found by bisection."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._bytes = bytearray()
@@ -77,11 +73,7 @@ class Names(Sequence[str]):
 
 
 class UserIndices(Mapping[str, tuple[int, ...]]):
-    """User → indices of records, in the order in which users were added.
-
-    Args:
-        pairs: users with their indices, to begin with.
-    """
+    """User → indices of records, in the order in which users were added."""
 
     def __init__(self, pairs: Iterable[tuple[str, Sequence[int]]] = ()) -> None:
         self.names = Names()
@@ -165,12 +157,7 @@ class _Values(ValuesView[tuple[int, ...]]):
 
 
 class LazySequence(Sequence[Any]):
-    """A sequence whose items are computed on access.
-
-    Args:
-        length: how many things.
-        of: number → property.
-    """
+    """A sequence whose items are computed on access."""
 
     def __init__(self, length: int, of: Callable[[int], Any]) -> None:
         self._length = length

@@ -13,14 +13,7 @@ _BATCH_GAP = 0.25
 
 
 def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
-    """Return warnings about a valid but questionable plan.
-
-    Args:
-        config: the configuration.
-        plan: its plan.
-        num_units: expected number of training units.
-        num_users: expected number of training users.
-    """
+    """Return warnings about a valid but questionable plan."""
     found = []
     num_protected = num_users if plan.guaranteed_unit == "user" else num_units
     if plan.delta >= 1 / max(num_protected, 1):

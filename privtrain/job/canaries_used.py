@@ -18,12 +18,6 @@ from privtrain.run.sealing import read_sealed_file, write_sealed
 def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:
     """Write into ``secret/used.json`` how many records of each canary entered steps, counted once a step.
 
-    Args:
-        run: the run.
-        state: its ledger.
-        canaries: what was planted.
-        units: what was trained on.
-
     Raises:
         DamagedFile: if the file was altered since training began.
     """

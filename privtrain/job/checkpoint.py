@@ -32,13 +32,7 @@ _SUMMARY = "summary.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that passed its check.
-
-    Attributes:
-        step: steps behind the model.
-        generation: generation that wrote it.
-        state: the file of trained tensors and optimizer.
-    """
+    """A checkpoint that passed its check."""
 
     step: int
     generation: int

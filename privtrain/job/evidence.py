@@ -44,11 +44,6 @@ def evidence_of_unreleased(run: RunDirectory, fingerprint: str) -> LedgerEvidenc
 def evidence_of_release(run: RunDirectory, fingerprint: str, plan: PrivacyPlan) -> LedgerEvidence:
     """Return what a released run has spent. The caller holds the run's lock.
 
-    Args:
-        run: the run directory.
-        fingerprint: of the plan and the data, by this configuration.
-        plan: the plan, by this configuration.
-
     Raises:
         LedgerCorrupt: as :func:`evidence_of_unreleased`, and if the ledger shows no release of this plan.
     """

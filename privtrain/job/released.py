@@ -23,10 +23,6 @@ from privtrain.tracking import show_release
 def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | None:
     """Sign the released directory and the run, where the configuration says so and they are not signed yet.
 
-    Args:
-        run: a finished run.
-        section: names the key.
-
     Returns:
         What kept it from being signed, to be raised once everything else of the job is done.
     """
@@ -53,11 +49,6 @@ def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | 
 
 def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[], None]) -> PrivtrainError | None:
     """Sign a release and show it to the mirrors; on rank 0 alone.
-
-    Args:
-        run: a finished run.
-        section: names the key.
-        show: shows it.
 
     Returns:
         What was left undone, to be raised once everything else of the job is done, settlement included.

@@ -23,11 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether somebody asked this rank to stop. Use :func:`listening`.
-
-    Attributes:
-        requested: set once a signal came to this rank.
-    """
+    """Whether somebody asked this rank to stop. Use :func:`listening`."""
 
     def __init__(self) -> None:
         self.requested = threading.Event()

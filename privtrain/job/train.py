@@ -60,10 +60,6 @@ from privtrain.training.trainer import ReplayDiverged, Trainer
 def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
     """Train, or go on training, and release.
 
-    Args:
-        config_path: YAML file.
-        overrides: dotted assignments.
-
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """

@@ -84,11 +84,6 @@ def _lock(descriptor: int, log: pathlib.Path) -> None:
 def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
     """Compare the log with its head file.
 
-    Args:
-        log: the log.
-        state: what its whole records say.
-        end: the offset after the last of them.
-
     Returns:
         By how many records the head file is behind: 0, or 1 after a crash.
 

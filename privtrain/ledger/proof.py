@@ -77,11 +77,6 @@ class CheckedProof:
 def prove(log: pathlib.Path, unit_pseudonym: str, user: str | None = None) -> dict[str, Any]:
     """Make the proof of one user's part in every step, checking the log on the way.
 
-    Args:
-        log: the log.
-        unit_pseudonym: the user's pseudonym, in hex.
-        user: who that is, for the reader of the proof.
-
     Raises:
         LedgerCorrupt: if the log is not intact.
     """

@@ -38,9 +38,6 @@ def quantiles(bits: np.ndarray) -> np.ndarray:
     at 3 and 2**-47.6 at 6. The sum stays three times below each margin. The tests compare it with mpmath densely, and
     :func:`check_quantiles` the installed ndtri at points that cover all three approximations.
 
-    Args:
-        bits: uint64, the first 64 digits of U.
-
     Returns:
         float64 of the same shape.
     """

@@ -33,13 +33,7 @@ _NUM_REFINEMENTS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The δ, accountant and neighbouring relation under which an ε is certified.
-
-    Attributes:
-        delta: the δ of the guarantee.
-        accountant: name of the accountant that certifies.
-        relation: the neighbouring relation, by our name.
-    """
+    """The δ, accountant and neighbouring relation under which an ε is certified."""
 
     delta: float
     accountant: str

@@ -20,12 +20,7 @@ LAUNCH_DIRECTORY = "PRIVTRAIN_LAUNCH_DIRECTORY"
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
-    """Run ``app`` and exit with its exit code.
-
-    Args:
-        name: what the message begins with.
-        app: the command line.
-    """
+    """Run ``app`` and exit with its exit code."""
     # transformers deprecates names that it and PEFT still use themselves; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     adopt_slurm_tasks(os.environ)
@@ -69,12 +64,7 @@ def _write_marker(name: str, content: str) -> None:
 
 
 def leave_at_once(message: str, code: int) -> NoReturn:
-    """End this process from any thread without cleaning up; durable state is on disk at every moment.
-
-    Args:
-        message: what one rank a machine prints.
-        code: exit code.
-    """
+    """End this process from any thread without cleaning up; durable state is on disk at every moment."""
     record_exit_code(code)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"rank {os.environ.get('RANK', '0')}: privtrain: {message}", file=sys.stderr, flush=True)

@@ -13,9 +13,6 @@ def adopt_slurm_tasks(environment: MutableMapping[str, str]) -> None:
 
     Nothing is changed where a launcher has set ``RANK``, where there is one task, or outside a step: the batch script
     itself has SLURM variables too but is not a rank.
-
-    Args:
-        environment: usually ``os.environ``.
     """
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in environment or "SLURM_PROCID" not in environment or num_tasks == 1:

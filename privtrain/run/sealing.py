@@ -44,12 +44,6 @@ def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> s
 def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any], mode: int = 0o600) -> dict[str, Any]:
     """Write a body with its seal, whole or not at all.
 
-    Args:
-        run: the run.
-        path: the file, in the run directory.
-        body: JSON.
-        mode: permissions.
-
     Returns:
         What was written, as it will be read.
     """
@@ -63,12 +57,6 @@ def read_sealed_file(
     run: RunDirectory, path: pathlib.Path, *, schema: str | None = None, remedy: str = ""
 ) -> dict[str, Any]:
     """Return a file of :func:`write_sealed`.
-
-    Args:
-        run: the run.
-        path: the file, in the run directory.
-        schema: what its key ``schema`` must say.
-        remedy: what an error ends with.
 
     Raises:
         DamagedFile: if it is missing, damaged, or not as it was sealed at this place in this run.

@@ -1,42 +1,19 @@
-"""Figures of the studies as SVG text: small enough to read on a phone, the same facts give the same bytes."""
+"""Figures of the studies as ``<svg>`` elements."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from privtrain.files.svg import DASHED, MUTED, figure_style, finished, new_figure
 from privtrain.studies.results import Estimate
 
-INK, MUTED, GRID = "#22303c", "#6b7a88", "#e4e8ec"
 #: Told apart without colour by their markers.
 COLORS = ("#b4532a", "#2b6a99", "#3d7a4e", "#8a5a9e", "#a8842c", "#4f6d7a", "#9d1c1c", "#1f7f86")
 _MARKERS = "osD^vPX*"
-
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "legend.fontsize": 9.0,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "privtrain",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +44,9 @@ class AxisLabels:
 
 
 def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()) -> str:
-    """Curves with intervals, such as perplexity against ε or AUROC against documents.
-
-    Args:
-        name: of the figure, unique in the report.
-        series: the curves.
-        labels: of the axes.
-        levels: horizontal lines.
-
-    Returns:
-        An ``<svg>`` element.
-    """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _new_figure()
+    """Curves with intervals, such as perplexity against ε or AUROC against documents."""
+    with figure_style():
+        figure, axes = new_figure()
         for number, one in enumerate(series):
             style = {"color": COLORS[number % len(COLORS)], "marker": _MARKERS[number % len(_MARKERS)], "capsize": 3}
             # Intervals at the same x stand side by side.
@@ -101,26 +68,15 @@ def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, level
         if len(ticks) <= 8:
             axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
-        return _finished(figure, axes, name)
+        return finished(figure, axes, name)
 
 
 def places_figure(
     name: str, places: Sequence[str], series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()
 ) -> str:
-    """Return the points at named places, such as σ against accountant; a series' ``x`` are numbers of places.
-
-    Args:
-        name: of the figure, unique in the report.
-        places: names along the x axis.
-        series: points, with intervals where they have them.
-        labels: of the axes; the x axis is never logarithmic.
-        levels: horizontal lines.
-
-    Returns:
-        An ``<svg>`` element.
-    """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _new_figure()
+    """Return the points at named places, such as σ against accountant; a series' ``x`` are numbers of places."""
+    with figure_style():
+        figure, axes = new_figure()
         for number, one in enumerate(series):
             shift = 0.16 * (number - (len(series) - 1) / 2)
             axes.errorbar(
@@ -133,10 +89,10 @@ def places_figure(
                 capsize=3,
             )
         for level in levels:
-            axes.axhline(level.y, color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), label=level.label)
+            axes.axhline(level.y, color=MUTED, linewidth=1.1, linestyle=DASHED, label=level.label)
         axes.set(yscale=labels.y_scale, xlabel=labels.x, ylabel=labels.y, xlim=(-0.5, len(places) - 0.5))
         axes.set_xticks(range(len(places)), places, rotation=35, ha="right", rotation_mode="anchor")
-        return _finished(figure, axes, name)
+        return finished(figure, axes, name)
 
 
 def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], num_held_out: int) -> str:
@@ -146,14 +102,11 @@ def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[
         name: of the figure, unique in the report.
         curves: (label, false positive rates, true positive rates), both rising.
         num_held_out: users that set the smallest false positive rate; the left edge stands for zero.
-
-    Returns:
-        An ``<svg>`` element.
     """
     edge = 0.5 / num_held_out
-    with mpl.rc_context(_STYLE):
-        figure, axes = _new_figure()
-        axes.plot([edge, 1.0], [edge, 1.0], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="guessing")
+    with figure_style():
+        figure, axes = new_figure()
+        axes.plot([edge, 1.0], [edge, 1.0], color=MUTED, linewidth=1.0, linestyle=DASHED, label="guessing")
         for number, (label, fpr, tpr) in enumerate(curves):
             axes.step(
                 [max(edge, x) for x in fpr],
@@ -165,7 +118,7 @@ def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[
             )
         axes.set(xscale="log", yscale="log", xlim=(edge, 1.0), ylim=(edge, 1.15))
         axes.set(xlabel="false positive rate (held-out users accused)", ylabel="true positive rate (held-in users)")
-        return _finished(figure, axes, name)
+        return finished(figure, axes, name)
 
 
 def _mean(value: Estimate | float) -> float:
@@ -187,23 +140,3 @@ def _shifted(xs: Sequence[float], shift: float, is_log: bool) -> list[float]:
         return [x * 10**shift for x in xs]
     width = (max(xs) - min(xs)) if len(xs) > 1 else 1.0
     return [x + shift * width for x in xs]
-
-
-def _new_figure() -> tuple[Figure, Axes]:
-    """No pyplot: no global state, no display."""
-    figure = Figure(figsize=(5.0, 4.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
-
-
-def _finished(figure: Figure, axes: Axes, name: str) -> str:
-    """Return an element that can stand in a page beside others: no prologue, no metadata, ids of its own."""
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.8)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

@@ -106,13 +106,7 @@ class Job:
 
 
 def jobs_of(cells: Sequence[Cell], root: pathlib.Path, data: pathlib.Path) -> list[Job]:
-    """Return the jobs behind a grid, in its order; cells of equal digest share one.
-
-    Args:
-        cells: the grid.
-        root: directory of the study.
-        data: directory of its prepared files.
-    """
+    """Return the jobs behind a grid, in its order; cells of equal digest share one."""
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.digest, []).append(cell)

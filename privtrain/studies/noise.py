@@ -28,14 +28,7 @@ _DECIMALS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A run of DP-SGD under Poisson sampling, add or remove one record.
-
-    Attributes:
-        sampling_prob: chance of a record to join a step.
-        num_steps: steps.
-        delta: δ.
-        epsilon: the ε that is to be met.
-    """
+    """A run of DP-SGD under Poisson sampling, add or remove one record."""
 
     sampling_prob: float
     num_steps: int

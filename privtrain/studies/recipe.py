@@ -150,10 +150,6 @@ def module_of(recipe: Recipe) -> Any:
 def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
     """Return every cell, axes in the order of the recipe, seeds innermost.
 
-    Args:
-        recipe: the recipe.
-        settle: computes further overrides of a cell.
-
     Raises:
         ConfigError: with every fault of every cell.
     """

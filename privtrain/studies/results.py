@@ -22,11 +22,7 @@ FEW_SEEDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its t-interval.
-
-    Attributes:
-        values: one a seed.
-    """
+    """A mean over seeds with its t-interval."""
 
     values: tuple[float, ...]
 
@@ -108,13 +104,7 @@ Measure = str | Callable[[CellResult], float]
 
 
 class Results:
-    """Everything that is complete.
-
-    Args:
-        recipe: of the study.
-        cells: complete cells.
-        planned: every cell of the grid.
-    """
+    """Everything that is complete."""
 
     def __init__(self, recipe: Recipe, cells: Sequence[CellResult], planned: Sequence[Cell]) -> None:
         self.recipe = recipe

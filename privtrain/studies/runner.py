@@ -119,10 +119,6 @@ class Study:
 def run_study(name: str, options: StudyOptions) -> None:
     """Do what the options say with a study.
 
-    Args:
-        name: of the study.
-        options: see there.
-
     Raises:
         ConfigError: for a recipe that cannot be run; nothing was started.
         StudyIncompleteError: if cells failed; the others are complete and the report is written.

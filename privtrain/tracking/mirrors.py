@@ -109,13 +109,7 @@ class BlockedMirror:
 
 
 class MirrorAtTheEnd:
-    """A mirror that is opened when the run is released, and shown every row then.
-
-    Args:
-        opened: opens it.
-        run: the run directory, whose ``metrics.jsonl`` has the rows.
-        name: as of :class:`BlockedMirror`.
-    """
+    """A mirror that is opened when the run is released, and shown every row then."""
 
     def __init__(self, opened: Callable[[], Mirror], run: RunDirectory, name: str) -> None:
         self._opened = opened

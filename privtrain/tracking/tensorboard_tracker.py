@@ -17,9 +17,6 @@ class TensorBoardTracker(QuietTracker):
 
     All bear the moment at which the file was opened, and so does the file itself once it is closed: its name and its
     head tell that one in any case. Of a file whose job was killed the next job's close sees to that.
-
-    Args:
-        run: the run directory.
     """
 
     def __init__(self, run: RunDirectory) -> None:

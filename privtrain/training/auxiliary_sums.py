@@ -69,11 +69,6 @@ def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) ->
 def release(plan: PrivacyPlan, totals: Mapping[str, int], noise: StepNoise) -> dict[str, float]:
     """Release every auxiliary sum through the door.
 
-    Args:
-        plan: which auxiliary sums, and their noise.
-        totals: their sums, see :func:`reduced`.
-        noise: the key of this step and of its sums, these included.
-
     Returns:
         Auxiliary sum → its value with noise, divided by the expected batch size, the constant that stands for the
         number of units; the same on every rank.

@@ -21,11 +21,6 @@ def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -
 
     Matrix products, convolutions and attention are counted, by torch's own counter; a multiplication and an addition
     are two. Every rank calls it, between steps; what the clipper holds is thrown away.
-
-    Args:
-        trainer: about to train.
-        packer: makes the job's microbatches.
-        vocabulary_size: planted tokens are below this.
     """
     rng = np.random.default_rng(0)
     rows = [
