@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -50,6 +50,41 @@ Overrides = Annotated[
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the base model.")],
+    files: Annotated[list[pathlib.Path], typer.Argument(help="JSONL, CSV or Parquet files of one kind, or patterns.")],
+    output: Annotated[pathlib.Path, typer.Option(help="Configuration to write; must not exist.")] = pathlib.Path(
+        "privtrain.yaml"
+    ),
+    user_column: Annotated[str | None, typer.Option(help="Column of the user id; guessed without it.")] = None,
+    num_users: Annotated[int | None, typer.Option(help="A public number of users, for the plan.", min=1)] = None,
+) -> None:
+    """Write a complete, commented configuration from a model and a file of rows, with every guess shown."""
+    from privtrain.commands.init import write_config
+
+    config = write_config(model, files, output, user_column=user_column, num_users=num_users)
+    typer.echo(f"wrote {output}: {config.data.format} of users in {config.data.user_column!r}; read it, then:")
+    typer.echo(f"  privtrain preview {output}\n  privtrain plan {output}\n  privtrain train {output}")
+
+
+@app.command("from")
+def from_stack(
+    stack: Annotated[Literal["trl", "axolotl", "llamafactory"], typer.Argument(help="Whose configuration it is.")],
+    file: Annotated[pathlib.Path, typer.Argument(help="YAML or JSON file of TRL, axolotl or LLaMA-Factory.")],
+    output: Annotated[pathlib.Path, typer.Option(help="Configuration to write; must not exist.")] = pathlib.Path(
+        "privtrain.yaml"
+    ),
+    user_column: Annotated[str | None, typer.Option(help="Column of the user id.")] = None,
+    num_users: Annotated[int | None, typer.Option(help="A public number of users, for the plan.", min=1)] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Key to leave out knowingly; may be repeated.")] = None,
+) -> None:
+    """Translate a configuration of another stack key by key, or refuse it by name; says what the plan still needs."""
+    from privtrain.commands.stacks.translate import write_translation
+
+    write_translation(stack, file, output, num_users=num_users, user_column=user_column, without=tuple(without or ()))
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -76,6 +111,19 @@ def plan(
         typer.echo(json.dumps(description, indent=2))
     else:
         print_plan(description)
+
+
+@app.command()
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    records: Annotated[int, typer.Option(help="Records that are shown whole.", min=0)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: counts, and no record.")] = False,
+) -> None:
+    """Show what a run would learn from: rows by rule, tokens, what is predicted, lengths, what is dropped and why."""
+    from privtrain.commands.preview import preview as show_rows
+
+    raise typer.Exit(show_rows(config, overrides or [], num_shown=records, as_json=as_json))
 
 
 @app.command()

@@ -103,6 +103,12 @@ class GuaranteeLost(PrivtrainError):  # noqa: N818
     exit_code = EXIT_REFUSED_RELEASE
 
 
+class WorseThanBase(PrivtrainError):  # noqa: N818
+    """The trained model is worse than its base on public rows, and ``release.if_worse`` says to release nothing."""
+
+    exit_code = EXIT_REFUSED_RELEASE
+
+
 class LedgerCorrupt(PrivtrainError):  # noqa: N818
     """The contribution ledger was altered or damaged anywhere but at its torn tail."""
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 from privtrain.config import Config, load_config
 from privtrain.config.load import sections_of
-from privtrain.data.corpus import Corpus, check_source, load_corpus
-from privtrain.errors import ConfigError, Fault
+from privtrain.config.schema import DataSection, ModelSection
+from privtrain.data.corpus import Corpus, check_source, load_corpus, load_evaluation
+from privtrain.data.encode import Encoder
+from privtrain.errors import ConfigError, DamagedFile, Fault
 from privtrain.files.writable import why_unwritable
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.run.base_model import check_model
+from privtrain.run.base_model import check_model, is_at_hand
 from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import Keys, password_from_environment, signing_faults
 
@@ -30,6 +32,8 @@ def load_checked(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     except ConfigError as error:
         model, data = sections_of(path, overrides)
         more = [*(check_model(model) if model else ()), *(check_source(data) if data else ())]
+        if model and data and not more:
+            more += template_faults(model, data)
         raise ConfigError([*error.faults, *more], error.source) from None
     check_inputs(config)
     return config
@@ -42,6 +46,8 @@ def check_inputs(config: Config) -> None:
         ConfigError: with every fault.
     """
     faults = check_model(config.model) + check_source(config.data)
+    if not faults:
+        faults += template_faults(config.model, config.data)
     if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
     keys = Keys.of(config.release)
@@ -55,11 +61,27 @@ def check_inputs(config: Config) -> None:
         raise ConfigError(faults)
 
 
+def template_faults(model: ModelSection, data: DataSection) -> list[Fault]:
+    """Return what is wrong with the chat template, where conversations are trained on and the tokenizer is at hand."""
+    if data.format != "chat" or not is_at_hand(model):
+        return []
+    from privtrain.models.load import load_tokenizer
+
+    try:
+        Encoder(data, load_tokenizer(model))
+    except ConfigError as error:
+        return list(error.faults)
+    except DamagedFile as error:
+        return [Fault("data.chat_template_file", str(error))]
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What every rank reads for itself before the process group exists.
 
     ``check_release`` is called on rank 0 right before anything is released, and raises if nothing may be.
+    ``evaluation`` holds the public records of ``data.evaluation``.
     """
 
     config: Config
@@ -68,6 +90,7 @@ class Inputs:
     fingerprint: str
     run: RunDirectory
     check_release: Callable[[], None] = lambda: None
+    evaluation: tuple[str, ...] = ()
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -75,4 +98,6 @@ def read_inputs(config: Config) -> Inputs:
     corpus = load_corpus(config.data, config.performance.index_dir)
     plan = PrivacyPlan.build(config.privacy)
     run = RunDirectory(config.run.directory)
-    return Inputs(config, corpus, plan, plan.fingerprint(corpus.manifest_sha256), run)
+    evaluation = load_evaluation(config.data, corpus)
+    fingerprint = plan.fingerprint(corpus.manifest_sha256)
+    return Inputs(config, corpus, plan, fingerprint, run, evaluation=evaluation)

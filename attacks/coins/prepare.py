@@ -15,12 +15,12 @@ from typing import Any
 from attacks.errors import AttackInputError
 from attacks.scoring.columns import read_columns, spans_of
 from attacks.scoring.documents import SPANS_PATH, SPANS_SCHEMA
-from privtrain.config import Config, load_config
+from privtrain.config import Config
 from privtrain.data.corpus import Corpus, load_corpus, without_users
 from privtrain.data.manifest import check_prepared, draw_split, needs_tokenizer, read_sealed, split_commitment
 from privtrain.data.split import Split
 from privtrain.files.atomic import write_json
-from privtrain.inputs import check_inputs
+from privtrain.inputs import load_checked
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.database import registry_url
 from privtrain.registry.store import Registry
@@ -71,8 +71,7 @@ def prepare(config_path: pathlib.Path, overrides: Sequence[str] = (), *, spans_c
         PlanMismatch: if the run was prepared with other data, another configuration or other coins.
         AttackInputError: if training has begun in the directory, or the spans are none.
     """
-    config = load_config(config_path, overrides)
-    check_inputs(config)
+    config = load_checked(config_path, overrides)
     if spans_column and config.data.format != "text":
         raise AttackInputError(f"--spans needs data.format: text; {config_path} has {config.data.format}")
     everybody = load_corpus(config.data, config.performance.index_dir)

@@ -196,13 +196,18 @@ def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[
 
 
 def tokens_of(texts: Sequence[str], encoder: Encoder) -> list[npt.NDArray[np.int64]]:
-    """Token ids of each record, as training encodes it; every token is scored, also those only conditioned on."""
-    return [record.tokens for record in encoder.encode(texts).records]
+    """Token ids of each record, as training encodes it; every token is scored, also those only conditioned on.
+
+    A record with ids that the model does not embed teaches it nothing. Begin and end mark stand for it on both sides.
+    """
+    blank = np.asarray(encoder.marks, dtype=np.int64)
+    return [record.tokens if len(record) > 1 else blank for record in encoder.encode(texts).records]
 
 
-def text_encoder(tokenizer: Any, max_length: int) -> Encoder:
-    """Encodes plain texts of another length than the run's."""
-    return Encoder(DataSection.model_construct(format="text", max_length=max_length), tokenizer)
+def text_encoder(encoder: Encoder, max_length: int) -> Encoder:
+    """Encodes plain texts of another length than the run's, for the same model."""
+    section = DataSection.model_construct(format="text", max_length=max_length)
+    return Encoder(section, encoder.tokenizer, encoder.num_ids)
 
 
 def sensitive_tokens(

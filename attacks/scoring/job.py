@@ -36,6 +36,7 @@ from privtrain.data.encode import Encoder
 from privtrain.data.manifest import split_commitment
 from privtrain.errors import DamagedFile
 from privtrain.files.reading import file_sha256
+from privtrain.models.limits import num_ids_of
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
@@ -181,6 +182,7 @@ def prepare_job(
     if attacked_config.model != config.model:
         raise AttackInputError(f"{run.root} starts from another base model than {attacked.root}; expected the same one")
     tokenizer = load_tokenizer(config.model)
+    encoder = Encoder(data, tokenizer, num_ids_of(config.model))
     natural = evidence.read_corpus(attacked_config)
     corpus = plant(natural, canaries_of(manifest))
     variants = Variants.parse(options.variants)
@@ -195,7 +197,7 @@ def prepare_job(
         raise AttackInputError(
             f"re-written texts and sensitive spans need data.format: text; {run.root} was trained on {data.format}"
         )
-    prefix = rewriting.recall_prefix(manifest, corpus, tokenizer, data.max_length) if variants.recall else None
+    prefix = rewriting.recall_prefix(manifest, corpus, encoder, data.max_length) if variants.recall else None
     digests_of_files = read_sources(attacked) if options.columns else ()
     extras = read_columns(data, natural, options.columns, digests_of_files, _records_of(documents))
     sealed_spans = planning.read_spans(attacked, manifest) if options.spans_column is None else None
@@ -206,7 +208,7 @@ def prepare_job(
         "options": dataclasses.asdict(options),
         "model": config.model.model_dump(mode="json"),
         # The records are in the manifest's digest, wherever they lie.
-        "data": data.model_dump(mode="json", exclude={"source", "chat_template_file"}),
+        "data": data.model_dump(mode="json", exclude={"source", "evaluation", "chat_template_file"}),
         "template": None
         if data.chat_template_file is None
         else file_sha256(data.chat_template_file, follow_links=True),
@@ -227,7 +229,7 @@ def prepare_job(
         corpus=corpus,
         extras=extras,
         tokenizer=tokenizer,
-        encoder=Encoder(data, tokenizer),
+        encoder=encoder,
         max_length=data.max_length,
         options=options,
         documents=planning.in_order(documents, corpus),

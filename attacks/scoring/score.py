@@ -278,7 +278,7 @@ def _variant_means(
     """Return the mean log-probability under the target of every re-written text, by document and name."""
     wanted = Variants.parse(job.options.variants)
     rewritten = rewriting.rewrite(
-        wanted, texts, tokens, tokenizer=job.tokenizer, max_length=job.max_length, prefix=job.prefix
+        wanted, texts, tokens, encoder=job.encoder, max_length=job.max_length, prefix=job.prefix
     )
     # A document as long as the prefix leaves nothing to predict.
     rewritten = [item for item in rewritten if len(item.tokens) - 1 > item.first]

@@ -21,6 +21,7 @@ from attacks.scoring.documents import text_encoder, tokens_of
 from attacks.scoring.scorer import Scorer
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
+from privtrain.data.encode import Encoder
 
 KINDS = ("lowercase", "recall", "neighbours", "control_prefix")
 
@@ -83,7 +84,7 @@ class Variants:
         return cls(**fields)
 
 
-def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, max_length: int) -> Tokens:
+def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder, max_length: int) -> Tokens:
     """Return a prefix of held-out text whose owner is not attacked, so that no scored user meets their own words in it.
 
     Raises:
@@ -93,9 +94,11 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, tokenizer: Any, m
     donors = sorted(set(manifest["held_out"]) - set(manifest["attacker"]) - canaries)
     if not donors:
         raise AttackInputError("variant recall needs a held-out user without attacker documents; leave the variant out")
-    text = " ".join(" ".join(corpus.records[user]) for user in donors[:20])
     size = max(2, int(_PREFIX_SHARE * max_length))
-    return tokens_of([text], text_encoder(tokenizer, size + 1))[0][:size]
+    shorter = text_encoder(encoder, size + 1)
+    texts = [text for user in donors[:20] for text in corpus.records[user]]
+    readable = [text for text, record in zip(texts, shorter.encode(texts).records, strict=True) if record.num_targets]
+    return tokens_of([" ".join(readable)], shorter)[0][:size]
 
 
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
@@ -118,14 +121,14 @@ def rewrite(
     texts: Sequence[str],
     tokens: Sequence[Tokens],
     *,
-    tokenizer: Any,
+    encoder: Encoder,
     max_length: int,
     prefix: Tokens | None,
 ) -> list[Rewritten]:
     """Return the variants that need no model."""
     found = []
     if variants.lowercase:
-        lowered = tokens_of([text.lower() for text in texts], text_encoder(tokenizer, max_length))
+        lowered = tokens_of([text.lower() for text in texts], text_encoder(encoder, max_length))
         found += [Rewritten(place, "lowercase", ids) for place, ids in enumerate(lowered)]
     if prefix is not None:
         for place, ids in enumerate(tokens):

@@ -26,11 +26,11 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from privtrain.backends import Backend
-from privtrain.config import Config, load_config
+from privtrain.config import Config
 from privtrain.config.schema import PerformanceSection, RegistrySection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.files.atomic import write_atomically
-from privtrain.inputs import check_inputs, read_inputs
+from privtrain.inputs import load_checked, read_inputs
 from privtrain.job.claim import check_run_directory
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import process_group
@@ -68,9 +68,7 @@ def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_js
     Raises:
         ConfigError: for a config that cannot be run.
     """
-    config = load_config(config_path, overrides) if config_path is not None else None
-    if config is not None:
-        check_inputs(config)
+    config = load_checked(config_path, overrides) if config_path is not None else None
     findings = [*_versions(), *_launcher(), _disk(config), _wandb(config), _registry(config)]
     # Everything on the way may print; with --json stdout is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

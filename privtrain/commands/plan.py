@@ -14,7 +14,7 @@ from privtrain.config import Config, load_config
 from privtrain.config.schema import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
-from privtrain.inputs import check_inputs
+from privtrain.inputs import load_checked
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.privacy.plan import PrivacyPlan, finite
@@ -59,9 +59,8 @@ def describe_plan(
         ConfigError: with every fault of the config and its inputs.
     """
     options = options or PlanOptions()
-    config = load_config(config_path, overrides)
-    if options.num_users is None:
-        check_inputs(config)
+    is_at_hand = options.num_users is None
+    config = load_checked(config_path, overrides) if is_at_hand else load_config(config_path, overrides)
     layout = options.layout()
     plan = PrivacyPlan.build(config.privacy)
     population = _population(config, options.num_users)

@@ -135,8 +135,9 @@ def public_tree(config: Config) -> dict[str, Any]:
         tree["model"]["name_or_path"] = config.model.public_name
     if config.data.chat_template_file is not None:
         tree["data"]["chat_template_file"] = config.data.chat_template_file.name
-    if "paths" in tree["data"]["source"]:
-        tree["data"]["source"]["paths"] = [pathlib.Path(path).name for path in tree["data"]["source"]["paths"]]
+    for source in (tree["data"]["source"], tree["data"]["evaluation"] or {}):
+        if "paths" in source:
+            source["paths"] = [pathlib.Path(path).name for path in source["paths"]]
     return tree
 
 

@@ -35,8 +35,7 @@ def markdown_reference(model: type[pydantic.BaseModel]) -> str:
     schema = model.model_json_schema()
     parts = [_INTRODUCTION]
     for path, section in _sections(schema, schema["$defs"], ""):
-        summary = " ".join(section.get("description", "").split("\n\n")[0].split())
-        parts.append(f"## {path}\n\n{_code(summary)}\n\n{_table(section, schema['$defs'])}")
+        parts.append(f"## {path}\n\n{plain_text(section.get('description', ''))}\n\n{_table(section, schema['$defs'])}")
     return "\n".join(parts)
 
 
@@ -95,6 +94,11 @@ def _default(key: str, spec: dict[str, Any], section: dict[str, Any], is_section
         return "none" if spec.get("default", 0) is None else ""
     value = spec["default"]
     return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def plain_text(docstring: str) -> str:
+    """Return the first paragraph of a docstring on one line."""
+    return _code(" ".join(docstring.split("\n\n")[0].split()))
 
 
 def _code(text: str) -> str:

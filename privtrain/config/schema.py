@@ -156,6 +156,11 @@ class DataSection(Section):
     """Records and their users."""
 
     source: DataSource = Field(description="Where the rows come from.")
+    evaluation: Annotated[FilesSource | HubSource, Field(discriminator="kind")] | None = Field(
+        default=None,
+        description="Public rows, in the columns of data.source (the user column aside), that the model is measured "
+        "on before, during and after training. What is measured is published: no private row may be among them.",
+    )
     user_column: str = Field(default="user", description="Column that holds the user id of a row.")
     format: Literal["text", "prompt_completion", "chat", "classification"] = Field(
         default="text",
@@ -186,11 +191,21 @@ class DataSection(Section):
         default="none",
         description="within_user: of a user's records that differ in white space alone, the first is kept.",
     )
+    max_unusable_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Largest share of rows that may be dropped or predict nothing; a start with more is refused. "
+        "See privtrain preview.",
+    )
     max_length: int = Field(
         default=256, ge=4, description="Tokens kept of a record; longer ones are truncated and counted."
     )
     held_out_fraction: float = Field(
-        default=0.5, ge=0, lt=1, description="Probability that a user is held out of training."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Probability that a user is held out of training. Attacks are sharpest at 0.5, models best at 0.",
     )
     attack_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="Share of a user's records set aside for the attack job."
@@ -574,6 +589,9 @@ class TrackingSection(Section):
         "row says nothing about one step; W&B offline gets all of them at the release. The console and metrics.jsonl "
         "are not delayed.",
     )
+    evaluation_interval_steps: int = Field(
+        default=50, ge=1, description="Steps between two measurements on data.evaluation."
+    )
     release_held_out_metrics: bool = Field(
         default=False,
         description="Publish perplexity on held-out users; not covered by ε, for public evaluation text only.",
@@ -610,6 +628,11 @@ class ReleaseSection(Section):
     signing_certificate: pathlib.Path | None = Field(default=None, description="PEM file of the key's certificate.")
     signing_chain: list[pathlib.Path] = Field(
         default=[], description="PEM files of the certificates above it, up to the root."
+    )
+    if_worse: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="What is done if the loss on data.evaluation is significantly above the base model's: say so, or "
+        "release nothing (exit code 3). ε is spent either way.",
     )
 
     @override
@@ -655,6 +678,11 @@ class Config(Section):
             )
         if self.canaries.are_planted and self.data.format != "text":
             yield f"canaries are texts and need data.format: text, not {self.data.format}"
+        if self.release.if_worse == "refuse" and self.data.evaluation is None:
+            yield (
+                "release.if_worse: refuse needs data.evaluation; a decision that looks at private rows would be "
+                "covered by no ε"
+            )
         if self.canaries.user_fraction and self.privacy.unit == "example":
             yield (
                 "canaries.kind: shared_substring spreads one record over others of its owner, which "

@@ -70,32 +70,45 @@ def check_source(data: DataSection) -> list[Fault]:
     faults = []
     if data.chat_template_file is not None and not data.chat_template_file.is_file():
         faults.append(Fault("data.chat_template_file", f"no such file: {data.chat_template_file}"))
-    if isinstance(data.source, HubSource):
-        return faults
-    if not isinstance(data.source, FilesSource):
+    if isinstance(data.source, FilesSource):
+        faults += _check_files(data.source, data, "data.source.paths", "user_column")
+    elif not isinstance(data.source, HubSource):
         try:
             plays.play_files()
         except ConfigError as error:
             faults += error.faults
-        return faults
-    for pattern in data.source.paths:
-        files = _expand(pattern)
-        if not files:
-            faults.append(Fault("data.source.paths", f"no such file: {pattern}"))
-        for file in files:
-            faults += _check_file(file, data)
+    if isinstance(data.evaluation, FilesSource):
+        faults += _check_files(data.evaluation, data, "data.evaluation.paths")
+        if isinstance(data.source, FilesSource):
+            private = {file.resolve() for file in source_files(data.source)}
+            faults += [
+                Fault("data.evaluation.paths", f"{file} is a file of data.source, and so is not public")
+                for file in source_files(data.evaluation)
+                if file.resolve() in private
+            ]
     return faults
 
 
-def _check_file(file: pathlib.Path, data: DataSection) -> list[Fault]:
+def _check_files(source: FilesSource, data: DataSection, path_key: str, *further_keys: str) -> list[Fault]:
+    faults = []
+    for pattern in source.paths:
+        files = _expand(pattern)
+        if not files:
+            faults.append(Fault(path_key, f"no such file: {pattern}"))
+        for file in files:
+            faults += _check_file(file, data, path_key, (*further_keys, *formats.column_keys(data)))
+    return faults
+
+
+def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
     if file.suffix not in _FORMATS:
-        return [Fault("data.source.paths", f"{file} is not one of {', '.join(_FORMATS)}")]
+        return [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}")]
     try:
         columns = file_columns(file)
     except ConfigError as error:
         return list(error.faults)
     faults = []
-    wanted = {key: getattr(data, key) for key in ("user_column", *formats.column_keys(data))}
+    wanted = {key: getattr(data, key) for key in keys}
     shown = f"it has {', '.join(columns)}"
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and these are somebody's id and text.
@@ -278,16 +291,49 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
         yield from plays.read_plays()
         return
     columns = [getattr(data, key) for key in ("user_column", *formats.column_keys(data))]
+    for name, number, (user, *values) in _of_source(data.source, columns):
+        if not isinstance(user, str) or not user.isascii():
+            owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
+        yield user, formats.canonical(data, values) or formats.why_unusable(data, values)
+
+
+def _of_source(
+    source: FilesSource | HubSource, columns: Sequence[str]
+) -> Iterator[tuple[str, int, tuple[object, ...]]]:
+    """Yield file or data set, number of the row from 1, and its values."""
     sources = (
-        [(data.source.name, hub_rows(data.source, columns))]
-        if isinstance(data.source, HubSource)
-        else ((str(file), file_rows(file, columns)) for file in source_files(data.source))
+        [(source.name, hub_rows(source, columns))]
+        if isinstance(source, HubSource)
+        else ((str(file), file_rows(file, columns)) for file in source_files(source))
     )
     for name, rows in sources:
-        for number, (user, *values) in enumerate(rows, start=1):
-            if not isinstance(user, str) or not user.isascii():
-                owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
-            yield user, formats.canonical(data, values) or formats.why_unusable(data, values)
+        for number, values in enumerate(rows, start=1):
+            yield name, number, values
+
+
+def load_evaluation(data: DataSection, corpus: Corpus) -> tuple[str, ...]:
+    """Return the records of ``data.evaluation`` that can be used; none without it.
+
+    Raises:
+        ConfigError: if it cannot be read, no row of it can be used, or a record of the private data is among them.
+    """
+    if data.evaluation is None:
+        return ()
+    columns = [getattr(data, key) for key in formats.column_keys(data)]
+    rows = (formats.canonical(data, values) for _, _, values in _of_source(data.evaluation, columns))
+    records = tuple(record for record in rows if record)
+    if not records:
+        raise ConfigError([Fault("data.evaluation", "no row of it can be used")])
+    if not corpus.is_on_disk:
+        public = set(records)
+        num_private = sum(record in public for texts in corpus.records.values() for record in texts)
+        if num_private:
+            problem = (
+                f"{num_private} records of data.source are among its rows, and what is measured on these would be "
+                "published without noise; take them out of one of the two"
+            )
+            raise ConfigError([Fault("data.evaluation", problem)])
+    return records
 
 
 def source_files(source: FilesSource) -> list[pathlib.Path]:

@@ -50,15 +50,20 @@ class Encoded:
 class Encoder:
     """Encodes records of the configured format.
 
+    Args:
+        data: format and ``max_length``.
+        tokenizer: the model's.
+        num_ids: ids that the model embeds; a record with another predicts nothing. ``None``: any.
+
     Raises:
         ConfigError: if the tokenizer cannot serve the format (no chat template, or one whose assistant turns cannot be
             told apart).
     """
 
-    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase, num_ids: int | None = None) -> None:
         self._data = data
         self._max_length = data.max_length
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._encode: Callable[[Sequence[str]], Iterable[tuple[Record, bool]]] = {
             "text": self._texts,
             "prompt_completion": self._completions,
@@ -68,8 +73,12 @@ class Encoder:
         #: Why records predicted nothing, with their number; words of ours and of the chat template alone. Private.
         self.complaints: collections.Counter[str] = collections.Counter()
         self._chat = ChatRenderer(data, tokenizer, self.complaints) if data.format == "chat" else None
-        #: Ids that the model embeds, 0 to this; a record with another predicts nothing. Set once the model is known.
-        self.num_ids: int | None = None
+        self.num_ids = num_ids
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        """The ids of begin and end mark."""
+        return marks(self.tokenizer)
 
     def encode(self, records: Sequence[str]) -> Encoded:
         """Return tokens and targets of each record."""
@@ -85,12 +94,12 @@ class Encoder:
 
     def sha256(self) -> str:
         """Return a digest of all that decides which tokens a text becomes, library versions aside."""
-        backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
         body = {
-            "data": self._data.model_dump(mode="json", exclude={"source"}),
-            "tokenizer": _without_state(backend.to_str()) if backend is not None else self._tokenizer.get_vocab(),
-            "marks": self._tokenizer.special_tokens_map,
-            "chat_template": self._tokenizer.chat_template,
+            "data": self._data.model_dump(mode="json", exclude={"source", "evaluation"}),
+            "tokenizer": _without_state(backend.to_str()) if backend is not None else self.tokenizer.get_vocab(),
+            "marks": self.tokenizer.special_tokens_map,
+            "chat_template": self.tokenizer.chat_template,
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -100,7 +109,7 @@ class Encoder:
         Returns:
             Records, each starting with the begin token, and the indices of the texts whose tokens it holds.
         """
-        begin, end = marks(self._tokenizer)
+        begin, end = marks(self.tokenizer)
         encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
         tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)
         places = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
@@ -114,7 +123,7 @@ class Encoder:
         if self.num_ids is None or int(record.tokens.max()) < self.num_ids:
             return record
         self.complaints["holds a token that the model has no embedding of"] += 1
-        return Record.of(np.asarray([marks(self._tokenizer)[0]], dtype=np.int64))
+        return Record.of(np.asarray([marks(self.tokenizer)[0]], dtype=np.int64))
 
     def _cut(self, record: Record) -> tuple[Record, bool]:
         return record.cut(self._max_length), len(record) > self._max_length
@@ -122,16 +131,16 @@ class Encoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded: Any = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        encoded: Any = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return encoded["input_ids"]
 
     def _texts(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
-        begin, end = marks(self._tokenizer)
+        begin, end = marks(self.tokenizer)
         for ids in self._ids(records):
             yield self._cut(Record.of(np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)))
 
     def _completions(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
-        begin, end = marks(self._tokenizer)
+        begin, end = marks(self.tokenizer)
         parsed = [json.loads(record) for record in records]
         prompts = self._ids([item["prompt"] for item in parsed])
         completions = self._ids([item["completion"] for item in parsed])
@@ -149,13 +158,15 @@ class Encoder:
         for record in records:
             item = json.loads(record)
             limit = self._max_length - 1
-            text, *pair = (_without_marks(text, self._tokenizer) for text in item["texts"])
+            text, *pair = (_without_marks(text, self.tokenizer) for text in item["texts"])
             second = pair[0] if pair else None
-            whole: Any = self._tokenizer(text, second, verbose=False)
+            whole: Any = self.tokenizer(text, second, verbose=False)
             is_cut = len(whole["input_ids"]) > limit
             if is_cut:
-                whole = self._tokenizer(text, second, truncation="longest_first", max_length=limit, verbose=False)
-            tokens = np.asarray([*whole["input_ids"], item["label"]], dtype=np.int64)
+                whole = self.tokenizer(text, second, truncation="longest_first", max_length=limit, verbose=False)
+            # A text of marks alone leaves nothing where the tokenizer adds none.
+            ids = whole["input_ids"] or [marks(self.tokenizer)[0]]
+            tokens = np.asarray([*ids, item["label"]], dtype=np.int64)
             yield Record(tokens, np.arange(len(tokens)) == len(tokens) - 1), is_cut
 
 

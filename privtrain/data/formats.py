@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from privtrain.config.schema import DataSection
+from privtrain.files import strict_json
 
 _ASSISTANT = "assistant"
 
@@ -92,7 +93,9 @@ def _kind(value: object) -> str:
 def _conversation_problem(value: object) -> str:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=strict_json.unique_keys)
+        except strict_json.RepeatedKeyError:
+            return "a turn names a key twice"
         except ValueError:
             return "text that is no JSON where a list of turns is needed"
     if not isinstance(value, list):
@@ -117,7 +120,7 @@ def _messages(value: object) -> list[dict[str, Any]]:
     """Return the turns of a conversation, also from a JSON string (CSV); none if any of them is not one."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=strict_json.unique_keys)
         except ValueError:
             return []
     if not isinstance(value, list):

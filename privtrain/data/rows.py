@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from privtrain.config.schema import HubSource
 from privtrain.errors import ConfigError, Fault
+from privtrain.files import strict_json
 
 #: Lines of JSON that are read to learn which columns there are; a row need not name them all.
 _LINES_FOR_COLUMNS = 1000
@@ -98,7 +99,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
             with _opened(file) as lines:
                 for line in lines:
                     if line.strip():
-                        yield _pick(json.loads(line), columns)
+                        yield _pick(_parsed(line), columns)
                     number += 1
     except READ_FAULTS as error:
         raise ConfigError([Fault("data.source.paths", unreadable(file, number + 1, error, unit))]) from None
@@ -125,7 +126,7 @@ def file_columns(file: pathlib.Path) -> list[str]:
                 if number == _LINES_FOR_COLUMNS:
                     break
                 if line.strip():
-                    row = json.loads(line)
+                    row = _parsed(line)
                     if not isinstance(row, dict):
                         raise NotAnObjectError
                     names.update(dict.fromkeys(row))
@@ -152,6 +153,8 @@ def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "r
             reason = f"not CSV ({error})"  # the module's own words
         case RecursionError():
             reason = "nested too deeply"
+        case strict_json.RepeatedKeyError():
+            reason = "an object names a key twice, and only one of its values could be used; keep one"
         case NotAnObjectError():
             reason = f"not a JSON object; {_ONE_A_LINE}"
         case _:
@@ -167,6 +170,10 @@ def allow_long_fields() -> None:
 def _opened(file: pathlib.Path) -> IO[str]:
     allow_long_fields()
     return open(file, newline="" if file.suffix == ".csv" else None, encoding="utf-8-sig")
+
+
+def _parsed(line: str) -> object:
+    return json.loads(line, object_pairs_hook=strict_json.unique_keys)
 
 
 def _pick(row: object, columns: Sequence[str]) -> tuple[object, ...]:

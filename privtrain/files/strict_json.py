@@ -7,6 +7,10 @@ import math
 from typing import Any
 
 
+class RepeatedKeyError(ValueError):
+    """An object that names a key twice, and so has two meanings."""
+
+
 def loads(text: str | bytes) -> Any:
     """Read JSON in which no object names a key twice and every number is one.
 
@@ -16,7 +20,7 @@ def loads(text: str | bytes) -> Any:
     try:
         return json.loads(
             text,
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
             parse_float=finite_float,
             parse_int=small_int,
@@ -45,12 +49,16 @@ def small_int(text: str) -> int:
     return int(text)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json.loads alone would let the last of two values win.
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of these pairs; ``json.loads`` alone would let the last of two values win.
+
+    Raises:
+        RepeatedKeyError: if a key stands twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it says {max(names, key=names.count)!r} twice")
+        raise RepeatedKeyError(f"it says {max(names, key=names.count)!r} twice")
     return found
 
 

@@ -96,8 +96,12 @@ def parse(text: str) -> Document:
         loader.dispose()
 
 
-def dump(value: Any) -> str:
-    """Return what :func:`parse` reads as ``value``, keys in their order."""
+def dump(value: Any, *, short: bool = False) -> str:
+    """Return what :func:`parse` reads as ``value``, keys in their order; ``short`` puts plain lists on one line."""
+    if short:
+        return yaml.dump(
+            value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=1 << 20, allow_unicode=True
+        )
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 

@@ -65,10 +65,10 @@ def _check_unchanged(inputs: Inputs) -> None:
 def _dotted(config: Config, *sections: str) -> dict[str, Any]:
     """Return the keys of sections by dotted name.
 
-    Without the source, whose files may move: their content is in the fingerprint.
+    Without the sources, whose files may move: the content of one is in the fingerprint, the other is not trained on.
     """
     tree = config.model_dump(mode="json", include=set(sections))
-    del tree["data"]["source"]
+    del tree["data"]["source"], tree["data"]["evaluation"]
     return {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
 
 

@@ -46,7 +46,14 @@ def environment_digest(
     body = {
         "config": config.model_dump(
             mode="json",
-            exclude={"run": True, "tracking": True, "registry": True, "release": True, "performance": {"index_dir"}},
+            exclude={
+                "run": True,
+                "tracking": True,
+                "registry": True,
+                "release": True,
+                "performance": {"index_dir"},
+                "data": {"evaluation"},
+            },
         ),
         "records_on_disk": config.performance.index_dir is not None,
         "code": _code_digest(),

@@ -12,13 +12,12 @@ from rich.markup import escape
 
 from privtrain.backends import Backend
 from privtrain.data.canaries import plant
-from privtrain.data.look import check_learnable, reasons_of
+from privtrain.data.look import check_rows, reasons_of
 from privtrain.data.manifest import draw_split
-from privtrain.data.split import Split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, PrivtrainError
 from privtrain.inputs import Inputs, load_checked, read_inputs
-from privtrain.job import checkpoint
+from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.job.canaries_used import note_canaries
 from privtrain.job.claim import check_run_directory, claimed, is_complete
@@ -50,7 +49,6 @@ from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
-from privtrain.training.evaluate import evaluate, perplexity
 from privtrain.training.network import Network, checksum_over_ranks, load_network
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
@@ -90,7 +88,9 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
     if backend.is_main:
         _announce(inputs, backend)
     network = load_network(inputs.config, backend)
-    check_learnable(inputs.corpus, network.encoder)
+    for warning in check_rows(inputs.corpus, network.encoder, inputs.config.data):
+        if backend.is_main:
+            say(f"[yellow]warning[/]: {escape(warning)}")
     stop.leave_if_agreed(backend, "the model is loaded, training has not begun")
     with opened_ledger(inputs, backend) as ledger:
         root_key = root_key_of(inputs, backend, ledger)
@@ -115,17 +115,25 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
         with backend.main_alone():
             if backend.is_main:
                 # Everything that can fail came first: a start that fails costs no budget.
+                evaluation.check_possible(inputs, network, session.continuation.start_step)
                 begin_session(inputs, ledger, session, split, units)
                 inputs.check_release()  # before the first step: which ledger ends the run's reservation
-        if session.continuation.start_step == 0:
-            _evaluate(inputs, trainer, network, split, 0, stop)
+        held_out_before = None
+        start_step = session.continuation.start_step
+        if start_step == 0:
+            held_out_before = evaluation.on_held_out(inputs, trainer, network, split, 0, stop)
+        if evaluation.is_due(inputs.config, start_step):  # a resumed job drops the row of its first step
+            evaluation.on_public(inputs, trainer, network, start_step, stop)
         costs = _counted(inputs, trainer, network)
         # A signal needs a moment to be noted, and a short evaluation leaves it none.
         stop.leave_if_agreed(backend, "training has not begun")
-        session = _loop(inputs, trainer, session, stop)
+        session = _loop(inputs, trainer, network, session, stop)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
-        _evaluate(inputs, trainer, network, split, session.continuation.end_step, stop)
+        end_step = session.continuation.end_step
+        held_out_after = evaluation.on_held_out(inputs, trainer, network, split, end_step, stop)
+        evaluation.warn_if_worse(backend, held_out_before, held_out_after)
+        evaluation.on_public(inputs, trainer, network, end_step, stop, is_last=True)
         state = _whole_state(trainer) if inputs.config.training.releases_model else {}
         with backend.main_alone():
             if backend.is_main:
@@ -242,27 +250,7 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")
 
 
-def _evaluate(inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest) -> None:
-    encoded = network.encoder.encode([inputs.corpus.records[user][index] for user, index in split.evaluation])
-    found = evaluate(
-        network.model,
-        encoded.records,
-        trainer.backend,
-        objective=network.objective,
-        packer=network.packer,
-        autocast=network.autocast,
-        between_batches=lambda: stop.leave_if_agreed(trainer.backend, f"evaluating after step {step}"),
-    )
-    if found is None or not math.isfinite(perplexity(found.loss)):
-        return
-    if inputs.config.data.is_classification:
-        trainer.tracker.log(step, {"eval/held_out_loss": found.loss, "eval/held_out_accuracy": found.accuracy})
-    else:
-        values = {"eval/held_out_loss": found.loss, "eval/held_out_perplexity": perplexity(found.loss)}
-        trainer.tracker.log(step, values)
-
-
-def _loop(inputs: Inputs, trainer: Trainer, session: Session, stop: StopRequest) -> Session:
+def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, stop: StopRequest) -> Session:
     """Take the steps that are left; return the session that took the last of them."""
     performance, backend = inputs.config.performance, trainer.backend
     continuation = session.continuation
@@ -282,6 +270,8 @@ def _loop(inputs: Inputs, trainer: Trainer, session: Session, stop: StopRequest)
                 continuation = session.continuation
                 continue
             step += 1
+            if evaluation.is_due(inputs.config, step) and step < continuation.end_step:
+                evaluation.on_public(inputs, trainer, network, step, stop)  # before the checkpoint: it then is kept
             if step % performance.checkpoint_interval_steps == 0 or step == continuation.end_step or trainer.must_stop:
                 _save_checkpoint(inputs, trainer, step)
             progress.advance(step, _epsilon_text(inputs.plan, trainer.ledger))

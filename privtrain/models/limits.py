@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config import Config
+from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
+from privtrain.models.load import LOADING_FAILURES
+from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,23 @@ _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
 def num_embedded(model: Any) -> int:
     """Return the number of ids that a model embeds; its weights were compared with its config when they were loaded."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def num_ids_of(model: ModelSection) -> int:
+    """Return the number of ids that a base model embeds, by its configuration alone: no weight is loaded.
+
+    Raises:
+        ConfigError: if the configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    location = locate(model)
+    try:
+        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+        return int(config.get_text_config().vocab_size)
+    except LOADING_FAILURES as error:
+        problem = f"cannot read the configuration in {location.path}: {str(error).strip().splitlines()[0]}"
+        raise ConfigError([Fault("model", problem)]) from None
 
 
 def learned_positions(model: torch.nn.Module) -> int | None:
@@ -36,15 +56,22 @@ def learned_positions(model: torch.nn.Module) -> int | None:
 def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise unless the model can read records of ``data.max_length`` and the marks that surround them.
 
+    Of a classification record the last place is the label's, which the model does not read.
+
     Raises:
         ConfigError: with every fault.
     """
     faults, size, longest = [], num_embedded(model), learned_positions(model)
     if config.training.has_virtual_tokens and longest is not None:
         longest -= config.prompt.num_virtual_tokens
-    if longest is not None and config.data.max_length > longest:
+    most = None if longest is None else longest + config.data.is_classification
+    if most is not None and config.data.max_length > most:
         taken = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
-        problem = f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens{taken}"
+        label = f"; with the label the most is {most}" if config.data.is_classification else ""
+        problem = (
+            f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens"
+            f"{taken}{label}"
+        )
         faults.append(Fault("data.max_length", problem))
     for name in ("bos_token", "eos_token"):
         number = getattr(tokenizer, f"{name}_id")

@@ -47,6 +47,11 @@ def locate(model: ModelSection) -> ModelLocation:
     return ModelLocation(model.name_or_path, arguments)
 
 
+def is_at_hand(model: ModelSection) -> bool:
+    """Return whether a model lies in a directory of this machine, and is no name on a hub."""
+    return pathlib.Path(locate(model).path).is_dir()
+
+
 def check_model(model: ModelSection) -> list[Fault]:
     """Faults that can be seen without loading weights."""
     try:

@@ -51,6 +51,7 @@ class RunDirectory:
         self.sources = self.secret / "sources.json"
         self.ledger = self.secret / "ledger.jsonl"
         self.data_counts = self.secret / "data_counts.json"
+        self.evaluation_before = self.secret / "evaluation_before.json"
         self.base_losses = self.secret / "base_losses.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
 

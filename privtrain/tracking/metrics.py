@@ -46,6 +46,13 @@ METRICS: dict[str, Release] = {
     "perf/step_seconds": Release.MEASURED,
     "perf/expected_units_per_second": Release.MEASURED,
     "perf/peak_memory_bytes": Release.MEASURED,
+    # On data.evaluation, which is public: a function of released weights and of public rows.
+    "eval/loss": Release.PUBLIC,
+    "eval/perplexity": Release.PUBLIC,
+    "eval/accuracy": Release.PUBLIC,
+    "eval/loss_difference": Release.PUBLIC,
+    "eval/loss_difference_low": Release.PUBLIC,
+    "eval/loss_difference_high": Release.PUBLIC,
     "eval/held_out_perplexity": Release.HELD_OUT,
     "eval/held_out_loss": Release.HELD_OUT,
     "eval/held_out_accuracy": Release.HELD_OUT,

@@ -1,4 +1,4 @@
-"""Loss and accuracy on records of held-out users. Not covered by ε; released only if the config says that it may be."""
+"""Loss and accuracy on records that are not trained on: of held-out users, or public ones."""
 
 from __future__ import annotations
 
@@ -6,25 +6,38 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from privtrain.backends import Backend
-from privtrain.data.microbatch import Packer
+from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.data.records import Record
 from privtrain.models.losses import Objective
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """How the model does on held-out records.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """How the model does on some records.
 
     Attributes:
-        loss: mean negative log-likelihood per predicted token, or per label, in nats.
-        accuracy: share of labels that are the model's first choice; 0 for language models.
+        losses: [records] sum of the negative log-likelihoods of each record's predicted tokens, or its label, in nats.
+        num_targets: [records] predicted tokens of each, at least one in all.
+        num_correct: labels that are the model's first choice; 0 for language models.
     """
 
-    loss: float
-    accuracy: float
+    losses: np.ndarray
+    num_targets: np.ndarray
+    num_correct: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over all predicted tokens or labels."""
+        return float(self.losses.sum() / self.num_targets.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of labels that are the model's first choice."""
+        return float(self.num_correct / self.num_targets.sum())
 
 
 def evaluate(
@@ -36,27 +49,49 @@ def evaluate(
     packer: Packer,
     autocast: torch.autocast,
     between_batches: Callable[[], None] = lambda: None,
-) -> HeldOut | None:
+) -> Scores | None:
     """Score the records over all ranks; ``None`` if they predict nothing.
 
     Every rank runs as many batches as the busiest one, and ``between_batches`` before each, where all ranks may talk.
     """
     shares = [[[record] for record in records[rank :: backend.world_size]] for rank in range(backend.world_size)]
     num_batches = max(packer.num_batches(share) for share in shares)
-    sums = torch.zeros(3, dtype=torch.float32, device=backend.device)
+    # A record is scored on one rank; in the sum over ranks the others add zeros.
+    losses = torch.zeros(len(records) + 1, dtype=torch.float32, device=backend.device)
     model.eval()
     with torch.no_grad():
         for batch in packer.pack(shares[backend.rank], num_batches):
             between_batches()
             moved = batch.to(backend.device)
             with autocast:
-                losses = objective.losses(model, moved.input_ids, moved.target_mask)
-                num_correct = objective.num_correct(model, moved.input_ids, moved.target_mask)
-            sums += torch.stack([losses.sum(), num_correct, moved.target_mask.sum()])
+                row_losses = objective.losses(model, moved.input_ids, moved.target_mask)
+                losses[-1] += objective.num_correct(model, moved.input_ids, moved.target_mask)
+            is_record = batch.owner != NOBODY
+            mine = torch.tensor(batch.owners)[batch.owner[is_record]] * backend.world_size + backend.rank
+            losses[mine.to(backend.device)] = row_losses[is_record.to(backend.device)].float()
     model.train()
-    backend.reduce(sums)
-    loss, num_correct, num_targets = sums.tolist()
-    return HeldOut(loss / num_targets, num_correct / num_targets) if num_targets else None
+    backend.reduce(losses)
+    *per_record, num_correct = losses.double().tolist()
+    num_targets = np.asarray([record.num_targets for record in records], dtype=np.float64)
+    return Scores(np.asarray(per_record), num_targets, num_correct) if num_targets.sum() else None
+
+
+def difference(before: Scores, after: Scores) -> tuple[float, float, float]:
+    """Return how much the mean loss rose, with a 95 % interval over records: (estimate, low, high).
+
+    The records are the same, so each is compared with itself: a ratio estimator with its linearised variance and
+    Student's t. Records are taken to be independent draws; of fewer than two nothing is known.
+    """
+    from scipy import stats
+
+    total, num = float(after.num_targets.sum()), len(after.num_targets)
+    rises = after.losses - before.losses
+    rise = float(rises.sum() / total)
+    if num < 2 or not math.isfinite(rise):
+        return rise, -math.inf, math.inf
+    spread = num / (num - 1) * float(np.square(rises - rise * after.num_targets).sum())
+    half = float(stats.t.ppf(0.975, num - 1)) * math.sqrt(spread) / total
+    return rise, rise - half, rise + half
 
 
 def perplexity(loss: float) -> float:

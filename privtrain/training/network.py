@@ -47,10 +47,9 @@ def load_network(config: Config, backend: Backend) -> Network:
     """Load the model in the precision of the configuration, with what a step needs beside it."""
     tokenizer = load_tokenizer(config.model)
     precision = resolve_precision(config.performance.precision, backend.device)
-    encoder = Encoder(config.data, tokenizer)
     model = _trainable_model(config, precision, backend, tokenizer)
     pad_id = padding_id(model, tokenizer)
-    encoder.num_ids = num_embedded(model)
+    encoder = Encoder(config.data, tokenizer, num_embedded(model))
     model.train()
     _make_repeatable(config.performance, backend.device)
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)

@@ -33,7 +33,10 @@ from tests.launch.readme_commands import (
 COMMANDS = commands()
 #: What the tour below runs, by program and subcommands.
 RUN = {
-    *(f"privtrain {name}" for name in ("plan", "train", "export", "verify", "doctor", "schema", "synthetic", "study")),
+    *(
+        f"privtrain {name}"
+        for name in ("preview", "plan", "train", "export", "verify", "doctor", "schema", "synthetic", "study")
+    ),
     "privtrain track sync",
     *(f"privtrain registry {name}" for name in ("budget set", "status", "runs", "init", "upgrade", "clock")),
     *(f"privtrain ledger {name}" for name in ("show", "verify", "top", "user", "stats", "export", "prove")),
@@ -43,6 +46,8 @@ RUN = {
 }
 #: What the tour does not run: why, and which test starts it instead. All of it is parsed, and its files looked for.
 NOT_RUN = {
+    "privtrain init": "guesses from files: tests/privtrain/test_init.py",
+    "privtrain from": "translates files of others: tests/privtrain/test_translate.py",
     "privtrain launch": "starts several processes, and ends with their exit code: tests/launch/test_launchers.py",
     "accelerate": "as a launcher of two ranks: tests/launch/test_jobs.py; the tour runs what it starts",
     "launch/torchrun.sh": "starts several processes: tests/launch/test_launchers.py",

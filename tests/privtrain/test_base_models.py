@@ -10,14 +10,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attacks.scoring.documents import tokens_of
+from attacks.scoring.variants import Variants, recall_prefix, rewrite
 from privtrain.config import validate
 from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.data.corpus import group_by_user
 from privtrain.data.encode import Encoder
+from privtrain.data.microbatch import Packer
 from privtrain.errors import ConfigError
 from privtrain.models import load
 from privtrain.models.complete import new_modules
-from privtrain.models.limits import check_limits, learned_positions, padding_id
+from privtrain.models.limits import check_limits, learned_positions, num_ids_of, pad_classifier, padding_id
 from privtrain.models.load import load_base, load_classifier, load_tokenizer
+from privtrain.models.losses import Classification
 from privtrain.models.trainable import add_lora
 from privtrain.models.weights import BaseSource
 from privtrain.run.base_model import check_model
@@ -265,12 +270,49 @@ def test_ids_beyond_the_embedding_are_padding_or_predict_nothing(tree, base):
     assert len(tokenizer) > 258
     check_limits(config_of(tree, base), model, tokenizer)
     assert padding_id(model, tokenizer) == tokenizer.eos_token_id
-    encoder = Encoder(config_of(tree, base).data, tokenizer)
-    encoder.num_ids = 258
+    encoder = Encoder(config_of(tree, base).data, tokenizer, num_ids_of(section(base)))
     encoded = encoder.encode(["plain", "with <|new|> mark"])
     assert [record.num_targets for record in encoded.records] == [6, 0]
     assert encoded.num_without_target == 1
     assert max(int(record.tokens.max()) for record in encoded.records) < 258
+
+
+def test_ids_beyond_the_embedding_are_scored_as_marks_alone(tree, base):
+    """What the attack job feeds the model: ids that it embeds, two tokens at least."""
+    save_tokenizer(base, pad="[PAD]", extra=("<|new|>",))
+    encoder = Encoder(config_of(tree, base).data, load_tokenizer(section(base)), num_ids_of(section(base)))
+    texts = ["plain", "with <|new|> mark"]
+    assert [len(ids) for ids in tokens_of(texts, encoder)] == [7, 2]
+    lowered = rewrite(
+        Variants(lowercase=True), texts, tokens_of(texts, encoder), encoder=encoder, max_length=9, prefix=None
+    )
+    assert [len(item.tokens) for item in lowered] == [7, 2]
+    corpus = group_by_user([("a", "<|new|>"), ("a", "some words of somebody"), ("b", "x")])
+    manifest = {"held_out": ["a"], "attacker": {}, "canaries": []}
+    assert len(recall_prefix(manifest, corpus, encoder, 64)) > 2
+    unlimited = Encoder(config_of(tree, base).data, load_tokenizer(section(base)))
+    assert max(tokens_of(texts, unlimited)[1]) >= 258  # the mutant: without a limit the model is asked for no row
+
+
+def test_a_classifiers_label_takes_no_position(tree, tmp_path):
+    gpt2 = save_base(tmp_path / "gpt2", "gpt2")
+    model, tokenizer = load_base(section(gpt2)), load_tokenizer(section(gpt2))
+    labels = {"format": "classification", "labels": [0, 1]}
+    check_limits(config_of(tree, gpt2, max_length=65, **labels), model, tokenizer)
+    with pytest.raises(ConfigError, match=r"at most 64 tokens; with the label the most is 65"):
+        check_limits(config_of(tree, gpt2, max_length=66, **labels), model, tokenizer)
+    rows = [json.dumps({"label": 1, "texts": [text]}) for text in ("x" * 200, "</s>")]
+    encoded = Encoder(config_of(tree, gpt2, max_length=65).data, tokenizer).encode(rows)
+    assert [len(record) for record in encoded.records] == [65, 2]
+    classifier = load_classifier(section(gpt2), torch.float32, labels=[0, 1], init_seed=0)
+    pad_classifier(classifier, tokenizer)
+    objective = Classification.of(classifier, tokenizer, num_labels=2, pad_id=0, is_pair=False)
+    batches = list(Packer(1, 65, 0).pack([[record] for record in encoded.records], 2))
+    assert batches[0].input_ids.shape == (1, 65)
+    losses = [objective.losses(classifier, batch.input_ids, batch.target_mask) for batch in batches]
+    assert torch.isfinite(torch.cat(losses)).all()
+    shorter = objective.losses(classifier, batches[1].input_ids[:, :2], batches[1].target_mask[:, :2])
+    torch.testing.assert_close(losses[1], shorter)
 
 
 def test_marks_beyond_the_embedding_are_refused(tree, base):

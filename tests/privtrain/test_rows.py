@@ -16,7 +16,7 @@ from privtrain.data import formats, look
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
-from privtrain.data.look import check_learnable
+from privtrain.data.look import check_rows
 from privtrain.errors import ConfigError, PlanMismatch, PrivtrainError
 from privtrain.files.writable import why_unwritable
 from privtrain.inputs import load_checked
@@ -82,6 +82,22 @@ def test_json_that_is_not_one_object_a_line_says_so(tmp_path, content):
     said = refused(tmp_path, "d.jsonl", content)
     assert "holds one object with named columns a line" in said
     assert "d.jsonl" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"user": "a", "text": "{SECRET}", "text": "y"}}',
+        '{"user": "a", "user": "b", "text": "x"}',
+        f'{{"user": "a", "text": "x", "more": [{{"{SECRET}": 1, "{SECRET}": 2}}]}}',
+    ],
+)
+def test_a_row_that_names_a_key_twice_is_refused(tmp_path, line):
+    """Whose record it is, or what it says, would depend on the reader."""
+    said = refused(tmp_path, "d.jsonl", '{"user": "a", "text": "x"}\n' * 2000 + line + "\n")
+    assert "line 2001: an object names a key twice" in said
+    talk = f'[{{"role": "assistant", "content": "{SECRET}", "content": ""}}]'.replace('"', '""')
+    assert "a turn names a key twice" in refused(tmp_path, "d.csv", f'user,messages\na,"{talk}"\n', format="chat")
 
 
 def test_other_encodings_are_named(tmp_path):
@@ -195,9 +211,10 @@ def test_a_template_that_refuses_every_conversation_is_quoted_and_nothing_is_lea
     encoder = encoder_with(tmp_path, refuses)
     talks = [[{"role": "system", "content": SECRET}, *TALK]] * 70
     with pytest.raises(ConfigError) as caught:
-        check_learnable(corpus_of_talks(tmp_path, talks), encoder)
+        check_rows(corpus_of_talks(tmp_path, talks), encoder, section("x", format="chat"))
     assert "70 × the chat template refuses it: no system turns" in str(caught.value)
-    check_learnable(corpus_of_talks(tmp_path, [*talks, TALK]), encoder)  # one that teaches something is enough
+    most = section("x", format="chat", max_unusable_fraction=1)
+    check_rows(corpus_of_talks(tmp_path, [*talks, TALK]), encoder, most)  # then one that teaches is enough
 
 
 def test_a_templates_complaint_that_quotes_a_conversation_is_not_shown(tmp_path):
@@ -207,7 +224,11 @@ def test_a_templates_complaint_that_quotes_a_conversation_is_not_shown(tmp_path)
     )
     encoder = encoder_with(tmp_path, quotes)
     with pytest.raises(ConfigError) as caught:
-        check_learnable(corpus_of_talks(tmp_path, [[{"role": "system", "content": SECRET}, *TALK]]), encoder)
+        check_rows(
+            corpus_of_talks(tmp_path, [[{"role": "system", "content": SECRET}, *TALK]]),
+            encoder,
+            section("x", format="chat"),
+        )
     assert SECRET not in str(caught.value)
     assert "1 × the chat template refuses it: TemplateError" in str(caught.value)
 
@@ -215,7 +236,7 @@ def test_a_templates_complaint_that_quotes_a_conversation_is_not_shown(tmp_path)
 def test_records_cut_before_their_answer_say_which_key(tmp_path):
     encoder = encoder_with(tmp_path, TEMPLATE, max_length=8)
     with pytest.raises(ConfigError, match=r"raise data\.max_length"):
-        check_learnable(corpus_of_talks(tmp_path, [TALK]), encoder)
+        check_rows(corpus_of_talks(tmp_path, [TALK]), encoder, section("x", format="chat"))
 
 
 def test_a_template_among_several_is_the_default(tmp_path):
@@ -286,6 +307,21 @@ def test_faults_of_the_schema_the_model_and_the_files_come_in_one_round(tree, tm
     }
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_faulty_template_comes_in_the_round_of_the_other_faults(tree, tmp_path, is_whole):
+    chats(tree, tmp_path, "{% for m in messages %}{{ m.content }")
+    tree["run"]["output_dir"] = str(write_config({}, tmp_path / "a file"))
+    tree["privacy"]["num_steps"] = 4 if is_whole else True
+    with pytest.raises(ConfigError) as caught:
+        load_checked(write_config(tree, tmp_path / "c.yaml"))
+    second = "run.output_dir" if is_whole else "privacy.num_steps"
+    assert {fault.path for fault in caught.value.faults} == {"data.chat_template_file", second}
+    tree["data"]["chat_template_file"] = str(tmp_path / "t.jinja")
+    (tmp_path / "t.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"data\.chat_template_file: .*t\.jinja is not UTF-8"):
+        load_checked(write_config(tree, tmp_path / "c.yaml"))
+
+
 def chats(tree, tmp_path, template: str):
     """A job on conversations that the template refuses."""
     base = save_base(tmp_path / "m")
@@ -321,10 +357,10 @@ def test_mutant_without_the_look_noise_alone_is_trained_on(tree, tmp_path, monke
     """Plant: nobody looks whether anything is learned."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     chats(tree, tmp_path, refuses)
-    monkeypatch.setattr("privtrain.job.train.check_learnable", lambda *_: None)
+    monkeypatch.setattr("privtrain.job.train.check_rows", lambda *_: ())
     train(write_config(tree, tmp_path / "c.yaml"))
     assert (tmp_path / "runs" / "tiny" / "release.json").exists()
-    assert look.check_learnable is check_learnable
+    assert look.check_rows is check_rows
 
 
 def test_a_launch_file_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,268 @@
+"""``privtrain init``: a complete, commented configuration from a model and a file of rows, with every guess shown."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from privtrain.commands.starting_point import plan_for, rounded
+from privtrain.config.commented import commented_yaml
+from privtrain.config.load import validate
+from privtrain.config.schema import Config, DataSection, FilesSource
+from privtrain.data.corpus import load_corpus, source_files
+from privtrain.data.encode import Encoder
+from privtrain.data.look import sample_of
+from privtrain.data.rows import file_columns, file_rows
+from privtrain.errors import ConfigError, Fault
+from privtrain.files.atomic import write_atomically
+from privtrain.inputs import check_inputs
+from privtrain.models.load import load_tokenizer
+
+_NUM_ROWS = 1000
+_MOST_LABELS = 50
+_LENGTHS = (64, 1024)
+
+_USER_NAMES = [
+    "user",
+    "user_id",
+    "userid",
+    "uid",
+    "author",
+    "author_id",
+    "customer",
+    "customer_id",
+    "client",
+    "client_id",
+    "patient",
+    "patient_id",
+    "account",
+    "account_id",
+    "owner",
+    "member",
+    "member_id",
+    "speaker",
+    "username",
+    "person",
+    "participant",
+    "subject",
+]
+_TEXT_NAMES = [
+    "text",
+    "content",
+    "body",
+    "message",
+    "review",
+    "document",
+    "comment",
+    "note",
+    "sentence",
+    "post",
+    "transcript",
+]
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "sentiment", "topic")
+_CHAT_NAMES = ("messages", "conversation", "conversations", "dialogue", "chat", "turns")
+_PROMPTS = ("prompt", "instruction", "question", "input", "query")
+_COMPLETIONS = ("completion", "response", "output", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What a file seems to hold: keys of ``data``, and why each was chosen."""
+
+    keys: dict[str, Any]
+    notes: dict[str, str]
+
+
+def write_config(
+    model: str,
+    paths: Sequence[pathlib.Path],
+    output: pathlib.Path,
+    *,
+    user_column: str | None = None,
+    num_users: int | None = None,
+) -> Config:
+    """Guess, write and check a configuration.
+
+    Args:
+        model: directory or hub name.
+        paths: files or patterns, of one kind.
+        output: the file to write; must not exist.
+        user_column: column of the user id, if it is not to be guessed.
+        num_users: a public number of users; without it the number in the file, to one digit.
+
+    Raises:
+        ConfigError: if the files cannot be read, or no user column is found.
+    """
+    if output.exists():
+        raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
+    files = source_files(FilesSource(kind="files", paths=list(paths)))
+    if not files:
+        raise ConfigError([Fault("data.source.paths", f"no such file: {', '.join(map(str, paths))}")])
+    guess = guess_columns(files[0], user_column)
+    name = _run_name(files[0])
+    tree: dict[str, Any] = {
+        "run": {"name": name},
+        "model": {"name_or_path": model},
+        "data": {"source": {"kind": "files", "paths": [str(path) for path in paths]}, **guess.keys},
+        # Stand-ins, so that everything else is checked before it is computed with.
+        "privacy": plan_for(1000, 0.1),
+        "tracking": {"wandb": False},
+    }
+    config = validate(tree, "guessed configuration")
+    check_inputs(config)
+    notes = {f"data.{key}": f"Guessed: {reason}" for key, reason in guess.notes.items()}
+    corpus = load_corpus(config.data)
+    tree["data"]["max_length"] = _max_length(config, [record for _, record in sample_of(corpus, 512)])
+    notes["data.max_length"] = "Holds at least 95 of 100 records, unless they are longer than 1,024 tokens."
+    known = num_users or rounded(len(corpus.records))
+    where = "given" if num_users else "the number in the file to one digit; say --num-users to give a public one"
+    tree["privacy"] |= plan_for(known, config.data.held_out_fraction)
+    notes |= {
+        "privacy.sampling_prob": f"For {known:,} users ({where}). These numbers are published, and so tell it.",
+        "privacy.target_epsilon": "Smaller is stronger. What it costs: privtrain plan.",
+        "tracking.wandb": "No account is needed where it is false.",
+    }
+    head = (
+        f"Written by privtrain init from {model} and {', '.join(path.name for path in files[:3])}"
+        f"{' ...' if len(files) > 3 else ''}.\nEvery key is here; those behind a # stand at their defaults.\n"
+        f"Next: privtrain preview {output}; privtrain plan {output}; privtrain train {output}"
+    )
+    write_atomically(output, commented_yaml(tree, head, notes))
+    return validate(tree, str(output))
+
+
+def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
+    """Return which columns a file's rows have for which purpose.
+
+    Args:
+        file: JSONL, CSV or Parquet.
+        user_column: column of the user id, if it is known.
+
+    Raises:
+        ConfigError: if there is no column that could be a user's, or none to learn from.
+    """
+    columns = file_columns(file)
+    rows = list(itertools.islice(file_rows(file, columns), _NUM_ROWS))
+    values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}
+    user = user_column or _user_column(values)
+    if user is None or user not in values:
+        what = f"no column {user!r}" if user else "no column that looks like a user's id"
+        problem = f"{what} among {', '.join(columns)}; name it with --user-column, or add one: ε is for its users"
+        raise ConfigError([Fault("data.user_column", problem)])
+    learned = _learned({name: column for name, column in values.items() if name != user})
+    if learned is None:
+        problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
+        raise ConfigError([Fault("data.format", problem)])
+    keys, notes = learned.keys, learned.notes
+    num_ids = len({str(value) for value in values[user]})
+    notes["user_column"] = "as you said" if user_column else f"{num_ids} ids in the first {len(rows)} rows"
+    return Guess({"user_column": user, **keys}, notes)
+
+
+def _learned(values: dict[str, list[Any]]) -> Guess | None:
+    chat = _first(values, _CHAT_NAMES, _is_conversation)
+    if chat is not None:
+        return Guess({"format": "chat", "messages_column": chat}, {"format": f"{chat} holds lists of turns"})
+    prompt, completion = (_first(values, names, _is_text, others=False) for names in (_PROMPTS, _COMPLETIONS))
+    if prompt and completion:
+        keys = {"format": "prompt_completion", "prompt_column": prompt, "completion_column": completion}
+        return Guess(keys, {"format": f"there are columns {prompt} and {completion}"})
+    text = _first(values, _TEXT_NAMES, _is_text)
+    if text is None:
+        return None
+    label = _first({k: v for k, v in values.items() if k != text}, _LABEL_NAMES, _is_label, others=False)
+    if label is None:
+        return Guess({"format": "text", "text_column": text}, {"text_column": "texts"})
+    found = {str(value).strip(): value for value in values[label] if value is not None}
+    labels = sorted(found, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.isdigit() else 0, name))
+    numbers = [int(name) if name.lstrip("-").isdigit() else name for name in labels]
+    keys = {"format": "classification", "text_column": text, "label_column": label, "labels": numbers}
+    told = "those of the first rows. The list is published: check that it is complete and no secret"
+    return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": told})
+
+
+def _first(
+    values: dict[str, list[Any]], names: Sequence[str], fits: Callable[[list[Any]], bool], *, others: bool = True
+) -> str | None:
+    """Return the first column of these names that fits, else, where others may be meant, the longest that does."""
+    by_name = {name.lower(): name for name in values}
+    named = [by_name[name] for name in names if name in by_name]
+    rest = sorted((name for name in values if name not in named), key=lambda name: -_size(values[name]))
+    return next((name for name in (*named, *(rest if others else ())) if fits(values[name])), None)
+
+
+def _size(column: list[Any]) -> int:
+    return sum(len(value) for value in column if isinstance(value, str | list))
+
+
+def _user_column(values: dict[str, list[Any]]) -> str | None:
+    """Return a column named like a user's id, else a short text or number that comes again and is no label."""
+    by_name = {name.lower().replace("-", "_").replace(" ", "_"): name for name in values}
+    named = next((by_name[name] for name in _USER_NAMES if name in by_name), None)
+    if named is not None:
+        return named
+    endings = tuple(f"_{word}" for word in ("user", "user_id", "author", "customer", "customer_id"))
+    return next((name for key, name in by_name.items() if key.endswith(endings)), None)
+
+
+def _is_text(column: list[Any]) -> bool:
+    return any(isinstance(value, str) and value.strip() for value in column)
+
+
+def _is_label(column: list[Any]) -> bool:
+    names = collections.Counter(str(value).strip() for value in column if value is not None and value != "")
+    is_plain = all(
+        isinstance(value, int | str) and not isinstance(value, bool) for value in column if value is not None
+    )
+    return is_plain and 2 <= len(names) <= min(_MOST_LABELS, len(column) // 2)
+
+
+def _is_conversation(column: list[Any]) -> bool:
+    for value in column:
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return False
+        if isinstance(value, list) and value:
+            return isinstance(value[0], dict) and "role" in value[0]
+        if value not in (None, []):
+            return False
+    return False
+
+
+def _max_length(config: Config, records: Sequence[str]) -> int:
+    """Return a multiple of 64 that holds most records, within the model's positions."""
+    shortest, longest = _LENGTHS
+    tokenizer = load_tokenizer(config.model)
+    data: DataSection = config.data.model_copy(update={"max_length": longest})
+    lengths = [len(record) for record in Encoder(data, tokenizer).encode(records).records]
+    wanted = -(-int(np.percentile(lengths, 95)) // shortest) * shortest
+    most = min(longest, _num_positions(config))
+    return max(4, min(max(wanted, shortest), most))
+
+
+def _num_positions(config: Config) -> int:
+    """Return the tokens that the model says it can read; many where it says nothing."""
+    from transformers import AutoConfig
+
+    from privtrain.run.base_model import locate
+
+    location = locate(config.model)
+    text = AutoConfig.from_pretrained(location.path, **location.arguments).get_text_config()
+    known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    # RoBERTa counts two of its positions from the padding id on.
+    offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+    return min((int(number) - offset for number in known if isinstance(number, int)), default=_LENGTHS[1])
+
+
+def _run_name(file: pathlib.Path) -> str:
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in file.stem).strip("._-")
+    return name or "run"

@@ -1,0 +1,178 @@
+"""``privtrain preview``: what a run would learn from, row by row, before anything is spent. Needs no weights.
+
+It shows private records to whoever starts it, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from privtrain.config import Config
+from privtrain.data.corpus import Corpus, load_corpus
+from privtrain.data.encode import Encoder
+from privtrain.data.look import Look, look_at, sample_of
+from privtrain.data.records import Record
+from privtrain.errors import EXIT_WRONG_INPUT
+from privtrain.inputs import load_checked
+from privtrain.models.limits import num_ids_of
+from privtrain.models.load import load_tokenizer
+
+#: What is predicted, also where there are no colours.
+_BEGIN, _END = "⟦", "⟧"
+_PREDICTED, _CONTEXT = "bold green", "dim"
+
+
+def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: int, as_json: bool) -> int:
+    """Print rows by rule, some records as tokens, lengths and findings.
+
+    Args:
+        config_path: YAML file of the run.
+        overrides: dotted assignments.
+        num_shown: records that are shown whole.
+        as_json: print counts and findings for machines, and no record.
+
+    Returns:
+        0, or 2 if a start would be refused.
+
+    Raises:
+        ConfigError: for a config that cannot be run, or rows of which none can be used.
+    """
+    config = load_checked(config_path, overrides)
+    encoder = Encoder(config.data, load_tokenizer(config.model), num_ids_of(config.model))
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    found = look_at(corpus, encoder, config.data)
+    if as_json:
+        print(json.dumps(_for_machines(config, corpus, found), indent=2, ensure_ascii=False))
+    else:
+        _print(config, corpus, encoder, found, num_shown)
+    return EXIT_WRONG_INPUT if found.faults else 0
+
+
+def _for_machines(config: Config, corpus: Corpus, found: Look) -> dict[str, Any]:
+    names = [str(name) for name in config.data.labels or ()]
+    return {
+        **dataclasses.asdict(corpus.counts),
+        "reasons": dict(corpus.counts.reasons),
+        "num_users": len(corpus.records),
+        "num_records": corpus.num_records,
+        "num_looked_at": len(found.lengths),
+        "num_tokens": {str(percent): int(np.percentile(found.lengths, percent)) for percent in (50, 95, 100)},
+        "num_predicted_tokens": int(found.num_predicted.sum()),
+        "num_truncated": found.num_truncated,
+        "num_predicting_nothing": int((found.num_predicted == 0).sum()),
+        "complaints": found.complaints,
+        "labels": {names[number]: count for number, count in sorted(found.labels.items())},
+        "faults": [dataclasses.asdict(fault) for fault in found.faults],
+        "warnings": list(found.warnings),
+    }
+
+
+def _print(config: Config, corpus: Corpus, encoder: Encoder, found: Look, num_shown: int) -> None:
+    console = Console(highlight=False)
+    console.print(_rows_table(corpus))
+    _print_reasons(console, corpus.counts.reasons)
+    console.print(_tokens_table(config, encoder, found))
+    _print_reasons(console, found.complaints)
+    shown = _shown(corpus, num_shown)
+    if shown:
+        console.print(
+            f"{len(shown)} records as the model reads them; predicted are the [{_PREDICTED}]{_BEGIN}bright{_END}[/] "
+            f"parts. These are private"
+        )
+    for number, record in shown:
+        (encoded,) = encoder.encode([record]).records
+        console.print(_heading(number, encoded, config), style="bold")
+        console.print(as_text(encoded, encoder, config.data.labels), soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+    for fault in found.faults:
+        console.print(Text.assemble(("refused", "bold red"), f": {fault}"), soft_wrap=True)
+    if not found.faults:
+        console.print("a start would not be refused because of its rows")
+
+
+def _rows_table(corpus: Corpus) -> Table:
+    counts = corpus.counts
+    table = Table("rows", f"{counts.num_rows:,}")
+    table.add_row("kept", f"{corpus.num_records:,} of {len(corpus.records):,} users")
+    if counts.num_without_user:
+        table.add_row("dropped: no user id", f"{counts.num_without_user:,}")
+    if counts.num_empty:
+        table.add_row("dropped: nothing to learn from", f"{counts.num_empty:,}")
+    if counts.num_duplicates:
+        table.add_row("dropped: a user's own text again", f"{counts.num_duplicates:,}")
+    return table
+
+
+def _print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        console.print(Text(f"  {count:,} × {reason}"), soft_wrap=True)
+
+
+def _tokens_table(config: Config, encoder: Encoder, found: Look) -> Table:
+    num, lengths = len(found.lengths), found.lengths
+    table = Table("tokens of a record", f"{num:,} looked at")
+    middle, long, longest = (int(np.percentile(lengths, percent)) for percent in (50, 95, 100))
+    table.add_row(
+        "median, 95 %, longest", f"{middle}, {long}, {longest} (at most data.max_length={config.data.max_length})"
+    )
+    table.add_row("cut at data.max_length", f"{found.num_truncated:,}")
+    table.add_row("predicted", f"{found.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
+    table.add_row("records that predict nothing", f"{int((found.num_predicted == 0).sum()):,}")
+    for number, count in sorted(found.labels.items()):
+        table.add_row(Text(f"label {(config.data.labels or [])[number]!r}"), f"{count:,}")
+    begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)
+    table.add_row("begin and end mark", Text(f"{begin} {end}"))
+    return table
+
+
+def _shown(corpus: Corpus, num_shown: int) -> list[tuple[int, str]]:
+    """Return (its number among the sampled, record): evenly spaced."""
+    if not num_shown:
+        return []
+    return list(enumerate((record for _, record in sample_of(corpus, num_shown)), start=1))
+
+
+def _heading(number: int, record: Record, config: Config) -> str:
+    cut = ", cut" if len(record) >= config.data.max_length else ""
+    return f"record {number}: {len(record)} tokens{cut}, {record.num_targets} predicted"
+
+
+def as_text(record: Record, encoder: Encoder, labels: Sequence[int | str] | None = None) -> Text:
+    """Return a record's tokens as text with what is predicted in another colour, and between ⟦ and ⟧.
+
+    Args:
+        record: encoded.
+        encoder: what encoded it.
+        labels: of a classification, whose last place is a label.
+    """
+    text = Text()
+    if labels is not None:
+        text.append(_printable(encoder.tokenizer.decode(record.tokens[:-1])), style=_CONTEXT)
+        name = labels[int(record.tokens[-1])] if record.num_targets else "nothing"
+        return text.append(f" {_BEGIN}{name}{_END}", style=_PREDICTED)
+    for is_target, run in _runs(record):
+        piece = _printable(encoder.tokenizer.decode(run))
+        text.append(f"{_BEGIN}{piece}{_END}" if is_target else piece, style=_PREDICTED if is_target else _CONTEXT)
+    return text
+
+
+def _runs(record: Record) -> Iterator[tuple[bool, list[int]]]:
+    pairs = zip(record.is_target.tolist(), record.tokens.tolist(), strict=True)
+    for is_target, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield is_target, [token for _, token in group]
+
+
+def _printable(text: str | list[str]) -> str:
+    """Return text in which nothing moves a cursor or changes a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))

@@ -1,0 +1,1 @@
+"""Configurations of other stacks, key by key: TRL, axolotl, LLaMA-Factory."""

@@ -1,0 +1,210 @@
+"""``privtrain from``: a configuration of TRL, axolotl or LLaMA-Factory, translated or refused key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from privtrain.commands.stacks import axolotl, llamafactory, rules, trl
+from privtrain.commands.stacks.rules import Outcome, Rule
+from privtrain.commands.starting_point import plan_for
+from privtrain.config.commented import commented_yaml
+from privtrain.config.load import read_tree, validate
+from privtrain.errors import ConfigError, Fault
+from privtrain.files.atomic import write_atomically
+
+StackName = Literal["trl", "axolotl", "llamafactory"]
+
+_STACKS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory}
+_TITLES = {"trl": "TRL", "axolotl": "axolotl", "llamafactory": "LLaMA-Factory"}
+
+#: What no other stack has, and the plan cannot do without.
+_PLAN_NEEDS = {
+    "data.user_column": "Needed: the column that holds the user id of a row. ε is for these users.",
+    "privacy.sampling_prob": "Needed: the probability that a user joins a step, e.g. batch / users.",
+    "privacy.expected_batch_size": "Needed: sampling_prob x users that are trained on; a public constant.",
+    "privacy.target_epsilon": "Needed: the guarantee. 8 is common, 1 is strong; privtrain plan shows what it costs.",
+    "privacy.target_delta": "Needed: below 1 / users, e.g. a tenth of it.",
+    "privacy.num_steps": "Needed: optimizer steps. sampling_prob x num_steps is how often a user takes part.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """A foreign configuration in our terms.
+
+    Attributes:
+        tree: sections and keys of ours.
+        translated: foreign key → dotted keys of ours.
+        left_out: foreign key → why nothing depends on it.
+        refused: foreign key → why the model that it asks for cannot be trained.
+        needs: dotted key of ours → what somebody must still decide.
+    """
+
+    tree: dict[str, Any]
+    translated: dict[str, tuple[str, ...]]
+    left_out: dict[str, str]
+    refused: dict[str, str]
+    needs: dict[str, str]
+
+
+def translate(
+    stack: StackName,
+    foreign: Mapping[str, Any],
+    *,
+    name: str = "run",
+    num_users: int | None = None,
+    user_column: str | None = None,
+    without: Sequence[str] = (),
+) -> Translation:
+    """Return what becomes of every key.
+
+    Args:
+        stack: whose configuration it is.
+        foreign: its keys.
+        name: of the run.
+        num_users: a public number of users; without it the keys of the plan stay to be decided.
+        user_column: column of the user id, if it is known.
+        without: foreign keys that are left out knowingly, whatever they ask for.
+    """
+    module = _STACKS[stack]
+    asked = {key: value for key, value in foreign.items() if key not in without}
+    outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
+    for key, value in module.defaults(asked).items():
+        if asked.get(key) is None:
+            outcome = module.RULES[key](value, asked)
+            outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = outcome
+    values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in str(asked.get("report_to") or "")}
+    if user_column is not None:
+        values["data.user_column"] = user_column
+    for outcome in outcomes.values():
+        values.update({key: value for key, value in outcome.values.items() if not outcome.is_refused})
+    needs = {
+        key: text for outcome in outcomes.values() if not outcome.is_refused for key, text in outcome.needs.items()
+    }
+    needs |= _plan(values, num_users)
+    _settle(values, needs)
+    return Translation(
+        tree=_nested(values),
+        translated={key: tuple(outcome.values) for key, outcome in outcomes.items() if _is_translated(outcome)},
+        left_out={key: o.reason for key, o in outcomes.items() if not o.is_refused and not _is_translated(o)}
+        | {key: "left out, as you said" for key in without if key in foreign},
+        refused={key: outcome.reason for key, outcome in outcomes.items() if outcome.is_refused},
+        needs=needs,
+    )
+
+
+def write_translation(
+    stack: StackName,
+    path: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    num_users: int | None = None,
+    user_column: str | None = None,
+    without: Sequence[str] = (),
+) -> None:
+    """Translate a file, show what became of every key, and write ours.
+
+    Raises:
+        ConfigError: if a key is refused (all of them at once, and nothing is written), or the file cannot be read.
+    """
+    if output.exists():
+        raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
+    document = read_tree(path)
+    if document.faults:
+        raise ConfigError([Fault(fault.key, fault.problem, fault.line) for fault in document.faults], str(path))
+    found = translate(
+        stack, document.value, name=path.stem, num_users=num_users, user_column=user_column, without=without
+    )
+    faults = [Fault(key, reason, document.line_of((key,))) for key, reason in found.refused.items()]
+    if faults:
+        hint = Fault("", "to train without what such a key asks for, add: --without KEY")
+        raise ConfigError([*faults, hint], str(path))
+    check_translation(found)
+    head = (
+        f"Translated from {path.name} ({_TITLES[stack]}) by privtrain from. Every key is here; those behind a # stand "
+        "at their defaults." + ("\nDecide what is marked as needed before training." if found.needs else "")
+    )
+    write_atomically(output, commented_yaml(found.tree, head, found.needs))
+    _print(found, output)
+
+
+def check_translation(found: Translation) -> None:
+    """Raise if the keys that were translated contradict one another; what is still to be decided is filled in.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    tree = {**found.tree, "data": dict(found.tree.get("data", {})), "privacy": dict(found.tree.get("privacy", {}))}
+    tree["data"].setdefault("source", {"kind": "hub", "name": "to-be-decided"})
+    tree["privacy"] = {**plan_for(1000, 0.1), **tree["privacy"]}
+    validate(tree, "the translated configuration")
+
+
+def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str, Any]) -> Outcome:
+    if value is None or value == "":
+        return Outcome(reason="not set")
+    rule = table.get(key) or next((r for prefix, r in rules.PREFIXES.items() if key.startswith(prefix)), None)
+    if rule is None:
+        near = difflib.get_close_matches(key, sorted(table), n=1)
+        return rules.refused(f"is not known here{f'; is it {near[0]}?' if near else ''}")
+    return rule(value, asked)
+
+
+def _plan(values: dict[str, Any], num_users: int | None) -> dict[str, str]:
+    """Fill in the plan where the number of users is known, else return what it needs."""
+    if num_users is not None:
+        planned = plan_for(num_users, values.get("data.held_out_fraction", 0.1))
+        for key, value in planned.items():
+            values.setdefault(f"privacy.{key}", value)
+    return {key: text for key, text in _PLAN_NEEDS.items() if key not in values}
+
+
+def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
+    """Put together what several foreign keys say, or what depends on the number of steps."""
+    ratio = values.pop("warmup_ratio", None)
+    if ratio is not None and "training.num_warmup_steps" not in values:
+        if "privacy.num_steps" in values:
+            values["training.num_warmup_steps"] = round(ratio * values["privacy.num_steps"])
+        elif ratio:
+            needs["training.num_warmup_steps"] = f"Needed: {ratio:g} x privacy.num_steps."
+    betas = values.pop("beta1", None), values.pop("beta2", None)
+    if betas != (None, None):
+        values["training.betas"] = [betas[0] or 0.9, betas[1] or 0.999]
+    if values.get("training.method") == "full":
+        for key in [key for key in values if key.startswith("lora.")]:
+            del values[key]
+    if values.get("data.format", "text") not in ("text", "classification"):
+        values.pop("data.text_column", None)
+
+
+def _is_translated(outcome: Outcome) -> bool:
+    return bool(outcome.values) and not outcome.is_refused
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for dotted, value in values.items():
+        section, key = dotted.split(".")
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def _print(found: Translation, output: pathlib.Path) -> None:
+    console = Console(highlight=False)
+    table = Table("their key", "ours")
+    for key, names in found.translated.items():
+        table.add_row(Text(key), ", ".join(names))
+    for key, reason in found.left_out.items():
+        table.add_row(Text(key), Text(f"left out: {reason}", style="dim"))
+    console.print(table)
+    for key, text in found.needs.items():
+        console.print(Text.assemble(("needed", "yellow"), f" {key}: {text.removeprefix('Needed: ')}"), soft_wrap=True)
+    console.print(f"wrote {output}; next: privtrain preview {output}", soft_wrap=True)

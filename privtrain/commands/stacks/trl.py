@@ -1,0 +1,93 @@
+"""TRL: the configuration of ``trl sft --config FILE``."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from privtrain.commands.stacks import rules
+from privtrain.commands.stacks.rules import Outcome, Rule, left_out, never, only, refused, to
+
+DEFAULTS = {"learning_rate": 2e-5, "lr_scheduler_type": "linear", "max_length": 1024, "per_device_train_batch_size": 8}
+LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+
+_NEEDS_FORMAT = {
+    "data.format": "TRL reads the format off the data: text, prompt_completion or chat, each with its column keys."
+}
+
+
+def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what TRL would do where nothing is said."""
+    return {**DEFAULTS, **(LORA_DEFAULTS if tree.get("use_peft") else {}), "use_peft": False}
+
+
+def _dataset(value: Any, tree: Mapping[str, Any]) -> Outcome:
+    path = pathlib.Path(str(value))
+    is_known = tree.get("dataset_text_field") or tree.get("assistant_only_loss") or tree.get("completion_only_loss")
+    needs = {} if is_known else _NEEDS_FORMAT
+    if path.suffix in (".jsonl", ".csv", ".parquet"):
+        return Outcome({"data.source": {"kind": "files", "paths": [str(path)]}}, needs=needs)
+    source = {"kind": "hub", "name": str(value), "split": tree.get("dataset_train_split") or "train"}
+    if tree.get("dataset_config"):
+        source["subset"] = tree["dataset_config"]
+    return Outcome({"data.source": source}, needs=needs)
+
+
+def _peft(value: Any, _: Mapping[str, Any]) -> Outcome:
+    return Outcome({"training.method": "lora" if value else "full"})
+
+
+def _mask(format_name: str) -> Rule:
+    return lambda value, _: Outcome({"data.format": format_name}) if value else Outcome(reason="off")
+
+
+def _loss(value: Any, _: Mapping[str, Any]) -> Outcome:
+    return Outcome(reason="as here") if value == "nll" else refused(f"given {value!r}; the loss is the likelihood")
+
+
+RULES: dict[str, Rule] = {
+    **rules.TRAINING_ARGUMENTS,
+    "model_name_or_path": to("model.name_or_path"),
+    "model_revision": to("model.revision"),
+    "dtype": left_out("weights that are trained are fp32; the base follows performance.precision"),
+    "torch_dtype": left_out("weights that are trained are fp32; the base follows performance.precision"),
+    "attn_implementation": rules.KERNELS,
+    "dataset_name": _dataset,
+    "dataset_config": left_out("in data.source"),
+    "dataset_train_split": left_out("in data.source"),
+    "dataset_test_split": rules.EVALUATION,
+    "dataset_streaming": rules.LOADING,
+    "dataset_num_proc": rules.LOADING,
+    "dataset_text_field": to("data.text_column"),
+    "assistant_only_loss": _mask("chat"),
+    "completion_only_loss": _mask("prompt_completion"),
+    "chat_template_path": to("data.chat_template_file"),
+    "max_length": to("data.max_length"),
+    "max_seq_length": to("data.max_length"),
+    "packing": rules.PACKING,
+    "packing_strategy": rules.PACKING,
+    "eval_packing": rules.PACKING,
+    "padding_free": rules.PACKING,
+    "eos_token": never("the tokenizer's own end mark is used; set it in its files"),
+    "pad_token": left_out("padding is never read"),
+    "pad_to_multiple_of": rules.NOTHING,
+    "loss_type": _loss,
+    "activation_offloading": never("activations stay on the device; use gradient_checkpointing"),
+    "use_peft": _peft,
+    "lora_r": to("lora.rank"),
+    "lora_alpha": to("lora.alpha", change=float),
+    "lora_dropout": to("lora.dropout", change=float),
+    "lora_target_modules": rules.target_modules,
+    "lora_modules_to_save": rules.names_list("lora.modules_to_save"),
+    "lora_task_type": only("CAUSAL_LM", otherwise="a classifier is data.format: classification"),
+    "use_rslora": to("lora.use_rslora"),
+    "use_dora": to("lora.use_dora"),
+    "load_in_4bit": lambda value, _: Outcome({"model.quantization": "nf4"}) if value else Outcome(reason="off"),
+    "load_in_8bit": lambda value, _: Outcome({"model.quantization": "int8"}) if value else Outcome(reason="off"),
+    "bnb_4bit_quant_type": only("nf4", otherwise="4 bits are nf4 here"),
+    "use_bnb_nested_quant": left_out("quantisation constants stay whole"),
+    "env": rules.LAUNCH,
+    "num_processes": rules.LAUNCH,
+    "accelerate_config": rules.LAUNCH,
+}

@@ -1,0 +1,174 @@
+"""The model on records that are not trained on: before, during and after training.
+
+``data.evaluation`` is public, and the weights of every step are released under ε: what is measured there is
+post-processing, and so is what is decided by it (``release.if_worse``). Held-out users' records are private: what is
+measured on them decides nothing, and leaves ``secret/`` only if the configuration says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from privtrain.backends import Backend
+from privtrain.config import Config
+from privtrain.data.split import Split
+from privtrain.errors import ConfigError, Fault, PlanMismatch, WorseThanBase
+from privtrain.files import reading
+from privtrain.files.atomic import write_json
+from privtrain.inputs import Inputs
+from privtrain.job.stop import StopRequest
+from privtrain.process.console import say
+from privtrain.training.evaluate import Scores, difference, evaluate, perplexity
+from privtrain.training.network import Network
+from privtrain.training.trainer import Trainer
+
+_SCHEMA = "privtrain/evaluation-before/1"
+
+
+def is_due(config: Config, step: int) -> bool:
+    """Return whether the model is measured on public rows after this many steps; at the end it always is."""
+    return step % config.tracking.evaluation_interval_steps == 0
+
+
+def on_public(
+    inputs: Inputs, trainer: Trainer, network: Network, step: int, stop: StopRequest, *, is_last: bool = False
+) -> None:
+    """Measure the model on data.evaluation; at the end, compare with what it was before the first step.
+
+    Raises:
+        WorseThanBase: at the end, as ``release.if_worse`` says.
+    """
+    if not inputs.evaluation:
+        return
+    scores = _scores(inputs.evaluation, trainer, network, step, stop)
+    assert scores is not None, "check_possible looked"
+    with trainer.backend.main_alone():
+        if trainer.backend.is_main:
+            values = _metrics_of(inputs.config, scores, "eval/")
+            if step == 0:
+                _keep_before(inputs, scores)
+            if is_last:
+                values |= _compare(inputs, _read_before(inputs), scores)
+            if values:
+                trainer.tracker.log(step, values)
+
+
+def on_held_out(
+    inputs: Inputs, trainer: Trainer, network: Network, split: Split, step: int, stop: StopRequest
+) -> float | None:
+    """Measure the model on records of held-out users; return the mean loss, ``None`` if they predict nothing."""
+    records = [inputs.corpus.records[user][index] for user, index in split.evaluation]
+    scores = _scores(records, trainer, network, step, stop)
+    if scores is None:
+        return None
+    if values := _metrics_of(inputs.config, scores, "eval/held_out_"):
+        trainer.tracker.log(step, values)
+    return scores.loss
+
+
+def warn_if_worse(backend: Backend, before: float | None, after: float | None) -> None:
+    """Say on the console, which is private, that the loss on held-out users rose."""
+    if backend.is_main and before is not None and after is not None and not after <= before:
+        say(
+            f"[yellow]warning[/]: the loss on held-out users rose from {before:.4f} to {after:.4f} (private). Try a "
+            "smaller training.learning_rate, or a larger batch. data.evaluation would measure it on public rows"
+        )
+
+
+def check_possible(inputs: Inputs, network: Network, start_step: int) -> None:
+    """Raise unless data.evaluation can be measured, and a resumed run be compared with what it was; on rank 0 alone.
+
+    Raises:
+        ConfigError: if no row of it predicts a token.
+        DamagedFile: if that measurement is missing or damaged.
+        PlanMismatch: if it was made on other records.
+    """
+    if not inputs.evaluation:
+        return
+    if not any(record.num_targets for record in network.encoder.encode(inputs.evaluation).records):
+        raise ConfigError([Fault("data.evaluation", "no row of it predicts a token")])
+    if start_step:
+        _read_before(inputs)
+
+
+def _scores(records: Sequence[str], trainer: Trainer, network: Network, step: int, stop: StopRequest) -> Scores | None:
+    encoded = network.encoder.encode(records)
+    return evaluate(
+        network.model,
+        encoded.records,
+        trainer.backend,
+        objective=network.objective,
+        packer=network.packer,
+        autocast=network.autocast,
+        between_batches=lambda: stop.leave_if_agreed(trainer.backend, f"evaluating after step {step}"),
+    )
+
+
+def _metrics_of(config: Config, scores: Scores, prefix: str) -> dict[str, float]:
+    """Return what is logged of a measurement; nothing if it is not finite."""
+    if not math.isfinite(perplexity(scores.loss)):
+        return {}
+    if config.data.is_classification:
+        return {f"{prefix}loss": scores.loss, f"{prefix}accuracy": scores.accuracy}
+    return {f"{prefix}loss": scores.loss, f"{prefix}perplexity": perplexity(scores.loss)}
+
+
+def _keep_before(inputs: Inputs, scores: Scores) -> None:
+    """Write down the measurement before the first step: a resumed job compares with it."""
+    body = {
+        "schema": _SCHEMA,
+        "records_sha256": _digest(inputs.evaluation),
+        "losses": [value if math.isfinite(value) else None for value in scores.losses.tolist()],
+        "num_targets": scores.num_targets.tolist(),
+        "num_correct": scores.num_correct,
+    }
+    write_json(inputs.run.evaluation_before, body, mode=0o600)
+
+
+def _read_before(inputs: Inputs) -> Scores:
+    """Return the measurement before the first step.
+
+    Raises:
+        DamagedFile, PlanMismatch: see :func:`check_possible`.
+    """
+    found = reading.read_json(inputs.run.evaluation_before, schema=_SCHEMA, remedy="restore it from a backup")
+    if found["records_sha256"] != _digest(inputs.evaluation):
+        raise PlanMismatch(f"{inputs.run.root} was begun with other records in data.evaluation; restore them")
+    losses = [math.nan if value is None else value for value in found["losses"]]
+    return Scores(np.asarray(losses), np.asarray(found["num_targets"]), found["num_correct"])
+
+
+def _compare(inputs: Inputs, before: Scores, after: Scores) -> dict[str, float]:
+    """Say what training did to the loss, and return it for release.
+
+    Raises:
+        WorseThanBase: if it is significantly worse and ``release.if_worse`` is ``refuse``.
+    """
+    config = inputs.config
+    rise, low, high = difference(before, after)
+    name = "label" if config.data.is_classification else "token"
+    shown = f"loss per {name} on data.evaluation: {before.loss:.4f} before, {after.loss:.4f} after training"
+    say(f"{shown} ({rise:+.4f}, 95 % interval {low:+.4f} to {high:+.4f})")
+    if low > 0 or not math.isfinite(after.loss):
+        _handle_worse(inputs, f"the model is worse than its base: {shown}")
+    numbers = {"eval/loss_difference": rise, "eval/loss_difference_low": low, "eval/loss_difference_high": high}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
+def _handle_worse(inputs: Inputs, problem: str) -> None:
+    if inputs.config.release.if_worse == "refuse":
+        raise WorseThanBase(
+            f"{problem}. Nothing is released, and ε is spent all the same. To release it as it is, set "
+            "release.if_worse: warn and start the same command again"
+        )
+    say(f"[yellow]warning[/]: {problem}. Try a smaller training.learning_rate, or a larger batch")
+
+
+def _digest(records: tuple[str, ...]) -> str:
+    content = json.dumps(records, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""``privtrain from``: every key of another stack is translated, left out for a reason, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from privtrain.commands.stacks import axolotl, llamafactory, rules, trl
+from privtrain.commands.stacks.translate import check_translation, translate, write_translation
+from privtrain.config import load_config
+from privtrain.config.schema import Config
+from privtrain.errors import ConfigError
+from privtrain.files import strict_yaml
+from tests.privtrain.foreign_configurations import CONFIGURATIONS
+
+
+def test_there_are_twenty_configurations():
+    assert len(CONFIGURATIONS) == 20
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_is_translated_or_refused_key_by_key(name, tmp_path):
+    stack, text, expected, refused = CONFIGURATIONS[name]
+    foreign = strict_yaml.parse(text).value
+    found = translate(stack, foreign, num_users=5000, user_column="author")  # pyright: ignore[reportArgumentType]
+    assert set(found.refused) == refused
+    assert all(found.refused.values())
+    for key in foreign:
+        assert (key in found.translated) + (key in found.left_out) + (key in found.refused) == 1, key
+    for dotted, value in expected.items():
+        section, key = dotted.split(".")
+        assert found.tree[section][key] == value, dotted
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    output = tmp_path / "ours.yaml"
+    if refused:
+        with pytest.raises(ConfigError) as caught:
+            write_translation(stack, path, output)  # pyright: ignore[reportArgumentType]
+        assert refused <= {fault.path for fault in caught.value.faults}
+        assert not output.exists()
+    else:
+        check_translation(found)
+        write_translation(stack, path, output, num_users=5000, user_column="author")  # pyright: ignore[reportArgumentType]
+        if "data.source" in found.needs:  # names of another file
+            return
+        config = load_config(output)
+        assert config.data.user_column == "author"
+        assert config.data.source.kind == found.tree["data"]["source"]["kind"]
+
+
+def test_what_the_plan_still_needs_is_said_and_a_start_without_it_refused(tmp_path, capsys):
+    stack, text, _, _ = CONFIGURATIONS["axolotl qlora"]
+    (tmp_path / "theirs.yml").write_text(text)
+    write_translation(stack, tmp_path / "theirs.yml", tmp_path / "ours.yaml")  # pyright: ignore[reportArgumentType]
+    shown = capsys.readouterr().out
+    for key in ("data.user_column", "privacy.target_epsilon", "privacy.sampling_prob", "privacy.num_steps"):
+        assert f"needed {key}" in shown
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "ours.yaml")
+    assert "privacy" in str(caught.value)
+
+
+def test_a_refused_key_can_be_left_out_knowingly(tmp_path):
+    stack, text, _, refused = CONFIGURATIONS["trl neftune"]
+    foreign = strict_yaml.parse(text).value
+    found = translate(stack, foreign, without=sorted(refused))  # pyright: ignore[reportArgumentType]
+    assert not found.refused
+    assert refused <= set(found.left_out)
+
+
+def test_a_refusal_names_the_line_and_a_near_key(tmp_path):
+    (tmp_path / "t.yaml").write_text(CONFIGURATIONS["trl unknown"][1])
+    with pytest.raises(ConfigError, match=r"line 4: learning_rte: is not known here; is it learning_rate\?"):
+        write_translation("trl", tmp_path / "t.yaml", tmp_path / "o.yaml")
+
+
+@pytest.mark.parametrize("module", [trl, axolotl, llamafactory])
+def test_rules_name_keys_that_exist(module):
+    """Mutant-proof: a rule that gives a value to a key that we do not have is seen, whatever configuration is tried."""
+    known = {
+        f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields
+    } | {"warmup_ratio", "beta1", "beta2"}
+    for key, rule in (*module.RULES.items(), *rules.PREFIXES.items()):
+        for value in (True, False, 1, 4, 8, 0.1, "lora", "cosine", "sft", "none", [], {}, ["a"]):
+            try:
+                outcome = rule(value, {})
+            except (TypeError, ValueError, AttributeError):  # not a value of this key
+                continue
+            assert set(outcome.values) <= known, key
+            assert set(outcome.needs) <= known, key
+
+
+def test_mutant_a_key_without_a_rule_is_lost_unless_it_is_refused(monkeypatch):
+    """Plant: an unknown key is left out in silence."""
+    stack, text, _, _ = CONFIGURATIONS["trl unknown"]
+    monkeypatch.setattr(rules, "refused", lambda reason: rules.Outcome(reason=reason))
+    found = translate(stack, yaml.safe_load(text))  # pyright: ignore[reportArgumentType]
+    assert "learning_rte" not in found.refused
