@@ -47,8 +47,10 @@ _EXIT_REQUEUE = 75
 _WARNINGS = {
     Settled.BESIDE: "another copy of this run holds its reservation or settled it; this release is charged in full "
     "beside it",
-    Settled.UNKNOWN: "this run holds no reservation in the registry: it was trained without it, or with another one, "
-    "and is charged to none of its budgets",
+    Settled.LATE: "this run held no reservation in the registry (it was trained without it or with another one, or the "
+    "registry was restored from a backup); it is charged in full now, whatever was left of the budget",
+    Settled.UNKNOWN: "this run holds no reservation in the registry, which does not know its data set by this unit or "
+    "does not account for its sampling; it is charged to none of its budgets",
 }
 
 
@@ -98,6 +100,7 @@ class BudgetReservation:
         self._uid = uid
         self._claims = claims
         self.lost: GuaranteeLost | LedgerCorrupt | None = None
+        self._knows_ledger = False
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
@@ -184,7 +187,13 @@ class BudgetReservation:
             if so_far is not None and self._registry.is_settled(self._uid, so_far.head):
                 return
             shown = evidence_of_release(run, inputs.fingerprint, inputs.plan)
-            outcome = self._registry.settle(self._uid, shown, contributions=self._contributions(), claims=self._claims)
+            outcome = self._registry.settle(
+                self._uid,
+                shown,
+                contributions=self._contributions(),
+                claims=self._claims,
+                request=_request_if_any(inputs, self._uid),
+            )
         except (ClockRefused, RegistryUnreachable) as error:
             # The release stands and is charged in full; the same command settles it.
             say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
@@ -214,22 +223,27 @@ class BudgetReservation:
         Raises:
             GuaranteeLost: if it was closed, another copy of the run directory claimed it, or the ledger was replaced.
             LedgerCorrupt: if the ledger does not verify.
+            RegistryUnreachable: if it does not answer and never heard which ledger the run has: then any would end it.
         """
         if self._reservation is None:
             return
-        with contextlib.suppress(RegistryUnreachable):  # an expired reservation counts in full all the same
-            try:
-                shown = evidence_so_far(self._inputs.run)
-                self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1], shown)
-            except (GuaranteeLost, LedgerCorrupt) as error:
-                self.lost = error
-                raise
+        try:
+            shown = evidence_so_far(self._inputs.run)
+            self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1], shown)
+            self._knows_ledger = shown is not None
+        except (GuaranteeLost, LedgerCorrupt) as error:
+            self.lost = error
+            raise
+        except RegistryUnreachable:
+            if not self._knows_ledger:
+                raise  # later an expired reservation counts in full all the same
 
     def _heartbeat_loop(self, ended: threading.Event, stop: StopRequest) -> None:
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
         while not ended.wait(interval):
             try:
-                self.check()
+                with contextlib.suppress(RegistryUnreachable):
+                    self.check()
             except (GuaranteeLost, LedgerCorrupt):
                 stop.ask("the run's reservation or its ledger is gone")
                 return
@@ -306,6 +320,14 @@ def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
         earlier_claims=_read_claims(inputs.run),
         has_split=inputs.run.manifest.exists(),
     )
+
+
+def _request_if_any(inputs: Inputs, uid: str) -> RunRequest | None:
+    """Return what a released run would have asked for; ``None`` if no budget can be asked for such a run."""
+    try:
+        return dataclasses.replace(_request(inputs, uid, ""), claim=None)
+    except PrivtrainError:
+        return None
 
 
 def _settings(plan: PrivacyPlan) -> Settings:

@@ -122,6 +122,10 @@ def _load(
     except LOADING_FAILURES as error:
         raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
 
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            [Fault("model", f"{location.path} is an adapter, or holds one; merge it first: privtrain export --merge")]
+        )
     base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
     # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:

@@ -155,6 +155,35 @@ def show_clock(
     typer.echo(f"{database.shown}: {clock.describe(seconds)}")
 
 
+@app.command("restored")
+def restored(
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Go on with the registry as it is; what is missing is not charged.")
+    ] = False,
+    registry: Url = None,
+) -> None:
+    """Show whether the registry is older than this machine knows it; go on with one that was restored from a backup."""
+    from privtrain.registry.database import Database, default_url
+    from privtrain.registry.seen import describe, extent_of
+
+    database = Database(registry or default_url(), retry_seconds=10.0, read_only=not confirm)
+    database.check_form()
+    known = database.seen.known()
+    found = database.read(extent_of)
+    missing = database.seen.missing(known, found)
+    if not missing:
+        typer.echo(f"{database.shown} is as new as this machine knows it")
+    elif not confirm:
+        typer.echo(f"{database.shown}: {describe(missing)} are missing; to go on all the same: --confirm")
+    else:
+        database.seen.accept(found)
+        typer.echo(
+            f"{database.shown}: going on without {describe(missing)}. Set budgets and opt users out again where that "
+            "was done since the backup, and start the training command of every run since again: one that is released "
+            "is charged, one that is not reserves anew"
+        )
+
+
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; a token is asked for unless it is loopback.")] = (
         "127.0.0.1"

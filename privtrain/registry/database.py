@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.files.atomic import sync_directory, temporary_of
 from privtrain.files.private import check_database_file, locked_file, make_missing
 from privtrain.privacy.secret import KEY_BYTES, SecretKey, load_key_file
+from privtrain.registry.seen import Extent, SeenFile, extent_of
 from privtrain.registry.tables import Meta
 
 URL_VARIABLE = "PRIVTRAIN_REGISTRY"
@@ -59,6 +61,14 @@ def default_url() -> str:
     return f"sqlite:///{_data_directory() / 'registry.db'}"
 
 
+def seen_path(url: sa.URL) -> pathlib.Path:
+    """Return where this machine keeps how far it saw the registry: beside the key, unless that was named."""
+    if KEY_VARIABLE in os.environ:
+        return _data_directory() / "registries.seen"
+    path = key_path(url)
+    return path.with_name(f"{path.name}.seen")
+
+
 def key_path(url: sa.URL) -> pathlib.Path:
     """Return the key file: ``PRIVTRAIN_REGISTRY_KEY``, else beside the SQLite file or in the data directory.
 
@@ -92,6 +102,7 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         self._key: SecretKey | None = None
         self._is_key_checked = False
+        self.seen = SeenFile(seen_path(self.url), self.shown)
 
     @property
     def shown(self) -> str:
@@ -103,8 +114,18 @@ class Database:
 
         Raises:
             PrivtrainError: if the database holds another schema, or none, or its file is open to other users.
+            GuaranteeLost: if it is older than this machine knows it, or a file that was used is gone.
             RegistryUnreachable: if no server answers.
         """
+        self.check_form()
+        known = self.seen.known()
+        found = self.read(extent_of)
+        self.seen.check(known, found)
+        if not self._read_only:
+            self.seen.note(found)
+
+    def check_form(self) -> None:
+        """:meth:`prepare`, but for whether the registry is older than it was."""
         if self._file is not None and not self._file.exists():
             if self._read_only:
                 raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")
@@ -124,21 +145,27 @@ class Database:
         """Bring the schema to this version; on an empty database, make it. Whole or not at all."""
         if self._file is None:
             self._ensure_key()
-            self.write(self._migrate)
+            self._retry(self._migrate, write=True)
             return
         make_missing(self._file.parent)
         with locked_file(self._file.with_name(f".{self._file.name}.lock")):
-            self._ensure_key()
             if self._file.exists():
-                self.write(self._migrate)
+                self._ensure_key()
+                self._retry(self._migrate, write=True)
                 return
+            if KEY_VARIABLE not in os.environ and self.seen.known():
+                raise GuaranteeLost(
+                    f"the registry {self._file} is gone, and with it what was spent; restore it. If it is lost: remove "
+                    f"{self.seen.path} and begin a new one, which knows of no run before"
+                )
+            self._ensure_key()
             # A whole database appears under the name, or none.
             temporary = temporary_of(self._file)
             temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with contextlib.closing(Database(f"sqlite:///{temporary}")) as fresh:
                 fresh._key = self.key(check=False)
-                fresh.write(fresh._migrate)
+                fresh._retry(fresh._migrate, write=True)
             os.replace(temporary, self._file)
             sync_directory(self._file.parent)
 
@@ -181,8 +208,19 @@ class Database:
 
         A connection may break after the server committed and before it said so, so ``work`` must do nothing the second
         time.
+
+        Raises:
+            GuaranteeLost: if the registry is older than this machine knows it; nothing is changed then.
         """
-        return self._retry(work, write=True)
+
+        def guarded(connection: sa.Connection) -> tuple[T, Extent]:
+            known = self.seen.known()  # before the database is looked at, which others go on changing
+            self.seen.check(known, extent_of(connection))
+            return work(connection), extent_of(connection)
+
+        result, found = self._retry(guarded, write=True)
+        self.seen.note(found)
+        return result
 
     def close(self) -> None:
         """Forget all connections."""
@@ -253,7 +291,7 @@ class Database:
         command.upgrade(_alembic_config(connection), "head")
         if connection.execute(sa.select(sa.func.count()).select_from(Meta)).scalar_one() == 0:
             check = _key_check(self.key(check=False))
-            connection.execute(sa.insert(Meta).values(id=1, key_check=check, num_opt_outs=0))
+            connection.execute(sa.insert(Meta).values(id=1, key_check=check, uid=secrets.token_hex(16), num_opt_outs=0))
 
 
 def _schema_revision(connection: sa.Connection) -> str | None:

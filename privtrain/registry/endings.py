@@ -38,7 +38,7 @@ def closed_by(connection: sa.Connection, row: Any) -> str:
 
 def beside(connection: sa.Connection, row: Any, now: float) -> Any:
     """Insert a closed copy of a reservation for an extra release; it is already public, so no budget is checked."""
-    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "claim": None}
+    values = {"id": uuid.uuid4().hex, "state": "closed", "created_at": now, "seen_at": now, "claim": None}
     values = row._asdict() | values
     connection.execute(sa.insert(ReservationRow).values(**values))
     return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == values["id"])).one()
@@ -66,7 +66,7 @@ def add_contributions(connection: sa.Connection, run_id: int, added: Mapping[str
 
 def close(connection: sa.Connection, row: Any, kind: str, charged: int, ledger_head: str, now: float) -> int:
     """Close a reservation at ``charged`` repetitions, write its settlement and return ``charged``."""
-    now = max(now, row.created_at)  # no period of a budget ends early because a server's clock was set back
+    now = max(now, row.created_at, row.seen_at)  # no period ends early because a server's clock was set back
     epsilon = evidence.epsilon_of(connection, row, charged)
     values = {"state": "closed", "num_charged": charged, "epsilon": epsilon, "closed_at": now}
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))

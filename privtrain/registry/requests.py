@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import dp_accounting
 
+from privtrain.errors import PrivtrainError
 from privtrain.registry.spending import Settings
 
 SCOPES = ("user", "dataset")
@@ -29,6 +31,9 @@ class RunRequest:
         claim: a new number that proves from now on that a job holds the reservation; ``None`` for none.
         earlier_claims: the numbers one of which an existing reservation must have.
         has_split: whether the run's users are split: then it keeps the do-not-train list of its last reservation.
+
+    Raises:
+        PrivtrainError: if a number is none that a guarantee or a lease can have.
     """
 
     uid: str
@@ -47,6 +52,20 @@ class RunRequest:
     claim: str | None = None
     earlier_claims: tuple[str, ...] = ()
     has_split: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "epsilon": not 0 <= self.epsilon < math.inf,
+            "delta": not 0 < self.delta < 1,
+            "num_steps": self.num_steps < 0,
+            "lease_seconds": not 0 < self.lease_seconds < math.inf,
+        }
+        faults = [f"{name} {getattr(self, name)}" for name, is_wrong in wrong.items() if is_wrong]
+        if faults:
+            raise PrivtrainError(
+                f"the run {self.name!r} asks for budget with {', '.join(faults)}: ε must be finite and at least 0, δ "
+                "in (0, 1), steps at least 0, the lease positive"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

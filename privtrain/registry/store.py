@@ -47,12 +47,14 @@ class Settled(enum.Enum):
     """The outcome of a settlement.
 
     ``OWN``: charged on the run's reservation; ``BESIDE``: it had none left and was charged in full beside another;
-    ``ALREADY``: it was settled before; ``UNKNOWN``: the run never reserved here, and is charged nowhere.
+    ``ALREADY``: it was settled before; ``LATE``: the registry did not know the run, and charged it now;
+    ``UNKNOWN``: it does not know the run or its data set, which is charged nowhere.
     """
 
     OWN = "own"
     BESIDE = "beside"
     ALREADY = "already"
+    LATE = "late"
     UNKNOWN = "unknown"
 
 
@@ -111,11 +113,10 @@ class Registry:
             PrivtrainError: if a value is out of range, or differs from what the data set was made with, or the unit
                 from that of the population's other data sets.
         """
-        if not 0 < epsilon < float("inf") or not 0 < delta < 1 or (period_seconds is not None and period_seconds <= 0):
+        if not 0 < epsilon < float("inf") or not 0 < delta < 1 or not _is_period(period_seconds):
             raise PrivtrainError(
-                f"given ε {epsilon:g}, δ {delta:g}, period {period_seconds}: "
-                "ε must be positive and finite, δ in (0, 1), "
-                "the period positive"
+                f"given ε {epsilon:g}, δ {delta:g}, period {period_seconds}: ε must be positive and finite, δ in "
+                "(0, 1), the period none or finite and at least one hour, which clocks are compared to"
             )
         if scope not in SCOPES:
             raise PrivtrainError(f"given --per {scope}; it is one of {', '.join(SCOPES)}")
@@ -157,7 +158,7 @@ class Registry:
         """
         if request.relation != "add_or_remove_one":
             raise PrivtrainError(f"budgets are for add_or_remove_one, the run's relation is {request.relation}")
-        manifest = self.database.key().derive("dataset-manifest", request.manifest_sha256).hex()
+        manifest = self._manifest(request)
         part = spending.part_of(request.event)
         for _ in range(_MAX_RACES):
             if self.database.read(lambda c: _holds(c, request.uid)):
@@ -205,7 +206,8 @@ class Registry:
             if shown is not None:
                 evidence.note(connection, row, shown)
             # A sign of life is never refused; a clock that is not believed makes the lease no longer than a right one.
-            values = {"state": "open", "lease_until": clock.estimate(connection) + lease_seconds}
+            now = clock.estimate(connection)
+            values = {"state": "open", "lease_until": now + lease_seconds, "seen_at": max(now, row.seen_at)}
             connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
             return True
 
@@ -231,18 +233,22 @@ class Registry:
         *,
         contributions: Mapping[str, tuple[int, int]],
         claims: Collection[str] = (),
+        request: RunRequest | None = None,
     ) -> Settled:
         """Charge a finished run what its ledger shows, and keep what each user contributed.
 
         ε is computed from the event that was reserved. A reservation that has expired and was not renewed stays charged
         in full, and so does one that was closed by hand, from now on. Does nothing if the release with this ledger is
-        settled. One with another ledger, of a copy of the run directory, is charged in full beside the first.
+        settled. One with another ledger, of a copy of the run directory, is charged in full beside the first. A run
+        that the registry does not know, as after it was restored from a backup, is charged in full too, whatever is
+        left of the budget: it is released.
 
         Args:
             uid: the run.
             shown: what the run's verified ledger shows.
             contributions: pseudonym (of this registry) → steps, records; out of the ledger's verified bodies.
             claims: with one of which the run directory claimed the reservation.
+            request: what the run would have asked for, should the registry not know it; without, it is charged nowhere.
 
         Raises:
             GuaranteeLost: if the ledger shows more steps than were reserved, or is not the run's, or an older one.
@@ -254,7 +260,13 @@ class Registry:
             endings.expire(connection, now)
             rows = endings.reservations_of(connection, uid)
             if not rows:
-                return Settled.UNKNOWN
+                row = None if request is None else self._record(connection, request, now)
+                if row is None:
+                    return Settled.UNKNOWN
+                endings.outdate(connection, row.dataset_id)
+                endings.close(connection, row, "settle", endings.charge_in_full(row, shown.num_steps), shown.head, now)
+                endings.add_contributions(connection, row.run_id, contributions)
+                return Settled.LATE
             if shown.head in endings.settled_heads(connection, rows):
                 return Settled.ALREADY
             row = rows[-1]
@@ -277,6 +289,18 @@ class Registry:
 
         self._warm_up(uid, shown.num_steps)
         return self.database.write(work)
+
+    def _record(self, connection: sa.Connection, request: RunRequest, now: float) -> Any:
+        """Write a reservation for a run that is released; ``None`` if its data set is not known by that unit."""
+        dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
+        if dataset is None or dataset.unit != request.unit or request.relation != "add_or_remove_one":
+            return None
+        part, manifest = spending.part_of(request.event), self._manifest(request)
+        made = _write_reservation(connection, dataset.id, request, part, manifest, now)
+        return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == made.id)).one()
+
+    def _manifest(self, request: RunRequest) -> str:
+        return self.database.key().derive("dataset-manifest", request.manifest_sha256).hex()
 
     def is_settled(self, uid: str, ledger_head: str) -> bool:
         """Return whether the release with this ledger is settled."""
@@ -357,6 +381,10 @@ class Registry:
             connection.execute(sa.insert(OptOut).values(number=number, user_pseudonym=user_pseudonym, created_at=now))
 
         self.database.write(work)
+
+
+def _is_period(seconds: float | None) -> bool:
+    return seconds is None or clock.LEAST_SILENCE_SECONDS <= seconds < float("inf")
 
 
 def charges(
@@ -471,9 +499,15 @@ def _insert(
     endings.expire(connection, now)
     if _holds(connection, request.uid):
         return None  # another process of this run came between the first look and the snapshot
-    _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=snapshot.dataset_id, created_at=now)
+    return _write_reservation(connection, snapshot.dataset_id, request, part, manifest, now)
+
+
+def _write_reservation(
+    connection: sa.Connection, dataset_id: int, request: RunRequest, part: Part, manifest: str, now: float
+) -> Reservation:
+    _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=dataset_id, created_at=now)
     # Again: another data set may have taken these records since the snapshot, and its population's version is another.
-    _check_name(connection, snapshot.dataset_id, request.dataset, manifest)
+    _check_name(connection, dataset_id, request.dataset, manifest)
     stored = None if part.divergences is None else np.asarray(part.divergences, dtype="<f8").tobytes()
     digest = spending.event_digest(part.text)
     _insert_missing(connection, Mechanism, digest=digest, event=part.text, divergences=stored)
@@ -504,7 +538,7 @@ def _insert(
         sa.insert(ReservationRow).values(
             id=reservation_id,
             run_id=run_id,
-            dataset_id=snapshot.dataset_id,
+            dataset_id=dataset_id,
             mechanism_id=mechanism_id,
             state="open",
             num_reserved=part.count,
@@ -514,6 +548,7 @@ def _insert(
             num_opt_outs=num_opt_outs,
             created_at=now,
             lease_until=now + request.lease_seconds,
+            seen_at=now,
             claim=request.claim,
         )
     )
@@ -535,6 +570,7 @@ def _take_over(connection: sa.Connection, request: RunRequest, part: Part, manif
     _check_same_run(connection, row.run_id, request, manifest)
     _check_same_charge(connection, row, request, part)
     values = {"state": "open", "lease_until": now + request.lease_seconds, "claim": request.claim}
+    values["seen_at"] = max(now, row.seen_at)
     connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
     return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
 

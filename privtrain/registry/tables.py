@@ -26,12 +26,14 @@ class Base(DeclarativeBase):
 class Meta(Base):
     """A single row: a check value of the pseudonym key, and the number of users who have opted out.
 
+    ``uid``: drawn when the registry is made; a copy has the same (:mod:`.seen`).
     ``newest_at``: the newest time at which a registry on SQLite was used (:mod:`.clock`).
     """
 
     __tablename__ = "meta"
     id: Mapped[int] = mapped_column(primary_key=True)
     key_check: Mapped[str]
+    uid: Mapped[str]
     num_opt_outs: Mapped[int]
     newest_at: Mapped[float | None] = mapped_column(sa.Double)
 
@@ -113,6 +115,7 @@ class ReservationRow(Base):
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.
     ``claim`` is a number that only the run directory knows that holds the reservation, a new one at every start.
     ``ledger_key`` commits to the key of the run's ledger, and ``num_begun`` steps were in it when it was last seen.
+    ``seen_at`` is the newest time of a sign of life: whatever the clock says later, the run ended no earlier.
     """
 
     __tablename__ = "reservations"
@@ -128,6 +131,7 @@ class ReservationRow(Base):
     num_opt_outs: Mapped[int]
     created_at: Mapped[float] = mapped_column(sa.Double)
     lease_until: Mapped[float] = mapped_column(sa.Double)
+    seen_at: Mapped[float] = mapped_column(sa.Double, default=0.0, server_default="0")
     closed_at: Mapped[float | None] = mapped_column(sa.Double)
     claim: Mapped[str | None]
     ledger_key: Mapped[str | None]

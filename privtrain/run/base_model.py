@@ -11,13 +11,15 @@ from typing import Any
 from privtrain.config.schema import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.bundle import sha256_of
-from privtrain.run.weight_files import WEIGHT_SUFFIXES, weight_file_faults
+from privtrain.run.weight_files import weight_file_faults, weights_read
 
-_NO_BASE_WEIGHTS = ("adapter_model", "training_args", "optimizer")
-
-#: What else changes what is computed: configurations, tokenizers, templates, code.
-_DESCRIPTION_SUFFIXES = (".json", ".model", "vocab.txt", "merges.txt", ".jinja", ".py")
+#: Everything beside the weights counts (configurations, tokenizers of any form, templates, code) but what nobody loads.
+_NOT_LOADED = (
+    *(".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".sig"),
+    *(".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".pyc"),
+)
 _NO_PART = ("release.json", "export.json", "privacy.json")
+_LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +91,22 @@ def base_digests(model: ModelSection) -> dict[str, str]:
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:
-    """Return the same for a directory; see :func:`base_digests`."""
+    """Return the same for a directory; see :func:`base_digests`.
+
+    Raises:
+        ConfigError: if an index of weights names parts that lie elsewhere, or that are not there.
+    """
     if gguf_file is not None:
         return {gguf_file: sha256_of(directory / gguf_file)}
-    names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    weights = next(
-        (
-            own
-            for suffix in WEIGHT_SUFFIXES
-            if (own := [name for name in names if name.endswith(suffix) and not name.startswith(_NO_BASE_WEIGHTS)])
-        ),
-        [],
-    )
-    described = [name for name in names if name.endswith(_DESCRIPTION_SUFFIXES) and name not in _NO_PART]
-    return {name: sha256_of(directory / name) for name in sorted({*weights, *described})}
+    weights, faults = weights_read(directory)
+    if faults:
+        raise ConfigError([Fault("model", fault) for fault in faults])
+    names = {path.name for path in weights}
+    for path in directory.iterdir():
+        is_loaded = not path.name.endswith(_NOT_LOADED) and path.name not in _NO_PART
+        if is_loaded and not path.name.lower().startswith((".", *_LEGAL)) and path.is_file():
+            names.add(path.name)
+    return {name: sha256_of(directory / name) for name in sorted(names)}
 
 
 def _cached_directory(location: ModelLocation) -> pathlib.Path | None:

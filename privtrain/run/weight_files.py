@@ -12,6 +12,7 @@ from privtrain.files import reading
 _LFS = b"version https://git-lfs.github.com/spec/"
 #: Formats of weights, the one that transformers loads first.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+ADAPTER_CONFIG = "adapter_config.json"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 #: The safetensors format: 8 bytes of length, so many of JSON, then the tensors without a gap.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000
@@ -31,12 +32,17 @@ def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) ->
         paths = sorted(path for path in directory.iterdir() if path.suffix in _DESCRIPTIONS and path.is_file())
     faults = [f"{path} {problem}" for path in paths if (problem := _problem(path))]
     if gguf_file is None and not faults:
-        weights, faults = _weights_read(directory)
+        weights, faults = weights_read(directory)
         faults += [f"{path} {problem}" for path in weights if (problem := _problem(path))]
+        if (directory / ADAPTER_CONFIG).exists():
+            faults.append(
+                f"{directory / ADAPTER_CONFIG} makes transformers load an adapter on the model, or another model; "
+                "merge it first (privtrain export --merge), or remove it"
+            )
     return faults
 
 
-def _weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     """Return the weight files that transformers opens, in its order of preference, and faults of their index.
 
     Others may be what they like: a clone without large files keeps pointers in the place of formats that nobody reads.
@@ -88,9 +94,12 @@ def _parts(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     try:
         # The hub's cache keeps every file as a link.
         content = reading.read_bytes(index, follow_links=True)
-        parts = [index.parent / str(name) for name in reading.parse_json(content, index)["weight_map"].values()]
+        names = sorted({str(name) for name in reading.parse_json(content, index)["weight_map"].values()})
     except (PrivtrainError, KeyError, AttributeError) as error:
         return [], [f"{index} is not an index of weights ({type(error).__name__})"]
-    parts = sorted(set(parts))
+    elsewhere = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0")]
+    if elsewhere:
+        return [], [f"{index} names parts outside of its directory ({elsewhere[0]!r}); put them beside it"]
+    parts = [index.parent / name for name in names]
     missing = [f"{index} names {part.name}, which is not there" for part in parts if not part.is_file()]
     return ([], missing) if missing else (parts, [])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from attacks.scoring.documents import tokens_of
 from attacks.scoring.variants import Variants, recall_prefix, rewrite
@@ -25,7 +27,8 @@ from privtrain.models.load import load_base, load_classifier, load_tokenizer
 from privtrain.models.losses import Classification
 from privtrain.models.trainable import add_lora
 from privtrain.models.weights import BaseSource
-from privtrain.run.base_model import check_model
+from privtrain.run import base_model
+from privtrain.run.base_model import check_model, digests_in
 from tests.privtrain.bases import change_config, change_weights, save_base, save_tokenizer
 
 
@@ -341,3 +344,84 @@ def test_a_base_in_parts_has_the_side_files_of_a_whole_one(base, tmp_path):
     assert written["whole"] == written["empty"]
     assert written["whole"]["config.json"]["use_cache"] is True
     assert {k: written["whole"]["generation_config.json"][k] for k in settings_of} == settings_of
+
+
+def put_in_one_part(base: pathlib.Path, part: str) -> None:
+    """Keep the weights as one part of an index, wherever its name leads."""
+    (base / part).parent.mkdir(exist_ok=True)
+    (base / "model.safetensors").rename(base / part)
+    index = {"weight_map": {name: part for name in load_file(base / part)}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("part", ["../elsewhere.safetensors", "below/part.safetensors", "./part.safetensors", ".."])
+def test_parts_that_lie_elsewhere_are_refused(base, part):
+    """Their content is in no digest, so another model could be put there."""
+    if part == "..":
+        (base / "model.safetensors").unlink()
+        (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}')
+    else:
+        put_in_one_part(base, part)
+    (fault,) = check_model(ModelSection(name_or_path=str(base)))
+    assert "outside of its directory" in fault.problem
+    with pytest.raises(ConfigError, match="outside of its directory"):
+        digests_in(base)
+
+
+def test_parts_in_their_place_are_bound(base):
+    put_in_one_part(base, "part.safetensors")
+    assert check_model(ModelSection(name_or_path=str(base))) == []
+    before = digests_in(base)
+    (base / "part.safetensors").write_bytes(b"another")
+    assert digests_in(base)["part.safetensors"] != before["part.safetensors"]
+
+
+def test_without_its_check_other_weights_have_the_same_digests(base, monkeypatch):
+    """The mutant: an index is followed wherever it leads."""
+    put_in_one_part(base, "../elsewhere.safetensors")
+    monkeypatch.setattr(base_model, "weights_read", lambda _: ([], []))
+    before = digests_in(base)
+    (base.parent / "elsewhere.safetensors").write_bytes(b"another")
+    assert digests_in(base) == before
+
+
+def test_a_base_that_holds_an_adapter_is_refused(base, tmp_path):
+    """transformers would load it, or the base that it names, in silence."""
+    peft = pytest.importorskip("peft")
+    network = load_base(ModelSection(name_or_path=str(base)))
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(network, settings).save_pretrained(tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, base / name)
+    (fault,) = check_model(ModelSection(name_or_path=str(base)))
+    assert "privtrain export --merge" in fault.problem
+    with pytest.raises(ConfigError, match="privtrain export --merge"):
+        load_base(ModelSection(name_or_path=str(base)))
+
+
+def test_digests_are_of_the_weights_that_are_loaded(base):
+    """A stray file of a better format is not what transformers opens."""
+    network = load_base(ModelSection(name_or_path=str(base)))
+    torch.save(network.state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").rename(base / "stray.safetensors")
+    before = digests_in(base)
+    assert "stray.safetensors" not in before
+    with open(base / "pytorch_model.bin", "ab") as file:
+        file.write(b"x")
+    assert digests_in(base)["pytorch_model.bin"] != before["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    "name", ["bpe.codes", "source.spm", "dict.txt", "qwen.tiktoken", "vocab", "chat_template.jinja", "modeling.py"]
+)
+def test_whatever_a_tokenizer_may_read_is_bound(base, name):
+    assert name not in digests_in(base)
+    (base / name).write_text("x")
+    assert name in digests_in(base)
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE.txt", "NOTICE", "flax_model.msgpack", "a.onnx", "release.json"])
+def test_what_nobody_loads_may_come_and_go(base, name):
+    before = digests_in(base)
+    (base / name).write_text("x")
+    assert digests_in(base) == before

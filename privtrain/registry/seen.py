@@ -1,0 +1,145 @@
+"""How far this machine has seen a registry: one that is an older copy is refused.
+
+A database that was restored from a backup has forgotten what was reserved since, and of two copies each lets the last
+of a budget be spent. So every machine keeps, beside the key and outside the database, how many changes it saw: numbers
+that only grow. A registry that shows fewer is older than it was. Nothing is reserved or settled in it until a person
+has said how to go on (``privtrain registry restored``).
+
+Not seen: a machine that never used the newer one, and a copy of the directory with key and this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import sqlalchemy as sa
+
+from privtrain.errors import DamagedFile, GuaranteeLost, PrivtrainError
+from privtrain.files import reading
+from privtrain.files.atomic import write_json
+from privtrain.files.private import locked_file, make_missing
+from privtrain.registry.tables import Meta, Population, Settlement
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Numbers of a registry that only grow.
+
+    Attributes:
+        uid: which registry it is, or of which it is a copy.
+        num_charges: changes of what is reserved, charged or allowed.
+        last_settlement: the newest settlement's id.
+        num_opt_outs: users on the do-not-train list.
+    """
+
+    uid: str
+    num_charges: int
+    last_settlement: int
+    num_opt_outs: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers alone."""
+        counts = dataclasses.asdict(self)
+        del counts["uid"]
+        return counts
+
+
+def extent_of(connection: sa.Connection) -> Extent:
+    """Return how far a registry has come."""
+    charges = sa.select(sa.func.coalesce(sa.func.sum(Population.version), 0)).scalar_subquery()
+    settlement = sa.select(sa.func.coalesce(sa.func.max(Settlement.id), 0)).scalar_subquery()
+    row = connection.execute(sa.select(Meta.uid, charges, settlement, Meta.num_opt_outs)).one()
+    return Extent(row[0], int(row[1]), int(row[2]), int(row[3]))
+
+
+class SeenFile:
+    """What this machine saw of registries, by their ids.
+
+    Args:
+        path: the file.
+        shown: the registry's name in messages.
+    """
+
+    def __init__(self, path: pathlib.Path, shown: str) -> None:
+        self.path = path
+        self._shown = shown
+
+    def known(self) -> dict[str, dict[str, int]]:
+        """Return registry → its numbers when it was last used.
+
+        Raises:
+            DamagedFile: if the file is damaged.
+        """
+        if not self.path.exists() and not self.path.is_symlink():
+            return {}
+        remedy = "restore it, or remove it if you know that the registry was not restored from a backup"
+        found = reading.read_json(self.path, remedy=remedy, max_bytes=1 << 20)
+        numbers = [
+            number for counts in found.values() for number in (counts.values() if isinstance(counts, dict) else [None])
+        ]
+        if not all(type(number) is int for number in numbers):
+            raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
+        return found
+
+    def missing(self, known: dict[str, dict[str, int]], found: Extent) -> dict[str, int]:
+        """Return what a registry lacks of what was seen: name → how many."""
+        seen = known.get(found.uid, {})
+        return {name: seen[name] - count for name, count in found.counts.items() if seen.get(name, 0) > count}
+
+    def check(self, known: dict[str, dict[str, int]], found: Extent) -> None:
+        """Raise if a registry is older than it was when it was last used from here.
+
+        Args:
+            known: of :meth:`known`, read before ``found`` was.
+            found: how far the registry has come.
+
+        Raises:
+            GuaranteeLost: saying how much is missing, and how to go on.
+        """
+        missing = self.missing(known, found)
+        if missing:
+            raise GuaranteeLost(
+                f"the registry {self._shown} is older than this machine knows it ({describe(missing)} are missing): it "
+                "was restored from a backup, or is one of two copies; what was reserved since would not be charged. Go "
+                "on with the newest. If that one is lost: privtrain registry restored --confirm"
+            )
+
+    def note(self, found: Extent) -> None:
+        """Remember how far a registry has come.
+
+        Raises:
+            PrivtrainError: if the file cannot be written.
+        """
+        if all(self.known().get(found.uid, {}).get(name, -1) >= count for name, count in found.counts.items()):
+            return
+        self._write(found, lowers=False)
+
+    def accept(self, found: Extent) -> None:
+        """Forget what was seen beyond this."""
+        self._write(found, lowers=True)
+
+    def _write(self, found: Extent, *, lowers: bool) -> None:
+        try:
+            make_missing(self.path.parent)
+            with locked_file(self.path.with_name(f".{self.path.name}.lock")):
+                known = self.known()
+                before = {} if lowers else known.get(found.uid, {})
+                counts = {name: max(before.get(name, 0), count) for name, count in found.counts.items()}
+                write_json(self.path, {**known, found.uid: counts}, mode=0o600)
+        except OSError as error:
+            raise PrivtrainError(
+                f"cannot write {self.path} ({error.strerror}), which tells a registry that was restored from a backup; "
+                "give this user the right to, or set XDG_DATA_HOME to a directory of its own"
+            ) from None
+
+
+def describe(missing: dict[str, int]) -> str:
+    """Return what is missing in words."""
+    words = {
+        "num_charges": "changes of budgets",
+        "last_settlement": "settlements",
+        "num_opt_outs": "opt-outs",
+    }
+    return ", ".join(f"{number} {words[name]}" for name, number in missing.items())
