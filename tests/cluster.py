@@ -1,14 +1,17 @@
 """Ranks of a whole job without a launcher, and faults at chosen moments of it.
 
-A fork server that has everything imported makes a rank in well under a second. Faults are planted from outside the
-product: its methods are wrapped in the rank's process, told when to strike, and record what was applied.
+A fork server that has everything imported makes a rank in well under a second, in the environment that accelerate makes
+of a shipped launch file. Faults are planted from outside the product: its methods are wrapped in the rank's process,
+told when to strike, and record what was applied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,20 +21,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 #: Phases of a step and of the release; before them a job can be struck in "join", "load" and "evaluate", at step -1.
 PHASES = ("intent", "forward", "reduce", "noise", "optimizer", "commit", "checkpoint", "export")
 
 
-#: What accelerate launch tells the ranks of each backend.
-BACKENDS = {
-    "ddp": {},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-}
+#: Backend → file of launch/accelerate that asks for it.
+LAUNCH_FILES = {"ddp": "cpu", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 
 #: Longer than the shortest ``performance.collective_timeout_seconds``.
 SLOW_SECONDS = 12
@@ -65,37 +66,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Job:
-    """A job of forked ranks, its output and what it applied.
+@functools.cache
+def launch_environment(launch_file: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells the two ranks that it starts by a shipped file, said by its own code."""
+    from accelerate.commands import launch
+
+    told: dict[str, str] = {}
+    path = pathlib.Path(__file__).parent.parent / "launch" / "accelerate" / f"{launch_file}.yaml"
+    arguments = ["--config_file", str(path), "--num_processes", "2", "-m", "privtrain"]
+    with mock.patch("torch.distributed.run.run", side_effect=lambda _: told.update(os.environ)):
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def fork_server() -> ForkServerContext:
+    """The one fork server of this process, with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.cluster_imports"])
+    return context
+
+
+class Ranks:
+    """Forked ranks of one program, as a launch file would have started them, and their output.
 
     Args:
-        config: YAML file.
-        place: directory for logs, process ids and the record of what was applied; kept over several jobs of a run.
-        world_size: number of ranks.
-        fault: what to plant.
-        overrides: dotted assignments.
-        backend: a key of ``BACKENDS``.
+        arguments: of the command line, the program first: privtrain or attacks.
+        logs: directory for their output.
+        world_size: number of ranks; a single one is started as without a launcher.
+        launch_file: name of a file in launch/accelerate.
+        before: what each rank calls before the program starts, with its number.
     """
 
     def __init__(
         self,
-        config: pathlib.Path,
-        place: pathlib.Path,
+        arguments: Sequence[str | pathlib.Path],
+        logs: pathlib.Path,
         *,
         world_size: int = 2,
-        fault: Fault | None = None,
-        overrides: tuple[str, ...] = (),
-        backend: str = "ddp",
+        launch_file: str = "cpu",
+        before: Callable[[int], object] | None = None,
     ) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        self._logs = [place / f"log-{time.monotonic_ns()}-{rank}" for rank in range(world_size)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.cluster_imports"])
-        port = free_port()
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = [logs / f"log-{time.monotonic_ns()}-{rank}" for rank in range(world_size)]
+        environment = {**os.environ, **launch_environment(launch_file), "ACCELERATE_USE_CPU": "true"}
+        if world_size > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         self.ranks: list[BaseProcess] = []
-        for rank in range(world_size):
-            arguments = (rank, world_size, port, config, place, self._logs[rank], fault, overrides, backend)
-            self.ranks.append(context.Process(target=_rank, args=arguments))
+        for rank, log in enumerate(self._logs):
+            given = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+            task = (rank, environment | given, log, [str(word) for word in arguments], before)
+            self.ranks.append(fork_server().Process(target=_rank, args=task))
             self.ranks[-1].start()
 
     def output(self, rank: int | None = None) -> str:
@@ -129,31 +150,58 @@ class Job:
         return [-99 if index in hung else code for index, code in enumerate(codes)]  # type: ignore[misc]
 
 
+class Job(Ranks):
+    """A training job of forked ranks that records what it applied.
+
+    Args:
+        config: YAML file.
+        place: directory for logs, process ids and the record of what was applied; kept over several jobs of a run.
+        world_size: number of ranks.
+        fault: what to plant.
+        overrides: dotted assignments.
+        backend: a key of ``LAUNCH_FILES``.
+    """
+
+    def __init__(
+        self,
+        config: pathlib.Path,
+        place: pathlib.Path,
+        *,
+        world_size: int = 2,
+        fault: Fault | None = None,
+        overrides: tuple[str, ...] = (),
+        backend: str = "ddp",
+    ) -> None:
+        super().__init__(
+            ["privtrain", "train", config, *overrides],
+            place,
+            world_size=world_size,
+            launch_file=LAUNCH_FILES[backend],
+            before=functools.partial(_plant, place, config, fault),
+        )
+
+
 def _rank(
     rank: int,
-    world_size: int,
-    port: int,
-    config: pathlib.Path,
-    place: pathlib.Path,
+    environment: dict[str, str],
     log: pathlib.Path,
-    fault: Fault | None,
-    overrides: tuple[str, ...],
-    backend: str,
+    arguments: list[str],
+    before: Callable[[int], object] | None,
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    if world_size > 1:
-        os.environ.update({name: str(value) for name, value in environment.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    os.environ.update({"ACCELERATE_USE_CPU": "true", **BACKENDS[backend]})
+    os.environ.clear()  # the fork server has that of the moment at which it was started
+    os.environ.update(environment)
+    sys.argv = arguments
+    if before is not None:
+        before(rank)
+    importlib.import_module(f"{arguments[0]}.cli").main()
+
+
+def _plant(place: pathlib.Path, config: pathlib.Path, fault: Fault | None, rank: int) -> None:
     (place / f"pid-{rank}").write_text(str(os.getpid()))
     _Plant(rank, place, config, fault).install()
-    sys.argv = ["privtrain", "train", str(config), *overrides]
-    from privtrain import cli
-
-    cli.main()
 
 
 class _Plant:

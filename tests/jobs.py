@@ -1,24 +1,20 @@
-"""Start real jobs with ``accelerate launch`` and kill them."""
+"""Run whole jobs on two forked ranks and kill them; the command that starts them by ``accelerate launch`` itself."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import dataclasses
 import pathlib
 import signal
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+
+from tests.cluster import Ranks
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CPU_CONFIG = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
-
-_ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(REPOSITORY),
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def command(module: str, *arguments: str | pathlib.Path) -> list[str]:
@@ -27,87 +23,71 @@ def command(module: str, *arguments: str | pathlib.Path) -> list[str]:
     return [*launcher, "-m", module, *map(str, arguments)]
 
 
-def run_script(script: pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a script on two ranks to its end."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_CONFIG), str(script)]
-    return subprocess.run(
-        launcher, cwd=REPOSITORY, env=_ENVIRONMENT, capture_output=True, text=True, timeout=timeout_seconds, check=False
-    )
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """How a job ended: 0, or the code of the first rank that failed, and what all ranks wrote."""
+
+    returncode: int
+    output: str
 
 
-def run(module: str, *arguments: str | pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a job to its end."""
-    return subprocess.run(
-        command(module, *arguments),
-        cwd=REPOSITORY,
-        env=_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        check=False,
-    )
+def run(
+    program: str,
+    *arguments: str | pathlib.Path,
+    launch_file: str = "cpu",
+    before: Callable[[int], object] | None = None,
+    timeout_seconds: float = 240,
+) -> Done:
+    """Run a program on two forked ranks to its end.
+
+    Args:
+        program: privtrain or attacks.
+        arguments: its command line.
+        launch_file: of launch/accelerate.
+        before: what each rank calls first, with its number; a function at module level.
+        timeout_seconds: after which it is killed.
+    """
+    with started(program, *arguments, launch_file=launch_file, before=before) as job:
+        codes = job.wait(timeout_seconds)
+        return Done(next((code for code in codes if code), 0), job.output())
 
 
-def start(module: str, *arguments: str | pathlib.Path) -> subprocess.Popen[bytes]:
-    """Start a job and return at once."""
-    return subprocess.Popen(
-        command(module, *arguments),
-        cwd=REPOSITORY,
-        env=_ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def worker_pids(launcher: subprocess.Popen[bytes]) -> list[int]:
-    """The ranks of a job, in order of their rank."""
-    found = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+@contextlib.contextmanager
+def started(
+    program: str,
+    *arguments: str | pathlib.Path,
+    launch_file: str = "cpu",
+    before: Callable[[int], object] | None = None,
+) -> Iterator[Ranks]:
+    """A job that was just started; whatever is left of it at the end is killed."""
+    with tempfile.TemporaryDirectory() as logs:
+        job = Ranks([program, *arguments], pathlib.Path(logs), launch_file=launch_file, before=before)
         try:
-            parent = int(entry.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
-            variables = dict(
-                item.split("=", 1) for item in entry.joinpath("environ").read_text().split("\0") if "=" in item
-            )
-        except (OSError, ValueError, UnicodeDecodeError):
-            continue
-        if parent == launcher.pid and "RANK" in variables:
-            found[int(variables["RANK"])] = int(entry.name)
-    return [found[rank] for rank in sorted(found)]
+            yield job
+        finally:
+            job.wait(0)
 
 
-def wait_for_ledger(
-    launcher: subprocess.Popen[bytes], ledger: pathlib.Path, num_bytes: int, timeout_seconds: float
-) -> bool:
+def wait_for_ledger(job: Ranks, ledger: pathlib.Path, num_bytes: int, timeout_seconds: float = 120) -> bool:
     """Whether the ledger grew to ``num_bytes`` before the job ended."""
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline and launcher.poll() is None:
-        if ledger.exists() and ledger.stat().st_size >= num_bytes:
-            return True
-        time.sleep(0.002)
-    return False
+    return _wait(job, lambda: ledger.exists() and ledger.stat().st_size >= num_bytes, timeout_seconds)
 
 
-def wait_for_checkpoint(
-    launcher: subprocess.Popen[bytes], run: pathlib.Path, step: int, timeout_seconds: float
-) -> bool:
+def wait_for_checkpoint(job: Ranks, run: pathlib.Path, step: int, timeout_seconds: float = 120) -> bool:
     """Whether a checkpoint of ``step`` appeared before the job ended."""
+    return _wait(job, (run / "checkpoints" / f"step-{step:08d}").exists, timeout_seconds)
+
+
+def _wait(job: Ranks, holds: Callable[[], bool], timeout_seconds: float) -> bool:
     deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline and launcher.poll() is None:
-        if (run / "checkpoints" / f"step-{step:08d}").exists():
+    while time.monotonic() < deadline and any(rank.is_alive() for rank in job.ranks):
+        if holds():
             return True
         time.sleep(0.001)
     return False
 
 
-def kill_rank(launcher: subprocess.Popen[bytes], rank: int) -> None:
-    """SIGKILL one rank; the launcher then ends the others and itself."""
-    pids = worker_pids(launcher)
-    if rank < len(pids):
-        os.kill(pids[rank], signal.SIGKILL)
-    try:
-        launcher.wait(timeout=90)
-    except subprocess.TimeoutExpired:
-        launcher.kill()
-        raise
+def kill_rank(job: Ranks, rank: int) -> None:
+    """SIGKILL one rank and end the others, as torch's launcher does."""
+    job.send(rank, signal.SIGKILL)
+    job.wait(90)

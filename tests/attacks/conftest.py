@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,5 +160,30 @@ def make_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         if num_units:
             put_signals(run, build_rows(num_units, shift=shift, rich=rich, shifted=shifted), prob_held_in=prob_held_in)
         return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def analysed_runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Analysed runs by the arguments that made them; copied, never changed."""
+    return tmp_path_factory.mktemp("analysed")
+
+
+@pytest.fixture
+def analysed(
+    make_run: Callable[..., pathlib.Path], analysed_runs: pathlib.Path, tmp_path: pathlib.Path
+) -> Callable[..., pathlib.Path]:
+    """Writes and analyses a run as ``make_run`` does; equal arguments are analysed once a session."""
+
+    def make(num_units: int = 40, **arguments: Any) -> pathlib.Path:
+        text = repr((num_units, sorted(arguments.items())))
+        kept = analysed_runs / hashlib.sha256(text.encode()).hexdigest()
+        if not kept.exists():
+            run = make_run(num_units, **arguments)
+            analyse.analyse_run(run)
+            shutil.copytree(run, kept)
+            return run
+        return shutil.copytree(kept, tmp_path / arguments.get("name", "run"))
 
     return make

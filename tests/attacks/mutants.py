@@ -144,17 +144,27 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
-def train_broken(config: pathlib.Path, mutant: Mutant | None, *, self_test: bool = False) -> None:
-    """Trains with a fixed key and one thing wrong, by default without the self-test; None trains as it should."""
+def plant(stack: contextlib.ExitStack, mutant: Mutant | None, *, self_test: bool = False) -> None:
+    """Fix the key and break one thing, by default without the self-test; None breaks nothing."""
     numbers = iter(range(1, 256))
 
     def generate() -> SecretKey:
         return SecretKey(bytes([7] * 31 + [next(numbers)]))
 
+    stack.enter_context(mock.patch.object(SecretKey, "generate", staticmethod(generate)))
+    if mutant is not None:
+        if not self_test:
+            stack.enter_context(mock.patch.object(job, "_self_test"))
+        mutant(stack)
+
+
+def train_broken(config: pathlib.Path, mutant: Mutant | None, *, self_test: bool = False) -> None:
+    """Trains with a fixed key and one thing wrong; None trains as it should."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(SecretKey, "generate", staticmethod(generate)))
-        if mutant is not None:
-            if not self_test:
-                stack.enter_context(mock.patch.object(job, "_self_test"))
-            mutant(stack)
+        plant(stack, mutant, self_test=self_test)
         job.train(config)
+
+
+def forget_noise_of_one_rank(rank: int) -> None:
+    """To call in each rank of a job before it starts."""
+    plant(contextlib.ExitStack(), noise_on_rank_zero)

@@ -57,16 +57,6 @@ def words(page: Page) -> str:
     return " ".join(" ".join(page.text).split())
 
 
-@pytest.fixture
-def analysed(make_run):
-    def make(*args, **kwargs) -> pathlib.Path:
-        run = make_run(*args, **kwargs)
-        analyse.analyse_run(run)
-        return run
-
-    return make
-
-
 def render(run: pathlib.Path) -> Page:
     page = Page(report.write_report(run).read_text())
     assert page.open == []

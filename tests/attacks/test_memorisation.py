@@ -31,7 +31,7 @@ from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from tests.attacks.conftest import put_signals
 from tests.attacks.exact_models import Markov
-from tests.conftest import write_config
+from tests.conftest import tiny_tree, write_config
 
 # --- sampling schemes
 
@@ -273,29 +273,20 @@ def overfitted(tiny_llama, tmp_path_factory):
         for user in range(12):
             text = "".join(rng.choice(letters, 40)).replace(" ", "z")
             file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(3))
-    tree = {
-        "run": {"name": "tiny", "output_dir": str(folder / "runs")},
-        "model": {"name_or_path": str(tiny_llama)},
-        "data": {
-            "source": {"kind": "files", "paths": [str(folder / "users.jsonl")]},
-            "max_length": 48,
-            "attack_min_records": 3,
-        },
-        "canaries": {"num_users": 12, "repetitions": [1, 3], "num_digits": 12},
-        "privacy": {
-            "records_per_user": 3,
-            "sampling_prob": 1.0,
-            "expected_batch_size": 14,
-            "noise_multiplier": 0.0,
-            "clipping_norm": 10.0,
-            "target_delta": 1e-3,
-            "num_steps": 300,
-            "insecure_seed": 11,
-        },
-        "training": {"method": "full", "learning_rate": 0.01, "schedule": "linear"},
-        "performance": {"microbatch_size": 64, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 999},
-        "tracking": {"wandb": False},
+    tree = tiny_tree(tiny_llama, folder / "users.jsonl", folder / "runs")
+    del tree["lora"]
+    tree["data"] = {"source": tree["data"]["source"], "max_length": 48, "attack_min_records": 3}
+    tree["canaries"] = {"num_users": 12, "repetitions": [1, 3], "num_digits": 12}
+    tree["privacy"] |= {
+        "sampling_prob": 1.0,
+        "expected_batch_size": 14,
+        "noise_multiplier": 0.0,
+        "clipping_norm": 10.0,
+        "num_steps": 300,
+        "insecure_seed": 11,
     }
+    tree["training"] = {"method": "full", "learning_rate": 0.01, "schedule": "linear"}
+    tree["performance"] |= {"microbatch_size": 64, "checkpoint_interval_steps": 999}
     train(write_config(tree, folder / "c.yaml"))
     run = folder / "runs" / "tiny"
     score_run(run, ScoreOptions(num_canary_references=63, variants="control_prefix", batch_tokens=4096))

@@ -17,11 +17,9 @@ from privtrain.errors import DamagedFile, PrivtrainError
 
 
 @pytest.fixture
-def broken(make_run):
+def broken(analysed):
     """A run whose users are recognised although epsilon is 1."""
-    run = make_run(60, shift=0.5, epsilon=1.0)
-    analyse.analyse_run(run)
-    return run
+    return analysed(60, shift=0.5, epsilon=1.0)
 
 
 @pytest.mark.parametrize(

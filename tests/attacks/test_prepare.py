@@ -168,14 +168,14 @@ def test_two_ranks_honour_the_same_coins_and_score_the_same_canaries(planted):
     path, run = planted
     prepare(path)
     done = jobs.run("privtrain", "train", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     assert run.manifest.read_bytes() == run.prepared.read_bytes()
     options = ScoreOptions(num_canary_references=5)
     score_run(run.root, options)
     alone = (run.root / SIGNALS_PATH).read_bytes()
     (run.root / SIGNALS_PATH).unlink()
     done = jobs.run("attacks", "score", run.root, "--canary-references", "5")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     assert (run.root / SIGNALS_PATH).read_bytes() == alone
 
 

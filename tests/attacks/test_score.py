@@ -97,7 +97,7 @@ def test_one_and_two_ranks_write_the_same_bytes_and_the_report_follows(finished)
     alone = (finished / SIGNALS_PATH).read_bytes()
     (finished / SIGNALS_PATH).unlink()
     done = jobs.run("attacks", "score", finished)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     assert (finished / SIGNALS_PATH).read_bytes() == alone
     analyse_run(finished, seed=0)
     shown = CliRunner().invoke(app, ["report", str(finished)])

@@ -32,8 +32,8 @@ from privtrain.ledger.chain import read_records
 from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from privtrain.privacy.plan import PrivacyPlan
-from tests.cluster import BACKENDS, PHASES, Fault, Job
-from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.cluster import LAUNCH_FILES, PHASES, Fault, Job
+from tests.conftest import save_tiny_llama, tiny_tree, write_config, write_users
 
 NUM_STEPS = 6
 CHECKPOINT_INTERVAL = 2
@@ -66,37 +66,10 @@ class Case:
 def job_config(
     place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float
 ) -> pathlib.Path:
-    tree = {
-        "run": {"name": name, "output_dir": str(output or place / "runs")},
-        "model": {"name_or_path": str(place / "model")},
-        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-        "data": {
-            "source": {"kind": "files", "paths": [str(place / "users.jsonl")]},
-            "max_length": 24,
-            "held_out_fraction": 0.3,
-            "attack_min_records": 4,
-            "num_evaluation_records": 4,
-        },
-        "privacy": {
-            "records_per_user": 3,
-            "sampling_prob": 0.4,
-            "expected_batch_size": 6,
-            "noise_multiplier": 1.0,
-            "target_delta": 1e-3,
-            "num_steps": NUM_STEPS,
-            "insecure_seed": 11,
-        },
-        "training": {"learning_rate": 1e-2},
-        "performance": {
-            "microbatch_size": 4,
-            "precision": "fp32",
-            "num_threads": 1,
-            "checkpoint_interval_steps": CHECKPOINT_INTERVAL,
-            "heartbeat_timeout_seconds": 20,
-            **performance,
-        },
-        "tracking": {"wandb": False},
-    }
+    tree = tiny_tree(place / "model", place / "users.jsonl", output or place / "runs")
+    tree["run"]["name"] = name
+    tree["privacy"] |= {"num_steps": NUM_STEPS, "insecure_seed": 11}
+    tree["performance"] |= {"heartbeat_timeout_seconds": 20, **performance}
     return write_config(tree, place / f"{name}.yaml")
 
 
@@ -248,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-cases", type=int, default=None, help="stop after so many")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single cases")
-    parser.add_argument("--backend", choices=BACKENDS, default="ddp")
+    parser.add_argument("--backend", choices=LAUNCH_FILES, default="ddp")
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,34 +12,11 @@ from safetensors.numpy import load_file
 from privtrain.job.train import train
 from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
+from tests import jobs
 from tests.conftest import write_config
-from tests.jobs import REPOSITORY
 from tests.privtrain.ledgers import drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
-
-_ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(REPOSITORY),
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def launch(backend: str, config: pathlib.Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Two CPU processes by the shipped file of this name."""
-    file = REPOSITORY / "launch" / "accelerate" / f"{backend}.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
-    return subprocess.run(
-        [*launcher, "-m", "privtrain", "train", str(config), *overrides],
-        cwd=REPOSITORY,
-        env=_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
 
 
 def tensors(run: pathlib.Path) -> dict[str, np.ndarray]:
@@ -60,8 +34,8 @@ def test_a_sharded_job_releases_the_model_of_one_process(tree, tmp_path, backend
         tree["run"]["name"] = name
         write_config(tree, tmp_path / f"{name}.yaml")
     train(tmp_path / "alone.yaml")
-    done = launch(backend, tmp_path / "sharded.yaml")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = jobs.run("privtrain", "train", tmp_path / "sharded.yaml", launch_file=backend)
+    assert done.returncode == 0, done.output[-3000:]
     alone, sharded = tensors(tmp_path / "runs" / "alone"), tensors(tmp_path / "runs" / "sharded")
     assert alone.keys() == sharded.keys()
     for name, value in alone.items():
@@ -75,17 +49,17 @@ def test_replayed_sharded_steps_are_the_same_bits_then_another_backend_goes_on(t
     tree["training"]["method"] = "full"
     path = write_config(tree, tmp_path / "moved.yaml")
     run = tmp_path / "runs" / "tiny"
-    done = launch("fsdp2", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = jobs.run("privtrain", "train", path, launch_file="fsdp2")
+    assert done.returncode == 0, done.output[-3000:]
     before = tensors(run)
     _rewind(run)
-    done = launch("fsdp2", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = jobs.run("privtrain", "train", path, launch_file="fsdp2")
+    assert done.returncode == 0, done.output[-3000:]
     assert verify(run / "secret" / "ledger.jsonl").generation == 0
     assert all(np.array_equal(before[name], value) for name, value in tensors(run).items())
     _rewind(run)
-    done = launch("zero2", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = jobs.run("privtrain", "train", path, launch_file="zero2")
+    assert done.returncode == 0, done.output[-3000:]
     state = verify(run / "secret" / "ledger.jsonl")
     assert state.generation == 1
     assert state.num_charged == 4, "abandoned steps stay charged, so none is left"

@@ -36,7 +36,7 @@ from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
 from privtrain.run.directory import RunDirectory
-from tests.conftest import write_config
+from tests.conftest import tiny_tree, write_config
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -536,29 +536,13 @@ def test_two_ranks_drop_the_same_users_though_only_one_sees_the_registry(tmp_pat
     from tests import jobs
 
     registry.forget(registry.pseudonym("user-004"))
-    tree = {
-        "run": {"name": "two", "output_dir": str(tmp_path / "runs")},
-        "model": {"name_or_path": str(tiny_llama)},
-        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]},
-        "data": {
-            "source": {"kind": "files", "paths": [str(users_file)]},
-            "max_length": 24,
-            "held_out_fraction": 0.1,
-            "num_evaluation_records": 0,
-        },
-        "privacy": {
-            "sampling_prob": 0.4,
-            "expected_batch_size": 6,
-            "noise_multiplier": 1.0,
-            "target_delta": 1e-3,
-            "num_steps": 2,
-        },
-        "performance": {"precision": "fp32", "num_threads": 1},
-        "tracking": {"wandb": False},
-        "registry": {"url": str(tmp_path / "budgets" / "registry.db"), "dataset": "people"},
-    }
+    tree = tiny_tree(tiny_llama, users_file, tmp_path / "runs")
+    del tree["privacy"]["insecure_seed"]
+    tree["run"]["name"] = "two"
+    tree["privacy"]["num_steps"] = 2
+    tree["registry"] = {"url": str(tmp_path / "budgets" / "registry.db"), "dataset": "people"}
     done = jobs.run("privtrain", "train", write_config(tree, tmp_path / "two.yaml"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     counts = json.loads((tmp_path / "runs" / "two" / "secret" / "data_counts.json").read_text())
     assert counts["num_users_opted_out"] == 1
     assert views.runs(registry.database)[0].state == "closed"

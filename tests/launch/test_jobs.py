@@ -1,11 +1,13 @@
-"""Whole jobs on two gloo ranks under ``accelerate launch``: release, resume after SIGKILL, empty draws, world size."""
+"""Whole jobs on two gloo ranks: release, resume after SIGKILL, empty draws, world size."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from privtrain.ledger.chain import read_records
 from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from tests import jobs
-from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.conftest import save_tiny_llama, tiny_tree, write_config, write_users
 from tests.privtrain.ledgers import contents, drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,31 +35,10 @@ def place(tmp_path_factory):
 
 
 def config(place: pathlib.Path, name: str, **privacy) -> pathlib.Path:
-    tree = {
-        "run": {"name": name, "output_dir": str(place / "runs")},
-        "model": {"name_or_path": str(place / "model")},
-        "lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-        "data": {
-            "source": {"kind": "files", "paths": [str(place / "users.jsonl")]},
-            "max_length": 24,
-            "held_out_fraction": 0.3,
-            "attack_min_records": 4,
-            "num_evaluation_records": 4,
-        },
-        "privacy": {
-            "records_per_user": 3,
-            "sampling_prob": 0.4,
-            "expected_batch_size": 6,
-            "noise_multiplier": 1.0,
-            "target_delta": 1e-3,
-            "num_steps": NUM_STEPS,
-            "insecure_seed": 11,
-            **privacy,
-        },
-        "training": {"learning_rate": 1e-2},
-        "performance": {"microbatch_size": 4, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 4},
-        "tracking": {"wandb": False},
-    }
+    tree = tiny_tree(place / "model", place / "users.jsonl", place / "runs")
+    tree["run"]["name"] = name
+    tree["privacy"] |= {"num_steps": NUM_STEPS, "insecure_seed": 11, **privacy}
+    tree["performance"]["checkpoint_interval_steps"] = 4
     return write_config(tree, place / f"{name}.yaml")
 
 
@@ -68,7 +49,7 @@ def adapter(place: pathlib.Path, name: str) -> bytes:
 @pytest.fixture(scope="module")
 def uninterrupted(place):
     done = jobs.run("privtrain", "train", config(place, "uninterrupted"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     return place / "runs" / "uninterrupted"
 
 
@@ -85,26 +66,28 @@ def test_a_run_ends_with_an_adapter_a_card_and_a_statement(uninterrupted):
     assert "matches privacy.json" in verify_run(uninterrupted)
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_adapter(place, uninterrupted):
+@pytest.mark.parametrize("num_kills", [4, pytest.param(20, marks=pytest.mark.campaign)])
+def test_killed_at_random_moments_it_ends_in_the_same_adapter(place, uninterrupted, num_kills):
     """SIGKILL of a random rank; the same command goes on; bitwise the same result, every step charged once."""
-    path = config(place, "killed")
-    run = place / "runs" / "killed"
+    name = f"killed-{num_kills}"
+    path = config(place, name)
+    run = place / "runs" / name
     ledger = run / "secret" / "ledger.jsonl"
     size = (uninterrupted / "secret" / "ledger.jsonl").stat().st_size
     rng = np.random.default_rng(0)
-    moments = np.sort(rng.uniform(0, size, 10))
+    moments = np.sort(rng.uniform(0, size, num_kills))
     num_killed = 0
     for moment in moments:
-        job = jobs.start("privtrain", "train", path)
-        if jobs.wait_for_ledger(job, ledger, int(moment), timeout_seconds=120):
-            num_killed += 1
-            jobs.kill_rank(job, int(rng.integers(2)))
-        else:
-            job.wait(timeout=120)
-    assert num_killed >= 8, "the kills must hit running jobs"
+        with jobs.started("privtrain", "train", path) as job:
+            if jobs.wait_for_ledger(job, ledger, int(moment)):
+                num_killed += 1
+                jobs.kill_rank(job, int(rng.integers(2)))
+            else:
+                job.wait()
+    assert num_killed >= 0.75 * num_kills, "the kills must hit running jobs"
     done = jobs.run("privtrain", "train", path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert adapter(place, "killed") == adapter(place, "uninterrupted")
+    assert done.returncode == 0, done.output[-3000:]
+    assert adapter(place, name) == adapter(place, "uninterrupted")
     state = verify(ledger)
     assert len(state.commits) == state.num_charged == NUM_STEPS
     assert state.generation == 0
@@ -120,7 +103,7 @@ def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
     from privtrain.job.train import train
 
     done = jobs.run("privtrain", "train", config(place, "two", noise_multiplier=0))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     train(config(place, "alone", noise_multiplier=0))
     alone, two = (load_file(place / "runs" / n / "adapter" / "adapter_model.safetensors") for n in ("alone", "two"))
     for name, value in alone.items():
@@ -132,7 +115,7 @@ def test_one_rank_gives_the_same_model_as_two(place, uninterrupted):
 def test_empty_steps_and_ranks_without_users_finish(place):
     path = config(place, "sparse", sampling_prob=0.06, num_steps=16)
     done = jobs.run("privtrain", "train", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     run = place / "runs" / "sparse"
     sizes = [r["num_units"] for r in read_records(run / "secret" / "ledger.jsonl") if r["kind"] == "intent"]
     assert 0 in sizes, "no step drew nobody; choose another seed"
@@ -148,11 +131,11 @@ def test_random_allocation_survives_a_kill_and_another_world_size(place):
     settings = {"sampling": "random_allocation", "sampling_prob": None, "steps_per_epoch": 6, "num_steps": 12}
     path = config(place, "allocated", **settings)
     run = place / "runs" / "allocated"
-    job = jobs.start("privtrain", "train", path)
-    assert jobs.wait_for_checkpoint(job, run, 4, timeout_seconds=120)
-    jobs.kill_rank(job, 1)
+    with jobs.started("privtrain", "train", path) as job:
+        assert jobs.wait_for_checkpoint(job, run, 4)
+        jobs.kill_rank(job, 1)
     done = jobs.run("privtrain", "train", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     train(config(place, "allocated-alone", **settings))
     drawn = []
     for name in ("allocated", "allocated-alone"):
@@ -183,7 +166,7 @@ def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place
     kept = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "summary.json").read_text())["step"]
     path = config(place, "rewound")
     done = jobs.run("privtrain", "train", path, "training.learning_rate=0.02")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     state = verify(ledger)
     assert state.generation == 1
     assert state.num_charged == NUM_STEPS, "the budget is spent, so nothing more may be drawn"
@@ -195,16 +178,24 @@ def test_a_copy_that_goes_on_under_other_settings_never_shares_noise(place):
     """Kill at a checkpoint, copy the directory, resume one as it is and one with another learning rate."""
     path = config(place, "forked")
     run = place / "runs" / "forked"
-    job = jobs.start("privtrain", "train", path)
-    assert jobs.wait_for_checkpoint(job, run, 8, timeout_seconds=120)
-    jobs.kill_rank(job, 0)
+    with jobs.started("privtrain", "train", path) as job:
+        assert jobs.wait_for_checkpoint(job, run, 8)
+        jobs.kill_rank(job, 0)
     copy = place / "runs" / "copy"
     shutil.copytree(run, copy)
     same = jobs.run("privtrain", "train", path)
     other = jobs.run("privtrain", "train", config(place, "copy"), "training.learning_rate=0.02")
-    assert (same.returncode, other.returncode) == (0, 0), same.stderr[-2000:] + other.stderr[-2000:]
+    assert (same.returncode, other.returncode) == (0, 0), same.output[-2000:] + other.output[-2000:]
     assert verify(run / "secret" / "ledger.jsonl").generation == 0
     assert verify(copy / "secret" / "ledger.jsonl").generation == 1
+
+
+def data_by_rank(data: pathlib.Path, rank: int) -> None:
+    sys.argv.append(f"data.source.paths=[{data}/{rank}.jsonl]")
+
+
+def no_data_on_rank_1(rank: int) -> None:
+    sys.argv += ["data.source.paths=[/nowhere.jsonl]"] * rank
 
 
 def test_a_rank_with_other_data_stops_the_job(place):
@@ -215,30 +206,14 @@ def test_a_rank_with_other_data_stops_the_job(place):
     rows = (place / "users.jsonl").read_text().splitlines(keepends=True)
     (data / "0.jsonl").write_text("".join(rows))
     (data / "1.jsonl").write_text("".join(rows[3:]))
-    script = place / "by_rank.py"
-    script.write_text(
-        "import os, sys\n"
-        "from privtrain import cli\n"
-        f"source = '{data}/' + os.environ['RANK'] + '.jsonl'\n"
-        f"sys.argv = ['privtrain', 'train', '{path}', f'data.source.paths=[{{source}}]']\n"
-        "cli.main()\n"
-    )
-    done = jobs.run_script(script)
+    done = jobs.run("privtrain", "train", path, before=functools.partial(data_by_rank, data))
     assert done.returncode != 0
-    assert "rank 1 has another plan or data set than rank 0" in done.stderr
+    assert "rank 1 has another plan or data set than rank 0" in done.output
     assert not (place / "runs" / "mixed" / "privacy.json").exists()
 
 
 def test_a_mistake_of_one_rank_alone_is_told(place):
     path = config(place, "lonely")
-    script = place / "lonely.py"
-    script.write_text(
-        "import os, sys\n"
-        "from privtrain import cli\n"
-        "missing = ['data.source.paths=[/nowhere.jsonl]'] if os.environ['RANK'] == '1' else []\n"
-        f"sys.argv = ['privtrain', 'train', '{path}', *missing]\n"
-        "cli.main()\n"
-    )
-    done = jobs.run_script(script)
+    done = jobs.run("privtrain", "train", path, before=no_data_on_rank_1)
     assert done.returncode != 0
-    assert "rank 1: privtrain: data.source.paths: no such file: /nowhere.jsonl" in done.stderr
+    assert "rank 1: privtrain: data.source.paths: no such file: /nowhere.jsonl" in done.output

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pathlib
 from collections.abc import Iterator
 
 import pytest
 
 from privtrain.registry.store import Registry
+from tests.cluster import fork_server
 from tests.conftest import tiny_tree, write_config
 from tests.privtrain.registry_server import PostgresServer, binaries, unprivileged
 from tests.privtrain.registry_work import DATASET
@@ -70,6 +70,4 @@ def registry(registry_url: str) -> Registry:
 @pytest.fixture(scope="session")
 def processes():
     """Processes that share the imports of one server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.privtrain.registry_work"])
-    return context
+    return fork_server()

@@ -12,40 +12,43 @@ from tests.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-MATRIX = [
-    (name, Cell(method, unit))
-    for name in ("ddp", *SHARDED)
-    for method in ("lora", "full")
-    for unit in ("example", "user")
-]
+METHODS = ("lora", "full")
+NAMES = ("ddp", *SHARDED)
+MATRIX = [(name, Cell(method)) for name in NAMES for method in METHODS]
 #: Few draws, so that a rank, or a step, has no user at all.
-SPARSE = [(name, Cell(method, sampling_prob=0.15)) for name in ("ddp", *SHARDED) for method in ("lora", "full")]
+SPARSE = [(name, Cell(method, sampling_prob=0.15)) for name in ("zero3", "fsdp2") for method in METHODS]
 OPTIONS = [
-    *[(name, Cell("full", style="per_layer")) for name in ("zero2", "fsdp2")],
-    *[(name, Cell("full", style="automatic")) for name in ("zero3", "fsdp2")],
+    ("zero2", Cell("full", style="per_layer")),
+    ("fsdp2", Cell("full", style="automatic")),
     *[(name, Cell("lora", route="one_unit")) for name in ("zero3", "fsdp2")],
-    *[(name, Cell(method, gradient_checkpointing=True)) for name in ("zero3", "fsdp2") for method in ("lora", "full")],
+    ("zero3", Cell("full", gradient_checkpointing=True)),
+    ("fsdp2", Cell("lora", gradient_checkpointing=True)),
+    ("zero2", Cell("full", route="two_pass", microbatch_size=3)),
+    ("zero3", Cell("full", route="two_pass", microbatch_size=1)),
+    ("fsdp2", Cell("full", style="per_layer", route="two_pass", gradient_checkpointing=True)),
+    ("zero3-offload", Cell("full")),
+]
+FOUR_RANKS = [("zero3", Cell("full")), ("fsdp2-hsdp", Cell()), ("fsdp2-hsdp", Cell("full", route="two_pass"))]
+#: The rest of the grid, each cell on two ranks.
+MORE = [
+    *[(name, Cell(method, "example")) for name in NAMES for method in METHODS],
+    *[(name, Cell(method, sampling_prob=0.15)) for name in ("ddp", "zero1", "zero2") for method in METHODS],
+    ("fsdp2", Cell("full", style="per_layer")),
+    ("zero3", Cell("full", style="automatic")),
+    ("zero3", Cell("lora", gradient_checkpointing=True)),
+    ("fsdp2", Cell("full", gradient_checkpointing=True)),
     *[
         (name, Cell("full", route="two_pass", microbatch_size=m))
-        for name in ("zero2", "zero3", "fsdp2")
-        for m in (1, 3)
+        for name, m in (("zero2", 1), ("zero3", 3), ("fsdp2", 1), ("fsdp2", 3))
     ],
-    ("fsdp2", Cell("full", style="per_layer", route="two_pass", gradient_checkpointing=True)),
-    *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2, 3)],
+    *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2)],
 ]
-FOUR_RANKS = [
-    ("ddp", Cell()),
-    ("zero3", Cell()),
-    ("zero3", Cell("full")),
-    ("fsdp2-hsdp", Cell()),
-    ("fsdp2-hsdp", Cell("full")),
-    ("fsdp2-hsdp", Cell("full", route="two_pass")),
-]
+MORE_OF_FOUR_RANKS = [("ddp", Cell()), ("zero3", Cell()), ("fsdp2-hsdp", Cell("full"))]
 
 
 @functools.cache
 def reference(directory, cell: Cell) -> dict[str, np.ndarray]:
-    return run_cell("local", directory, cell)
+    return run_cell("local", directory, cell, with_self_test=False)
 
 
 def check(directory, world_size: int, cells: list[tuple[str, Cell]]) -> None:
@@ -74,3 +77,9 @@ def test_styles_routes_checkpointing_and_offload(tiny_llama):
 
 def test_four_ranks_and_replicas_of_shards(tiny_llama):
     check(tiny_llama, 4, FOUR_RANKS)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("world_size", "cells"), [(2, MORE), (4, MORE_OF_FOUR_RANKS)])
+def test_rest_of_the_grid(tiny_llama, world_size, cells):
+    check(tiny_llama, world_size, cells)

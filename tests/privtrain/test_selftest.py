@@ -467,11 +467,21 @@ EVERYWHERE = {
     no_hook: "",  # or it falls back to the route that needs none
     frozen: "frozen but listed",
 }
+NAMES = ("ddp", *SHARDED)
+METHODS = ("lora", "full")
+#: Each on every backend, with a method in turn; the honest one with both.
 MUTANTS = [
     (name, method, mutant, message)
-    for name in ("ddp", *SHARDED)
-    for method in ("lora", "full")
+    for name in NAMES
+    for number, (mutant, message) in enumerate(EVERYWHERE.items())
+    for method in (METHODS if mutant is none else METHODS[number % 2 :][:1])
+]
+WITH_THE_OTHER_METHOD = [
+    (name, method, mutant, message)
+    for name in NAMES
+    for method in METHODS
     for mutant, message in EVERYWHERE.items()
+    if (name, method, mutant, message) not in MUTANTS
 ]
 MUTANTS += [(name, "full", mean_over_rows, "is off by") for name in ("zero2", "zero3", "fsdp2")]
 MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in SHARDED]
@@ -514,9 +524,16 @@ def outcomes(directory, mutants) -> list[str]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", *SHARDED])
-def test_mutants_on_two_ranks(tiny_llama, name):
-    mutants = [mutant for mutant in MUTANTS if mutant[0] == name]
+@pytest.mark.parametrize(
+    ("name", "planned"),
+    [
+        *[(name, MUTANTS) for name in NAMES],
+        *[pytest.param(name, WITH_THE_OTHER_METHOD, marks=pytest.mark.campaign) for name in NAMES],
+    ],
+    ids=[*NAMES, *(f"{name}-other" for name in NAMES)],
+)
+def test_mutants_on_two_ranks(tiny_llama, name, planned):
+    mutants = [mutant for mutant in planned if mutant[0] == name]
     survivors = []
     for by_mutant in run_on_ranks(2, outcomes, tiny_llama, mutants):
         for (_, method, mutant, message), outcome in zip(mutants, by_mutant, strict=True):

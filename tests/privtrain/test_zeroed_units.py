@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -73,21 +74,14 @@ def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeyp
     check_ledger(tmp_path / "runs" / "tiny")
 
 
+def poison_rank(token: int, rank: int) -> None:
+    _TOKEN[0] = token
+    privtrain.models.losses.row_losses = poisoned_row_losses
+
+
 @pytest.mark.dist
-@pytest.mark.slow
 def test_flags_reach_the_ledger_from_the_rank_that_clipped(tree, tmp_path):
     path = poison(tree, tmp_path)
-    script = tmp_path / "poisoned.py"
-    script.write_text(
-        "import sys\n"
-        "import privtrain.models.losses\n"
-        "from privtrain import cli\n"
-        "from tests.privtrain import test_zeroed_units as test\n"
-        f"test._TOKEN[0] = {_TOKEN[0]}\n"
-        "privtrain.models.losses.row_losses = test.poisoned_row_losses\n"
-        f"sys.argv = ['privtrain', 'train', {str(path)!r}]\n"
-        "cli.main()\n"
-    )
-    done = jobs.run_script(script)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = jobs.run("privtrain", "train", path, before=functools.partial(poison_rank, _TOKEN[0]))
+    assert done.returncode == 0, done.output[-3000:]
     check_ledger(tmp_path / "runs" / "tiny")
