@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks import evidence, signals
-from attacks.analysis import blind, curves, features, registry, results, statistics, user_inference, verdict
+from attacks.analysis import (
+    blind,
+    curves,
+    features,
+    registry,
+    results,
+    shadow_models,
+    statistics,
+    user_inference,
+    verdict,
+)
 from attacks.analysis.audit import panel as auditing
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import AGGREGATIONS, lift
-from attacks.analysis.protocol import DocumentAttack, ReferenceAttack, UnderOtherModels
+from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
 from attacks.analysis.results import Statistic
 from attacks.analysis.sensitive import SensitivePanel
 from attacks.coins.check import check_documents
@@ -85,8 +95,9 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
     confounded_by = _confounded_by(families)
 
     references = read_references(directory, scoring)
+    models = _under_shadows(scored, references)
     found, not_run = {}, _not_run(scored)
-    declared, *others = _statistics(scored, references, not_run)
+    declared, *others = _statistics(scored, models, not_run)
     # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
     strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
     for statistic in (declared, *others):
@@ -99,7 +110,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
-    findings = auditing.audit_run(scoring, statement, scored, cap, seed, confounded_by, audit_delta)
+    findings = auditing.audit_run(scoring, statement, scored, models, cap, seed, confounded_by, audit_delta)
     found_verdict, reason = verdict.combine(
         (verdict.Verdict(headline["verdict"]), headline["verdict_reason"]),
         [(finding.verdict, f"the audit of {finding.name}: {finding.verdict_reason}") for finding in findings],
@@ -167,7 +178,21 @@ def _counts(scored: Scored, side: str) -> dict[str, int]:
     }
 
 
-def _statistics(scored: Scored, references: list[Scoring], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
+def _under_shadows(scored: Scored, references: list[Scoring]) -> Mapping[str, UnderOtherModels | None]:
+    """Return the documents of each kind under the attacked model and its shadows; None where there are none."""
+    try:
+        return {
+            kind: features.under_other_models(table, scored, references) for kind, table in scored.documents.items()
+        }
+    except KeyError:
+        raise AttackInputError(
+            f"{references[0].path.parent} holds other documents than the run's signals; score the shadows again"
+        ) from None
+
+
+def _statistics(
+    scored: Scored, models: Mapping[str, UnderOtherModels | None], not_run: list[dict[str, str]]
+) -> Iterator[Statistic]:
     """Every statistic, the headline first."""
     fresh, training = scored.documents[signals.FRESH], scored.documents[signals.TRAINING]
     for name, definition in user_inference.DEFINITIONS.items():
@@ -184,63 +209,30 @@ def _statistics(scored: Scored, references: list[Scoring], not_run: list[dict[st
             if attack.name in training.scores:
                 yield from _of_training(scored, training, attack.name, attack.definition, training.scores[attack.name])
     for kind, table in ((signals.FRESH, fresh), (signals.TRAINING, training)):
-        yield from _of_shadows(scored, table, kind, references, not_run)
+        yield from _of_shadows(scored, table, kind, models[kind], not_run)
 
 
 def _of_shadows(
-    scored: Scored, table: DocumentTable, kind: str, references: list[Scoring], not_run: list[dict[str, str]]
+    scored: Scored,
+    table: DocumentTable,
+    kind: str,
+    models: UnderOtherModels | None,
+    not_run: list[dict[str, str]],
 ) -> Iterator[Statistic]:
     """The attacks that need the same documents under other models."""
-    try:
-        models = features.under_other_models(table, scored, references)
-    except KeyError:
-        raise AttackInputError(
-            f"{references[0].path.parent} holds other documents than the run's signals; score the shadows again"
-        ) from None
     suffix = "" if kind == signals.FRESH else "_training"
-    for attack in registry.ATTACKS.values():
-        if not isinstance(attack, ReferenceAttack):
-            continue
-        lacking = _lacking(attack, models)
+    for attack in registry.reference_attacks():
+        lacking = shadow_models.lacking(attack, models)
         if lacking:
             not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
             continue
         assert models is not None
-        by_user = UnderOtherModels(
-            lift(models.target, table.owner, len(scored.users)),
-            np.stack([lift(column, table.owner, len(scored.users)) for column in models.shadows.T], axis=1),
-            _first_of_each(models.is_in, table.owner, len(scored.users)),
-        )
-        known = ~np.isnan(by_user.target)
-        chosen = UnderOtherModels(by_user.target[known], by_user.shadows[known], by_user.is_in[known])
+        of_users, known = shadow_models.by_user(models, table.owner, len(scored.users))
         values = np.full(len(scored.users), np.nan)
-        values[known] = attack.score(chosen)
+        values[known] = attack.score(of_users)
         yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)
         if kind == signals.TRAINING:
             yield _records(scored, table, f"{attack.name}_records", attack.definition, attack.score(models))
-
-
-def _lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
-    """Return what an attack needs of shadows and has not."""
-    if models is None:
-        return "needs shadow models; see attacks shadows --help"
-    fewest_in, fewest_out = int(models.is_in.sum(axis=1).min()), int((~models.is_in).sum(axis=1).min())
-    if fewest_in < attack.min_in or fewest_out < attack.min_out:
-        return (
-            f"needs at least {attack.min_in} shadows with and {attack.min_out} without every user; "
-            f"some user has {fewest_in} and {fewest_out}"
-        )
-    return ""
-
-
-def _first_of_each(
-    values: npt.NDArray[np.bool_], owner: npt.NDArray[np.int64], num_users: int
-) -> npt.NDArray[np.bool_]:
-    """Return the rows of the first document of each user; all documents of a user share them."""
-    found = np.zeros((num_users, values.shape[1]), dtype=np.bool_)
-    users, starts = np.unique(owner, return_index=True)
-    found[users] = values[starts]
-    return found
 
 
 def _of_training(

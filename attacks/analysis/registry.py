@@ -23,7 +23,7 @@ from attacks.analysis.membership import (
     zlib_ratio,
 )
 from attacks.analysis.memorisation import canary_panel, extraction_panel
-from attacks.analysis.protocol import Attack
+from attacks.analysis.protocol import Attack, ReferenceAttack
 from attacks.scoring import labeller
 from privtrain.run.statement import PrivacyStatement
 
@@ -50,6 +50,11 @@ def register(attack: Attack) -> None:
     if attack.name in ATTACKS:
         raise ValueError(f"an attack named {attack.name!r} is registered already")
     ATTACKS[attack.name] = attack
+
+
+def reference_attacks() -> list[ReferenceAttack]:
+    """Return the attacks that need shadow models."""
+    return [attack for attack in ATTACKS.values() if isinstance(attack, ReferenceAttack)]
 
 
 for _module in (

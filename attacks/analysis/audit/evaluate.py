@@ -74,6 +74,7 @@ class Finding:
         claim: what it is held against.
         verdict: on the claim.
         verdict_reason: the sentence that explains it.
+        score: which score was guessed by.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Finding:
     claim: Claim
     verdict: Verdict
     verdict_reason: str
+    score: str
 
 
 def audit(
@@ -160,6 +162,7 @@ def audit(
         claim=claim,
         verdict=Verdict.UNINFORMATIVE,
         verdict_reason="",
+        score=coins.score,
     )
     verdict, reason = judge(finding, is_constant=sample.is_constant, confounded_by=confounded_by)
     return dataclasses.replace(finding, verdict=verdict, verdict_reason=reason)

@@ -53,6 +53,7 @@ class Coins:
         unit: ``"user"`` or ``"example"``: what a coin moved in or out, with everything that belongs to it.
         name: of the source, for the report.
         most_records: the most records of any of them, whichever way its coin fell.
+        score: which score it is and why, for the report.
     """
 
     scores: FloatArray
@@ -61,6 +62,7 @@ class Coins:
     unit: str
     name: str
     most_records: int = 1
+    score: str = ""
 
     def __post_init__(self) -> None:
         assert self.scores.shape == self.is_in.shape == (self.scores.size,), (self.scores.shape, self.is_in.shape)

@@ -2,26 +2,28 @@
 
 Two sources. Every attacked user of the sealed split had a coin of their own, heads with chance 1 - held_out_fraction;
 the score is how much likelier training made the user's own records that training could use (or, where none were scored,
-the fresh ones). Canary users, where they were planted, had a fair coin. What a coin moved is one user with all records,
-in or out, while everybody else stays: that is add-or-remove-one. Under zero-out it is the same move, because a place
-without a unit contributes nothing in every sampling scheme of the trainer.
+the fresh ones); with shadow models it is the score that tells best whom those were trained on. Canary users, where they
+were planted, had a fair coin. What a coin moved is one user with all records, in or out, while everybody else stays:
+that is add-or-remove-one. Under zero-out it is the same move, because a place without a unit contributes nothing in
+every sampling scheme of the trainer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from attacks import signals
-from attacks.analysis import verdict
+from attacks.analysis import registry, shadow_models, verdict
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit, epsilon_ceiling
 from attacks.analysis.audit.guesses import GUESS_SHARES, TOP_SHARES, Coins
 from attacks.analysis.audit.power import DELTAS, NUM_COINS
 from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
+from attacks.analysis.protocol import UnderOtherModels
 from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring
@@ -35,6 +37,7 @@ def audit_run(
     scoring: Scoring,
     statement: PrivacyStatement,
     scored: Scored,
+    models: Mapping[str, UnderOtherModels | None],
     cap: verdict.Cap,
     seed: int,
     confounded_by: str,
@@ -46,6 +49,7 @@ def audit_run(
         scoring: the signals of the run, and the chance of a coin.
         statement: what it claims.
         scored: its users.
+        models: kind of document to those documents under shadow models, if there are any.
         cap: the claim for users.
         seed: of the analysis.
         confounded_by: what overrules verdicts on the split's users; canaries of our own making are not concerned.
@@ -54,7 +58,7 @@ def audit_run(
     Raises:
         AttackInputError: if the mechanism certifies nothing at that delta.
     """
-    sources = [natural_coins(scoring.facts["prob_held_in"], scored), canary_coins(scoring, statement)]
+    sources = [natural_coins(scoring.facts["prob_held_in"], scored, models), canary_coins(scoring, statement)]
     sources = [coins for coins in sources if coins is not None]
     return [
         audit(
@@ -73,19 +77,28 @@ def audit_run(
     ]
 
 
-def natural_coins(prob_in: float | None, scored: Scored) -> Coins | None:
+def natural_coins(prob_in: float | None, scored: Scored, models: Mapping[str, UnderOtherModels | None]) -> Coins | None:
     """Return the users of the sealed split who were scored; None where the chance of their coin is not known.
 
     Whether a user is attacked hangs on their number of records, never on the coin, so those left out leave the coins of
-    the others independent.
+    the others independent. With shadow models the score is the one that tells best whom those were trained on.
     """
     if prob_in is None:
         return None
-    training = scored.documents[signals.TRAINING]
-    name, table = ("ratio", training) if "ratio" in training.scores else ("token_mean", scored.documents[signals.FRESH])
+    kind, name = signals.TRAINING, "ratio"
+    if name not in scored.documents[kind].scores:
+        kind, name = signals.FRESH, "token_mean"
+    table, of_documents = scored.documents[kind], models[kind]
     scores = lift(table.scores[name], table.owner, len(scored.users))
     known = ~np.isnan(scores)
-    return Coins(scores[known], scored.is_held_in[known], prob_in, "user", NATURAL) if known.any() else None
+    if not known.any():
+        return None
+    chosen = shadow_models.Chosen(shadow_models.GAIN, scores[known])
+    if of_documents is not None:
+        of_users, _ = shadow_models.by_user(of_documents, table.owner, len(scored.users))
+        base = of_users.target - scores[known]
+        chosen = shadow_models.strongest(of_users, base, registry.reference_attacks())
+    return Coins(chosen.values, scored.is_held_in[known], prob_in, "user", NATURAL, score=str(chosen))
 
 
 def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
@@ -110,7 +123,15 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
         sides[row["user"]] = row["side"] == signals.HELD_IN
     scores = np.array([float(np.mean(gains[user])) for user in sorted(gains)])
     is_in = np.array([sides[user] for user in sorted(gains)], dtype=np.bool_)
-    return Coins(scores, is_in, 0.5, unit, CANARIES, most_records=max(row["user_num_records"] for row in rows))
+    return Coins(
+        scores,
+        is_in,
+        0.5,
+        unit,
+        CANARIES,
+        most_records=max(row["user_num_records"] for row in rows),
+        score=shadow_models.GAIN,
+    )
 
 
 def cap_of(statement: PrivacyStatement, coins: Coins) -> verdict.Cap:
@@ -316,6 +337,8 @@ def _notes(findings: Sequence[Finding]) -> list[str]:
         "promise. Neither decides.",
     ]
     for finding in findings:
+        if finding.score:
+            notes.append(f"The score of {finding.name}: {finding.score}.")
         notes.append(_ceilings(finding))
         if finding.num_coins < finding.num_flipped:
             notes.append(

@@ -1,0 +1,111 @@
+"""Users and records under shadow models, and which score of them an audit reads.
+
+An audit may read any score that does not depend on the coins of the attacked run. Which score is strongest the shadows
+tell: each stands in for the attacked model once, with the others as its shadows, and its own coins are known. They came
+from its own key, so a choice by them says nothing of the attacked run's coins and costs no error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from attacks.analysis.lift import lift
+from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.statistics import auroc
+
+Score = Callable[[UnderOtherModels], FloatArray]
+
+GAIN = "gain over the base"
+"""The score of a run without shadows; it stands first, so that it wins a tie."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The score that an audit reads.
+
+    Attributes:
+        name: of the attack.
+        values: [users] scores under the attacked model.
+        shadow_auroc: how well it tells who a shadow was trained on, the mean over shadows; None without a choice.
+        compared: names that it was chosen among.
+    """
+
+    name: str
+    values: FloatArray
+    shadow_auroc: float | None = None
+    compared: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.shadow_auroc is None:
+            return self.name
+        return (
+            f"{self.name}, which of {', '.join(self.compared)} tells best whom each shadow model was trained on (mean "
+            f"AUROC {self.shadow_auroc:.3f}); the coins of this run had no say"
+        )
+
+
+def by_user(models: UnderOtherModels, owner: np.ndarray, num_users: int) -> tuple[UnderOtherModels, BoolArray]:
+    """Lift documents to the users that have any.
+
+    Args:
+        models: documents, sorted by owner.
+        owner: [documents] user of each.
+        num_users: in all.
+
+    Returns:
+        The users under the same models, and [all users] whether each is among them.
+    """
+    users, starts = np.unique(owner, return_index=True)
+    target = lift(models.target, owner, num_users)[users]
+    shadows = np.stack([lift(column, owner, num_users)[users] for column in models.shadows.T], axis=1)
+    known = np.zeros(num_users, dtype=np.bool_)
+    known[users] = True
+    return UnderOtherModels(target, shadows, models.is_in[starts]), known
+
+
+def lacking(attack: ReferenceAttack, models: UnderOtherModels | None) -> str:
+    """Return what an attack needs of shadows and has not; empty if nothing."""
+    if models is None:
+        return "needs shadow models; see attacks shadows --help"
+    fewest_in, fewest_out = int(models.is_in.sum(axis=1).min()), int((~models.is_in).sum(axis=1).min())
+    if fewest_in < attack.min_in or fewest_out < attack.min_out:
+        return (
+            f"needs at least {attack.min_in} shadows with and {attack.min_out} without every user; "
+            f"some user has {fewest_in} and {fewest_out}"
+        )
+    return ""
+
+
+def strongest(models: UnderOtherModels, base: FloatArray, attacks: Iterable[ReferenceAttack]) -> Chosen:
+    """Return the score that tells best whom the shadows were trained on; no coin of the attacked run is an argument.
+
+    Args:
+        models: users under the attacked model and its shadows.
+        base: [users] mean log-probability per token under the base model.
+        attacks: candidates beside the gain over the base; those that a shadow too few would stop are passed over.
+    """
+    stand_ins = [_without(models, number) for number in range(models.shadows.shape[1])]
+    candidates: dict[str, Score] = {GAIN: lambda found: found.target - base}
+    candidates |= {a.name: a.score for a in attacks if not any(lacking(a, found) for found, _ in stand_ins)}
+    aurocs = {name: _mean_auroc(score, stand_ins) for name, score in candidates.items()}
+    best = max(aurocs, key=lambda name: aurocs[name])
+    return Chosen(best, candidates[best](models), aurocs[best], tuple(candidates))
+
+
+def _without(models: UnderOtherModels, number: int) -> tuple[UnderOtherModels, BoolArray]:
+    """Return the users with one shadow in the place of the attacked model, and whom it was trained on."""
+    others = np.arange(models.shadows.shape[1]) != number
+    stand_in = UnderOtherModels(models.shadows[:, number], models.shadows[:, others], models.is_in[:, others])
+    return stand_in, models.is_in[:, number]
+
+
+def _mean_auroc(score: Score, stand_ins: Iterable[tuple[UnderOtherModels, BoolArray]]) -> float:
+    found = []
+    for models, is_in in stand_ins:
+        values = score(models)
+        if is_in.any() and not is_in.all():
+            found.append(auroc(values[is_in], values[~is_in]))
+    return float(np.mean(found)) if found else 0.5
