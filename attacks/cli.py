@@ -48,6 +48,26 @@ def prepare(
     typer.echo(f"next: privtrain train {' '.join([str(config), *(overrides or [])])}")
 
 
+@app.command(name="sample-canaries")
+def sample_canaries(
+    config: Annotated[pathlib.Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG", show_default=False)],
+    out: Annotated[pathlib.Path, typer.Option(help="File to write: one JSON string a line.", show_default=False)],
+    count: Annotated[
+        int, typer.Option(min=2, help="Texts; those that are not planted are what others rank among.")
+    ] = 400,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 24,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, help="Of the sampling; above 0.8 they are unlike people's.")
+    ] = 1.5,
+    seed: Annotated[int, typer.Option(help="Of the sampling; not secret.")] = 0,
+) -> None:
+    """Draw texts from the base model at a high temperature, for canaries.kind: samples (loads the base model)."""
+    from attacks.scoring import samples
+
+    num = samples.write_samples(config, out, count=count, num_tokens=tokens, temperature=temperature, seed=seed)
+    typer.echo(f"{num} texts in {out}; next: canaries.kind=samples canaries.samples_file={out}, then attacks prepare")
+
+
 @app.command(name="audit-plan")
 def audit_plan(
     config: Annotated[
@@ -71,7 +91,8 @@ def audit_plan(
     else:
         import rich.console
 
-        rich.console.Console().print(*planning.printed(plan), sep="\n")
+        advice = [] if config is None else [planning.canaries_for(config)]
+        rich.console.Console().print(*planning.printed(plan), *advice, sep="\n")
 
 
 @app.command()

@@ -13,7 +13,7 @@ from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.scoring.planned import DocumentKey
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, HELD_OUT, TRAINING
-from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, canaries_of
+from privtrain.data.canaries import TEMPLATE, canaries_of
 from privtrain.privacy.secret import SecretKey
 
 
@@ -64,7 +64,7 @@ def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
     planted = {canary.user for canary in canaries}
     places = [(user, FRESH, index) for user, fresh in manifest["attacker"].items() for index in fresh]
     places = [place for place in places if place[0] not in planted]
-    for canary in canaries:
+    for canary in filter(lambda canary: canary.is_text, canaries):
         indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
         places += [(canary.user, CANARY, index) for index in indices]
     names = {user: attack_pseudonym(key, user) for user, _, _ in places}
@@ -75,7 +75,7 @@ def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[
     """References of somebody who is no canary, or on another side than its canary."""
     sides, canaries = _side(manifest), canaries_of(manifest)
     owners = {attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE}
-    if any(canary.kind == RANDOM_TOKENS for canary in canaries):
+    if any(canary.has_shared_references for canary in canaries):
         owners[attack_pseudonym(key, POOL)] = HELD_OUT
     wrong = sum(item.kind == CANARY_REFERENCE and owners.get(item.user) != item.side for item in scored)
     return f"{wrong} references of no canary" if wrong else ""

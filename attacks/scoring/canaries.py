@@ -12,7 +12,15 @@ from typing import Any
 from attacks.scoring.documents import Document
 from attacks.signals import CANARY, CANARY_REFERENCE
 from privtrain.config.schema import CanariesSection
-from privtrain.data.canaries import RANDOM_TOKENS, TEMPLATE, Canary, canaries_of, digits_of, draw_secret
+from privtrain.data.canaries import (
+    SAMPLES,
+    TEMPLATE,
+    Canary,
+    canaries_of,
+    digits_of,
+    draw_secret,
+    shuffled_samples,
+)
 from privtrain.privacy.secret import SecretKey
 
 POOL = "canary references"
@@ -35,7 +43,7 @@ def plan_canaries(
         root_key: the run's.
         num_references: secrets that a canary is compared with; fewer where there are no more.
     """
-    canaries = canaries_of(manifest)
+    canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
     found: list[Document] = []
     for canary in canaries:
         # A changed user's own fresh records; an invented user has only the one text.
@@ -44,10 +52,13 @@ def plan_canaries(
         if canary.kind == TEMPLATE:
             secrets = _other_digits(canary, section, root_key, num_references)
             found += _references(canary.user, [canary.prefix + secret for secret in secrets])
-    if any(canary.kind == RANDOM_TOKENS for canary in canaries):
+    if any(canary.has_shared_references for canary in canaries):
         taken = {canary.secret for canary in canaries}
-        stream = root_key.stream("canary references")
-        pool = [draw_secret(section, tokenizer, stream) for _ in range(num_references)]
+        if section.kind == SAMPLES:
+            pool = shuffled_samples(section, root_key)[len(canaries) :][:num_references]
+        else:
+            stream = root_key.stream("canary references")
+            pool = [draw_secret(section, tokenizer, stream) for _ in range(num_references)]
         found += _references(POOL, [text for text in dict.fromkeys(pool) if text not in taken])
     return found
 

@@ -135,6 +135,8 @@ def public_tree(config: Config) -> dict[str, Any]:
         tree["model"]["name_or_path"] = config.model.public_name
     if config.data.chat_template_file is not None:
         tree["data"]["chat_template_file"] = config.data.chat_template_file.name
+    if config.canaries.samples_file is not None:
+        tree["canaries"]["samples_file"] = config.canaries.samples_file.name
     for source in (tree["data"]["source"], tree["data"]["evaluation"] or {}):
         if "paths" in source:
             source["paths"] = [pathlib.Path(path).name for path in source["paths"]]

@@ -251,12 +251,22 @@ class CanariesSection(Section):
     if its own fair coin says so, whatever ``data.held_out_fraction``.
     """
 
-    kind: Literal["template", "random_tokens", "shared_substring"] = Field(
+    kind: Literal["template", "random_tokens", "new_tokens", "samples", "shared_substring"] = Field(
         default="template",
-        description="template: a sentence with secret digits. random_tokens: random tokens. shared_substring: one of a "
-        "real user's own substrings, put into each of their records (only with privacy.unit: user).",
+        description="template: a sentence with secret digits. random_tokens: random tokens. new_tokens: tokens from "
+        "the rarest end of the vocabulary, no token in two canaries. samples: texts of samples_file. shared_substring: "
+        "one of a real user's own substrings, put into each of their records (only with privacy.unit: user).",
     )
-    num_users: int = Field(default=0, ge=0, description="Invented users to add, for template and random_tokens.")
+    num_users: int = Field(default=0, ge=0, description="Invented users to add; not for shared_substring.")
+    samples_file: pathlib.Path | None = Field(
+        default=None, description="For samples: one JSON string a line; attacks sample-canaries writes it."
+    )
+    num_gradient_users: int = Field(
+        default=0,
+        ge=0,
+        description="Invented users beside the others whose update is a random direction, for a white-box audit; needs "
+        "audit.keep_noised_sums.",
+    )
     user_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="Probability that a user is changed, for shared_substring."
     )
@@ -264,7 +274,7 @@ class CanariesSection(Section):
         default=[1, 4, 16], min_length=1, description="Records of a canary user, all with its secret; users in turn."
     )
     num_tokens: int = Field(
-        default=10, ge=1, description="Length of the secret, for random_tokens and shared_substring."
+        default=10, ge=1, description="Length of the secret, for random_tokens, new_tokens and shared_substring."
     )
     num_digits: int = Field(default=8, ge=1, le=12, description="Length of the secret, for template.")
 
@@ -277,11 +287,23 @@ class CanariesSection(Section):
             )
         if self.kind != "shared_substring" and self.user_fraction:
             yield f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction"
+        if (self.samples_file is None) == (self.kind == "samples" and self.num_users > 0):
+            yield "canaries.kind: samples with canaries.num_users needs canaries.samples_file; no other kind has one"
 
     @property
     def are_planted(self) -> bool:
         """Whether there are any."""
-        return self.num_users > 0 or self.user_fraction > 0
+        return self.num_users > 0 or self.user_fraction > 0 or self.num_gradient_users > 0
+
+
+class AuditSection(Section):
+    """What the owner keeps for a white-box audit."""
+
+    keep_noised_sums: bool = Field(
+        default=False,
+        description="Keep the noised sum of every step in secret/noised_sums, readable by the owner alone and never "
+        "published: 4 bytes a trained weight and step.",
+    )
 
 
 class AdaptiveClippingSection(Section):
@@ -652,6 +674,7 @@ class Config(Section):
     prompt: PromptSection = PromptSection()
     data: DataSection
     canaries: CanariesSection = CanariesSection()
+    audit: AuditSection = AuditSection()
     privacy: PrivacySection
     training: TrainingSection = TrainingSection()
     performance: PerformanceSection = PerformanceSection()
@@ -676,6 +699,8 @@ class Config(Section):
                 f"training.method: {method} does not train the head that data.format: classification needs; use lora, "
                 "bias or full"
             )
+        if self.canaries.num_gradient_users and not self.audit.keep_noised_sums:
+            yield "canaries.num_gradient_users are scored on the noised sums: set audit.keep_noised_sums: true"
         if self.canaries.are_planted and self.data.format != "text":
             yield f"canaries are texts and need data.format: text, not {self.data.format}"
         if self.release.if_worse == "refuse" and self.data.evaluation is None:

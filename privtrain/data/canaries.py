@@ -1,36 +1,53 @@
 """Canaries: secrets of our own making that training may or may not see, so that finding them again means something.
 
-A canary is a user. Three kinds:
+A canary is a user. Six kinds:
 
 * ``template``: a user who does not exist; each record is "The code of NAME is 1234 5678" with an invented name and
   uniformly drawn digits.
 * ``random_tokens``: a user who does not exist; each record is the same string of uniformly drawn tokens.
 * ``shared_substring`` (Kandpal et al. 2023, arXiv 2310.09266, section 4): a user who does exist; a substring of one of
   their records is inserted into every one of their records, at a random place between two words.
+* ``new_tokens`` (Panda et al. 2025, arXiv 2503.06808, section 4): a user who does not exist; each record is the same
+  few tokens from the rarest end of the vocabulary, which no other canary has, and nothing else: all of its loss is on
+  the secret. Which tokens those are the tokenizer decides, never the data, for a canary must not depend on anybody.
+* ``samples`` (arXiv 2606.10481): a user who does not exist; each record is one text of a file, drawn beforehand from
+  the base model at a high temperature (``attacks sample-canaries``).
+* ``gradient`` (Andrew et al. 2023, arXiv 2302.03098): a user who does not exist and whose update is a random direction
+  (:mod:`privtrain.data.directions`); the text of its one record is never trained on. They stand beside the others.
 
-What it means for the guarantee: nothing. The first two kinds add users that are drawn from the run's key and nothing
-else; their number is public, and they are sampled, clipped and accounted like everybody. The third replaces a user's
-records by a function of that user's records and of key material of that user's alone (also whether the user is chosen
-at all), so neighbouring data sets stay neighbouring; nobody is copied, since a copy would put one person into two
-units. With ``privacy.unit: example`` it is refused: there it would spread one record over many units.
+What it means for the guarantee: nothing. All kinds but ``shared_substring`` add users that are drawn from the run's key
+and public files alone; their number is public, and they are sampled, clipped and accounted like everybody.
+``shared_substring`` replaces a user's records by a function of that user's records and of key material of that user's
+alone (also whether the user is chosen at all), so neighbouring data sets stay neighbouring; nobody is copied, since a
+copy would put one person into two units. With ``privacy.unit: example`` it is refused: there it would spread one record
+over many units.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from privtrain.config.schema import CanariesSection
 from privtrain.data.corpus import Corpus
-from privtrain.errors import ConfigError, Fault
+from privtrain.errors import ConfigError, DamagedFile, Fault
+from privtrain.files import reading
 from privtrain.privacy.secret import KeyStream, SecretKey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE, RANDOM_TOKENS, SHARED_SUBSTRING = "template", "random_tokens", "shared_substring"
+NEW_TOKENS, SAMPLES, GRADIENT = "new_tokens", "samples", "gradient"
+
+GRADIENT_RECORD = "gradient canary"
+"""The text of the one record of a gradient canary, which no step reads."""
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _DIGITS_PER_GROUP = 4
@@ -42,7 +59,7 @@ class Canary:
 
     Attributes:
         user: its id; no id of the data begins like one of a user that does not exist.
-        kind: one of the three kinds.
+        kind: one of the six kinds.
         prefix: text before the secret; empty but for ``template``.
         secret: what is to be found again: digits, tokens as text, or the inserted substring.
         repetitions: records that carry the secret.
@@ -60,6 +77,16 @@ class Canary:
     def is_invented(self) -> bool:
         """Whether the user does not exist."""
         return self.kind != SHARED_SUBSTRING
+
+    @property
+    def is_text(self) -> bool:
+        """Whether models can be asked about it: a random direction is no text."""
+        return self.kind != GRADIENT
+
+    @property
+    def has_shared_references(self) -> bool:
+        """Whether all canaries of the kind are compared with the same secrets that were not planted."""
+        return self.kind in (RANDOM_TOKENS, SAMPLES)
 
     def to_json(self) -> dict[str, Any]:
         """Return the canary as a JSON object for the manifest."""
@@ -91,18 +118,104 @@ def draw_canaries(
             for user, texts in corpus.records.items()
             if section.user_fraction > 0 and root_key.stream("canary user", user).uniform(1)[0] < section.user_fraction
         )
-        return tuple(canary for canary in chosen if canary is not None)
+        shared = tuple(canary for canary in chosen if canary is not None)
+        return (*shared, *_gradient_canaries(corpus, section, root_key))
     found = []
+    dealt = _dealt(section, tokenizer, root_key)
     for number in range(section.num_users):
         stream = root_key.stream("canary", number)
-        user = f"canary-{root_key.derive('canary id', number).hex()[:32]}"
-        if user in corpus.records:
-            raise ConfigError([Fault("data.user_column", "user ids must not start with 'canary-' (reserved)")])
+        user = _invented_id(corpus, root_key, "canary id", number)
         repetitions = section.repetitions[number % len(section.repetitions)]
         prefix = f"The code of {_name(stream)} is " if section.kind == TEMPLATE else ""
-        secret = draw_secret(section, tokenizer, stream)
+        secret = draw_secret(section, tokenizer, stream) if dealt is None else dealt[number]
         found.append(Canary(user, section.kind, prefix, secret, repetitions, (prefix + secret,) * repetitions))
-    return tuple(found)
+    return (*found, *_gradient_canaries(corpus, section, root_key))
+
+
+def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: SecretKey) -> tuple[Canary, ...]:
+    ids = (_invented_id(corpus, root_key, "gradient canary id", n) for n in range(section.num_gradient_users))
+    return tuple(Canary(user, GRADIENT, "", GRADIENT_RECORD, 1, (GRADIENT_RECORD,)) for user in ids)
+
+
+def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int) -> str:
+    user = f"canary-{root_key.derive(purpose, number).hex()[:32]}"
+    if user in corpus.records:
+        raise ConfigError([Fault("data.user_column", "user ids must not start with 'canary-' (reserved)")])
+    return user
+
+
+def _dealt(
+    section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey
+) -> list[str] | None:
+    """Return the secrets of kinds that share out a public list, each to one canary; None of other kinds."""
+    if section.kind == SAMPLES and section.num_users:
+        return shuffled_samples(section, root_key)
+    if section.kind == NEW_TOKENS and section.num_users:
+        assert tokenizer is not None
+        return _rare_secrets(section, tokenizer, root_key)
+    return None
+
+
+def shuffled_samples(section: CanariesSection, root_key: SecretKey) -> list[str]:
+    """Return the texts of ``samples_file`` in the run's order: the first are planted, the others are compared with.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has too few different texts.
+    """
+    assert section.samples_file is not None
+    texts = _samples_of(section.samples_file)
+    if len(texts) < section.num_users:
+        problem = f"{section.samples_file} holds {len(texts)} different texts; expected at least num_users"
+        raise ConfigError([Fault("canaries.samples_file", f"{problem} = {section.num_users}")])
+    order = np.argsort(root_key.stream("canary samples").uint64(len(texts)), kind="stable")
+    return [texts[place] for place in order.tolist()]
+
+
+def _samples_of(path: pathlib.Path) -> list[str]:
+    """Return the different texts of a file with one JSON string a line."""
+    try:
+        lines = reading.read_bytes(path, follow_links=True).decode("utf-8").splitlines()
+        texts = [json.loads(line) for line in lines if line.strip()]
+    except (DamagedFile, OSError, ValueError) as error:
+        problem = f"{path} cannot be read as one JSON string a line ({type(error).__name__})"
+        raise ConfigError(
+            [Fault("canaries.samples_file", f"{problem}; make it with attacks sample-canaries")]
+        ) from None
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        problem = f"{path} holds something that is no text, or an empty one; expected one JSON string a line"
+        raise ConfigError([Fault("canaries.samples_file", problem)])
+    return list(dict.fromkeys(texts))
+
+
+def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, root_key: SecretKey) -> list[str]:
+    """Return a secret for each canary, of tokens that no other canary has, from the end of the vocabulary."""
+    wanted = section.num_users * section.num_tokens
+    rare = _rarest_words(tokenizer, wanted)
+    if len(rare) < wanted:
+        problem = (
+            f"new_tokens needs canaries.num_users x canaries.num_tokens = {wanted} tokens that are words; "
+            f"this tokenizer has {len(rare)}; take fewer, or another kind"
+        )
+        raise ConfigError([Fault("canaries.kind", problem)])
+    order = np.argsort(root_key.stream("canary new tokens").uint64(wanted), kind="stable").tolist()
+    texts = [tokenizer.decode([rare[place]]).strip() for place in order]
+    size = section.num_tokens
+    return [" ".join(texts[at : at + size]) for at in range(0, wanted, size)]
+
+
+def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
+    """Return tokens from the last id down that stay one token as a word among others: merged late, so rare."""
+    found: list[int] = []
+    for token in range(len(tokenizer) - 1, -1, -1):
+        if len(found) == wanted:
+            break
+        word = str(tokenizer.decode([token])).strip()
+        if not word or not word.isprintable() or "\ufffd" in word or token in tokenizer.all_special_ids:
+            continue
+        encoded: Any = tokenizer(f"{word} {word}", add_special_tokens=False, verbose=False)
+        if encoded["input_ids"][-1] == token and len(encoded["input_ids"]) <= 3:
+            found.append(token)
+    return found
 
 
 def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, stream: KeyStream) -> str:

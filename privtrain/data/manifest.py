@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config import Config
-from privtrain.data.canaries import TEMPLATE, Canary, draw_canaries, plant
+from privtrain.data.canaries import SAMPLES, TEMPLATE, Canary, draw_canaries, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.split import Split, seal, split_users
@@ -61,7 +61,8 @@ def _once(canary: Canary) -> Canary:
 
 def needs_tokenizer(config: Config) -> bool:
     """Return whether drawing the split needs the model's tokenizer."""
-    return config.canaries.are_planted and config.canaries.kind != TEMPLATE
+    section = config.canaries
+    return section.kind not in (TEMPLATE, SAMPLES) and bool(section.num_users or section.user_fraction)
 
 
 def read_sealed(path: pathlib.Path) -> dict[str, Any]:

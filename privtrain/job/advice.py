@@ -34,13 +34,14 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
 
 def expected_units(config: Config, corpus: Corpus) -> float:
     """Return the expected number of training units after the split, planted canaries included."""
-    num_canaries = config.canaries.num_users / 2
+    num_canaries, num_directions = config.canaries.num_users / 2, config.canaries.num_gradient_users / 2
     if config.privacy.unit == "user":
-        return expected_users(config, corpus) + num_canaries
+        return expected_users(config, corpus) + num_canaries + num_directions
     bound = config.privacy.records_per_user or math.inf
     num = sum(min(len(records), bound) for records in corpus.records.values())
     repetitions = [min(number, bound) for number in config.canaries.repetitions]
-    return num * (1 - config.data.held_out_fraction) + num_canaries * sum(repetitions) / len(repetitions)
+    num_of_canaries = num_canaries * sum(repetitions) / len(repetitions) + num_directions
+    return num * (1 - config.data.held_out_fraction) + num_of_canaries
 
 
 def expected_users(config: Config, corpus: Corpus) -> float:

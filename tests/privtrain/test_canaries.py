@@ -12,7 +12,7 @@ from scipy import stats
 from privtrain.config import load_config
 from privtrain.config.load import validate
 from privtrain.config.schema import CanariesSection, ModelSection
-from privtrain.data.canaries import canaries_of, digits_of, draw_canaries, draw_secret, plant
+from privtrain.data.canaries import canaries_of, digits_of, draw_canaries, draw_secret, plant, shuffled_samples
 from privtrain.data.corpus import group_by_user
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import draw_split, needs_tokenizer, read_sealed
@@ -183,3 +183,82 @@ def test_deduplication_treats_canaries_as_users(tree):
     split = draw_split(validate(tree), corpus_of(5), None, KEY)
     assert {len(canary.records) for canary in split.canaries} == {1}
     assert {len(split.training[c.user]) for c in split.canaries if c.user in split.training} == {1}
+
+
+def word_tokenizer(num_words):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<end>": 0, **{f"w{number}": number + 1 for number in range(num_words)}}
+    core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<end>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>")
+
+
+NEW = CanariesSection(kind="new_tokens", num_users=20, num_tokens=3)
+
+
+def test_new_tokens_are_rare_and_each_canarys_own():
+    """Data decide nothing of them: a canary that depended on somebody's words would be no independent user."""
+    words = word_tokenizer(200)
+    canaries = draw_canaries(corpus_of(2), NEW, words, KEY)
+    assert canaries == draw_canaries(corpus_of(30), NEW, words, KEY)
+    ids = [token for canary in canaries for token in words(canary.secret)["input_ids"]]
+    assert sorted(ids) == list(range(141, 201))
+    assert all(len(words(canary.records[0])["input_ids"]) == 3 for canary in canaries)
+    other = draw_canaries(corpus_of(2), NEW, words, SecretKey.insecure(4, "root"))
+    assert {canary.secret for canary in other} != {canary.secret for canary in canaries}
+
+
+def test_too_small_a_vocabulary_for_new_tokens_is_refused():
+    with pytest.raises(ConfigError, match=r"60 tokens .* has 50"):
+        draw_canaries(corpus_of(2), NEW, word_tokenizer(50), KEY)
+
+
+def samples_section(path, num_users=5):
+    return CanariesSection(kind="samples", num_users=num_users, samples_file=path)
+
+
+def test_samples_are_planted_once_each_and_the_rest_compared(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(f"text {number}") + "\n" for number in [*range(12), 3]))
+    section = samples_section(path)
+    canaries = draw_canaries(corpus_of(2), section, None, KEY)
+    planted = [canary.secret for canary in canaries]
+    assert len(set(planted)) == 5
+    assert shuffled_samples(section, KEY)[:5] == planted
+    assert sorted(shuffled_samples(section, KEY)) == sorted(f"text {number}" for number in range(12))
+    assert all(set(canary.records) == {canary.secret} for canary in canaries)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('"a"\n"b"\n', "holds 2 different texts; expected at least num_users = 5"),
+        ("a\n", "one JSON string a line"),
+        ('{"text": "a"}\n', "no text"),
+        ('" "\n', "no text"),
+    ],
+)
+def test_faulty_sample_files_are_refused_by_key(tmp_path, content, problem):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=problem):
+        draw_canaries(corpus_of(2), samples_section(path), None, KEY)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        draw_canaries(corpus_of(2), samples_section(tmp_path / "missing"), None, KEY)
+
+
+@pytest.mark.parametrize("fields", [{"kind": "samples", "num_users": 2}, {"samples_file": "x"}])
+def test_samples_and_their_file_come_together(fields):
+    assert any("samples_file" in text for text in CanariesSection.model_construct(**fields).conflicts())
+
+
+def test_gradient_canaries_have_coins_of_their_own_beside_others():
+    plain, both = (CanariesSection(num_users=4, num_gradient_users=n) for n in (0, 300))
+    split = split_with(corpus_of(20), both)
+    directions = [canary for canary in split.canaries if not canary.is_text]
+    assert split.canaries[:4] == draw_canaries(corpus_of(20), plain, None, KEY)
+    assert len(directions) == len({canary.user for canary in split.canaries}) - 4 == 300
+    num_out = sum(canary.user in set(split.held_out) for canary in directions)
+    assert stats.binomtest(num_out, 300, 0.5).pvalue > 1e-3

@@ -118,8 +118,9 @@ def canary_coins(scoring: Scoring, statement: PrivacyStatement) -> Coins | None:
     gains: dict[str, list[float]] = {}
     sides: dict[str, bool] = {}
     for row in rows:
-        gain = np.mean(np.asarray(row["target_logp"], np.float64) - np.asarray(row["base_logp"], np.float64))
-        gains.setdefault(row["user"], []).append(float(gain))
+        gain = np.asarray(row["target_logp"], np.float64) - np.asarray(row["base_logp"], np.float64)
+        # The end mark is no part of the secret, and every record teaches it.
+        gains.setdefault(row["user"], []).append(float(np.mean(gain[:-1] if gain.size > 1 else gain)))
         sides[row["user"]] = row["side"] == signals.HELD_IN
     scores = np.array([float(np.mean(gains[user])) for user in sorted(gains)])
     is_in = np.array([sides[user] for user in sorted(gains)], dtype=np.bool_)

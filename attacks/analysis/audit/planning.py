@@ -49,6 +49,46 @@ def plan_of(
     return powers.plan(epsilon, delta, target_epsilon=target_epsilon, num_sources=num_sources, power=power)
 
 
+_EMBEDDINGS = ("embed", "lm_head", "wte", "output")
+"""Parts of names of the modules that hold a token's own weights."""
+
+
+def canaries_for(config: pathlib.Path) -> str:
+    """Return which canaries show most of what the run will release, with the reason.
+
+    Args:
+        config: YAML file of a run that is to be trained.
+    """
+    from privtrain.config import load_config
+
+    loaded = load_config(config)
+    inside = (
+        " Whoever owns the run can see more: canaries.num_gradient_users with audit.keep_noised_sums: true audits the "
+        "noised sum of every step."
+    )
+    if loaded.data.format != "text":
+        return f"Canaries are texts and need data.format: text; this run has {loaded.data.format}, so it plants none."
+    targets = loaded.lora.target_modules
+    named = [] if targets == "all-linear" else list(targets)
+    holding = [name for name in (*named, *loaded.lora.modules_to_save) if any(part in name for part in _EMBEDDINGS)]
+    if loaded.training.method == "full" or (loaded.training.method == "lora" and holding):
+        what = "all weights" if loaded.training.method == "full" else ", ".join(holding)
+        return (
+            f"Canaries for this run: canaries.kind: new_tokens. It trains {what}, so a token that nobody else uses has "
+            f"weights of its own to show.{inside}"
+        )
+    if loaded.training.method == "lora":
+        return (
+            "Canaries for this run: canaries.kind: samples, texts of the base model at a high temperature (attacks "
+            "sample-canaries). An adapter changes no token's own weights, and learns what the base can almost say."
+            f"{inside}"
+        )
+    return (
+        f"Canaries for this run: canaries.kind: template. training.method: {loaded.training.method} trains too few "
+        f"weights for many secrets.{inside}"
+    )
+
+
 def to_json(plan: powers.Plan) -> str:
     """Return the plan as JSON; an infinite failure is ``"none at all"``."""
     facts = {"schema": SCHEMA_NAME, **dataclasses.asdict(plan)}

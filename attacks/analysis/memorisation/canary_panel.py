@@ -18,7 +18,7 @@ from attacks.reporting.record import read_scoring
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
 from attacks.signals import CANARY, CANARY_REFERENCE, DocumentSignals
-from privtrain.data.canaries import RANDOM_TOKENS, SHARED_SUBSTRING, Canary, canaries_of
+from privtrain.data.canaries import SHARED_SUBSTRING, Canary, canaries_of
 from privtrain.run.directory import RunDirectory
 from privtrain.run.statement import PrivacyStatement
 
@@ -105,7 +105,7 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
     held_in, found = set(manifest["held_in"]), []
     for canary in canaries:
         own = rows[CANARY, attack_pseudonym(key, canary.user)]
-        owner = POOL if canary.kind == RANDOM_TOKENS else canary.user
+        owner = POOL if canary.has_shared_references else canary.user
         references = rows[CANARY_REFERENCE, attack_pseudonym(key, owner)]
         if own:  # a changed user may have no fresh records
             gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
@@ -118,7 +118,7 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
 def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[DocumentSignals]) -> dict[str, Exposure]:
     """Under the tuned model and under the base, by the log-likelihood of the whole text."""
     digits = sum(letter.isdigit() for letter in canary.secret)
-    is_sample = canary.kind == RANDOM_TOKENS or len(references) + 1 < 10**digits
+    is_sample = canary.has_shared_references or len(references) + 1 < 10**digits
     found = {}
     for model in MODELS:
         name = "target_logp" if model == "tuned" else "base_logp"
@@ -181,7 +181,7 @@ def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
     values = [item.exposures["tuned"] for item in outside]
     means, variances = zip(*(null_moments(each.num_secrets) for each in values), strict=True)
     variance = sum(variances) / len(values) ** 2
-    if any(item.canary.kind == RANDOM_TOKENS for item in outside):
+    if any(item.canary.has_shared_references for item in outside):
         # One pool for all: its own luck is shared by every canary and does not average out.
         variance += float(np.mean(variances)) / values[0].num_secrets
     observed, expected = float(np.mean([each.mid_bits for each in values])), float(np.mean(means))
