@@ -504,13 +504,28 @@ class PerUnitClipper:
         if batch.last_continues and index == len(batch.owners) - 1:
             self._open = _OpenUnit(batch.owners[index], gradient)
             return
+        self._add_whole(batch.owners[index], gradient)
+
+    def add_gradient(self, owner: int, gradient: dict[str, torch.Tensor]) -> None:
+        """Clip and add one unit's whole gradient that no row gave; after a step's last microbatch.
+
+        Args:
+            owner: position among the rank's units, or a negative number for a unit without rows.
+            gradient: tensor's name to its fp32 gradient, on this clipper's device.
+        """
+        assert self._open is None
+        with exact_fp32(self._device):
+            self._add_whole(owner, gradient)
+
+    def _add_whole(self, owner: int, gradient: dict[str, torch.Tensor]) -> None:
+        """Clip one unit's whole gradient by its own norm, and add it."""
         squares = torch.zeros(len(self.layout.slots), 1, dtype=torch.float64, device=self._device)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:
                 squares[i] = squared_norms(gradient[slot.name][None])
         squares, chosen = squares.cpu(), torch.ones(1, dtype=torch.bool)
-        factors = self._factors(squares, batch.owners[index : index + 1])
-        self._count(squares, factors, chosen, batch.owners[index : index + 1])
+        factors = self._factors(squares, (owner,))
+        self._count(squares, factors, chosen, (owner,))
         weights = self._on_grid(factors, chosen)
         for i, slot in enumerate(self.layout.slots):
             if slot.name in gradient:

@@ -198,7 +198,7 @@ def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, 
         )
         raise ConfigError([Fault("canaries.kind", problem)])
     order = np.argsort(root_key.stream("canary new tokens").uint64(wanted), kind="stable").tolist()
-    texts = [tokenizer.decode([rare[place]]).strip() for place in order]
+    texts = [str(tokenizer.decode([rare[place]])).strip() for place in order]
     size = section.num_tokens
     return [" ".join(texts[at : at + size]) for at in range(0, wanted, size)]
 

@@ -23,6 +23,7 @@ from privtrain.job.canaries_used import note_canaries
 from privtrain.job.claim import check_run_directory, claimed, is_complete
 from privtrain.job.contributions import check_contributed
 from privtrain.job.environment import environment_digest
+from privtrain.job.noised_sums import NoisedSums, check_whole
 from privtrain.job.publish import publish
 from privtrain.job.released import after_release, finish
 from privtrain.job.reservation import budgeted
@@ -49,6 +50,7 @@ from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
+from privtrain.training.gradient_canaries import GradientCanaries
 from privtrain.training.network import Network, checksum_over_ranks, load_network
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
@@ -107,7 +109,8 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
         run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
             tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step)
-        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop)
+        directions = GradientCanaries(root_key, split.canaries, units)
+        trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop, directions)
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.continuation.start_step:
@@ -127,6 +130,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
         costs = _counted(inputs, trainer, network)
         # A signal needs a moment to be noted, and a short evaluation leaves it none.
         stop.leave_if_agreed(backend, "training has not begun")
+        sums = _kept_sums(inputs, trainer)
         session = _loop(inputs, trainer, network, session, stop)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
@@ -139,10 +143,21 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
             if backend.is_main:
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
+                if sums is not None:
+                    sums.seal(inputs.plan.num_steps)
                 _release(inputs, ledger, network, state)
                 undone = after_release(inputs.run, inputs.config.release, lambda: tracker.publish(inputs.run))
             tracker.close()
     return undone
+
+
+def _kept_sums(inputs: Inputs, trainer: Trainer) -> NoisedSums | None:
+    """Keep the noised sums from now on if the config asks; return what writes them on rank 0."""
+    if not inputs.config.audit.keep_noised_sums or not trainer.backend.is_main:
+        return None
+    sums = NoisedSums(inputs.run, trainer.layout)
+    trainer.keep = sums.keep
+    return sums
 
 
 def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
@@ -167,7 +182,8 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     split = draw_split(inputs.config, inputs.corpus, network.tokenizer, key)
     units = select_units(inputs, backend, network, split, key, cache=None)
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
-    trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop)
+    directions = GradientCanaries(key, split.canaries, units)
+    trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, directions)
     _self_test(trainer, network, backend)
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
@@ -219,8 +235,9 @@ def _build_trainer(
     session: Session,
     tracker: Tracker,
     stop: StopRequest,
+    directions: GradientCanaries,
 ) -> Trainer:
-    return Trainer(
+    trainer = Trainer(
         plan=inputs.plan,
         training=inputs.config.training,
         model=network.model,
@@ -237,7 +254,11 @@ def _build_trainer(
         objective=network.objective,
         first_step=session.continuation.first_step,
         committed=session.committed,
+        gradient_canaries=directions,
     )
+    if inputs.config.audit.keep_noised_sums:
+        check_whole(trainer.layout)
+    return trainer
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:

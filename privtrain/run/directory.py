@@ -54,6 +54,11 @@ class RunDirectory:
         self.evaluation_before = self.secret / "evaluation_before.json"
         self.base_losses = self.secret / "base_losses.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
+        self.noised_sums = self.secret / "noised_sums"
+
+    def noised_sum(self, step: int) -> pathlib.Path:
+        """Return where the noised sum of a step is kept, on request."""
+        return self.noised_sums / f"step-{step:06d}.npy"
 
     def exists(self) -> bool:
         """Return whether a run was begun here."""

@@ -28,6 +28,7 @@ from privtrain.privacy.sum_digest import BoundSum, bind
 from privtrain.tracking import Tracker
 from privtrain.training import auxiliary_sums
 from privtrain.training.auxiliary_sums import next_norm
+from privtrain.training.gradient_canaries import GradientCanaries
 
 
 class Released(NamedTuple):
@@ -68,9 +69,11 @@ class Trainer:
         first_step: the generation's first step.
         committed: step → commitment to its sum, of the steps that are replayed.
         should_stop: whether this rank was asked to stop.
+        gradient_canaries: units whose update is a random direction; None if there are none.
 
     Attributes:
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
+        keep: called with step, noised sum and its clipping norm before the optimizer gets it; set by the job.
     """
 
     def __init__(
@@ -92,10 +95,13 @@ class Trainer:
         first_step: int = 0,
         committed: Mapping[int, str] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        gradient_canaries: GradientCanaries | None = None,
     ) -> None:
         self.plan = plan
         self.must_stop = False
         self._should_stop = should_stop
+        self._gradient_canaries = gradient_canaries
+        self.keep: Callable[[int, torch.Tensor, float], None] | None = None
         self.backend = backend
         self.ledger = ledger
         self.tracker = tracker
@@ -134,17 +140,29 @@ class Trainer:
         drawn = self.sampler.draw(step)
         self._intend(step, drawn)
         self.clipper.reset()
-        for batch in self.microbatches(drawn):
-            self.clipper.accumulate(batch)
+        self._accumulate(drawn)
         vector, released, commitment = self.release(
             self.clipper, self._key, step, functools.partial(self._check_replay, step)
         )
+        if self.keep is not None:
+            self.keep(step, vector, self.clipping_norm)
         self._set_learning_rate(step)
         self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         counts = self._reduced_counts()
         self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts[2]))
         self._log(step, time.monotonic() - started, counts, released)
         self._adapt(released)
+
+    def _accumulate(self, drawn: Sequence[DrawnUnit]) -> None:
+        """Add the clipped gradients of this rank's share of a step."""
+        users: list[str] = []
+        if self._gradient_canaries is not None:
+            drawn, users = self._gradient_canaries.apart(drawn)
+        for batch in self.microbatches(drawn):
+            self.clipper.accumulate(batch)
+        if users and self._gradient_canaries is not None:
+            assert isinstance(self.clipper, PerUnitClipper), "checked at the start"
+            self._gradient_canaries.add(self.clipper, users[self.placement.share :: self.placement.num_shares])
 
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
         """Draw samples and noise from another secret from ``first_step`` on."""
@@ -280,12 +298,13 @@ class Trainer:
             raise ReplayDiverged
 
     def _reduced_counts(self) -> list[float]:
-        """Return the clipper's diagnostics over all ranks: units, clipped, not finite, sum of norms, sum of losses.
+        """Return over all ranks: units, clipped, not finite, sum of norms, sum of losses, units with a loss.
 
         Whether any rank was asked to stop rides along, so that it needs no collective of its own.
         """
         counts = self.clipper.diagnostics
         raw = [counts.num_units, counts.num_clipped, counts.num_nonfinite, counts.sum_norms, counts.sum_losses]
+        raw.append(len(counts.unit_losses))  # a gradient canary has none
         raw.append(float(self._should_stop()))
         sums = torch.tensor(raw, dtype=torch.float32, device=self.backend.device)
         self.backend.reduce(sums)
@@ -316,7 +335,7 @@ class Trainer:
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
         if not self.backend.is_main:
             return
-        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses = counts
+        num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_losses = counts
         num_charged = self.ledger.state.num_charged
         epsilon = self.plan.epsilon_after(self.plan.accounted_steps(self.ledger.state.intents))
         adaptive = {}
@@ -334,7 +353,7 @@ class Trainer:
                 "privacy/budget_fraction": num_charged / self.plan.num_steps,
                 "perf/step_seconds": round(step_seconds, 4),
                 "perf/expected_units_per_second": finite(self.plan.expected_batch_size / max(step_seconds, 1e-9)),
-                "train/loss": finite(sum_losses / max(num_units, 1)),
+                "train/loss": finite(sum_losses / max(num_losses, 1)),
                 "train/num_units": int(num_units),
                 "train/clip_fraction": num_clipped / max(num_units, 1),
                 "train/mean_norm": finite(sum_norms / max(num_units - num_nonfinite, 1)),

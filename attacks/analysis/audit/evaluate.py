@@ -1,9 +1,10 @@
 """Everything that the audit says about one source of coins, and the one rule that turns it into a verdict.
 
 Two tests decide, and both need nothing but the coins: the one-run bound at the claim's delta, and the one-run test
-of the run's own certified curve. The error of all deciding tests together is ``SIGNIFICANCE``, shared equally between
-sources, tests and declared guesses. The Gaussian and the Clopper-Pearson bounds stand beside them with the
-assumption that each needs, and decide nothing.
+of the run's own certified curve. Where scores are independent by their making (gradient canaries) a third one does: the
+AUROC against the largest that the claimed curve allows (:mod:`attacks.analysis.audit.independent`). The error of all
+deciding tests together is ``SIGNIFICANCE``, shared equally between sources, tests and declared guesses. The Gaussian
+and the Clopper-Pearson bounds stand beside them with the assumption that each needs, and decide nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from attacks.analysis.audit import clopper, one_run, tradeoff
-from attacks.analysis.audit.guesses import Coins, Guess, correct_guesses, declared_guesses, fair, telling_guesses
+from attacks.analysis.audit import clopper, independent, one_run, tradeoff
+from attacks.analysis.audit.guesses import (
+    Coins,
+    FloatArray,
+    Guess,
+    correct_guesses,
+    declared_guesses,
+    fair,
+    telling_guesses,
+)
 from attacks.analysis.statistics import Bound, DpBound
 from attacks.analysis.verdict import Verdict
 
@@ -75,6 +84,8 @@ class Finding:
         verdict: on the claim.
         verdict_reason: the sentence that explains it.
         score: which score was guessed by.
+        access: what the attacker saw.
+        separation: the AUROC test of independent scores; None where scores may depend on each other.
     """
 
     name: str
@@ -97,6 +108,8 @@ class Finding:
     verdict: Verdict
     verdict_reason: str
     score: str
+    access: str
+    separation: independent.Separation | None
 
 
 def audit(
@@ -114,7 +127,7 @@ def audit(
     """
     sample = fair(coins, seed)
     num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
-    significance = SIGNIFICANCE / (num_sources * _NUM_TESTS)
+    significance = SIGNIFICANCE / (num_sources * (_NUM_TESTS + coins.are_independent))
     delta = delta if claim.pair is None else claim.pair.delta
     found = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
     shown_share = SIGNIFICANCE / max(len(found), 1)
@@ -163,9 +176,20 @@ def audit(
         verdict=Verdict.UNINFORMATIVE,
         verdict_reason="",
         score=coins.score,
+        access=coins.access,
+        separation=_separation(*sides, claim, delta, significance) if coins.are_independent else None,
     )
     verdict, reason = judge(finding, is_constant=sample.is_constant, confounded_by=confounded_by)
     return dataclasses.replace(finding, verdict=verdict, verdict_reason=reason)
+
+
+def _separation(
+    held_in: FloatArray, held_out: FloatArray, claim: Claim, delta: float, significance: float
+) -> independent.Separation | None:
+    if min(held_in.size, held_out.size) < 2:
+        return None
+    bound = claim.pair if claim.curve is None else claim.curve
+    return independent.separation(held_in, held_out, bound, delta, significance)
 
 
 def epsilon_ceiling(num_coins: int, delta: float, significance: float) -> float:
@@ -203,7 +227,14 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
             f"{counts}, which the claimed privacy curve allows with probability at most {finding.curve_p_value:.2g}; "
             "look for a broken mechanism before anything is released"
         )
-    if finding.epsilon_ceiling <= pair.epsilon and finding.curve_p_floor > finding.significance:
+    separation = finding.separation
+    if separation is not None and separation.is_excess:
+        return Verdict.FALSIFIED, (
+            f"{finding.name} are told apart with an AUROC of at least {separation.auroc_lower:.4g}, and the claimed "
+            f"privacy curve allows {separation.auroc_cap:.4g}; look for a broken mechanism before anything is released"
+        )
+    could_exceed = separation is not None and separation.could_exceed
+    if finding.epsilon_ceiling <= pair.epsilon and finding.curve_p_floor > finding.significance and not could_exceed:
         return Verdict.UNINFORMATIVE, (
             f"with {finding.num_coins} coins even perfect guesses would show no more than epsilon = "
             f"{finding.epsilon_ceiling:.4g}, and the run claims {pair.epsilon:.4g}: see attacks audit-plan"

@@ -25,6 +25,9 @@ BoolArray = npt.NDArray[np.bool_]
 GUESS_SHARES = (1.0, 0.5, 0.2)
 """Shares of the units that are guessed: few for a weak attack that is sure of some, all for one that is sure of all."""
 
+BLACK_BOX = "released model"
+"""What an outsider sees: likelihoods under what was released."""
+
 TOP_SHARES = (0.2, 0.1, 0.05, 0.025, 0.0125)
 """Shares of the units that are guessed "in", those with the highest scores, and nobody "out"."""
 
@@ -54,6 +57,8 @@ class Coins:
         name: of the source, for the report.
         most_records: the most records of any of them, whichever way its coin fell.
         score: which score it is and why, for the report.
+        access: what the attacker saw.
+        are_independent: whether scores are independent of each other by their making, given who was in training.
     """
 
     scores: FloatArray
@@ -63,6 +68,8 @@ class Coins:
     name: str
     most_records: int = 1
     score: str = ""
+    access: str = BLACK_BOX
+    are_independent: bool = False
 
     def __post_init__(self) -> None:
         assert self.scores.shape == self.is_in.shape == (self.scores.size,), (self.scores.shape, self.is_in.shape)

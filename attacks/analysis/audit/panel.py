@@ -18,8 +18,10 @@ import numpy as np
 
 from attacks import signals
 from attacks.analysis import registry, shadow_models, verdict
+from attacks.analysis.audit import white_box
 from attacks.analysis.audit.evaluate import SIGNIFICANCE, Claim, Finding, audit, epsilon_ceiling
 from attacks.analysis.audit.guesses import GUESS_SHARES, TOP_SHARES, Coins
+from attacks.analysis.audit.independent import Separation
 from attacks.analysis.audit.power import DELTAS, NUM_COINS
 from attacks.analysis.features import Scored
 from attacks.analysis.lift import lift
@@ -58,7 +60,11 @@ def audit_run(
     Raises:
         AttackInputError: if the mechanism certifies nothing at that delta.
     """
-    sources = [natural_coins(scoring.facts["prob_held_in"], scored, models), canary_coins(scoring, statement)]
+    sources = [
+        natural_coins(scoring.facts["prob_held_in"], scored, models),
+        canary_coins(scoring, statement),
+        white_box.gradient_coins(scoring.run, statement),
+    ]
     sources = [coins for coins in sources if coins is not None]
     return [
         audit(
@@ -195,6 +201,7 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
         "verdict_reason": decisive.verdict_reason,
         "columns": [
             {"key": "coins", "label": "coins"},
+            {"key": "access", "label": "the attacker saw"},
             {"key": "method", "label": "method"},
             {"key": "lower_bound", "label": "ε at least"},
             {"key": "ceiling", "label": "ceiling"},
@@ -274,6 +281,7 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
     pair = finding.claim.pair
     common = {
         "coins": finding.name,
+        "access": finding.access,
         "unit": finding.unit,
         "claimed": None if pair is None else pair.epsilon,
         "delta": finding.delta,
@@ -306,6 +314,8 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
                 "verdict": str(finding.verdict),
             }
         )
+    if finding.separation is not None:
+        rows.append(_separation_row(finding, finding.separation, common))
     for method, bound, ceiling in (
         ("one run, tied to a Gaussian curve", finding.gaussian_epsilon, finding.gaussian_ceiling),
         ("Clopper-Pearson, scores independent", finding.clopper_epsilon, finding.clopper_ceiling),
@@ -324,6 +334,21 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
     return rows
 
 
+def _separation_row(finding: Finding, found: Separation, common: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **common,
+        "method": f"independent scores: AUROC at least {found.auroc_lower:.4f}"
+        + (f", claim allows {found.auroc_cap:.4f}" if found.auroc_cap is not None else ""),
+        "auroc_lower": found.auroc_lower,
+        "auroc_cap": found.auroc_cap,
+        "lower_bound": found.epsilon if math.isfinite(found.epsilon) else None,
+        "ceiling": found.epsilon_ceiling if math.isfinite(found.epsilon_ceiling) else None,
+        "confidence": 1.0 - finding.significance,
+        "decides": True,
+        "verdict": str(finding.verdict),
+    }
+
+
 def _notes(findings: Sequence[Finding]) -> list[str]:
     both, top = (", ".join(f"{share:g}" for share in shares) for shares in (GUESS_SHARES, TOP_SHARES))
     notes = [
@@ -337,6 +362,14 @@ def _notes(findings: Sequence[Finding]) -> list[str]:
         "assumption-free ε. Clopper-Pearson takes units as scored independently, which one training run does not "
         "promise. Neither decides.",
     ]
+    if any(finding.separation is not None for finding in findings):
+        notes.append(
+            "Independent scores (Andrew et al. 2023, arXiv 2302.03098, section 3): directions of canaries are drawn "
+            "independently in a dimension much larger than their number, so their inner products with the noised sums "
+            "are independent. That alone decides, by the AUROC that the claimed curve allows. The ε in that row is "
+            "tied to a Gaussian curve. These canaries were looked for in the noised sums that the owner kept; whoever "
+            "has the released model alone sees less."
+        )
     for finding in findings:
         if finding.score:
             notes.append(f"The score of {finding.name}: {finding.score}.")

@@ -1,0 +1,83 @@
+"""The audit of scores that are independent of each other by their making: gradient canaries in high dimension.
+
+**Theorem.** Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar 2023 (arXiv 2302.03098, section 3): canaries whose
+updates are independent random directions in d dimensions, released in one sum with Gaussian noise; with k = o(d) of
+them, their inner products with the sum are asymptotically independent and normal, and the epsilon of the two normal
+laws, fitted in this one run, converges to the mechanism's.
+
+**Assumptions.** d is much larger than the number of canaries and of steps; coins and directions are independent. Not
+assumed: that the noise is as claimed, or normal.
+
+**What decides.** Independence alone: an interval for the AUROC over independent canaries, against the largest AUROC
+that the claimed curve allows any test.
+
+**What is reported beside it.** The epsilon of the Gaussian curve that has the lower end of that interval for its AUROC.
+It says "not this Gaussian", as the other bounds that are tied to a curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import scipy.special
+
+from accountants.methods import gdp
+from attacks.analysis import statistics
+from attacks.analysis.statistics import Bound, Interval
+from attacks.analysis.statistics.mann_whitney import FloatArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Separation:
+    """How well independent scores tell the coins, against a claim.
+
+    Attributes:
+        auroc_lower: exceeded by the true AUROC but for the error.
+        auroc_ceiling: the same had every score been on its side.
+        auroc_cap: the largest that the claim allows; None without a claim.
+        epsilon: of the Gaussian curve with an AUROC of ``auroc_lower``, at the audit's delta.
+        epsilon_ceiling: the same of the ceiling.
+    """
+
+    auroc_lower: float
+    auroc_ceiling: float
+    auroc_cap: float | None
+    epsilon: float
+    epsilon_ceiling: float
+
+    @property
+    def is_excess(self) -> bool:
+        """Whether more was told than the claim allows."""
+        return self.auroc_cap is not None and self.auroc_lower > self.auroc_cap
+
+    @property
+    def could_exceed(self) -> bool:
+        """Whether so many canaries could have shown that."""
+        return self.auroc_cap is not None and self.auroc_ceiling > self.auroc_cap
+
+
+def separation(
+    held_in: FloatArray, held_out: FloatArray, claim: Bound | None, delta: float, significance: float
+) -> Separation:
+    """Compare independent scores with a claim.
+
+    Args:
+        held_in: scores of those in training, at least two.
+        held_out: scores of the others, at least two.
+        claim: curve or pair, or None.
+        delta: at which epsilon is given.
+        significance: chance that the lower end is above the truth.
+    """
+    level = 1.0 - 2.0 * significance
+    lower = statistics.delong_interval(held_in, held_out, level).lower
+    ceiling: Interval = statistics.perfect_separation(held_in.size, held_out.size, level)
+    cap = None if claim is None else claim.max_auroc()
+    return Separation(lower, ceiling.lower, cap, gaussian_epsilon(lower, delta), gaussian_epsilon(ceiling.lower, delta))
+
+
+def gaussian_epsilon(auroc: float, delta: float) -> float:
+    """Return epsilon at delta of the Gaussian curve with this AUROC: mu = sqrt(2) times its normal quantile."""
+    if auroc <= 0.5:
+        return 0.0
+    return gdp.gdp_epsilon(math.sqrt(2.0) * float(scipy.special.ndtri(auroc)), delta)

@@ -1,0 +1,146 @@
+"""White box for the owner: gradient canaries looked for in the noised sum of every step.
+
+A canary's direction u is a vector of fair signs over sqrt(d), drawn independently of everything (Andrew et al. 2023,
+arXiv 2302.03098). Its inner products with the T noised sums Y_1..Y_T, in clipping norms, are the signals. Of a canary
+that was left out they are, given the sums, normal with mean 0 and covariance G = Y Yᵀ / d up to 1/sqrt(d), whatever
+mechanism made the sums: u knows nothing of them. Of one that joined step t the t-th is about 1 more.
+
+The score is the logarithm of a likelihood ratio that adds up over steps, each joined with chance q:
+
+    sum_t log(1 - q + q exp(a_t · x - b_t / 2)).
+
+For independent noise G is diagonal, a_t · x = x_t / G_tt and b_t = 1 / G_tt; this is then the likelihood ratio of the
+sampled Gaussian mechanism, so nobody can guess better. G is measured, not claimed, and may not be diagonal, and then
+which steps a canary joined together would matter. So two such ratios are averaged: that of the diagonal, which sees
+noise that is missing or too small, and one that takes each step as the only one joined, with a_t row t of G⁻¹ and b_t
+its diagonal, which sees noise that is used twice. Which canaries were in training is in neither.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attacks.analysis.audit.guesses import Coins
+from attacks.scoring.documents import read_manifest
+from privtrain.data.canaries import Canary, canaries_of
+from privtrain.data.directions import blocks, signs
+from privtrain.errors import DamagedFile
+from privtrain.files.reading import file_sha256
+from privtrain.privacy.secret import SecretKey
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import read_sealed_file
+from privtrain.run.statement import PrivacyStatement
+
+INDEX_SCHEMA = "privtrain/noised-sums/1"
+GRADIENTS = "gradient canaries"
+ACCESS = "noised sum of every step (owner)"
+
+_CANARIES_AT_ONCE = 64
+_RIDGE = 1e-9
+"""Of the mean variance, added to G: sums without noise may depend on each other."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def gradient_coins(run: RunDirectory, statement: PrivacyStatement) -> Coins | None:
+    """Return the gradient canaries with their scores; None if the run planted none or kept no sums.
+
+    Raises:
+        DamagedFile: if sums are not as they were sealed.
+    """
+    if not os.path.lexists(run.noised_sums) or not os.path.lexists(run.manifest):
+        return None
+    manifest = read_manifest(run)
+    canaries = [canary for canary in canaries_of(manifest) if not canary.is_text]
+    if not canaries:
+        return None
+    held_in = set(manifest["held_in"])
+    signals, covariance = projections(run, canaries)
+    scores = score(signals, covariance, _sampling_prob(statement))
+    is_in = np.array([canary.user in held_in for canary in canaries], dtype=np.bool_)
+    return Coins(
+        scores,
+        is_in,
+        0.5,
+        statement.unit,
+        GRADIENTS,
+        score=f"likelihood ratio over inner products with {covariance.shape[0]} noised sums",
+        access=ACCESS,
+        are_independent=True,
+    )
+
+
+def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, FloatArray]:
+    """Return each canary's inner products with the sums, and the covariance of a left-out canary's.
+
+    Args:
+        run: with sealed sums.
+        canaries: gradient canaries.
+
+    Returns:
+        [canaries, steps] and [steps, steps], in clipping norms.
+    """
+    index = read_sealed_file(run, run.noised_sums / "index.json", schema=INDEX_SCHEMA, remedy="restore it")
+    num_coordinates = sum(num for _, num in index["tensors"])
+    sums = [_opened(run.noised_sum(step), digest, num_coordinates) for step, digest in index["steps"]]
+    key = run.load_key("root")
+    found = np.zeros((len(canaries), len(sums)))
+    gram = np.zeros((len(sums), len(sums)))
+    begin = 0
+    for name, num in index["tensors"]:
+        for number, start, size in blocks(num):
+            part = np.stack([values[begin + start : begin + start + size] for values in sums], axis=1)
+            gram += part.astype(np.float64).T @ part
+            for first in range(0, len(canaries), _CANARIES_AT_ONCE):
+                chosen = canaries[first : first + _CANARIES_AT_ONCE]
+                found[first : first + len(chosen)] += _directions(key, chosen, name, number, size) @ part
+        begin += num
+    return found / np.sqrt(num_coordinates), gram / num_coordinates
+
+
+def score(signals: FloatArray, covariance: FloatArray, sampling_prob: float) -> FloatArray:
+    """Return each canary's score: higher if it was more likely in training.
+
+    Args:
+        signals: [canaries, steps].
+        covariance: [steps, steps] of a canary that was left out.
+        sampling_prob: q, chance that a canary joins a step.
+    """
+    num_steps = covariance.shape[0]
+    ridge = _RIDGE * max(float(np.trace(covariance)) / num_steps, 1e-30)
+    whole = np.linalg.inv(covariance + ridge * np.eye(num_steps))
+    alone = np.diag(1.0 / (np.diag(covariance) + ridge))
+    return np.logaddexp(*(_log_ratio(signals, inverse, sampling_prob) for inverse in (alone, whole)))
+
+
+def _log_ratio(signals: FloatArray, inverse: FloatArray, sampling_prob: float) -> FloatArray:
+    ratios = signals @ inverse - np.diag(inverse) / 2.0
+    with np.errstate(divide="ignore"):
+        absent, present = np.log([1.0 - sampling_prob, sampling_prob])
+    return np.logaddexp(absent, present + ratios).sum(axis=1)
+
+
+def _directions(key: SecretKey, canaries: list[Canary], name: str, number: int, size: int) -> npt.NDArray[np.float32]:
+    return np.stack([signs(key, canary.user, name, number, size) for canary in canaries]).astype(np.float32)
+
+
+def _opened(path: pathlib.Path, digest: str, num_coordinates: int) -> Any:
+    """Return a sum's values, on disk, as they were sealed."""
+    if file_sha256(path) != digest:
+        raise DamagedFile(path, "is not the sum that was sealed at the release", "restore it")
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if values.shape != (num_coordinates,) or values.dtype != np.float32:
+        raise DamagedFile(path, "is of another size than the model", "restore it")
+    return values
+
+
+def _sampling_prob(statement: PrivacyStatement) -> float:
+    """Return about how likely a unit is to join a step; the score alone depends on it, no bound does."""
+    if statement.sampling.sampling_prob is not None:
+        return statement.sampling.sampling_prob
+    return 1.0 / max(getattr(statement.sampling, "steps_per_epoch", None) or 2, 1)

@@ -1,0 +1,44 @@
+"""The random directions of gradient canaries (Andrew et al. 2023, arXiv 2302.03098): from the run's key, without torch.
+
+A direction is a vector of independent fair signs over all trainable coordinates. Two of d coordinates are orthogonal up
+to about 1 / sqrt(d), so each can be looked for in a sum as if the others were not there. Training adds it and the audit
+looks for it; both draw it from the root key, block by block, so that neither ever stores one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from privtrain.privacy.secret import SecretKey
+
+BLOCK = 1 << 16
+"""Coordinates of a tensor that are drawn at once."""
+
+RAW_NORM = 10.0
+"""Norm of a canary's update before clipping, in clipping norms: where clipping is missing it stands out."""
+
+
+def signs(key: SecretKey, user: str, name: str, block: int, num: int) -> npt.NDArray[np.int8]:
+    """Return a block of a canary's direction.
+
+    Args:
+        key: the run's root key.
+        user: the canary's id.
+        name: of the trainable tensor.
+        block: number of the block in it.
+        num: coordinates of the block, at most ``BLOCK``.
+
+    Returns:
+        [num] of -1 and 1.
+    """
+    assert 0 < num <= BLOCK, num
+    words = key.stream("gradient canary", user, name, block).uint64(-(-num // 64))
+    bits = np.unpackbits(words.view(np.uint8), count=num)
+    return 2 * bits.astype(np.int8) - 1
+
+
+def blocks(num_coordinates: int) -> list[tuple[int, int, int]]:
+    """Return (number, first coordinate, coordinates) of each block of a tensor."""
+    starts = range(0, num_coordinates, BLOCK)
+    return [(number, start, min(BLOCK, num_coordinates - start)) for number, start in enumerate(starts)]

@@ -1,0 +1,72 @@
+"""The noised sum of every step, kept for the owner's audit: ``secret/noised_sums``, 0700 and 0600, never published.
+
+What is kept is the output of the mechanism, in units of the clipping norm of its step, before the optimizer sees it. A
+step that is replayed writes the same file again. At the release the list of them is sealed under the run's root key.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+
+from privtrain.errors import ConfigError, Fault
+from privtrain.files.atomic import write_atomically
+from privtrain.files.private import make_private_directory
+from privtrain.files.reading import file_sha256
+from privtrain.privacy.layout import Layout
+from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import write_sealed
+
+INDEX_SCHEMA = "privtrain/noised-sums/1"
+
+
+class NoisedSums:
+    """Writes the sums of a run; rank 0 alone holds one.
+
+    Args:
+        run: the run.
+        layout: of the sums.
+    """
+
+    def __init__(self, run: RunDirectory, layout: Layout) -> None:
+        self._run, self._layout = run, layout
+        make_private_directory(run.noised_sums)
+
+    def keep(self, step: int, vector: torch.Tensor, clipping_norm: float) -> None:
+        """Write the noised sum of a step, whole or not at all.
+
+        Args:
+            step: counts from 0.
+            vector: [coordinates] fp32, the sum with its noise.
+            clipping_norm: C of the step.
+        """
+        buffer = io.BytesIO()
+        np.save(buffer, (vector.detach().double() / clipping_norm).float().cpu().numpy())
+        write_atomically(self._run.noised_sum(step), buffer.getvalue(), mode=0o600)
+
+    def seal(self, num_steps: int) -> None:
+        """Write the sealed list of the sums that are there.
+
+        Args:
+            num_steps: of the run.
+        """
+        steps = [step for step in range(num_steps) if self._run.noised_sum(step).exists()]
+        facts = {
+            "schema": INDEX_SCHEMA,
+            "tensors": [[slot.name, slot.num_coordinates] for slot in self._layout.slots],
+            "steps": [[step, file_sha256(self._run.noised_sum(step))] for step in steps],
+        }
+        write_sealed(self._run, self._run.noised_sums / "index.json", facts)
+
+
+def check_whole(layout: Layout) -> None:
+    """Raise unless a rank holds the whole sum.
+
+    Raises:
+        ConfigError: if a backend shards it.
+    """
+    if any(slot.first or slot.num_coordinates != slot.num_whole_coordinates for slot in layout.slots):
+        problem = "true needs whole sums on a rank, and this backend shards them; use one process or DDP"
+        raise ConfigError([Fault("audit.keep_noised_sums", problem)])
