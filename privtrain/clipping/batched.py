@@ -28,9 +28,8 @@ from privtrain.clipping.factors import (
     GramCache,
     Lookup,
     Outer,
+    Product,
     add_multiplied,
-    multiplied,
-    row_blocks,
     squared_norms,
     squared_norms_of,
     summed_lookups,
@@ -38,6 +37,9 @@ from privtrain.clipping.factors import (
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.privacy.layout import Layout, Slot
+
+#: Numbers, a multiple of which lies between the products of two units: 512 bytes, as far as any kernel looks.
+_ALIGNED = 128
 
 
 class UnitGradients:
@@ -68,6 +70,7 @@ class UnitGradients:
         self._outers: dict[str, list[Outer]] = {}
         self._lookups: dict[str, list[Lookup]] = {}
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
         self._added: dict[str, torch.Tensor] = {}
         self._released: set[str] = set()
@@ -116,13 +119,12 @@ class UnitGradients:
 
     def measure(self, name: str) -> None:
         """Take the norms of a tensor all of whose uses have been added."""
-        square = torch.zeros(self._num_units, dtype=torch.float64, device=self._device)
-        length = torch.zeros_like(square)
-        self._measured[name] = square, length
         if name in self._dense:
-            square.copy_(self._of_units(squared_norms(self._dense[name])))
+            self._measured[name] = self._of_units(squared_norms(self._dense[name])), self._zero
             self._dense[name] = self._of_units(self._dense[name])
             return
+        square, length = self._zero.clone(), self._zero.clone()
+        self._measured[name] = square, length
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
             return
@@ -132,8 +134,9 @@ class UnitGradients:
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
             own = self._of_unit(name, unit)
             if not lookups and len(outers) == 1 and _is_cheap(own[0][0], keep=False):
-                for block in row_blocks(own[0][0]):
-                    square[unit] += squared_norms(multiplied(own[0], None, block)[None])[0]
+                product = Product(*own)
+                for block in product.blocks:
+                    square[unit] += squared_norms(product.block(block)[None])[0]
             else:
                 square[unit], length[unit] = (value[0] for value in squared_norms_of(*own, GramCache(), [0]))
 
@@ -177,7 +180,7 @@ class UnitGradients:
             else:
                 units = weights[i].nonzero().flatten().tolist()
                 own = [self._of_unit(slot.name, unit) for unit in units]
-                self._note_added(slot.name, units, _add_factors(out, own, weights[i][units].tolist()))
+                self._note_added(slot.name, units, _add_factors(out, own, weights[i][units]))
 
     def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
         """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
@@ -196,7 +199,7 @@ class UnitGradients:
         else:
             units = weights.nonzero().flatten().tolist()
             own = [self._cut(gradient, unit) for unit in units]
-            self._note_added(name, units, _add_factors(out, own, weights[units].tolist()))
+            self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
         """``out += g_unit`` for one use that is not kept, in fp32."""
@@ -287,33 +290,39 @@ def _is_cheap(gradient: Outer, *, keep: bool) -> bool:
 
 
 def _add_factors(
-    out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: Sequence[float]
+    out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: torch.Tensor
 ) -> torch.Tensor:
     """``out += Σ_u trunc(weight_u g_u)``, block by block, so that a block of the sum is in the cache for all units.
 
     Returns:
-        [units] float64 ‖g_u‖², of the numbers that were added.
+        [units] float64 ‖trunc(weight_u g_u)‖² / weight_u², of the very integers that were added.
     """
     squares = torch.zeros(len(units), dtype=torch.float64, device=out.device)
     if not units:
         return squares
     outers, _ = units[0]
     if not outers:
-        for place, ((_, own), weight) in enumerate(zip(units, weights, strict=True)):
+        for place, (_, own) in enumerate(units):
             if own:
                 touched, summed = summed_lookups(own)
                 part = torch.zeros(summed.shape, dtype=torch.int64, device=out.device)
-                exact_sum.add_unit(part, summed, weight)
+                squares[place] = exact_sum.add_measured(part, summed[None], weights[place : place + 1])[0]
                 out.index_add_(0, touched, part)
-                squares[place] = squared_norms(summed[None])[0]
-        return squares
-    summed = [summed_lookups(own) if own else None for _, own in units]
-    for block in row_blocks(outers[0]):
-        for place, ((own, _), lookup, weight) in enumerate(zip(units, summed, weights, strict=True)):
-            product = multiplied(own, lookup, block)
-            squares[place] += squared_norms(product[None])[0]
-            exact_sum.add_unit(out[block], product, weight)
-    return squares
+    else:
+        products = [Product(*own) for own in units]
+        buffer = _aligned(len(units), out[products[0].blocks[0]].numel(), out.device)
+        for block in products[0].blocks:
+            shape = out[block].shape
+            blocks = buffer[:, : shape.numel()].unflatten(1, shape)
+            for product, place in zip(products, blocks, strict=True):
+                product.block(block, place)
+            squares += exact_sum.add_measured(out[block], blocks, weights)
+    return squares / weights.to(out.device, torch.float64).square()
+
+
+def _aligned(num_units: int, size: int, device: torch.device) -> torch.Tensor:
+    """[num_units, size or more] float32, in which each unit's part is aligned as an allocation of its own."""
+    return torch.empty(num_units, -(-size // _ALIGNED) * _ALIGNED, dtype=torch.float32, device=device)
 
 
 def slots_by_tensor(layout: Layout) -> dict[int, Slot]:

@@ -3,17 +3,17 @@
 A unit's gradient g (fp32) is multiplied by its clipping factor w, rounded towards zero to a multiple of the grid step
 s = 2**e (:func:`privtrain.privacy.fixed_point.grid_exponent`) and added as int64. In units of s a contribution is
 
-    Q_i = trunc(fl(v · g_i)),    v = fl(w / s),
+    Q_i = trunc(fl(g_i / u)),    u = fl(1 / v),    v = fl(w / s),
 
 where fl rounds to fp32. What that means for the sensitivity, for a clipping norm C and 2**40 ≤ C/s < 2**41:
 
-* **A contribution is no longer than C.** fl adds at most 2⁻²⁴ of a value, in v and in v · g_i; trunc shortens. So
-  |Q_i| s ≤ (1 + 2⁻²⁴)² w |g_i|, coordinate by coordinate, and ‖Q‖ s ≤ (1 + 1.2e-7) w ‖g‖. The norm that w was made of
-  is that of g in float64 (off by 1e-10), or of factors whose product g is. Then ‖g‖ is measured as it is added, and
-  one that is longer than the norm by more than 9e-6 is taken out again, by adding trunc(fl(-v · g_i)) = -Q_i, and
-  clipped by ‖g‖ itself: together below C (1 + 1e-5). v is a normal number: w / s is
-  folded in float64, and lies above 2**-64 for every fp32 gradient and below 2**127 for every clipping norm that a plan
-  accepts. So a small factor is never rounded up by more than that.
+* **A contribution is no longer than C.** fl adds at most 2⁻²⁴ of a value, in v, in u and in g_i / u; trunc shortens. So
+  |Q_i| s ≤ (1 + 2⁻²⁴)² / (1 - 2⁻²⁴) w |g_i|, coordinate by coordinate, and ‖Q‖ s ≤ (1 + 1.8e-7) w ‖g‖. The norm that w
+  was made of is that of g in float64 (off by 1e-10), or of factors whose product g is. Then ‖Q‖ is measured as it is
+  added, and one that is longer than w times the norm by more than 9e-6 is taken out again, by adding
+  trunc(fl(g_i / -u)) = -Q_i, and clipped by ‖g‖ itself: together below C (1 + 1e-5). u and v are normal numbers: w / s
+  is folded in float64, and lies above 2**-64 for every fp32 gradient and below 2**126 for every clipping norm that a
+  plan accepts. So a small factor is never rounded up by more than that.
 * **One unit moves the sum by its own contribution.** Integers are added without rounding, so the sum over any set of
   units is the same in every order, in any number of microbatches, ranks and parts; the difference of two sums that
   differ in one unit is that unit's Q, whatever the values of the others.
@@ -25,11 +25,15 @@ where fl rounds to fp32. What that means for the sensitivity, for a clipping nor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 #: Numbers that are quantised at a time: they and their integers stay in a CPU's cache. A GPU has kernels to save.
 _CHUNK = {"cpu": 1 << 18}
 _LARGEST_CHUNK = 1 << 26
+#: Units whose contributions are added up in float64 before the sum is: 2**11 times 2**41 (1 + 1e-5) is below 2**53.
+_MOST_UNITS = 1 << 11
 
 
 def on_grid(factors: torch.Tensor, exponent: int) -> torch.Tensor:
@@ -51,20 +55,56 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
         gradients: [units, *shape of total] float32.
         weights: [units] float32 of :func:`on_grid`, on the CPU, so that nobody waits to see which are zero.
     """
-    assert total.dtype == torch.int64
-    assert gradients.dtype == weights.dtype == torch.float32
-    used = weights.nonzero().flatten()
-    if not len(used):
-        return
-    flat, values = total.view(-1), gradients.flatten(1)
-    if len(used) < len(weights):
+    numbers, values = weights.tolist(), gradients.flatten(1)
+    if 0.0 in numbers:
+        used = [unit for unit, number in enumerate(numbers) if number]
+        values = values[used] if len(used) > 1 else values[used[0] : used[0] + 1] if used else values[:0]
         weights = weights[used]
-        values = values[used.to(values.device)] if len(used) > 1 else values[int(used) : int(used) + 1]
-    scale = weights.to(values.device)[:, None]
-    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // len(weights))
-    for start in range(0, len(flat), size):
-        scaled = values[:, start : start + size] * scale
-        flat[start : start + size].add_(scaled.to(torch.int64).sum(dim=0))
+    for part, some in zip(values.split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True):
+        steps = _steps(some, part)
+        for place, columns in _pieces(total, part):
+            _add(place, torch.div(columns, steps, rounding_mode="trunc"))
+
+
+def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As :func:`add_units`, for at most 2**11 units, none of weight zero; overwrites ``gradients``.
+
+    Returns:
+        [units] float64: the squared norm of each contribution, in grid steps.
+    """
+    assert len(weights) <= _MOST_UNITS
+    squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
+    values, wide = gradients.flatten(1), torch.empty(0, dtype=torch.float64, device=total.device)
+    steps = _steps(weights, values)
+    for place, columns in _pieces(total, values):
+        torch.div(columns, steps, rounding_mode="trunc", out=columns)
+        # One buffer: to get it anew for each piece costs a CPU as much as to fill it.
+        wide = wide.resize_(columns.shape).copy_(columns)
+        squares += torch.linalg.vector_norm(wide, dim=1).square()
+        _add(place, wide)
+    return squares
+
+
+def _steps(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[units, 1]: the grid step as a multiple of each unit's gradient.
+
+    Quotients by it are truncated in one kernel, while torch.trunc by itself is not vectorised on CPUs.
+    """
+    assert values.dtype == weights.dtype == torch.float32
+    return weights.reciprocal()[:, None].to(values.device)
+
+
+def _pieces(total: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut ``total`` and [units, coordinates] into pieces."""
+    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // max(1, len(values)))
+    return zip(total.view(-1).split(size), values.split(size, dim=1), strict=True)
+
+
+def _add(total: torch.Tensor, contributions: torch.Tensor) -> None:
+    """``total`` += the sum of at most 2**11 contributions: below 2**53, where float64 adds integers exactly."""
+    assert total.dtype == torch.int64
+    whole = contributions[0] if len(contributions) == 1 else contributions.sum(dim=0, dtype=torch.float64)
+    total.add_(whole.to(torch.int64))
 
 
 def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:

@@ -23,7 +23,7 @@ import torch
 _BLOCK = 4096
 #: Numbers of a tensor that are worked on at a time: with their copies they stay in a CPU's cache; a GPU has kernels to
 #: save. Fewer than torch cuts among threads.
-_CPU_PIECE, _CPU_BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 17, 1 << 25
+_CPU_PIECE, _CPU_BLOCK, _LARGEST_BLOCK = 1 << 13, 1 << 17, 1 << 25
 #: Features that an fp32 product of two token vectors runs over before float64 takes over: sums of like terms are
 #: biased, the longer the more (measured on one CPU: by 80 units of 2⁻²⁴ over 4096 equal terms, by 42 over 2048).
 _GRAM_BLOCK = 1024
@@ -101,10 +101,9 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
     on. In pieces, since the float64 copy of a large tensor would not stay in the cache.
     """
     flat = values.flatten(1)
-    squares = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
-    for piece in flat.split(_CPU_PIECE if flat.device.type == "cpu" else _LARGEST_BLOCK, dim=1):
-        squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square()
-    return squares
+    pieces = flat.split(_CPU_PIECE if flat.device.type == "cpu" else _LARGEST_BLOCK, dim=1)
+    squares = [torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square() for piece in pieces]
+    return squares[0] if len(squares) == 1 else torch.stack(squares).sum(dim=0)
 
 
 def squared_norms_of(
@@ -212,26 +211,41 @@ def row_blocks(outer: Outer) -> list[slice]:
     return [slice(start, min(start + size, p)) for start in range(0, p, size)]
 
 
-def multiplied(outers: Sequence[Outer], lookup: tuple[torch.Tensor, torch.Tensor] | None, rows: slice) -> torch.Tensor:
-    """Some rows of one unit's gradient, multiplied out in fp32: the same bits whoever asks for them.
+class Product:
+    """One unit's gradient of one tensor, multiplied out in fp32, block by block: the same bits whoever asks for them.
 
     Args:
-        outers: the unit's uses in linear layers, at least one.
-        lookup: :func:`summed_lookups` of its uses as an embedding.
-        rows: one of :func:`row_blocks`.
+        outers: the unit's uses in linear layers, at least one, each with all its tokens in a line.
+        lookups: its uses as an embedding, likewise.
     """
-    out: torch.Tensor | None = None
-    for outer in outers:
-        # A copy, so that the kernel meets the same alignment wherever in its microbatch the unit lies.
-        left = outer.left[..., rows].flatten(0, 1).to(torch.float32, copy=True).contiguous()
-        product = left.T @ outer.right.flatten(0, 1).to(torch.float32, copy=True)
-        out = product if out is None else out.add_(product)
-    assert out is not None
-    if lookup is not None:
-        touched, summed = lookup
-        first, stop = torch.searchsorted(touched, torch.tensor([rows.start, rows.stop], device=touched.device)).tolist()
-        out[touched[first:stop] - rows.start] += summed[first:stop]
-    return out
+
+    def __init__(self, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
+        # Copies, so that the kernel meets the same alignment wherever in its microbatch the unit lies.
+        self._sides = [
+            (outer.left.flatten(0, 1), outer.right.flatten(0, 1).to(torch.float32, copy=True)) for outer in outers
+        ]
+        self._lookup = summed_lookups(lookups) if lookups else None
+        self.blocks = row_blocks(outers[0])
+
+    def block(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return some rows, [rows, d]; in ``out``, which begins where an allocation of its own would, if it is given.
+
+        Args:
+            rows: one of ``blocks``.
+            out: [rows, d] float32.
+        """
+        first = None
+        for side, right in self._sides:
+            left = side[:, rows].to(torch.float32, copy=True).contiguous()
+            product = torch.mm(left.T, right, out=out if first is None else None)
+            first = product if first is None else first.add_(product)
+        assert first is not None
+        if self._lookup is not None:
+            touched, summed = self._lookup
+            ends = torch.tensor([rows.start, rows.stop], device=touched.device)
+            start, stop = torch.searchsorted(touched, ends).tolist()
+            first[touched[start:stop] - rows.start] += summed[start:stop]
+        return first
 
 
 def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +264,10 @@ def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence
         outers: its uses in linear layers.
         lookups: its uses as an embedding.
     """
-    summed = summed_lookups(lookups) if lookups else None
     if outers:
-        for rows in row_blocks(outers[0]):
-            out[rows].add_(multiplied(outers, summed, rows))
-    elif summed is not None:
-        out[summed[0]] += summed[1]
+        product = Product(outers, lookups)
+        for rows in product.blocks:
+            out[rows].add_(product.block(rows))
+    elif lookups:
+        touched, summed = summed_lookups(lookups)
+        out[touched] += summed

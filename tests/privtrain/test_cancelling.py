@@ -115,10 +115,8 @@ def test_many_tokens_alike_contribute_at_most_the_norm(route, ratio):
 @pytest.mark.parametrize("route", ["batched", "two_pass"])
 def test_a_product_longer_than_its_norm_is_taken_back(route, monkeypatch):
     """A kernel's bias of any size, and the mutant that does not look at it."""
-    original = factors.multiplied
-    longer = lambda *arguments: original(*arguments).mul_(1 + 1e-3)  # noqa: E731
-    for module in (factors, batched):
-        monkeypatch.setattr(module, "multiplied", longer)
+    original = factors.Product.block
+    monkeypatch.setattr(factors.Product, "block", lambda *arguments: original(*arguments).mul_(1 + 1e-3))
     assert ManyTokens(3).norm_of_contribution(route) <= 1 + 1e-5
     monkeypatch.setattr(PerUnitClipper, "_longer", lambda *_: [])
     assert ManyTokens(3).norm_of_contribution(route) > 1 + 5e-4
