@@ -210,7 +210,7 @@ def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
         if len(found) == wanted:
             break
         word = str(tokenizer.decode([token])).strip()
-        if not word or not word.isprintable() or "\ufffd" in word or token in tokenizer.all_special_ids:
+        if not word.isalnum() or token in tokenizer.all_special_ids:
             continue
         encoded: Any = tokenizer(f"{word} {word}", add_special_tokens=False, verbose=False)
         if encoded["input_ids"][-1] == token and len(encoded["input_ids"]) <= 3:

@@ -287,6 +287,32 @@ def test_a_browser_finds_no_fault(analysed, tmp_path, width):
     assert "Refused to" not in log
 
 
+def printed_pages(page: pathlib.Path, directory: pathlib.Path) -> int:
+    """Prints a page as the browser's own style for paper says; counts the sheets of A4."""
+    assert CHROMIUM is not None
+    out = directory / "page.pdf"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-pdf-header-footer",
+        "--disable-background-networking",
+    ]
+    profile = f"--user-data-dir={directory / 'profile-print'}"
+    command = [CHROMIUM, *options, profile, f"--print-to-pdf={out}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    return len(re.findall(rb"/Type\s*/Page\b", out.read_bytes()))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+def test_a_full_report_prints_on_two_to_six_pages(analysed, tmp_path):
+    path = report.write_report(analysed(60, rich=True))
+    assert 2 <= printed_pages(path, tmp_path) <= 6
+    plain = tmp_path / "plain.html"
+    plain.write_text(path.read_text().replace("@media print", "@media none"))
+    assert printed_pages(plain, tmp_path) > 6, "the style for paper is what does it"
+
+
 def test_the_page_shows_every_panel(analysed):
     run = analysed(60, rich=True)
     found = words(render(run))

@@ -275,7 +275,12 @@ def overfitted(tiny_llama, tmp_path_factory):
             file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(3))
     tree = tiny_tree(tiny_llama, folder / "users.jsonl", folder / "runs")
     del tree["lora"]
-    tree["data"] = {"source": tree["data"]["source"], "max_length": 48, "attack_min_records": 3}
+    tree["data"] = {
+        "source": tree["data"]["source"],
+        "max_length": 48,
+        "attack_min_records": 3,
+        "held_out_fraction": 0.5,
+    }
     tree["canaries"] = {"num_users": 12, "repetitions": [1, 3], "num_digits": 12}
     tree["privacy"] |= {
         "sampling_prob": 1.0,
