@@ -214,6 +214,20 @@ def verify(
 
 
 @app.command()
+def disclose(
+    run: RunPath,
+    form: Annotated[
+        Literal["opendp", "nist", "gdp"],
+        typer.Option("--as", help="A registry's record, an evaluator's checklist, or one number for the curve."),
+    ] = "nist",
+) -> None:
+    """Print a finished run in the form that a registry or an evaluator asks for, filled from its privacy statement."""
+    from privtrain.commands.disclose import disclose as describe
+
+    typer.echo(describe(run, form), nl=False)
+
+
+@app.command()
 def sign(
     directory: Annotated[pathlib.Path, typer.Argument(help="A run, its adapter or model, or an export.")],
     private_key: Annotated[pathlib.Path, typer.Option(help="PEM file of an elliptic-curve key.")],

@@ -74,9 +74,9 @@ _COMPLETIONS = ("completion", "response", "output", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """What a file seems to hold: keys of ``data``, and why each was chosen."""
+    """Keys and their values, and why they were chosen."""
 
-    keys: dict[str, Any]
+    tree: dict[str, Any]
     notes: dict[str, str]
 
 
@@ -102,6 +102,34 @@ def write_config(
     """
     if output.exists():
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
+    guessed = guess_configuration(model, paths, user_column=user_column, num_users=num_users)
+    head = (
+        f"Written by privtrain init from {model} and {', '.join(path.name for path in paths[:3])}"
+        f"{' ...' if len(paths) > 3 else ''}.\nEvery key is here; those behind a # stand at their defaults.\n"
+        f"Next: privtrain preview {output}; privtrain plan {output}; privtrain train {output}"
+    )
+    write_atomically(output, commented_yaml(guessed.tree, head, guessed.notes))
+    return validate(guessed.tree, str(output))
+
+
+def guess_configuration(
+    model: str,
+    paths: Sequence[pathlib.Path],
+    *,
+    user_column: str | None = None,
+    num_users: int | None = None,
+) -> Guess:
+    """Return sections and keys for a model and files, checked, with what to know of them by dotted key.
+
+    Args:
+        model: directory or hub name.
+        paths: files or patterns, of one kind.
+        user_column: column of the user id, if it is not to be guessed.
+        num_users: a public number of users; without it the number in the files, to one digit.
+
+    Raises:
+        ConfigError: if the files cannot be read, or no user column is found.
+    """
     files = source_files(FilesSource(kind="files", paths=list(paths)))
     if not files:
         raise ConfigError([Fault("data.source.paths", f"no such file: {', '.join(map(str, paths))}")])
@@ -110,7 +138,7 @@ def write_config(
     tree: dict[str, Any] = {
         "run": {"name": name},
         "model": {"name_or_path": model},
-        "data": {"source": {"kind": "files", "paths": [str(path) for path in paths]}, **guess.keys},
+        "data": {"source": {"kind": "files", "paths": [str(path) for path in paths]}, **guess.tree},
         # Stand-ins, so that everything else is checked before it is computed with.
         "privacy": plan_for(1000, 0.1),
         "tracking": {"wandb": False},
@@ -129,13 +157,7 @@ def write_config(
         "privacy.target_epsilon": "Smaller is stronger. What it costs: privtrain plan.",
         "tracking.wandb": "No account is needed where it is false.",
     }
-    head = (
-        f"Written by privtrain init from {model} and {', '.join(path.name for path in files[:3])}"
-        f"{' ...' if len(files) > 3 else ''}.\nEvery key is here; those behind a # stand at their defaults.\n"
-        f"Next: privtrain preview {output}; privtrain plan {output}; privtrain train {output}"
-    )
-    write_atomically(output, commented_yaml(tree, head, notes))
-    return validate(tree, str(output))
+    return Guess(tree, notes)
 
 
 def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
@@ -160,7 +182,7 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
     if learned is None:
         problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
         raise ConfigError([Fault("data.format", problem)])
-    keys, notes = learned.keys, learned.notes
+    keys, notes = learned.tree, learned.notes
     num_ids = len({str(value) for value in values[user]})
     notes["user_column"] = "as you said" if user_column else f"{num_ids} ids in the first {len(rows)} rows"
     return Guess({"user_column": user, **keys}, notes)

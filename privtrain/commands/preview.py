@@ -48,14 +48,19 @@ def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: i
         ConfigError: for a config that cannot be run, or rows of which none can be used.
     """
     config = load_checked(config_path, overrides)
-    encoder = Encoder(config.data, load_tokenizer(config.model), num_ids_of(config.model))
-    corpus = load_corpus(config.data, config.performance.index_dir)
-    found = look_at(corpus, encoder, config.data)
+    corpus, encoder, found = seen(config)
     if as_json:
         print(json.dumps(_for_machines(config, corpus, found), indent=2, ensure_ascii=False))
     else:
         _print(config, corpus, encoder, found, num_shown)
     return EXIT_WRONG_INPUT if found.faults else 0
+
+
+def seen(config: Config) -> tuple[Corpus, Encoder, Look]:
+    """Return the rows, what encodes them, and what was seen in them."""
+    encoder = Encoder(config.data, load_tokenizer(config.model), num_ids_of(config.model))
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    return corpus, encoder, look_at(corpus, encoder, config.data)
 
 
 def _for_machines(config: Config, corpus: Corpus, found: Look) -> dict[str, Any]:

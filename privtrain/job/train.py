@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.markup import escape
 
 from privtrain.backends import Backend
+from privtrain.config import Config
 from privtrain.data.canaries import plant
 from privtrain.data.look import check_rows, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, PrivtrainError
-from privtrain.inputs import Inputs, load_checked, read_inputs
+from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.job.canaries_used import note_canaries
@@ -49,6 +50,7 @@ from privtrain.run.base_model import base_digests
 from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
+from privtrain.tracking.mirrors import Values
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.gradient_canaries import GradientCanaries
 from privtrain.training.network import Network, checksum_over_ranks, load_network
@@ -57,15 +59,29 @@ from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import ReplayDiverged, Trainer
 
 
-def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
+def train(
+    chosen: pathlib.Path | Config,
+    overrides: Sequence[str] = (),
+    *,
+    on_step: Callable[[int, Values], None] | None = None,
+) -> None:
     """Train, or go on training, and release.
+
+    Args:
+        chosen: YAML file, or the configuration itself.
+        overrides: dotted assignments over the file.
+        on_step: told on rank 0 what is released, when it is.
 
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
     """
     undone = None
     with listening() as stop:
-        config = load_checked(config_path, overrides)
+        if isinstance(chosen, Config):
+            config = chosen
+            check_inputs(config)
+        else:
+            config = load_checked(chosen, overrides)
         inputs = read_inputs(config)
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
@@ -76,7 +92,7 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
             budgeted(inputs, backend, stop) as allowed,
         ):
             if not is_complete(allowed, backend):
-                undone = _run(allowed, backend, stop)
+                undone = _run(allowed, backend, stop, on_step)
             else:
                 with backend.main_alone():
                     undone = finish(allowed) if backend.is_main else None
@@ -84,7 +100,9 @@ def train(config_path: pathlib.Path, overrides: Sequence[str] = ()) -> None:
         raise undone
 
 
-def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError | None:
+def _run(
+    inputs: Inputs, backend: Backend, stop: StopRequest, on_step: Callable[[int, Values], None] | None
+) -> PrivtrainError | None:
     """Train and release; return what rank 0 could not do after the release."""
     undone = None
     if backend.is_main:
@@ -108,7 +126,7 @@ def _run(inputs: Inputs, backend: Backend, stop: StopRequest) -> PrivtrainError 
         session = decide_session(inputs, backend, ledger, _environment(inputs, backend, network, units))
         run_id = _tracker_id(inputs, backend)
         with backend.main_alone():
-            tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step)
+            tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step, on_step)
         directions = GradientCanaries(root_key, split.canaries, units)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop, directions)
         _self_test(trainer, network, backend)
@@ -218,12 +236,18 @@ def _tracker_id(inputs: Inputs, backend: Backend) -> str:
     return backend.from_main(read).decode()
 
 
-def _open_tracker(inputs: Inputs, backend: Backend, run_id: str, start_step: int) -> Tracker:
+def _open_tracker(
+    inputs: Inputs,
+    backend: Backend,
+    run_id: str,
+    start_step: int,
+    on_step: Callable[[int, Values], None] | None,
+) -> Tracker:
     if not backend.is_main:
         return open_machine_tracker(inputs.config, run_id, backend.rank)
     # A run that begins evaluates before its first step, so nothing of an earlier beginning is kept.
     from_step = start_step if start_step > 0 else -1
-    return open_tracker(inputs.config, inputs.plan, inputs.run, run_id=run_id, from_step=from_step)
+    return open_tracker(inputs.config, inputs.plan, inputs.run, run_id=run_id, from_step=from_step, on_step=on_step)
 
 
 def _build_trainer(

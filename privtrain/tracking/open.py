@@ -9,13 +9,21 @@ from privtrain.config import Config
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.run.directory import RunDirectory
-from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd, has_shown_release, was_watched
-from privtrain.tracking.trackers import JsonlTracker, NullTracker, ReleaseGate, Tracker
+from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd, Values, has_shown_release, was_watched
+from privtrain.tracking.trackers import CallbackTracker, JsonlTracker, NullTracker, ReleaseGate, Tracker
 from privtrain.tracking.wandb_settings import is_online
 
 
-def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id: str, from_step: int) -> Tracker:
-    """Return the gate over all configured trackers; for rank 0."""
+def open_tracker(
+    config: Config,
+    plan: PrivacyPlan,
+    run: RunDirectory,
+    *,
+    run_id: str,
+    from_step: int,
+    on_step: Callable[[int, Values], None] | None = None,
+) -> Tracker:
+    """Return the gate over all configured trackers, and over ``on_step`` too; for rank 0."""
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
@@ -23,6 +31,8 @@ def open_tracker(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
             public.append(MirrorAtTheEnd(opened, run, name))
         else:
             public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step, is_live=True))
+    if on_step is not None:
+        public.append(CallbackTracker(on_step))
     return ReleaseGate(config, public, JsonlTracker(run.private_metrics, from_step, mode=0o600))
 
 

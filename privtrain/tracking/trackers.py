@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from privtrain.config import Config
@@ -51,6 +52,20 @@ class NullTracker(QuietTracker):
 
     def log(self, step: int, values: Values) -> None:
         """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class CallbackTracker(QuietTracker):
+    """Tells somebody's own function, in this process."""
+
+    def __init__(self, on_step: Callable[[int, Values], None]) -> None:
+        self._on_step = on_step
+
+    def log(self, step: int, values: Values) -> None:
+        """Call it."""
+        self._on_step(step, values)
 
     def close(self) -> None:
         """Nothing."""

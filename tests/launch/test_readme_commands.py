@@ -35,7 +35,18 @@ COMMANDS = commands()
 RUN = {
     *(
         f"privtrain {name}"
-        for name in ("preview", "plan", "train", "export", "verify", "doctor", "schema", "synthetic", "study")
+        for name in (
+            "preview",
+            "plan",
+            "train",
+            "disclose",
+            "export",
+            "verify",
+            "doctor",
+            "schema",
+            "synthetic",
+            "study",
+        )
     ),
     "privtrain track sync",
     *(f"privtrain registry {name}" for name in ("budget set", "status", "runs", "init", "upgrade", "clock")),

@@ -41,9 +41,9 @@ TEXTS = [{"UserID": i % 25, "lang": "en", "body": f"some words {i} " * 5} for i 
 
 def test_the_columns_of_chats_labels_and_texts_are_guessed(tmp_path):
     chats = guess_columns(write_jsonl(tmp_path / "c.jsonl", CHATS))
-    assert chats.keys == {"user_column": "customer_id", "format": "chat", "messages_column": "messages"}
+    assert chats.tree == {"user_column": "customer_id", "format": "chat", "messages_column": "messages"}
     labelled = guess_columns(write_csv(tmp_path / "l.csv", LABELLED))
-    assert labelled.keys == {
+    assert labelled.tree == {
         "user_column": "author",
         "format": "classification",
         "text_column": "review",
@@ -52,9 +52,9 @@ def test_the_columns_of_chats_labels_and_texts_are_guessed(tmp_path):
     }
     pa.parquet.write_table(pa.Table.from_pylist(TEXTS), tmp_path / "t.parquet")
     texts = guess_columns(tmp_path / "t.parquet")
-    assert texts.keys == {"user_column": "UserID", "format": "text", "text_column": "body"}
+    assert texts.tree == {"user_column": "UserID", "format": "text", "text_column": "body"}
     pairs = [{"user": "a", "instruction": "q", "output": "a"}] * 3
-    found = guess_columns(write_jsonl(tmp_path / "p.jsonl", pairs)).keys
+    found = guess_columns(write_jsonl(tmp_path / "p.jsonl", pairs)).tree
     assert (found["prompt_column"], found["completion_column"]) == ("instruction", "output")
 
 
@@ -63,7 +63,7 @@ def test_without_a_users_column_nothing_is_guessed(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"id": i, "text": "x"} for i in range(9)])
     with pytest.raises(ConfigError, match=r"no column that looks like a user's id among id, text; .* --user-column"):
         guess_columns(path)
-    assert guess_columns(path, "id").keys["user_column"] == "id"
+    assert guess_columns(path, "id").tree["user_column"] == "id"
     with pytest.raises(ConfigError, match="no column 'nobody' among"):
         guess_columns(path, "nobody")
 

@@ -1,0 +1,63 @@
+"""``privtrain disclose``: a finished run in the forms that registries and evaluators ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+from accountants.gaussian_summary import gaussian_summary
+from accountants.registry import get_accountant
+from accountants.tradeoff import privacy_curve
+from privtrain.config import load_config
+from privtrain.files import reading, strict_yaml
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run import bundle, disclosure
+from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import PrivacyStatement
+
+Form = Literal["opendp", "nist", "gdp"]
+
+#: Points of the curve that mu is computed from; the slack is a hundredth of δ.
+_NUM_POINTS = 400
+_SLACK = 0.01
+
+
+def disclose(run: pathlib.Path, form: Form) -> str:
+    """Return a document about a finished run; what was released is checked first.
+
+    Args:
+        run: its directory; the published files are enough.
+        form: opendp (YAML record), nist (Markdown checklist) or gdp (JSON: mu beside ε and δ).
+
+    Raises:
+        ConfigError: if nothing was released there.
+        VerificationFailed: if a file is not what was released.
+    """
+    bundle.check_released(run)
+    directory = RunDirectory(run)
+    statement = PrivacyStatement.model_validate(reading.read_json(directory.privacy))
+    config = load_config(directory.config)
+    plan = PrivacyPlan.build(config.privacy)
+    if form == "opendp":
+        return strict_yaml.dump(disclosure.deployment_record(statement, config, plan))
+    mu = gaussian_of(statement, plan)
+    if form == "gdp":
+        return json.dumps({"epsilon": statement.epsilon, "delta": statement.delta, "gaussian": mu}, indent=2) + "\n"
+    rows = disclosure.evaluation_checklist(statement, config, plan, mu)
+    return disclosure.checklist_markdown(rows, config.run.name)
+
+
+def gaussian_of(statement: PrivacyStatement, plan: PrivacyPlan) -> dict[str, Any] | None:
+    """Return μ of Gaussian DP for the whole curve of the steps that were charged, with slack and regret.
+
+    ``None`` where there is no privacy, or where ε does not follow from an event alone (group privacy).
+    """
+    if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
+        return None
+    event = plan.event_of_steps(statement.steps_accounted or statement.steps_released)
+    accountant = get_accountant("tilted" if plan.accountant == "pld" else plan.accountant)
+    last = accountant.epsilon(event, _SLACK * statement.delta).upper
+    found = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=last, points=_NUM_POINTS))
+    return None if found is None else dataclasses.asdict(found)

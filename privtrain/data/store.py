@@ -1,0 +1,61 @@
+"""Rows out of Python as a private file, so that a run can be resumed and attacked with its own data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from privtrain.errors import ConfigError, Fault
+from privtrain.files.atomic import temporary_of
+from privtrain.files.private import make_private_directory
+
+DIRECTORY = "rows"
+
+
+def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathlib.Path:
+    """Write rows as JSON lines into a private directory (mode 0700); the same rows are the same file.
+
+    Args:
+        rows: mappings of column to value, or a ``datasets.Dataset``; read once.
+        parent: where the directory ``rows`` is made.
+
+    Returns:
+        The file, named by the SHA-256 of its content.
+
+    Raises:
+        ConfigError: at a row that JSON cannot hold, or if there is none.
+    """
+    directory = parent / DIRECTORY
+    make_private_directory(directory)
+    digest, number = hashlib.sha256(), 0
+    temporary = temporary_of(directory / f"{os.getpid()}.jsonl")
+    try:
+        with open(temporary, "w", encoding="utf-8", opener=_private) as file:
+            for number, row in enumerate(rows, start=1):
+                line = _line(row, number)
+                digest.update(line.encode())
+                file.write(line)
+        if not number:
+            raise ConfigError([Fault("rows", "there is none")])
+        path = directory / f"rows-{digest.hexdigest()[:16]}.jsonl"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _line(row: Mapping[str, Any], number: int) -> str:
+    try:
+        return json.dumps(dict(row), ensure_ascii=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = "no mapping of columns" if not isinstance(row, Mapping) else type(error).__name__
+        problem = f"row {number} cannot be kept as JSON ({kind}); give texts, whole numbers and lists of these"
+        raise ConfigError([Fault("rows", problem)]) from None

@@ -1,0 +1,145 @@
+"""privtrain from Python: ten names, loaded lazily, typed and documented, over the code of the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pathlib
+import re
+import stat
+import subprocess
+import sys
+import typing
+
+import pytest
+
+import privtrain
+from privtrain import api
+from privtrain.data.store import store_rows
+from privtrain.errors import ConfigError, Preempted
+from tests.conftest import tiny_tree
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def rows_of(num_users: int = 24) -> list[dict[str, str]]:
+    return [
+        {"author": f"u{user:02d}", "text": f"{word} of {user} and {word}"}
+        for user in range(num_users)
+        for word in ("alder", "birch", "cedar", "elm", "fir", "gorse")
+    ]
+
+
+def test_the_package_offers_ten_names_and_imports_no_torch():
+    code = (
+        "import sys, privtrain; names = set(privtrain.__all__); assert len(names) <= 10 and names <= {*dir(privtrain)};"
+        "print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        privtrain.trian  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_name_is_typed_and_documented_and_in_the_stub():
+    stub = (REPOSITORY / "privtrain" / "__init__.pyi").read_text()
+    for name in privtrain.__all__:
+        found = getattr(privtrain, name)
+        assert found is getattr(api, name)
+        assert re.search(rf"\b{name}\b", stub)
+        assert inspect.getdoc(found)
+        if inspect.isfunction(found):
+            hints = typing.get_type_hints(found, {**vars(api), **_only_for_types()})
+            assert set(hints) == {*inspect.signature(found).parameters, "return"}
+
+
+def _only_for_types() -> dict[str, object]:
+    from privtrain.commands.verify import Verified
+    from privtrain.data.look import Look
+    from privtrain.privacy.plan import PrivacyPlan
+
+    return {"Verified": Verified, "Look": Look, "PrivacyPlan": PrivacyPlan}
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+    """Five lines, as they stand there, with a tiny model in place of the named one."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+    lines = [line for line in block.splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 5
+    named = re.search(r'configure\("([^"]+)"', block)
+    assert named is not None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    names: dict[str, typing.Any] = {"rows": rows_of(60)}
+    exec(block.replace(named[1], str(tiny_llama)), names)
+    assert names["run"].is_complete
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_a_run_is_trained_watched_resumed_verified_and_exported(tiny_llama, users_file, tmp_path):
+    tree = tiny_tree(tiny_llama, users_file, tmp_path / "runs")
+    del tree["privacy"]["insecure_seed"]
+    seen: list[tuple[int, dict[str, typing.Any]]] = []
+
+    def stop_after_two(step, values):
+        seen.append((step, dict(values)))
+        if step == 3:
+            raise Preempted("enough for today")
+
+    with pytest.raises(Preempted):
+        privtrain.train(tree, {"tracking.wandb": False}, on_step=stop_after_two)
+    run = privtrain.open_run(tmp_path / "runs" / "tiny")
+    assert not run.is_complete
+    run = privtrain.resume(run)
+    assert run.is_complete
+    assert run.epsilon == run.statement.epsilon == pytest.approx(privtrain.plan(tree).epsilon)
+    assert run.delta == 1e-3
+    assert run.metrics[-1]["train/step"] == 4
+    assert privtrain.verify(run).release_digest == privtrain.verify(run.released).release_digest
+    output = privtrain.export(run, tmp_path / "copy")
+    assert (output / "adapter_model.safetensors").is_file()
+    released = {name for row in run.metrics for name in row}
+    assert {name for _, values in seen for name in values} <= released, "released values alone"
+    assert not any(name in ("train/loss", "train/num_units", "perf/step_seconds") for _, v in seen for name in v)
+
+
+def test_rows_are_kept_privately_and_once(tmp_path):
+    first, again = store_rows(rows_of(), tmp_path), store_rows(iter(rows_of()), tmp_path)
+    assert first == again
+    assert stat.S_IMODE(first.stat().st_mode) == 0o600
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert json.loads(first.read_text().splitlines()[0]) == rows_of()[0]
+
+
+@pytest.mark.parametrize("row", [{"user": "a", "text": object()}, {"user": "a", "score": float("nan")}, ["a", "b"], 7])
+def test_rows_that_cannot_be_kept_are_refused_without_their_values(tmp_path, row):
+    with pytest.raises(ConfigError, match="row 2 cannot be kept as JSON"):
+        store_rows([{"user": "a", "text": "x"}, row], tmp_path)
+    assert list((tmp_path / "rows").iterdir()) == []
+    with pytest.raises(ConfigError, match="there is none"):
+        store_rows([], tmp_path)
+
+
+def test_a_dataset_is_a_source(tiny_llama, tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list(rows_of())
+    config = privtrain.configure(
+        str(tiny_llama), table, num_users=20, output_dir=tmp_path, settings={"privacy.target_epsilon": 4}
+    )
+    assert (config.data.user_column, config.data.text_column) == ("author", "text")
+    assert config.privacy.target_epsilon == 4
+    look = privtrain.preview(config)
+    assert not look.faults
+    assert len(look.lengths) == len(table)
+
+
+def test_settings_and_directories_that_are_none_are_refused(tree, tmp_path):
+    with pytest.raises(ConfigError, match=r"a setting is section\.key"):
+        privtrain.plan(tree, {"epsilon": 4})
+    with pytest.raises(ConfigError, match=r"privacy\.target_epsilom: unknown key"):
+        privtrain.plan(tree, {"privacy.target_epsilom": 4})
+    with pytest.raises(ConfigError, match="is not the directory of a run"):
+        privtrain.open_run(tmp_path)
