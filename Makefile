@@ -25,7 +25,7 @@ FAST_TESTS := tests/accountants --ignore=tests/accountants/test_smoothed.py test
 	tests/attacks/test_statistics_known_answers.py tests/attacks/test_audit_bounds.py tests/attacks/test_audit_plan.py \
 	tests/attacks/test_verdict.py tests/attacks/test_blind_baseline.py
 
-.PHONY: demo test test-fast campaign faults lint format release install clean
+.PHONY: demo test test-fast campaign faults gpu lint format release install clean
 
 install: $(VENV)/.installed
 
@@ -58,6 +58,11 @@ campaign: install
 # Kill, stop and starve a job of two ranks at every phase of a step, 112 times; prints the README's table.
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.faults
+
+# On one GPU, in at most eight minutes; tests/gpu/README.md says what a bare machine needs.
+gpu: install
+	$(BIN)/python -m pytest tests/gpu -m gpu
+	$(BIN)/python -m tests.gpu.timings
 
 lint: install
 	$(BIN)/ruff check .

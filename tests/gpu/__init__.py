@@ -1,0 +1,1 @@
+"""What only an accelerator can show; ``make gpu`` runs it."""

@@ -1,0 +1,25 @@
+"""The device that is tested."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+import torch
+
+from tests.conftest import save_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The first GPU; ``PRIVTRAIN_GPU_TESTS=cpu`` tries the tests themselves on a machine without one."""
+    name = os.environ.get("PRIVTRAIN_GPU_TESTS", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("gpu-base"))

@@ -1,0 +1,164 @@
+"""Whole steps on the simulated device, in a process of their own: ``python -m tests.privtrain.device_work BASE OUT``.
+
+Writes one JSON object: for each route, how far its trained tensors are from the CPU's, what the host waited for and
+what was copied in the microbatches of a step; for each planted mistake, what was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from privtrain.backends import LocalBackend
+from privtrain.clipping.clipper import PerUnitClipper
+from privtrain.data.microbatch import Microbatch
+from privtrain.job import checkpoint
+from privtrain.training.trainer import Trainer
+from tests.privtrain import simulated_device
+from tests.privtrain.cells import CPU, NUM_STEPS, Cell, key_noise_by_step_alone, make_trainer, self_test, trained
+
+CELLS = {
+    "lora batched": Cell(route="batched", noised_metrics=True),
+    "lora one_unit": Cell(route="one_unit", style="per_layer"),
+    "full two_pass": Cell(method="full", route="two_pass", style="adaptive"),
+}
+#: The self-test works through many passes, each operation by hand here.
+WITH_SELF_TEST = ("lora batched",)
+
+
+class Sim(LocalBackend):
+    """One process whose model is on the simulated device."""
+
+    def load_base(self, source: Any) -> torch.nn.Module:
+        return source.whole()
+
+    def place(self, model: torch.nn.Module) -> Any:
+        simulated_device.move(model)
+        return super().place(model)
+
+
+def on_cpu(base: pathlib.Path, cell: Cell) -> dict[str, np.ndarray]:
+    """The trained tensors of a run on the CPU."""
+    return trained(run(make_trainer(LocalBackend(CPU), base, cell)))
+
+
+def run(trainer: Trainer) -> Trainer:
+    """Two steps, with noise that depends on the step alone."""
+    key_noise_by_step_alone(trainer)
+    for step in range(NUM_STEPS - 1):
+        trainer.train_step(step)
+    return trainer
+
+
+def counted(trainer: Trainer, device: simulated_device.Device) -> dict[str, Any]:
+    """What the microbatches of one step cost, each, beside the transfer of the microbatch itself."""
+    drawn = trainer.sampler.draw(NUM_STEPS - 1)
+    batches = list(trainer.microbatches(drawn))
+    trainer.clipper.reset()
+    device.restart()
+    for batch in batches:
+        trainer.clipper.accumulate(batch)
+    return {
+        "num_batches": len(batches),
+        "waits": dict(device.waits),
+        "copies": dict(device.copies),
+        "num_kernels": device.num_kernels,
+    }
+
+
+def compared(base: pathlib.Path, cell: Cell, scratch: pathlib.Path, with_self_test: bool) -> dict[str, Any]:
+    """Self-test, steps and a checkpoint there and back on the device, against the CPU."""
+    expected = on_cpu(base, cell)
+    with simulated_device.simulated() as device:
+        trainer = make_trainer(Sim(torch.device("sim:0")), base, cell)
+        if with_self_test:
+            self_test(trainer)
+        run(trainer)
+        found = trained(trainer)
+        scratch.mkdir()
+        state = {"layout": trainer.layout, "optimizer": trainer.optimizer, "backend": trainer.backend}
+        checkpoint.save(scratch, step=NUM_STEPS, generation=0, clipping_norm=0.5, num_kept=1, **state)
+        with torch.no_grad():
+            for parameter in trainer.layout.parameters.values():
+                parameter.zero_()
+        saved = checkpoint.load_newest(scratch)
+        assert saved is not None
+        checkpoint.restore(saved.state, *state.values())
+        again = trained(trainer)
+        counts = counted(trainer, device)
+    worst = max(float(np.abs(found[name] - value).max()) for name, value in expected.items())
+    return {
+        "worst": worst,
+        "moved": max(float(np.abs(value).max()) for value in expected.values()),
+        "comes_back": all(np.array_equal(found[name], again[name]) for name in found),
+        **counts,
+    }
+
+
+@contextlib.contextmanager
+def in_accumulate(mistake: Callable[[PerUnitClipper, Microbatch], None]) -> Iterator[None]:
+    """The clipper makes this mistake at each microbatch."""
+    accumulate = PerUnitClipper.accumulate
+
+    def mistaken(self: PerUnitClipper, batch: Microbatch) -> None:
+        mistake(self, batch)
+        accumulate(self, batch)
+
+    with mock.patch.object(PerUnitClipper, "accumulate", mistaken):
+        yield
+
+
+def cpu_tensor(clipper: PerUnitClipper, batch: Microbatch) -> None:
+    """Made without the device."""
+    batch.row_weight.mul_(torch.ones(len(batch.row_weight)))
+
+
+def item_in_a_loop(clipper: PerUnitClipper, batch: Microbatch) -> None:
+    """One wait a row."""
+    for row in range(len(batch.row_weight)):
+        float(batch.row_weight[row])
+
+
+def copy_to_the_host(clipper: PerUnitClipper, batch: Microbatch) -> None:
+    """Of the sum, each time."""
+    clipper.total.to(CPU)
+
+
+def planted(base: pathlib.Path) -> dict[str, Any]:
+    """What each mistake leaves behind."""
+    found: dict[str, Any] = {}
+    for mistake in (cpu_tensor, item_in_a_loop, copy_to_the_host):
+        with simulated_device.simulated() as device, in_accumulate(mistake):
+            trainer = make_trainer(Sim(torch.device("sim:0")), base, CELLS["lora batched"])
+            try:
+                found[mistake.__name__] = counted(trainer, device)
+            except simulated_device.MixedDevices as error:
+                found[mistake.__name__] = str(error)
+    return found
+
+
+def main() -> None:
+    base, out = map(pathlib.Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    simulated_device.register()
+    with contextlib.redirect_stdout(io.StringIO()):
+        cells = {
+            name: compared(base, cell, out.with_suffix(f".{route}"), name in WITH_SELF_TEST)
+            for name, cell in CELLS.items()
+            for route in [cell.route]
+        }
+        found = {"cells": cells, "planted": planted(base)}
+    out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A step belongs on the device that the model is on: nothing is mixed, nothing waits or is copied without a budget.
+
+On a device that is simulated on the CPU, in a process of its own, since autograd starts a thread for each kind of
+device that it knows at its first backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.jobs import REPOSITORY
+
+#: The host waits at most so often for the device in a microbatch, the model's own waits included. Lower it when it falls.
+MOST_WAITS = {"lora batched": 6, "lora one_unit": 11, "full two_pass": 20}
+#: Tensors copied to the host in a microbatch.
+MOST_COPIES = {"lora batched": 2, "lora one_unit": 1, "full two_pass": 3}
+
+
+@pytest.fixture(scope="module")
+def found(tiny_llama: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("device") / "found.json"
+    work = [sys.executable, "-m", "tests.privtrain.device_work", str(tiny_llama), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(work, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def waits(counts: dict[str, Any]) -> float:
+    return sum(counts["waits"].values()) / counts["num_batches"]
+
+
+def copies_to_host(counts: dict[str, Any]) -> float:
+    return sum(number for where, number in counts["copies"].items() if "to host" in where) / counts["num_batches"]
+
+
+@pytest.mark.parametrize("cell", MOST_WAITS)
+def test_whole_steps_run_on_the_device_and_give_what_the_cpu_gives(found, cell):
+    result = found["cells"][cell]
+    assert result["worst"] < 1e-5 * result["moved"]
+    assert result["comes_back"], "a checkpoint"
+
+
+@pytest.mark.parametrize("cell", MOST_WAITS)
+def test_microbatches_stay_within_their_waits_and_copies(found, cell):
+    assert 0 < waits(found["cells"][cell]) <= MOST_WAITS[cell], found["cells"][cell]["waits"]
+    assert copies_to_host(found["cells"][cell]) <= MOST_COPIES[cell], found["cells"][cell]["copies"]
+
+
+def test_planted_tensor_of_the_cpu_is_refused(found):
+    assert "takes a tensor of the CPU" in found["planted"]["cpu_tensor"]
+
+
+def test_planted_item_in_a_loop_breaks_the_budget(found):
+    assert waits(found["planted"]["item_in_a_loop"]) > MOST_WAITS["lora batched"]
+
+
+def test_planted_copy_to_the_host_breaks_the_budget(found):
+    assert copies_to_host(found["planted"]["copy_to_the_host"]) > MOST_COPIES["lora batched"]
