@@ -1,4 +1,6 @@
-"""Whole steps on the simulated device, in a process of their own: ``python -m tests.privtrain.device_work BASE OUT``.
+"""Whole steps on the simulated device, in a process of their own.
+
+    python -m tests.privtrain.device_work BASE OUT [--self-test]
 
 Writes one JSON object: for each route, how far its trained tensors are from the CPU's, what the host waited for and
 what was copied in the microbatches of a step; for each planted mistake, what was found.
@@ -31,8 +33,6 @@ CELLS = {
     "lora one_unit": Cell(route="one_unit", style="per_layer"),
     "full two_pass": Cell(method="full", route="two_pass", style="adaptive"),
 }
-#: The self-test works through many passes, each operation by hand here.
-WITH_SELF_TEST = ("lora batched",)
 
 
 class Sim(LocalBackend):
@@ -147,14 +147,14 @@ def planted(base: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    base, out = map(pathlib.Path, sys.argv[1:])
+    base, out = map(pathlib.Path, sys.argv[1:3])
+    with_self_test = "--self-test" in sys.argv  # many passes, each operation by hand
     torch.set_num_threads(1)
     simulated_device.register()
     with contextlib.redirect_stdout(io.StringIO()):
         cells = {
-            name: compared(base, cell, out.with_suffix(f".{route}"), name in WITH_SELF_TEST)
+            name: compared(base, cell, out.with_suffix(f".{cell.route}"), with_self_test)
             for name, cell in CELLS.items()
-            for route in [cell.route]
         }
         found = {"cells": cells, "planted": planted(base)}
     out.write_text(json.dumps(found, indent=1))

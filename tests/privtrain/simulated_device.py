@@ -25,7 +25,7 @@ _WAITS |= {"masked_select", "equal", "repeat_interleave"}
 _COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}
 
 
-class MixedDevices(RuntimeError):
+class MixedDevices(RuntimeError):  # noqa: N818 - what happened, as torch would say it
     """An operation took a tensor of the CPU and one of the device."""
 
 
@@ -137,7 +137,7 @@ class Device(TorchDispatchMode):
         self.copies: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        torch._C._set_only_lift_cpu_tensors(True)  # of each thread: torch.tensor(..., device=...) copies where we see it
+        torch._C._set_only_lift_cpu_tensors(True)  # of each thread: torch.tensor(…) copies where we see it
         kwargs = kwargs or {}
         target = kwargs.get("device")
         to_device = target is not None and torch.device(target).type == DEVICE_TYPE

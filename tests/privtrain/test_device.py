@@ -17,20 +17,23 @@ import pytest
 
 from tests.jobs import REPOSITORY
 
-#: The host waits at most so often for the device in a microbatch, the model's own waits included. Lower it when it falls.
+#: How often the host may wait for the device in a microbatch, the model's own waits included. Lower it when it falls.
 MOST_WAITS = {"lora batched": 6, "lora one_unit": 11, "full two_pass": 20}
 #: Tensors copied to the host in a microbatch.
 MOST_COPIES = {"lora batched": 2, "lora one_unit": 1, "full two_pass": 3}
 
 
-@pytest.fixture(scope="module")
-def found(tiny_llama: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("device") / "found.json"
-    work = [sys.executable, "-m", "tests.privtrain.device_work", str(tiny_llama), str(out)]
+def work(base: pathlib.Path, out: pathlib.Path, *options: str) -> dict[str, Any]:
+    work = [sys.executable, "-m", "tests.privtrain.device_work", str(base), str(out), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(work, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tiny_llama: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return work(tiny_llama, tmp_path_factory.mktemp("device") / "found.json")
 
 
 def waits(counts: dict[str, Any]) -> float:
@@ -52,6 +55,11 @@ def test_whole_steps_run_on_the_device_and_give_what_the_cpu_gives(found, cell):
 def test_microbatches_stay_within_their_waits_and_copies(found, cell):
     assert 0 < waits(found["cells"][cell]) <= MOST_WAITS[cell], found["cells"][cell]["waits"]
     assert copies_to_host(found["cells"][cell]) <= MOST_COPIES[cell], found["cells"][cell]["copies"]
+
+
+@pytest.mark.campaign
+def test_self_test_passes_on_the_device(tiny_llama, tmp_path):
+    assert set(work(tiny_llama, tmp_path / "found.json", "--self-test")["cells"]) == set(MOST_WAITS)
 
 
 def test_planted_tensor_of_the_cpu_is_refused(found):
