@@ -20,7 +20,7 @@ import transformers as hf
 from privtrain.backends import LocalBackend
 from privtrain.clipping import PerUnitClipper, exact_sum, styles
 from privtrain.data.microbatch import Packer
-from privtrain.errors import SelfTestFailed
+from privtrain.errors import ModelFailed, SelfTestFailed
 from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import noised
@@ -92,8 +92,8 @@ def test_every_attention_kernel_keeps_users_apart(device, base, backend):
         with sdpa_kernel(getattr(SDPBackend, backend)):
             alone = sum(clip(model, layout, [user], device, "batched", "bf16")[0] for user in users)
             together, _ = clip(model, layout, users, device, "batched", "bf16")
-    except RuntimeError as error:
-        if "No available kernel" not in str(error):
+    except (RuntimeError, ModelFailed) as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
         pytest.skip(f"{backend} does not run here")
     assert torch.equal(together, alone)

@@ -169,7 +169,11 @@ def noise_per_second(device: torch.device) -> float:
     noise = bind(SecretKey.generate(), 0, total, layout, public=[], metrics=[], sum_parts=lambda _: None).noise
     num = 20_000_000 if device.type == "cuda" else 500_000
     zeros = torch.zeros(num, dtype=torch.int64, device=device)
-    return num / seconds_of(lambda: noised(zeros, exponent=-40, stddev=1.0, noise=noise, name="x") and None, device)
+
+    def draw() -> None:
+        noised(zeros, exponent=-40, stddev=1.0, noise=noise, name="x")
+
+    return num / seconds_of(draw, device)
 
 
 def main() -> None:
