@@ -96,7 +96,7 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Load the rows and build the plan."""
     corpus = load_corpus(config.data, config.performance.index_dir)
-    plan = PrivacyPlan.build(config.privacy)
+    plan = PrivacyPlan.build(config.privacy, config.training)
     run = RunDirectory(config.run.directory)
     evaluation = load_evaluation(config.data, corpus)
     fingerprint = plan.fingerprint(corpus.manifest_sha256)

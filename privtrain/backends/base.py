@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from privtrain.clipping.cooperative import GradientShards
 from privtrain.models.weights import BaseSource
+from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.noise import StepNoise, noised_vector
 
@@ -78,9 +79,25 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def add_noise(
-        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+        self,
+        total: torch.Tensor,
+        layout: Layout,
+        noise: StepNoise,
+        *,
+        exponent: int,
+        stddev: float,
+        history: NoiseHistory | None = None,
     ) -> torch.Tensor:
-        """The fp32 vector with the step's noise, once per coordinate over the whole job, from the reduced int64 sum."""
+        """The fp32 vector with the step's noise, once per coordinate over the whole job, from the reduced int64 sum.
+
+        Args:
+            total: the sum, laid out as ``Placement.stepped``.
+            layout: of the sum.
+            noise: the key of this step and sum.
+            exponent: of the sum's grid.
+            stddev: of the fresh noise.
+            history: where noise is correlated, that of the steps before on these coordinates; it takes one step.
+        """
 
     @abc.abstractmethod
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -164,8 +181,17 @@ class ReplicatedBackend(Backend):
 
     @override
     def add_noise(
-        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+        self,
+        total: torch.Tensor,
+        layout: Layout,
+        noise: StepNoise,
+        *,
+        exponent: int,
+        stddev: float,
+        history: NoiseHistory | None = None,
     ) -> torch.Tensor:
+        if history is not None:
+            return history.release(total, noise)
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     @override

@@ -12,6 +12,7 @@ from privtrain.backends.base import Placement, digest, step_optimizer
 from privtrain.backends.group import ProcessGroup
 from privtrain.backends.split import SplitStep
 from privtrain.clipping import GradientShards
+from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.noise import StepNoise, noised_vector
 
@@ -37,8 +38,17 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def add_noise(
-        self, total: torch.Tensor, layout: Layout, noise: StepNoise, *, exponent: int, stddev: float
+        self,
+        total: torch.Tensor,
+        layout: Layout,
+        noise: StepNoise,
+        *,
+        exponent: int,
+        stddev: float,
+        history: NoiseHistory | None = None,
     ) -> torch.Tensor:
+        if history is not None:
+            return history.release(total, noise)
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     @override

@@ -11,12 +11,13 @@ from typing import Any
 
 from accountants.comparison import compare
 from privtrain.config import Config, load_config
-from privtrain.config.schema import PrivacySection
+from privtrain.config.schema import PrivacySection, TrainingSection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import load_checked
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
+from privtrain.privacy.banded import tried_bands
 from privtrain.privacy.plan import PrivacyPlan, finite
 from privtrain.privacy.sampling import check_step_size
 
@@ -24,6 +25,10 @@ from privtrain.privacy.sampling import check_step_size
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
 #: Accountants whose answers are shown side by side; the fast ones that need no further package.
 _COMPARED = ("tilted", "pld", "rdp", "aea3", "gdp")
+#: Sampling schemes whose rounds are Poisson-sampled Gaussian mechanisms.
+_PRICED = ("poisson", "cyclic_poisson")
+#: Numbers of bands that the price list is about, or what is next to them.
+_BANDS = (1, 4, 16, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +67,15 @@ def describe_plan(
     is_at_hand = options.num_users is None
     config = load_checked(config_path, overrides) if is_at_hand else load_config(config_path, overrides)
     layout = options.layout()
-    plan = PrivacyPlan.build(config.privacy)
+    plan = PrivacyPlan.build(config.privacy, config.training)
     population = _population(config, options.num_users)
     check_step_size(plan.scheme, population["expected_training_units"])
-    prices = price_list(config.privacy, plan) if options.prices else []
+    prices = price_list(config.privacy, plan, config.training) if options.prices else []
     return {
         "run": str(config.run.directory),
         **population,
         **_guarantee(plan),
+        **_correlation(config, plan),
         "accountants": _accountants(plan),
         "prices": [dataclasses.asdict(price) for price in prices],
         **_cost(config, plan, layout, options),
@@ -139,22 +145,35 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
     }
 
 
+def _correlation(config: Config, plan: PrivacyPlan) -> dict[str, Any]:
+    """Return the bands of the noise, and the predicted noise of the weights relative to one band at the same ε."""
+    if plan.strategy is None or not math.isfinite(plan.epsilon):
+        return dict.fromkeys(("num_bands", "column_norm", "relative_noise_of_one_band", "relative_noise_of_late_step"))
+    alone = _rebuilt(config.privacy, plan, config.training, num_bands=1)
+    return {
+        "num_bands": plan.strategy.num_bands,
+        "column_norm": plan.column_norm,
+        "relative_noise_of_one_band": plan.noise_of_run(config.training) / alone.noise_of_run(config.training),
+        "relative_noise_of_late_step": plan.largest_step_noise / alone.largest_step_noise,
+    }
+
+
 def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return []
     event = plan.event_of_steps(plan.num_steps)
-    names = _COMPARED if plan.sampling == "poisson" else plan.scheme.accountants
+    names = _COMPARED if plan.sampling in _PRICED else plan.scheme.accountants
     return [row.to_json() for row in compare(event, plan.delta, names)]
 
 
 def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
     """Memory of one rank, time, and how the largest possible signal compares with the noise."""
     try:
-        size, problem = model_size(config, layout), ""
+        size, problem = model_size(config, layout, 1 if plan.strategy is None else plan.strategy.num_bands), ""
     except ConfigError as error:
         size, problem = ModelSize(0, {}), str(error)
-    noise = plan.gradient_noise_multiplier * size.num_trained**0.5
+    noise = plan.fresh_noise_multiplier * size.num_trained**0.5
     tokens_per_step = plan.expected_batch_size * plan.records_per_unit * config.data.max_length
     seconds = None
     if options.tokens_per_second:
@@ -188,9 +207,9 @@ class Price:
         change: what is changed, in words.
         epsilon: certified ε of the changed plan.
         noise_multiplier: calibrated again.
-        relative_noise: noise on a coordinate of the mean gradient, relative to the plan as it stands.
-        relative_noise_of_run: noise relative to the signal over all steps, if the mean gradient stays as it is:
-            noise_multiplier / (batch √steps), relative to the plan as it stands.
+        relative_noise: fresh noise on a coordinate of the mean gradient of a step, relative to the plan as it stands.
+        relative_noise_of_run: predicted noise of the trained weights relative to the signal, if the mean gradient stays
+            as it is (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`), relative to the plan as it stands.
     """
 
     change: str
@@ -200,24 +219,30 @@ class Price:
     relative_noise_of_run: float
 
 
-def price_list(privacy: PrivacySection, plan: PrivacyPlan) -> list[Price]:
-    """Return what changes of ε, batch and steps cost in noise; two of them keep the compute.
+def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None = None) -> list[Price]:
+    """Return what changes of ε, batch, steps and bands cost in noise; some of them keep the compute.
 
-    Empty where ε is infinite, and for other samplers than Poisson.
+    Empty where ε is infinite, and for samplers that are not Poisson's.
+
+    Args:
+        privacy: the section that the plan was built from.
+        plan: the plan.
+        training: whose optimizer the noise of a run is predicted for.
     """
-    if privacy.sampling != "poisson" or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
+    if privacy.sampling not in _PRICED or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
         return []
     return [
-        _price(change, privacy, plan, **values)
-        for change, values in _changes(privacy, plan.epsilon).items()
+        _price(change, privacy, plan, training, **values)
+        for change, values in _changes(privacy, plan).items()
         if 0 < values.get("sampling_prob", 1) <= 1
     ]
 
 
-def _changes(privacy: PrivacySection, epsilon: float) -> dict[str, dict[str, Any]]:
+def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
     return {
-        "ε ÷ 2": {"target_epsilon": epsilon / 2},
-        "ε × 2": {"target_epsilon": epsilon * 2},
+        "ε ÷ 2": {"target_epsilon": plan.epsilon / 2},
+        "ε × 2": {"target_epsilon": plan.epsilon * 2},
+        **{f"{_bands_text(b)}, same ε and compute": {"num_bands": b} for b in _other_bands(plan)},
         "batch ÷ 2, same ε": _batch(privacy, 0.5),
         "batch × 2, same ε": _batch(privacy, 2),
         "batch × 4, same ε": _batch(privacy, 4),
@@ -234,6 +259,19 @@ def _changes(privacy: PrivacySection, epsilon: float) -> dict[str, dict[str, Any
     }
 
 
+def _other_bands(plan: PrivacyPlan) -> list[int]:
+    """Numbers of bands to compare with; none for plans that cannot have them."""
+    if plan.auxiliary_sums or plan.user_accounting.how:
+        return []
+    tried = tried_bands(plan.num_steps, plan.sampling_prob)
+    near = {max(b for b in tried if b <= wanted) for wanted in _BANDS}
+    return sorted(near - {1 if plan.strategy is None else plan.strategy.num_bands})
+
+
+def _bands_text(num_bands: int) -> str:
+    return "independent noise" if num_bands == 1 else f"noise of {num_bands} bands"
+
+
 def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
     assert privacy.sampling_prob is not None, "Poisson sampling has it"
     return {
@@ -242,11 +280,29 @@ def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
     }
 
 
-def _price(change: str, privacy: PrivacySection, plan: PrivacyPlan, **values: Any) -> Price:
+def _price(
+    change: str, privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None, **values: Any
+) -> Price:
+    other = _rebuilt(privacy, plan, training, **values)
+    relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
+    of_run = other.noise_of_run(training) / plan.noise_of_run(training)
+    return Price(change, other.epsilon, other.noise_multiplier, relative, of_run)
+
+
+def _rebuilt(
+    privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None, **values: Any
+) -> PrivacyPlan:
+    """Return the plan with some values changed and the noise calibrated again, with as many bands as then fit."""
     update = {"target_epsilon": plan.epsilon, "noise_multiplier": None, **values}
     if plan.accountant == "pld":
         update["accountant"] = "tilted"  # as certified, and several times faster
-    other = PrivacyPlan.build(privacy.model_copy(update=update))
-    relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
-    of_run = relative * math.sqrt(plan.num_steps / other.num_steps)
-    return Price(change, other.epsilon, other.noise_multiplier, relative, of_run)
+    num_bands = values.get("num_bands", 1 if plan.strategy is None else plan.strategy.num_bands)
+    if num_bands > 1 or plan.strategy is not None:
+        num_steps, prob = (update.get(key, getattr(privacy, key)) for key in ("num_steps", "sampling_prob"))
+        fitting = max(b for b in {*tried_bands(num_steps, prob), num_bands} if _fits(b, num_bands, num_steps, prob))
+        update |= {"noise": "banded", "sampling": "cyclic_poisson", "num_bands": fitting}
+    return PrivacyPlan.build(privacy.model_copy(update=update), training)
+
+
+def _fits(num_bands: int, wanted: int, num_steps: int, sampling_prob: float) -> bool:
+    return num_bands <= wanted and num_steps % num_bands == 0 and num_bands * sampling_prob <= 1

@@ -55,7 +55,7 @@ def _plan_table(d: dict[str, Any]) -> Table:
     )
     table.add_row("steps", f"{d['num_steps']}; a unit joins about {d['expected_steps_per_unit']:g}")
     table.add_row("clipping norm", f"{d['clipping_norm']:g} ({d['clipping_style']}, joint over a unit's records)")
-    table.add_row("noise multiplier", f"{d['noise_multiplier']:g}")
+    table.add_row("noise multiplier", f"{d['noise_multiplier']:g}{_bands_text(d)}")
     if d["noised_metrics"]:
         shown = ", ".join(f"{name} ± {stddev:.2g}" for name, stddev in d["noised_metrics"].items())
         table.add_row("released with noise in each step", f"{shown}; gradient's own {d['gradient_noise_multiplier']:g}")
@@ -68,6 +68,16 @@ def _plan_table(d: dict[str, Any]) -> Table:
     people = d["expected_training_users" if d["unit"] == "user" else "expected_training_units"]
     table.add_row("δ", f"{d['delta']:g}; 1 / {d['unit']}s is {1 / max(people, 1):.2g}")
     return table
+
+
+def _bands_text(d: dict[str, Any]) -> str:
+    if d["num_bands"] is None:
+        return ""
+    return (
+        f", correlated over {d['num_bands']} steps (column norm {d['column_norm']:.4g})\nat the same ε, relative to "
+        f"independent noise: {d['relative_noise_of_one_band']:.2f} × in the weights (predicted), "
+        f"{d['relative_noise_of_late_step']:.2f} × in a step, which AdamW's step size shrinks with"
+    )
 
 
 def _unit_text(d: dict[str, Any]) -> str:

@@ -34,6 +34,9 @@ _RECORDS_PER_USER = 4
 #: Units of a step whose sum int64 holds for certain: each adds at most 2**41 to a coordinate.
 MAX_UNITS = 1 << 21
 
+#: Most bands of correlated noise: its history holds one vector a band.
+MAX_BANDS = 128
+
 Selection = Literal["random", "longest", "shortest", "highest_perplexity", "lowest_perplexity", "random_chunk"]
 
 
@@ -384,15 +387,28 @@ class PrivacySection(Section):
         description="How neighbouring data sets differ: one unit more or less; or one unit's records removed while its "
         "place stays (zero_out, the only relation of truncated_poisson and shuffle).",
     )
+    noise: Literal["independent", "banded"] = Field(
+        default="independent",
+        description="independent: fresh noise in every step. banded: noise that later steps partly take back, so that "
+        "the trained weights hold less of it at the same ε; it samples by cyclic_poisson.",
+    )
+    num_bands: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Steps that one step's banded noise is spread over, and groups that units are drawn from in turn; "
+        "divides num_steps, at most 1 / sampling_prob. auto (default): the number with the least predicted noise in "
+        "the trained weights, 1 included.",
+    )
     sampling: SchemeName = Field(
-        default="poisson", description="How the units of a step are chosen; shuffle is accounted without amplification."
+        default="poisson",
+        description="How the units of a step are chosen; cyclic_poisson goes with noise: banded, shuffle is accounted "
+        "without amplification.",
     )
     sampling_prob: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Probability that a unit joins a step, for poisson and truncated_poisson; a constant, not computed "
-        "from the data.",
+        description="Probability that a unit joins a step, for poisson, cyclic_poisson and truncated_poisson; a "
+        "constant, not computed from the data.",
     )
     max_batch_size: int | None = Field(
         default=None, ge=1, description="truncated_poisson: most units of a step; a cut well above the mean costs no ε."
@@ -468,9 +484,18 @@ class PrivacySection(Section):
             return {**values, "records_per_user": _RECORDS_PER_USER}
         return values
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_bands(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("noise") != "banded":
+            return values
+        bands = "auto" if values.get("num_bands") is None else values["num_bands"]
+        return {"sampling": "cyclic_poisson", **values, "num_bands": bands}
+
     @override
     def conflicts(self) -> Iterator[str]:
         yield from self._sampling_conflicts()
+        yield from self._band_conflicts()
         yield from self._user_conflicts()
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             yield "give exactly one of privacy.target_epsilon and privacy.noise_multiplier"
@@ -480,6 +505,35 @@ class PrivacySection(Section):
             yield "privacy.noised_metrics needs noise: with privacy.noise_multiplier: 0 it is the raw loss"
         if self.adaptive_clipping is not None and self.clipping_style != "adaptive":
             yield "privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive"
+
+    def _band_conflicts(self) -> Iterator[str]:
+        is_cyclic = self.sampling == "cyclic_poisson"
+        if self.noise == "banded" and not is_cyclic:
+            yield f"privacy.noise: banded needs privacy.sampling: cyclic_poisson; given {self.sampling}"
+        if self.noise != "banded" and is_cyclic:
+            yield "privacy.sampling: cyclic_poisson needs privacy.noise: banded; with independent noise use poisson"
+        if self.noise != "banded":
+            return
+        if self.noise_multiplier == 0:
+            yield "privacy.noise: banded needs noise; privacy.noise_multiplier is 0"
+        if self.clipping_style == "adaptive" or self.noised_metrics is not None:
+            yield (
+                "privacy.noise: banded does not release privacy.noised_metrics or the count of privacy.clipping_style: "
+                "adaptive; remove them, or use privacy.noise: independent"
+            )
+        if self.num_bands == "auto":
+            if self.noise_multiplier is not None:
+                yield "privacy.num_bands: auto needs privacy.target_epsilon; with noise_multiplier give a number"
+        elif self.num_bands is not None:
+            if self.num_steps % self.num_bands:
+                yield f"privacy.num_steps={self.num_steps} must be a multiple of privacy.num_bands={self.num_bands}"
+            if self.num_bands > MAX_BANDS:
+                yield f"privacy.num_bands={self.num_bands} must be at most {MAX_BANDS}"
+            if self.sampling_prob is not None and self.num_bands * self.sampling_prob > 1:
+                yield (
+                    f"privacy.num_bands={self.num_bands} groups of which one is drawn from with probability "
+                    f"num_bands * sampling_prob = {self.num_bands * self.sampling_prob:g} a step; at most 1, lower one"
+                )
 
     def _user_conflicts(self) -> Iterator[str]:
         rules = USER_ACCOUNTING_RULES[self.user_accounting]
@@ -534,6 +588,14 @@ class TrainingSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="Averaging coefficients of AdamW."
     )
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
+        if step < self.num_warmup_steps:
+            return self.learning_rate * (step + 1) / self.num_warmup_steps
+        progress = (step - self.num_warmup_steps) / max(1, num_steps - self.num_warmup_steps)
+        factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.learning_rate * factor[self.schedule]
 
     @property
     def releases_model(self) -> bool:
@@ -698,6 +760,11 @@ class Config(Section):
             yield (
                 f"training.method: {method} does not train the head that data.format: classification needs; use lora, "
                 "bias or full"
+            )
+        if self.privacy.noise == "banded" and self.audit.keep_noised_sums:
+            yield (
+                "audit.keep_noised_sums scores steps whose noise is independent; set privacy.noise: independent, or "
+                "remove it"
             )
         if self.canaries.num_gradient_users and not self.audit.keep_noised_sums:
             yield "canaries.num_gradient_users are scored on the noised sums: set audit.keep_noised_sums: true"

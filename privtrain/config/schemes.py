@@ -11,7 +11,7 @@ from typing import Literal
 
 Relation = Literal["add_or_remove_one", "zero_out"]
 Accountant = Literal["pld", "tilted", "rdp", "allocation"]
-SchemeName = Literal["poisson", "truncated_poisson", "random_allocation", "shuffle"]
+SchemeName = Literal["poisson", "cyclic_poisson", "truncated_poisson", "random_allocation", "shuffle"]
 UserAccountingName = Literal["none", "group", "mixture"]
 
 
@@ -39,6 +39,7 @@ class SchemeRules:
 
 SCHEME_RULES: dict[SchemeName, SchemeRules] = {
     "poisson": SchemeRules(needs=("sampling_prob",)),
+    "cyclic_poisson": SchemeRules(needs=("sampling_prob", "num_bands")),
     "truncated_poisson": SchemeRules(
         needs=("sampling_prob", "max_batch_size", "max_num_units"), relations=("zero_out",), accountants=("pld",)
     ),

@@ -9,6 +9,7 @@ from privtrain.data.selection import check_contributions
 from privtrain.data.units import example_name
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger.bodies import charged_units
+from privtrain.ledger.groups import check_groups
 from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import pseudonym
@@ -18,9 +19,13 @@ from privtrain.run.directory import RunDirectory
 def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
     """See in the ledger that no user contributed more records over the whole run than the plan's bound on users.
 
+    And that units stayed in their groups, where steps draw from groups in turn.
+
     Raises:
         GuaranteeLost: if one did, or the ledger names a unit that is nobody's.
+        LedgerCorrupt: if a unit joined steps of two groups.
     """
+    check_groups(run.ledger, verify_chain(run.ledger))
     if plan.records_per_user is None:
         return
     names = {name for name, _, _ in _charged_units(run)}

@@ -39,6 +39,7 @@ class Session:
         environment: digest of the environment, in hexadecimal.
         state: the checkpoint's file on rank 0; ``None`` on the others.
         committed: step → commitment to its sum, for the steps that are replayed.
+        past: commitments to the sums of the generation's steps before them, in order.
     """
 
     key: SecretKey
@@ -46,6 +47,7 @@ class Session:
     environment: str
     state: pathlib.Path | None
     committed: dict[int, str] = dataclasses.field(default_factory=dict)
+    past: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -75,6 +77,7 @@ def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
         plan_fingerprint=inputs.fingerprint,
         records_per_unit=plan.records_per_unit,
         pseudonym_key=key,
+        num_groups=1 if plan.strategy is None else plan.strategy.num_bands,
     ) as ledger:
         if ledger.repair:
             say(ledger.repair)
@@ -153,13 +156,16 @@ def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> 
     steps = range(continuation.start_step, continuation.start_step + continuation.num_replayed)
     known = {step: state.commits.get((continuation.generation, step)) for step in steps}
     committed = {step: commitment for step, commitment in known.items() if commitment is not None}
-    return key.reveal() + json.dumps([dataclasses.asdict(continuation), committed]).encode()
+    gone = range(continuation.first_step, continuation.start_step)
+    past = [state.commits[place] for step in gone if (place := (continuation.generation, step)) in state.commits]
+    return key.reveal() + json.dumps([dataclasses.asdict(continuation), committed, past]).encode()
 
 
 def _session_of(message: bytes, environment: str, state: pathlib.Path | None) -> Session:
-    continuation, committed = json.loads(message[32:])
+    continuation, committed, past = json.loads(message[32:])
     committed = {int(step): commitment for step, commitment in committed.items()}
-    return Session(SecretKey(message[:32]), Continuation(**continuation), environment, state, committed)
+    key = SecretKey(message[:32])
+    return Session(key, Continuation(**continuation), environment, state, committed, tuple(past))
 
 
 def _decided_on_main(

@@ -279,6 +279,7 @@ def _build_trainer(
         first_step=session.continuation.first_step,
         committed=session.committed,
         gradient_canaries=directions,
+        past=session.past,
     )
     if inputs.config.audit.keep_noised_sums:
         check_whole(trainer.layout)

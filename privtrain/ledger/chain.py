@@ -25,7 +25,7 @@ _BODY_AT = len(_OPENING) + 64 + len(b'",')
 
 #: Fields that count something, in any kind of record.
 _COUNTS = frozenset(
-    {"seq", "generation", "step", "from_step", "num_units", "records_per_unit"}
+    {"seq", "generation", "step", "from_step", "num_units", "records_per_unit", "num_groups"}
     | {"segment", "num_rows", "num_bytes", "num_charged"}
 )
 
@@ -103,6 +103,7 @@ class LedgerState:
         plan: digest of the plan's fingerprint under the pseudonym key.
         key_sha256: commitment to the pseudonym key.
         records_per_unit: k, the most records of a unit in a step.
+        num_groups: groups that steps draw from in turn (cyclic Poisson sampling); 1 where all units may join a step.
         generation: the newest generation; -1 before the first session.
         environment: digest of the environment of the last session under the pseudonym key; one generation has one.
         split: commitment to the coins that are trained on; empty before the first session.
@@ -121,6 +122,7 @@ class LedgerState:
     plan: str = ""
     key_sha256: str = ""
     records_per_unit: int = 0
+    num_groups: int = 1
     generation: int = -1
     environment: str = ""
     split: str = ""
@@ -268,6 +270,8 @@ def _nothing_to_check(state: LedgerState, record: dict[str, Any]) -> str | None:
 def _check_begin(state: LedgerState, record: dict[str, Any]) -> str | None:  # noqa: ARG001
     if record["schema"] != SCHEMA:
         return f"schema {record['schema']!r}; this version reads {SCHEMA!r}"
+    if record.get("num_groups", 2) < 2:
+        return "groups of units that are none"
     return None
 
 
@@ -339,6 +343,7 @@ def apply(state: LedgerState, record: dict[str, Any]) -> None:
             state.plan = record["plan"]
             state.key_sha256 = record["key_sha256"]
             state.records_per_unit = record["records_per_unit"]
+            state.num_groups = record.get("num_groups", 1)
         case "session":
             if record["generation"] != state.generation:
                 state.path = [entry for entry in state.path if entry.step < record["from_step"]]

@@ -38,6 +38,7 @@ from privtrain.ledger.bodies import (
     to_table,
 )
 from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
+from privtrain.ledger.groups import check_groups
 from privtrain.ledger.head import HeadFile, check_head, head_path, opened_head
 from privtrain.privacy.secret import SecretKey, pseudonym
 from privtrain.run.bundle import ReleaseManifest
@@ -50,7 +51,8 @@ def verify(path: pathlib.Path) -> LedgerState:
     """Check the whole log and return what it says.
 
     Checked: the chain; that it was not shortened since the head file was written; that a commit follows its intent; no
-    step twice; every body against the root in its record; no unit twice in a step; no unit above k.
+    step twice; every body against the root in its record; no unit twice in a step; no unit above k; where steps draw
+    from groups in turn, no unit in two groups.
 
     Raises:
         LedgerCorrupt: naming file and offset of the first thing that does not hold, a torn tail included.
@@ -62,6 +64,7 @@ def verify(path: pathlib.Path) -> LedgerState:
     if num_torn_bytes:
         open_rows = rows_path(path, len(state.segments))
         raise LedgerCorrupt(f"{open_rows}: {num_torn_bytes} bytes of an unfinished write at the end; {_TORN}")
+    check_groups(path, state)
     return state
 
 
@@ -277,8 +280,17 @@ def open_ledger(
     records_per_unit: int,
     pseudonym_key: SecretKey,
     segment_rows: int = SEGMENT_ROWS,
+    num_groups: int = 1,
 ) -> Iterator[Ledger]:
     """Open the log of a run for appending, or begin it.
+
+    Args:
+        path: the log.
+        plan_fingerprint: of the run's plan.
+        records_per_unit: k, the most records of a unit in a step.
+        pseudonym_key: names units.
+        segment_rows: contributions at which a segment is sealed.
+        num_groups: groups that steps draw from in turn.
 
     Raises:
         LedgerCorrupt: if anything but an unfinished tail is wrong, or the log belongs to another plan or key.
@@ -315,6 +327,7 @@ def open_ledger(
                     plan=ledger.blinded("plan", plan_fingerprint),
                     key_sha256=key_commitment(pseudonym_key),
                     records_per_unit=records_per_unit,
+                    **({"num_groups": num_groups} if num_groups > 1 else {}),
                 )
             if num_torn_bytes:
                 ledger._append("repair", num_torn_bytes=num_torn_bytes, num_torn_row_bytes=num_torn_row_bytes)

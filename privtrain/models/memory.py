@@ -82,12 +82,13 @@ class ModelSize:
     memory_bytes: dict[str, int]
 
 
-def model_size(config: Config, layout: LaunchLayout) -> ModelSize:
+def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> ModelSize:
     """Trained parameters, and device memory of one rank by part.
 
     Args:
         config: a valid configuration; the model's own config must be at hand, its weights need not.
         layout: how the job is launched.
+        num_bands: of the noise; the history of correlated noise holds a sum for each band but one.
 
     Raises:
         ConfigError: if the model's config cannot be loaded.
@@ -115,6 +116,9 @@ def model_size(config: Config, layout: LaunchLayout) -> ModelSize:
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
+    if num_bands > 1:
+        noised = layout.num_ranks if layout.shards_optimizer else 1
+        parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // noised
     activations, logits = _activation_bytes(config, model, base)
     return ModelSize(trained, {**parts, "activations": activations, "logits": logits})
 

@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import accountants
-from privtrain.config.schema import AdaptiveClippingSection, PrivacySection
+from privtrain.config.schema import AdaptiveClippingSection, PrivacySection, TrainingSection
 from privtrain.errors import ConfigError, Fault
-from privtrain.privacy.sampling import SCHEMES, Scheme, scheme_of
+from privtrain.privacy.banded import INDEPENDENT, Strategy, Workload, best_strategy, relative_error, tried_bands
+from privtrain.privacy.sampling import SCHEMES, CyclicPoisson, Scheme, scheme_of
 from privtrain.privacy.user_level import USER_ACCOUNTING, Terms, UserAccounting
 
 SCHEMA = "privtrain/plan/1"
@@ -96,6 +97,7 @@ class PrivacyPlan:
         clipping_style: how a unit is brought to that bound: ``"flat"``, ``"per_layer"``, ``"automatic"`` or
             ``"adaptive"``; without noise also ``"batch"``, which bounds the mean of a step instead.
         noise_multiplier: noise standard deviation over sensitivity, of a step's whole release: what is accounted for.
+            Where noise is correlated the sensitivity is the strategy's column norm times the clipping norm.
         num_steps: logical steps that are charged.
         delta: the δ of the guarantee.
         epsilon: certified ε at ``delta`` after ``num_steps``; infinite without noise.
@@ -104,6 +106,11 @@ class PrivacyPlan:
         user_accounting: whom ε protects where the unit is the example: one record, or a user with a bounded number.
         adaptive_clipping: not ``None`` where ``clipping_style`` is ``"adaptive"``.
         noised_metrics: metrics that are released through the mechanism, if any.
+        strategy: how the noise of steps is correlated; ``None`` where it is independent. It has as many bands as the
+            scheme has groups: the steps of a unit are so far apart.
+
+    Raises:
+        ValueError: if scheme and strategy do not go together.
     """
 
     unit: str
@@ -123,16 +130,29 @@ class PrivacyPlan:
     user_accounting: UserAccounting
     adaptive_clipping: AdaptiveClipping | None = None
     noised_metrics: NoisedMetrics | None = None
+    strategy: Strategy | None = None
+
+    def __post_init__(self) -> None:
+        num_groups = self.scheme.num_bands if isinstance(self.scheme, CyclicPoisson) else None
+        num_bands = None if self.strategy is None else self.strategy.num_bands
+        if num_groups != num_bands:
+            raise ValueError(f"{num_bands} bands of noise and {num_groups} groups of units do not go together")
+        if num_bands is not None and (self.auxiliary_sums or self.clipping_style == "adaptive"):
+            raise ValueError("auxiliary sums have no correlated noise")
 
     @classmethod
-    def build(cls, privacy: PrivacySection) -> PrivacyPlan:
+    def build(cls, privacy: PrivacySection, training: TrainingSection | None = None) -> PrivacyPlan:
         """Calibrate the noise (or account for the noise given) and freeze.
+
+        Args:
+            privacy: the section.
+            training: whose optimizer banded noise is made for; plain sums over steps without it.
 
         Raises:
             ConfigError: if no noise multiplier meets the target, or the accountant cannot certify the plan.
         """
         try:
-            plan = cls.uncertified(privacy)
+            plan = cls.uncertified(privacy, training)
             known = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
             answer = _answer(dataclasses.replace(plan, epsilon=known), privacy.num_steps)
         except accountants.CalibrationError as error:
@@ -144,8 +164,19 @@ class PrivacyPlan:
         return plan
 
     @classmethod
-    def uncertified(cls, privacy: PrivacySection) -> PrivacyPlan:
-        """Return the plan of a configuration before anything is accounted for: its ε is infinite."""
+    def uncertified(
+        cls, privacy: PrivacySection, training: TrainingSection | None = None, *, strategy: Strategy | None = None
+    ) -> PrivacyPlan:
+        """Return the plan of a configuration before anything is accounted for: its ε is infinite.
+
+        Args:
+            privacy: the section.
+            training: see :meth:`build`.
+            strategy: in place of the best one, of a configuration with banded noise.
+        """
+        if privacy.noise == "banded":
+            strategy = strategy or _chosen_strategy(privacy, Workload.of(privacy.num_steps, training))
+            privacy = privacy.model_copy(update={"num_bands": strategy.num_bands})
         is_example = privacy.unit == "example"
         records_per_user = privacy.records_per_user
         assert is_example or records_per_user is not None, "the schema has a default"
@@ -175,6 +206,7 @@ class PrivacyPlan:
             insecure_seed=privacy.insecure_seed,
             adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
             noised_metrics=_noised_metrics(privacy, noise_multiplier),
+            strategy=strategy,
         )
 
     @property
@@ -232,6 +264,39 @@ class PrivacyPlan:
         return accountants.adaptive_clipping_noise(self.noise_multiplier, joint)
 
     @property
+    def correlated(self) -> Strategy | None:
+        """The strategy where noise of steps depends on one another; one band is independent noise."""
+        return self.strategy if self.strategy is not None and self.strategy.num_bands > 1 else None
+
+    @property
+    def column_norm(self) -> float:
+        """Norm by which a unit's gradient enters the noised rows: 1 where noise is independent."""
+        return 1.0 if self.strategy is None else self.strategy.column_norm
+
+    @property
+    def fresh_noise_multiplier(self) -> float:
+        """Standard deviation of the fresh noise of a step over the clipping norm, on every coordinate of the sum."""
+        return self.gradient_noise_multiplier * self.column_norm
+
+    @property
+    def largest_step_noise(self) -> float:
+        """Standard deviation of the whole noise of a late step over the clipping norm, fresh and taken back."""
+        inverse = (self.strategy or INDEPENDENT).inverse_column(self.num_steps)
+        return self.fresh_noise_multiplier * math.hypot(*inverse)
+
+    def noise_of_run(self, training: TrainingSection | None = None) -> float:
+        """Return the predicted noise of the trained weights over the signal, both as root mean squares over steps.
+
+        What the optimizer's linear part makes of the noise of all steps, per coordinate, over what it would make of a
+        mean gradient that stays the same.
+        """
+        workload = Workload.of(self.num_steps, training)
+        error = (self.strategy or INDEPENDENT).error(workload) * self.fresh_noise_multiplier
+        # Long runs are predicted from fewer steps: noise grows with the root of their number, the signal with it.
+        error /= math.sqrt(self.num_steps / workload.num_steps)
+        return error / (self.expected_batch_size * workload.signal)
+
+    @property
     def metric_stddevs(self) -> dict[str, float]:
         """Noised metric → standard deviation of the noise in it, in the metric's own unit."""
         if self.noised_metrics is None:
@@ -260,7 +325,7 @@ class PrivacyPlan:
     @property
     def noise_stddev(self) -> float:
         """Standard deviation of the noise on every coordinate of the (first) sum."""
-        return self.gradient_noise_multiplier * self.clipping_norm
+        return self.fresh_noise_multiplier * self.clipping_norm
 
     @property
     def not_private_reasons(self) -> tuple[str, ...]:
@@ -341,6 +406,8 @@ class PrivacyPlan:
                 noised = values["noised_metrics"]
                 low, high = noised["loss_range"]
                 values["noised_metrics"] = NoisedMetrics(tuple(noised["release"]), (low, high), noised["noise"])
+            if values["strategy"] is not None:
+                values["strategy"] = Strategy(tuple(values["strategy"]["coefficients"]))
             plan = cls(**values)
             is_one_form = plan.body() == body
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -353,6 +420,32 @@ class PrivacyPlan:
 def finite(value: float) -> float | None:
     """Return the value, or ``None`` if it is infinite or NaN, which JSON lacks."""
     return value if math.isfinite(value) else None
+
+
+def _chosen_strategy(privacy: PrivacySection, workload: Workload) -> Strategy:
+    """Return the strategy with ``num_bands`` bands or, on auto, the one with the least predicted noise at the same ε.
+
+    One band is tried first and stays where more are no better.
+    """
+    assert privacy.sampling_prob is not None, "the schema asks for it"
+    if isinstance(privacy.num_bands, int):
+        return best_strategy(privacy.num_bands, workload)
+    tried = tried_bands(privacy.num_steps, privacy.sampling_prob)
+    strategies = [best_strategy(num_bands, workload) for num_bands in tried]
+    return min(strategies, key=lambda strategy: _predicted_noise(privacy, strategy, workload))
+
+
+def _predicted_noise(privacy: PrivacySection, strategy: Strategy, workload: Workload) -> float:
+    """Return the predicted error of a strategy with the noise that it needs; infinite if no noise is enough."""
+    # As tight as pld, and ten times faster; the plan itself is certified by its own accountant.
+    update: dict[str, Any] = {"num_bands": strategy.num_bands}
+    if privacy.accountant in (None, "pld"):
+        update["accountant"] = "tilted"
+    try:
+        plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), strategy=strategy)
+    except accountants.CalibrationError:
+        return math.inf
+    return plan.noise_multiplier * relative_error(strategy, workload)
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:

@@ -127,6 +127,68 @@ class Poisson(Scheme):
 
 
 @dataclasses.dataclass(frozen=True)
+class CyclicPoisson(Scheme):
+    """Poisson sampling of ``num_bands`` groups in turn (Choquette-Choo et al. 2023, arXiv 2306.08153, section 5).
+
+    A secret coin puts each unit into one group for good; the steps of an epoch draw from one group each, with
+    probability ``num_bands * sampling_prob``. So two steps of a unit are at least ``num_bands`` apart, which is what
+    the sensitivity of a banded strategy (:mod:`privtrain.privacy.banded`) rests on, and an epoch is one Gaussian
+    release of a unit with that probability. ``noise_multiplier`` is relative to the strategy's column norm. The group
+    may be known: the amplification is that of the second coin alone.
+
+    Raises:
+        ValueError: if there is no group, or the probability within a group would be above 1.
+    """
+
+    name = "cyclic_poisson"
+    size_key = "sampling_prob", "lower"
+    sampling_prob: float
+    num_bands: int
+
+    def __post_init__(self) -> None:
+        if type(self.num_bands) is not int or self.num_bands < 1 or not 0 <= self.group_prob <= 1:
+            raise ValueError(f"{self.num_bands!r} groups of probability {self.sampling_prob!r} a step cannot be drawn")
+
+    @property
+    @override
+    def rate(self) -> float:
+        return self.sampling_prob
+
+    @property
+    def group_prob(self) -> float:
+        """Chance that a unit joins the one step of an epoch that draws from its group."""
+        return self.num_bands * self.sampling_prob
+
+    @property
+    @override
+    def period(self) -> int:
+        return self.num_bands
+
+    def event(self, noise_multiplier: float, num_epochs: int) -> Any:
+        """Return the event of Poisson-sampled Gaussian mechanisms, one an epoch."""
+        return accountants.dp_sgd_event(
+            noise_multiplier=noise_multiplier, sampling_prob=self.group_prob, num_steps=num_epochs
+        )
+
+    def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
+        """Draw the units of one step a group; a unit's group is the same in every epoch of a key."""
+        # The remainder of a 64-bit integer is uniform up to num_bands / 2**64.
+        groups = key.stream("group").uint64(num_units) % np.uint64(self.num_bands)
+        is_drawn = key.stream("sample", epoch).uniform(num_units) < self.group_prob
+        return [np.flatnonzero(is_drawn & (groups == np.uint64(group))) for group in range(self.num_bands)]
+
+    @property
+    @override
+    def assumption(self) -> str:
+        return (
+            f"A secret coin puts each unit into one of {self.num_bands} groups for as long as one key is used; steps "
+            "draw from the groups in turn, each unit of the group by a secret coin of its own with probability "
+            f"{self.group_prob:g}. The steps of a unit are thus at least {self.num_bands} apart. A round of the groups "
+            "that was begun is charged as a whole."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TruncatedPoisson(Scheme):
     """Poisson sampling cut to ``max_batch_size`` by a uniform subset (Ganesh et al. 2025, arXiv 2508.15089).
 
@@ -291,7 +353,9 @@ class Shuffle(Scheme):
         )
 
 
-SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (Poisson, TruncatedPoisson, RandomAllocation, Shuffle)}
+SCHEMES: dict[str, type[Scheme]] = {
+    cls.name: cls for cls in (Poisson, CyclicPoisson, TruncatedPoisson, RandomAllocation, Shuffle)
+}
 
 
 def relation_of(name: str) -> Any:
@@ -314,7 +378,10 @@ def scheme_from_statement(sampling: Mapping[str, Any]) -> Scheme | None:
     if cls is None:
         return None
     values = {field.name: sampling.get(field.name) for field in dataclasses.fields(cls)}
-    return None if None in values.values() else cls(**values)
+    try:
+        return None if None in values.values() else cls(**values)
+    except (TypeError, ValueError):
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,7 @@ def bind(
     public: Sequence[object],
     metrics: Sequence[int],
     sum_parts: Callable[[torch.Tensor], None],
+    previous: str | None = None,
 ) -> BoundSum:
     """Derive the noise's key and the ledger's commitment from a step's sum.
 
@@ -70,6 +71,8 @@ def bind(
         public: constants that say what the integers mean and how they are noised: exponents, standard deviations.
         metrics: exact sums that are released beside the gradient, the same on every rank.
         sum_parts: replaces a vector by its sum over the ranks that hold the parts of one copy.
+        previous: where noise is correlated, the commitment to the sum before, empty for the first: noise and commitment
+            are then bound to all sums of the generation so far.
 
     Returns:
         The same on every rank.
@@ -80,10 +83,22 @@ def bind(
     for slot in layout.slots:
         sha.update(f"{slot.name!r} {slot.whole_shape}\n".encode())
     sha.update(repr((tuple(public), tuple(metrics))).encode())
+    if previous is not None:
+        sha.update(f"after {previous}\n".encode())
     sha.update(values.cpu().numpy().astype("<i8").tobytes())
     digest = sha.hexdigest()
-    noise = SecretKey(key.derive("noise of a sum", step, digest))
-    return BoundSum(StepNoise(noise), key.derive("commitment to a sum", step, digest).hex())
+    commitment = key.derive("commitment to a sum", step, digest).hex()
+    if previous is not None:
+        return BoundSum(chained_noise(key, step, commitment), commitment)
+    return BoundSum(StepNoise(SecretKey(key.derive("noise of a sum", step, digest))), commitment)
+
+
+def chained_noise(key: SecretKey, step: int, commitment: str) -> StepNoise:
+    """Return the fresh noise of a step from the ledger's commitment, which binds all sums so far.
+
+    So the noise of steps gone by can be drawn again without their sums. Without the key a commitment tells nothing.
+    """
+    return StepNoise(SecretKey(key.derive("noise of a chain of sums", step, commitment)))
 
 
 def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> torch.Tensor:

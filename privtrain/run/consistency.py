@@ -203,12 +203,15 @@ def _remade_faults(tree: dict[str, Any], plan: PrivacyPlan, uncovered: list[str]
     """Return the plan and the list of what ε does not cover, made again from the configuration."""
     section = PrivacySection.model_validate(tree["privacy"])
     given = {"noise_multiplier": plan.noise_multiplier, "accountant": section.accountant or plan.accountant}
-    remade = PrivacyPlan.uncertified(section.model_copy(update=given)).body()
+    remade = PrivacyPlan.uncertified(section.model_copy(update=given), strategy=plan.strategy).body()
     faults = [
         f"privacy.{_NAMES.get(name, name)} gives {_short(remade[name])}, by the statement it is {_short(value)}"
         for name, value in plan.body().items()
         if name != "epsilon" and remade[name] != value
     ]
+    bands = 1 if plan.strategy is None else plan.strategy.num_bands
+    if section.num_bands not in (None, "auto", bands):
+        faults.append(f"privacy.num_bands is {section.num_bands}, by the statement it is {bands}")
     if section.target_epsilon is not None and not plan.epsilon <= section.target_epsilon * (1 + _RELATIVE_TOLERANCE):
         faults.append(f"privacy.target_epsilon is {section.target_epsilon}, the statement's ε is {plan.epsilon}")
     tracking = TrackingSection.model_validate(tree["tracking"])

@@ -110,7 +110,7 @@ def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
         ("Sampling", f"{plan.sampling.replace('_', ' ')}, probability {plan.sampling_prob:g} a step"),
         ("Steps charged", str(statement["steps_released"])),
         ("Clipping", f"{plan.clipping_style}, {_clipped_text(plan)}, norm {_norm_text(plan)}"),
-        ("Noise multiplier", f"{plan.noise_multiplier:g}"),
+        ("Noise multiplier", f"{plan.noise_multiplier:g}{_correlation_text(plan)}"),
         *_metric_rows(plan),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
@@ -122,6 +122,13 @@ def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
         f"### Assumptions\n\n{_bullets(statement['assumptions'])}\n\n"
         f"### What ε does not cover\n\n{_bullets(statement['not_covered'])}\n"
     )
+
+
+def _correlation_text(plan: PrivacyPlan) -> str:
+    if plan.strategy is None:
+        return ""
+    bands = f"noise correlated over {plan.strategy.num_bands} steps"
+    return f", of {bands}, relative to a column norm of {plan.column_norm:.6g}"
 
 
 def _clipped_text(plan: PrivacyPlan) -> str:

@@ -69,6 +69,7 @@ class Mechanism(_Part):
     adaptive_clipping: dict[str, Any] | None = None
     noised_metrics: dict[str, Any] | None = None
     expected_batch_size: float | None = None
+    strategy: dict[str, Any] | None = None
 
 
 class PrivacyStatement(_Part):
@@ -207,6 +208,7 @@ def statement_of(
             adaptive_clipping=_adaptive(plan),
             noised_metrics=_noised_metrics(plan),
             expected_batch_size=plan.expected_batch_size,
+            strategy=_strategy(plan),
         ),
         num_steps=plan.num_steps,
         steps_released=num_charged,
@@ -233,6 +235,7 @@ def statement_of(
             *_bound_assumptions(plan),
             *ASSUMPTIONS,
             plan.scheme.assumption,
+            *_strategy_assumption(plan),
         ],
         not_covered=not_covered,
         software={"privtrain": privtrain.__version__},
@@ -296,6 +299,30 @@ def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
         "gradient_noise_multiplier": plan.gradient_noise_multiplier,
         "noise_stddev": plan.metric_stddevs,
     }
+
+
+def _strategy(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """Return how the noise of steps is correlated; ``None`` where each step has noise of its own."""
+    if plan.strategy is None:
+        return None
+    return {
+        "kind": "banded_toeplitz",
+        "num_bands": plan.strategy.num_bands,
+        "coefficients": list(plan.strategy.coefficients),
+        "column_norm": plan.column_norm,
+        "fresh_noise_multiplier": plan.fresh_noise_multiplier,
+    }
+
+
+def _strategy_assumption(plan: PrivacyPlan) -> list[str]:
+    if plan.strategy is None:
+        return []
+    return [
+        f"The noise of steps is correlated by a banded matrix with {plan.strategy.num_bands} bands. The noise "
+        f"multiplier is relative to its column norm, {plan.column_norm:.6g}, times the clipping norm: what a unit "
+        "moves in one round of the groups. Each round is one Gaussian release (Choquette-Choo et al. 2023, arXiv "
+        "2306.08153, for zero-out; with coins of each unit's own, add-or-remove one is the same)."
+    ]
 
 
 NOT_COVERED: tuple[str, ...] = (

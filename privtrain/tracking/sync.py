@@ -42,7 +42,7 @@ def sync_run(path: pathlib.Path) -> str:
     identity = json.loads(run.identity.read_text(encoding="utf-8"))
     with run.locked():
         rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-        tracker = WandbTracker(config, PrivacyPlan.build(config.privacy), run, identity["tracker_id"])
+        tracker = WandbTracker(config, PrivacyPlan.build(config.privacy, config.training), run, identity["tracker_id"])
         try:
             split = [(row["train/step"], {name: row[name] for name in row if name != "train/step"}) for row in rows]
             tracker.log_rows(split)

@@ -28,8 +28,9 @@ from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
+from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout, Slot
-from privtrain.privacy.noise import noised
+from privtrain.privacy.noise import StepNoise, noised
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.training import auxiliary_sums
@@ -544,12 +545,13 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
     plan, backend, layout = trainer.plan, trainer.backend, trainer.placement.stepped
     key = SecretKey(backend.from_main(lambda: SecretKey.generate().reveal()))
     clipper.reset()
-    vector, released, _ = trainer.release(clipper, key, _STEP)
+    history = trainer.new_history(clipper)
+    vector, released, commitment = trainer.release(clipper, key, _STEP, history=history)
     zeros = torch.zeros(layout.num_coordinates, dtype=torch.int64, device=backend.device)
     noise = trainer.bound_sum(
         clipper, zeros, {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}, key, _STEP
     ).noise
-    stddev = plan.gradient_noise_multiplier * plan.clipping_norm
+    stddev = plan.fresh_noise_multiplier * plan.clipping_norm
     faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
@@ -563,8 +565,7 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
             )
             continue
         sample = part[:_NUM_COMPARED]
-        place = {"name": slot.name, "first": slot.first}
-        own = noised(zeros[: len(sample)], exponent=clipper.grid_exponent, stddev=stddev, noise=noise, **place)
+        own = _own_noise(trainer, clipper, slot, len(sample), noise)
         if not torch.equal(sample.float(), own.float()):
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
@@ -580,7 +581,41 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
                 f"the sum {auxiliary_sum.name!r} of no unit was released as {found}, the plan's noise makes it {own}"
             )
     faults += _noise_bound_faults(trainer, clipper, key, vector, released)
+    if history is not None:
+        clipper.reset()
+        later = trainer.release(clipper, key, _STEP + 1, history=history, previous=commitment).vector
+        faults += _correlation_faults(plan, layout, vector, later)
     agree_on_fault(faults[0] if faults else "", backend)
+
+
+def _own_noise(
+    trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper, slot: Slot, count: int, noise: StepNoise
+) -> torch.Tensor:
+    """Return the noise of a first step on the first coordinates of a slot, drawn alone."""
+    plan, device = trainer.plan, trainer.backend.device
+    zeros = torch.zeros(count, dtype=torch.int64, device=device)
+    grid = {"exponent": clipper.grid_exponent, "stddev": plan.fresh_noise_multiplier * plan.clipping_norm}
+    if plan.correlated is None:
+        return noised(zeros, noise=noise, name=slot.name, first=slot.first, **grid)
+    part = torch.nn.Parameter(torch.zeros(count, device=device))
+    alone = Layout({slot.name: part}, {slot.name: (slot.first, slot.whole_shape)})
+    return NoiseHistory(plan.correlated, alone, device, **grid).release(zeros, noise)
+
+
+def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, second: torch.Tensor) -> list[str]:
+    """The second step must take back c_1 times the noise of the first: what is left has the spread of fresh noise."""
+    assert plan.correlated is not None
+    stddev, faults = plan.fresh_noise_multiplier * plan.clipping_norm, []
+    fresh = second.double() + plan.correlated.coefficients[1] * first.double()
+    for slot in layout.slots:
+        part = layout.view(fresh, slot).flatten()
+        low, high = stats.chi2.interval(1 - _FALSE_ALARM, max(len(part), 1))
+        if len(part) and not low * stddev**2 <= float(part.square().sum()) <= high * stddev**2:
+            faults.append(
+                f"tensor {slot.name!r}: noise of a second step does not take back that of the first as the plan's "
+                "strategy says; report this"
+            )
+    return faults
 
 
 def _noise_bound_faults(
@@ -597,7 +632,7 @@ def _noise_bound_faults(
     clipper.reset()
     if backend.is_main:
         clipper.total[0] = 1
-    other = trainer.release(clipper, key, _STEP)
+    other = trainer.release(clipper, key, _STEP, history=trainer.new_history(clipper))
     num_equal = torch.tensor(
         [int((other.vector == vector).sum()), len(vector)], dtype=torch.int64, device=backend.device
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -21,10 +20,11 @@ from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
 from privtrain.ledger.log import Ledger
 from privtrain.models.losses import CausalLM, Objective
+from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.plan import PrivacyPlan, finite
 from privtrain.privacy.sampling import DrawnUnit, UnitSampler, assign_to_ranks
 from privtrain.privacy.secret import SecretKey
-from privtrain.privacy.sum_digest import BoundSum, bind
+from privtrain.privacy.sum_digest import BoundSum, bind, chained_noise
 from privtrain.tracking import Tracker
 from privtrain.training import auxiliary_sums
 from privtrain.training.auxiliary_sums import next_norm
@@ -68,6 +68,8 @@ class Trainer:
         objective: the loss of a row.
         first_step: the generation's first step.
         committed: step → commitment to its sum, of the steps that are replayed.
+        past: commitments to the sums of the generation's steps from ``first_step`` on that are not replayed, in order;
+            correlated noise is drawn again from them before the first step.
         should_stop: whether this rank was asked to stop.
         gradient_canaries: units whose update is a random direction; None if there are none.
 
@@ -94,6 +96,7 @@ class Trainer:
         objective: Objective | None = None,
         first_step: int = 0,
         committed: Mapping[int, str] | None = None,
+        past: Sequence[str] = (),
         should_stop: Callable[[], bool] = lambda: False,
         gradient_canaries: GradientCanaries | None = None,
     ) -> None:
@@ -111,6 +114,9 @@ class Trainer:
         self._units = units
         self._key = key
         self._committed = committed or {}
+        self._first_step, self._past = first_step, past
+        self._history: NoiseHistory | None = None
+        self._previous = ""
         self.autocast = autocast
         self.packer = packer
         self._share: Sequence[DrawnUnit] = ()
@@ -136,16 +142,23 @@ class Trainer:
             ReplayDiverged: if it was committed before with another sum; go on with :meth:`begin_generation`.
         """
         started = time.monotonic()
+        self._recall(step)
         self._seed_dropout(step)
         drawn = self.sampler.draw(step)
         self._intend(step, drawn)
         self.clipper.reset()
         self._accumulate(drawn)
         vector, released, commitment = self.release(
-            self.clipper, self._key, step, functools.partial(self._check_replay, step)
+            self.clipper,
+            self._key,
+            step,
+            functools.partial(self._check_replay, step),
+            history=self._history,
+            previous=self._previous,
         )
         if self.keep is not None:
             self.keep(step, vector, self.clipping_norm)
+        self._previous = commitment
         self._set_learning_rate(step)
         self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         counts = self._reduced_counts()
@@ -167,9 +180,34 @@ class Trainer:
     def begin_generation(self, key: SecretKey, generation: int, first_step: int) -> None:
         """Draw samples and noise from another secret from ``first_step`` on."""
         self._key, self.generation, self._committed = key, generation, {}
+        self._first_step, self._past, self._history, self._previous = first_step, (), None, ""
         self.sampler = UnitSampler(
             self.plan.scheme, self.plan.records_per_unit, key, self._units.num_records, first_step
         )
+
+    def new_history(self, clipper: PerUnitClipper | CooperativeClipper) -> NoiseHistory | None:
+        """Return the empty history of correlated noise; ``None`` where steps have noise of their own."""
+        strategy = self.plan.correlated
+        if strategy is None:
+            return None
+        exponent, stddev = clipper.grid_exponent, self._stddev(clipper)
+        return NoiseHistory(strategy, self.layout, self.backend.device, exponent=exponent, stddev=stddev)
+
+    def _recall(self, step: int) -> None:
+        """Before the first step here: draw the noise of the generation's steps gone by again, from its commitments."""
+        if self._history is not None:
+            return
+        self._history = self.new_history(self.clipper)
+        if self._history is None:
+            return
+        if len(self._past) != step - self._first_step:
+            raise GuaranteeLost(
+                f"{step - self._first_step} steps of generation {self.generation} are behind step {step}, the ledger "
+                f"commits to {len(self._past)} sums of them: its noise cannot be drawn again"
+            )
+        for gone, commitment in enumerate(self._past, start=self._first_step):
+            self._history.advance(chained_noise(self._key, gone, commitment))
+            self._previous = commitment
 
     def release(
         self,
@@ -177,6 +215,9 @@ class Trainer:
         key: SecretKey,
         step: int,
         check: Callable[[str], None] | None = None,
+        *,
+        history: NoiseHistory | None = None,
+        previous: str = "",
     ) -> Released:
         """Return all that leaves a step: the self-test calls it too, so that what it measures is what training does.
 
@@ -185,16 +226,23 @@ class Trainer:
             key: secret that the noise is drawn from.
             step: the logical step.
             check: called with the commitment to the sum before any noise is drawn; if it raises, nothing is released.
+            history: correlated noise of the steps before, from :meth:`new_history`; it takes one step.
+            previous: with ``history``, the commitment to the sum before.
         """
         total = self.backend.reduce_total(clipper.finish())
         totals = auxiliary_sums.reduced(self.plan, clipper.diagnostics, self.backend)
-        bound = self.bound_sum(clipper, total, totals, key, step)
+        bound = self.bound_sum(clipper, total, totals, key, step, previous)
         if not all_equal(self.backend.gather_digests(bytes.fromhex(bound.commitment))):
             raise GuaranteeLost(f"ranks hold different sums of step {step} after the reduction; nothing is released")
         if check is not None:
             check(bound.commitment)
         vector = self.backend.add_noise(
-            total, self.layout, bound.noise, exponent=clipper.grid_exponent, stddev=self._stddev(clipper)
+            total,
+            self.layout,
+            bound.noise,
+            exponent=clipper.grid_exponent,
+            stddev=self._stddev(clipper),
+            history=history,
         )
         if self.plan.clipping_style == "batch":
             self._clip_batch(vector)
@@ -207,8 +255,12 @@ class Trainer:
         totals: Mapping[str, int],
         key: SecretKey,
         step: int,
+        previous: str = "",
     ) -> BoundSum:
-        """Return the noise key of a reduced sum and its auxiliary sums, and their commitment; equal on every rank."""
+        """Return the noise key of a reduced sum and its auxiliary sums, and their commitment; equal on every rank.
+
+        Where noise is correlated both are bound to ``previous`` too, the commitment before.
+        """
         grids = clipper.grid_exponent, self._stddev(clipper), auxiliary_sums.EXPONENT
         public = [
             *grids,
@@ -219,10 +271,11 @@ class Trainer:
             ),
         ]
         metrics, sum_parts = list(totals.values()), self.backend.sum_parts
-        return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts)
+        chain = previous if self.plan.correlated is not None else None
+        return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts, previous=chain)
 
     def _stddev(self, clipper: PerUnitClipper | CooperativeClipper) -> float:
-        return self.plan.gradient_noise_multiplier * clipper.sensitivity
+        return self.plan.fresh_noise_multiplier * clipper.sensitivity
 
     def _clip_batch(self, total: torch.Tensor) -> None:
         """Bound the mean gradient of the step, whoever is in it: no privacy, a mitigation to compare with."""
@@ -330,7 +383,7 @@ class Trainer:
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self._training, step, self.plan.num_steps)
+            group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps)
 
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
         if not self.backend.is_main:
@@ -347,7 +400,7 @@ class Trainer:
             {
                 **adaptive,
                 **auxiliary_sums.metrics(self.plan, released),
-                "train/lr": learning_rate(self._training, step, self.plan.num_steps),
+                "train/lr": self._training.learning_rate_at(step, self.plan.num_steps),
                 "privacy/epsilon": finite(epsilon),
                 "privacy/num_charged_steps": num_charged,
                 "privacy/budget_fraction": num_charged / self.plan.num_steps,
@@ -360,12 +413,3 @@ class Trainer:
                 "train/num_nonfinite_units": int(num_nonfinite),
             },
         )
-
-
-def learning_rate(training: TrainingSection, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
-    if step < training.num_warmup_steps:
-        return training.learning_rate * (step + 1) / training.num_warmup_steps
-    progress = (step - training.num_warmup_steps) / max(1, num_steps - training.num_warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return training.learning_rate * factor[training.schedule]

@@ -64,7 +64,7 @@ def no_noise(stack: contextlib.ExitStack) -> None:
     """The noise is forgotten."""
     honest = ReplicatedBackend.add_noise
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         return honest(self, total, layout, noise, exponent=exponent, stddev=0.0)
 
     stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise", add_noise))
@@ -74,7 +74,7 @@ def noise_on_one_rank(stack: contextlib.ExitStack) -> None:
     """Of two ranks that each hold half of the coordinates only the first adds the noise of its shard."""
     honest = ReplicatedBackend.add_noise
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         vector, without = (honest(self, total, layout, noise, exponent=exponent, stddev=s) for s in (stddev, 0.0))
         vector[vector.numel() // 2 :] = without[vector.numel() // 2 :]
         return vector
@@ -86,7 +86,7 @@ def noise_on_rank_zero(stack: contextlib.ExitStack) -> None:
     """The same with real ranks and sharded sums: only rank 0 adds the noise of its shard."""
     honest = ShardedBackend.add_noise
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         return honest(self, total, layout, noise, exponent=exponent, stddev=stddev if self.rank == 0 else 0.0)
 
     stack.enter_context(mock.patch.object(ShardedBackend, "add_noise", add_noise))

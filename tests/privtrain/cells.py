@@ -48,6 +48,7 @@ class Cell:
     noise_multiplier: float = 1.0
     gradient_checkpointing: bool = False
     noised_metrics: bool = False
+    num_bands: int | None = None
 
     @property
     def plan(self) -> PrivacyPlan:
@@ -65,6 +66,8 @@ def _plan(cell: Cell) -> PrivacyPlan:
         clipping_style=cell.style,
         noised_metrics=NoisedMetricsSection() if cell.noised_metrics else None,
         noise_multiplier=cell.noise_multiplier,
+        noise="independent" if cell.num_bands is None else "banded",
+        num_bands=cell.num_bands,
         num_steps=NUM_STEPS,
         target_delta=1e-3,
         insecure_seed=5,
@@ -120,8 +123,8 @@ def key_noise_by_step_alone(trainer: Trainer) -> None:
     """So that sums that differ by rounding get the same noise and can be compared to a tolerance. Never in a job."""
     bound_sum = trainer.bound_sum
 
-    def bound(clipper, total, totals, key, step):
-        return bound_sum(clipper, torch.zeros_like(total), dict.fromkeys(totals, 0), key, step)
+    def bound(clipper, total, totals, key, step, previous=""):
+        return bound_sum(clipper, torch.zeros_like(total), dict.fromkeys(totals, 0), key, step, previous)
 
     trainer.bound_sum = bound
 

@@ -51,7 +51,7 @@ class Listening(LocalBackend):
         self.stddevs = []
         self.sums = []
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         vector = super().add_noise(total, layout, noise, exponent=exponent, stddev=stddev)
         self.stddevs.append(stddev)
         self.sums.append(vector.clone())

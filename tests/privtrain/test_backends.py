@@ -42,6 +42,13 @@ MORE = [
         for name, m in (("zero2", 1), ("zero3", 3), ("fsdp2", 1), ("fsdp2", 3))
     ],
     *[(f"zero{stage}-offload", Cell("full")) for stage in (1, 2)],
+    *[("zero1", Cell(method, sampling_prob=0.3, num_bands=3)) for method in METHODS],
+    *[("zero3", Cell(method, sampling_prob=0.3, num_bands=3)) for method in METHODS],
+    ("ddp", Cell("full", sampling_prob=0.3, num_bands=3)),
+]
+BANDED = [
+    *[(name, Cell("lora", sampling_prob=0.3, num_bands=3)) for name in ("ddp", "fsdp2")],
+    *[(name, Cell("full", sampling_prob=0.3, num_bands=3)) for name in ("zero2", "fsdp2")],
 ]
 MORE_OF_FOUR_RANKS = [("ddp", Cell()), ("zero3", Cell()), ("fsdp2-hsdp", Cell("full"))]
 
@@ -73,6 +80,10 @@ def test_ranks_and_steps_without_users(tiny_llama):
 
 def test_styles_routes_checkpointing_and_offload(tiny_llama):
     check(tiny_llama, 2, OPTIONS)
+
+
+def test_banded_noise_is_the_same_on_every_backend(tiny_llama):
+    check(tiny_llama, 2, BANDED)
 
 
 def test_four_ranks_and_replicas_of_shards(tiny_llama):

@@ -31,6 +31,7 @@ from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import (
     RELATIONS,
     SCHEMES,
+    CyclicPoisson,
     Poisson,
     RandomAllocation,
     Shuffle,
@@ -44,11 +45,19 @@ from privtrain.run.statement import Sampling
 from tests.privtrain.test_sampling import sampler_of
 
 KEY = SecretKey.insecure(0, "schemes")
-EXAMPLES = [Poisson(0.3), TruncatedPoisson(0.3, 9, 30), RandomAllocation(5, 2), RandomAllocation(6), Shuffle(5, 30)]
+EXAMPLES = [
+    Poisson(0.3),
+    CyclicPoisson(0.2, 4),
+    TruncatedPoisson(0.3, 9, 30),
+    RandomAllocation(5, 2),
+    RandomAllocation(6),
+    Shuffle(5, 30),
+]
 NAMES = [f"{scheme.name}-{scheme.period}" for scheme in EXAMPLES]
 
 PRIVACY = {
     "poisson": {"sampling_prob": 0.4},
+    "cyclic_poisson": {"sampling_prob": 0.4, "noise": "banded", "num_bands": 2},
     "truncated_poisson": {
         "sampling_prob": 0.4,
         "max_batch_size": 20,
@@ -76,9 +85,10 @@ def test_schemes_and_their_rules_in_the_schema_have_the_same_names_and_keys():
 
 
 def test_the_event_has_the_constants_that_the_draw_has():
-    poisson, truncated, allocation, _, shuffle = (scheme.event(1.5, 3) for scheme in EXAMPLES)
+    poisson, cyclic, truncated, allocation, _, shuffle = (scheme.event(1.5, 3) for scheme in EXAMPLES)
     gaussian = dp_accounting.GaussianDpEvent(1.5)
     assert poisson == dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(0.3, gaussian), 3)
+    assert cyclic == dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(0.8, gaussian), 3)
     inner = dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(30, 0.3, 9, 1.5)
     assert truncated == dp_accounting.SelfComposedDpEvent(inner, 3)
     assert allocation == RandomAllocationDpEvent(1.5, num_steps=5, num_selected=2, num_epochs=3)
@@ -122,6 +132,33 @@ def test_allocation_chooses_every_subset_equally_often_and_units_independently()
         again[members, step] = True
     both = index * 10 + np.searchsorted(np.sort(kinds), again @ (1 << np.arange(5)))
     assert stats.chisquare(np.bincount(both, minlength=100)).pvalue > 1e-3, "epochs are independent"
+
+
+@hypothesis.given(num_bands=st.integers(1, 9), num_units=st.integers(0, 40), seed=st.integers(0, 99))
+def test_cyclic_poisson_steps_of_a_unit_are_num_bands_apart(num_bands, num_units, seed):
+    scheme, key = CyclicPoisson(1 / num_bands, num_bands), SecretKey.insecure(seed, "cyclic")
+    steps = [members for epoch in range(3) for members in scheme.epoch(key, epoch, num_units)]
+    for unit in range(num_units):
+        joined = [step for step, members in enumerate(steps) if unit in members]
+        assert np.diff(joined).tolist() == [num_bands] * 2, "of probability 1 in its group: every round, one group"
+
+
+def test_cyclic_poisson_has_its_law_and_groups_are_independent_coins():
+    scheme, num_units = CyclicPoisson(0.15, 4), 100_000
+    groups = np.stack([np.isin(np.arange(num_units), m) for m in CyclicPoisson(0.25, 4).epoch(KEY, 0, num_units)])
+    assert (groups.sum(axis=0) == 1).all()
+    group = groups.argmax(axis=0)
+    assert stats.chisquare(np.bincount(group, minlength=4)).pvalue > 1e-3
+    assert stats.chisquare(np.bincount(4 * group[::2] + group[1::2], minlength=16)).pvalue > 1e-3
+    first, second = (
+        sum(np.isin(np.arange(num_units), members) for members in scheme.epoch(KEY, epoch, num_units))
+        for epoch in (0, 1)
+    )
+    counts = np.bincount(2 * first + second, minlength=4)
+    law = np.array([0.4 * 0.4, 0.4 * 0.6, 0.6 * 0.4, 0.6 * 0.6])
+    assert stats.chisquare(counts, law * num_units).pvalue > 1e-3, "coins of rounds are independent"
+    for step, members in enumerate(scheme.epoch(KEY, 5, num_units)):
+        assert set(group[members]) == {step}, "the same group in every round of a key"
 
 
 def test_shuffling_gives_every_unit_one_uniform_step_and_even_batches():
@@ -300,6 +337,11 @@ def test_the_event_of_the_attacks_cap_is_the_plans(scheme):
     again = scheme_from_statement(read.model_dump())
     assert again == scheme
     assert again.event_of_steps(1.1, 7) == scheme.event_of_steps(1.1, 7)
+
+
+@pytest.mark.parametrize("change", [{"num_bands": 9}, {"num_bands": "4"}, {"num_bands": 0}, {"sampling_prob": "1"}])
+def test_a_cyclic_scheme_that_cannot_be_drawn_gives_no_cap(change):
+    assert scheme_from_statement(CyclicPoisson(0.2, 4).parameters() | change) is None
 
 
 @pytest.mark.parametrize("change", [{"scheme": "other"}, {"scheme": None}, {"sampling_prob": None}])

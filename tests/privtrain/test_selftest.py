@@ -49,12 +49,12 @@ def wrong_rule(module, activation, output_gradient):
 
 
 class DoubleNoise(LocalBackend):
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         return super().add_noise(total, layout, noise, exponent=exponent, stddev=2 * stddev)
 
 
 class NoNoise(LocalBackend):
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         return super().add_noise(total, layout, noise, exponent=exponent, stddev=0.0)
 
 
@@ -210,7 +210,7 @@ def test_mutant_the_sensitivity_that_training_scales_noise_by(tiny_llama, monkey
 
 
 class NoiseOfNoKey(LocalBackend):
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         noise = StepNoise(SecretKey.insecure(0, "noise"))
         return super().add_noise(total, layout, noise, exponent=exponent, stddev=stddev)
 
@@ -310,7 +310,7 @@ def noise_of_world_size(backend, patch) -> None:
     patch.setattr(
         backend,
         "add_noise",
-        lambda total, layout, noise, *, exponent, stddev: original(
+        lambda total, layout, noise, *, exponent, stddev, history=None: original(
             total, layout, noise, exponent=exponent, stddev=stddev * backend.world_size
         ),
         raising=False,

@@ -110,8 +110,8 @@ def _released(name: str, directory, cell: Cell) -> list[str]:
     kept = []
     release = trainer.release
 
-    def keep(*arguments):
-        kept.append(release(*arguments))
+    def keep(*arguments, **named):
+        kept.append(release(*arguments, **named))
         return kept[-1]
 
     trainer.release = keep

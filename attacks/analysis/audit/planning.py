@@ -153,7 +153,7 @@ def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
     from privtrain.privacy.plan import PrivacyPlan
 
     loaded = load_config(config)
-    plan = PrivacyPlan.build(loaded.privacy)
+    plan = PrivacyPlan.build(loaded.privacy, loaded.training)
     num_sources = int(loaded.canaries.are_planted) + int(0.0 < loaded.data.held_out_fraction < 1.0)
     return plan.epsilon, plan.delta, max(num_sources, 1)
 

@@ -1,0 +1,267 @@
+"""Strategy matrices of correlated noise: banded Toeplitz, with sensitivity, inverse, workload and predicted error.
+
+**Mechanism.** With the clipped sums of T steps as the rows of S, what is released is a function of C S + σ X, where C
+is lower triangular with b bands and X is standard normal. What training gets is S + σ C⁻¹ X: noise of later steps takes
+back part of the noise of earlier ones, so sums over steps, which is what a model is made of, are less noisy.
+
+**Sensitivity.** A unit that joins step t moves the rows t to t + b - 1 of C S by column t of C times its clipped
+gradient: by at most the norm of the column times the clipping norm. Its steps are at least b apart
+(:class:`privtrain.privacy.sampling.CyclicPoisson`), so no two of its steps move one row. Hence the run is ⌈T/b⌉
+compositions of a Gaussian, one for each round of b steps, in each of which the unit joins with probability b·q
+(Choquette-Choo et al. 2023, arXiv 2306.08153, theorem 4 and lemma 1; adaptive steps are covered, since C is lower
+triangular: Denisov et al. 2022, arXiv 2202.08312, theorem 2.1).
+
+**Relation.** The paper has zero-out. Here group and sample of a unit are coins of its own and the divisor is a constant
+of the plan, so a unit that is removed is a unit whose gradients are zero: add-or-remove one has the same event.
+
+**Choice of C.** Nothing here looks at data: C follows from the plan and the optimizer's settings. Toeplitz with first
+coefficient 1, from the banded square root (Fichtenberger et al. 2022, arXiv 2202.11205; cut to b bands: Kalinin and
+Lampert 2024, arXiv 2405.13763), then optimised for the workload (Choquette-Choo et al. 2023, section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from scipy import optimize, signal
+
+from privtrain.config.schema import MAX_BANDS, TrainingSection
+
+#: Coefficients are whole multiples of 2**-FRACTION_BITS, so that C S is exact on a grid (:mod:`.correlated`).
+FRACTION_BITS = 12
+#: ``num_bands: auto`` tries no more.
+_MOST_TRIED = 64
+#: Coefficients stay below this, as integer arithmetic needs; the best ones are below 2.
+_LARGEST = 8.0
+#: Steps that the predicted error is computed from; longer runs are compressed to as many.
+_MOST_STEPS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A lower-triangular Toeplitz matrix C with few bands.
+
+    Attributes:
+        coefficients: of the first column, from the diagonal on; the first is 1, all are multiples of
+            2**-FRACTION_BITS. One alone is independent noise.
+
+    Raises:
+        ValueError: if they are none.
+    """
+
+    coefficients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = self.coefficients
+        if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_BANDS or values[0] != 1.0:
+            raise ValueError(f"a strategy has 1 to {MAX_BANDS} coefficients, the first of them 1")
+        if any(
+            type(c) is not float or not abs(c) < _LARGEST or not (c * 2**FRACTION_BITS).is_integer() for c in values
+        ):
+            raise ValueError(f"coefficients are multiples of 2**-{FRACTION_BITS} below {_LARGEST:g}")
+
+    @classmethod
+    def rounded(cls, coefficients: Sequence[float] | np.ndarray) -> Strategy:
+        """Return the strategy whose coefficients are nearest to the given ones."""
+        return cls(tuple(float(round(float(c) * 2**FRACTION_BITS)) / 2**FRACTION_BITS for c in coefficients))
+
+    @property
+    def num_bands(self) -> int:
+        """b: a step's noise depends on that of the b - 1 steps before it."""
+        return len(self.coefficients)
+
+    @property
+    def column_norm(self) -> float:
+        """Sensitivity of C S to a unit of clipping norm 1 that joins steps at least ``num_bands`` apart, rounded up."""
+        square = sum(Fraction(c) ** 2 for c in self.coefficients)
+        norm = math.sqrt(square)
+        while Fraction(norm) ** 2 < square:
+            norm = math.nextafter(norm, math.inf)
+        return norm
+
+    def matrix(self, num_steps: int) -> np.ndarray:
+        """Return C: [steps, steps] float64."""
+        column = np.zeros(num_steps)
+        known = self.coefficients[:num_steps]
+        column[: len(known)] = known
+        return _toeplitz(column)
+
+    def inverse_column(self, num_steps: int) -> np.ndarray:
+        """Return the first column of C⁻¹, which is Toeplitz too: [steps] float64."""
+        return _inverse_column(np.array(self.coefficients), num_steps)
+
+    def error(self, workload: Workload) -> float:
+        """Return the noise of the trained weights, as a root mean square over steps, per unit of σ: |A C⁻¹|_F / √T.
+
+        Times σ, which is the noise multiplier times ``column_norm`` times the clipping norm.
+        """
+        form = workload.form
+        inverse = self.inverse_column(len(form))
+        return math.sqrt(float(inverse @ form @ inverse))
+
+
+INDEPENDENT = Strategy((1.0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The linear part of the optimizer: what the noise of steps amounts to in the weights (A, lower triangular).
+
+    m_t = momentum · m_{t-1} + (1 - momentum) · g_t and θ_t = (1 - decay · s_t) · θ_{t-1} - s_t · m_t. Division by
+    AdamW's second moment is not linear and is taken as constant.
+
+    :meth:`of` leaves AdamW's momentum out: a strategy made for it puts its noise into fast alternations, which momentum
+    averages away, and the second moment does not. On a softmax regression (ε 4, 200 steps, 4 to 40 bands, learning rate
+    tuned for each) it was no better than one made for the schedule alone, with three times the noise in each step.
+
+    Attributes:
+        step_sizes: s_t, relative to the largest.
+        momentum: share of the last step's average that is kept.
+        decay: weight decay times the largest learning rate.
+    """
+
+    step_sizes: tuple[float, ...]
+    momentum: float = 0.0
+    decay: float = 0.0
+
+    @classmethod
+    def of(cls, num_steps: int, training: TrainingSection | None = None) -> Workload:
+        """Return the workload of an optimizer; plain sums over steps without one."""
+        num = min(num_steps, _MOST_STEPS)
+        if training is None:
+            return cls((1.0,) * num)
+        scale = num_steps / num
+        rates = [training.learning_rate_at(int(i * scale), num_steps) / training.learning_rate for i in range(num)]
+        decay = training.weight_decay * training.learning_rate * scale
+        return cls(tuple(rates), decay=min(decay, 1.0))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the error is computed from."""
+        return len(self.step_sizes)
+
+    def matrix(self) -> np.ndarray:
+        """Return A: row t is what each step's noise amounts to in the weights after step t."""
+        rows = np.zeros((self.num_steps, self.num_steps))
+        velocity, weights = np.zeros(self.num_steps), np.zeros(self.num_steps)
+        for t, size in enumerate(self.step_sizes):
+            velocity *= self.momentum
+            velocity[t] += 1 - self.momentum
+            weights = (1 - self.decay * size) * weights + size * velocity
+            rows[t] = weights
+        return rows
+
+    @property
+    def form(self) -> np.ndarray:
+        """Return Q, where dᵀ Q d is |A D|²_F / T for the lower-triangular Toeplitz matrix D with first column d."""
+        return _form(self)
+
+    @property
+    def signal(self) -> float:
+        """Return how far gradients of 1 move the weights, as a root mean square over steps."""
+        return float(np.sqrt(np.mean(np.square(self.matrix().sum(axis=1)))))
+
+
+@functools.lru_cache(maxsize=8)
+def _form(workload: Workload) -> np.ndarray:
+    rows = workload.matrix()
+    gram = rows.T @ rows / workload.num_steps
+    # Column s of D is d moved down by s, so Q[k, l] is the sum over s of gram[s + k, s + l].
+    form = np.zeros_like(gram)
+    for offset in range(len(gram)):
+        sums = np.cumsum(np.diagonal(gram, offset)[::-1])[::-1]
+        index = np.arange(len(sums))
+        form[index, index + offset] = form[index + offset, index] = sums
+    form.setflags(write=False)
+    return form
+
+
+def square_root(num_bands: int, damping: float = 1.0) -> np.ndarray:
+    """Return the first ``num_bands`` coefficients of (1 - x)^(-1/2), the k-th times ``damping ** k``."""
+    coefficients = np.ones(num_bands)
+    for k in range(1, num_bands):
+        coefficients[k] = coefficients[k - 1] * (2 * k - 1) / (2 * k) * damping
+    return coefficients
+
+
+@functools.lru_cache(maxsize=64)
+def best_strategy(num_bands: int, workload: Workload) -> Strategy:
+    """Return the banded Toeplitz strategy with the least ``column_norm`` times ``error``, of at most T bands.
+
+    Minimised from the damped square roots by BFGS, then by Newton's method, so that machines agree to far more digits
+    than are kept; never worse than the best square root.
+    """
+    num_bands = min(num_bands, workload.num_steps)
+    if num_bands == 1:
+        return INDEPENDENT
+    starts = [Strategy.rounded(square_root(num_bands, damping)) for damping in (1.0, 0.95, 0.8, 0.5)]
+    start = min(starts, key=lambda strategy: relative_error(strategy, workload))
+    form = workload.form
+    with np.errstate(all="ignore"):  # a step too far overflows, and is taken back
+        found = optimize.minimize(_loss, start.coefficients[1:], args=(form,), jac=True, method="BFGS").x
+        found = _polished(found, form)
+    if not np.isfinite(found).all() or np.abs(found).max() >= _LARGEST - 1:
+        return start
+    best = Strategy.rounded([1.0, *found])
+    return best if relative_error(best, workload) < relative_error(start, workload) else start
+
+
+def relative_error(strategy: Strategy, workload: Workload) -> float:
+    """Return the predicted error at noise multiplier 1 and clipping norm 1."""
+    return strategy.column_norm * strategy.error(workload)
+
+
+def tried_bands(num_steps: int, sampling_prob: float) -> list[int]:
+    """Return the numbers of bands that ``num_bands: auto`` compares: divisors of the steps, near powers of two."""
+    largest = min(_MOST_TRIED, num_steps, math.floor(1 / sampling_prob))
+    tried = {1}
+    for power in range(1, 1 + _MOST_TRIED.bit_length()):
+        near = [b for b in range(1, min(largest, 1 << power) + 1) if num_steps % b == 0 and b * sampling_prob <= 1]
+        tried.add(max(near))
+    return sorted(tried)
+
+
+def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the logarithm of the squared relative error, and its gradient."""
+    coefficients = np.concatenate([[1.0], free])
+    inverse = _inverse_column(coefficients, len(form))
+    along = form @ inverse
+    square, norm_square = float(inverse @ along), float(coefficients @ coefficients)
+    # d(C⁻¹) = -C⁻¹ dC C⁻¹, and all are Toeplitz.
+    twice = signal.fftconvolve(inverse, inverse)[: len(form)]
+    slope = [-2 * float(along[k:] @ twice[: len(form) - k]) / square for k in range(1, len(coefficients))]
+    value = math.log(square) + math.log(norm_square) if 0 < square < math.inf else math.inf
+    return value, np.array(slope) + 2 * free / norm_square
+
+
+def _polished(found: np.ndarray, form: np.ndarray) -> np.ndarray:
+    """Return the stationary point next to ``found``: Newton's method with differences of gradients."""
+    width = 1e-5
+    for _ in range(2):
+        slope = _loss(found, form)[1]
+        moves = width * np.eye(len(found))
+        curvature = np.array([(_loss(found + m, form)[1] - _loss(found - m, form)[1]) / (2 * width) for m in moves])
+        if not np.isfinite(curvature).all():
+            return found
+        step = np.linalg.solve((curvature + curvature.T) / 2, slope)
+        if not np.abs(step).max() < 0.05:
+            return found
+        found = found - step
+    return found
+
+
+def _inverse_column(coefficients: np.ndarray, num_steps: int) -> np.ndarray:
+    impulse = np.zeros(num_steps)
+    impulse[0] = 1.0
+    return np.asarray(signal.lfilter([1.0], coefficients, impulse))
+
+
+def _toeplitz(column: np.ndarray) -> np.ndarray:
+    steps = np.arange(len(column))
+    lag = steps[:, None] - steps[None, :]
+    return np.where(lag >= 0, column[np.maximum(lag, 0)], 0.0)

@@ -1,0 +1,147 @@
+"""Correlated noise: each step's noise takes back part of the noise of the b - 1 steps before it, exactly.
+
+With strategy C (:mod:`.banded`: banded, Toeplitz, c_0 = 1, coefficients multiples of 2**-F), S_t the exact sum of step
+t on the grid h, and σ the plan's noise multiplier times the column norm times the sensitivity:
+
+    z_t = round((σ X_t - u_t) / g) · g + u_t          fresh noise, through the door of :mod:`.noise`
+    w_t = round((z_t - Σ_j c_j w_{t-j}) / h) · h      noise of the step
+    Y_t = S_t + w_t                                   what is released, rounded to fp32
+
+X_t is standard normal and exact to as many digits as the rounding needs; g is the public grid of the door, about
+σ / 2**20; u_t is uniform on the multiples of h / 2**F below g. Both are drawn under the key of step t.
+
+**Why that is the matrix mechanism.** Let M_t = (C S)_t + σ X_t, the Gaussian mechanism that is accounted for, with s =
+(C S)_t, a multiple of h / 2**F. Then u' = (s + u_t) mod g is uniform on the same multiples and independent of S and X,
+and s + z_t = round((M_t - u') / g) · g + u': a function of M_t and of a coin that knows nothing. By induction over t,
+
+    Y_t = S_t + w_t = round((S_t + z_t - Σ_j c_j (Y_{t-j} - S_{t-j})) / h) · h
+                    = round((s + z_t - Σ_j c_j Y_{t-j}) / h) · h,
+
+since S_t is on h and commutes with the rounding, and s = S_t + Σ_j c_j S_{t-j}. So Y_t is a function of M_t, of that
+coin and of what was released before: post-processing, without any error to charge. It needs all of this to be exact, so
+it is done in integers, of 2**-F grid steps; and S_t may depend on all releases before it, as training does.
+
+**Why no checkpoint holds history.** w is a function of keys alone, never of S: it is drawn again from the key of the
+generation and the commitments to its sums in the ledger (:func:`privtrain.privacy.sum_digest.chained_noise`), bit for
+bit on any number of ranks. Each commitment binds the one before it. So two copies of a run whose sums differed once
+never share fresh noise again, also where a later sum is the same: else the noise would cancel and leave c_j times the
+old difference in clear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from privtrain.errors import GuaranteeLost
+from privtrain.privacy.banded import FRACTION_BITS, Strategy
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised
+
+_HALF_BITS = 32
+#: Noise stays below this in grid steps, and so does every sum: see :mod:`privtrain.clipping.exact_sum`.
+_ROOM = 1 << 61
+
+
+class NoiseHistory:
+    """The noise of the last b - 1 steps on this rank's coordinates, as int64 in steps of the sum's grid.
+
+    Args:
+        strategy: C, of at least two bands.
+        layout: the coordinates, as they are noised and stepped here.
+        device: where the sums are.
+        exponent: of the sums' grid.
+        stddev: σ.
+
+    Attributes:
+        num_steps: steps whose noise was drawn.
+    """
+
+    def __init__(
+        self, strategy: Strategy, layout: Layout, device: torch.device, *, exponent: int, stddev: float
+    ) -> None:
+        assert strategy.num_bands > 1
+        assert stddev > 0
+        self._layout, self._exponent, self._stddev = layout, exponent, stddev
+        units = [round(c * 2**FRACTION_BITS) for c in strategy.coefficients[1:]]
+        self._coefficients = torch.tensor(units, dtype=torch.int64, device=device)
+        self._last = torch.zeros(len(units), layout.num_coordinates, dtype=torch.int64, device=device)
+        self.num_steps = 0
+
+    def release(self, total: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+        """Return the fp32 vector of the next step: the exact sum with the step's noise.
+
+        Args:
+            total: the flat int64 sum, laid out as the history.
+            noise: the key of this step and of the sums so far.
+        """
+        return (total + self.advance(noise)).double().mul_(2.0**self._exponent).float()
+
+    def advance(self, noise: StepNoise) -> torch.Tensor:
+        """Draw the next step's noise without a sum, and return it in grid steps: that of a step gone by, on resuming.
+
+        Raises:
+            GuaranteeLost: if it outgrows the integers that it is counted in.
+        """
+        place = self.num_steps % len(self._last)
+        # Coefficient j = 1, 2, … belongs to the noise of j steps ago.
+        order = torch.tensor([(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))])
+        vector = torch.empty(self._layout.num_coordinates, dtype=torch.int64, device=self._last.device)
+        for slot in self._layout.slots:
+            for block, start, stop in _blocks(slot.first, slot.num_coordinates):
+                here = slice(slot.start + start - slot.first, slot.start + stop - slot.first)
+                fresh = self._fresh(noise, slot.name, block, start, stop)
+                taken = self._taken_back(self._last[:, here][order.to(vector.device)])
+                vector[here] = _rounded_difference(fresh, taken)
+        if len(vector) and int(vector.abs().max()) >= _ROOM:
+            raise GuaranteeLost(
+                f"the noise of step {self.num_steps} is too large to be counted exactly; set another privacy.num_bands "
+                f"than {len(self._last) + 1}"
+            )
+        self._last[place] = vector
+        self.num_steps += 1
+        return vector
+
+    def _fresh(
+        self, noise: StepNoise, name: str, block: int, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return z of a tensor's coordinates within a block: whole grid steps, and the rest in 2**-F of one."""
+        fine = self._exponent - FRACTION_BITS
+        bits = noise_exponent(self._stddev, fine) - fine
+        drawn = noise.key.stream("offset", name, block).uint64(stop - block * BLOCK)[start - block * BLOCK :]
+        shift = torch.from_numpy(_top_bits(drawn, bits)).to(self._last.device)
+        rounded = noised(-shift, exponent=fine, stddev=self._stddev, noise=noise, name=name, first=start)
+        points = rounded.mul_(2.0 ** -(fine + bits)).long()
+        if bits < FRACTION_BITS:  # g is finer than h
+            whole = (points << bits) + shift
+            return whole >> FRACTION_BITS, whole & ((1 << FRACTION_BITS) - 1)
+        whole = (points << (bits - FRACTION_BITS)) + (shift >> FRACTION_BITS)
+        return whole, shift & ((1 << FRACTION_BITS) - 1)
+
+    def _taken_back(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Σ_j c_j w_{t-j}: whole grid steps, and the rest in 2**-F of one, from [bands - 1, n] of w."""
+        coefficients = self._coefficients[:, None]
+        # In halves, since products have up to 75 bits.
+        low = (coefficients * (last & ((1 << _HALF_BITS) - 1))).sum(0)
+        high = (coefficients * (last >> _HALF_BITS)).sum(0)
+        return (high << (_HALF_BITS - FRACTION_BITS)) + (low >> FRACTION_BITS), low & ((1 << FRACTION_BITS) - 1)
+
+
+def _rounded_difference(
+    fresh: tuple[torch.Tensor, torch.Tensor], taken: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    rest = fresh[1] - taken[1] + (1 << (FRACTION_BITS - 1))
+    return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
+
+
+def _blocks(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (block, start, stop) of the keyed blocks that a tensor's coordinates from ``first`` lie in."""
+    for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
+        yield block, max(block * BLOCK, first), min((block + 1) * BLOCK, first + count)
+
+
+def _top_bits(drawn: np.ndarray, bits: int) -> np.ndarray:
+    """Return the first ``bits`` binary digits of uniform 64-bit integers, as int64 below 2**bits."""
+    return (drawn >> np.uint64(64 - bits)).view(np.int64) if bits else np.zeros(len(drawn), dtype=np.int64)
