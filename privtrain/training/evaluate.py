@@ -67,7 +67,8 @@ def evaluate(
                 row_losses = objective.losses(model, moved.input_ids, moved.target_mask)
                 losses[-1] += objective.num_correct(model, moved.input_ids, moved.target_mask)
             is_record = batch.owner != NOBODY
-            mine = torch.tensor(batch.owners)[batch.owner[is_record]] * backend.world_size + backend.rank
+            owners = torch.tensor(batch.owners, dtype=torch.int64)  # nobody in a batch that only other ranks need
+            mine = owners[batch.owner[is_record]] * backend.world_size + backend.rank
             losses[mine.to(backend.device)] = row_losses[is_record.to(backend.device)].float()
     model.train()
     backend.reduce(losses)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from privtrain.config import validate
+from privtrain.data.microbatch import Packer
+from privtrain.data.records import Record
 from privtrain.errors import ConfigError, PlanMismatch, WorseThanBase
 from privtrain.inputs import load_checked
 from privtrain.job import evaluation
 from privtrain.job.train import train
-from privtrain.training.evaluate import Scores, difference
+from privtrain.training.evaluate import Scores, difference, evaluate
 from tests.conftest import write_config
 
 
@@ -118,6 +122,35 @@ def test_the_difference_has_the_interval_of_a_ratio_estimator():
     assert low < 0 < rise < high
     assert rise == pytest.approx(1.0)
     assert difference(before, scores([math.nan, 6.0, 10.0]))[1:] == (-math.inf, math.inf)
+
+
+def test_ranks_with_fewer_records_add_zeros():
+    """Two ranks' shares add up to what one rank measures; the second of them has no record for its last batch."""
+    records = [Record.of(np.arange(1, 4 + number)) for number in range(3)]
+
+    def measured(rank: int, world_size: int) -> Scores:
+        backend = SimpleNamespace(
+            rank=rank, world_size=world_size, device=torch.device("cpu"), reduce=lambda sums: None
+        )
+        objective = SimpleNamespace(
+            losses=lambda model, ids, mask: (ids * mask).sum(dim=1).float(), num_correct=lambda *_: torch.zeros(())
+        )
+        found = evaluate(
+            torch.nn.Identity(),
+            records,
+            backend,  # pyright: ignore[reportArgumentType]
+            objective=objective,  # pyright: ignore[reportArgumentType]
+            packer=Packer(1, 16, 0),
+            autocast=torch.autocast("cpu", enabled=False),
+        )
+        assert found is not None
+        return found
+
+    whole = measured(0, 1)
+    assert whole.losses.tolist() == [5.0, 9.0, 14.0]
+    assert whole.num_targets.tolist() == [2.0, 3.0, 4.0]
+    np.testing.assert_array_equal(sum(measured(rank, 2).losses for rank in range(2)), whole.losses)
+    np.testing.assert_array_equal(sum(measured(rank, 4).losses for rank in range(4)), whole.losses)
 
 
 @pytest.mark.campaign
