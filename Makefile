@@ -8,6 +8,8 @@ RECIPE ?= launch/recipes/demo.yaml
 PIP_FLAGS ?=
 # Processes that share the tests.
 TEST_WORKERS ?= 2
+# A file goes to one worker, so that what it makes once is made once.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 # Tools for tests and linting; an image leaves them out with DEV=.
 DEV ?= --group dev
 # Weights and text of the demo, likewise.
@@ -46,7 +48,7 @@ demo: install
 	$(BIN)/attacks report $(RUN)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(BY_FILE)
 
 # Under two minutes on two cores; never imports torch. CONTRIBUTING.md describes the tiers.
 test-fast: install

@@ -221,7 +221,7 @@ def test_the_summary_has_the_numbers(analysed):
     assert re.search(r"user-inference AUROC +│ 0\.\d{3}  \(95 % interval 0\.\d{3} to 0\.\d{3}\)", text)
 
 
-def test_the_summary_admits_what_was_not_released_and_not_private(analysed):
+def test_summary_admits_what_was_not_released_and_not_private(analysed):
     text = summary(analysed(30, perplexity=False, private=False, not_private_reasons=["fixed seed"]))
     assert "NOT PRIVATE: fixed seed" in text
     assert text.count("not released") == 2

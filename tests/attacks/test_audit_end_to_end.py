@@ -20,10 +20,12 @@ NUM_USERS = 100
 NUM_RECORDS = 32
 
 
-def configuration(directory: pathlib.Path, num_users: int, **privacy: object) -> dict[str, Any]:
+def configuration(
+    directory: pathlib.Path, num_users: int, num_records: int = NUM_RECORDS, **privacy: object
+) -> dict[str, Any]:
     """Full fine-tuning by steps so small that the model stays near where it began: there what one user did adds up."""
     model = mutants.save_word_llama(directory / "model", num_users)
-    users = mutants.write_words_of_their_own(directory / "users.jsonl", num_users, NUM_RECORDS)
+    users = mutants.write_words_of_their_own(directory / "users.jsonl", num_users, num_records)
     return {
         "run": {"name": "audited", "output_dir": str(directory / "runs")},
         "model": {"name_or_path": str(model)},
@@ -67,9 +69,14 @@ def analysed(run: pathlib.Path) -> dict[str, Any]:
     return facts
 
 
-def audited(directory: pathlib.Path, mutant: mutants.Mutant | None, num_users: int = NUM_USERS) -> dict[str, Any]:
+def audited(
+    directory: pathlib.Path,
+    mutant: mutants.Mutant | None,
+    num_users: int = NUM_USERS,
+    num_records: int = NUM_RECORDS,
+) -> dict[str, Any]:
     """Trains at a claimed epsilon of 1, scores and analyses."""
-    tree = configuration(directory, num_users)
+    tree = configuration(directory, num_users, num_records)
     mutants.train_broken(write_config(tree, directory / "c.yaml"), mutant)
     run = directory / "runs" / "audited"
     statement = json.loads((run / "privacy.json").read_text())
@@ -102,14 +109,14 @@ def check_falsified(facts: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_an_honest_run_at_epsilon_one_is_consistent_and_under_the_cap(tmp_path):
+def test_honest_run_at_epsilon_one_is_consistent_under_the_cap(tmp_path):
     check_honest(audited(tmp_path, None))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["no noise", "k ignored"])
-def test_the_audit_names_a_broken_mechanism(tmp_path, name):
-    check_falsified(audited(tmp_path, mutants.MUTANTS[name]))
+@pytest.mark.parametrize(("name", "num_records"), [("no noise", NUM_RECORDS), ("k ignored", NUM_RECORDS // 2)])
+def test_the_audit_names_a_broken_mechanism(tmp_path, name, num_records):
+    check_falsified(audited(tmp_path, mutants.MUTANTS[name], num_records=num_records))
 
 
 @pytest.mark.slow
@@ -131,7 +138,7 @@ def test_the_base_as_target_shows_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no noise", "noise on one rank", "clip skipped"])
-def test_the_self_test_refuses_at_the_start_what_the_audit_finds_at_the_end(tmp_path, name):
+def test_self_test_refuses_at_the_start_what_the_audit_finds(tmp_path, name):
     from privtrain.errors import SelfTestFailed
 
     tree = configuration(tmp_path, 20, num_steps=1)
@@ -174,7 +181,7 @@ def test_an_honest_run_on_four_hundred_users(tmp_path):
 
 
 @pytest.mark.campaign
-def test_two_hundred_overfitted_users_give_a_bound_near_its_ceiling(tmp_path):
+def test_two_hundred_overfitted_users_reach_the_ceiling(tmp_path):
     """Without privacy, and saying so: nothing is claimed, and the audit shows how much could be told."""
     tree = configuration(tmp_path, 400, noise_multiplier=0.0, num_steps=30)
     del tree["privacy"]["target_epsilon"]

@@ -39,7 +39,7 @@ from tests.conftest import tiny_tree, write_config
 @pytest.mark.parametrize(
     "text", ["", "temperature=0.7", "top_k=5", "top_k=0,top_p=0.8", "temperature=1.3,top_k=20,top_p=0.6"]
 )
-def test_the_schemes_probabilities_are_those_that_transformers_draws_from(text):
+def test_scheme_probabilities_are_what_transformers_draws_from(text):
     scheme = SamplingScheme.parse(text)
     torch.manual_seed(0)
     logits = 3 * torch.randn(64, 50)
@@ -300,7 +300,7 @@ def overfitted(tiny_llama, tmp_path_factory):
     return run
 
 
-def test_an_overfitted_model_exposes_its_canaries_and_its_base_does_not(overfitted):
+def test_overfitted_model_exposes_its_canaries_and_its_base_none(overfitted):
     found = canary_panel.read_canaries(overfitted)
     inside = [item.exposures for item in found if item.is_held_in]
     outside = [item.exposures["tuned"] for item in found if not item.is_held_in]
@@ -316,7 +316,7 @@ def test_an_overfitted_model_exposes_its_canaries_and_its_base_does_not(overfitt
     assert all(row["auroc"] > 0.9 for row in panel["rows"] if row.get("auroc") is not None)
 
 
-def test_an_overfitted_model_gives_its_records_back_and_others_not(overfitted):
+def test_overfitted_model_gives_back_its_records_and_no_others(overfitted):
     panel = json.loads((overfitted / "report/attacks.json").read_text())["panels"]["extraction"]
     table = {(row["prefix"], row["group"]): row for row in panel["rows"]}
     own, base, others = (table[8, extraction_panel.GROUPS[key]] for key in ("held-in", "held-in, base", "held-out"))

@@ -164,7 +164,7 @@ def test_canaries_and_their_references_are_scored_apart(planted, tiny_llama):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_honour_the_same_coins_and_score_the_same_canaries(planted):
+def test_two_ranks_honour_the_same_coins_and_canaries(planted):
     path, run = planted
     prepare(path)
     done = jobs.run("privtrain", "train", path)

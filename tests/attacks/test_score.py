@@ -92,7 +92,7 @@ def test_signals_do_not_depend_on_the_batch(finished):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_one_and_two_ranks_write_the_same_bytes_and_the_report_follows(finished):
+def test_one_and_two_ranks_write_the_same_bytes_then_report(finished):
     score_run(finished, ScoreOptions(batch_tokens=2048))
     alone = (finished / SIGNALS_PATH).read_bytes()
     (finished / SIGNALS_PATH).unlink()

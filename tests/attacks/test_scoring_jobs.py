@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from attacks.errors import AttackInputError
-from attacks.scoring import documents, shadows
+from attacks.scoring import documents, neural, shadows
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import Variants
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
@@ -24,6 +23,7 @@ from privtrain.config.schema import ModelSection
 from privtrain.job.train import train
 from privtrain.models.load import load_base, load_tokenizer
 from tests import jobs
+from tests.cluster import Ranks
 from tests.conftest import write_config
 
 
@@ -40,35 +40,28 @@ def score_with(run: pathlib.Path, **options) -> list:
     return read_signals(run / SIGNALS_PATH)
 
 
-_SLOW_SCORING = """
-import sys, pathlib, time
-import attacks.scoring.documents as documents, attacks.scoring.neural as neural
-documents.DOCUMENTS_PER_PART = 2
-plain = neural.NeuralScorer.score
-def slow(self, sequences):
-    time.sleep(0.15)
-    with open(sys.argv[2], "a") as log:
-        log.write(f"{len(sequences)}\\n")
-    return plain(self, sequences)
-neural.NeuralScorer.score = slow
-from attacks.scoring.score import score_run
-score_run(pathlib.Path(sys.argv[1]))
-"""
+def score_slowly(rank: int) -> None:
+    """In the job's own process: parts of two documents, each of which takes its time."""
+    plain = neural.NeuralScorer.score
+
+    def slow(self, sequences):
+        time.sleep(0.15)
+        return plain(self, sequences)
+
+    documents.DOCUMENTS_PER_PART = 2
+    neural.NeuralScorer.score = slow
 
 
 def test_a_killed_job_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
     run = train_run(tree, tmp_path)
-    log = tmp_path / "scored"
-    environment = {**os.environ, "PYTHONPATH": str(jobs.REPOSITORY), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", _SLOW_SCORING, str(run), str(log)]
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Ranks(["attacks", "score", run], tmp_path / "logs", world_size=1, before=score_slowly)
     deadline = time.monotonic() + 120
     while len(found := sorted((run / "secret/attack").glob("parts-*/part-*.json"))) < 4:
         assert time.monotonic() < deadline
-        assert job.poll() is None
+        assert job.ranks[0].is_alive(), job.output()
         time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    job.send(0, signal.SIGKILL)
+    job.wait(30)
     sealed = [path.with_suffix(".parquet") for path in sorted(found[0].parent.glob("part-*.json"))]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sealed}
     assert not (run / SIGNALS_PATH).exists()
@@ -123,7 +116,7 @@ def test_a_full_fine_tuning_is_compared_with_its_base(tree, tmp_path, tiny_llama
     assert any(not np.allclose(row.target_logp, row.base_logp) for row in rows)
 
 
-def test_a_shadow_scores_the_other_runs_documents_with_its_own_sides(tree, tmp_path):
+def test_shadow_scores_the_other_runs_documents_by_its_own_sides(tree, tmp_path):
     run = train_run(tree, tmp_path)
     own = score_with(run)
     tree["privacy"]["insecure_seed"] = 8
@@ -223,7 +216,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.parametrize("number", [-1, 9, 200])
-def test_more_training_records_than_the_interval_bears_are_refused(number):
+def test_more_training_records_than_allowed_are_refused(number):
     with pytest.raises(AttackInputError, match="expected 0 to 8"):
         ScoreOptions(num_training_records=number)
     assert ScoreOptions(num_training_records=8).num_training_records == 8

@@ -85,9 +85,7 @@ def test_a_run_reserves_settles_and_says_who_contributed(private_tree, tmp_path,
     assert len(views.runs(registry.database)) == 1
 
 
-def test_a_mirror_that_fails_at_the_release_keeps_nothing_from_being_settled(
-    private_tree, tmp_path, registry, monkeypatch
-):
+def test_mirror_that_fails_at_the_release_stops_no_settlement(private_tree, tmp_path, registry, monkeypatch):
     def fail(*_) -> None:
         raise PrivtrainError("W&B did not take it")
 
@@ -116,9 +114,7 @@ def test_a_start_that_fails_after_it_reserved_can_be_repeated(private_tree, tmp_
     assert [view.num_charged for view in views.runs(registry.database) if view.num_charged] == [4]
 
 
-def test_a_start_without_the_registry_keeps_the_reservation_that_a_stopped_one_holds(
-    private_tree, tmp_path, registry, monkeypatch
-):
+def test_start_without_the_registry_keeps_a_stopped_ones_hold(private_tree, tmp_path, registry, monkeypatch):
     def stop(*_) -> None:
         raise Preempted("asked to stop")
 
@@ -169,7 +165,7 @@ def test_without_its_registry_a_run_does_not_start(private_tree, tmp_path, regis
         start(private_tree, tmp_path)
 
 
-def test_a_run_that_is_not_private_and_one_without_a_data_set_are_refused(private_tree, tmp_path, registry):
+def test_run_not_private_or_without_a_data_set_is_refused(private_tree, tmp_path, registry):
     private_tree["privacy"]["insecure_seed"] = 1
     with pytest.raises(PrivtrainError, match="not private cannot be charged"):
         start(private_tree, tmp_path)
@@ -206,7 +202,7 @@ def interrupt_after(num_steps: int, monkeypatch) -> None:
     monkeypatch.setattr(job.Trainer, "train_step", step)
 
 
-def test_a_run_that_stops_keeps_its_reservation_and_ends_under_it(private_tree, tmp_path, registry, monkeypatch):
+def test_stopped_run_keeps_its_reservation_and_ends_under_it(private_tree, tmp_path, registry, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(3, patched)
         with pytest.raises(GuaranteeLost):
@@ -224,7 +220,7 @@ def test_a_run_that_stops_keeps_its_reservation_and_ends_under_it(private_tree, 
     assert (after.reservation, after.state, after.num_charged) == (view.reservation, "closed", 4)
 
 
-def test_a_run_that_is_given_up_gets_back_the_steps_that_it_never_began(private_tree, tmp_path, registry, monkeypatch):
+def test_abandoned_run_gets_back_the_steps_it_never_began(private_tree, tmp_path, registry, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(2, patched)
         with pytest.raises(GuaranteeLost):
@@ -319,7 +315,7 @@ def test_a_run_whose_reservation_was_closed_releases_nothing(private_tree, tmp_p
     assert [view.num_charged for view in views.runs(registry.database)] == [4, 4]
 
 
-def test_a_heartbeat_that_finds_the_reservation_closed_stops_the_run(private_tree, tmp_path, registry, monkeypatch):
+def test_heartbeat_that_finds_the_reservation_closed_stops(private_tree, tmp_path, registry, monkeypatch):
     private_tree["registry"]["lease_hours"] = 0.4 / 3600
     private_tree["privacy"]["num_steps"] = 30
     steps = []
@@ -338,9 +334,7 @@ def test_a_heartbeat_that_finds_the_reservation_closed_stops_the_run(private_tre
     assert len(steps) < 29
 
 
-def test_a_copy_of_a_run_directory_does_not_train_on_the_same_reservation(
-    private_tree, tmp_path, registry, monkeypatch
-):
+def test_copied_run_does_not_train_on_the_same_reservation(private_tree, tmp_path, registry, monkeypatch):
     run = stopped_after(2, private_tree, tmp_path, monkeypatch)
     shutil.copytree(run.root, tmp_path / "copies" / "tiny")
     start(private_tree, tmp_path)
@@ -355,9 +349,7 @@ def test_a_copy_of_a_run_directory_does_not_train_on_the_same_reservation(
     assert RunDirectory(tmp_path / "copies" / "tiny").exists()
 
 
-def test_a_run_resumes_after_a_refund_though_somebody_opted_out_in_between(
-    private_tree, tmp_path, registry, monkeypatch
-):
+def test_run_resumes_after_a_refund_and_an_opt_out(private_tree, tmp_path, registry, monkeypatch):
     run = stopped_after(2, private_tree, tmp_path, monkeypatch)
     budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
     for index in range(0, 24, 3):
@@ -367,9 +359,7 @@ def test_a_run_resumes_after_a_refund_though_somebody_opted_out_in_between(
     assert sorted(view.num_charged for view in views.runs(registry.database)) == [2, 4]
 
 
-def test_a_user_who_opted_out_is_in_no_later_run_and_how_many_did_is_told_privately(
-    private_tree, tmp_path, registry, capsys
-):
+def test_user_who_opted_out_is_in_no_later_run_counted_privately(private_tree, tmp_path, registry, capsys):
     first = start(private_tree, tmp_path, "first")
     before = json.loads((first / "secret" / "manifest.json").read_text())
     gone = ["user-004", "user-011", "user-020"]
@@ -387,9 +377,7 @@ def test_a_user_who_opted_out_is_in_no_later_run_and_how_many_did_is_told_privat
     assert not re.search(r"opt(ed)?[ -]out|do-not-train|dropped", said.replace(str(tmp_path), ""))
 
 
-def test_a_settlement_that_could_not_be_delivered_is_made_up_by_the_same_command(
-    private_tree, tmp_path, registry, monkeypatch, capsys
-):
+def test_undelivered_settlement_is_made_up_by_the_same_command(private_tree, tmp_path, registry, monkeypatch, capsys):
     def unreachable(*_args, **_kwargs):
         raise RegistryUnreachable("no server")
 
@@ -532,7 +520,7 @@ def test_the_lease_is_renewed_while_training(private_tree, tmp_path, registry, m
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_drop_the_same_users_though_only_one_sees_the_registry(tmp_path, tiny_llama, users_file, registry):
+def test_two_ranks_drop_the_same_users_by_one_ones_registry(tmp_path, tiny_llama, users_file, registry):
     from tests import jobs
 
     registry.forget(registry.pseudonym("user-004"))

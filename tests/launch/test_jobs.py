@@ -124,7 +124,7 @@ def test_empty_steps_and_ranks_without_users_finish(place):
     assert "16 committed" in verify_run(run)
 
 
-def test_random_allocation_survives_a_kill_and_another_world_size(place):
+def test_allocation_survives_a_kill_and_another_world_size(place):
     """Killed inside an epoch and resumed on two ranks, or alone: the same draw, every user once an epoch."""
     from privtrain.job.train import train
 
@@ -152,7 +152,7 @@ def test_random_allocation_survives_a_kill_and_another_world_size(place):
     assert statement["accountants"][0]["method"] == "allocation"
 
 
-def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place, uninterrupted):
+def test_changed_environment_past_a_checkpoint_is_new(place, uninterrupted):
     """Another learning rate must not reuse the noise of steps that were begun; they stay charged."""
     source, run = place / "runs" / "uninterrupted", place / "runs" / "rewound"
     shutil.copytree(source, run)
@@ -174,7 +174,7 @@ def test_a_changed_environment_past_the_checkpoint_starts_a_new_generation(place
     assert (run / "secret" / "generation-0001.key").read_text() != (run / "secret" / "generation-0000.key").read_text()
 
 
-def test_a_copy_that_goes_on_under_other_settings_never_shares_noise(place):
+def test_copy_under_other_settings_never_shares_noise(place):
     """Kill at a checkpoint, copy the directory, resume one as it is and one with another learning rate."""
     path = config(place, "forked")
     run = place / "runs" / "forked"

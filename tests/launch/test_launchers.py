@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import pytest
 
 from privtrain.process.slurm import adopt_slurm_tasks, first_host
 from tests import jobs
-from tests.cluster import free_port
+from tests.cluster import Ranks, free_port
 from tests.conftest import save_tiny_llama, write_users
 from tests.launch.faults import job_config
 
@@ -46,8 +47,8 @@ def start(command: list[str], log: pathlib.Path, **extra: str) -> subprocess.Pop
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_cluster_that_asks_the_launcher_to_stop_sees_75_and_finds_a_checkpoint(place, number):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.campaign)])
+def test_launcher_asked_to_stop_ends_with_75_and_a_checkpoint(place, number):
     config = job_config(place, f"stopped-{number.name}")
     run = place / "runs" / f"stopped-{number.name}"
     command = [*LAUNCH, *jobs.command("privtrain", "train", config, "privacy.num_steps=2000")]
@@ -75,8 +76,14 @@ def test_torchrun_passes_on_that_it_was_the_users_mistake(place):
     assert "owner" in log.read_text()
 
 
+def as_task_of_srun(shared: dict[str, str], rank: int) -> None:
+    """Take from a forked rank what a launcher tells it, and give it what srun tells a task."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+
+
 @pytest.mark.dist
-@pytest.mark.slow
 def test_srun_alone_makes_ranks_of_tasks_and_passes_75_through(place):
     """srun starts the tasks; here they get its variables without a scheduler."""
     config = job_config(place, "srun")
@@ -86,18 +93,18 @@ def test_srun_alone_makes_ranks_of_tasks_and_passes_75_through(place):
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }
-    command = [sys.executable, "-m", "privtrain", "doctor", str(config), "--json"]
-    logs = [place / f"srun-{rank}.log" for rank in range(2)]
-    tasks = [start(command, logs[rank], **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
-    assert [task.wait(120) for task in tasks] == [0, 0], logs[0].read_text()
-    text = logs[0].read_text()
+    tasks = Ranks(
+        ["privtrain", "doctor", config, "--json"], place / "srun", before=functools.partial(as_task_of_srun, shared)
+    )
+    assert tasks.wait(120) == [0, 0], tasks.output()
+    text = tasks.output(0)
     report = json.loads(text[text.index('{\n  "ok"') :])
     found = {finding["name"]: finding for finding in report["findings"]}
     assert report["ok"] is True
     assert found["world"]["values"]["world_size"] == 2
     assert found["network"]["values"]["bytes_per_second"] > 0
     assert found["self-test"]["values"]["num_coordinates"] > 0
-    assert '"ok"' not in logs[1].read_text(), "only rank 0 reports"
+    assert '"ok"' not in tasks.output(1), "only rank 0 reports"
     assert not (place / "runs" / "srun").exists(), "the doctor leaves nothing behind"
 
 

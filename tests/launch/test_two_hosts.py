@@ -84,7 +84,7 @@ def wait_for_commits(ledger: pathlib.Path, num_commits: int, timeout_seconds: fl
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("launch_file", ["cpu.yaml", pytest.param("zero3.yaml", marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.campaign)])
-def test_a_host_that_goes_dark_ends_the_job_and_the_same_command_goes_on(place, launch_file, lost):
+def test_dark_host_ends_the_job_and_the_same_command_goes_on(place, launch_file, lost):
     name = f"lost-{lost}-{LAUNCH_FILES[launch_file]}"
     config = config_of(place, name)
     run = place / "runs" / name

@@ -110,9 +110,19 @@ def users_of(unit: str):
     return invented_users(5, most_records=3 if unit == "user" else 1, seed=3)
 
 
-@pytest.mark.parametrize("unit", ["example", "user"])
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        *[(name, "user") for name in (*CAUSAL, *CLASSIFIERS)],
+        *[(name, "example") for name in ("llama", "gemma3", "roberta")],
+        *[
+            pytest.param(name, "example", marks=pytest.mark.campaign)
+            for name in (*CAUSAL, *CLASSIFIERS)
+            if name not in ("llama", "gemma3", "roberta")
+        ],
+    ],
+)
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("name", [*CAUSAL, *CLASSIFIERS])
 def test_clipped_sum_equals_the_float64_loop(name, method, unit):
     model, layout = build(name, method)
     double = copy.deepcopy(model).double()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from attacks.analysis import verdict
 from attacks.analysis.verdict import Cap
 from attacks.rundir import read_statement
 from privtrain.config import validate
@@ -180,7 +181,7 @@ def user_tree(tree):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_statement_says_user_and_how(user_tree, tmp_path, method, capsys):
+def test_the_statement_says_user_and_how(user_tree, tmp_path, method, capsys, monkeypatch):
     user_tree["privacy"]["user_accounting"] = method
     train(write_config(user_tree, tmp_path / "c.yaml"))
     run = tmp_path / "runs" / "tiny"
@@ -198,13 +199,20 @@ def test_the_statement_says_user_and_how(user_tree, tmp_path, method, capsys):
     assert "user, with at most 3 records" in capsys.readouterr().out
     found = read_statement(run)
     assert found.sampled_records_per_unit == 3
+    assert verdict._mechanism(found)[-1] == 3, "the cap is read off the event of three records"
+    if method == "mixture":
+        _cap_is_that_of_all_records(found, monkeypatch)
+    _the_ledger_bounds_users(run, user_tree)
+
+
+def _cap_is_that_of_all_records(found, monkeypatch):
+    monkeypatch.setattr(verdict, "_CURVE_SHARES", (0.0, 1 / 4, 1.0))  # seconds a point
     cap = Cap.of(found)
     assert not cap.conversion
     assert cap.curve is not None
     wrong = Cap.of(found.model_copy(update={"mechanism": found.mechanism.model_copy(update={"unit": "user"})}))
     assert cap.curve.max_auroc() > wrong.curve.max_auroc(), "plain DP-SGD of the user would claim too much"
     assert cap.auroc(30) <= min(b.max_auroc() for b in (cap.bound, cap.curve)) + 0.05
-    _the_ledger_bounds_users(run, user_tree)
 
 
 def _the_ledger_bounds_users(run, tree):

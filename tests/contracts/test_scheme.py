@@ -75,7 +75,7 @@ def plan_of(tree, name, **changes) -> PrivacyPlan:
     return PrivacyPlan.build(validate(tree).privacy)
 
 
-def test_schemes_and_their_rules_in_the_schema_have_the_same_names_and_keys():
+def test_schemes_have_the_names_and_keys_of_their_rules():
     assert set(SCHEME_RULES) == set(SCHEMES) == set(get_args(SchemeName))
     assert set(RELATIONS) == set(get_args(Relation))
     assert set(USER_ACCOUNTING_RULES) == set(USER_ACCOUNTING) == set(get_args(UserAccountingName))
@@ -107,7 +107,7 @@ def test_one_more_unit_moves_nobody_else(scheme, num_units, epoch):
 
 
 @hypothesis.given(epoch=st.integers(0, 99), steps=st.integers(1, 9), data=st.data(), num_units=st.integers(0, 12))
-def test_allocation_gives_every_unit_its_number_of_distinct_steps(epoch, steps, data, num_units):
+def test_allocation_gives_a_unit_its_number_of_distinct_steps(epoch, steps, data, num_units):
     scheme = RandomAllocation(steps, data.draw(st.integers(1, steps)))
     counts = np.zeros(num_units, int)
     for members in scheme.epoch(KEY, epoch, num_units):
@@ -115,7 +115,7 @@ def test_allocation_gives_every_unit_its_number_of_distinct_steps(epoch, steps, 
     assert (counts == scheme.steps_per_unit).all()
 
 
-def test_allocation_chooses_every_subset_equally_often_and_units_independently():
+def test_allocation_chooses_subsets_evenly_for_each_unit_alone():
     subsets = np.zeros((200_000, 5), dtype=bool)
     for step, members in enumerate(RandomAllocation(5, 2).epoch(KEY, 0, len(subsets))):
         subsets[members, step] = True
@@ -161,7 +161,7 @@ def test_cyclic_poisson_has_its_law_and_groups_are_independent_coins():
         assert set(group[members]) == {step}, "the same group in every round of a key"
 
 
-def test_shuffling_gives_every_unit_one_uniform_step_and_even_batches():
+def test_shuffling_gives_a_unit_one_uniform_step_in_even_batches():
     positions = np.zeros(5)
     for epoch in range(2000):
         batches = Shuffle(5, 33).epoch(KEY, epoch, 33)
@@ -210,7 +210,7 @@ def test_more_units_than_places_are_refused(tree, name):
 
 
 @pytest.mark.parametrize("name", PRIVACY)
-def test_every_scheme_is_calibrated_and_its_epsilon_grows_by_whole_epochs(tree, name):
+def test_scheme_is_calibrated_and_its_epsilon_grows_by_epochs(tree, name):
     plan = plan_of(tree, name, target_epsilon=3.0, noise_multiplier=None)
     assert 2.9 <= plan.epsilon <= 3.0
     curve = [plan.epsilon_after(n) for n in range(plan.num_steps + 1)]
@@ -222,7 +222,7 @@ def test_every_scheme_is_calibrated_and_its_epsilon_grows_by_whole_epochs(tree, 
     assert plan.accounted_steps([(0, 0), (0, 1), (0, 2), (1, 2)]) == {1: 4, 2: 6}[plan.scheme.period]
 
 
-def test_allocation_costs_less_than_poisson_and_shuffling_is_charged_without_amplification(tree):
+def test_allocation_undercuts_poisson_and_shuffling_is_plain(tree):
     epsilon = {
         name: plan_of(tree, name, **rate).epsilon
         for name, rate in {"poisson": {"sampling_prob": 0.5}, "random_allocation": {}, "shuffle": {}}.items()
@@ -267,7 +267,7 @@ def test_faults_of_the_sampling_keys_are_named(tree, case):
         validate(tree)
 
 
-def test_without_its_package_random_allocation_is_refused_by_name(tree, monkeypatch):
+def test_random_allocation_without_its_package_is_refused(tree, monkeypatch):
     whole = importlib.import_module
 
     def without(name):
@@ -316,7 +316,7 @@ def check_allocation(scheme, num_epochs, noise, epsilon, num_samples):
 
 
 @pytest.mark.parametrize(("scheme", "num_epochs", "noise", "epsilon"), [(RandomAllocation(5), 2, 1.0, 1.0)])
-def test_simulated_losses_through_the_sampler_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
+def test_simulated_sampled_losses_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
     check_allocation(scheme, num_epochs, noise, epsilon, 500_000)
 
 
@@ -326,7 +326,7 @@ def test_simulated_losses_through_the_sampler_lie_in_the_interval(scheme, num_ep
     [(RandomAllocation(5), 2, 1.0, 1.0), (RandomAllocation(10), 1, 0.8, 1.5), (RandomAllocation(6, 2), 1, 1.0, 1.0)],
     ids=["5-of-1-twice", "10-of-1", "6-of-2"],
 )
-def test_ten_million_losses_through_the_sampler_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
+def test_ten_million_sampled_losses_lie_in_the_interval(scheme, num_epochs, noise, epsilon):
     check_allocation(scheme, num_epochs, noise, epsilon, 10_000_000)
 
 
