@@ -55,7 +55,7 @@ def test_launcher_asked_to_stop_ends_with_75_and_a_checkpoint(place, number):
     log = place / f"{number.name}.log"
     job = start(command, log)
     ledger = run / "secret" / "ledger.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 200
     while not (ledger.exists() and ledger.read_bytes().count(b'"commit"') >= 3) and time.monotonic() < end:
         time.sleep(0.05)
     job.send_signal(number)
