@@ -15,11 +15,11 @@ from privtrain.run.directory import RunDirectory
 from privtrain.tracking import NullTracker
 from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd
 from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
-from privtrain.tracking.trackers import JsonlTracker, QuietTracker, ReleaseGate, Tracker
+from privtrain.tracking.trackers import CallbackTracker, JsonlTracker, QuietTracker, ReleaseGate, Tracker
 from privtrain.tracking.wandb_tracker import MachineTracker, WandbTracker
 
 IMPLEMENTATIONS = {
-    Tracker: {NullTracker, JsonlTracker, ReleaseGate, BlockedMirror, MirrorAtTheEnd, MachineTracker},
+    Tracker: {NullTracker, CallbackTracker, JsonlTracker, ReleaseGate, BlockedMirror, MirrorAtTheEnd, MachineTracker},
     Mirror: {TensorBoardTracker, WandbTracker},
 }
 
@@ -52,11 +52,14 @@ def kept() -> Kept:
     return Kept()
 
 
-@pytest.fixture(params=["NullTracker", "JsonlTracker", "ReleaseGate", "BlockedMirror", "MirrorAtTheEnd"])
+@pytest.fixture(
+    params=["NullTracker", "CallbackTracker", "JsonlTracker", "ReleaseGate", "BlockedMirror", "MirrorAtTheEnd"]
+)
 def tracker(request, tree, run, kept) -> Tracker:
     """Each tracker; what it shows to others ends in ``kept``."""
     made = {
         "NullTracker": NullTracker,
+        "CallbackTracker": lambda: CallbackTracker(kept.log),
         "JsonlTracker": lambda: JsonlTracker(run.root / "rows.jsonl", 0),
         "ReleaseGate": lambda: ReleaseGate(validate(tree), [kept], JsonlTracker(run.secret / "rows.jsonl", 0)),
         "BlockedMirror": lambda: BlockedMirror(kept, run, "kept", num_steps=2, from_step=0),
