@@ -6,7 +6,9 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -49,9 +51,9 @@ class Backend(abc.ABC):
     kind: str
 
     @property
-    @abc.abstractmethod
     def is_main(self) -> bool:
         """Whether this is global rank 0, the only one that writes."""
+        return self.rank == 0
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -77,7 +79,6 @@ class Backend(abc.ABC):
             int64, laid out as ``Placement.stepped``; the same bits for the same units, however they are shared out.
         """
 
-    @abc.abstractmethod
     def add_noise(
         self,
         total: torch.Tensor,
@@ -98,6 +99,9 @@ class Backend(abc.ABC):
             stddev: of the fresh noise.
             history: where noise is correlated, that of the steps before on these coordinates; it takes one step.
         """
+        if history is not None:
+            return history.release(total, noise)
+        return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     @abc.abstractmethod
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -115,13 +119,24 @@ class Backend(abc.ABC):
     def sum_parts(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` by its sum over the ranks that hold the parts of one copy of the trainable tensors."""
 
-    @abc.abstractmethod
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank holds of each of the model's tensors."""
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether ``flag`` is set on any rank."""
+        flags = torch.tensor([float(flag)], device=self.device)
+        self.reduce(flags)
+        return float(flags) != 0  # a sum that is not a number is no agreement either
 
     def from_main(self, make: Callable[[], bytes]) -> bytes:
         """Return rank 0's ``make()``, on every rank; the others do not call it."""
         return self._broadcast(make() if self.is_main else None)
+
+    def json_from_main(self, make: Callable[[], Any]) -> Any:
+        """Return the JSON value of rank 0's ``make()``, on every rank."""
+        return json.loads(self.from_main(lambda: json.dumps(make()).encode()))
 
     @abc.abstractmethod
     def _broadcast(self, value: bytes | None) -> bytes:
@@ -180,19 +195,9 @@ class ReplicatedBackend(Backend):
         return Placement(layout, layout, share=self.rank, num_shares=self.world_size)
 
     @override
-    def add_noise(
-        self,
-        total: torch.Tensor,
-        layout: Layout,
-        noise: StepNoise,
-        *,
-        exponent: int,
-        stddev: float,
-        history: NoiseHistory | None = None,
-    ) -> torch.Tensor:
-        if history is not None:
-            return history.release(total, noise)
-        return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
+    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        self.reduce(total)
+        return total
 
     @override
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -209,11 +214,6 @@ class ReplicatedBackend(Backend):
     @override
     def sum_parts(self, vector: torch.Tensor) -> None:
         """Every rank holds all parts."""
-
-    @override
-    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
 
     @override
     def combined_digest(self, value: bytes) -> bytes:

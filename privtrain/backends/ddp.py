@@ -5,9 +5,6 @@ The clipped sum of all trainable tensors is one flat int64 vector, so a step cos
 
 from __future__ import annotations
 
-import torch
-from typing_extensions import override
-
 from privtrain.backends.base import ReplicatedBackend
 from privtrain.backends.group import ProcessGroup
 
@@ -16,8 +13,3 @@ class DdpBackend(ProcessGroup, ReplicatedBackend):
     """Several ranks, each with all trainable tensors."""
 
     kind = "ddp"
-
-    @override
-    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        self.reduce(total)
-        return total

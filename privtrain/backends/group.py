@@ -49,11 +49,6 @@ class ProcessGroup(Backend):
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
-    @property
-    @override
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     @override
     def describe(self) -> str:
         return f"{self.kind}, {self.world_size} processes on {self.device.type} ({dist.get_backend()})"

@@ -21,11 +21,6 @@ class LocalBackend(ReplicatedBackend):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    @property
-    @override
-    def is_main(self) -> bool:
-        return True
-
     @override
     def describe(self) -> str:
         return f"local, 1 process on {self.device.type}"
@@ -33,11 +28,6 @@ class LocalBackend(ReplicatedBackend):
     @override
     def reduce(self, vector: torch.Tensor) -> None:
         pass
-
-    @override
-    def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
-        self.reduce(total)
-        return total
 
     @override
     def _broadcast(self, value: bytes | None) -> bytes:

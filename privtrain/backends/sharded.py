@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from typing_extensions import override
@@ -12,9 +10,7 @@ from privtrain.backends.base import Placement, digest, step_optimizer
 from privtrain.backends.group import ProcessGroup
 from privtrain.backends.split import SplitStep
 from privtrain.clipping import GradientShards
-from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout, Slot
-from privtrain.privacy.noise import StepNoise, noised_vector
 
 
 class ShardedBackend(ProcessGroup):
@@ -35,21 +31,6 @@ class ShardedBackend(ProcessGroup):
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
         return self._split.reduce_total(total) if self._split is not None else total
-
-    @override
-    def add_noise(
-        self,
-        total: torch.Tensor,
-        layout: Layout,
-        noise: StepNoise,
-        *,
-        exponent: int,
-        stddev: float,
-        history: NoiseHistory | None = None,
-    ) -> torch.Tensor:
-        if history is not None:
-            return history.release(total, noise)
-        return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
 
     @override
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -75,8 +56,3 @@ class ShardedBackend(ProcessGroup):
     @override
     def combined_digest(self, value: bytes) -> bytes:
         return digest([torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in self.gather_digests(value)])
-
-    @override
-    def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in model.named_parameters():
-            yield name, parameter.detach()

@@ -151,7 +151,7 @@ def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.O
         if backend.is_main:
             assert state is not None
             content = _loaded(state)
-    head = json.loads(backend.from_main(lambda: content["head"]))
+    head = backend.json_from_main(lambda: content["head"])
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
         optimizer.state[parameter] = {"step": torch.tensor(head["num_updates"], dtype=torch.float32)}
         for key in [None, *head["moments"]]:
@@ -181,7 +181,7 @@ def _loaded(state: pathlib.Path) -> dict[str, Any]:
             "that version, or remove this checkpoint: the steps behind it are then replayed or, elsewhere, stay charged"
         )
     head = {key: content[key] for key in ("num_updates", "clipping_norm")} | {"moments": sorted(content["moments"])}
-    return {**content, "head": json.dumps(head).encode()}
+    return {**content, "head": head}
 
 
 def _collected(

@@ -130,7 +130,7 @@ def _create(run: RunDirectory) -> None:
 
 def is_complete(inputs: Inputs, backend: Backend) -> bool:
     """Return on every rank whether the run is complete. Rank 0 looks, since the others may not see the directory."""
-    complete = backend.from_main(lambda: bytes([inputs.run.is_complete()])) == b"\x01"
+    complete = backend.json_from_main(inputs.run.is_complete)
     if complete and backend.is_main:
         say(f"{inputs.run.root} is complete; nothing to do. For another run set run.name")
     return complete

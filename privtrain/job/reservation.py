@@ -69,9 +69,7 @@ def budgeted(inputs: Inputs, backend: Backend, stop: StopRequest) -> Iterator[In
     with backend.main_alone():
         reservation = BudgetReservation.take(inputs) if backend.is_main else None
     # Always sent, so that ranks whose environment lacks the registry's URL agree with rank 0.
-    dropped = json.loads(
-        backend.from_main(lambda: json.dumps(reservation.dropped_users() if reservation else []).encode())
-    )
+    dropped = backend.json_from_main(lambda: reservation.dropped_users() if reservation else [])
     allowed = dataclasses.replace(inputs, corpus=without_users(inputs.corpus, dropped)) if dropped else inputs
     try:
         with reservation.heartbeat(stop) if reservation else contextlib.nullcontext():

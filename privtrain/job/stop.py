@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from privtrain.backends import Backend
 from privtrain.errors import EXIT_PREEMPTED, Preempted
 from privtrain.process.exit import leave_at_once, record_stop_request
@@ -39,19 +37,13 @@ class StopRequest:
         self._signal_name = reason
         self.requested.set()
 
-    def agreed(self, backend: Backend) -> bool:
-        """Return whether any rank was asked to stop: one number, summed. All ranks must call this at the same place."""
-        flag = torch.tensor([float(self.requested.is_set())], dtype=torch.float32, device=backend.device)
-        backend.reduce(flag)
-        return bool(flag.item() > 0)
-
     def leave_if_agreed(self, backend: Backend, where: str) -> None:
         """Raise :class:`Preempted` if any rank was asked to stop. All ranks must call this at the same place.
 
         Raises:
             Preempted: on every rank or on none.
         """
-        if self.agreed(backend):
+        if backend.any_rank(self.requested.is_set()):
             raise self.preempted(where)
 
     def preempted(self, where: str) -> Preempted:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from privtrain.backends import Backend
 from privtrain.errors import SelfTestFailed
 
@@ -14,7 +12,5 @@ def agree_on_fault(fault: str, backend: Backend) -> None:
     Raises:
         SelfTestFailed: with this rank's fault, or a word about another's.
     """
-    num_faulty = torch.tensor([float(bool(fault))], device=backend.device)
-    backend.reduce(num_faulty)
-    if fault or not float(num_faulty) == 0:
+    if backend.any_rank(bool(fault)) or fault:
         raise SelfTestFailed(fault or "another rank found a fault; see its message")

@@ -257,7 +257,7 @@ class Probe:
             }
             for when, (batch, others) in cases.items():
                 difference = contribution(batch) - others - reference
-                if not trainer.any_rank(bool(difference.any())):
+                if not trainer.backend.any_rank(bool(difference.any())):
                     continue  # together: ranks that gather weights run equal passes
                 single = {
                     "beside rows with huge activations": self._arranged(0, True, is_counted=False),

@@ -101,10 +101,10 @@ def _losses(
                 "run.name"
             )
     is_known = known is not None and all(record in known for record in wanted)
-    if backend.from_main(lambda: bytes([is_known])) == b"\x01":
+    if backend.json_from_main(lambda: is_known):
         cached = known or {}
-        values = backend.from_main(lambda: json.dumps([cached[record] for record in wanted]).encode())
-        return dict(zip(wanted, json.loads(values), strict=True))
+        values = backend.json_from_main(lambda: [cached[record] for record in wanted])
+        return dict(zip(wanted, values, strict=True))
     if backend.is_main:
         say(f"scoring records under the model before training, for {inputs.plan.selection}")
     found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))

@@ -364,9 +364,7 @@ def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route
         clipper.accumulate(batch)
     if clipper.fallback_reason:
         trainer.clipper.fallback_reason = clipper.fallback_reason
-    needs_one_unit = torch.tensor([float(clipper.route == "one_unit")], device=trainer.backend.device)
-    trainer.backend.reduce(needs_one_unit)
-    return "one_unit" if float(needs_one_unit) > 0 else route
+    return "one_unit" if trainer.backend.any_rank(clipper.route == "one_unit") else route
 
 
 def _scaled(row_losses: RowLosses, by_token: torch.Tensor) -> RowLosses:

@@ -300,14 +300,8 @@ class Trainer:
             style,
             route,
             equal_passes=equal_passes,
-            any_rank=self.any_rank,
+            any_rank=self.backend.any_rank,
         )
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether ``flag`` is set on any rank."""
-        flags = torch.tensor([float(flag)], device=self.backend.device)
-        self.backend.reduce(flags)
-        return float(flags) > 0
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
