@@ -1,4 +1,7 @@
-"""JSON that has one meaning: what a hash vouches for must not be readable in two ways."""
+"""JSON that has one meaning: what a hash vouches for must not be readable in two ways.
+
+No message quotes what is read: private records pass through here too.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def loads(text: str | bytes) -> Any:
             text,
             object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
-            parse_float=finite_float,
-            parse_int=small_int,
+            parse_float=_finite_float,
+            parse_int=_small_int,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -34,7 +37,7 @@ def dumps(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def finite_float(text: str) -> float:
+def _finite_float(text: str) -> float:
     """Return a number as JSON writes it; ``ValueError`` where no double holds it, as of 1e999."""
     value = float(text)
     if not math.isfinite(value):
@@ -42,7 +45,7 @@ def finite_float(text: str) -> float:
     return value
 
 
-def small_int(text: str) -> int:
+def _small_int(text: str) -> int:
     """A whole number as JSON writes it; ``ValueError`` where no double comes near, and before Python's own limit."""
     if len(text) > 300:
         raise ValueError("a whole number is beyond the range of a double")
@@ -57,10 +60,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedKeyError(f"it says {max(names, key=names.count)!r} twice")
+        raise RepeatedKeyError("an object names a key twice")
     return found
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+def _refuse_constant(_: str) -> Any:
+    raise ValueError("NaN and infinity are no numbers of JSON")

@@ -1,19 +1,24 @@
-"""What each user contributed so far, and what the plan's bound allows."""
+"""What each user, and each canary, contributed so far, and what the plan's bound allows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 
+from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
+from privtrain.data.manifest import USED_SCHEMA, with_contributions
 from privtrain.data.selection import check_contributions
-from privtrain.data.units import example_name
+from privtrain.data.units import UnitData, example_name
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.ledger.bodies import charged_units
+from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.groups import check_groups
 from privtrain.ledger.log import verify_chain
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import pseudonym
 from privtrain.run.directory import RunDirectory
+from privtrain.run.sealing import read_sealed_file, write_sealed
 
 
 def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
@@ -28,7 +33,7 @@ def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> N
     check_groups(run.ledger, verify_chain(run.ledger))
     if plan.records_per_user is None:
         return
-    names = {name for name, _, _ in _charged_units(run)}
+    names = {name for name, _ in _charged(run)}
     owner = _owners(run, corpus, plan, names)
     if not names <= owner.keys():
         raise GuaranteeLost(f"{run.ledger} names units that are no user's; nothing is released")
@@ -50,21 +55,43 @@ def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[st
 
 def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
     """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
-    charged: dict[str, tuple[int, int]] = {}
-    for name, num_steps, num_records in _charged_units(run):
-        steps, records = charged.get(name, (0, 0))
-        charged[name] = (steps + num_steps, records + num_records)
-    owner = _owners(run, corpus, plan, charged.keys())
-    if not charged.keys() <= owner.keys():
+    steps: Counter[str] = Counter()
+    records: Counter[str] = Counter()
+    for name, num_records in _charged(run):
+        steps[name] += 1
+        records[name] += num_records
+    owner = _owners(run, corpus, plan, steps.keys())
+    if not steps.keys() <= owner.keys():
         raise LedgerCorrupt(f"{run.ledger} names units that are no user's of this data set; nothing was settled")
     totals: dict[str, tuple[int, int]] = {}
-    for name, (num_steps, num_records) in charged.items():
-        steps, records = totals.get(owner[name], (0, 0))
-        totals[owner[name]] = (steps + num_steps, records + num_records)
+    for name, num_steps in steps.items():
+        other_steps, other_records = totals.get(owner[name], (0, 0))
+        totals[owner[name]] = (other_steps + num_steps, other_records + records[name])
     return totals
 
 
-def _charged_units(run: RunDirectory) -> Iterator[tuple[str, int, int]]:
-    """Units by the run's own pseudonyms, with steps and records; a unit may come more than once."""
-    for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):
-        yield name, 1, num_records
+def _charged(run: RunDirectory) -> Iterator[tuple[str, int]]:
+    """Yield (the run's own pseudonym of a unit, number of its records) for every unit of every step."""
+    return charged_units(run.ledger, verify_chain(run.ledger))
+
+
+def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:
+    """Write into ``secret/used.json`` how many records of each canary entered steps, counted once a step.
+
+    A planted secret that no step saw proves nothing.
+
+    Raises:
+        DamagedFile: if the file was altered since training began.
+    """
+    if not canaries:
+        return
+    key = run.load_key("pseudonym")
+    planted = {canary.user for canary in canaries}
+    named = zip(units.names, units.owners, strict=True)
+    owners = {pseudonym(key, name): owner for name, owner in named if owner in planted}
+    drawn: Counter[str] = Counter()
+    for name, num_records in charged_units(run.ledger, state):
+        if name in owners:
+            drawn[owners[name]] += num_records
+    used = read_sealed_file(run, run.used, schema=USED_SCHEMA, remedy="restore it")
+    write_sealed(run, run.used, with_contributions(used, drawn))

@@ -20,9 +20,8 @@ from privtrain.errors import GuaranteeLost, PrivtrainError
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, warnings
-from privtrain.job.canaries_used import note_canaries
 from privtrain.job.claim import check_run_directory, claimed, is_complete
-from privtrain.job.contributions import check_contributed
+from privtrain.job.contributions import check_contributed, note_canaries
 from privtrain.job.environment import environment_digest
 from privtrain.job.noised_sums import NoisedSums, check_whole
 from privtrain.job.publish import publish

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from privtrain.errors import LedgerCorrupt
 from privtrain.files import strict_json
@@ -30,9 +30,8 @@ _COUNTS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepEntry:
-    """A step on the current path of the run."""
+class StepEntry(NamedTuple):
+    """A step on the current path of the run: the key of ``intents``, ``commits`` and ``zeroed``."""
 
     generation: int
     step: int

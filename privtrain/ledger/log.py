@@ -37,7 +37,7 @@ from privtrain.ledger.bodies import (
     to_parquet,
     to_table,
 )
-from privtrain.ledger.chain import SCHEMA, LedgerState, apply, lines_of, make_line, parse, replay
+from privtrain.ledger.chain import SCHEMA, LedgerState, apply, make_line, parse, replay
 from privtrain.ledger.groups import check_groups
 from privtrain.ledger.head import HeadFile, check_head, head_path, opened_head
 from privtrain.privacy.secret import SecretKey, pseudonym
@@ -75,7 +75,6 @@ def verify_chain(path: pathlib.Path, *, allow_torn: bool = False) -> LedgerState
         path: the log.
         allow_torn: take the records before an unfinished one, as while a job is writing.
     """
-    _refuse_first_format(path)
     while True:
         size = path.stat().st_size
         try:
@@ -301,7 +300,6 @@ def open_ledger(
     make_private_directory(directory_of(path))
     for file in (path, head_path(path)):
         _check_file(file)
-    _refuse_first_format(path)
     with opened_head(path) as head:
         state, end = replay(path) if path.exists() else (LedgerState(), 0)
         lag = check_head(path, state, end)
@@ -354,17 +352,6 @@ def _check_owner(path: pathlib.Path, state: LedgerState, plan_fingerprint: str, 
         raise LedgerCorrupt(f"{path} was written under another pseudonym key; restore both from one backup")
     if state.plan != blinded_plan(key, plan_fingerprint):
         raise LedgerCorrupt(f"{path} belongs to another plan or data set")
-
-
-def _refuse_first_format(path: pathlib.Path) -> None:
-    if not path.exists():
-        return
-    first = next((line for _, line in lines_of(path)), b"")
-    if b'"schema":"privtrain/ledger/1"' in first:
-        raise LedgerCorrupt(
-            f"{path} is of schema privtrain/ledger/1, which no release wrote; this version reads and writes {SCHEMA}. "
-            "Start a new run with another run.name"
-        )
 
 
 def _body(

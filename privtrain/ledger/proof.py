@@ -156,7 +156,7 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
     secret = bytes.fromhex(proof["pseudonym"])
     if len(secret) != merkle.PSEUDONYM_BYTES or secret.hex() != proof["pseudonym"]:
         raise ProofRejected(f"its pseudonym is not {2 * merkle.PSEUDONYM_BYTES} hexadecimal digits")
-    model = {(entry.generation, entry.step) for entry in state.path}
+    model = set(state.path)
     parts = []
     for body, leaves in zip(state.bodies(), proof["steps"], strict=True):
         found = _check_step(body, leaves, secret)

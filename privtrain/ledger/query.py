@@ -102,7 +102,7 @@ class Contributions:
             "SELECT generation, step, records, zeroed FROM contributions WHERE unit = ? ORDER BY generation, step",
             [uuid.UUID(hex=unit_pseudonym)],
         )
-        model = {(entry.generation, entry.step) for entry in self.state.path}
+        model = set(self.state.path)
         for row in rows:
             step = (row["generation"], row["step"])
             row |= {"committed": step in self.state.commits, "in_model": step in model}
@@ -203,7 +203,7 @@ def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:
 
 
 def _steps_table(state: LedgerState) -> pa.Table:
-    model = {(entry.generation, entry.step) for entry in state.path}
+    model = set(state.path)
     steps = list(state.intents)
     return pa.table(
         {
@@ -244,13 +244,11 @@ def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | N
 
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
     """Quantiles of values that occur ``weights`` times: the smallest value with at least that share at or below."""
+    shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
     if not len(values):
         return {}
-    order = np.argsort(values, kind="stable")
-    cumulative = np.cumsum(weights[order])
-    shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    places = {name: np.searchsorted(cumulative, share * cumulative[-1]) for name, share in shares.items()}
-    return {name: int(values[order[min(place, len(order) - 1)]]) for name, place in places.items()}
+    found = np.quantile(values, list(shares.values()), weights=weights, method="inverted_cdf")
+    return dict(zip(shares, found.tolist(), strict=True))
 
 
 def _gini(values: np.ndarray, weights: np.ndarray) -> float:

@@ -16,9 +16,9 @@ from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError, Verific
 from privtrain.files import strict_json
 from privtrain.files.atomic import write_atomically
 from privtrain.ledger.chain import LedgerState, read_records
-from privtrain.ledger.log import blinded_plan, verify, verify_chain
+from privtrain.ledger.log import blinded_plan, verify
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.secret import SecretKey, pseudonym
+from privtrain.privacy.secret import SecretKey, pseudonym, which_pseudonym
 from privtrain.run import bundle
 from privtrain.run.base_model import base_digests
 from privtrain.run.consistency import statement_faults
@@ -236,7 +236,7 @@ def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | N
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
-    name = which_pseudonym(run, user, unit_pseudonym)
+    name = which_pseudonym(user, unit_pseudonym, lambda user: pseudonym_of(run, user))
     with opened_contributions(run.ledger) as contributions:
         rows, state = contributions.user(name), contributions.state
     summary = {
@@ -248,22 +248,6 @@ def print_user(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | N
         "num_steps_in_model": sum(row["in_model"] for row in rows),
     }
     _print_rows(rows, as_json, summary, "generation", "step", "records", "zeroed", "committed", "in_model")
-
-
-def which_pseudonym(run: RunDirectory, user: str | None, unit_pseudonym: str | None) -> str:
-    """Return the pseudonym that a command is about.
-
-    Raises:
-        PrivtrainError: unless exactly one of the two is given, and well formed.
-    """
-    if (user is None) == (unit_pseudonym is None):
-        raise PrivtrainError("give the user, or --pseudonym")
-    if user is not None:
-        return pseudonym_of(run, user)
-    assert unit_pseudonym is not None
-    if len(unit_pseudonym) != 32 or set(unit_pseudonym) - set("0123456789abcdef"):
-        raise PrivtrainError("--pseudonym: a pseudonym has 32 hexadecimal digits; for a user id leave the option out")
-    return unit_pseudonym
 
 
 def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> None:
@@ -335,7 +319,7 @@ def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | No
 
     run = run_with_ledger(run_path)
     _check_target(target)
-    made = prove(run.ledger, which_pseudonym(run, user, unit_pseudonym), user)
+    made = prove(run.ledger, which_pseudonym(user, unit_pseudonym, lambda user: pseudonym_of(run, user)), user)
     checked = check_proof(made, made["head"])
     write_atomically(target, json.dumps(made, separators=(",", ":")) + "\n", mode=0o600)
     return f"{target}: part in {len(checked.parts)} of {checked.num_steps} steps; head {checked.head}"
@@ -369,11 +353,6 @@ def _shown_key(path: pathlib.Path) -> SecretKey:
         return SecretKey(bytes.fromhex(path.read_text(encoding="ascii").strip()))
     except (OSError, ValueError):
         raise PrivtrainError(f"--key: {path} is missing or is no key of a run") from None
-
-
-def check_chain(run_path: pathlib.Path) -> LedgerState:
-    """Return what a run's records say, without its bodies: quick, for lists of runs."""
-    return verify_chain(run_with_ledger(run_path).ledger, allow_torn=True)
 
 
 def print_json(value: Any) -> None:

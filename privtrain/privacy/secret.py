@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import pathlib
+import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import special
 
-from privtrain.errors import GuaranteeLost
+from privtrain.errors import GuaranteeLost, PrivtrainError
 from privtrain.files.private import read_private_file
 
 KEY_BYTES = 32
@@ -66,6 +67,21 @@ class SecretKey:
 def pseudonym(key: SecretKey, unit_name: str) -> str:
     """Return HMAC-SHA-256 of a unit's name under the run's pseudonym key, 128 bits of it in hex."""
     return key.derive("pseudonym", unit_name).hex()[:32]
+
+
+def which_pseudonym(user: str | None, given: str | None, make: Callable[[str], str]) -> str:
+    """Return the pseudonym that a command is about: the one given, or the user's.
+
+    Raises:
+        PrivtrainError: unless exactly one of the two is given, and well formed.
+    """
+    if user is not None and given is None:
+        return make(user)
+    if given is None or user is not None:
+        raise PrivtrainError("give the user id as in the data, or --pseudonym")
+    if re.fullmatch(r"[0-9a-f]{32}", given) is None:
+        raise PrivtrainError("--pseudonym: a pseudonym has 32 hexadecimal digits; for a user id leave the option out")
+    return given
 
 
 class KeyStream:

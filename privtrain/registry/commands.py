@@ -246,11 +246,9 @@ def _bring_up_to_date(url: str | None) -> None:
 
 
 def _pseudonym(opened: Any, user_id: str | None, pseudonym: str | None) -> str:
-    if (user_id is None) == (pseudonym is None):
-        raise PrivtrainError("give a user id, or --pseudonym")
-    if pseudonym is not None and not re.fullmatch(r"[0-9a-f]{32}", pseudonym):
-        raise PrivtrainError("--pseudonym: a pseudonym has 32 hexadecimal digits; for a user id leave the option out")
-    return pseudonym if pseudonym is not None else opened.pseudonym(user_id.strip() if user_id else "")
+    from privtrain.privacy.secret import which_pseudonym
+
+    return which_pseudonym(user_id, pseudonym, lambda user: opened.pseudonym(user.strip()))
 
 
 def _show_user(opened: Any, pseudonym: str, as_json: bool) -> None:

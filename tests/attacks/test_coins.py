@@ -25,7 +25,8 @@ from privtrain.errors import DamagedFile, GuaranteeLost, LedgerCorrupt, Privtrai
 from privtrain.files.atomic import write_json
 from privtrain.job import train as job
 from privtrain.job.train import train
-from privtrain.ledger.view import check_chain, verify_run
+from privtrain.ledger.log import verify_chain
+from privtrain.ledger.view import verify_run
 from privtrain.privacy.secret import SecretKey
 from privtrain.registry.store import Registry
 from privtrain.run.directory import RunDirectory
@@ -87,7 +88,7 @@ def test_what_prepare_prints_is_what_ledger_statement_and_report_quote(config):
     commitment = prepare(path).commitment
     assert f"coins committed to as {commitment}" in shown.output
     train(path)
-    assert check_chain(run.root).split == commitment
+    assert verify_chain(run.ledger).split == commitment
     assert json.loads(run.privacy.read_text())["split_commitment"] == commitment
     score_run(run.root, ScoreOptions(num_canary_references=5))
     assert analyse_run(run.root)["split_commitment"] == commitment

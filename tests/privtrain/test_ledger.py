@@ -337,16 +337,6 @@ def test_a_log_of_another_plan_or_key_is_refused(tmp_path, monkeypatch):
         pass
 
 
-def test_a_log_of_the_first_format_is_refused_by_its_schema(tmp_path):
-    path = tmp_path / "l.jsonl"
-    path.write_text('{"hash":"00","kind":"begin","plan":"p","prev":"0","schema":"privtrain/ledger/1","seq":0}\n')
-    with pytest.raises(LedgerCorrupt, match="schema privtrain/ledger/1"):
-        verify(path)
-    with pytest.raises(LedgerCorrupt, match="schema privtrain/ledger/1"), opened(path):
-        pass
-    assert not head_path(path).exists()
-
-
 def test_a_new_generation_abandons_the_steps_past_its_start(tmp_path):
     path = write_steps(tmp_path / "l.jsonl")
     with opened(path) as ledger:
