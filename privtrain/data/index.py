@@ -17,6 +17,7 @@ make records of rows. Processes of a machine share it; whoever comes first makes
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import hashlib
@@ -25,12 +26,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow
+from typing_extensions import override
 
 from privtrain.data.digest import RecordDigest
 from privtrain.data.index_files import (
@@ -45,6 +47,7 @@ from privtrain.data.index_files import (
     read_description,
     text_digest,
 )
+from privtrain.data.packed import OrderedMapping
 from privtrain.errors import DamagedFile
 from privtrain.files.private import check_private_tree, locked_file, make_private_directory
 
@@ -59,7 +62,7 @@ Ends = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexedRecords(Mapping[str, Sequence[str]]):
+class IndexedRecords(OrderedMapping[Sequence[str]]):
     """User id → records, read from disk when they are asked for; users sorted.
 
     Attributes:
@@ -126,29 +129,15 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
     def __contains__(self, user: object) -> bool:
         return isinstance(user, str) and self._place(user) is not None
 
-    def items(self) -> ItemsView[str, Sequence[str]]:
-        """Return a view that iterates in stored order, without lookups by user id."""
-        return _Items(self)
-
-    def values(self) -> ValuesView[Sequence[str]]:
-        """Return a view that iterates in stored order, without lookups by user id."""
-        return _Values(self)
-
+    @override
     def in_order(self) -> Iterator[tuple[str, Sequence[str]]]:
-        """Every user with their records."""
         return ((self._user(int(place)), self._texts_of(int(place))) for place in self.places)
 
     def _place(self, user: str) -> int | None:
         """Return where the user stands among those that are here."""
         wanted = user.encode("utf-8", errors=_ERRORS)
-        low, high = 0, len(self.places)
-        while low < high:
-            middle = (low + high) // 2
-            found = self._id(int(self.places[middle]))
-            if found == wanted:
-                return middle
-            low, high = (middle + 1, high) if found < wanted else (low, middle)
-        return None
+        found = bisect.bisect_left(self.places, wanted, key=lambda place: self._id(int(place)))
+        return found if found < len(self) and self._id(int(self.places[found])) == wanted else None
 
     def _id(self, place: int) -> bytes:
         start = int(self.user_ends[place - 1]) if place else 0
@@ -173,18 +162,6 @@ class IndexedRecords(Mapping[str, Sequence[str]]):
             problem = "holds a text that is not as it was written: it was altered or damaged"
             raise DamagedFile(self.directory / TEXTS, problem, _remedy(self.directory))
         return content.decode("utf-8", errors=_ERRORS)
-
-
-class _Items(ItemsView[str, Sequence[str]]):
-    def __iter__(self) -> Iterator[tuple[str, Sequence[str]]]:
-        assert isinstance(self._mapping, IndexedRecords)
-        return self._mapping.in_order()
-
-
-class _Values(ValuesView[Sequence[str]]):
-    def __iter__(self) -> Iterator[Sequence[str]]:
-        assert isinstance(self._mapping, IndexedRecords)
-        return (texts for _, texts in self._mapping.in_order())
 
 
 class _Texts(Sequence[str]):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import array
 import bisect
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from typing_extensions import override
+
+V = TypeVar("V")
 
 _ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 they sort as in Python
 
@@ -72,7 +76,39 @@ class Names(Sequence[str]):
         return bytes(self._bytes[start : self._ends[place]])
 
 
-class UserIndices(Mapping[str, tuple[int, ...]]):
+class OrderedMapping(Mapping[str, V]):
+    """A mapping whose items and values come in stored order, without a look-up by key for each."""
+
+    @abc.abstractmethod
+    def in_order(self) -> Iterator[tuple[str, V]]:
+        """Yield every key with its value."""
+
+    @override
+    def items(self) -> ItemsView[str, V]:
+        return _Items(self)
+
+    @override
+    def values(self) -> ValuesView[V]:
+        return _Values(self)
+
+
+class _Items(ItemsView[str, V]):
+    _mapping: OrderedMapping[V]
+
+    @override
+    def __iter__(self) -> Iterator[tuple[str, V]]:
+        return self._mapping.in_order()
+
+
+class _Values(ValuesView[V]):
+    _mapping: OrderedMapping[V]
+
+    @override
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in self._mapping.in_order())
+
+
+class UserIndices(OrderedMapping[tuple[int, ...]]):
     """User → indices of records, in the order in which users were added."""
 
     def __init__(self, pairs: Iterable[tuple[str, Sequence[int]]] = ()) -> None:
@@ -128,32 +164,12 @@ class UserIndices(Mapping[str, tuple[int, ...]]):
     def __contains__(self, user: object) -> bool:
         return user in self.names
 
-    def items(self) -> ItemsView[str, tuple[int, ...]]:
-        """Return a view that iterates in stored order, without lookups by user id."""
-        return _Items(self)
-
-    def values(self) -> ValuesView[tuple[int, ...]]:
-        """Return a view that iterates in stored order, without lookups by user id."""
-        return _Values(self)
-
-    def in_order(self) -> Iterator[tuple[int, ...]]:
-        """Every user's indices."""
+    @override
+    def in_order(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         start = 0
-        for end in self._ends:
-            yield tuple(self._indices[start:end])
+        for user, end in zip(self.names, self._ends, strict=True):
+            yield user, tuple(self._indices[start:end])
             start = end
-
-
-class _Items(ItemsView[str, tuple[int, ...]]):
-    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        assert isinstance(self._mapping, UserIndices)
-        return zip(self._mapping.names, self._mapping.in_order(), strict=True)
-
-
-class _Values(ValuesView[tuple[int, ...]]):
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        assert isinstance(self._mapping, UserIndices)
-        return self._mapping.in_order()
 
 
 class LazySequence(Sequence[Any]):
