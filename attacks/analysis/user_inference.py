@@ -12,9 +12,7 @@ headline.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -30,25 +28,6 @@ HEADLINE = "token_mean"
 """Declared before any run is seen; the others are secondary."""
 
 
-@dataclasses.dataclass(frozen=True)
-class UserStatistics:
-    """What the attack says about one user.
-
-    Attributes:
-        user: pseudonym.
-        side: ``"held_in"`` or ``"held_out"``.
-        num_documents: attacker documents of this user.
-        num_tokens: scored tokens of this user.
-        values: the statistics by name, the keys of ``DEFINITIONS``.
-    """
-
-    user: str
-    side: str
-    num_documents: int
-    num_tokens: int
-    values: Mapping[str, float]
-
-
 def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
     """Return the log-likelihood ratio of one document, by statistic.
 
@@ -61,30 +40,3 @@ def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
     # float64 before the difference: over a long document float32 sums lose the digits that the attack lives on.
     log_ratio = row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64)
     return {"token_mean": float(log_ratio.mean()), "sequence_sum": float(log_ratio.sum())}
-
-
-def user_statistics(rows: Iterable[signals.DocumentSignals]) -> list[UserStatistics]:
-    """Average each user's documents, with equal weight whatever their lengths.
-
-    Args:
-        rows: one per document.
-
-    Returns:
-        One entry per user, sorted by (side, user).
-    """
-    by_user: dict[tuple[str, str], list[signals.DocumentSignals]] = collections.defaultdict(list)
-    for row in rows:
-        by_user[row.side, row.user].append(row)
-    found = []
-    for (side, user), documents in sorted(by_user.items(), key=lambda item: item[0]):
-        ratios = [document_log_ratios(row) for row in sorted(documents, key=lambda row: row.document)]
-        found.append(
-            UserStatistics(
-                user=user,
-                side=side,
-                num_documents=len(documents),
-                num_tokens=sum(row.num_tokens for row in documents),
-                values={name: float(np.mean([ratio[name] for ratio in ratios])) for name in DEFINITIONS},
-            )
-        )
-    return found

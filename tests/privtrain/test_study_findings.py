@@ -16,11 +16,12 @@ from privtrain.config import validate
 from privtrain.config.schema import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.run.base_model import locate
-from privtrain.studies import ew_tune, movie_reviews, readme, user_level_dp
+from privtrain.studies import ew_tune, movie_reviews, user_level_dp
 from privtrain.studies.findings import Claim, Verdict
 from privtrain.studies.noise import Setting
 from privtrain.studies.recipe import Cell, expand, read_recipe, recipe_path
 from privtrain.studies.results import CellResult, Results
+from tests.bench import study_tables
 
 SETTING = Setting(0.021, 30, 1e-5, 8.0)
 
@@ -184,8 +185,8 @@ def test_the_subset_of_a_hub_data_set_reaches_the_hub(tree, monkeypatch):
 
 def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
     guide = tmp_path / "README.md"
-    guide.write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
-    monkeypatch.setattr(readme, "README", guide)
+    guide.write_text(f"before\n{study_tables.BEGIN}old\n{study_tables.END}after\n")
+    monkeypatch.setattr(study_tables, "README", guide)
     facts = {
         "study": "tiny",
         "scale": "small",
@@ -198,8 +199,8 @@ def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
     }
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text(json.dumps(facts))
-    monkeypatch.setattr("sys.argv", ["readme", str(tmp_path)])
-    readme.main()
+    monkeypatch.setattr("sys.argv", ["study_tables", str(tmp_path)])
+    study_tables.main()
     text = guide.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -1,4 +1,4 @@
-"""Write what studies found into the guide beside this file: ``python -m privtrain.studies.readme STUDY_DIRECTORY...``.
+"""Write what studies found into the studies' guide: ``python -m tests.bench.study_tables STUDY_DIRECTORY...``.
 
 Takes every number from the studies' ``report/report.json``; none is typed.
 """
@@ -10,9 +10,10 @@ import pathlib
 import sys
 from typing import Any
 
+from privtrain import studies
 from privtrain.files.atomic import write_atomically
 
-README = pathlib.Path(__file__).with_name("README.md")
+README = pathlib.Path(studies.__file__).with_name("README.md")
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
