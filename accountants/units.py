@@ -31,7 +31,8 @@ NeighboringRelation = dp_accounting.NeighboringRelation
 _LARGEST_VARIANCE = 1e6
 #: Of an outcome, relative to the most likely one; and of all that are left out.
 _SMALLEST_WEIGHT, _LEAST_TAIL = 1e-282, 1e-290
-#: Of one record, in black-box conversions.
+#: Steps to the smallest feasible record epsilon, in black-box conversions; and the least log delta of one record there.
+_NUM_BISECTIONS = 10
 _SMALLEST_LOG_DELTA = -690.0
 
 
@@ -138,7 +139,6 @@ def group_epsilon(
     accountant: Accountant,
     *,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    points: int = 10,
 ) -> PrivacyAnswer:
     """Black-box epsilon for k records, optimised over the record's curve.
 
@@ -151,7 +151,6 @@ def group_epsilon(
         num_records: k.
         accountant: a certified one without a floor in delta: ``tilted``, not ``pld``.
         relation: of the record, and thereby of the user.
-        points: bisection steps.
 
     Returns:
         A certified upper bound, infinite (with a note) if no record epsilon below 400 works.
@@ -175,7 +174,7 @@ def group_epsilon(
         if high * num_records > 680 or high > 400:
             note = "no record epsilon works: delta for one record would underflow"
             return _answer(math.inf, accountant.name, note, relation)
-    for _ in range(points):
+    for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if feasible(middle) else (middle, high)
     return _answer(num_records * high, accountant.name, f"group of {num_records}", relation)

@@ -53,19 +53,12 @@ _MAX_CELLS = 600_000
 
 
 class PldAccountant(Accountant):
-    """Certified upper bounds from privacy loss distributions.
-
-    Attributes:
-        discretization: the grid width; None scales it to the answer.
-    """
+    """Certified upper bounds from privacy loss distributions, on a grid that is scaled to the answer."""
 
     name = "pld"
     version = f"dp-accounting {importlib.metadata.version('dp-accounting')}"
     min_delta = MIN_DELTA
     covers_replacement = True
-
-    def __init__(self, discretization: float | None = None) -> None:
-        self.discretization = discretization
 
     @override
     def bounds(self, question: Question) -> Bounds:
@@ -83,7 +76,7 @@ class PldAccountant(Accountant):
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None
     ) -> pld.PLDAccountant:
-        width = self.discretization or _grid_width(event, delta, epsilon)
+        width = _grid_width(event, delta, epsilon)
         accountant = pld.PLDAccountant(relation, value_discretization_interval=width)
         try:
             accountant.compose(event)

@@ -16,14 +16,14 @@ from privtrain.registry.views import BudgetView, RunView, UserView
 _BAR = 20
 
 
-def upwards(value: float, digits: int = 3) -> str:
-    """Return a spent ε, never shown below what it is."""
-    return "∞" if math.isinf(value) else f"{math.ceil(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
+def upwards(value: float) -> str:
+    """Return a spent ε to three decimals, never shown below what it is."""
+    return "∞" if math.isinf(value) else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
 
 
-def downwards(value: float, digits: int = 3) -> str:
-    """Return what is left, never shown above what it is."""
-    return f"{math.floor(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
+def downwards(value: float) -> str:
+    """Return what is left to three decimals, never shown above what it is."""
+    return f"{math.floor(round(value * 1000, 6)) / 1000:.3f}"
 
 
 def day(seconds: float | None) -> str:

@@ -99,20 +99,18 @@ def judge_direction(
     claim: Statement,
     difference: Estimate | None,
     *,
-    sign: int = 1,
     digits: int = 3,
     factor: float = 1.0,
     unit: str = "",
 ) -> Claim:
-    """Judge a claim that something is more (``sign=1``) or less (``-1``) than something else.
+    """Judge a claim that something is more than something else.
 
-    Reproduced if the whole interval of the difference over seeds has the sign, contradicted if the whole interval has
-    the other; otherwise our seeds cannot tell the difference from none, and the claim is not shown.
+    Reproduced if the whole interval of the difference over seeds is positive, contradicted if all of it is negative;
+    otherwise our seeds cannot tell the difference from none, and the claim is not shown.
 
     Args:
         claim: what the paper says.
         difference: first minus second, paired by seed; ``None`` if nothing was measured.
-        sign: which sign the paper claims.
         digits: decimals to print.
         factor: the printed number is this times ours.
         unit: printed after it.
@@ -120,14 +118,14 @@ def judge_direction(
     if difference is None or difference.interval is None:
         ours = "no cell is complete" if difference is None else difference.text(digits, factor)
         return _judged(claim, ours, Verdict.NOT_MEASURED, "too few of the cells that it needs are complete")
-    low, high = sorted(sign * end for end in difference.interval)
+    low, high = difference.interval
     ours = f"difference {difference.text(digits, factor)}{unit}"
     few = f"; {difference.n} seeds are few, the interval rests on normality" if difference.n < FEW_SEEDS else ""
     if low > 0:
         return _judged(claim, ours, Verdict.REPRODUCED, f"the whole interval has the claimed sign{few}")
     if high < 0:
         return _judged(claim, ours, Verdict.CONTRADICTED, f"the whole interval has the opposite sign{few}")
-    leaning = "with" if sign * difference.mean > 0 else "against"
+    leaning = "with" if difference.mean > 0 else "against"
     reason = f"the interval holds zero; the mean leans {leaning} the claim{few}"
     return _judged(claim, ours, Verdict.NOT_SHOWN, reason)
 

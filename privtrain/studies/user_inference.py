@@ -195,19 +195,19 @@ def _claims(results: Results) -> list[Claim]:
     return claims
 
 
-def judge_no_effect(claim: Statement, difference: Estimate | None, margin: float = MARGIN) -> Claim:
+def judge_no_effect(claim: Statement, difference: Estimate | None) -> Claim:
     """Reproduced if the whole interval is within the margin, contradicted if it is wholly outside, else not shown."""
     if difference is None or difference.interval is None:
         ours, verdict, reason = "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete"
     else:
         low, high = difference.interval
         ours = f"difference {difference.text()}"
-        if -margin <= low and high <= margin:
-            verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {margin} of zero"
-        elif low > margin or high < -margin:
-            verdict, reason = Verdict.CONTRADICTED, f"the whole interval is farther than {margin} from zero"
+        if low >= -MARGIN and high <= MARGIN:
+            verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {MARGIN} of zero"
+        elif low > MARGIN or high < -MARGIN:
+            verdict, reason = Verdict.CONTRADICTED, f"the whole interval is farther than {MARGIN} from zero"
         else:
-            verdict, reason = Verdict.NOT_SHOWN, f"the interval reaches beyond {margin} from zero"
+            verdict, reason = Verdict.NOT_SHOWN, f"the interval reaches beyond {MARGIN} from zero"
     return Claim(claim.statement, claim.citation, claim.paper, ours, verdict, reason)
 
 

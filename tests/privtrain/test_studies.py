@@ -295,17 +295,16 @@ def test_sigterm_ends_the_jobs_and_the_same_command_goes_on(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "sign", "verdict"),
+    ("values", "verdict"),
     [
-        ((1.0, 1.1, 0.9), 1, Verdict.REPRODUCED),
-        ((1.0, 1.1, 0.9), -1, Verdict.CONTRADICTED),
-        ((-1.0, -1.1, -0.9), -1, Verdict.REPRODUCED),
-        ((1.0, -1.0, 0.2), 1, Verdict.NOT_SHOWN),
-        ((1.0,), 1, Verdict.NOT_MEASURED),
+        ((1.0, 1.1, 0.9), Verdict.REPRODUCED),
+        ((-1.0, -1.1, -0.9), Verdict.CONTRADICTED),
+        ((1.0, -1.0, 0.2), Verdict.NOT_SHOWN),
+        ((1.0,), Verdict.NOT_MEASURED),
     ],
 )
-def test_a_verdict_follows_from_the_interval(values, sign, verdict):
-    claim = judge_direction(CLAIM, Estimate(values), sign=sign)
+def test_a_verdict_follows_from_the_interval(values, verdict):
+    claim = judge_direction(CLAIM, Estimate(values))
     assert claim.verdict is verdict
     assert (f"n={len(values)}") in claim.ours
 
