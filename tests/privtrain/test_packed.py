@@ -120,7 +120,7 @@ def test_the_split_is_the_one_that_earlier_runs_have(num_evaluation_records):
 def test_the_seal_of_a_split_is_pinned():
     """A manifest of a run that began with an earlier version must still be the one that its key gives."""
     corpus = group_by_user((f"u{user}", f"text {user} {i}") for user in range(40) for i in range(1 + user % 9))
-    data = DataSection.model_validate({"source": {"kind": "files", "paths": ["x.jsonl"]}})
+    data = DataSection.model_validate({"source": {"kind": "files", "paths": ["x.jsonl"]}, "held_out_fraction": 0.5})
     assert (
         split_users(corpus, data, KEY).manifest(corpus)["sha256"]
         == "a9da30fd9c7cbf86e7f524ab7ee81aa3f266e53c9d65c71258cbc8fe1884abd4"
