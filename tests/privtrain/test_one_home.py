@@ -1,18 +1,27 @@
-"""One home for each fact: the statement's model, what a backend must have, rank 0's bytes, a rank without a ledger."""
+"""One home for each fact.
+
+The statement's model, what a backend must have, rank 0's bytes and any rank's flag, a rank without a ledger, JSON with
+one meaning, a pseudonym that somebody gives, weighted quantiles.
+"""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from privtrain.backends.base import Backend, ReplicatedBackend
 from privtrain.backends.local import LocalBackend
 from privtrain.config import validate
+from privtrain.errors import DamagedFile, PrivtrainError
+from privtrain.files import reading, strict_json
+from privtrain.ledger import query
 from privtrain.ledger.chain import LedgerState
 from privtrain.ledger.log import NullLedger
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import which_pseudonym
 from privtrain.run.statement import PrivacyStatement, privacy_statement
 
 FACTS = {
@@ -71,6 +80,61 @@ def test_only_rank_0_makes_what_it_sends():
     SecondRank.__abstractmethods__ = frozenset()
     assert SecondRank().from_main(lambda: pytest.fail("called on another rank")) == b"rank 0's"
     assert LocalBackend(torch.device("cpu")).from_main(lambda: b"mine") == b"mine"
+
+
+def test_other_ranks_take_the_json_of_rank_0_and_make_none():
+    SecondRank.__abstractmethods__ = frozenset()
+    other = SecondRank()
+    other._broadcast = lambda value: b"[1.5, null, true]"  # type: ignore[method-assign]
+    assert other.json_from_main(lambda: pytest.fail("called on another rank")) == [1.5, None, True]
+    assert LocalBackend(torch.device("cpu")).json_from_main(lambda: {"a": 1e-300}) == {"a": 1e-300}
+
+
+@pytest.mark.parametrize(("total", "expected"), [(0.0, False), (1.0, True), (3.0, True), (float("nan"), True)])
+def test_a_flag_of_any_rank_counts_and_a_sum_that_is_no_number_does_too(total, expected, monkeypatch):
+    monkeypatch.setattr(LocalBackend, "reduce", lambda self, vector: vector.fill_(total))
+    assert LocalBackend(torch.device("cpu")).any_rank(False) is expected
+
+
+TWO_MEANINGS = ['{"a": 1, "a": 2}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": ' + "9" * 400 + "}"]
+
+
+@pytest.mark.parametrize("text", [*TWO_MEANINGS, "[" * 100_000])
+def test_json_without_one_meaning_is_refused_by_both_readers_and_not_quoted(text, tmp_path):
+    with pytest.raises(ValueError, match=r"twice|no numbers|range|deeply"):
+        strict_json.loads(text)
+    with pytest.raises(DamagedFile) as caught:
+        reading.parse_json(text.encode(), tmp_path / "f.json")
+    assert '"a"' not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", TWO_MEANINGS)
+def test_the_mutant_of_a_lax_reader_is_lax_in_both(text, tmp_path, monkeypatch):
+    """That the refusals above are of one function: without it, none is left."""
+    monkeypatch.setattr(strict_json, "loads", json.loads)
+    reading.parse_json(text.encode(), tmp_path / "f.json")
+
+
+def test_a_pseudonym_is_one_that_was_given_or_the_users():
+    made = "ab" * 16
+    assert which_pseudonym("ann", None, lambda user: made) == made
+    assert which_pseudonym(None, made, lambda user: pytest.fail("nobody was named")) == made
+    for user, given in (("ann", made), (None, None), (None, "ann"), (None, made.upper()), (None, made + "\n")):
+        with pytest.raises(PrivtrainError, match="--pseudonym"):
+            which_pseudonym(user, given, lambda user: made)
+
+
+def test_quantiles_of_weighted_values_are_those_of_the_values_repeated():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        size = int(rng.integers(1, 9))
+        values, weights = rng.integers(0, 9, size), rng.integers(1, 6, size)
+        plain = np.sort(np.repeat(values, weights))
+        found = query._quantiles(values, weights)
+        assert found["min"] == plain[0]
+        assert found["max"] == plain[-1]
+        for name, share in (("p25", 0.25), ("median", 0.5), ("p75", 0.75)):
+            assert found[name] == plain[int(np.ceil(share * len(plain))) - 1]
 
 
 def test_a_null_ledger_keeps_nothing_and_can_do_nothing_of_rank_0s():
