@@ -222,6 +222,10 @@ def _card(run: RunDirectory, dtype: str) -> str:
     if run.model.exists():
         return card
     merged = f"The adapter is merged into its base model and stored in {dtype}: post-processing, no privacy cost.\n\n"
-    return card.replace("library_name: peft", "library_name: transformers").replace(
-        "## Privacy statement", merged + "## Privacy statement", 1
-    )
+    for adapters, wholes in (
+        ("library_name: peft", "library_name: transformers"),
+        ("base_model_relation: adapter", "base_model_relation: finetune"),
+        ("## Privacy statement", merged + "## Privacy statement"),
+    ):
+        card = card.replace(adapters, wholes, 1)
+    return card

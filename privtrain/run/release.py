@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 from privtrain.config import Config
+from privtrain.config.schema import HubSource
+from privtrain.files import strict_yaml
 from privtrain.files.atomic import write_atomically
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.statement import unit_text
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str) -> None:
@@ -82,10 +87,24 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
         "prefix_tuning": f"A prefix of {config.prompt.num_virtual_tokens} virtual tokens for {base}",
     }[config.training.method]
     return (
-        f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n---\n\n"
+        f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n"
+        f"{_hub_metadata(config)}---\n\n"
         f"# {config.run.name}\n\n{banner(statement)}"
         f"{what}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n{card_section(plan, statement)}"
     )
+
+
+def _hub_metadata(config: Config) -> str:
+    """Return lines of a card's front matter that hub pages read: task, and base and data where they have hub names."""
+    task = "text-classification" if config.data.is_classification else "text-generation"
+    found: dict[str, Any] = {"pipeline_tag": task}
+    base, source = config.model.name_or_path or "", config.data.source
+    if _HUB_NAME.fullmatch(base) and not pathlib.Path(base).exists():
+        found["base_model"] = base
+        found["base_model_relation"] = "finetune" if config.training.releases_model else "adapter"
+    if isinstance(source, HubSource):
+        found["datasets"] = [source.name]
+    return strict_yaml.dump(found)
 
 
 def banner(statement: dict[str, Any]) -> str:

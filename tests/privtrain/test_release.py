@@ -14,6 +14,7 @@ import uuid
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from privtrain.config import validate
@@ -21,6 +22,8 @@ from privtrain.errors import LedgerCorrupt, PrivtrainError
 from privtrain.job.train import train
 from privtrain.ledger.chain import read_records
 from privtrain.ledger.view import print_ledger, verify_run
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.release import model_card
 from privtrain.tracking import METRICS, Release
 from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
 from tests.conftest import tiny_tree, write_config
@@ -144,6 +147,30 @@ def test_the_statement_says_what_was_done(finished):
     assert f"| ε | {statement['epsilon']:.4g} |" in card
     assert statement["ledger"]["head"] in card
     assert "NOT PRIVATE" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        (
+            "Qwen/Qwen2.5-0.5B",
+            {"kind": "hub", "name": "someone/chats"},
+            {"base_model": "Qwen/Qwen2.5-0.5B", "base_model_relation": "adapter", "datasets": ["someone/chats"]},
+        ),
+        ("/models/base", {"kind": "plays"}, {}),
+    ],
+)
+def test_the_cards_front_matter_says_what_hub_pages_read(tree, finished, name, source, expected):
+    """Names of the hub alone: no path of this machine."""
+    tree["model"], tree["data"]["source"] = {"name_or_path": name}, source
+    config = validate(tree)
+    statement = json.loads((finished / "privacy.json").read_text())
+    front = model_card(config, PrivacyPlan.build(config.privacy), statement).split("---")[1]
+    found = yaml.safe_load(front)
+    assert found.pop("library_name") == "peft"
+    assert found.pop("pipeline_tag") == "text-generation"
+    assert "privtrain" in found.pop("tags")
+    assert found == expected
 
 
 def test_the_adapter_loads_in_peft_and_is_not_empty(finished, tiny_llama):
