@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attacks import evidence, signals
+from attacks.alone import alone
 from attacks.analysis import (
     blind,
     curves,
@@ -39,6 +40,7 @@ from attacks.coins.check import check_documents
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring, read_references, read_scoring, write_scoring
 from privtrain.files.atomic import write_atomically
+from privtrain.files.private import make_public_directory
 from privtrain.run.directory import RunDirectory, make_private_directory
 from privtrain.run.sealing import write_sealed
 
@@ -73,7 +75,14 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
             another target or other documents.
         DamagedFile: if signals or their record are not as they were sealed.
         PrivtrainError: if the run does not stand by its privacy statement.
+        RunBusy: if another attack job is at work on the signals.
+        UnsafePath: if ``report/`` is a link, or others may write there.
     """
+    with alone(run / signals.SIGNALS_PATH):
+        return _analyse(run, seed, audit_delta)
+
+
+def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[str, Any]:
     statement = evidence.verified_statement(run)
     directory = RunDirectory(run)
     scoring = read_scoring(directory)
@@ -148,7 +157,7 @@ def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None =
             **{name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
         },
     }
-    (run / ATTACKS_PATH).parent.mkdir(exist_ok=True)
+    make_public_directory((run / ATTACKS_PATH).parent)
     _write_per_user(directory, scoring, scored, users)
     return write_sealed(directory, run / ATTACKS_PATH, facts, mode=0o644)
 

@@ -20,6 +20,7 @@ import rich.table
 import rich.text
 
 from attacks import evidence, rundir
+from attacks.alone import alone
 from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import figures, panels, record
@@ -28,6 +29,7 @@ from attacks.signals import SIGNALS_PATH
 from privtrain.errors import GuaranteeLost
 from privtrain.files import reading
 from privtrain.files.atomic import write_atomically
+from privtrain.files.private import make_public_directory
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
 
@@ -59,8 +61,16 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
     Raises:
         AttackInputError: if the run is not finished or not analysed, or the analysis belongs to another plan.
+        RunBusy: if another attack job is at work on the signals.
+        UnsafePath: if ``report/`` is a link, or others may write there.
     """
+    with alone(run / SIGNALS_PATH):
+        return _write_report(run)
+
+
+def _write_report(run: pathlib.Path) -> pathlib.Path:
     statement, attacks = _read(run)
+    make_public_directory(run / "report")
     perplexity = rundir.held_out_perplexity(run)
     headline = attacks["results"][attacks["headline"]]
     shown = {

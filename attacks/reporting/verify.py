@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -11,8 +12,10 @@ from attacks.errors import AttackInputError
 from attacks.reporting import record, report
 from attacks.scoring import target as targets
 from attacks.signals import SIGNALS_PATH
+from privtrain.errors import DamagedFile
 from privtrain.files import reading
 from privtrain.files.reading import file_sha256
+from privtrain.run import bundle
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file
 
@@ -36,17 +39,21 @@ def verify_report(root: pathlib.Path) -> Checked:
     has_key = (run.secret / "root.key").exists()
     results = _read(run, root / analyse.ATTACKS_PATH, analyse.SCHEMA_NAME, has_key=has_key)
     facts = _read(run, root / report.REPORT_PATH, report.SCHEMA_NAME, has_key=has_key)
+    target, scoring = (_mapping(results, name, root / analyse.ATTACKS_PATH) for name in ("target", "scoring"))
+    _mapping(target, "released", root / analyse.ATTACKS_PATH)
+    files = _mapping(facts, "files", root / report.REPORT_PATH)
     if facts.get("attacks") != results:
         raise AttackInputError(
             f"{root / report.REPORT_PATH} quotes other results than {root / analyse.ATTACKS_PATH} holds; one of them "
             "was altered, or the report was not written again after the analysis"
         )
+    _check_nothing_else(root / "report")
     for path in (report.INDEX_PATH, report.MARKDOWN_PATH):
-        if file_sha256(root / path) != facts["files"].get(path.name):
+        if file_sha256(root / path) != files.get(path.name):
             raise AttackInputError(f"{root / path} is not the file that {root / report.REPORT_PATH} was written with")
     holds = ["results, report.json, report.md and index.html belong together"]
     not_checked = ["that statement and ledger agree: privtrain ledger verify"]
-    _check_target(run, results["target"], holds, not_checked)
+    _check_target(run, target, holds, not_checked)
     if not has_key:
         not_checked += [
             "that the run's owner computed these results: the seals need secret/root.key",
@@ -55,14 +62,32 @@ def verify_report(root: pathlib.Path) -> Checked:
         return Checked(holds, not_checked)
     holds.append("the seals of results and report")
     if (root / SIGNALS_PATH).exists():
-        scoring = record.read_scoring(run)
-        scoring.check()
-        if scoring.seal != results["scoring"]["seal"]:
+        scored = record.read_scoring(run)
+        scored.check()
+        if scored.seal != scoring.get("seal"):
             raise AttackInputError(f"{root / SIGNALS_PATH} was scored after {root / analyse.ATTACKS_PATH} was computed")
         holds.append("the seal of the signals, which the results were computed from")
     else:
         not_checked.append(f"the signals: {root / SIGNALS_PATH} is not there")
     return Checked(holds, not_checked)
+
+
+def _mapping(facts: dict[str, Any], name: str, path: pathlib.Path) -> dict[str, Any]:
+    found = facts.get(name)
+    if not isinstance(found, dict):
+        raise DamagedFile(path, f"lacks what a report holds ({name})")
+    return found
+
+
+def _check_nothing_else(directory: pathlib.Path) -> None:
+    """Whoever opens a page there takes it for the report's."""
+    if directory.is_symlink():
+        raise AttackInputError(f"{directory} is a link; check the directory that it leads to")
+    known = {path.name for path in (analyse.ATTACKS_PATH, report.REPORT_PATH, report.INDEX_PATH, report.MARKDOWN_PATH)}
+    others = sorted(name for name in os.listdir(directory) if name not in known)
+    if others:
+        shown = ", ".join(bundle.printable(name) for name in others[:5])
+        raise AttackInputError(f"{directory} holds what is no part of the report: {shown}; remove it")
 
 
 def _read(run: RunDirectory, path: pathlib.Path, schema: str, *, has_key: bool) -> dict[str, Any]:
@@ -72,7 +97,7 @@ def _read(run: RunDirectory, path: pathlib.Path, schema: str, *, has_key: bool) 
 def _check_target(run: RunDirectory, target: dict[str, Any], holds: list[str], not_checked: list[str]) -> None:
     """Statement and released files against the digests in the results, as far as they are there."""
     if run.privacy.exists():
-        if file_sha256(run.privacy) != target["statement"]:
+        if file_sha256(run.privacy) != target.get("statement"):
             raise AttackInputError(f"{run.privacy} is not the statement that the report is about")
         holds.append("privacy.json is the statement that was attacked")
     else:

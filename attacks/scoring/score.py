@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import accelerate.utils
@@ -23,6 +23,7 @@ from accelerate import PartialState
 from rich.progress import track
 
 from attacks import evidence
+from attacks.alone import alone
 from attacks.errors import AttackInputError
 from attacks.reporting.record import PART_SCHEMA_NAME, record_path, write_scoring
 from attacks.scoring import documents as planning
@@ -51,6 +52,7 @@ from attacks.signals import (
 )
 from privtrain.config import Config
 from privtrain.config.schema import ModelSection
+from privtrain.errors import PrivtrainError, RunBusy
 from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.process.group import join_processes
 from privtrain.run.directory import RunDirectory
@@ -70,6 +72,7 @@ def score_run(
     Raises:
         AttackInputError: if the run is not finished, its manifest is broken, or its data changed since training.
         PrivtrainError: if what it released is not what its statement and its ledger say; nothing is scored then.
+        RunBusy: if another job scores, analyses or reports the same signals.
     """
     options = options or ScoreOptions()
     run, attacked = RunDirectory(run_path), RunDirectory(documents_of or run_path)
@@ -88,17 +91,34 @@ def score_run(
             signals_path = attacked.root / REFERENCES_PATH / f"shadow-{run_path.resolve().name}.parquet"
         if config.performance.num_threads is not None:
             torch.set_num_threads(config.performance.num_threads)
-        job = prepare_job(
-            run, attacked, config, options, signals_path, resolve_precision(config.performance.precision, device)
-        )
-        if _is_done(job, state):
-            return
-        target, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
-        num_documents = _score_parts(job, target, base, state)
+        with _held(signals_path, state):
+            job = prepare_job(
+                run, attacked, config, options, signals_path, resolve_precision(config.performance.precision, device)
+            )
+            if _is_done(job, state):
+                return
+            target, base = load_scorers(run, config, device, SamplingScheme.parse(options.sampling))
+            num_documents = _score_parts(job, target, base, state)
         if state.is_main_process:
             print(f"scored {num_documents} documents; next: attacks analyse {attacked.root}")
     finally:
         state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _held(signals_path: pathlib.Path, state: PartialState) -> Iterator[None]:
+    """Hold the signals on rank 0 for all ranks; all of them raise if another job has them."""
+    with contextlib.ExitStack() as stack:
+        problem = [""]
+        if state.is_main_process:
+            try:
+                stack.enter_context(alone(signals_path, is_writer=True))
+            except PrivtrainError as error:
+                problem = [str(error)]
+        accelerate.utils.broadcast_object_list(problem)
+        if problem[0]:
+            raise RunBusy(problem[0])
+        yield
 
 
 def _is_done(job: Job, state: PartialState) -> bool:

@@ -172,7 +172,7 @@ def _contents(directory: pathlib.Path, manifest: ReleaseManifest, place: str) ->
         files += [("metrics.jsonl", consistency.metrics_faults), ("config.yaml", consistency.config_faults)]
     for name, faults_of in files:
         try:
-            text = (directory / name).read_text(encoding="utf-8")
+            text = bundle.text_of(directory / name)
         except (OSError, ValueError):
             continue  # compared by digest, and named there
         problems += [f"{name}: {fault}" for fault in faults_of(text, statement)]
@@ -180,7 +180,7 @@ def _contents(directory: pathlib.Path, manifest: ReleaseManifest, place: str) ->
 
 
 def _statement(directory: pathlib.Path) -> dict[str, Any]:
-    statement = strict_json.loads((directory / "privacy.json").read_text(encoding="utf-8"))
+    statement = strict_json.loads(bundle.text_of(directory / "privacy.json"))
     if not isinstance(statement, dict):
         raise ValueError("it holds no JSON object")
     return statement

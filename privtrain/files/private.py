@@ -33,6 +33,19 @@ def make_private_directory(path: pathlib.Path) -> None:
     check_private_directory(path)
 
 
+def make_public_directory(path: pathlib.Path) -> None:
+    """Make a directory that others may read, and no more; check it, whoever made it.
+
+    Raises:
+        UnsafePath: if it is a link or no directory, another user's, or others may write there.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o755)
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise UnsafePath(f"{path} is a link or no directory; what is written there would go elsewhere. Remove it")
+    check_directory_around(path)
+
+
 def make_missing(path: pathlib.Path) -> None:
     """Make a directory and whatever parents are missing, each readable by its owner alone; what is there is kept."""
     # mkdir(parents=True) would give the parents the default mode, not this one.

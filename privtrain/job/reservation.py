@@ -254,7 +254,12 @@ class BudgetReservation:
         for canary in canaries:
             if canary.is_invented:  # nobody's budget
                 totals.pop(canary.user, None)
-        return {self._registry.pseudonym(user): total for user, total in totals.items()}
+        found: dict[str, tuple[int, int]] = {}
+        for user, (num_steps, num_records) in totals.items():
+            name = self._registry.pseudonym(user)  # one for all Unicode forms of an id
+            steps, records = found.get(name, (0, 0))
+            found[name] = (steps + num_steps, records + num_records)
+        return found
 
 
 def refund_run(run_path: pathlib.Path, url: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import unicodedata
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -84,8 +85,11 @@ class Registry:
         self.database.prepare()
 
     def pseudonym(self, user: str) -> str:
-        """Return a user's pseudonym, the same in all runs of this registry."""
-        return pseudonym(self.database.key(), user)
+        """Return a user's pseudonym, the same in all runs of this registry and for all Unicode forms of an id.
+
+        Who opts out may type an accented letter as one character that the data hold as two.
+        """
+        return pseudonym(self.database.key(), unicodedata.normalize("NFC", user))
 
     def set_budget(
         self,

@@ -8,6 +8,7 @@ manifest) from elsewhere, or a signature, can check a bundle without the ledger.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,10 +17,11 @@ import pathlib
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from privtrain.errors import PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
+from privtrain.files.reading import MAX_BYTES
 from privtrain.run.directory import RunDirectory
 
 SCHEMA = "privtrain/release/1"
@@ -133,11 +135,34 @@ def sha256_of(path: pathlib.Path) -> str:
     Raises:
         OSError: if it cannot be read or is a pipe, a device or a directory.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("is not a regular file")
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_of(path: pathlib.Path) -> str:
+    """Return the text of a file that somebody published.
+
+    Raises:
+        OSError: as of :func:`sha256_of`, and if it is larger than any that is published.
+        ValueError: if it is not UTF-8.
+    """
+    with _opened(path) as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(f"has more than {MAX_BYTES} bytes")
+    return content.decode("utf-8")
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Open a regular file, also behind a link, as in the hub's cache; a pipe in its place must not hold us up."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError("is not a regular file")
+    with open(descriptor, "rb") as file:
+        yield file
 
 
 def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterator[str]:
@@ -210,7 +235,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
     """
     path = directory / NAME
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = text_of(path)
         content = strict_json.loads(text)
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise ValueError(f"it is not of schema {SCHEMA!r}")
@@ -226,7 +251,9 @@ def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
     except FileNotFoundError:
         raise VerificationFailed([f"{NAME} is missing"], directory) from None
     except (OSError, ValueError) as error:
-        raise VerificationFailed([f"{NAME} cannot be used: {error}"], directory) from None
+        raise VerificationFailed(
+            [f"{NAME} cannot be used: {getattr(error, 'strerror', None) or error}"], directory
+        ) from None
     return manifest, place
 
 

@@ -34,7 +34,7 @@ def read_description(directory: pathlib.Path) -> dict[str, Any]:
         VerificationFailed: if it is missing, or not in the one form in which it is written.
     """
     try:
-        text = (directory / NAME).read_bytes().decode("utf-8")
+        text = bundle.text_of(directory / NAME)
         content = strict_json.loads(text)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"it is not of schema {SCHEMA!r}")

@@ -498,7 +498,9 @@ def test_a_release_that_never_reserved_is_told(private_tree, tmp_path, registry,
         start(private_tree, tmp_path)
     private_tree["registry"] = section
     start(private_tree, tmp_path)
-    assert "is charged to none of its budgets" in " ".join(capsys.readouterr().out.split())
+    assert "it is charged in full now" in " ".join(capsys.readouterr().out.split())
+    (view,) = views.runs(registry.database)
+    assert (view.state, view.num_charged) == ("closed", view.num_reserved)
 
 
 def test_the_lease_is_renewed_while_training(private_tree, tmp_path, registry, monkeypatch):

@@ -229,3 +229,18 @@ def test_no_step_is_taken_before_the_registry_knows_the_ledger(monkeypatch):
     held.check()
     registry.num_left = 5
     held.check()
+
+
+def test_a_user_opts_out_in_whatever_unicode_form(registry):
+    """The data may hold an accented letter as two characters."""
+    registry.forget(registry.pseudonym("Ren\u00e9e"))
+    assert registry.pseudonym("Rene\u0301e") in registry.opted_out(registry.reserve(request("run")))
+
+
+def test_unicode_forms_of_one_id_add_up(monkeypatch):
+    held = held_by(types.SimpleNamespace(pseudonym=lambda user: user.replace("e\u0301", "\u00e9")))
+    held._inputs.run = types.SimpleNamespace(manifest=pathlib.Path("nowhere"))  # pyright: ignore[reportAttributeAccessIssue]
+    held._inputs.corpus = held._inputs.plan = None  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(budget, "plant", lambda *_: None)
+    monkeypatch.setattr(budget, "contributions_of", lambda *_: {"\u00e9": (2, 3), "e\u0301": (4, 5), "b": (1, 1)})
+    assert held._contributions() == {"\u00e9": (6, 8), "b": (1, 1)}

@@ -535,6 +535,73 @@ def test_pipe_link_and_directory_in_place_of_a_file_are_named(finished):
         check_released(finished)
 
 
+PUBLISHED = ["release.json", "privacy.json", "metrics.jsonl", "config.yaml", "adapter/README.md"]
+
+
+def put_in_place(path: pathlib.Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)  # sparse: a terabyte that takes no room
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_pipe_or_device_holds_no_verification_up(finished, name, kind):
+    put_in_place(finished / name, kind)
+    with pytest.raises(VerificationFailed, match=rf"{name} (cannot be used|cannot be read).*is not a regular file"):
+        verify_directory(finished)
+
+
+def test_sparse_manifest_does_not_fill_the_memory(finished, monkeypatch):
+    monkeypatch.setattr(bundle, "MAX_BYTES", 1 << 20)
+    put_in_place(finished / "release.json", "sparse")
+    with pytest.raises(VerificationFailed, match="has more than 1048576 bytes"):
+        verify_directory(finished)
+
+
+def test_mutant_that_opens_whatever_is_there_reads_a_device(finished, monkeypatch):
+    put_in_place(finished / "release.json", "pipe")
+    (finished / "release.json").unlink()
+    (finished / "release.json").symlink_to("/dev/null")
+    monkeypatch.setattr(bundle, "text_of", lambda path: path.read_text())
+    with pytest.raises(VerificationFailed) as caught:
+        verify_directory(finished)
+    assert "regular file" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [os.link, os.symlink])
+def test_run_whose_released_directory_lies_elsewhere_is_told(finished, tmp_path, kind):
+    """The weights could be changed after they were verified, by whoever owns the place that the link leads to."""
+    if kind is os.symlink:
+        (finished / "adapter").rename(tmp_path / "elsewhere")
+        (finished / "adapter").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(VerificationFailed, match="adapter is not part of the release"):
+            verify_directory(finished)
+    else:
+        os.link(finished / "adapter" / "README.md", tmp_path / "second name")
+        verify_directory(finished)  # the content is what counts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adapter/pytorch_model.bin", "adapter/modeling_x.py", "adapter/ADAPTER_CONFIG.json", "adapter/.cache/x.py"),
+        *("adapter/readme.md", "adapter/re\u0301lease.json", "adapter/run/release.json", "model.safetensors"),
+        *("LICENSE/evil.py", ".git", "adapter/.gitignore/x.bin", "adapter/adapter_model.safetensors.index.json"),
+    ],
+)
+def test_file_that_a_library_might_load_is_named_wherever_it_hides(finished, name):
+    (finished / name).parent.mkdir(parents=True, exist_ok=True)
+    (finished / name).write_bytes(b"x")
+    with pytest.raises(VerificationFailed, match=f"{re.escape(bundle.printable(name))} is not part of the release"):
+        verify_directory(finished)
+
+
 def test_release_of_links_to_its_files_verifies(places, tmp_path):
     """A hub's cache keeps a model as links to blobs."""
     for name in bundle.files_under(places["adapter"]):
