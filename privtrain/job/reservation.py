@@ -40,6 +40,7 @@ from privtrain.registry.database import registry_url
 from privtrain.registry.requests import Reservation, RunRequest
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Settled
+from privtrain.registry.views import populations_shared_with
 from privtrain.run.directory import RunDirectory
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
@@ -198,6 +199,12 @@ class BudgetReservation:
             return
         if outcome in _WARNINGS:
             say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
+        shared = populations_shared_with(self._registry.database, self._uid)
+        if shared:
+            say(
+                f"[yellow]warning[/]: users of this run are also in the population {' and '.join(map(repr, shared))}: "
+                "what they lose there and here adds up, and no budget counts both: give the data sets one --population"
+            )
         for problem in contradictions(run, shown):
             say(
                 f"[yellow]warning[/]: {run.privacy}: {problem}; the charge is what the ledger shows. See: privtrain "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+import sqlalchemy.orm
 
 from privtrain.registry import clock, spending
 from privtrain.registry.database import Database
@@ -16,6 +17,7 @@ from privtrain.registry.store import active_budgets, charges
 from privtrain.registry.tables import (
     Contribution,
     Dataset,
+    DatasetVersion,
     Mechanism,
     OptOut,
     Population,
@@ -175,6 +177,29 @@ def user(database: Database, pseudonym: str) -> UserView:
         ),
         unfinished=tuple(_run_view(row, now) for row in database.read(lambda c: c.execute(unfinished).all())),
     )
+
+
+def populations_shared_with(database: Database, uid: str) -> list[str]:
+    """Return the other populations that hold a user of a settled run: their budgets do not know of each other."""
+    population_of = (
+        sa.select(Run.id, Run.uid, Dataset.population_id)
+        .join(DatasetVersion, DatasetVersion.id == Run.dataset_version_id)
+        .join(Dataset, Dataset.id == DatasetVersion.dataset_id)
+    )
+    own, other = population_of.subquery(), population_of.subquery()
+    ours, theirs = sa.orm.aliased(Contribution), sa.orm.aliased(Contribution)
+    chosen = (
+        sa.select(Population.name)
+        .distinct()
+        .select_from(own)
+        .join(ours, ours.run_id == own.c.id)
+        .join(theirs, theirs.user_pseudonym == ours.user_pseudonym)
+        .join(other, sa.and_(other.c.id == theirs.run_id, other.c.population_id != own.c.population_id))
+        .join(Population, Population.id == other.c.population_id)
+        .where(own.c.uid == uid)
+        .order_by(Population.name)
+    )
+    return list(database.read(lambda c: c.execute(chosen).scalars().all()))
 
 
 def _run_columns() -> sa.Select[*tuple[Any, ...]]:

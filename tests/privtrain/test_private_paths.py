@@ -9,14 +9,18 @@ import stat
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from attacks.coins.prepare import prepare
+from privtrain.backends.local import LocalBackend
 from privtrain.data import index
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
 from privtrain.files import private as private_paths
 from privtrain.files.atomic import write_atomically
 from privtrain.files.private import check_private_directory, make_private_directory
+from privtrain.inputs import load_checked, read_inputs
 from privtrain.job import train as job
+from privtrain.job.claim import claimed
 from privtrain.job.train import train
 from privtrain.privacy.secret import load_key_file
 from privtrain.registry.database import KEY_VARIABLE
@@ -380,3 +384,16 @@ def test_without_its_check_each_planted_directory_is_used(tmp_path, monkeypatch,
     monkeypatch.setattr(private_paths, "_OTHERS", 0)
     monkeypatch.setattr(private_paths, "_check_owner", lambda *_: None)
     check_private_directory(tmp_path / "secret")
+
+
+def test_a_run_that_lay_open_is_closed_when_it_goes_on(tree, tmp_path, monkeypatch):
+    """As an earlier version left it: others could see when ``metrics.jsonl`` grows."""
+    inputs = read_inputs(load_checked(write_config(tree, tmp_path / "c.yaml")))
+    for is_mutant in (False, True):
+        with claimed(inputs, LocalBackend(torch.device("cpu"))):
+            pass
+        inputs.run.root.chmod(0o755)
+        if is_mutant:
+            monkeypatch.setattr(RunDirectory, "hide", lambda _: None)
+        with claimed(inputs, LocalBackend(torch.device("cpu"))):
+            assert (inputs.run.root.stat().st_mode & 0o077 == 0) is not is_mutant

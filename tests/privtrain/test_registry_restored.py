@@ -244,3 +244,19 @@ def test_unicode_forms_of_one_id_add_up(monkeypatch):
     monkeypatch.setattr(budget, "plant", lambda *_: None)
     monkeypatch.setattr(budget, "contributions_of", lambda *_: {"\u00e9": (2, 3), "e\u0301": (4, 5), "b": (1, 1)})
     assert held._contributions() == {"\u00e9": (6, 8), "b": (1, 1)}
+
+
+def test_users_who_are_in_two_populations_are_told(registry):
+    """Under another name the same people have a second budget."""
+    registry.set_budget("renamed", epsilon=8, delta=1e-6)
+    people = {f"{number:032x}": (1, 1) for number in range(3)}
+    for uid, dataset, users in (
+        ("first", DATASET, people),
+        ("again", DATASET, people),
+        ("other", "renamed", {"e" * 32: (1, 1)}),
+        ("alias", "renamed", {"f" * 32: (1, 1), f"{2:032x}": (1, 1)}),
+    ):
+        registry.reserve(request(uid, dataset=dataset))
+        registry.settle(uid, dataclasses.replace(AT_THE_END, head=uid), contributions=users)
+    found = {uid: views.populations_shared_with(registry.database, uid) for uid in ("first", "again", "other", "alias")}
+    assert found == {"first": ["renamed"], "again": ["renamed"], "other": [], "alias": [DATASET]}
