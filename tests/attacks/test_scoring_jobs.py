@@ -90,7 +90,11 @@ def test_a_killed_job_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
     (run / SIGNALS_PATH).unlink()
     score_run(run)
     assert (run / SIGNALS_PATH).read_bytes() == resumed
-    assert {path.name for path in (run / "secret/attack").iterdir()} == {"signals.parquet", "signals.json"}
+    assert {path.name for path in (run / "secret/attack").iterdir()} == {
+        ".signals.lock",
+        "signals.parquet",
+        "signals.json",
+    }
 
 
 def test_parts_of_other_settings_are_not_taken_over(tree, tmp_path):
