@@ -226,7 +226,7 @@ def test_a_scoring_killed_anywhere_goes_on_to_the_same_bytes(run, monkeypatch):
         expected = expected or path.read_bytes()
         assert path.read_bytes() == expected
         assert {item.name for item in path.parent.iterdir()} <= {
-            *("signals.parquet", "signals.json", "per_user.parquet", "per_user.json"),
+            *(".signals.lock", "signals.parquet", "signals.json", "per_user.parquet", "per_user.json"),
         }
     assert path.read_bytes() == expected
     assert count >= 8, "parts, their records, the signals and their record"
