@@ -501,7 +501,7 @@ def test_a_policy_cannot_be_met_by_editing(run):
 
 def test_the_configuration_must_be_the_published_one(run):
     path = run / "secret" / "config.yaml"
-    path.write_text(path.read_text().replace("held_out_fraction: 0.3", "held_out_fraction: 0.5"))
+    path.write_text(path.read_text().replace("held_out_fraction: 0.5", "held_out_fraction: 0.3"))
     refused(lambda: score_run(run, OPTIONS), "config.yaml")
 
 
