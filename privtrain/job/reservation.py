@@ -14,6 +14,8 @@ import secrets
 import threading
 from collections.abc import Iterator
 
+from rich.markup import escape
+
 from privtrain.backends import Backend
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import without_users
@@ -199,16 +201,22 @@ class BudgetReservation:
             return
         if outcome in _WARNINGS:
             say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
-        shared = populations_shared_with(self._registry.database, self._uid)
-        if shared:
-            say(
-                f"[yellow]warning[/]: users of this run are also in the population {' and '.join(map(repr, shared))}: "
-                "what they lose there and here adds up, and no budget counts both: give the data sets one --population"
-            )
+        self._tell_of_shared_users()
         for problem in contradictions(run, shown):
             say(
                 f"[yellow]warning[/]: {run.privacy}: {problem}; the charge is what the ledger shows. See: privtrain "
                 f"ledger verify {run.root}"
+            )
+
+    def _tell_of_shared_users(self) -> None:
+        shared: list[str] = []
+        with contextlib.suppress(RegistryUnreachable):  # the run is settled all the same
+            shared = populations_shared_with(self._registry.database, self._uid)
+        if shared:
+            say(
+                "[yellow]warning[/]: users of this run are also in the population "
+                f"{escape(' and '.join(map(repr, shared)))}: what they lose there and here adds up, and no budget "
+                "counts both; give the data sets one --population"
             )
 
     def refund_if_unstarted(self) -> None:
