@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
+import json
 import pathlib
 from fractions import Fraction
 
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy import stats
 
+from attacks.analysis.verdict import epsilon_at
+from privtrain.commands.verify import verify_directory
 from privtrain.errors import GuaranteeLost, LedgerCorrupt
 from privtrain.job.train import train
 from privtrain.ledger.log import verify
@@ -23,12 +28,17 @@ from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.fixed_point import grid_exponent
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import bind, chained_noise
+from privtrain.run.consistency import statement_faults
+from privtrain.run.statement import PrivacyStatement
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
+from tests.privtrain.cells import Cell, make_backend, make_trainer
 from tests.privtrain.ledgers import KEY as LEDGER_KEY
 from tests.privtrain.test_replay import nudge_sums_from, run_until_killed, state_of
+from tests.ranks import run_on_ranks
 
 NORM = 0.3
 EXPONENT = grid_exponent(NORM)
@@ -225,6 +235,63 @@ def test_resumed_run_has_the_noise_of_the_undisturbed_one(banded, tmp_path, monk
     train(write_config(banded, tmp_path / "whole.yaml"))
     one, other = adapter(tmp_path, "tiny"), adapter(tmp_path, "whole")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _histories(name: str, directory: pathlib.Path, cell: Cell) -> list[bool]:
+    """Whether a rank's history, drawn again from commitments, is the one that its two steps left."""
+    trained, commitments = make_trainer(make_backend(name), directory, cell), []
+    release = trained.release
+
+    def keep(*arguments, **named):
+        released = release(*arguments, **named)
+        commitments.append(released.commitment)
+        return released
+
+    trained.release = keep
+    for step in range(2):
+        trained.train_step(step)
+    resumed = make_trainer(make_backend(name), directory, cell)
+    resumed._past = commitments
+    resumed._recall(2)
+    one, other = trained._history, resumed._history
+    assert one is not None
+    assert other is not None
+    assert bool(one._last.any()) or not one._last.numel()
+    return [torch.equal(one._last, other._last), trained._previous == resumed._previous, one.num_steps == 2]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["ddp", "zero1"])
+def test_history_on_two_ranks_is_drawn_again_bit_by_bit(tiny_llama, name):
+    cell = Cell(sampling_prob=0.3, num_bands=3)
+    assert run_on_ranks(2, _histories, name, tiny_llama, cell) == [[True] * 3] * 2
+
+
+def test_released_banded_run_verifies_and_its_cap_is_the_plans(banded, tmp_path):
+    """Statement, card, ledger and the attack job's bound say one thing; a statement of other bands is refused."""
+    del banded["privacy"]["insecure_seed"]
+    banded["privacy"] |= {"num_bands": "auto", "noise_multiplier": None, "target_epsilon": 6.0, "sampling_prob": 0.1}
+    train(write_config(banded, tmp_path / "run.yaml"))
+    run = tmp_path / "runs" / "tiny"
+    assert "every file by SHA-256" in verify_directory(run).checked
+    statement = json.loads((run / "privacy.json").read_text())
+    plan = PrivacyPlan.from_body(statement["plan"])
+    assert plan.correlated is not None
+    bands = plan.correlated.num_bands
+    assert statement["mechanism"]["strategy"]["num_bands"] == bands == state_of(tmp_path, "tiny").num_groups
+    assert f"noise correlated over {bands} steps" in (run / "adapter" / "README.md").read_text()
+    assert epsilon_at(PrivacyStatement.model_validate(statement), plan.delta) == pytest.approx(plan.epsilon, rel=1e-3)
+    for path, value in (
+        (("mechanism", "strategy", "num_bands"), bands + 1),
+        (("mechanism", "strategy", "column_norm"), 1.0),
+        (("sampling", "num_bands"), 2 * bands),
+        (("plan", "strategy", "coefficients"), [1.0]),
+        (("plan", "strategy", "coefficients"), [*plan.correlated.coefficients[:-1], 0.0]),
+    ):
+        forged = copy.deepcopy(statement)
+        *parents, last = path
+        functools.reduce(lambda node, key: node[key], parents, forged)[last] = value
+        assert statement_faults(forged), path
 
 
 def forgetful(recall):
