@@ -20,10 +20,7 @@ if TYPE_CHECKING:
         calibrate_count,
         calibrate_noise,
         calibrate_noise_multiplier,
-        calibrate_num_records,
-        calibrate_num_steps,
         calibrate_probability,
-        calibrate_sampling_prob,
     )
     from accountants.events import (
         adaptive_clipping_noise,
@@ -46,10 +43,7 @@ _HOME = {
         "calibrate_count",
         "calibrate_noise",
         "calibrate_noise_multiplier",
-        "calibrate_num_records",
-        "calibrate_num_steps",
         "calibrate_probability",
-        "calibrate_sampling_prob",
     ),
     "events": (
         "adaptive_clipping_noise",
@@ -79,10 +73,7 @@ __all__ = [
     "calibrate_count",
     "calibrate_noise",
     "calibrate_noise_multiplier",
-    "calibrate_num_records",
-    "calibrate_num_steps",
     "calibrate_probability",
-    "calibrate_sampling_prob",
     "certified_upper",
     "delta",
     "dp_sgd_event",

@@ -4,8 +4,9 @@ A cheap certified guide (:mod:`accountants.methods.tilted` at a loose tolerance)
 will be quoted then confirms it, in one to three evaluations, and the last step is always rounding to the safe side: the
 returned value was itself evaluated and spends at most the target.
 
-Every function takes a family of events (any sampler, several phases) or builds one of Poisson-sampled steps, and any
-neighbouring relation; the accountant is by default the one that fits (:func:`accountants.registry.fitting`).
+Every function takes a family of events (any sampler, several phases) and any neighbouring relation, but
+:func:`calibrate_noise_multiplier`, which builds Poisson-sampled steps. The accountant is by default the one that fits
+(:func:`accountants.registry.fitting`).
 """
 
 # pyright: strict, reportMissingTypeStubs=false
@@ -22,7 +23,6 @@ from accountants.methods.tilted import TiltedAccountant
 from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant, UnsupportedEventError
 from accountants.registry import fitting, get_accountant
-from accountants.units import group_event
 
 NeighboringRelation = dp_accounting.NeighboringRelation
 
@@ -108,74 +108,6 @@ def calibrate_noise(
         lambda i: judge.allows(round(i * step, DECIMALS)), math.ceil(find(target_epsilon) / step - 1e-9)
     )
     return round(index * step, DECIMALS)
-
-
-def calibrate_num_steps(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    sampling_prob: float,
-    accountant: str | None = None,
-    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-) -> int:
-    """Return the largest number of steps that stays within the target; see :func:`calibrate_count`."""
-    return calibrate_count(
-        lambda n: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=int(n)),
-        name="num_steps",
-        target_epsilon=target_epsilon,
-        target_delta=target_delta,
-        accountant=accountant,
-        relation=relation,
-    )
-
-
-def calibrate_num_records(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    sampling_prob: float,
-    num_steps: int,
-    accountant: str | None = None,
-) -> int:
-    """The largest number k of records per user for which record-level sampling protects a user within the target.
-
-    The user's k records are Poisson-sampled one by one and clipped one by one; the exact mixture of Gaussians decides
-    (:func:`accountants.units.group_event`), for add-or-remove-one of the user.
-
-    Raises:
-        CalibrationError: if even one record exceeds the target, or 1024 do not.
-    """
-    return calibrate_count(
-        lambda k: group_event(
-            noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, num_steps=num_steps, num_records=int(k)
-        ),
-        name="num_records",
-        target_epsilon=target_epsilon,
-        target_delta=target_delta,
-        accountant=accountant,
-        largest=1024,
-    )
-
-
-def calibrate_sampling_prob(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    noise_multiplier: float,
-    num_steps: int,
-    accountant: str | None = None,
-    relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-) -> float:
-    """Return the largest Poisson sampling probability within the target; see :func:`calibrate_probability`."""
-    return calibrate_probability(
-        lambda q: dp_sgd_event(noise_multiplier=noise_multiplier, sampling_prob=q, num_steps=num_steps),
-        target_epsilon=target_epsilon,
-        target_delta=target_delta,
-        accountant=accountant,
-        relation=relation,
-    )
 
 
 def calibrate_probability(

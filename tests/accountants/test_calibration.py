@@ -26,16 +26,18 @@ def test_the_mnli_noise_is_a_tenth_of_a_percent_from_the_best():
 
 def test_every_parameter_can_be_found():
     target = {"target_epsilon": 2.0, "target_delta": 1e-5, "accountant": "tilted"}
-    steps = accountants.calibrate_num_steps(noise_multiplier=1.0, sampling_prob=0.01, **target)
-    prob = accountants.calibrate_sampling_prob(noise_multiplier=1.0, num_steps=1000, **target)
-    records = accountants.calibrate_num_records(noise_multiplier=4.0, sampling_prob=0.01, num_steps=1000, **target)
+    group = {"noise_multiplier": 4.0, "sampling_prob": 0.01, "num_steps": 1000}
+    steps = accountants.calibrate_count(lambda n: dp_sgd(0.01, 1.0, int(n)), name="num_steps", **target)
+    prob = accountants.calibrate_probability(lambda q: dp_sgd(q, 1.0, 1000), **target)
+    records = accountants.calibrate_count(
+        lambda k: group_event(num_records=int(k), **group), name="num_records", largest=1024, **target
+    )
 
     def spent(event):
         return accountants.epsilon(event, 1e-5, accountant="tilted").upper
 
     assert spent(dp_sgd(0.01, 1.0, steps)) <= 2.0 < spent(dp_sgd(0.01, 1.0, round(1.01 * steps)))
     assert spent(dp_sgd(prob, 1.0, 1000)) <= 2.0 < spent(dp_sgd(1.005 * prob, 1.0, 1000))
-    group = {"noise_multiplier": 4.0, "sampling_prob": 0.01, "num_steps": 1000}
     assert (
         spent(group_event(num_records=records, **group)) <= 2.0 < spent(group_event(num_records=records + 1, **group))
     )
