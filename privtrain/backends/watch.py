@@ -34,12 +34,7 @@ _COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "b
 
 
 class Watch:
-    """One rank's part in the watch. All ranks must make it, and close it, at the same place.
-
-    Args:
-        backend: this rank's view of the job.
-        timeout_seconds: silence after which a rank is lost.
-    """
+    """One rank's part in the watch. All ranks must make it, and close it, at the same place."""
 
     def __init__(self, backend: Backend, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds

@@ -23,12 +23,7 @@ INDEX_SCHEMA = "privtrain/noised-sums/1"
 
 
 class NoisedSums:
-    """Writes the sums of a run; rank 0 alone holds one.
-
-    Args:
-        run: the run.
-        layout: of the sums.
-    """
+    """Writes the sums of a run; rank 0 alone holds one."""
 
     def __init__(self, run: RunDirectory, layout: Layout) -> None:
         self._run, self._layout = run, layout
@@ -47,11 +42,7 @@ class NoisedSums:
         write_atomically(self._run.noised_sum(step), buffer.getvalue(), mode=0o600)
 
     def seal(self, num_steps: int) -> None:
-        """Write the sealed list of the sums that are there.
-
-        Args:
-            num_steps: of the run.
-        """
+        """Write the sealed list of the sums that are there."""
         steps = [step for step in range(num_steps) if self._run.noised_sum(step).exists()]
         facts = {
             "schema": INDEX_SCHEMA,

@@ -103,14 +103,7 @@ def decide(
 
 
 def next_generation(state: LedgerState, *, num_steps: int, step: int, period: int = 1) -> Continuation:
-    """Continue from ``step`` with a fresh secret; started steps stay charged, in whole epochs of each generation.
-
-    Args:
-        state: the verified ledger.
-        num_steps: charged steps that the plan allows.
-        step: steps behind the model.
-        period: see :func:`decide`.
-    """
+    """Continue from ``step`` with a fresh secret; started steps stay charged, in whole epochs of each generation."""
     num_charged = sum(-(-count // period) * period for count in _steps_by_generation(state).values())
     num_abandoned = sum(entry.step >= step for entry in state.path)
     return Continuation(state.generation + 1, step, step + max(0, num_steps - num_charged), 0, num_abandoned, step)

@@ -205,13 +205,7 @@ class Ledger:
         return self.state.head
 
     def release(self, epsilon: float | None, delta: float, manifest: ReleaseManifest) -> None:
-        """Record the release of the model: the last record of a log.
-
-        Args:
-            epsilon: ε, as in the statement; ``None`` where it is infinite.
-            delta: δ.
-            manifest: what is released; it quotes the head that :meth:`prepare_release` gave.
-        """
+        """Record the release of the model, whose manifest quotes the head of :meth:`prepare_release`: the last record."""
         self._append(
             "release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged, manifest=manifest.body
         )

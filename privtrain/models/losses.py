@@ -66,15 +66,7 @@ class Classification(Objective):
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, *, num_labels: int, pad_id: int, is_pair: bool) -> Classification:
-        """Return the objective of a model: the second text is marked where the model has segments for it.
-
-        Args:
-            model: a sequence classifier, with or without an adapter.
-            tokenizer: the model's.
-            num_labels: number of labels.
-            pad_id: the padding token.
-            is_pair: whether records hold two texts.
-        """
+        """Return the objective of a model: the second text is marked where the model has segments for it."""
         has_segments = is_pair and getattr(model.config, "type_vocab_size", 0) > 1
         return cls(num_labels, pad_id, tokenizer.sep_token_id if has_segments else None)
 

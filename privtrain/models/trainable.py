@@ -40,11 +40,6 @@ _HEADS = ("classifier", "score", "classification_head")
 def make_trainable(base: PreTrainedModel, config: Config, init_seed: int) -> torch.nn.Module:
     """Return the model to train.
 
-    Args:
-        base: the frozen base model.
-        config: names the method and its settings.
-        init_seed: public seed of new tensors.
-
     Raises:
         ConfigError: if the model has nothing of the kind to train.
     """

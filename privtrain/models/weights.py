@@ -39,15 +39,7 @@ class ClassifierHead:
 
 
 class BaseSource:
-    """A base model that can be had whole, empty, or in parts.
-
-    Args:
-        model: which one.
-        dtype: what its weights are held in.
-        head: for a classifier.
-        method: what will be trained of it, see ``training.method``.
-        lora: the adapter, where the method is lora.
-    """
+    """A base model that can be had whole, empty, or in parts."""
 
     def __init__(
         self,

@@ -452,10 +452,6 @@ def check_step_size(scheme: Scheme, num_units: float) -> None:
 
     A draw's size spreads by at most √MAX_UNITS = 1448 about the expected one, and an overflow needs twice MAX_UNITS.
 
-    Args:
-        scheme: how units are drawn.
-        num_units: training units, or how many are expected.
-
     Raises:
         ConfigError: naming the key that decides.
     """

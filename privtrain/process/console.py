@@ -26,13 +26,6 @@ class Progress:
 
     Speed is in the units that the plan expects a step to draw. How many were drawn is private, and so is how many
     tokens they had.
-
-    Args:
-        start: steps already done.
-        total: steps in all.
-        visible: false on every rank but the first.
-        units_per_step: expected, of the plan.
-        unit: what they are called.
     """
 
     def __init__(self, start: int, total: int, visible: bool, *, units_per_step: float, unit: str) -> None:

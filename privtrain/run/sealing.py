@@ -25,12 +25,7 @@ _PURPOSE = "sealed file"
 
 
 def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> str:
-    """Return the seal that a body has at a place in a run.
-
-    Args:
-        run: the run, whose root key seals.
-        path: the file, in the run directory.
-        body: JSON; its own seal, if it is there, is left out.
+    """Return the seal, under the root key, that a body (less its own seal, if it has one) has at a place in a run.
 
     Raises:
         GuaranteeLost: if the run's root key is gone.

@@ -58,12 +58,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """A complete cell.
-
-    Attributes:
-        cell: which.
-        run: its run directory; several cells have the same one where their jobs are the same.
-    """
+    """A complete cell; several have the same run directory where their jobs are the same."""
 
     cell: Cell
     run: pathlib.Path

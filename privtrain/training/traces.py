@@ -45,12 +45,7 @@ _WORD_BYTES, _NUM_WORDS, _STEP = 8, 1 << 20, 6364136223846793005
 
 
 def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, object]:
-    """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots.
-
-    Args:
-        model: whose modules are walked.
-        parameters: name and value of what this rank holds of each parameter.
-    """
+    """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots."""
     found: dict[str, object] = {}
     walker = _Walker({id(module) for module in model.modules()}, found)
     for name, module in model.named_modules():
