@@ -205,7 +205,7 @@ class Ledger:
         return self.state.head
 
     def release(self, epsilon: float | None, delta: float, manifest: ReleaseManifest) -> None:
-        """Record the release of the model, whose manifest quotes the head of :meth:`prepare_release`: the last record."""
+        """Record the release, whose manifest quotes the head of :meth:`prepare_release`, as the last record."""
         self._append(
             "release", epsilon=epsilon, delta=delta, num_charged=self.state.num_charged, manifest=manifest.body
         )
