@@ -260,3 +260,16 @@ def test_users_who_are_in_two_populations_are_told(registry):
         registry.settle(uid, dataclasses.replace(AT_THE_END, head=uid), contributions=users)
     found = {uid: views.populations_shared_with(registry.database, uid) for uid in ("first", "again", "other", "alias")}
     assert found == {"first": ["renamed"], "again": ["renamed"], "other": [], "alias": [DATASET]}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_settlement_tells_of_shared_users_or_stands_all_the_same(monkeypatch, capsys, answers):
+    def shared(*_: object) -> list[str]:
+        if not answers:
+            raise RegistryUnreachable("no answer")
+        return ["[red]others"]
+
+    monkeypatch.setattr(budget, "populations_shared_with", shared)
+    held_by(types.SimpleNamespace(database=None))._tell_of_shared_users()
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("are also in the population '[red]others'" in told) is answers
