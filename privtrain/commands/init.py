@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from privtrain.commands.starting_point import plan_for, rounded
 from privtrain.config.commented import commented_yaml
@@ -24,6 +25,7 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
 from privtrain.inputs import check_inputs
 from privtrain.models.load import load_tokenizer
+from privtrain.process.console import say
 
 _NUM_ROWS = 1000
 _MOST_LABELS = 50
@@ -109,6 +111,9 @@ def write_config(
         f"Next: privtrain preview {output}; privtrain plan {output}; privtrain train {output}"
     )
     write_atomically(output, commented_yaml(guessed.tree, head, guessed.notes))
+    for dotted, note in guessed.notes.items():
+        section, key = dotted.split(".")
+        say(escape(f"{dotted}: {guessed.tree[section].get(key)}   # {note}"))
     return validate(guessed.tree, str(output))
 
 

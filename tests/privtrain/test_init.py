@@ -68,13 +68,16 @@ def test_without_a_users_column_nothing_is_guessed(tmp_path):
         guess_columns(path, "nobody")
 
 
-def test_what_is_written_is_complete_commented_and_checked(tmp_path, monkeypatch):
+def test_what_is_written_is_complete_commented_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tokenizer(save_base(tmp_path / "m"), TEMPLATE)
     write_jsonl(tmp_path / "chats.jsonl", CHATS)
     output = tmp_path / "privtrain.yaml"
     written = write_config("m", [tmp_path / "chats.jsonl"], output)
     assert load_config(output) == written
+    shown = capsys.readouterr().out
+    assert "data.user_column: customer_id   # Guessed: 40 ids in the first 120 rows" in shown
+    assert "data.format: chat   # Guessed: messages holds lists of turns" in shown
     assert written.data.max_length % 64 == 0
     assert written.data.max_length <= 128
     text = output.read_text()
