@@ -72,6 +72,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
             "num_evaluation_records": 0,
         }
         tree.pop("canaries", None)
+        tree.pop("audit", None)
         tree.pop("release", None)  # nobody publishes a shadow
         tree["tracking"] = {**tree.get("tracking", {}), "wandb": False}
         if tree["privacy"].get("insecure_seed") is not None:

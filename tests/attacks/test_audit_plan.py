@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from accountants.methods import gdp
-from attacks.analysis.audit import Coins, Guess, correct_guesses, one_run, power, telling_guesses
+from attacks.analysis.audit import Coins, Guess, correct_guesses, one_run, planning, power, telling_guesses
 from attacks.cli import app
 from attacks.errors import AttackInputError
 from tests.conftest import write_config
@@ -77,6 +77,13 @@ def test_the_command_reads_the_claim_of_a_configuration(tree, tmp_path):
     assert "canaries" in shown.stdout
     assert "ceiling" in shown.stdout
     assert "by the delta of the audit" in shown.stdout
+
+
+def test_every_kind_of_coins_counts_as_a_source(tree, tmp_path):
+    """The split's users, canaries of texts and gradient canaries share the error."""
+    tree["canaries"], tree["audit"] = {"num_users": 4, "num_gradient_users": 4}, {"keep_noised_sums": True}
+    found = planning.plan_of(write_config(tree, tmp_path / "c.yaml"), None, 1e-5)
+    assert found.significance == pytest.approx(0.05 / (3 * 2))
 
 
 def test_the_plan_says_that_delta_decides_the_ceiling():

@@ -214,7 +214,7 @@ def test_permuted_p_value_of_records_is_a_loop_over_choices_of_users(held_in, he
 
 
 def paired_counts(sizes, num_samples, kind="alike", seed=0, p_value=None):
-    """Two scores of the same users without any leak: independent of each other, correlated, tied or of other laws."""
+    """Two scores of the same users with equal AUROC: independent, correlated, tied, of other laws, with a leak."""
     rng, found = np.random.default_rng((*sizes, seed)), {"p": 0, "excludes 0": 0}
     for _ in range(num_samples):
         first, second = ([rng.normal(size=size) for size in sizes] for _ in range(2))
@@ -224,6 +224,10 @@ def paired_counts(sizes, num_samples, kind="alike", seed=0, p_value=None):
             first, second = ([np.round(side) for side in sides] for sides in (first, second))
         if kind == "other laws":
             second = [side**3 for side in second]
+        if kind == "leak":
+            first, second = ([sides[0] + 1.0, sides[1]] for sides in (first, second))
+        if kind == "leak, other spread":  # Φ(1 / √2) = Φ(√2.5 / √5)
+            first, second = [first[0] + 1.0, first[1]], [2.0 * second[0] + math.sqrt(2.5), second[1]]
         result = statistics.paired_difference(tuple(first), tuple(second))
         found["p"] += (result.p_value if p_value is None else p_value(first, second)) <= 0.05
         found["excludes 0"] += not result.interval.lower <= 0.0 <= result.interval.upper
@@ -261,7 +265,7 @@ def test_paired_differences_of_few_users_keep_the_level_short():
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("kind", ["alike", "correlated", "ties", "other laws"])
+@pytest.mark.parametrize("kind", ["alike", "correlated", "ties", "other laws", "leak", "leak, other spread"])
 @pytest.mark.parametrize("sizes", [*SIZES, (300, 300)], ids=str)
 def test_paired_differences_keep_the_level(sizes, kind):
     found = paired_counts(sizes, 1000, kind)
