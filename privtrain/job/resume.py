@@ -17,6 +17,10 @@ sum), see :mod:`privtrain.privacy.sum_digest`. From that follows how to go on:
   any case, also where nothing would be replayed. Not for the noise, which differs where sums do, but for the sample: a
   copy of the directory may be going on under the old environment, and steps of the two must not share a sample.
 
+* **Where noise is correlated** each commitment binds those before it, and the noise of steps gone by is drawn again
+  from them. A new generation is a mechanism of its own, without history; rounds that the one before began stay charged
+  whole.
+
 What the ledger cannot know: two copies that go on under one environment draw the same samples. Their noise differs
 where their sums do, but to release both is to release more about these samples than either statement says.
 
