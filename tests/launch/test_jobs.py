@@ -22,7 +22,7 @@ from tests.privtrain.ledgers import contents, drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
-NUM_STEPS = 30
+NUM_STEPS = 20
 
 
 @pytest.fixture(scope="module")

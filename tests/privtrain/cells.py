@@ -151,6 +151,8 @@ def run_cell(name: str, directory: pathlib.Path, cell: Cell, with_self_test: boo
     return trained(trainer)
 
 
-def run_cells(cells: list[tuple[str, Cell]], directory: pathlib.Path) -> list[dict[str, np.ndarray]]:
+def run_cells(
+    cells: list[tuple[str, Cell]], directory: pathlib.Path, with_self_test: bool
+) -> list[dict[str, np.ndarray]]:
     """Several cells in one process."""
-    return [run_cell(name, directory, cell) for name, cell in cells]
+    return [run_cell(name, directory, cell, with_self_test) for name, cell in cells]

@@ -148,7 +148,15 @@ def _labelled_rows():
             yield {"user": f"u{user}", "text": " ".join(["fir"] * size), "label": LABELS[size < 3]}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("encoder_model", "method"),
+    [
+        ("roberta", "lora"),
+        ("bert", "full"),
+        *[pytest.param(*case, marks=pytest.mark.campaign) for case in (("roberta", "full"), ("bert", "lora"))],
+    ],
+    indirect=["encoder_model"],
+)
 def test_a_classification_job_learns_its_labels_and_releases_the_head(tree, tmp_path, encoder_model, method):
     rows = list(_labelled_rows())
     rows.append({"user": "u0", "text": "x", "label": "neither"})
