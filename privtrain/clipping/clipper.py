@@ -49,7 +49,8 @@ _LARGEST_LENGTH = 1e38
 #: cancel by up to 1e-4. The rest of 1e-5 is for rounding of the factor (:mod:`.exact_sum`).
 _LONGER = 9e-6
 
-#: Per-unit gradients that the two-pass route keeps, as a share of the weights and the sum, which are held in any case.
+#: Per-unit gradients that the two-pass route keeps, as a share of the weights and one fp32 gradient: less than what is
+#: held in any case, and no more for a sum in int64 than for one in fp32.
 _KEPT_SHARE = 0.45
 #: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
 _MOSTLY_TRAINED = 0.5
@@ -266,7 +267,7 @@ class PerUnitClipper:
         if self._equal_passes or (self.route != "two_pass" and not is_auto):
             return math.inf
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        return _KEPT_SHARE * (weights + self.total.numel() * self.total.element_size())
+        return _KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
 
     def _refuse_reentrant(self) -> None:
         if self._checkpointing == "reentrant":
