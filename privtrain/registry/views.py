@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-import sqlalchemy.orm
+from sqlalchemy.orm import aliased
 
 from privtrain.registry import clock, spending
 from privtrain.registry.database import Database
@@ -187,7 +187,7 @@ def populations_shared_with(database: Database, uid: str) -> list[str]:
         .join(Dataset, Dataset.id == DatasetVersion.dataset_id)
     )
     own, other = population_of.subquery(), population_of.subquery()
-    ours, theirs = sa.orm.aliased(Contribution), sa.orm.aliased(Contribution)
+    ours, theirs = aliased(Contribution), aliased(Contribution)
     chosen = (
         sa.select(Population.name)
         .distinct()
