@@ -605,13 +605,14 @@ def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, 
     assert plan.correlated is not None
     stddev, faults = plan.fresh_noise_multiplier * plan.clipping_norm, []
     fresh = second.double() + plan.correlated.coefficients[1] * first.double()
-    for slot in layout.slots:
-        part = layout.view(fresh, slot).flatten()
+    # All together too: a small tensor alone shows little.
+    parts = [(f"tensor {slot.name!r}", layout.view(fresh, slot).flatten()) for slot in layout.slots]
+    for name, part in [*parts, ("all tensors", fresh)]:
         low, high = stats.chi2.interval(1 - _FALSE_ALARM, max(len(part), 1))
         if len(part) and not low * stddev**2 <= float(part.square().sum()) <= high * stddev**2:
             faults.append(
-                f"tensor {slot.name!r}: noise of a second step does not take back that of the first as the plan's "
-                "strategy says; report this"
+                f"{name}: noise of a second step does not take back that of the first as the plan's strategy says; "
+                "report this"
             )
     return faults
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from attacks.analysis.verdict import epsilon_at
+from privtrain.backends import LocalBackend
 from privtrain.commands.verify import verify_directory
-from privtrain.errors import GuaranteeLost, LedgerCorrupt
+from privtrain.errors import GuaranteeLost, LedgerCorrupt, SelfTestFailed
 from privtrain.job.train import train
 from privtrain.ledger.log import verify
 from privtrain.privacy import correlated
@@ -35,7 +36,7 @@ from privtrain.run.consistency import statement_faults
 from privtrain.run.statement import PrivacyStatement
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
-from tests.privtrain.cells import Cell, make_backend, make_trainer
+from tests.privtrain.cells import Cell, make_backend, make_trainer, self_test
 from tests.privtrain.ledgers import KEY as LEDGER_KEY
 from tests.privtrain.test_replay import nudge_sums_from, run_until_killed, state_of
 from tests.ranks import run_on_ranks
@@ -199,6 +200,21 @@ def test_noise_that_outgrows_its_integers_is_refused():
         history.advance(noise_of(step))
     with pytest.raises(GuaranteeLost, match="too large to be counted exactly"):
         [history.advance(noise_of(step)) for step in range(7, 20)]
+
+
+class ForgetsHistory(LocalBackend):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
+        return super().add_noise(total, layout, noise, exponent=exponent, stddev=stddev)
+
+
+def test_self_test_finds_noise_without_or_with_wrong_history(tiny_llama, monkeypatch):
+    cell, cpu = Cell(sampling_prob=0.3, num_bands=3), torch.device("cpu")
+    with pytest.raises(SelfTestFailed, match="different noise"):
+        self_test(make_trainer(ForgetsHistory(cpu), tiny_llama, cell))
+    taken_back = NoiseHistory._taken_back
+    monkeypatch.setattr(NoiseHistory, "_taken_back", lambda self, last: taken_back(self, -last))
+    with pytest.raises(SelfTestFailed, match="does not take back that of the first"):
+        self_test(make_trainer(LocalBackend(cpu), tiny_llama, cell))
 
 
 @pytest.fixture
