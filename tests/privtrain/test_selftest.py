@@ -523,6 +523,7 @@ def outcomes(directory, mutants) -> list[str]:
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("name", "planned"),
