@@ -21,6 +21,7 @@ from privtrain.privacy.sampling import DrawnUnit
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
 from privtrain.training.gradient_canaries import GradientCanaries
+from tests import jobs
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import make_clipper, tiny_lora
 
@@ -122,3 +123,23 @@ def test_noised_sums_are_kept_for_the_owner_alone(kept_run):
 def test_nothing_is_kept_unless_asked(tree, tmp_path):
     train(write_config(tree, tmp_path / "c.yaml"))
     assert not (tmp_path / "runs" / "tiny" / "secret" / "noised_sums").exists()
+
+
+@pytest.mark.dist
+def test_two_ranks_keep_the_same_sums_as_one(tree, tmp_path):
+    """Canaries are dealt to ranks; the exact sum and its noise do not know how."""
+    tree["canaries"], tree["audit"] = {"num_gradient_users": 12}, {"keep_noised_sums": True}
+    runs = []
+    for name in ("one", "two"):
+        tree["run"]["name"] = name
+        config = write_config(tree, tmp_path / f"{name}.yaml")
+        if name == "one":
+            train(config)
+        else:
+            done = jobs.run("privtrain", "train", config)
+            assert done.returncode == 0, done.output[-3000:]
+        runs.append(RunDirectory(tmp_path / "runs" / name))
+    first, second = ([np.load(run.noised_sum(step)) for step in range(4)] for run in runs)
+    for one, two in zip(first, second, strict=True):
+        assert one.any()
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * np.abs(one).max())
