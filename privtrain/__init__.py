@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
+# pyright: reportUnsupportedDunderAll=false
 __all__ = ["Run", "attack", "configure", "export", "open_run", "plan", "preview", "resume", "train", "verify"]
 
 

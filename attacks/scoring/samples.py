@@ -51,7 +51,8 @@ def write_samples(
         )
     tokenizer, model = load_tokenizer(config.model), load_base(config.model).eval()
     generator = torch.Generator().manual_seed(seed)
-    num_ids = int(model.get_input_embeddings().num_embeddings)
+    embeddings: Any = model.get_input_embeddings()
+    num_ids = int(embeddings.num_embeddings)
     banned = [*tokenizer.all_special_ids, *range(len(tokenizer), num_ids)]
     found: dict[str, None] = {}
     for _ in range(_MOST_ROUNDS):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from privtrain.errors import PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
@@ -154,7 +155,7 @@ def text_of(path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
     """Open a regular file, also behind a link, as in the hub's cache; a pipe in its place must not hold us up."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
