@@ -300,7 +300,7 @@ def _check_target(target_epsilon: float) -> None:
 
 
 def _noise_bracket(spent: Callable[[float], float], target_epsilon: float) -> tuple[float, float]:
-    """Two noise multipliers around the answer, walking down from 1: tiny ones build huge distributions."""
+    """Return two noise multipliers around the answer, walking down from 1: tiny ones build huge distributions."""
     high = 1.0
     while spent(high) > target_epsilon:
         high *= 2

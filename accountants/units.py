@@ -140,7 +140,7 @@ def group_epsilon(
     *,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """Black-box epsilon for k records, optimised over the record's curve.
+    """Return black-box epsilon for k records, optimised over the record's curve.
 
     For a record epsilon e1 the record needs ``delta1 = delta (e^e1 - 1)/(e^(k e1) - 1)``. Every pair on the curve gives
     a valid bound; the smallest feasible e1 is found by bisection, and the returned value was itself checked.

@@ -39,7 +39,7 @@ class DirectedLoss:
     counts: tuple[int, ...]
 
     def cumulants(self, tilt: float) -> tuple[float, float, float]:
-        """K, K' and K'' of the sum of losses at ``tilt``."""
+        """Return K, K' and K'' of the sum of losses at ``tilt``."""
         totals = [0.0, 0.0, 0.0]
         for loss, log_weight, count in zip(self.losses, self.log_weights, self.counts, strict=True):
             logs = log_weight + tilt * loss

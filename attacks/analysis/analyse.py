@@ -202,7 +202,7 @@ def _under_shadows(scored: Scored, references: list[Scoring]) -> Mapping[str, Un
 def _statistics(
     scored: Scored, models: Mapping[str, UnderOtherModels | None], not_run: list[dict[str, str]]
 ) -> Iterator[Statistic]:
-    """Every statistic, the headline first."""
+    """Yield every statistic, the headline first."""
     fresh, training = scored.documents[signals.FRESH], scored.documents[signals.TRAINING]
     for name, definition in user_inference.DEFINITIONS.items():
         yield _of_users(scored, fresh, name, definition, fresh.scores[name], is_detailed=True)
@@ -228,7 +228,7 @@ def _of_shadows(
     models: UnderOtherModels | None,
     not_run: list[dict[str, str]],
 ) -> Iterator[Statistic]:
-    """The attacks that need the same documents under other models."""
+    """Yield the attacks that need the same documents under other models."""
     suffix = "" if kind == signals.FRESH else "_training"
     for attack in registry.reference_attacks():
         lacking = shadow_models.lacking(attack, models)
@@ -282,7 +282,7 @@ def _records(scored: Scored, table: DocumentTable, name: str, definition: str, s
 
 
 def _not_run(scored: Scored) -> list[dict[str, str]]:
-    """Attacks whose signals are not there, and how to get them."""
+    """Return the attacks whose signals are not there, and how to get them."""
     found = []
     for kind, table in scored.documents.items():
         for name, need in sorted(table.missing.items()):

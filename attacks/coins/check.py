@@ -72,7 +72,7 @@ def _expected(manifest: Mapping[str, Any], key: SecretKey) -> list[DocumentKey]:
 
 
 def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[DocumentKey]) -> str:
-    """References of somebody who is no canary, or on another side than its canary."""
+    """Return what is wrong with the references: of somebody who is no canary, or not on its canary's side."""
     sides, canaries = _side(manifest), canaries_of(manifest)
     owners = {attack_pseudonym(key, canary.user): sides[canary.user] for canary in canaries if canary.kind == TEMPLATE}
     if any(canary.has_shared_references for canary in canaries):

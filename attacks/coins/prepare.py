@@ -114,7 +114,7 @@ def _has_begun(run: RunDirectory) -> bool:
 
 
 def _without_opted_out(config: Config, corpus: Corpus) -> Corpus:
-    """Who training would leave out if it began now; without a registry nobody."""
+    """Return the corpus without the users who have opted out by now; without a registry all of it."""
     url = registry_url(config.registry)
     if url is None:
         return corpus
@@ -152,7 +152,7 @@ def _coins_of_spans(run: RunDirectory) -> str | None:
 
 
 def _spans(manifest: dict[str, Any], found: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
-    """Spans by user and record, tied to the coins."""
+    """Return spans by user and record, tied to the coins."""
     by_user: dict[str, dict[str, list[list[int]]]] = {}
     for (user, index), spans in sorted(found.items()):
         by_user.setdefault(user, {})[str(index)] = [list(span) for span in spans]

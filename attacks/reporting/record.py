@@ -44,7 +44,7 @@ class Scoring:
         return self.facts[SEAL]
 
     def rows(self) -> Iterator[DocumentSignals]:
-        """The signals, in the file's order.
+        """Yield the signals, in the file's order.
 
         Raises:
             DamagedFile: if they are not those of the record.
@@ -53,7 +53,7 @@ class Scoring:
             yield from rows_of(file, self.path, self.remedy)
 
     def columns(self, names: Sequence[str], kind: str | None = None) -> pa.Table:
-        """Some columns of all rows, or of those of one kind; see :meth:`rows`."""
+        """Return some columns of all rows, or of those of one kind; see :meth:`rows`."""
         filters = None if kind is None else [("kind", "==", kind)]
         with self._opened() as file:
             try:

@@ -206,7 +206,7 @@ def summary_table(run: pathlib.Path) -> rich.table.Table:
 
 
 def format_epsilon(epsilon: float | None) -> str:
-    """Epsilon to three decimals, rounded up: what is shown is never below what was released.
+    """Return epsilon to three decimals, rounded up: what is shown is never below what was released.
 
     Args:
         epsilon: a certified upper bound, or None for infinity.

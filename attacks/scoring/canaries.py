@@ -68,7 +68,7 @@ def _references(user: str, texts: list[str]) -> list[Document]:
 
 
 def _other_digits(canary: Canary, section: CanariesSection, root_key: SecretKey, count: int) -> list[str]:
-    """Other secrets of the same form, all there are if they are few."""
+    """Return other secrets of the same form, all there are if they are few."""
     size = 10**section.num_digits
     if size - 1 <= count:
         return [text for number in range(size) if (text := digits_of(number, section.num_digits)) != canary.secret]

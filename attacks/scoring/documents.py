@@ -196,7 +196,7 @@ def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[
 
 
 def tokens_of(texts: Sequence[str], encoder: Encoder) -> list[npt.NDArray[np.int64]]:
-    """Token ids of each record, as training encodes it; every token is scored, also those only conditioned on.
+    """Return token ids of each record, as training encodes it; every token is scored, also those only conditioned on.
 
     A record with ids that the model does not embed teaches it nothing. Begin and end mark stand for it on both sides.
     """
@@ -229,7 +229,7 @@ def sensitive_tokens(
 
 
 def text_facts(text: str) -> dict[str, int]:
-    """Sizes that attacks compare a likelihood with."""
+    """Return sizes that attacks compare a likelihood with."""
     encoded = text.encode("utf-8", errors="surrogatepass")
     return {"num_bytes": len(encoded), "zlib_bytes": len(zlib.compress(encoded))}
 

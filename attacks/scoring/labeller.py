@@ -81,7 +81,7 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
 
 
 def measure_presidio() -> LabellerFacts:
-    """Presidio's recall on synthetic customers, as :func:`panel` reads it; takes some seconds."""
+    """Return Presidio's recall on synthetic customers, as :func:`panel` reads it; takes some seconds."""
     return {"name": pii.version(), "rows": measure(pii.find_personal_data, synthetic_messages())}
 
 

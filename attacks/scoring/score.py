@@ -227,7 +227,7 @@ def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
 
 
 def score_documents(job: Job, documents: Sequence[Document], target: Scorer, base: Scorer) -> list[DocumentSignals]:
-    """Signals of the documents of one part."""
+    """Return signals of the documents of one part."""
     texts = [document.text_in(job.corpus) for document in documents]
     tokens = planning.tokens_of(texts, job.encoder)
     documents, texts, tokens = _with_control_prefixes(documents, texts, tokens)
@@ -279,7 +279,7 @@ def _with_control_prefixes(
 
 
 def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
-    """Signals of each sequence, in order, in batches of similar length."""
+    """Return signals of each sequence, in order, in batches of similar length."""
     found: dict[int, TokenSignals] = {}
     for batch in planning.compose_batches([len(tokens) for tokens in sequences], batch_tokens):
         found.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))

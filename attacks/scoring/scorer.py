@@ -34,7 +34,7 @@ class Scorer(Protocol):
     """A language model as the attacker may query it."""
 
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
-        """Signals of each sequence's tokens after its first, which is context only.
+        """Return signals of each sequence's tokens after its first, which is context only.
 
         Args:
             sequences: token ids, each of at least two tokens.

@@ -140,7 +140,7 @@ def rewrite(
 def neighbours(
     names: Sequence[str], tokens: Sequence[Tokens], proposals: Sequence[npt.NDArray[np.int64]], count: int
 ) -> list[Rewritten]:
-    """Copies of each document with some tokens replaced; the same for the same names.
+    """Return copies of each document with some tokens replaced; the same for the same names.
 
     Args:
         names: of the documents, seeds of the choice.

@@ -120,7 +120,7 @@ class Backend(abc.ABC):
         """Replace ``vector`` by its sum over the ranks that hold the parts of one copy of the trainable tensors."""
 
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """What this rank holds of each of the model's tensors."""
+        """Yield what this rank holds of each of the model's tensors."""
         for name, parameter in model.named_parameters():
             yield name, parameter.detach()
 

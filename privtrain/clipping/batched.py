@@ -148,7 +148,7 @@ class UnitGradients:
             kept.pop(name, None)
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
+        """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
         for slot in self._layout.slots:
             if slot.name not in self._measured:
                 self.measure(slot.name)
@@ -224,7 +224,7 @@ class UnitGradients:
             self._added[name] = added
 
     def by_row(self, by_unit: torch.Tensor) -> torch.Tensor:
-        """[units] → [rows of units]."""
+        """Return values of units, [units], as values of their rows, [rows]."""
         return by_unit[self._owner]
 
     def _is_dense(self, gradient: Gradient) -> bool:
@@ -235,7 +235,7 @@ class UnitGradients:
         return self._multiplied(gradient) if isinstance(gradient, Outer) else self._by_unit(gradient)
 
     def _multiplied(self, gradient: Outer) -> torch.Tensor:
-        """[rows, p, d]: every row multiplied out, then the rows of a unit added to its first."""
+        """Return [rows, p, d]: every row multiplied out, then the rows of a unit added to its first."""
         return self._by_unit(torch.bmm(gradient.left.float().transpose(1, 2), gradient.right.float()))
 
     def _scattered(self, gradient: Lookup, shape: Sequence[int]) -> torch.Tensor:
@@ -246,7 +246,7 @@ class UnitGradients:
         return self._by_unit(dense.view(num_rows, *shape[1:]))
 
     def _by_unit(self, per_row: torch.Tensor) -> torch.Tensor:
-        """[rows, …] with the sum over a unit's rows, one after another, in the place of its first."""
+        """Return [rows, …] with the sum over a unit's rows, one after another, in the place of its first."""
         value = per_row.float()
         if len(self._singles) == self._num_units:
             return value

@@ -533,16 +533,16 @@ class PerUnitClipper:
                 exact_sum.add_units(self.layout.view(self.total, slot), gradient[slot.name][None], weights[i])
 
     def _factors(self, squares: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
-        """[groups, units] clipping factors; 0 for units that are not finite."""
+        """Return [groups, units] clipping factors; 0 for units that are not finite."""
         norms = styles.group_norms(squares, self._groups).masked_fill(self._is_lost(owners), torch.inf)
         return styles.factors(self._style, norms, self._clipping_norm)
 
     def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
-        """[units] whether a loss is not a number; its gradient may be one."""
+        """Return [units] whether a loss is not a number; its gradient may be one."""
         return torch.tensor([not math.isfinite(self.diagnostics.unit_losses.get(owner, 0.0)) for owner in owners])
 
     def _on_grid(self, factors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """[slots, units] factors on the grid; 0 for units that are not ``chosen``."""
+        """Return [slots, units] factors on the grid; 0 for units that are not ``chosen``."""
         return exact_sum.on_grid(torch.where(chosen, factors, 0.0)[self._groups], self.grid_exponent)
 
     def _count(self, squares: torch.Tensor, factors: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> None:

@@ -37,7 +37,7 @@ _MOST_UNITS = 1 << 11
 
 
 def on_grid(factors: torch.Tensor, exponent: int) -> torch.Tensor:
-    """float32 weights that turn a gradient into its contribution in grid steps.
+    """Return float32 weights that turn a gradient into its contribution in grid steps.
 
     Args:
         factors: clipping factors, float64: a factor below fp32's normal numbers would be rounded by more than 2**-24.
@@ -86,7 +86,7 @@ def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Te
 
 
 def _steps(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[units, 1]: the grid step as a multiple of each unit's gradient.
+    """Return [units, 1]: the grid step as a multiple of each unit's gradient.
 
     Quotients by it are truncated in one kernel, while torch.trunc by itself is not vectorised on CPUs.
     """

@@ -71,7 +71,7 @@ class GramCache:
         self._recent: list[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]] = []
 
     def gram(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[units, n, n] inner products of [units, n, features]: fp32, in blocks that are added up in float64."""
+        """Return [units, n, n] inner products of [units, n, features]: fp32, in blocks that are added up in float64."""
         key = (tokens.data_ptr(), tokens.shape, tokens.stride(), tokens.dtype, tokens._version)
         for known, _, gram in self._recent:
             if known == key:
@@ -95,7 +95,7 @@ class GramCache:
 
 
 def squared_norms(values: torch.Tensor) -> torch.Tensor:
-    """Squared norm of each ``values[i]``, in float64, and so for every finite fp32 gradient.
+    """Return squared norm of each ``values[i]``, in float64, and so for every finite fp32 gradient.
 
     Over 3e7 numbers a plain fp32 norm was measured 4e-4 too small, which is sensitivity; and it is infinite from 1e19
     on. In pieces, since the float64 copy of a large tensor would not stay in the cache.
@@ -166,7 +166,7 @@ def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.
 
 
 def _quadratic(gram: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """[units] Σ_ts norm_t |gram_ts| norm_s."""
+    """Return [units] Σ_ts norm_t |gram_ts| norm_s."""
     norms = norms.to(gram.dtype)
     return (torch.bmm(gram.abs(), norms[:, :, None])[:, :, 0] * norms).sum(dim=1).double()
 

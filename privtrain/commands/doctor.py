@@ -95,7 +95,7 @@ def _print(findings: list[Finding], is_well: bool) -> None:
 
 
 def _versions() -> list[Finding]:
-    """Installed libraries against what this version of privtrain was tested with."""
+    """Return installed libraries against what this version of privtrain was tested with."""
     wrong, seen = [], {"python": platform.python_version(), "torch_device": _accelerator()}
     for line in importlib.metadata.requires("privtrain") or []:
         requirement = Requirement(line)

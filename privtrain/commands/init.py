@@ -230,7 +230,7 @@ def _size(column: list[Any]) -> int:
 
 
 def _user_column(values: dict[str, list[Any]]) -> str | None:
-    """Return a column named like a user's id, else a short text or number that comes again and is no label."""
+    """Return a column that is named like a user's id; values are never looked at."""
     by_name = {name.lower().replace("-", "_").replace(" ", "_"): name for name in values}
     named = next((by_name[name] for name in _USER_NAMES if name in by_name), None)
     if named is not None:

@@ -159,7 +159,7 @@ def _correlation(config: Config, plan: PrivacyPlan) -> dict[str, Any]:
 
 
 def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
-    """ε of the whole run by each accountant; what one of them refuses is left out of the table, not made up."""
+    """Return ε of the whole run by each accountant; a refusal stands in its row."""
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return []
     event = plan.event_of_steps(plan.num_steps)
@@ -168,7 +168,7 @@ def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
 
 
 def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
-    """Memory of one rank, time, and how the largest possible signal compares with the noise."""
+    """Return the memory of one rank, time, and how the largest possible signal compares with the noise."""
     try:
         size, problem = model_size(config, layout, 1 if plan.strategy is None else plan.strategy.num_bands), ""
     except ConfigError as error:
@@ -260,7 +260,7 @@ def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, 
 
 
 def _other_bands(plan: PrivacyPlan) -> list[int]:
-    """Numbers of bands to compare with; none for plans that cannot have them."""
+    """Return the numbers of bands to compare with; none for plans that cannot have them."""
     if plan.auxiliary_sums or plan.user_accounting.how:
         return []
     tried = tried_bands(plan.num_steps, plan.sampling_prob)

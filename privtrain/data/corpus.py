@@ -66,7 +66,7 @@ class Corpus:
 
 
 def check_source(data: DataSection) -> list[Fault]:
-    """Faults that can be seen without reading the rows: missing files, formats, columns."""
+    """Return faults that can be seen without reading the rows: missing files, formats, columns."""
     faults = []
     if data.chat_template_file is not None and not data.chat_template_file.is_file():
         faults.append(Fault("data.chat_template_file", f"no such file: {data.chat_template_file}"))

@@ -135,7 +135,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
         return tuple(self._indices[start : self._ends[place]])
 
     def counts(self) -> np.ndarray:
-        """[users] number of indices of each."""
+        """Return [users] number of indices of each."""
         return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
 
     def owner(self, number: int) -> tuple[int, int]:

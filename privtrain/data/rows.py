@@ -37,7 +37,7 @@ class NotAnObjectError(ValueError):
 
 
 def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """The values of these columns, row by row, of a data set by name.
+    """Yield the values of these columns, row by row, of a data set by name.
 
     Raises:
         ConfigError: if it cannot be loaded or lacks a column.
@@ -77,7 +77,7 @@ def _hub_reason(error: Exception) -> str:
 
 
 def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """The values of these columns, row by row, of a JSONL, CSV or Parquet file.
+    """Yield the values of these columns, row by row, of a JSONL, CSV or Parquet file.
 
     Raises:
         ConfigError: at the first row that cannot be read.

@@ -187,7 +187,7 @@ def _loaded(state: pathlib.Path) -> dict[str, Any]:
 def _collected(
     layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, dict[str, torch.Tensor | None]]]:
-    """Whole tensors, and per kind of moment the optimizer's, by name; on rank 0."""
+    """Return whole tensors, and per kind of moment the optimizer's, by name; on rank 0."""
     tensors: dict[str, torch.Tensor | None] = {}
     moments: dict[str, dict[str, torch.Tensor | None]] = {}
     for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):

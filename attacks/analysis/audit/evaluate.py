@@ -115,7 +115,7 @@ class Finding:
 def audit(
     coins: Coins, claim: Claim, delta: float, *, seed: int, num_sources: int = 1, confounded_by: str = ""
 ) -> Finding:
-    """Bounds, ceilings and the verdict for one source of coins.
+    """Return bounds, ceilings and the verdict for one source of coins.
 
     Args:
         coins: scores and coins.

@@ -148,7 +148,7 @@ def _ceilings(plan: powers.Plan) -> rich.table.Table:
 
 
 def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
-    """Epsilon and delta that the run will claim, and how many sources of coins will share the error."""
+    """Return epsilon and delta that the run will claim, and how many sources of coins will share the error."""
     from privtrain.config import load_config
     from privtrain.privacy.plan import PrivacyPlan
 

@@ -50,7 +50,7 @@ class Scored:
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Exposure and membership of the planted canaries; None if there are none.
+    """Return exposure and membership of the planted canaries; None if there are none.
 
     Args:
         run: a scored run.
