@@ -214,14 +214,14 @@ class _Plant:
         self.is_spent = False
 
     def install(self) -> None:
-        from privtrain.job import checkpoint, publish, supervise
+        from privtrain.job import checkpoint, evaluation, publish, supervise
         from privtrain.job import train as job
         from privtrain.training.trainer import Trainer
 
         plant, original_init, original_step = self, Trainer.__init__, Trainer.train_step
         self._wrap(supervise, "create_backend", "join")
         self._wrap(job, "load_network", "load")
-        self._wrap(job, "evaluate", "evaluate")
+        self._wrap(evaluation, "on_held_out", "evaluate")
         self._wrap(Trainer, "_intend", "intent", torn=True)
         self._wrap(Trainer, "_commit", "commit", torn=True)
 

@@ -34,6 +34,7 @@ from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
+from privtrain.privacy.fixed_point import SLACK
 from privtrain.privacy.layout import Layout, Slot
 
 #: (input_ids, target_mask) → [rows] losses, each of its own row alone.
@@ -98,8 +99,8 @@ class _OpenUnit:
 class PerUnitClipper:
     """Accumulates Σ_u clip(g_u) over the units of a step.
 
-    Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (times 1 + 1e-5 for
-    fp32 rounding), whatever the unit's records and whatever precision forward and backward run in; a unit whose
+    Guarantee: for the add-or-remove-one relation the L2 sensitivity of ``total`` is ``sensitivity`` (C, and 1e-5 of
+    it for fp32 rounding), whatever the unit's records and whatever precision forward and backward run in; a unit whose
     gradient is not finite contributes zero. Norms are of the very fp32 tensors that are summed, or of the fp32 factors
     whose product is summed (:func:`.factors.squared_norms_of`). What such a product is longer than its norm is seen
     when it is added: above 9e-6 the unit is taken out of the sum, multiplied out, and clipped by that. On the two-pass
@@ -179,8 +180,8 @@ class PerUnitClipper:
 
     @property
     def sensitivity(self) -> float:
-        """Largest change of ``total``, over all ranks, when one unit is added or removed: C in every style."""
-        return self._clipping_norm
+        """Largest change of ``total``, over all ranks, when one unit joins or leaves: C (1 + 1e-5) in every style."""
+        return self._clipping_norm * (1 + SLACK)
 
     @property
     def grid_exponent(self) -> int:

@@ -31,6 +31,7 @@ from privtrain.clipping.clipper import ClippingDiagnostics, RowLosses
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost
+from privtrain.privacy.fixed_point import SLACK
 from privtrain.privacy.layout import Layout, Slot
 
 #: Called once a tensor with this rank's part of it in the slot's shape, fp32.
@@ -143,8 +144,8 @@ class CooperativeClipper:
 
     @property
     def sensitivity(self) -> float:
-        """Largest change of the whole sum when one unit is added or removed: C in every style."""
-        return self.clipping_norm
+        """Largest change of the whole sum when one unit is added or removed: C (1 + 1e-5) in every style."""
+        return self.clipping_norm * (1 + SLACK)
 
     @property
     def grid_exponent(self) -> int:

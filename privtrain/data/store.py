@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from privtrain.errors import ConfigError, Fault
-from privtrain.files.atomic import temporary_of
-from privtrain.files.private import make_private_directory
+from privtrain.files.atomic import temporary_of, write_atomically
+from privtrain.files.private import locked_file, make_private_directory
+from privtrain.privacy.secret import SecretKey, load_key_file
 
 DIRECTORY = "rows"
 
@@ -19,12 +20,15 @@ DIRECTORY = "rows"
 def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathlib.Path:
     """Write rows as JSON lines into a private directory (mode 0700); the same rows are the same file.
 
+    The name is published in the configuration, so it tells nothing of the rows: it is keyed by ``rows/key``, which is
+    as private as they are. A plain hash would let anybody who has all rows but one test guesses of that one.
+
     Args:
         rows: mappings of column to value, or a ``datasets.Dataset``; read once.
         parent: where the directory ``rows`` is made.
 
     Returns:
-        The file, named by the SHA-256 of its content.
+        The file, named by the HMAC-SHA-256 of its content.
 
     Raises:
         ConfigError: at a row that JSON cannot hold, or if there is none.
@@ -41,11 +45,20 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
                 file.write(line)
         if not number:
             raise ConfigError([Fault("rows", "there is none")])
-        path = directory / f"rows-{digest.hexdigest()[:16]}.jsonl"
+        name = _key(directory).derive("name of rows", digest.hexdigest()).hex()[:16]
+        path = directory / f"rows-{name}.jsonl"
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _key(directory: pathlib.Path) -> SecretKey:
+    path = directory / "key"
+    with locked_file(directory / "key.lock"):
+        if not path.exists():
+            write_atomically(path, SecretKey.generate().reveal().hex() + "\n", mode=0o600)
+        return load_key_file(path)
 
 
 def _private(path: str, flags: int) -> int:

@@ -19,6 +19,7 @@ import accountants
 from privtrain.config.schema import AdaptiveClippingSection, PrivacySection, TrainingSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.banded import INDEPENDENT, Strategy, Workload, best_strategy, relative_error, tried_bands
+from privtrain.privacy.fixed_point import SLACK
 from privtrain.privacy.sampling import SCHEMES, CyclicPoisson, Scheme, scheme_of
 from privtrain.privacy.user_level import USER_ACCOUNTING, Terms, UserAccounting
 
@@ -325,7 +326,7 @@ class PrivacyPlan:
     @property
     def noise_stddev(self) -> float:
         """Standard deviation of the noise on every coordinate of the (first) sum."""
-        return self.fresh_noise_multiplier * self.clipping_norm
+        return self.fresh_noise_multiplier * (self.clipping_norm * (1 + SLACK))
 
     @property
     def not_private_reasons(self) -> tuple[str, ...]:

@@ -549,7 +549,7 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
     noise = trainer.bound_sum(
         clipper, zeros, {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}, key, _STEP
     ).noise
-    stddev = plan.fresh_noise_multiplier * plan.clipping_norm
+    stddev = plan.noise_stddev
     faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
@@ -592,7 +592,7 @@ def _own_noise(
     """Return the noise of a first step on the first coordinates of a slot, drawn alone."""
     plan, device = trainer.plan, trainer.backend.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    grid = {"exponent": clipper.grid_exponent, "stddev": plan.fresh_noise_multiplier * plan.clipping_norm}
+    grid = {"exponent": clipper.grid_exponent, "stddev": plan.noise_stddev}
     if plan.correlated is None:
         return noised(zeros, noise=noise, name=slot.name, first=slot.first, **grid)
     part = torch.nn.Parameter(torch.zeros(count, device=device))
@@ -603,7 +603,7 @@ def _own_noise(
 def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, second: torch.Tensor) -> list[str]:
     """The second step must take back c_1 times the noise of the first: what is left has the spread of fresh noise."""
     assert plan.correlated is not None
-    stddev, faults = plan.fresh_noise_multiplier * plan.clipping_norm, []
+    stddev, faults = plan.noise_stddev, []
     fresh = second.double() + plan.correlated.coefficients[1] * first.double()
     # All together too: a small tensor alone shows little.
     parts = [(f"tensor {slot.name!r}", layout.view(fresh, slot).flatten()) for slot in layout.slots]

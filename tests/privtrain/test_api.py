@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import pathlib
@@ -109,15 +110,24 @@ def test_rows_are_kept_privately_and_once(tmp_path):
     assert first == again
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
     assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert {path.name for path in first.parent.iterdir()} == {first.name, "key", "key.lock"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in first.parent.iterdir()} == {0o600}
     assert json.loads(first.read_text().splitlines()[0]) == rows_of()[0]
+
+
+def test_name_of_kept_rows_tells_nothing_of_them(tmp_path):
+    """It is published: a plain hash of the same rows would be the same elsewhere, and could be tried."""
+    here, there = store_rows(rows_of(), tmp_path / "a"), store_rows(rows_of(), tmp_path / "b")
+    assert here.read_bytes() == there.read_bytes()
+    assert here.name != there.name
+    assert hashlib.sha256(here.read_bytes()).hexdigest()[:16] not in here.name
 
 
 @pytest.mark.parametrize("row", [{"user": "a", "text": object()}, {"user": "a", "score": float("nan")}, ["a", "b"], 7])
 def test_rows_that_cannot_be_kept_are_refused_without_their_values(tmp_path, row):
     with pytest.raises(ConfigError, match="row 2 cannot be kept as JSON"):
         store_rows([{"user": "a", "text": "x"}, row], tmp_path)
-    assert list((tmp_path / "rows").iterdir()) == []
+    assert not list((tmp_path / "rows").glob("*.jsonl"))
     with pytest.raises(ConfigError, match="there is none"):
         store_rows([], tmp_path)
 
