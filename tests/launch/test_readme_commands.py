@@ -57,6 +57,8 @@ RUN = {
 }
 #: What the tour does not run: why, and which test starts it instead. All of it is parsed, and its files looked for.
 NOT_RUN = {
+    "attacks sample-canaries": "draws from a model: tests/attacks/test_canary_samples.py",
+    "privtrain registry restored": "needs a database from a backup: tests/privtrain/test_registry_restored.py",
     "privtrain init": "guesses from files: tests/privtrain/test_init.py",
     "privtrain from": "translates files of others: tests/privtrain/test_translate.py",
     "privtrain launch": "starts several processes, and ends with their exit code: tests/launch/test_launchers.py",
