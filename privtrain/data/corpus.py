@@ -324,15 +324,17 @@ def load_evaluation(data: DataSection, corpus: Corpus) -> tuple[str, ...]:
     records = tuple(record for record in rows if record)
     if not records:
         raise ConfigError([Fault("data.evaluation", "no row of it can be used")])
-    if not corpus.is_on_disk:
-        public = set(records)
+    public = set(records)
+    if isinstance(corpus.records, index.IndexedRecords):
+        num_private = corpus.records.num_among(public)
+    else:
         num_private = sum(record in public for texts in corpus.records.values() for record in texts)
-        if num_private:
-            problem = (
-                f"{num_private} records of data.source are among its rows, and what is measured on these would be "
-                "published without noise; take them out of one of the two"
-            )
-            raise ConfigError([Fault("data.evaluation", problem)])
+    if num_private:
+        problem = (
+            f"{num_private} records of data.source are among its rows, and what is measured on these would be "
+            "published without noise; take them out of one of the two"
+        )
+        raise ConfigError([Fault("data.evaluation", problem)])
     return records
 
 

@@ -53,6 +53,8 @@ from privtrain.files.private import check_private_tree, locked_file, make_privat
 
 #: Rows that are in memory at once.
 _ROWS_AT_ONCE = 1 << 12
+#: Digests that are compared at once.
+_DIGESTS_AT_ONCE = 1 << 20
 #: What duckdb may hold of the rows it sorts; the rest is on disk meanwhile.
 _SORT_MEMORY = "1GB"
 _SORT_THREADS = 2
@@ -150,6 +152,17 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         first = int(self.record_ends[place - 1]) if place else 0
         return _Texts(self, range(first, int(self.record_ends[place])))
 
+    def num_among(self, texts: Iterable[str]) -> int:
+        """Return how many stored records, hidden users' too, are among these texts; by their digests."""
+        wanted = b"".join(text_digest(text.encode("utf-8", errors=_ERRORS)) for text in texts)
+        digests, known = (_halves(array) for array in (self.text_digests, np.frombuffer(wanted, dtype=np.uint8)))
+        pairs, num_found = set(map(tuple, known.tolist())), 0
+        for start in range(0, len(digests), _DIGESTS_AT_ONCE):
+            chunk = np.asarray(digests[start : start + _DIGESTS_AT_ONCE])
+            likely = chunk[np.isin(chunk[:, 0], known[:, 0])]
+            num_found += sum(tuple(pair) in pairs for pair in likely.tolist())
+        return num_found
+
     def text(self, record: int) -> str:
         """Return one record, compared with its digest.
 
@@ -162,6 +175,11 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
             problem = "holds a text that is not as it was written: it was altered or damaged"
             raise DamagedFile(self.directory / TEXTS, problem, _remedy(self.directory))
         return content.decode("utf-8", errors=_ERRORS)
+
+
+def _halves(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Return digests as [number, 2] of 64 bits, which compare faster than bytes."""
+    return digests.reshape(-1).view(np.uint64).reshape(-1, 2)
 
 
 class _Texts(Sequence[str]):

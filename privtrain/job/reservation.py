@@ -47,11 +47,16 @@ from privtrain.run.directory import RunDirectory
 
 _SLOWEST_HEARTBEAT_SECONDS = 900.0
 _EXIT_REQUEUE = 75
+_UNSETTLED = (
+    "Until the same command settles this run, a reservation that it holds stays charged in full; without one, it is "
+    "charged nowhere"
+)
 _WARNINGS = {
     Settled.BESIDE: "another copy of this run holds its reservation or settled it; this release is charged in full "
     "beside it",
     Settled.LATE: "this run held no reservation in the registry (it was trained without it or with another one, or the "
-    "registry was restored from a backup); it is charged in full now, whatever was left of the budget",
+    "registry was restored from a backup); it is charged in full now, to the data set that holds its records, "
+    "whatever was left of the budget",
     Settled.UNKNOWN: "this run holds no reservation in the registry, which does not know its data set by this unit or "
     "does not account for its sampling; it is charged to none of its budgets",
 }
@@ -139,7 +144,7 @@ class BudgetReservation:
         except RegistryUnreachable as error:
             if not inputs.run.is_complete():
                 raise
-            say(f"[yellow]warning[/]: {error}. If this run is not settled, it stays charged in full")
+            say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return None
         uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
         if inputs.run.is_complete():
@@ -196,8 +201,8 @@ class BudgetReservation:
                 request=_request_if_any(inputs, self._uid),
             )
         except (ClockRefused, RegistryUnreachable) as error:
-            # The release stands and is charged in full; the same command settles it.
-            say(f"[yellow]warning[/]: {error}. The run stays charged in full; the same command settles it later")
+            # The release stands; the same command settles it.
+            say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return
         if outcome in _WARNINGS:
             say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")

@@ -150,10 +150,15 @@ def _claims(statement: dict[str, Any], state: LedgerState) -> list[tuple[str, An
     claims.append(("ledger.head", statement["ledger"]["head"], release.manifest.ledger_head))
     claims.append(("plan_fingerprint", statement["plan_fingerprint"], release.manifest.plan))
     try:
-        fingerprint = PrivacyPlan.from_body(statement["plan"]).fingerprint()
-        claims.append(("fingerprint of the plan", fingerprint, release.manifest.plan))
+        plan = PrivacyPlan.from_body(statement["plan"])
     except ValueError:
-        claims.append(("fingerprint of the plan", "that of no plan", release.manifest.plan))
+        return [*claims, ("fingerprint of the plan", "that of no plan", release.manifest.plan)]
+    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
+    claims += [
+        ("fingerprint of the plan", plan.fingerprint(), release.manifest.plan),
+        ("steps_accounted", statement["steps_accounted"], plan.accounted_steps(state.intents)),
+        ("number of groups by the plan", num_bands, state.num_groups),
+    ]
     return claims
 
 

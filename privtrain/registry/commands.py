@@ -164,7 +164,7 @@ def restored(
 ) -> None:
     """Show whether the registry is older than this machine knows it; go on with one that was restored from a backup."""
     from privtrain.registry.database import Database, default_url
-    from privtrain.registry.seen import describe, extent_of
+    from privtrain.registry.seen import extent_of
 
     database = Database(registry or default_url(), retry_seconds=10.0, read_only=not confirm)
     database.check_form()
@@ -174,11 +174,11 @@ def restored(
     if not missing:
         typer.echo(f"{database.shown} is as new as this machine knows it")
     elif not confirm:
-        typer.echo(f"{database.shown}: {describe(missing)} are missing; to go on all the same: --confirm")
+        typer.echo(f"{database.shown}: {missing} are missing; to go on all the same: --confirm")
     else:
         database.seen.accept(found)
         typer.echo(
-            f"{database.shown}: going on without {describe(missing)}. Set budgets and opt users out again where that "
+            f"{database.shown}: going on without {missing}. Set budgets and opt users out again where that "
             "was done since the backup, and start the training command of every run since again: one that is released "
             "is charged, one that is not reserves anew"
         )

@@ -102,7 +102,8 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         self._key: SecretKey | None = None
         self._is_key_checked = False
-        self.seen = SeenFile(seen_path(self.url), self.shown)
+        is_of_one = self._file is not None and KEY_VARIABLE not in os.environ
+        self.seen = SeenFile(seen_path(self.url), self.shown, is_of_one=is_of_one)
 
     @property
     def shown(self) -> str:
@@ -149,16 +150,18 @@ class Database:
             return
         make_missing(self._file.parent)
         with locked_file(self._file.with_name(f".{self._file.name}.lock")):
-            if self._file.exists():
-                self._ensure_key()
-                self._retry(self._migrate, write=True)
-                return
-            if KEY_VARIABLE not in os.environ and self.seen.known():
+            exists = self._file.exists()
+            # A file that was emptied has forgotten as much as one that is gone.
+            is_gone = not exists or self.read(_schema_revision) is None
+            if is_gone and KEY_VARIABLE not in os.environ and self.seen.known():
                 raise GuaranteeLost(
                     f"the registry {self._file} is gone, and with it what was spent; restore it. If it is lost: remove "
                     f"{self.seen.path} and begin a new one, which knows of no run before"
                 )
             self._ensure_key()
+            if exists:
+                self._retry(self._migrate, write=True)
+                return
             # A whole database appears under the name, or none.
             temporary = temporary_of(self._file)
             temporary.unlink(missing_ok=True)

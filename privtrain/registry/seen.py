@@ -21,6 +21,12 @@ from privtrain.files.atomic import write_json
 from privtrain.files.private import locked_file, make_missing
 from privtrain.registry.tables import Meta, Population, Settlement
 
+_WORDS = {
+    "num_charges": "changes of budgets",
+    "last_settlement": "settlements",
+    "num_opt_outs": "opt-outs",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
@@ -60,11 +66,14 @@ class SeenFile:
     Args:
         path: the file.
         shown: the registry's name in messages.
+        is_of_one: whether the file is of one registry alone: then one with another id is a copy from before it had an
+            id, or was made again.
     """
 
-    def __init__(self, path: pathlib.Path, shown: str) -> None:
+    def __init__(self, path: pathlib.Path, shown: str, *, is_of_one: bool = False) -> None:
         self.path = path
         self._shown = shown
+        self._is_of_one = is_of_one
 
     def known(self) -> dict[str, dict[str, int]]:
         """Return registry → its numbers when it was last used.
@@ -83,10 +92,13 @@ class SeenFile:
             raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
         return found
 
-    def missing(self, known: dict[str, dict[str, int]], found: Extent) -> dict[str, int]:
-        """Return what a registry lacks of what was seen: name → how many."""
+    def missing(self, known: dict[str, dict[str, int]], found: Extent) -> str:
+        """Return in words what a registry lacks of what was seen; empty if nothing."""
+        if self._is_of_one and known and found.uid not in known:
+            return "the changes noted under its earlier id"
         seen = known.get(found.uid, {})
-        return {name: seen[name] - count for name, count in found.counts.items() if seen.get(name, 0) > count}
+        lacking = {name: seen[name] - count for name, count in found.counts.items() if seen.get(name, 0) > count}
+        return ", ".join(f"{number} {_WORDS[name]}" for name, number in lacking.items())
 
     def check(self, known: dict[str, dict[str, int]], found: Extent) -> None:
         """Raise if a registry is older than it was when it was last used from here.
@@ -101,7 +113,7 @@ class SeenFile:
         missing = self.missing(known, found)
         if missing:
             raise GuaranteeLost(
-                f"the registry {self._shown} is older than this machine knows it ({describe(missing)} are missing): it "
+                f"the registry {self._shown} is older than this machine knows it ({missing} are missing): it "
                 "was restored from a backup, or is one of two copies; what was reserved since would not be charged. Go "
                 "on with the newest. If that one is lost: privtrain registry restored --confirm"
             )
@@ -117,7 +129,7 @@ class SeenFile:
         self._write(found, lowers=False)
 
     def accept(self, found: Extent) -> None:
-        """Forget what was seen beyond this."""
+        """Forget what was seen beyond this, and of a file that is of one registry alone, every other id."""
         self._write(found, lowers=True)
 
     def _write(self, found: Extent, *, lowers: bool) -> None:
@@ -127,19 +139,10 @@ class SeenFile:
                 known = self.known()
                 before = {} if lowers else known.get(found.uid, {})
                 counts = {name: max(before.get(name, 0), count) for name, count in found.counts.items()}
-                write_json(self.path, {**known, found.uid: counts}, mode=0o600)
+                others = {} if lowers and self._is_of_one else known
+                write_json(self.path, {**others, found.uid: counts}, mode=0o600)
         except OSError as error:
             raise PrivtrainError(
                 f"cannot write {self.path} ({error.strerror}), which tells a registry that was restored from a backup; "
                 "give this user the right to, or set XDG_DATA_HOME to a directory of its own"
             ) from None
-
-
-def describe(missing: dict[str, int]) -> str:
-    """Return what is missing in words."""
-    words = {
-        "num_charges": "changes of budgets",
-        "last_settlement": "settlements",
-        "num_opt_outs": "opt-outs",
-    }
-    return ", ".join(f"{number} {words[name]}" for name, number in missing.items())

@@ -295,11 +295,18 @@ class Registry:
         return self.database.write(work)
 
     def _record(self, connection: sa.Connection, request: RunRequest, now: float) -> Any:
-        """Write a reservation for a run that is released; ``None`` if its data set is not known by that unit."""
-        dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
+        """Write a reservation for a run that is released; ``None`` if its data set is not known by that unit.
+
+        Records that are known by another name are charged under that one.
+        """
+        manifest = self._manifest(request)
+        of_records = sa.select(Dataset).join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
+        dataset = connection.execute(of_records.where(DatasetVersion.manifest == manifest)).one_or_none()
+        if dataset is None:
+            dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
         if dataset is None or dataset.unit != request.unit or request.relation != "add_or_remove_one":
             return None
-        part, manifest = spending.part_of(request.event), self._manifest(request)
+        part = spending.part_of(request.event)
         made = _write_reservation(connection, dataset.id, request, part, manifest, now)
         return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == made.id)).one()
 

@@ -23,6 +23,7 @@ from privtrain.commands.verify import verify_directory
 from privtrain.errors import GuaranteeLost, LedgerCorrupt, SelfTestFailed
 from privtrain.job.train import train
 from privtrain.ledger.log import verify
+from privtrain.ledger.view import verify_run
 from privtrain.privacy import correlated
 from privtrain.privacy.banded import FRACTION_BITS, Strategy, square_root
 from privtrain.privacy.correlated import NoiseHistory
@@ -290,6 +291,7 @@ def test_released_banded_run_verifies_and_its_cap_is_the_plans(banded, tmp_path)
     train(write_config(banded, tmp_path / "run.yaml"))
     run = tmp_path / "runs" / "tiny"
     assert "every file by SHA-256" in verify_directory(run).checked
+    assert "matches privacy.json" in verify_run(run)
     statement = json.loads((run / "privacy.json").read_text())
     plan = PrivacyPlan.from_body(statement["plan"])
     assert plan.correlated is not None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from privtrain.config import load_config
 from privtrain.config.schema import DataSection
 from privtrain.data import index
-from privtrain.data.corpus import load_corpus, without_users
+from privtrain.data.corpus import load_corpus, load_evaluation, without_users
 from privtrain.data.encode import Encoder
 from privtrain.data.index import IndexedRecords, open_or_build
 from privtrain.data.index_files import ARRAYS
@@ -265,6 +265,29 @@ def test_the_adapter_is_the_one_that_memory_gives(tree, tmp_path):
     identities = [json.loads((runs / name / "secret" / "identity.json").read_text()) for name in ("memory", "disk")]
     assert len({identity["fingerprint"] for identity in identities}) == 1
     assert "index" not in (runs / "disk" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("num_private", [0, 1, 3])
+def test_evaluation_rows_that_are_private_are_found_on_disk_as_in_memory(tmp_path, monkeypatch, num_private):
+    """Also those of users who opted out, and wherever the digests are cut into chunks."""
+    monkeypatch.setattr(index, "_DIGESTS_AT_ONCE", 7)
+    rows = some_rows()
+    public = ["public é", *(text for _, text in rows[:num_private])]
+    pyarrow.parquet.write_table(pyarrow.table({"text": public}), tmp_path / "public.parquet")
+    (tmp_path / "private").mkdir()
+    evaluation = {"kind": "files", "paths": [str(tmp_path / "public.parquet")]}
+    data = section(shards(tmp_path / "private", rows), evaluation=evaluation)
+    on_disk = load_corpus(data, tmp_path / "index")
+    without = without_users(on_disk, [user for user, _ in rows[:num_private]])
+    found = []
+    for corpus in (load_corpus(data), on_disk, without):
+        try:
+            assert load_evaluation(data, corpus) == tuple(public)
+            found.append("")
+        except ConfigError as error:
+            found.append(str(error))
+    assert found[0] == found[1] == found[2]
+    assert ("records of data.source are among its rows" in found[0]) is (num_private > 0)
 
 
 def test_sources_that_are_no_files_stay_in_memory(tmp_path):

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from typer.testing import CliRunner
 
 from privtrain.cli import app
@@ -16,6 +17,7 @@ from privtrain.errors import BudgetExceeded, DamagedFile, GuaranteeLost, Privtra
 from privtrain.job import reservation as budget
 from privtrain.job.reservation import BudgetReservation
 from privtrain.registry import clock, views
+from privtrain.registry import database as database_module
 from privtrain.registry.database import KEY_VARIABLE, Database
 from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.requests import Reservation
@@ -113,6 +115,38 @@ def test_a_registry_that_is_gone_is_not_begun_again(file):
     assert not file.exists()
 
 
+def test_a_backup_from_before_registries_had_ids_is_refused(file):
+    """An upgrade draws it another id, under which nothing was seen."""
+    spend(file)
+    database = Database(str(file))
+    database._retry(lambda c: command.downgrade(database_module._alembic_config(c), "0004"), write=True)
+    database.upgrade()
+    with pytest.raises(GuaranteeLost, match="noted under its earlier id are missing"):
+        Registry(str(file))
+    invoke = lambda *words: CliRunner().invoke(app, ["registry", "restored", "--registry", str(file), *words])  # noqa: E731
+    assert "noted under its earlier id are missing" in invoke().output
+    assert "going on without" in invoke("--confirm").output
+    assert "is as new as this machine knows it" in invoke().output
+    assert len(database.seen.known()) == 1
+    Registry(str(file))
+
+
+def test_a_registry_that_was_emptied_is_not_begun_again(file):
+    spend(file, num_runs=1)
+    file.write_bytes(b"")
+    for begin in (Database(str(file)).upgrade, lambda: Registry(str(file))):
+        with pytest.raises(PrivtrainError, match=r"is gone|holds no registry"):
+            begin()
+    assert file.read_bytes() == b""
+
+
+def test_an_empty_file_that_was_no_registry_becomes_one(tmp_path):
+    file = tmp_path / "registry.db"
+    file.touch(mode=0o600)
+    Database(str(file)).upgrade()
+    assert views.runs(Registry(str(file)).database) == []
+
+
 def test_a_server_that_was_restored_is_refused(registry, registry_url):
     registry.reserve(request("run"))
     registry.database._retry(lambda c: c.execute(sa.text("UPDATE populations SET version = 1")), write=True)
@@ -151,6 +185,34 @@ def test_a_release_that_the_registry_does_not_know_is_charged_in_full(registry):
     assert registry.settle("run", shown, contributions={}, request=request("run")) is Settled.LATE
     (view,) = views.runs(registry.database)
     assert (view.state, view.num_charged, view.epsilon) == ("closed", 1000, 1.83)
+
+
+def test_a_release_under_a_second_name_is_charged_to_the_known_data_set(registry):
+    """Else whoever trains without the registry and settles under a new name pays nothing."""
+    registry.reserve(request("first"))
+    registry.set_budget("alias", epsilon=8, delta=1e-6)
+    for uid, name in (("second", "alias"), ("third", "nobody's")):
+        asked = request(uid, dataset=name, manifest_sha256=request("first").manifest_sha256)
+        shown = dataclasses.replace(AT_THE_END, head=uid)
+        assert registry.settle(uid, shown, contributions={}, request=asked) is Settled.LATE
+    assert {view.name: view.num_runs for view in views.budgets(registry.database)} == {DATASET: 3, "alias": 0}
+
+
+def test_a_run_that_cannot_settle_is_not_told_that_it_is_charged(monkeypatch, capsys):
+    """The registry may not know it."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise RegistryUnreachable("no answer")
+
+    held = held_by(types.SimpleNamespace(settle=unreachable))
+    held._inputs.run = types.SimpleNamespace(is_complete=lambda: True)  # pyright: ignore[reportAttributeAccessIssue]
+    held._inputs.fingerprint = held._inputs.plan = None  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("evidence_so_far", "evidence_of_release", "_request_if_any"):
+        monkeypatch.setattr(budget, name, lambda *_: None)
+    monkeypatch.setattr(held, "_contributions", dict)
+    held.settle()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a reservation that it holds stays charged in full; without one, it is charged nowhere" in told
 
 
 def test_a_release_outdates_what_others_decided_before_it(registry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import json
 import re
@@ -21,7 +22,8 @@ from privtrain.config import validate
 from privtrain.errors import LedgerCorrupt, PrivtrainError
 from privtrain.job.train import train
 from privtrain.ledger.chain import read_records
-from privtrain.ledger.view import print_ledger, verify_run
+from privtrain.ledger.log import verify
+from privtrain.ledger.view import _false_claims, print_ledger, verify_run
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.release import model_card
 from privtrain.tracking import METRICS, Release
@@ -226,6 +228,16 @@ def test_a_statement_that_the_ledger_does_not_bear_out_is_found(finished, claim)
     edit_statement(finished, **claim)
     with pytest.raises(LedgerCorrupt, match=rf"privacy.json: {next(iter(claim)).replace('__', '.')} is "):
         verify_run(finished)
+
+
+def test_groups_and_steps_accounted_are_compared_with_the_log(finished):
+    """The accounting of banded noise rests on both."""
+    statement, state = json.loads((finished / "privacy.json").read_text()), verify(finished / "secret" / "ledger.jsonl")
+    assert _false_claims(statement, state) == []
+    grouped = dataclasses.replace(state, num_groups=3)
+    assert _false_claims(statement, grouped) == ["number of groups by the plan is 1, the ledger shows 3"]
+    statement["steps_accounted"] += 1
+    assert _false_claims(statement, state) == ["steps_accounted is 5, the ledger shows 4"]
 
 
 def test_what_the_release_promises_cannot_be_altered_in_the_statement(finished):
