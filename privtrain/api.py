@@ -126,7 +126,8 @@ def plan(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Privac
     """
     from privtrain.privacy.plan import PrivacyPlan
 
-    return PrivacyPlan.build(_config(config, settings).privacy)
+    checked = _config(config, settings)
+    return PrivacyPlan.build(checked.privacy, checked.training)
 
 
 def preview(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Look:
@@ -149,8 +150,10 @@ def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_st
     Args:
         config: the configuration.
         settings: dotted key → value that overrides it.
-        on_step: called on the first process after each step and measurement, with released metrics alone. If it
-            raises, the job ends; the same call resumes it.
+        on_step: called on the first process after each step and measurement, with released metrics alone. The values
+            are released, the moment of the call is not: how long a step takes depends on the data, and ε does not cover
+            it. A callback that forwards each row at once publishes every step's time; collect rows and send blocks, as
+            is done for W&B and TensorBoard. If it raises, the job ends; the same call resumes it.
 
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.

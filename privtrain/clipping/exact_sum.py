@@ -67,14 +67,19 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """As :func:`add_units`, for at most 2**11 units, none of weight zero; overwrites ``gradients``.
+    """As :func:`add_units`, none of weight zero; overwrites ``gradients``.
 
     Returns:
         [units] float64: the squared norm of each contribution, in grid steps.
     """
+    parts = zip(gradients.flatten(1).split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True)
+    return torch.cat([_add_measured(total, values, some) for values, some in parts])
+
+
+def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     assert len(weights) <= _MOST_UNITS
     squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
-    values, wide = gradients.flatten(1), torch.empty(0, dtype=torch.float64, device=total.device)
+    wide = torch.empty(0, dtype=torch.float64, device=total.device)
     steps = _steps(weights, values)
     for place, columns in _pieces(total, values):
         torch.div(columns, steps, rounding_mode="trunc", out=columns)

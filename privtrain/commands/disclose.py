@@ -11,6 +11,7 @@ from accountants.gaussian_summary import gaussian_summary
 from accountants.registry import get_accountant
 from accountants.tradeoff import privacy_curve
 from privtrain.config import load_config
+from privtrain.errors import VerificationFailed
 from privtrain.files import reading, strict_yaml
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run import bundle, disclosure
@@ -39,7 +40,10 @@ def disclose(run: pathlib.Path, form: Form) -> str:
     directory = RunDirectory(run)
     statement = PrivacyStatement.model_validate(reading.read_json(directory.privacy))
     config = load_config(directory.config)
-    plan = PrivacyPlan.build(config.privacy)
+    try:
+        plan = PrivacyPlan.from_body(statement.plan)  # the one that was carried out
+    except ValueError as error:
+        raise VerificationFailed([f"privacy.json: plan: {error}"], run) from None
     if form == "opendp":
         return strict_yaml.dump(disclosure.deployment_record(statement, config, plan))
     mu = gaussian_of(statement, plan)

@@ -1,7 +1,9 @@
 """The noised sum of every step, kept for the owner's audit: ``secret/noised_sums``, 0700 and 0600, never published.
 
-What is kept is the output of the mechanism, in units of the clipping norm of its step, before the optimizer sees it. A
-step that is replayed writes the same file again. At the release the list of them is sealed under the run's root key.
+What is kept is the output of the mechanism, in units of the clipping norm of its step, before the optimizer sees it. It
+is written once the step is committed. A session begins by deleting the files of the steps that it takes: one that is
+replayed writes the same file again, one that was given up leaves none. At the release the list of them is sealed under
+the run's root key.
 """
 
 from __future__ import annotations
@@ -23,11 +25,20 @@ INDEX_SCHEMA = "privtrain/noised-sums/1"
 
 
 class NoisedSums:
-    """Writes the sums of a run; rank 0 alone holds one."""
+    """Writes the sums of a run; rank 0 alone holds one.
 
-    def __init__(self, run: RunDirectory, layout: Layout) -> None:
-        self._run, self._layout = run, layout
+    Args:
+        run: its directory.
+        layout: of the sums.
+        num_steps: steps of the plan.
+        start_step: the session's first; files from there on are deleted.
+    """
+
+    def __init__(self, run: RunDirectory, layout: Layout, num_steps: int, start_step: int) -> None:
+        self._run, self._layout, self._num_steps = run, layout, num_steps
         make_private_directory(run.noised_sums)
+        for step in range(start_step, num_steps):
+            run.noised_sum(step).unlink(missing_ok=True)
 
     def keep(self, step: int, vector: torch.Tensor, clipping_norm: float) -> None:
         """Write the noised sum of a step, whole or not at all.
@@ -41,9 +52,9 @@ class NoisedSums:
         np.save(buffer, (vector.detach().double() / clipping_norm).float().cpu().numpy())
         write_atomically(self._run.noised_sum(step), buffer.getvalue(), mode=0o600)
 
-    def seal(self, num_steps: int) -> None:
+    def seal(self) -> None:
         """Write the sealed list of the sums that are there."""
-        steps = [step for step in range(num_steps) if self._run.noised_sum(step).exists()]
+        steps = [step for step in range(self._num_steps) if self._run.noised_sum(step).exists()]
         facts = {
             "schema": INDEX_SCHEMA,
             "tensors": [[slot.name, slot.num_coordinates] for slot in self._layout.slots],

@@ -51,7 +51,7 @@ from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
 from privtrain.tracking.mirrors import Values
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
-from privtrain.training.gradient_canaries import GradientCanaries
+from privtrain.training.gradient_canaries import GradientCanaries, check_placement
 from privtrain.training.network import Network, checksum_over_ranks, load_network
 from privtrain.training.selecting import select_units
 from privtrain.training.selftest import run_self_test
@@ -147,7 +147,7 @@ def _run(
         costs = _counted(inputs, trainer, network)
         # A signal needs a moment to be noted, and a short evaluation leaves it none.
         stop.leave_if_agreed(backend, "training has not begun")
-        sums = _kept_sums(inputs, trainer)
+        sums = _kept_sums(inputs, trainer, start_step)
         session = _loop(inputs, trainer, network, session, stop)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
@@ -161,18 +161,18 @@ def _run(
                 note_canaries(inputs.run, ledger.state, split.canaries, units)
                 check_contributed(inputs.run, plant(inputs.corpus, split.canaries), inputs.plan)
                 if sums is not None:
-                    sums.seal(inputs.plan.num_steps)
+                    sums.seal()
                 _release(inputs, ledger, network, state)
                 undone = after_release(inputs.run, inputs.config.release, lambda: tracker.publish(inputs.run))
             tracker.close()
     return undone
 
 
-def _kept_sums(inputs: Inputs, trainer: Trainer) -> NoisedSums | None:
+def _kept_sums(inputs: Inputs, trainer: Trainer, start_step: int) -> NoisedSums | None:
     """Keep the noised sums from now on if the config asks; return what writes them on rank 0."""
     if not inputs.config.audit.keep_noised_sums or not trainer.backend.is_main:
         return None
-    sums = NoisedSums(inputs.run, trainer.layout)
+    sums = NoisedSums(inputs.run, trainer.layout, inputs.plan.num_steps, start_step)
     trainer.keep = sums.keep
     return sums
 
@@ -282,6 +282,7 @@ def _build_trainer(
     )
     if inputs.config.audit.keep_noised_sums:
         check_whole(trainer.layout)
+    check_placement(inputs.config.canaries.num_gradient_users, trainer.placement)
     return trainer
 
 

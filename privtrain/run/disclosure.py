@@ -27,7 +27,7 @@ def deployment_record(statement: PrivacyStatement, config: Config, plan: Privacy
     Args:
         statement: of the run.
         config: as published.
-        plan: the plan of the configuration.
+        plan: the plan in the statement.
     """
     return {
         "status": "Draft",
@@ -103,7 +103,7 @@ def evaluation_checklist(
     Args:
         statement: of the run.
         config: as published.
-        plan: the plan of the configuration.
+        plan: the plan in the statement.
         gaussian: ``mu``, ``slack`` and ``regret`` of the whole curve, where they were computed.
     """
     bound = statement.contribution_bound

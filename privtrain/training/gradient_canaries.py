@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from privtrain.backends import Placement
 from privtrain.clipping import PerUnitClipper
 from privtrain.data.canaries import Canary
 from privtrain.data.directions import RAW_NORM, blocks, signs
 from privtrain.data.units import UnitData
+from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.sampling import DrawnUnit
 from privtrain.privacy.secret import SecretKey
@@ -58,3 +60,14 @@ class GradientCanaries:
             values = torch.from_numpy(np.concatenate(parts)).to(parameter.device)
             found[slot.name] = values.float().mul_(size).view(slot.shape)
         return found
+
+
+def check_placement(num_gradient_users: int, placement: Placement) -> None:
+    """Raise where a unit's gradient is in parts: a direction takes the place of a whole one.
+
+    Raises:
+        ConfigError: if there are gradient canaries and the backend shards gradients, be it over a single process.
+    """
+    if num_gradient_users and placement.shards is not None:
+        problem = f"{num_gradient_users} needs whole gradients, and this backend shards them, also in one process"
+        raise ConfigError([Fault("canaries.num_gradient_users", f"{problem}; launch with ddp or zero1, or set 0")])

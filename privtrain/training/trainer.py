@@ -75,7 +75,7 @@ class Trainer:
 
     Attributes:
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
-        keep: called with step, noised sum and its clipping norm before the optimizer gets it; set by the job.
+        keep: called with step, noised sum on the CPU and its clipping norm, once the step is committed; set by the job.
     """
 
     def __init__(
@@ -156,13 +156,15 @@ class Trainer:
             history=self._history,
             previous=self._previous,
         )
-        if self.keep is not None:
-            self.keep(step, vector, self.clipping_norm)
+        # Copied here, since the optimizer may overwrite it, and written only once the step is committed.
+        kept = None if self.keep is None else vector.detach().to("cpu", copy=True)
         self._previous = commitment
         self._set_learning_rate(step)
         self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
         counts = self._reduced_counts()
         self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts[2]))
+        if self.keep is not None and kept is not None:
+            self.keep(step, kept, self.clipping_norm)
         self._log(step, time.monotonic() - started, counts, released)
         self._adapt(released)
 

@@ -14,6 +14,7 @@ import pytest
 from dp_accounting.pld import pld_privacy_accountant
 from hypothesis import strategies as st
 
+import privtrain
 from privtrain.commands import plan as commands_plan
 from privtrain.commands.plan import price_list
 from privtrain.config import load_config, validate
@@ -199,6 +200,15 @@ def test_auto_takes_the_best_number_of_bands_and_one_where_more_are_worse(banded
     same = built(banded_tree | {"privacy": plain})
     assert isinstance(same.scheme, Poisson)
     assert (alone.epsilon, alone.noise_stddev) == (same.epsilon, same.noise_stddev), "one band is plain DP-SGD"
+
+
+def test_plan_of_the_api_is_the_runs(banded_tree):
+    """The strategy is chosen for the optimizer's settings; without them it would be another."""
+    banded_tree["privacy"] |= {"num_bands": 8}
+    banded_tree["training"] |= {"schedule": "cosine", "weight_decay": 0.5, "learning_rate": 0.5}
+    shown = privtrain.plan(banded_tree)
+    assert shown.body() == built(banded_tree).body()
+    assert strategy_of(shown) != strategy_of(PrivacyPlan.build(validate(banded_tree).privacy))
 
 
 def test_recipe_of_8b_has_at_most_60_percent_of_the_noise():

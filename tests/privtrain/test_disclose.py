@@ -10,6 +10,7 @@ import yaml
 
 from privtrain.commands.disclose import disclose
 from privtrain.errors import VerificationFailed
+from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.disclosure import FOR_YOU
 
 #: The keys of a record of tier 3 in OpenDP's registry of deployments, by section.
@@ -54,6 +55,15 @@ def test_one_number_stands_beside_epsilon_and_delta(released_run):
     assert found["gaussian"]["certified"] is True
     assert found["gaussian"]["mu"] > 0
     assert found["gaussian"]["slack"] <= 0.01 * found["delta"] * 1.01
+
+
+def test_the_plan_is_the_statements_and_is_not_made_again(released_run, monkeypatch):
+    """Made again, without the optimizer's settings, banded noise would be another than the run's."""
+    seen, rebuild = [], PrivacyPlan.from_body
+    monkeypatch.setattr(PrivacyPlan, "build", None)
+    monkeypatch.setattr(PrivacyPlan, "from_body", lambda body: seen.append(body) or rebuild(body))
+    assert json.loads(disclose(released_run, "gdp"))["gaussian"] is not None
+    assert json.loads((released_run / "privacy.json").read_text())["plan"] in seen
 
 
 def test_an_altered_run_is_not_disclosed(released_run, tmp_path):

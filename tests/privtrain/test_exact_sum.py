@@ -216,6 +216,21 @@ def test_a_unit_of_weight_zero_adds_nothing_whatever_it_is():
     assert total.tolist() == [8, 8, 8]
 
 
+def test_measured_units_may_be_more_than_float64_adds_exactly_at_a_time():
+    num_units = exact_sum._MOST_UNITS + 3
+    gradients = torch.from_numpy(np.random.default_rng(1).standard_normal((num_units, 2, 2)).astype(np.float32))
+    weights = torch.linspace(1, 2.0**39, num_units)
+    total, measured = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    exact_sum.add_units(total, gradients, weights)
+    each = torch.zeros(num_units, 2, 2, dtype=torch.int64)
+    for unit in range(num_units):
+        exact_sum.add_unit(each[unit], gradients[unit], float(weights[unit]))
+    squares = exact_sum.add_measured(measured, gradients, weights)
+    assert torch.equal(measured, total)
+    assert torch.equal(measured, each.sum(dim=0))
+    torch.testing.assert_close(squares, each.double().square().sum(dim=(1, 2)), rtol=1e-12, atol=0)
+
+
 # A unit's own numbers, whatever shares its microbatch.
 
 _USERS = [

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import stat
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from privtrain.backends import Placement
 from privtrain.clipping import exact_sum
 from privtrain.data.canaries import GRADIENT, Canary
 from privtrain.data.directions import BLOCK, RAW_NORM, blocks, signs
 from privtrain.data.units import UnitData
 from privtrain.errors import ConfigError
 from privtrain.job import noised_sums
+from privtrain.job import train as job
 from privtrain.job.train import train
+from privtrain.ledger.log import verify_chain
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.sampling import DrawnUnit
 from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import RunDirectory
-from privtrain.training.gradient_canaries import GradientCanaries
+from privtrain.training.gradient_canaries import GradientCanaries, check_placement
 from tests import jobs
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import make_clipper, tiny_lora
+from tests.privtrain.test_cooperative import LoneShards
 
 KEY = SecretKey.insecure(3, "root")
 CANARY = Canary("canary-1", GRADIENT, "", "x", 1, ("x",))
@@ -94,6 +99,28 @@ def test_sharded_sums_are_refused_by_key():
         noised_sums.check_whole(Layout({"w": parameter}, {"w": (4, (8,))}))
 
 
+def test_directions_are_refused_where_gradients_are_sharded_over_one_process():
+    """The whole sum is on the rank, the clipper is cooperative all the same."""
+    layout = Layout({"w": torch.nn.Parameter(torch.zeros(4))})
+    noised_sums.check_whole(layout)
+    shards: Any = LoneShards(layout)
+    sharded = Placement(layout, layout, 0, 1, shards=shards)
+    with pytest.raises(ConfigError, match=r"canaries\.num_gradient_users.*launch with ddp"):
+        check_placement(3, sharded)
+    check_placement(0, sharded)
+    check_placement(3, Placement(layout, layout, 0, 1))
+
+
+def test_a_job_asks_before_its_first_step(tree, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(job, "check_placement", lambda num, placement: seen.append((num, placement.shards)))
+    monkeypatch.setattr(job, "_self_test", lambda *_: seen.append("self-test") or 1 / 0)
+    tree["canaries"], tree["audit"] = {"num_gradient_users": 3}, {"keep_noised_sums": True}
+    with pytest.raises(ZeroDivisionError):
+        train(write_config(tree, tmp_path / "c.yaml"))
+    assert seen == [(3, None), "self-test"]
+
+
 def test_directions_without_sums_are_refused_in_the_configuration(tree, tmp_path):
     tree["canaries"] = {"num_gradient_users": 3}
     with pytest.raises(ConfigError, match="keep_noised_sums: true"):
@@ -123,6 +150,60 @@ def test_noised_sums_are_kept_for_the_owner_alone(kept_run):
 def test_nothing_is_kept_unless_asked(tree, tmp_path):
     train(write_config(tree, tmp_path / "c.yaml"))
     assert not (tmp_path / "runs" / "tiny" / "secret" / "noised_sums").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_before_writing(config, run, last: int, monkeypatch) -> bytes:
+    """Train until a step's sum is handed over and not yet written; return the file that it would have been."""
+    keep = noised_sums.NoisedSums.keep
+
+    def kept(self, step, vector, clipping_norm):
+        keep(self, step, vector, clipping_norm)
+        assert (0, step) in verify_chain(run.ledger).commits, "nothing leaves the job before the commit is on disk"
+        if step == last:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noised_sums.NoisedSums, "keep", kept)
+        with pytest.raises(Killed):
+            train(config)
+    content = run.noised_sum(last).read_bytes()
+    run.noised_sum(last).unlink()
+    return content
+
+
+@pytest.fixture
+def keeping(tree, tmp_path):
+    tree["audit"] = {"keep_noised_sums": True}
+    return write_config(tree, tmp_path / "c.yaml"), RunDirectory(tmp_path / "runs" / "tiny")
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_crash_between_commit_and_file_is_made_good_by_the_replay(keeping, monkeypatch, last):
+    config, run = keeping
+    content = killed_before_writing(config, run, last, monkeypatch)
+    train(config)
+    assert run.noised_sum(last).read_bytes() == content
+    assert [step for step, _ in sealed_steps(run)] == [0, 1, 2, 3]
+
+
+def test_sums_of_steps_that_were_given_up_are_not_sealed(keeping, monkeypatch):
+    """A new environment: step 2 begins again from the checkpoint at 2, and none is left for step 3."""
+    config, run = keeping
+    killed_before_writing(config, run, 3, monkeypatch)
+    assert run.noised_sum(2).exists()
+    monkeypatch.setattr(job, "environment_digest", lambda *_, **__: bytes(32))
+    train(config)
+    assert verify_chain(run.ledger).generation == 1
+    assert [step for step, _ in sealed_steps(run)] == [0, 1]
+    assert not run.noised_sum(2).exists()
+
+
+def sealed_steps(run):
+    return json.loads((run.noised_sums / "index.json").read_text())["steps"]
 
 
 @pytest.mark.dist
