@@ -107,7 +107,7 @@ def test_a_start_that_fails_after_it_reserved_can_be_repeated(private_tree, tmp_
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "check_learnable", fail)
+        patch.setattr(job, "check_rows", fail)
         with pytest.raises(type(error)):
             start(private_tree, tmp_path)
     start(private_tree, tmp_path)
@@ -119,7 +119,7 @@ def test_start_without_the_registry_keeps_a_stopped_ones_hold(private_tree, tmp_
         raise Preempted("asked to stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "check_learnable", stop)
+        patch.setattr(job, "check_rows", stop)
         with pytest.raises(Preempted):
             start(private_tree, tmp_path)
     with monkeypatch.context() as patch:
@@ -385,7 +385,7 @@ def test_undelivered_settlement_is_made_up_by_the_same_command(private_tree, tmp
         patched.setattr(Registry, "settle", unreachable)
         run = start(private_tree, tmp_path)
     assert (run / "privacy.json").exists()
-    assert "settles it later" in capsys.readouterr().out
+    assert "Until the same command settles this run" in " ".join(capsys.readouterr().out.split())
     assert views.runs(registry.database)[0].state == "open"
     start(private_tree, tmp_path)
     assert views.runs(registry.database)[0].state == "closed"
