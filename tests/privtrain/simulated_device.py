@@ -193,12 +193,15 @@ def simulated() -> Iterator[Device]:
 
 
 def move(model: torch.nn.Module) -> None:
-    """Put the parameters and buffers of a model on the device, in place."""
+    """Put the parameters and buffers of a model on the device, in place; what was tied stays tied."""
+    moved: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                moved = torch.nn.Parameter(Simulated(parameter.data.clone()), parameter.requires_grad)
-                module._parameters[name] = moved
+                if id(parameter) not in moved:
+                    there = Simulated(parameter.data.clone())
+                    moved[id(parameter)] = torch.nn.Parameter(there, parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = Simulated(buffer.clone())

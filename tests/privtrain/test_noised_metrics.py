@@ -311,8 +311,8 @@ def released_by(name: str, directory, cells) -> list[list[float]]:
         rows: list[float] = []
         release = trainer.release
 
-        def kept(*arguments, release=release, rows=rows):
-            released = release(*arguments)
+        def kept(*arguments, release=release, rows=rows, **named):
+            released = release(*arguments, **named)
             rows += released.auxiliary_sums.values()
             return released
 
