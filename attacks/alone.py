@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pathlib
 from collections.abc import Iterator
 
-from privtrain.errors import RunBusy
-from privtrain.files.private import make_private_directory, open_lock_file
+from privtrain.files.private import locked_file, make_private_directory
 
 
 @contextlib.contextmanager
@@ -28,14 +26,6 @@ def alone(signals_path: pathlib.Path, *, is_writer: bool = False) -> Iterator[No
         yield
         return
     make_private_directory(signals_path.parent)
-    descriptor = open_lock_file(signals_path.with_name(f".{signals_path.stem}.lock"))
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusy(
-                f"another attack job is at work on {signals_path}; wait for it, then run the same command"
-            ) from None
+    busy = f"another attack job is at work on {signals_path}; wait for it, then run the same command"
+    with locked_file(signals_path.with_name(f".{signals_path.stem}.lock"), busy=busy):
         yield
-    finally:
-        os.close(descriptor)

@@ -230,13 +230,15 @@ def _of_shadows(
 ) -> Iterator[Statistic]:
     """Yield the attacks that need the same documents under other models."""
     suffix = "" if kind == signals.FRESH else "_training"
+    lifted = None if models is None else shadow_models.by_user(models, table.owner, len(scored.users))
     for attack in registry.reference_attacks():
         lacking = shadow_models.lacking(attack, models)
         if lacking:
             not_run.append({"attack": f"{attack.name}{suffix}", "documents": kind, "reason": lacking})
             continue
         assert models is not None
-        of_users, known = shadow_models.by_user(models, table.owner, len(scored.users))
+        assert lifted is not None
+        of_users, known = lifted
         values = np.full(len(scored.users), np.nan)
         values[known] = attack.score(of_users)
         yield _split(scored, f"{attack.name}{suffix}", attack.definition, kind, values)

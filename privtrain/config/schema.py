@@ -294,9 +294,14 @@ class CanariesSection(Section):
             yield "canaries.kind: samples with canaries.num_users needs canaries.samples_file; no other kind has one"
 
     @property
+    def has_texts(self) -> bool:
+        """Whether any are texts, which gradient canaries are not."""
+        return self.num_users > 0 or self.user_fraction > 0
+
+    @property
     def are_planted(self) -> bool:
         """Whether there are any."""
-        return self.num_users > 0 or self.user_fraction > 0 or self.num_gradient_users > 0
+        return self.has_texts or self.num_gradient_users > 0
 
 
 class AuditSection(Section):

@@ -18,7 +18,7 @@ import pathlib
 import stat
 from collections.abc import Collection, Iterator
 
-from privtrain.errors import UnsafePath
+from privtrain.errors import RunBusy, UnsafePath
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -226,7 +226,7 @@ def open_private_file(path: pathlib.Path, flags: int) -> int:
     return descriptor
 
 
-def open_lock_file(path: pathlib.Path) -> int:
+def _open_lock_file(path: pathlib.Path) -> int:
     """Return a descriptor of a lock file in a private directory, made if it is not there; no link is followed.
 
     Raises:
@@ -241,12 +241,24 @@ def open_lock_file(path: pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def locked_file(path: pathlib.Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever holds it; see :func:`open_lock_file`."""
-    descriptor = open_lock_file(path)
+def locked_file(path: pathlib.Path, *, busy: str = "") -> Iterator[int]:
+    """Hold a lock file, made if it is not there, and yield its descriptor; no link is followed.
+
+    Args:
+        path: the lock file.
+        busy: what to say if another process holds it; without it, wait.
+
+    Raises:
+        RunBusy: with ``busy``.
+        UnsafePath: if it is a link.
+    """
+    descriptor = _open_lock_file(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise RunBusy(busy) from None
+        yield descriptor
     finally:
         os.close(descriptor)
 

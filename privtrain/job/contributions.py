@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
@@ -30,10 +30,11 @@ def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> N
         GuaranteeLost: if one did, or the ledger names a unit that is nobody's.
         LedgerCorrupt: if a unit joined steps of two groups.
     """
-    check_groups(run.ledger, verify_chain(run.ledger))
+    state = verify_chain(run.ledger)
+    check_groups(run.ledger, state)
     if plan.records_per_user is None:
         return
-    names = {name for name, _ in _charged(run)}
+    names = {name for name, _ in charged_units(run.ledger, state)}
     owner = _owners(run, corpus, plan, names)
     if not names <= owner.keys():
         raise GuaranteeLost(f"{run.ledger} names units that are no user's; nothing is released")
@@ -57,22 +58,22 @@ def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> di
     """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
     steps: Counter[str] = Counter()
     records: Counter[str] = Counter()
-    for name, num_records in _charged(run):
+    for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):
         steps[name] += 1
         records[name] += num_records
     owner = _owners(run, corpus, plan, steps.keys())
     if not steps.keys() <= owner.keys():
         raise LedgerCorrupt(f"{run.ledger} names units that are no user's of this data set; nothing was settled")
-    totals: dict[str, tuple[int, int]] = {}
-    for name, num_steps in steps.items():
-        other_steps, other_records = totals.get(owner[name], (0, 0))
-        totals[owner[name]] = (other_steps + num_steps, other_records + records[name])
-    return totals
+    return added((owner[name], (num_steps, records[name])) for name, num_steps in steps.items())
 
 
-def _charged(run: RunDirectory) -> Iterator[tuple[str, int]]:
-    """Yield (the run's own pseudonym of a unit, number of its records) for every unit of every step."""
-    return charged_units(run.ledger, verify_chain(run.ledger))
+def added(parts: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Return name → (steps, records), added up where a name comes more than once."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, (num_steps, num_records) in parts:
+        steps, records = found.get(name, (0, 0))
+        found[name] = (steps + num_steps, records + num_records)
+    return found
 
 
 def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:

@@ -18,10 +18,8 @@ from privtrain.files.atomic import write_atomically
 from privtrain.files.private import make_private_directory
 from privtrain.files.reading import file_sha256
 from privtrain.privacy.layout import Layout
-from privtrain.run.directory import RunDirectory
+from privtrain.run.directory import NOISED_SUMS_SCHEMA, RunDirectory
 from privtrain.run.sealing import write_sealed
-
-INDEX_SCHEMA = "privtrain/noised-sums/1"
 
 
 class NoisedSums:
@@ -56,11 +54,11 @@ class NoisedSums:
         """Write the sealed list of the sums that are there."""
         steps = [step for step in range(self._num_steps) if self._run.noised_sum(step).exists()]
         facts = {
-            "schema": INDEX_SCHEMA,
+            "schema": NOISED_SUMS_SCHEMA,
             "tensors": [[slot.name, slot.num_coordinates] for slot in self._layout.slots],
             "steps": [[step, file_sha256(self._run.noised_sum(step))] for step in steps],
         }
-        write_sealed(self._run, self._run.noised_sums / "index.json", facts)
+        write_sealed(self._run, self._run.noised_sums_index, facts)
 
 
 def check_whole(layout: Layout) -> None:

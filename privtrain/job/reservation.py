@@ -32,7 +32,7 @@ from privtrain.errors import (
 )
 from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
-from privtrain.job.contributions import contributions_of
+from privtrain.job.contributions import added, contributions_of
 from privtrain.job.evidence import contradictions, evidence_of_release, evidence_of_unreleased, evidence_so_far
 from privtrain.job.resume import is_bound
 from privtrain.job.stop import StopRequest
@@ -274,12 +274,8 @@ class BudgetReservation:
         for canary in canaries:
             if canary.is_invented:  # nobody's budget
                 totals.pop(canary.user, None)
-        found: dict[str, tuple[int, int]] = {}
-        for user, (num_steps, num_records) in totals.items():
-            name = self._registry.pseudonym(user)  # one for all Unicode forms of an id
-            steps, records = found.get(name, (0, 0))
-            found[name] = (steps + num_steps, records + num_records)
-        return found
+        # One pseudonym for all Unicode forms of an id.
+        return added((self._registry.pseudonym(user), counts) for user, counts in totals.items())
 
 
 def refund_run(run_path: pathlib.Path, url: str) -> str:
@@ -316,7 +312,7 @@ def _claims(run: RunDirectory) -> pathlib.Path:
     return run.secret / "reservation_claims.json"
 
 
-def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
+def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
     plan, section = inputs.plan, inputs.config.registry
     assert section.dataset is not None
     if plan.not_private_reasons:
@@ -348,7 +344,7 @@ def _request(inputs: Inputs, uid: str, claim: str) -> RunRequest:
 def _request_if_any(inputs: Inputs, uid: str) -> RunRequest | None:
     """Return what a released run would have asked for; ``None`` if no budget can be asked for such a run."""
     try:
-        return dataclasses.replace(_request(inputs, uid, ""), claim=None)
+        return _request(inputs, uid, None)
     except PrivtrainError:
         return None
 

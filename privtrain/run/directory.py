@@ -8,23 +8,25 @@ who may have been in it. What is checked, and how keys are opened, is in :mod:`p
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import stat
 from collections.abc import Iterator
 
-from privtrain.errors import GuaranteeLost, PrivtrainError, RunBusy, UnsafePath
+from privtrain.errors import GuaranteeLost, PrivtrainError, UnsafePath
 from privtrain.files.atomic import temporary_of, write_atomically
 from privtrain.files.private import (
     check_directory_around,
     check_empty,
     check_private_directory,
     check_private_tree,
+    locked_file,
     make_private_directory,
-    open_lock_file,
 )
 from privtrain.privacy.secret import SecretKey, load_key_file
+
+#: Of the sealed list of the noised sums that are kept.
+NOISED_SUMS_SCHEMA = "privtrain/noised-sums/1"
 
 
 class RunDirectory:
@@ -55,6 +57,7 @@ class RunDirectory:
         self.base_losses = self.secret / "base_losses.json"
         self.private_metrics = self.secret / "private_metrics.jsonl"
         self.noised_sums = self.secret / "noised_sums"
+        self.noised_sums_index = self.noised_sums / "index.json"
 
     def noised_sum(self, step: int) -> pathlib.Path:
         """Return where the noised sum of a step is kept, on request."""
@@ -159,14 +162,9 @@ class RunDirectory:
         """Hold the run: a second job on the same directory is refused, not interleaved."""
         make_private_directory(self.secret)
         self.check_private()
-        with os.fdopen(open_lock_file(self.secret / "lock"), "r+b") as lock:
-            os.fchmod(lock.fileno(), 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunBusy(
-                    f"another job is running in {self.root}; wait for it or choose another run.name"
-                ) from None
+        busy = f"another job is running in {self.root}; wait for it or choose another run.name"
+        with locked_file(self.secret / "lock", busy=busy) as lock:
+            os.fchmod(lock, 0o600)
             yield
 
     def create_key(self, name: str, insecure_seed: int | None = None) -> SecretKey:

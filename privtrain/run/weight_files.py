@@ -10,9 +10,9 @@ from privtrain.errors import PrivtrainError
 from privtrain.files import reading
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-#: Formats of weights, the one that transformers loads first.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
-ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+_ADAPTER_CONFIG = "adapter_config.json"
+#: Weights in one file, the one that transformers loads first.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 #: The safetensors format: 8 bytes of length, so many of JSON, then the tensors without a gap.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000
@@ -34,9 +34,9 @@ def weight_file_faults(directory: pathlib.Path, gguf_file: str | None = None) ->
     if gguf_file is None and not faults:
         weights, faults = weights_read(directory)
         faults += [f"{path} {problem}" for path in weights if (problem := _problem(path))]
-        if (directory / ADAPTER_CONFIG).exists():
+        if (directory / _ADAPTER_CONFIG).exists():
             faults.append(
-                f"{directory / ADAPTER_CONFIG} makes transformers load an adapter on the model, or another model; "
+                f"{directory / _ADAPTER_CONFIG} makes transformers load an adapter on the model, or another model; "
                 "merge it first (privtrain export --merge), or remove it"
             )
     return faults
@@ -65,7 +65,7 @@ def _problem(path: pathlib.Path) -> str:
         return f"cannot be read ({error.strerror})"
     if head == _LFS:
         return "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-    if path.suffix in WEIGHT_SUFFIXES and size == 0:
+    if path.suffix in _WEIGHT_SUFFIXES and size == 0:
         return "is empty"
     return _safetensors_problem(path, size) if path.suffix == ".safetensors" else ""
 

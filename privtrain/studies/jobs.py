@@ -7,9 +7,7 @@ digest, hence another directory: nothing that is complete is ever overwritten.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -19,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from privtrain.errors import RunBusy
 from privtrain.files.atomic import write_atomically, write_json
+from privtrain.files.private import locked_file
 from privtrain.studies.recipe import Cell, fill
 
 State = Literal["complete", "failed", "open"]
@@ -181,7 +179,7 @@ def run_job(job: Job, processes: Processes) -> State:
         RunBusy: if another study runs the same job.
     """
     job.directory.mkdir(parents=True, exist_ok=True)
-    with _locked(job.directory):
+    with locked_file(job.directory / ".lock", busy=f"another study is running the cell in {job.directory}"):
         if job.state() == "complete":  # by another study since we looked
             return "complete"
         write_atomically(job.directory / "config.yaml", job.cells[0].config_yaml(job.directory, job.data))
@@ -220,13 +218,3 @@ def _tail(log: pathlib.Path) -> list[str]:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 65_536))
         return file.read().decode("utf-8", errors="replace").splitlines()[-_LAST_LINES:]
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-    with open(directory / ".lock", "w", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusy(f"another study is running the cell in {directory}") from None
-        yield

@@ -29,6 +29,7 @@ from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
 from privtrain.errors import SelfTestFailed
 from privtrain.privacy.correlated import NoiseHistory
+from privtrain.privacy.fixed_point import SLACK
 from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.noise import StepNoise, noised
 from privtrain.privacy.plan import PrivacyPlan
@@ -449,7 +450,7 @@ def _difference(
     norm = math.hypot(*_norms(total, layout, backend))
     differences = _norms(total - expected, layout, backend)
     sizes = _norms(expected, layout, backend)
-    if trainer.plan.clipping_style != "batch" and norm > num_units * clipping_norm * (1 + 1e-5):
+    if trainer.plan.clipping_style != "batch" and norm > num_units * clipping_norm * (1 + SLACK):
         return f"{num_units} planted unit(s) moved the sum by {norm:.6g}, above clipping_norm={clipping_norm} each"
     for slot, difference, size in zip(layout.slots, differences, sizes, strict=True):
         if not difference <= _TOLERANCE[precision] * (size + clipping_norm / math.sqrt(len(layout.slots))):

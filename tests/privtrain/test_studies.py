@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from privtrain.cli import app
 from privtrain.errors import ConfigError, RunBusy
+from privtrain.files.private import locked_file
 from privtrain.studies import jobs
 from privtrain.studies.findings import Statement, Verdict, judge_direction, judge_fact
 from privtrain.studies.recipe import Recipe, expand, fill
@@ -262,7 +263,7 @@ def test_two_studies_never_run_the_same_cell_at_once(recipe, tmp_path):
     job = Study.open("tiny", options).jobs[0]
     job.directory.mkdir(parents=True)
     processes = jobs.Processes(jobs.thread_environment(1))
-    with jobs._locked(job.directory), pytest.raises(RunBusy):
+    with locked_file(job.directory / ".lock"), pytest.raises(RunBusy):
         jobs.run_job(job, processes)
     assert jobs.run_job(job, processes) == "complete"
 

@@ -155,10 +155,8 @@ def _claim_of(config: pathlib.Path) -> tuple[float, float, int]:
     loaded = load_config(config)
     plan = PrivacyPlan.build(loaded.privacy, loaded.training)
     canaries = loaded.canaries
-    has_texts = canaries.num_users > 0 or canaries.user_fraction > 0
-    sources = (has_texts, canaries.num_gradient_users > 0, 0.0 < loaded.data.held_out_fraction < 1.0)
-    num_sources = sum(sources)
-    return plan.epsilon, plan.delta, max(num_sources, 1)
+    sources = (canaries.has_texts, canaries.num_gradient_users > 0, 0.0 < loaded.data.held_out_fraction < 1.0)
+    return plan.epsilon, plan.delta, max(sum(sources), 1)
 
 
 def _failure(failure: float) -> str:

@@ -32,11 +32,10 @@ from privtrain.data.directions import blocks, signs
 from privtrain.errors import DamagedFile
 from privtrain.files.reading import file_sha256
 from privtrain.privacy.secret import SecretKey
-from privtrain.run.directory import RunDirectory
+from privtrain.run.directory import NOISED_SUMS_SCHEMA, RunDirectory
 from privtrain.run.sealing import read_sealed_file
 from privtrain.run.statement import PrivacyStatement
 
-INDEX_SCHEMA = "privtrain/noised-sums/1"
 GRADIENTS = "gradient canaries"
 ACCESS = "noised sum of every step (owner)"
 
@@ -85,7 +84,7 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     Returns:
         [canaries, steps] and [steps, steps], in clipping norms.
     """
-    index = read_sealed_file(run, run.noised_sums / "index.json", schema=INDEX_SCHEMA, remedy="restore it")
+    index = read_sealed_file(run, run.noised_sums_index, schema=NOISED_SUMS_SCHEMA, remedy="restore it")
     num_coordinates = sum(num for _, num in index["tensors"])
     sums = [_opened(run.noised_sum(step), digest, num_coordinates) for step, digest in index["steps"]]
     key = run.load_key("root")
