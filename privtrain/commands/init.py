@@ -105,6 +105,7 @@ def write_config(
     if output.exists():
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
     guessed = guess_configuration(model, paths, user_column=user_column, num_users=num_users)
+    config = validate(guessed.tree, str(output))  # before anything is written
     head = (
         f"Written by privtrain init from {model} and {', '.join(path.name for path in paths[:3])}"
         f"{' ...' if len(paths) > 3 else ''}.\nEvery key is here; those behind a # stand at their defaults.\n"
@@ -114,7 +115,7 @@ def write_config(
     for dotted, note in guessed.notes.items():
         section, key = dotted.split(".")
         say(escape(f"{dotted}: {guessed.tree[section].get(key)}   # {note}"))
-    return validate(guessed.tree, str(output))
+    return config
 
 
 def guess_configuration(

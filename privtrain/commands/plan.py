@@ -231,8 +231,9 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSec
     """
     if privacy.sampling not in _PRICED or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
         return []
+    noise_of_run = plan.noise_of_run(training)
     return [
-        _price(change, privacy, plan, training, **values)
+        _price(change, privacy, plan, training, noise_of_run, **values)
         for change, values in _changes(privacy, plan).items()
         if 0 < values.get("sampling_prob", 1) <= 1
     ]
@@ -281,11 +282,16 @@ def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
 
 
 def _price(
-    change: str, privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None, **values: Any
+    change: str,
+    privacy: PrivacySection,
+    plan: PrivacyPlan,
+    training: TrainingSection | None,
+    noise_of_run: float,
+    **values: Any,
 ) -> Price:
     other = _rebuilt(privacy, plan, training, **values)
     relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
-    of_run = other.noise_of_run(training) / plan.noise_of_run(training)
+    of_run = other.noise_of_run(training) / noise_of_run
     return Price(change, other.epsilon, other.noise_multiplier, relative, of_run)
 
 

@@ -40,6 +40,13 @@ class RowCounts:
     num_duplicates: int = 0
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
 
+    def why_dropped(self) -> list[str]:
+        """Return each reason with its number of rows, the most frequent first."""
+        found = [f"{count} × {reason}" for reason, count in sorted(self.reasons.items(), key=lambda item: -item[1])]
+        if self.num_without_user:
+            found.append(f"{self.num_without_user} × no user id in the column that data.user_column names")
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -155,9 +162,9 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
     found = index.open_or_build(
         index_dir, made_of, lambda tally: _kept(_rows(data), tally), form, lambda: digests_of(files)
     )
-    if not found.records:
-        raise ConfigError([_no_row(found.counts)])
     counts = RowCounts(**found.counts)
+    if not found.records:
+        raise ConfigError([_no_row(counts)])
     return Corpus(found.records, counts, found.manifest_sha256, is_on_disk=True, source_digests=found.source_digests)
 
 
@@ -203,18 +210,16 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     for owner, content in _kept(rows, tally):
         records.setdefault(owner, []).append(content)
     if not records:
-        raise ConfigError([_no_row(tally)])
+        raise ConfigError([_no_row(RowCounts(**tally))])
     ordered = {user: tuple(records[user]) for user in sorted(records)}
     return Corpus(ordered, RowCounts(**tally), _digest(ordered))
 
 
-def _no_row(tally: Mapping[str, Any]) -> Fault:
+def _no_row(counts: RowCounts) -> Fault:
     """Return why nothing is left, by reason; for the owner of the data, whose counts they are."""
-    found = [f"{count} × {reason}" for reason, count in sorted(tally["reasons"].items(), key=lambda item: -item[1])]
-    if tally["num_without_user"]:
-        found.append(f"{tally['num_without_user']} × no user id in the column that data.user_column names")
+    found = counts.why_dropped()
     reasons = f": {'; '.join(found)}" if found else ""
-    return Fault("data.source", f"no usable row among {tally['num_rows']}{reasons}")
+    return Fault("data.source", f"no usable row among {counts.num_rows}{reasons}")
 
 
 def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -110,9 +110,7 @@ def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: 
     share = (counts.num_without_user + counts.num_empty + useless_share * num_kept) / max(counts.num_rows, 1)
     if share <= data.max_unusable_fraction:
         return
-    found = [f"{count} × {reason}" for reason, count in sorted(counts.reasons.items(), key=lambda item: -item[1])]
-    if counts.num_without_user:
-        found.append(f"{counts.num_without_user} × no user id in the column that data.user_column names")
+    found = counts.why_dropped()
     if useless_share:
         found.append(f"{useless_share:.0%} of the others predict no token{reasons_of(encoder)}")
     yield Fault(

@@ -30,15 +30,13 @@ old difference in clear.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.banded import FRACTION_BITS, Strategy
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised
+from privtrain.privacy.noise import BLOCK, StepNoise, blocks_of, noise_exponent, noised
 
 _HALF_BITS = 32
 #: Noise stays below this in grid steps, and so does every sum: see :mod:`privtrain.clipping.exact_sum`.
@@ -87,13 +85,14 @@ class NoiseHistory:
         """
         place = self.num_steps % len(self._last)
         # Coefficient j = 1, 2, … belongs to the noise of j steps ago.
-        order = torch.tensor([(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))])
+        steps_ago = [(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))]
+        order = torch.tensor(steps_ago, device=self._last.device)
         vector = torch.empty(self._layout.num_coordinates, dtype=torch.int64, device=self._last.device)
         for slot in self._layout.slots:
-            for block, start, stop in _blocks(slot.first, slot.num_coordinates):
+            for block, start, stop in blocks_of(slot.first, slot.num_coordinates):
                 here = slice(slot.start + start - slot.first, slot.start + stop - slot.first)
                 fresh = self._fresh(noise, slot.name, block, start, stop)
-                taken = self._taken_back(self._last[:, here][order.to(vector.device)])
+                taken = self._taken_back(self._last[:, here][order])
                 vector[here] = _rounded_difference(fresh, taken)
         if len(vector) and int(vector.abs().max()) >= _ROOM:
             raise GuaranteeLost(
@@ -134,12 +133,6 @@ def _rounded_difference(
 ) -> torch.Tensor:
     rest = fresh[1] - taken[1] + (1 << (FRACTION_BITS - 1))
     return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
-
-
-def _blocks(first: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (block, start, stop) of the keyed blocks that a tensor's coordinates from ``first`` lie in."""
-    for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
-        yield block, max(block * BLOCK, first), min((block + 1) * BLOCK, first + count)
 
 
 def _top_bits(drawn: np.ndarray, bits: int) -> np.ndarray:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -91,13 +92,18 @@ def noised(
     normal.check_quantiles()
     rounding = _Rounding(exponent, stddev)
     released = torch.empty(len(total), dtype=torch.float64, device=total.device)
-    for block in range(first // BLOCK, -(-(first + len(total)) // BLOCK)):
-        start, stop = max(block * BLOCK, first), min((block + 1) * BLOCK, first + len(total))
+    for block, start, stop in blocks_of(first, len(total)):
         stream = noise.key.stream("noise", name, block)
         bits = stream.uint64(stop - block * BLOCK)[start - block * BLOCK :]
         place = slice(start - first, stop - first)
         released[place] = rounding.apply(total[place], bits, noise, name, start)
     return released
+
+
+def blocks_of(first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (block, start, stop) of the keyed blocks that a tensor's coordinates from ``first`` lie in."""
+    for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
+        yield block, max(block * BLOCK, first), min((block + 1) * BLOCK, first + count)
 
 
 def noised_vector(

@@ -94,7 +94,7 @@ def target_modules(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Names of the modules that get LoRA, as a list or joined by commas."""
     if value in ("all", "all-linear"):
         return Outcome({"lora.target_modules": "all-linear"})
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    names = _names(value)
     if any(set("*^$\\|") & set(name) for name in names):
         return refused(f"given {value!r}; lora.target_modules takes names, not patterns")
     return Outcome({"lora.target_modules": names})
@@ -102,11 +102,16 @@ def target_modules(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 def names_list(key: str) -> Rule:
     """Return the rule of a list of names, also joined by commas."""
+    return lambda value, _: Outcome({key: _names(value)})
 
-    def rule(value: Any, _: Mapping[str, Any]) -> Outcome:
-        return Outcome({key: [n.strip() for n in value.split(",")] if isinstance(value, str) else list(value)})
 
-    return rule
+def _names(value: Any) -> list[str]:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def switch(key: str, setting: str) -> Rule:
+    """Return the rule of a switch that gives a key of ours this setting where it is on."""
+    return lambda value, _: Outcome({key: setting}) if value else Outcome(reason="off")
 
 
 def share_held_out(value: Any, _: Mapping[str, Any]) -> Outcome:

@@ -38,10 +38,6 @@ def _peft(value: Any, _: Mapping[str, Any]) -> Outcome:
     return Outcome({"training.method": "lora" if value else "full"})
 
 
-def _mask(format_name: str) -> Rule:
-    return lambda value, _: Outcome({"data.format": format_name}) if value else Outcome(reason="off")
-
-
 def _loss(value: Any, _: Mapping[str, Any]) -> Outcome:
     return Outcome(reason="as here") if value == "nll" else refused(f"given {value!r}; the loss is the likelihood")
 
@@ -60,8 +56,8 @@ RULES: dict[str, Rule] = {
     "dataset_streaming": rules.LOADING,
     "dataset_num_proc": rules.LOADING,
     "dataset_text_field": to("data.text_column"),
-    "assistant_only_loss": _mask("chat"),
-    "completion_only_loss": _mask("prompt_completion"),
+    "assistant_only_loss": rules.switch("data.format", "chat"),
+    "completion_only_loss": rules.switch("data.format", "prompt_completion"),
     "chat_template_path": to("data.chat_template_file"),
     "max_length": to("data.max_length"),
     "max_seq_length": to("data.max_length"),
@@ -83,8 +79,8 @@ RULES: dict[str, Rule] = {
     "lora_task_type": only("CAUSAL_LM", otherwise="a classifier is data.format: classification"),
     "use_rslora": to("lora.use_rslora"),
     "use_dora": to("lora.use_dora"),
-    "load_in_4bit": lambda value, _: Outcome({"model.quantization": "nf4"}) if value else Outcome(reason="off"),
-    "load_in_8bit": lambda value, _: Outcome({"model.quantization": "int8"}) if value else Outcome(reason="off"),
+    "load_in_4bit": rules.switch("model.quantization", "nf4"),
+    "load_in_8bit": rules.switch("model.quantization", "int8"),
     "bnb_4bit_quant_type": only("nf4", otherwise="4 bits are nf4 here"),
     "use_bnb_nested_quant": left_out("quantisation constants stay whole"),
     "env": rules.LAUNCH,
