@@ -97,7 +97,7 @@ def test_rdp_is_within_a_quarter_above_epsilon_one(q, sigma):
     assert exact.lower < 1 or rdp <= 1.25 * exact.upper
 
 
-def test_where_a_rare_step_decides_renyi_accounting_is_loose_at_its_best_order():
+def test_rare_step_makes_renyi_loose_at_its_best_order():
     """Its own loss: the best order is not an end of those tried."""
     event = dp_sgd(4.08e-5, 0.614, 100_000)
     exact = accountants.epsilon(event, 1.1e-10, accountant="tilted")
@@ -117,7 +117,7 @@ def test_delta_at_epsilon_encloses_the_reference(epsilon):
 
 @pytest.mark.parametrize(("q", "sigma", "steps"), [(0.19472, 1.7098, 2), (0.3, 1.0, 10)])
 @pytest.mark.parametrize("share", [0.9999, 1.0001, 1.5])
-def test_delta_about_the_largest_loss_of_the_add_direction_is_answered(q, sigma, steps, share):
+def test_delta_near_largest_loss_is_answered(q, sigma, steps, share):
     """There the saddle runs away; beyond it that direction's delta is 0."""
     event = dp_sgd(q, sigma, steps)
     epsilon = -share * steps * math.log1p(-q)
@@ -134,7 +134,7 @@ def test_pld_is_right_where_tails_underflow():
         assert answer.lower <= 700.2523139262814 <= answer.upper < 700.2524
 
 
-def test_a_value_that_a_certified_lower_bound_contradicts_is_refused(monkeypatch):
+def test_value_below_certified_lower_bound_is_refused(monkeypatch):
     event = dp_sgd(0.01, 1.0, 1000)
     monkeypatch.setattr(pld.PLDAccountant, "get_epsilon", lambda self, delta: 1.5)
     monkeypatch.setattr(pld.PLDAccountant, "get_delta", lambda self, epsilon: 1e-9)
@@ -161,7 +161,7 @@ def test_pld_refuses_what_float64_cannot_resolve():
 
 @pytest.mark.parametrize("steps", [1, 20, 60])
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
-def test_pld_calibrates_without_sampling_where_its_last_digits_fall_short(epsilon, steps):
+def test_pld_calibrates_without_sampling_at_its_last_digits(epsilon, steps):
     """The closed form is tight to eleven digits; what falls short of it by round-off is not certified, and not lost."""
     found = accountants.calibrate_noise_multiplier(
         target_epsilon=epsilon, target_delta=1e-3, sampling_prob=1.0, num_steps=steps, accountant="pld"

@@ -62,14 +62,14 @@ def test_one_step_delta_is_the_integral_of_the_hockey_stick(add):
     assert closed_form.step_delta(step, 0.1, add=add) == pytest.approx(expected, rel=1e-7)
 
 
-def test_the_gdp_accountant_is_exact_and_certified_without_sampling():
+def test_gdp_is_exact_and_certified_without_sampling():
     answer = accountants.epsilon(dp_sgd(1.0, 3.0, 9), 1e-6, accountant="gdp")
     exact = accountants.epsilon(dp_sgd(1.0, 3.0, 9), 1e-6, accountant="tilted")
     assert answer.certified_upper() == pytest.approx(exact.upper, rel=1e-9)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "tilted", "rdp", "gdp", "aea1", "eeai", "contour", "tilted-edgeworth"])
-def test_nothing_released_costs_nothing_and_no_noise_costs_everything(accountant):
+def test_no_release_costs_nothing_no_noise_everything(accountant):
     nothing = accountants.epsilon(dp_sgd(0.0, 1.0, 10), 1e-5, accountant=accountant)
     assert nothing.estimate == 0
     everything = accountants.epsilon(dp_accounting.NonPrivateDpEvent(), 1e-5, accountant=accountant)
@@ -85,7 +85,7 @@ def test_one_step_at_the_ends_of_float64_is_answered(delta):
     )
 
 
-def test_the_shortest_transforms_saying_nothing_is_no_end_of_refinement():
+def test_refinement_goes_on_past_shortest_transform():
     """Forty million steps: the first windows bound nothing, longer ones do."""
     answer = accountants.epsilon(dp_sgd(5.09e-5, 1.0, 39_200_000), 1e-6, accountant="tilted")
     assert 1.84 < answer.lower <= answer.upper < 1.01 * answer.lower

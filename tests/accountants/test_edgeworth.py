@@ -130,7 +130,7 @@ def test_delta_at_a_huge_epsilon_is_a_number(name, epsilon):
     assert 0 <= answer.estimate <= 1
 
 
-def test_beyond_float64_the_interval_without_sampling_still_holds_the_truth():
+def test_interval_holds_truth_beyond_float64():
     event = dp_sgd(1.0, 1.0, 3000)
     for epsilon in (1200.0, 1500.0, 1600.0):
         answer, exact = (accountants.delta(event, epsilon, accountant=name) for name in ("eeai", "tilted"))
@@ -147,7 +147,7 @@ def test_a_law_tilted_to_one_point_still_gets_a_bound(q, sigma, steps, epsilon):
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps", "epsilon"), [(0.19472, 1.7098, 2, 0.50989), (0.5, 1.5, 2, 2.0)])
-def test_a_variance_near_the_end_of_floats_range_is_one_point_too(q, sigma, steps, epsilon):
+def test_huge_variance_is_one_point_too(q, sigma, steps, epsilon):
     """Above the largest loss of the add direction the saddle runs away, and moments underflow without being zero."""
     answer = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted-edgeworth")
     exact = accountants.delta(dp_sgd(q, sigma, steps), epsilon, accountant="tilted")

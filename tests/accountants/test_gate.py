@@ -17,7 +17,7 @@ RELATIONS = [relation.name for relation in dp_accounting.NeighboringRelation]
 
 
 @pytest.mark.parametrize(("kind", "direction", "relation"), itertools.product(BoundKind, Direction, RELATIONS))
-def test_only_a_certified_upper_bound_for_both_directions_of_its_relation_passes(kind, direction, relation):
+def test_gate_passes_certified_upper_bounds_alone(kind, direction, relation):
     bound = {} if kind in (BoundKind.CERTIFIED_UPPER, BoundKind.CERTIFIED_LOWER) else {"upper": float("inf")}
     answer = PrivacyAnswer("epsilon", 0.0, 1.0, 2.0, BoundKind.CERTIFIED_UPPER, "x", "1", direction, relation)
     answer = dataclasses.replace(answer, kind=kind, **bound)
@@ -43,7 +43,7 @@ def test_calibration_refuses_one_direction_and_estimates():
             )
 
 
-def test_a_group_s_answer_is_about_the_relation_that_was_asked_about():
+def test_group_answer_keeps_the_relation_asked():
     for relation in (
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
         dp_accounting.NeighboringRelation.REPLACE_SPECIAL,

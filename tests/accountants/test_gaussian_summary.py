@@ -50,7 +50,7 @@ def test_between_the_points_of_the_table_the_bound_holds():
         assert accountant.delta(event, float(epsilon)).upper <= gdp_delta(found.mu, float(epsilon)) + found.slack
 
 
-def test_mutant_a_mu_that_matches_the_points_alone_is_too_small_between_them():
+def test_mutant_mu_fitted_at_points_is_too_small_between():
     """Plant: left values compared with the Gaussian's at the same point. A step function is the worst curve that the
     table allows, and it is above that Gaussian's."""
     table = curve_of(1.0, 25)

@@ -122,7 +122,7 @@ def test_noise_beyond_float64_is_refused(noise):
         accountants.epsilon(dp_sgd(0.1, noise, 10), 1e-5, accountant="tilted")
 
 
-def test_group_conversions_round_to_the_safe_side_and_check_their_arguments():
+def test_group_conversions_round_up_and_check_arguments():
     for epsilon in (0.0, 1e-300, 1e-17, 1e-6, 1.0, 30.0):
         of_record = record_delta_of(epsilon, 1e-6, 5)
         assert 0 < of_record <= 1e-6 / 5
@@ -162,7 +162,7 @@ def test_counts_may_be_numpys(name):
         (dp_sgd(1e-3, 1.0, 10**12), "pld", accountants.delta),
     ],
 )
-def test_what_takes_too_long_or_too_much_names_another_accountant(event, accountant, question, monkeypatch):
+def test_too_costly_event_names_another_accountant(event, accountant, question, monkeypatch):
     class Opacus:
         def _get_dprv(self, **_):
             raise MemoryError("Unable to allocate 2.59 TiB")  # what its grid asks for here, after ten seconds
@@ -176,7 +176,7 @@ def test_what_takes_too_long_or_too_much_names_another_accountant(event, account
     ("count", "prob"),
     [(2, 0.1), (50, 0.3), (1000, 1e-4), (10**5, 1e-3), (10**9, 1e-6), (700, 0.999), (3, 1 - 1e-9), (5, 1e-200)],
 )
-def test_weights_of_a_group_are_binomial_and_cut_on_the_safe_side(count, prob):
+def test_group_weights_are_binomial_and_cut_upwards(count, prob):
     weights = dict(_binomial(count, prob))
     assert math.fsum(weights.values()) == pytest.approx(1, abs=1e-15)
     assert all(weight > 0 for weight in weights.values())

@@ -76,7 +76,7 @@ def test_truncated_poisson_has_a_cliff_and_then_none():
     assert spent(320) <= 1.01 * poisson
 
 
-def test_shuffling_is_a_gaussian_per_epoch_and_no_less_than_its_lower_bound():
+def test_shuffling_costs_at_least_its_lower_bound():
     event = events.shuffled_event(noise_multiplier=1.0, num_batches=100, num_epochs=10)
     upper = accountants.epsilon(event, 1e-5, relation=ZERO).certified_upper(ZERO.name)
     fixed_order = accountants.epsilon(dp_sgd(1.0, 1.0, 10), 1e-5).certified_upper()

@@ -34,7 +34,7 @@ def test_the_group_delta_is_the_geometric_sum_and_never_k_delta():
         pytest.param(0.001, 0.6, 200, 2, 2.7192, marks=pytest.mark.campaign),
     ],
 )
-def test_the_exact_group_is_the_library_s_and_never_worse_than_the_black_box(q, sigma, steps, k, expected):
+def test_exact_group_never_worse_than_black_box(q, sigma, steps, k, expected):
     event = group_event(noise_multiplier=sigma, sampling_prob=q, num_steps=steps, num_records=k)
     exact = TiltedAccountant().epsilon(event, 1e-6)
     assert exact.upper == pytest.approx(expected, rel=2e-3)
@@ -48,7 +48,7 @@ def test_the_mixture_agrees_with_pld():
     assert exact.lower <= accountants.epsilon(event, 1e-6).certified_upper() <= 1.002 * exact.upper
 
 
-def test_example_sampling_with_one_record_is_user_sampling_with_one():
+def test_example_equals_user_sampling_with_one_record():
     els = group_event(noise_multiplier=1.0, sampling_prob=0.01, num_steps=1000, num_records=1)
     uls = dp_sgd(100 / 10_000, 1.0, 1000)
     assert TiltedAccountant().epsilon(els, 1e-6).upper == pytest.approx(
@@ -75,7 +75,7 @@ def test_choosing_the_best_of_several_runs_costs():
         tuning_event(event, mean_runs=10, shape="fixed")
 
 
-def test_a_user_known_to_have_joined_n_steps_spent_the_gaussian_of_their_root_sum_of_squares():
+def test_known_participation_spends_root_sum_of_squares():
     answer = individual_epsilon([1.0, 0.5, 0.0, 0.5], noise_multiplier=2.0, delta=1e-6)
     exact = accountants.epsilon(dp_sgd(1.0, 2.0 / math.sqrt(1.5), 1), 1e-6, accountant="tilted")
     assert answer.estimate == pytest.approx(exact.upper, rel=1e-9)
@@ -151,7 +151,7 @@ def test_records_that_are_always_sampled_are_one_plain_gaussian():
         assert accountants.epsilon(event, 1e-5, accountant=name) == accountants.epsilon(plain, 1e-5, accountant=name)
 
 
-def test_thousands_of_steps_without_sampling_are_right_at_a_large_epsilon():
+def test_many_steps_without_sampling_at_large_epsilon():
     """At 60 digits epsilon is 1672.79699088; tails without their logarithm made it 1673.77."""
     event = group_event(noise_multiplier=1.864, sampling_prob=1.0, num_steps=10447, num_records=1)
     answer = accountants.epsilon(event, 9.44e-4, accountant="tilted")

@@ -108,7 +108,7 @@ def test_a_planted_report_directory_is_refused(make_run, leave, why):
     assert not (run / "elsewhere" / "attacks.json").exists()
 
 
-def test_a_report_directory_that_was_opened_is_refused_by_the_report(make_run):
+def test_opened_report_directory_is_refused(make_run):
     run = make_run()
     analyse_run(run)
     (run / "report").chmod(0o777)
@@ -174,7 +174,7 @@ def test_a_published_report_of_another_form_is_one_line(make_run, file, name, va
         verify.verify_report(run)
 
 
-def test_signals_that_were_made_huge_are_refused_before_they_are_hashed(make_run, monkeypatch):
+def test_huge_signals_are_refused_before_hashing(make_run, monkeypatch):
     run = make_run()
     os.truncate(run / SIGNALS_PATH, 1 << 40)  # sparse: it takes no room
     monkeypatch.setattr(record, "sha256_of", lambda *_: pytest.fail("hashed"))

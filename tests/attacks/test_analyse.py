@@ -56,7 +56,7 @@ def test_the_results_are_complete_and_finite(make_run):
         assert sum(histogram["held_in"]) == sum(histogram["held_out"]) == 40
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(make_run):
+def test_seed_decides_the_bytes(make_run):
     run = make_run(30)
     contents = []
     for seed in (0, 0, 1):
@@ -127,7 +127,7 @@ def test_the_cap_is_read_off_the_statement(make_run):
     assert zero_false_positives["tpr_cap"] == pytest.approx(math.e / 51)
 
 
-def test_a_guarantee_for_examples_does_not_cap_an_attack_on_users(make_run):
+def test_example_guarantee_does_not_cap_user_attack(make_run):
     facts = analyse.analyse_run(make_run(100, shift=0.5, unit="example", epsilon=0.5))
     assert facts["cap"]["auroc"] is None
     assert facts["cap"]["auroc_of_sample"] is None

@@ -211,7 +211,7 @@ def test_both_rules_count():
 
 @pytest.mark.parametrize("strategy", ["bonferroni", "split"])
 @pytest.mark.parametrize("delta", [0.0, 0.05])
-def test_clopper_pearson_finds_a_gaussians_epsilon_in_many_scores(strategy, delta):
+def test_clopper_pearson_finds_gaussian_epsilon(strategy, delta):
     held_in, held_out = normal_scores(1.0, 20_000), normal_scores(0.0, 20_000)
     rng = np.random.default_rng(0)
     found = clopper.epsilon_lower_bound(
@@ -237,7 +237,7 @@ def coins_of(num, mu, seed, prob_in=0.5):
     return Coins(rng.normal(size=num) + mu * is_in, is_in, prob_in, "user", "test")
 
 
-def test_equal_scores_tell_nothing_even_if_the_users_are_sorted_by_side():
+def test_equal_scores_tell_nothing_in_any_order():
     is_in = np.repeat([True, False], 100)
     coins = Coins(np.zeros(200), is_in, 0.5, "user", "sorted")
     for guess in declared_guesses(200):
@@ -246,7 +246,7 @@ def test_equal_scores_tell_nothing_even_if_the_users_are_sorted_by_side():
 
 
 @given(st.integers(10, 200), st.integers(0, 10_000))
-def test_a_perfect_score_is_guessed_right_whatever_the_sides_weigh(num, seed):
+def test_perfect_score_is_guessed_right_at_any_weights(num, seed):
     coins = coins_of(num, 100.0, seed)
     if abs(int(coins.is_in.sum()) - num // 2) < math.isqrt(num):
         guesses = [guess for guess in declared_guesses(num) if guess.num <= coins.is_in.sum() or not guess.only_in]

@@ -97,7 +97,7 @@ def test_null_experiments_short(prob_in):
     assert max(found.values()) <= plausible(150, ALPHA), found
 
 
-def test_scores_that_hang_together_do_not_fool_the_one_run_bounds():
+def test_dependent_scores_do_not_fool_one_run_bounds():
     truth = {"one run": 0.0, "mu": 0.0}
     found = exceeding(150, 1000, 100, 1e-5, truth, dependent, 0.0)
     assert max(found.values()) <= plausible(150, ALPHA), found
@@ -108,7 +108,7 @@ def test_randomised_response_is_rarely_overstated_short():
     assert max(found.values()) <= plausible(150, ALPHA), found
 
 
-def test_a_search_that_is_not_paid_for_reports_something_on_a_third_of_null_runs():
+def test_mutant_unpaid_search_reports_on_null_runs():
     """The best of all numbers of guesses at 5 % each, as one public suite has it; ours on the same runs."""
     greedy, ours = 0, 0
     for seed in range(100):
@@ -128,7 +128,7 @@ def test_a_search_that_is_not_paid_for_reports_something_on_a_third_of_null_runs
     assert ours <= plausible(100, ALPHA)
 
 
-def test_the_curve_test_rejects_a_true_claim_as_rarely_as_it_says():
+def test_curve_test_rejects_true_claim_as_rarely_as_stated():
     inverse, num_rejected = tradeoff.of_points(DpBound(1.0, 0.05)), 0
     for seed in range(150):
         coins = draw(seed, 60, leaky_response, 1.0, 0.05)
@@ -163,7 +163,7 @@ def medians(num, law, parameter, num_runs):
     return np.median(found, axis=0)
 
 
-def test_a_few_units_known_by_heart_are_seen_by_guesses_of_the_highest():
+def test_few_memorised_units_are_seen_by_highest_guesses():
     """The planted mutant, two-sided guesses alone, sees next to nothing of one unit in twenty."""
     found, two_sided = medians(1000, some_memorised, 0.05, 15)
     assert found > 0.9
@@ -171,7 +171,7 @@ def test_a_few_units_known_by_heart_are_seen_by_guesses_of_the_highest():
     assert len(declared_guesses(1000)) == 8
 
 
-def test_guesses_that_could_show_nothing_at_this_delta_use_up_no_error():
+def test_hopeless_guesses_use_up_no_error():
     """The mutant, all eight at every delta, could show nothing of two sources at delta 1e-3."""
     significance = ALPHA / 4
     assert len(telling_guesses(100, 1e-3, significance)) < len(declared_guesses(100))

@@ -88,7 +88,7 @@ def test_canary_users_are_a_source_of_their_own(make_run):
     assert "canary users" in facts["verdict_reason"]
 
 
-def test_a_canary_of_many_records_is_held_against_a_claim_for_as_many():
+def test_canary_of_k_records_meets_claim_for_k():
     """A guarantee of ε = 0.5 a record allows 8 to a canary of 16 records."""
     statement = rundir.PrivacyStatement.model_validate_json(json.dumps(STATEMENT | {"epsilon": 0.5, "unit": "example"}))
     coins = Coins(np.zeros(4), np.array([True, False, True, False]), 0.5, "user", "canaries", most_records=4)
@@ -163,7 +163,7 @@ def test_every_sampling_scheme_has_a_certified_curve(scheme, source):
     assert verdict.Cap.of(rundir.PrivacyStatement.model_validate_json(lacking)).curve is None
 
 
-def test_what_is_stated_of_a_record_is_no_claim_for_users_at_any_delta():
+def test_record_statement_is_no_claim_for_users():
     """Also between the record's own delta and the larger one that group privacy makes of it."""
     statement = rundir.PrivacyStatement.model_validate_json(json.dumps(STATEMENT | {"unit": "example"}))
     assert verdict.epsilon_at(statement, 10 * statement.delta) is None

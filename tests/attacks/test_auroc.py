@@ -65,7 +65,7 @@ def test_delong_variance_is_that_of_the_brute_force_placements(held_in, held_out
     assert statistics.delong_variance(held_in, held_out) == pytest.approx(expected, abs=1e-12)
 
 
-def test_delong_variance_is_close_to_the_variance_of_repeated_samples():
+def test_delong_variance_matches_repeated_samples():
     areas, variances = [], []
     for seed in range(2000):
         sides = normal_sides(30, 40, 0.8, seed)
@@ -146,7 +146,7 @@ def test_null_intervals_cover_one_half(method):
     assert low <= misses <= high
 
 
-def test_the_lower_end_exceeds_the_truth_no_more_often_than_it_says():
+def test_lower_end_exceeds_truth_as_rarely_as_stated():
     truth = scipy.stats.norm.cdf(1.2 / np.sqrt(2.0))
     too_high = sum(
         statistics.bootstrap_interval(*normal_sides(20, 20, 1.2, 20_000 + seed), seed=seed, num_resamples=1000).lower

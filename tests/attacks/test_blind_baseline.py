@@ -27,7 +27,7 @@ def test_a_shifted_vocabulary_is_found():
     assert found.separates
 
 
-def test_a_fair_split_is_called_confounded_no_more_often_than_it_says():
+def test_fair_split_is_confounded_as_rarely_as_stated():
     num_false = sum(
         blind.cross_validate(blind._bag_of_words(counts), is_held_in, seed=seed, level=0.95).separates
         for seed in range(20)

@@ -70,7 +70,7 @@ def test_the_sample_cap_falls_to_the_population_cap():
 
 
 @pytest.mark.parametrize("num_units", [3, 20])
-def test_a_real_mechanism_keeps_the_sample_caps_and_breaks_the_naive_one(num_units):
+def test_real_mechanism_keeps_sample_caps_breaks_naive(num_units):
     """Each user's score is their membership bit under Laplace noise: epsilon-DP in one user, whatever the others do."""
     bound, rng = DpBound(1.0, 0.0), np.random.default_rng(0)
     areas, hits_at_zero = [], []
@@ -89,7 +89,7 @@ def test_a_real_mechanism_keeps_the_sample_caps_and_breaks_the_naive_one(num_uni
 
 @pytest.mark.parametrize("num_held_out", [1, 2, 5, 68])
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 4.0])
-def test_a_private_mechanism_attains_the_sample_caps_and_exceeds_the_population_cap(epsilon, num_held_out):
+def test_private_mechanism_attains_sample_caps(epsilon, num_held_out):
     """A mechanism that publishes a ranking of one candidate among n others: uniform without the candidate's data.
 
     With the data it tilts the ranks as far as epsilon lets it. Exact arithmetic; the closed form would call it broken.

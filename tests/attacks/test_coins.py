@@ -82,7 +82,7 @@ def flip(run: RunDirectory) -> str:
     return manifest["sha256"]
 
 
-def test_what_prepare_prints_is_what_ledger_statement_and_report_quote(config):
+def test_printed_commitment_is_quoted_everywhere(config):
     path, run = config
     shown = CliRunner().invoke(app, ["prepare", str(path)])
     commitment = prepare(path).commitment
@@ -95,7 +95,7 @@ def test_what_prepare_prints_is_what_ledger_statement_and_report_quote(config):
     assert "matches privacy.json" in verify_run(run.root)
 
 
-def test_the_commitment_says_nothing_of_the_coins_without_the_key(finished):
+def test_commitment_hides_the_split_without_key(finished):
     statement = json.loads(finished.privacy.read_text())
     sha256 = json.loads(finished.manifest.read_text())["sha256"]
     assert statement["split_commitment"] == split_commitment(finished.load_key("root"), sha256)
@@ -104,7 +104,7 @@ def test_the_commitment_says_nothing_of_the_coins_without_the_key(finished):
     assert not any(sha256.encode() in path.read_bytes() for path in public)
 
 
-def test_before_training_coins_are_not_flipped_anew_by_deleting_them(config):
+def test_deleted_split_is_not_flipped_anew(config):
     """A key alone, of which nobody knows who put it there, begins nothing; with its sealed coins it gives the same."""
     path, run = config
     done, sealed = prepare(path), run.prepared.read_bytes()
@@ -133,7 +133,7 @@ def test_coins_cannot_be_prepared_anew_once_training_began(config, monkeypatch):
         train(path)
 
 
-def test_coins_of_a_seed_are_none_for_a_run_that_claims_to_be_private(config):
+def test_seeded_split_is_refused_for_private_run(config):
     path, run = config
     prepare(path, ["privacy.insecure_seed=7"])
     with pytest.raises(GuaranteeLost, match="can be guessed"):
@@ -143,7 +143,7 @@ def test_coins_of_a_seed_are_none_for_a_run_that_claims_to_be_private(config):
     assert not (run.root / "adapter").exists()
 
 
-def test_a_key_that_can_be_guessed_never_lies_there_without_its_marker(config, monkeypatch):
+def test_guessable_key_never_lies_without_its_marker(config, monkeypatch):
     run = config[1]
     prepare(config[0], ["privacy.insecure_seed=7"])
 
@@ -159,7 +159,7 @@ def test_a_key_that_can_be_guessed_never_lies_there_without_its_marker(config, m
     assert not (run.secret / "root.insecure").exists()
 
 
-def test_a_start_that_failed_in_its_self_test_does_not_end_preparation(config, monkeypatch):
+def test_failed_self_test_does_not_end_preparation(config, monkeypatch):
     path, _ = config
     done = prepare(path)
 
@@ -203,7 +203,7 @@ def test_other_coins_cannot_be_trained_on_once_training_began(config, monkeypatc
         train(path)
 
 
-def test_a_session_with_other_coins_is_no_record_of_the_same_ledger(config, monkeypatch):
+def test_session_with_another_split_is_refused_by_ledger(config, monkeypatch):
     path, _ = config
     begin_and_crash(path, monkeypatch)
     monkeypatch.setattr("privtrain.job.session.check_coins", lambda *_: None)
@@ -226,7 +226,7 @@ def test_a_replaced_root_key_is_refused(finished):
         score_run(finished.root)
 
 
-def test_a_statement_that_was_edited_to_fit_is_not_what_the_ledger_says(finished):
+def test_edited_statement_contradicts_the_ledger(finished):
     sha256 = flip(finished)
     statement = json.loads(finished.privacy.read_text())
     statement["split_commitment"] = split_commitment(finished.load_key("root"), sha256)
@@ -243,7 +243,7 @@ def test_a_statement_that_was_edited_to_fit_is_not_what_the_ledger_says(finished
         score_run(finished.root)
 
 
-def test_analysis_refuses_signals_whose_sides_are_not_the_sealed_ones(finished):
+def test_analysis_refuses_sides_that_are_not_sealed(finished):
     score_run(finished.root, ScoreOptions(num_canary_references=5))
     analyse_run(finished.root)
     path = finished.root / SIGNALS_PATH
@@ -296,7 +296,7 @@ def charged(registry, config, tree, tmp_path):
     return write_config(tree, tmp_path / "c.yaml"), config[1], registry
 
 
-def test_who_opted_out_before_is_left_out_and_the_run_can_be_trained(charged):
+def test_earlier_opt_out_is_left_out_and_run_trains(charged):
     path, run, registry = charged
     registry.forget(registry.pseudonym("user-003"))
     done = prepare(path)
@@ -312,7 +312,7 @@ def test_who_opted_out_before_is_left_out_and_the_run_can_be_trained(charged):
     assert "user-004" in shadow_data
 
 
-def test_who_opts_out_in_between_is_taken_out_by_preparing_again_and_other_coins_stay(charged):
+def test_opt_out_after_prepare_keeps_the_other_sides(charged):
     path, run, registry = charged
     before = prepare(path)
     sealed = json.loads(run.prepared.read_text())

@@ -109,7 +109,7 @@ def test_rows_that_changed_are_refused(config_of, rows):
         read_now(config.data, corpus, ["day"], [("u1", NUM_DISTINCT - 1)])
 
 
-def test_no_dropped_duplicate_is_scored_and_a_run_on_disk_gives_the_same_signals(config_of):
+def test_dropped_duplicates_are_not_scored_in_memory_or_on_disk(config_of):
     contents = []
     for on_disk in (False, True):
         path, run = config_of("scored", on_disk=on_disk)
@@ -177,7 +177,7 @@ def read_all(path: pathlib.Path, known: Corpus) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_damage_at_any_byte_of_the_rows_is_one_line_without_a_value(kind, tmp_path):
+def test_damaged_rows_are_one_line_without_a_value(kind, tmp_path):
     path, rng = written(kind, tmp_path), np.random.default_rng(0)
     content = path.read_bytes()
     known = load_corpus(DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}}))
@@ -242,7 +242,7 @@ def test_mutant_without_digests_of_files_reads_another_date(tmp_path):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_scoring_reads_dates_of_the_files_that_training_began_with(config_of, rows, on_disk):
+def test_scoring_reads_dates_of_training_files(config_of, rows, on_disk):
     path, run = config_of("dated", on_disk=on_disk)
     train(path)
     assert read_sources(run) == digests_of([rows])

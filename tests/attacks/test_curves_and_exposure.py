@@ -28,7 +28,7 @@ def scored_users(num=40, num_documents=8, seed=0):
     return features.collect(rows, [])
 
 
-def test_more_documents_tell_more_and_only_users_who_have_them_take_part():
+def test_more_documents_tell_more():
     scored = scored_users()
     table = scored.documents[FRESH]
     points = curves.by_num_documents(scored, table, table.scores["token_mean"], seed=0)
@@ -50,7 +50,7 @@ def test_buckets_hold_every_user_once_and_hide_the_small_ones():
     assert all(point["num_held_in"] >= curves.MIN_USERS for point in curves.by_bucket(few, statistic, is_held_in))
 
 
-def test_distinctness_is_zero_for_the_common_and_grows_with_words_of_ones_own():
+def test_distinctness_grows_with_own_words():
     found = curves.distinctness(scored_users())
     by_kind = [found[np.arange(80) % 4 == kind].mean() for kind in range(4)]
     assert by_kind == sorted(by_kind)

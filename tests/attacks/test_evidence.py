@@ -145,7 +145,7 @@ def test_edited_signals_are_refused(run, name):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_without_the_seal_an_edit_would_pass_or_be_found_in_the_plan(run, name, monkeypatch):
+def test_mutant_without_seal_lets_edits_pass(run, name, monkeypatch):
     """The mutant of the seal: a changed target goes through, a changed set of documents is found by the coins."""
     rewrite(run, EDITS[name])
     reseal(run)
@@ -304,7 +304,7 @@ def test_signals_of_another_target_are_refused(run, change):
         refused(lambda: report.write_report(run), "attacks.json")
 
 
-def test_signals_of_another_run_are_refused_also_with_an_equal_key(run, made, tiny_llama, users_file, tmp_path):
+def test_signals_of_another_run_are_refused(run, made, tiny_llama, users_file, tmp_path):
     tree = tiny_tree(tiny_llama, users_file, tmp_path / "others" / "runs")
     (tmp_path / "others").mkdir()
     scored = []
@@ -339,7 +339,7 @@ def test_edited_results_are_refused_by_whatever_reads_them(run, edit):
         assert "seal" in refused(lambda read=read: read(run), "attacks.json")
 
 
-def test_without_the_key_results_are_not_believed_and_the_reader_is_told_what_can_be_checked(run):
+def test_results_without_key_are_not_believed(run):
     shutil.rmtree(run / "secret")
     assert "attacks verify" in refused(lambda: report.read_results(run), "attacks.json")
     checked = verify.verify_report(run)
@@ -394,7 +394,7 @@ def evidence_files(run: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[
     yield directory.manifest, lambda: documents.read_manifest(directory)
 
 
-def test_damage_at_any_byte_of_any_evidence_is_one_line_and_exit_code_2(run, monkeypatch):
+def test_damaged_evidence_is_one_line_and_exit_2(run, monkeypatch):
     monkeypatch.setattr(evidence, "check_release", lambda run: None)  # it has its own tests, and hashes everything
     rng = np.random.default_rng(0)
     for path, read in evidence_files(run):
@@ -532,7 +532,7 @@ def test_whatever_was_released_must_be_as_it_was(run, name):
         refused(action, name)
 
 
-def test_an_epsilon_that_was_edited_everywhere_does_not_follow_from_its_plan(run):
+def test_epsilon_edited_everywhere_contradicts_its_plan(run):
     """The mutant is the forger: every digest made anew, the last record of the ledger included."""
     import hashlib
 

@@ -68,7 +68,7 @@ def test_the_statistic_lies_in_the_bounds_of_proposition_1(kind, share, spread):
     assert math.log(share) + divergence < expected <= share * chi_squared + 1e-5
 
 
-def test_the_user_statistic_of_the_pipeline_converges_to_its_expectation():
+def test_user_statistic_converges_to_its_expectation():
     models = users_of("markov", 3, 2, 0.5)
     others = Mixture([1.0, 1.0], models[1:])
     target = Mixture([0.4, 0.6], [models[0], others])
@@ -84,7 +84,7 @@ def test_the_user_statistic_of_the_pipeline_converges_to_its_expectation():
     assert found == pytest.approx(float(p_own @ ratios), abs=4 * error)
 
 
-def test_the_auroc_of_one_document_is_the_one_that_enumeration_gives():
+def test_auroc_of_one_document_equals_enumeration():
     """Held-in users write by D, held-out by E, both known: P(T > T') + P(T = T') / 2 over all pairs of documents."""
     inside, outside = users_of("categorical", 2, 5)
     base = Mixture([1.0, 1.0], [inside, outside])

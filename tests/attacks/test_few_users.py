@@ -93,7 +93,7 @@ def coverage_counts(sizes, shares, num_samples, seed=0):
     return found
 
 
-def test_two_values_that_few_users_happen_to_lack_are_allowed_for():
+def test_values_that_few_users_lack_are_allowed_for():
     """A tenth of the held-out users score high and 20 of them often lack it; without the floor one in eight misses."""
     found = coverage_counts((200, 20), (0.5, 0.1), 60)
     assert max(found.values()) <= plausible(60, HALF), found
@@ -196,7 +196,7 @@ def test_permuted_p_value_is_scipys(held_in, held_out):
 
 
 @given(scores, scores, st.data())
-def test_permuted_p_value_of_records_is_a_loop_over_choices_of_users(held_in, held_out, data):
+def test_permuted_p_value_equals_a_loop_over_users(held_in, held_out, data):
     owners = tuple(
         np.array(data.draw(st.lists(st.integers(0, 2), min_size=s.size, max_size=s.size))) for s in (held_in, held_out)
     )
@@ -251,7 +251,7 @@ def test_users_who_all_moved_alike_are_no_certainty():
     assert statistics.paired_difference(first, first).p_value == 1
 
 
-def test_many_users_on_one_side_cost_no_more_memory_and_little_time():
+def test_many_users_on_one_side_cost_no_memory():
     rng = np.random.default_rng(0)
     few, many = rng.normal(size=20), rng.normal(size=20_000)
     assert 0 < statistics.auroc_p_value(few + 1, many) < 0.05

@@ -9,7 +9,7 @@ from attacks.analysis import statistics
 
 
 @pytest.mark.parametrize(("num_hits", "num_trials"), [(0, 68), (3, 68), (19, 68), (68, 68), (1, 1), (5, 10)])
-def test_clopper_pearson_agrees_with_the_beta_quantiles_and_statsmodels(num_hits, num_trials):
+def test_clopper_pearson_agrees_with_beta_and_statsmodels(num_hits, num_trials):
     found = statistics.clopper_pearson(num_hits, num_trials)
     expected = statsmodels.stats.proportion.proportion_confint(num_hits, num_trials, alpha=0.05, method="beta")
     assert (found.lower, found.upper) == pytest.approx(expected, abs=1e-9)
@@ -28,7 +28,7 @@ def test_perfect_separation_is_all_pairs_won():
         assert found.lower == pytest.approx(statistics.clopper_pearson(num_units, num_units).lower, abs=1e-12)
 
 
-def test_perfect_separation_is_seen_as_rarely_as_its_lower_end_says():
+def test_perfect_separation_is_as_rare_as_lower_end_says():
     # The extremal attack: it misses a held-in user outright with probability 1 - AUROC and is perfect otherwise.
     num_units, rng = 6, np.random.default_rng(0)
     lower = statistics.perfect_separation(num_units, num_units).lower

@@ -51,7 +51,7 @@ def test_min_k_takes_the_floor_but_never_nothing():
     assert min_k.mean_of_lowest(np.array([-1.0, -2.0]), 0.05) == -2.0
 
 
-def test_min_k_plus_plus_uses_moments_under_p_and_survives_certainty():
+def test_min_k_plus_plus_survives_certainty():
     # Vocabulary of two with p = (3/4, 1/4): moments of log p under p, not over the vocabulary.
     logs = np.log([0.75, 0.25])
     mean = 0.75 * logs[0] + 0.25 * logs[1]
@@ -62,7 +62,7 @@ def test_min_k_plus_plus_uses_moments_under_p_and_survives_certainty():
     assert min_k_plus_plus.score(row([0.0], [-1.0], target_mean=[0.0], target_variance=[0.0])) == 0.0
 
 
-def test_variants_are_differences_and_recall_a_quotient_above_one_for_members():
+def test_variants_are_differences_and_recall_a_quotient():
     found = row([-1.0, -2.0], variants={"lowercase": -2.5, "neighbour_0": -2.0, "neighbour_1": -3.0})
     assert lowercase.score(found) == pytest.approx(1.0)
     assert neighbourhood.score(found) == pytest.approx(1.0)
@@ -105,7 +105,7 @@ def test_lira_is_the_likelihood_ratio_with_pooled_variances():
     np.testing.assert_allclose(calibrated.score(models), models.target - outside.mean(axis=1))
 
 
-def test_offline_lira_does_not_take_a_unit_far_below_its_out_mean_for_a_member():
+def test_offline_lira_rejects_units_far_below_out_mean():
     models = shadows()
     found = lira.score(UnderOtherModels(models.target, models.shadows, np.zeros_like(models.is_in)))
     assert found[0] > found[1] > found[2]
@@ -177,7 +177,7 @@ def test_every_attack_runs_where_its_signals_are_there(complete_run):
         assert paired["interval"][0] <= difference <= paired["interval"][1]
 
 
-def test_a_new_attack_is_one_registration_and_needs_no_new_signals(complete_run, monkeypatch):
+def test_new_attack_is_one_registration(complete_run, monkeypatch):
     before = (complete_run / signals.SIGNALS_PATH).stat().st_mtime_ns
     monkeypatch.setattr(registry, "ATTACKS", dict(registry.ATTACKS))
     attack = DocumentAttack(

@@ -48,7 +48,7 @@ def test_null_experiments_short(heavy):
     assert found["p"] <= plausible(200, 0.05)[1]
 
 
-def test_holm_over_the_attacks_of_a_null_run_keeps_the_family_error():
+def test_holm_keeps_the_family_error_on_null_runs():
     """Ten correlated attacks on the same users, none of which knows anything."""
     num_false = 0
     for seed in range(120):

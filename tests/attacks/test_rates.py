@@ -61,7 +61,7 @@ def chance_of_exceeding(bound, num_held_in, num_held_out, target, *, is_old=Fals
 
 @pytest.mark.parametrize("bound", [DpBound(0.0, 0.0), DpBound(1.0, 0.0), DpBound(3.0, 0.01)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_lower_end_passes_the_cap_of_a_tight_mechanism_as_rarely_as_it_says(bound, sizes):
+def test_lower_end_passes_a_tight_cap_as_rarely_as_stated(bound, sizes):
     for target in TARGETS:
         assert chance_of_exceeding(bound, *sizes, target) <= TAIL + 0.0005, target
 

@@ -34,7 +34,7 @@ def test_having_learned_the_domain_is_not_memorisation():
     assert misses <= scipy.stats.binom.ppf(0.9995, 15, 0.05)
 
 
-def test_memorised_sensitive_tokens_are_the_difference_in_differences():
+def test_sensitive_tokens_give_difference_in_differences():
     facts = panel_of(1.0).facts(seed=0)
     found = facts["difference_in_differences"]
     assert found["sensitive"]["value"] == pytest.approx(1.0, abs=0.05)

@@ -59,7 +59,7 @@ def test_row_order_does_not_change_the_bytes(tmp_path, seed):
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
-def test_only_the_owner_can_read_the_file_and_its_new_directories(tmp_path):
+def test_only_owner_can_read_file_and_new_directories(tmp_path):
     path = tmp_path / signals.SIGNALS_PATH
     signals.write_signals(path, ROWS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -71,7 +71,7 @@ def test_holms_own_example():
     assert statistics.holm([0.03, 0.01, 0.04, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.06, 0.06])
 
 
-def test_rank_p_values_are_valid_and_count_ties_against_membership():
+def test_rank_p_values_count_ties_against_membership():
     assert statistics.rank_p_values(np.array([3.0, 1.0]), np.array([1.0, 2.0, 3.0])).tolist() == [0.5, 1.0]
     rng = np.random.default_rng(0)
     found = np.concatenate([statistics.rank_p_values(rng.normal(size=1), rng.normal(size=19)) for _ in range(4000)])
@@ -79,7 +79,7 @@ def test_rank_p_values_are_valid_and_count_ties_against_membership():
         assert np.mean(found <= level) == pytest.approx(level, abs=4 * np.sqrt(level / 4000))
 
 
-def test_the_p_value_of_an_attack_is_scipys_and_one_for_a_constant():
+def test_attack_p_value_is_scipys_and_one_for_constant():
     rng = np.random.default_rng(1)
     for size, method in ((20, "exact"), (70, "asymptotic")):
         held_in, held_out = rng.normal(0.5, 1, 80), rng.normal(size=size)
@@ -142,7 +142,7 @@ def gaussian_points(mu, epsilons):
 
 
 @pytest.mark.parametrize("mu", [0.3, 1.0, 2.0])
-def test_the_whole_gaussian_curve_caps_the_auroc_at_its_closed_form(mu):
+def test_gaussian_curve_caps_auroc_at_closed_form(mu):
     """For mu-GDP the cap is Phi(mu / sqrt 2); a few points of the curve give a little more, never less."""
     exact = scipy.stats.norm.cdf(mu / np.sqrt(2.0))
     fine = CurveBound(gaussian_points(mu, np.linspace(0.0, 6.0, 400)))

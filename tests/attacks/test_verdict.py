@@ -33,7 +33,7 @@ def test_a_sample_that_could_not_have_contradicted_says_nothing():
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 2.0, 4.0])
-def test_perfect_separation_falsifies_exactly_where_the_sample_is_informative(epsilon):
+def test_perfect_separation_falsifies_where_informative(epsilon):
     cap = Cap(statistics.DpBound(epsilon, 1e-5), "")
     for num_units in (3, 10, 30, 100, 300, 1000):
         ceiling = statistics.perfect_separation(num_units, num_units)

@@ -36,7 +36,7 @@ def test_answer_says_who_gave_it_and_its_ends_are_in_order(name, quantity, argum
 
 
 @every_accountant
-def test_only_what_is_certified_in_both_directions_passes_the_gate(name):
+def test_gate_needs_certified_answers_in_both_directions(name):
     answer = get_accountant(name).epsilon(EVENT_OF[name], 1e-5)
     if answer.kind is BoundKind.CERTIFIED_UPPER and answer.direction is Direction.BOTH:
         assert accountants.certified_upper(answer, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE) == answer.upper

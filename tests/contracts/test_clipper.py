@@ -52,7 +52,7 @@ def test_sum_is_that_of_the_loop_over_units(kind, route, style, tiny_llama):
 
 
 @every_clipper
-def test_one_unit_moves_the_sum_by_at_most_what_noise_is_scaled_by(kind, route, tiny_llama):
+def test_one_unit_moves_the_sum_by_at_most_sensitivity(kind, route, tiny_llama):
     clipper, *_ = clipper_of(kind, route, tiny_llama)
     everybody = clipped_sum(clipper, USERS, 3)
     for removed in range(len(USERS)):

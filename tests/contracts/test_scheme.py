@@ -143,7 +143,7 @@ def test_cyclic_poisson_steps_of_a_unit_are_num_bands_apart(num_bands, num_units
         assert np.diff(joined).tolist() == [num_bands] * 2, "of probability 1 in its group: every round, one group"
 
 
-def test_cyclic_poisson_has_its_law_and_groups_are_independent_coins():
+def test_cyclic_poisson_law_and_independent_groups():
     scheme, num_units = CyclicPoisson(0.15, 4), 100_000
     groups = np.stack([np.isin(np.arange(num_units), m) for m in CyclicPoisson(0.25, 4).epoch(KEY, 0, num_units)])
     assert (groups.sum(axis=0) == 1).all()

@@ -83,7 +83,7 @@ def test_the_rehearsal_is_two_machines_of_one_job():
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1800)
-def test_the_install_steps_of_the_cpu_image_work_in_a_clean_directory(tmp_path):
+def test_cpu_image_install_steps_work_in_clean_directory(tmp_path):
     """The commands of the Dockerfile, in the place of its WORKDIR, with what the builder would be sent."""
     app, home = tmp_path / "app", tmp_path / "home"
     app.mkdir()

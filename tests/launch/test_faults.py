@@ -31,7 +31,7 @@ def expected(place: pathlib.Path) -> Callable[[str], bytes]:
 
 
 @pytest.mark.parametrize("case", faults.short_cases(), ids=lambda case: case.name)
-def test_a_struck_job_resumes_to_the_result_of_the_undisturbed_one(place, expected, case):
+def test_struck_job_resumes_to_undisturbed_result(place, expected, case):
     faults.run_case(place, case, faults.short_cases().index(case), expected(case.backend))
 
 
@@ -45,7 +45,7 @@ def test_every_second_case_of_the_campaign(place, expected, backend):
 
 
 @pytest.mark.parametrize("phase", ["join", "load", "evaluate"])
-def test_a_job_that_is_asked_to_stop_before_its_first_step_stops_with_75(place, phase):
+def test_stop_before_first_step_exits_75(place, phase):
     """In the rendezvous, where Python cannot act, too; nothing is charged."""
     name = f"early-{phase}"
     job = Job(faults.job_config(place, name), place / name, fault=Fault(phase, -1, "before", "term", 1))
@@ -65,7 +65,7 @@ def test_sigusr1_to_one_rank_stops_all_at_a_step_boundary(place, expected):
 
 
 @pytest.mark.parametrize(("action", "rank"), [("stop", 1), ("kill", 0)])
-def test_without_a_launcher_a_lost_rank_ends_the_job_with_its_name(place, expected, action, rank):
+def test_lost_rank_without_launcher_is_named(place, expected, action, rank):
     """A stopped rank leaves its connections open: nothing but its silence tells. Rank 0 takes the store along."""
     name = f"lost-{action}"
     config = faults.job_config(place, name, heartbeat_timeout_seconds=5)
@@ -94,7 +94,7 @@ def test_an_error_of_one_rank_ends_the_others_with_its_reason(place):
     assert "planted" in job.output(0)
 
 
-def test_a_job_that_is_suspended_as_a_whole_and_continued_loses_nobody(place, expected):
+def test_suspended_and_continued_job_loses_nobody(place, expected):
     """As schedulers do to make room: no rank hears the others for longer than the time-out, and none is lost."""
     name = "suspended"
     config = faults.job_config(place, name, heartbeat_timeout_seconds=4)
@@ -111,7 +111,7 @@ def test_a_job_that_is_suspended_as_a_whole_and_continued_loses_nobody(place, ex
 
 
 @pytest.mark.parametrize(("phase", "step"), [("checkpoint", 4), ("export", 0)])
-def test_what_rank_0_does_alone_may_outlast_the_collective_timeout(place, expected, phase, step):
+def test_rank_0_alone_may_outlast_collective_timeout(place, expected, phase, step):
     """Else a model that is large enough could never be released: each start would fail at the same place."""
     name = f"slow-{phase}"
     config = faults.job_config(place, name, collective_timeout_seconds=10, heartbeat_timeout_seconds=3)
@@ -121,7 +121,7 @@ def test_what_rank_0_does_alone_may_outlast_the_collective_timeout(place, expect
     assert faults.adapter_of(place / "runs" / name) == expected("ddp")
 
 
-def test_a_rank_0_that_is_lost_while_it_is_alone_at_work_is_found_missing(place):
+def test_rank_0_lost_while_alone_is_found_missing(place):
     name = "lost-alone"
     config = faults.job_config(place, name, heartbeat_timeout_seconds=3)
     job = Job(config, place / name, fault=Fault("export", 0, "inside", "stop", 0))

@@ -94,7 +94,7 @@ def test_a_command_of_a_guide_is_one_that_its_program_takes(command):
         assert command.words[0] in APPS or command.name in NOT_RUN
 
 
-def test_what_is_not_run_here_is_still_in_a_guide_and_is_run_where_the_list_says():
+def test_commands_not_run_here_are_run_where_the_list_says():
     assert not RUN & set(NOT_RUN)
     assert RUN | set(NOT_RUN) == {command.name for command in COMMANDS}
     for reason in NOT_RUN.values():

@@ -123,7 +123,7 @@ def test_trainable_copies_are_fp32_over_a_bf16_base(tree):
     assert all(p.dtype == torch.float32 for p in layout.parameters.values())
 
 
-def test_a_quantised_base_without_its_library_is_refused_before_weights_are_loaded(tree, monkeypatch):
+def test_quantised_base_without_library_is_refused_early(tree, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tree["model"]["quantization"] = "nf4"
     with pytest.raises(ConfigError, match=r"model\.quantization: nf4 needs bitsandbytes.*pip install"):

@@ -96,7 +96,7 @@ def test_the_plan_accounts_for_gradient_and_count_together(adaptive):
     assert PrivacyPlan.build(validate({**adaptive, "privacy": flat}).privacy).epsilon == plan.epsilon
 
 
-def test_the_default_count_noise_costs_little_and_too_little_noise_is_refused(adaptive):
+def test_default_count_noise_is_cheap_too_little_refused(adaptive):
     adaptive["privacy"]["adaptive_clipping"] = None
     plan = PrivacyPlan.build(validate(adaptive).privacy)
     assert plan.gradient_noise_multiplier < 1.033 * plan.noise_multiplier
@@ -115,7 +115,7 @@ def test_every_setting_changes_the_fingerprint(adaptive, change):
     assert PrivacyPlan.build(validate(adaptive).privacy).fingerprint() != before
 
 
-def test_the_trainers_real_noise_is_the_accounted_event_at_every_norm(adaptive, tiny_llama, restored):
+def test_real_noise_is_the_accounted_event_at_every_norm(adaptive, tiny_llama, restored):
     """Nobody is ever drawn, so what a step releases is its noise: measured, not read off the settings."""
     adaptive["privacy"] |= {"sampling_prob": 1e-9, "num_steps": 300}
     backend = Listening()
@@ -146,7 +146,7 @@ def test_the_trainers_real_noise_is_the_accounted_event_at_every_norm(adaptive, 
     max_examples=12, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(norm=st.floats(1e-3, 30), removed=st.integers(0, 5), size=st.integers(1, 6))
-def test_one_unit_moves_gradient_and_count_together_by_at_most_one(tiny_llama, norm, removed, size):
+def test_unit_moves_gradient_and_count_by_at_most_one(tiny_llama, norm, removed, size):
     """In units of each part's noise, the whole release moves by at most 1 / noise_multiplier, whatever the norm."""
     gradient_noise = accountants.adaptive_clipping_noise(1.0, 0.8)
     model, layout = tiny_lora(tiny_llama)
@@ -164,7 +164,7 @@ def test_one_unit_moves_gradient_and_count_together_by_at_most_one(tiny_llama, n
     assert moved**0.5 <= 1 + 1e-4
 
 
-def test_the_count_of_a_unit_is_bounded_and_steps_down_at_the_norm():
+def test_count_of_a_unit_is_bounded_and_steps_at_norm():
     norms = torch.tensor([0.0, 0.9, 0.995, 1.0, 1.005, 1.1, 1e30, float("inf"), float("nan")], dtype=torch.float64)
     assert styles.within(norms, 1.0).tolist() == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
     nudged = styles.within(norms[:6] * (1 + 1e-7), 1.0) - styles.within(norms[:6], 1.0)
@@ -284,4 +284,4 @@ def test_the_noise_test_can_fail(adaptive, tiny_llama, restored, monkeypatch, mu
     else:
         monkeypatch.setattr(PrivacyPlan, "gradient_noise_multiplier", property(lambda self: self.noise_multiplier))
     with pytest.raises((AssertionError, ValueError)):
-        test_the_trainers_real_noise_is_the_accounted_event_at_every_norm(adaptive, tiny_llama, None)
+        test_real_noise_is_the_accounted_event_at_every_norm(adaptive, tiny_llama, None)

@@ -124,7 +124,7 @@ def test_name_of_kept_rows_tells_nothing_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("row", [{"user": "a", "text": object()}, {"user": "a", "score": float("nan")}, ["a", "b"], 7])
-def test_rows_that_cannot_be_kept_are_refused_without_their_values(tmp_path, row):
+def test_unusable_rows_are_refused_without_their_values(tmp_path, row):
     with pytest.raises(ConfigError, match="row 2 cannot be kept as JSON"):
         store_rows([{"user": "a", "text": "x"}, row], tmp_path)
     assert not list((tmp_path / "rows").glob("*.jsonl"))

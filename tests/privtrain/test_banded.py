@@ -185,7 +185,7 @@ def test_epsilon_is_that_of_an_independent_computation(banded_tree, num_bands):
     assert plan.epsilon_after(1) == plan.epsilon_after(num_bands) < plan.epsilon, "a round counts whole"
 
 
-def test_auto_takes_the_best_number_of_bands_and_one_where_more_are_worse(banded_tree):
+def test_auto_takes_the_best_number_of_bands(banded_tree):
     plan = built(banded_tree)
     training, found = validate(banded_tree).training, {}
     for num_bands in tried_bands(120, 0.01):
@@ -222,7 +222,7 @@ def test_recipe_of_8b_has_at_most_60_percent_of_the_noise():
     assert max(plan.epsilon, plain.epsilon) <= 4 < plain.epsilon * 1.001
 
 
-def test_plan_is_rebuilt_from_its_body_and_a_false_one_is_refused(banded_tree):
+def test_plan_is_rebuilt_from_body_false_one_refused(banded_tree):
     plan = built(banded_tree)
     assert PrivacyPlan.from_body(plan.body()) == plan
     for change in (

@@ -77,7 +77,7 @@ WRONG = {
 
 @pytest.mark.parametrize("is_classifier", [False, True], ids=["causal", "classifier"])
 @pytest.mark.parametrize("case", WRONG)
-def test_weights_that_are_missing_or_of_other_shape_are_refused_by_name(base, case, is_classifier):
+def test_missing_or_misshapen_weights_are_named(base, case, is_classifier):
     damage, expected = WRONG[case]
     damage(base)
     if is_classifier and "head" in case:  # a classifier has no use for it
@@ -105,7 +105,7 @@ def test_tied_weights_and_buffers_are_no_missing_weights(base, tmp_path):
     assert load_base(section(save_base(tmp_path / "gpt2", "gpt2"))).privtrain_new_modules == []
 
 
-def test_a_classifiers_new_head_is_allowed_and_saved_with_the_adapter(base):
+def test_new_classifier_head_is_saved_with_adapter(base):
     model = load_classifier(section(base), torch.float32, labels=["no", "yes"], init_seed=0)
     assert model.privtrain_new_modules == ["score"]
     tuned = add_lora(model, LoraSection(rank=2), 0, "base", is_classifier=True)
@@ -134,7 +134,7 @@ def test_mutant_without_the_look_a_random_layer_is_trained_on(base, monkeypatch)
     assert len(load_base(section(base)).model.layers) == 3
 
 
-def test_a_missing_weight_is_found_whatever_transformers_calls_the_model(base):
+def test_missing_weight_is_found_under_any_class_name(base):
     model = load_base(section(base))
     with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
         new_modules(model, {"missing_keys": {"model.norm.weight"}}, "m", is_classifier=True)
@@ -152,7 +152,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_weight_files_are_one_line_before_anything_is_loaded(base, case):
+def test_damaged_weight_files_are_one_line_before_loading(base, case):
     damage, expected = DAMAGE[case]
     path = base / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -162,7 +162,7 @@ def test_damaged_weight_files_are_one_line_before_anything_is_loaded(base, case)
     refused(base)  # also from who does not look first
 
 
-def test_pointers_in_place_of_tokenizers_and_missing_parts_are_named(base):
+def test_pointer_files_and_missing_parts_are_named(base):
     (base / "tokenizer.json").write_bytes(DAMAGE["pointer"][0](b""))
     (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
     index = {
@@ -238,7 +238,7 @@ def config_of(tree, path, **data):
     return validate(tree)
 
 
-def test_records_beyond_learned_positions_are_refused_and_computed_ones_are_not(tree, tmp_path, base):
+def test_records_beyond_learned_positions_are_refused(tree, tmp_path, base):
     gpt2 = save_base(tmp_path / "gpt2", "gpt2")
     model, tokenizer = load_base(section(gpt2)), load_tokenizer(section(gpt2))
     assert learned_positions(model) == 64

@@ -85,7 +85,7 @@ def test_no_serialised_copy_is_made_in_memory(tmp_path):
     "summary",
     ["", "{", "[]", "null", "3", '"text"', "{}", '{"step": 4}', "no step", "no generation", "no sha256", "text step"],
 )
-def test_a_damaged_summary_is_passed_over_for_the_older_checkpoint(tmp_path, summary, capsys):
+def test_damaged_summary_falls_back_to_older_checkpoint(tmp_path, summary, capsys):
     save(tmp_path, step=3)
     save(tmp_path, step=4)
     path = tmp_path / "step-00000004" / "summary.json"
@@ -153,7 +153,7 @@ class Alone(LocalBackend):
         self.is_alone = False
 
 
-def test_everything_is_written_while_the_others_wait_without_a_time_out(tmp_path, monkeypatch):
+def test_checkpoint_is_written_while_others_wait(tmp_path, monkeypatch):
     backend, original = Alone(), torch.save
     alone = []
     monkeypatch.setattr(torch, "save", lambda *a: (alone.append(backend.is_alone), original(*a)))

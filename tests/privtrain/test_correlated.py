@@ -320,7 +320,7 @@ def forgetful(recall):
     return without_past
 
 
-def test_replay_that_diverges_begins_another_mechanism_and_charges_whole_rounds(banded, tmp_path, monkeypatch):
+def test_diverging_replay_charges_whole_rounds(banded, tmp_path, monkeypatch):
     banded["privacy"] |= {"num_steps": 12}
     config = write_config(banded, tmp_path / "run.yaml")
     run_until_killed(config, monkeypatch, last=4)

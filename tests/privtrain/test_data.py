@@ -173,7 +173,7 @@ def test_the_plays_have_over_a_thousand_users_with_a_heavy_tail():
     assert "hamlet/HORATIO" in corpus.records
 
 
-def test_ids_are_taken_as_written_so_that_one_person_stays_one_user(tmp_path):
+def test_user_ids_are_taken_as_written(tmp_path):
     """Guessed types would read 001 as 1 in one file and as text in another: two units, twice the sensitivity."""
     (tmp_path / "a.csv").write_text("user,text\n001,11\n002,22\n", encoding="utf-8")
     (tmp_path / "b.csv").write_text("user,text\n001,33\nX1,44\n", encoding="utf-8")
@@ -248,7 +248,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
         load_corpus(section(tmp_path / "a.csv"))
 
 
-def test_what_training_leaves_out_is_named_also_where_a_user_lost_everything():
+def test_left_out_records_are_named_for_users_with_none_left():
     corpus = group_by_user([("a", "1"), ("a", "2"), ("b", "3"), ("c", "4")])
     split = split_users(corpus, section("x", held_out_fraction=0.0, attack_fraction=0.0), SecretKey.insecure(0, "root"))
 

@@ -45,7 +45,7 @@ def copies_to_host(counts: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("cell", MOST_WAITS)
-def test_whole_steps_run_on_the_device_and_give_what_the_cpu_gives(found, cell):
+def test_whole_steps_on_device_equal_cpu(found, cell):
     result = found["cells"][cell]
     assert result["worst"] < 1e-5 * result["moved"]
     assert result["comes_back"], "a checkpoint"

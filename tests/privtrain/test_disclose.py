@@ -27,7 +27,7 @@ FIELDS = {
 }
 
 
-def test_a_record_has_the_registrys_fields_and_the_statements_numbers(released_run):
+def test_record_has_registry_fields_and_statement_numbers(released_run):
     record = yaml.safe_load(disclose(released_run, "opendp"))
     statement = json.loads((released_run / "privacy.json").read_text())
     assert set(record["deployment"]) == set(FIELDS)
@@ -39,7 +39,7 @@ def test_a_record_has_the_registrys_fields_and_the_statements_numbers(released_r
     assert record["deployment"]["product"]["intended_use"] == FOR_YOU
 
 
-def test_a_checklist_answers_from_the_statement_and_marks_the_rest(released_run):
+def test_checklist_answers_from_statement_and_marks_rest(released_run):
     page = disclose(released_run, "nist")
     statement = json.loads((released_run / "privacy.json").read_text())
     assert f"ε = {statement['epsilon']:.4g}, δ = {statement['delta']:g}" in page

@@ -216,7 +216,7 @@ def test_a_unit_of_weight_zero_adds_nothing_whatever_it_is():
     assert total.tolist() == [8, 8, 8]
 
 
-def test_measured_units_may_be_more_than_float64_adds_exactly_at_a_time():
+def test_more_measured_units_than_float64_adds_exactly():
     num_units = exact_sum._MOST_UNITS + 3
     gradients = torch.from_numpy(np.random.default_rng(1).standard_normal((num_units, 2, 2)).astype(np.float32))
     weights = torch.linspace(1, 2.0**39, num_units)

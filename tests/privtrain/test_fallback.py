@@ -120,7 +120,7 @@ def test_an_explicit_route_is_refused_with_the_way_out(kind, route):
     assert not clipper.total.any()
 
 
-def test_a_second_pass_that_fails_falls_back_before_anything_is_added(monkeypatch):
+def test_failed_second_pass_falls_back_before_adding(monkeypatch):
     """The first microbatch rehearses it: where it cannot succeed, no unit has been added yet."""
     model = Small()
     layout = Layout.of(model)

@@ -79,7 +79,7 @@ def test_only_the_assistants_turns_are_predicted(tokenizer, template):
     assert tokenizer.decode(record.tokens) == tokenizer.apply_chat_template(TALK, tokenize=False)
 
 
-def test_both_ways_of_finding_assistant_tokens_agree_with_the_librarys_own_mask(tokenizer):
+def test_assistant_tokens_agree_with_library_mask(tokenizer):
     masks = []
     for template in (CHATML, MARKED):
         tokenizer.chat_template = template
@@ -90,7 +90,7 @@ def test_both_ways_of_finding_assistant_tokens_agree_with_the_librarys_own_mask(
     assert library["assistant_masks"] == masks[1].astype(int).tolist()
 
 
-def test_templates_whose_assistant_turns_cannot_be_told_apart_are_refused_by_name(tokenizer, tmp_path):
+def test_templates_with_ambiguous_turns_are_refused(tokenizer, tmp_path):
     refused = {None: "no chat template", REWRITES: "changes earlier turns", "{{ 1 / 0": "rendered"}
     for template, problem in refused.items():
         tokenizer.chat_template = template
@@ -100,7 +100,7 @@ def test_templates_whose_assistant_turns_cannot_be_told_apart_are_refused_by_nam
     Encoder(section(format="chat", chat_template_file=tmp_path / "t.jinja"), tokenizer)
 
 
-def test_a_conversation_that_the_template_refuses_predicts_nothing_and_is_counted(tokenizer):
+def test_conversation_refused_by_template_is_counted(tokenizer):
     tokenizer.chat_template = "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
     encoded = Encoder(section(format="chat"), tokenizer).encode([json.dumps(TALK), json.dumps(TALK[1:3])])
     assert [r.num_targets > 0 for r in encoded.records] == [False, True]

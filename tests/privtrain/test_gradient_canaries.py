@@ -99,7 +99,7 @@ def test_sharded_sums_are_refused_by_key():
         noised_sums.check_whole(Layout({"w": parameter}, {"w": (4, (8,))}))
 
 
-def test_directions_are_refused_where_gradients_are_sharded_over_one_process():
+def test_directions_are_refused_on_sharded_gradients():
     """The whole sum is on the rank, the clipper is cooperative all the same."""
     layout = Layout({"w": torch.nn.Parameter(torch.zeros(4))})
     noised_sums.check_whole(layout)
@@ -121,7 +121,7 @@ def test_a_job_asks_before_its_first_step(tree, tmp_path, monkeypatch):
     assert seen == [(3, None), "self-test"]
 
 
-def test_directions_without_sums_are_refused_in_the_configuration(tree, tmp_path):
+def test_directions_without_sums_are_refused(tree, tmp_path):
     tree["canaries"] = {"num_gradient_users": 3}
     with pytest.raises(ConfigError, match="keep_noised_sums: true"):
         train(write_config(tree, tmp_path / "c.yaml"))
@@ -182,7 +182,7 @@ def keeping(tree, tmp_path):
 
 
 @pytest.mark.parametrize("last", [2, 3])
-def test_a_crash_between_commit_and_file_is_made_good_by_the_replay(keeping, monkeypatch, last):
+def test_replay_mends_crash_between_commit_and_file(keeping, monkeypatch, last):
     config, run = keeping
     content = killed_before_writing(config, run, last, monkeypatch)
     train(config)

@@ -268,7 +268,7 @@ def test_the_adapter_is_the_one_that_memory_gives(tree, tmp_path):
 
 
 @pytest.mark.parametrize("num_private", [0, 1, 3])
-def test_evaluation_rows_that_are_private_are_found_on_disk_as_in_memory(tmp_path, monkeypatch, num_private):
+def test_private_evaluation_rows_are_found_on_disk(tmp_path, monkeypatch, num_private):
     """Also those of users who opted out, and wherever the digests are cut into chunks."""
     monkeypatch.setattr(index, "_DIGESTS_AT_ONCE", 7)
     rows = some_rows()

@@ -159,7 +159,7 @@ def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path, monkeypatch, capsys):
+def test_directory_of_another_plan_is_refused_untouched(tree, tmp_path, monkeypatch, capsys):
     from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
@@ -184,9 +184,7 @@ def test_a_run_directory_of_another_plan_is_refused_and_untouched(tree, tmp_path
         ("tracking.release_held_out_metrics", "true"),
     ],
 )
-def test_what_a_run_cannot_change_on_the_way_is_refused_and_costs_nothing(
-    tree, tmp_path, monkeypatch, capsys, key, value
-):
+def test_fixed_keys_are_refused_on_resume_at_no_cost(tree, tmp_path, monkeypatch, capsys, key, value):
     from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
@@ -210,7 +208,7 @@ def test_a_second_job_on_a_busy_run_is_refused(tree, tmp_path, monkeypatch, caps
     assert "another job is running" in stderr
 
 
-def test_a_run_whose_ledger_is_gone_is_not_begun_again_under_its_keys(tree, tmp_path):
+def test_run_without_its_ledger_is_not_restarted(tree, tmp_path):
     from privtrain.job.train import train
 
     path = write_config(tree, tmp_path / "c.yaml")
@@ -281,7 +279,7 @@ def test_schema_is_json(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error", [DatasetGenerationError, pyarrow.ArrowInvalid])
-def test_files_of_a_hub_that_cannot_be_read_are_told_without_a_value(monkeypatch, error):
+def test_unreadable_hub_files_are_named_without_a_value(monkeypatch, error):
     def load(*_: object, **__: object) -> None:
         raise error("cannot convert 'alice wrote this' to a number")
 

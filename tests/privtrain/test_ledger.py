@@ -92,7 +92,7 @@ def test_an_intent_without_commit_is_charged(tmp_path):
     assert (state.num_charged, len(state.commits)) == (5, 4)
 
 
-def test_a_replayed_step_is_recorded_once_and_must_draw_the_same_users(tmp_path):
+def test_replayed_step_is_recorded_once_with_same_users(tmp_path):
     path = write_steps(tmp_path / "l.jsonl")
     units = [("a", 1), ("b", 2)]
     with opened(path) as ledger:
@@ -148,7 +148,7 @@ def test_every_torn_tail_is_repaired_to_the_records_before_it(tmp_path):
         verify(path)
 
 
-def test_a_crash_before_or_in_the_write_of_the_head_file_is_no_damage(tmp_path):
+def test_crash_around_head_file_write_is_no_damage(tmp_path):
     path = write_steps(tmp_path / "l.jsonl", 4)
     with opened(path) as ledger:
         ledger.intend(0, 4, [])
@@ -224,7 +224,7 @@ def test_whole_records_cannot_be_moved_removed_or_added(tmp_path, edit):
         pass
 
 
-def test_files_cannot_be_removed_swapped_or_taken_from_another_log(tmp_path):
+def test_removed_swapped_or_foreign_files_are_found(tmp_path):
     path = write_steps(tmp_path / "l.jsonl", 22, segment_rows=30)
     other = write_steps(tmp_path / "m.jsonl", 23, segment_rows=25, num_users=8)
     whole = snapshot(path)
@@ -247,7 +247,7 @@ def test_files_cannot_be_removed_swapped_or_taken_from_another_log(tmp_path):
     verify(path)
 
 
-def test_an_older_state_of_the_whole_log_is_missed_by_its_head_elsewhere_only(tmp_path):
+def test_older_log_is_found_only_by_head_kept_elsewhere(tmp_path):
     """What the trust anchors are for: the head file shows a shortened log, and a noted head shows both shortened."""
     path = write_steps(tmp_path / "l.jsonl")
     noted = verify(path).head
@@ -415,7 +415,7 @@ def test_a_log_can_be_read_while_it_is_written(tmp_path):
 # What the file system may show after power was lost, not only after a kill.
 
 
-def test_after_a_loss_of_power_nothing_that_was_acknowledged_is_missing(tmp_path, monkeypatch):
+def test_power_loss_keeps_everything_acknowledged(tmp_path, monkeypatch):
     """Every write reaches the disk at its fsync; before it, any part of it may. Replay each such moment."""
     path = tmp_path / "l.jsonl"
     disk: dict[str, bytes] = {}

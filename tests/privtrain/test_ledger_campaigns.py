@@ -39,7 +39,7 @@ def test_a_writer_killed_at_random_moments_loses_nothing(tmp_path):
 
 @pytest.mark.campaign
 @pytest.mark.slow
-def test_a_writer_killed_at_four_hundred_random_moments_loses_nothing(tmp_path):
+def test_writer_killed_at_400_moments_loses_nothing(tmp_path):
     outcomes = crash(tmp_path, 400, seed=1)
     print(outcomes)
     assert sum(outcomes.values()) == 400

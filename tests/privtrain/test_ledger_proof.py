@@ -94,7 +94,7 @@ def test_another_head_key_or_user_is_refused(log):
         check_proof({**proof, "user": "user-4"}, head, key=KEY)
 
 
-def test_a_proof_of_absence_for_somebody_present_cannot_be_put_together(log):
+def test_absence_of_somebody_present_cannot_be_proved(log):
     """Leaves of other steps, neighbours that are not, one neighbour alone, or none: nothing hides a part."""
     head = verify(log).head
     proof = proof_of(log, "user-3")

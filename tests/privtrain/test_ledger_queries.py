@@ -126,7 +126,7 @@ def test_export_holds_every_contribution_for_its_owner_alone(run, tmp_path, kind
 
 
 @pytest.mark.parametrize("command", ["export", "prove"])
-def test_nothing_private_is_written_over_a_file_or_where_a_run_is_public(run, tmp_path, command):
+def test_private_output_never_overwrites_or_lands_in_public(run, tmp_path, command):
     """A file that others opened while it was open to them stays so; a file of the run's own would be lost."""
 
     def write(target):
@@ -159,7 +159,7 @@ def test_nothing_private_is_written_over_a_file_or_where_a_run_is_public(run, tm
         assert target.stat().st_mode & 0o777 == 0o600
 
 
-def test_an_export_is_closed_from_its_first_byte_and_gone_if_it_fails(run, tmp_path, monkeypatch):
+def test_export_is_private_from_first_byte_and_gone_on_failure(run, tmp_path, monkeypatch):
     seen, chmod = [], os.chmod
     monkeypatch.setattr(os, "chmod", lambda path, mode: seen.append(path) or chmod(path, mode))
     target = tmp_path / "x.csv"
@@ -221,7 +221,7 @@ def test_a_proof_goes_through_the_command_line(run, tmp_path):
         invoke("check-proof", proof, "--head", head)
 
 
-def test_after_shredding_counts_and_chain_verify_and_nobody_can_be_found(run):
+def test_shredded_ledger_verifies_and_finds_nobody(run):
     stats, top = invoke("stats", run.root), invoke("top", run.root)
     state = verify(run.ledger)
     write_atomically(run.secret / "generation-0000.key", KEY.reveal().hex(), mode=0o600)
@@ -249,7 +249,7 @@ def test_after_shredding_counts_and_chain_verify_and_nobody_can_be_found(run):
     assert shred(run.root, abandon=True)[0] == []
 
 
-def test_shredding_destroys_the_attack_jobs_files_and_names_what_links(run, tmp_path):
+def test_shredding_destroys_attack_files_and_names_links(run, tmp_path):
     """They hold tokens, texts and results by user: with the data set at hand, whose they are can be told."""
     attack = run.secret / "attack"
     kept = tmp_path / "data.jsonl"

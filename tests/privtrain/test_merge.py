@@ -103,7 +103,7 @@ def test_mutant_merging_a_tied_head_with_its_embedding_is_caught(tree, tmp_path,
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_mutant_weights_that_change_on_the_way_to_disk_are_caught(tree, tmp_path, monkeypatch, dtype):
+def test_mutant_weights_changed_on_the_way_are_caught(tree, tmp_path, monkeypatch, dtype):
     run = released(tmp_path, tree, save_base(tmp_path / "m"), LORA["q and v"])
     place = tmp_path / "out"
     model = merge.rounded(merge.whole_model(run, None), export._type_of(dtype))
@@ -148,7 +148,7 @@ def test_what_cannot_be_merged_is_refused_by_name_before_loading(tree, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_is_quantised_by_its_own_config_is_not_merged_into(tree, tmp_path, monkeypatch):
+def test_base_quantised_by_own_config_is_not_merged(tree, tmp_path, monkeypatch):
     base = save_base(tmp_path / "m")
     run = released(tmp_path, tree, base, LORA["q and v"])
     change_config(base, quantization_config={"quant_method": "gptq"})

@@ -96,7 +96,7 @@ def test_fast_path_equals_high_precision_on_ordinary_sums(num):
     assert torch.equal(found, torch.tensor(slow_release(sums.tolist(), key, **kind), dtype=torch.float64) * grid)
 
 
-def test_without_the_check_of_doubtful_coordinates_edges_come_out_wrong(monkeypatch):
+def test_mutant_without_doubtful_check_rounds_edges_wrong(monkeypatch):
     """The mutant: rounding what float64 computed."""
     key = step_noise(3)
     kind = {"exponent": EXPONENT, "stddev": 100.0 * CLIPPING_NORM, "name": "w"}
@@ -124,7 +124,7 @@ def test_any_sum_and_noise_is_released_on_the_grid_and_exactly(sums, exponent, l
 
 
 @pytest.mark.parametrize("stddev", [1e-9, 0.3, 1.0, 7.7, 1e12])
-def test_the_grid_is_fine_against_the_noise_and_no_finer_than_the_sum(stddev):
+def test_grid_is_finer_than_noise_and_no_finer_than_sum(stddev):
     grid = 2.0 ** noise_exponent(stddev, EXPONENT)
     assert grid == 2.0**EXPONENT or 2.0**-21 < grid / stddev <= 2.0**-20
     assert grid >= 2.0**EXPONENT
@@ -186,7 +186,7 @@ def test_noise_is_normal_to_the_tails():
             assert low <= count <= high
 
 
-def test_a_difference_of_one_point_of_the_sum_does_not_show_in_the_low_digits():
+def test_one_point_of_the_sum_is_hidden_in_low_digits():
     """What Mironov's attack reads: which last digits can occur. Both neighbours give the same set, the grid."""
     grid = 2.0 ** noise_exponent(STDDEV, EXPONENT)
     for value in (0, 1, 2**40 + 1, -(2**50) + 3):
@@ -228,7 +228,7 @@ def _noise_only_steps(secret: bytes) -> tuple[list[torch.Tensor], list[torch.Ten
 
 
 @pytest.mark.dist
-def test_noise_has_the_planned_spread_and_ranks_stay_bit_identical():
+def test_noise_has_planned_spread_on_identical_ranks():
     first, second = run_on_ranks(2, _noise_only_steps, SecretKey.insecure(3, "noise").reveal())
     assert first[2]
     assert second[2]
@@ -243,7 +243,7 @@ def test_noise_has_the_planned_spread_and_ranks_stay_bit_identical():
     assert stats.kstest(everything, "norm").pvalue > 1e-3
 
 
-def test_noise_differs_by_key_tensor_and_block_and_is_a_pure_function():
+def test_noise_is_a_pure_function_of_key_tensor_block():
     zeros = torch.zeros(2 * BLOCK, dtype=torch.int64)
     base = draw(zeros)
     assert torch.equal(base, draw(zeros))
@@ -270,7 +270,7 @@ def test_the_vector_is_the_tensors_released_one_by_one():
         assert torch.equal(layout.view(vector, slot).flatten(), own.float())
 
 
-def test_without_noise_the_sum_itself_comes_back_and_only_integers_are_taken():
+def test_without_noise_the_integer_sum_comes_back():
     total = torch.tensor([3, -(2**41)])
     assert torch.equal(draw(total, stddev=0.0), total.double() * 2.0**EXPONENT)
     with pytest.raises(AssertionError):

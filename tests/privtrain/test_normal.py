@@ -100,7 +100,7 @@ def test_comparison_is_right_within_a_digit_of_the_edge(z, offset, tail):
         assert set(asked) <= {0, 1}
 
 
-def test_digits_that_agree_for_long_are_asked_for_until_they_differ():
+def test_long_equal_digits_are_drawn_until_they_differ():
     z = Fraction(3, 7)
     exact = series_cdf(z, 320)
     for last, expected in ((exact - 2**20, True), (exact + 2**20, False)):

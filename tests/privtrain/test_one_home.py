@@ -44,7 +44,7 @@ FACTS = {
     ],
     ids=["plain", "user", "no noise", "auxiliary sums"],
 )
-def test_a_written_statement_read_and_written_again_is_the_same_bytes(tree, changes):
+def test_statement_round_trip_keeps_bytes(tree, changes):
     tree["privacy"] |= changes
     config = validate(tree)
     written = json.dumps(privacy_statement(config, PrivacyPlan.build(config.privacy), **FACTS))
@@ -91,7 +91,7 @@ def test_other_ranks_take_the_json_of_rank_0_and_make_none():
 
 
 @pytest.mark.parametrize(("total", "expected"), [(0.0, False), (1.0, True), (3.0, True), (float("nan"), True)])
-def test_a_flag_of_any_rank_counts_and_a_sum_that_is_no_number_does_too(total, expected, monkeypatch):
+def test_flag_of_any_rank_counts_and_nan_too(total, expected, monkeypatch):
     monkeypatch.setattr(LocalBackend, "reduce", lambda self, vector: vector.fill_(total))
     assert LocalBackend(torch.device("cpu")).any_rank(False) is expected
 
@@ -100,7 +100,7 @@ TWO_MEANINGS = ['{"a": 1, "a": 2}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e9
 
 
 @pytest.mark.parametrize("text", [*TWO_MEANINGS, "[" * 100_000])
-def test_json_without_one_meaning_is_refused_by_both_readers_and_not_quoted(text, tmp_path):
+def test_ambiguous_json_is_refused_by_both_readers(text, tmp_path):
     with pytest.raises(ValueError, match=r"twice|no numbers|range|deeply"):
         strict_json.loads(text)
     with pytest.raises(DamagedFile) as caught:
@@ -124,7 +124,7 @@ def test_a_pseudonym_is_one_that_was_given_or_the_users():
             which_pseudonym(user, given, lambda user: made)
 
 
-def test_quantiles_of_weighted_values_are_those_of_the_values_repeated():
+def test_weighted_quantiles_equal_repeated_values():
     rng = np.random.default_rng(0)
     for _ in range(50):
         size = int(rng.integers(1, 9))
@@ -137,7 +137,7 @@ def test_quantiles_of_weighted_values_are_those_of_the_values_repeated():
             assert found[name] == plain[int(np.ceil(share * len(plain))) - 1]
 
 
-def test_a_null_ledger_keeps_nothing_and_can_do_nothing_of_rank_0s():
+def test_null_ledger_keeps_nothing():
     ledger = NullLedger()
     ledger.intend(0, 1, [("user", 1)])
     ledger.commit(0, 1, "00" * 32, ["user"])

@@ -60,7 +60,7 @@ def test_every_privacy_key_changes_the_fingerprint(tree, key, value):
     assert fingerprint(tree) != before
 
 
-def test_the_data_change_the_runs_fingerprint_but_not_the_published_one(tree):
+def test_data_change_run_fingerprint_not_published_one(tree):
     plan = PrivacyPlan.build(validate(tree).privacy)
     assert len({plan.fingerprint("data"), plan.fingerprint("other data"), plan.fingerprint()}) == 3
 
@@ -90,7 +90,7 @@ def test_epsilon_shown_never_falls_below_what_was_spent(tree):
     assert curve[plan.num_steps] == plan.epsilon
 
 
-def test_a_plan_without_noise_or_with_a_known_seed_says_that_it_is_not_private(tree):
+def test_plan_without_noise_or_with_seed_is_not_private(tree):
     tree["privacy"]["noise_multiplier"] = 0
     plan = PrivacyPlan.build(validate(tree).privacy)
     assert math.isinf(plan.epsilon)

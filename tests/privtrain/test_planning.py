@@ -105,7 +105,7 @@ def test_prices_are_certified_plans_of_their_own(tree):
     assert PrivacyPlan.build(half).epsilon == pytest.approx(prices["steps ÷ 2, same ε"].epsilon, rel=1e-3)
 
 
-def test_equal_compute_with_larger_batches_is_less_noise_over_the_run(tree):
+def test_equal_compute_larger_batches_means_less_noise(tree):
     """At the published setting: 950 of 190,000 users, 1,500 steps, ε 4, δ 1e-6."""
     tree["privacy"] |= {"target_epsilon": 4.0, "target_delta": 1e-6, "num_steps": 1500, "noise_multiplier": None}
     tree["privacy"] |= {"sampling_prob": 950 / 190_000, "expected_batch_size": 950, "accountant": "tilted"}
@@ -124,7 +124,7 @@ def test_no_prices_without_a_guarantee(tree):
     assert price_list(privacy, PrivacyPlan.build(privacy)) == []
 
 
-def test_what_the_bound_leaves_and_how_delta_compares_with_the_users(tree, tmp_path, capsys):
+def test_plan_shows_bound_and_delta_against_users(tree, tmp_path, capsys):
     description = describe_plan(write_config(tree, tmp_path / "c.yaml"), [], PlanOptions(prices=False))
     sizes = [1 + user % 9 for user in range(24)]
     assert description["num_records"] == sum(sizes)
@@ -136,7 +136,7 @@ def test_what_the_bound_leaves_and_how_delta_compares_with_the_users(tree, tmp_p
     assert "1 / users is 0.059" in shown  # 17 of them
 
 
-def test_data_elsewhere_is_not_read_and_a_model_elsewhere_has_no_memory(tree, tmp_path, capsys):
+def test_remote_data_and_model_are_not_read_by_plan(tree, tmp_path, capsys):
     tree["data"]["source"] = {"kind": "files", "paths": [str(tmp_path / "on-the-cluster.parquet")]}
     tree["model"] = {"name_or_path": str(tmp_path / "not-here")}
     options = PlanOptions(num_users=1000, tokens_per_second=1000.0, prices=False)

@@ -51,7 +51,7 @@ def test_preview_shows_rows_by_rule_and_what_is_predicted(chat, tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
-def test_findings_that_stop_a_start_are_told_by_preview_and_training_alike(chat, tmp_path, capsys):
+def test_preview_and_training_refuse_the_same_rows(chat, tmp_path, capsys):
     path = write_config(chat, tmp_path / "c.yaml")
     assert preview(path, [], num_shown=0, as_json=True) == 2
     found = json.loads(capsys.readouterr().out)
@@ -76,7 +76,7 @@ def test_a_start_is_refused_above_the_allowed_share_only(chat, tmp_path, share):
     assert not encoder.complaints, "training counts them itself"
 
 
-def test_labels_that_no_row_has_and_much_truncation_are_warned_of(tmp_path):
+def test_absent_labels_and_truncation_are_warned_of(tmp_path):
     save_tokenizer(tmp_path / "t")
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t")))
     data = section("x", format="classification", labels=["no", "yes", "perhpas"], max_length=8)

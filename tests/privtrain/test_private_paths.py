@@ -193,7 +193,7 @@ def test_a_new_run_takes_over_no_checkpoint(run):
 
 
 @pytest.mark.parametrize("leave", [link_to_folder, open_folder])
-def test_neither_training_nor_prepare_begins_in_a_planted_directory(tree, tmp_path, monkeypatch, leave: Leave):
+def test_planted_directory_stops_training_and_prepare(tree, tmp_path, monkeypatch, leave: Leave):
     monkeypatch.setattr(job, "load_network", lambda *_: pytest.fail("the model was loaded"))
     run = RunDirectory(tmp_path / "runs" / "tiny")
     run.root.mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_an_index_has_no_linked_file(tmp_path):
 
 
 @pytest.mark.parametrize("mode", OPEN_MODES)
-def test_a_registry_in_a_directory_that_others_may_write_is_refused(tmp_path, mode):
+def test_registry_in_writable_directory_is_refused(tmp_path, mode):
     """In a sticky one, others could still add a journal, which SQLite would play back."""
     place = tmp_path / "shared"
     place.mkdir()

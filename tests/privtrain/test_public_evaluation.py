@@ -49,7 +49,7 @@ def test_public_rows_are_measured_before_during_and_after(evaluated, tmp_path, c
     assert "public.jsonl" in (run / "config.yaml").read_text()
 
 
-def test_a_model_that_got_worse_is_released_or_not_as_the_policy_says(evaluated, tmp_path, capsys, monkeypatch):
+def test_worse_model_follows_release_policy(evaluated, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "difference", lambda before, after: (0.5, 0.4, 0.6))
     evaluated["release"] = {"if_worse": "refuse"}
     path, run = write_config(evaluated, tmp_path / "c.yaml"), tmp_path / "runs" / "tiny"
@@ -70,7 +70,7 @@ def test_a_decision_on_private_rows_cannot_be_asked_for(tree):
         validate(tree)
 
 
-def test_evaluation_rows_that_are_private_or_cannot_be_used_are_refused(evaluated, tmp_path, users_file):
+def test_private_or_unusable_evaluation_rows_are_refused(evaluated, tmp_path, users_file):
     path = write_config(evaluated, tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match=r"data\.evaluation\.paths: .*is a file of data\.source"):
         load_checked(path, [f"data.evaluation.paths=[{users_file}]"])

@@ -124,7 +124,7 @@ def test_mutant_that_tells_a_time_is_seen(tree, tmp_path, monkeypatch, target, m
     assert told in times_told(tmp_path / "runs" / "tiny")
 
 
-def test_list_of_what_is_not_covered_has_a_line_for_what_is_published(tree, monkeypatch):
+def test_not_covered_has_a_line_for_all_published(tree, monkeypatch):
     """At most three lines where nothing was asked for; another for each key that publishes something, and no more."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     always = not_covered(validate(tree).tracking)

@@ -122,7 +122,7 @@ def test_a_reservation_counts_in_full_until_its_run_ends(registry):
     assert views.budgets(registry.database)[0].num_runs == before
 
 
-def test_an_expired_run_that_comes_back_goes_on_under_its_reservation(registry):
+def test_expired_run_that_returns_keeps_its_reservation(registry):
     first = registry.reserve(request("run"))
     age(registry, 2 * 3600)
     assert views.runs(registry.database)[0].state == "expired"
@@ -153,7 +153,7 @@ def test_a_refund_gives_back_only_what_never_began(registry):
     assert views.budgets(registry.database)[0].num_runs == before
 
 
-def test_a_run_that_was_refunded_reserves_again_when_it_is_resumed(registry):
+def test_refunded_run_reserves_again_on_resume(registry):
     first = registry.reserve(request("run"))
     registry.refund("run", LedgerEvidence(100, "h"))
     second = registry.reserve(request("run"))
@@ -211,7 +211,7 @@ def test_every_budget_that_applies_must_allow_a_run(registry):
     assert registry.reserve(request("third", dataset="chat")).is_new
 
 
-def test_lowering_a_budget_stops_the_next_run_and_raising_it_lets_it_in(registry):
+def test_changed_budget_decides_about_next_run(registry):
     registry.reserve(request("run"))
     registry.set_budget(DATASET, epsilon=1, delta=1e-6)
     with pytest.raises(BudgetExceeded, match="nothing of this budget is left"):
@@ -222,7 +222,7 @@ def test_lowering_a_budget_stops_the_next_run_and_raising_it_lets_it_in(registry
 
 
 @pytest.mark.parametrize("registry_url", ["sqlite"], indirect=True)
-def test_a_refusal_says_what_is_left_and_every_knob_that_it_names_fits(registry):
+def test_refusal_names_what_is_left_and_what_fits(registry):
     for index in range(11):
         registry.reserve(request(f"run-{index}"))
     asked = Settings(noise_multiplier=0.9, sampling_prob=0.01, num_steps=2000)
@@ -255,7 +255,7 @@ def test_a_run_without_noise_fits_no_budget(registry):
         registry.reserve(request("run", Settings(0.0, 0.01, 10)))
 
 
-def test_what_the_registry_does_not_know_is_refused_with_the_command_to_type(registry):
+def test_unknown_names_are_refused_with_the_command(registry):
     with pytest.raises(PrivtrainError, match="budget set unheard-of"):
         registry.reserve(request("run", dataset="unheard-of"))
     with pytest.raises(PrivtrainError, match="per user"):
@@ -287,7 +287,7 @@ def test_a_population_has_one_unit(registry):
     assert sorted(names) == [DATASET, "mail", "rows"], "what was refused left nothing behind"
 
 
-def test_a_registry_in_which_units_were_mixed_reserves_nothing_of_them(registry):
+def test_registry_with_mixed_units_reserves_nothing(registry):
     registry.set_budget("mail", epsilon=8, delta=1e-6, population="people")
     registry.set_budget("lines", epsilon=8, delta=1e-6, scope="dataset", unit="example")
     people = sa.select(Population.id).where(Population.name == "people").scalar_subquery()
@@ -315,7 +315,7 @@ def test_the_same_records_get_no_second_name_by_a_race(registry):
     assert [run.uid for run in views.runs(registry.database)] == ["fast"]
 
 
-def test_a_run_that_is_split_keeps_its_list_over_a_refund_and_one_that_is_not_takes_the_newest(registry):
+def test_split_run_keeps_its_list_over_a_refund(registry):
     first, second = registry.pseudonym("alice"), registry.pseudonym("bob")
     registry.reserve(request("run"))
     registry.refund("run", LedgerEvidence(0, ""))
@@ -329,7 +329,7 @@ def test_a_run_that_is_split_keeps_its_list_over_a_refund_and_one_that_is_not_ta
     assert registry.opted_out(registry.reserve(request("new", has_split=True))) == {first, second}
 
 
-def test_a_user_sees_the_settled_reservation_of_a_run_with_its_whole_epsilon(registry):
+def test_user_sees_settled_reservation_with_whole_epsilon(registry):
     registry.reserve(request("run"))
     registry.refund("run", LedgerEvidence(100, "h"))
     registry.reserve(request("run"))
@@ -338,7 +338,7 @@ def test_a_user_sees_the_settled_reservation_of_a_run_with_its_whole_epsilon(reg
     assert [(one.run.epsilon, one.num_steps) for one in held] == [(1.83, 4)]
 
 
-def test_more_steps_than_were_reserved_are_an_error_not_a_discount(registry):
+def test_more_steps_than_reserved_are_an_error(registry):
     registry.reserve(request("run"))
     with pytest.raises(GuaranteeLost, match="1001 steps, but 1000 were reserved"):
         registry.settle("run", LedgerEvidence(1001, "h"), contributions={})
@@ -367,7 +367,7 @@ def settled(registry: Registry, uid: str, head: str, **more) -> bool:
     return registry.settle(uid, LedgerEvidence(400, head), contributions=users, **more) is Settled.BESIDE
 
 
-def test_a_release_after_its_reservation_was_closed_by_hand_is_charged_in_full_from_then_on(registry):
+def test_release_after_closed_reservation_is_charged_in_full(registry):
     registry.set_budget(DATASET, epsilon=8, delta=1e-6, period_seconds=30 * DAY)
     held = registry.reserve(request("run"))
     age(registry, 2 * 3600)
@@ -397,7 +397,7 @@ def test_two_releases_never_settle_as_one(registry):
     assert {one.num_steps for one in views.user(registry.database, "0" * 32).held} == {6}
 
 
-def test_of_two_copies_of_a_run_the_one_that_starts_second_holds_the_reservation(registry):
+def test_second_copy_of_a_run_holds_the_reservation(registry):
     first = registry.reserve(request("run", claim="a"))
     second = registry.reserve(request("run", claim="b", earlier_claims=("a",)))
     assert second.id == first.id
@@ -413,13 +413,13 @@ def test_of_two_copies_of_a_run_the_one_that_starts_second_holds_the_reservation
     assert sorted(run.num_charged for run in views.runs(registry.database)) == [400, 1000]
 
 
-def test_a_start_that_crashed_after_it_reserved_finds_its_reservation(registry):
+def test_crashed_start_finds_its_reservation(registry):
     first = registry.reserve(request("run", claim="a"))
     registry.reserve(request("run", claim="b", earlier_claims=("a",)))  # and the directory still has both
     assert registry.reserve(request("run", claim="c", earlier_claims=("a", "b"))).id == first.id
 
 
-def test_a_registry_of_the_first_schema_is_upgraded_with_its_reservations(registry):
+def test_first_schema_is_upgraded_with_reservations(registry):
     held = registry.reserve(request("run", claim="a"))
     config = database_module._alembic_config
     registry.database._retry(lambda c: command.downgrade(config(c), "0001"), write=True)
@@ -446,7 +446,7 @@ def test_changing_a_budget_makes_snapshots_out_of_date(registry):
     assert registry.database.write(lambda c: store._insert(c, snapshot, asked, part, manifest)) is None
 
 
-def test_a_transaction_that_was_applied_but_not_acknowledged_changes_nothing_when_repeated(registry, monkeypatch):
+def test_repeated_transaction_changes_nothing(registry, monkeypatch):
     """The server commits and dies before it says so: the call is repeated."""
     real = Database._retry
 
@@ -466,7 +466,7 @@ def test_a_transaction_that_was_applied_but_not_acknowledged_changes_nothing_whe
     assert registry.opted_out(registry.reserve(request("next"))) == {"0" * 32, "1" * 32}
 
 
-def test_a_user_who_opts_out_is_dropped_by_every_later_run_and_by_no_earlier_one(registry):
+def test_opt_out_holds_for_later_runs_alone(registry):
     user, other = registry.pseudonym("alice"), registry.pseudonym("bob")
     before = registry.reserve(request("before"))
     registry.settle("before", LedgerEvidence(1000, "h"), contributions={user: (4, 9)})
@@ -503,7 +503,7 @@ def test_a_server_without_a_registry_says_how_to_make_one(postgres):
         Registry(postgres.new_database())
 
 
-def test_another_key_is_refused_because_nobody_on_the_list_would_be_recognised(registry, registry_url):
+def test_another_key_of_opt_outs_is_refused(registry, registry_url):
     path = key_path(registry.database.url)
     path.write_text("ab" * 32 + "\n")
     with pytest.raises(GuaranteeLost, match="opted out would not be recognised"):
@@ -564,7 +564,7 @@ def test_a_password_is_never_shown(postgres, tmp_path):
     assert PASSWORD not in Database(url).shown
 
 
-def test_a_password_in_the_config_is_refused_and_the_url_is_not_published(tree):
+def test_password_in_config_is_refused_url_not_published(tree):
     for url in (f"postgresql://u:{PASSWORD}@h/d", f"postgresql://h/d?password={PASSWORD}"):
         with pytest.raises(ConfigError) as caught:
             validate(apply_overrides(tree, [f"registry.url={url}"]))
@@ -607,7 +607,7 @@ mechanisms = st.builds(
 
 @given(st.lists(mechanisms, min_size=1, max_size=4), st.floats(0.5, 12))
 @settings(max_examples=12, deadline=None)
-def test_what_is_said_to_fit_is_certified_and_nothing_is_refused_that_certainly_fits(chosen, epsilon):
+def test_fits_is_certified_and_never_refuses_what_fits(chosen, epsilon):
     parts = [spending.part_of(one.event()) for one in chosen]
     event = dp_accounting.ComposedDpEvent([one.event() for one in chosen])
     try:
@@ -624,7 +624,7 @@ def test_what_is_said_to_fit_is_certified_and_nothing_is_refused_that_certainly_
     assert spending.renyi_epsilon(parts, 1e-6) >= answer.lower
 
 
-def test_mechanisms_that_no_accountant_composes_are_added_with_split_delta():
+def test_uncomposable_mechanisms_are_added_with_split_delta():
     allocation = accountants.random_allocation_event(noise_multiplier=3.0, num_steps=5, num_epochs=1)
     parts = [spending.part_of(allocation), spending.part_of(Settings(2.0, 0.01, 100).event())]
     spent = spending.composed_epsilon(parts, 1e-6)

@@ -75,7 +75,7 @@ def test_sixteen_racers_with_wrong_clocks_get_exactly_what_fits(yearly, registry
     assert views.budgets(yearly.database)[0].num_runs == NUM_FIT
 
 
-def test_racers_on_machines_with_wrong_clocks_take_nothing_from_the_others(yearly, registry_url, processes):
+def test_racers_with_wrong_clocks_take_nothing(yearly, registry_url, processes):
     """On SQLite the wrong machines are refused and do not spoil the time for the right ones."""
     offsets = [400.0, -400.0, 0.0, 0.0] * (NUM_RACERS // 4)
     won = winners_of_race(registry_url, processes, offsets, is_machine_wrong=True)
@@ -137,7 +137,7 @@ def test_no_module_of_the_registry_reads_the_clients_clock():
 
 @on_sqlite
 @pytest.mark.parametrize("days", [-400, -1, 92, 366, 400])
-def test_a_machine_with_a_wrong_clock_reserves_settles_and_closes_nothing(yearly, registry_url, days):
+def test_wrong_clock_reserves_settles_and_closes_nothing(yearly, registry_url, days):
     held = yearly.reserve(request("running"))
     wrong = wrong_machine(registry_url, days)
     for change in (
@@ -156,7 +156,7 @@ def test_a_machine_with_a_wrong_clock_reserves_settles_and_closes_nothing(yearly
 
 @on_sqlite
 @pytest.mark.parametrize("days", [-400, 400])
-def test_a_sign_of_life_from_a_wrong_clock_keeps_the_lease_no_longer(yearly, registry_url, days):
+def test_heartbeat_of_wrong_clock_extends_no_lease(yearly, registry_url, days):
     held = yearly.reserve(request("running"))
     wrong_machine(registry_url, days).renew(held.id, 3600)
     (run,) = [run for run in views.runs(yearly.database) if run.uid == "running"]
@@ -182,7 +182,7 @@ def test_a_short_period_makes_a_short_silence_implausible(registry, registry_url
 
 
 @on_sqlite
-def test_a_clock_set_back_a_little_does_not_set_the_registry_back(yearly, registry_url):
+def test_clock_set_back_does_not_set_registry_back(yearly, registry_url):
     noted = yearly.database.write(clock.now)
     assert wrong_machine(registry_url, -200 / DAY).database.write(clock.now) >= noted
 

@@ -26,7 +26,7 @@ def key_of(url: str) -> str:
     return str(key_path(Database(url).url))
 
 
-def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, registry_url, processes):
+def test_run_asking_from_many_processes_reserves_once(registry, registry_url, processes):
     barrier, results = processes.Barrier(6), processes.Queue()
     racers = [
         processes.Process(
@@ -43,7 +43,7 @@ def test_one_run_that_asks_from_many_processes_gets_one_reservation(registry, re
     assert len(views.runs(registry.database)) == 1
 
 
-def test_a_process_of_the_same_run_that_comes_between_look_and_snapshot_is_seen(registry, registry_url, monkeypatch):
+def test_process_between_look_and_snapshot_is_seen(registry, registry_url, monkeypatch):
     first = Registry(registry_url).reserve(request("same"))
     look, looks = store._holds, []
 
@@ -108,7 +108,7 @@ def wide_budget(registry: Registry) -> None:
     registry.set_budget(work.DATASET, epsilon=1e6, delta=1e-6)
 
 
-def test_a_job_that_is_killed_anywhere_leaves_nothing_half_applied(registry, registry_url, tmp_path, processes):
+def test_job_killed_anywhere_leaves_nothing_half_applied(registry, registry_url, tmp_path, processes):
     wide_budget(registry)
     kill_at_random_points(registry_url, tmp_path / "journal", processes, 8, seed=1)
 
@@ -121,7 +121,7 @@ def test_two_hundred_kills_leave_nothing_half_applied(registry, registry_url, tm
     kill_at_random_points(registry_url, tmp_path / "journal", processes, 50, seed=seed)
 
 
-def test_a_server_that_is_killed_leaves_nothing_half_applied_and_the_jobs_go_on(postgres, tmp_path, processes):
+def test_killed_server_leaves_nothing_half_applied(postgres, tmp_path, processes):
     url = postgres.new_database()
     Database(url).upgrade()
     wide_budget(Registry(url))

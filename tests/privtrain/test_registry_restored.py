@@ -71,7 +71,7 @@ def test_a_restored_registry_is_refused(file):
     assert views.runs(opened.database) == []
 
 
-def test_a_registry_that_believes_any_file_spends_its_budget_again(file, monkeypatch):
+def test_mutant_registry_that_believes_any_file_overspends(file, monkeypatch):
     """The mutant."""
     restored(file)
     monkeypatch.setattr(SeenFile, "check", lambda *_: None)
@@ -162,7 +162,7 @@ def test_what_was_seen_and_is_damaged_is_refused(file):
             Registry(str(file))
 
 
-def test_a_person_goes_on_with_a_backup_and_released_runs_are_charged_again(file):
+def test_backup_in_use_charges_released_runs_again(file):
     restored(file)
     invoke = lambda *words: CliRunner().invoke(app, ["registry", "restored", "--registry", str(file), *words])  # noqa: E731
     assert "changes of budgets, 12 settlements are missing" in invoke().output
@@ -180,14 +180,14 @@ def test_a_person_goes_on_with_a_backup_and_released_runs_are_charged_again(file
     assert len(views.user(registry.database, "0" * 32).held) == 12
 
 
-def test_a_release_that_the_registry_does_not_know_is_charged_in_full(registry):
+def test_release_unknown_to_registry_is_charged_in_full(registry):
     shown = dataclasses.replace(AT_THE_END, num_steps=400)
     assert registry.settle("run", shown, contributions={}, request=request("run")) is Settled.LATE
     (view,) = views.runs(registry.database)
     assert (view.state, view.num_charged, view.epsilon) == ("closed", 1000, 1.83)
 
 
-def test_a_release_under_a_second_name_is_charged_to_the_known_data_set(registry):
+def test_release_under_second_name_is_charged_to_known_data(registry):
     """Else whoever trains without the registry and settles under a new name pays nothing."""
     registry.reserve(request("first"))
     registry.set_budget("alias", epsilon=8, delta=1e-6)
@@ -325,7 +325,7 @@ def test_users_who_are_in_two_populations_are_told(registry):
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_settlement_tells_of_shared_users_or_stands_all_the_same(monkeypatch, capsys, answers):
+def test_settlement_names_shared_users_or_stands(monkeypatch, capsys, answers):
     def shared(*_: object) -> list[str]:
         if not answers:
             raise RegistryUnreachable("no answer")

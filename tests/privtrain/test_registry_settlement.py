@@ -66,7 +66,7 @@ def test_a_registry_that_does_not_compare_ledgers_is_found_out(training, kind, m
     assert state_of(training, "run") == ("closed", FORGED[kind].num_steps)
 
 
-def test_a_run_that_shows_another_ledger_while_it_trains_is_stopped(training):
+def test_run_with_another_ledger_is_stopped(training):
     (view,) = views.runs(training.database)
     for shown in (dataclasses.replace(SEEN, key_sha256=OTHER_KEY), dataclasses.replace(SEEN, num_steps=299)):
         with pytest.raises(GuaranteeLost):
@@ -101,7 +101,7 @@ def test_a_run_that_was_refunded_reserves_no_other_plan(registry):
     assert registry.reserve(request("run")).is_new
 
 
-def test_a_release_beside_another_is_charged_no_less_than_its_ledger_shows(registry):
+def test_release_is_charged_at_least_what_its_ledger_shows(registry):
     registry.reserve(request("run"))
     registry.settle("run", LedgerEvidence(400, "h"), contributions={})
     assert registry.settle("run", LedgerEvidence(1200, "hh"), contributions={}) is Settled.BESIDE

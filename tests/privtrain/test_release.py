@@ -106,7 +106,7 @@ def test_secret_files_are_the_owners_alone(finished):
         assert file.stat().st_mode & 0o077 == 0, file
 
 
-def test_wide_files_are_closed_at_the_start_and_wide_directories_refused(tree, tmp_path, capsys):
+def test_open_files_are_closed_and_open_directories_refused(tree, tmp_path, capsys):
     path = write_config(tree, tmp_path / "c.yaml")
     train(path)
     run = tmp_path / "runs" / "tiny"
@@ -240,7 +240,7 @@ def test_groups_and_steps_accounted_are_compared_with_the_log(finished):
     assert _false_claims(statement, state) == ["steps_accounted is 5, the ledger shows 4"]
 
 
-def test_what_the_release_promises_cannot_be_altered_in_the_statement(finished):
+def test_promises_of_release_cannot_be_altered(finished):
     """ε, δ and the plan stand in the log's last record, so that a statement with others is found, in either copy."""
     whole = (finished / "privacy.json").read_text()
     assert "matches privacy.json" in verify_run(finished)

@@ -91,7 +91,7 @@ def test_a_replay_with_another_sum_goes_on_in_a_new_generation(config, tree, tmp
     assert (statement["steps_released"], statement["steps_of_the_model"]) == (NUM_STEPS, NUM_STEPS - 1)
 
 
-def test_a_replay_that_diverges_at_once_and_a_crash_right_after_it(config, tree, tmp_path, monkeypatch):
+def test_diverging_replay_and_a_crash_right_after(config, tree, tmp_path, monkeypatch):
     run_until_killed(config, monkeypatch, last=6)
     with monkeypatch.context() as patch:
         nudge_sums_from(4, patch)
@@ -102,7 +102,7 @@ def test_a_replay_that_diverges_at_once_and_a_crash_right_after_it(config, tree,
     assert [(e.generation, e.step) for e in state.path] == [(0, s) for s in range(4)]
 
 
-def test_a_step_that_was_not_committed_is_taken_again_with_its_new_sum(config, tree, tmp_path, monkeypatch):
+def test_uncommitted_step_is_retaken_with_its_new_sum(config, tree, tmp_path, monkeypatch):
     """Nothing of it left the job: it is charged once, and the generation goes on."""
     with monkeypatch.context() as patch:
 

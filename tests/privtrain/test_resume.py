@@ -34,12 +34,12 @@ def test_the_same_environment_replays_for_free():
     assert go_on(state, step=5) == Continuation(0, 5, 10, 2, 0, 0)
 
 
-def test_another_environment_past_the_checkpoint_is_a_new_generation_with_fewer_steps():
+def test_new_environment_past_checkpoint_costs_steps():
     state = state_of([(0, s) for s in range(7)])
     assert go_on(state, step=5, environment="other") == Continuation(1, 5, 8, 0, 2, 5)
 
 
-def test_another_environment_at_the_checkpoint_is_a_new_generation_that_loses_nothing():
+def test_new_environment_at_checkpoint_loses_nothing():
     """A copy of the directory may be drawing the next steps from the old secret under the old environment."""
     state = state_of([(0, s) for s in range(5)])
     assert go_on(state, step=5, environment="other") == Continuation(1, 5, 10, 0, 0, 5)

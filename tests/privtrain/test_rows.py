@@ -69,7 +69,7 @@ def test_files_as_people_have_them_are_read(tmp_path, case):
     assert list(corpus.records) == ["ann"]
 
 
-def test_a_broken_line_is_named_by_its_number_whatever_stands_before(tmp_path):
+def test_broken_line_is_named_by_its_number(tmp_path):
     lines = [json.dumps({"user": "a", "text": "x"})] * 400 + ["{" + SECRET]
     assert "line 401" in refused(tmp_path, "d.jsonl", "\n".join(lines))
     assert "line 801" in refused(tmp_path, "e.jsonl", "\n\n".join(lines))
@@ -206,7 +206,7 @@ def corpus_of_talks(tmp_path, talks):
     return corpus_of(tmp_path, "talks.jsonl", rows, format="chat")
 
 
-def test_a_template_that_refuses_every_conversation_is_quoted_and_nothing_is_learned(tmp_path):
+def test_template_that_refuses_everything_is_quoted(tmp_path):
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     encoder = encoder_with(tmp_path, refuses)
     talks = [[{"role": "system", "content": SECRET}, *TALK]] * 70
@@ -217,7 +217,7 @@ def test_a_template_that_refuses_every_conversation_is_quoted_and_nothing_is_lea
     check_rows(corpus_of_talks(tmp_path, [*talks, TALK]), encoder, most)  # then one that teaches is enough
 
 
-def test_a_templates_complaint_that_quotes_a_conversation_is_not_shown(tmp_path):
+def test_template_error_that_quotes_a_record_is_hidden(tmp_path):
     quotes = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('bad: ' + messages[0].content) }}{% endif %}"
         + TEMPLATE
@@ -294,7 +294,7 @@ def test_places_that_cannot_be_written_are_seen_before_training(tree, tmp_path, 
     assert "may not write into" in why_unwritable(tmp_path / "runs")
 
 
-def test_faults_of_the_schema_the_model_and_the_files_come_in_one_round(tree, tmp_path):
+def test_faults_of_schema_model_and_files_come_at_once(tree, tmp_path):
     tree["privacy"]["num_steps"] = True
     tree["data"]["user_column"] = "author"
     tree["model"]["name_or_path"] = str(tmp_path / "nowhere")
@@ -308,7 +308,7 @@ def test_faults_of_the_schema_the_model_and_the_files_come_in_one_round(tree, tm
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_a_faulty_template_comes_in_the_round_of_the_other_faults(tree, tmp_path, is_whole):
+def test_faulty_template_comes_with_the_other_faults(tree, tmp_path, is_whole):
     chats(tree, tmp_path, "{% for m in messages %}{{ m.content }")
     tree["run"]["output_dir"] = str(write_config({}, tmp_path / "a file"))
     tree["privacy"]["num_steps"] = 4 if is_whole else True
@@ -339,7 +339,7 @@ def chats(tree, tmp_path, template: str):
     }
 
 
-def test_a_refused_start_leaves_the_run_directory_free_for_another_plan(tree, tmp_path):
+def test_refused_start_leaves_directory_free(tree, tmp_path):
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     chats(tree, tmp_path, refuses)
     path = write_config(tree, tmp_path / "c.yaml")

@@ -55,7 +55,7 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
     assert abs(np.var(sizes) - 60 * 0.3 * 0.7) < 4 * 60 * 0.21 * np.sqrt(2 / 2000)
 
 
-def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
+def test_draw_is_equal_on_ranks_and_differs_by_step_and_key():
     plan, sizes = make_plan(), [3] * 40
     first = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
     again = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
@@ -65,7 +65,7 @@ def test_the_draw_is_the_same_for_everybody_and_differs_by_step_and_key():
     assert first.draw(3) != other.draw(3)
 
 
-def test_a_small_probability_draws_nobody_and_a_probability_of_one_everybody():
+def test_probability_zero_draws_nobody_one_everybody():
     sizes = [2] * 10
     assert sampler_of(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
     assert len(sampler_of(make_plan(sampling_prob=1.0), SecretKey.insecure(0, "s"), sizes).draw(0)) == 10
@@ -88,7 +88,7 @@ def units_of(sizes: list[list[int]]) -> list[list[np.ndarray]]:
 
 
 @hypothesis.given(sizes=unit_sizes, microbatch_size=st.integers(1, 5), extra=st.integers(0, 3))
-def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microbatch_size, extra):
+def test_packing_keeps_every_token_and_equal_weights(sizes, microbatch_size, extra):
     units = units_of(sizes)
     packer = Packer(microbatch_size, max_length=9, pad_id=0)
     num_batches = packer.num_batches(units) + extra
@@ -111,7 +111,7 @@ def test_packing_keeps_every_token_and_gives_each_user_weight_one(sizes, microba
 
 
 @hypothesis.given(sizes=unit_sizes, others=unit_sizes, microbatch_size=st.integers(1, 5))
-def test_the_shape_a_unit_is_computed_in_depends_on_that_unit_alone(sizes, others, microbatch_size):
+def test_shape_of_a_unit_depends_on_that_unit_alone(sizes, others, microbatch_size):
     """Invariant 3 in low precision: batch mates must not change how a unit's gradient is rounded."""
     packer = Packer(microbatch_size, max_length=9, pad_id=0)
     for units in (units_of(sizes), units_of(sizes + others)):

@@ -62,7 +62,7 @@ def test_ranked_selections_are_the_best_subset_by_brute_force(lengths, losses, s
     assert sum(map(value, chosen)) == pytest.approx(best)
 
 
-def test_random_selection_takes_every_record_equally_often_and_stays_the_same():
+def test_random_selection_is_uniform_and_stays_the_same():
     counts = np.zeros(6)
     for user in range(3000):
         chosen = Selection("random", 2, KEY).of_user(f"u{user}", range(6), ["x"] * 6, {})
@@ -110,7 +110,7 @@ texts = st.lists(st.sampled_from(["a b", "a  b", " a b\n", "ab", "c", "a b c"]),
 
 
 @hypothesis.given(by_user=st.dictionaries(st.sampled_from("xyz"), texts, min_size=1))
-def test_within_user_deduplication_keeps_the_first_of_each_and_touches_no_other_user(by_user):
+def test_deduplication_keeps_first_of_each_within_user(by_user):
     corpus = group_by_user((user, text) for user, found in by_user.items() for text in found)
     kept = deduplicated(corpus)
     for user, found in corpus.records.items():
@@ -140,7 +140,7 @@ def _network_and_inputs(tree):
     return inputs, backend, network.load_network(config, backend)
 
 
-def test_perplexities_are_the_base_models_and_of_each_record_alone(tree):
+def test_perplexity_is_of_base_model_and_record_alone(tree):
     inputs, backend, network = _network_and_inputs(tree)
     user = next(user for user, found in inputs.corpus.records.items() if len(found) > 5)
     wanted = [(user, index) for index in range(5)]

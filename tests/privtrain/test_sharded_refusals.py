@@ -27,7 +27,7 @@ def test_adapters_that_read_base_weights_are_refused_by_name(tree, lora):
     assert source_of(tree).whole() is not None, "a whole base may have them"
 
 
-def test_keys_of_a_method_that_is_not_used_are_no_reason_to_refuse(tree):
+def test_keys_of_an_unused_method_are_not_refused(tree):
     tree["lora"] |= {"use_dora": True, "modules_to_save": ["lm_head"]}
     tree["training"]["method"] = "full"
     with torch.device("meta"):

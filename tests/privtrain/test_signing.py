@@ -216,9 +216,7 @@ def key_of_another_kind(place: pathlib.Path) -> pathlib.Path:
         ("encrypted", "PRIVTRAIN_SIGNING_PASSWORD"),
     ],
 )
-def test_key_that_cannot_sign_is_told_before_training_with_all_other_faults(
-    kind, problem, tiny_llama, users_file, tmp_path
-):
+def test_key_that_cannot_sign_is_refused_before_training(kind, problem, tiny_llama, users_file, tmp_path):
     _, private, public = write_key(tmp_path, "ours", b"sesame" if kind == "encrypted" else b"")
     key = {
         "missing": tmp_path / "none.pem",
@@ -255,9 +253,7 @@ def test_certificates_without_a_key_or_of_another_key_are_faults(tiny_llama, use
         check_inputs(validate(tree))
 
 
-def test_release_that_could_not_be_signed_stays_and_is_signed_by_the_same_command(
-    tiny_llama, users_file, tmp_path, monkeypatch
-):
+def test_unsigned_release_is_signed_by_the_same_command(tiny_llama, users_file, tmp_path, monkeypatch):
     _, private, public = write_key(tmp_path, "ours")
     config = write_config(signing_tree(tiny_llama, users_file, tmp_path, private), tmp_path / "c.yaml")
 
@@ -358,7 +354,7 @@ def test_signature_over_other_files_does_not_hold(released_run, adapter, tmp_pat
         verify_directory(adapter, Anchors(keys=Keys(key=public)))
 
 
-def test_signature_that_the_library_makes_over_a_part_is_never_kept(adapter, tmp_path, monkeypatch):
+def test_signature_over_a_part_is_never_kept(adapter, tmp_path, monkeypatch):
     _, private, _ = write_key(tmp_path, "ours")
     monkeypatch.setattr("privtrain.run.signing._Exactly.hash", hash_only_cards)
     with pytest.raises(SigningFailed, match=r"is not over adapter_model.safetensors as it is here"):

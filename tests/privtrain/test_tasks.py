@@ -76,7 +76,7 @@ def _classifier(directory, pairs: bool):
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_classifiers_clipped_sum_equals_the_librarys_own_loss_unit_by_unit(encoder_model, pairs):
+def test_classifier_sum_equals_library_loss_by_unit(encoder_model, pairs):
     """Reference: the tokenizer's own tensors and the model's own ``labels=``, one record at a time, in float64."""
     tokenizer, model, objective = _classifier(encoder_model, pairs)
     model = add_lora(model, LoraSection(rank=2, target_modules="all-linear"), 0, "x", is_classifier=True)
@@ -157,7 +157,7 @@ def _labelled_rows():
     ],
     indirect=["encoder_model"],
 )
-def test_a_classification_job_learns_its_labels_and_releases_the_head(tree, tmp_path, encoder_model, method):
+def test_classification_job_learns_and_releases_the_head(tree, tmp_path, encoder_model, method):
     rows = list(_labelled_rows())
     rows.append({"user": "u0", "text": "x", "label": "neither"})
     tree["data"] |= {"format": "classification", "labels": LABELS, "source": _write(tmp_path / "rows.jsonl", rows)}
@@ -191,7 +191,7 @@ def test_a_classification_job_learns_its_labels_and_releases_the_head(tree, tmp_
         score_run(run, ScoreOptions(batch_tokens=64))
 
 
-def test_a_causal_model_becomes_a_classifier_that_reads_the_last_token(tree, tmp_path, tiny_llama):
+def test_causal_classifier_reads_the_last_token(tree, tmp_path, tiny_llama):
     tree["data"] |= {
         "format": "classification",
         "labels": LABELS,
@@ -212,7 +212,7 @@ CHATS = [
 
 
 @pytest.mark.parametrize("kind", ["chat", "prompt_completion"])
-def test_a_job_on_masked_tokens_learns_the_answers_and_can_be_attacked(tree, tmp_path, kind):
+def test_job_on_masked_tokens_learns_and_is_attacked(tree, tmp_path, kind):
     if kind == "chat":
         (tmp_path / "chat.jinja").write_text(CHATML, encoding="utf-8")
         tree["data"]["chat_template_file"] = str(tmp_path / "chat.jinja")

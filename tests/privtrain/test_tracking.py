@@ -25,7 +25,7 @@ from tests.conftest import write_config
 from tests.privtrain.published import Private, published_texts, wandb_records, wandb_rows
 
 
-def test_a_replayed_run_has_every_row_once_and_the_release_as_an_artifact(tree, tmp_path, monkeypatch):
+def test_replayed_run_has_every_row_once(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(write_config(tree, tmp_path / "c.yaml"))
     run = tmp_path / "runs" / "tiny"
@@ -44,7 +44,7 @@ def test_a_replayed_run_has_every_row_once_and_the_release_as_an_artifact(tree, 
 
 
 @pytest.mark.parametrize("moment", ["before it is installed", "before the mirrors know"])
-def test_release_that_a_crash_kept_from_the_mirrors_is_shown_by_the_next_start(tree, moment, tmp_path, monkeypatch):
+def test_next_start_mirrors_release_lost_in_a_crash(tree, moment, tmp_path, monkeypatch):
     """Every row and the release, once; and a third start shows nothing more."""
     from privtrain.job import publish as publishing
     from privtrain.job import train as job
@@ -97,7 +97,7 @@ def test_sync_of_nothing_is_refused(tmp_path):
         sync_run(tmp_path)
 
 
-def test_tensorboard_shows_the_released_metrics_without_the_machines_name(tree, tmp_path):
+def test_tensorboard_shows_released_metrics_without_host(tree, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tree["tracking"] = {"wandb": False, "tensorboard": True}

@@ -48,7 +48,7 @@ def test_a_configuration_is_translated_or_refused_key_by_key(name, tmp_path):
         assert config.data.source.kind == found.tree["data"]["source"]["kind"]
 
 
-def test_what_the_plan_still_needs_is_said_and_a_start_without_it_refused(tmp_path, capsys):
+def test_missing_plan_keys_are_named_and_start_refused(tmp_path, capsys):
     stack, text, _, _ = CONFIGURATIONS["axolotl qlora"]
     (tmp_path / "theirs.yml").write_text(text)
     write_translation(stack, tmp_path / "theirs.yml", tmp_path / "ours.yaml")  # pyright: ignore[reportArgumentType]
@@ -90,7 +90,7 @@ def test_rules_name_keys_that_exist(module):
             assert set(outcome.needs) <= known, key
 
 
-def test_mutant_a_key_without_a_rule_is_lost_unless_it_is_refused(monkeypatch):
+def test_mutant_key_without_a_rule_is_lost(monkeypatch):
     """Plant: an unknown key is left out in silence."""
     stack, text, _, _ = CONFIGURATIONS["trl unknown"]
     monkeypatch.setattr(rules, "refused", lambda reason: rules.Outcome(reason=reason))

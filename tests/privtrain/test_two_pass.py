@@ -66,7 +66,7 @@ class Dropping(nn.Module):
         ({}, True),
     ],
 )
-def test_attention_that_adds_up_in_any_order_is_off_where_two_passes_are_compared(settings, is_allowed):
+def test_unordered_attention_is_off_for_two_passes(settings, is_allowed):
     """On the CPU the setting has no effect but can be read; it was not run on CUDA."""
     before = torch.backends.cuda.mem_efficient_sdp_enabled()
     torch.backends.cuda.enable_mem_efficient_sdp(True)
@@ -143,7 +143,7 @@ def backward_runs_of_the_head(model: Dropping, route: str) -> tuple[int, torch.T
 
 
 @pytest.mark.parametrize(("kind", "repeats"), [(Dropping, False), (Bypassed, True)])
-def test_the_second_pass_starts_at_the_heads_input_if_nothing_passes_beside_it(kind, repeats):
+def test_second_pass_starts_at_the_heads_input(kind, repeats):
     model = kind()
     num_runs, total = backward_runs_of_the_head(model, "two_pass")
     once, expected = backward_runs_of_the_head(model, "batched")
@@ -151,7 +151,7 @@ def test_the_second_pass_starts_at_the_heads_input_if_nothing_passes_beside_it(k
     assert relative_error(total, expected.double()) < 1e-5
 
 
-def test_mutant_the_second_pass_starts_at_the_head_though_a_path_leads_beside_it(monkeypatch):
+def test_mutant_second_pass_misses_path_beside_the_head(monkeypatch):
     monkeypatch.setattr(passes.Passes, "_neck", lambda self, calls, losses: calls.last[1])
     model = Bypassed()
     assert relative_error(dropped_sum(model, "two_pass"), dropped_sum(model, "batched").double()) > 1e-3
@@ -234,7 +234,7 @@ def test_reentrant_checkpointing_is_refused_by_name(route):
     ("method", "checkpointed", "lets_go"),
     [("full", True, True), ("full", False, False), ("lora", True, False)],
 )
-def test_auto_takes_two_passes_for_full_fine_tuning_with_checkpointing(method, checkpointed, lets_go, monkeypatch):
+def test_auto_takes_two_passes_with_checkpointing(method, checkpointed, lets_go, monkeypatch):
     model = copy.deepcopy(build("llama", method)[0])
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})

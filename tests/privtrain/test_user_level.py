@@ -46,7 +46,7 @@ def section(**changes) -> PrivacySection:
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
-def test_both_meet_the_users_target_and_the_mixture_needs_no_more_noise(k, epsilon):
+def test_both_meet_target_and_mixture_needs_no_more_noise(k, epsilon):
     plans = {
         method: PrivacyPlan.build(section(records_per_user=k, target_epsilon=epsilon, user_accounting=method))
         for method in ("none", *METHODS)
@@ -62,7 +62,7 @@ def test_both_meet_the_users_target_and_the_mixture_needs_no_more_noise(k, epsil
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_epsilon_grows_with_the_steps_and_never_shows_less_than_was_spent(method):
+def test_epsilon_grows_and_never_shows_less_than_spent(method):
     plan = PrivacyPlan.build(section(user_accounting=method, num_steps=12, sampling_prob=0.2))
     curve = [plan.epsilon_after(n) for n in range(plan.num_steps + 3)]
     assert curve[0] == 0
@@ -102,7 +102,7 @@ def test_a_plan_without_a_bound_on_users_is_not_rebuilt(method, change):
 
 
 @pytest.mark.parametrize("way", USER_ACCOUNTING.values())
-def test_event_is_of_as_many_records_as_the_ledger_and_registry_count(way):
+def test_event_counts_the_records_of_ledger_and_registry(way):
     """Event, number of sampled units and guaranteed unit say one thing of each way."""
     k = 3
     found, scheme = way(k), Poisson(0.1)
@@ -155,7 +155,7 @@ def test_each_record_joins_by_a_coin_of_its_own():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_a_user_with_k_records_moves_the_sum_by_at_most_k_clipping_norms(tiny_llama, k):
+def test_k_records_move_the_sum_by_at_most_k_norms(tiny_llama, k):
     model, layout = tiny_lora(tiny_llama)
     clipper = make_clipper(model, layout, clipping_norm := 0.05)
     others = [[record] for user in invented_users(4, most_records=2) for record in user]

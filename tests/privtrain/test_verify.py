@@ -252,7 +252,7 @@ def test_resealed_field_that_the_plan_does_not_bear_out_is_named(finished, field
 
 
 @pytest.mark.parametrize("edit", [less_noise_than_said, smaller_epsilon])
-def test_resealed_epsilon_that_its_event_does_not_give_is_refused(finished, edit):
+def test_resealed_epsilon_that_contradicts_event_is_refused(finished, edit):
     """Plan, fingerprint, card and digests all rewritten to fit: the accountant is asked again."""
     forge(finished, edit, fingerprint=True, card=True)
     with pytest.raises(VerificationFailed, match=r"plan.epsilon is .* the accountant gives"):
@@ -346,7 +346,7 @@ def test_mutant_that_ignores_files_of_a_kind_is_seen(places, tmp_path, monkeypat
         ("metrics.jsonl", '"privacy/epsilon": ', '"privacy/epsilon": "x", "was": '),
     ],
 )
-def test_resealed_file_that_says_otherwise_than_the_statement_is_named(finished, name, old, new):
+def test_resealed_file_that_contradicts_statement_is_named(finished, name, old, new):
     text = (finished / name).read_text()
     assert old in text
     (finished / name).write_text(text.replace(old, new))
@@ -412,7 +412,7 @@ def test_seeded_run_edited_to_private_is_refused(tree, tmp_path):
         verify_run(run)
 
 
-def test_line_of_what_is_not_covered_that_the_configuration_asks_for_is_missed(finished):
+def test_missing_line_of_not_covered_is_found(finished):
     """The statement of a run that published raw losses, with the line about them taken out."""
     config = (finished / "config.yaml").read_text()
     (finished / "config.yaml").write_text(config.replace("private_metrics: false", "private_metrics: true"))
@@ -595,7 +595,7 @@ def test_run_whose_released_directory_lies_elsewhere_is_told(finished, tmp_path,
         *("LICENSE/evil.py", ".git", "adapter/.gitignore/x.bin", "adapter/adapter_model.safetensors.index.json"),
     ],
 )
-def test_file_that_a_library_might_load_is_named_wherever_it_hides(finished, name):
+def test_file_a_library_might_load_is_named_anywhere(finished, name):
     (finished / name).parent.mkdir(parents=True, exist_ok=True)
     (finished / name).write_bytes(b"x")
     with pytest.raises(VerificationFailed, match=f"{re.escape(bundle.printable(name))} is not part of the release"):
