@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from privtrain.config import Config, load_config
+from privtrain.config.data import DataSection
 from privtrain.config.load import sections_of
-from privtrain.config.schema import DataSection, ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import Corpus, check_source, load_corpus, load_evaluation
 from privtrain.data.encode import Encoder
 from privtrain.errors import ConfigError, DamagedFile, Fault

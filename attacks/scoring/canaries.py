@@ -11,7 +11,7 @@ from typing import Any
 
 from attacks.scoring.documents import Document
 from attacks.signals import CANARY, CANARY_REFERENCE
-from privtrain.config.schema import CanariesSection
+from privtrain.config.canaries import CanariesSection
 from privtrain.data.canaries import (
     SAMPLES,
     TEMPLATE,

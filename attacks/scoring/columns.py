@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet
 
 from attacks.errors import AttackInputError
-from privtrain.config.schema import DataSection, FilesSource
+from privtrain.config.data import DataSection, FilesSource
 from privtrain.data import formats
 from privtrain.data.corpus import Corpus, normal_form, owner_of, source_files
 from privtrain.data.rows import READ_FAULTS, NotAnObjectError, allow_long_fields, unreadable

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from attacks.errors import AttackInputError
 from attacks.evidence import verified_statement
 from attacks.signals import CONTROL_PREFIX, FRESH, HELD_IN, HELD_OUT, TRAINING
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder

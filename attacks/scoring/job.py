@@ -29,7 +29,7 @@ from attacks.scoring.sampling_scheme import SamplingScheme
 from attacks.scoring.variants import Variants
 from attacks.signals import HELD_OUT, SCHEMA_NAME
 from privtrain.config import Config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder

@@ -51,7 +51,7 @@ from attacks.signals import (
     write_signals,
 )
 from privtrain.config import Config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import PrivtrainError, RunBusy
 from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.process.group import join_processes

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from attacks.errors import AttackInputError
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.files.reading import file_sha256
 from privtrain.run import base_model, bundle
 from privtrain.run.directory import RunDirectory

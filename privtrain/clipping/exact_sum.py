@@ -18,7 +18,7 @@ where fl rounds to fp32. What that means for the sensitivity, for a clipping nor
   units is the same in every order, in any number of microbatches, ranks and parts; the difference of two sums that
   differ in one unit is that unit's Q, whatever the values of the others.
 * **Nothing overflows.** |Q_i| < 2**41 (1 + 1e-5), so 2**21 units add up to less than 2**62 (1 + 1e-5): a plan may
-  expect that many (``config.schema.MAX_UNITS``), and a draw of a binomial number of units never comes near twice that.
+  expect that many (``config.privacy.MAX_UNITS``), and a draw of a binomial number of units never comes near twice that.
 * **What it costs in signal.** trunc moves each coordinate of a unit by less than s ≤ C · 2**-40 towards zero: less than
   1e-12 C a coordinate and unit, 3e-8 C in the norm of a unit with 10⁹ coordinates; fp32 rounding moves it by more.
 """

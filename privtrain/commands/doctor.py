@@ -27,7 +27,8 @@ from rich.console import Console
 
 from privtrain.backends import Backend
 from privtrain.config import Config
-from privtrain.config.schema import PerformanceSection, RegistrySection
+from privtrain.config.publishing import RegistrySection
+from privtrain.config.training import PerformanceSection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.files.atomic import write_atomically
 from privtrain.inputs import load_checked, read_inputs

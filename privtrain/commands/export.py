@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from privtrain.config import load_config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.files.writable import why_unwritable

@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from privtrain.commands.starting_point import plan_for, rounded
 from privtrain.config.commented import commented_yaml
+from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.load import validate
-from privtrain.config.schema import Config, DataSection, FilesSource
+from privtrain.config.schema import Config
 from privtrain.data.corpus import load_corpus, source_files
 from privtrain.data.encode import Encoder
 from privtrain.data.look import sample_of

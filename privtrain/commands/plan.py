@@ -11,7 +11,8 @@ from typing import Any
 
 from accountants.comparison import compare
 from privtrain.config import Config, load_config
-from privtrain.config.schema import PrivacySection, TrainingSection
+from privtrain.config.privacy import PrivacySection
+from privtrain.config.training import TrainingSection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError
 from privtrain.inputs import load_checked

@@ -13,7 +13,10 @@ from typing import Any
 
 import pydantic
 
-from privtrain.config.schema import Config, ConflictError, DataSection, ModelSection
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
+from privtrain.config.schema import Config
+from privtrain.config.section import ConflictError
 from privtrain.errors import ConfigError, Fault, PrivtrainError
 from privtrain.files import reading, strict_yaml
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from privtrain.config.schema import CanariesSection
+from privtrain.config.canaries import CanariesSection
 from privtrain.data.corpus import Corpus
 from privtrain.errors import ConfigError, DamagedFile, Fault
 from privtrain.files import reading

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.records import Record
 from privtrain.errors import ConfigError, DamagedFile, Fault
 from privtrain.files import reading

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from privtrain.config.schema import DataSection, FilesSource, HubSource
+from privtrain.config.data import DataSection, FilesSource, HubSource
 from privtrain.data import formats, index, plays
 from privtrain.data.digest import RecordDigest
 from privtrain.data.formats import Unusable

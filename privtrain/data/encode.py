@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.chat import ChatRenderer
 from privtrain.data.records import Record
 

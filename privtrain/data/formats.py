@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.files import strict_json
 
 _ASSISTANT = "assistant"

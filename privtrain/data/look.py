@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.corpus import Corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.records import Record

@@ -14,7 +14,7 @@ from typing import IO
 
 import pyarrow.parquet
 
-from privtrain.config.schema import HubSource
+from privtrain.config.data import HubSource
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import strict_json
 

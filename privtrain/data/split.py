@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import Corpus
 from privtrain.data.packed import Names, UserIndices

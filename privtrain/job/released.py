@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rich.markup import escape
 
-from privtrain.config.schema import ReleaseSection
+from privtrain.config.publishing import ReleaseSection
 from privtrain.errors import PrivtrainError, SigningFailed
 from privtrain.inputs import Inputs
 from privtrain.process.console import say

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 
 from privtrain.backends import Backend, Watch, create_backend
-from privtrain.config.schema import PerformanceSection
+from privtrain.config.training import PerformanceSection
 from privtrain.errors import ModelFailed, Preempted, PrivtrainError, StorageFailed
 from privtrain.job.stop import StopRequest
 

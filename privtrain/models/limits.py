@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config import Config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.load import LOADING_FAILURES
 from privtrain.run.base_model import locate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.complete import new_modules
 from privtrain.run.base_model import locate

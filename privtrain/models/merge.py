@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config import Config, load_config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import VerificationFailed
 from privtrain.models.limits import num_embedded, pad_classifier
 from privtrain.models.load import load_adapter, load_base, load_classifier, load_tokenizer, saved_as_loaded

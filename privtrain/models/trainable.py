@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from privtrain.config import Config
-from privtrain.config.schema import LoraSection
+from privtrain.config.model import LoraSection
 from privtrain.errors import ConfigError, Fault
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.models.load import load_base, load_classifier, switch_cache_off
 from privtrain.run.base_model import locate

@@ -30,7 +30,8 @@ from fractions import Fraction
 import numpy as np
 from scipy import optimize, signal
 
-from privtrain.config.schema import MAX_BANDS, TrainingSection
+from privtrain.config.privacy import MAX_BANDS
+from privtrain.config.training import TrainingSection
 
 #: Coefficients are whole multiples of 2**-FRACTION_BITS, so that C S is exact on a grid (:mod:`.correlated`).
 FRACTION_BITS = 12

@@ -11,7 +11,7 @@ import math
 
 #: Bits of a clipping norm's worth below the binary point: the grid is between C * 2**-41 and C * 2**-40.
 FRACTION_BITS = 40
-# A unit adds at most 2**41 to a coordinate, so int64 holds the sum of ``privtrain.config.schema.MAX_UNITS`` units.
+# A unit adds at most 2**41 to a coordinate, so int64 holds the sum of ``privtrain.config.privacy.MAX_UNITS`` units.
 
 #: How much longer than its bound a clipped contribution may be, relative to it: what rounding in factors, products and
 #: norms adds at most (:mod:`privtrain.clipping.exact_sum`). The noise is scaled for that.

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import accountants
-from privtrain.config.schema import AdaptiveClippingSection, PrivacySection, TrainingSection
+from privtrain.config.privacy import AdaptiveClippingSection, PrivacySection
+from privtrain.config.training import TrainingSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.banded import INDEPENDENT, Strategy, Workload, best_strategy, relative_error, tried_bands
 from privtrain.privacy.fixed_point import SLACK

@@ -22,7 +22,7 @@ import numpy as np
 from typing_extensions import override
 
 import accountants
-from privtrain.config.schema import MAX_UNITS, PrivacySection
+from privtrain.config.privacy import MAX_UNITS, PrivacySection
 from privtrain.config.schemes import SCHEME_RULES, SchemeName
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.secret import SecretKey

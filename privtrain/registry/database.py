@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.pool import NullPool
 
-from privtrain.config.schema import RegistrySection
+from privtrain.config.publishing import RegistrySection
 from privtrain.errors import GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.files.atomic import sync_directory, temporary_of
 from privtrain.files.private import check_database_file, locked_file, make_missing

@@ -8,7 +8,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.bundle import sha256_of
 from privtrain.run.weight_files import weight_file_faults, weights_read

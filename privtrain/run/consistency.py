@@ -14,7 +14,8 @@ from typing import Any
 import pydantic
 
 import privtrain
-from privtrain.config.schema import PrivacySection, TrackingSection
+from privtrain.config.privacy import PrivacySection
+from privtrain.config.publishing import TrackingSection
 from privtrain.errors import ConfigError
 from privtrain.files import strict_json, strict_yaml
 from privtrain.privacy.plan import PrivacyPlan

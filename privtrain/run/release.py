@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from privtrain.config import Config
-from privtrain.config.schema import HubSource
+from privtrain.config.data import HubSource
 from privtrain.files import strict_yaml
 from privtrain.files.atomic import write_atomically
 from privtrain.privacy.plan import PrivacyPlan

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, Self
 
-from privtrain.config.schema import ReleaseSection
+from privtrain.config.publishing import ReleaseSection
 from privtrain.errors import ConfigError, Fault, SigningFailed, UnsafePath
 from privtrain.files import strict_json
 from privtrain.files.private import read_private_file

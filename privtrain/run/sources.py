@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from privtrain.config.schema import DataSection, FilesSource
+from privtrain.config.data import DataSection, FilesSource
 from privtrain.data.corpus import Corpus, digests_of, source_files
 from privtrain.errors import DamagedFile
 from privtrain.run.directory import RunDirectory

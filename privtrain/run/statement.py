@@ -11,7 +11,7 @@ import pydantic
 
 import privtrain
 from privtrain.config import Config
-from privtrain.config.schema import TrackingSection
+from privtrain.config.publishing import TrackingSection
 from privtrain.privacy.plan import PrivacyPlan, finite
 
 SCHEMA = "privtrain/privacy/1"

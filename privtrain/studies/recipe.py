@@ -23,7 +23,7 @@ from pydantic import Field
 
 import privtrain
 from privtrain.config.load import read_tree, to_yaml, validate
-from privtrain.config.schema import Section
+from privtrain.config.section import Section
 from privtrain.errors import ConfigError, Fault
 
 #: Where the shipped recipes lie: ``launch/recipes/studies/NAME/SCALE.yaml`` of the repository.

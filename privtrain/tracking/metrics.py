@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 
-from privtrain.config.schema import TrackingSection
+from privtrain.config.publishing import TrackingSection
 
 
 class Release(enum.Enum):

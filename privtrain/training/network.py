@@ -10,7 +10,7 @@ import torch
 
 from privtrain.backends import Backend
 from privtrain.config import Config
-from privtrain.config.schema import PerformanceSection
+from privtrain.config.training import PerformanceSection
 from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer
 from privtrain.models.limits import check_limits, num_embedded, pad_classifier, padding_id

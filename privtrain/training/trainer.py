@@ -13,7 +13,7 @@ from privtrain.backends import Backend, Placement
 from privtrain.backends.base import all_equal
 from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
 from privtrain.clipping.clipper import RowLosses
-from privtrain.config.schema import TrainingSection
+from privtrain.config.training import TrainingSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData

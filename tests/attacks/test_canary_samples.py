@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from attacks.cli import app
 from attacks.errors import AttackInputError
 from attacks.scoring.canaries import POOL, plan_canaries
-from privtrain.config.schema import CanariesSection, ModelSection
+from privtrain.config.canaries import CanariesSection
+from privtrain.config.model import ModelSection
 from privtrain.data.canaries import draw_canaries
 from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey

@@ -25,7 +25,8 @@ from attacks.scoring.documents import read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
-from privtrain.config.schema import DataSection, FilesSource, PerformanceSection
+from privtrain.config.data import DataSection, FilesSource
+from privtrain.config.training import PerformanceSection
 from privtrain.data.corpus import Corpus, digests_of, load_corpus, source_files
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.job.train import train

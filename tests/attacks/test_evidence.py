@@ -468,7 +468,7 @@ def test_a_shadow_is_another_model_on_the_same_base(run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_another_base_or_tokenizer_is_another_target(tiny_llama, tmp_path, name):
-    from privtrain.config.schema import ModelSection
+    from privtrain.config.model import ModelSection
 
     copy = shutil.copytree(tiny_llama, tmp_path / "base")
     model = ModelSection(name_or_path=str(copy))

@@ -14,7 +14,7 @@ from attacks.errors import AttackInputError
 from attacks.scoring.documents import SPANS_PATH, attack_pseudonym, read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, SIGNALS_PATH, read_signals
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.data.split import seal

@@ -19,7 +19,7 @@ from attacks.scoring.documents import compose_batches
 from attacks.scoring.score import ScoreOptions, attack_pseudonym, score_run
 from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
 from privtrain.config import load_config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.job.train import train
 from privtrain.models.load import load_adapter, load_base, load_tokenizer
 from privtrain.privacy.secret import pseudonym

@@ -19,7 +19,7 @@ from attacks.scoring import documents, neural, shadows
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import Variants
 from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.job.train import train
 from privtrain.models.load import load_base, load_tokenizer
 from tests import jobs

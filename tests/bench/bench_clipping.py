@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from privtrain.clipping import PerUnitClipper, batched, factors, passes
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.models.load import load_base
 from privtrain.models.losses import row_losses

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from privtrain.config.schema import DataSection, PrivacySection
+from privtrain.config.data import DataSection
+from privtrain.config.privacy import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import used_facts

@@ -22,7 +22,7 @@ from attacks.scoring.documents import compose_batches
 from attacks.scoring.neural import NeuralScorer
 from attacks.scoring.score import score_sequences
 from attacks.signals import HELD_IN, DocumentSignals, write_signals
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.models.load import load_base
 from privtrain.models.trainable import add_lora
 from tests.conftest import save_tiny_llama

@@ -157,7 +157,7 @@ def test_a_loud_user_beside_fifteen_moves_none_of_them(device, base, quantizatio
     options = {"int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0}, "nf4": {"load_in_4bit": True}}
     config = hf.BitsAndBytesConfig(**options[quantization])
     model = hf.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": 0})
-    from privtrain.config.schema import LoraSection
+    from privtrain.config.model import LoraSection
     from privtrain.models.trainable import add_lora
 
     model = add_lora(model, LoraSection(rank=2, alpha=4), init_seed=0, public_name="tiny")

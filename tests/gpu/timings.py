@@ -24,7 +24,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from privtrain.clipping import PerUnitClipper
-from privtrain.config.schema import LoraSection
+from privtrain.config.model import LoraSection
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.models.losses import row_losses
 from privtrain.models.trainable import add_lora

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from privtrain.backends import Backend, DdpBackend, LocalBackend
 from privtrain.backends.fsdp2 import Fsdp2Backend
 from privtrain.backends.zero import ZeroBackend, ZeroSettings
-from privtrain.config.schema import LoraSection, ModelSection, NoisedMetricsSection, PrivacySection, TrainingSection
+from privtrain.config.model import LoraSection, ModelSection
+from privtrain.config.privacy import NoisedMetricsSection, PrivacySection
+from privtrain.config.training import TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.ledger.log import NullLedger

@@ -12,7 +12,7 @@ import torch
 
 from privtrain.clipping import PerUnitClipper, clipper, exact_sum
 from privtrain.clipping.clipper import RowLosses
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.microbatch import Packer
 from privtrain.models.load import load_base
 from privtrain.models.losses import row_losses

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from privtrain.config import validate
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError
 from privtrain.inputs import check_inputs
 from privtrain.job.train import train

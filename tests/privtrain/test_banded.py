@@ -18,7 +18,7 @@ import privtrain
 from privtrain.commands import plan as commands_plan
 from privtrain.commands.plan import price_list
 from privtrain.config import load_config, validate
-from privtrain.config.schema import TrainingSection
+from privtrain.config.training import TrainingSection
 from privtrain.errors import ConfigError
 from privtrain.privacy import banded
 from privtrain.privacy.banded import (

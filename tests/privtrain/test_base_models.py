@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from attacks.scoring.documents import tokens_of
 from attacks.scoring.variants import Variants, recall_prefix, rewrite
 from privtrain.config import validate
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.corpus import group_by_user
 from privtrain.data.encode import Encoder
 from privtrain.data.microbatch import Packer

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from privtrain.config import load_config
+from privtrain.config.canaries import CanariesSection
 from privtrain.config.load import validate
-from privtrain.config.schema import CanariesSection, ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.canaries import canaries_of, digits_of, draw_canaries, draw_secret, plant, shuffled_samples
 from privtrain.data.corpus import group_by_user
 from privtrain.data.encode import Encoder

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from scipy import stats
 
-from privtrain.config.schema import DataSection, ModelSection
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import group_by_user, load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.manifest import used_facts

@@ -13,7 +13,7 @@ from hypothesis import strategies
 
 from privtrain.backends import DdpBackend
 from privtrain.clipping import PerUnitClipper, batched, exact_sum
-from privtrain.config.schema import MAX_UNITS
+from privtrain.config.privacy import MAX_UNITS
 from privtrain.data.microbatch import Packer
 from privtrain.privacy import fixed_point
 from privtrain.privacy.layout import Layout

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 from tokenizers import processors
 
-from privtrain.config.schema import DataSection, ModelSection
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical

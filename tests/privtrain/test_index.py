@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from privtrain.config import load_config
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data import index
 from privtrain.data.corpus import load_corpus, load_evaluation, without_users
 from privtrain.data.encode import Encoder

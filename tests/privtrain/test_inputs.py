@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from privtrain import cli
 from privtrain.commands.plan import PlanOptions, describe_plan
 from privtrain.config import load_config, validate
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
 from tests.conftest import write_config

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.canaries import Canary
 from privtrain.data.corpus import group_by_user
 from privtrain.data.packed import LazySequence, Names, UserIndices

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privtrain.commands.preview import as_text, preview
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import group_by_user, load_corpus
 from privtrain.data.look import check_rows, look_at, sample_of
 from privtrain.errors import ConfigError

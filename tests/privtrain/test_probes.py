@@ -12,7 +12,8 @@ from torch import nn
 
 from privtrain.backends import LocalBackend
 from privtrain.clipping import PerUnitClipper
-from privtrain.config.schema import LoraSection, TrainingSection
+from privtrain.config.model import LoraSection
+from privtrain.config.training import TrainingSection
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.errors import SelfTestFailed, UnsupportedLayer

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import accountants
 from privtrain import cli
 from privtrain.config.load import apply_overrides, public_tree, validate
-from privtrain.config.schema import RegistrySection
+from privtrain.config.publishing import RegistrySection
 from privtrain.errors import BudgetExceeded, ConfigError, GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.registry import database as database_module
 from privtrain.registry import spending, store, views

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from privtrain import cli
-from privtrain.config.schema import DataSection, ModelSection
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
 from privtrain.data import formats, look
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder

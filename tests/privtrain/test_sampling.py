@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy import stats
 
-from privtrain.config.schema import PrivacySection
+from privtrain.config.privacy import PrivacySection
 from privtrain.data.microbatch import NOBODY, Packer
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.sampling import DrawnUnit, UnitSampler, assign_to_ranks

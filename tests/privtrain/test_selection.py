@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from privtrain.backends import LocalBackend
 from privtrain.config import validate
-from privtrain.config.schema import DataSection, ModelSection
+from privtrain.config.data import DataSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import deduplicated, group_by_user
 from privtrain.data.encode import Encoder
 from privtrain.data.selection import Selection, check_contributions

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from privtrain.commands.verify import Anchors, verify_directory
 from privtrain.config import validate
-from privtrain.config.schema import ReleaseSection
+from privtrain.config.publishing import ReleaseSection
 from privtrain.errors import ConfigError, SigningFailed, VerificationFailed
 from privtrain.inputs import check_inputs
 from privtrain.job import released

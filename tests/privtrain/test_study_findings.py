@@ -13,7 +13,7 @@ import pytest
 
 import accountants
 from privtrain.config import validate
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.run.base_model import locate
 from privtrain.studies import ew_tune, movie_reviews, user_level_dp

@@ -15,7 +15,7 @@ from tokenizers import processors
 from attacks.errors import AttackInputError
 from attacks.scoring.score import ScoreOptions, score_run
 from privtrain.clipping import exact_sum
-from privtrain.config.schema import LoraSection, ModelSection
+from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
 from privtrain.data.microbatch import Packer

@@ -11,7 +11,7 @@ from torch import nn
 
 from privtrain.clipping import batched, clipper, factors, passes
 from privtrain.clipping.factors import GramCache, Lookup, Outer
-from privtrain.config.schema import PerformanceSection
+from privtrain.config.training import PerformanceSection
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.models.losses import row_losses
 from privtrain.privacy.layout import Layout

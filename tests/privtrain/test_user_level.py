@@ -15,7 +15,7 @@ from attacks.analysis import verdict
 from attacks.analysis.verdict import Cap
 from attacks.rundir import read_statement
 from privtrain.config import validate
-from privtrain.config.schema import PrivacySection
+from privtrain.config.privacy import PrivacySection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, GuaranteeLost
 from privtrain.job import contributions, reservation

@@ -1,0 +1,32 @@
+"""What every section of the configuration is: strict about names, frozen, with its conflicts told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+import pydantic
+
+
+class ConflictError(ValueError):
+    """Keys of a section that do not go together; carries all of them at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class Section(pydantic.BaseModel):
+    """Base of every section: frozen, strict about names; every number is finite."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not go together, each sentence with the full names of the keys."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _without_conflicts(self) -> Self:
+        if found := list(self.conflicts()):
+            raise ConflictError(found)
+        return self
