@@ -26,7 +26,7 @@ class Placement:
 
     Attributes:
         clipped: the tensors whose clipped sum this rank accumulates.
-        stepped: the tensors, or parts of them, that this rank noises and steps; the optimizer holds these.
+        stepped: the tensors, or parts of them, that this rank steps; the optimizer holds these.
         share: index of the share of a step's units that this rank works on.
         num_shares: shares into which a step's units are divided.
         shards: set where ranks work on each unit together and hold parts of its gradient.
@@ -97,11 +97,18 @@ class Backend(abc.ABC):
             noise: the key of this step and sum.
             exponent: of the sum's grid.
             stddev: of the fresh noise.
-            history: where noise is correlated, that of the steps before on these coordinates; it takes one step.
+            history: where noise is correlated, that of the steps before on :meth:`noised_layout`; it takes one step.
+
+        Returns:
+            Laid out as ``Placement.stepped``; the same bits on any number of ranks.
         """
         if history is not None:
             return history.release(total, noise)
         return noised_vector(total, layout, exponent=exponent, stddev=stddev, noise=noise)
+
+    def noised_layout(self, layout: Layout) -> Layout:
+        """Return what of ``Placement.stepped`` this rank draws the noise of: over the job, each coordinate once."""
+        return layout
 
     @abc.abstractmethod
     def apply(self, vector: torch.Tensor, layout: Layout, optimizer: torch.optim.Optimizer, divide_by: float) -> None:
@@ -176,9 +183,9 @@ class Backend(abc.ABC):
 
 
 class ReplicatedBackend(Backend):
-    """Noise and update where every rank holds all trainable tensors: ``local`` and ``ddp``.
+    """Reduction and update where every rank holds all trainable tensors: ``local`` and ``ddp``.
 
-    All ranks draw the same bits, so their parameters stay identical without a broadcast.
+    All ranks step the same bits, so their parameters stay identical without a broadcast.
     """
 
     rank: int

@@ -1,15 +1,23 @@
-"""Data parallelism by one all-reduce a logical step: no wrapper around the model, no hooks, no buckets.
+"""Data parallelism by two collectives a logical step: no wrapper around the model, no hooks, no buckets.
 
-The clipped sum of all trainable tensors is one flat int64 vector, so a step costs one collective.
+The clipped sum of all trainable tensors is one flat int64 vector: one all-reduce. Each rank noises its run of it: one
+all-gather.
 """
 
 from __future__ import annotations
 
+import torch.distributed as dist
+from typing_extensions import override
+
 from privtrain.backends.base import ReplicatedBackend
-from privtrain.backends.group import ProcessGroup
+from privtrain.backends.noise_share import SharedNoise
 
 
-class DdpBackend(ProcessGroup, ReplicatedBackend):
+class DdpBackend(SharedNoise, ReplicatedBackend):
     """Several ranks, each with all trainable tensors."""
 
     kind = "ddp"
+
+    @override
+    def holders(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD

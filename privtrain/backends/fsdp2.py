@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from privtrain.backends.base import Placement, digest
+from privtrain.backends.noise_share import SharedNoise
 from privtrain.backends.sharded import ShardedBackend
 from privtrain.backends.shards import ArrivingShards
 from privtrain.backends.split import SplitStep
@@ -54,7 +55,7 @@ def replicas_from_launch() -> int:
     return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
 
 
-class Fsdp2Backend(ShardedBackend):
+class Fsdp2Backend(SharedNoise, ShardedBackend):
     """A base sharded by ``fully_shard`` over the ranks of one replica.
 
     Args:
@@ -139,6 +140,11 @@ class Fsdp2Backend(ShardedBackend):
             assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
         return super().reduce_total(total)
+
+    @override
+    def holders(self) -> dist.ProcessGroup | None:
+        """Every replica's rank for this part; where tensors are split over all ranks, each has a part of its own."""
+        return self._replicate_group if self._shards is not None else None
 
     @override
     def publish(self) -> None:

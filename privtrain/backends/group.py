@@ -27,9 +27,9 @@ _stretches = itertools.count()
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.005, 0.5
 
 
-def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor) -> None:
-    """Fill ``gathered`` with every rank's ``mine``, in the order of ranks."""
-    _all_gather(gathered, mine)
+def all_gather_flat(gathered: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fill ``gathered`` with every rank's ``mine``, in the order of the group's ranks."""
+    _all_gather(gathered, mine, group=group)
 
 
 def reduce_scatter_flat(mine: torch.Tensor, vector: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:

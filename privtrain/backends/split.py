@@ -33,7 +33,7 @@ class SplitStep:
         mine: dict[str, torch.nn.Parameter] = {}
         parts: dict[str, tuple[int, tuple[int, ...]]] = {}
         for slot in self._layout.slots:
-            first, last = (min(max(edge - slot.start, 0), slot.num_coordinates) for edge in (low, high))
+            first, last = slot.within(low, high)
             values = self._layout.parameters[slot.name].detach().view(-1)[first:last]
             mine[slot.name] = torch.nn.Parameter(values.to(optimizer_device))
             parts[slot.name] = (first, slot.shape)

@@ -117,8 +117,7 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
     if num_bands > 1:
-        noised = layout.num_ranks if layout.shards_optimizer else 1
-        parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // noised
+        parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks
     activations, logits = _activation_bytes(config, model, base)
     return ModelSize(trained, {**parts, "activations": activations, "logits": logits})
 

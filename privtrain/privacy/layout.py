@@ -33,6 +33,11 @@ class Slot:
         """Number of coordinates held."""
         return math.prod(self.shape)
 
+    def within(self, low: int, high: int) -> tuple[int, int]:
+        """Return (first, last) of what is held here that lies in the run [low, high) of the vector; often nothing."""
+        first, last = (min(max(edge - self.start, 0), self.num_coordinates) for edge in (low, high))
+        return first, last
+
     @property
     def num_whole_coordinates(self) -> int:
         """Number of coordinates of the tensor itself."""
@@ -66,6 +71,16 @@ class Layout:
     def of(cls, model: nn.Module) -> Layout:
         """Return the layout of the tensors of ``model`` that require a gradient; a tied tensor has one place."""
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def run(self, low: int, high: int) -> Layout:
+        """Return the layout of the run [low, high) of the vector: which parts of which tensors lie there, no values."""
+        parameters: dict[str, nn.Parameter] = {}
+        parts: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for slot in self.slots:
+            first, last = slot.within(low, high)
+            parameters[slot.name] = nn.Parameter(torch.empty(last - first, device="meta"))
+            parts[slot.name] = (slot.first + first, slot.whole_shape)
+        return Layout(parameters, parts)
 
     def zeros(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a zero vector."""

@@ -193,7 +193,8 @@ class Trainer:
         if strategy is None:
             return None
         exponent, stddev = clipper.grid_exponent, self._stddev(clipper)
-        return NoiseHistory(strategy, self.layout, self.backend.device, exponent=exponent, stddev=stddev)
+        noised = self.backend.noised_layout(self.layout)
+        return NoiseHistory(strategy, noised, self.backend.device, exponent=exponent, stddev=stddev)
 
     def _recall(self, step: int) -> None:
         """Before the first step here: draw the noise of the generation's steps gone by again, from its commitments."""

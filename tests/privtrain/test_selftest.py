@@ -483,7 +483,7 @@ WITH_THE_OTHER_METHOD = [
     if (name, method, mutant, message) not in MUTANTS
 ]
 MUTANTS += [(name, "full", mean_over_rows, "is off by") for name in ("zero2", "zero3", "fsdp2")]
-MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in SHARDED]
+MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in ("ddp", *SHARDED)]
 MUTANTS += [
     *[
         (name, "lora", mutant, message)

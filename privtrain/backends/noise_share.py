@@ -1,0 +1,65 @@
+"""Each coordinate's noise once in the job, also where several ranks hold the same reduced sum.
+
+Ranks that hold the same coordinates each draw the noise of an equal run of them, and one all-gather of fp32 brings the
+noised runs together. Noise is a function of key, tensor and coordinate, so every rank ends with the vector that one
+rank alone would have drawn, bit for bit. Each then steps whole tensors, as one rank alone does: a step cut into runs
+may differ in a last bit on a CPU, whose vector instructions would end elsewhere, and another sum has another noise.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from privtrain.backends.group import ProcessGroup, all_gather_flat
+from privtrain.privacy.correlated import NoiseHistory
+from privtrain.privacy.layout import Layout
+from privtrain.privacy.noise import StepNoise
+
+
+class SharedNoise(ProcessGroup):
+    """A backend where groups of ranks hold the same sum. Subclasses say which ranks hold this rank's."""
+
+    def holders(self) -> dist.ProcessGroup | None:
+        """Return the ranks that hold the same coordinates of the reduced sum; ``None`` if this rank alone does."""
+        raise NotImplementedError
+
+    @override
+    def add_noise(
+        self,
+        total: torch.Tensor,
+        layout: Layout,
+        noise: StepNoise,
+        *,
+        exponent: int,
+        stddev: float,
+        history: NoiseHistory | None = None,
+    ) -> torch.Tensor:
+        draw = functools.partial(super().add_noise, noise=noise, exponent=exponent, stddev=stddev, history=history)
+        group = self.holders()
+        if group is None:
+            return draw(total, layout)
+        low, high, size = _run(layout, group)
+        mine = draw(total[low:high], layout.run(low, high))
+        padded = torch.nn.functional.pad(mine, (0, size - len(mine)))
+        gathered = torch.empty(size * dist.get_world_size(group), dtype=mine.dtype, device=mine.device)
+        all_gather_flat(gathered, padded, group)
+        return gathered[: layout.num_coordinates]
+
+    @override
+    def noised_layout(self, layout: Layout) -> Layout:
+        group = self.holders()
+        if group is None:
+            return layout
+        low, high, _ = _run(layout, group)
+        return layout.run(low, high)
+
+
+def _run(layout: Layout, group: dist.ProcessGroup) -> tuple[int, int, int]:
+    """Return this rank's run [low, high) of the vector, and the length that all runs but the last ones have."""
+    size = -(-layout.num_coordinates // dist.get_world_size(group))
+    low, high = (min(rank * size, layout.num_coordinates) for rank in (dist.get_rank(group), dist.get_rank(group) + 1))
+    return low, high, size
