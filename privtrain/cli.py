@@ -159,15 +159,15 @@ def doctor(
 
 
 @app.command()
-def synthetic(
+def invent_customers(
     output: Annotated[pathlib.Path, typer.Argument(help="JSONL file to write; must not exist.")],
     num_users: Annotated[int, typer.Option(help="Customers.")] = 1000,
     mean_records: Annotated[float, typer.Option(help="Messages of a customer, on average.")] = 12.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
     repeat_prob: Annotated[float, typer.Option(help="Chance that a message is an earlier one, sent again.")] = 0.0,
 ) -> None:
-    """Write synthetic customers' messages with their sensitive spans labelled, to try things on."""
-    from privtrain.data.synthetic import customer_records, write_customers
+    """Write messages of customers who do not exist, sensitive spans labelled, to try things on; no model is asked."""
+    from privtrain.data.invented_customers import customer_records, write_customers
 
     records = customer_records(num_users, seed=seed, mean_records=mean_records, repeat_prob=repeat_prob)
     num_records = write_customers(output, records)

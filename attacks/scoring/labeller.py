@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 from attacks.reporting.record import read_scoring
 from attacks.scoring import pii
 from attacks.scoring.pii import Span
-from privtrain.data.synthetic import CustomerRecord, customer_records
+from privtrain.data.invented_customers import CustomerRecord, customer_records
 from privtrain.run.directory import RunDirectory
 from privtrain.run.statement import PrivacyStatement
 
@@ -38,8 +38,8 @@ class LabellerFacts(TypedDict):
     rows: list[Recall]
 
 
-def synthetic_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
-    """Return the first messages of synthetic customers, the same every time."""
+def invented_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
+    """Return the first messages of invented customers, the same every time."""
     return list(itertools.islice(customer_records(count, seed=0, mean_records=_MESSAGES_PER_CUSTOMER), count))
 
 
@@ -81,15 +81,15 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
 
 
 def measure_presidio() -> LabellerFacts:
-    """Return Presidio's recall on synthetic customers, as :func:`panel` reads it; takes some seconds."""
-    return {"name": pii.version(), "rows": measure(pii.find_personal_data, synthetic_messages())}
+    """Return Presidio's recall on invented customers, as :func:`panel` reads it; takes some seconds."""
+    return {"name": pii.version(), "rows": measure(pii.find_personal_data, invented_messages())}
 
 
 def sentence(facts: LabellerFacts) -> str:
     """Return the recall in a line, the kinds that are missed first."""
     *kinds, total = facts["rows"]
     listed = ", ".join(f"{row['kind']} {row['recall']:.0%}" for row in sorted(kinds, key=lambda row: row["recall"]))
-    return f"found {total['recall']:.0%} of the sensitive characters of {NUM_MESSAGES} synthetic messages ({listed})"
+    return f"found {total['recall']:.0%} of the sensitive characters of {NUM_MESSAGES} invented messages ({listed})"
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001

@@ -13,7 +13,7 @@ from attacks.reporting.report import write_report
 from attacks.scoring import labeller, pii
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals
-from privtrain.data.synthetic import CustomerRecord, Span
+from privtrain.data.invented_customers import CustomerRecord, Span
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
@@ -102,7 +102,7 @@ def test_a_run_scored_with_presidio_says_what_it_missed(tree, tmp_path, capsys, 
     for row in read_signals(run.root / SIGNALS_PATH):
         assert row.kind in (FRESH, TRAINING)
         assert 20 <= row.sensitive.sum() <= 40, "a name and a telephone number; a token is a byte"
-    assert "of the sensitive characters of 200 synthetic messages (account 8%" in capsys.readouterr().out
+    assert "of the sensitive characters of 200 invented messages (account 8%" in capsys.readouterr().out
     from attacks.analysis.analyse import analyse_run
 
     panel = analyse_run(run.root)["panels"]["labeller"]

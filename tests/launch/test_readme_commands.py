@@ -44,7 +44,7 @@ RUN = {
             "verify",
             "doctor",
             "schema",
-            "synthetic",
+            "invent-customers",
             "study",
         )
     ),

@@ -110,7 +110,7 @@ def test_grid_is_deterministic_in_recipe_order(recipe):
     [
         {"base": {"lora": {"rank": 3}}},
         {"commands": ["privtrain train {config}"]},
-        {"prepare": {"x.jsonl": "privtrain synthetic {file}"}},
+        {"prepare": {"x.jsonl": "privtrain invent-customers {file}"}},
     ],
 )
 def test_whatever_decides_what_a_job_does_is_in_its_digest(recipe, change):

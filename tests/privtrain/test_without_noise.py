@@ -8,7 +8,7 @@ import torch
 from privtrain.backends import LocalBackend
 from privtrain.clipping import exact_sum, styles
 from privtrain.config import validate
-from privtrain.data.synthetic import customer_records
+from privtrain.data.invented_customers import customer_records
 from privtrain.errors import ConfigError
 from privtrain.training.cost import flops_per_token
 from tests.privtrain import cells

@@ -1,4 +1,4 @@
-"""Synthetic customers: the spans are exact, the seed decides everything, the tail is heavy."""
+"""Invented customers: the spans are exact, the seed decides everything, the tail is heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from privtrain.data.synthetic import SENSITIVE_SLOTS, customer_records, write_customers
+from privtrain.data.invented_customers import SENSITIVE_SLOTS, customer_records, write_customers
 from privtrain.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""Synthetic customers: texts whose sensitive spans are known exactly, for studies, attacks and demonstrations.
+"""Invented customers: texts whose sensitive spans are known exactly, for studies, attacks and demonstrations.
 
 A customer has a profile (name, e-mail, telephone, street, account number, date of birth) and a habit (a few products,
 moods and closing phrases of their own), and writes a heavy-tailed number of messages from templates. Every slot that is
@@ -175,7 +175,7 @@ def _faker(seed: int) -> Faker:
     try:
         from faker import Faker
     except ImportError:
-        raise ConfigError([Fault("faker", "is not installed: pip install 'privtrain[synthetic]'")]) from None
+        raise ConfigError([Fault("faker", "is not installed: pip install 'privtrain[customers]'")]) from None
     faker = Faker("en_US")
     faker.seed_instance(seed)
     return faker
