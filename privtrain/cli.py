@@ -188,6 +188,45 @@ def export(
 
 
 @app.command()
+def generate(
+    run: RunPath,
+    output: Annotated[pathlib.Path, typer.Argument(help="Directory to make; must not exist.")],
+    num_texts: Annotated[int, typer.Option(help="Different texts.")] = 1000,
+    prompts: Annotated[
+        pathlib.Path | None,
+        typer.Option(help='Public prompts: JSON lines of {"prompt"} or {"messages"}, with "label" if it has one.'),
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Instead of --prompts: a label; may be repeated.")] = None,
+    template: Annotated[str, typer.Option(help="The prompt that stands for a label.")] = "{label}",
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens with this probability; 1: all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep so many most likely tokens; 0: all.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a text. Default: what data.max_length leaves.")
+    ] = None,
+    min_new_tokens: Annotated[int, typer.Option(help="Fewest tokens of a text.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Texts that are sampled at once.")] = 32,
+    seed: Annotated[int, typer.Option(help="Public: the same seed, batch size and machine give the same texts.")] = 0,
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vllm if it is installed and can.")
+    ] = "auto",
+    base_model: Annotated[
+        pathlib.Path | None, typer.Option(help="Directory of the base model; default: where the run had it.")
+    ] = None,
+    copy_tokens: Annotated[int, typer.Option(help="Consecutive tokens of a record that make a copy.")] = 50,
+) -> None:
+    """Sample a corpus from a released model, covered by the run's ε; compare it with the records in secret/ alone."""
+    from privtrain.commands.generate import GenerateOptions
+    from privtrain.commands.generate import generate as sample
+
+    options = GenerateOptions(
+        num_texts, prompts, tuple(label or ()), template, temperature, top_p, top_k, max_new_tokens, min_new_tokens,
+        batch_size, seed, engine, base_model, copy_tokens,
+    )  # fmt: skip
+    typer.echo(sample(run, output, options))
+
+
+@app.command()
 def verify(
     directory: Annotated[pathlib.Path, typer.Argument(help="A run, its adapter or model, or an export.")],
     digest: Annotated[str | None, typer.Option(help="The release digest, from a source that you trust.")] = None,

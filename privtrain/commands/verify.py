@@ -18,7 +18,7 @@ from privtrain.commands import export
 from privtrain.errors import ConfigError, Fault, PrivtrainError, VerificationFailed
 from privtrain.files import strict_json
 from privtrain.ledger.view import verify_run
-from privtrain.run import bundle, consistency, exported
+from privtrain.run import bundle, consistency, exported, generated
 from privtrain.run.base_model import digests_in
 from privtrain.run.bundle import FileFault, ReleaseManifest
 from privtrain.run.directory import RunDirectory
@@ -93,7 +93,7 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         _of_digest(manifest, anchors),
         _of_signature(directory, anchors),
         _of_base(manifest, anchors),
-        _of_export(directory, manifest, operation, anchors) if operation else ([], "", ""),
+        _of_made(directory, manifest, operation, anchors) if operation else ([], "", ""),
     ):
         problems += problem
         checked += [done] if done else []
@@ -120,7 +120,15 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
 def _check_inputs(directory: pathlib.Path) -> None:
     if not directory.is_dir():
         raise ConfigError([Fault("DIRECTORY", f"{directory} is no directory")])
-    parts = (bundle.NAME, "privacy.json", exported.NAME, "adapter_model.safetensors", "adapter", "model")
+    parts = (
+        bundle.NAME,
+        "privacy.json",
+        exported.NAME,
+        generated.NAME,
+        "adapter_model.safetensors",
+        "adapter",
+        "model",
+    )
     if not any((directory / name).exists() for name in parts):
         raise ConfigError(
             [Fault("DIRECTORY", f"nothing in {directory} was released by privtrain; it has no release.json")]
@@ -133,12 +141,16 @@ def _files(
     if place == "run":
         return *bundle.run_faults(RunDirectory(directory), manifest), None
     expected = manifest.within(place)
-    if place != "export":
+    if place not in ("export", "corpus"):
         return *bundle.compare_files(directory, expected), None
-    made = exported.read_description(directory)
-    faults, beside = bundle.compare_files(directory, {**made["files"], **expected}, own=(bundle.NAME, exported.NAME))
+    description = generated if place == "corpus" else exported
+    made = description.read_description(directory)
+    own = (bundle.NAME, description.NAME)
+    faults, beside = bundle.compare_files(directory, {**made["files"], **expected}, own=own)
     if made["release"] != manifest.digest:
-        faults.append(FileFault(exported.NAME, "speaks of another release than release.json"))
+        faults.append(FileFault(description.NAME, "speaks of another release than release.json"))
+    if place == "corpus":
+        return faults, beside, made
     weights = exported.weights_of(manifest.files)
     if made["released"] != weights or made["base_model"] != dict(manifest.base_model):
         faults.append(FileFault(exported.NAME, "names other released weights or another base model than release.json"))
@@ -223,12 +235,18 @@ def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     return [f"{anchors.base_model / name} is not the base model's file" for name in wrong], "the base model", ""
 
 
-def _of_export(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors) -> _Outcome:
+def _of_made(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors) -> _Outcome:
+    is_corpus = made["schema"] == generated.SCHEMA
     if anchors.released is None:
+        if is_corpus:
+            return [], "", "that texts and model are of one release: give --released RUN"
         return [], "", "that these weights follow from the released ones: give --released RUN (and --base-model)"
     source = verify_directory(anchors.released)
     if source.release_digest != manifest.digest:
-        return [f"{anchors.released} is another release than the one exported here"], "", ""
+        return [f"{anchors.released} is another release than the one that this was made from"], "", ""
+    if is_corpus:
+        left = "that the texts were sampled from it: privtrain generate draws them again, on the same machine"
+        return [], "the release that the texts were sampled from", left
     try:
         problems = export.reproduction_faults(directory, made, anchors.released, anchors.base_model)
     except PrivtrainError as error:

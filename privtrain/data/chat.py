@@ -37,6 +37,15 @@ _PROBE: Messages = [
 ]
 
 
+def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that the chat template puts after an answer; none if what follows it is plain text."""
+    answered: Any = tokenizer.apply_chat_template(_PROBE[:2], tokenize=False)
+    tail = answered.rpartition(_PROBE[1]["content"])[2]
+    encoded: Any = tokenizer(tail, add_special_tokens=False, verbose=False)
+    known = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return [token for token in encoded["input_ids"] if token in known][:1]
+
+
 class ChatRenderer:
     """Renders and tokenises conversations.
 

@@ -179,6 +179,13 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return begin, end
 
 
+def context_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the begin mark and a prompt, as training encodes what a text is to follow."""
+    begin, _ = marks(tokenizer)
+    encoded: Any = tokenizer(prompt, add_special_tokens=False, verbose=False)
+    return [begin, *_unmarked(encoded["input_ids"], begin, None)]
+
+
 def _unmarked(ids: Sequence[int], begin: int | None, end: int | None) -> Sequence[int]:
     """Strip begin and end tokens that the text itself carries; the encoder adds one of each."""
     first, last = 0, len(ids)

@@ -18,7 +18,7 @@ _NOT_LOADED = (
     *(".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".sig"),
     *(".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".pyc"),
 )
-_NO_PART = ("release.json", "export.json", "privacy.json")
+_NO_PART = ("release.json", "export.json", "corpus.json", "privacy.json")
 _LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
 

@@ -29,7 +29,7 @@ SCHEMA = "privtrain/release/1"
 NAME = "release.json"
 
 #: What a directory with a ``release.json`` holds → the part of the manifest's paths that leads to it.
-PLACES = {"run": "", "adapter": "adapter/", "model": "model/", "export": ""}
+PLACES = {"run": "", "adapter": "adapter/", "model": "model/", "export": "", "corpus": ""}
 
 #: Directories of a run that are no part of the release. The private ones never leave; the others are written later or
 #: mirror ``metrics.jsonl``.
@@ -94,7 +94,7 @@ class ReleaseManifest:
     def within(self, place: str) -> dict[str, str]:
         """Return path from a directory of this kind → SHA-256, of the files that must be in it."""
         prefix = PLACES[place]
-        if place == "export":
+        if place in ("export", "corpus"):
             return {"privacy.json": self.files["privacy.json"]} if "privacy.json" in self.files else {}
         return {path.removeprefix(prefix): digest for path, digest in self.files.items() if path.startswith(prefix)}
 

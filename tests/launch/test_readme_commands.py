@@ -59,6 +59,7 @@ RUN = {
 NOT_RUN = {
     "attacks sample-canaries": "draws from a model: tests/attacks/test_canary_samples.py",
     "privtrain registry restored": "needs a database from a backup: tests/privtrain/test_registry_restored.py",
+    "privtrain generate": "samples from a model: tests/privtrain/test_generate.py",
     "privtrain init": "guesses from files: tests/privtrain/test_init.py",
     "privtrain from": "translates files of others: tests/privtrain/test_translate.py",
     "privtrain launch": "starts several processes, and ends with their exit code: tests/launch/test_launchers.py",

@@ -1,0 +1,414 @@
+"""``privtrain generate``: sample a corpus from a released model, and measure it where only its owner looks.
+
+Two directories, never mixed: the corpus with the run's privacy statement, which may be shared, and a report in the
+run's ``secret/``, which compares the corpus with the private records. No text is dropped or kept because of what the
+report says: a corpus that was filtered by private records would be covered by no ε.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from privtrain.commands.corpus import copies, probe, sampling
+from privtrain.commands.corpus.conditions import Condition, contexts_of, digest_input, ends_of, read_conditions
+from privtrain.commands.corpus.sampling import Engine, Sampler, SamplingSettings
+from privtrain.config import Config, load_config
+from privtrain.config.schema import DataSection, FilesSource, ModelSection
+from privtrain.data.canaries import canaries_of, plant
+from privtrain.data.corpus import Corpus, load_corpus, normal_form, source_files
+from privtrain.data.manifest import read_sealed, split_commitment
+from privtrain.errors import ConfigError, Fault, PlanMismatch
+from privtrain.files import reading, strict_yaml
+from privtrain.files.atomic import replace_directory, write_atomically, write_json
+from privtrain.files.private import make_private_directory
+from privtrain.files.writable import why_unwritable
+from privtrain.process.console import say
+from privtrain.run import bundle, generated
+from privtrain.run.base_model import base_digests, check_model
+from privtrain.run.directory import RunDirectory
+from privtrain.run.release import banner
+
+REPORT_SCHEMA = "privtrain/corpus-report/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """What is sampled.
+
+    Attributes:
+        num_texts: different texts.
+        prompts: file of conditions.
+        labels: instead of it, labels in ``template``.
+        template: prompt of a label, with ``{label}``.
+        temperature, top_p, top_k, min_new_tokens, batch_size, seed: see :class:`SamplingSettings`.
+        max_new_tokens: None: what ``data.max_length`` leaves after the longest condition.
+        engine: see :func:`privtrain.commands.corpus.sampling.chosen_engine`.
+        base_model: directory of the base model; by default where the run had it.
+        copy_tokens: consecutive tokens of a training record that make a copy.
+    """
+
+    num_texts: int = 1000
+    prompts: pathlib.Path | None = None
+    labels: tuple[str, ...] = ()
+    template: str = "{label}"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 1
+    batch_size: int = 32
+    seed: int = 0
+    engine: Engine = "auto"
+    base_model: pathlib.Path | None = None
+    copy_tokens: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A sampled text: what it was sampled after, and what the model wrote."""
+
+    condition: Condition
+    written: str
+
+
+def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) -> str:
+    """Sample a corpus into a new directory; where the run's ``secret/`` is at hand, measure it there.
+
+    Args:
+        run: a finished run.
+        output: directory to make.
+        options: what is sampled.
+
+    Returns:
+        Lines that say what was written where, and what the owner should read.
+
+    Raises:
+        ConfigError: with every fault; nothing is written then.
+        VerificationFailed: if the run does not hold what was released.
+    """
+    directory = RunDirectory(run)
+    _check(directory, output, options)
+    manifest = bundle.check_released(run)
+    config, section = _configuration(directory, options, manifest)
+    conditions = read_conditions(config.data, options.prompts, options.labels, options.template)
+    engine = sampling.chosen_engine(options.engine, config)
+    tokenizer = _tokenizer(directory)
+    contexts = contexts_of(conditions, config.data, tokenizer, config.data.max_length)
+    room = config.data.max_length - max(map(len, contexts))
+    settings = SamplingSettings(
+        options.num_texts, options.temperature, options.top_p, options.top_k, options.max_new_tokens or room,
+        options.min_new_tokens, options.batch_size, options.seed,
+    )  # fmt: skip
+    faults = settings.faults()
+    if settings.max_new_tokens > room:
+        problem = f"given {settings.max_new_tokens}; data.max_length={config.data.max_length} leaves {room}"
+        faults.append(Fault("--max-new-tokens", problem))
+    if faults:
+        raise ConfigError(faults)
+    sampler = _sampler(engine, config, section, directory, settings, tokenizer)
+    texts = _sampled(sampler, conditions, contexts, settings, tokenizer)
+    if not texts:
+        raise ConfigError([Fault("RUN", "its model wrote no text: every sample was empty. Give --min-new-tokens")])
+    described = _write(directory, manifest, output, config.data, conditions, texts, engine, settings)
+    lines = [f"wrote {len(texts)} different texts to {output}; check them with: privtrain verify {output}"]
+    if len(texts) < settings.num_texts:
+        lines.append(f"asked for {settings.num_texts}; the rest were empty or repeated. Raise --temperature")
+    if not directory.manifest.is_file():
+        return "\n".join([*lines, "not compared with the training data: the run's secret/ is not here"])
+    report = _report(directory, config, texts, described, tokenizer, options.copy_tokens)
+    return "\n".join([*lines, *report])
+
+
+def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) -> None:
+    faults = []
+    if not run.is_complete():
+        problem = f"{run.root} holds no finished run (no release.json); finish it with privtrain train"
+        faults.append(Fault("RUN", problem))
+    if output.exists():
+        faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
+    elif problem := why_unwritable(output.parent):
+        faults.append(Fault("OUTPUT", problem))
+    elif run.root.resolve() in output.resolve().parents:
+        faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
+    if options.copy_tokens < 1:
+        faults.append(Fault("--copy-tokens", f"given {options.copy_tokens}; must be at least 1"))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _configuration(
+    run: RunDirectory, options: GenerateOptions, manifest: bundle.ReleaseManifest
+) -> tuple[Config, ModelSection]:
+    """Return the run's configuration and where its base model is: the one that it was trained from.
+
+    Raises:
+        ConfigError: if the base is not at hand, or is another one.
+    """
+    if run.resolved_config.exists():
+        run.check_private()
+        config = load_config(run.resolved_config)
+    else:
+        config = load_config(run.config)
+    section = config.model
+    if options.base_model is not None:
+        place = {"name_or_path": str(options.base_model), "package": None}
+        section = section.model_copy(update=place)
+    if config.training.releases_model:
+        return config, section
+    if faults := check_model(section):
+        remedy = "" if options.base_model else "; say where the base model is with --base-model DIRECTORY"
+        raise ConfigError([Fault("--base-model", f"{fault.problem}{remedy}") for fault in faults])
+    found = base_digests(section)
+    wrong = sorted(name for name in {*found, *manifest.base_model} if found.get(name) != manifest.base_model.get(name))
+    if found and manifest.base_model and wrong:
+        problem = f"is not the base model of the release: other {', '.join(wrong[:3])}"
+        raise ConfigError([Fault("--base-model", problem)])
+    if options.prompts is not None and isinstance(config.data.source, FilesSource):
+        private = {file.resolve() for file in source_files(config.data.source)}
+        if options.prompts.resolve() in private:
+            problem = f"{options.prompts} is a file of data.source, whose rows are private; prompts must be public"
+            raise ConfigError([Fault("--prompts", problem)])
+    return config, section
+
+
+def _tokenizer(run: RunDirectory) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(run.released))
+    if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def _sampler(
+    engine: str, config: Config, section: ModelSection, run: RunDirectory, settings: SamplingSettings, tokenizer: Any
+) -> Sampler:
+    ends = ends_of(config.data, tokenizer)
+    if engine == "vllm":
+        return sampling.vllm_sampler(config, section, run, settings, ends)
+    import torch
+
+    from privtrain.models.limits import num_embedded, padding_id
+    from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = base_dtype(resolve_precision(config.performance.precision, device), device)
+    if config.training.releases_model:
+        model: Any = load_base(ModelSection(name_or_path=str(run.model)), dtype)
+    else:
+        model = load_adapter(load_base(section, dtype), run.adapter)
+    num_ids = num_embedded(model)
+    banned = [*range(len(tokenizer), num_ids), *(id_ for id_ in tokenizer.all_special_ids if id_ not in ends)]
+    if section.quantization is None:
+        model = model.to(device)
+    return sampling.TransformersSampler(
+        model.eval(),
+        settings,
+        ends=ends,
+        pad_id=padding_id(model, tokenizer),
+        banned=sorted({number for number in banned if number < num_ids}),
+    )
+
+
+def _sampled(
+    sampler: Sampler,
+    conditions: Sequence[Condition],
+    contexts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    tokenizer: Any,
+) -> list[Text]:
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    found: list[Text] = []
+    for number, text in sampling.distinct(sampler, contexts, settings, decode, normal_form):
+        found.append(Text(conditions[number], text))
+        if len(found) % 500 == 0:
+            say(f"{len(found)} of {settings.num_texts} texts")
+    return found
+
+
+def _write(
+    run: RunDirectory,
+    manifest: bundle.ReleaseManifest,
+    output: pathlib.Path,
+    data: DataSection,
+    conditions: Sequence[Condition],
+    texts: Sequence[Text],
+    engine: str,
+    settings: SamplingSettings,
+) -> dict[str, Any]:
+    """Write what may be shared: texts, statement, card, and what binds them to the release."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        rows = [json.dumps(text.condition.row(text.written, data), ensure_ascii=False) for text in texts]
+        write_atomically(temporary / generated.TEXTS, "".join(f"{row}\n" for row in rows))
+        shutil.copy(run.privacy, temporary / "privacy.json")
+        statement = reading.read_json(run.privacy)
+        write_atomically(temporary / "README.md", _card(run, statement, len(texts), settings))
+        facts = {
+            "num_texts": len(texts),
+            "conditions_sha256": hashlib.sha256(digest_input(conditions).encode()).hexdigest(),
+            "sampling": {"engine": engine, **dataclasses.asdict(settings), "num_conditions": len(conditions)},
+        }
+        described = generated.describe(manifest, temporary, facts, is_private=statement["private"])
+        replace_directory(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return described
+
+
+def _card(run: RunDirectory, statement: Mapping[str, Any], num_texts: int, settings: SamplingSettings) -> str:
+    """Return the card of the corpus: a data set's front matter, then the privacy statement as the run's card has it."""
+    own = (run.released / "README.md").read_text(encoding="utf-8")
+    section = own[own.index("## Privacy statement") :]
+    covered = generated.COVERED if statement["private"] else generated.NOT_COVERED
+    front = strict_yaml.dump({"tags": ["synthetic", "differential-privacy", "privtrain"]})
+    return (
+        f"---\n{front}---\n\n# Texts sampled from {run.root.resolve().name}\n\n{banner(dict(statement))}"
+        f"{num_texts} texts that a model wrote. {covered}\n\n{generated.ASSUMPTION}\n\n"
+        f"Sampled at temperature {settings.temperature:g}, top-p {settings.top_p:g}, at most {settings.max_new_tokens} "
+        f"new tokens.\n\n{section}"
+    )
+
+
+def _report(
+    run: RunDirectory,
+    config: Config,
+    texts: Sequence[Text],
+    described: Mapping[str, Any],
+    tokenizer: Any,
+    copy_tokens: int,
+) -> list[str]:
+    """Compare the corpus with the private records, write that into ``secret/``, and return what the owner should read.
+
+    Raises:
+        PlanMismatch: if the rows are not those that were trained on.
+    """
+    split = _split(run, config)
+    written = [text.written for text in texts]
+    index = copies.CorpusIndex(_tokens(tokenizer, written), written, copy_tokens)
+    training = index.compare(_as_text(split.training(), config.data, tokenizer))
+    held_out = index.compare(_as_text(split.held_out(), config.data, tokenizer))
+    utility = _utility(texts, split, config.data)
+    body = {
+        "schema": REPORT_SCHEMA,
+        "corpus": described["relation"],
+        "training_records": dataclasses.asdict(training),
+        "held_out_records": dataclasses.asdict(held_out),
+        "utility": utility if isinstance(utility, str) else dataclasses.asdict(utility),
+    }
+    make_private_directory(run.secret / "corpora")
+    path = run.secret / "corpora" / f"{described['relation'][:16]}.json"
+    write_json(path, body, mode=0o600)
+    return [
+        f"private, in {path}:",
+        *_rate_lines("training records", training),
+        *_rate_lines("held-out users' records, as a control", held_out),
+        f"  {_utility_line(utility)}",
+        "  a decision about the corpus that looks at these numbers looked at private records: ε does not cover it",
+    ]
+
+
+def _rate_lines(name: str, found: copies.Copies) -> Iterator[str]:
+    for what, rate in (
+        (f"copies of {found.num_tokens} tokens", found.copies),
+        (f"near copies ({copies.NEAR_SHARE:.0%} of the runs of {copies.NUM_WORDS} words)", found.near_copies),
+    ):
+        if rate.upper is None:
+            yield f"  {name}: no text is long enough for {what}"
+        else:
+            yield f"  {name} ({found.num_records:,}): {rate.num} of {rate.num_texts} texts hold {what}; " + (
+                f"rate at most {rate.upper:.2%} (95 %)"
+            )
+
+
+def _utility_line(found: probe.Utility | str) -> str:
+    if isinstance(found, str):
+        return f"utility: not measured: {found}"
+    return (
+        f"utility: a classifier trained on the corpus names {found.on_corpus:.1%} of {found.num_tests} labels of "
+        f"held-out users, one trained on real records {found.on_records:.1%}, the most frequent label is "
+        f"{found.most_frequent:.1%}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Records of both sides, as training saw them."""
+
+    corpus: Corpus
+    held_in_users: Sequence[str]
+    held_out_users: Sequence[str]
+    attacker: Mapping[str, Sequence[int]]
+
+    def training(self) -> Iterator[str]:
+        return self._records(self.held_in_users)
+
+    def held_out(self) -> Iterator[str]:
+        return self._records(self.held_out_users)
+
+    def _records(self, users: Sequence[str]) -> Iterator[str]:
+        for user in users:
+            taken = set(self.attacker.get(user, ()))
+            yield from (text for number, text in enumerate(self.corpus.records[user]) if number not in taken)
+
+
+def _split(run: RunDirectory, config: Config) -> _Split:
+    manifest = read_sealed(run.manifest)
+    statement = reading.read_json(run.privacy)
+    if split_commitment(run.load_key("root"), manifest["sha256"]) != statement["split_commitment"]:
+        raise PlanMismatch(f"{run.manifest} is not what {run.privacy} commits to; restore it")
+    corpus = load_corpus(config.data, config.performance.index_dir)
+    if corpus.manifest_sha256 != manifest["data_sha256"]:
+        raise PlanMismatch("data.source holds other rows than the run was trained on; restore them to compare")
+    planted = plant(corpus, canaries_of(manifest))
+    known = planted.records
+    held_in, held_out = ([user for user in manifest[side] if user in known] for side in ("held_in", "held_out"))
+    return _Split(planted, held_in, held_out, manifest["attacker"])
+
+
+def _as_text(records: Iterator[str], data: DataSection, tokenizer: Any) -> Iterator[tuple[Sequence[int], str]]:
+    for record in records:
+        text = "\n".join(_parts(record, data))
+        yield _tokens(tokenizer, [text])[0], text
+
+
+def _parts(record: str, data: DataSection) -> list[str]:
+    """Return what stands in a record: prompt and completion, or every turn."""
+    match data.format:
+        case "chat":
+            return [message["content"] for message in json.loads(record)]
+        case "prompt_completion":
+            found = json.loads(record)
+            return [found["prompt"], found["completion"]]
+        case _:
+            return [record]
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _utility(texts: Sequence[Text], split: _Split, data: DataSection) -> probe.Utility | str:
+    """Where a prompt stands for a label, real records after the same prompt have that label."""
+    labels = {text.condition.prompt: text.condition.label for text in texts if text.condition.label is not None}
+    if data.format != "prompt_completion" or not labels:
+        return "labels are known where data.format: prompt_completion was sampled with --label, or prompts with labels"
+
+    def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
+        found = map(json.loads, records)
+        return [
+            (item["completion"], label) for item in found if (label := labels.get(item["prompt"].strip())) is not None
+        ]
+
+    corpus = [(text.written, text.condition.label) for text in texts if text.condition.label is not None]
+    return probe.measure(corpus, labelled(split.training()), labelled(split.held_out()))
