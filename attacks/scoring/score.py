@@ -52,7 +52,7 @@ from attacks.signals import (
 )
 from privtrain.config import Config
 from privtrain.config.model import ModelSection
-from privtrain.errors import PrivtrainError, RunBusy
+from privtrain.errors import PrivtrainError, RunBusy, UnsafePath
 from privtrain.models.load import base_dtype, load_adapter, load_base, resolve_precision
 from privtrain.process.group import join_processes
 from privtrain.run.directory import RunDirectory
@@ -107,17 +107,17 @@ def score_run(
 
 @contextlib.contextmanager
 def _held(signals_path: pathlib.Path, state: PartialState) -> Iterator[None]:
-    """Hold the signals on rank 0 for all ranks; all of them raise if another job has them."""
+    """Hold the signals on rank 0 for all ranks; all of them raise the same if it cannot."""
     with contextlib.ExitStack() as stack:
-        problem = [""]
+        problem: list[PrivtrainError | None] = [None]
         if state.is_main_process:
             try:
                 stack.enter_context(alone(signals_path, is_writer=True))
-            except PrivtrainError as error:
-                problem = [str(error)]
+            except (RunBusy, UnsafePath) as error:
+                problem = [error]
         accelerate.utils.broadcast_object_list(problem)
-        if problem[0]:
-            raise RunBusy(problem[0])
+        if problem[0] is not None:
+            raise problem[0]
         yield
 
 

@@ -13,7 +13,7 @@ from accountants.tradeoff import privacy_curve
 from privtrain.config import load_config
 from privtrain.errors import VerificationFailed
 from privtrain.files import reading, strict_yaml
-from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 from privtrain.run import bundle, disclosure
 from privtrain.run.directory import RunDirectory
 from privtrain.run.statement import PrivacyStatement
@@ -61,7 +61,7 @@ def gaussian_of(statement: PrivacyStatement, plan: PrivacyPlan) -> dict[str, Any
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return None
     event = plan.event_of_steps(statement.steps_accounted or statement.steps_released)
-    accountant = get_accountant("tilted" if plan.accountant == "pld" else plan.accountant)
+    accountant = get_accountant(fast_accountant(plan.accountant))
     last = accountant.epsilon(event, _SLACK * statement.delta).upper
     found = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=last, points=_NUM_POINTS))
     return None if found is None else dataclasses.asdict(found)

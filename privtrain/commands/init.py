@@ -25,6 +25,7 @@ from privtrain.data.rows import file_columns, file_rows
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
 from privtrain.inputs import check_inputs
+from privtrain.models.limits import num_positions_of
 from privtrain.models.load import load_tokenizer
 from privtrain.process.console import say
 
@@ -154,7 +155,7 @@ def guess_configuration(
     check_inputs(config)
     notes = {f"data.{key}": f"Guessed: {reason}" for key, reason in guess.notes.items()}
     corpus = load_corpus(config.data)
-    tree["data"]["max_length"] = _max_length(config, [record for _, record in sample_of(corpus, 512)])
+    tree["data"]["max_length"] = _max_length(config, sample_of(corpus, 512))
     notes["data.max_length"] = "Holds at least 95 of 100 records, unless they are longer than 1,024 tokens."
     known = num_users or rounded(len(corpus.records))
     where = "given" if num_users else "the number in the file to one digit; say --num-users to give a public one"
@@ -274,22 +275,8 @@ def _max_length(config: Config, records: Sequence[str]) -> int:
     data: DataSection = config.data.model_copy(update={"max_length": longest})
     lengths = [len(record) for record in Encoder(data, tokenizer).encode(records).records]
     wanted = -(-int(np.percentile(lengths, 95)) // shortest) * shortest
-    most = min(longest, _num_positions(config))
+    most = min(longest, num_positions_of(config.model) or longest)
     return max(4, min(max(wanted, shortest), most))
-
-
-def _num_positions(config: Config) -> int:
-    """Return the tokens that the model says it can read; many where it says nothing."""
-    from transformers import AutoConfig
-
-    from privtrain.run.base_model import locate
-
-    location = locate(config.model)
-    text = AutoConfig.from_pretrained(location.path, **location.arguments).get_text_config()
-    known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
-    # RoBERTa counts two of its positions from the padding id on.
-    offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
-    return min((int(number) - offset for number in known if isinstance(number, int)), default=_LENGTHS[1])
 
 
 def _run_name(file: pathlib.Path) -> str:

@@ -88,7 +88,7 @@ def _print(config: Config, corpus: Corpus, encoder: Encoder, found: Look, num_sh
     _print_reasons(console, corpus.counts.reasons)
     console.print(_tokens_table(config, encoder, found))
     _print_reasons(console, found.complaints)
-    shown = _shown(corpus, num_shown)
+    shown = [*enumerate(sample_of(corpus, num_shown), start=1)] if num_shown else []
     if shown:
         console.print(
             f"{len(shown)} records as the model reads them; predicted are the [{_PREDICTED}]{_BEGIN}bright{_END}[/] "
@@ -139,13 +139,6 @@ def _tokens_table(config: Config, encoder: Encoder, found: Look) -> Table:
     begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)
     table.add_row("begin and end mark", Text(f"{begin} {end}"))
     return table
-
-
-def _shown(corpus: Corpus, num_shown: int) -> list[tuple[int, str]]:
-    """Return (its number among the sampled, record): evenly spaced."""
-    if not num_shown:
-        return []
-    return list(enumerate((record for _, record in sample_of(corpus, num_shown)), start=1))
 
 
 def _heading(number: int, record: Record, config: Config) -> str:

@@ -60,7 +60,7 @@ def look_at(corpus: Corpus, encoder: Encoder, data: DataSection) -> Look:
         data: the section that it was made of.
     """
     encoder.complaints.clear()
-    encoded = encoder.encode([record for _, record in sample_of(corpus, NUM_LOOKED_AT)])
+    encoded = encoder.encode(sample_of(corpus, NUM_LOOKED_AT))
     lengths = np.asarray([len(record) for record in encoded.records])
     num_predicted = np.asarray([record.num_targets for record in encoded.records])
     labels: collections.Counter[int] = collections.Counter()
@@ -86,20 +86,16 @@ def check_rows(corpus: Corpus, encoder: Encoder, data: DataSection) -> tuple[str
     return found.warnings
 
 
-def sample_of(corpus: Corpus, size: int) -> list[tuple[str, str]]:
-    """Return (user, record) pairs evenly spaced over the data; always the same. No other record is read."""
+def sample_of(corpus: Corpus, size: int) -> list[str]:
+    """Return records evenly spaced over the data; always the same. No other record is read."""
     step = max(1, -(-corpus.num_records // size))
     found, position, wanted = [], 0, 0
-    for user, texts in corpus.records.items():
+    for texts in corpus.records.values():
         while wanted < position + len(texts):
-            found.append((user, texts[wanted - position]))
+            found.append(texts[wanted - position])
             wanted += step
         position += len(texts)
     return found
-
-
-def _records(corpus: Corpus) -> Iterator[tuple[str, str]]:
-    return ((user, record) for user, texts in corpus.records.items() for record in texts)
 
 
 def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: DataSection) -> Iterator[Fault]:
@@ -122,7 +118,7 @@ def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: 
 
 def _nothing_learned(corpus: Corpus, encoder: Encoder) -> Iterator[Fault]:
     """Yield a fault unless any record at all predicts a token; the look ends at the first that does."""
-    records = (record for _, record in _records(corpus))
+    records = itertools.chain.from_iterable(corpus.records.values())
     encoder.complaints.clear()
     while batch := list(itertools.islice(records, _AT_ONCE)):
         if encoder.encode(batch).num_without_target < len(batch):

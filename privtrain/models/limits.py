@@ -13,7 +13,7 @@ from privtrain.models.load import LOADING_FAILURES
 from privtrain.run.base_model import locate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 #: How transformers' models name the table of learned positions, beside GPT-2's wpe.
 _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
@@ -30,12 +30,28 @@ def num_ids_of(model: ModelSection) -> int:
     Raises:
         ConfigError: if the configuration cannot be read.
     """
+    return int(_text_config(model).vocab_size)
+
+
+def num_positions_of(model: ModelSection) -> int | None:
+    """Return the most tokens that a base model says it can read, by its configuration alone; ``None`` if it is silent.
+
+    Raises:
+        ConfigError: if the configuration cannot be read.
+    """
+    config = _text_config(model)
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    # RoBERTa counts two of its positions from the padding id on.
+    offset = 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+    return min((int(number) - offset for number in known if isinstance(number, int)), default=None)
+
+
+def _text_config(model: ModelSection) -> PretrainedConfig:
     from transformers import AutoConfig
 
     location = locate(model)
     try:
-        config = AutoConfig.from_pretrained(location.path, **location.arguments)
-        return int(config.get_text_config().vocab_size)
+        return AutoConfig.from_pretrained(location.path, **location.arguments).get_text_config()
     except LOADING_FAILURES as error:
         problem = f"cannot read the configuration in {location.path}: {str(error).strip().splitlines()[0]}"
         raise ConfigError([Fault("model", problem)]) from None

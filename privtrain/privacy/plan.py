@@ -439,15 +439,18 @@ def _chosen_strategy(privacy: PrivacySection, workload: Workload) -> Strategy:
 
 def _predicted_noise(privacy: PrivacySection, strategy: Strategy, workload: Workload) -> float:
     """Return the predicted error of a strategy with the noise that it needs; infinite if no noise is enough."""
-    # As tight as pld, and ten times faster; the plan itself is certified by its own accountant.
-    update: dict[str, Any] = {"num_bands": strategy.num_bands}
-    if privacy.accountant in (None, "pld"):
-        update["accountant"] = "tilted"
+    # The plan itself is certified by its own accountant.
+    update = {"num_bands": strategy.num_bands, "accountant": fast_accountant(privacy.accountant or "pld")}
     try:
         plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), strategy=strategy)
     except accountants.CalibrationError:
         return math.inf
     return plan.noise_multiplier * relative_error(strategy, workload)
+
+
+def fast_accountant(name: str) -> str:
+    """Return an accountant as tight as the named one, and several times faster where there is one."""
+    return "tilted" if name == "pld" else name
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
