@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +15,12 @@ import yaml
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is no reason to fail; a fixture that a property shares between examples holds nothing of one.
+hypothesis.settings.register_profile(
+    "privtrain", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.load_profile("privtrain")
 
 
 def save_llama(directory: pathlib.Path, core: Any, **shape: Any) -> pathlib.Path:

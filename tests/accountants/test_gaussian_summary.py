@@ -20,7 +20,7 @@ def curve_of(mu: float, points: int = 400) -> PrivacyCurve:
     return PrivacyCurve(epsilons, deltas, certified=True, method="exact")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(mu=st.floats(0.1, 6.0))
 def test_a_gaussians_own_mu_is_found_from_above(mu):
     found = gaussian_summary(curve_of(mu))

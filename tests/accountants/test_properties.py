@@ -14,7 +14,7 @@ from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
 from accountants.units import group_event
 
-QUICK = settings(max_examples=15, deadline=None)
+QUICK = settings(max_examples=15)
 PROBS = st.floats(1e-3, 0.5)
 NOISES = st.floats(0.5, 5.0)
 COUNTS = st.integers(2, 3000)
@@ -58,7 +58,7 @@ def test_a_group_of_one_is_poisson(q, sigma, steps, log_delta):
     assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(q=st.floats(0.005, 0.1), sigma=st.floats(0.8, 4.0), steps=st.integers(50, 1000))
 def test_calibration_inverts_epsilon(q, sigma, steps):
     target = accountants.epsilon(dp_sgd(q, sigma, steps), 1e-6, accountant="tilted").upper

@@ -15,7 +15,7 @@ from accountants.mixtures import Composition, MixtureStep, composition
 from accountants.numerics import closed_form, saddle, smoothed
 from accountants.numerics.window import MARGIN
 
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=25)
 RUNS = {
     "q": st.floats(1e-4, 1.0),
     "sigma": st.floats(0.4, 10.0),

@@ -110,7 +110,7 @@ def test_sixty_four_records_are_answered_with_bounded_work(q, sigma, steps, delt
         assert accountants.epsilon(event, delta, accountant=other).upper > lowest
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     q=st.floats(1e-6, 0.999), sigma=st.floats(0.2, 20.0), num_records=st.integers(2, 70), reach=st.floats(-60.0, 400.0)
 )

@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 import statsmodels.stats.proportion
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from accountants.methods import gdp
@@ -70,7 +70,6 @@ counts = st.integers(1, 120).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(counts, st.floats(0.0, 6.0), st.floats(0.0, 0.2))
 def test_the_p_value_is_the_theorem_term_by_term(found, epsilon, delta):
     coins, guesses, correct = found
@@ -81,7 +80,6 @@ def test_the_p_value_is_the_theorem_term_by_term(found, epsilon, delta):
     assert one_run.p_value(coins, guesses, correct, epsilon, delta) == pytest.approx(expected, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(counts, st.floats(0.0, 6.0), st.floats(0.0, 1.0), st.floats(0.0, 0.2))
 def test_a_weaker_claim_is_never_less_likely(found, epsilon, more, delta):
     before = one_run.p_value(*found, epsilon, delta)

@@ -214,9 +214,7 @@ def test_mutant_without_the_guard_ends_in_a_traceback(tmp_path, monkeypatch):
         read_now(data, known, ["day"])
 
 
-@hypothesis.settings(
-    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(kind=st.sampled_from(["jsonl", "csv", "parquet"]), place=st.floats(0, 1), bits=st.integers(1, 255))
 def test_columns_of_a_file_with_any_other_byte_are_refused(tmp_path, kind, place, bits):
     """The digest of the data covers the columns that are trained on; a date beside them could say anything."""

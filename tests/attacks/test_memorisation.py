@@ -224,7 +224,7 @@ def test_exposure_counts_ranks_and_lets_references_win_ties():
 
 
 @given(st.integers(0, 2**31), st.integers(2, 60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_controls_expectation_is_that_of_a_uniform_rank(seed, size):
     mean, variance = null_moments(size)
     scores = np.random.default_rng(seed).permutation(size).astype(float)

@@ -59,7 +59,7 @@ def test_paired_delong_rejects_no_difference_as_often_as_it_says():
     assert low <= num_rejected <= high
 
 
-@settings(max_examples=15, deadline=None)  # a third of a second each, of the other implementation
+@settings(max_examples=15)  # a third of a second each, of the other implementation
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30))
 def test_holm_is_that_of_statsmodels(p_values):
     expected = statsmodels.stats.multitest.multipletests(p_values, method="holm")[1]

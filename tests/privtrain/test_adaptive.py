@@ -142,9 +142,7 @@ def test_real_noise_is_the_accounted_event_at_every_norm(adaptive, tiny_llama, r
         )
 
 
-@hypothesis.settings(
-    max_examples=12, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(norm=st.floats(1e-3, 30), removed=st.integers(0, 5), size=st.integers(1, 6))
 def test_unit_moves_gradient_and_count_by_at_most_one(tiny_llama, norm, removed, size):
     """In units of each part's noise, the whole release moves by at most 1 / noise_multiplier, whatever the norm."""

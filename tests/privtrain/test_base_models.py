@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -86,7 +86,7 @@ def test_missing_or_misshapen_weights_are_named(base, case, is_classifier):
     assert expected in refused(base, is_classifier)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_weight_that_is_taken_away_is_missed(base, data):
     path = base / "model.safetensors"
@@ -198,7 +198,7 @@ def test_a_model_in_parts_in_the_hubs_cache_is_whole(base, tmp_path):
     assert check_model(section(snapshot)) == []
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_weight_file_cut_anywhere_is_seen(base, cut):
     path = base / "model.safetensors"

@@ -62,7 +62,7 @@ def contribution(route: str, method: str, seed: int, rest: float, num_pairs: int
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("route", ["batched", "two_pass", "one_unit"])
-@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(
     seed=st.integers(0, 10_000),
     rest=st.sampled_from([1e-2, 1e-3, 1e-4, 1e-5, 1e-6]),

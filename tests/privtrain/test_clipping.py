@@ -72,9 +72,7 @@ def test_reduced_sum_equals_brute_force_on_any_number_of_ranks(tiny_llama, world
             assert relative_error(total, reference) < 1e-5
 
 
-@hypothesis.settings(
-    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(data=st.data())
 def test_removing_a_user_moves_sum_by_at_most_clipping_norm(tiny_llama, data):
     lengths = st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=4), min_size=1, max_size=5)

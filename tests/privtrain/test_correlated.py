@@ -110,7 +110,7 @@ def mechanism_faults(release, strategy: Strategy, num_steps: int = 7, size: int 
 @hypothesis.given(
     rest=st.lists(st.integers(-5000, 5000).map(lambda n: n / 4096), min_size=1, max_size=5), size=st.integers(1, 9)
 )
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 def test_release_is_a_function_of_the_matrix_mechanism(rest, size):
     strategy = Strategy((1.0, *rest))
     assert mechanism_faults(history_of(layout_of(size), strategy).release, strategy, size=size) == []

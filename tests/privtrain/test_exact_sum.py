@@ -79,7 +79,7 @@ def test_one_unit_moves_a_sum_of_1e5_chosen_values_by_c():
 ADVERSARIAL = strategies.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0**-24, -(2.0**-40), 1e-30, 1e30, -3e38, math.pi])
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(
     rows=strategies.lists(strategies.lists(ADVERSARIAL, min_size=3, max_size=3), min_size=1, max_size=12),
     seed=strategies.integers(0, 2**20),
@@ -144,14 +144,14 @@ SETS = {
 }
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(**SETS)
 def test_sum_of_up_to_1e5_contributions_has_one_value(kind, num_units, seed, size, num_ranks):
     check_one_value(kind, num_units, seed, size, num_ranks)
 
 
 @pytest.mark.campaign
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(**SETS)
 def test_sum_of_any_contributions_has_one_value_campaign(kind, num_units, seed, size, num_ranks):
     check_one_value(kind, num_units, seed, size, num_ranks)

@@ -339,7 +339,7 @@ def brute_force(texts, records, size) -> int:
     return sum(any(runs(text) & runs(record) for record in records) for text in texts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=5),
     records=st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=5),

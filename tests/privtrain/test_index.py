@@ -45,9 +45,7 @@ def section(path: pathlib.Path, **changes) -> DataSection:
     return DataSection.model_validate({"source": {"kind": "files", "paths": [str(path)]}, **changes})
 
 
-@hypothesis.settings(
-    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     deduplicate=st.sampled_from(["none", "within_user"]),
     rows=st.lists(st.tuples(st.sampled_from(USERS) | st.none(), st.text(max_size=8)), max_size=40),
@@ -126,7 +124,7 @@ def one_index(tmp_path_factory):
 FILES = ("index.json", "texts.bin", *ARRAYS)
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(
     name=st.sampled_from(FILES),
     place=st.floats(0, 1),

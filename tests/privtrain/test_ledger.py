@@ -164,9 +164,7 @@ def test_crash_around_head_file_write_is_no_damage(tmp_path):
         assert head_path(path).read_bytes() == whole
 
 
-@hypothesis.settings(
-    max_examples=200, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(data=st.data())
 def test_any_changed_byte_is_found(tmp_path, data):
     path = tmp_path / "l.jsonl"

@@ -118,7 +118,7 @@ def test_absence_of_somebody_present_cannot_be_proved(log):
 _PROOFS: dict[str, tuple[str, str]] = {}
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(data=st.data())
 def test_no_edit_of_a_proof_changes_what_it_shows(log, data):
     if "log" not in _PROOFS:

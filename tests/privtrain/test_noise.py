@@ -106,7 +106,7 @@ def test_mutant_without_doubtful_check_rounds_edges_wrong(monkeypatch):
     assert not torch.equal(noised(torch.tensor(sums), noise=key, **kind), right)
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     sums=st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=8),
     exponent=st.integers(-200, 100),
@@ -251,7 +251,7 @@ def test_noise_is_a_pure_function_of_key_tensor_block():
         assert float((base == other).double().mean()) < 1e-3
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(start=st.integers(0, 2 * BLOCK), size=st.integers(0, BLOCK))
 @hypothesis.example(start=5, size=0)  # a tensor of which a rank holds nothing
 def test_a_shard_draws_its_own_part_of_the_same_noise(start, size):

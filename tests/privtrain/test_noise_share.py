@@ -86,7 +86,7 @@ def test_ranks_that_all_draw_everything_are_counted(tiny_llama):
     assert sum(num_drawn for num_drawn, _ in found) == 2 * found[0][1]
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), num_runs=st.integers(1, 5))
 def test_runs_of_a_layout_cover_each_coordinate_once(sizes, num_runs):
     layout = Layout({f"t{i}": torch.nn.Parameter(torch.empty(n, device="meta")) for i, n in enumerate(sizes)})

@@ -110,9 +110,7 @@ def test_every_setting_changes_the_fingerprint(noised, change):
     assert plan_of(noised).fingerprint() != before
 
 
-@hypothesis.settings(
-    max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(
     scale=st.sampled_from([1e-3, 1.0, 50.0, 1e6]),
     removed=st.integers(0, 5),
@@ -264,7 +262,7 @@ def is_on_grid(points: np.ndarray) -> bool:
     return bool((np.abs(points - np.round(points)) < 1e-6).all())
 
 
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(
     shares=st.lists(st.floats(0, 1), min_size=1, max_size=20),
     losses=st.lists(st.floats(-5, 20) | st.just(math.nan), min_size=1, max_size=20),

@@ -101,7 +101,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
     who=st.dictionaries(
         st.integers(0, 5), st.sampled_from([NAN_LOSS, INF_LOSS, NAN_CONSTANT, OVERFLOW]), min_size=1, max_size=3

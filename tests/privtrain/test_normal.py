@@ -81,7 +81,7 @@ def test_a_wrong_ndtri_is_refused(monkeypatch):
     normal.check_quantiles()
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     z=st.fractions(-9, 9, max_denominator=10**9), offset=st.integers(-3, 3), tail=st.integers(0, 2**64 - 1)
 )

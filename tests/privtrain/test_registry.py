@@ -606,7 +606,7 @@ mechanisms = st.builds(
 
 
 @given(st.lists(mechanisms, min_size=1, max_size=4), st.floats(0.5, 12))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_fits_is_certified_and_never_refuses_what_fits(chosen, epsilon):
     parts = [spending.part_of(one.event()) for one in chosen]
     event = dp_accounting.ComposedDpEvent([one.event() for one in chosen])

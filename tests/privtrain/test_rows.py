@@ -7,7 +7,7 @@ import os
 import pathlib
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privtrain import cli
@@ -148,7 +148,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60)
 @given(value=json_values, kind=st.sampled_from(["chat", "text", "prompt_completion", "classification"]))
 def test_whatever_a_row_holds_it_is_used_or_has_a_reason(tmp_path, value, kind):
     row = {"user": "u", "prompt": "p", "completion": "c", "text": "t", "messages": TALK, COLUMNS[kind]: value}
@@ -247,7 +247,7 @@ def test_a_template_among_several_is_the_default(tmp_path):
     Encoder(section("x.jsonl", format="chat"), tokenizer)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25)
 @given(text=st.text("ab ", max_size=6), before=st.integers(0, 2), after=st.integers(0, 2))
 def test_marks_that_a_text_carries_are_not_doubled(tmp_path_factory, text, before, after):
     place = tmp_path_factory.getbasetemp() / "marks"

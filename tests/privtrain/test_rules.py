@@ -144,7 +144,7 @@ def test_a_tied_tensor_contributes_one_norm(route):
 numbers = st.floats(-4, 4, width=32, allow_subnormal=False)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(data=st.data(), tokens=st.integers(1, 12), cancel=st.booleans())
 def test_the_norm_from_factors_is_the_norm_of_the_product(data, tokens, cancel):
     draw = lambda *shape: torch.from_numpy(  # noqa: E731
@@ -185,7 +185,7 @@ def test_a_unit_whose_tokens_cancel_is_multiplied_out(style, monkeypatch):
 
 @pytest.mark.parametrize("style", ["flat", "per_layer", "automatic"])
 @EVERY_ROUTE
-@hypothesis.settings(max_examples=3, deadline=None)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(order=st.permutations(range(5)), removed=st.integers(0, 4), size=st.integers(1, 7))
 def test_order_batch_mates_and_microbatches_change_nothing(style, route, order, removed, size):
     model, layout = build("gemma3", "full")

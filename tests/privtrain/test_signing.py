@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privtrain.commands.verify import Anchors, verify_directory
@@ -385,7 +385,7 @@ def test_signature_of_another_release_does_not_hold(released_run, adapter, tmp_p
         verify_directory(adapter, Anchors(keys=Keys(key=public)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(place=st.floats(0, 1), bits=st.integers(1, 255))
 def test_signature_with_any_other_byte_is_one_line(adapter, tmp_path, place, bits):
     """Refused, or read the same way (JSON has room for spaces): never a traceback."""

@@ -38,7 +38,7 @@ def some_sum(seed: int = 0) -> torch.Tensor:
     return torch.randint(-(2**62), 2**62, (NUM_COORDINATES,), generator=torch.Generator().manual_seed(seed))
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(data=st.data(), num_ranks=st.integers(1, 4))
 def test_the_digest_is_independent_of_how_the_sum_is_cut(data, num_ranks):
     total, whole = some_sum(), layout_of()
@@ -57,7 +57,7 @@ def test_the_digest_is_independent_of_how_the_sum_is_cut(data, num_ranks):
     assert torch.equal(values, block_values(total, whole, table))
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     place=st.integers(0, NUM_COORDINATES - 1),
     change=st.sampled_from([1, -1, 2**31, 2**32, 2**40, 2**62]) | st.integers(1, 2**62),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -464,7 +464,7 @@ def check_resealed(copy: pathlib.Path, whole: dict[str, bytes], path: tuple, val
             (copy / name).write_bytes(content)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(data=st.data())
 def test_resealed_statement_with_any_other_value_is_refused(places, data, tmp_path):
     copy = tmp_path / "copy"
@@ -618,7 +618,7 @@ def test_harmless_files_are_named_and_do_not_fail(places, tmp_path):
     assert found == (".cache/huggingface/download/x.metadata", ".gitattributes", "LICENSE")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(text=st.text(max_size=200), name=st.sampled_from(["release.json", "privacy.json", "adapter/release.json"]))
 def test_any_text_in_place_of_the_evidence_is_refused(released_run, tmp_path, text, name):
     """No content of the files that are parsed ends in a traceback."""
