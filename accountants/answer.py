@@ -82,9 +82,6 @@ class PrivacyAnswer:
     def certified_upper(self, relation: str = "ADD_OR_REMOVE_ONE") -> float:
         """Return the upper end, if a guarantee under ``relation`` may be built on it: the one gate for such numbers.
 
-        Args:
-            relation: the neighbouring relation of the guarantee, by dp_accounting's name.
-
         Raises:
             NotCertifiedError: if the answer is no certified upper bound, covers one direction only, or is about
                 another relation; a ``ValueError``.

@@ -157,9 +157,6 @@ class Run:
     def check(self, sought: str = "") -> None:
         """Refuse options that are missing, or that the sampler does not read.
 
-        Args:
-            sought: the field that ``calibrate`` finds, which must not be given.
-
         Raises:
             ValueError: with all of them.
         """

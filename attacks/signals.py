@@ -233,11 +233,6 @@ def join_signals(
 ) -> list[tuple[str, str, str, str]]:
     """Joins parts into one file, a part in memory at a time.
 
-    Args:
-        target: the parquet file to replace.
-        parts: files of ``write_signals``, in the order that they are to have.
-        digests: SHA-256 that each must have.
-
     Returns:
         User, document, kind and side of every document.
 

@@ -53,10 +53,6 @@ class BlindResult:
 def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
     """Return every family of features against the split.
 
-    Args:
-        scored: users with their tokens and traits.
-        seed: of the folds.
-
     Returns:
         Family to result; empty with too few users to fold.
     """
@@ -78,12 +74,6 @@ def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level:
 
     The AUROC is taken within each fold: scores of different fits are not comparable, and pooling them makes noise
     average below 1/2.
-
-    Args:
-        features: [users, columns].
-        is_held_in: [users].
-        seed: of the folds.
-        level: of the interval.
     """
     from sklearn.model_selection import StratifiedKFold
 

@@ -16,13 +16,7 @@ _METRICS = (
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Time, memory and operations from ``metrics.jsonl``; None if none was released.
-
-    Args:
-        run: a finished run.
-        statement: its privacy statement.
-        seed: unused; nothing is drawn.
-    """
+    """Time, memory and operations from ``metrics.jsonl``; None if none was released."""
     rows = []
     for name, label, combine, factor in _METRICS:
         values = released_values(run, name)

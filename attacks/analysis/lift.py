@@ -28,12 +28,6 @@ AGGREGATIONS: Mapping[str, Callable[[FloatArray], float]] = {
 def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean") -> FloatArray:
     """Return one number per user.
 
-    Args:
-        scores: of documents, sorted by owner.
-        owner: of each document.
-        num_users: in all.
-        aggregation: a name of ``AGGREGATIONS``.
-
     Returns:
         [users]; NaN for a user without documents.
     """

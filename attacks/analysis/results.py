@@ -63,15 +63,7 @@ def evaluate(
     confounded_by: str,
     verdict_level: float = statistics.CONFIDENCE_LEVEL,
 ) -> dict[str, Any]:
-    """Return points, intervals, operating points and the verdict.
-
-    Args:
-        statistic: what is judged.
-        cap: what the run's claim allows.
-        seed: of the resampling.
-        confounded_by: what the blind baseline found; empty if nothing.
-        verdict_level: of the interval that decides the verdict; higher where many statistics are judged.
-    """
+    """Return points, intervals, operating points and the verdict."""
     held_in, held_out = statistic.held_in, statistic.held_out
     num_resamples = statistics.NUM_RESAMPLES if statistic.is_detailed else _NUM_SECONDARY_RESAMPLES
     bootstrap = statistics.bootstrap_interval(
@@ -158,11 +150,6 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
     """Return the table of true positive rates.
 
     Records of one user rise and fall together, so of records one of each user counts, drawn at random.
-
-    Args:
-        statistic: what is judged.
-        cap: what the run's claim allows.
-        seed: of the draw of records.
     """
     sides = [statistic.held_in, statistic.held_out]
     if statistic.owners is not None:

@@ -31,9 +31,6 @@ HEADLINE = "token_mean"
 def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
     """Return the log-likelihood ratio of one document, by statistic.
 
-    Args:
-        row: the document's signals.
-
     Returns:
         One value for each key of ``DEFINITIONS``, in nats.
     """

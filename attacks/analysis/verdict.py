@@ -96,9 +96,6 @@ class Cap:
     def auroc(self, num_held_out: int) -> float | None:
         """Return the cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
 
-        Args:
-            num_held_out: held-out users.
-
         Returns:
             The cap, or None without a bound.
         """
@@ -228,15 +225,6 @@ def judge(
     ``no claim`` if the run is not private: nothing is claimed that the result could speak of, whatever was achieved.
     ``consistent`` otherwise: the sample could have contradicted the claim and did not.
 
-    Args:
-        cap: what the run's claim allows.
-        auroc_interval: the bootstrap interval of the statistic's AUROC.
-        num_held_in: users on the held-in side.
-        num_held_out: users on the held-out side.
-        is_constant: whether all users have the same value.
-        confounded_by: what the blind baseline found; empty if it found nothing.
-        level: the interval's confidence level.
-
     Returns:
         The verdict and its reason.
     """
@@ -271,10 +259,6 @@ def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]
 
     Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
     A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.
-
-    Args:
-        headline: verdict and reason of the declared statistic.
-        audits: of each source of coins.
 
     Returns:
         A verdict and its reason.

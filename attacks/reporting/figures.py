@@ -19,12 +19,7 @@ _SERIES_COLORS = (HELD_IN_COLOR, HELD_OUT_COLOR, CAP_COLOR, "#7a5c99", MUTED)
 
 
 def roc_figure(result: Mapping[str, Any], claim: str | None) -> str:
-    """Return the ROC on log-log axes with its band, the chance line and what the claim allows.
-
-    Args:
-        result: one entry of ``results`` in ``report/attacks.json``.
-        claim: the guarantee in words for the legend, or None where it caps nothing.
-    """
+    """Return the ROC on log-log axes with its band, the chance line and what the claim allows."""
     roc, counts = result["roc"], result["tpr_at_fpr"][0]
     num_held_in, num_held_out = counts["num_held_in"], counts["num_held_out"]
     # Log axes have no zero: the left and the lower edge stand for it, half a user below the first count.
@@ -80,14 +75,7 @@ def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
 
 
 def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str], axis_label: str, name: str) -> str:
-    """AUROC with its intervals at several places.
-
-    Args:
-        points: entries with ``auroc`` and ``interval``.
-        labels: what each place is.
-        axis_label: what they vary in.
-        name: of the figure, unique in the page.
-    """
+    """AUROC with its intervals at several places."""
     with figure_style():
         figure, axes = new_figure(height=3.2)
         places = list(range(len(points)))

@@ -257,13 +257,7 @@ def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-    """``out += `` one unit's gradient, in fp32.
-
-    Args:
-        out: where it is added.
-        outers: its uses in linear layers.
-        lookups: its uses as an embedding.
-    """
+    """``out += `` one unit's gradient, in fp32."""
     if outers:
         product = Product(outers, lookups)
         for rows in product.blocks:

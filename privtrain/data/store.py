@@ -23,10 +23,6 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
     The name is published in the configuration, so it tells nothing of the rows: it is keyed by ``rows/key``, which is
     as private as they are. A plain hash would let anybody who has all rows but one test guesses of that one.
 
-    Args:
-        rows: mappings of column to value, or a ``datasets.Dataset``; read once.
-        parent: where the directory ``rows`` is made.
-
     Returns:
         The file, named by the HMAC-SHA-256 of its content.
 

@@ -41,17 +41,7 @@ def publish(
     name: str,
     base_model: dict[str, str],
 ) -> ReleaseManifest:
-    """Stage, record and install a release.
-
-    Args:
-        run: the run.
-        ledger: its ledger, whose head the statement quotes.
-        plan: the plan that was carried out.
-        statement: the privacy statement.
-        write_weights: saves weights, tokenizer and card into an empty directory, and checks them.
-        name: ``"adapter"`` or ``"model"``.
-        base_model: file name → SHA-256 of the base model's files.
-    """
+    """Stage, record and install a release."""
     manifest = stage(run, plan, statement, write_weights, name=name, base_model=base_model)
     ledger.release(statement["epsilon"], plan.delta, manifest)
     install(run, manifest)

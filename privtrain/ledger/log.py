@@ -142,11 +142,6 @@ class Ledger:
     def intend(self, generation: int, step: int, units: Sequence[tuple[str, int]]) -> None:
         """Write a step's units to disk before they contribute.
 
-        Args:
-            generation: the current generation.
-            step: the logical step.
-            units: (unit name, number of records) for every drawn unit.
-
         Raises:
             GuaranteeLost: if a unit is there twice or brings more than k records, or if the step was begun before with
                 other contributions.

@@ -20,12 +20,6 @@ _SHOWN = 3
 def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, is_classifier: bool) -> list[str]:
     """Return the modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
 
-    Args:
-        base: the model.
-        info: what transformers says of the loading: ``missing_keys``, ``mismatched_keys``.
-        place: where it was loaded from, for the error.
-        is_classifier: whether a head may be new.
-
     Raises:
         ConfigError: naming the weights that are missing or of another shape.
     """

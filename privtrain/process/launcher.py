@@ -27,9 +27,6 @@ _PASS_ON_AFTER_SECONDS = 2.0
 def launch(command: Sequence[str]) -> int:
     """Run ``command``, pass SIGTERM, SIGUSR1 and SIGINT on to it, and return the exit code of the job inside.
 
-    Args:
-        command: e.g. ``accelerate launch ... -m privtrain train run.yaml``.
-
     Returns:
         0, or the code of the first rank that failed (2, 3, 4, 75), or the launcher's own. 75 whenever this process was
         asked to stop and the job neither finished nor was refused: the same command goes on.

@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 def explain(
     request: RunRequest, part: Part, refused: Sequence[tuple[BudgetKey, Limit]], limits: Sequence[Limit]
 ) -> str:
-    """Return the message of a refusal.
-
-    Args:
-        request: the run.
-        part: its mechanism.
-        refused: the budgets that do not allow it.
-        limits: every budget that it draws on: a change has to fit them all.
-    """
+    """Return the message of a refusal."""
     lines = [f"the run {request.name!r} does not fit; nothing was reserved"]
     for key, limit in refused:
         before = spending.composed_epsilon(limit.spent, limit.delta)

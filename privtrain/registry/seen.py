@@ -103,10 +103,6 @@ class SeenFile:
     def check(self, known: dict[str, dict[str, int]], found: Extent) -> None:
         """Raise if a registry is older than it was when it was last used from here.
 
-        Args:
-            known: of :meth:`known`, read before ``found`` was.
-            found: how far the registry has come.
-
         Raises:
             GuaranteeLost: saying how much is missing, and how to go on.
         """

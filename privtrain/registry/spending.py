@@ -222,13 +222,7 @@ def _certified(event: dp_accounting.DpEvent, delta: float, name: str) -> float:
 
 
 def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> Knobs:
-    """Return what of ``settings`` to change, one at a time, for a run to fit into every budget.
-
-    Args:
-        settings: what was asked for.
-        own_delta: the run's own δ, for the ε that goes with the noise.
-        limits: every budget that the run draws on.
-    """
+    """Return what of ``settings`` to change, one at a time, for a run to fit into every budget."""
 
     def allowed(changed: Settings) -> bool:
         part = part_of(changed.event())

@@ -22,13 +22,7 @@ _RELATIONS = {
 
 
 def deployment_record(statement: PrivacyStatement, config: Config, plan: PrivacyPlan) -> dict[str, Any]:
-    """Return a record in the field list of OpenDP's registry of deployments (tiers 1 to 3).
-
-    Args:
-        statement: of the run.
-        config: as published.
-        plan: the plan in the statement.
-    """
+    """Return a record in the field list of OpenDP's registry of deployments (tiers 1 to 3)."""
     return {
         "status": "Draft",
         "tier": 3,
@@ -98,14 +92,7 @@ def deployment_record(statement: PrivacyStatement, config: Config, plan: Privacy
 def evaluation_checklist(
     statement: PrivacyStatement, config: Config, plan: PrivacyPlan, gaussian: dict[str, float] | None = None
 ) -> list[tuple[str, str, str]]:
-    """Return (topic, question, answer) along the layers of NIST SP 800-226's pyramid, from the guarantee downwards.
-
-    Args:
-        statement: of the run.
-        config: as published.
-        plan: the plan in the statement.
-        gaussian: ``mu``, ``slack`` and ``regret`` of the whole curve, where they were computed.
-    """
+    """Return (topic, question, answer) along the layers of NIST SP 800-226's pyramid, from the guarantee downwards."""
     bound = statement.contribution_bound
     k = "no bound" if bound is None else f"at most {bound.records_per_unit_per_step} records in a step"
     mu = "not computed"

@@ -96,13 +96,7 @@ def places_figure(
 
 
 def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], num_held_out: int) -> str:
-    """ROC curves on log-log axes with the line of guessing.
-
-    Args:
-        name: of the figure, unique in the report.
-        curves: (label, false positive rates, true positive rates), both rising.
-        num_held_out: users that set the smallest false positive rate; the left edge stands for zero.
-    """
+    """ROC curves on log-log axes with the line of guessing."""
     edge = 0.5 / num_held_out
     with figure_style():
         figure, axes = new_figure()

@@ -131,14 +131,7 @@ def judge_direction(
 
 
 def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) -> Claim:
-    """Judge a claim about computed numbers that have no noise, such as an accountant's.
-
-    Args:
-        claim: what the paper says.
-        holds: whether it does; ``None`` if it was not computed.
-        ours: this study's number, as text.
-        reason: how it was compared.
-    """
+    """Judge a claim about computed numbers that have no noise, such as an accountant's."""
     verdict = {True: Verdict.REPRODUCED, False: Verdict.CONTRADICTED, None: Verdict.NOT_MEASURED}[holds]
     return _judged(claim, ours, verdict, reason)
 

@@ -21,9 +21,6 @@ from privtrain.tracking.wandb_tracker import WandbTracker
 def sync_run(path: pathlib.Path) -> str:
     """Upload every released metric of a run, and its release if it is finished.
 
-    Args:
-        path: run directory. Nobody may be training in it.
-
     Returns:
         A line that says what was sent, or that nothing was.
 

@@ -121,11 +121,6 @@ def telling_guesses(num_coins: int, delta: float, significance: float) -> tuple[
 
     Theorem 5.2 pays about 4 δ m / r for r of m guesses, so at a large delta few guesses can reject anything, and would
     only use up error. The choice knows the number of coins, delta and the error, and no score.
-
-    Args:
-        num_coins: m.
-        delta: at which epsilon is asked for.
-        significance: the error, shared equally by those that are returned.
     """
     floors = sorted((one_run.p_value(num_coins, g.num, g.num, 0.0, delta), g) for g in declared_guesses(num_coins))
     fitting = [k for k, (floor, _) in enumerate(floors, start=1) if floor <= significance / k]

@@ -60,15 +60,7 @@ class Separation:
 def separation(
     held_in: FloatArray, held_out: FloatArray, claim: Bound | None, delta: float, significance: float
 ) -> Separation:
-    """Compare independent scores with a claim.
-
-    Args:
-        held_in: scores of those in training, at least two.
-        held_out: scores of the others, at least two.
-        claim: curve or pair, or None.
-        delta: at which epsilon is given.
-        significance: chance that the lower end is above the truth.
-    """
+    """Compare independent scores with a claim."""
     level = 1.0 - 2.0 * significance
     lower = statistics.delong_interval(held_in, held_out, level).lower
     ceiling: Interval = statistics.perfect_separation(held_in.size, held_out.size, level)

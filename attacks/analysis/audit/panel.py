@@ -47,16 +47,6 @@ def audit_run(
 ) -> list[Finding]:
     """Audit every source of coins that the run has.
 
-    Args:
-        scoring: the signals of the run, and the chance of a coin.
-        statement: what it claims.
-        scored: its users.
-        models: kind of document to those documents under shadow models, if there are any.
-        cap: the claim for users.
-        seed: of the analysis.
-        confounded_by: what overrules verdicts on the split's users; canaries of our own making are not concerned.
-        delta: at which lower bound and claim are compared; the statement's own if None.
-
     Raises:
         AttackInputError: if the mechanism certifies nothing at that delta.
     """
@@ -147,13 +137,7 @@ def cap_of(statement: PrivacyStatement, coins: Coins) -> verdict.Cap:
 
 
 def claim_of(statement: PrivacyStatement, cap: verdict.Cap, unit: str) -> Claim:
-    """Return what the run promises in the coins' unit.
-
-    Args:
-        statement: of the run.
-        cap: what it promises for users, with its curve.
-        unit: ``"user"`` or ``"example"``.
-    """
+    """Return what the run promises in the coins' unit."""
     if unit == verdict.ATTACKED_UNIT:
         if cap.bound is None or cap.reason:
             return Claim(None, None, cap.reason, is_made=not cap.claims_nothing)

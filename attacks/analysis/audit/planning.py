@@ -25,13 +25,6 @@ def plan_of(
 ) -> powers.Plan:
     """Return the plan for a configuration's own claim or for one that is given.
 
-    Args:
-        config: YAML file of a run that is to be trained.
-        epsilon: claimed, if there is no file.
-        delta: claimed, if there is no file.
-        target_epsilon: lower bound that is wanted; the claim if None.
-        power: chance with which it is to be reached.
-
     Raises:
         AttackInputError: if neither or both of file and epsilon are given, or nothing is claimed.
         ConfigError: naming every fault of the file.
@@ -54,11 +47,7 @@ _EMBEDDINGS = ("embed", "lm_head", "wte", "output")
 
 
 def canaries_for(config: pathlib.Path) -> str:
-    """Return which canaries show most of what the run will release, with the reason.
-
-    Args:
-        config: YAML file of a run that is to be trained.
-    """
+    """Return which canaries show most of what the run will release, with the reason."""
     from privtrain.config import load_config
 
     loaded = load_config(config)

@@ -82,12 +82,6 @@ def is_possible(inverse: InverseCurve, num_coins: int, num_guesses: int, num_cor
 def p_value(inverse: InverseCurve, num_coins: int, num_guesses: int, num_correct: int) -> float:
     """Return the largest chance that a mechanism within the curve gives to this many right guesses or more.
 
-    Args:
-        inverse: of the trade-off curve.
-        num_coins: m.
-        num_guesses: c', fixed beforehand.
-        num_correct: c.
-
     Returns:
         An upper bound in (0, 1], found by bisection to one part in a hundred.
     """

@@ -54,13 +54,7 @@ class Tally:
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Return what the model gives back of training records; None if no training record was scored.
-
-    Args:
-        run: a scored run.
-        statement: its privacy statement.
-        seed: unused; nothing is drawn.
-    """
+    """Return what the model gives back of training records; None if no training record was scored."""
     tallies: dict[tuple[str, int], Tally] = collections.defaultdict(Tally)
     scoring = read_scoring(RunDirectory(run))
     for row in scoring.rows():

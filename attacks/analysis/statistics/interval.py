@@ -31,9 +31,6 @@ class Interval:
 
         Bootstrap and DeLong give zero width once the two sides are separated: 3 + 3 users would "prove" an AUROC of 1.
 
-        Args:
-            ceiling: ``perfect_separation`` for the same numbers of users.
-
         Returns:
             An interval with ``lower <= ceiling.lower`` and ``upper >= 1 - ceiling.lower``.
         """
@@ -60,11 +57,6 @@ class Interval:
 def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
     """Exact binomial interval (Clopper and Pearson 1934).
 
-    Args:
-        num_hits: successes.
-        num_trials: independent trials, at least one.
-        level: confidence level.
-
     Returns:
         An interval that covers the true proportion with probability at least ``level``.
     """
@@ -79,11 +71,6 @@ def perfect_separation(num_held_in: int, num_held_out: int, level: float = CONFI
     independent and each is in order with probability AUROC, so perfect separation has probability at most AUROC^n.
     Inverting this at error (1 - level) / 2 gives the lower end. It is tight: an attack that misses each user of the
     smaller side outright with probability 1 - AUROC attains it.
-
-    Args:
-        num_held_in: users on the held-in side, at least one.
-        num_held_out: users on the held-out side, at least one.
-        level: confidence level.
 
     Returns:
         ``[((1 - level) / 2) ** (1 / n), 1]``.

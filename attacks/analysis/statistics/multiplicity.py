@@ -16,10 +16,6 @@ def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
     """For each held-in user (1 + held-out users that score at least as high) / (held-out users + 1).
 
     Valid for a split drawn by coin: a user who was not trained on is exchangeable with the held-out ones.
-
-    Args:
-        scores: of held-in users.
-        held_out: of held-out users.
     """
     num_lower = np.searchsorted(np.sort(held_out), scores, side="left")
     return np.asarray((1.0 + held_out.size - num_lower) / (held_out.size + 1.0), dtype=np.float64)
@@ -49,9 +45,6 @@ def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
     other as the procedure needs it (Bates et al. 2023, "Testing for outliers with conformal p-values", theorem 2).
     Holm's correction over n users cannot reject anybody against fewer than 20 n - 1 held-out users.
 
-    Args:
-        p_values: in [0, 1].
-
     Returns:
         Adjusted values in the same order.
     """
@@ -59,12 +52,6 @@ def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
 
 
 def fewest_discoveries(num_tested: int, num_held_out: int, rate: float) -> int | None:
-    """How many of those tested must score above every held-out user before any is rejected; None if all would not do.
-
-    Args:
-        num_tested: p-values.
-        num_held_out: users that they are against, so that none is below 1 / (num_held_out + 1).
-        rate: of false discoveries.
-    """
+    """How many of those tested must exceed every held-out user before any is rejected; None if all would not do."""
     fewest = math.ceil(num_tested / ((num_held_out + 1.0) * rate) - 1e-9)
     return fewest if fewest <= num_tested else None

@@ -79,10 +79,6 @@ class OperatingPoint:
 def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
     """Return the largest k with k / num_held_out <= target_fpr.
 
-    Args:
-        target_fpr: in [0, 1].
-        num_held_out: users on the held-out side.
-
     Returns:
         k, immune to 0.29 * 100 = 28.999999999999996.
     """
@@ -181,10 +177,6 @@ def roc_points(held_in: FloatArray, held_out: FloatArray) -> tuple[FloatArray, F
 
     Tied scores move both rates at once, a diagonal edge; the area under the straight edges is the Mann-Whitney AUROC
     with ties at one half.
-
-    Args:
-        held_in: one score per held-in user.
-        held_out: one score per held-out user.
 
     Returns:
         (fpr, tpr), both non-decreasing, from (0, 0) to (1, 1).
