@@ -19,7 +19,8 @@ from privtrain.commands.corpus import copies, probe, sampling
 from privtrain.commands.corpus.conditions import Condition, contexts_of, digest_input, ends_of, read_conditions
 from privtrain.commands.corpus.sampling import Engine, Sampler, SamplingSettings
 from privtrain.config import Config, load_config
-from privtrain.config.schema import DataSection, FilesSource, ModelSection
+from privtrain.config.data import DataSection, FilesSource
+from privtrain.config.model import ModelSection
 from privtrain.data.canaries import canaries_of, plant
 from privtrain.data.corpus import Corpus, load_corpus, normal_form, source_files
 from privtrain.data.manifest import read_sealed, split_commitment

@@ -22,8 +22,8 @@ from privtrain.commands.corpus.copies import CorpusIndex, Rate
 from privtrain.commands.corpus.sampling import SamplingSettings, TransformersSampler, VllmSampler, distinct
 from privtrain.commands.generate import GenerateOptions, generate
 from privtrain.commands.verify import Anchors, verify_directory
+from privtrain.config.data import DataSection
 from privtrain.config.load import validate
-from privtrain.config.schema import DataSection
 from privtrain.errors import ConfigError, PlanMismatch, VerificationFailed
 from privtrain.job.train import train
 from privtrain.run import generated

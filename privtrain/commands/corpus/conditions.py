@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from privtrain.config.schema import DataSection
+from privtrain.config.data import DataSection
 from privtrain.data.chat import end_marks
 from privtrain.data.encode import context_ids
 from privtrain.errors import ConfigError, Fault

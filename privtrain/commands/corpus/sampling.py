@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from privtrain.config import Config
-from privtrain.config.schema import ModelSection
+from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.run.base_model import locate
 from privtrain.run.directory import RunDirectory
