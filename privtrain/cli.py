@@ -99,13 +99,25 @@ def plan(
     ] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Throughput of one rank, for the time.")] = None,
     prices: Annotated[bool, typer.Option(help="Show what ε, batch and steps trade for one another.")] = True,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize", help="Choose batch, steps, records, bands and learning rate for a compute budget."),
+    ] = False,
+    user_draws: Annotated[
+        float | None, typer.Option(help="That budget in users drawn over all steps; default: the plan's own.", min=1)
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="That budget in hours at --tokens-per-second.", min=0.001)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
     from privtrain.commands.plan import PlanOptions, describe_plan
     from privtrain.commands.plan_view import print_plan
 
-    options = PlanOptions(num_users, accelerate, tokens_per_second, prices, num_ranks)
+    options = PlanOptions(
+        num_users, accelerate, tokens_per_second, prices, num_ranks, optimize, user_draws=user_draws, hours=hours
+    )
     description = describe_plan(config, overrides or [], options)
     if as_json:
         typer.echo(json.dumps(description, indent=2))

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from accountants.comparison import compare
+from privtrain.commands.optimize import optimize, record_draws_of, records_in_step
 from privtrain.config import Config, load_config
 from privtrain.config.privacy import PrivacySection
 from privtrain.config.training import TrainingSection
 from privtrain.data.corpus import load_corpus
-from privtrain.errors import ConfigError
+from privtrain.errors import ConfigError, Fault
 from privtrain.inputs import load_checked
 from privtrain.job.advice import expected_units, expected_users, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
@@ -42,6 +43,10 @@ class PlanOptions:
         tokens_per_second: throughput of one rank, for the time that training takes.
         prices: whether to calculate the price list.
         num_ranks: processes of the launch, where they are not the accelerate config's.
+        optimize: whether to choose batch, steps, records, bands and learning rate for a compute budget.
+        user_draws: that budget in users drawn, with the configuration's records of each; ``None`` with ``hours``, or
+            where the plan's own compute is the budget.
+        hours: that budget in hours at ``tokens_per_second``.
     """
 
     num_users: int | None = None
@@ -49,6 +54,9 @@ class PlanOptions:
     tokens_per_second: float | None = None
     prices: bool = True
     num_ranks: int | None = None
+    optimize: bool = False
+    user_draws: float | None = None
+    hours: float | None = None
 
     def layout(self) -> LaunchLayout:
         """Return how the launch divides the model."""
@@ -80,6 +88,7 @@ def describe_plan(
         "accountants": _accountants(plan),
         "prices": [dataclasses.asdict(price) for price in prices],
         **_cost(config, plan, layout, options),
+        "optimum": _optimum(config, layout, options, population["expected_training_units"]),
         "not_private_reasons": list(plan.not_private_reasons),
         "warnings": warnings(
             config, plan, population["expected_training_units"], population["expected_training_users"]
@@ -188,6 +197,31 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
         "most_tokens_per_step": round(tokens_per_step),
         "most_training_seconds": seconds,
     }
+
+
+def _optimum(config: Config, layout: LaunchLayout, options: PlanOptions, num_units: float) -> dict[str, Any] | None:
+    """Return the best plans for a compute budget, if they are asked for.
+
+    Raises:
+        ConfigError: if the budget is not stated in full, or the model is not at hand, whose trained weights count.
+    """
+    if not options.optimize:
+        if options.user_draws is not None or options.hours is not None:
+            raise ConfigError([Fault("--user-draws, --hours", "are the compute budget of --optimize; give it too")])
+        return None
+    privacy = config.privacy
+    if options.user_draws is not None and options.hours is not None:
+        raise ConfigError([Fault("--user-draws, --hours", "give one of the two")])
+    draws = record_draws_of(privacy)
+    if options.user_draws is not None:
+        draws = options.user_draws * records_in_step(privacy)
+    if options.hours is not None:
+        if options.tokens_per_second is None:
+            raise ConfigError([Fault("--hours", "needs --tokens-per-second, the throughput of one rank")])
+        num_tokens = options.hours * 3600 * options.tokens_per_second * layout.num_ranks
+        draws = num_tokens / config.data.max_length
+    num_trained = model_size(config, layout).num_trained
+    return optimize(config, num_units, num_trained, draws).to_json(config)
 
 
 def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:

@@ -22,6 +22,8 @@ def print_plan(description: dict[str, Any]) -> None:
         console.print(_accountant_table(description["accountants"]))
     if description["prices"]:
         console.print(_price_table(description["prices"]))
+    if description["optimum"] is not None:
+        _print_optimum(console, description["optimum"])
     _print_memory(console, description)
     for reason in description["not_private_reasons"]:
         console.print(f"[bold red]NOT PRIVATE[/]: {reason}")
@@ -116,6 +118,27 @@ def _price_table(prices: list[dict[str, Any]]) -> Table:
         relative = f"{price['relative_noise']:.2f} ×", f"{price['relative_noise_of_run']:.2f} ×"
         table.add_row(price["change"], f"{price['epsilon']:.3f}", f"{price['noise_multiplier']:g}", *relative)
     return table
+
+
+def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
+    """The best plan for each number of steps, what to change for the best of all, and what that rests on."""
+    columns = "", "steps", "batch", "records", "bands", "noise multiplier", "noise of the run", "gain", "learning rate"
+    caption = (
+        f"{optimum['record_draws']:,.0f} records in all; gain: the share of what unlimited steps without noise would "
+        "gain, predicted"
+    )
+    table = Table(*columns, title="the same ε and compute", caption=caption)
+    marked = [("now", optimum["now"])] if optimum["now"] else []
+    marked += [("best" if c == optimum["best"] else "", c) for c in optimum["frontier"]]
+    for mark, c in marked:
+        shape = (str(c[key]) for key in ("num_steps", "batch", "records_per_unit", "num_bands"))
+        noise = f"{c['noise_multiplier']:g}", f"{c['relative_noise']:.3g}"
+        table.add_row(mark, *shape, *noise, f"{c['predicted_gain']:.2f}", f"{c['learning_rate']:.2g}")
+    console.print(table)
+    words = " ".join(f"{key}={'null' if value is None else value}" for key, value in optimum["overrides"].items())
+    console.print(f"to take the best, add: {words}", soft_wrap=True)
+    for reason in optimum["rests_on"]:
+        console.print(f"rests on: {reason}", soft_wrap=True)
 
 
 def _print_memory(console: Console, d: dict[str, Any]) -> None:

@@ -1,0 +1,242 @@
+"""``privtrain plan --optimize``: batch, steps, records and bands for a guarantee and a compute budget, before any data.
+
+Looks at the configuration, the number of users and the number of trained weights alone. The ranking is that of
+:mod:`privtrain.privacy.noise_law`, fitted on small runs on public text; ε of what is recommended is certified as any
+plan's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import accountants
+from privtrain.config import Config
+from privtrain.config.schema import MAX_UNITS, PrivacySection
+from privtrain.errors import ConfigError, Fault
+from privtrain.privacy import noise_law
+from privtrain.privacy.plan import PrivacyPlan
+
+#: Steps are powers of two, which many numbers of bands divide.
+_STEPS = tuple(2**n for n in range(3, 13))
+#: Bands that are compared for each number of steps; the recommended plan takes the best of all (``num_bands: auto``).
+_BANDS = (1, 4, 16, 64)
+#: Records of a user in a step that are compared, beside the configuration's.
+_RECORDS = (1, 4)
+#: A plan whose predicted gain is at most this share below the best is as good, as far as the law can tell.
+_AS_GOOD = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One way to spend the compute.
+
+    Attributes:
+        num_steps, batch, records_per_unit, num_bands: what is chosen; the batch is the expected one.
+        sampling_prob: batch over users.
+        noise_multiplier: for the target ε.
+        step_noise: norm of a step's noise on the mean gradient, over the clipping norm.
+        relative_noise: norm of the noise in the trained weights over the largest signal
+            (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`, over all trained weights).
+        predicted_gain: share of the loss that unlimited steps without noise would take off.
+        learning_rate: of AdamW, by the law.
+    """
+
+    num_steps: int
+    batch: int
+    records_per_unit: int
+    num_bands: int
+    sampling_prob: float
+    noise_multiplier: float
+    step_noise: float
+    relative_noise: float
+    predicted_gain: float
+    learning_rate: float
+
+    def overrides(self, config: Config) -> dict[str, Any]:
+        """Return the keys to change in the configuration."""
+        banded = {"privacy.noise": "banded", "privacy.sampling": "cyclic_poisson", "privacy.num_bands": self.num_bands}
+        independent = {"privacy.noise": "independent", "privacy.sampling": "poisson", "privacy.num_bands": None}
+        records = {"privacy.records_per_user": self.records_per_unit} if config.privacy.unit == "user" else {}
+        return {
+            "privacy.num_steps": self.num_steps,
+            "privacy.expected_batch_size": self.batch,
+            "privacy.sampling_prob": self.sampling_prob,
+            **(banded if self.num_bands > 1 else independent),
+            **records,
+            "training.learning_rate": self.learning_rate,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The frontier: the best choice for each number of steps.
+
+    Attributes:
+        record_draws: the compute, in records that pass through the model.
+        now: the plan as it stands; ``None`` where the law knows no such plan.
+        frontier: for each number of steps the choice with the largest predicted gain.
+        best: the fewest noise-limited steps among those as good as the best.
+        rests_on: what the recommendations rest on, for readers.
+    """
+
+    record_draws: float
+    now: Choice | None
+    frontier: tuple[Choice, ...]
+    best: Choice
+    rests_on: tuple[str, ...]
+
+    def to_json(self, config: Config) -> dict[str, Any]:
+        """Return all of it as JSON, with the keys to change."""
+        return {**dataclasses.asdict(self), "overrides": self.best.overrides(config)}
+
+
+def optimize(config: Config, num_units: float, num_trained: int, record_draws: float) -> Optimum:
+    """Return the frontier of a compute budget.
+
+    Args:
+        config: whose ε, δ, unit, optimizer and clipping stay.
+        num_units: expected training units.
+        num_trained: trained weights.
+        record_draws: records that pass through the model in the whole run.
+
+    Raises:
+        ConfigError: if the configuration has no target ε or another sampler, or no choice can meet the target.
+    """
+    privacy = config.privacy
+    faults = []
+    if privacy.target_epsilon is None:
+        faults.append(Fault("privacy.target_epsilon", "--optimize chooses the noise: give it in place of the noise"))
+    if privacy.sampling not in ("poisson", "cyclic_poisson"):
+        problem = f"given {privacy.sampling}; --optimize compares poisson and cyclic_poisson"
+        faults.append(Fault("privacy.sampling", problem))
+    if faults:
+        raise ConfigError(faults)
+    tried = [_choice(config, num_trained, *shape) for shape in _shapes(config, num_units, record_draws)]
+    found = [choice for choice in tried if choice is not None]
+    if not found:
+        problem = f"no batch of {num_units:.0f} users within {record_draws:.0f} records meets it"
+        raise ConfigError([Fault("privacy.target_epsilon", problem)])
+    steps = sorted({choice.num_steps for choice in found})
+    frontier = tuple(max((c for c in found if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
+    most = max(choice.predicted_gain for choice in frontier)
+    # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
+    best = max(
+        (c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps
+    )
+    records = records_in_step(privacy)
+    now = _choice(
+        config, num_trained, privacy.num_steps, round(privacy.expected_batch_size), records, _bands_now(config), None
+    )
+    return Optimum(record_draws, now, frontier, best, _rests_on(config, best))
+
+
+def record_draws_of(privacy: PrivacySection) -> float:
+    """Return the most records that the plan as it stands passes through the model."""
+    return privacy.num_steps * privacy.expected_batch_size * records_in_step(privacy)
+
+
+def records_in_step(privacy: PrivacySection) -> int:
+    return 1 if privacy.unit == "example" else privacy.records_per_user or 1
+
+
+def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[tuple[int, int, int, int, float]]:
+    """Yield (steps, batch, records, bands, users) that spend the budget."""
+    privacy = config.privacy
+    choices_of_k = {1} if privacy.unit == "example" else {records_in_step(privacy), *_RECORDS}
+    bands = _BANDS if can_be_banded(config) else (1,)
+    for records in sorted(choices_of_k):
+        for num_steps in sorted({*_STEPS, privacy.num_steps}):
+            batch = int(record_draws / (num_steps * records))
+            if not 1 <= batch <= min(num_units, MAX_UNITS):
+                continue
+            for num_bands in bands:
+                if num_steps % num_bands == 0 and num_bands * batch <= num_units:
+                    yield num_steps, batch, records, num_bands, num_units
+
+
+def can_be_banded(config: Config) -> bool:
+    """Return whether nothing else in the configuration rules correlated noise out."""
+    privacy = config.privacy
+    return (
+        privacy.clipping_style != "adaptive"
+        and privacy.noised_metrics is None
+        and privacy.user_accounting == "none"
+        and privacy.neighboring_relation == "add_or_remove_one"
+        and not config.audit.keep_noised_sums
+    )
+
+
+def _bands_now(config: Config) -> int:
+    if config.privacy.noise != "banded":
+        return 1
+    plan = PrivacyPlan.uncertified(config.privacy, config.training)
+    return 1 if plan.strategy is None else plan.strategy.num_bands
+
+
+def _choice(
+    config: Config,
+    num_trained: int,
+    num_steps: int,
+    batch: int,
+    records: int,
+    num_bands: int,
+    num_units: float | None,
+) -> Choice | None:
+    """Return the choice with its noise; ``None`` if none is enough. Without ``num_units`` the sampling stays."""
+    privacy, training = config.privacy, config.training
+    prob = privacy.sampling_prob if num_units is None else float(f"{batch / num_units:.4g}")
+    assert prob is not None, "Poisson sampling has it"
+    update: dict[str, Any] = {
+        "num_steps": num_steps,
+        "expected_batch_size": float(batch),
+        "sampling_prob": min(prob, 1.0),
+        "noise": "banded" if num_bands > 1 else "independent",
+        "sampling": "cyclic_poisson" if num_bands > 1 else "poisson",
+        "num_bands": num_bands if num_bands > 1 else None,
+        "accountant": "tilted",  # as certified as pld, and several times faster
+    }
+    try:
+        plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), training)
+    except accountants.CalibrationError:
+        return None
+    root = math.sqrt(num_trained)
+    step_noise = plan.largest_step_noise * root / batch
+    relative_noise = plan.noise_of_run(training) * root
+    law = noise_law.fitted()
+    point = noise_law.Point(num_steps, step_noise, relative_noise, records, config.lora.rank)
+    return Choice(
+        num_steps=num_steps,
+        batch=batch,
+        records_per_unit=records,
+        num_bands=num_bands,
+        sampling_prob=update["sampling_prob"],
+        noise_multiplier=plan.noise_multiplier,
+        step_noise=step_noise,
+        relative_noise=relative_noise,
+        predicted_gain=law.gain(point),
+        learning_rate=float(f"{law.learning_rate(point):.2g}"),
+    )
+
+
+def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
+    law, clipping = noise_law.fitted(), config.privacy.clipping_style
+    where = (
+        f"{law.num_runs} trainings of a Llama of half a million weights on synthetic customers, {law.least_steps} to "
+        f"{law.most_steps} steps"
+    )
+    found = [
+        f"batch, steps and records of a user: a law of loss against steps and noise in the trained weights, fitted to "
+        f"{where}; it ranks plans, and no loss of yours is predicted by it",
+        "bands: the predicted noise in the trained weights at the same certified ε",
+        "learning rate: the rate that was best in those trainings, by steps, noise, rank and records",
+        f"clipping: kept ({clipping}, norm {config.privacy.clipping_norm:g}); AdamW's steps do not depend on the norm "
+        "once most units are clipped, and how many are is private",
+    ]
+    if not law.least_steps <= best.num_steps <= law.most_steps:
+        found.append(f"{best.num_steps} steps are outside what was measured: the law goes on as it was within")
+    if config.training.method != "lora":
+        found.append(f"training.method: {config.training.method} was not measured: take the learning rate as a start")
+    return tuple(found)

@@ -1,0 +1,240 @@
+"""Measure what noise, batch, steps, rank and learning rate do to a small model: the table behind ``plan --optimize``.
+
+``python -m tests.bench.noise_law DIRECTORY [PURPOSE...]`` appends what is missing to ``privtrain/privacy/noise_law.csv``;
+delete the file to measure everything again (about half an hour of one core). The base model and the data are those of
+``privtrain study user-level-dp``: a Llama of half a million weights trained on Shakespeare's plays, and synthetic
+customers. Every run is the product's own trainer under a public seed, which decides users, initial weights and noise.
+
+Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank`` and ``records`` (the same for other ranks, and
+for other numbers of records of a user in a step) are what the law is fitted to; ``grid`` (one compute budget and one ε, over batch, bands and learning rate) is what it is judged by.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from privtrain.backends.local import LocalBackend
+from privtrain.config import Config, validate
+from privtrain.config.schema import PrivacySection
+from privtrain.data.manifest import draw_split
+from privtrain.data.synthetic import customer_records, write_customers
+from privtrain.inputs import Inputs, read_inputs
+from privtrain.ledger.log import NullLedger
+from privtrain.privacy import noise_law
+from privtrain.privacy.noise_law import Measured
+from privtrain.privacy.plan import PrivacyPlan
+from privtrain.privacy.secret import SecretKey
+from privtrain.tracking import NullTracker
+from privtrain.training.evaluate import evaluate
+from privtrain.training.network import Network, load_network
+from privtrain.training.selecting import select_units
+from privtrain.training.trainer import Trainer
+
+TABLE = pathlib.Path(noise_law.__file__).with_suffix(".csv")
+BASE_SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies" / "user-level-dp" / "base_model.py"
+NUM_USERS, HELD_OUT, MAX_LENGTH = 2000, 0.2, 24
+
+#: Of ``grid``: user-draws of a run, and the guarantee.
+DRAWS, EPSILON, DELTA = 2048, 4.0, 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One training."""
+
+    purpose: str
+    num_steps: int
+    batch: int
+    noise_multiplier: float
+    num_bands: int
+    rank: int
+    records_per_user: int
+    learning_rate: float
+    seed: int
+
+
+def settings(purpose: str) -> Iterator[Setting]:
+    """Yield what a purpose measures."""
+    if purpose == "fit":
+        for seed, steps, noise in itertools.product((0, 1), (8, 24, 72, 200), (0.0, 0.1, 0.25, 0.7, 2.0)):
+            for rate in _rates(steps, noise):
+                yield Setting(purpose, steps, 8, noise, 1, 4, 1, rate, seed)
+    elif purpose == "rank":
+        for rank, noise in itertools.product((1, 4, 16), (0.1, 0.7)):
+            for rate in _rates(32, noise):
+                yield Setting(purpose, 32, 8, noise, 1, rank, 1, rate, 0)
+    elif purpose == "records":
+        for records, noise in itertools.product((2, 4), (0.1, 0.7)):
+            for rate in _rates(32, noise):
+                yield Setting(purpose, 32, 8, noise, 1, 4, records, rate, 0)
+    elif purpose == "grid":
+        for steps, bands in itertools.product((8, 16, 32, 64, 128, 256), (1, 4, 8)):
+            if bands * DRAWS / steps > NUM_USERS * (1 - HELD_OUT):
+                continue  # more groups than a step's probability allows
+            noise = _calibrated(steps, DRAWS // steps, bands)
+            for rate in (3e-3, 1e-2, 3e-2, 1e-1):
+                yield Setting(purpose, steps, DRAWS // steps, noise, bands, 4, 1, rate, 0)
+    else:
+        raise SystemExit(f"{purpose}: one of fit, rank, records, grid")
+
+
+def _rates(num_steps: int, noise: float) -> list[float]:
+    """Return learning rates around what short runs liked; the best one should be inside."""
+    middle = 2e-2 * (32 / num_steps) ** 0.5 / (1 + noise) ** 0.5
+    return [float(f"{middle * 2.5**k:.3g}") for k in (-1.5, -0.5, 0.5, 1.5)]
+
+
+def _section(steps: int, batch: int, bands: int, records: int = 1, **noise: float) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "records_per_user": records,
+        "sampling_prob": batch / (NUM_USERS * (1 - HELD_OUT)),
+        "expected_batch_size": batch,
+        "target_delta": DELTA,
+        "num_steps": steps,
+        **noise,
+    }
+    return section | ({"noise": "banded", "num_bands": bands} if bands > 1 else {})
+
+
+def _calibrated(steps: int, batch: int, bands: int) -> float:
+    section = PrivacySection(**_section(steps, batch, bands, target_epsilon=EPSILON), accountant="tilted")
+    return PrivacyPlan.uncertified(section).noise_multiplier
+
+
+class Bench:
+    """Model, users and evaluation records, loaded once for each rank and seed."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self._directory, self._loaded = directory, (0, -1)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend = LocalBackend(torch.device("cpu"))
+        if not (directory / "customers.jsonl").exists():
+            write_customers(directory / "customers.jsonl", customer_records(NUM_USERS, seed=0, mean_records=8.0))
+        if not (directory / "base").exists():
+            subprocess.run([sys.executable, str(BASE_SCRIPT), str(directory / "base")], check=True)
+
+    def _config(self, setting: Setting) -> Config:
+        section = _section(
+            setting.num_steps,
+            setting.batch,
+            setting.num_bands,
+            setting.records_per_user,
+            noise_multiplier=setting.noise_multiplier,
+        )
+        return validate(
+            {
+                "run": {"name": "noise-law", "output_dir": str(self._directory)},
+                "model": {"name_or_path": str(self._directory / "base")},
+                "lora": {"rank": setting.rank, "alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+                "data": {
+                    "source": {"kind": "files", "paths": [str(self._directory / "customers.jsonl")]},
+                    "max_length": MAX_LENGTH,
+                    "held_out_fraction": HELD_OUT,
+                    "attack_fraction": 0.0,
+                    "num_evaluation_records": 256,
+                },
+                "privacy": {**section, "insecure_seed": setting.seed},
+                "training": {"learning_rate": setting.learning_rate, "schedule": "linear"},
+                "performance": {"microbatch_size": min(64, setting.batch * setting.records_per_user * 3 // 2), "precision": "fp32"},
+                "tracking": {"wandb": False},
+            }
+        )
+
+    def measure(self, setting: Setting) -> Measured:
+        """Train and return what came of it."""
+        config = self._config(setting)
+        plan = PrivacyPlan.build(config.privacy, config.training)
+        self._load(config, setting)
+        network, key = self._network, SecretKey.insecure(setting.seed, "noise law")
+        packer = dataclasses.replace(network.packer, microbatch_size=config.performance.microbatch_size)
+        with torch.no_grad():
+            for name, parameter in network.model.named_parameters():
+                if name in self._initial:
+                    parameter.copy_(self._initial[name])
+        trainer = Trainer(
+            plan=plan,
+            training=config.training,
+            model=network.model,
+            units=self._units,
+            backend=self._backend,
+            key=key,
+            generation=0,
+            ledger=NullLedger(),
+            tracker=NullTracker(),
+            autocast=network.autocast,
+            packer=packer,
+            objective=network.objective,
+        )
+        for step in range(setting.num_steps):
+            trainer.train_step(step)
+        num_trained = sum(tensor.numel() for tensor in self._initial.values())
+        relative_noise = plan.noise_of_run(config.training) * math.sqrt(num_trained)
+        return Measured(
+            **dataclasses.asdict(setting),
+            num_trained=num_trained,
+            relative_noise=float(f"{relative_noise:.6g}"),
+            loss_before=round(self._before, 5),
+            loss=round(self._loss(), 5),
+        )
+
+    def _load(self, config: Config, setting: Setting) -> None:
+        if self._loaded == (setting.rank, setting.seed):
+            return
+        self._loaded = setting.rank, setting.seed
+        inputs: Inputs = read_inputs(config)
+        network: Network = load_network(config, self._backend)
+        key = SecretKey.insecure(setting.seed, "split")
+        split = draw_split(config, inputs.corpus, network.tokenizer, key)
+        self._network = network
+        self._units = select_units(inputs, self._backend, network, split, key, cache=None)
+        self._evaluation = network.encoder.encode([inputs.corpus.records[u][i] for u, i in split.evaluation]).records
+        trained = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad]
+        self._initial = {name: parameter.detach().clone() for name, parameter in trained}
+        self._before = self._loss()
+
+    def _loss(self) -> float:
+        network = self._network
+        scores = evaluate(
+            network.model,
+            self._evaluation,
+            self._backend,
+            objective=network.objective,
+            packer=network.packer,
+            autocast=network.autocast,
+        )
+        assert scores is not None
+        return scores.loss
+
+
+def main() -> None:
+    """Measure what the table lacks, one row after another."""
+    directory, purposes = pathlib.Path(sys.argv[1]), sys.argv[2:] or ["fit", "rank", "records", "grid"]
+    names = [field.name for field in dataclasses.fields(Measured)]
+    known = {Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()}
+    bench = Bench(directory)
+    wanted = [setting for purpose in purposes for setting in settings(purpose) if setting not in known]
+    wanted.sort(key=lambda setting: setting.seed)  # one seed of everything first
+    is_new = not TABLE.exists()
+    with open(TABLE, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        for number, setting in enumerate(wanted, start=1):
+            row = bench.measure(setting)
+            writer.writerow(dataclasses.asdict(row))
+            file.flush()
+            print(f"{number}/{len(wanted)} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
