@@ -106,9 +106,7 @@ def plan(
     user_draws: Annotated[
         float | None, typer.Option(help="That budget in users drawn over all steps; default: the plan's own.", min=1)
     ] = None,
-    hours: Annotated[
-        float | None, typer.Option(help="That budget in hours at --tokens-per-second.", min=0.001)
-    ] = None,
+    hours: Annotated[float | None, typer.Option(help="That budget in hours at --tokens-per-second.", min=0.001)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import accountants
 from privtrain.config import Config
-from privtrain.config.schema import MAX_UNITS, PrivacySection
+from privtrain.config.privacy import MAX_UNITS, PrivacySection
 from privtrain.errors import ConfigError, Fault
+from privtrain.job.advice import recommended_learning_rate
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan
 
@@ -37,10 +38,9 @@ class Choice:
         num_steps, batch, records_per_unit, num_bands: what is chosen; the batch is the expected one.
         sampling_prob: batch over users.
         noise_multiplier: for the target ε.
-        step_noise: norm of a step's noise on the mean gradient, over the clipping norm.
         relative_noise: norm of the noise in the trained weights over the largest signal
             (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`, over all trained weights).
-        predicted_gain: share of the loss that unlimited steps without noise would take off.
+        predicted_gain: what training takes off the loss, in a unit that only ratios have a meaning in.
         learning_rate: of AdamW, by the law.
     """
 
@@ -50,7 +50,6 @@ class Choice:
     num_bands: int
     sampling_prob: float
     noise_multiplier: float
-    step_noise: float
     relative_noise: float
     predicted_gain: float
     learning_rate: float
@@ -123,9 +122,7 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
     frontier = tuple(max((c for c in found if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
     most = max(choice.predicted_gain for choice in frontier)
     # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
-    best = max(
-        (c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps
-    )
+    best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
     records = records_in_step(privacy)
     now = _choice(
         config, num_trained, privacy.num_steps, round(privacy.expected_batch_size), records, _bands_now(config), None
@@ -139,6 +136,7 @@ def record_draws_of(privacy: PrivacySection) -> float:
 
 
 def records_in_step(privacy: PrivacySection) -> int:
+    """Return the most records of a unit in a step."""
     return 1 if privacy.unit == "example" else privacy.records_per_user or 1
 
 
@@ -196,6 +194,7 @@ def _choice(
         "noise": "banded" if num_bands > 1 else "independent",
         "sampling": "cyclic_poisson" if num_bands > 1 else "poisson",
         "num_bands": num_bands if num_bands > 1 else None,
+        "records_per_user": records if privacy.unit == "user" else privacy.records_per_user,
         "accountant": "tilted",  # as certified as pld, and several times faster
     }
     try:
@@ -203,10 +202,8 @@ def _choice(
     except accountants.CalibrationError:
         return None
     root = math.sqrt(num_trained)
-    step_noise = plan.largest_step_noise * root / batch
     relative_noise = plan.noise_of_run(training) * root
-    law = noise_law.fitted()
-    point = noise_law.Point(num_steps, step_noise, relative_noise, records, config.lora.rank)
+    point = noise_law.Point(num_steps, relative_noise, records, config.lora.rank)
     return Choice(
         num_steps=num_steps,
         batch=batch,
@@ -214,10 +211,9 @@ def _choice(
         num_bands=num_bands,
         sampling_prob=update["sampling_prob"],
         noise_multiplier=plan.noise_multiplier,
-        step_noise=step_noise,
         relative_noise=relative_noise,
-        predicted_gain=law.gain(point),
-        learning_rate=float(f"{law.learning_rate(point):.2g}"),
+        predicted_gain=noise_law.fitted().gain(point),
+        learning_rate=float(f"{recommended_learning_rate(config, plan, num_trained):.2g}"),
     )
 
 
@@ -231,7 +227,7 @@ def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
         f"batch, steps and records of a user: a law of loss against steps and noise in the trained weights, fitted to "
         f"{where}; it ranks plans, and no loss of yours is predicted by it",
         "bands: the predicted noise in the trained weights at the same certified ε",
-        "learning rate: the rate that was best in those trainings, by steps, noise, rank and records",
+        "learning rate: the rate that was best in those trainings, by steps, noise and rank",
         f"clipping: kept ({clipping}, norm {config.privacy.clipping_norm:g}); AdamW's steps do not depend on the norm "
         "once most units are clipped, and how many are is private",
     ]

@@ -17,7 +17,7 @@ from privtrain.config.training import TrainingSection
 from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, Fault
 from privtrain.inputs import load_checked
-from privtrain.job.advice import expected_units, expected_users, warnings
+from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
 from privtrain.models.memory import LaunchLayout, ModelSize, model_size
 from privtrain.privacy.banded import tried_bands
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant, finite
@@ -47,6 +47,9 @@ class PlanOptions:
         user_draws: that budget in users drawn, with the configuration's records of each; ``None`` with ``hours``, or
             where the plan's own compute is the budget.
         hours: that budget in hours at ``tokens_per_second``.
+
+    Raises:
+        ConfigError: if that budget is not stated in full.
     """
 
     num_users: int | None = None
@@ -57,6 +60,15 @@ class PlanOptions:
     optimize: bool = False
     user_draws: float | None = None
     hours: float | None = None
+
+    def __post_init__(self) -> None:
+        budget = "--user-draws, --hours"
+        if not self.optimize and (self.user_draws is not None or self.hours is not None):
+            raise ConfigError([Fault(budget, "are the compute budget of --optimize; give it too")])
+        if self.user_draws is not None and self.hours is not None:
+            raise ConfigError([Fault(budget, "give one of the two")])
+        if self.hours is not None and self.tokens_per_second is None:
+            raise ConfigError([Fault("--hours", "needs --tokens-per-second, the throughput of one rank")])
 
     def layout(self) -> LaunchLayout:
         """Return how the launch divides the model."""
@@ -80,6 +92,8 @@ def describe_plan(
     population = _population(config, options.num_users)
     check_step_size(plan.scheme, population["expected_training_units"])
     prices = price_list(config.privacy, plan, config.training) if options.prices else []
+    cost = _cost(config, plan, layout, options)
+    num_trained = cost["num_trained_parameters"]
     return {
         "run": str(config.run.directory),
         **population,
@@ -87,12 +101,11 @@ def describe_plan(
         **_correlation(config, plan),
         "accountants": _accountants(plan),
         "prices": [dataclasses.asdict(price) for price in prices],
-        **_cost(config, plan, layout, options),
-        "optimum": _optimum(config, layout, options, population["expected_training_units"]),
+        **cost,
+        "optimum": _optimum(config, layout, options, population["expected_training_units"], num_trained),
         "not_private_reasons": list(plan.not_private_reasons),
-        "warnings": warnings(
-            config, plan, population["expected_training_units"], population["expected_training_users"]
-        ),
+        "warnings": warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
+        + (learning_rate_warnings(config, plan, num_trained) if num_trained else []),
         "launch": _launch_command(config_path, overrides, options),
     }
 
@@ -199,28 +212,26 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
     }
 
 
-def _optimum(config: Config, layout: LaunchLayout, options: PlanOptions, num_units: float) -> dict[str, Any] | None:
+def _optimum(
+    config: Config, layout: LaunchLayout, options: PlanOptions, num_units: float, num_trained: int | None
+) -> dict[str, Any] | None:
     """Return the best plans for a compute budget, if they are asked for.
 
     Raises:
-        ConfigError: if the budget is not stated in full, or the model is not at hand, whose trained weights count.
+        ConfigError: if the model is not at hand, whose trained weights count.
     """
     if not options.optimize:
-        if options.user_draws is not None or options.hours is not None:
-            raise ConfigError([Fault("--user-draws, --hours", "are the compute budget of --optimize; give it too")])
         return None
+    if num_trained is None:
+        raise ConfigError([Fault("model", "--optimize needs to count the trained weights, and it is not at hand")])
     privacy = config.privacy
-    if options.user_draws is not None and options.hours is not None:
-        raise ConfigError([Fault("--user-draws, --hours", "give one of the two")])
     draws = record_draws_of(privacy)
     if options.user_draws is not None:
         draws = options.user_draws * records_in_step(privacy)
     if options.hours is not None:
-        if options.tokens_per_second is None:
-            raise ConfigError([Fault("--hours", "needs --tokens-per-second, the throughput of one rank")])
+        assert options.tokens_per_second is not None, "looked at first"
         num_tokens = options.hours * 3600 * options.tokens_per_second * layout.num_ranks
         draws = num_tokens / config.data.max_length
-    num_trained = model_size(config, layout).num_trained
     return optimize(config, num_units, num_trained, draws).to_json(config)
 
 

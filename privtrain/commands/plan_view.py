@@ -123,17 +123,15 @@ def _price_table(prices: list[dict[str, Any]]) -> Table:
 def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
     """The best plan for each number of steps, what to change for the best of all, and what that rests on."""
     columns = "", "steps", "batch", "records", "bands", "noise multiplier", "noise of the run", "gain", "learning rate"
-    caption = (
-        f"{optimum['record_draws']:,.0f} records in all; gain: the share of what unlimited steps without noise would "
-        "gain, predicted"
-    )
+    caption = f"{optimum['record_draws']:,.0f} records in all; gain: predicted fall of the loss, relative to the best"
     table = Table(*columns, title="the same ε and compute", caption=caption)
+    most = max(c["predicted_gain"] for c in optimum["frontier"])
     marked = [("now", optimum["now"])] if optimum["now"] else []
     marked += [("best" if c == optimum["best"] else "", c) for c in optimum["frontier"]]
     for mark, c in marked:
         shape = (str(c[key]) for key in ("num_steps", "batch", "records_per_unit", "num_bands"))
         noise = f"{c['noise_multiplier']:g}", f"{c['relative_noise']:.3g}"
-        table.add_row(mark, *shape, *noise, f"{c['predicted_gain']:.2f}", f"{c['learning_rate']:.2g}")
+        table.add_row(mark, *shape, *noise, f"{c['predicted_gain'] / most:.2f}", f"{c['learning_rate']:.2g}")
     console.print(table)
     words = " ".join(f"{key}={'null' if value is None else value}" for key, value in optimum["overrides"].items())
     console.print(f"to take the best, add: {words}", soft_wrap=True)

@@ -6,10 +6,15 @@ import math
 
 from privtrain.config import Config
 from privtrain.data.corpus import Corpus
+from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan
 
 #: Relative gap between expected batch size and sampling_prob times users that is worth a warning.
 _BATCH_GAP = 0.25
+#: Factor between learning rates that is worth a warning: within it, small trainings lost little.
+_RATE_FACTOR = 4.0
+#: Mean of a rate that decays linearly to zero, over its first.
+_MEAN_OF_DECAY = 0.5
 
 
 def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
@@ -30,6 +35,32 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
     if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
         found.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
     return found
+
+
+def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: int) -> float:
+    """Return AdamW's learning rate by :mod:`privtrain.privacy.noise_law`: by steps, noise and rank, never by data.
+
+    The law was measured under a linear decay; a schedule that does not decay gets the same mean rate.
+    """
+    training, num_steps = config.training, plan.num_steps
+    noise = plan.noise_of_run(training) * math.sqrt(num_trained)
+    point = noise_law.Point(num_steps, noise, plan.records_per_unit, config.lora.rank)
+    factors = [training.learning_rate_at(step, num_steps) / training.learning_rate for step in range(num_steps)]
+    return noise_law.fitted().learning_rate(point) * _MEAN_OF_DECAY / (sum(factors) / num_steps)
+
+
+def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) -> list[str]:
+    """Return a warning if the learning rate is far from what small trainings liked; for LoRA, which was measured."""
+    if config.training.method != "lora" or config.data.is_classification:
+        return []
+    rate, given = recommended_learning_rate(config, plan, num_trained), config.training.learning_rate
+    if 1 / _RATE_FACTOR <= given / rate <= _RATE_FACTOR:
+        return []
+    side, factor = ("below", rate / given) if given < rate else ("above", given / rate)
+    return [
+        f"training.learning_rate={given:g} is {side} what small trainings with as many steps, as much noise and this "
+        f"rank liked, by a factor of {factor:.0f}: about {rate:.1g}"
+    ]
 
 
 def expected_units(config: Config, corpus: Corpus) -> float:

@@ -19,7 +19,7 @@ from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost, PrivtrainError
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
-from privtrain.job.advice import expected_units, expected_users, warnings
+from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
 from privtrain.job.claim import check_run_directory, claimed, is_complete
 from privtrain.job.contributions import check_contributed, note_canaries
 from privtrain.job.environment import environment_digest
@@ -128,6 +128,9 @@ def _run(
             tracker = _open_tracker(inputs, backend, run_id, session.continuation.start_step, on_step)
         directions = GradientCanaries(root_key, split.canaries, units)
         trainer = _build_trainer(inputs, backend, ledger, network, units, session, tracker, stop, directions)
+        if backend.is_main:
+            for warning in learning_rate_warnings(inputs.config, inputs.plan, _num_trained(trainer)):
+                say(f"[yellow]warning[/]: {warning}")
         _self_test(trainer, network, backend)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.continuation.start_step:
@@ -202,6 +205,10 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     directions = GradientCanaries(key, split.canaries, units)
     trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, directions)
     _self_test(trainer, network, backend)
+    return _num_trained(trainer)
+
+
+def _num_trained(trainer: Trainer) -> int:
     return sum(math.prod(slot.whole_shape) for slot in trainer.layout.slots)
 
 

@@ -1,12 +1,13 @@
 """Measure what noise, batch, steps, rank and learning rate do to a small model: the table behind ``plan --optimize``.
 
-``python -m tests.bench.noise_law DIRECTORY [PURPOSE...]`` appends what is missing to ``privtrain/privacy/noise_law.csv``;
+``python -m tests.bench.noise_law DIRECTORY [PURPOSE...]`` adds to ``privtrain/privacy/noise_law.csv`` what it lacks;
 delete the file to measure everything again (about half an hour of one core). The base model and the data are those of
 ``privtrain study user-level-dp``: a Llama of half a million weights trained on Shakespeare's plays, and synthetic
 customers. Every run is the product's own trainer under a public seed, which decides users, initial weights and noise.
 
 Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank`` and ``records`` (the same for other ranks, and
-for other numbers of records of a user in a step) are what the law is fitted to; ``grid`` (one compute budget and one ε, over batch, bands and learning rate) is what it is judged by.
+for other numbers of records of a user in a step) are what the law is fitted to; ``grid`` (one compute budget and one ε,
+over batch, bands and learning rate) is what it is judged by.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Bench:
             setting.records_per_user,
             noise_multiplier=setting.noise_multiplier,
         )
+        rows = min(64, setting.batch * setting.records_per_user * 3 // 2)
         return validate(
             {
                 "run": {"name": "noise-law", "output_dir": str(self._directory)},
@@ -145,7 +147,7 @@ class Bench:
                 },
                 "privacy": {**section, "insecure_seed": setting.seed},
                 "training": {"learning_rate": setting.learning_rate, "schedule": "linear"},
-                "performance": {"microbatch_size": min(64, setting.batch * setting.records_per_user * 3 // 2), "precision": "fp32"},
+                "performance": {"microbatch_size": rows, "precision": "fp32"},
                 "tracking": {"wandb": False},
             }
         )
@@ -220,7 +222,9 @@ def main() -> None:
     """Measure what the table lacks, one row after another."""
     directory, purposes = pathlib.Path(sys.argv[1]), sys.argv[2:] or ["fit", "rank", "records", "grid"]
     names = [field.name for field in dataclasses.fields(Measured)]
-    known = {Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()}
+    known = {
+        Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()
+    }
     bench = Bench(directory)
     wanted = [setting for purpose in purposes for setting in settings(purpose) if setting not in known]
     wanted.sort(key=lambda setting: setting.seed)  # one seed of everything first

@@ -1,0 +1,162 @@
+"""``plan --optimize``: what is chosen keeps ε and compute, and follows a law that was fitted to measured trainings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from privtrain.commands import optimize as module
+from privtrain.commands.optimize import can_be_banded, optimize, record_draws_of
+from privtrain.commands.plan import PlanOptions, describe_plan
+from privtrain.commands.plan_view import print_plan
+from privtrain.config import validate
+from privtrain.config.load import load_config
+from privtrain.errors import ConfigError
+from privtrain.job.advice import learning_rate_warnings, recommended_learning_rate
+from privtrain.privacy import noise_law
+from privtrain.privacy.noise_law import Point
+from privtrain.privacy.plan import PrivacyPlan
+from tests.conftest import write_config
+
+NUM_USERS = 2000
+
+
+@pytest.fixture
+def few_choices(monkeypatch):
+    monkeypatch.setattr(module, "_STEPS", (8, 64))
+    monkeypatch.setattr(module, "_BANDS", (1, 4))
+    monkeypatch.setattr(module, "_RECORDS", (1,))
+
+
+@pytest.fixture
+def private_tree(tree):
+    del tree["privacy"]["insecure_seed"]
+    tree["privacy"] |= {"target_epsilon": 4.0, "noise_multiplier": None, "target_delta": 1e-5, "accountant": "tilted"}
+    tree["privacy"] |= {"sampling_prob": 0.02, "expected_batch_size": 40, "num_steps": 32, "records_per_user": 2}
+    return tree
+
+
+def _best_of(tree, **values):
+    config = validate(tree)
+    return config, optimize(config, NUM_USERS, 10_000, record_draws_of(config.privacy), **values)
+
+
+def test_the_best_plan_keeps_epsilon_and_compute(private_tree, few_choices, tmp_path):
+    config, found = _best_of(private_tree)
+    words = [f"{key}={json.dumps(value)}" for key, value in found.best.overrides(config).items()]
+    changed = load_config(write_config(private_tree, tmp_path / "c.yaml"), words)
+    plan = PrivacyPlan.build(changed.privacy, changed.training)
+    assert plan.epsilon <= config.privacy.target_epsilon
+    assert plan.noise_multiplier == pytest.approx(found.best.noise_multiplier, rel=1e-3)
+    assert record_draws_of(changed.privacy) <= record_draws_of(config.privacy)
+    for choice in found.frontier:
+        assert choice.num_steps * choice.batch * choice.records_per_unit <= found.record_draws
+        assert choice.batch * choice.num_bands <= NUM_USERS
+    assert found.best.predicted_gain >= found.now.predicted_gain * (1 - module._AS_GOOD)
+
+
+def test_a_law_that_forgets_noise_is_seen(private_tree, few_choices, monkeypatch):
+    """The mutant takes the most steps, whatever their noise."""
+    _, right = _best_of(private_tree)
+    law = dataclasses.replace(noise_law.fitted(), half_noise=1e9)
+    monkeypatch.setattr(noise_law, "fitted", lambda: law)
+    _, wrong = _best_of(private_tree)
+    assert wrong.best.relative_noise >= right.best.relative_noise
+    by_noise = [law.gain(Point(64, noise)) for noise in (0.1, 1.0, 10.0)]
+    assert by_noise[0] == pytest.approx(by_noise[-1])  # what the next test would not accept
+
+
+def test_gain_falls_with_noise_and_rises_with_steps():
+    law = noise_law.fitted()
+    gains = np.array([[law.gain(Point(steps, noise)) for noise in (0, 0.1, 1, 10)] for steps in (8, 32, 128)])
+    assert (np.diff(gains, axis=1) < 0).all()
+    assert (np.diff(gains, axis=0) > 0).all()
+    rates = [law.learning_rate(Point(64, noise)) for noise in (0.1, 1, 10)]
+    assert rates == sorted(rates, reverse=True)
+    assert law.learning_rate(Point(256, 1.0)) < law.learning_rate(Point(16, 1.0))
+
+
+def test_law_agrees_with_the_trainings_it_was_fitted_to():
+    rows = [row for row in noise_law.table() if row.purpose != "grid"]
+    best = noise_law.best_of(rows)
+    law = noise_law.fitted()
+    gains = [law.gain(b.point) for b in best]
+    assert stats.spearmanr(gains, [b.drop for b in best])[0] > 0.95
+    off = [math.log(law.learning_rate(b.point) / b.learning_rate) for b in best if b.drop > 0.2]
+    assert np.median(np.abs(off)) < math.log(1.5)
+
+
+def test_a_table_with_too_few_trainings_fits_no_law():
+    with pytest.raises(ValueError, match="noise_law"):
+        noise_law.fit(noise_law.table()[:8])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clipping_style": "adaptive"},
+        {"noised_metrics": {"release": ["loss"]}},
+        {"unit": "example", "user_accounting": "group", "records_per_user": 3},
+    ],
+)
+def test_bands_are_not_offered_where_they_are_refused(private_tree, few_choices, change):
+    private_tree["privacy"] |= change
+    config = validate(private_tree)
+    assert not can_be_banded(config)
+    assert all(num_bands == 1 for *_, num_bands, _ in module._shapes(config, NUM_USERS, 1000))
+
+
+def test_optimize_refuses_what_it_cannot_calibrate(private_tree):
+    private_tree["privacy"] |= {"target_epsilon": None, "noise_multiplier": 1.0}
+    with pytest.raises(ConfigError, match=r"privacy\.target_epsilon"):
+        _best_of(private_tree)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"optimize": False, "user_draws": 100.0}, "--optimize"),
+        ({"optimize": True, "user_draws": 100.0, "hours": 1.0}, "one of the two"),
+        ({"optimize": True, "hours": 1.0}, "--tokens-per-second"),
+    ],
+)
+def test_a_budget_is_stated_in_full(options, problem):
+    with pytest.raises(ConfigError, match=problem):
+        PlanOptions(**options)
+
+
+def test_the_frontier_is_shown_with_what_it_rests_on(private_tree, few_choices, tmp_path, capsys):
+    path = write_config(private_tree, tmp_path / "c.yaml")
+    hours = PlanOptions(num_users=NUM_USERS, prices=False, optimize=True, hours=0.01, tokens_per_second=3000.0)
+    found = describe_plan(path, [], hours)
+    json.dumps(found, allow_nan=False)
+    assert found["optimum"]["record_draws"] == pytest.approx(0.01 * 3600 * 3000 / 24)
+    print_plan(found)
+    shown = capsys.readouterr().out
+    assert "best" in shown
+    assert "rests on: batch, steps and records" in shown
+
+
+@pytest.mark.parametrize(("factor", "word"), [(1.0, ""), (20.0, "above"), (1 / 20, "below")])
+def test_a_learning_rate_far_from_the_law_is_warned_about(private_tree, factor, word):
+    config = validate(private_tree)
+    plan = PrivacyPlan.build(config.privacy, config.training)
+    rate = recommended_learning_rate(config, plan, 10_000)
+    private_tree["training"]["learning_rate"] = rate * factor
+    found = learning_rate_warnings(validate(private_tree), plan, 10_000)
+    assert (word in "".join(found)) if word else not found
+
+
+def test_a_rate_that_does_not_decay_is_half_of_one_that_does(private_tree):
+    config = validate(private_tree)
+    plan = PrivacyPlan.build(config.privacy, config.training)
+    private_tree["training"]["schedule"] = "linear"
+    ratio = recommended_learning_rate(validate(private_tree), plan, 10_000) / recommended_learning_rate(
+        config, plan, 10_000
+    )
+    assert ratio == pytest.approx(2, rel=0.15)  # the noise of the run is not quite the same
