@@ -26,9 +26,9 @@ import torch
 
 from privtrain.backends.local import LocalBackend
 from privtrain.config import Config, validate
-from privtrain.config.schema import PrivacySection
+from privtrain.config.privacy import PrivacySection
+from privtrain.data.invented_customers import customer_records, write_customers
 from privtrain.data.manifest import draw_split
-from privtrain.data.synthetic import customer_records, write_customers
 from privtrain.inputs import Inputs, read_inputs
 from privtrain.ledger.log import NullLedger
 from privtrain.privacy import noise_law
