@@ -1,7 +1,7 @@
 """What a well-formed event is: checked where events are made and again where any event is accounted for.
 
 An accountant's formulas are true of probabilities, positive noise and whole numbers of steps only; outside them they
-give numbers all the same. Every fault is named, with its place in a nested event.
+give numbers anyway. Every fault is named, with its place in a nested event.
 """
 
 # pyright: strict, reportMissingTypeStubs=false

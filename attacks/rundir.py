@@ -76,7 +76,7 @@ def training_seconds(run: pathlib.Path) -> float | None:
 
 
 def released_values(run: pathlib.Path, name: str) -> list[float]:
-    """Return a metric as the run released it, in the order of ``metrics.jsonl``; lines without it are passed over.
+    """Return a metric as the run released it, in the order of ``metrics.jsonl``; lines without it are skipped.
 
     Raises:
         DamagedFile: naming the line, if one is not JSON, or holds something else than a finite number.

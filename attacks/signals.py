@@ -136,7 +136,7 @@ class DocumentSignals:
         user_num_records: records that training could use of this owner, whatever the side.
         user_num_bytes: bytes of text in them.
         date: days since some epoch, where the data have a date.
-        language: of the text, where it was told or guessed.
+        language: of the text, where it was given or guessed.
         variants: name of a re-written text to the mean log-probability of its tokens under the fine-tuned model.
 
     Raises:

@@ -351,7 +351,7 @@ def _user_inference_facts(scored: Scored, users: dict[str, FloatArray], seed: in
 
 
 def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
-    """Return how many held-in users stand out from the held-out ones, and whether any could have been told for sure."""
+    """Return how many held-in users stand out from the held-out ones, and whether any could be accused for sure."""
     return {
         "significance": _SIGNIFICANCE,
         "num_held_in": int(p_values.size),

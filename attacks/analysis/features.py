@@ -79,7 +79,7 @@ def collect(
     """Score every document by every attack that its signals suffice for.
 
     Args:
-        rows: the signals; canaries among them are passed over, others judge them.
+        rows: the signals; canaries among them are skipped: their own panels judge them.
         attacks: those that score one document at a time.
         watch: shown every row, for panels of their own.
     """

@@ -85,7 +85,7 @@ def strongest(models: UnderOtherModels, base: FloatArray, attacks: Iterable[Refe
     Args:
         models: users under the attacked model and its shadows.
         base: [users] mean log-probability per token under the base model.
-        attacks: candidates beside the gain over the base; those that a shadow too few would stop are passed over.
+        attacks: candidates beside the gain over the base; those that need more shadows are skipped.
     """
     stand_ins = [_without(models, number) for number in range(models.shadows.shape[1])]
     candidates: dict[str, Score] = {GAIN: lambda found: found.target - base}

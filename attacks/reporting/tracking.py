@@ -1,4 +1,4 @@
-"""The report in Weights & Biases: its public files as an artifact, its results as a table. Offline unless told."""
+"""The report in Weights & Biases: its public files as an artifact, its results as a table. Offline by default."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingSch
         logits: [tokens, vocabulary], fp32; left as it is.
         labels: [tokens].
         scheme: temperature first, then top k, then top p of what is left. Of tokens that tie for the last place some
-            are counted as left out, and a label among them as drawable all the same.
+            are counted as left out, and a label among them still as drawable.
 
     Returns:
         [tokens]; -inf where the label cannot be drawn.

@@ -333,11 +333,11 @@ def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str
     is_sensitive = None
     if spans is not None:
         is_sensitive = planning.sensitive_tokens(text, spans, job.tokenizer, num_tokens)
-    told = extra.get(options.language_column) if options.language_column else None
+    given = extra.get(options.language_column) if options.language_column else None
     return {
         **planning.text_facts(text),
         **planning.user_facts(job.manifest, job.corpus, document.user),
         "sensitive": is_sensitive,
         "date": days_of(extra.get(options.date_column)) if options.date_column else None,
-        "language": str(told) if told else guess_language(text),
+        "language": str(given) if given else guess_language(text),
     }

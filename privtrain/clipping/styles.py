@@ -20,7 +20,7 @@ AUTOMATIC_GAMMA = 0.01
 #: Width of the band around the clipping norm in which :func:`within` steps down, relative to it.
 _BAND = 0.02
 
-#: Under ``batch``, which bounds no unit: the norm that a unit is bounded by all the same, since integers may not
+#: Under ``batch``, which bounds no unit: the norm that still bounds a unit, since integers may not
 #: overflow. The first is far above any gradient that still trains, the second above any that the self-test plants.
 _BATCH_BOUND, _BATCH_CLIPPING_NORMS = 2.0**13, 2.0**14
 

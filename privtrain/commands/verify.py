@@ -79,7 +79,7 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
     Raises:
         ConfigError: if there is no such directory, or nothing that was released in it.
         VerificationFailed: naming every file and field that does not hold.
-        LedgerCorrupt: if ``secret/`` is at hand and the ledger does not bear out what is released.
+        LedgerCorrupt: if ``secret/`` is at hand and the ledger contradicts what is released.
     """
     anchors = anchors or Anchors()
     _check_inputs(directory)

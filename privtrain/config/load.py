@@ -64,7 +64,7 @@ def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSect
         try:
             tree = apply_overrides(read_tree(path).value, overrides)
             found.append(kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True))
-        except (PrivtrainError, ValueError, LookupError, RecursionError):  # their faults are told already
+        except (PrivtrainError, ValueError, LookupError, RecursionError):  # their faults are reported already
             found.append(None)
     return found[0], found[1]
 
@@ -150,7 +150,7 @@ def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]
     """Return the configuration, or each fault with its place.
 
     pydantic looks for conflicts between keys only where each is valid by itself. So the keys at fault are masked for a
-    second look; conflicts that name one of them are not told.
+    second look; conflicts that name one of them are left out.
     """
     config, faults, conflicts = _looked_at(tree)
     rest, masked = copy.deepcopy(tree), [".".join(map(str, place)) for place, _ in faults if place]

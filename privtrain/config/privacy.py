@@ -23,7 +23,7 @@ from privtrain.config.section import Section
 #: Less noise than this gives an ε in the hundreds, which is no guarantee and takes minutes to account.
 _SMALLEST_NOISE = 0.1
 
-#: Records of a user in one step, unless told otherwise.
+#: Default number of records of a user in one step.
 _RECORDS_PER_USER = 4
 
 #: Units of a step whose sum int64 holds for certain: each adds at most 2**41 to a coordinate.

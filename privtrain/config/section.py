@@ -1,4 +1,4 @@
-"""What every section of the configuration is: strict about names, frozen, with its conflicts told at once."""
+"""What every section of the configuration is: strict about names, frozen, with all its conflicts reported at once."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def parse(text: str) -> Document:
             return Document(None, (), {})
         survey = _Survey(loader)
         survey.visit(node, ())
-        # A document with faults is read all the same, so that its other faults come in the same round.
+        # A document with faults is still read, so that its other faults come in the same round.
         value = loader.construct_document(node)
         return Document(value, tuple(sorted(survey.faults, key=lambda fault: fault.line)), survey.lines)
     finally:

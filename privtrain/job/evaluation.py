@@ -163,7 +163,7 @@ def _compare(inputs: Inputs, before: Scores, after: Scores) -> dict[str, float]:
 def _handle_worse(inputs: Inputs, problem: str) -> None:
     if inputs.config.release.if_worse == "refuse":
         raise WorseThanBase(
-            f"{problem}. Nothing is released, and ε is spent all the same. To release it as it is, set "
+            f"{problem}. Nothing is released, and ε is spent anyway. To release it as it is, set "
             "release.if_worse: warn and start the same command again"
         )
     say(f"[yellow]warning[/]: {problem}. Try a smaller training.learning_rate, or a larger batch")

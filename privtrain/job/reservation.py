@@ -215,7 +215,7 @@ class BudgetReservation:
 
     def _tell_of_shared_users(self) -> None:
         shared: list[str] = []
-        with contextlib.suppress(RegistryUnreachable):  # the run is settled all the same
+        with contextlib.suppress(RegistryUnreachable):  # the run is still settled
             shared = populations_shared_with(self._registry.database, self._uid)
         if shared:
             say(
@@ -228,7 +228,7 @@ class BudgetReservation:
         """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
         if self._reservation is None:
             return
-        # The failure itself is what is told; a reservation that cannot be given back stays and expires.
+        # The failure itself is what is reported; a reservation that cannot be given back stays and expires.
         with contextlib.suppress(PrivtrainError):
             shown = evidence_of_unreleased(self._inputs.run, self._inputs.fingerprint)
             if shown.num_steps == 0:
@@ -254,7 +254,7 @@ class BudgetReservation:
             raise
         except RegistryUnreachable:
             if not self._knows_ledger:
-                raise  # later an expired reservation counts in full all the same
+                raise  # later an expired reservation counts in full anyway
 
     def _heartbeat_loop(self, ended: threading.Event, stop: StopRequest) -> None:
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
@@ -295,7 +295,7 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
         shown = evidence_of_unreleased(run, identity["fingerprint"])
         num_back = Registry(url).refund(identity["tracker_id"], shown, claims=_read_claims(run))
     what = f"{shown.num_steps} steps stay charged, {num_back} were given back"
-    return f"{run.root}: {what}. Resuming it reserves its plan anew"
+    return f"{run.root}: {what}. Resuming it reserves its plan again"
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def train(
     Args:
         chosen: YAML file, or the configuration itself.
         overrides: dotted assignments over the file.
-        on_step: told on rank 0 what is released, when it is.
+        on_step: called on rank 0 with what is released, when it is.
 
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.

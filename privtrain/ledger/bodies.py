@@ -4,7 +4,7 @@ While a segment is open its rows lie in ``rows-NNNNNNNN.bin``, 20 bytes each (ps
 intents and within a step in the order of the Merkle tree. When there are enough, they are written to
 ``segment-NNNNNNNN.parquet``, a record in the chain takes that file's hashes, and the row file is removed. Each file is
 whole and on disk before the record that speaks of it, so a crash leaves either rows too many, which are cut off, or a
-file that nothing speaks of, which is written anew.
+file that nothing speaks of, which is written again.
 """
 
 from __future__ import annotations

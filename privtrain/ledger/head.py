@@ -95,7 +95,7 @@ def check_head(log: pathlib.Path, state: LedgerState, end: int) -> int:
     slots = [_decode(content[0]), _decode(content[1])]
     known = [slot for slot in slots if slot is not None]
     if not known:
-        raise LedgerCorrupt(f"{path}: both slots are damaged; the last record of {log} cannot be told to be the last")
+        raise LedgerCorrupt(f"{path}: both slots are damaged; whether {log} lost its last records is unknown")
     num_records, head = max(known)
     if num_records > state.num_records:
         raise LedgerCorrupt(

@@ -41,7 +41,7 @@ class Part:
         step: the logical step.
         records: records that the user brought.
         is_zeroed: whether the user's gradient was not finite and counted as zero.
-        is_committed: whether the step's update was made; if not, the step was charged all the same.
+        is_committed: whether the step's update was made; if not, the step was still charged.
         is_in_model: whether the model rests on this step, rather than having been rewound past it.
     """
 

@@ -34,7 +34,7 @@ def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
 
 
 def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
-    """Check a run's ledger, and that it bears out what the privacy statement says of it.
+    """Check a run's ledger, and that the privacy statement agrees with it.
 
     Args:
         run_path: the run directory.
@@ -71,7 +71,7 @@ def _check_release(run: RunDirectory, state: LedgerState) -> str:
     manifest = state.release.manifest
     problems = _release_faults(run, state)
     if problems:
-        raise LedgerCorrupt("\n".join([f"{run.ledger} does not bear out what is released", *problems]))
+        raise LedgerCorrupt("\n".join([f"{run.ledger} contradicts what is released", *problems]))
     base, note = base_faults(run, manifest)
     if base:
         raise LedgerCorrupt(f"{run.ledger}: {'; '.join(base)}")

@@ -108,7 +108,7 @@ def _load(
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
-        # Weights of other shapes are looked at below, where their names can be told.
+        # Weights of other shapes are looked at below, where their names are known.
         base, info = auto_class.from_pretrained(
             location.path,
             dtype=dtype,

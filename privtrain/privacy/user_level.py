@@ -181,7 +181,7 @@ class Mixture(UserAccounting):
 class Group(Mixture):
     """ε protects a user with at most k records, by black-box group privacy over the guarantee of one record.
 
-    The event of a user is the mixture's all the same: it is what the mechanism does, whatever ε is claimed for it.
+    The event of a user is still the mixture's: it is what the mechanism does, whatever ε is claimed for it.
     """
 
     name = "group"

@@ -1,4 +1,4 @@
-"""Join the processes that accelerate or torchrun started, without believing what they were told."""
+"""Join the processes that accelerate or torchrun started, without believing what the launcher set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def join_processes(timeout_seconds: int) -> tuple[PartialState, torch.device]:
         PrivtrainError: if accelerate sees another number of processes than the launcher started.
     """
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Under torchrun accelerate looks for GPUs unless told; without one each rank would believe it is alone.
+    # Under torchrun accelerate looks for GPUs by default; without one each rank would believe it is alone.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # A job of one process gets no process group, and PartialState refuses a timeout then.
     arguments = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if num_launched > 1 else {}

@@ -174,13 +174,13 @@ def restored(
     if not missing:
         typer.echo(f"{database.shown} is as new as this machine knows it")
     elif not confirm:
-        typer.echo(f"{database.shown}: {missing} are missing; to go on all the same: --confirm")
+        typer.echo(f"{database.shown}: {missing} are missing; to go on without them: --confirm")
     else:
         database.seen.accept(found)
         typer.echo(
             f"{database.shown}: going on without {missing}. Set budgets and opt users out again where that "
             "was done since the backup, and start the training command of every run since again: one that is released "
-            "is charged, one that is not reserves anew"
+            "is charged, one that is not reserves again"
         )
 
 

@@ -218,7 +218,7 @@ class Registry:
         if not self.database.write(work):
             raise GuaranteeLost(
                 f"reservation {reservation_id[:12]} was closed, or taken over by another copy of this run directory, "
-                "while the run was training; nothing is released. Started again, the run asks for its budget anew"
+                "while the run was training; nothing is released. Started again, the run asks for its budget again"
             )
 
     def opted_out(self, reservation: Reservation) -> frozenset[str]:

@@ -32,7 +32,7 @@ _NAMES = {"delta": "target_delta", "records_per_unit": "records_per_user"}
 
 
 def statement_faults(statement: dict[str, Any]) -> list[str]:
-    """Return what a statement says that its own plan does not bear out, each beginning with the field's name."""
+    """Return what in a statement contradicts its own plan, each beginning with the field's name."""
     if statement.get("schema") != SCHEMA:
         return [f"schema is {statement.get('schema')!r}; this version reads {SCHEMA!r}"]
     try:

@@ -2,7 +2,7 @@
 
 A plain digest in a file shows damage; whoever edits the file makes a new one. A seal is HMAC-SHA-256 under the root key
 over the file's place in the run and its canonical content, so an edit, a file of another run and one file put in the
-place of another are all told. It proves nothing to those without ``secret/``, and shows them nothing of the key.
+place of another are all found. It proves nothing to those without ``secret/``, and shows them nothing of the key.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _content_faults(directory: pathlib.Path, signature: pathlib.Path, files: Seq
 class _Exactly:
     """A hashing configuration of the library: SHA-256 over exactly these files.
 
-    Left to itself the library walks the directory, and writes the names of what it is told to leave out (keys, caches)
+    Left to itself the library walks the directory, and writes the names of what it is to leave out (keys, caches)
     into the signature, which is published.
     """
 

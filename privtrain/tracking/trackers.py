@@ -13,7 +13,7 @@ from privtrain.run.directory import RunDirectory
 from privtrain.tracking.metrics import is_released
 from privtrain.tracking.mirrors import Values
 
-#: Share of the charged steps at which people are told.
+#: Share of the charged steps at which people are alerted.
 _ALERT_BUDGET_FRACTION = 0.9
 
 

@@ -1,4 +1,4 @@
-"""The one way in which this project opens a W&B run: offline unless told, and without what can carry text or paths."""
+"""The one way in which this project opens a W&B run: offline by default, and without what can carry text or paths."""
 
 from __future__ import annotations
 

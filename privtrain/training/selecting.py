@@ -97,7 +97,7 @@ def _losses(
             known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
         if backend.is_main and has_begun and known is None:
             raise GuaranteeLost(
-                f"{cache} is gone: the records that training began with cannot be told; restore it, or set another "
+                f"{cache} is gone: the records that training began with are not known; restore it, or set another "
                 "run.name"
             )
     is_known = known is not None and all(record in known for record in wanted)

@@ -1,7 +1,7 @@
 """From scores and coins to counts of right guesses, with the search over thresholds paid for.
 
 The guesser says "in" of the highest scores, "out" of the lowest, and abstains between: for a model that knows every
-unit a little. Or it says "in" of the highest alone, for a model that knows a few by heart and nothing of the others, of
+unit a little. Or it says "in" of the highest alone, for a model that memorised a few and nothing of the others, of
 whose absence no score speaks. Which guesses are made is declared here, before any score is seen: all units, half and a
 fifth of them on both sides, and five shares of the highest, each at an equal share of the error (Bonferroni). A search
 over all thresholds without that pays nothing and reports a positive epsilon on a third of runs that leak nothing. Of

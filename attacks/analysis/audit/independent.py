@@ -48,7 +48,7 @@ class Separation:
 
     @property
     def is_excess(self) -> bool:
-        """Whether more was told than the claim allows."""
+        """Whether more leaked than the claim allows."""
         return self.auroc_cap is not None and self.auroc_lower > self.auroc_cap
 
     @property

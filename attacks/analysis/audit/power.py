@@ -42,7 +42,7 @@ class Plan:
         epsilon: claimed.
         delta: claimed.
         mu: of the Gaussian curve through that point: what an attacker gets at most if the claim is exact.
-        target_epsilon: lower bound that is wanted; the claim unless told otherwise.
+        target_epsilon: lower bound that is wanted; the claim by default.
         significance: of the one-run bound.
         power: chance of reaching it.
         rows: for each number of coins the ceiling, the right guesses needed and the bound by failure.
