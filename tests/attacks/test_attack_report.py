@@ -5,8 +5,6 @@ import io
 import json
 import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 import rich.console
@@ -14,8 +12,7 @@ import rich.console
 from attacks.analysis import analyse
 from attacks.errors import AttackInputError
 from attacks.reporting import report
-
-CHROMIUM = shutil.which("chromium", path="/usr/bin")
+from tests.browser import browse, framed, needs_browser, run_browser
 
 
 class Page(html.parser.HTMLParser):
@@ -227,39 +224,12 @@ def test_summary_admits_what_was_not_released_and_not_private(analysed):
     assert text.count("not released") == 2
 
 
-def browse(page: pathlib.Path, profile: pathlib.Path) -> tuple[str, str]:
-    """Opens a page in a real browser; gives its DOM after loading and the browser's log."""
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *[
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-            ],
-            *["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--dump-dom"],
-            f"--user-data-dir={profile}",
-            "--window-size=1400,1000",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout, done.stderr
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+@needs_browser
 @pytest.mark.parametrize("width", [1100, 400])
 def test_a_browser_finds_no_fault(analysed, tmp_path, width):
     path = report.write_report(analysed(60, rich=True))
     assert path.read_text().count("<figure") == 9
-    # A headless window cannot be as narrow as a phone; a frame can. It reports its width: here scripts are let in.
+    # It reports its width: here scripts are let in.
     probe = (
         "<script>onload = () => { document.querySelectorAll('details').forEach(e => e.open = true);"
         " parent.postMessage([document.documentElement.scrollWidth,"
@@ -268,20 +238,14 @@ def test_a_browser_finds_no_fault(analysed, tmp_path, width):
         " '*')}</script></body>"
     )
     text = re.sub(r"<meta http-equiv=[^>]*>", "", path.read_text()).replace("</body>", probe)
-    (tmp_path / "inner.html").write_text(text)
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        f'<!DOCTYPE html><body><script>onmessage = e => document.body.setAttribute("data-found", e.data)</script>'
-        f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe></body>'
-    )
-    dom, log = browse(outer, tmp_path / "profile-probe")
+    dom, log = browse(framed(text, width, tmp_path), tmp_path / "profile-probe")
     found = re.search(r'data-found="(\d+),(\d+),(\d+)"', dom)
     assert found, log
     assert int(found[1]) <= width
     assert int(found[2]) > 20
     assert int(found[3]) == 0, "a table is wider than the page"
     # The page as shipped: its policy would turn any request outside it, and any inline script, into a console message.
-    dom, log = browse(path, tmp_path / "profile-page")
+    dom, log = browse(path.as_uri(), tmp_path / "profile-page")
     assert "What this does not show" in dom
     assert "CONSOLE" not in log
     assert "Refused to" not in log
@@ -289,22 +253,12 @@ def test_a_browser_finds_no_fault(analysed, tmp_path, width):
 
 def printed_pages(page: pathlib.Path, directory: pathlib.Path) -> int:
     """Prints a page as the browser's own style for paper says; counts the sheets of A4."""
-    assert CHROMIUM is not None
     out = directory / "page.pdf"
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-pdf-header-footer",
-        "--disable-background-networking",
-    ]
-    profile = f"--user-data-dir={directory / 'profile-print'}"
-    command = [CHROMIUM, *options, profile, f"--print-to-pdf={out}", page.as_uri()]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    run_browser(directory / "profile-print", "--no-pdf-header-footer", f"--print-to-pdf={out}", page.as_uri())
     return len(re.findall(rb"/Type\s*/Page\b", out.read_bytes()))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+@needs_browser
 def test_a_full_report_prints_on_two_to_six_pages(analysed, tmp_path):
     path = report.write_report(analysed(60, rich=True))
     assert 2 <= printed_pages(path, tmp_path) <= 6

@@ -37,6 +37,7 @@ from privtrain.registry.store import Registry
 from privtrain.registry.tables import ReservationRow
 from privtrain.run.directory import RunDirectory
 from tests.conftest import tiny_tree, write_config
+from tests.privtrain.interrupted import after_step
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -190,23 +191,17 @@ def test_a_start_that_fails_costs_nothing(private_tree, tmp_path, registry, monk
     assert sorted(view.num_charged for view in views.runs(registry.database)) == [0, 4]
 
 
-def interrupt_after(num_steps: int, monkeypatch) -> None:
-    """The job fails after so many steps."""
-    real = job.Trainer.train_step
+def stop() -> None:
+    raise GuaranteeLost("stopped here")
 
-    def step(self, number):
-        real(self, number)
-        if number + 1 == num_steps:
-            raise GuaranteeLost("stopped here")
 
-    monkeypatch.setattr(job.Trainer, "train_step", step)
+def start_until_stopped(num_steps: int, *arguments) -> None:
+    with after_step(num_steps - 1, stop), pytest.raises(GuaranteeLost):
+        start(*arguments)
 
 
 def test_stopped_run_keeps_its_reservation_and_ends_under_it(private_tree, tmp_path, registry, monkeypatch):
-    with monkeypatch.context() as patched:
-        interrupt_after(3, patched)
-        with pytest.raises(GuaranteeLost):
-            start(private_tree, tmp_path)
+    start_until_stopped(3, private_tree, tmp_path)
     (view,) = views.runs(registry.database)
     assert (view.state, view.num_charged) == ("open", 4)
     with monkeypatch.context() as patched:
@@ -220,11 +215,8 @@ def test_stopped_run_keeps_its_reservation_and_ends_under_it(private_tree, tmp_p
     assert (after.reservation, after.state, after.num_charged) == (view.reservation, "closed", 4)
 
 
-def test_abandoned_run_gets_back_the_steps_it_never_began(private_tree, tmp_path, registry, monkeypatch):
-    with monkeypatch.context() as patched:
-        interrupt_after(2, patched)
-        with pytest.raises(GuaranteeLost):
-            start(private_tree, tmp_path)
+def test_abandoned_run_gets_back_the_steps_it_never_began(private_tree, tmp_path, registry):
+    start_until_stopped(2, private_tree, tmp_path)
     url = str(tmp_path / "budgets" / "registry.db")
     done = CliRunner().invoke(app, ["registry", "refund", str(tmp_path / "runs" / "tiny"), "--registry", url])
     assert "2 steps stay charged, 2 were given back" in done.output
@@ -237,12 +229,9 @@ def test_abandoned_run_gets_back_the_steps_it_never_began(private_tree, tmp_path
         budget_module.refund_run(tmp_path / "runs" / "tiny", str(tmp_path / "budgets" / "registry.db"))
 
 
-def stopped_after(num_steps: int, tree, tmp_path, monkeypatch) -> RunDirectory:
+def stopped_after(num_steps: int, tree, tmp_path) -> RunDirectory:
     tree["performance"]["checkpoint_interval_steps"] = 1
-    with monkeypatch.context() as patched:
-        interrupt_after(num_steps, patched)
-        with pytest.raises(GuaranteeLost):
-            start(tree, tmp_path)
+    start_until_stopped(num_steps, tree, tmp_path)
     return RunDirectory(tmp_path / "runs" / "tiny")
 
 
@@ -259,8 +248,8 @@ def lose_the_head(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("lose_more", [None, lose_the_head, lose_all_but_a_key])
-def test_a_lost_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch, lose_more):
-    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+def test_a_lost_ledger_gives_nothing_back(private_tree, tmp_path, registry, lose_more):
+    run = stopped_after(3, private_tree, tmp_path)
     run.ledger.unlink()
     if lose_more is not None:
         lose_more(run)
@@ -282,7 +271,7 @@ def test_an_older_ledger_gives_nothing_back(private_tree, tmp_path, registry, mo
         shutil.copytree(secret, tmp_path / "older")
 
     monkeypatch.setattr(job, "begin_session", keep_a_copy)
-    run = stopped_after(3, private_tree, tmp_path, monkeypatch)
+    run = stopped_after(3, private_tree, tmp_path)
     for name in ("ledger.jsonl", "ledger.head"):
         shutil.copy(tmp_path / "older" / name, run.secret / name)
     with pytest.raises(LedgerCorrupt, match="is newer than"):
@@ -296,18 +285,9 @@ def close_the_reservation(registry: Registry) -> None:
     registry.close(view.reservation)
 
 
-def test_a_run_whose_reservation_was_closed_releases_nothing(private_tree, tmp_path, registry, monkeypatch):
-    with monkeypatch.context() as patched:
-        real = job.Trainer.train_step
-
-        def step(self, number):
-            real(self, number)
-            if number == 3:
-                close_the_reservation(registry)
-
-        patched.setattr(job.Trainer, "train_step", step)
-        with pytest.raises(GuaranteeLost, match="was closed"):
-            start(private_tree, tmp_path)
+def test_a_run_whose_reservation_was_closed_releases_nothing(private_tree, tmp_path, registry):
+    with after_step(3, lambda: close_the_reservation(registry)), pytest.raises(GuaranteeLost, match="was closed"):
+        start(private_tree, tmp_path)
     run = RunDirectory(tmp_path / "runs" / "tiny")
     assert not run.privacy.exists()
     assert not run.adapter.exists()
@@ -334,8 +314,8 @@ def test_heartbeat_that_finds_the_reservation_closed_stops(private_tree, tmp_pat
     assert len(steps) < 29
 
 
-def test_copied_run_does_not_train_on_the_same_reservation(private_tree, tmp_path, registry, monkeypatch):
-    run = stopped_after(2, private_tree, tmp_path, monkeypatch)
+def test_copied_run_does_not_train_on_the_same_reservation(private_tree, tmp_path, registry):
+    run = stopped_after(2, private_tree, tmp_path)
     shutil.copytree(run.root, tmp_path / "copies" / "tiny")
     start(private_tree, tmp_path)
     registry.database.write(  # as if the first were still training
@@ -349,8 +329,8 @@ def test_copied_run_does_not_train_on_the_same_reservation(private_tree, tmp_pat
     assert RunDirectory(tmp_path / "copies" / "tiny").exists()
 
 
-def test_run_resumes_after_a_refund_and_an_opt_out(private_tree, tmp_path, registry, monkeypatch):
-    run = stopped_after(2, private_tree, tmp_path, monkeypatch)
+def test_run_resumes_after_a_refund_and_an_opt_out(private_tree, tmp_path, registry):
+    run = stopped_after(2, private_tree, tmp_path)
     budget_module.refund_run(run.root, str(tmp_path / "budgets" / "registry.db"))
     for index in range(0, 24, 3):
         registry.forget(registry.pseudonym(f"user-{index:03d}"))
@@ -454,14 +434,8 @@ def test_another_runs_ledger_settles_nothing(private_tree, tmp_path, registry, m
 
 def test_a_fresh_runs_ledger_gives_nothing_back(private_tree, tmp_path, registry, monkeypatch):
     """A ledger that shows one step, in the directory of a run that began three."""
-    with monkeypatch.context() as patched:
-        interrupt_after(3, patched)
-        with pytest.raises(GuaranteeLost):
-            start(private_tree, tmp_path)
-    with monkeypatch.context() as patched:
-        interrupt_after(1, patched)
-        with pytest.raises(GuaranteeLost):
-            start(private_tree, tmp_path, "other")
+    start_until_stopped(3, private_tree, tmp_path)
+    start_until_stopped(1, private_tree, tmp_path, "other")
     run = RunDirectory(tmp_path / "runs" / "tiny")
     shutil.rmtree(run.checkpoints)
     run.checkpoints.mkdir(mode=0o700)

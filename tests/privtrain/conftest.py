@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,29 @@ def released_run(
     del tree["privacy"]["insecure_seed"]
     train(write_config(tree, place / "c.yaml"))
     return place / "runs" / "tiny"
+
+
+@pytest.fixture
+def finished(released_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of a finished run, to be changed."""
+    return shutil.copytree(released_run, tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture(scope="session")
+def places(released_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """Every kind of directory that may be handed on: the run with and without ``secret/``, its adapter, exports.
+
+    Copy them, never change them.
+    """
+    from privtrain.commands.export import export_run
+
+    place = tmp_path_factory.mktemp("places")
+    shutil.copytree(released_run, place / "run")
+    shutil.copytree(released_run, place / "public", ignore=shutil.ignore_patterns("secret", "checkpoints"))
+    shutil.copytree(released_run / "adapter", place / "adapter")
+    export_run(released_run, place / "copied", merge=False, dtype="bf16")
+    export_run(released_run, place / "merged", merge=True, dtype="bf16")
+    return {path.name: path for path in place.iterdir()}
 
 
 @pytest.fixture(scope="session")

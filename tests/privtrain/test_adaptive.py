@@ -31,6 +31,7 @@ from privtrain.training import auxiliary_sums
 from privtrain.training.auxiliary_sums import next_norm
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
+from tests.privtrain.interrupted import train_until_killed
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
 from tests.ranks import run_on_ranks
 
@@ -236,28 +237,14 @@ def _metrics(run):
     return [line["privacy/clipping_norm"] for line in lines if "privacy/clipping_norm" in line]
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path, monkeypatch):
+def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path):
     adaptive["privacy"]["num_steps"] = 7
     whole, broken = (
         write_config({**adaptive, "run": {**adaptive["run"], "name": name}}, tmp_path / f"{name}.yaml")
         for name in ("whole", "broken")
     )
     train(whole)
-    step = Trainer.train_step
-
-    def killed_at_five(self, number):
-        step(self, number)
-        if number == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed_at_five)
-        with pytest.raises(Killed):
-            train(broken)
+    train_until_killed(broken, 5)
     train(broken)
     runs = tmp_path / "runs"
     norms = _metrics(runs / "whole")

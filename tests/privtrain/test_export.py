@@ -20,11 +20,6 @@ from tests.conftest import write_config
 IDS = torch.arange(1, 13)[None]
 
 
-@pytest.fixture
-def finished(released_run, tmp_path):
-    return shutil.copytree(released_run, tmp_path / "runs" / "tiny")
-
-
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits.float()

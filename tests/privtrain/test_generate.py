@@ -34,11 +34,6 @@ from tests.privtrain.test_rows import TEMPLATE
 FILES = {"corpus.jsonl", "corpus.json", "privacy.json", "release.json", "README.md"}
 
 
-@pytest.fixture
-def finished(released_run, tmp_path):
-    return shutil.copytree(released_run, tmp_path / "runs" / "tiny")
-
-
 def data_of(**keys) -> DataSection:
     return DataSection.model_validate({"source": {"kind": "files", "paths": ["x.jsonl"]}, "max_length": 24, **keys})
 

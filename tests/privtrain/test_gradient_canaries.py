@@ -27,6 +27,7 @@ from privtrain.run.directory import RunDirectory
 from privtrain.training.gradient_canaries import GradientCanaries, check_placement
 from tests import jobs
 from tests.conftest import write_config
+from tests.privtrain.interrupted import Killed
 from tests.privtrain.models_for_tests import make_clipper, tiny_lora
 from tests.privtrain.test_cooperative import LoneShards
 
@@ -150,10 +151,6 @@ def test_noised_sums_are_kept_for_the_owner_alone(kept_run):
 def test_nothing_is_kept_unless_asked(tree, tmp_path):
     train(write_config(tree, tmp_path / "c.yaml"))
     assert not (tmp_path / "runs" / "tiny" / "secret" / "noised_sums").exists()
-
-
-class Killed(BaseException):
-    pass
 
 
 def killed_before_writing(config, run, last: int, monkeypatch) -> bytes:

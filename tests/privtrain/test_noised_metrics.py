@@ -27,9 +27,9 @@ from privtrain.privacy.noise import StepNoise, noise_exponent
 from privtrain.privacy.plan import LOSS, WITHIN_NORM, NoisedMetrics, PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.training import auxiliary_sums
-from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.cells import NUM_STEPS, Cell, key_noise_by_step_alone, make_backend, make_trainer, self_test
+from tests.privtrain.interrupted import train_until_killed
 from tests.privtrain.models_for_tests import (
     brute_force_sum,
     clipped_sum,
@@ -337,28 +337,14 @@ def test_two_ranks_release_what_one_process_does(tiny_llama, name):
         assert found == pytest.approx(alone, abs=1e-5)
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path, monkeypatch):
+def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path):
     noised["privacy"]["num_steps"] = 6
     whole, broken = (
         write_config({**noised, "run": {**noised["run"], "name": name}}, tmp_path / f"{name}.yaml")
         for name in ("whole", "broken")
     )
     train(whole)
-    step = Trainer.train_step
-
-    def killed_at_four(self, number):
-        step(self, number)
-        if number == 4:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed_at_four)
-        with pytest.raises(Killed):
-            train(broken)
+    train_until_killed(broken, 4)
     train(broken)
 
     def metrics(name):

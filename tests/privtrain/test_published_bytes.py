@@ -18,7 +18,7 @@ from privtrain.run.directory import RunDirectory
 from privtrain.run.statement import not_covered
 from privtrain.tracking import watched_mirrors
 from privtrain.tracking.mirrors import BlockedMirror
-from tests.conftest import save_tiny_llama, write_config, write_users
+from tests.conftest import save_tiny_llama, tiny_tree, write_config, write_users
 from tests.privtrain.published import (
     MEASURED,
     Private,
@@ -41,28 +41,10 @@ def finished(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("WANDB_MODE", "offline")
     users = write_users(directory / "users.jsonl")
-    tree = {
-        "run": {"name": "tiny", "output_dir": str(directory / "runs")},
-        "model": {"name_or_path": str(save_tiny_llama(directory / "model"))},
-        "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
-        "data": {
-            "source": {"kind": "files", "paths": [str(users)]},
-            "max_length": 24,
-            "attack_min_records": 4,
-            "num_evaluation_records": 6,
-        },
-        "privacy": {
-            "records_per_user": 3,
-            "sampling_prob": 0.4,
-            "expected_batch_size": 6,
-            "noise_multiplier": 1.0,
-            "target_delta": 1e-3,
-            "num_steps": NUM_STEPS,
-            "noised_metrics": {},
-        },
-        "performance": {"microbatch_size": 4, "precision": "fp32", "num_threads": 1, "checkpoint_interval_steps": 2},
-        "tracking": {"wandb": True, "tensorboard": True, "mirror_block_steps": BLOCK},
-    }
+    tree = tiny_tree(save_tiny_llama(directory / "model"), users, directory / "runs")
+    del tree["privacy"]["insecure_seed"]
+    tree["privacy"] |= {"num_steps": NUM_STEPS, "noised_metrics": {}}
+    tree["tracking"] = {"wandb": True, "tensorboard": True, "mirror_block_steps": BLOCK}
     train(write_config(tree, directory / "config.yaml"))
     wandb.teardown()  # waits until the file is written
     patch.undo()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,9 +18,8 @@ from privtrain.registry import web
 from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.store import Registry
 from privtrain.registry.web import create_app, is_loopback
+from tests.browser import browse, framed, needs_browser
 from tests.privtrain.registry_work import request
-
-CHROMIUM = shutil.which("chromium", path="/usr/bin")
 
 
 @pytest.fixture
@@ -165,25 +163,6 @@ def served(filled) -> Iterator[str]:
         process.terminate()
 
 
-def browse(address: str, profile: pathlib.Path, *flags: str) -> tuple[str, str]:
-    """Opens a page in a real browser; gives its DOM after loading and the browser's log."""
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *("--enable-logging=stderr", "--dump-dom", f"--user-data-dir={profile}", "--window-size=1400,1000"),
-            *flags,
-            address,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout, done.stderr
-
-
 #: Contrast of every text with what is behind it, by WCAG 2's formula; the width that the page needs; the scheme.
 _PROBE = """<script>onload = () => {
   const numbers = c => c.match(/[\\d.]+/g).map(Number);
@@ -205,20 +184,13 @@ _PROBE = """<script>onload = () => {
 }</script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_finds_it_legible_at_both_widths(filled, tmp_path, scheme):
     page = client(filled).get("/").text.replace("</body>", _PROBE)
-    (tmp_path / "inner.html").write_text(page)
     for width in (1280, 400):
-        outer = tmp_path / f"outer-{width}.html"
-        # A headless window cannot be as narrow as a phone; a frame can.
-        outer.write_text(
-            '<!DOCTYPE html><body><script>onmessage = e => document.body.setAttribute("data-found", e.data)</script>'
-            f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe></body>'
-        )
         flag = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
-        dom, log = browse(outer.as_uri(), tmp_path / "profile", flag)
+        dom, log = browse(framed(page, width, tmp_path), tmp_path / "profile", flag)
         found = re.search(r'data-found="(\d+),(\d+),([\d.]+),(true|false)"', dom)
         assert found, log
         assert int(found[1]) <= width
@@ -227,7 +199,7 @@ def test_a_browser_finds_it_legible_at_both_widths(filled, tmp_path, scheme):
         assert found[4] == ("true" if scheme == "dark" else "false")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="/usr/bin/chromium is not installed")
+@needs_browser
 def test_a_browser_finds_no_fault_with_the_page_as_served(served, tmp_path):
     dom, log = browse(served, tmp_path / "profile")
     assert "Privacy budgets" in dom

@@ -14,13 +14,10 @@ from privtrain.job.train import train
 from privtrain.ledger.log import verify_chain
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
+from tests.privtrain.interrupted import Killed, die, train_until_killed
 from tests.privtrain.ledgers import opened
 
 NUM_STEPS = 8
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -28,20 +25,6 @@ def config(tree, tmp_path):
     tree["privacy"] |= {"num_steps": NUM_STEPS}
     tree["performance"] = tree.get("performance", {}) | {"checkpoint_interval_steps": 4}
     return write_config(tree, tmp_path / "run.yaml")
-
-
-def run_until_killed(config, monkeypatch, last: int) -> None:
-    step = Trainer.train_step
-
-    def killed(self, number):
-        step(self, number)
-        if number == last:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed)
-        with pytest.raises(Killed):
-            train(config)
 
 
 def nudge_sums_from(step: int, monkeypatch) -> list[tuple[int, int]]:
@@ -79,7 +62,7 @@ def state_of(tmp_path, name):
 
 def test_a_replay_with_another_sum_goes_on_in_a_new_generation(config, tree, tmp_path, monkeypatch):
     """Killed after six steps, two past the checkpoint; the second of them gives another sum."""
-    run_until_killed(config, monkeypatch, last=5)
+    train_until_killed(config, 5)
     drawn = nudge_sums_from(5, monkeypatch)
     train(config)
     state = state_of(tmp_path, tree["run"]["name"])
@@ -92,10 +75,10 @@ def test_a_replay_with_another_sum_goes_on_in_a_new_generation(config, tree, tmp
 
 
 def test_diverging_replay_and_a_crash_right_after(config, tree, tmp_path, monkeypatch):
-    run_until_killed(config, monkeypatch, last=6)
+    train_until_killed(config, 6)
     with monkeypatch.context() as patch:
         nudge_sums_from(4, patch)
-        run_until_killed(config, patch, last=4)
+        train_until_killed(config, 4)
     train(config)
     state = state_of(tmp_path, tree["run"]["name"])
     assert (state.generation, state.num_charged) == (2, NUM_STEPS), "the sum without the nudge is another one again"
@@ -105,11 +88,7 @@ def test_diverging_replay_and_a_crash_right_after(config, tree, tmp_path, monkey
 def test_uncommitted_step_is_retaken_with_its_new_sum(config, tree, tmp_path, monkeypatch):
     """Nothing of it left the job: it is charged once, and the generation goes on."""
     with monkeypatch.context() as patch:
-
-        def killed(self, step, *_):
-            raise Killed
-
-        patch.setattr(Trainer, "_commit", killed)
+        patch.setattr(Trainer, "_commit", lambda *_: die())
         with pytest.raises(Killed):
             train(config)
     nudge_sums_from(0, monkeypatch)
@@ -120,7 +99,7 @@ def test_uncommitted_step_is_retaken_with_its_new_sum(config, tree, tmp_path, mo
 
 def test_an_undisturbed_replay_is_free_and_bitwise(config, tree, tmp_path, monkeypatch):
     run = tmp_path / "runs" / tree["run"]["name"]
-    run_until_killed(config, monkeypatch, last=5)
+    train_until_killed(config, 5)
     before = dict(verify_chain(run / "secret" / "ledger.jsonl").commits)
     train(config)
     state = state_of(tmp_path, run.name)

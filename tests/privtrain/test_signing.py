@@ -83,7 +83,7 @@ def test_whole_run_is_signed_without_what_is_private(released_run, tmp_path):
 
 def test_every_resealed_change_breaks_the_signature(released_run, tmp_path):
     """Whoever rewrites files and release.json alike still lacks the key."""
-    from tests.privtrain.test_verify import reseal
+    from tests.privtrain.forgeries import reseal
 
     run = shutil.copytree(released_run, tmp_path / "run", ignore=shutil.ignore_patterns("secret", "checkpoints"))
     _, private, public = write_key(tmp_path, "ours")
