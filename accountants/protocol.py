@@ -138,11 +138,11 @@ class NormalFormAccountant(Accountant):
 
     @abc.abstractmethod
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """Epsilon at ``delta`` of at least one step, all of them with noise."""
+        """Bound epsilon at ``delta`` for at least one step, all of them with noise."""
 
     @abc.abstractmethod
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """Delta at ``epsilon`` of at least one step, all of them with noise."""
+        """Bound delta at ``epsilon`` for at least one step, all of them with noise."""
 
 
 def check_delta(delta: float, smallest: float = 0.0, method: str = "") -> None:

@@ -62,7 +62,7 @@ class PldAccountant(Accountant):
 
     @override
     def bounds(self, question: Question) -> Bounds:
-        """Delta is never reported below 1e-11, where round-off rules."""
+        """Bound epsilon or delta by dp_accounting's losses; a delta below 1e-11 is round-off, and 1e-11 is reported."""
         event, relation, argument = question.event, question.relation, question.argument
         if question.quantity == "epsilon":
             value = float(self._compose(event, relation, argument, None).get_epsilon(argument))

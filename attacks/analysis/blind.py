@@ -51,7 +51,7 @@ class BlindResult:
 
 
 def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
-    """Return every family of features against the split.
+    """Return how well each family of features tells held-in from held-out users, by cross-validation.
 
     Returns:
         Family to result; empty with too few users to fold.

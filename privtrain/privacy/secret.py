@@ -27,7 +27,7 @@ KEY_BYTES = 32
 
 
 class SecretKey:
-    """A 256-bit key that never shows itself."""
+    """A 256-bit key; its ``repr`` does not show it."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:

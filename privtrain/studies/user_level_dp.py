@@ -286,7 +286,7 @@ class _View:
         return [Figure(name, "perplexity by selection", places_figure(name, places, kept, labels), caption)]
 
     def numbers(self) -> list[dict[str, Any]]:
-        """Return every cell for machines."""
+        """Return the axis values, perplexity and noise of every complete cell, for JSON."""
         rows = []
         for cell in dict.fromkeys(tuple(c.values.items()) for c in self.results.planned):
             values = dict(cell)
