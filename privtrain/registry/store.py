@@ -7,31 +7,35 @@ for the last of a budget therefore cannot both get it, and no lock is held while
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import unicodedata
-import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from privtrain.errors import BudgetExceeded, GuaranteeLost, PlanMismatch, PrivtrainError
+from privtrain.errors import BudgetExceeded, GuaranteeLost, PrivtrainError
 from privtrain.privacy.secret import pseudonym
 from privtrain.registry import clock, endings, evidence, spending
 from privtrain.registry.database import Database
 from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.refusal import explain
 from privtrain.registry.requests import SCOPES, BudgetKey, Reservation, RunRequest
-from privtrain.registry.spending import Limit, Part
+from privtrain.registry.reservations import (
+    check_claim,
+    holds,
+    holds_claim,
+    insert,
+    insert_missing,
+    live,
+    take_over,
+    write_reservation,
+)
+from privtrain.registry.snapshot import check_unit, snapshot_of
 from privtrain.registry.tables import (
-    Base,
     Budget,
     Dataset,
     DatasetVersion,
-    Mechanism,
     Meta,
     OptOut,
     Population,
@@ -57,14 +61,6 @@ class Settled(enum.Enum):
     ALREADY = "already"
     LATE = "late"
     UNKNOWN = "unknown"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Snapshot:
-    dataset_id: int
-    population_id: int
-    version: int
-    budgets: tuple[tuple[BudgetKey, Limit], ...]
 
 
 class Registry:
@@ -146,7 +142,7 @@ class Registry:
             raised = sa.update(Population).where(Population.id == population_id)
             connection.execute(raised.values(version=Population.version + 1))
             # After the update, which makes whoever changes this population at the same time wait.
-            _check_unit(connection, dataset, population_id, unit)
+            check_unit(connection, dataset, population_id, unit)
             return BudgetKey(scope, population_name if scope == "user" else dataset, **values)
 
         return self.database.write(work)
@@ -165,11 +161,11 @@ class Registry:
         manifest = self._manifest(request)
         part = spending.part_of(request.event)
         for _ in range(_MAX_RACES):
-            if self.database.read(lambda c: _holds(c, request.uid)):
-                held = self.database.write(lambda c: _take_over(c, request, part, manifest))
+            if self.database.read(lambda c: holds(c, request.uid)):
+                held = self.database.write(lambda c: take_over(c, request, part, manifest))
                 if held is not None:
                     return held
-            snapshot = self.database.read(lambda c: _snapshot(c, request, manifest))
+            snapshot = self.database.read(lambda c: snapshot_of(c, request, manifest))
             refused = [
                 (key, limit)
                 for key, limit in snapshot.budgets
@@ -177,7 +173,7 @@ class Registry:
             ]
             if refused:
                 raise BudgetExceeded(explain(request, part, refused, [limit for _, limit in snapshot.budgets]))
-            made = self.database.write(lambda c, s=snapshot: _insert(c, s, request, part, manifest))
+            made = self.database.write(lambda c, s=snapshot: insert(c, s, request, part, manifest))
             if made is not None:
                 return made
         raise PrivtrainError(f"the budget of {request.dataset} changed {_MAX_RACES} times while it was being reserved")
@@ -201,7 +197,7 @@ class Registry:
             GuaranteeLost: if it was closed, or another copy of the run directory holds it, or the ledger is another or
                 an older one than before: the run must stop.
         """
-        live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed", _holds_claim(claim))
+        live = (ReservationRow.id == reservation_id, ReservationRow.state != "closed", holds_claim(claim))
 
         def work(connection: sa.Connection) -> bool:
             row = connection.execute(sa.select(ReservationRow).where(*live).with_for_update()).one_or_none()
@@ -307,7 +303,7 @@ class Registry:
         if dataset is None or dataset.unit != request.unit or request.relation != "add_or_remove_one":
             return None
         part = spending.part_of(request.event)
-        made = _write_reservation(connection, dataset.id, request, part, manifest, now)
+        made = write_reservation(connection, dataset.id, request, part, manifest, now)
         return connection.execute(sa.select(ReservationRow).where(ReservationRow.id == made.id)).one()
 
     def _manifest(self, request: RunRequest) -> str:
@@ -335,10 +331,10 @@ class Registry:
 
         def work(connection: sa.Connection) -> int:
             now = clock.now(connection)
-            row = _live(connection, uid, now)
+            row = live(connection, uid, now)
             if row is None:
                 raise PrivtrainError("the run holds no open reservation; there is nothing to refund")
-            _check_claim(row, claims)
+            check_claim(row, claims)
             evidence.check(connection, row, shown)
             charged = endings.charge_of(row, shown.num_steps)
             return row.num_reserved - endings.close(connection, row, "refund", charged, shown.head, now)
@@ -398,245 +394,6 @@ def _is_period(seconds: float | None) -> bool:
     return seconds is None or clock.LEAST_SILENCE_SECONDS <= seconds < float("inf")
 
 
-def charges(
-    connection: sa.Connection, *, population_id: int, dataset_id: int | None, since: float | None
-) -> list[Part]:
-    """Return the mechanisms charged to a budget: of live reservations and of those closed after ``since``."""
-    chosen = (
-        sa.select(ReservationRow.mechanism_id, sa.func.sum(ReservationRow.num_charged).label("count"))
-        .where(ReservationRow.num_charged > 0)
-        .group_by(ReservationRow.mechanism_id)
-    )
-    if dataset_id is not None:
-        chosen = chosen.where(ReservationRow.dataset_id == dataset_id)
-    else:
-        members = sa.select(Dataset.id).where(Dataset.population_id == population_id)
-        chosen = chosen.where(ReservationRow.dataset_id.in_(members))
-    if since is not None:
-        chosen = chosen.where(sa.or_(ReservationRow.state != "closed", ReservationRow.closed_at > since))
-    # Added up first: joining every reservation with its mechanism's kilobyte takes several times as long.
-    totals = chosen.subquery()
-    mechanisms = sa.select(Mechanism.event, Mechanism.divergences, totals.c.count).join(
-        totals, totals.c.mechanism_id == Mechanism.id
-    )
-    return [
-        Part(text, int(count), None if divergences is None else np.frombuffer(divergences))
-        for text, divergences, count in connection.execute(mechanisms).all()
-    ]
-
-
-def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> Sequence[Any]:
-    """Return the budgets in force, with their names; those that a data set draws on if one is given."""
-    chosen = (
-        sa.select(Budget, Population.name.label("population"), Dataset.name.label("dataset"))
-        .join(Population, Population.id == Budget.population_id)
-        .outerjoin(Dataset, Dataset.id == Budget.dataset_id)
-        .where(Budget.superseded_at.is_(None))
-        .order_by(Population.name, Budget.scope, Dataset.name)
-    )
-    if dataset_id is not None:
-        population = sa.select(Dataset.population_id).where(Dataset.id == dataset_id).scalar_subquery()
-        own = sa.or_(Budget.dataset_id == dataset_id, Budget.dataset_id.is_(None))
-        chosen = chosen.where(Budget.population_id == population, own)
-    return connection.execute(chosen).all()
-
-
-def _snapshot(connection: sa.Connection, request: RunRequest, manifest: str) -> _Snapshot:
-    found = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
-    command = f"privtrain registry budget set {request.dataset} --epsilon E --delta D --per user"
-    if found is None:
-        raise PrivtrainError(f"registry.dataset: the registry knows no data set {request.dataset!r}; run: {command}")
-    # The version first: whatever is charged after this line makes the reservation fail.
-    version = connection.execute(sa.select(Population.version).where(Population.id == found.population_id)).scalar_one()
-    if request.unit != found.unit:
-        raise PrivtrainError(
-            f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {found.unit}, and a "
-            f"guarantee for one {request.unit} is none for one {found.unit}"
-        )
-    _check_unit(connection, request.dataset, found.population_id, found.unit)
-    _check_name(connection, found.id, request.dataset, manifest)
-    now = clock.now(connection)
-    budgets = []
-    for row in active_budgets(connection, found.id):
-        since = None if row.period_seconds is None else now - row.period_seconds
-        spent = charges(connection, population_id=row.population_id, dataset_id=row.dataset_id, since=since)
-        name = row.population if row.scope == "user" else row.dataset
-        key = BudgetKey(row.scope, name, row.epsilon, row.delta, row.period_seconds)
-        budgets.append((key, Limit(row.epsilon, row.delta, spent)))
-    if not budgets:
-        raise PrivtrainError(f"the data set {request.dataset!r} has no budget; run: {command}")
-    return _Snapshot(found.id, found.population_id, version, tuple(budgets))
-
-
-def _check_unit(connection: sa.Connection, dataset: str, population_id: int, unit: str) -> None:
-    """Raise unless the population's data sets share one unit; user-level and example-level ε do not compose."""
-    chosen = sa.select(Dataset.name, Dataset.unit).where(Dataset.population_id == population_id, Dataset.unit != unit)
-    other = connection.execute(chosen.order_by(Dataset.id)).first()
-    if other is not None:
-        raise PrivtrainError(
-            f"the data set {dataset!r} has unit {unit}, but {other.name!r} of the same population has unit "
-            f"{other.unit}, and their losses do not add up; give it the same --unit, or a --population of its own"
-        )
-    per_user = (Budget.population_id == population_id, Budget.scope == "user", Budget.superseded_at.is_(None))
-    if unit != "user" and connection.execute(sa.select(Budget.id).where(*per_user)).first() is not None:
-        raise PrivtrainError(
-            f"the data set {dataset!r} has unit {unit}, but its population has a budget for every user, of which the "
-            "loss of such a run is not known; give it a --population of its own"
-        )
-
-
-def _check_name(connection: sa.Connection, dataset_id: int, name: str, manifest: str) -> None:
-    other = connection.execute(
-        sa.select(Dataset.name)
-        .join(DatasetVersion, DatasetVersion.dataset_id == Dataset.id)
-        .where(DatasetVersion.manifest == manifest, Dataset.id != dataset_id)
-    ).scalar_one_or_none()
-    if other is not None:
-        raise PrivtrainError(
-            f"registry.dataset: given {name!r}, but exactly these records are the data set {other!r}; "
-            "one data set has one name and one budget"
-        )
-
-
-def _insert(
-    connection: sa.Connection, snapshot: _Snapshot, request: RunRequest, part: Part, manifest: str
-) -> Reservation | None:
-    """Write the reservation if nothing was charged since the snapshot; ``None`` if something was."""
-    unchanged = (Population.id == snapshot.population_id, Population.version == snapshot.version)
-    raised = connection.execute(sa.update(Population).where(*unchanged).values(version=Population.version + 1))
-    if raised.rowcount != 1:
-        return None
-    now = clock.now(connection)
-    endings.expire(connection, now)
-    if _holds(connection, request.uid):
-        return None  # another process of this run came between the first look and the snapshot
-    return _write_reservation(connection, snapshot.dataset_id, request, part, manifest, now)
-
-
-def _write_reservation(
-    connection: sa.Connection, dataset_id: int, request: RunRequest, part: Part, manifest: str, now: float
-) -> Reservation:
-    _insert_missing(connection, DatasetVersion, manifest=manifest, dataset_id=dataset_id, created_at=now)
-    # Again: another data set may have taken these records since the snapshot, and its population's version is another.
-    _check_name(connection, dataset_id, request.dataset, manifest)
-    stored = None if part.divergences is None else np.asarray(part.divergences, dtype="<f8").tobytes()
-    digest = spending.event_digest(part.text)
-    _insert_missing(connection, Mechanism, digest=digest, event=part.text, divergences=stored)
-    version_id = connection.execute(
-        sa.select(DatasetVersion.id).where(DatasetVersion.manifest == manifest)
-    ).scalar_one()
-    mechanism_id = connection.execute(sa.select(Mechanism.id).where(Mechanism.digest == digest)).scalar_one()
-    _insert_missing(
-        connection,
-        Run,
-        uid=request.uid,
-        name=request.name,
-        fingerprint=request.fingerprint,
-        dataset_version_id=version_id,
-        created_at=now,
-    )
-    run_id = connection.execute(sa.select(Run.id).where(Run.uid == request.uid)).scalar_one()
-    _check_same_run(connection, run_id, request, manifest)
-    # Shared with other runs, not with an opt-out: one that comes first is on this run's list, one that comes later sees
-    # this run among the unfinished.
-    num_opt_outs = connection.execute(sa.select(Meta.num_opt_outs).with_for_update(read=True)).scalar_one()
-    earlier = sa.select(ReservationRow.num_opt_outs).where(ReservationRow.run_id == run_id)
-    last = connection.execute(earlier.order_by(ReservationRow.created_at.desc())).scalars().first()
-    if request.has_split and last is not None:
-        num_opt_outs = last
-    reservation_id = uuid.uuid4().hex
-    connection.execute(
-        sa.insert(ReservationRow).values(
-            id=reservation_id,
-            run_id=run_id,
-            dataset_id=dataset_id,
-            mechanism_id=mechanism_id,
-            state="open",
-            num_reserved=part.count,
-            num_charged=part.count,
-            epsilon=request.epsilon,
-            delta=request.delta,
-            num_opt_outs=num_opt_outs,
-            created_at=now,
-            lease_until=now + request.lease_seconds,
-            seen_at=now,
-            claim=request.claim,
-        )
-    )
-    return Reservation(reservation_id, "open", num_opt_outs, is_new=True)
-
-
-def _holds(connection: sa.Connection, uid: str) -> bool:
-    live = sa.select(ReservationRow.id).join(Run).where(Run.uid == uid, ReservationRow.state != "closed")
-    return connection.execute(live).first() is not None
-
-
-def _take_over(connection: sa.Connection, request: RunRequest, part: Part, manifest: str) -> Reservation | None:
-    """Return the run's own reservation, open again if it had expired."""
-    now = clock.now(connection)
-    row = _live(connection, request.uid, now)
-    if row is None:
-        return None
-    _check_claim(row, [request.claim, *request.earlier_claims])
-    _check_same_run(connection, row.run_id, request, manifest)
-    _check_same_charge(connection, row, request, part)
-    values = {"state": "open", "lease_until": now + request.lease_seconds, "claim": request.claim}
-    values["seen_at"] = max(now, row.seen_at)
-    connection.execute(sa.update(ReservationRow).where(ReservationRow.id == row.id).values(**values))
-    return Reservation(row.id, "open", row.num_opt_outs, is_new=False)
-
-
-def _check_same_run(connection: sa.Connection, run_id: int, request: RunRequest, manifest: str) -> None:
-    chosen = sa.select(Run.fingerprint, DatasetVersion.manifest).join(
-        DatasetVersion, DatasetVersion.id == Run.dataset_version_id
-    )
-    if connection.execute(chosen.where(Run.id == run_id)).one() != (request.fingerprint, manifest):
-        raise PlanMismatch(
-            f"the registry knows the run {request.uid!r} with another plan or data set: secret/identity.json was "
-            "altered or is another run's. Restore it, or set another run.name"
-        )
-
-
-def _check_same_charge(connection: sa.Connection, row: Any, request: RunRequest, part: Part) -> None:
-    chosen = (
-        sa.select(Mechanism.digest, Dataset.name)
-        .select_from(ReservationRow)
-        .join(Mechanism, Mechanism.id == ReservationRow.mechanism_id)
-        .join(Dataset, Dataset.id == ReservationRow.dataset_id)
-        .where(ReservationRow.id == row.id)
-    )
-    held = (*connection.execute(chosen).one(), row.num_reserved, row.delta)
-    if held != (spending.event_digest(part.text), request.dataset, part.count, request.delta):
-        raise PlanMismatch(
-            f"the run holds reservation {row.id[:12]} for another mechanism, number of steps, δ or data set; restore "
-            "the configuration it began with, or set another run.name"
-        )
-
-
-def _holds_claim(claim: str | None) -> sa.ColumnElement[bool]:
-    return sa.or_(ReservationRow.claim.is_(None), ReservationRow.claim == claim)
-
-
-def _check_claim(row: Any, known: Collection[str | None]) -> None:
-    if row.claim is not None and row.claim not in known:
-        raise PrivtrainError(
-            f"reservation {row.id[:12]} is held by another copy of this run directory, or this one was restored from a "
-            "backup: two copies would train twice and be charged once. Go on in the copy that trained last. If that "
-            f"one is lost, wait until the reservation has expired, then: privtrain registry close {row.id}"
-        )
-
-
-def _live(connection: sa.Connection, uid: str, now: float) -> Any:
-    """Return the run's reservation that is not closed, locked against others until the transaction ends."""
-    endings.expire(connection, now)
-    return connection.execute(
-        sa.select(ReservationRow)
-        .join(Run, Run.id == ReservationRow.run_id)
-        .where(Run.uid == uid, ReservationRow.state != "closed")
-        .with_for_update(of=ReservationRow)
-    ).one_or_none()
-
-
 def _ensure_dataset(connection: sa.Connection, name: str, population: str | None, unit: str) -> tuple[int, int, str]:
     """Return the data set's id with its population's id and name, made if it is new."""
     chosen = (
@@ -647,20 +404,14 @@ def _ensure_dataset(connection: sa.Connection, name: str, population: str | None
     found = connection.execute(chosen).one_or_none()
     if found is None:
         wanted = population or name
-        _insert_missing(connection, Population, name=wanted, version=0)
+        insert_missing(connection, Population, name=wanted, version=0)
         population_id = connection.execute(sa.select(Population.id).where(Population.name == wanted)).scalar_one()
         now = clock.estimate(connection)
         values = {"name": name, "population_id": population_id, "unit": unit, "created_at": now}
-        _insert_missing(connection, Dataset, **values)
+        insert_missing(connection, Dataset, **values)
         found = connection.execute(chosen).one()
     if found.unit != unit or population not in (None, found.name):
         raise PrivtrainError(
             f"the data set {name!r} has unit {found.unit} and population {found.name!r}, which stay as they are"
         )
     return found.id, found.population_id, found.name
-
-
-def _insert_missing(connection: sa.Connection, table: type[Base], **values: Any) -> None:
-    """Insert unless a row with the same unique value is there, also if it comes from a transaction beside this one."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    connection.execute(insert(table).values(**values).on_conflict_do_nothing())

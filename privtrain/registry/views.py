@@ -12,8 +12,8 @@ from sqlalchemy.orm import aliased
 
 from privtrain.registry import clock, spending
 from privtrain.registry.database import Database
+from privtrain.registry.snapshot import active_budgets, charges
 from privtrain.registry.spending import Part
-from privtrain.registry.store import active_budgets, charges
 from privtrain.registry.tables import (
     Contribution,
     Dataset,

@@ -26,10 +26,11 @@ from privtrain.config.load import apply_overrides, public_tree, validate
 from privtrain.config.publishing import RegistrySection
 from privtrain.errors import BudgetExceeded, ConfigError, GuaranteeLost, PrivtrainError, RegistryUnreachable
 from privtrain.registry import database as database_module
-from privtrain.registry import spending, store, views
+from privtrain.registry import reservations, spending, views
 from privtrain.registry.commands import parse_period
 from privtrain.registry.database import Database, key_path
 from privtrain.registry.evidence import LedgerEvidence
+from privtrain.registry.snapshot import snapshot_of
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Settled
 from privtrain.registry.tables import Base, Budget, Dataset, Population, ReservationRow, Settlement
@@ -308,10 +309,10 @@ def test_the_same_records_get_no_second_name_by_a_race(registry):
     same = registry.database.key().derive("dataset-manifest", f"manifest of {DATASET}").hex()
     asked = request("slow", dataset="alias", manifest_sha256=f"manifest of {DATASET}")
     part = spending.part_of(asked.event)
-    snapshot = registry.database.read(lambda c: store._snapshot(c, asked, same))
+    snapshot = registry.database.read(lambda c: snapshot_of(c, asked, same))
     registry.reserve(request("fast"))  # takes the records for 'customers', in another population
     with pytest.raises(PrivtrainError, match="are the data set 'customers'"):
-        registry.database.write(lambda c: store._insert(c, snapshot, asked, part, same))
+        registry.database.write(lambda c: reservations.insert(c, snapshot, asked, part, same))
     assert [run.uid for run in views.runs(registry.database)] == ["fast"]
 
 
@@ -432,18 +433,18 @@ def test_a_snapshot_that_is_out_of_date_reserves_nothing(registry):
     manifest = "m" * 64
     part = spending.part_of(Settings(1.0, 0.01, 1000).event())
     first, second = request("first"), request("second")
-    snapshot = registry.database.read(lambda c: store._snapshot(c, first, manifest))
-    assert registry.database.write(lambda c: store._insert(c, snapshot, first, part, manifest)) is not None
-    assert registry.database.write(lambda c: store._insert(c, snapshot, second, part, manifest)) is None
+    snapshot = registry.database.read(lambda c: snapshot_of(c, first, manifest))
+    assert registry.database.write(lambda c: reservations.insert(c, snapshot, first, part, manifest)) is not None
+    assert registry.database.write(lambda c: reservations.insert(c, snapshot, second, part, manifest)) is None
     assert views.budgets(registry.database)[0].num_runs == 1
 
 
 def test_changing_a_budget_makes_snapshots_out_of_date(registry):
     asked, manifest = request("run"), "m" * 64
     part = spending.part_of(asked.event)
-    snapshot = registry.database.read(lambda c: store._snapshot(c, asked, manifest))
+    snapshot = registry.database.read(lambda c: snapshot_of(c, asked, manifest))
     registry.set_budget(DATASET, epsilon=0.1, delta=1e-6)
-    assert registry.database.write(lambda c: store._insert(c, snapshot, asked, part, manifest)) is None
+    assert registry.database.write(lambda c: reservations.insert(c, snapshot, asked, part, manifest)) is None
 
 
 def test_repeated_transaction_changes_nothing(registry, monkeypatch):

@@ -45,13 +45,13 @@ def test_run_asking_from_many_processes_reserves_once(registry, registry_url, pr
 
 def test_process_between_look_and_snapshot_is_seen(registry, registry_url, monkeypatch):
     first = Registry(registry_url).reserve(request("same"))
-    look, looks = store._holds, []
+    look, looks = store.holds, []
 
     def looked_too_early(connection, uid):
         looks.append(uid)
         return len(looks) > 1 and look(connection, uid)
 
-    monkeypatch.setattr(store, "_holds", looked_too_early)
+    monkeypatch.setattr(store, "holds", looked_too_early)
     assert registry.reserve(request("same")).id == first.id
     assert len(views.runs(registry.database)) == 1
 
