@@ -29,7 +29,8 @@ class Placement:
         stepped: the tensors, or parts of them, that this rank steps; the optimizer holds these.
         share: index of the share of a step's units that this rank works on.
         num_shares: shares into which a step's units are divided.
-        shards: set where ranks work on each unit together and hold parts of its gradient.
+        shards: set where gradients are in parts. Ranks of a shard group then also work together, on units that their
+            shares are not for (:class:`~privtrain.clipping.sharded.ShardedClipper`).
         equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
@@ -39,6 +40,16 @@ class Placement:
     num_shares: int
     shards: GradientShards | None = None
     equal_passes: bool = False
+
+    @property
+    def num_replicas(self) -> int:
+        """Shard groups, among which the units are divided that ranks work on together."""
+        return 1 if self.shards is None else self.num_shares // self.shards.size
+
+    @property
+    def replica(self) -> int:
+        """The shard group of this rank; ranks of a group follow each other."""
+        return 0 if self.shards is None else self.share // self.shards.size
 
 
 class Backend(abc.ABC):

@@ -1,9 +1,10 @@
 """PyTorch's FSDP2 (``fully_shard``): every rank holds equal parts of the weights and gathers a layer while it computes.
 
 * LoRA: the frozen base is sharded, adapters are on every rank (:class:`~.split.SplitStep`).
-* All weights trained: weights, gradients and optimizer are sharded, and the ranks of a shard group work on each unit
-  together (:mod:`privtrain.clipping.cooperative`). FSDP reduces gradients in fp32 as a SUM.
-* HSDP: a mesh of replicas times shards. Replicas work on different units and add up their parts once a logical step.
+* All weights trained: weights, gradients and optimizer are sharded, and each rank works on its own units
+  (:mod:`privtrain.clipping.sharded`). Where a shard group works on a unit together, FSDP reduces its gradient in fp32
+  as a SUM.
+* HSDP: a mesh of replicas times shards. Replicas add up their parts once a logical step.
 
 accelerate launches, and its config says how many replicas there are; it cannot build FSDP on a CPU and is not asked to.
 """
@@ -11,6 +12,7 @@ accelerate launches, and its config says how many replicas there are; it cannot 
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -131,8 +133,9 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
         self._layout = layout
-        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device)
-        return Placement(layout, layout, self._replica, self._num_replicas, shards=self._shards)
+        let_go = functools.partial(_let_go_of_whole_weights, model)
+        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device, let_go)
+        return Placement(layout, layout, self.rank, self.world_size, self._shards, equal_passes=True)
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@
 reduce-scatter, where backward leaves whole gradients one tensor at a time (ZeRO 2 and 3): a few of them share a bucket,
 and each is freed as soon as it is in. Both hook tensors by ``register_post_accumulate_grad_hook``, torch's public place
 for this.
+
+:class:`ScatteredSum` is for sums of clipped contributions, integers that each rank has whole, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,10 @@ from privtrain.clipping.cooperative import GradientShards, Sink
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.layout import Layout, Slot
 
-#: Coordinates of a bucket: 16 MiB of fp32. A larger tensor travels alone.
+#: Coordinates of a bucket: 16 MiB of fp32, 32 MiB of int64. A larger tensor travels alone.
 _BUCKET = 1 << 22
+#: Numbers of the order in which tensors came stay below this, so that their squares add up over ranks in int64.
+_ORDERS = (1 << 20) - 3
 
 
 class ArrivingShards(GradientShards):
@@ -34,16 +38,23 @@ class ArrivingShards(GradientShards):
         layout: the parts that this rank holds, in the same names.
         group: the shard group; ``None`` for the whole job.
         device: where gradients are.
+        let_go: makes sure that no weight is whole outside a pass; nothing to do by default.
     """
+
+    #: Whether one graph allows several backward passes: whether weights are gathered in each of them.
+    repeats_backward = True
 
     def __init__(
         self,
-        hooked: Mapping[str, torch.Tensor],
+        hooked: Mapping[str, torch.nn.Parameter],
         layout: Layout,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
+        self.weights = hooked
+        self.let_go_of_whole_weights = let_go
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._device = device
@@ -65,6 +76,15 @@ class ArrivingShards(GradientShards):
     @override
     def sum_over_group(self, vector: torch.Tensor) -> None:
         dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=self._group)
+
+    @override
+    def scattered(self, total: torch.Tensor) -> ScatteredSum:
+        return ScatteredSum(total, self.layout, self._part_size, self.size, self._group)
+
+    def _part_size(self, slot: Slot) -> int:
+        """Coordinates of the largest part: FSDP gives every rank equally many rows, the last ones fewer or none."""
+        rows, *others = slot.whole_shape or (1,)
+        return -(-rows // self.size) * math.prod(others)
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
         gradient, tensor.grad = tensor.grad, None
@@ -90,22 +110,33 @@ class ArrivingShards(GradientShards):
 
 
 class ReducedShards(ArrivingShards):
-    """The same where whole gradients arrive; parts are equal, the last ones shorter (:func:`equal_part`)."""
+    """The same where whole gradients arrive; parts are equal, the last ones shorter (:func:`equal_part`).
+
+    ``repeats_backward`` as in :class:`~privtrain.clipping.cooperative.GradientShards`.
+    """
 
     def __init__(
         self,
-        hooked: Mapping[str, torch.Tensor],
+        hooked: Mapping[str, torch.nn.Parameter],
         layout: Layout,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        *,
+        repeats_backward: bool = True,
     ) -> None:
         super().__init__(hooked, layout, group, device)
+        self.repeats_backward = repeats_backward
         sizes = [equal_part(math.prod(slot.whole_shape), 0, self.size)[1] for slot in layout.slots]
         self._capacity = min(_BUCKET // self.size, sum(sizes))
         self._bucket: torch.Tensor | None = None
         self._pending: list[tuple[Slot, int]] = []
         self._used = 0
 
+    @override
+    def _part_size(self, slot: Slot) -> int:
+        return equal_part(slot.num_whole_coordinates, 0, self.size)[1]
+
+    @override
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
         size = equal_part(gradient.numel(), 0, self.size)[1]
         if self._bucket is not None and self._used + size > self._bucket.shape[1]:
@@ -130,6 +161,80 @@ class ReducedShards(ArrivingShards):
             for slot, place in self._pending:
                 self._hand_over(slot, summed[place : place + slot.num_coordinates])
         self._bucket, self._pending, self._used = None, [], 0
+
+
+class ScatteredSum:
+    """This rank's part of an int64 sum to which the ranks contribute whole tensors, one after another.
+
+    A rank holds its part, one whole tensor and a bucket. Integers are added, so no order changes a bit. All ranks of
+    the group contribute to the same slots in the same order, and flush after the same ones.
+
+    Args:
+        total: this rank's parts of the sum, flat, laid out as ``layout``.
+        layout: of the parts.
+        part_size: of a slot: part number r has its coordinates from r times this on, so many or what is left.
+        size: ranks in the group.
+        group: the shard group.
+    """
+
+    def __init__(
+        self,
+        total: torch.Tensor,
+        layout: Layout,
+        part_size: Callable[[Slot], int],
+        size: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self._total = total
+        self._layout = layout
+        self._part_size = part_size
+        self._size = size
+        self._group = group
+        self._number = {slot.name: i for i, slot in enumerate(layout.slots)}
+        self._pending: list[tuple[Slot, torch.Tensor]] = []
+        self._order = 0
+
+    @contextlib.contextmanager
+    def contribution(self, name: str) -> Iterator[torch.Tensor]:
+        """Zeros of the tensor's own shape, int64: what the block adds is added to the parts of all ranks."""
+        slot = self._layout.slots[self._number[name]]
+        self._order = (self._order * len(self._number) + self._number[name] + 1) % _ORDERS
+        size = self._part_size(slot)
+        whole = torch.zeros(self._size * size, dtype=torch.int64, device=self._total.device)
+        yield whole[: slot.num_whole_coordinates].view(slot.whole_shape)
+        if sum(len(other) for _, other in self._pending) + len(whole) > _BUCKET:
+            self.flush()
+        self._pending.append((slot, whole))
+        if len(whole) > _BUCKET:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is still here."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        # By rank: one tensor lies so already.
+        parts = [whole.view(self._size, -1) for _, whole in pending]
+        sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)
+        reduce_scatter_flat(mine, sent.view(-1), self._group)
+        first = 0
+        for slot, whole in pending:
+            self._layout.view(self._total, slot).add_(mine[first : first + slot.num_coordinates].view(slot.shape))
+            first += len(whole) // self._size
+
+    def check_order(self) -> None:
+        """Compare the order of contributions over ranks since the last time.
+
+        Raises:
+            GuaranteeLost: if ranks contributed in different orders: sums of different tensors were added up.
+        """
+        assert not self._pending
+        orders = torch.tensor([self._order, self._order**2], dtype=torch.int64, device=self._total.device)
+        dist.all_reduce(orders, op=dist.ReduceOp.SUM, group=self._group)
+        if orders.tolist() != [self._size * self._order, self._size * self._order**2]:
+            raise GuaranteeLost("ranks contributed to tensors in different orders; this is a bug, report it")
+        self._order = 0
 
 
 def equal_part(num_coordinates: int, rank: int, num_ranks: int) -> tuple[int, int]:

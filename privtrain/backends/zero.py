@@ -2,8 +2,8 @@
 
 * Stage 1, and LoRA at any stage: each rank sums its own units; one reduce-scatter, own part noised and stepped, one
   all-gather (:class:`~.split.SplitStep`).
-* Stages 2 and 3 with all weights trained: gradients arrive in parts too, and the ranks work on each unit together
-  (:mod:`privtrain.clipping.cooperative`).
+* Stages 2 and 3 with all weights trained: gradients are in parts too; each rank works on its own units
+  (:mod:`privtrain.clipping.sharded`).
 * Stage 3: DeepSpeed shards the weights and gathers a layer while it computes.
 
 DeepSpeed is driven where it brings something that torch does not: ``zero.Init`` and the stage 3 engine. Its optimizer
@@ -152,8 +152,8 @@ class ZeroBackend(ShardedBackend):
             parts[name] = (first, _shape(parameter))
         self._layout = Layout(stepped, parts)
         self._weights = trainable
-        self._shards = ReducedShards(trainable, self._layout, None, self.device)
-        return Placement(self._layout, self._layout, share=0, num_shares=1, shards=self._shards)
+        self._shards = ReducedShards(trainable, self._layout, None, self.device, repeats_backward=not is_sharded)
+        return Placement(self._layout, self._layout, self.rank, self.world_size, self._shards, equal_passes=True)
 
     @override
     def publish(self) -> None:

@@ -5,7 +5,6 @@ of n·(p + d) numbers, whose norm takes 2n²(p + d) operations from Gram matrice
 inequality decides, for each layer and width of rows:
 
     p·d ≤ 1.25 n·(p + d)  →  multiply out, one gradient a row. All of LoRA, biases, norms; large layers of long rows.
-                             (Where nothing is kept it is 1, not 1.25.)
     otherwise             →  keep the factors (book-keeping: Bu et al. 2022, arXiv 2210.00038), norms from Gram
                              matrices, and each unit multiplied out block by block as it is added.
 
@@ -91,13 +90,12 @@ class UnitGradients:
         """Tensors of which only the norms are left."""
         return frozenset(self._released)
 
-    def add(self, name: str, gradient: Gradient, *, keep: bool = True) -> None:
+    def add(self, name: str, gradient: Gradient) -> None:
         """One more use of the tensor ``name``: contributions of all its uses are added before any norm is taken.
 
         Args:
             name: the tensor's slot.
             gradient: what the rule returned.
-            keep: whether the gradient is needed once its norm is known.
         """
         if name in self._measured:
             raise GuaranteeLost(f"tensor {name!r} is used again after its norm was taken; this is a bug, report it")
@@ -108,7 +106,7 @@ class UnitGradients:
                 self._lookups.setdefault(name, []).append(gradient)
         elif isinstance(gradient, Outer):
             is_first = not (name in self._dense or name in self._outers or name in self._lookups)
-            if name in self._dense or (is_first and _is_cheap(gradient, keep=keep)):
+            if name in self._dense or (is_first and _is_cheap(gradient)):
                 self._add_dense(name, self._multiplied(gradient))
             else:
                 self._outers.setdefault(name, []).append(gradient)
@@ -133,7 +131,7 @@ class UnitGradients:
             square[self._singles], length[self._singles] = squared_norms_of(outers, lookups, self._grams, rows)
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
             own = self._of_unit(name, unit)
-            if not lookups and len(outers) == 1 and _is_cheap(own[0][0], keep=False):
+            if not lookups and len(outers) == 1 and _is_cheap(own[0][0]):
                 product = Product(*own)
                 for block in product.blocks:
                     square[unit] += squared_norms(product.block(block)[None])[0]
@@ -158,12 +156,18 @@ class UnitGradients:
 
     def unit(self, index: int) -> dict[str, torch.Tensor]:
         """The whole gradient of one unit, multiplied out: name → [*shape]. A tensor without a use is left out."""
-        result = {name: value[index].clone() for name, value in self._dense.items()}
-        for slot in self._layout.slots:
-            outers, lookups = self._of_unit(slot.name, index)
-            if outers or lookups:
-                result[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                add_multiplied(result[slot.name], outers, lookups)
+        parts = {slot.name: self.tensor_of_unit(slot, index) for slot in self._layout.slots}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def tensor_of_unit(self, slot: Slot, index: int) -> torch.Tensor | None:
+        """Return one tensor of it, [*shape]; ``None`` without a use."""
+        if slot.name in self._dense:
+            return self._dense[slot.name][index].clone()
+        outers, lookups = self._of_unit(slot.name, index)
+        if not (outers or lookups):
+            return None
+        result = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
+        add_multiplied(result, outers, lookups)
         return result
 
     def add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:
@@ -174,13 +178,16 @@ class UnitGradients:
             weights: [slots, units] of :func:`.exact_sum.on_grid`.
         """
         for i, slot in enumerate(self._layout.slots):
-            out = self._layout.view(total, slot)
-            if slot.name in self._dense:
-                exact_sum.add_units(out, self._dense[slot.name], weights[i])
-            else:
-                units = weights[i].nonzero().flatten().tolist()
-                own = [self._of_unit(slot.name, unit) for unit in units]
-                self._note_added(slot.name, units, _add_factors(out, own, weights[i][units]))
+            self.add_kept(slot.name, self._layout.view(total, slot), weights[i])
+
+    def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
+        """The same for one tensor: ``out`` is its part of the sum, ``weights`` are [units]."""
+        if name in self._dense:
+            exact_sum.add_units(out, self._dense[name], weights)
+        else:
+            units = weights.nonzero().flatten().tolist()
+            own = [self._of_unit(name, unit) for unit in units]
+            self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
         """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
@@ -228,7 +235,7 @@ class UnitGradients:
         return by_unit[self._owner]
 
     def _is_dense(self, gradient: Gradient) -> bool:
-        return isinstance(gradient, torch.Tensor) or (isinstance(gradient, Outer) and _is_cheap(gradient, keep=False))
+        return isinstance(gradient, torch.Tensor) or (isinstance(gradient, Outer) and _is_cheap(gradient))
 
     def _dense_form(self, gradient: Gradient) -> torch.Tensor:
         assert not isinstance(gradient, Lookup)
@@ -283,10 +290,10 @@ class UnitGradients:
         return [], [Lookup(line(gradient.ids), line(gradient.values))]
 
 
-def _is_cheap(gradient: Outer, *, keep: bool) -> bool:
+def _is_cheap(gradient: Outer) -> bool:
     """Return whether one row (or one unit, given alone) is rather multiplied out than kept: by its own tokens."""
     p, d, num_tokens = gradient.left.shape[-1], gradient.right.shape[-1], gradient.left.shape[1]
-    return p * d <= (1.25 if keep else 1) * num_tokens * (p + d)
+    return p * d <= 1.25 * num_tokens * (p + d)
 
 
 def _add_factors(

@@ -29,7 +29,7 @@ from privtrain.clipping import exact_sum, fallback, opacus_rules, refusals, rule
 from privtrain.clipping.batched import UnitGradients, slots_by_tensor
 from privtrain.clipping.capture import Calls, captured
 from privtrain.clipping.factors import exact_fp32, squared_norms
-from privtrain.clipping.passes import Passes
+from privtrain.clipping.passes import Passes, slots_of
 from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
 from privtrain.data.microbatch import Microbatch
@@ -152,7 +152,7 @@ class PerUnitClipper:
                 f"{uncovered[:3]} require a gradient but are not in the layout, so nothing clips them"
             )
         self.layout = layout
-        self.total = layout.zeros(device, torch.int64)
+        self.total = self._new_total(device)
         self.diagnostics = ClippingDiagnostics()
         self.route = route
         self.fallback_reason = ""
@@ -166,6 +166,7 @@ class PerUnitClipper:
         self._slot_of = slots_by_tensor(layout)
         self._modules: dict[str, nn.Module] = {}
         self._rules: dict[nn.Module, rules.Rule] = {}
+        self._slots: dict[nn.Module, dict[str, Slot]] = {}
         self._checkpointing = _checkpointing(model)
         self._memory_budget = self._budget(model)
         if route != "one_unit":
@@ -254,11 +255,23 @@ class PerUnitClipper:
         try:
             refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
-            self._rules = {module: rules.rule_for(name, module) for name, module in self._modules.items()}
+            self._rules = {module: self._rule_for(name, module) for name, module in self._modules.items()}
+            self._slots = {module: slots_of(module, self._slot_of) for module in self._modules.values()}
         except UnsupportedLayer as refusal:
             if self.route != "auto":
                 raise
             self.route, self.fallback_reason = "one_unit", str(refusal)
+
+    def _new_total(self, device: torch.device) -> torch.Tensor:
+        """Return where the sum is kept: zero, int64, flat."""
+        return self.layout.zeros(device, torch.int64)
+
+    def _rule_for(self, name: str, module: nn.Module) -> rules.Rule:
+        return rules.rule_for(name, module)
+
+    def _new_passes(self, gradients: UnitGradients, num_rows: int) -> Passes:
+        names = {module: name for name, module in self._modules.items()}
+        return Passes(names, self._rules, self._slots, gradients, num_rows, self._memory_budget, self._device)
 
     def _budget(self, model: nn.Module) -> float:
         """Return bytes that per-unit gradients of one microbatch may take."""
@@ -307,8 +320,7 @@ class PerUnitClipper:
         rows = [row for row, unit in enumerate(owner) if unit >= 0]
         counts = [owner.count(i) for i in range(len(batch.owners))]
         gradients = UnitGradients(self.layout, counts, self._device, first_row=rows[0] if rows else 0)
-        names = {module: name for name, module in self._modules.items()}
-        passes = Passes(names, self._rules, self._slot_of, gradients, len(owner), self._memory_budget, self._device)
+        passes = self._new_passes(gradients, len(owner))
         with contextlib.ExitStack() as stack:
             try:
                 self._refuse_hidden_uses(batch)
@@ -316,15 +328,22 @@ class PerUnitClipper:
                 losses = passes.first(
                     calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
                 ).tolist()
-                if rows and not self._is_rehearsed:
-                    passes.rehearse(calls)
-                    self._is_rehearsed = True
             except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
                 return failure
+            fault = passes.refusal
             if not is_alone:
-                is_finite = all(math.isfinite(losses[row]) for row in rows) and self._is_finite(gradients)
+                is_finite = fault is None and all(math.isfinite(losses[row]) for row in rows)
+                is_finite = is_finite and self._is_finite(gradients)
                 if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
-                    return _NOT_FINITE
+                    fault = fault or _NOT_FINITE
+            if fault is not None:
+                return fault
+            try:
+                if (rows or self._equal_passes) and not self._is_rehearsed:
+                    passes.rehearse(calls)
+                    self._is_rehearsed = True
+            except Exception as failure:  # noqa: BLE001 - as above
+                return failure
             for row in rows:
                 self.diagnostics.add_loss(batch.owners[owner[row]], losses[row])
             self._add_units(batch, passes, calls)
@@ -540,7 +559,8 @@ class PerUnitClipper:
 
     def _is_lost(self, owners: Sequence[int]) -> torch.Tensor:
         """Return [units] whether a loss is not a number; its gradient may be one."""
-        return torch.tensor([not math.isfinite(self.diagnostics.unit_losses.get(owner, 0.0)) for owner in owners])
+        losses = [self.diagnostics.unit_losses.get(owner, 0.0) for owner in owners]
+        return torch.tensor([not math.isfinite(loss) for loss in losses], dtype=torch.bool)
 
     def _on_grid(self, factors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return [slots, units] factors on the grid; 0 for units that are not ``chosen``."""

@@ -1,4 +1,6 @@
-"""The cooperative unit: all ranks of a shard group work on one unit at a time, and none ever holds its gradient whole.
+"""The joint unit: all ranks of a shard group work on one unit at a time, and none ever holds its gradient whole.
+
+For layers without a rule, and units with more rows than a microbatch (:mod:`.sharded`).
 
 The ranks share out the unit's rows. The backend adds up their gradients and leaves each rank its own part of the sum;
 the parts' squared norms are added over the group (one small all-reduce a unit), and each rank scales its part by the
@@ -21,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -48,18 +50,47 @@ class GradientShards(Protocol):
         layout: the parts that this rank holds.
         rank: this rank in its shard group.
         size: ranks in the shard group.
+        weights: name → the model's own tensor, whatever this rank holds of it.
+        repeats_backward: whether one graph allows several backward passes. DeepSpeed's stage 3 gathers weights once a
+            forward pass and once for its backward pass, and not again.
     """
 
     layout: Layout
     rank: int
     size: int
+    weights: Mapping[str, torch.nn.Parameter]
+    repeats_backward: bool
 
     def collecting(self, sink: Sink) -> contextlib.AbstractContextManager[None]:
         """Within the block each rank of the group runs one backward pass; ``sink`` gets its part of their SUM."""
         ...
 
+    def let_go_of_whole_weights(self) -> None:
+        """See that each weight is in parts again, also after a pass that was broken off or had no backward pass."""
+        ...
+
+    def scattered(self, total: torch.Tensor) -> SumOfParts:
+        """Return what adds whole tensors of all ranks to ``total``, this rank's part of the sum (int64)."""
+        ...
+
     def sum_over_group(self, vector: torch.Tensor) -> None:
         """Replace ``vector`` by its sum over the shard group."""
+        ...
+
+
+class SumOfParts(Protocol):
+    """An int64 sum in parts, to which every rank of a shard group contributes whole tensors in the same order."""
+
+    def contribution(self, name: str) -> contextlib.AbstractContextManager[torch.Tensor]:
+        """Within the block, zeros of the tensor's own shape: what is added to them joins the sum."""
+        ...
+
+    def flush(self) -> None:
+        """Send what is still here; every rank at the same place."""
+        ...
+
+    def check_order(self) -> None:
+        """Raise on every rank unless all contributed in the same order since the last time."""
         ...
 
 

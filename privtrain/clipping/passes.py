@@ -24,6 +24,7 @@ from torch import nn
 from privtrain.clipping.batched import UnitGradients
 from privtrain.clipping.capture import Calls
 from privtrain.clipping.factors import exact_fp32
+from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient, Rule
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.privacy.layout import Slot
@@ -37,35 +38,50 @@ class Passes:
     Args:
         names: the modules that own trainable tensors.
         rules: theirs.
-        slot_of: the slot of each trainable tensor by identity.
+        slots: theirs, by the tensors' names within the module.
         gradients: where the first pass collects.
         num_rows: rows of the microbatch, padding included.
         memory_budget: bytes that per-unit gradients may take when the first pass is over, besides those of layers that
             share a tensor, which wait for each other in any case.
         device: where the tensors are.
+        repeats_forward: whether a second pass runs the forward pass again, with the same dropout, because the graph of
+            the first is good for one backward pass.
+        starts_at_head: whether a second pass may begin at the head's input; not where weights are gathered for a whole
+            pass, which begins with the losses.
+        defers_refusals: whether a pass goes on to its end where a layer's rows cannot be told apart, and leaves word of
+            it in ``refusal``: ranks that gather weights together must all come to the end of it.
     """
 
     def __init__(
         self,
         names: Mapping[nn.Module, str],
         rules: Mapping[nn.Module, Rule],
-        slot_of: Mapping[int, Slot],
+        slots: Mapping[nn.Module, Mapping[str, Slot]],
         gradients: UnitGradients,
         num_rows: int,
         memory_budget: float,
         device: torch.device,
+        *,
+        repeats_forward: bool = False,
+        starts_at_head: bool = True,
+        defers_refusals: bool = False,
     ) -> None:
         self.gradients = gradients
+        self.refusal: UnsupportedLayer | None = None
         self._names = names
         self._rules = rules
         self._num_rows = num_rows
         self._memory_budget = memory_budget
         self._device = device
-        self._slots = {module: _slots_of(module, slot_of) for module in names}
+        self._slots = slots
+        self._repeats_forward = repeats_forward
+        self._starts_at_head = starts_at_head and not repeats_forward
+        self._defers_refusals = defers_refusals
         self._alone: set[nn.Module] = set()
         self._let_go: set[nn.Module] = set()
         self._seen: dict[nn.Module, torch.Tensor] = {}
         self._start: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
 
     def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Forward and first backward pass.
@@ -80,26 +96,34 @@ class Passes:
         Raises:
             UnsupportedLayer: if a layer's rows cannot be told apart. Nothing was added anywhere then.
         """
-        calls.sink = self._collect
+        calls.sink = self._collect_or_defer if self._defers_refusals else self._collect
+        before = RandomState.of(self._device) if self._repeats_forward else None
         losses = row_losses()
         calls.is_forward = False
         self._plan(calls)
         start: tuple[torch.Tensor, torch.Tensor | None] = losses.sum(), None
-        neck = self._neck(calls, losses) if self._let_go else None
+        neck = self._neck(calls, losses) if self._let_go and self._starts_at_head else None
         if neck is not None:
             # The part of the graph behind it, logits included, is freed here and not run again.
             (gradient,) = torch.autograd.grad(start[0], neck)
             start = neck, gradient
         calls.last = None
-        torch.autograd.backward(*start, retain_graph=bool(self._let_go))
-        if self._let_go:
+        torch.autograd.backward(*start, retain_graph=bool(self._let_go) and before is None)
+        if before is not None:
+            self._forward = row_losses, before
+        elif self._let_go:
             self._start = start
         return losses.detach()
 
     @property
     def is_complete(self) -> bool:
-        """Whether the first pass kept everything."""
-        return not self.gradients.released
+        """Whether the first pass keeps everything: a function of the model and the shape of the microbatch."""
+        return not self._let_go
+
+    @property
+    def let_go(self) -> frozenset[str]:
+        """Names of the slots that a second pass is for, whoever has a row in the microbatch."""
+        return frozenset(slot.name for module in self._let_go for slot in self._slots[module].values())
 
     def rehearse(self, calls: Calls) -> None:
         """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
@@ -115,7 +139,6 @@ class Passes:
             add: called once for each tensor.
             used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
         """
-        assert self._start is not None
         missing = set(self._seen)
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -137,8 +160,14 @@ class Passes:
                     add(slot, found[local_name])
 
         calls.sink = sink
-        anchors = [calls.anchors[module] for module in self._seen]
-        torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
+        if self._forward is not None:
+            row_losses, before = self._forward
+            with before.replayed():
+                row_losses().sum().backward()
+        else:
+            assert self._start is not None
+            anchors = [calls.anchors[module] for module in self._seen]
+            torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
         if missing:
             names = sorted(self._names[module] for module in missing)
             raise GuaranteeLost(f"the second backward pass did not reach {names[:3]}; this is a bug, report it")
@@ -181,6 +210,12 @@ class Passes:
                     open_nodes.append(following)
         return neck
 
+    def _collect_or_defer(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        try:
+            self._collect(module, activation, output_gradient)
+        except UnsupportedLayer as refusal:
+            self.refusal = self.refusal or refusal
+
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
         shapes = activation.shape[:1], output_gradient.shape[:1]
         if activation.dim() < 2 or shapes != (torch.Size([self._num_rows]),) * 2:
@@ -189,6 +224,8 @@ class Passes:
                 "rows; its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
             )
         if not self.gradients.num_rows:
+            if module in self._let_go:
+                self._seen[module] = _sums(activation, output_gradient)[:, self.gradients.rows]
             return
         with exact_fp32(self._device):
             is_kept = module not in self._let_go
@@ -196,7 +233,7 @@ class Passes:
             for local_name, slot in self._slots[module].items():
                 if local_name not in found:
                     raise UnsupportedLayer(f"the rule of {self._names[module]!r} gives no gradient for {local_name!r}")
-                self.gradients.add(slot.name, found[local_name], keep=is_kept)
+                self.gradients.add(slot.name, found[local_name])
                 if not is_kept:
                     self.gradients.release(slot.name)
                 elif module in self._alone:
@@ -205,7 +242,8 @@ class Passes:
                 self._seen[module] = _sums(activation, output_gradient)[:, self.gradients.rows]
 
 
-def _slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
+def slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
+    """Return the slots of a module's own trainable tensors by their names within it, from slots by tensors' ids."""
     own = {name: slot_of.get(id(parameter)) for name, parameter in module.named_parameters(recurse=False)}
     return {name: slot for name, slot in own.items() if slot is not None}
 

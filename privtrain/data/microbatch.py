@@ -44,6 +44,7 @@ class Microbatch:
         owners: positions of the units that have a row here, among the rank's units, in row order.
         last_continues: whether the last owner has more rows in the next microbatch.
         pad_id: token id of padding.
+        is_joint: whether the ranks of a shard group have this same microbatch and work on its units together.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +54,7 @@ class Microbatch:
     owners: tuple[int, ...]
     last_continues: bool
     pad_id: int = 0
+    is_joint: bool = False
 
     def alone(self, index: int) -> Microbatch:
         """Return a microbatch of the same shape in which ``owners[index]`` has its rows and all others are padding.
@@ -104,6 +106,10 @@ class Packer:
         assert longest <= self.max_length
         return min(-(-longest // part) * part, self.max_length)
 
+    def fits(self, records: Records) -> bool:
+        """Return whether all rows of a unit are in one microbatch."""
+        return len(records) <= self.microbatch_size
+
     def num_batches(self, units: Sequence[Records]) -> int:
         """Return the number of microbatches that these units need."""
         rows: dict[int, list[int]] = {}
@@ -130,6 +136,21 @@ class Packer:
         assert num_made <= num_batches
         for _ in range(num_batches - num_made):
             yield self._assemble([], units, weights, min(-(-self.max_length // _NUM_WIDTHS), self.max_length))
+
+    def pack_share(
+        self, shares: Sequence[Sequence[Records]], share: int, joint: Sequence[Records] = ()
+    ) -> Iterator[Microbatch]:
+        """Yield one rank's microbatches of a step: as many as the busiest rank has, then the joint ones.
+
+        Args:
+            shares: every rank's units.
+            share: this rank's number.
+            joint: units that the ranks of this rank's shard group work on together; their positions follow its share's.
+        """
+        yield from self.pack(shares[share], max(self.num_batches(units) for units in shares))
+        for batch in self.pack(joint, self.num_batches(joint)):
+            owners = tuple(len(shares[share]) + owner for owner in batch.owners)
+            yield dataclasses.replace(batch, owners=owners, is_joint=True)
 
     def _runs(self, members: Sequence[int], num_rows: Sequence[int]) -> list[list[_Run]]:
         """Microbatches of one width: a unit longer than one fills whole ones and begins the next with what is left.

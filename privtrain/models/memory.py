@@ -104,11 +104,11 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
     optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
     rows = config.performance.microbatch_size
-    is_cooperative = is_full and layout.shards_gradients
-    holds_no_unit = is_cooperative and config.performance.clipping_route == "two_pass"
+    in_parts = is_full and layout.shards_gradients
+    holds_no_unit = in_parts and config.performance.clipping_route == "two_pass"
     units = 0 if holds_no_unit else 1 if is_full else rows
     # Reduced into parts of its own where each rank has a whole one.
-    num_sums = 2 if layout.shards_optimizer and not is_cooperative else 1
+    num_sums = 2 if layout.shards_optimizer and not in_parts else 1
     parts = {
         "frozen base": frozen // parameters,
         "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
@@ -116,6 +116,8 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
+    if in_parts:  # one tensor of the clipped sum is whole, until its parts are with their ranks
+        parts["tensor on its way"] = max(p.numel() for p in model.parameters() if p.requires_grad) * _SUM_BYTES
     if num_bands > 1:
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks
     activations, logits = _activation_bytes(config, model, base)

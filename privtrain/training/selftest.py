@@ -23,7 +23,7 @@ from scipy import stats
 from torch.utils.hooks import RemovableHandle
 
 from privtrain.backends import Backend, Placement
-from privtrain.clipping import CooperativeClipper, GradientShards, PerUnitClipper, exact_sum, styles
+from privtrain.clipping import GradientShards, PerUnitClipper, ShardedClipper, exact_sum, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.data.microbatch import Microbatch, Packer
 from privtrain.data.records import Record
@@ -38,7 +38,7 @@ from privtrain.training import auxiliary_sums
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.auxiliary_sums import noise_name
 from privtrain.training.probes import Probe
-from privtrain.training.trainer import Trainer
+from privtrain.training.trainer import Trainer, is_joint
 
 #: Relative error allowed between the clipper and plain autograd, by precision of forward and backward. In bf16 both run
 #: passes of the same shapes over the same rows, so that they differ by the last product alone: plain autograd rounds a
@@ -48,8 +48,10 @@ _TOLERANCE = {"fp32": 1e-3, "bf16": 1e-3 + 2 * 2**-8}
 _PLANTED_LENGTHS = (7, 12)
 #: A planted unit must survive being split, and must be right in one piece.
 _ALONE_SIZES = (1, 2)
-#: All share a microbatch; then the second spans two, which it shares with both others.
+#: All share a microbatch; then one is beside padding alone.
 _TOGETHER_SIZES = (6, 3)
+#: Where gradients are in parts: also none fits into a microbatch, so that ranks work on each together.
+_JOINT_SIZES = (*_TOGETHER_SIZES, 1)
 #: Norms of the huge and the small unit in clipping norms. Clipping hides a mean in place of a sum over a unit's rows,
 #: and any factor that is too small hides normalising: half the clipping norm shows both.
 _HUGE, _SMALL = 1e4, 0.5
@@ -111,9 +113,7 @@ def run_self_test(trainer: Trainer, *, vocabulary_size: int, precision: str) -> 
     return clipper.route
 
 
-def _check_probes(
-    trainer: Trainer, probe: Probe, units: list[list[Record]], precision: str
-) -> PerUnitClipper | CooperativeClipper:
+def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], precision: str) -> PerUnitClipper:
     """Probe the model, and check clipping on the route that the probes allow."""
     with _without_dropout(trainer.model):
         state = probe.check_traces()
@@ -208,9 +208,7 @@ def _power_sums(stop: int) -> tuple[int, int, int]:
     return stop, stop * (stop - 1) // 2, stop * (stop - 1) * (2 * stop - 1) // 6
 
 
-def _check_clipping(
-    trainer: Trainer, units: list[list[Record]], precision: str, route: str
-) -> PerUnitClipper | CooperativeClipper:
+def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, route: str) -> PerUnitClipper:
     """Return the job's own path against plain autograd: the huge unit alone, then all three, by one clipper.
 
     Returns:
@@ -220,17 +218,18 @@ def _check_clipping(
     by_token = torch.zeros(1 + len(units), device=backend.device)
     by_token[0] = 1.0
     losses = _scaled(trainer.row_losses, by_token)
-    reference = _Reference(trainer, units, losses, route, is_by_shape=precision != "fp32")
+    reference = _Reference(trainer, units, losses, trainer.clipper, is_by_shape=precision != "fp32")
     by_token[1] = reference.scale(0, _HUGE)
     clipper = trainer.new_clipper(losses, _agreed_route(trainer, losses, units[0], route))
-    reference.route = route = clipper.route
+    reference.clipper, route = clipper, clipper.route
     for size in _ALONE_SIZES:
         expected = reference.clipped_sum(1, size)
         total = _clipped_and_reduced(clipper, placement, units[:1], size, backend)
         agree_on_fault(_difference(total, expected, trainer, precision, num_units=1), backend)
     by_token[2] = reference.scale(1, _SMALL)
     # Without the third unit too: beside it, the clipper takes every unit of a microbatch by itself.
-    for members, size in itertools.product((units[:2], units), _TOGETHER_SIZES):
+    sizes = _TOGETHER_SIZES if placement.shards is None else _JOINT_SIZES
+    for members, size in itertools.product((units[:2], units), sizes):
         expected = reference.clipped_sum(2, size)
         by_token[3] = math.nan
         total = _clipped_and_reduced(clipper, placement, members, size, backend)
@@ -250,7 +249,7 @@ def _check_clipping(
     return clipper
 
 
-def _check_exact_sum(clipper: PerUnitClipper | CooperativeClipper, trainer: Trainer, units: list[list[Record]]) -> None:
+def _check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list[Record]]) -> None:
     """Two units together must be, as integers, what each is alone: fp32 would round most coordinates.
 
     Each rounding is small, but with chosen values 10⁵ of them add up to many clipping norms.
@@ -282,7 +281,7 @@ class _Reference:
         trainer: whose model is differentiated.
         units: the planted units.
         losses: scaled by unit; that of a unit that is not a number must be finite while this works.
-        route: clipping route to compare with.
+        clipper: to compare with.
         is_by_shape: whether rounding depends on the shape that a row is computed in so much that these passes must have
             the very shapes of the clipper's: a unit's mates are then there, and their losses left out.
     """
@@ -290,7 +289,7 @@ class _Reference:
     trainer: Trainer
     units: list[list[Record]]
     losses: RowLosses
-    route: str
+    clipper: PerUnitClipper
     is_by_shape: bool
     _sum: torch.Tensor | None = None
 
@@ -324,11 +323,13 @@ class _Reference:
         return total
 
     def _in_the_same_shapes(self, unit: int, present: list[list[Record]], microbatch_size: int) -> torch.Tensor:
-        shards = self.trainer.placement.shards
-        if shards is not None:
-            num_rows = -(-len(self.units[unit]) // shards.size) if self.route == "two_pass" else 1
+        placement, clipper = self.trainer.placement, self.clipper
+        packer = _packer(microbatch_size)
+        if placement.shards is not None and is_joint(placement, clipper, packer, self.units[unit]):
+            assert isinstance(clipper, ShardedClipper)
+            num_rows = -(-len(self.units[unit]) // placement.shards.size) if clipper.joint_route == "two_pass" else 1
             gradient = self._plain([self.units[unit]], 0, num_rows, self.losses)
-        elif self.route == "one_unit":
+        elif clipper.route == "one_unit":
             gradient = self._plain([self.units[unit]], 0, 1, self.losses)
         else:
             gradient = self._plain(present, unit, microbatch_size, self.losses)
@@ -358,8 +359,6 @@ def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route
 
     Every rank works through the same unit, since one without any would not see what the others see.
     """
-    if trainer.placement.shards is not None:
-        return route
     clipper = trainer.new_clipper(losses, route)
     for batch in _batches([unit], max(_ALONE_SIZES), trainer.backend.device):
         clipper.accumulate(batch)
@@ -383,17 +382,18 @@ def _planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
     return units
 
 
-def _batches(
-    units: list[list[Record]], microbatch_size: int, device: torch.device, *, is_mine: bool = True
-) -> list[Microbatch]:
-    """Return the units' microbatches, or as many without any unit."""
-    packer = Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
-    batches = packer.pack(units if is_mine else [], packer.num_batches(units))
-    return [batch.to(device) for batch in batches]
+def _batches(units: list[list[Record]], microbatch_size: int, device: torch.device) -> list[Microbatch]:
+    """Return the units' microbatches."""
+    packer = _packer(microbatch_size)
+    return [batch.to(device) for batch in packer.pack(units, packer.num_batches(units))]
+
+
+def _packer(microbatch_size: int) -> Packer:
+    return Packer(microbatch_size, max_length=max(_PLANTED_LENGTHS), pad_id=0)
 
 
 def _clipped_and_reduced(
-    clipper: PerUnitClipper | CooperativeClipper,
+    clipper: PerUnitClipper,
     placement: Placement,
     units: list[list[Record]],
     microbatch_size: int,
@@ -405,17 +405,25 @@ def _clipped_and_reduced(
 
 
 def _reduced_total(
-    clipper: PerUnitClipper | CooperativeClipper,
+    clipper: PerUnitClipper,
     placement: Placement,
     units: list[list[Record]],
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """Return the reduced clipped sum of these units, all of them in the last share and none in the others."""
-    is_mine = placement.share == placement.num_shares - 1
+    """Return the reduced clipped sum of these units, all of them in the last share and none in the others.
+
+    Those that ranks work on together are the last replica's.
+    """
+    packer = _packer(microbatch_size)
+    joint = [is_joint(placement, clipper, packer, records) for records in units]
+    alone = [records for records, flag in zip(units, joint, strict=True) if not flag]
+    together = [records for records, flag in zip(units, joint, strict=True) if flag]
+    is_last = placement.replica == placement.num_replicas - 1
+    shares = [*[[] for _ in range(placement.num_shares - 1)], alone]
     clipper.reset()
-    for batch in _batches(units, microbatch_size, backend.device, is_mine=is_mine):
-        clipper.accumulate(batch)
+    for batch in packer.pack_share(shares, placement.share, together if is_last else []):
+        clipper.accumulate(batch.to(backend.device))
     return backend.reduce_total(clipper.finish())
 
 
@@ -535,7 +543,7 @@ def _watched_gradient(
     return result
 
 
-def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper) -> None:
+def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
     """Check the noise that a step without units releases, under a throw-away key, in every tensor and auxiliary sum.
 
     In every tensor: the spread that the plan asks for, and just the noise of the coordinates held here. For another sum
@@ -587,9 +595,7 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper)
     agree_on_fault(faults[0] if faults else "", backend)
 
 
-def _own_noise(
-    trainer: Trainer, clipper: PerUnitClipper | CooperativeClipper, slot: Slot, count: int, noise: StepNoise
-) -> torch.Tensor:
+def _own_noise(trainer: Trainer, clipper: PerUnitClipper, slot: Slot, count: int, noise: StepNoise) -> torch.Tensor:
     """Return the noise of a first step on the first coordinates of a slot, drawn alone."""
     plan, device = trainer.plan, trainer.backend.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
@@ -620,7 +626,7 @@ def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, 
 
 def _noise_bound_faults(
     trainer: Trainer,
-    clipper: PerUnitClipper | CooperativeClipper,
+    clipper: PerUnitClipper,
     key: SecretKey,
     vector: torch.Tensor,
     released: dict[str, float],

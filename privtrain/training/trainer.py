@@ -11,10 +11,10 @@ import torch
 
 from privtrain.backends import Backend, Placement
 from privtrain.backends.base import all_equal
-from privtrain.clipping import CooperativeClipper, PerUnitClipper, styles
+from privtrain.clipping import PerUnitClipper, ShardedClipper, styles
 from privtrain.clipping.clipper import RowLosses
 from privtrain.config.training import TrainingSection
-from privtrain.data.microbatch import Microbatch, Packer
+from privtrain.data.microbatch import Microbatch, Packer, Records
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
 from privtrain.errors import GuaranteeLost
@@ -187,7 +187,7 @@ class Trainer:
             self.plan.scheme, self.plan.records_per_unit, key, self._units.num_records, first_step
         )
 
-    def new_history(self, clipper: PerUnitClipper | CooperativeClipper) -> NoiseHistory | None:
+    def new_history(self, clipper: PerUnitClipper) -> NoiseHistory | None:
         """Return the empty history of correlated noise; ``None`` where steps have noise of their own."""
         strategy = self.plan.correlated
         if strategy is None:
@@ -214,7 +214,7 @@ class Trainer:
 
     def release(
         self,
-        clipper: PerUnitClipper | CooperativeClipper,
+        clipper: PerUnitClipper,
         key: SecretKey,
         step: int,
         check: Callable[[str], None] | None = None,
@@ -253,7 +253,7 @@ class Trainer:
 
     def bound_sum(
         self,
-        clipper: PerUnitClipper | CooperativeClipper,
+        clipper: PerUnitClipper,
         total: torch.Tensor,
         totals: Mapping[str, int],
         key: SecretKey,
@@ -277,7 +277,7 @@ class Trainer:
         chain = previous if self.plan.correlated is not None else None
         return bind(key, step, total, self.layout, public=public, metrics=metrics, sum_parts=sum_parts, previous=chain)
 
-    def _stddev(self, clipper: PerUnitClipper | CooperativeClipper) -> float:
+    def _stddev(self, clipper: PerUnitClipper) -> float:
         return self.plan.fresh_noise_multiplier * clipper.sensitivity
 
     def _clip_batch(self, total: torch.Tensor) -> None:
@@ -288,11 +288,12 @@ class Trainer:
         norm = float(squares.sqrt()) / self.plan.expected_batch_size
         total *= styles.batch_factor(norm, self.plan.clipping_norm)
 
-    def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper | CooperativeClipper:
+    def new_clipper(self, losses: RowLosses, route: str) -> PerUnitClipper:
         """Return a clipper for where the trainable tensors are; the self-test makes its own with other losses."""
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
-        if self.placement.shards is not None:
-            return CooperativeClipper(self.model, self.placement.shards, norm, losses, device, style, route)
+        shards, any_rank = self.placement.shards, self.backend.any_rank
+        if shards is not None:
+            return ShardedClipper(self.model, shards, norm, losses, device, style, route, any_rank=any_rank)
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
         return PerUnitClipper(
             self.model,
@@ -303,19 +304,29 @@ class Trainer:
             style,
             route,
             equal_passes=equal_passes,
-            any_rank=self.backend.any_rank,
+            any_rank=any_rank,
         )
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
-        """This rank's share of a step: whole units, and as many microbatches as the busiest rank has."""
+        """This rank's share of a step: whole units, and as many microbatches as the busiest rank has.
+
+        Then, where gradients are in parts, the units that its shard group works on together.
+        """
         fetched = self._units.fetch([(d.unit, d.record_indices) for d in drawn])
-        costs = [self.packer.width(records) for records in fetched]
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
-        drawn_by_share = assign_to_ranks(drawn, costs, self.placement.num_shares)
-        self._share = drawn_by_share[self.placement.share]
-        shares = [[records_of[d.unit] for d in share] for share in drawn_by_share]
-        num_batches = max(self.packer.num_batches(share) for share in shares)
-        for batch in self.packer.pack(shares[self.placement.share], num_batches):
+
+        def assigned(members: Sequence[DrawnUnit], num_shares: int) -> list[list[DrawnUnit]]:
+            return assign_to_ranks(members, [self.packer.width(records_of[d.unit]) for d in members], num_shares)
+
+        placement = self.placement
+        joint = [d for d in drawn if is_joint(placement, self.clipper, self.packer, records_of[d.unit])]
+        joint_units = {d.unit for d in joint}
+        by_share = assigned([d for d in drawn if d.unit not in joint_units], placement.num_shares)
+        together = assigned(joint, placement.num_replicas)[placement.replica]
+        self._share = [*by_share[placement.share], *together]
+        shares = [[records_of[d.unit] for d in share] for share in by_share]
+        records_together = [records_of[d.unit] for d in together]
+        for batch in self.packer.pack_share(shares, placement.share, records_together):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -410,3 +421,8 @@ class Trainer:
                 "train/num_nonfinite_units": int(num_nonfinite),
             },
         )
+
+
+def is_joint(placement: Placement, clipper: PerUnitClipper, packer: Packer, records: Records) -> bool:
+    """Return whether the ranks of a shard group work on this unit together: decided by its size and the route alone."""
+    return placement.shards is not None and (clipper.route == "one_unit" or not packer.fits(records))

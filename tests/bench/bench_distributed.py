@@ -23,7 +23,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from privtrain.backends.base import step_optimizer
-from privtrain.clipping import CooperativeClipper
+from privtrain.clipping import ShardedClipper
 from privtrain.data.microbatch import Packer
 from privtrain.data.units import UnitData
 from privtrain.training.trainer import Trainer
@@ -129,25 +129,24 @@ def lora(name: str, directory: pathlib.Path) -> dict[str, Any]:
 
 
 def full(name: str, directory: pathlib.Path, route: str) -> dict[str, Any]:
-    """Gradient bytes that stay on a rank while a unit is worked on, and the largest tensor in flight."""
+    """Bytes of the clipped sum that stay on a rank, and the largest tensor of it on its way."""
     trainer = make_trainer(name, directory, "full", route)
     whole = 4 * sum(int(np.prod(slot.whole_shape)) for slot in trainer.layout.slots)
-    shards, clipper = trainer.placement.shards, trainer.clipper
-    assert shards is not None
-    assert isinstance(clipper, CooperativeClipper)
-    held, in_flight = [0], [0]
-    original = shards._take  # type: ignore[attr-defined]
+    clipper = trainer.clipper
+    assert isinstance(clipper, ShardedClipper)
+    in_flight = [0]
+    original = clipper._sum.contribution
 
-    def watched(slot: Any, gradient: torch.Tensor) -> None:
-        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        in_flight.append(local.numel() * 4)
-        kept = [clipper.total, clipper._gradient, *(p.grad for p in trainer.model.parameters() if p is not None)]
-        held.append(sum(tensor.numel() * 4 for tensor in kept if tensor is not None))
-        original(slot, gradient)
+    @contextlib.contextmanager
+    def watched(name: str) -> Iterator[torch.Tensor]:
+        with original(name) as out:
+            yield out
+            in_flight.append(out.numel() * out.element_size())
 
-    shards._take = watched  # type: ignore[attr-defined]
+    clipper._sum.contribution = watched  # type: ignore[method-assign]
     trainer.train_step(0)
-    return {"held_share": max(held) / whole, "tensor_in_flight_share": max(in_flight) / whole}
+    held = clipper.total.numel() * clipper.total.element_size()
+    return {"held_share": held / whole, "tensor_in_flight_share": max(in_flight) / whole}
 
 
 def main(chosen: list[str]) -> None:
@@ -162,9 +161,7 @@ def main(chosen: list[str]) -> None:
                 f"{row['sent_bytes'][0]} {row['sent_bytes'][1]}",
                 flush=True,
             )
-        print(
-            "All weights: most gradient bytes a rank keeps / whole gradient, largest tensor in flight / whole gradient"
-        )
+        print("All weights: bytes of a rank's part of the sum, and of the largest tensor on its way, / whole gradient")
         for name in [name for name in ("zero2", "zero3", "fsdp2") if name in (chosen or cells.SHARDED)]:
             for route in ("auto", "two_pass"):
                 row = run_on_ranks(NUM_RANKS, full, name, directory, route)[0]

@@ -24,9 +24,17 @@ class LoneShards:
     """A shard group of one rank, whose part is the whole."""
 
     rank, size = 0, 1
+    repeats_backward = True
 
     def __init__(self, layout) -> None:
         self.layout = layout
+        self.weights = layout.parameters
+
+    def let_go_of_whole_weights(self) -> None:
+        pass
+
+    def scattered(self, total):
+        return LoneSum(total, self.layout)
 
     @contextlib.contextmanager
     def collecting(self, sink):
@@ -39,6 +47,28 @@ class LoneShards:
                 sink(slot, gradient)
 
     def sum_over_group(self, vector) -> None:
+        pass
+
+
+class LoneSum:
+    """What one rank contributes is the sum; ``names`` in their order."""
+
+    def __init__(self, total, layout) -> None:
+        self.total, self.layout = total, layout
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def contribution(self, name):
+        slot = next(slot for slot in self.layout.slots if slot.name == name)
+        whole = torch.zeros(slot.whole_shape, dtype=torch.int64)
+        yield whole
+        self.names.append(name)
+        self.layout.view(self.total, slot).add_(whole)
+
+    def flush(self) -> None:
+        pass
+
+    def check_order(self) -> None:
         pass
 
 

@@ -76,6 +76,8 @@ def test_what_the_launch_divides_among_ranks(tree, tmp_path):
     for part in ("trained weights", "optimizer state", "clipped sum and noise", "gradients of units"):
         assert divided[part] == alone[part] // 4
     assert divided["activations"] == alone["activations"]
+    assert divided["tensor on its way"] == 8 * 257 * 32  # the embedding, integers
+    assert "tensor on its way" not in alone
     tree["performance"]["clipping_route"] = "two_pass"
     assert model_size(validate(tree), LaunchLayout.from_accelerate(path)).memory_bytes["gradients of units"] == 0
     content["deepspeed_config"] = {"zero_stage": 1, "offload_optimizer_device": "cpu"}

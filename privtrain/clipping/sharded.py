@@ -1,0 +1,334 @@
+"""Data-parallel clipping of sharded gradients: each rank clips its own units, and hands each layer's sum to all ranks.
+
+What a rank holds of weights and gradients is a part, and a layer is whole only while it computes. A unit's norm needs
+activations and output gradients alone, so the first pass takes the norms of a rank's own units as
+:class:`~.clipper.PerUnitClipper` does, without any communication of gradients. When the factors are known, each
+tensor's clipped contributions are multiplied out, rounded to the grid unit by unit, and added up in int64; ranks add up
+these integers by a reduce-scatter, tensor by tensor, and each keeps its part. So the sum has the same bits as that of
+one process, whatever the number of ranks, and a rank holds its part of it and one tensor on its way.
+
+Where the factors of all layers are kept (route ``batched``), that follows the first pass. On the ``two_pass`` route
+nothing is kept but what layers share, and tensors come by in a second backward pass. A unit whose norm cannot be
+believed (tokens that cancel) is measured once more, multiplied out tensor by tensor; on the ``two_pass`` route that
+takes one more pass on every rank.
+
+**All ranks run the same collectives in the same order.** Every rank has equally many microbatches, those without a unit
+too; what is let go is a function of the model; whether another pass is needed is decided by all ranks together; and in
+which order tensors came is compared once a step.
+
+Ranks work together on one unit at a time (:class:`~.cooperative.CooperativeClipper`, route ``one_unit``) where a layer
+has no rule. On any route they do so for units with more rows than a microbatch.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from privtrain.clipping import fallback, opacus_rules, rules
+from privtrain.clipping.batched import UnitGradients
+from privtrain.clipping.capture import Calls, captured
+from privtrain.clipping.clipper import PerUnitClipper, RowLosses
+from privtrain.clipping.cooperative import CooperativeClipper, GradientShards
+from privtrain.clipping.factors import exact_fp32, squared_norms
+from privtrain.clipping.passes import Passes
+from privtrain.clipping.rules import Gradient
+from privtrain.data.microbatch import Microbatch
+from privtrain.errors import GuaranteeLost, UnsupportedLayer
+from privtrain.privacy.layout import Layout, Slot
+
+
+class ShardedClipper(PerUnitClipper):
+    """Accumulates this rank's part of Σ_u clip(g_u) over the units of all ranks of its shard group.
+
+    Guarantee: as for :class:`~.clipper.PerUnitClipper`, whose numbers its own are bit for bit; for joint units as for
+    :class:`~.cooperative.CooperativeClipper`.
+
+    Args:
+        model: the model that ``row_losses`` runs.
+        shards: the backend's description of this rank's part of each gradient.
+        clipping_norm: C > 0.
+        row_losses: see :data:`~.clipper.RowLosses`.
+        device: where ``total`` lives.
+        style: see :class:`~.clipper.PerUnitClipper`.
+        route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` (together) or ``"auto"``: two passes with gradient
+            checkpointing, else batched. Without a rule for a layer, ``"auto"`` and ``"two_pass"`` go one unit at a
+            time; joint units take two passes on ``"two_pass"``.
+        any_rank: whether a flag is set on any rank, asked by every rank at once.
+
+    Raises:
+        UnsupportedLayer: see :class:`~.clipper.PerUnitClipper`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shards: GradientShards,
+        clipping_norm: float,
+        row_losses: RowLosses,
+        device: torch.device,
+        style: str = "flat",
+        route: str = "auto",
+        *,
+        any_rank: Callable[[bool], bool],
+    ) -> None:
+        shards.let_go_of_whole_weights()
+        self._shards = shards
+        self._joint = CooperativeClipper(model, shards, clipping_norm, row_losses, device, style, route)
+        self._sum = shards.scattered(self._joint.total)
+        layout = _whole_layout(shards)
+        super().__init__(
+            model, layout, clipping_norm, row_losses, device, style, route, equal_passes=True, any_rank=any_rank
+        )
+
+    @property
+    def joint_route(self) -> str:
+        """The route of joint units: ``"two_pass"`` or ``"cooperative"``."""
+        return self._joint.route
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._joint.reset()
+        self._joint.diagnostics = self.diagnostics
+        self._joint.clipping_norm = self._clipping_norm
+
+    @override
+    def accumulate(self, batch: Microbatch) -> None:
+        """Add the clipped gradients of the units of ``batch``.
+
+        Args:
+            batch: whole units, on this clipper's device; every rank has equally many. If it is joint, or on the
+                ``one_unit`` route, the ranks of a group have the same one, and units may continue in the next.
+        """
+        self._shards.let_go_of_whole_weights()
+        if not (batch.is_joint or self.route == "one_unit"):
+            if batch.last_continues:
+                raise GuaranteeLost("a unit of one rank's own spans microbatches; this is a bug, report it")
+            super().accumulate(batch)
+        else:
+            self._joint.accumulate(batch)
+
+    @override
+    def finish(self) -> torch.Tensor:
+        """End the step and return this rank's part of the clipped sum: int64, in units of 2**``grid_exponent``.
+
+        Raises:
+            GuaranteeLost: if a unit was left open, an unclipped gradient exists on a trainable tensor, or ranks added
+                up different tensors.
+        """
+        self._joint.finish()
+        self._sum.check_order()
+        return super().finish()
+
+    @override
+    def _new_total(self, device: torch.device) -> torch.Tensor:
+        return self._joint.total
+
+    @override
+    def _rule_for(self, name: str, module: nn.Module) -> rules.Rule:
+        rule = rules.rule_for(name, _stand_in(module, self._slot_of, self._device))
+        if rule is opacus_rules.per_row:
+            raise UnsupportedLayer(
+                f"the rule for module {name!r} of type {type(module).__name__} reads its weights, which are in parts "
+                "on several ranks; set performance.clipping_route: one_unit"
+            )
+        return rule
+
+    @override
+    def _find_rules(self, model: nn.Module) -> None:
+        try:
+            super()._find_rules(model)
+        except UnsupportedLayer as refusal:
+            if self.route != "two_pass":
+                raise
+            self.route, self.fallback_reason = "one_unit", str(refusal)
+
+    @override
+    def _budget(self, model: nn.Module) -> float:
+        """All or nothing: on every rank the same, whatever the width of its rows."""
+        is_large = any(len(slot.shape) > 1 for slot in self.layout.slots)
+        is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and is_large
+        return 0.0 if self.route == "two_pass" or is_auto else math.inf
+
+    @override
+    def _refuse_reentrant(self) -> None:
+        if self.route == "two_pass":  # joint units are differentiated without naming tensors
+            super()._refuse_reentrant()
+
+    @override
+    def _new_passes(self, gradients: UnitGradients, num_rows: int) -> Passes:
+        names = {module: name for name, module in self._modules.items()}
+        return Passes(
+            names,
+            self._rules,
+            self._slots,
+            gradients,
+            num_rows,
+            self._memory_budget,
+            self._device,
+            repeats_forward=not self._shards.repeats_backward,
+            starts_at_head=False,
+            defers_refusals=True,
+        )
+
+    @override
+    def _refuse_hidden_uses(self, batch: Microbatch) -> None:
+        """Once: every tensor must be seen by a hook. Which have a gradient all the same, autograd cannot tell here."""
+        if self._saw_every_use:
+            return
+        seen: set[str] = set()
+        devices = [self._device] if self._device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            captured(self._modules, list(self.layout.parameters.values()), 1) as calls,
+        ):
+            calls.sink = lambda module, *_: seen.update(slot.name for slot in self._slots[module].values())
+            loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+            calls.is_forward = False
+            loss.backward()
+        unseen = [slot.name for slot in self.layout.slots if slot.name not in seen]
+        if unseen:
+            raise UnsupportedLayer(
+                f"tensor {unseen[0]!r} belongs to a module that is not called as one: a fused kernel that reads its "
+                "weight would hide the activations. Set performance.clipping_route: one_unit"
+            )
+        self._saw_every_use = True
+
+    @override
+    def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
+        """Go one unit at a time, if that was left open and every rank has the same microbatch, as in the self-test."""
+        reason = fallback.cause(failure, None, self.layout.parameters)
+        if self.route != "auto" or self._is_settled or not self._is_everywhere(batch):
+            raise UnsupportedLayer(
+                f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
+                "one_unit, which is exact for any layer"
+            ) from failure
+        self.route, self.fallback_reason = "one_unit", reason
+        self._shards.let_go_of_whole_weights()
+
+    @override
+    def _accumulate_units(self, batch: Microbatch) -> None:
+        self._joint.accumulate(batch)
+
+    def _is_everywhere(self, batch: Microbatch) -> bool:
+        """Whether all ranks of the shard group have this microbatch."""
+        sha = hashlib.sha256(repr(batch.owners).encode())
+        for value in (batch.input_ids, batch.target_mask, batch.row_weight, batch.owner):
+            sha.update(value.cpu().numpy().tobytes())
+        number = int.from_bytes(sha.digest()[:3], "big")
+        sums = torch.tensor([number, number**2], dtype=torch.int64, device=self._device)
+        self._shards.sum_over_group(sums)
+        return sums.tolist() == [self._shards.size * number, self._shards.size * number**2]
+
+    @override
+    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
+        """Contribute every unit of the microbatch; also without any, since the other ranks wait for it."""
+        gradients, num_units = passes.gradients, len(batch.owners)
+        squares, uncancelled = self._squares(gradients)
+        apart = sorted(self._cancelled(squares, uncancelled)) if num_units else []
+        squares = self._measured(passes, calls, squares, apart)
+        everyone = torch.ones(num_units, dtype=torch.bool)
+        factors = self._factors(squares, batch.owners)
+        weights = self._on_grid(factors, everyone)
+        self._contribute(passes, calls, [weights])
+
+        by_factors = everyone.clone()
+        by_factors[apart] = False
+        longer = self._longer(gradients, squares, by_factors) if num_units else []
+        if self._any_rank(bool(longer)):
+            squares = self._measured(passes, calls, squares, longer)
+            factors = self._factors(squares, batch.owners)
+            chosen = torch.zeros(num_units, dtype=torch.bool)
+            chosen[longer] = True
+            self._contribute(passes, calls, [torch.where(chosen, -weights, 0.0), self._on_grid(factors, chosen)])
+        if num_units:
+            self._count(squares, factors, everyone, batch.owners)
+
+    def _squares(self, gradients: UnitGradients) -> tuple[torch.Tensor, torch.Tensor]:
+        """[slots, units] squared norms on the CPU, and what they could be without cancellation."""
+        if not gradients.num_units:
+            nothing = torch.zeros(len(self.layout.slots), 0, dtype=torch.float64)
+            return nothing, nothing
+        with exact_fp32(self._device):
+            squares, uncancelled = gradients.squares()
+            return squares.cpu(), uncancelled.cpu()
+
+    def _measured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
+        """Return ``squares`` with those of some units' tensors multiplied out, one at a time; all ranks call it."""
+        is_needed = bool(units) if passes.is_complete else self._any_rank(bool(units))
+        if not is_needed:
+            return squares
+        squares, gradients, let_go = squares.clone(), passes.gradients, passes.let_go
+        with exact_fp32(self._device):
+            for i, slot in enumerate(self.layout.slots):
+                for unit in units if slot.name not in let_go else ():
+                    tensor = gradients.tensor_of_unit(slot, unit)
+                    squares[i, unit] = 0.0 if tensor is None else float(squared_norms(tensor[None])[0])
+        number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+
+        def measure(slot: Slot, found: Gradient) -> None:
+            for unit in units:
+                tensor = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
+                gradients.add_unit(tensor, found, unit)
+                squares[number[slot.name], unit] = float(squared_norms(tensor[None])[0])
+
+        if not passes.is_complete:
+            used = torch.zeros(gradients.num_units, dtype=torch.bool)
+            used[list(units)] = True
+            passes.again(calls, measure, gradients.by_row(used.to(self._device)))
+        return squares
+
+    def _contribute(self, passes: Passes, calls: Calls, weights: Sequence[torch.Tensor]) -> None:
+        """Add the units to the sum with each of these [slots, units] weights: kept tensors, then those let go."""
+        gradients, let_go = passes.gradients, passes.let_go
+        with exact_fp32(self._device):
+            for i, slot in enumerate(self.layout.slots):
+                if slot.name not in let_go:
+                    with self._sum.contribution(slot.name) as out:
+                        for by_slot in weights if gradients.num_units else ():
+                            gradients.add_kept(slot.name, out, by_slot[i])
+        if not passes.is_complete:
+            number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
+
+            def add(slot: Slot, found: Gradient) -> None:
+                with self._sum.contribution(slot.name) as out:
+                    for by_slot in weights if gradients.num_units else ():
+                        gradients.add_now(slot.name, out, found, by_slot[number[slot.name]])
+
+            used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)
+            passes.again(calls, add, gradients.by_row(used.to(self._device)))
+        self._sum.flush()
+
+
+def _whole_layout(shards: GradientShards) -> Layout:
+    """Return the layout of the whole tensors, of which nobody has the memory; its parameters are the model's own."""
+    shapes = {slot.name: slot.whole_shape for slot in shards.layout.slots}
+    layout = Layout({name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()})
+    layout.parameters = {name: shards.weights[name] for name in layout.parameters}
+    return layout
+
+
+def _stand_in(module: nn.Module, slot_of: dict[int, Slot], device: torch.device) -> nn.Module:
+    """Return the module as one rank alone would have it, with other values: what a rule is chosen by.
+
+    Vectors have numbers, since rules of norm layers are tried; larger tensors have a shape alone.
+    """
+    twin = copy.copy(module)
+    whole: dict[str, nn.Parameter | None] = {}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            slot = slot_of.get(id(parameter))
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape)) if slot is None else slot.whole_shape
+            place = device if len(shape) == 1 else torch.device("meta")
+            parameter = nn.Parameter(torch.ones(shape, dtype=parameter.dtype, device=place), requires_grad=False)
+        whole[name] = parameter
+    hooks = {name: type(value)() for name, value in vars(module).items() if name.startswith("_") and "_hooks" in name}
+    vars(twin).update(hooks, _parameters=whole)
+    return twin
