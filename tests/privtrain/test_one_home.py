@@ -6,6 +6,8 @@ one meaning, a pseudonym that somebody gives, weighted quantiles.
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 
 import numpy as np
@@ -23,6 +25,7 @@ from privtrain.ledger.log import NullLedger
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import which_pseudonym
 from privtrain.run.statement import PrivacyStatement, privacy_statement
+from tests.jobs import REPOSITORY
 
 FACTS = {
     "num_model_steps": 2,
@@ -146,3 +149,33 @@ def test_null_ledger_keeps_nothing():
     for call in (ledger.prepare_release, lambda: ledger.blinded("environment", "00")):
         with pytest.raises(AttributeError):
             call()
+
+
+def imports_by_module() -> dict[str, set[str]]:
+    """Every import of a module, also those inside functions and under TYPE_CHECKING."""
+    files = [path for top in ("privtrain", "attacks", "accountants") for path in (REPOSITORY / top).rglob("*.py")]
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in files}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {(node.module or "", alias.name) for node in imports for alias in node.names}
+        found[module] = {f"{a}.{b}" if f"{a}.{b}" in modules else a for a, b in names} & (modules.keys() - {module})
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    imports = imports_by_module()
+    assert len(imports) > 300
+    graphlib.TopologicalSorter(imports).prepare()
+    imports["privtrain.errors"].add("privtrain.cli")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(imports).prepare()
+
+
+def test_top_level_holds_what_every_room_needs_and_no_more():
+    names = {path.name for path in (REPOSITORY / "privtrain").iterdir() if path.is_file()}
+    assert names <= {
+        *("__init__.py", "__init__.pyi", "__main__.py", "py.typed", "README.md"),
+        *("api.py", "cli.py", "errors.py", "inputs.py"),
+    }

@@ -55,16 +55,6 @@ def test_the_draw_is_poisson_with_at_most_k_distinct_records():
     assert abs(np.var(sizes) - 60 * 0.3 * 0.7) < 4 * 60 * 0.21 * np.sqrt(2 / 2000)
 
 
-def test_draw_is_equal_on_ranks_and_differs_by_step_and_key():
-    plan, sizes = make_plan(), [3] * 40
-    first = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
-    again = sampler_of(plan, SecretKey.insecure(0, "s"), sizes)
-    other = sampler_of(plan, SecretKey.insecure(1, "s"), sizes)
-    assert first.draw(3) == again.draw(3)
-    assert first.draw(3) != first.draw(4)
-    assert first.draw(3) != other.draw(3)
-
-
 def test_probability_zero_draws_nobody_one_everybody():
     sizes = [2] * 10
     assert sampler_of(make_plan(sampling_prob=1e-9), SecretKey.insecure(0, "s"), sizes).draw(0) == []
