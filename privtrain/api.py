@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from privtrain.config import Config, load_config
+from privtrain.config.dotted import assigned
 from privtrain.config.load import read_tree, validate
 from privtrain.errors import ConfigError, Fault, PrivtrainError
 from privtrain.files import reading
@@ -248,10 +249,4 @@ def _config(config: AnyConfig, settings: Mapping[str, Any] | None) -> Config:
         if isinstance(config, Config) and not settings:
             return config
         tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
-    changed = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in tree.items()}
-    for dotted, value in (settings or {}).items():
-        section, dot, key = dotted.partition(".")
-        if not dot or not isinstance(changed.setdefault(section, {}), dict):
-            raise ConfigError([Fault(dotted, "a setting is section.key")])
-        changed[section][key] = value
-    return validate(changed)
+    return validate(assigned(tree, settings or {}))

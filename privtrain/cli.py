@@ -263,6 +263,19 @@ def verify(
 
 
 @app.command()
+def push(
+    directory: Annotated[pathlib.Path, typer.Argument(help="A run, its adapter or model, an export, or a corpus.")],
+    repository: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hugging Face hub; made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    not_private: Annotated[bool, typer.Option("--not-private", help="Upload also what no ε covers.")] = False,
+) -> None:
+    """Verify a directory and upload it to the hub, with its card; the token is HF_TOKEN's, or hf auth login's."""
+    from privtrain.commands.push import push as upload
+
+    typer.echo(upload(directory, repository, is_public=public, is_consented=not_private))
+
+
+@app.command()
 def disclose(
     run: RunPath,
     form: Annotated[

@@ -49,8 +49,9 @@ def check_inputs(config: Config) -> None:
     faults = check_model(config.model) + check_source(config.data)
     if not faults:
         faults += template_faults(config.model, config.data)
-    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        faults.append(Fault("tracking.tensorboard", "is not installed: pip install tensorboard"))
+    for name in ("tensorboard", "mlflow", "trackio"):
+        if getattr(config.tracking, name) and importlib.util.find_spec(name) is None:
+            faults.append(Fault(f"tracking.{name}", f"is not installed: pip install {name}"))
     keys = Keys.of(config.release)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and (problem := why_unwritable(config.run.directory)):

@@ -58,7 +58,7 @@ def read_columns(
     found: dict[tuple[str, int], dict[str, Any]] = {}
     texts: dict[str, _Places] = {}
     for row in _rows(data.source, digests):
-        values = [row.get(getattr(data, key)) for key in formats.column_keys(data)]
+        values = [row.get(getattr(data, key)) for key in data.column_keys]
         owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
         if not owner or not content or owner not in owners:
             continue

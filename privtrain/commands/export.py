@@ -20,7 +20,7 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.files.writable import why_unwritable
 from privtrain.run import bundle
-from privtrain.run.base_model import locate
+from privtrain.run.base_model import changed_base_files, locate
 from privtrain.run.bundle import ReleaseManifest
 from privtrain.run.directory import RunDirectory
 from privtrain.run.exported import DTYPES, NAME, SCHEMA, rendered, weights_of
@@ -50,6 +50,8 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         manifest = bundle.check_released(run)
+        if merge and directory.adapter.exists():
+            _check_base(directory, manifest)
         if directory.model.exists() or merge:
             _save_whole(directory, temporary, dtype)
             _describe(manifest, temporary, dtype)
@@ -73,12 +75,25 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) 
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
     elif problem := why_unwritable(output.parent):
         faults.append(Fault("OUTPUT", problem))
+    elif run.holds(output):
+        faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
     if dtype not in DTYPES:
         faults.append(Fault("--dtype", f"given {dtype}; must be one of {', '.join(DTYPES)}"))
     if merge and run.is_complete() and run.adapter.exists():
         faults += _unmergeable(run)
     if faults:
         raise ConfigError(faults)
+
+
+def _check_base(run: RunDirectory, manifest: ReleaseManifest) -> None:
+    """Raise unless the adapter's base is where the run had it, as it was then."""
+    section = load_config(run.resolved_config).model
+    if wrong := changed_base_files(section, manifest.base_model):
+        problem = (
+            f"{locate(section).path} is not the base model that the adapter was trained on: other "
+            f"{', '.join(wrong[:3])}; restore it, or export without --merge"
+        )
+        raise ConfigError([Fault("--merge", problem)])
 
 
 def _unmergeable(run: RunDirectory) -> list[Fault]:

@@ -31,7 +31,7 @@ from privtrain.files.private import make_private_directory
 from privtrain.files.writable import why_unwritable
 from privtrain.process.console import say
 from privtrain.run import bundle, generated
-from privtrain.run.base_model import base_digests, check_model
+from privtrain.run.base_model import changed_base_files, check_model
 from privtrain.run.directory import RunDirectory
 from privtrain.run.release import banner
 
@@ -135,7 +135,7 @@ def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) ->
         faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
     elif problem := why_unwritable(output.parent):
         faults.append(Fault("OUTPUT", problem))
-    elif run.root.resolve() in output.resolve().parents:
+    elif run.holds(output):
         faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
     if options.copy_tokens < 1:
         faults.append(Fault("--copy-tokens", f"given {options.copy_tokens}; must be at least 1"))
@@ -165,9 +165,7 @@ def _configuration(
     if faults := check_model(section):
         remedy = "" if options.base_model else "; say where the base model is with --base-model DIRECTORY"
         raise ConfigError([Fault("--base-model", f"{fault.problem}{remedy}") for fault in faults])
-    found = base_digests(section)
-    wrong = sorted(name for name in {*found, *manifest.base_model} if found.get(name) != manifest.base_model.get(name))
-    if found and manifest.base_model and wrong:
+    if wrong := changed_base_files(section, manifest.base_model):
         problem = f"is not the base model of the release: other {', '.join(wrong[:3])}"
         raise ConfigError([Fault("--base-model", problem)])
     if options.prompts is not None and isinstance(config.data.source, FilesSource):

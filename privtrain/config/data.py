@@ -124,6 +124,23 @@ class DataSection(Section):
             yield "data.chat_template_file belongs to data.format: chat"
         if self.format != "text" and self.source.kind == "plays":
             yield "data.source.kind: plays needs data.format: text"
+        by_column: dict[str, list[str]] = {}
+        for key in ("user_column", *self.column_keys):
+            by_column.setdefault(getattr(self, key), []).append(f"data.{key}")
+        for column, keys in by_column.items():
+            if len(keys) > 1 and self.source.kind != "plays":
+                yield f"{' and '.join(keys)} name one column, {column!r}; each needs its own"
+
+    @property
+    def column_keys(self) -> list[str]:
+        """The keys whose columns make up a record, in the order in which :mod:`privtrain.data.formats` takes values."""
+        keys = {
+            "text": ["text_column"],
+            "prompt_completion": ["prompt_column", "completion_column"],
+            "chat": ["messages_column"],
+            "classification": ["label_column", "text_column", "text_pair_column"],
+        }[self.format]
+        return [key for key in keys if getattr(self, key) is not None]
 
     @property
     def is_classification(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pydantic
 
 from privtrain.config.data import DataSection
+from privtrain.config.dotted import place_of
 from privtrain.config.model import ModelSection
 from privtrain.config.schema import Config
 from privtrain.config.section import ConflictError
@@ -98,27 +99,27 @@ def read_tree(path: pathlib.Path) -> strict_yaml.Document:
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of ``tree`` with ``a.b=value`` assignments applied, values read as YAML."""
     result = copy.deepcopy(tree)
-    faults = []
+    faults, given = [], set[str]()
     for override in overrides:
         key, separator, text = override.partition("=")
+        if key in given:
+            faults.append(Fault(key, "given twice; which one counts would be a matter of order"))
+        given.add(key)
         if not separator or not all(key.split(".")):
             faults.append(Fault(override, "an override looks like section.key=value"))
             continue
-        *parents, leaf = key.split(".")
-        node = result
-        for part in parents:
-            if not isinstance(node.setdefault(part, {}), dict):
-                faults.append(Fault(key, f"{part!r} is not a section"))
-                break
-            node = node[part]
-        else:
-            try:
-                document = strict_yaml.parse(text)
-            except strict_yaml.YAML_FAULTS:
-                faults.append(Fault(key, f"given {text!r}, which is no YAML value"))
-                continue
-            faults += [Fault(".".join([key, *map(str, fault.path)]), fault.problem) for fault in document.faults]
-            node[leaf] = document.value
+        try:
+            node, leaf = place_of(result, key)
+        except ValueError as error:
+            faults.append(Fault(key, str(error)))
+            continue
+        try:
+            document = strict_yaml.parse(text)
+        except strict_yaml.YAML_FAULTS:
+            faults.append(Fault(key, f"given {text!r}, which is no YAML value"))
+            continue
+        faults += [Fault(".".join([key, *map(str, fault.path)]), fault.problem) for fault in document.faults]
+        node[leaf] = document.value
     if faults:
         raise ConfigError(faults, "overrides")
     return result

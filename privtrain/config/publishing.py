@@ -30,13 +30,22 @@ class TrackingSection(Section):
     """What is shown, and to whom."""
 
     wandb: bool = Field(default=True, description="Log to Weights & Biases, offline unless WANDB_MODE says otherwise.")
-    wandb_project: str = Field(default="privtrain", description="Project name at Weights & Biases.")
+    wandb_project: str = Field(
+        default="privtrain", description="Project name at Weights & Biases and trackio, experiment name at MLflow."
+    )
     system_metrics: bool = Field(
         default=False,
         description="Also log every machine's load to W&B (its shared mode, online only). It varies with the sample "
         "that was drawn and is not covered by ε.",
     )
     tensorboard: bool = Field(default=False, description="Also write event files; needs the package tensorboard.")
+    mlflow: bool = Field(
+        default=False,
+        description="Also show the run to MLflow (MLFLOW_TRACKING_URI) when it is released; needs the package mlflow.",
+    )
+    trackio: bool = Field(
+        default=False, description="Also show the run to trackio when it is released; needs the package trackio."
+    )
     private_metrics: bool = Field(
         default=False, description="Also publish raw loss, clip fraction and the like; not covered by ε."
     )

@@ -8,6 +8,7 @@ diagnostics, because they describe the data.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import glob
 import math
@@ -98,12 +99,16 @@ def check_source(data: DataSection) -> list[Fault]:
 
 def _check_files(source: FilesSource, data: DataSection, path_key: str, *further_keys: str) -> list[Fault]:
     faults = []
+    times = collections.Counter(file.resolve() for file in source_files(source))
+    for file, count in times.items():
+        if count > 1:  # where the unit is the record, its record would be two units
+            faults.append(Fault(path_key, f"{file} is named {count} times; each row would count as often"))
     for pattern in source.paths:
         files = _expand(pattern)
         if not files:
             faults.append(Fault(path_key, f"no such file: {pattern}"))
         for file in files:
-            faults += _check_file(file, data, path_key, (*further_keys, *formats.column_keys(data)))
+            faults += _check_file(file, data, path_key, (*further_keys, *data.column_keys))
     return faults
 
 
@@ -120,6 +125,8 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and these are somebody's id and text.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
+        if len(columns) == 1 and (mark := next((mark for mark in ";\t|" if mark in columns[0]), "")):
+            shown = f"its first line has no comma but {mark!r}; separate the columns by commas"
     for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
@@ -156,7 +163,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         "format": data.format,
         "labels": data.labels,
         "deduplicate": data.deduplicate,
-        "columns": [getattr(data, key) for key in ("user_column", *formats.column_keys(data))],
+        "columns": [getattr(data, key) for key in ("user_column", *data.column_keys)],
     }
     form = normal_form if data.deduplicate == "within_user" else None
     found = index.open_or_build(
@@ -295,7 +302,7 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     if not isinstance(data.source, FilesSource | HubSource):
         yield from plays.read_plays()
         return
-    columns = [getattr(data, key) for key in ("user_column", *formats.column_keys(data))]
+    columns = [getattr(data, key) for key in ("user_column", *data.column_keys)]
     for name, number, (user, *values) in _of_source(data.source, columns):
         if not isinstance(user, str) or not user.isascii():
             owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
@@ -324,7 +331,7 @@ def load_evaluation(data: DataSection, corpus: Corpus) -> tuple[str, ...]:
     """
     if data.evaluation is None:
         return ()
-    columns = [getattr(data, key) for key in formats.column_keys(data)]
+    columns = [getattr(data, key) for key in data.column_keys]
     rows = (formats.canonical(data, values) for _, _, values in _of_source(data.evaluation, columns))
     records = tuple(record for record in rows if record)
     if not records:

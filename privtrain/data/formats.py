@@ -25,23 +25,12 @@ class Unusable:
     reason: str
 
 
-def column_keys(data: DataSection) -> list[str]:
-    """The configuration keys whose columns make up a record, in the order that :func:`canonical` takes values."""
-    keys = {
-        "text": ["text_column"],
-        "prompt_completion": ["prompt_column", "completion_column"],
-        "chat": ["messages_column"],
-        "classification": ["label_column", "text_column", "text_pair_column"],
-    }[data.format]
-    return [key for key in keys if getattr(data, key) is not None]
-
-
 def canonical(data: DataSection, values: Sequence[object]) -> str:
     """Return a record as text, the same for the same content whatever file it came from; empty if it cannot be used.
 
     Args:
         data: names the format.
-        values: the row's values in the order of :func:`column_keys`.
+        values: the row's values in the order of ``data.column_keys``.
     """
     match data.format:
         case "text":
@@ -62,7 +51,7 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
 
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
     """Return the reason why :func:`canonical` rejects a row."""
-    keys = [f"data.{key}" for key in column_keys(data)]
+    keys = [f"data.{key}" for key in data.column_keys]
     match data.format:
         case "text":
             return Unusable(_text_problem(values[0], keys[0]))

@@ -32,6 +32,10 @@ READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv
 _HUB_FAULTS = (*READ_FAULTS, RuntimeError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
 
 
+class TooManyFieldsError(ValueError):
+    """A row of CSV with more fields than the header names."""
+
+
 class NotAnObjectError(ValueError):
     """A line of JSON that holds something else than named values."""
 
@@ -92,6 +96,8 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
         elif file.suffix == ".csv":
             with _opened(file) as lines:
                 for row in csv.DictReader(lines, strict=True):
+                    if None in row:  # what stands behind the last column would be lost
+                        raise TooManyFieldsError
                     number += 1
                     yield tuple(row[c] for c in columns)
         else:
@@ -155,6 +161,8 @@ def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "r
             reason = "nested too deeply"
         case strict_json.RepeatedKeyError():
             reason = "an object names a key twice, and only one of its values could be used; keep one"
+        case TooManyFieldsError():
+            reason = "it has more fields than the first line names columns; put quotes around a text that holds commas"
         case NotAnObjectError():
             reason = f"not a JSON object; {_ONE_A_LINE}"
         case _:

@@ -34,6 +34,11 @@ def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: flo
         )
     if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
         found.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
+    if config.training.num_warmup_steps > plan.num_steps:
+        found.append(
+            f"training.num_warmup_steps={config.training.num_warmup_steps} exceeds num_steps={plan.num_steps}: "
+            "training.learning_rate is never reached"
+        )
     return found
 
 

@@ -23,6 +23,7 @@ from privtrain.files.atomic import write_json
 from privtrain.inputs import Inputs
 from privtrain.job.stop import StopRequest
 from privtrain.process.console import say
+from privtrain.run.directory import RunDirectory
 from privtrain.training.evaluate import Scores, difference, evaluate, perplexity
 from privtrain.training.network import Network
 from privtrain.training.trainer import Trainer
@@ -56,6 +57,13 @@ def on_public(
                 values |= _compare(inputs, _read_before(inputs), scores)
             if values:
                 trainer.tracker.log(step, values)
+
+
+def last_on_public(run: RunDirectory) -> dict[str, float]:
+    """Return what was measured on data.evaluation last, by the names that cards use; empty if nothing was."""
+    rows = [row for _, row in reading.read_json_lines(run.metrics)] if run.metrics.is_file() else []
+    last = next((row for row in reversed(rows) if "eval/loss" in row), {})
+    return {name: last[f"eval/{name}"] for name in ("loss", "perplexity", "accuracy") if f"eval/{name}" in last}
 
 
 def on_held_out(

@@ -398,7 +398,7 @@ def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, 
         ledger_head=ledger.prepare_release(),
         split_commitment=past.split,
     )
-    card = model_card(config, plan, statement)
+    card = model_card(config, plan, statement, evaluation.last_on_public(run))
 
     def write_weights(directory: pathlib.Path) -> None:
         if config.training.releases_model:

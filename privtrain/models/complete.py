@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _SHOWN = 3
 
+#: What old checkpoints hold of a body beside its weights, and newer classes compute.
+_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids", ".token_type_ids")
+
 
 def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, is_classifier: bool) -> list[str]:
     """Return the modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
@@ -42,6 +45,13 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         ]
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         faults.append(Fault("model", f"{place} has weights of other shapes: {', '.join(shown)}{more}"))
+    unread = sorted(name for name in info.get("unexpected_keys", ()) if _changes_a_part(base, name))
+    if unread and not faults:
+        problem = (
+            f"{place} holds {len(unread)} weights that a {type(base).__name__} of its config.json does not read "
+            f"({_listed(unread)}); the model would be another one. Mend config.json, or fetch the model again"
+        )
+        faults.append(Fault("model", problem))
     if faults:
         raise ConfigError(faults)
     pooler = f"{base.base_model_prefix}.pooler"
@@ -52,6 +62,17 @@ def _is_head(base: PreTrainedModel, name: str) -> bool:
     """Return whether a weight is no part of the body that classifiers and language models share."""
     prefix = base.base_model_prefix
     return not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler.")
+
+
+def _changes_a_part(base: PreTrainedModel, name: str) -> bool:
+    """Return whether a weight that is not read belongs to a part that the body has: a further layer, or a bias.
+
+    A part that the body does not have at all (a pooling layer, a vision tower) may stay unread.
+    """
+    body, _, rest = name.partition(".")
+    part = f"{body}.{rest.partition('.')[0]}"
+    has_part = any(path == part for path, _ in base.named_modules())
+    return body == base.base_model_prefix and has_part and not name.endswith(_BUFFERS)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -136,7 +136,8 @@ def add_lora(
     modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *getattr(base, "privtrain_new_modules", ())]))
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - PEFT accepts a float
+        # Whole numbers as such, which is what other readers of adapter_config.json expect; PEFT accepts a float.
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",

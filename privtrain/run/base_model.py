@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from privtrain.config.model import ModelSection
@@ -18,6 +19,7 @@ _NOT_LOADED = (
     *(".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".sig"),
     *(".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".pyc"),
 )
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 _NO_PART = ("release.json", "export.json", "corpus.json", "privacy.json")
 _LEGAL = ("license", "notice", "use_policy", "readme", "copying")
 
@@ -88,6 +90,20 @@ def base_digests(model: ModelSection) -> dict[str, str]:
             return {}
         directory = cached
     return digests_in(directory, model.gguf_file)
+
+
+def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list[str]:
+    """Return the weights and configuration of a base model that are not those that a release was trained from.
+
+    Args:
+        model: where the base model is now.
+        released: file name → SHA-256 that the release holds; empty if the base was not on disk then.
+    """
+    found = base_digests(model)
+    if not found or not released:
+        return []
+    names = {name for name in {*found, *released} if name.endswith(_WEIGHTS) or name == "config.json"}
+    return sorted(name for name in names if found.get(name) != released.get(name))
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:

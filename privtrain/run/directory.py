@@ -71,6 +71,10 @@ class RunDirectory:
         """Return whether training finished and everything was released: ``release.json`` is put in place last."""
         return self.release.exists() and self.privacy.exists() and self.released.exists()
 
+    def holds(self, path: pathlib.Path) -> bool:
+        """Return whether a path is inside the run directory."""
+        return self.root.resolve() in path.resolve().parents
+
     @property
     def released(self) -> pathlib.Path:
         """What is published: the whole model where all weights were trained, otherwise the adapter."""

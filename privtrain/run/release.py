@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from privtrain.config import Config
@@ -14,6 +14,9 @@ from privtrain.files import strict_yaml
 from privtrain.files.atomic import write_atomically
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.statement import unit_text
+
+#: How a card calls a data set that has no name on the hub.
+_LOCAL = {"name": "data.evaluation", "type": "custom"}
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -75,8 +78,17 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
             raise RuntimeError(f"{path}: tensor {name} was not saved as it is in memory")
 
 
-def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> str:
-    """Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3)."""
+def model_card(
+    config: Config, plan: PrivacyPlan, statement: dict[str, Any], evaluation: Mapping[str, float] | None = None
+) -> str:
+    """Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3).
+
+    Args:
+        config: of the run.
+        plan: that was carried out.
+        statement: of the release.
+        evaluation: what was measured on ``data.evaluation`` at the end; public.
+    """
     base = config.model.public_name
     library = "transformers" if config.training.releases_model else "peft"
     what = {
@@ -88,14 +100,14 @@ def model_card(config: Config, plan: PrivacyPlan, statement: dict[str, Any]) -> 
     }[config.training.method]
     return (
         f"---\nlibrary_name: {library}\ntags: [differential-privacy, {config.training.method}, privtrain]\n"
-        f"{_hub_metadata(config)}---\n\n"
+        f"{_hub_metadata(config, evaluation or {})}---\n\n"
         f"# {config.run.name}\n\n{banner(statement)}"
         f"{what}, fine-tuned with {plan.unit}-level DP-SGD by privtrain.\n\n{card_section(plan, statement)}"
     )
 
 
-def _hub_metadata(config: Config) -> str:
-    """Return lines of a card's front matter that hub pages read: task, and base and data where they have hub names."""
+def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
+    """Return lines of a card's front matter that hub pages read: task, base, data and results, where they are known."""
     task = "text-classification" if config.data.is_classification else "text-generation"
     found: dict[str, Any] = {"pipeline_tag": task}
     base, source = config.model.name_or_path or "", config.data.source
@@ -104,6 +116,12 @@ def _hub_metadata(config: Config) -> str:
         found["base_model_relation"] = "finetune" if config.training.releases_model else "adapter"
     if isinstance(source, HubSource):
         found["datasets"] = [source.name]
+    if evaluation:
+        held = config.data.evaluation
+        names = {"name": held.name, "type": held.name} if isinstance(held, HubSource) else _LOCAL
+        metrics = [{"type": name, "value": round(value, 6)} for name, value in sorted(evaluation.items())]
+        result = {"task": {"type": task}, "dataset": names, "metrics": metrics}
+        found["model-index"] = [{"name": config.run.name, "results": [result]}]
     return strict_yaml.dump(found)
 
 

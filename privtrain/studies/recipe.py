@@ -22,6 +22,7 @@ import pydantic
 from pydantic import Field
 
 import privtrain
+from privtrain.config.dotted import place_of
 from privtrain.config.load import read_tree, to_yaml, validate
 from privtrain.config.section import Section
 from privtrain.errors import ConfigError, Fault
@@ -220,12 +221,10 @@ def _open_places(text: str) -> set[str]:
 def _assign(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Put dotted overrides into a tree; ``null`` takes a key away."""
     for key, value in overrides.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError([Fault(key, f"{part!r} is not a section")])
+        try:
+            node, leaf = place_of(tree, key)
+        except ValueError as error:
+            raise ConfigError([Fault(key, str(error))]) from None
         if value is None:
             node.pop(leaf, None)
         else:

@@ -13,6 +13,9 @@ from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd, Va
 from privtrain.tracking.trackers import CallbackTracker, JsonlTracker, NullTracker, ReleaseGate, Tracker
 from privtrain.tracking.wandb_settings import is_online
 
+#: Mirrors that are shown everything at the release, so that nobody watches rows arrive.
+_NEVER_LIVE = ("mlflow", "trackio")
+
 
 def open_tracker(
     config: Config,
@@ -27,7 +30,7 @@ def open_tracker(
     public: list[Tracker] = [JsonlTracker(run.metrics, from_step)]
     num_steps = 1 if config.tracking.release_measurements else config.tracking.mirror_block_steps
     for name, opened in _mirrors(config, plan, run, run_id):
-        if name == "wandb" and not is_live(config):
+        if name in _NEVER_LIVE or (name == "wandb" and not is_live(config)):
             public.append(MirrorAtTheEnd(opened, run, name))
         else:
             public.append(BlockedMirror(opened(), run, name, num_steps=num_steps, from_step=from_step, is_live=True))
@@ -70,6 +73,14 @@ def _mirrors(
         from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
 
         yield "tensorboard", lambda: TensorBoardTracker(run)
+    if config.tracking.mlflow:
+        from privtrain.tracking.mlflow_tracker import MlflowTracker
+
+        yield "mlflow", lambda: MlflowTracker(config, plan, run_id)
+    if config.tracking.trackio:
+        from privtrain.tracking.trackio_tracker import TrackioTracker
+
+        yield "trackio", lambda: TrackioTracker(config, plan, run_id)
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:

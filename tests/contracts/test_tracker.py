@@ -14,13 +14,15 @@ from privtrain.config import validate
 from privtrain.run.directory import RunDirectory
 from privtrain.tracking import NullTracker
 from privtrain.tracking.mirrors import BlockedMirror, Mirror, MirrorAtTheEnd
+from privtrain.tracking.mlflow_tracker import MlflowTracker
 from privtrain.tracking.tensorboard_tracker import TensorBoardTracker
 from privtrain.tracking.trackers import CallbackTracker, JsonlTracker, QuietTracker, ReleaseGate, Tracker
+from privtrain.tracking.trackio_tracker import TrackioTracker
 from privtrain.tracking.wandb_tracker import MachineTracker, WandbTracker
 
 IMPLEMENTATIONS = {
     Tracker: [NullTracker, CallbackTracker, JsonlTracker, ReleaseGate, BlockedMirror, MirrorAtTheEnd, MachineTracker],
-    Mirror: [TensorBoardTracker, WandbTracker],
+    Mirror: [MlflowTracker, TensorBoardTracker, TrackioTracker, WandbTracker],
 }
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from attacks.cli import app as attacks_app
 from privtrain.cli import app as privtrain_app
+from tests import jobs
 from tests.privtrain.bases import save_base, save_tokenizer
 from tests.privtrain.test_rows import TEMPLATE
 
@@ -61,7 +62,30 @@ def run(app, *words: str) -> str:
     return done.output
 
 
-def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *overrides: str) -> None:
+def on_processes(num: int, program: str, *words: str) -> None:
+    """A command on one process, or as a launcher starts it on two."""
+    if num == 1:
+        run({"privtrain": privtrain_app, "attacks": attacks_app}[program], *words)
+        return
+    done = jobs.run(program, *words, timeout_seconds=1500)
+    assert done.returncode == 0, (words, done.output)
+
+
+def generate(kind: str, place: str, folder: pathlib.Path) -> None:
+    """A corpus that verifies; of a classifier there is none, and the message says what to train instead."""
+    words = ["generate", place, "corpus", "--num-texts", "6", "--min-new-tokens", "4"]
+    if kind == "labelled":
+        done = CliRunner().invoke(privtrain_app, words)
+        assert "trained as a classifier, which writes no text" in str(done.exception)
+        return
+    if kind == "chats":
+        (folder / "prompts.jsonl").write_text('{"prompt": "Say it."}\n')
+        words += ["--prompts", "prompts.jsonl"]
+    assert "wrote 6 different texts" in run(privtrain_app, *words)
+    run(privtrain_app, "verify", "corpus", "--released", place)
+
+
+def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *overrides: str, num: int = 1) -> None:
     """Every command, in the order in which init names them; only the precision is said."""
     save_tokenizer(save_base(folder / "model"), TEMPLATE)
     files = WRITERS[kind](folder, num_users)
@@ -69,7 +93,7 @@ def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *ov
     given = [f"performance.precision={precision}", *overrides]
     assert "⟦" in run(privtrain_app, "preview", "privtrain.yaml", *given)
     assert "privacy plan" in run(privtrain_app, "plan", "privtrain.yaml", *given)
-    run(privtrain_app, "train", "privtrain.yaml", *given)
+    on_processes(num, "privtrain", "train", "privtrain.yaml", *given)
     (finished,) = (folder / "runs").iterdir()
     statement = json.loads((finished / "privacy.json").read_text())
     assert statement["private"]
@@ -79,7 +103,8 @@ def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *ov
         done = CliRunner().invoke(attacks_app, ["score", place])
         assert "attacks score tokens of texts" in str(done.exception)
     else:
-        for stage in ("score", "analyse", "report"):
+        on_processes(num, "attacks", "score", place)
+        for stage in ("analyse", "report"):
             run(attacks_app, stage, place)
         assert (finished / "report" / "index.html").is_file()
     run(privtrain_app, "verify", place)
@@ -87,6 +112,7 @@ def journey(kind: str, precision: str, num_users: int, folder: pathlib.Path, *ov
     run(privtrain_app, "export", place, "merged", "--merge")
     assert (folder / "merged" / "model.safetensors").is_file()
     assert (folder / "merged" / "privacy.json").is_file()
+    generate(kind, place, folder)
 
 
 @pytest.mark.slow
@@ -98,9 +124,10 @@ def test_own_data_from_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_own_data_of_every_kind_in_either_precision(kind, precision, tmp_path, monkeypatch):
-    """The configuration exactly as init writes it."""
+def test_own_data_of_every_kind_in_either_precision(kind, precision, num, tmp_path, monkeypatch):
+    """The configuration exactly as init writes it, on one process and on two."""
     monkeypatch.chdir(tmp_path)
-    journey(kind, precision, 120, tmp_path)
+    journey(kind, precision, 120, tmp_path, num=num)

@@ -70,6 +70,7 @@ NOT_RUN = {
     "privtrain ledger serve": "serves until it is stopped: tests/privtrain/test_registry_page.py",
     "privtrain registry refund": "of an unfinished run: tests/launch/test_budgets.py",
     "privtrain registry close": "of a lost run's reservation: tests/privtrain/test_registry.py",
+    "privtrain push": "needs a hub: tests/privtrain/test_push.py plays one",
     "privtrain sign": "needs a key: tests/privtrain/test_signing.py",
     "make": "installs, downloads and takes minutes: .ci/run is `make lint` and `make test`; the targets are looked for",
     "wandb": "needs an account: tests/launch/test_cloud_files.py makes the trials by the agent's own code",

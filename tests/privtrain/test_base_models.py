@@ -425,3 +425,23 @@ def test_what_nobody_loads_may_come_and_go(base, name):
     before = digests_in(base)
     (base / name).write_text("x")
     assert digests_in(base) == before
+
+
+def test_weights_of_a_part_that_config_json_does_not_name_are_refused(tmp_path):
+    """The model would be another one than the file's: fewer layers, or layers without their biases."""
+    for name, shape, said in (
+        ("layers", {"num_hidden_layers": 4}, {"num_hidden_layers": 2}),
+        ("biases", {"attention_bias": True}, {"attention_bias": False}),
+    ):
+        base = save_base(tmp_path / name, **shape)
+        load_base(ModelSection(name_or_path=str(base)))
+        change_config(base, **said)
+        with pytest.raises(ConfigError, match=r"holds \d+ weights that a LlamaForCausalLM of its config\.json"):
+            load_base(ModelSection(name_or_path=str(base)))
+
+
+def test_weights_of_a_part_that_the_model_has_not_stay_unread(tmp_path):
+    base = save_base(tmp_path / "m")
+    further = {"vision_tower.weight": torch.zeros(2), "model.visual.proj.weight": torch.zeros(2)}
+    change_weights(base, lambda tensors: {**tensors, **further})
+    load_base(ModelSection(name_or_path=str(base)))

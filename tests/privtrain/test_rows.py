@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from privtrain import cli
 from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
-from privtrain.data import formats, look
+from privtrain.data import look
 from privtrain.data.corpus import load_corpus
 from privtrain.data.encode import Encoder
 from privtrain.data.formats import canonical
@@ -156,7 +156,7 @@ def test_whatever_a_row_holds_it_is_used_or_has_a_reason(tmp_path, value, kind):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(row) + "\n")
     data = section(path, format=kind, **changes)
-    values = [row[getattr(data, key)] for key in formats.column_keys(data)]
+    values = [row[getattr(data, key)] for key in data.column_keys]
     if canonical(data, values):
         assert load_corpus(data).num_records == 1
     else:

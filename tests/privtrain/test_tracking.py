@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import json
 import pathlib
 import socket
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import wandb
 
 from privtrain.config import validate
 from privtrain.errors import ConfigError, PrivtrainError
+from privtrain.inputs import check_inputs
 from privtrain.job.train import train
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.run.directory import RunDirectory
@@ -312,3 +316,103 @@ def test_wandb_that_cannot_be_opened_is_one_error(tree, tmp_path, monkeypatch):
     opened = lambda: wandb_tracker.WandbTracker(config, PrivacyPlan.build(config.privacy), run, "the-run")  # noqa: E731
     with pytest.raises(PrivtrainError, match=r"W&B cannot be opened: no service.*the same command again"):
         MirrorAtTheEnd(opened, run, "wandb").publish(run)
+
+
+class Recorder:
+    """Stands for MLflow's client and for trackio: keeps every call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*words, **keys):
+            self.calls.append((name, words, keys))
+            if name == "create_run":
+                return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+            return [] if name == "search_runs" else None
+
+        return call
+
+    def named(self, name):
+        return [(words, keys) for called, words, keys in self.calls if called == name]
+
+
+def install_fakes(monkeypatch):
+    """mlflow and trackio as modules that record what they are told."""
+    client, trackio = Recorder(), Recorder()
+    mlflow = types.ModuleType("mlflow")
+    mlflow.MlflowClient = lambda: client
+    mlflow.entities = types.SimpleNamespace(Param=lambda *words: words, Metric=lambda *words: words)
+    mlflow.exceptions = types.SimpleNamespace(MlflowException=ConnectionError)
+    for module in (mlflow, trackio):
+        module.__spec__ = importlib.machinery.ModuleSpec("fake", None)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    return client, trackio
+
+
+def test_mlflow_and_trackio_see_the_release_and_nothing_private(tree, tmp_path, monkeypatch):
+    """Rows are those of metrics.jsonl; no path, key, id or private metric is in any call."""
+    client, trackio = install_fakes(monkeypatch)
+    tree["tracking"] = {"wandb": False, "mlflow": True, "trackio": True}
+    train(write_config(tree, tmp_path / "c.yaml"))
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = {
+        (row["train/step"], name, value)
+        for row in rows
+        for name, value in row.items()
+        if name != "train/step" and value is not None
+    }
+    logged = {
+        (step, name, value) for _, keys in client.named("log_batch") for name, value, _, step in keys.get("metrics", ())
+    }
+    assert logged == expected
+    assert len({stamp for _, keys in client.named("log_batch") for *_, stamp, _ in keys.get("metrics", ())}) == 1
+    shown = {
+        (keys["step"], name, value)
+        for words, keys in trackio.named("log")
+        for name, value in words[0].items()
+        if not name.startswith("privacy/released_")
+    }
+    assert shown == expected
+    assert client.named("set_terminated")
+    assert len(trackio.named("finish")) == 1
+    ((_, opened),) = trackio.named("init")
+    assert opened["auto_log_gpu"] is opened["auto_log_cpu"] is False
+    # Artifacts are named by their place here, which MLflow does not keep.
+    said = repr([call for call in (*client.calls, *trackio.calls) if not call[0].startswith("log_artifact")])
+    private = json.loads((run / "secret" / "private_metrics.jsonl").read_text().splitlines()[0]).keys() - {"train/step"}
+    assert private
+    for word in (str(tmp_path), (run / "secret" / "root.key").read_text().strip(), "user-0", *private):
+        assert word not in said, word
+    sent = [words[1] for words, _ in (*client.named("log_artifact"), *client.named("log_artifacts"))]
+    assert sent == [str(run / "privacy.json"), str(run / "adapter")]
+
+
+def test_mlflow_that_does_not_answer_costs_no_release_and_tells_no_password(tree, tmp_path, monkeypatch):
+    client, _ = install_fakes(monkeypatch)
+
+    def refuse(*_):
+        raise ConnectionError("http://me:secret-word@server is down")
+
+    client.get_experiment_by_name = refuse
+    tree["tracking"] = {"wandb": False, "mlflow": True}
+    path = write_config(tree, tmp_path / "c.yaml")
+    with pytest.raises(PrivtrainError, match=r"MLflow does not answer.*tracking\.mlflow: false") as caught:
+        train(path)
+    assert "secret-word" not in str(caught.value)
+    assert (tmp_path / "runs" / "tiny" / "release.json").is_file()
+    del client.get_experiment_by_name
+    train(path)  # the same command shows it
+    assert len(client.named("create_run")) == 1
+    train(path)
+    assert len(client.named("create_run")) == 1
+
+
+def test_tracker_that_is_not_installed_is_named_before_training(tree, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tree["tracking"] = {"wandb": False, "mlflow": True, "trackio": True}
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(validate(tree))
+    assert [fault.path for fault in caught.value.faults] == ["tracking.mlflow", "tracking.trackio"]

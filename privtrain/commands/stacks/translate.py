@@ -16,6 +16,7 @@ from privtrain.commands.stacks import axolotl, llamafactory, rules, trl
 from privtrain.commands.stacks.rules import Outcome, Rule
 from privtrain.commands.starting_point import plan_for
 from privtrain.config.commented import commented_yaml
+from privtrain.config.dotted import assigned
 from privtrain.config.load import read_tree, validate
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
@@ -81,7 +82,9 @@ def translate(
         if asked.get(key) is None:
             outcome = module.RULES[key](value, asked)
             outcomes[f"{key} (default of {_TITLES[stack]}: {value})"] = outcome
-    values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in str(asked.get("report_to") or "")}
+    report_to = str(asked.get("report_to") or "")
+    values: dict[str, Any] = {"run.name": name, "tracking.wandb": "wandb" in report_to}
+    values |= {f"tracking.{tracker}": True for tracker in ("mlflow", "trackio") if tracker in report_to}
     if user_column is not None:
         values["data.user_column"] = user_column
     for outcome in outcomes.values():
@@ -92,7 +95,7 @@ def translate(
     needs |= _plan(values, num_users)
     _settle(values, needs)
     return Translation(
-        tree=_nested(values),
+        tree=assigned({}, values),
         translated={key: tuple(outcome.values) for key, outcome in outcomes.items() if _is_translated(outcome)},
         left_out={key: o.reason for key, o in outcomes.items() if not o.is_refused and not _is_translated(o)}
         | {key: "left out, as you said" for key in without if key in foreign},
@@ -187,14 +190,6 @@ def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
 
 def _is_translated(outcome: Outcome) -> bool:
     return bool(outcome.values) and not outcome.is_refused
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for dotted, value in values.items():
-        section, key = dotted.split(".")
-        tree.setdefault(section, {})[key] = value
-    return tree
 
 
 def _print(found: Translation, output: pathlib.Path) -> None:

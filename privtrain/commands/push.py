@@ -1,0 +1,104 @@
+"""``privtrain push``: put what was released, an export or a corpus onto a Hugging Face hub, as it was verified.
+
+The token is the hub client's own (``HF_TOKEN``, or ``hf auth login``): it is no option, and is neither shown nor kept.
+"""
+
+from __future__ import annotations
+
+import glob
+import pathlib
+import re
+from typing import Any
+
+from privtrain.commands.verify import verify_directory
+from privtrain.errors import ConfigError, Fault, PrivtrainError
+from privtrain.files import reading
+from privtrain.process.console import say
+from privtrain.run import bundle, exported, generated
+from privtrain.run.directory import RunDirectory
+from privtrain.run.signing import SIGNATURE
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+#: Files that a hub makes in a new repository.
+_OF_THE_HUB = (".gitattributes",)
+
+
+def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, is_consented: bool = False) -> str:
+    """Verify a directory and upload the files that were verified, and no other.
+
+    Args:
+        directory: a run, of which its adapter or model is taken; one of these; an export; or a corpus.
+        repository: ``NAMESPACE/NAME`` on the hub; made if it is not there.
+        is_public: make a new repository public.
+        is_consented: upload also what is not private.
+
+    Returns:
+        A line that says where it is, and how others check it.
+
+    Raises:
+        ConfigError: if it cannot be uploaded; nothing was sent then.
+        VerificationFailed: if the directory is not what was released.
+        PrivtrainError: if the hub does not take it.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        problem = f"given {repository!r}; must be NAMESPACE/NAME of letters, digits, ., _ and -"
+        raise ConfigError([Fault("REPOSITORY", problem)])
+    found = verify_directory(directory)
+    place = directory if found.place != "run" else RunDirectory(directory).released
+    if (reasons := reading.read_json(place / "privacy.json")["not_private_reasons"]) and not is_consented:
+        problem = f"is not private ({'; '.join(reasons)}); to upload it all the same, give --not-private"
+        raise ConfigError([Fault("DIRECTORY", problem)])
+    names = _names(place)
+    kind = "dataset" if found.place == "corpus" else "model"
+    url = _upload(place, repository, kind, names, is_public=is_public)
+    return (
+        f"uploaded {len(names)} files to {url}; release digest {found.release_digest}. Others check it with: "
+        f"privtrain verify COPY --digest {found.release_digest}"
+    )
+
+
+def _names(place: pathlib.Path) -> list[str]:
+    """Return the files of a verified directory: those of its manifest, and those that bind and sign them."""
+    manifest, kind = bundle.read_manifest(place)
+    names = {*manifest.within(kind), bundle.NAME}
+    if kind in ("export", "corpus"):
+        description = generated if kind == "corpus" else exported
+        names |= {*description.read_description(place)["files"], description.NAME}
+    if (place / SIGNATURE).exists():
+        names.add(SIGNATURE)
+    return sorted(names)
+
+
+def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *, is_public: bool) -> str:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if huggingface_hub.get_token() is None:
+        raise ConfigError([Fault("HF_TOKEN", "no token of the hub on this machine; set it, or run: hf auth login")])
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repository, repo_type=kind, private=not is_public, exist_ok=True)
+        there = set(api.list_repo_files(repository, repo_type=kind))
+        if foreign := sorted(there - set(names) - set(_OF_THE_HUB)):
+            problem = (
+                f"{repository} holds files that are no part of this ({', '.join(foreign[:3])}); with them it would "
+                "not verify. Remove them there, or choose another repository"
+            )
+            raise ConfigError([Fault("REPOSITORY", problem)])
+        say(f"uploading {len(names)} files to {repository}")
+        done: Any = api.upload_folder(
+            repo_id=repository,
+            repo_type=kind,
+            folder_path=str(place),
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message="Upload with privtrain",
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        shown = {401: "the token is not valid", 403: "the token may not write there", 404: "no such namespace"}
+        said = shown.get(status, "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else "")
+        reason = said or f"{type(error).__name__}{'' if status is None else f', status {status}'}"
+        raise PrivtrainError(f"the hub did not take {repository}: {reason}; mend it and push again") from None
+    return str(getattr(done, "repo_url", "") or f"{repository} ({kind})")

@@ -1,0 +1,124 @@
+"""What would train, merge or price something else than was meant is refused, by the key to change."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from privtrain.commands.export import export_run
+from privtrain.config import load_config, validate
+from privtrain.data.corpus import check_source, load_corpus
+from privtrain.errors import ConfigError
+from privtrain.job.advice import warnings
+from privtrain.privacy.plan import PrivacyPlan
+from tests.conftest import write_config
+from tests.privtrain.bases import change_weights
+
+
+def config_over(tree, folder, name: str, content: str | bytes, **data):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    tree["data"] |= {"source": {"kind": "files", "paths": [str(path)]}, **data}
+    return validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"user_column": "text"}, r"data\.user_column and data\.text_column name one column, 'text'"),
+        (
+            {"format": "prompt_completion", "prompt_column": "q", "completion_column": "q"},
+            r"data\.prompt_column and data\.completion_column name one column",
+        ),
+        (
+            {"format": "classification", "labels": ["a", "b"], "label_column": "text"},
+            r"data\.label_column and data\.text_column name one column",
+        ),
+        ({"format": "chat", "messages_column": "user"}, r"data\.user_column and data\.messages_column name one column"),
+    ],
+)
+def test_one_column_for_two_things_is_refused(tree, data, words):
+    """A text as the user id makes every text a user; a label as the text gives the answer away."""
+    tree["data"] |= data
+    with pytest.raises(ConfigError, match=words):
+        validate(tree)
+
+
+def test_columns_of_other_formats_may_have_any_name(tree):
+    tree["data"] |= {"user_column": "prompt", "label_column": "text"}
+    validate(tree)
+
+
+@pytest.mark.parametrize("again", ["{users}", "{folder}/*.jsonl", "{folder}/../{name}/users.jsonl"])
+def test_file_that_is_named_twice_is_refused(tree, users_file, again):
+    """Its records would be two units each, where the unit is the record."""
+    folder = users_file.parent
+    further = again.format(users=users_file, folder=folder, name=folder.name)
+    tree["data"]["source"]["paths"] = [str(users_file), further]
+    (fault,) = check_source(validate(tree).data)
+    assert fault.path == "data.source.paths"
+    assert "is named 2 times; each row would count as often" in fault.problem
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_fields_behind_the_last_column_are_refused(tree, tmp_path, number):
+    """A text with a comma and without quotes would be cut there in silence."""
+    rows = ["user,text", *(f"u{row},a text" for row in range(9))]
+    rows[number] += ", with more"
+    config = config_over(tree, tmp_path, "rows.csv", "\n".join(rows) + "\n")
+    with pytest.raises(ConfigError, match=rf"row {number}: it has more fields than the first line.*put quotes"):
+        load_corpus(config.data)
+
+
+def test_fields_that_are_missing_are_counted(tree, tmp_path):
+    config = config_over(tree, tmp_path, "rows.csv", "user,text\nu1,a text\nu2\n")
+    corpus = load_corpus(config.data)
+    assert (corpus.num_records, corpus.counts.num_empty) == (1, 1)
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_of_a_table_are_named(tree, tmp_path, mark):
+    config = config_over(tree, tmp_path, "rows.csv", f"user{mark}text\nu1{mark}a text\n")
+    faults = check_source(config.data)
+    assert all(f"has no comma but {mark!r}; separate the columns by commas" in fault.problem for fault in faults)
+    assert len(faults) == 2
+
+
+def test_override_that_is_given_twice_is_refused(tree, tmp_path):
+    path = write_config(tree, tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"privacy\.num_steps: given twice"):
+        load_config(path, ["privacy.num_steps=4", "privacy.num_steps=8"])
+    assert load_config(path, ["privacy.num_steps=8"]).privacy.num_steps == 8
+
+
+@pytest.mark.parametrize("num", [4, 5])
+def test_warm_up_that_never_ends_is_said(tree, num):
+    tree["training"]["num_warmup_steps"] = num
+    config = validate(tree)
+    found = warnings(config, PrivacyPlan.build(config.privacy, config.training), 24, 24)
+    assert any("num_warmup_steps=5 exceeds num_steps=4" in text for text in found) == (num == 5)
+
+
+@pytest.fixture
+def finished(released_run, tmp_path):
+    return shutil.copytree(released_run, tmp_path / "runs" / "tiny")
+
+
+def test_adapter_is_merged_into_no_other_base(finished, tiny_llama, tmp_path):
+    """The base was changed in its place after training: merged, it would be a third model."""
+    moved = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = finished / "secret" / "config.yaml"
+    config.write_text(config.read_text().replace(str(tiny_llama), str(moved)))
+    export_run(finished, tmp_path / "same", merge=True, dtype="fp32")
+    change_weights(moved, lambda tensors: {name: value * 1.01 for name, value in tensors.items()})
+    with pytest.raises(ConfigError, match=r"--merge: .*is not the base model.*other model\.safetensors"):
+        export_run(finished, tmp_path / "other", merge=True, dtype="fp32")
+    assert not (tmp_path / "other").exists()
+    export_run(finished, tmp_path / "adapter", merge=False, dtype="fp32")
+
+
+def test_export_into_its_own_run_is_refused(finished):
+    for place in (finished / "merged", finished / "adapter" / "again"):
+        with pytest.raises(ConfigError, match=r"OUTPUT: .*is inside the run"):
+            export_run(finished, place, merge=False, dtype="fp32")
