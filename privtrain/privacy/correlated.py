@@ -30,13 +30,13 @@ old difference in clear.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from privtrain.errors import GuaranteeLost
 from privtrain.privacy.banded import FRACTION_BITS, Strategy
+from privtrain.privacy.digits import Chunk, digits, for_each_chunk
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.noise import BLOCK, StepNoise, blocks_of, noise_exponent, noised
+from privtrain.privacy.noise import ExactRounding, StepNoise, noise_exponent
 
 _HALF_BITS = 32
 #: Noise stays below this in grid steps, and so does every sum: see :mod:`privtrain.clipping.exact_sum`.
@@ -88,12 +88,14 @@ class NoiseHistory:
         steps_ago = [(self.num_steps - j) % len(self._last) for j in range(1, 1 + len(self._last))]
         order = torch.tensor(steps_ago, device=self._last.device)
         vector = torch.empty(self._layout.num_coordinates, dtype=torch.int64, device=self._last.device)
-        for slot in self._layout.slots:
-            for block, start, stop in blocks_of(slot.first, slot.num_coordinates):
-                here = slice(slot.start + start - slot.first, slot.start + stop - slot.first)
-                fresh = self._fresh(noise, slot.name, block, start, stop)
-                taken = self._taken_back(self._last[:, here][order])
-                vector[here] = _rounded_difference(fresh, taken)
+        rounding = ExactRounding(self._exponent - FRACTION_BITS, self._stddev, self._last.device)
+
+        def draw(chunk: Chunk) -> None:
+            fresh = self._fresh(noise, chunk, rounding)
+            taken = self._taken_back(self._last[:, chunk.place][order])
+            vector[chunk.place] = _rounded_difference(fresh, taken)
+
+        for_each_chunk(self._layout.slots, self._last.device, draw)
         if len(vector) and int(vector.abs().max()) >= _ROOM:
             raise GuaranteeLost(
                 f"the noise of step {self.num_steps} is too large to be counted exactly; set another privacy.num_bands "
@@ -103,15 +105,12 @@ class NoiseHistory:
         self.num_steps += 1
         return vector
 
-    def _fresh(
-        self, noise: StepNoise, name: str, block: int, start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return z of a tensor's coordinates within a block: whole grid steps, and the rest in 2**-F of one."""
+    def _fresh(self, noise: StepNoise, chunk: Chunk, rounding: ExactRounding) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return z of a chunk's coordinates: whole grid steps, and the rest in 2**-F of one."""
         fine = self._exponent - FRACTION_BITS
         bits = noise_exponent(self._stddev, fine) - fine
-        drawn = noise.key.stream("offset", name, block).uint64(stop - block * BLOCK)[start - block * BLOCK :]
-        shift = torch.from_numpy(_top_bits(drawn, bits)).to(self._last.device)
-        rounded = noised(-shift, exponent=fine, stddev=self._stddev, noise=noise, name=name, first=start)
+        shift = _top_bits(digits(noise.key, "offset", chunk, self._last.device), bits)
+        rounded = rounding.apply(-shift, chunk, noise)
         points = rounded.mul_(2.0 ** -(fine + bits)).long()
         if bits < FRACTION_BITS:  # g is finer than h
             whole = (points << bits) + shift
@@ -135,6 +134,6 @@ def _rounded_difference(
     return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
 
 
-def _top_bits(drawn: np.ndarray, bits: int) -> np.ndarray:
-    """Return the first ``bits`` binary digits of uniform 64-bit integers, as int64 below 2**bits."""
-    return (drawn >> np.uint64(64 - bits)).view(np.int64) if bits else np.zeros(len(drawn), dtype=np.int64)
+def _top_bits(drawn: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the first ``bits`` of 64 binary digits, as int64 below 2**bits."""
+    return (drawn >> (64 - bits)) & ((1 << bits) - 1) if bits else torch.zeros_like(drawn)

@@ -21,31 +21,31 @@ no failure probability to charge. Y depends on no library's or processor's last 
 **What is assumed.** That ChaCha20 and HMAC-SHA-256 under a secret key look random (the digits of U are theirs), that
 ndtri keeps its margin (tested, and checked at the start), and that mpmath computes Φ to the digits it is asked for.
 
-The noise is a pure function of (:class:`StepNoise`, tensor name, block), and blocks make any slice of it cheap to draw
-alone: a rank that owns a shard draws that shard and nothing else. Digits are drawn on the CPU; the arithmetic is where
-the sum is.
+The noise is a pure function of (:class:`StepNoise`, tensor name, coordinate), and any run of it is cheap to draw alone
+(:mod:`.digits`): a rank that owns a run draws that run and nothing else. It is drawn where the sum is, and no device
+changes a bit of it: the digits are integers, X is checked to keep its margin on the device, and Y is exact whatever X
+is within that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 
-import numpy as np
 import torch
 
 from privtrain.privacy import normal
-from privtrain.privacy.layout import Layout
+from privtrain.privacy.digits import Chunk, digits, for_each_chunk
+from privtrain.privacy.layout import Layout, Slot
 from privtrain.privacy.secret import SecretKey
 
-#: Coordinates per independently keyed block.
-BLOCK = 1 << 16
 #: The public grid of what is released is this many binary digits below the noise's standard deviation.
 _DIGITS = 20
 #: Bound on the relative rounding of t's terms in float64, with room: six roundings of 2**-53 each.
 _ROUNDING = 2.0**-50
+_ALL_DIGITS = (1 << 64) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +84,10 @@ def noised(
     Raises:
         ValueError: if ``stddev`` is no standard deviation.
     """
-    if not 0 <= stddev < math.inf:
-        raise ValueError(f"stddev is {stddev}; a standard deviation is finite and not negative")
-    assert total.dtype == torch.int64
-    if stddev == 0 or not len(total):
-        return total.double().mul_(2.0**exponent)
-    normal.check_quantiles()
-    rounding = _Rounding(exponent, stddev)
     released = torch.empty(len(total), dtype=torch.float64, device=total.device)
-    for block, start, stop in blocks_of(first, len(total)):
-        stream = noise.key.stream("noise", name, block)
-        bits = stream.uint64(stop - block * BLOCK)[start - block * BLOCK :]
-        place = slice(start - first, stop - first)
-        released[place] = rounding.apply(total[place], bits, noise, name, start)
+    slot = Slot(name, (len(total),), 0, first, (first + len(total),))
+    _release(total, [slot], released, exponent=exponent, stddev=stddev, noise=noise)
     return released
-
-
-def blocks_of(first: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (block, start, stop) of the keyed blocks that a tensor's coordinates from ``first`` lie in."""
-    for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
-        yield block, max(block * BLOCK, first), min((block + 1) * BLOCK, first + count)
 
 
 def noised_vector(
@@ -125,21 +109,51 @@ def noised_vector(
         The flat fp32 vector that the optimizer gets.
     """
     vector = torch.empty(layout.num_coordinates, dtype=torch.float32, device=total.device)
-    for slot in layout.slots:
-        place = slice(slot.start, slot.start + slot.num_coordinates)
-        vector[place] = noised(
-            total[place], exponent=exponent, stddev=stddev, noise=noise, name=slot.name, first=slot.first
-        )
+    _release(total, layout.slots, vector, exponent=exponent, stddev=stddev, noise=noise)
     return vector
 
 
-class _Rounding:
+def _release(
+    total: torch.Tensor,
+    slots: Iterable[Slot],
+    released: torch.Tensor,
+    *,
+    exponent: int,
+    stddev: float,
+    noise: StepNoise,
+) -> None:
+    """Fill ``released`` with the sum and its noise, run by run."""
+    if not 0 <= stddev < math.inf:
+        raise ValueError(f"stddev is {stddev}; a standard deviation is finite and not negative")
+    assert total.dtype == torch.int64
+    rounding = ExactRounding(exponent, stddev, total.device) if stddev else None
+
+    def draw(chunk: Chunk) -> None:
+        part = total[chunk.place]
+        if rounding is None:
+            released[chunk.place] = part.double().mul_(2.0**exponent)
+        else:
+            released[chunk.place] = rounding.apply(part, chunk, noise)
+
+    for_each_chunk(slots, total.device, draw)
+
+
+class ExactRounding:
     """Exact rounding round((S·h + σX) / g), for one σ and pair of grids.
 
     With S = a·2**shift + r in integers, it is a + round(t), where t = r·2**-shift + (σ/g)·X.
+
+    Args:
+        exponent: of the sum's grid h.
+        stddev: σ, not zero.
+        device: where sums are.
+
+    Raises:
+        GuaranteeLost: if arithmetic on the device does not keep the margins.
     """
 
-    def __init__(self, exponent: int, stddev: float) -> None:
+    def __init__(self, exponent: int, stddev: float, device: torch.device) -> None:
+        normal.check_quantiles(device)
         self._exponent, self._stddev = exponent, stddev
         self._released = noise_exponent(stddev, exponent)
         self._shift = self._released - exponent
@@ -149,17 +163,20 @@ class _Rounding:
             for margin, reach in ((normal.NEAR_MARGIN, normal.NEAR), (normal.FAR_MARGIN, normal.FAR))
         )
 
-    def apply(self, total: torch.Tensor, bits: np.ndarray, noise: StepNoise, name: str, start: int) -> torch.Tensor:
-        """Return Y·g in float64 for the coordinates from ``start``; ``bits`` are the first 64 digits of their U."""
+    def apply(self, total: torch.Tensor, chunk: Chunk, noise: StepNoise) -> torch.Tensor:
+        """Return Y·g in float64 for the sum of a chunk."""
         whole, rest = self._split(total)
-        x = torch.from_numpy(normal.quantiles(bits)).to(total.device)
+        bits = digits(noise.key, "noise", chunk, total.device)
+        x = normal.quantiles(bits)
         t = rest.double().mul_(2.0**-self._shift).add_(x, alpha=self._scale)
         near = t.round()
         doubtful = self._doubtful(x, (t - near).abs_())
         whole += near.long()
         if len(doubtful):
+            known = (vector[doubtful].tolist() for vector in (rest, bits, t))
             decided = [
-                self._decide(int(rest[i]), int(bits[i]), float(t[i]), noise, name, start + i) for i in doubtful.tolist()
+                self._decide(r, b & _ALL_DIGITS, estimate, noise, *chunk.coordinate(i))
+                for i, r, b, estimate in zip(doubtful.tolist(), *known, strict=True)
             ]
             whole[doubtful] += torch.tensor(decided, device=total.device) - near[doubtful].long()
         return whole.double().mul_(2.0**self._released)
@@ -172,8 +189,8 @@ class _Rounding:
     def _doubtful(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """Return the indices where float64 t may round to another integer than the exact value."""
         candidates = distance >= 0.5 - self._far
-        lowest, highest = torch.aminmax(x)
-        if max(-float(lowest), float(highest)) > normal.FAR:
+        lowest, highest = torch.stack(torch.aminmax(x)).tolist()
+        if max(-lowest, highest) > normal.FAR:
             candidates |= x.abs() > normal.FAR
         found = candidates.nonzero().flatten()
         is_near = (x[found].abs() <= normal.NEAR) & (distance[found] < 0.5 - self._near)

@@ -15,8 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 import mpmath
-import numpy as np
-from scipy import special
+import torch
 
 from privtrain.errors import GuaranteeLost
 
@@ -25,48 +24,50 @@ NEAR, NEAR_MARGIN = 3.0, 2.0**-46
 #: The same further out, where 64 digits of U say less about X. Beyond ``FAR`` nothing is promised.
 FAR, FAR_MARGIN = 6.0, 2.0**-36
 
+_SIGN = -(1 << 63)
 #: Digits of U that come at a time, and digits that Φ is computed to beyond those it is compared in.
 _CHUNK_BITS, _GUARD_BITS = 64, 32
 
 
-def quantiles(bits: np.ndarray) -> np.ndarray:
-    """Return X in float64, from the first 64 binary digits of U.
+def quantiles(bits: torch.Tensor) -> torch.Tensor:
+    """Return X in float64, from the first 64 binary digits of U; on the device of the digits.
 
     What the margins rest on, for X anywhere in the interval that the digits leave: half that interval's width, at most
     2**-65 / φ(x), which is 2**-57 at 3 and 2**-37.6 at 6; rounding U to float64, at most 1.3 * 2**-52; and the error of
-    ``scipy.special.ndtri``, three rational approximations (Cephes) with 4.6e-16 to 7.2e-16 relative error, so 2**-48.6
-    at 3 and 2**-47.6 at 6. The sum stays three times below each margin. The tests compare it with mpmath densely, and
-    :func:`check_quantiles` the installed ndtri at points that cover all three approximations.
+    ``torch.special.ndtri``, three rational approximations (Cephes) with 4.6e-16 to 7.2e-16 relative error, so 2**-48.6
+    at 3 and 2**-47.6 at 6. The sum stays three times below each margin. Devices may differ in the last bits, within the
+    margins. The tests compare it with mpmath densely, and :func:`check_quantiles` the installed ndtri of a device at
+    points that cover all three approximations.
+
+    Args:
+        bits: int64 of any shape, read as unsigned.
 
     Returns:
         float64 of the same shape.
     """
     # The distance from the nearer end of (0, 1), which float64 holds to its last digit where it is small.
-    folded = (bits ^ (bits.view(np.int64) >> 63).view(np.uint64)).view(np.int64).astype(np.float64)
-    folded += 0.5
-    folded *= 2.0**-64
-    found = special.ndtri(folded, out=folded)
-    found.view(np.uint64)[...] ^= bits & np.uint64(1 << 63)  # the sign, for the upper half
+    folded = bits.bitwise_xor(bits >> 63).double().add_(0.5).mul_(2.0**-64)
+    found = torch.special.ndtri(folded)
+    found.view(torch.int64).bitwise_xor_(bits & _SIGN)  # the sign, for the upper half
     return found
 
 
 @functools.cache
-def check_quantiles() -> None:
-    """Compare :func:`quantiles` with Φ at 80 points, once a process.
+def check_quantiles(device: torch.device) -> None:
+    """Compare :func:`quantiles` with Φ at 80 points, once for each device of a process.
 
     Raises:
-        GuaranteeLost: if the installed ndtri is further off than a quarter of the margins.
+        GuaranteeLost: if the device's ndtri is further off than a quarter of the margins.
     """
     mp = mpmath.mp.clone()
     mp.prec = 160
-    exponents = np.arange(2, 30, 0.35)
-    bits = (2.0 ** (64 - exponents)).astype(np.uint64)
-    for chosen, x in zip(bits.tolist(), quantiles(bits).tolist(), strict=True):
+    bits = (2.0 ** (64 - torch.arange(2, 30, 0.35, dtype=torch.float64))).long()
+    for chosen, x in zip(bits.tolist(), quantiles(bits.to(device)).tolist(), strict=True):
         error = abs(mp.ncdf(x) - (mp.mpf(chosen) + 0.5) / 2**64) / mp.npdf(x)
         if not error <= (NEAR_MARGIN if abs(x) <= NEAR else FAR_MARGIN) / 4:
             raise GuaranteeLost(
-                f"scipy.special.ndtri is wrong by {float(error):.3g} at {x:g}, too much for exact noise; install "
-                "another scipy"
+                f"torch.special.ndtri on {device} is wrong by {float(error):.3g} at {x:g}, too much for exact noise; "
+                "install another torch"
             )
 
 

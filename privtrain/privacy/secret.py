@@ -84,16 +84,36 @@ def which_pseudonym(user: str | None, given: str | None, make: Callable[[str], s
     return given
 
 
+#: 64-bit words of a block of ChaCha20.
+_WORDS_PER_BLOCK = 8
+#: Words that are drawn at a time, and what they are drawn over.
+_MOST_WORDS = 1 << 15
+_ZEROS = memoryview(bytes(8 * _MOST_WORDS))
+
+
 class KeyStream:
     """ChaCha20 keystream under a key used for nothing else, read as numbers."""
 
     def __init__(self, key: bytes) -> None:
-        # A zero nonce is right because every stream has its own derived key.
-        self._encryptor = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._key = key
+        self.seek(0)
+
+    def seek(self, word: int) -> KeyStream:
+        """Go on with this 64-bit word of the stream, counted from its beginning, and return the stream."""
+        block, rest = divmod(word, _WORDS_PER_BLOCK)
+        # A zero nonce is right because every stream has its own derived key. The counter comes before it.
+        nonce = block.to_bytes(4, "little") + bytes(12)
+        self._encryptor = Cipher(algorithms.ChaCha20(self._key, nonce), mode=None).encryptor()
+        self.uint64(rest)
+        return self
 
     def uint64(self, count: int) -> np.ndarray:
         """``count`` independent uniform 64-bit integers."""
-        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+        words = np.empty(count, dtype="<u8")
+        for start in range(0, count, _MOST_WORDS):
+            part = words[start : start + _MOST_WORDS].view(np.uint8).data
+            self._encryptor.update_into(_ZEROS[: len(part)], part)
+        return words
 
     def uniform(self, count: int) -> np.ndarray:
         """``count`` uniforms on the 52-bit grid strictly inside (0, 1), symmetric about one half."""

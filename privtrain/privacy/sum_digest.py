@@ -22,17 +22,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from privtrain.privacy.layout import Layout
 from privtrain.privacy.noise import StepNoise
 from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.threads import CHUNK_ON_CPU, in_threads
 
 #: Coordinates of a block, and rows of the table that one lane uses.
 BLOCK = 1 << 16
 _NUM_LANES = 3
+#: Blocks that a device other than a CPU takes at a time.
+_MOST_BLOCKS = 64
 _HALF = 32
 
 
@@ -105,23 +109,47 @@ def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> to
     """Return this rank's share of every block's value: [blocks of the whole vector, lanes] int64."""
     runs, num_coordinates = _runs(layout)
     values = torch.zeros(-(-num_coordinates // BLOCK), _NUM_LANES, dtype=torch.int64, device=total.device)
+    pieces = list(_pieces(runs, CHUNK_ON_CPU if total.device.type == "cpu" else _MOST_BLOCKS * BLOCK))
+
+    def lanes(piece: _Piece) -> torch.Tensor:
+        part = total[piece.start : piece.start + piece.num_blocks * piece.size].view(piece.num_blocks, piece.size)
+        return _lanes(part, table[:, piece.offset : piece.offset + piece.size])
+
+    for piece, found in zip(pieces, in_threads(lanes, pieces, total.device), strict=True):
+        values[piece.block : piece.block + piece.num_blocks] += found
+    return values
+
+
+class _Piece(NamedTuple):
+    """``num_blocks`` · ``size`` coordinates from ``start`` of this rank's vector: from ``offset`` of each block on."""
+
+    start: int
+    block: int
+    num_blocks: int
+    offset: int
+    size: int
+
+
+def _pieces(runs: list[tuple[int, int, int]], most: int) -> Iterator[_Piece]:
+    """Cut runs into parts of one block, or several whole blocks, of at most ``most`` coordinates together."""
     for start, place, count in runs:
         done = 0
         while done < count:
             block, offset = divmod(place + done, BLOCK)
-            size = min(count - done, BLOCK - offset)
-            part = total[start + done : start + done + size]
-            values[block] += _lanes(part, table[:, offset : offset + size])
-            done += size
-    return values
+            num_whole = min(count - done, most) // BLOCK if offset == 0 else 0
+            size = BLOCK if num_whole else min(count - done, BLOCK - offset, most)
+            yield _Piece(start + done, block, max(1, num_whole), offset, size)
+            done += max(1, num_whole) * size
 
 
 def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return [blocks, lanes] of [blocks, coordinates], which take the same columns of the table."""
     low, high = part & ((1 << _HALF) - 1), part >> _HALF
-    if part.device.type == "cpu":  # integer products on other devices have no dot
-        sums = [torch.dot(half, row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]
-        return torch.stack(sums).view(2, _NUM_LANES).sum(0)
-    return (low * table[0::2] + high * table[1::2]).sum(1)
+    if part.device.type == "cpu" and len(part) == 1:  # integer products on other devices have no dot
+        sums = [torch.dot(half[0], row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]
+        return torch.stack(sums).view(2, _NUM_LANES).sum(0)[None]
+    lanes = [(low * a + high * b).sum(1) for a, b in zip(table[0::2], table[1::2], strict=True)]
+    return torch.stack(lanes, dim=1)
 
 
 def _runs(layout: Layout) -> tuple[list[tuple[int, int, int]], int]:

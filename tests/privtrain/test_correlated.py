@@ -27,9 +27,10 @@ from privtrain.ledger.view import verify_run
 from privtrain.privacy import correlated
 from privtrain.privacy.banded import FRACTION_BITS, Strategy, square_root
 from privtrain.privacy.correlated import NoiseHistory
+from privtrain.privacy.digits import BLOCK
 from privtrain.privacy.fixed_point import grid_exponent
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised
+from privtrain.privacy.noise import StepNoise, noise_exponent, noised
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import bind, chained_noise
@@ -134,7 +135,7 @@ def test_release_by_a_wrong_recursion_is_found(mutant):
 
 def test_release_without_the_offset_is_found(monkeypatch):
     """Without u the low digits of C S would show in what is released."""
-    monkeypatch.setattr(correlated, "_top_bits", lambda drawn, bits: np.zeros(len(drawn), dtype=np.int64))
+    monkeypatch.setattr(correlated, "_top_bits", lambda drawn, bits: torch.zeros_like(drawn))
     assert mechanism_faults(history_of(layout_of(40)).release, STRATEGY)
 
 

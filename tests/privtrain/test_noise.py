@@ -14,9 +14,10 @@ from scipy import stats
 
 from privtrain.backends import DdpBackend
 from privtrain.privacy import noise, normal
+from privtrain.privacy.digits import BLOCK
 from privtrain.privacy.fixed_point import grid_exponent
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.noise import BLOCK, StepNoise, noise_exponent, noised, noised_vector
+from privtrain.privacy.noise import StepNoise, noise_exponent, noised, noised_vector
 from privtrain.privacy.secret import SecretKey
 from tests.ranks import run_on_ranks
 
@@ -37,6 +38,11 @@ def draw(total: torch.Tensor, key: StepNoise | None = None, *, name: str = "w", 
     return noised(total, exponent=EXPONENT, stddev=stddev, noise=key or step_noise(), name=name, first=first)
 
 
+def signed(digits) -> torch.Tensor:
+    """Digits as the integers that a tensor holds."""
+    return torch.from_numpy(np.asarray(digits, dtype=np.uint64).view(np.int64))
+
+
 def slow_release(total: list[int], key: StepNoise, *, exponent: int, stddev: float, name: str, first: int) -> list[int]:
     """round((S·h + σX) / g), by search among half-integers with exact comparisons; float64 says where to begin."""
     released, found = noise_exponent(stddev, exponent), []
@@ -51,7 +57,7 @@ def slow_release(total: list[int], key: StepNoise, *, exponent: int, stddev: flo
             edge = Fraction(2 * n + 1, 2) * Fraction(2) ** released - value * Fraction(2) ** exponent
             return normal.is_below(bits, more, edge / Fraction(stddev))
 
-        x = float(normal.quantiles(np.array([bits], dtype=np.uint64))[0])
+        x = float(normal.quantiles(signed([bits]))[0])
         start = math.floor(
             value * Fraction(2) ** (exponent - released) + Fraction(x * stddev) / Fraction(2) ** released
         )
@@ -62,7 +68,7 @@ def slow_release(total: list[int], key: StepNoise, *, exponent: int, stddev: flo
 def adversarial_sums(key: StepNoise, num: int, *, exponent: int, stddev: float, name: str) -> list[int]:
     """Sums that bring each coordinate as near to a half-integer as their grid allows, on either side."""
     released = noise_exponent(stddev, exponent)
-    x = normal.quantiles(key.key.stream("noise", name, 0).uint64(num))
+    x = normal.quantiles(signed(key.key.stream("noise", name, 0).uint64(num)))
     sums = []
     for i, value in enumerate(x.tolist()):
         t = Fraction(value) * Fraction(stddev) / Fraction(2) ** released
@@ -102,7 +108,7 @@ def test_mutant_without_doubtful_check_rounds_edges_wrong(monkeypatch):
     kind = {"exponent": EXPONENT, "stddev": 100.0 * CLIPPING_NORM, "name": "w"}
     sums = adversarial_sums(key, 500, **kind)
     right = noised(torch.tensor(sums), noise=key, **kind)
-    monkeypatch.setattr(noise._Rounding, "_doubtful", lambda *_: torch.zeros(0, dtype=torch.int64))
+    monkeypatch.setattr(noise.ExactRounding, "_doubtful", lambda *_: torch.zeros(0, dtype=torch.int64))
     assert not torch.equal(noised(torch.tensor(sums), noise=key, **kind), right)
 
 
@@ -151,6 +157,10 @@ class _Extreme:
     @staticmethod
     def stream(key: SecretKey, purpose: str, *context: object) -> _Extreme:
         return _Extreme((purpose, *context))
+
+    def seek(self, word: int) -> _Extreme:
+        assert word == 0
+        return self
 
     def uint64(self, count: int) -> np.ndarray:
         ones = 2**64 - 1
@@ -204,7 +214,7 @@ def test_one_point_of_the_sum_is_hidden_in_low_digits():
 def test_adding_in_floating_point_is_off_the_grid(beside):
     """The mutants that the test above must tell from the door: noise added in float64, and in fp32."""
     total = torch.full((1000,), 2**40 + 1)
-    x = torch.from_numpy(normal.quantiles(SecretKey.insecure(0, "x").stream("noise").uint64(1000)))
+    x = normal.quantiles(signed(SecretKey.insecure(0, "x").stream("noise").uint64(1000)))
     found = beside(total, x) / 2.0 ** noise_exponent(STDDEV, EXPONENT)
     assert not torch.equal(found, found.round())
 

@@ -36,7 +36,7 @@ def steps_without_units(name: str, directory: pathlib.Path, cell: Cell) -> tuple
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = make_trainer(make_backend(name), directory, cell)
     history, previous, tensors, num_drawn = trainer.new_history(trainer.clipper), "", [], 0
-    rounded = noise._Rounding.apply
+    rounded = noise.ExactRounding.apply
 
     def counted(self, total, *arguments, **named):
         nonlocal num_drawn
@@ -45,7 +45,7 @@ def steps_without_units(name: str, directory: pathlib.Path, cell: Cell) -> tuple
 
     for step in range(2):
         trainer.clipper.reset()
-        with mock.patch.object(noise._Rounding, "apply", counted):
+        with mock.patch.object(noise.ExactRounding, "apply", counted):
             vector, _, previous = trainer.release(trainer.clipper, KEY, step, history=history, previous=previous)
         tensors += [trainer.backend.whole(slot, trainer.layout.view(vector, slot)) for slot in trainer.layout.slots]
     num_auxiliary = len(trainer.plan.auxiliary_sums)  # a number or two, which every rank draws

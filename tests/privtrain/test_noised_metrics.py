@@ -278,8 +278,8 @@ def test_metric_beside_the_door_is_off_the_grid_and_refused(tiny_llama, monkeypa
     """The mutant: noise added to the exact sum in float64, as all 53 digits of it."""
 
     def beside(total, *, exponent, stddev, noise, name, first=0):
-        x = normal.quantiles(noise.key.stream("noise", name, 0).uint64(1))
-        return total.double() * 2.0**exponent + stddev * torch.from_numpy(x)
+        x = normal.quantiles(torch.from_numpy(noise.key.stream("noise", name, 0).uint64(1).view("<i8")))
+        return total.double() * 2.0**exponent + stddev * x
 
     trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
     monkeypatch.setattr(auxiliary_sums, "noised", beside)

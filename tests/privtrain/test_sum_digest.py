@@ -34,6 +34,10 @@ def bound(total, *, step=3, public=(1.0, -41), metrics=(5,), key=KEY):
     return bind(key, step, total, layout_of(), public=public, metrics=metrics, sum_parts=lambda _: None)
 
 
+def layout_of_one(size: int, first: int) -> Layout:
+    return Layout({"w": torch.nn.Parameter(torch.empty(size, device="meta"))}, {"w": (first, (first + size,))})
+
+
 def some_sum(seed: int = 0) -> torch.Tensor:
     return torch.randint(-(2**62), 2**62, (NUM_COORDINATES,), generator=torch.Generator().manual_seed(seed))
 
@@ -99,9 +103,21 @@ def test_the_commitment_does_not_tell_the_key():
 
 def test_lanes_agree_between_the_dot_and_the_product():
     """What a device without an integer dot computes is the same."""
-    part, table = some_sum()[:1000], sum_digest._table(KEY, CPU)[:, :1000]
-    low, high = part & (2**32 - 1), part >> 32
-    assert torch.equal(sum_digest._lanes(part, table), (low * table[0::2] + high * table[1::2]).sum(1))
+    part, table = some_sum()[:2000].view(2, 1000), sum_digest._table(KEY, CPU)[:, :1000]
+    by_product = sum_digest._lanes(part, table)
+    assert torch.equal(torch.cat([sum_digest._lanes(row[None], table) for row in part]), by_product)
+    low, high = part[:, None] & (2**32 - 1), part[:, None] >> 32
+    assert torch.equal(by_product, (low * table[0::2] + high * table[1::2]).sum(2))
+
+
+@pytest.mark.parametrize("first", [0, 5, BLOCK, BLOCK + 7])
+def test_value_of_blocks_together_is_that_of_each_alone(first, monkeypatch):
+    """As a device other than a CPU takes them."""
+    total = torch.arange(4 * BLOCK + 100) * 987_654_321_012_345
+    table, layout = sum_digest._table(KEY, CPU), layout_of_one(len(total), first)
+    alone = block_values(total, layout, table)
+    monkeypatch.setattr(sum_digest, "CHUNK_ON_CPU", 3 * BLOCK)
+    assert torch.equal(block_values(total, layout, table), alone)
 
 
 def _released(name: str, directory, cell: Cell) -> list[str]:

@@ -1,0 +1,131 @@
+"""The random digits that noise is made of, for any run of a vector, and who draws which part of them at a time.
+
+Each tensor is cut into blocks of 2**16 coordinates. A block has a ChaCha20 stream under a key of its own, and
+coordinate i of the tensor has word i mod 2**16 of it. Streams can be entered anywhere, so a run costs its own digits
+and no more. On a CPU OpenSSL computes the stream, in as many threads as the rank has; elsewhere it is drawn where the
+numbers are needed (:mod:`.chacha`). The digits are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from privtrain.privacy import chacha
+from privtrain.privacy.layout import Slot
+from privtrain.privacy.secret import SecretKey
+from privtrain.privacy.threads import CHUNK_ON_CPU, in_threads
+
+#: Coordinates per independently keyed block.
+BLOCK = 1 << 16
+#: Coordinates drawn at a time on other devices than a CPU: a chunk takes some 500 kernels, which must be worth it.
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Coordinates [first, first + count) of a tensor, within one keyed block."""
+
+    name: str
+    first: int
+    count: int
+
+    @property
+    def block(self) -> int:
+        """Number of the block in its tensor."""
+        return self.first // BLOCK
+
+    @property
+    def word(self) -> int:
+        """Word of the block's stream that ``first`` has."""
+        return self.first % BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A run of a vector that is drawn at a time.
+
+    Attributes:
+        start: where it begins in the vector.
+        pieces: what it is made of, one after another.
+    """
+
+    start: int
+    pieces: Sequence[Piece]
+
+    @property
+    def place(self) -> slice:
+        """Where it lies in the vector."""
+        return slice(self.start, self.start + sum(piece.count for piece in self.pieces))
+
+    def coordinate(self, index: int) -> tuple[str, int]:
+        """Return tensor and coordinate of a number of the chunk."""
+        for piece in self.pieces:
+            if index < piece.count:
+                return piece.name, piece.first + index
+            index -= piece.count
+        raise IndexError(index)
+
+
+def for_each_chunk(slots: Iterable[Slot], device: torch.device, draw: Callable[[Chunk], None]) -> None:
+    """Call ``draw`` for runs that together are the vector: on a CPU, in the threads of this rank.
+
+    Args:
+        slots: tensors, or parts of them, that follow one another in the vector.
+        device: where the vector is.
+        draw: is called in any order, from several threads; each run is given once.
+    """
+    in_threads(draw, list(chunks_of(slots, CHUNK_ON_CPU if device.type == "cpu" else _CHUNK)), device)
+
+
+def chunks_of(slots: Iterable[Slot], most: int) -> Iterator[Chunk]:
+    """Cut a vector into chunks of ``most`` coordinates; the last is shorter."""
+    start, pieces, room = 0, list[Piece](), most
+    for slot in slots:
+        done = 0
+        while done < slot.num_coordinates:
+            first = slot.first + done
+            count = min(slot.num_coordinates - done, BLOCK - first % BLOCK, room)
+            pieces.append(Piece(slot.name, first, count))
+            done, room = done + count, room - count
+            if not room:
+                yield Chunk(start, pieces)
+                start, pieces, room = start + most, [], most
+    if pieces:
+        yield Chunk(start, pieces)
+
+
+def digits(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
+    """Return 64 uniform digits for each coordinate of a chunk: [n] int64, the same on every device."""
+    if device.type == "cpu":
+        return _from_openssl(key, purpose, chunk)
+    chacha.check_chacha(device)
+    return _drawn_there(key, purpose, chunk, device)
+
+
+def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
+    words = [
+        key.stream(purpose, piece.name, piece.block).seek(piece.word).uint64(piece.count) for piece in chunk.pieces
+    ]
+    return torch.from_numpy((words[0] if len(words) == 1 else np.concatenate(words)).view(np.int64))
+
+
+def _drawn_there(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
+    per_block = chacha.BLOCK_WORDS
+    first = [piece.word // per_block for piece in chunk.pieces]
+    sizes = [-(-(piece.word + piece.count) // per_block) - f for piece, f in zip(chunk.pieces, first, strict=True)]
+    keys = b"".join(key.derive(purpose, piece.name, piece.block) for piece in chunk.pieces)
+    # Which piece each block of the stream belongs to, and its number in the stream of that piece.
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    counters = np.concatenate([np.arange(f, f + size) for f, size in zip(first, sizes, strict=True)])
+    where = torch.from_numpy(np.stack([owner, counters])).to(device)
+    by_piece = torch.frombuffer(bytearray(keys), dtype=torch.int32).view(len(sizes), -1).to(device)
+    stream = chacha.blocks(by_piece[where[0]], where[1].int()).reshape(-1)
+    words = [
+        part[piece.word % per_block :][: piece.count]
+        for piece, part in zip(chunk.pieces, stream.split([per_block * size for size in sizes]), strict=True)
+    ]
+    return words[0] if len(words) == 1 else torch.cat(words)
