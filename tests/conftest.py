@@ -48,18 +48,24 @@ def byte_core(*marks: str) -> Any:
     return core
 
 
-def save_tiny_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Two layers, 258 tokens: every byte, one begin-and-end mark and one spare."""
+def save_tiny_llama(directory: pathlib.Path, num_layers: int = 2) -> pathlib.Path:
+    """258 tokens: every byte, one begin-and-end mark and one spare."""
     return save_llama(
         directory,
         byte_core("<end>"),
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
+
+
+@pytest.fixture
+def no_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what comes after it: it takes half of a tiny job's time, and has tests of its own."""
+    monkeypatch.setattr("privtrain.job.train._self_test", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import write_sealed
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture
 def config(tree, tmp_path):

@@ -34,6 +34,8 @@ from privtrain.run.directory import RunDirectory
 from privtrain.run.sources import read_sources
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 NUM_DISTINCT = 8
 
 

@@ -32,6 +32,8 @@ from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
 from tests.conftest import tiny_tree, write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 OPTIONS = ScoreOptions(num_canary_references=5)
 
 

@@ -18,6 +18,8 @@ from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture
 def no_network(monkeypatch):

@@ -26,6 +26,8 @@ from privtrain.run.sealing import read_sealed_file
 from tests import jobs
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture
 def planted(tree, tmp_path):

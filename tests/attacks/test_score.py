@@ -28,6 +28,8 @@ from tests import jobs
 from tests.conftest import write_config
 from tests.privtrain.ledgers import contents
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture
 def finished(tree, tmp_path):

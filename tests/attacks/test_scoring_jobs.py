@@ -26,6 +26,8 @@ from tests import jobs
 from tests.cluster import Ranks
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 def train_run(tree, tmp_path, name: str = "tiny") -> pathlib.Path:
     tree["privacy"] |= {"noise_multiplier": 0.0, "num_steps": 4}

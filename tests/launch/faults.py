@@ -75,7 +75,7 @@ def job_config(
 
 def prepare(place: pathlib.Path) -> None:
     """The model and the data."""
-    save_tiny_llama(place / "model")
+    save_tiny_llama(place / "model", num_layers=1)
     write_users(place / "users.jsonl")
 
 

@@ -13,10 +13,15 @@ from privtrain.job.train import train
 from privtrain.ledger.log import verify
 from privtrain.ledger.view import verify_run
 from tests import jobs
-from tests.conftest import write_config
+from tests.conftest import save_tiny_llama, write_config
 from tests.privtrain.ledgers import drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("shallow-llama"), num_layers=1)
 
 
 def tensors(run: pathlib.Path) -> dict[str, np.ndarray]:

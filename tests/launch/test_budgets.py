@@ -39,7 +39,7 @@ from privtrain.run.directory import RunDirectory
 from tests.conftest import tiny_tree, write_config
 from tests.privtrain.interrupted import after_step
 
-pytestmark = [pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_self_test")]
 
 
 @pytest.fixture

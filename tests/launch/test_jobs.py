@@ -22,14 +22,14 @@ from tests.privtrain.ledgers import contents, drop_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
-NUM_STEPS = 20
+NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """One directory for the module: jobs are compared with each other."""
     directory = tmp_path_factory.mktemp("jobs")
-    save_tiny_llama(directory / "model")
+    save_tiny_llama(directory / "model", num_layers=1)
     write_users(directory / "users.jsonl")
     return directory
 

@@ -52,7 +52,7 @@ def submit(environment: dict[str, str], directory: pathlib.Path, *arguments: obj
 
 @pytest.fixture
 def config(tree, tmp_path):
-    tree["model"]["name_or_path"] = str(save_tiny_llama(tmp_path / "model"))
+    tree["model"]["name_or_path"] = str(save_tiny_llama(tmp_path / "model", num_layers=1))
     tree["data"]["source"]["paths"] = [str(write_users(tmp_path / "users.jsonl"))]
     tree["privacy"] |= {"num_steps": 150, "noise_multiplier": 4.0}
     tree["performance"]["checkpoint_interval_steps"] = 20

@@ -14,6 +14,7 @@ import yaml
 from privtrain.commands.plan import PlanOptions, describe_plan
 from privtrain.job.train import train
 from privtrain.studies.recipe import RECIPES, Cell, expand, module_of, read_recipe
+from tests.conftest import write_config
 from tests.launch import recipe_plans
 from tests.launch.study_models import PUBLISHED, save_tiny
 
@@ -36,11 +37,6 @@ def _covering(cells: list[Cell]) -> list[Cell]:
     return chosen
 
 
-def _write(tree: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _noise_for_nothing(monkeypatch):
     """Accountants take a minute to say how much noise EW-Tune's settings take; here any will do."""
@@ -56,7 +52,7 @@ def test_there_are_paper_scale_studies_and_each_has_a_small_one():
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_value_of_a_paper_recipe_passes_plan(study, stride, tmp_path, tiny_llama):
+def test_every_value_of_a_paper_recipe_passes_plan(study, stride, tmp_path, tiny_llama, no_self_test):
     """And two steps, every second of the chosen cells; in the campaign each of them."""
     for number, cell in enumerate(_covering(_cells(study))):
         directory = tmp_path / str(number)
@@ -74,7 +70,7 @@ def _plan(cell: Cell, tree: dict[str, Any], directory: pathlib.Path) -> None:
     options = PlanOptions(
         num_users=100_000, accelerate=recipe_plans.RECIPES.parent / "accelerate" / "ddp.yaml", prices=False
     )
-    config = _write(tree, directory / "plan.yaml")
+    config = write_config(tree, directory / "plan.yaml")
     plan = describe_plan(config, [f"model.name_or_path={directory / 'published'}"], options)
     assert plan["memory_unknown_because"] == "", cell.name
     assert sum(plan["memory_bytes_per_rank"].values()) > 1e8, cell.name
@@ -94,7 +90,7 @@ def _two_steps(cell: Cell, tree: dict[str, Any], directory: pathlib.Path, tiny_l
     privacy |= {"expected_batch_size": 8, "target_delta": 1e-3}
     tree["performance"] |= {"microbatch_size": 8, "precision": "fp32", "num_threads": 1}
     tree["tracking"] |= {"wandb": False, "tensorboard": False}
-    train(_write(tree, directory / "config.yaml"))
+    train(write_config(tree, directory / "config.yaml"))
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/step"] for row in rows if "train/lr" in row][-1] == 2, cell.name
     assert all(math.isfinite(row["eval/held_out_loss"]) for row in rows if "eval/held_out_loss" in row), cell.name

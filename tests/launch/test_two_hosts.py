@@ -30,7 +30,7 @@ DIRECTORY = jobs.REPOSITORY / "launch" / "accelerate"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("hosts")
-    save_tiny_llama(directory / "model")
+    save_tiny_llama(directory / "model", num_layers=1)
     write_users(directory / "users.jsonl")
     return directory
 

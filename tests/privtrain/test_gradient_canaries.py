@@ -31,6 +31,8 @@ from tests.privtrain.interrupted import Killed
 from tests.privtrain.models_for_tests import make_clipper, tiny_lora
 from tests.privtrain.test_cooperative import LoneShards
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 KEY = SecretKey.insecure(3, "root")
 CANARY = Canary("canary-1", GRADIENT, "", "x", 1, ("x",))
 

@@ -30,6 +30,8 @@ from privtrain.models.load import load_tokenizer
 from privtrain.privacy.secret import SecretKey
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 USERS = ["al", "bo", "7", "007", "é", "z" * 40, "\U0001f600", "￮", "", " "]
 
 

@@ -19,6 +19,8 @@ from privtrain.data.corpus import load_corpus
 from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 def run_cli(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     monkeypatch.setattr("sys.argv", ["privtrain", *map(str, arguments)])

@@ -28,6 +28,8 @@ from privtrain.registry.store import Registry
 from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 

@@ -20,6 +20,8 @@ from privtrain.job.train import train
 from privtrain.training.evaluate import Scores, difference, evaluate
 from tests.conftest import write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture
 def evaluated(tree, tmp_path):

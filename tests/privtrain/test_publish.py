@@ -22,6 +22,8 @@ from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 from tests.privtrain.ledgers import opened, write_steps
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 CRASHED = 9
 
 

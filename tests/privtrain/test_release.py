@@ -31,6 +31,8 @@ from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
 from tests.conftest import tiny_tree, write_config
 from tests.privtrain.ledgers import contents, drop_records, rewrite_head
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory, tiny_llama, users_file):

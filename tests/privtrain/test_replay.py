@@ -17,6 +17,8 @@ from tests.conftest import write_config
 from tests.privtrain.interrupted import Killed, die, train_until_killed
 from tests.privtrain.ledgers import opened
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 NUM_STEPS = 8
 
 

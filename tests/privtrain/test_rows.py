@@ -27,6 +27,8 @@ from privtrain.process.launcher import launch
 from tests.conftest import write_config
 from tests.privtrain.bases import save_base, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 SECRET = "my own secret words"
 CALL = {
     "role": "assistant",

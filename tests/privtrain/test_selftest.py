@@ -19,11 +19,18 @@ from privtrain.privacy.sum_digest import bind
 from privtrain.training import auxiliary_sums, selftest
 from privtrain.training import trainer as trainer_module
 from privtrain.training.trainer import Trainer
+from tests.conftest import save_tiny_llama
 from tests.privtrain.cells import SHARDED, Cell, make_backend, make_trainer, self_test
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 LORA = Cell(noise_multiplier=1.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """One layer, which is where every mutant is."""
+    return save_tiny_llama(tmp_path_factory.mktemp("shallow-llama"), num_layers=1)
 
 
 def check(directory, backend=None, cell: Cell = LORA) -> Trainer:

@@ -30,6 +30,8 @@ from privtrain.run.directory import RunDirectory
 from privtrain.run.signing import SIGNATURE, Keys, sign, signed_files
 from tests.conftest import tiny_tree, write_config
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 pytest.importorskip("model_signing")
 
 

@@ -28,6 +28,8 @@ from privtrain.tracking.trackers import JsonlTracker, NullTracker, QuietTracker,
 from tests.conftest import write_config
 from tests.privtrain.published import Private, published_texts, wandb_records, wandb_rows
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 
 def test_replayed_run_has_every_row_once(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -28,6 +28,8 @@ from privtrain.run.directory import RunDirectory
 from tests.conftest import write_config
 from tests.privtrain.models_for_tests import clipped_sum, invented_users, make_clipper, tiny_lora
 
+pytestmark = pytest.mark.usefixtures("no_self_test")
+
 METHODS = ("group", "mixture")
 
 
