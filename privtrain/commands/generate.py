@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     _check(directory, output, options)
     manifest = bundle.check_released(run)
     config, section = _configuration(directory, options, manifest)
+    _check_prompts(options.prompts, config.data)
     conditions = read_conditions(config.data, options.prompts, options.labels, options.template)
     engine = sampling.chosen_engine(options.engine, config)
     tokenizer = _tokenizer(directory)
@@ -137,6 +139,8 @@ def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) ->
         faults.append(Fault("OUTPUT", problem))
     elif run.holds(output):
         faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
+    if (num := os.environ.get("WORLD_SIZE", "1")) != "1":
+        faults.append(Fault("WORLD_SIZE", f"given {num}; texts are sampled by one process: start privtrain by itself"))
     if options.copy_tokens < 1:
         faults.append(Fault("--copy-tokens", f"given {options.copy_tokens}; must be at least 1"))
     if faults:
@@ -168,12 +172,16 @@ def _configuration(
     if wrong := changed_base_files(section, manifest.base_model):
         problem = f"is not the base model of the release: other {', '.join(wrong[:3])}"
         raise ConfigError([Fault("--base-model", problem)])
-    if options.prompts is not None and isinstance(config.data.source, FilesSource):
-        private = {file.resolve() for file in source_files(config.data.source)}
-        if options.prompts.resolve() in private:
-            problem = f"{options.prompts} is a file of data.source, whose rows are private; prompts must be public"
-            raise ConfigError([Fault("--prompts", problem)])
     return config, section
+
+
+def _check_prompts(prompts: pathlib.Path | None, data: DataSection) -> None:
+    """Raise if prompts are read from a file of private rows."""
+    if prompts is None or not isinstance(data.source, FilesSource):
+        return
+    if prompts.resolve() in {file.resolve() for file in source_files(data.source)}:
+        problem = f"{prompts} is a file of data.source, whose rows are private; prompts must be public"
+        raise ConfigError([Fault("--prompts", problem)])
 
 
 def _tokenizer(run: RunDirectory) -> Any:

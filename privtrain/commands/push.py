@@ -96,7 +96,7 @@ def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *
             commit_message="Upload with privtrain",
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status: Any = getattr(getattr(error, "response", None), "status_code", None)
         shown = {401: "the token is not valid", 403: "the token may not write there", 404: "no such namespace"}
         said = shown.get(status, "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else "")
         reason = said or f"{type(error).__name__}{'' if status is None else f', status {status}'}"

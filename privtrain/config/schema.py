@@ -41,6 +41,11 @@ class Config(Section):
         method, selection = self.training.method, self.privacy.selection
         if self.model.quantization is not None and self.training.releases_model:
             yield f"training.method: {method} trains weights that model.quantization freezes; use lora"
+        if self.model.quantization == "int8" and method == "lora" and self.lora.use_dora:
+            yield (
+                "lora.use_dora reads the weights of a base that model.quantization: int8 holds, and PEFT loses their "
+                "scales by that; use nf4, or leave lora.use_dora out"
+            )
         if selection == "random_chunk" and self.data.format != "text":
             yield "privacy.selection: random_chunk cuts texts; it needs data.format: text"
         if selection.endswith("perplexity") and self.data.is_classification:

@@ -137,6 +137,12 @@ def test_faults_of_generate_come_by_name_and_nothing_is_written(finished, tmp_pa
     assert not (finished / "secret" / "corpora").exists()
 
 
+def test_several_processes_are_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE: given 2; texts are sampled by one process"):
+        generate(finished, tmp_path / "corpus", GenerateOptions(num_texts=2))
+
+
 def test_another_base_than_the_released_one_is_refused(finished, tmp_path):
     other = save_base(tmp_path / "other")
     with pytest.raises(ConfigError, match="is not the base model of the release"):
@@ -278,10 +284,12 @@ def test_settings_of_the_base_are_put_aside(causal):
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "full"])
-def test_every_method_writes_texts(method, tree, tmp_path):
+def test_every_method_writes_texts(method, tree, tmp_path, users_file):
     tree["training"]["method"] = method
     tree["prompt"] = {"num_virtual_tokens": 3}
     train(write_config(tree, tmp_path / "c.yaml"))
+    with pytest.raises(ConfigError, match=r"--prompts: .*rows are private"):
+        generate(tmp_path / "runs" / "tiny", tmp_path / "corpus", GenerateOptions(num_texts=3, prompts=users_file))
     generate(tmp_path / "runs" / "tiny", tmp_path / "corpus", GenerateOptions(num_texts=3))
     texts = [row["text"] for row in rows_in(tmp_path / "corpus")]
     assert len(texts) == 3

@@ -53,6 +53,8 @@ def refused_before_training(method: str, task: str, held_in: str) -> str | None:
     """The key and words of the refusal, or None where the cell trains."""
     if method in ("full", "bias") and held_in in ("nf4", "int8"):
         return rf"training\.method: {method} trains weights that model\.quantization freezes"
+    if method == "dora" and held_in == "int8":
+        return r"lora\.use_dora .*model\.quantization: int8"
     if method in ("prompt", "prefix") and task == "classifier":
         return r"training\.method: \w+ does not train the head"
     return None
