@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.stats
 
 from attacks import evidence, signals
 from attacks.alone import alone
@@ -106,7 +107,7 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
     references = read_references(directory, scoring)
     models = _under_shadows(scored, references)
     found, not_run = {}, _not_run(scored)
-    declared, *others = _statistics(scored, models, not_run)
+    declared, *others = _of_enough_users(_statistics(scored, models, not_run), not_run)
     # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
     strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
     for statistic in (declared, *others):
@@ -151,7 +152,7 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
         "shadows": {"num": len(references), "seals": [reference.seal for reference in references]},
         "blind": {name: _blind_facts(result) for name, result in families.items()},
         "user_inference": _user_inference_facts(scored, users, seed),
-        "sensitive": panel.facts(seed),
+        "sensitive": panel.facts(),
         "panels": {
             "audit": auditing.panel(findings),
             **{name: compute(run, statement, seed) for name, compute in registry.PANELS.items()},
@@ -219,6 +220,20 @@ def _statistics(
                 yield from _of_training(scored, training, attack.name, attack.definition, training.scores[attack.name])
     for kind, table in ((signals.FRESH, fresh), (signals.TRAINING, training)):
         yield from _of_shadows(scored, table, kind, models[kind], not_run)
+
+
+def _of_enough_users(found: Iterable[Statistic], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
+    """Pass on the statistics that have users on both sides; not everybody has documents of every kind."""
+    for statistic in found:
+        num_in, num_out = statistic.num_users
+        if min(num_in, num_out) >= MIN_USERS_PER_SIDE:
+            yield statistic
+        else:
+            reason = (
+                f"{num_in} held-in and {num_out} held-out users have such documents; expected at least "
+                f"{MIN_USERS_PER_SIDE} on each side"
+            )
+            not_run.append({"attack": statistic.name, "documents": statistic.documents, "reason": reason})
 
 
 def _of_shadows(
@@ -380,7 +395,7 @@ def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: 
     is_in = scored.is_held_in[known]
     for name, values in users.items():
         columns[name] = values[known]
-        columns[f"{name}_rank"] = np.argsort(np.argsort(-values[known], kind="stable"), kind="stable") + 1
+        columns[f"{name}_rank"] = scipy.stats.rankdata(-values[known], "max").astype(np.int64)
         p_values = statistics.rank_p_values(values[known][is_in], values[known][~is_in])
         for label, found in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
             column = np.full(is_in.size, np.nan)

@@ -98,14 +98,20 @@ def distinctness(scored: Scored) -> FloatArray:
 
 
 def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:
-    """Who stands at the top: how many of the most exposed users were trained on, and how many would be by chance."""
+    """Who stands at the top: how many of the most exposed users were trained on, and how many would be by chance.
+
+    Users who tie for the last places share them, so that no order of names decides.
+    """
     known = np.flatnonzero(~np.isnan(statistic))
     count = max(1, math.ceil(share * known.size))
-    top = known[np.argsort(-statistic[known], kind="stable")[:count]]
+    last = np.sort(statistic[known])[-count]
+    above, tied = known[statistic[known] > last], known[statistic[known] == last]
+    top = np.concatenate([above, tied])
+    places = count - above.size
     return {
         "share": share,
         "num_users": count,
-        "num_held_in": int(scored.is_held_in[top].sum()),
+        "num_held_in": float(scored.is_held_in[above].sum() + places * scored.is_held_in[tied].mean()),
         "num_held_in_by_chance": count * float(scored.is_held_in[known].mean()),
         "median_num_records": _two_digits(float(np.median(scored.num_records[top]))),
         "median_num_records_of_all": _two_digits(float(np.median(scored.num_records[known]))),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy.sparse
 
 from attacks.analysis import user_inference
 from attacks.analysis.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
+from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring
 from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals
 
@@ -101,6 +103,7 @@ def collect(
                 scores[attack.name] = attack.score(row)
             else:
                 missing[row.kind][attack.name] = lacking
+        _check_finite(row, scores)
         kept[row.kind].append(_Summary.of(row, scores))
         if row.kind == FRESH and row.token_ids is not None:
             counts.setdefault(user, collections.Counter()).update(row.token_ids.tolist())
@@ -120,6 +123,16 @@ def collect(
         traits=traits,
         languages=languages,
     )
+
+
+def _check_finite(row: DocumentSignals, scores: Mapping[str, float]) -> None:
+    """Raise if an attack made no number of a document."""
+    wrong = [name for name, score in scores.items() if not math.isfinite(score)]
+    if wrong:
+        raise AttackInputError(
+            f"document {row.document!r} of user {row.user!r} ({row.kind}) has no finite score by {', '.join(wrong)}: "
+            "its log-probabilities are no model's; score the run again"
+        )
 
 
 def under_other_models(table: DocumentTable, scored: Scored, references: Iterable[Scoring]) -> UnderOtherModels | None:

@@ -3,27 +3,32 @@
 A model that learned a domain finds all its texts likelier; one that memorised finds the *sensitive tokens* of its
 *training* records likelier than those of others. So the panel gives the negative log-likelihood of sensitive and of
 other tokens, on train and on test, under the base and under the tuned model, and the difference in differences with an
-interval over users. Averages are over tokens.
+interval over users. Averages are over tokens. Both splits are read by one rule, the records that training could use, so
+that without any leak users are exchangeable between them.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 from attacks.analysis import statistics
+from attacks.analysis.statistics.permutation import MIN_NORMAL_USERS, user_choices
 from attacks.signals import HELD_IN, HELD_OUT, TRAINING, DocumentSignals
 
 FloatArray = npt.NDArray[np.float64]
 
 TOKENS = ("sensitive", "other")
 SPLITS = {"train": HELD_IN, "test": HELD_OUT}
+_MAX_CHOSEN = 500_000
+"""Users of permutations whose sums are in memory at once."""
 _QUANTILES = {"p01": 0.01, "p10": 0.10, "p50": 0.50}
-_NUM_RESAMPLES = 1000
 
 
 @dataclasses.dataclass
@@ -41,10 +46,10 @@ class SensitivePanel:
         self._losses: dict[tuple[str, str], list[FloatArray]] = collections.defaultdict(list)
 
     def watch(self, row: DocumentSignals) -> None:
-        """Add a labelled row: held-in users' training records are train, everything of held-out users is test."""
-        split = next((name for name, side in SPLITS.items() if side == row.side), None)
-        if row.sensitive is None or split is None or (split == "train" and row.kind != TRAINING):
+        """Add a labelled record that training could use: of held-in users it is train, of held-out users test."""
+        if row.sensitive is None or row.kind != TRAINING:
             return
+        split = next(name for name, side in SPLITS.items() if side == row.side)
         tuned, base = -row.target_logp.astype(np.float64), -row.base_logp.astype(np.float64)
         for number, chosen in enumerate((row.sensitive, ~row.sensitive)):
             sums = [float(chosen.sum()), float(tuned[chosen].sum()), float(base[chosen].sum())]
@@ -52,12 +57,8 @@ class SensitivePanel:
         self._losses[split, "tuned"].append(tuned[row.sensitive])
         self._losses[split, "base"].append(base[row.sensitive])
 
-    def facts(self, seed: int) -> dict[str, Any] | None:
-        """Return the panel, or None without labelled tokens on both splits.
-
-        Args:
-            seed: of the bootstrap over users.
-        """
+    def facts(self) -> dict[str, Any] | None:
+        """Return the panel, or None without labelled tokens of at least two users on both splits."""
         totals = {split: _stack(users) for split, users in self._users.items()}
         if any(total.shape[0] < 2 or total.sum(axis=0)[0, 0] == 0.0 for total in totals.values()):
             return None
@@ -74,7 +75,7 @@ class SensitivePanel:
                         cell |= {name: float(np.quantile(values, level)) for name, level in _QUANTILES.items()}
                         cell["lowest"] = round(float(values.min()), 1)
                     cells.append(cell)
-        return {"cells": cells, **_differences(totals["train"], totals["test"], seed)}
+        return {"cells": cells, **_differences(totals["train"], totals["test"])}
 
 
 def _stack(users: dict[str, _User]) -> FloatArray:
@@ -83,31 +84,76 @@ def _stack(users: dict[str, _User]) -> FloatArray:
 
 
 def _gain(sums: FloatArray) -> FloatArray:
-    """Return how much tuning lowered the loss, in nats per token: [..., tokens]."""
-    counts = np.maximum(sums[..., 0], 1.0)
-    return (sums[..., 2] - sums[..., 1]) / counts
+    """Return how much tuning lowered the loss, in nats per token: [..., tokens]; NaN where there are none."""
+    with np.errstate(invalid="ignore"):
+        return (sums[..., 2] - sums[..., 1]) / sums[..., 0]
 
 
-def _differences(train: FloatArray, test: FloatArray, seed: int) -> dict[str, Any]:
+def _differences(train: FloatArray, test: FloatArray) -> dict[str, Any]:
     """Train less test of what tuning gained: on sensitive tokens, on others, and the one over the other."""
-
-    def compute(train_sums: FloatArray, test_sums: FloatArray) -> FloatArray:
-        gap = _gain(train_sums) - _gain(test_sums)
-        return np.stack([gap[..., 0], gap[..., 1], gap[..., 0] - gap[..., 1]], axis=-1)
-
-    rng = np.random.default_rng(seed)
-    resampled = []
-    for _ in range(_NUM_RESAMPLES):
-        picked = (side[rng.integers(0, len(side), len(side))].sum(axis=0) for side in (train, test))
-        resampled.append(compute(*picked))
+    points = _gaps(train.sum(axis=0), test.sum(axis=0))
+    lower, upper = _student(points, train, test)
     tail = (1.0 - statistics.CONFIDENCE_LEVEL) / 2.0
-    lower, upper = np.quantile(np.array(resampled), [tail, 1.0 - tail], axis=0)
-    point = compute(train.sum(axis=0), test.sum(axis=0))
-    names = ("sensitive", "other", "excess_on_sensitive")
+    excludes = (lower > 0.0) | (upper < 0.0)
+    if excludes.any() and min(_num_effective(train).min(), _num_effective(test).min()) < MIN_NORMAL_USERS:
+        above, below = _permuted(points, train, test)
+        lower = np.where((lower > 0.0) & (above > tail), 0.0, lower)
+        upper = np.where((upper < 0.0) & (below > tail), 0.0, upper)
     return {
         "difference_in_differences": {
-            name: {"value": float(point[i]), "interval": [float(lower[i]), float(upper[i])]}
-            for i, name in enumerate(names)
+            name: {"value": float(points[i]), "interval": [float(lower[i]), float(upper[i])]}
+            for i, name in enumerate(("sensitive", "other", "excess_on_sensitive"))
+            if math.isfinite(points[i])
         },
-        "interval_method": f"percentile bootstrap over users, {_NUM_RESAMPLES} resamples",
+        "interval_method": f"Student's interval over users; below {MIN_NORMAL_USERS} effective ones on a side "
+        "it holds 0 unless the test by permutation of users rejects",
     }
+
+
+def _gaps(train: FloatArray, test: FloatArray) -> FloatArray:
+    """Return the three differences from sums of users, [..., tokens, sums]; NaN without such tokens."""
+    gap = _gain(train) - _gain(test)
+    return np.stack([gap[..., 0], gap[..., 1], gap[..., 0] - gap[..., 1]], axis=-1)
+
+
+def _num_effective(sums: FloatArray) -> FloatArray:
+    """Return Kish's number of users of each difference: one user may own most of the tokens."""
+    counts = sums[..., 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = counts.sum(axis=0) ** 2 / (counts**2).sum(axis=0)
+    return np.append(found, found.min())
+
+
+def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the ends of Student's interval of each difference, from what every user adds to its error.
+
+    The degrees of freedom are Welch and Satterthwaite's over Kish's numbers of users.
+    """
+    variances, freedoms = [], []
+    for sums in (train, test):
+        counts = sums[..., 0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            errors = (sums[..., 2] - sums[..., 1] - _gain(sums.sum(axis=0)) * counts) / counts.sum(axis=0)
+        parts = np.stack([errors[:, 0], errors[:, 1], errors[:, 0] - errors[:, 1]], axis=1)
+        variances.append((parts**2).sum(axis=0) * len(sums) / (len(sums) - 1.0))
+        freedoms.append(np.maximum(_num_effective(sums) - 1.0, 1.0))
+    total = variances[0] + variances[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = total**2 / (variances[0] ** 2 / freedoms[0] + variances[1] ** 2 / freedoms[1])
+    quantile = scipy.stats.t.ppf((1.0 + statistics.CONFIDENCE_LEVEL) / 2.0, np.where(total > 0.0, freedom, 1.0))
+    half = quantile * np.sqrt(total)
+    return points - half, points + half
+
+
+def _permuted(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return one-sided p-values of each difference, for more and for less: without any leak users may change splits."""
+    pooled = np.concatenate([train, test])
+    choices, is_every = user_choices(len(pooled), min(len(train), len(test)))
+    parts = np.array_split(choices, 1 + choices.size // _MAX_CHOSEN)
+    chosen = np.concatenate([pooled[part].sum(axis=1) for part in parts])
+    rest = pooled.sum(axis=0) - chosen
+    drawn = _gaps(chosen, rest) if len(train) <= len(test) else _gaps(rest, chosen)
+    # A choice without such tokens says nothing; it counts for the null.
+    as_high, as_low = ((~(sign * drawn < sign * points - 1e-12)).sum(axis=0) for sign in (1.0, -1.0))
+    more = 0 if is_every else 1
+    return (more + as_high) / (more + len(drawn)), (more + as_low) / (more + len(drawn))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedFormatter, FixedLocator
 
@@ -98,12 +99,23 @@ def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
         figure, axes = new_figure(height=3.4)
         groups = list(dict.fromkeys((cell["tokens"], cell["split"]) for cell in cells))
         for number, (model, color) in enumerate((("base", HELD_OUT_COLOR), ("tuned", HELD_IN_COLOR))):
-            values = {(cell["tokens"], cell["split"]): cell["nll"] or 0.0 for cell in cells if cell["model"] == model}
+            values = {(cell["tokens"], cell["split"]): cell["nll"] for cell in cells if cell["model"] == model}
             places = [place + 0.36 * (number - 0.5) for place in range(len(groups))]
-            axes.bar(places, [values[group] for group in groups], width=0.34, color=color, alpha=0.75, label=model)
+            _bars(axes, places, [values[group] for group in groups], width=0.34, color=color, label=model)
         axes.set_xticks(range(len(groups)), [f"{tokens}\n{split}" for tokens, split in groups])
         axes.set(ylabel="nats per token")
         return finished(figure, axes, "sensitive", grid="y")
+
+
+def _bars(
+    axes: Axes, places: Sequence[float], heights: Sequence[float | None], *, width: float, color: str, label: str
+) -> None:
+    """Draw bars; what was not measured says so, where a bar of height 0 would be a claim."""
+    known = [0.0 if height is None else height for height in heights]
+    axes.bar(places, known, width=width, color=color, alpha=0.75, label=label)
+    for place, height in zip(places, heights, strict=True):
+        if height is None:
+            axes.annotate("none", (place, 0.0), ha="center", va="bottom", rotation=90, fontsize=7, color=MUTED)
 
 
 def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
@@ -115,8 +127,7 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
             if figure_facts["kind"] == "bar":
                 width = 0.76 / len(series)
                 places = [place + width * (number - (len(series) - 1) / 2.0) for place in range(len(item["x"]))]
-                heights = [0.0 if value is None else value for value in item["y"]]
-                axes.bar(places, heights, width=0.94 * width, color=color, alpha=0.75, label=item["label"])
+                _bars(axes, places, item["y"], width=0.94 * width, color=color, label=item["label"])
             else:
                 points = [(x, y) for x, y in zip(item["x"], item["y"], strict=True) if y is not None]
                 axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", ms=3, label=item["label"])

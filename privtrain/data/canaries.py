@@ -13,7 +13,8 @@ A canary is a user. Six kinds:
 * ``samples`` (arXiv 2606.10481): a user who does not exist; each record is one text of a file, drawn beforehand from
   the base model at a high temperature (``attacks sample-canaries``).
 * ``gradient`` (Andrew et al. 2023, arXiv 2302.03098): a user who does not exist and whose update is a random direction
-  (:mod:`privtrain.data.directions`); the text of its one record is never trained on. They stand beside the others.
+  (:mod:`privtrain.data.directions`), one and the same however many of its records a step draws; their text is never
+  trained on. They stand beside the others.
 
 What it means for the guarantee: nothing. All kinds but ``shared_substring`` add users that are drawn from the run's key
 and public files alone; their number is public, and they are sampled, clipped and accounted like everybody.
@@ -47,7 +48,7 @@ TEMPLATE, RANDOM_TOKENS, SHARED_SUBSTRING = "template", "random_tokens", "shared
 NEW_TOKENS, SAMPLES, GRADIENT = "new_tokens", "samples", "gradient"
 
 GRADIENT_RECORD = "gradient canary"
-"""The text of the one record of a gradient canary, which no step reads."""
+"""The text of the records of a gradient canary, which no step reads."""
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _DIGITS_PER_GROUP = 4
@@ -99,7 +100,11 @@ class Canary:
 
 
 def draw_canaries(
-    corpus: Corpus, section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey
+    corpus: Corpus,
+    section: CanariesSection,
+    tokenizer: PreTrainedTokenizerBase | None,
+    root_key: SecretKey,
+    unit: str = "user",
 ) -> tuple[Canary, ...]:
     """Every canary of a run: a function of the key, and for ``shared_substring`` of each chosen user's own records.
 
@@ -108,6 +113,7 @@ def draw_canaries(
         section: how many, and of which kind.
         tokenizer: the model's; not needed for ``template``.
         root_key: the run's.
+        unit: the privacy unit. Of examples a gradient canary owns one, for each would be a direction of its own.
 
     Raises:
         ConfigError: if the tokenizer cannot say where its tokens stand, or an invented id is in the data.
@@ -119,7 +125,7 @@ def draw_canaries(
             if section.user_fraction > 0 and root_key.stream("canary user", user).uniform(1)[0] < section.user_fraction
         )
         shared = tuple(canary for canary in chosen if canary is not None)
-        return (*shared, *_gradient_canaries(corpus, section, root_key))
+        return (*shared, *_gradient_canaries(corpus, section, root_key, unit))
     found = []
     dealt = _dealt(section, tokenizer, root_key)
     for number in range(section.num_users):
@@ -129,12 +135,17 @@ def draw_canaries(
         prefix = f"The code of {_name(stream)} is " if section.kind == TEMPLATE else ""
         secret = draw_secret(section, tokenizer, stream) if dealt is None else dealt[number]
         found.append(Canary(user, section.kind, prefix, secret, repetitions, (prefix + secret,) * repetitions))
-    return (*found, *_gradient_canaries(corpus, section, root_key))
+    return (*found, *_gradient_canaries(corpus, section, root_key, unit))
 
 
-def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: SecretKey) -> tuple[Canary, ...]:
-    ids = (_invented_id(corpus, root_key, "gradient canary id", n) for n in range(section.num_gradient_users))
-    return tuple(Canary(user, GRADIENT, "", GRADIENT_RECORD, 1, (GRADIENT_RECORD,)) for user in ids)
+def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: SecretKey, unit: str) -> tuple[Canary, ...]:
+    """Return them with several records each, so that a trainer that counts records as units is seen."""
+    found = []
+    for number in range(section.num_gradient_users):
+        user = _invented_id(corpus, root_key, "gradient canary id", number)
+        repetitions = section.repetitions[number % len(section.repetitions)] if unit == "user" else 1
+        found.append(Canary(user, GRADIENT, "", GRADIENT_RECORD, repetitions, (GRADIENT_RECORD,) * repetitions))
+    return tuple(found)
 
 
 def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int) -> str:

@@ -42,7 +42,7 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     """
     if not config.canaries.are_planted:
         return split_users(corpus, config.data, root_key)
-    canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key)
+    canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key, config.privacy.unit)
     if config.data.deduplicate == "within_user":
         # As any user's equal records.
         canaries = tuple(_once(c) if c.is_invented else c for c in canaries)

@@ -64,6 +64,15 @@ def test_intervals_without_floors_are_caught():
     assert found["above"] > plausible(60, HALF)
 
 
+def test_kept_resamples_change_no_interval():
+    rng = np.random.default_rng(0)
+    sides = rng.normal(size=30), rng.normal(size=20)
+    kept = [statistics.bootstrap_interval(*sides, seed=3, num_resamples=50) for _ in range(2)]
+    with mock.patch.object(bootstrap, "_MAX_KEPT", 0):
+        drawn = statistics.bootstrap_interval(*sides, seed=3, num_resamples=50)
+    assert kept == [drawn, drawn]
+
+
 def test_the_normal_law_of_a_rare_value_is_caught():
     """The planted mutant: one user in three hundred with a score of its own is no evidence, whichever side has it."""
     held_in, held_out = np.eye(1, 50)[0], np.zeros(300)
@@ -130,6 +139,38 @@ def test_mean_of_values_at_a_bound_is_not_certain():
         truth = float(np.mean(5.0 - np.log2(np.arange(1, 33))))
         misses += [ends.lower > truth, ends.upper < truth]
     assert max(misses) <= plausible(300, HALF)
+
+
+def exposure_misses(size, num, shift, num_samples, by_canaries_alone=False):
+    """How often each end misses the mean exposure of canaries that are ranked among the same references."""
+    draws, most = np.random.default_rng(99), math.log2(size)
+    pools = np.sort(draws.normal(size=(400, size - 1)), axis=1)
+    ranks = [size - np.searchsorted(pool, draws.normal(size=500) + shift) for pool in pools]
+    truth, misses = most - float(np.log2(ranks).mean()), np.zeros(2, dtype=int)
+    for seed in range(num_samples):
+        rng = np.random.default_rng(seed)
+        outranked = rng.normal(size=size - 1) >= rng.normal(size=(num, 1)) + shift
+        if by_canaries_alone:
+            ends = statistics.bounded_mean_interval(most - np.log2(1 + outranked.sum(axis=1)), 0.0, most)
+        else:
+            ends = statistics.mean_exposure_interval(outranked)
+        misses += [ends.lower > truth, ends.upper < truth]
+    return misses
+
+
+def test_exposures_among_one_pool_carry_its_luck():
+    """The planted mutant takes the canaries as independent, and misses twice in five."""
+    assert exposure_misses(33, 100, 0.0, 60).max() <= plausible(60, HALF)
+    assert exposure_misses(33, 100, 0.0, 60, by_canaries_alone=True).max() > plausible(60, HALF)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+@pytest.mark.parametrize(("size", "num"), [(33, 5), (33, 50), (33, 200), (257, 100)])
+def test_exposures_among_one_pool_are_covered(size, num, shift):
+    misses = exposure_misses(size, num, shift, 500)
+    print(f"exposure, {num} canaries among {size} secrets, shift {shift:g}: ends miss in {misses / 500}")
+    assert misses.max() <= plausible(500, HALF)
 
 
 RECORDS = {

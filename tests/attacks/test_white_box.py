@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import pathlib
+import resource
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from attacks.analysis.audit import independent, panel, white_box
 from attacks.analysis.audit.evaluate import Claim, audit
 from attacks.analysis.audit.guesses import Coins
 from attacks.analysis.verdict import Verdict
+from attacks.scoring.documents import read_manifest
 from attacks.scoring.score import score_run
+from privtrain.data.canaries import canaries_of
 from privtrain.errors import DamagedFile
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
@@ -163,19 +167,44 @@ def test_altered_sum_is_named_and_missing_sums_are_no_source(scored_run, tmp_pat
     moved.rename(scored_run.noised_sums)
 
 
+def test_projections_are_the_same_in_parts_of_any_size(scored_run, monkeypatch):
+    canaries = [c for c in canaries_of(read_manifest(scored_run)) if not c.is_text]
+    expected = white_box.projections(scored_run, canaries)
+    monkeypatch.setattr(white_box, "_NUMBERS_AT_ONCE", 5_000)
+    monkeypatch.setattr(white_box, "_CANARIES_AT_ONCE", 7)
+    for found, values in zip(white_box.projections(scored_run, canaries), expected, strict=True):
+        np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-5)
+
+
+def test_more_steps_than_a_process_may_open_files_are_read(tmp_path):
+    np.save(tmp_path / "sum.npy", np.arange(6, dtype=np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_steps = 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(pathlib.Path("/proc/self/fd").iterdir())) + 100, hard))
+    try:
+        ((_, part),) = white_box._parts([tmp_path / "sum.npy"] * num_steps, 2, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert part.tolist() == [[2.0 + row] * num_steps for row in range(3)]
+
+
 @pytest.mark.campaign
-def test_half_a_million_weights_show_half_of_epsilon_four(tmp_path, users_file):
-    ratios = []
+@pytest.mark.parametrize(("epsilon", "least"), [(4.0, 0.5), (2.0, 0.4)])
+def test_half_a_million_weights_show_their_epsilon(tmp_path, users_file, epsilon, least):
+    """Five honest runs, and 40 nulls on each: canaries that were left out, with fresh coins."""
+    ratios, nulls = [], []
     for seed in range(5):
         directory = tmp_path / str(seed)
         directory.mkdir()
-        tree = white_box_runs.configuration(directory, users_file, 1000, 4.0)
-        tree["privacy"]["insecure_seed"] = seed
-        finding = white_box_runs.audited(tree, directory, None)
+        tree = white_box_runs.configuration(directory, users_file, 1000, epsilon)
+        finding = white_box_runs.audited(tree, directory, None, seed)
         assert finding.verdict is Verdict.CONSISTENT
-        ratios.append(finding.separation.epsilon / 4.0)
-    print(f"ratios at epsilon 4: {np.round(sorted(ratios), 3)}")
-    assert np.median(ratios) >= 0.5
+        ratios.append(finding.separation.epsilon / epsilon)
+        nulls += white_box_runs.null_findings(directory / "runs" / "audited", 40)
+    num_above = sum(max(null.epsilon, null.separation.epsilon) > 0.0 for null in nulls)
+    print(f"ratios at epsilon {epsilon:g}: {np.round(sorted(ratios), 3)}; nulls above 0: {num_above} of {len(nulls)}")
+    assert np.median(ratios) >= least
+    assert num_above <= 0.05 * len(nulls)
 
 
 @pytest.mark.campaign

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from attacks.analysis import verdict
 from attacks.analysis.audit import panel, white_box
-from attacks.analysis.audit.evaluate import Finding, audit
+from attacks.analysis.audit.evaluate import Claim, Finding, audit
 from attacks.rundir import read_statement
 from privtrain.backends.base import ReplicatedBackend
 from privtrain.run.directory import RunDirectory
@@ -81,9 +83,9 @@ def configuration(
     }
 
 
-def audited(tree: dict[str, Any], directory: pathlib.Path, mutant: Mutant | None) -> Finding:
+def audited(tree: dict[str, Any], directory: pathlib.Path, mutant: Mutant | None, seed: int = 0) -> Finding:
     """Train without the self-test, and audit the gradient canaries as the analysis does."""
-    mutants.train_broken(write_config(tree, directory / "c.yaml"), mutant or (lambda stack: None))
+    mutants.train_broken(write_config(tree, directory / "c.yaml"), mutant or (lambda stack: None), seed=seed)
     return finding_of(directory / "runs" / "audited")
 
 
@@ -96,11 +98,23 @@ def finding_of(run: pathlib.Path) -> Finding:
     return audit(coins, claim, statement.delta, seed=0, num_sources=2)
 
 
+def null_findings(run: pathlib.Path, num: int) -> list[Finding]:
+    """Audit the canaries that were left out of a finished run under fresh coins: whatever is found is found by luck."""
+    coins = white_box.gradient_coins(RunDirectory(run), read_statement(run))
+    assert coins is not None
+    scores, found = coins.scores[~coins.is_in], []
+    for seed in range(num):
+        is_in = np.random.default_rng(seed).random(scores.size) < 0.5
+        fresh = dataclasses.replace(coins, scores=scores, is_in=is_in)
+        found.append(audit(fresh, Claim(None, None, ""), 1e-5, seed=0))
+    return found
+
+
 def half_the_noise(stack: contextlib.ExitStack) -> None:
     """The noise is divided by the number of ranks, of which there are two."""
     honest = ReplicatedBackend.add_noise
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         return honest(self, total, layout, noise, exponent=exponent, stddev=stddev / 2)
 
     stack.enter_context(mock.patch.object(ReplicatedBackend, "add_noise", add_noise))
@@ -111,7 +125,7 @@ def noise_used_twice(stack: contextlib.ExitStack) -> None:
     honest = ReplicatedBackend.add_noise
     kept: list[torch.Tensor] = []
 
-    def add_noise(self, total, layout, noise, *, exponent, stddev):
+    def add_noise(self, total, layout, noise, *, exponent, stddev, history=None):
         bare = honest(self, total, layout, noise, exponent=exponent, stddev=0.0)
         if kept:
             return bare + kept.pop()
@@ -125,6 +139,7 @@ def noise_used_twice(stack: contextlib.ExitStack) -> None:
 BROKEN: dict[str, Mutant] = {
     "no noise": mutants.no_noise,
     "clip skipped": mutants.clip_skipped,
+    "k ignored": mutants.k_ignored,
     "noise divided by the ranks": half_the_noise,
     "one noise on two steps": noise_used_twice,
 }

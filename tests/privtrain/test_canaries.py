@@ -255,6 +255,14 @@ def test_samples_and_their_file_come_together(fields):
     assert any("samples_file" in text for text in CanariesSection.model_construct(**fields).conflicts())
 
 
+def test_gradient_canaries_own_records_unless_each_is_a_unit():
+    section = CanariesSection(num_gradient_users=6, repetitions=[1, 4, 16])
+    of_users, of_examples = (draw_canaries(corpus_of(2), section, None, KEY, unit) for unit in ("user", "example"))
+    assert [len(canary.records) for canary in of_users] == [1, 4, 16, 1, 4, 16]
+    assert [len(canary.records) for canary in of_examples] == [1] * 6
+    assert [canary.user for canary in of_users] == [canary.user for canary in of_examples]
+
+
 def test_gradient_canaries_have_coins_of_their_own_beside_others():
     plain, both = (CanariesSection(num_users=4, num_gradient_users=n) for n in (0, 300))
     split = split_with(corpus_of(20), both)

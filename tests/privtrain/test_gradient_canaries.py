@@ -95,6 +95,14 @@ def test_canaries_are_taken_from_the_drawn_units_and_nobody_else():
     assert ([unit.unit for unit in rows], users) == ([2, 0], ["canary-2"])
 
 
+def test_records_that_count_as_units_add_the_direction_each(tiny_llama):
+    """The mutant that ignores k: the sum moves by as many clipping norms as the canary has records."""
+    _, users = canaries_of(["canary-1"]).apart([DrawnUnit(0, (0,)), DrawnUnit(0, (1,))])
+    (once, _, _), (twice, _, _) = added(tiny_llama, users[:1]), added(tiny_llama, users)
+    torch.testing.assert_close(twice, 2 * once, rtol=0, atol=1e-9)
+    assert canaries_of(["canary-1"]).apart([DrawnUnit(0, (0, 1))])[1] == ["canary-1"]
+
+
 def test_sharded_sums_are_refused_by_key():
     parameter = torch.nn.Parameter(torch.zeros(4))
     noised_sums.check_whole(Layout({"w": parameter}))

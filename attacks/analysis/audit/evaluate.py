@@ -212,6 +212,8 @@ def judge(finding: Finding, *, is_constant: bool, confounded_by: str) -> tuple[V
         return Verdict.NO_CLAIM, finding.claim.reason
     if pair is None or math.isinf(pair.epsilon):
         return Verdict.UNINFORMATIVE, finding.claim.reason or "the run claims nothing for this unit"
+    if finding.num_coins < 2:
+        return Verdict.UNINFORMATIVE, f"too few coins ({finding.num_coins}) to tell anything: see attacks audit-plan"
     if is_constant:
         return Verdict.UNINFORMATIVE, "all units have the same score: was the base model scored against itself?"
     assert finding.curve_p_value is not None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,6 @@ from privtrain.data.canaries import Canary, canaries_of
 from privtrain.data.directions import blocks, signs
 from privtrain.errors import DamagedFile
 from privtrain.files.reading import file_sha256
-from privtrain.privacy.secret import SecretKey
 from privtrain.run.directory import NOISED_SUMS_SCHEMA, RunDirectory
 from privtrain.run.sealing import read_sealed_file
 from privtrain.run.statement import PrivacyStatement
@@ -39,7 +38,8 @@ from privtrain.run.statement import PrivacyStatement
 GRADIENTS = "gradient canaries"
 ACCESS = "noised sum of every step (owner)"
 
-_CANARIES_AT_ONCE = 64
+_CANARIES_AT_ONCE = 1024
+_NUMBERS_AT_ONCE = 1 << 23
 _RIDGE = 1e-9
 """Of the mean variance, added to G: sums without noise may depend on each other."""
 
@@ -86,20 +86,37 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     """
     index = read_sealed_file(run, run.noised_sums_index, schema=NOISED_SUMS_SCHEMA, remedy="restore it")
     num_coordinates = sum(num for _, num in index["tensors"])
-    sums = [_opened(run.noised_sum(step), digest, num_coordinates) for step, digest in index["steps"]]
+    paths = [run.noised_sum(step) for step, _ in index["steps"]]
+    for path, (_, digest) in zip(paths, index["steps"], strict=True):
+        _check(path, digest, num_coordinates)
     key = run.load_key("root")
-    found = np.zeros((len(canaries), len(sums)))
-    gram = np.zeros((len(sums), len(sums)))
+    found = np.zeros((len(canaries), len(paths)))
+    gram = np.zeros((len(paths), len(paths)))
     begin = 0
     for name, num in index["tensors"]:
         for number, start, size in blocks(num):
-            part = np.stack([values[begin + start : begin + start + size] for values in sums], axis=1)
-            gram += part.astype(np.float64).T @ part
             for first in range(0, len(canaries), _CANARIES_AT_ONCE):
                 chosen = canaries[first : first + _CANARIES_AT_ONCE]
-                found[first : first + len(chosen)] += _directions(key, chosen, name, number, size) @ part
+                directions = np.stack([signs(key, canary.user, name, number, size) for canary in chosen])
+                for at, part in _parts(paths, begin + start, size):
+                    gram += 0.0 if first else part.astype(np.float64).T @ part
+                    found[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
         begin += num
     return found / np.sqrt(num_coordinates), gram / num_coordinates
+
+
+def _parts(paths: Sequence[pathlib.Path], begin: int, size: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Yield (first coordinate, [coordinates, steps]) of a block, however many steps: no file stays open."""
+    width = max(1, _NUMBERS_AT_ONCE // len(paths))
+    for at in range(0, size, width):
+        chosen = slice(begin + at, begin + min(at + width, size))
+        yield at, np.stack([np.array(np.load(path, mmap_mode="r")[chosen]) for path in paths], axis=1)
+
+
+def _products(directions: npt.NDArray[np.int8], part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return [canaries, steps], some canaries in fp32 at once."""
+    groups = np.array_split(directions, 1 + directions.size // _NUMBERS_AT_ONCE)
+    return np.concatenate([group.astype(np.float32) @ part for group in groups])
 
 
 def score(signals: FloatArray, covariance: FloatArray, sampling_prob: float) -> FloatArray:
@@ -124,18 +141,13 @@ def _log_ratio(signals: FloatArray, inverse: FloatArray, sampling_prob: float) -
     return np.logaddexp(absent, present + ratios).sum(axis=1)
 
 
-def _directions(key: SecretKey, canaries: list[Canary], name: str, number: int, size: int) -> npt.NDArray[np.float32]:
-    return np.stack([signs(key, canary.user, name, number, size) for canary in canaries]).astype(np.float32)
-
-
-def _opened(path: pathlib.Path, digest: str, num_coordinates: int) -> Any:
-    """Return a sum's values, on disk, as they were sealed."""
+def _check(path: pathlib.Path, digest: str, num_coordinates: int) -> None:
+    """Raise unless a sum is as it was sealed."""
     if file_sha256(path) != digest:
         raise DamagedFile(path, "is not the sum that was sealed at the release", "restore it")
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     if values.shape != (num_coordinates,) or values.dtype != np.float32:
         raise DamagedFile(path, "is of another size than the model", "restore it")
-    return values
 
 
 def _sampling_prob(statement: PrivacyStatement) -> float:

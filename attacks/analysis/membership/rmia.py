@@ -7,25 +7,33 @@ The units compared with are all others, whatever their side.
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
-from attacks.analysis.protocol import FloatArray, ReferenceAttack, UnderOtherModels
+import numpy as np
+import scipy.special
+
+from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
 
 GAMMA = 1.0
 OFFLINE_A = 0.3
 
 
 def score(models: UnderOtherModels) -> FloatArray:
-    """Share of the other units z with ratio(x) / ratio(z) > gamma."""
-    probabilities = UnderOtherModels(np.exp(models.target), np.exp(models.shadows), models.is_in)
-    out_mean = probabilities.mean_where(~models.is_in)
+    """Share of the other units z with ratio(x) / ratio(z) > gamma; in logarithms, since p may underflow."""
+    out_mean = _log_mean_where(models, ~models.is_in)
     if models.is_in.sum(axis=1).min() >= 1:
-        reference = (probabilities.mean_where(models.is_in) + out_mean) / 2.0
+        reference = np.logaddexp(_log_mean_where(models, models.is_in), out_mean) - math.log(2.0)
     else:
-        reference = (1.0 + OFFLINE_A) / 2.0 * out_mean + (1.0 - OFFLINE_A) / 2.0
-    ratio = probabilities.target / reference
+        reference = np.logaddexp(math.log((1.0 + OFFLINE_A) / 2.0) + out_mean, math.log((1.0 - OFFLINE_A) / 2.0))
+    ratio = models.target - reference
     ordered = np.sort(ratio)
-    return np.searchsorted(ordered, ratio / GAMMA, side="left") / max(1, ratio.size - 1)
+    return np.searchsorted(ordered, ratio - math.log(GAMMA), side="left") / max(1, ratio.size - 1)
+
+
+def _log_mean_where(models: UnderOtherModels, chosen: BoolArray) -> FloatArray:
+    """Return the logarithm of each unit's mean probability over the chosen shadows, of which there are some."""
+    logs = np.where(chosen, models.shadows, -np.inf)
+    return np.asarray(scipy.special.logsumexp(logs, axis=1) - np.log(chosen.sum(axis=1)))
 
 
 ATTACK = ReferenceAttack(

@@ -14,6 +14,7 @@ import scipy.stats
 
 from attacks.analysis import statistics
 from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
+from attacks.analysis.protocol import BoolArray, FloatArray
 from attacks.reporting.record import read_scoring
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
@@ -35,6 +36,8 @@ class Scored:
         num_drawn: records of it that entered steps; None where training did not say.
         gains: of each of its documents, mean log p_tuned - log p_base.
         exposures: by model; empty for changed users, who have no other secrets to be compared with.
+        outranked: [references] whether a reference is at least as likely under the tuned model, where all canaries are
+            ranked among the same ones; else None.
     """
 
     canary: Canary
@@ -42,6 +45,7 @@ class Scored:
     num_drawn: int | None
     gains: list[float]
     exposures: dict[str, Exposure]
+    outranked: BoolArray | None = None
 
     @property
     def gain(self) -> float:
@@ -111,7 +115,10 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
             gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
             drawn = used.get(canary.user, {}).get("num_drawn")
             exposures = _exposures(canary, own[0], references) if references else {}
-            found.append(Scored(canary, canary.user in held_in, drawn, gains, exposures))
+            outranked = None
+            if references and canary.has_shared_references:
+                outranked = _logps(references, "target_logp") >= _logps(own[:1], "target_logp")
+            found.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, outranked))
     return found
 
 
@@ -122,9 +129,13 @@ def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[Docume
     found = {}
     for model in MODELS:
         name = "target_logp" if model == "tuned" else "base_logp"
-        others = np.array([getattr(row, name).sum(dtype=np.float64) for row in references])
-        found[model] = exposure(float(getattr(own, name).sum(dtype=np.float64)), others, extrapolate=is_sample)
+        found[model] = exposure(float(_logps([own], name)[0]), _logps(references, name), extrapolate=is_sample)
     return found
+
+
+def _logps(rows: Sequence[DocumentSignals], name: str) -> FloatArray:
+    """Return the log-likelihood of each whole text."""
+    return np.array([getattr(row, name).sum(dtype=np.float64) for row in rows])
 
 
 def _by_tier(found: Sequence[Scored]) -> dict[int | str, list[Scored]]:
@@ -154,8 +165,7 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         "extrapolated": _mean(each.extrapolated_bits for each in tuned if each.extrapolated_bits is not None),
     }
     if tuned:
-        most = max(math.log2(each.num_secrets) for each in tuned)
-        ends = statistics.bounded_mean_interval(np.array([each.bits for each in tuned]), 0.0, most)
+        ends = _interval_of_exposure([item for item in inside if item.exposures])
         row["exposure_interval"] = f"{ends.lower:.2f} to {ends.upper:.2f}"
         top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)
         interval = statistics.clopper_pearson(top, len(tuned))
@@ -166,6 +176,16 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         row["auroc"] = statistics.auroc(sides[0], sides[1])
         row["auroc_interval"] = f"{interval.lower:.3f} to {interval.upper:.3f}"
     return row
+
+
+def _interval_of_exposure(group: Sequence[Scored]) -> statistics.Interval:
+    """Return the interval of the mean exposure over canaries, and over their references where those are shared."""
+    shared = [item.outranked for item in group if item.outranked is not None]
+    if shared:
+        return statistics.mean_exposure_interval(np.array(shared))
+    bits = [item.exposures["tuned"].bits for item in group]
+    most = max(math.log2(item.exposures["tuned"].num_secrets) for item in group)
+    return statistics.bounded_mean_interval(np.array(bits), 0.0, most)
 
 
 def _mean(values: Any) -> float | None:
@@ -240,8 +260,5 @@ def _figure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "x_label": "records with the secret",
         "y_label": "mean exposure, bits",
         "caption": "Mean exposure of planted secrets by the number of records that hold them.",
-        "series": [
-            {"label": label, "x": names, "y": [row[key] if row[key] is not None else 0.0 for row in rows]}
-            for key, label in series.items()
-        ],
+        "series": [{"label": label, "x": names, "y": [row[key] for row in rows]} for key, label in series.items()],
     }

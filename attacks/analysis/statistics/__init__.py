@@ -4,7 +4,12 @@ Every function takes one score per *user* on each side. Scores of documents are 
 intervals over documents would be too narrow.
 """
 
-from attacks.analysis.statistics.bootstrap import NUM_RESAMPLES, bootstrap_interval, bounded_mean_interval
+from attacks.analysis.statistics.bootstrap import (
+    NUM_RESAMPLES,
+    bootstrap_interval,
+    bounded_mean_interval,
+    mean_exposure_interval,
+)
 from attacks.analysis.statistics.bounds import Bound, CurveBound, DpBound, auroc_cap, tpr_cap
 from attacks.analysis.statistics.delong import PairedDifference, delong_interval, paired_difference
 from attacks.analysis.statistics.interval import CONFIDENCE_LEVEL, Interval, clopper_pearson, perfect_separation
@@ -34,6 +39,7 @@ __all__ = [
     "false_discovery_rate",
     "fewest_discoveries",
     "holm",
+    "mean_exposure_interval",
     "paired_difference",
     "perfect_separation",
     "rank_p_values",

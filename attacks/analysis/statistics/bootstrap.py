@@ -7,14 +7,16 @@ which know nothing of scores that the sample happens to lack: the exact test of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import scipy.stats
 
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import FloatArray, Placements
+from attacks.analysis.statistics.mann_whitney import BoolArray, FloatArray, Placements
 from attacks.analysis.statistics.permutation import Owners, influences, no_narrower_than_test, owner_places
 
 NUM_RESAMPLES = 4000
@@ -22,6 +24,9 @@ NUM_RESAMPLES = 4000
 
 _DRAWS_PER_BLOCK = 2_000_000
 """Resamples times records held in memory at once: some tens of megabytes."""
+
+_MAX_KEPT = 50_000_000
+"""Counts of resamples kept for the next statistic of the same users: a hundred megabytes."""
 
 _MANY_TIED = 0.1
 """Share of the scores in one tie from which on resamples may lack a value that matters."""
@@ -179,6 +184,32 @@ def bounded_mean_interval(
     return Interval(float(lower), float(upper))
 
 
+def mean_exposure_interval(
+    outranked: BoolArray, level: float = interval.CONFIDENCE_LEVEL, *, seed: int = 0
+) -> Interval:
+    """The mean exposure of canaries that are ranked among the same references, whose own luck all of them share.
+
+    By the Bayesian bootstrap of canaries and of references, with one more of each that is as bad for the end as can be:
+    of log2 N - log2(1 + M s) over M = N - 1 references, s the weight of those at least as likely as the canary.
+
+    Args:
+        outranked: [canaries, references] whether the reference is at least as likely as the canary.
+        level: confidence level.
+        seed: of the weights; this randomness protects nobody.
+    """
+    num_canaries, num_references = outranked.shape
+    rng, tail, most = np.random.default_rng(seed), (1.0 - level) / 2.0, np.log2(num_references + 1.0)
+    of_references = rng.standard_exponential((NUM_RESAMPLES, num_references + 1))
+    of_canaries = rng.standard_exponential((NUM_RESAMPLES, num_canaries + 1))
+    above, total = of_references[:, :-1] @ outranked.T, of_references.sum(axis=1, keepdims=True)
+    ends = []
+    for extra, bits, quantile in ((of_references[:, -1:], 0.0, tail), (0.0, most, 1.0 - tail)):
+        each = most - np.log2(1.0 + num_references * (above + extra) / total)
+        sums = (of_canaries[:, :-1] * each).sum(axis=1) + of_canaries[:, -1] * bits
+        ends.append(float(np.quantile(sums / of_canaries.sum(axis=1), quantile)))
+    return Interval(*ends)
+
+
 def _multinomial(rng: np.random.Generator, num_resamples: int, num_users: int) -> FloatArray:
     times = rng.multinomial(num_users, np.full(num_users, 1.0 / num_users), num_resamples)
     return np.pad(times, ((0, 0), (0, 1))).astype(np.float64)
@@ -199,11 +230,9 @@ def _resampled(
     below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
     num_users = [int(place.max()) + 1 for place in places]
     num_per_block = max(1, _DRAWS_PER_BLOCK // (held_in.size + held_out.size))
-    rng = np.random.default_rng(seed)
+    nums = tuple(min(num_per_block, num_resamples - start) for start in range(0, num_resamples, num_per_block))
     blocks = []
-    for start in range(0, num_resamples, num_per_block):
-        num = min(num_per_block, num_resamples - start)
-        drawn = [draw(rng, num, count) for count in num_users]
+    for num, drawn in zip(nums, _drawn(draw, seed, (num_users[0], num_users[1]), nums), strict=True):
         weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
         cumulative = np.concatenate([np.zeros((num, 1)), weights_out.cumsum(axis=1)], axis=1)
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
@@ -211,3 +240,20 @@ def _resampled(
         blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))
     found = np.concatenate(blocks, axis=1)
     return found[0], found[1:3], found[3:5]
+
+
+def _drawn(draw: Draw, seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> Iterator[list[FloatArray]]:
+    """Yield the weights of each block by side; the many statistics of one run resample the same users alike."""
+    if draw is _multinomial and sum(nums) * sum(num_users) <= _MAX_KEPT:
+        for counts in _kept(seed, num_users, nums):
+            yield [side.astype(np.float64) for side in counts]
+        return
+    rng = np.random.default_rng(seed)
+    for num in nums:
+        yield [draw(rng, num, count) for count in num_users]
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> list[list[npt.NDArray[np.uint16]]]:
+    rng = np.random.default_rng(seed)
+    return [[_multinomial(rng, num, count).astype(np.uint16) for count in num_users] for num in nums]

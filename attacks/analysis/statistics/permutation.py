@@ -117,7 +117,7 @@ def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) 
     def area(rank_sum: FloatArray, count: FloatArray) -> FloatArray:
         return sign * (rank_sum - count * (count + 1) / 2.0) / (count * (user.size - count))
 
-    choices, is_every = _choices(num_in + num_out, min(num_in, num_out))
+    choices, is_every = user_choices(num_in + num_out, min(num_in, num_out))
     areas = area(sums[choices].sum(axis=1), counts[choices].sum(axis=1))
     observed = area(sums[chosen].sum(), counts[chosen].sum())
     num_as_high = int(np.count_nonzero(areas >= observed - 1e-12))
@@ -125,8 +125,8 @@ def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) 
 
 
 @functools.lru_cache(maxsize=4)
-def _choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
-    """Choices of users, [choices, num_chosen], and whether they are all that there are."""
+def user_choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
+    """Return choices of users, [choices, num_chosen], and whether they are all that there are."""
     if math.comb(num_users, num_chosen) <= NUM_PERMUTATIONS:
         return np.array(list(itertools.combinations(range(num_users), num_chosen))), True
     rng = np.random.default_rng((num_users, num_chosen))
