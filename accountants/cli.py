@@ -167,12 +167,12 @@ class Run:
         faults: list[str] = []
         for field, flag in _FLAGS.items():
             value = getattr(self, field)
-            given = value is not None and value != []
-            if field == sought and given:
+            is_given = value is not None and value != []
+            if field == sought and is_given:
                 faults.append(f"{flag}={value} is what --for finds: leave it out")
-            elif field in needed and field != sought and not given:
+            elif field in needed and field != sought and not is_given:
                 faults.append(f"{flag} is missing: {who} needs it")
-            elif given and field not in (*needed, *optional):
+            elif is_given and field not in (*needed, *optional):
                 faults.append(f"{flag}={value} is not read by {who}: leave it out")
         if sought and sought not in (*needed, *optional):
             faults.append(f"{_FLAGS[sought]} cannot be found for {who}: it reads none")

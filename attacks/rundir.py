@@ -33,9 +33,9 @@ def read_statement(run: pathlib.Path) -> PrivacyStatement:
             f"{run} has no privacy.json: expected a finished training run; "
             "run next: the privtrain train command that began it"
         )
-    found = reading.read_json(path, remedy="restore it", max_bytes=_MAX_STATEMENT_BYTES)
+    content = reading.read_json(path, remedy="restore it", max_bytes=_MAX_STATEMENT_BYTES)
     try:
-        statement = PrivacyStatement.model_validate(found)
+        statement = PrivacyStatement.model_validate(content)
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'statement'}: {fault['msg']}" for fault in error.errors()

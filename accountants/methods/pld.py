@@ -68,8 +68,8 @@ class PldAccountant(Accountant):
             value = float(self._compose(event, relation, argument, None).get_epsilon(argument))
         else:
             floor = 0.0 if isinstance(event, dp_accounting.NoOpDpEvent) else MIN_DELTA
-            found = float(self._compose(event, relation, None, argument).get_delta(argument))
-            value = min(1.0, max(found, floor))
+            delta = float(self._compose(event, relation, None, argument).get_delta(argument))
+            value = min(1.0, max(delta, floor))
         upper = _not_refuted(question, value)
         return Bounds(0.0, upper, estimate=upper)
 
@@ -103,9 +103,9 @@ def _not_refuted(question: Question, value: float) -> float:
     if value >= (known.upper if is_tight else known.lower):
         return value
     if value < (1 - _ROUND_OFF) * known.lower:
-        given = "delta" if question.quantity == "epsilon" else "epsilon"
+        argument = "delta" if question.quantity == "epsilon" else "epsilon"
         raise ValueError(
-            f"pld's {question.quantity} {value:.6g} at {given}={question.argument:g} is below the certified lower "
+            f"pld's {question.quantity} {value:.6g} at {argument}={question.argument:g} is below the certified lower "
             f"bound {known.lower:.6g}: its float64 round-off shows; use 'tilted'"
         )
     return float(known.upper)

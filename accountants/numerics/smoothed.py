@@ -139,7 +139,7 @@ class StepTransform:
     @functools.cached_property
     def _ellipses(self) -> dict[int, _Ellipse]:
         """Those that lie where the loss is analytic, by their place among all: the same for every tilt."""
-        found: dict[int, _Ellipse] = {}
+        ellipses: dict[int, _Ellipse] = {}
         for row, parameter in enumerate(_ELLIPSES):
             reach = self._half * (parameter + 1 / parameter) / 2
             height = self._half * (parameter - 1 / parameter) / 2
@@ -150,7 +150,7 @@ class StepTransform:
             nearest = np.maximum(np.maximum(left, -right), 0.0)
             # The loss increases, and so does its slope, which a chord to the right therefore bounds.
             at_left, at_right, beyond = np.split(self._step.loss(np.concatenate([left, right, right + 0.01])), 3)
-            found[row] = _Ellipse(
+            ellipses[row] = _Ellipse(
                 at_left=at_left,
                 at_right=at_right,
                 log_cosine=math.log(cosine),
@@ -158,7 +158,7 @@ class StepTransform:
                 log_factor=math.log(64 / 15 * self._half * parameter ** (2 - 2 * _RULE) / (1 - parameter**-2)),
                 rate=height * ((beyond - at_right) / 0.01 + 1e-9) / cosine,
             )
-        return found
+        return ellipses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,8 @@ def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggre
         [users]; NaN for a user without documents.
     """
     assert (np.diff(owner) >= 0).all(), "documents must be sorted by owner"
-    found = np.full(num_users, np.nan)
+    lifted = np.full(num_users, np.nan)
     users, starts = np.unique(owner, return_index=True)
     for user, values in zip(users, np.split(scores, starts)[1:], strict=True):
-        found[user] = AGGREGATIONS[aggregation](values)
-    return found
+        lifted[user] = AGGREGATIONS[aggregation](values)
+    return lifted

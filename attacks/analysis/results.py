@@ -72,7 +72,7 @@ def evaluate(
     area = statistics.auroc(held_in, held_out)
     judged = dataclasses.replace(bootstrap, lower=bootstrap.lower_at(verdict_level, area))
     judged = judged.no_narrower_than(statistics.perfect_separation(*statistic.num_users, verdict_level))
-    found, reason = verdict.judge(
+    outcome, reason = verdict.judge(
         cap,
         judged,
         *statistic.num_users,
@@ -94,7 +94,7 @@ def evaluate(
         },
         "p_value": statistics.auroc_p_value(held_in, held_out, statistic.owners),
         "warnings": _warnings(bootstrap, is_constant=statistic.is_constant),
-        "verdict": str(found),
+        "verdict": str(outcome),
         "verdict_reason": reason,
         "verdict_level": verdict_level,
         "verdict_lower": judged.lower,
@@ -113,9 +113,9 @@ def evaluate(
 def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
     """Return the AUROC of one statistic less that of the headline on the same users, by paired DeLong."""
     ours, theirs = ((item.held_in, item.held_out) for item in (statistic, headline))
-    found = statistics.paired_difference(ours, theirs)
-    ends = [found.interval.lower, found.interval.upper]
-    return {"difference": found.difference, "interval": ends, "p_value": found.p_value}
+    difference = statistics.paired_difference(ours, theirs)
+    ends = [difference.interval.lower, difference.interval.upper]
+    return {"difference": difference.difference, "interval": ends, "p_value": difference.p_value}
 
 
 def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> int:
@@ -135,15 +135,15 @@ def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) 
 
 def _warnings(bootstrap: statistics.Interval, *, is_constant: bool) -> list[str]:
     """Return what a reader must know before the number."""
-    found = []
+    warnings = []
     if is_constant:
-        found.append("All users have the same value: was the base model scored against itself?")
+        warnings.append("All users have the same value: was the base model scored against itself?")
     if bootstrap.upper < 0.5:
-        found.append(
+        warnings.append(
             "The whole interval lies below 1/2. That is not privacy: the two sides differ. "
             "Look for exchanged labels or for documents processed differently on the two sides."
         )
-    return found
+    return warnings
 
 
 def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[dict[str, object]]:
@@ -155,11 +155,11 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
     if statistic.owners is not None:
         rng = np.random.default_rng(seed)
         sides = [_one_of_each(side, owner, rng) for side, owner in zip(sides, statistic.owners, strict=True)]
-    found: list[dict[str, object]] = []
+    points: list[dict[str, object]] = []
     for target in TARGET_FPRS:
         point = statistics.tpr_at_fpr(sides[0], sides[1], target)
         allowed = point.num_false_positives_allowed
-        found.append(
+        points.append(
             {
                 "target_fpr": point.target_fpr,
                 "is_resolved": point.is_resolved,
@@ -173,7 +173,7 @@ def operating_points(statistic: Statistic, cap: verdict.Cap, seed: int) -> list[
                 "tpr_cap": cap.tpr(allowed, point.num_held_out),
             }
         )
-    return found
+    return points
 
 
 def _one_of_each(scores: FloatArray, owners: np.ndarray, rng: np.random.Generator) -> FloatArray:

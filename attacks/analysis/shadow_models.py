@@ -103,9 +103,9 @@ def _without(models: UnderOtherModels, number: int) -> tuple[UnderOtherModels, B
 
 
 def _mean_auroc(score: Score, stand_ins: Iterable[tuple[UnderOtherModels, BoolArray]]) -> float:
-    found = []
+    aurocs = []
     for models, is_in in stand_ins:
         values = score(models)
         if is_in.any() and not is_in.all():
-            found.append(auroc(values[is_in], values[~is_in]))
-    return float(np.mean(found)) if found else 0.5
+            aurocs.append(auroc(values[is_in], values[~is_in]))
+    return float(np.mean(aurocs)) if aurocs else 0.5

@@ -41,13 +41,13 @@ def check(name: str, panel: Mapping[str, Any]) -> None:
 
 def columns(panel: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(key, heading) of each column."""
-    found = []
+    cells = []
     for column in panel["columns"]:
         if isinstance(column, str):
-            found.append((column, column.replace("_", " ")))
+            cells.append((column, column.replace("_", " ")))
         else:
-            found.append((column["key"], column.get("label", column["key"].replace("_", " "))))
-    return found
+            cells.append((column["key"], column.get("label", column["key"].replace("_", " "))))
+    return cells
 
 
 def cell(value: object) -> str:

@@ -32,19 +32,19 @@ class Policy(pydantic.BaseModel):
     def violations(self, attacks: Mapping[str, Any]) -> list[str]:
         """Return what the results of ``attacks analyse`` break, one sentence each."""
         names = [attacks["headline"]] if self.statistics == "headline" else list(attacks["results"])
-        found = []
+        broken = []
         for name in names:
             result = attacks["results"][name]
             # Of the level at which the statistic is judged: many at once need wider intervals.
             lower = result["verdict_lower"]
             if result["verdict"] in set(self.fail_on_verdicts):
-                found.append(f"{name}: verdict {result['verdict']}")
+                broken.append(f"{name}: verdict {result['verdict']}")
             if self.max_auroc_lower is not None and lower > self.max_auroc_lower:
-                found.append(f"{name}: AUROC is at least {lower:.4f}, above the allowed {self.max_auroc_lower:g}")
+                broken.append(f"{name}: AUROC is at least {lower:.4f}, above the allowed {self.max_auroc_lower:g}")
         for name, panel in attacks["panels"].items():
             if panel and panel.get("verdict") in set(self.fail_on_verdicts):
-                found.append(f"{name}: verdict {panel['verdict']}")
-        return found
+                broken.append(f"{name}: verdict {panel['verdict']}")
+        return broken
 
 
 def read_policy(path: pathlib.Path) -> Policy:

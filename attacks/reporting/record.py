@@ -123,7 +123,7 @@ def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
         DamagedFile: if one is not as it was sealed.
         AttackInputError: if one is of another base model, tokenizer or precision, or no model of its own.
     """
-    found: list[Scoring] = []
+    scorings: list[Scoring] = []
     models = {_weights_of(own): own.path}
     folder = run.root / REFERENCES_PATH
     names = sorted({path.stem for path in folder.glob("shadow-*") if path.suffix in (".parquet", ".json")})
@@ -139,8 +139,8 @@ def read_references(run: RunDirectory, own: Scoring) -> list[Scoring]:
         if model in models:
             raise AttackInputError(f"{path} is of the same model as {models[model]}: it is no shadow of it; delete it")
         models[model] = path
-        found.append(scoring)
-    return found
+        scorings.append(scoring)
+    return scorings
 
 
 def _weights_of(scoring: Scoring) -> str:

@@ -125,20 +125,20 @@ def read_results(run: pathlib.Path) -> Mapping[str, Any]:
 def _identity(run: pathlib.Path, statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> dict[str, str]:
     """Return which run this page is about: what a file copy of it needs to be found again by."""
     directory = RunDirectory(run)
-    found = {"Run": run.resolve().name}
+    identity = {"Run": run.resolve().name}
     if directory.config.exists():
         model = (reading.read_yaml(directory.config, max_bytes=1 << 20) or {}).get("model") or {}
-        found["Base model"] = str(model.get("name_or_path") or model.get("package") or NOT_RELEASED)
+        identity["Base model"] = str(model.get("name_or_path") or model.get("package") or NOT_RELEASED)
     target = attacks["target"]
     if target.get("base"):
-        found["Base model, digest"] = targets.digest_of(target["base"])
-    found["Released model, digest"] = targets.digest_of(target["released"])
-    found["Scored documents, digest"] = targets.digest_of(attacks["scoring"]["documents"])
+        identity["Base model, digest"] = targets.digest_of(target["base"])
+    identity["Released model, digest"] = targets.digest_of(target["released"])
+    identity["Scored documents, digest"] = targets.digest_of(attacks["scoring"]["documents"])
     for name, path in (("Statement of", directory.privacy), ("Analysed on", run / analyse.ATTACKS_PATH)):
-        found[name] = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
+        identity[name] = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
     software = {**(statement.model_extra or {}).get("software", {}), **attacks["software"]}
-    found["Software"] = ", ".join(f"{name} {version}" for name, version in software.items())
-    return found
+    identity["Software"] = ", ".join(f"{name} {version}" for name, version in software.items())
+    return identity
 
 
 def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:

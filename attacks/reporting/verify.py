@@ -73,10 +73,10 @@ def verify_report(root: pathlib.Path) -> Checked:
 
 
 def _mapping(facts: dict[str, Any], name: str, path: pathlib.Path) -> dict[str, Any]:
-    found = facts.get(name)
-    if not isinstance(found, dict):
+    value = facts.get(name)
+    if not isinstance(value, dict):
         raise DamagedFile(path, f"lacks what a report holds ({name})")
-    return found
+    return value
 
 
 def _check_nothing_else(directory: pathlib.Path) -> None:

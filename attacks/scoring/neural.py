@@ -52,20 +52,20 @@ class NeuralScorer:
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
         """Signals of each sequence's tokens after its first: one forward pass."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
-        found = []
+        signals = []
         for start, block in self._blocks(sequences):
             chosen = labels[start : start + len(block)]
             sampled = () if self._scheme is None else (sampled_logp(block, chosen, self._scheme),)
-            found.append((*_signals_of(block, chosen), *sampled))
-        joined = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
+            signals.append((*_signals_of(block, chosen), *sampled))
+        joined = [torch.cat(column).cpu().numpy() for column in zip(*signals, strict=True)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return [TokenSignals(*row) for row in zip(*(np.split(column, ends) for column in joined), strict=True)]
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
         """Return [len - 1, count] per sequence: the most likely tokens at each position after the first."""
-        found = [block.topk(count, dim=-1).indices.cpu().numpy() for _, block in self._blocks(sequences)]
+        indices = [block.topk(count, dim=-1).indices.cpu().numpy() for _, block in self._blocks(sequences)]
         ends = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
-        return np.split(np.concatenate(found), ends)
+        return np.split(np.concatenate(indices), ends)
 
     def logits(self, sequences: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
         """Return the bare forward pass: [rows, tokens, vocabulary], padded with token 0."""

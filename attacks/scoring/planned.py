@@ -57,9 +57,9 @@ def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) ->
 
     A control document without anybody who could lend it a prompt may be missing; see ``attacks.scoring.variants``.
     """
-    expected, found = collections.Counter(planned), collections.Counter(scored)
-    missing = [key for key in (expected - found).elements() if key.kind != CONTROL_PREFIX]
-    added = list((found - expected).elements())
+    expected, present = collections.Counter(planned), collections.Counter(scored)
+    missing = [key for key in (expected - present).elements() if key.kind != CONTROL_PREFIX]
+    added = list((present - expected).elements())
     parts = []
     for keys, what in ((missing, "missing"), (added, "that were not planned")):
         if keys:

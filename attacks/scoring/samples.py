@@ -54,21 +54,21 @@ def write_samples(
     embeddings: Any = model.get_input_embeddings()
     num_ids = int(embeddings.num_embeddings)
     banned = [*tokenizer.all_special_ids, *range(len(tokenizer), num_ids)]
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for _ in range(_MOST_ROUNDS):
         for ids in _drawn(model, marks(tokenizer)[0], banned, num_tokens, temperature, generator).tolist():
             text = str(tokenizer.decode(ids))
             encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
             if encoded["input_ids"] == ids and text.strip():
-                found[text] = None
-        if len(found) >= count:
+                texts[text] = None
+        if len(texts) >= count:
             break
     else:
         raise AttackInputError(
-            f"only {len(found)} of {count} texts were different and survived as text; lower --count or --temperature, "
+            f"only {len(texts)} of {count} texts were different and survived as text; lower --count or --temperature, "
             "or take fewer --tokens"
         )
-    lines = [json.dumps(text, ensure_ascii=False) for text in list(found)[:count]]
+    lines = [json.dumps(text, ensure_ascii=False) for text in list(texts)[:count]]
     write_atomically(out, "\n".join(lines) + "\n")
     return len(lines)
 

@@ -40,14 +40,14 @@ class SamplingScheme:
             AttackInputError: if a part is unknown or no number.
         """
         kinds = {"temperature": float, "top_k": int, "top_p": float}
-        found = {}
+        numbers = {}
         for part in filter(None, text.replace(" ", "").split(",")):
             name, _, value = part.partition("=")
             try:
-                found[name] = kinds[name](value)
+                numbers[name] = kinds[name](value)
             except (KeyError, ValueError):
                 raise AttackInputError(f"unknown sampling {part!r}; expected temperature=T, top_k=K, top_p=P") from None
-        return cls(**found)
+        return cls(**numbers)
 
     def __str__(self) -> str:
         return f"temperature={self.temperature:g},top_k={self.top_k},top_p={self.top_p:g}"

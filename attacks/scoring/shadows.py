@@ -59,7 +59,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
     ]
     data = folder / "records.jsonl"
     write_atomically(data, "\n".join(lines) + "\n", mode=0o600)
-    found = []
+    recipes = []
     for number in range(count):
         tree = config.model_dump(mode="json", exclude_unset=True)
         tree["run"] = {"name": f"{run_path.resolve().name}-shadow-{number}", "output_dir": str(folder / "runs")}
@@ -80,8 +80,8 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
             tree["privacy"]["insecure_seed"] += number + 1
         path = folder / f"shadow-{number}.yaml"
         write_atomically(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), mode=0o600)
-        found.append(path)
-    return found
+        recipes.append(path)
+    return recipes
 
 
 def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:

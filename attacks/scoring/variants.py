@@ -104,16 +104,16 @@ def recall_prefix(manifest: Mapping[str, Any], corpus: Corpus, encoder: Encoder,
 def exchange_prefixes(users: Sequence[str], tokens: Sequence[Tokens]) -> list[Tokens | None]:
     """Return each document after the first tokens of another user's; one too short to lend or to take has none."""
     size = 1 + CONTROL_PREFIX_TOKENS
-    found: list[Tokens | None] = []
+    exchanged: list[Tokens | None] = []
     for place, ids in enumerate(tokens):
         others = ((place + step) % len(tokens) for step in range(1, len(tokens)))
         lenders = (other for other in others if users[other] != users[place] and len(tokens[other]) > size)
         lender = next(lenders, None)
         if lender is None or len(ids) <= size:
-            found.append(None)
+            exchanged.append(None)
         else:
-            found.append(np.concatenate([tokens[lender][:size], ids[size:]]))
-    return found
+            exchanged.append(np.concatenate([tokens[lender][:size], ids[size:]]))
+    return exchanged
 
 
 def rewrite(
@@ -126,15 +126,15 @@ def rewrite(
     prefix: Tokens | None,
 ) -> list[Rewritten]:
     """Return the variants that need no model."""
-    found = []
+    rewritten = []
     if variants.lowercase:
         lowered = tokens_of([text.lower() for text in texts], text_encoder(encoder, max_length))
-        found += [Rewritten(place, "lowercase", ids) for place, ids in enumerate(lowered)]
+        rewritten += [Rewritten(place, "lowercase", ids) for place, ids in enumerate(lowered)]
     if prefix is not None:
         for place, ids in enumerate(tokens):
             joined = np.concatenate([prefix, ids[1:]])[:max_length]
-            found.append(Rewritten(place, RECALL, joined, first=len(prefix) - 1))
-    return found
+            rewritten.append(Rewritten(place, RECALL, joined, first=len(prefix) - 1))
+    return rewritten
 
 
 def neighbours(
@@ -148,7 +148,7 @@ def neighbours(
         proposals: likely tokens at each predicted place, [tokens - 1, proposals].
         count: copies of each.
     """
-    found = []
+    copies = []
     for place, (name, ids, likely) in enumerate(zip(names, tokens, proposals, strict=True)):
         rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
         # The last token may be the end mark: it stays.
@@ -159,8 +159,8 @@ def neighbours(
             for at in chosen:
                 others = likely[at - 1][likely[at - 1] != ids[at]]
                 copy[at] = rng.choice(others)
-            found.append(Rewritten(place, f"neighbour_{number}", copy))
-    return found
+            copies.append(Rewritten(place, f"neighbour_{number}", copy))
+    return copies
 
 
 def propose(base: Scorer, sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int64]]:

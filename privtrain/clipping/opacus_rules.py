@@ -42,8 +42,8 @@ def advice(module: nn.Module) -> str:
     from opacus.validators import ModuleValidator
 
     validator = ModuleValidator.VALIDATORS.get(type(module))
-    found = validator(module) if validator is not None else []
-    return f" (Opacus: {' '.join(str(found[0]).split())})" if found else ""
+    problems = validator(module) if validator is not None else []
+    return f" (Opacus: {' '.join(str(problems[0]).split())})" if problems else ""
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
@@ -61,6 +61,6 @@ def per_row(
     twin = copy.copy(module)
     for name, parameter in module.named_parameters(recurse=False):
         twin._parameters = twin._parameters | {name: nn.Parameter(parameter.detach().float())}
-    found = sampler(twin, [activation.float()], output_gradient.float())
+    gradients = sampler(twin, [activation.float()], output_gradient.float())
     # Copies: a bias's gradient may be a view of the output's, which other layers get too, and uses are added in place.
-    return {name: found[p].clone() for name, p in twin.named_parameters(recurse=False)}
+    return {name: gradients[p].clone() for name, p in twin.named_parameters(recurse=False)}

@@ -172,10 +172,10 @@ def _agrees_with_autograd(rule: Rule, module: nn.Module) -> bool:
             return False
         expected = torch.autograd.grad(output, list(free.values()), gradient)
     with torch.no_grad():
-        found = rule(module, inputs, gradient)
+        by_rule = rule(module, inputs, gradient)
     tolerance = max(_PROBE_TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
     return all(
-        isinstance(value := found[name], torch.Tensor)
+        isinstance(value := by_rule[name], torch.Tensor)
         and float((value.sum(0) - e.float()).norm()) <= tolerance * float(e.float().norm())
         for name, e in zip(free, expected, strict=True)
     )

@@ -63,5 +63,5 @@ def gaussian_of(statement: PrivacyStatement, plan: PrivacyPlan) -> dict[str, Any
     event = plan.event_of_steps(statement.steps_accounted or statement.steps_released)
     accountant = get_accountant(fast_accountant(plan.accountant))
     last = accountant.epsilon(event, _SLACK * statement.delta).upper
-    found = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=last, points=_NUM_POINTS))
-    return None if found is None else dataclasses.asdict(found)
+    summary = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=last, points=_NUM_POINTS))
+    return None if summary is None else dataclasses.asdict(summary)

@@ -192,10 +192,10 @@ def reproduction_faults(
     with tempfile.TemporaryDirectory() as place:
         save_weights(model, pathlib.Path(place))
         expected = _tensors(pathlib.Path(place), load_file)
-    found = _tensors(directory, load_file)
-    problems = [f"tensor {name} is in one of them alone" for name in sorted(found.keys() ^ expected.keys())]
-    for name in sorted(found.keys() & expected.keys()):
-        mine, theirs = found[name], expected[name]
+    tensors = _tensors(directory, load_file)
+    problems = [f"tensor {name} is in one of them alone" for name in sorted(tensors.keys() ^ expected.keys())]
+    for name in sorted(tensors.keys() & expected.keys()):
+        mine, theirs = tensors[name], expected[name]
         if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
             problems.append(f"tensor {name} has another type or shape")
         elif not torch.equal(mine, theirs) and not _is_round_off(mine, theirs):

@@ -210,8 +210,10 @@ def _learned(values: dict[str, list[Any]]) -> Guess | None:
     label = _first({k: v for k, v in values.items() if k != text}, _LABEL_NAMES, _is_label, others=False)
     if label is None:
         return Guess({"format": "text", "text_column": text}, {"text_column": "texts"})
-    found = {str(value).strip(): value for value in values[label] if value is not None}
-    labels = sorted(found, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.isdigit() else 0, name))
+    by_name = {str(value).strip(): value for value in values[label] if value is not None}
+    labels = sorted(
+        by_name, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.isdigit() else 0, name)
+    )
     numbers = [int(name) if name.lstrip("-").isdigit() else name for name in labels]
     keys = {"format": "classification", "text_column": text, "label_column": label, "labels": numbers}
     told = "those of the first rows. The list is published: check that it is complete and no secret"

@@ -227,11 +227,11 @@ def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
         raise ConfigError([Fault("--base-model", f"{anchors.base_model} is no directory")])
     ggufs = [name for name in manifest.base_model if name.endswith(".gguf")]
     try:
-        found = digests_in(anchors.base_model, ggufs[0] if list(manifest.base_model) == ggufs else None)
+        digests = digests_in(anchors.base_model, ggufs[0] if list(manifest.base_model) == ggufs else None)
     except OSError as error:
         return [f"the base model cannot be read: {error}"], "", ""
-    names = sorted({*found, *manifest.base_model})
-    wrong = [name for name in names if found.get(name) != manifest.base_model.get(name)]
+    names = sorted({*digests, *manifest.base_model})
+    wrong = [name for name in names if digests.get(name) != manifest.base_model.get(name)]
     return [f"{anchors.base_model / name} is not the base model's file" for name in wrong], "the base model", ""
 
 
@@ -270,5 +270,5 @@ def _listed(title: str, items: Iterable[str]) -> list[str]:
 
 def print_verified(directory: pathlib.Path, anchors: Anchors, *, as_json: bool) -> None:
     """Check a directory and print what was compared."""
-    found = verify_directory(directory, anchors)
-    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else describe(found))
+    verified = verify_directory(directory, anchors)
+    print(json.dumps(dataclasses.asdict(verified), indent=2) if as_json else describe(verified))

@@ -60,14 +60,14 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 
 def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSection | None, DataSection | None]:
     """Return the sections model and data of a file with faults elsewhere; none in the place of one that has its own."""
-    found: list[Any] = []
+    sections: list[Any] = []
     for name, kind in (("model", ModelSection), ("data", DataSection)):
         try:
             tree = apply_overrides(read_tree(path).value, overrides)
-            found.append(kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True))
+            sections.append(kind.model_validate_json(json.dumps(_plain(tree[name]), default=str), strict=True))
         except (PrivtrainError, ValueError, LookupError, RecursionError):  # their faults are reported already
-            found.append(None)
-    return found[0], found[1]
+            sections.append(None)
+    return sections[0], sections[1]
 
 
 def validate(tree: dict[str, Any], source: str = "") -> Config:
@@ -172,7 +172,7 @@ def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault],
         return None, [((), Fault("", "a section holds itself, or is nested too deeply"))], []
     if items[0]["type"] == "json_invalid":
         return None, [((), Fault("", "holds half of a surrogate pair, which no file can hold"))], []
-    found: dict[strict_yaml.Path, Fault] = {}
+    faults_by_place: dict[strict_yaml.Path, Fault] = {}
     conflicts: list[_PlacedFault] = []
     for item in items:
         place = _place(item, tree)
@@ -180,13 +180,13 @@ def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault],
         if isinstance(cause, ConflictError):
             conflicts += [(place, Fault(".".join(map(str, place)), problem)) for problem in cause.problems]
             continue
-        known = found.get(place)
+        known = faults_by_place.get(place)
         fault = _fault(item, place)
         if known is not None and fault.problem != known.problem:  # the other kinds that a value may be of
             kind = item["msg"].removeprefix("Input should be ")
             fault = known if kind in known.problem else dataclasses.replace(known, problem=f"{known.problem} or {kind}")
-        found[place] = fault
-    return None, list(found.items()), conflicts
+        faults_by_place[place] = fault
+    return None, list(faults_by_place.items()), conflicts
 
 
 def _mask(tree: Any, place: strict_yaml.Path) -> bool:

@@ -27,6 +27,6 @@ class Section(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _without_conflicts(self) -> Self:
-        if found := list(self.conflicts()):
-            raise ConflictError(found)
+        if problems := list(self.conflicts()):
+            raise ConflictError(problems)
         return self

@@ -176,10 +176,10 @@ class ChatRenderer:
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
         marks: Any = self._tokenizer.special_tokens_map
-        found: Any = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],  # pyright: ignore[reportArgumentType]
             chat_template=template,
             return_assistant_tokens_mask=True,
             **marks,
         )
-        return list(found[1][0])
+        return list(rendered[1][0])

@@ -43,10 +43,10 @@ class RowCounts:
 
     def why_dropped(self) -> list[str]:
         """Return each reason with its number of rows, the most frequent first."""
-        found = [f"{count} × {reason}" for reason, count in sorted(self.reasons.items(), key=lambda item: -item[1])]
+        reasons = [f"{count} × {reason}" for reason, count in sorted(self.reasons.items(), key=lambda item: -item[1])]
         if self.num_without_user:
-            found.append(f"{self.num_without_user} × no user id in the column that data.user_column names")
-        return found
+            reasons.append(f"{self.num_without_user} × no user id in the column that data.user_column names")
+        return reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +166,13 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         "columns": [getattr(data, key) for key in ("user_column", *data.column_keys)],
     }
     form = normal_form if data.deduplicate == "within_user" else None
-    found = index.open_or_build(
+    opened = index.open_or_build(
         index_dir, made_of, lambda tally: _kept(_rows(data), tally), form, lambda: digests_of(files)
     )
-    counts = RowCounts(**found.counts)
-    if not found.records:
+    counts = RowCounts(**opened.counts)
+    if not opened.records:
         raise ConfigError([_no_row(counts)])
-    return Corpus(found.records, counts, found.manifest_sha256, is_on_disk=True, source_digests=found.source_digests)
+    return Corpus(opened.records, counts, opened.manifest_sha256, is_on_disk=True, source_digests=opened.source_digests)
 
 
 def digests_of(files: Iterable[pathlib.Path]) -> tuple[str, ...]:
@@ -249,10 +249,10 @@ def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Itera
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    found: dict[str, str] = {}
+    first_of_form: dict[str, str] = {}
     for text in texts:
-        found.setdefault(normal_form(text), text)
-    return tuple(found.values())
+        first_of_form.setdefault(normal_form(text), text)
+    return tuple(first_of_form.values())
 
 
 def normal_form(text: str) -> str:

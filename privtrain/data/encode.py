@@ -82,15 +82,15 @@ class Encoder:
 
     def encode(self, records: Sequence[str]) -> Encoded:
         """Return tokens and targets of each record."""
-        found, num_truncated = [], 0
+        encoded, num_truncated = [], 0
         for start in range(0, len(records), _TOKENIZER_BATCH):
             for whole, is_cut in self._encode(records[start : start + _TOKENIZER_BATCH]):
                 record = self._within_ids(whole)
                 if record is whole and is_cut and not record.num_targets:
                     self.complaints["cut before its first predicted token; raise data.max_length"] += 1
-                found.append(record)
+                encoded.append(record)
                 num_truncated += is_cut
-        return Encoded(found, num_truncated, sum(record.num_targets == 0 for record in found))
+        return Encoded(encoded, num_truncated, sum(record.num_targets == 0 for record in encoded))
 
     def sha256(self) -> str:
         """Return a digest of all that decides which tokens a text becomes, library versions aside."""
@@ -200,10 +200,10 @@ def _without_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Strip leading begin tokens and trailing end tokens from a text whose tokenizer adds them itself."""
     begins = [str(mark) for mark in (tokenizer.bos_token, tokenizer.cls_token) if mark]
     ends = [str(mark) for mark in (tokenizer.eos_token, tokenizer.sep_token) if mark]
-    while found := next((mark for mark in begins if text.startswith(mark)), ""):
-        text = text.removeprefix(found)
-    while found := next((mark for mark in ends if text.endswith(mark)), ""):
-        text = text.removesuffix(found)
+    while marker := next((mark for mark in begins if text.startswith(mark)), ""):
+        text = text.removeprefix(marker)
+    while marker := next((mark for mark in ends if text.endswith(mark)), ""):
+        text = text.removesuffix(marker)
     return text
 
 

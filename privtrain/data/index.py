@@ -138,8 +138,8 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
     def _place(self, user: str) -> int | None:
         """Return where the user stands among those that are here."""
         wanted = user.encode("utf-8", errors=_ERRORS)
-        found = bisect.bisect_left(self.places, wanted, key=lambda place: self._id(int(place)))
-        return found if found < len(self) and self._id(int(self.places[found])) == wanted else None
+        position = bisect.bisect_left(self.places, wanted, key=lambda place: self._id(int(place)))
+        return position if position < len(self) and self._id(int(self.places[position])) == wanted else None
 
     def _id(self, place: int) -> bytes:
         start = int(self.user_ends[place - 1]) if place else 0
@@ -281,8 +281,8 @@ def _build(
             connection.register("batch", table)
             connection.execute("INSERT INTO rows SELECT * FROM batch")
             connection.unregister("batch")
-        found = connection.sql("SELECT owner, content FROM rows ORDER BY owner, place")
-        files, digest, num_duplicates = _write(directory, found.to_arrow_reader(_ROWS_AT_ONCE), form)
+        sorted_rows = connection.sql("SELECT owner, content FROM rows ORDER BY owner, place")
+        files, digest, num_duplicates = _write(directory, sorted_rows.to_arrow_reader(_ROWS_AT_ONCE), form)
     (directory / "rows.duckdb").unlink()
     shutil.rmtree(directory / "sorting", ignore_errors=True)
     counts["num_duplicates"] = num_duplicates

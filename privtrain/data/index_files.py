@@ -93,13 +93,13 @@ def read_description(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
     """
     path = directory / DESCRIPTION
     content = reading.read_bytes(path, remedy=remedy)
-    found = reading.parse_json(content, path, remedy=remedy)
-    body = {name: value for name, value in found.items() if name != _OWN_DIGEST}
-    if found.get(_OWN_DIGEST) != _digest_of(body) or json.dumps(found).encode() != content:
+    description = reading.parse_json(content, path, remedy=remedy)
+    body = {name: value for name, value in description.items() if name != _OWN_DIGEST}
+    if description.get(_OWN_DIGEST) != _digest_of(body) or json.dumps(description).encode() != content:
         raise DamagedFile(path, "is not as it was written: it was altered or damaged", remedy)
-    if found.get("schema") != SCHEMA or set(found.get("files", ())) != {TEXTS, *ARRAYS}:
+    if description.get("schema") != SCHEMA or set(description.get("files", ())) != {TEXTS, *ARRAYS}:
         raise DamagedFile(path, "is no description of an index", remedy)
-    return found
+    return description
 
 
 def map_checked(directory: pathlib.Path, description: Mapping[str, Any], remedy: str) -> dict[str, npt.NDArray[Any]]:

@@ -80,22 +80,22 @@ def check_rows(corpus: Corpus, encoder: Encoder, data: DataSection) -> tuple[str
     Raises:
         ConfigError: with its faults. Noise alone would be trained on otherwise, and ε spent for it.
     """
-    found = look_at(corpus, encoder, data)
-    if found.faults:
-        raise ConfigError(found.faults)
-    return found.warnings
+    look = look_at(corpus, encoder, data)
+    if look.faults:
+        raise ConfigError(look.faults)
+    return look.warnings
 
 
 def sample_of(corpus: Corpus, size: int) -> list[str]:
     """Return records evenly spaced over the data; always the same. No other record is read."""
     step = max(1, -(-corpus.num_records // size))
-    found, position, wanted = [], 0, 0
+    sample, position, wanted = [], 0, 0
     for texts in corpus.records.values():
         while wanted < position + len(texts):
-            found.append(texts[wanted - position])
+            sample.append(texts[wanted - position])
             wanted += step
         position += len(texts)
-    return found
+    return sample
 
 
 def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: DataSection) -> Iterator[Fault]:
@@ -106,12 +106,12 @@ def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: 
     share = (counts.num_without_user + counts.num_empty + useless_share * num_kept) / max(counts.num_rows, 1)
     if share <= data.max_unusable_fraction:
         return
-    found = counts.why_dropped()
+    reasons = counts.why_dropped()
     if useless_share:
-        found.append(f"{useless_share:.0%} of the others predict no token{reasons_of(encoder)}")
+        reasons.append(f"{useless_share:.0%} of the others predict no token{reasons_of(encoder)}")
     yield Fault(
         "data",
-        f"{share:.0%} of {counts.num_rows} rows would teach the model nothing ({'; '.join(found)}); mend them, or "
+        f"{share:.0%} of {counts.num_rows} rows would teach the model nothing ({'; '.join(reasons)}); mend them, or "
         f"raise data.max_unusable_fraction from {data.max_unusable_fraction:g}. To see them: privtrain preview CONFIG",
     )
 
@@ -148,5 +148,5 @@ def _warnings(
 
 def reasons_of(encoder: Encoder) -> str:
     """Return why encoded records have no predicted token, without quoting any; empty if all have one."""
-    found = [f"{count} × {reason}" for reason, count in encoder.complaints.most_common()]
-    return f": {'; '.join(found)}" if found else ""
+    reasons = [f"{count} × {reason}" for reason, count in encoder.complaints.most_common()]
+    return f": {'; '.join(reasons)}" if reasons else ""

@@ -44,8 +44,8 @@ class Names(Sequence[str]):
         wanted = name.encode("utf-8", errors=_ERRORS)
         if wanted in self._unsorted:
             return self._unsorted[wanted]
-        found = bisect.bisect_left(range(self._num_sorted), wanted, key=self._encoded)
-        return found if found < self._num_sorted and self._encoded(found) == wanted else None
+        position = bisect.bisect_left(range(self._num_sorted), wanted, key=self._encoded)
+        return position if position < self._num_sorted and self._encoded(position) == wanted else None
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -60,16 +60,16 @@ def check_private_directory(path: pathlib.Path) -> None:
     Raises:
         UnsafePath: saying which of these it is not, and what to do.
     """
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
         raise UnsafePath(f"{path} is a link, which can lead anywhere; put the directory itself there")
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise UnsafePath(f"{path} is not a directory; remove it, or choose another place")
-    _check_owner(path, found)
-    if found.st_mode & _OTHERS:
+    _check_owner(path, status)
+    if status.st_mode & _OTHERS:
         raise UnsafePath(
-            f"{path} can be read by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}), who may have "
-            f"copied or planted what is in it. If you are sure that nobody did: chmod 700 {path}; if not, choose "
+            f"{path} can be read by other users of this machine (mode {stat.S_IMODE(status.st_mode):04o}), who may "
+            f"have copied or planted what is in it. If you are sure that nobody did: chmod 700 {path}; if not, choose "
             "another place (for a run: another run.name). On a file system that keeps no modes, choose another one"
         )
 
@@ -88,14 +88,14 @@ def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
     tightened = []
     for child in sorted(path.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # another job may be at work here; it is refused later
-            found = child.lstat()
-            if stat.S_ISLNK(found.st_mode):
+            status = child.lstat()
+            if stat.S_ISLNK(status.st_mode):
                 raise UnsafePath(f"{child} is a link, which can lead anywhere; put what it leads to in its place")
-            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
                 raise UnsafePath(f"{child} is neither a file nor a directory; remove it")
-            _check_owner(child, found)
-            if found.st_mode & _OTHERS:
-                child.chmod(stat.S_IMODE(found.st_mode) & stat.S_IRWXU)
+            _check_owner(child, status)
+            if status.st_mode & _OTHERS:
+                child.chmod(stat.S_IMODE(status.st_mode) & stat.S_IRWXU)
                 tightened.append(child)
     return tightened
 
@@ -109,12 +109,12 @@ def check_directory_around(path: pathlib.Path) -> None:
         UnsafePath: if it, or a link in its place, is another user's (but for root's), or others may write there.
     """
     _check_owner(path, path.lstat(), (os.geteuid(), 0))
-    found = path.stat()
-    _check_owner(path, found, (os.geteuid(), 0))
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    status = path.stat()
+    _check_owner(path, status, (os.geteuid(), 0))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UnsafePath(
-            f"{path} can be written by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}), who could "
-            f"put something else in place of what is in it; run: chmod go-w {path}"
+            f"{path} can be written by other users of this machine (mode {stat.S_IMODE(status.st_mode):04o}), who "
+            f"could put something else in place of what is in it; run: chmod go-w {path}"
         )
 
 
@@ -125,11 +125,11 @@ def check_database_file(path: pathlib.Path) -> None:
         UnsafePath: saying which of the two it is not, or that somebody else's journal lies beside it.
     """
     check_directory_around(path.parent)
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
         raise UnsafePath(f"{path} is a link or no regular file; give the file itself")
-    _check_owner(path, found)
-    if found.st_mode & _OTHERS:
+    _check_owner(path, status)
+    if status.st_mode & _OTHERS:
         raise UnsafePath(f"{path} can be read or changed by other users of this machine; run: chmod 600 {path}")
     # SQLite plays back a journal that it finds, so somebody else's would rewrite the registry.
     for companion in (path.with_name(f"{path.name}{suffix}") for suffix in ("-journal", "-wal", "-shm")):
@@ -146,10 +146,10 @@ def check_empty(path: pathlib.Path, allowed: Collection[str]) -> None:
     Raises:
         UnsafePath: naming what is in it.
     """
-    found = sorted(child.name for child in path.iterdir() if child.name not in allowed)
-    if found:
+    names = sorted(child.name for child in path.iterdir() if child.name not in allowed)
+    if names:
         raise UnsafePath(
-            f"{path} belongs to a run that has not begun, but holds {', '.join(found[:5])}: whoever put it there may "
+            f"{path} belongs to a run that has not begun, but holds {', '.join(names[:5])}: whoever put it there may "
             "know it. Remove the directory, or set another run.name"
         )
 
@@ -177,17 +177,17 @@ def read_private_file(path: pathlib.Path, *, owners: Collection[int] | None = No
             raise UnsafePath(f"{path} cannot be opened ({why}): it is another user's or no file") from None
         raise
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise UnsafePath(f"{path} is no regular file; remove it")
-        _check_owner(path, found, owners)
-        if found.st_mode & _OTHERS:
+        _check_owner(path, status, owners)
+        if status.st_mode & _OTHERS:
             raise UnsafePath(
-                f"{path} can be read by other users of this machine (mode {stat.S_IMODE(found.st_mode):04o}). If you "
+                f"{path} can be read by other users of this machine (mode {stat.S_IMODE(status.st_mode):04o}). If you "
                 f"are sure that nobody did: chmod 600 {path}"
             )
-        if found.st_nlink != 1:
-            raise UnsafePath(f"{path} has {found.st_nlink} names (hard links), so it lies elsewhere too; copy it")
+        if status.st_nlink != 1:
+            raise UnsafePath(f"{path} has {status.st_nlink} names (hard links), so it lies elsewhere too; copy it")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -213,12 +213,12 @@ def open_private_file(path: pathlib.Path, flags: int) -> int:
             raise UnsafePath(f"{path} is a link or no regular file; restore the file itself") from None
         raise
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise UnsafePath(f"{path} is no regular file; restore the file itself")
-        _check_owner(path, found)
-        if found.st_nlink != 1:
-            raise UnsafePath(f"{path} has {found.st_nlink} names (hard links), so others may write it; copy it")
+        _check_owner(path, status)
+        if status.st_nlink != 1:
+            raise UnsafePath(f"{path} has {status.st_nlink} names (hard links), so others may write it; copy it")
         os.fchmod(descriptor, 0o600)
     except BaseException:
         os.close(descriptor)

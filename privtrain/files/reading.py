@@ -124,17 +124,17 @@ def read_json(
     Raises:
         DamagedFile: if it is something else.
     """
-    found = parse_json(read_bytes(path, remedy=remedy, max_bytes=max_bytes), path, remedy=remedy)
-    if schema is not None and found.get("schema") != schema:
+    content = parse_json(read_bytes(path, remedy=remedy, max_bytes=max_bytes), path, remedy=remedy)
+    if schema is not None and content.get("schema") != schema:
         raise DamagedFile(path, f"has another schema than {schema!r}", remedy)
-    return found
+    return content
 
 
 def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, remedy: str = "") -> dict[str, Any]:
     """Return the object in a file's content or in one line of it; see :func:`read_json`."""
     where = "" if line is None else f"line {line} "
     try:
-        found = strict_json.loads(content.decode("utf-8"))
+        value = strict_json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DamagedFile(path, f"{where}is not UTF-8 at byte {error.start}", remedy, line=line) from None
     except json.JSONDecodeError as error:
@@ -142,9 +142,9 @@ def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, r
         raise DamagedFile(path, f"{where}is not JSON {at}", remedy, line=line) from None
     except ValueError as error:
         raise DamagedFile(path, f"{where}is not JSON with one meaning: {error}", remedy, line=line) from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise DamagedFile(path, f"{where}holds no JSON object", remedy, line=line)
-    return found
+    return value
 
 
 def read_json_lines(
@@ -179,10 +179,10 @@ def read_yaml(
     if document.faults:
         problems = "; ".join(f"line {fault.line}, {fault.key}: {fault.problem}" for fault in document.faults)
         raise DamagedFile(path, f"has no single meaning: {problems}", remedy, line=document.faults[0].line)
-    found = {} if document.value is None else document.value
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    tree = {} if document.value is None else document.value
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise DamagedFile(path, "holds no mapping of names", remedy)
-    return found
+    return tree
 
 
 def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line: int) -> float | None:
@@ -197,12 +197,12 @@ def finite_number(row: Mapping[str, Any], key: str, path: pathlib.Path, *, line:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DamagedFile(path, f"line {line}: {key} is no number", line=line)
     try:
-        found = float(value)
+        number = float(value)
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
+        number = math.inf
+    if not math.isfinite(number):
         raise DamagedFile(path, f"line {line}: {key} is not finite", line=line)
-    return found
+    return number
 
 
 def _problem(path: pathlib.Path, error: OSError) -> str:

@@ -58,10 +58,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         RepeatedKeyError: if a key stands twice.
     """
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise RepeatedKeyError("an object names a key twice")
-    return found
+    return mapping
 
 
 def _refuse_constant(_: str) -> Any:

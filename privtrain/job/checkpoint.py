@@ -120,14 +120,14 @@ def load_newest(directory: pathlib.Path) -> Checkpoint | None:
 
 def listed(directory: pathlib.Path) -> list[tuple[pathlib.Path, int | None, int]]:
     """Return path, generation and step of every checkpoint, unverified; of a damaged one, the step in its name."""
-    found = []
+    checkpoints = []
     for path in _newest_first(directory):
         try:
             summary = json.loads((path / _SUMMARY).read_text(encoding="utf-8"))
-            found.append((path, int(summary["generation"]), int(summary["step"])))
+            checkpoints.append((path, int(summary["generation"]), int(summary["step"])))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            found.append((path, None, int(path.name.removeprefix("step-"))))
-    return found
+            checkpoints.append((path, None, int(path.name.removeprefix("step-"))))
+    return checkpoints
 
 
 def drop_after(directory: pathlib.Path, step: int) -> None:

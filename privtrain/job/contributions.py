@@ -69,11 +69,11 @@ def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> di
 
 def added(parts: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
     """Return name → (steps, records), added up where a name comes more than once."""
-    found: dict[str, tuple[int, int]] = {}
+    sums: dict[str, tuple[int, int]] = {}
     for name, (num_steps, num_records) in parts:
-        steps, records = found.get(name, (0, 0))
-        found[name] = (steps + num_steps, records + num_records)
-    return found
+        steps, records = sums.get(name, (0, 0))
+        sums[name] = (steps + num_steps, records + num_records)
+    return sums
 
 
 def note_canaries(run: RunDirectory, state: LedgerState, canaries: Sequence[Canary], units: UnitData) -> None:

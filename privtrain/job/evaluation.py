@@ -144,11 +144,11 @@ def _read_before(inputs: Inputs) -> Scores:
     Raises:
         DamagedFile, PlanMismatch: see :func:`check_possible`.
     """
-    found = reading.read_json(inputs.run.evaluation_before, schema=_SCHEMA, remedy="restore it from a backup")
-    if found["records_sha256"] != _digest(inputs.evaluation):
+    content = reading.read_json(inputs.run.evaluation_before, schema=_SCHEMA, remedy="restore it from a backup")
+    if content["records_sha256"] != _digest(inputs.evaluation):
         raise PlanMismatch(f"{inputs.run.root} was begun with other records in data.evaluation; restore them")
-    losses = [math.nan if value is None else value for value in found["losses"]]
-    return Scores(np.asarray(losses), np.asarray(found["num_targets"]), found["num_correct"])
+    losses = [math.nan if value is None else value for value in content["losses"]]
+    return Scores(np.asarray(losses), np.asarray(content["num_targets"]), content["num_correct"])
 
 
 def _compare(inputs: Inputs, before: Scores, after: Scores) -> dict[str, float]:

@@ -134,10 +134,11 @@ def verified_state(run: RunDirectory) -> LedgerState | None:
         LedgerCorrupt: if the ledger does not verify, or other files show steps that it does not.
     """
     if not run.ledger.exists():
-        found = files_written_after_start(run)
-        if found:
+        later_files = files_written_after_start(run)
+        if later_files:
             raise LedgerCorrupt(
-                f"{run.ledger} is missing but {found[0]} exists, so the number of started steps is unknown; restore it"
+                f"{run.ledger} is missing but {later_files[0]} exists, so the number of started steps is unknown; "
+                "restore it"
             )
         return None
     state = verify_chain(run.ledger, allow_torn=True)
@@ -155,14 +156,14 @@ def is_bound(run: RunDirectory) -> bool:
 def files_written_after_start(run: RunDirectory) -> list[pathlib.Path]:
     """Return the files that exist only after a ledger was made: beside a missing ledger they show that it was lost."""
     certain = [head_path(run.ledger), run.manifest, run.privacy, run.release, run.staged, run.adapter, run.model]
-    found = [path for path in certain if path.exists()]
+    existing = [path for path in certain if path.exists()]
     for directory, pattern in (
         (run.secret, "generation-*.key"),
         (run.checkpoints, "*"),
         (directory_of(run.ledger), "*"),
     ):
-        found += sorted(directory.glob(pattern))
-    return found
+        existing += sorted(directory.glob(pattern))
+    return existing
 
 
 def _past(run: RunDirectory, state: LedgerState) -> pathlib.Path | None:

@@ -124,9 +124,9 @@ def check_segment_file(log: pathlib.Path, index: int, segment: Segment) -> bytes
         content = path.read_bytes()
     except FileNotFoundError:
         raise LedgerCorrupt(f"{path} is gone; restore it from a backup") from None
-    found = chunk_hashes(content)
+    hashes = chunk_hashes(content)
     for i, chunk in enumerate(segment.chunks):
-        if i >= len(found) or found[i] != chunk:
+        if i >= len(hashes) or hashes[i] != chunk:
             start = i * CHUNK_BYTES
             end = min(start + CHUNK_BYTES, segment.num_bytes)
             raise LedgerCorrupt(f"{path}: bytes {start} to {end} are not what was sealed; restore it from a backup")

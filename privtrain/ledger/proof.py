@@ -159,9 +159,9 @@ def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | 
     model = set(state.path)
     parts = []
     for body, leaves in zip(state.bodies(), proof["steps"], strict=True):
-        found = _check_step(body, leaves, secret)
-        if found is not None:
-            place, records = found
+        num_records = _check_step(body, leaves, secret)
+        if num_records is not None:
+            place, records = num_records
             if not 1 <= records <= state.records_per_unit:
                 raise ProofRejected(
                     f"step {body.step} of generation {body.generation}: {records} records of the user, where the log "

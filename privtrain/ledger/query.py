@@ -247,8 +247,8 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
     shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
     if not len(values):
         return {}
-    found = np.quantile(values, list(shares.values()), weights=weights, method="inverted_cdf")
-    return dict(zip(shares, found.tolist(), strict=True))
+    quantiles = np.quantile(values, list(shares.values()), weights=weights, method="inverted_cdf")
+    return dict(zip(shares, quantiles.tolist(), strict=True))
 
 
 def _gini(values: np.ndarray, weights: np.ndarray) -> float:

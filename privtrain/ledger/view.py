@@ -111,13 +111,13 @@ def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[li
     if not manifest.base_model:
         return [], "; the base model was not on disk and is not recorded"
     try:
-        found = base_digests(load_config(run.resolved_config).model)
+        digests = base_digests(load_config(run.resolved_config).model)
     except (ConfigError, OSError):
-        found = {}
-    if not found:
+        digests = {}
+    if not digests:
         return [], "; the base model is not at hand and was not compared"
-    names = sorted({*found, *manifest.base_model})
-    wrong = [name for name in names if found.get(name) != manifest.base_model.get(name)]
+    names = sorted({*digests, *manifest.base_model})
+    wrong = [name for name in names if digests.get(name) != manifest.base_model.get(name)]
     return [f"the base model's {name} is not the file that was recorded" for name in wrong], ", base model included"
 
 
@@ -178,12 +178,12 @@ def _check_plan(run: RunDirectory, state: LedgerState) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        found = strict_json.loads(path.read_text(encoding="utf-8"))
+        value = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LedgerCorrupt(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise LedgerCorrupt(f"{path} holds no JSON object")
-    return found
+    return value
 
 
 def pseudonym_of(run: RunDirectory, user: str) -> str:
@@ -260,24 +260,24 @@ def print_statistics(run_path: pathlib.Path, cap: int | None, as_json: bool) -> 
     from privtrain.ledger.query import opened_contributions
 
     with opened_contributions(run_with_ledger(run_path).ledger) as contributions:
-        found = contributions.statistics(cap)
+        statistics = contributions.statistics(cap)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(statistics))
         return
-    k = found.records_per_unit
+    k = statistics.records_per_unit
     shares = [
-        (f"contributions with k = {k} records", found.share_at_k),
-        (f"contributions above k = {k}", found.share_above_k),
-        (f"users with more than {cap} records", found.share_of_users_above_cap),
-        (f"records beyond a user's first {cap}", found.share_of_records_above_cap),
+        (f"contributions with k = {k} records", statistics.share_at_k),
+        (f"contributions above k = {k}", statistics.share_above_k),
+        (f"users with more than {cap} records", statistics.share_of_users_above_cap),
+        (f"records beyond a user's first {cap}", statistics.share_of_records_above_cap),
     ]
     table = _table("", "")
     for name in ("num_steps", "num_users", "num_contributions", "num_records", "num_zeroed"):
-        table.add_row(name.removeprefix("num_"), f"{getattr(found, name):,}")
+        table.add_row(name.removeprefix("num_"), f"{getattr(statistics, name):,}")
     for name in ("records_per_user", "steps_per_user"):
-        spread = ", ".join(f"{key} {value:,}" for key, value in getattr(found, name).items())
+        spread = ", ".join(f"{key} {value:,}" for key, value in getattr(statistics, name).items())
         table.add_row(name.replace("_", " "), spread)
-    table.add_row("Gini of records over contributing users", f"{found.gini:.3f}")
+    table.add_row("Gini of records over contributing users", f"{statistics.gini:.3f}")
     for name, share in shares:
         if share is not None:
             table.add_row(name, f"{100 * share:.2f} %")
@@ -337,17 +337,17 @@ def print_checked_proof(
     from privtrain.ledger.proof import check_proof, read_proof
 
     key = _shown_key(key_path) if key_path is not None else None
-    found = check_proof(read_proof(path), head, key=key, user=user)
-    rows = [dataclasses.asdict(part) for part in found.parts]
-    linked = "recomputed from the key" if found.is_key_checked else "as stated; --key checks it"
+    checked = check_proof(read_proof(path), head, key=key, user=user)
+    rows = [dataclasses.asdict(part) for part in checked.parts]
+    linked = "recomputed from the key" if checked.is_key_checked else "as stated; --key checks it"
     summary = {
-        "user": found.user,
-        "pseudonym": found.pseudonym,
+        "user": checked.user,
+        "pseudonym": checked.pseudonym,
         "link": linked,
-        "head": found.head,
-        "num_steps_charged": found.num_steps,
+        "head": checked.head,
+        "num_steps_charged": checked.num_steps,
         "num_steps": len(rows),
-        "num_records": sum(part.records for part in found.parts),
+        "num_records": sum(part.records for part in checked.parts),
     }
     _print_rows(rows, as_json, summary, "generation", "step", "records", "is_zeroed", "is_committed", "is_in_model")
 

@@ -59,14 +59,14 @@ def _text_config(model: ModelSection) -> PretrainedConfig:
 
 def learned_positions(model: torch.nn.Module) -> int | None:
     """Return the most tokens that a model with learned positions can read; ``None`` where positions are computed."""
-    found = []
+    sizes = []
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Embedding) and (last == "wpe" or last.endswith(_POSITIONS)):
             # OPT keeps two rows for itself; RoBERTa counts from the padding id on.
             offset = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
-            found.append(module.num_embeddings - int(offset))
-    return min(found, default=None)
+            sizes.append(module.num_embeddings - int(offset))
+    return min(sizes, default=None)
 
 
 def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,11 +82,11 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
         longest -= config.prompt.num_virtual_tokens
     most = None if longest is None else longest + config.data.is_classification
     if most is not None and config.data.max_length > most:
-        taken = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
+        less_prompt = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
         label = f"; with the label the most is {most}" if config.data.is_classification else ""
         problem = (
             f"given {config.data.max_length}; the model has learned positions for at most {longest} tokens"
-            f"{taken}{label}"
+            f"{less_prompt}{label}"
         )
         faults.append(Fault("data.max_length", problem))
     for name in ("bos_token", "eos_token"):

@@ -81,11 +81,11 @@ def status(registry: Url = None, as_json: AsJson = False) -> None:
     """What is spent of every budget: the runs composed, and the sum of their ε's beside it."""
     from privtrain.registry import printing, views
 
-    found = views.budgets(_open(registry, read_only=True).database)
+    budgets = views.budgets(_open(registry, read_only=True).database)
     if as_json:
-        _echo_json([dataclasses.asdict(view) for view in found])
+        _echo_json([dataclasses.asdict(view) for view in budgets])
     else:
-        printing.print_budgets(found)
+        printing.print_budgets(budgets)
 
 
 @app.command("runs")
@@ -93,11 +93,11 @@ def runs(registry: Url = None, as_json: AsJson = False) -> None:
     """Every reservation: what it may spend, what it did spend, and whether its run is alive."""
     from privtrain.registry import printing, views
 
-    found = views.runs(_open(registry, read_only=True).database)
+    reservations = views.runs(_open(registry, read_only=True).database)
     if as_json:
-        _echo_json([dataclasses.asdict(view) for view in found])
+        _echo_json([dataclasses.asdict(view) for view in reservations])
     else:
-        printing.print_runs(found)
+        printing.print_runs(reservations)
 
 
 @app.command("user")
@@ -169,14 +169,14 @@ def restored(
     database = Database(registry or default_url(), retry_seconds=10.0, read_only=not confirm)
     database.check_form()
     known = database.seen.known()
-    found = database.read(extent_of)
-    missing = database.seen.missing(known, found)
+    extent = database.read(extent_of)
+    missing = database.seen.missing(known, extent)
     if not missing:
         typer.echo(f"{database.shown} is as new as this machine knows it")
     elif not confirm:
         typer.echo(f"{database.shown}: {missing} are missing; to go on without them: --confirm")
     else:
-        database.seen.accept(found)
+        database.seen.accept(extent)
         typer.echo(
             f"{database.shown}: going on without {missing}. Set budgets and opt users out again where that "
             "was done since the backup, and start the training command of every run since again: one that is released "

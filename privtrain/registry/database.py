@@ -120,10 +120,10 @@ class Database:
         """
         self.check_form()
         known = self.seen.known()
-        found = self.read(extent_of)
-        self.seen.check(known, found)
+        extent = self.read(extent_of)
+        self.seen.check(known, extent)
         if not self._read_only:
-            self.seen.note(found)
+            self.seen.note(extent)
 
     def check_form(self) -> None:
         """:meth:`prepare`, but for whether the registry is older than it was."""
@@ -136,10 +136,12 @@ class Database:
         from alembic.script import ScriptDirectory
 
         newest = ScriptDirectory.from_config(_alembic_config(None)).get_current_head()
-        found = self.read(_schema_revision)
-        if found != newest:
-            what = "no registry" if found is None else f"a registry of schema {found}, this version needs {newest}"
-            command = "init" if found is None else "upgrade"
+        revision = self.read(_schema_revision)
+        if revision != newest:
+            what = (
+                "no registry" if revision is None else f"a registry of schema {revision}, this version needs {newest}"
+            )
+            command = "init" if revision is None else "upgrade"
             raise PrivtrainError(f"{self.shown} holds {what}; run: privtrain registry {command}")
 
     def upgrade(self) -> None:
@@ -221,8 +223,8 @@ class Database:
             self.seen.check(known, extent_of(connection))
             return work(connection), extent_of(connection)
 
-        result, found = self._retry(guarded, write=True)
-        self.seen.note(found)
+        result, extent = self._retry(guarded, write=True)
+        self.seen.note(extent)
         return result
 
     def close(self) -> None:

@@ -84,13 +84,15 @@ class SeenFile:
         if not self.path.exists() and not self.path.is_symlink():
             return {}
         remedy = "restore it, or remove it if you know that the registry was not restored from a backup"
-        found = reading.read_json(self.path, remedy=remedy, max_bytes=1 << 20)
+        content = reading.read_json(self.path, remedy=remedy, max_bytes=1 << 20)
         numbers = [
-            number for counts in found.values() for number in (counts.values() if isinstance(counts, dict) else [None])
+            number
+            for counts in content.values()
+            for number in (counts.values() if isinstance(counts, dict) else [None])
         ]
         if not all(type(number) is int for number in numbers):
             raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
-        return found
+        return content
 
     def missing(self, known: dict[str, dict[str, int]], found: Extent) -> str:
         """Return in words what a registry lacks of what was seen; empty if nothing."""

@@ -35,22 +35,24 @@ class Snapshot:
 
 def snapshot_of(connection: sa.Connection, request: RunRequest, manifest: str) -> Snapshot:
     """Read the budgets of a run's data set; raise if it is unknown, has none, or is of another unit or name."""
-    found = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
+    dataset = connection.execute(sa.select(Dataset).where(Dataset.name == request.dataset)).one_or_none()
     command = f"privtrain registry budget set {request.dataset} --epsilon E --delta D --per user"
-    if found is None:
+    if dataset is None:
         raise PrivtrainError(f"registry.dataset: the registry knows no data set {request.dataset!r}; run: {command}")
     # The version first: whatever is charged after this line makes the reservation fail.
-    version = connection.execute(sa.select(Population.version).where(Population.id == found.population_id)).scalar_one()
-    if request.unit != found.unit:
+    version = connection.execute(
+        sa.select(Population.version).where(Population.id == dataset.population_id)
+    ).scalar_one()
+    if request.unit != dataset.unit:
         raise PrivtrainError(
-            f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {found.unit}, and a "
-            f"guarantee for one {request.unit} is none for one {found.unit}"
+            f"privacy.unit: given {request.unit}; the budgets of {request.dataset!r} are per {dataset.unit}, and a "
+            f"guarantee for one {request.unit} is none for one {dataset.unit}"
         )
-    check_unit(connection, request.dataset, found.population_id, found.unit)
-    check_name(connection, found.id, request.dataset, manifest)
+    check_unit(connection, request.dataset, dataset.population_id, dataset.unit)
+    check_name(connection, dataset.id, request.dataset, manifest)
     now = clock.now(connection)
     budgets = []
-    for row in active_budgets(connection, found.id):
+    for row in active_budgets(connection, dataset.id):
         since = None if row.period_seconds is None else now - row.period_seconds
         spent = charges(connection, population_id=row.population_id, dataset_id=row.dataset_id, since=since)
         name = row.population if row.scope == "user" else row.dataset
@@ -58,7 +60,7 @@ def snapshot_of(connection: sa.Connection, request: RunRequest, manifest: str) -
         budgets.append((key, Limit(row.epsilon, row.delta, spent)))
     if not budgets:
         raise PrivtrainError(f"the data set {request.dataset!r} has no budget; run: {command}")
-    return Snapshot(found.id, found.population_id, version, tuple(budgets))
+    return Snapshot(dataset.id, dataset.population_id, version, tuple(budgets))
 
 
 def active_budgets(connection: sa.Connection, dataset_id: int | None = None) -> Sequence[Any]:

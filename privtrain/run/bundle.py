@@ -203,7 +203,7 @@ def compare_files(
         What does not hold, and the paths of harmless files that are not part of the release.
     """
     faults, beside = [], []
-    found = set(files_under(directory, skipped))
+    present = set(files_under(directory, skipped))
     for path, digest in expected.items():
         try:
             if sha256_of(directory / path) != digest:
@@ -214,7 +214,7 @@ def compare_files(
             faults.append(FileFault(path, f"cannot be read: {error.strerror or error}"))
     # In a run, the released directory has a release.json and harmless files of its own.
     tops = ("", *(prefix for prefix in ("adapter/", "model/") if any(path.startswith(prefix) for path in expected)))
-    for path in sorted(found - set(expected) - set(own)):
+    for path in sorted(present - set(expected) - set(own)):
         if any(path.startswith(top) and is_harmless(path.removeprefix(top)) for top in tops):
             beside.append(path)
         else:

@@ -68,16 +68,16 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
 def _form_problem(statement: dict[str, Any]) -> str:
     """Return what has another type than a statement's, of all that does not follow from the plan; empty if nothing."""
     try:
-        found = PrivacyStatement.model_validate(statement)
+        parsed = PrivacyStatement.model_validate(statement)
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or 'private'}: {first['msg']}"
     software, num_model_steps = statement.get("software"), statement.get("steps_of_the_model")
     if not isinstance(software, dict) or not software or not all(isinstance(value, str) for value in software.values()):
         return "software: names no version"
-    if type(num_model_steps) is not int or not 0 <= num_model_steps <= found.steps_released:
+    if type(num_model_steps) is not int or not 0 <= num_model_steps <= parsed.steps_released:
         return f"steps_of_the_model is {_short(num_model_steps)}; must be at most steps_released"
-    if found.ledger is None or not num_model_steps <= found.ledger.num_commits <= found.steps_released:
+    if parsed.ledger is None or not num_model_steps <= parsed.ledger.num_commits <= parsed.steps_released:
         return "ledger.num_commits: must be at least steps_of_the_model and at most steps_released"
     return ""
 

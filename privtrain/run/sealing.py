@@ -58,12 +58,12 @@ def read_sealed_file(
         GuaranteeLost: if the run's root key is gone.
     """
     content = reading.read_bytes(path, remedy=remedy)
-    found = reading.parse_json(content, path, remedy=remedy)
-    if schema is not None and found.get("schema") != schema:
+    facts = reading.parse_json(content, path, remedy=remedy)
+    if schema is not None and facts.get("schema") != schema:
         raise DamagedFile(path, f"has another schema than {schema!r}", remedy)
-    if b"".join(json_pieces(found)) != content:
+    if b"".join(json_pieces(facts)) != content:
         raise DamagedFile(path, "is not in the form in which it is written: it was altered or damaged", remedy)
-    seal = found.get(SEAL)
-    if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), seal_of(run, path, found).encode()):
+    seal = facts.get(SEAL)
+    if not isinstance(seal, str) or not hmac.compare_digest(seal.encode(), seal_of(run, path, facts).encode()):
         raise DamagedFile(path, "does not match its seal: it was altered, or belongs to another run or place", remedy)
-    return found
+    return facts

@@ -37,7 +37,7 @@ def read_sources(run: RunDirectory) -> tuple[str, ...]:
     Raises:
         DamagedFile: if they are missing or not as they were sealed.
     """
-    found: Any = read_sealed_file(run, run.sources, schema=SCHEMA, remedy="restore it").get("files")
-    if not isinstance(found, list):
+    sources: Any = read_sealed_file(run, run.sources, schema=SCHEMA, remedy="restore it").get("files")
+    if not isinstance(sources, list):
         raise DamagedFile(run.sources, "holds no digests", "restore it")
-    return tuple(found)
+    return tuple(sources)

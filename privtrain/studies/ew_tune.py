@@ -188,25 +188,25 @@ class _Group:
         return self.setting.true_epsilon(self.trained_with(results, method))
 
     def numbers(self, results: Results, methods: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        numbers_by_method: dict[str, Any] = {}
         for method in methods:
             trained, accuracy = self.trained_with(results, method), self.accuracy(results, method)
-            found[method] = {
+            numbers_by_method[method] = {
                 "noise_multiplier": self.setting.noise(method),
                 "noise_multiplier_trained": trained,
                 "epsilon_spent": self.setting.true_epsilon(trained),
                 "accuracy": None if accuracy is None else accuracy.to_json(),
             }
-        return found
+        return numbers_by_method
 
 
 def _groups(results: Results) -> list[_Group]:
-    found: dict[tuple[tuple[str, str], ...], _Group] = {}
+    groups: dict[tuple[tuple[str, str], ...], _Group] = {}
     for cell in results.planned:
         values = {axis: value for axis, value in cell.values.items() if axis != "accountant"}
         setting = _setting(cell.tree["privacy"], results.recipe.settings)
-        found.setdefault(tuple(values.items()), _Group(values, setting))
-    return list(found.values())
+        groups.setdefault(tuple(values.items()), _Group(values, setting))
+    return list(groups.values())
 
 
 def _setting(privacy: Mapping[str, Any], settings: Mapping[str, Any]) -> Setting:

@@ -65,13 +65,13 @@ class CellResult:
 
     @functools.cached_property
     def _metrics(self) -> dict[str, list[tuple[int, float]]]:
-        found: dict[str, list[tuple[int, float]]] = {}
+        by_name: dict[str, list[tuple[int, float]]] = {}
         for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             for name, value in row.items():
                 if isinstance(value, int | float):
-                    found.setdefault(name, []).append((row["train/step"], value))
-        return found
+                    by_name.setdefault(name, []).append((row["train/step"], value))
+        return by_name
 
     def metric(self, name: str) -> float:
         """Return the last value of a released metric.
@@ -116,8 +116,8 @@ class Results:
 
     def estimate(self, measure: Measure, **values: str) -> Estimate | None:
         """Return the mean over the seeds of these axis values; ``None`` if nothing of them is complete."""
-        found = [_measured(result, measure) for result in self.where(**values)]
-        return Estimate(tuple(found)) if found else None
+        measured = [_measured(result, measure) for result in self.where(**values)]
+        return Estimate(tuple(measured)) if measured else None
 
     def difference(self, measure: Measure, first: Mapping[str, str], second: Mapping[str, str]) -> Estimate | None:
         """Return the mean of first minus second, paired by seed; ``None`` if no seed has both."""

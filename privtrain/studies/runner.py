@@ -112,8 +112,8 @@ class Study:
     def results(self) -> Results:
         """Return what is complete, in the order of the grid."""
         runs = {job.digest: job.run for job in self.jobs if job.state() == "complete"}
-        found = [CellResult(cell, runs[cell.digest]) for cell in self.cells if cell.digest in runs]
-        return Results(self.recipe, found, self.cells)
+        complete = [CellResult(cell, runs[cell.digest]) for cell in self.cells if cell.digest in runs]
+        return Results(self.recipe, complete, self.cells)
 
 
 def run_study(name: str, options: StudyOptions) -> None:

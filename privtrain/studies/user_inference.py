@@ -102,9 +102,9 @@ def find(results: Results) -> Findings:
             *results.recipe.settings.get("notes", []),
         ],
         numbers={
-            method: {"auroc": found.to_json()}
+            method: {"auroc": estimate.to_json()}
             for method in results.values_of("method")
-            if (found := results.estimate(auroc, method=method)) is not None
+            if (estimate := results.estimate(auroc, method=method)) is not None
         },
     )
 
@@ -214,12 +214,12 @@ def judge_no_effect(claim: Statement, difference: Estimate | None) -> Claim:
 def _mitigations(results: Results) -> Table:
     rows = []
     for method in results.values_of("method"):
-        found = results.estimate(auroc, method=method)
-        if found is None or method in _settings(results)[2]:
+        estimate = results.estimate(auroc, method=method)
+        if estimate is None or method in _settings(results)[2]:
             continue
         ones = [results.estimate(measure, method=method) for measure in (tpr(0.01), tpr(0.1), PERPLEXITY)]
         rows.append(
-            [_name(method), found.text(), *(one.text() if one else "" for one in ones), _guarantee(results, method)]
+            [_name(method), estimate.text(), *(one.text() if one else "" for one in ones), _guarantee(results, method)]
         )
     columns = ("training", "AUROC", "TPR at FPR 1 %", "TPR at FPR 10 %", "held-out perplexity", "guarantee")
     note = f"Means over seeds with 95 % t-intervals. The paper without mitigation: {PAPER_AUROC}."
@@ -249,9 +249,9 @@ def _dependences(results: Results) -> list[Table]:
             rows.append([title, at, Estimate(tuple(p["auroc"] for p in points)).text()])
     tables = [Table("What raises it, without mitigation", ("what", "value", "AUROC"), rows)] if rows else []
     planted = [
-        [str(length), found.text()]
+        [str(length), estimate.text()]
         for method, length in canaries.items()
-        if (found := results.estimate(canary_auroc, method=method)) is not None
+        if (estimate := results.estimate(canary_auroc, method=method)) is not None
     ]
     if planted:
         tables.append(Table("Planted users", ("tokens shared by all documents of a user", "AUROC"), planted))

@@ -82,7 +82,7 @@ class _View:
         planned = self.planned("k", method=method, epsilon=epsilon, selection="random")
         if not all(self.is_complete(method, k, epsilon) for k in planned):
             return None  # the best of a part is not the best
-        means = {k: found.mean for k in planned if (found := self.perplexity(method, k, epsilon)) is not None}
+        means = {k: estimate.mean for k in planned if (estimate := self.perplexity(method, k, epsilon)) is not None}
         return min(means, key=means.__getitem__) if means else None
 
     def planned(self, axis: str, **values: str) -> list[str]:
@@ -92,8 +92,8 @@ class _View:
 
     def is_complete(self, method: str, k: str, epsilon: str, selection: str = "random") -> bool:
         """Return whether every seed is there."""
-        found = self.perplexity(method, k, epsilon, selection)
-        return found is not None and found.n == len(self.results.recipe.seeds)
+        estimate = self.perplexity(method, k, epsilon, selection)
+        return estimate is not None and estimate.n == len(self.results.recipe.seeds)
 
     def best(self, method: str, epsilon: str) -> Estimate | None:
         """Return its perplexity."""
@@ -111,8 +111,8 @@ class _View:
 
     def noise(self, method: str, k: str, epsilon: str) -> float | None:
         """Noise multiplier of the complete cells."""
-        found = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
-        return None if found is None else found.mean
+        estimate = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
+        return None if estimate is None else estimate.mean
 
     def claims(self) -> list[Claim]:
         """Return the papers' claims, judged."""
@@ -216,8 +216,8 @@ class _View:
         return Table(f"Held-out perplexity{self.words}", columns, rows, note)
 
     def _entry(self, method: str, k: str, epsilon: str) -> str:
-        found, noise = self.perplexity(method, k, epsilon), self.noise(method, k, epsilon)
-        return "" if found is None else f"{found.text(2)}, σ {noise:.3g}"
+        estimate, noise = self.perplexity(method, k, epsilon), self.noise(method, k, epsilon)
+        return "" if estimate is None else f"{estimate.text(2)}, σ {noise:.3g}"
 
     def _absence(self, method: str, k: str, epsilon: str) -> str:
         is_planned = epsilon in self.planned("epsilon", method=method, k=k, selection="random")
@@ -271,11 +271,11 @@ class _View:
             return []
         series = []
         for method in ("group", "user"):
-            found = [
+            points = [
                 (place, self.perplexity(method, self.selection_k, self.selection_epsilon, selection))
                 for place, selection in enumerate(self.selections)
             ]
-            series.append(self._series(method, found))
+            series.append(self._series(method, points))
         kept = [one for one in series if one.x]
         if not kept:
             return []
@@ -290,11 +290,11 @@ class _View:
         rows = []
         for cell in dict.fromkeys(tuple(c.values.items()) for c in self.results.planned):
             values = dict(cell)
-            found = self.results.estimate(_PERPLEXITY, **values)
-            if found is not None and all(values[axis] == value for axis, value in self.values.items()):
+            estimate = self.results.estimate(_PERPLEXITY, **values)
+            if estimate is not None and all(values[axis] == value for axis, value in self.values.items()):
                 noise = self.results.estimate(_noise_multiplier, **values)
                 rows.append(
-                    {**values, "perplexity": found.to_json(), "noise_multiplier": noise.mean if noise else None}
+                    {**values, "perplexity": estimate.to_json(), "noise_multiplier": noise.mean if noise else None}
                 )
         return rows
 
@@ -305,8 +305,8 @@ def _noise_multiplier(result: CellResult) -> float:
 
 def _other_values(results: Results) -> list[dict[str, str]]:
     known = ("method", "k", "epsilon", "selection")
-    found = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
-    return [dict(values) for values in sorted(found)]
+    distinct = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
+    return [dict(values) for values in sorted(distinct)]
 
 
 def _with(claim: Claim, words: str) -> Claim:

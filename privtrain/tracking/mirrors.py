@@ -164,9 +164,9 @@ def _read(path: pathlib.Path) -> dict[str, int]:
 
 def _rows_of(run: RunDirectory) -> list[Row]:
     """Return the rows of ``metrics.jsonl`` as it was opened: without those that will be logged again."""
-    found = []
+    rows = []
     for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []:
         row = json.loads(line)
         step = row.pop("train/step")
-        found.append((step, row))
-    return found
+        rows.append((step, row))
+    return rows

@@ -44,16 +44,18 @@ def sums(plan: PrivacyPlan, counts: ClippingDiagnostics) -> dict[str, int]:
 
     A loss that is not a number counts as the largest: it says nothing of how large it would be.
     """
-    found = {}
+    totals = {}
     for auxiliary_sum in plan.auxiliary_sums:
         if auxiliary_sum.name == WITHIN_NORM:
-            found[auxiliary_sum.name] = sum(_on_grid(share - 0.5) for share in counts.shares_within)
+            totals[auxiliary_sum.name] = sum(_on_grid(share - 0.5) for share in counts.shares_within)
         else:
             assert auxiliary_sum.name == LOSS
             assert plan.noised_metrics is not None
             low, high = plan.noised_metrics.loss_range
-            found[auxiliary_sum.name] = sum(_on_grid(_centred(loss, low, high)) for loss in counts.unit_losses.values())
-    return found
+            totals[auxiliary_sum.name] = sum(
+                _on_grid(_centred(loss, low, high)) for loss in counts.unit_losses.values()
+            )
+    return totals
 
 
 def reduced(plan: PrivacyPlan, counts: ClippingDiagnostics, backend: Backend) -> dict[str, int]:
@@ -99,11 +101,11 @@ def metrics(plan: PrivacyPlan, released: Mapping[str, float]) -> dict[str, float
         return {}
     low, high = plan.noised_metrics.loss_range
     stddevs = plan.metric_stddevs
-    found = {}
+    values = {}
     for metric in plan.noised_metrics.release:
         value = (low + high) / 2 + (high - low) * released[LOSS] if metric == "loss" else 1 - share_within(released)
-        found |= {f"noised/{metric}": value, f"noised/{metric}_stddev": stddevs[metric]}
-    return found
+        values |= {f"noised/{metric}": value, f"noised/{metric}_stddev": stddevs[metric]}
+    return values
 
 
 def _centred(loss: float, low: float, high: float) -> float:

@@ -54,12 +54,12 @@ class GradientCanaries:
 
     def _gradient(self, user: str, layout: Layout, norm: float) -> dict[str, torch.Tensor]:
         size = norm / math.sqrt(layout.num_coordinates)
-        found = {}
+        tensors = {}
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
             parts = [signs(self._key, user, slot.name, number, num) for number, _, num in blocks(slot.num_coordinates)]
             values = torch.from_numpy(np.concatenate(parts)).to(parameter.device)
-            found[slot.name] = values.float().mul_(size).view(slot.shape)
-        return found
+            tensors[slot.name] = values.float().mul_(size).view(slot.shape)
+        return tensors
 
 
 def check_placement(num_gradient_users: int, placement: Placement) -> None:

@@ -107,11 +107,11 @@ def _losses(
         return dict(zip(wanted, values, strict=True))
     if backend.is_main:
         say(f"scoring records under the model before training, for {inputs.plan.selection}")
-    found = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
+    losses = dict(zip(wanted, _scored(wanted, corpus, backend, network), strict=True))
     with backend.main_alone():
         if backend.is_main and cache is not None:
-            write_json(cache, {"losses": [[u, i, loss] for (u, i), loss in found.items()]}, mode=0o600)
-    return found
+            write_json(cache, {"losses": [[u, i, loss] for (u, i), loss in losses.items()]}, mode=0o600)
+    return losses
 
 
 def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend, network: Network) -> list[float]:

@@ -46,19 +46,19 @@ _WORD_BYTES, _NUM_WORDS, _STEP = 8, 1 << 20, 6364136223846793005
 
 def snapshot(model: nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, object]:
     """Return the state of a model: place → a value or a digest of it. Equal states have equal snapshots."""
-    found: dict[str, object] = {}
-    walker = _Walker({id(module) for module in model.modules()}, found)
+    state: dict[str, object] = {}
+    walker = _Walker({id(module) for module in model.modules()}, state)
     for name, module in model.named_modules():
         for key, value in module.named_buffers(recurse=False):
-            found[_place(name, module, key)] = _tensor_digest(value)
+            state[_place(name, module, key)] = _tensor_digest(value)
         for key, value in _own_attributes(module):
             walker.walk(_place(name, module, key), value, 0)
     for name, value in parameters:
-        found[f"parameter {name!r}"] = _tensor_digest(value.detach())
-    found["random numbers of Python (random)"] = hash(random.getstate())
+        state[f"parameter {name!r}"] = _tensor_digest(value.detach())
+    state["random numbers of Python (random)"] = hash(random.getstate())
     kind, keys, *rest = np.random.get_state(legacy=True)
-    found["random numbers of NumPy (numpy.random)"] = (kind, hashlib.sha256(np.asarray(keys).tobytes()).digest(), *rest)
-    return found
+    state["random numbers of NumPy (numpy.random)"] = (kind, hashlib.sha256(np.asarray(keys).tobytes()).digest(), *rest)
+    return state
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

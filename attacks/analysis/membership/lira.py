@@ -20,8 +20,8 @@ def score(models: UnderOtherModels) -> FloatArray:
     out_mean, out_spread = models.mean_where(outside), _spread(models, outside)
     if inside.sum(axis=1).min() >= _MIN_ONLINE:
         in_mean, in_spread = models.mean_where(inside), _spread(models, inside)
-        found = scipy.stats.norm.logpdf(models.target, in_mean, in_spread)
-        return found - scipy.stats.norm.logpdf(models.target, out_mean, out_spread)
+        log_densities = scipy.stats.norm.logpdf(models.target, in_mean, in_spread)
+        return log_densities - scipy.stats.norm.logpdf(models.target, out_mean, out_spread)
     return scipy.stats.norm.logcdf(models.target, out_mean, out_spread)
 
 

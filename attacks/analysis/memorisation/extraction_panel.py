@@ -43,14 +43,14 @@ class Tally:
 
     def add(self, user: str, row: DocumentSignals, model: str, prefix: int) -> None:
         """Counts one record, if it is long enough."""
-        found = recall(row, model, prefix)
-        if found is None:
+        recalled = recall(row, model, prefix)
+        if recalled is None:
             return
         self.records[user] += 1
-        self.greedy[user] += found.greedy
-        self.near[user] += found.near
+        self.greedy[user] += recalled.greedy
+        self.near[user] += recalled.near
         for count, users in self.sampled.items():
-            users[user] += found.log_prob is not None and samples_needed(found.log_prob, PROBABILITY) <= count
+            users[user] += recalled.log_prob is not None and samples_needed(recalled.log_prob, PROBABILITY) <= count
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001

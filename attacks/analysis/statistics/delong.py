@@ -33,12 +33,12 @@ def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = in
     """
     area = auroc(held_in, held_out)
     error = math.sqrt(delong_variance(held_in, held_out))
-    found = Interval(area, area)
+    logit_interval = Interval(area, area)
     if error > 0.0:
         half_width = scipy.stats.norm.ppf((1.0 + level) / 2.0) * error / (area * (1.0 - area))
         ends = scipy.special.expit(scipy.special.logit(area) + np.array([-half_width, half_width]))
-        found = Interval(float(ends[0]), float(ends[1]))
-    return floored(found, held_in, held_out, level)
+        logit_interval = Interval(float(ends[0]), float(ends[1]))
+    return floored(logit_interval, held_in, held_out, level)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,8 +60,8 @@ def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LE
     Returns:
         An interval that covers the true proportion with probability at least ``level``.
     """
-    found = scipy.stats.binomtest(num_hits, num_trials).proportion_ci(level, method="exact")
-    return Interval(float(found.low), float(found.high))
+    ends = scipy.stats.binomtest(num_hits, num_trials).proportion_ci(level, method="exact")
+    return Interval(float(ends.low), float(ends.high))
 
 
 def perfect_separation(num_held_in: int, num_held_out: int, level: float = CONFIDENCE_LEVEL) -> Interval:

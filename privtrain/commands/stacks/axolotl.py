@@ -36,11 +36,11 @@ def _adapter(value: Any, tree: Mapping[str, Any]) -> Outcome:
 
 def _datasets(value: Any, _: Mapping[str, Any]) -> Outcome:
     entries = value if isinstance(value, list) else [value]
-    found = [_dataset(entry) for entry in entries]
-    wrong = next((outcome for outcome in found if outcome.is_refused), None)
+    datasets = [_dataset(entry) for entry in entries]
+    wrong = next((outcome for outcome in datasets if outcome.is_refused), None)
     if wrong is not None:
         return wrong
-    first, *rest = [dict(outcome.values) for outcome in found]
+    first, *rest = [dict(outcome.values) for outcome in datasets]
     if rest:
         sources = [values.pop("data.source") for values in (first, *rest)]
         if any(values != first for values in rest) or any(source["kind"] != "files" for source in sources):
