@@ -65,6 +65,16 @@ def test_issue_form_has_what_github_requires(form):
     assert all(part["type"] in {"textarea", "input"} and part["attributes"]["label"] for part in tree["body"])
 
 
+def test_no_test_has_a_name_beyond_60_characters():
+    names = [
+        name
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    ]
+    assert len(names) > 1500
+    assert [name for name in names if len(name) > 60] == []
+
+
 def test_changelog_entry_is_one_line():
     for line in (REPOSITORY / "CHANGELOG.md").read_text("utf-8").partition("\n## ")[2].splitlines()[1:]:
         assert not line or line.startswith(("- ", "### ", "## ")), line

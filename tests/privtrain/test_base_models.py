@@ -427,7 +427,7 @@ def test_what_nobody_loads_may_come_and_go(base, name):
     assert digests_in(base) == before
 
 
-def test_weights_of_a_part_that_config_json_does_not_name_are_refused(tmp_path):
+def test_weights_of_a_part_unknown_to_config_json_are_refused(tmp_path):
     """The model would be another one than the file's: fewer layers, or layers without their biases."""
     for name, shape, said in (
         ("layers", {"num_hidden_layers": 4}, {"num_hidden_layers": 2}),

@@ -146,7 +146,7 @@ def test_a_layer_without_a_rule_makes_all_ranks_work_together(monkeypatch):
         sharded(model, layout, route="batched")
 
 
-def test_a_layer_that_fails_under_hooks_makes_all_ranks_work_together(monkeypatch):
+def test_layer_that_fails_under_hooks_unites_the_ranks(monkeypatch):
     """If all have the same rows, as in the self-test; later it stops the job."""
     from privtrain.clipping import rules
 
@@ -305,7 +305,7 @@ def contribute(order: list[list[str]], sizes: dict[str, int]):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("bucket", [1, 7, 1 << 22])
-def test_contributions_of_all_ranks_add_up_in_parts_of_any_bucket(bucket, monkeypatch):
+def test_contributions_add_up_in_parts_of_any_bucket(bucket, monkeypatch):
     monkeypatch.setattr(shards, "_BUCKET", bucket)
     sizes = {"a": 7, "b": 1, "c": 4}
     first, second = run_on_ranks(2, contribute, [["c", "a", "b", "a"]] * 2, sizes)

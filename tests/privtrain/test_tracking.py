@@ -392,7 +392,7 @@ def test_mlflow_and_trackio_see_the_release_and_nothing_private(tree, tmp_path, 
     assert sent == [str(run / "privacy.json"), str(run / "adapter")]
 
 
-def test_mlflow_that_does_not_answer_costs_no_release_and_tells_no_password(tree, tmp_path, monkeypatch):
+def test_silent_mlflow_costs_no_release_and_shows_no_password(tree, tmp_path, monkeypatch):
     client, _ = install_fakes(monkeypatch)
 
     def refuse(*_):
