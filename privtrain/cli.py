@@ -107,6 +107,9 @@ def plan(
         float | None, typer.Option(help="That budget in users drawn over all steps; default: the plan's own.", min=1)
     ] = None,
     hours: Annotated[float | None, typer.Option(help="That budget in hours at --tokens-per-second.", min=0.001)] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Predict a step on GPUs, such as 8xh100: time, parts, what would shorten it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
@@ -114,7 +117,15 @@ def plan(
     from privtrain.commands.plan_view import print_plan
 
     options = PlanOptions(
-        num_users, accelerate, tokens_per_second, prices, num_ranks, optimize, user_draws=user_draws, hours=hours
+        num_users,
+        accelerate,
+        tokens_per_second,
+        prices,
+        num_ranks,
+        optimize,
+        user_draws=user_draws,
+        hours=hours,
+        cluster=cluster,
     )
     description = describe_plan(config, overrides or [], options)
     if as_json:

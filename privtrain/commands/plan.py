@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from accountants.comparison import compare
+from privtrain.commands.cluster import Cluster
+from privtrain.commands.cluster_advice import describe_cluster
 from privtrain.commands.optimize import optimize, record_draws_of, records_in_step
 from privtrain.config import Config, load_config
 from privtrain.config.privacy import PrivacySection
@@ -47,6 +49,7 @@ class PlanOptions:
         user_draws: that budget in users drawn, with the configuration's records of each; ``None`` with ``hours``, or
             where the plan's own compute is the budget.
         hours: that budget in hours at ``tokens_per_second``.
+        cluster: GPUs that a step is predicted for, such as ``8xh100``; a launch has as many processes.
 
     Raises:
         ConfigError: if that budget is not stated in full.
@@ -60,6 +63,7 @@ class PlanOptions:
     optimize: bool = False
     user_draws: float | None = None
     hours: float | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         budget = "--user-draws, --hours"
@@ -69,11 +73,14 @@ class PlanOptions:
             raise ConfigError([Fault(budget, "give one of the two")])
         if self.hours is not None and self.tokens_per_second is None:
             raise ConfigError([Fault("--hours", "needs --tokens-per-second, the throughput of one rank")])
+        if self.cluster is not None and self.num_ranks is not None:
+            raise ConfigError([Fault("--num-ranks", "give it or --cluster, which says how many GPUs there are")])
 
     def layout(self) -> LaunchLayout:
         """Return how the launch divides the model."""
         layout = LaunchLayout() if self.accelerate is None else LaunchLayout.from_accelerate(self.accelerate)
-        return layout if self.num_ranks is None else dataclasses.replace(layout, num_ranks=self.num_ranks)
+        num_ranks = self.num_ranks if self.cluster is None else Cluster.parse(self.cluster).num_ranks
+        return layout if num_ranks is None else dataclasses.replace(layout, num_ranks=num_ranks)
 
 
 def describe_plan(
@@ -102,6 +109,7 @@ def describe_plan(
         "accountants": _accountants(plan),
         "prices": [dataclasses.asdict(price) for price in prices],
         **cost,
+        "cluster": None if options.cluster is None else describe_cluster(config, plan, layout, options.cluster),
         "optimum": _optimum(config, layout, options, population["expected_training_units"], num_trained),
         "not_private_reasons": list(plan.not_private_reasons),
         "warnings": warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
@@ -240,8 +248,8 @@ def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options
     words = ["accelerate", "launch"]
     if launcher.is_file():  # outside a checkout accelerate's own defaults stand
         words += ["--config_file", str(launcher)]
-    if options.num_ranks is not None:
-        words += ["--num_processes", str(options.num_ranks)]
+    if options.num_ranks is not None or options.cluster is not None:
+        words += ["--num_processes", str(options.layout().num_ranks)]
     return shlex.join([*words, "-m", "privtrain", "train", str(config_path), *overrides])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from privtrain.commands.cluster_advice import print_cluster
 from privtrain.privacy.user_level import USER_ACCOUNTING
 
 _GIB = 2**30
@@ -25,6 +26,8 @@ def print_plan(description: dict[str, Any]) -> None:
     if description["optimum"] is not None:
         _print_optimum(console, description["optimum"])
     _print_memory(console, description)
+    if description["cluster"] is not None:
+        print_cluster(console, description["cluster"])
     for reason in description["not_private_reasons"]:
         console.print(f"[bold red]NOT PRIVATE[/]: {reason}")
     for warning in description["warnings"]:

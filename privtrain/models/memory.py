@@ -97,7 +97,7 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
 
     is_full = config.training.releases_model
     dtype = torch.float32 if is_full or config.performance.precision == "fp32" else torch.bfloat16
-    model, base = _meta_model(config, dtype)
+    model, base = meta_model(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     parameters = layout.num_ranks if layout.shards_parameters else 1
@@ -124,7 +124,12 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     return ModelSize(trained, {**parts, "activations": activations, "logits": logits})
 
 
-def _meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
+def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the model of a configuration with what is trained of it, and its base, without values.
+
+    Raises:
+        ConfigError: if the model's config cannot be loaded.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -1,0 +1,135 @@
+"""``privtrain plan --cluster``: the predicted step, and which setting would shorten it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from privtrain.commands.cluster import Cluster, Job, Prediction, predict
+from privtrain.config import Config
+from privtrain.models.memory import LaunchLayout, model_size
+from privtrain.privacy.plan import PrivacyPlan
+
+#: Of a GPU's memory: the framework, workspaces and fragments take the rest.
+_USABLE_MEMORY = 0.85
+#: A setting is named where it shortens the step by at least this, relative.
+_WORTHWHILE = 0.02
+_NUM_SHOWN = 3
+#: What grows with the rows of a microbatch.
+_BY_ROW = ("activations", "logits", "gradients of units")
+
+
+def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cluster_text: str) -> dict[str, Any]:
+    """Return the predicted step on a cluster, and settings that would shorten it, the best first.
+
+    Args:
+        config: a valid configuration; the model's own config must be at hand, its weights need not.
+        plan: its plan.
+        layout: how the launch divides the model.
+        cluster_text: such as ``8xh100``.
+
+    Raises:
+        ConfigError: if there is no such cluster, or the model's config cannot be loaded.
+    """
+    from privtrain.models.work import count_work  # imports torch
+
+    cluster = Cluster.parse(cluster_text)
+    layout = dataclasses.replace(layout, num_ranks=cluster.num_ranks)
+    is_full, performance = config.training.releases_model, config.performance
+    job = Job(
+        count_work(config),
+        layout,
+        plan.expected_batch_size,
+        plan.records_per_unit,
+        performance.microbatch_size,
+        is_full,
+        performance.gradient_checkpointing,
+        _is_two_pass(performance.clipping_route, is_full, checkpoints=performance.gradient_checkpointing),
+    )
+    found = predict(job, cluster)
+    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
+    memory = model_size(config, layout, num_bands).memory_bytes
+    usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
+    changes = list(_changes(job, memory))
+    if job.checkpoints:
+        kept = performance.model_copy(update={"gradient_checkpointing": False})
+        size = model_size(config.model_copy(update={"performance": kept}), layout, num_bands).memory_bytes
+        is_two_pass = _is_two_pass(performance.clipping_route, is_full, checkpoints=False)
+        other = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
+        setting = "performance.gradient_checkpointing: false"
+        changes.append((setting, other, sum(size.values())))
+        changes += [(f"{setting}, {more}", both, num_bytes) for more, both, num_bytes in _changes(other, size)]
+    return {
+        "cluster": f"{cluster.num_ranks} x {cluster.name.upper()}",
+        "predicted_step_seconds": found.seconds,
+        "predicted_run_hours": found.seconds * plan.num_steps / 3600,
+        "predicted_parts_seconds": found.parts,
+        "predicted_plain_parts_seconds": found.plain_parts,
+        "predicted_overhead": found.overhead,
+        "predicted_efficiency": found.efficiency,
+        "memory_bytes": sum(memory.values()),
+        "usable_memory_bytes": usable,
+        "faster_settings": [
+            {"setting": setting, "predicted_step_seconds": other.seconds, "memory_bytes": num_bytes}
+            for setting, other, num_bytes in _faster(changes, cluster, found, usable)
+        ],
+    }
+
+
+def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:
+    return route == "two_pass" or (route == "auto" and is_full and checkpoints)
+
+
+def _faster(
+    changes: list[tuple[str, Job, int]], cluster: Cluster, found: Prediction, usable: float
+) -> list[tuple[str, Prediction, int]]:
+    candidates = [(setting, predict(other, cluster), size) for setting, other, size in changes]
+    worthwhile = [
+        (setting, other, size)
+        for setting, other, size in candidates
+        if size <= usable and other.seconds < (1 - _WORTHWHILE) * found.seconds
+    ]
+    return sorted(worthwhile, key=lambda item: item[1].seconds)[:_NUM_SHOWN]
+
+
+def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]:
+    """Yield a setting, the job with it, and its memory of one rank."""
+    for factor in (2, 4, 8):
+        rows = factor * job.microbatch_size
+        size = sum(num_bytes * (factor if part in _BY_ROW else 1) for part, num_bytes in memory.items())
+        if rows <= job.num_units * job.records_per_unit / job.layout.num_ranks:
+            yield f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size
+    layout = job.layout
+    if layout.shards_parameters and not job.is_full:
+        # Each rank then holds the whole base; of an adapter the sum is cut in parts all the same.
+        size = sum(n * (layout.num_ranks if part == "frozen base" else 1) for part, n in memory.items())
+        replicated = dataclasses.replace(layout, shards_parameters=False, shards_gradients=False)
+        yield "launch/accelerate/zero1.yaml", dataclasses.replace(job, layout=replicated), size
+
+
+def print_cluster(console: Console, d: dict[str, Any]) -> None:
+    """The predicted step as a table, and the settings that would shorten it."""
+    table = Table(f"predicted step on {d['cluster']}", "seconds", "of plain training")
+    plain = d["predicted_plain_parts_seconds"]
+    for part, seconds in d["predicted_parts_seconds"].items():
+        if seconds or plain.get(part):
+            table.add_row(part, f"{seconds:.4f}", f"{plain[part]:.4f}" if part in plain else "")
+    table.add_row("[bold]together[/]", f"[bold]{d['predicted_step_seconds']:.4f}[/]", f"{sum(plain.values()):.4f}")
+    console.print(table)
+    console.print(
+        f"predicted overhead over plain training {100 * d['predicted_overhead']:.1f} %, efficiency "
+        f"{100 * d['predicted_efficiency']:.0f} %, run {d['predicted_run_hours']:.2f} hours, if every record is as "
+        "long as data.max_length; from counted work and published peaks, not measured"
+    )
+    if d["memory_bytes"] > d["usable_memory_bytes"]:
+        sizes = f"{d['memory_bytes'] / 2**30:.1f} of {d['usable_memory_bytes'] / 2**30:.1f} GiB"
+        console.print(f"[yellow]warning[/]: a rank is estimated to need {sizes} that a GPU has to give")
+    for other in d["faster_settings"]:
+        console.print(
+            f"faster with {other['setting']}: predicted {other['predicted_step_seconds']:.4f} s, "
+            f"{other['memory_bytes'] / 2**30:.1f} GiB a rank"
+        )

@@ -1,0 +1,113 @@
+"""What one row costs to compute: operations, kernels and layers, counted on torch's meta device, without weights.
+
+One forward and one backward pass of the real architecture are recorded there. Attention is counted whole, though
+kernels that know that it is causal leave half of it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from privtrain.config import Config
+from privtrain.models.memory import meta_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Counts for one row of ``num_tokens`` tokens.
+
+    Attributes:
+        num_tokens: tokens of the row.
+        forward_flops: of the forward pass; a multiplication and an addition are two.
+        activation_flops: of the backward pass without the gradients of weights.
+        weight_shapes: [outputs, inputs] of each trained matrix that tokens are multiplied by.
+        num_trained: trained parameters.
+        num_trained_tensors: trained tensors.
+        num_frozen: parameters that are not trained.
+        num_kernels: of the forward and backward pass.
+    """
+
+    num_tokens: int
+    forward_flops: float
+    activation_flops: float
+    weight_shapes: tuple[tuple[int, int], ...]
+    num_trained: int
+    num_trained_tensors: int
+    num_frozen: int
+    num_kernels: int
+
+    @property
+    def weight_flops(self) -> float:
+        """Operations for the gradients of trained matrices, each multiplied out once."""
+        return 2.0 * self.num_tokens * sum(p * d for p, d in self.weight_shapes)
+
+    @property
+    def plain_flops(self) -> float:
+        """Operations of a forward and a backward pass without privacy."""
+        return self.forward_flops + self.activation_flops + self.weight_flops
+
+
+def count_work(config: Config) -> Work:
+    """Count one row of ``data.max_length`` tokens of a configuration's model.
+
+    Raises:
+        ConfigError: if the model's config cannot be loaded.
+    """
+    dtype = torch.float32 if config.training.releases_model else torch.bfloat16
+    model, base = meta_model(config, dtype)
+    return count_model(model, base.dtype, config.data.max_length)
+
+
+def count_model(model: Any, dtype: torch.dtype, num_tokens: int) -> Work:
+    """Count one row of a model on the meta device."""
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    # A ready-made mask: transformers would look into the values of one that it makes itself.
+    mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=dtype, device="meta")
+    kernels = _Kernels()
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with kernels, forward:
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = logits.float().log_softmax(-1).sum()
+    with kernels, backward:
+        loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    shapes = tuple(
+        (int(module.weight.shape[0]), int(module.weight.shape[1]))
+        for module in model.modules()
+        if _multiplies(module) and module.weight.requires_grad
+    )
+    weight_flops = 2 * num_tokens * sum(p * d for p, d in shapes)
+    return Work(
+        num_tokens,
+        forward.get_total_flops(),
+        backward.get_total_flops() - weight_flops,
+        shapes,
+        sum(p.numel() for p in trained),
+        len(trained),
+        sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        kernels.count,
+    )
+
+
+def _multiplies(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts operations that compute something: views of a tensor cost no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
