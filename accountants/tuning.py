@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import dp_accounting
 from dp_accounting import dp_event
+from scipy import optimize
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import phased_event
@@ -43,6 +44,44 @@ def tuning_event(event: dp_accounting.DpEvent, *, mean_runs: float, shape: str =
     if not mean_runs >= 1:
         raise ValueError(f"mean_runs={mean_runs} must be at least 1")
     return dp_event.RepeatAndSelectDpEvent(event, mean_runs, SHAPES[shape])
+
+
+def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
+    """Return the number of runs at which the distribution function passes ``uniform``.
+
+    With a uniform on a grid of 2**-52 the number has the distribution of :func:`tuning_event` up to a total variation
+    of 2**-52 a value.
+
+    Args:
+        uniform: strictly between 0 and 1, secret: the guarantee needs that nobody learns the number.
+        mean_runs: the expected number of runs, at least 1.
+        shape: ``"logarithmic"`` or ``"geometric"``, which draw at least one run.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+    if not 0 < uniform < 1 or not mean_runs >= 1 or shape not in ("logarithmic", "geometric"):
+        raise ValueError(f"uniform={uniform}, mean_runs={mean_runs}, shape={shape!r}: not a number of runs")
+    if mean_runs == 1:
+        return 1
+    if shape == "geometric":
+        return max(1, math.ceil(math.log1p(-uniform) / math.log1p(-1 / mean_runs)))
+    stop = _stop_of_logarithmic(mean_runs)
+    term, below, count = (1 - stop) / -math.log(stop), 0.0, 1
+    while below + term < uniform and term > 0:
+        below += term
+        term *= (1 - stop) * count / (count + 1)
+        count += 1
+    return count
+
+
+def _stop_of_logarithmic(mean_runs: float) -> float:
+    """Return g, where P(k) = (1 - g)^k / (k log(1/g)) has the mean (1/g - 1) / log(1/g)."""
+
+    def off(log_stop: float) -> float:
+        return math.expm1(-log_stop) / -log_stop - mean_runs
+
+    return math.exp(float(optimize.brentq(off, -700.0, -1e-9, xtol=1e-13)))
 
 
 def individual_epsilon(

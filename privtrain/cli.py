@@ -155,6 +155,21 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     run_training(config, overrides or [])
 
 
+@app.command()
+def tune(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="Settings of a candidate, e.g. 'training.learning_rate=0.003'; may be repeated."),
+    ] = None,
+) -> None:
+    """Train a secret number of trials and release the best on public rows; ε is that of the whole procedure."""
+    from privtrain.job.tune import tune as run_tuning
+
+    run_tuning(config, overrides or [], candidates or [])
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
     command: Annotated[list[str], typer.Argument(help="e.g. accelerate launch ... -m privtrain train CONFIG")],

@@ -151,6 +151,8 @@ def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | 
     """Scheme, noise multiplier, steps and records a unit, where the statement holds all that an accountant needs."""
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
+    if statement.tuning is not None:
+        return None  # the best of several runs is no single mechanism: the stated pair stands alone
     if statement.mechanism.kind != "gaussian" or not noise_multiplier or not num_steps or not num_records:
         return None
     scheme = scheme_from_statement(statement.sampling.model_dump())

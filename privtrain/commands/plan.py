@@ -114,7 +114,11 @@ def describe_plan(
         "not_private_reasons": list(plan.not_private_reasons),
         "warnings": warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
         + (learning_rate_warnings(config, plan, num_trained) if num_trained else []),
-        "launch": _launch_command(config_path, overrides, options),
+        "launch": (
+            _launch_command(config_path, overrides, options)
+            if plan.tuning is None
+            else shlex.join(["privtrain", "tune", str(config_path), *overrides, "--try", "KEY=VALUE ..."])
+        ),
     }
 
 
@@ -156,6 +160,7 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
         "user_accounting": plan.user_accounting.name,
         "records_per_user_in_training_set": plan.records_per_user,
         "selection": plan.selection,
+        "tuning": None if plan.tuning is None else dataclasses.asdict(plan.tuning),
         "records_per_unit": plan.records_per_unit,
         "neighboring_relation": plan.neighboring_relation,
         "sampling": plan.sampling,
@@ -194,6 +199,8 @@ def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return []
     event = plan.event_of_steps(plan.num_steps)
+    if plan.tuning is not None:
+        return [row.to_json() for row in compare(event, plan.delta, ["rdp"])]  # no other knows the choice of a run
     names = _COMPARED if plan.sampling in _PRICED else plan.scheme.accountants
     return [row.to_json() for row in compare(event, plan.delta, names)]
 

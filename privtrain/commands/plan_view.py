@@ -59,6 +59,11 @@ def _plan_table(d: dict[str, Any]) -> Table:
         "sampling", f"{d['sampling']}, probability {d['sampling_prob']:g}, batch {d['expected_batch_size']:g}"
     )
     table.add_row("steps", f"{d['num_steps']}; a unit joins about {d['expected_steps_per_unit']:g}")
+    if d["tuning"]:
+        trials = (
+            f"{d['tuning']['distribution']}, {d['tuning']['mean_trials']:g} expected; ε is for all of them together"
+        )
+        table.add_row("trials to choose from", trials)
     table.add_row("clipping norm", f"{d['clipping_norm']:g} ({d['clipping_style']}, joint over a unit's records)")
     table.add_row("noise multiplier", f"{d['noise_multiplier']:g}{_bands_text(d)}")
     if d["noised_metrics"]:

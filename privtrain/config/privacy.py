@@ -48,6 +48,18 @@ class AdaptiveClippingSection(Section):
     )
 
 
+class TuningSection(Section):
+    """Choosing the best of a random number of runs, for ``privtrain tune``: ε is that of the whole procedure."""
+
+    mean_trials: float = Field(
+        default=5.0, ge=1, le=1000, description="Expected number of trials; how many there are is drawn in secret."
+    )
+    distribution: Literal["geometric", "logarithmic"] = Field(
+        default="geometric",
+        description="Of that number. logarithmic needs less noise for the same mean, and draws one trial more often.",
+    )
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -168,6 +180,11 @@ class PrivacySection(Section):
     noised_metrics: NoisedMetricsSection | None = Field(
         default=None, description="Release loss and clip fraction through the mechanism; {} takes the defaults."
     )
+    tuning: TuningSection | None = Field(
+        default=None,
+        description="Train a random number of trials and release the best on data.evaluation, within ε; {} takes the "
+        "defaults. Started with privtrain tune.",
+    )
     target_epsilon: float | None = Field(
         default=None, gt=0, description="ε that the noise is calibrated to; or give noise_multiplier."
     )
@@ -183,7 +200,7 @@ class PrivacySection(Section):
     accountant: Accountant | None = Field(
         default=None,
         description="Accountant that certifies ε, tilted also at tiny δ. Default: pld, or allocation for "
-        "random_allocation (pip install 'privtrain[allocation]').",
+        "random_allocation (pip install 'privtrain[allocation]'), or rdp for tuning.",
     )
     insecure_seed: int | None = Field(
         default=None, ge=0, description="Seed for tests in place of a secret; marks the run as not private everywhere."
@@ -212,6 +229,13 @@ class PrivacySection(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
+    def _default_accountant(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tuning") is not None and values.get("accountant") is None:
+            return {**values, "accountant": "rdp"}
+        return values
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
     def _default_bands(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("noise") != "banded":
             return values
@@ -223,6 +247,8 @@ class PrivacySection(Section):
         yield from self._sampling_conflicts()
         yield from self._band_conflicts()
         yield from self._user_conflicts()
+        if self.tuning is not None:
+            yield from self._tuning_conflicts()
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             yield "give exactly one of privacy.target_epsilon and privacy.noise_multiplier"
         if self.clipping_style == "batch" and self.noise_multiplier != 0:
@@ -260,6 +286,17 @@ class PrivacySection(Section):
                     f"privacy.num_bands={self.num_bands} groups of which one is drawn from with probability "
                     f"num_bands * sampling_prob = {self.num_bands * self.sampling_prob:g} a step; at most 1, lower one"
                 )
+
+    def _tuning_conflicts(self) -> Iterator[str]:
+        if self.sampling not in ("poisson", "cyclic_poisson") or self.user_accounting != "none":
+            yield (
+                "privacy.tuning needs privacy.sampling: poisson or privacy.noise: banded, and privacy.user_accounting: "
+                "none"
+            )
+        if self.accountant != "rdp":
+            yield f"privacy.tuning is accounted for by rdp; given privacy.accountant: {self.accountant}"
+        if self.noise_multiplier == 0:
+            yield "privacy.tuning needs noise; privacy.noise_multiplier is 0"
 
     def _user_conflicts(self) -> Iterator[str]:
         rules = USER_ACCOUNTING_RULES[self.user_accounting]

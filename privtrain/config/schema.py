@@ -63,6 +63,10 @@ class Config(Section):
                 "audit.keep_noised_sums scores steps whose noise is independent; set privacy.noise: independent, or "
                 "remove it"
             )
+        if self.privacy.tuning is not None and self.audit.keep_noised_sums:
+            yield "audit.keep_noised_sums scores one run, and privacy.tuning chooses among several; remove one of them"
+        if self.privacy.tuning is not None and self.data.evaluation is None:
+            yield "privacy.tuning chooses by the loss on data.evaluation, public rows; give it"
         if self.canaries.num_gradient_users and not self.audit.keep_noised_sums:
             yield "canaries.num_gradient_users are scored on the noised sums: set audit.keep_noised_sums: true"
         if self.canaries.are_planted and self.data.format != "text":

@@ -106,12 +106,12 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
             )
     run.show()
     _move(run.staged / bundle.NAME, run.release)
-    _give_one_time(run, manifest)
+    give_one_time(run, manifest)
     with contextlib.suppress(FileNotFoundError):
         run.staged.rmdir()
 
 
-def _give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
+def give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
     """Let every released file bear the hour of the release: when each was written tells how long training took."""
     hour = time.time() // 3600 * 3600
     released = [run.root / path for path in (*manifest.files, bundle.NAME)]

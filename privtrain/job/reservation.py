@@ -14,6 +14,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 
+import dp_accounting
 from rich.markup import escape
 
 from privtrain.backends import Backend
@@ -39,6 +40,7 @@ from privtrain.job.stop import StopRequest
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.process.console import say
 from privtrain.registry.database import registry_url
+from privtrain.registry.evidence import LedgerEvidence
 from privtrain.registry.requests import Reservation, RunRequest
 from privtrain.registry.spending import Settings
 from privtrain.registry.store import Registry, Settled
@@ -107,30 +109,37 @@ class BudgetReservation:
         self._claims = claims
         self.lost: GuaranteeLost | LedgerCorrupt | None = None
         self._knows_ledger = False
+        self._is_tuning = False
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 
     @classmethod
-    def take(cls, inputs: Inputs) -> BudgetReservation | None:
+    def take(cls, inputs: Inputs, *, chosen: RunDirectory | None = None) -> BudgetReservation | None:
         """Reserve, or find this run's reservation; ``None`` without a registry.
+
+        ``chosen``: of :mod:`privtrain.job.tune`, where its best trial goes; ``inputs.run`` is then the directory of all
+        trials. They are charged whole from the first :meth:`check` on, which therefore comes before the first of them.
 
         A complete run reserves nothing; it may still have to settle.
         """
         try:
-            return cls._take(inputs)
+            found = cls._take(inputs, (chosen or inputs.run).is_complete())
+            if found is not None:
+                found._is_tuning = chosen is not None
+            return found
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.
-            if not isinstance(error, RegistryUnreachable) and not is_bound(inputs.run):
+            if not isinstance(error, RegistryUnreachable) and not is_bound(inputs.run) and chosen is None:
                 inputs.run.identity.unlink(missing_ok=True)
             raise
 
     @classmethod
-    def _take(cls, inputs: Inputs) -> BudgetReservation | None:
+    def _take(cls, inputs: Inputs, is_complete: bool) -> BudgetReservation | None:
         section = inputs.config.registry
         url = registry_url(section)
         note = inputs.run.reservation
         if url is None:
-            if note.exists() and not inputs.run.is_complete():
+            if note.exists() and not is_complete:
                 place = json.loads(note.read_text(encoding="utf-8"))["registry"]
                 raise PlanMismatch(
                     f"{inputs.run.root} holds a reservation in {place} but no registry is configured; "
@@ -142,12 +151,12 @@ class BudgetReservation:
         try:
             registry = Registry(url, retry_seconds=section.retry_seconds)
         except RegistryUnreachable as error:
-            if not inputs.run.is_complete():
+            if not is_complete:
                 raise
             say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return None
         uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
-        if inputs.run.is_complete():
+        if is_complete:
             return cls(registry, None, inputs, uid, _read_claims(inputs.run))
         claim = secrets.token_hex(16)
         request = _request(inputs, uid, claim)
@@ -181,6 +190,29 @@ class BudgetReservation:
         finally:
             ended.set()
             thread.join(timeout=5)
+
+    def settle_tuning(self, chosen: Inputs) -> None:
+        """Charge a tuning whose chosen run is released: in full, as it was reserved.
+
+        Users' contributions are those to the chosen run; what they gave to the others is not added.
+        """
+        try:
+            shown = evidence_of_release(chosen.run, chosen.fingerprint, chosen.plan)
+            if self._registry.is_settled(self._uid, shown.head):
+                return
+            of_chosen = BudgetReservation(self._registry, None, chosen, self._uid, self._claims)
+            outcome = self._registry.settle(
+                self._uid,
+                shown,
+                contributions=of_chosen._contributions(),
+                claims=self._claims,
+                request=_request_if_any(self._inputs, self._uid),
+            )
+        except (ClockRefused, RegistryUnreachable) as error:
+            say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
+            return
+        if outcome in _WARNINGS:
+            say(f"[yellow]warning[/]: {_WARNINGS[outcome]}")
 
     def settle(self) -> None:
         """Charge what the ledger shows and keep who contributed; a run that is not released keeps its reservation."""
@@ -246,7 +278,7 @@ class BudgetReservation:
         if self._reservation is None:
             return
         try:
-            shown = evidence_so_far(self._inputs.run)
+            shown = LedgerEvidence(1, "") if self._is_tuning else evidence_so_far(self._inputs.run)
             self._registry.renew(self._reservation.id, self._lease_seconds, self._claims[-1], shown)
             self._knows_ledger = shown is not None
         except (GuaranteeLost, LedgerCorrupt) as error:
@@ -318,9 +350,16 @@ def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
     if plan.not_private_reasons:
         reasons = "; ".join(plan.not_private_reasons)
         raise PrivtrainError(f"a run that is not private cannot be charged to any budget: {reasons}")
-    if plan.sampling != "poisson":
-        raise PrivtrainError(f"privacy.sampling: given {plan.sampling}; the registry accounts for poisson sampling")
-    settings = _settings(plan)
+    if plan.sampling not in ("poisson", "cyclic_poisson"):
+        raise PrivtrainError(
+            f"privacy.sampling: given {plan.sampling}; the registry accounts for poisson and cyclic_poisson sampling"
+        )
+    # What is no repetition of steps is one mechanism, charged whole once a step was begun.
+    is_whole = plan.tuning is not None or plan.sampling == "cyclic_poisson"
+    settings = None if is_whole else _settings(plan)
+    event = plan.event_of_steps(plan.num_steps) if settings is None else settings.event()
+    if settings is None and plan.tuning is None:
+        event = dp_accounting.ComposedDpEvent([event])
     return RunRequest(
         uid=uid,
         name=inputs.config.run.name,
@@ -329,7 +368,7 @@ def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
         manifest_sha256=inputs.corpus.manifest_sha256,
         unit=plan.guaranteed_unit,
         relation=plan.neighboring_relation,
-        event=settings.event(),
+        event=event,
         num_steps=plan.num_steps,
         epsilon=plan.epsilon,
         delta=plan.delta,

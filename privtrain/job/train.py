@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from rich.markup import escape
@@ -13,10 +15,11 @@ from rich.markup import escape
 from privtrain.backends import Backend
 from privtrain.config import Config
 from privtrain.data.canaries import plant
+from privtrain.data.corpus import without_users
 from privtrain.data.look import check_rows, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.units import UnitData
-from privtrain.errors import GuaranteeLost, PrivtrainError
+from privtrain.errors import ConfigError, Fault, GuaranteeLost, PrivtrainError
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
@@ -58,11 +61,31 @@ from privtrain.training.selftest import run_self_test
 from privtrain.training.trainer import ReplayDiverged, Trainer
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A run that is released to nobody: the tuning that it belongs to holds the budget reservation.
+
+    Attributes:
+        dropped_users: users on the do-not-train list.
+        check_release: see :class:`~privtrain.inputs.Inputs`.
+    """
+
+    dropped_users: tuple[str, ...]
+    check_release: Callable[[], None]
+
+    @contextlib.contextmanager
+    def allowed(self, inputs: Inputs) -> Iterator[Inputs]:
+        """Yield the inputs without users who opted out."""
+        corpus = without_users(inputs.corpus, self.dropped_users)
+        yield dataclasses.replace(inputs, corpus=corpus, check_release=self.check_release)
+
+
 def train(
     chosen: pathlib.Path | Config,
     overrides: Sequence[str] = (),
     *,
     on_step: Callable[[int, Values], None] | None = None,
+    trial: Trial | None = None,
 ) -> None:
     """Train, or go on training, and release.
 
@@ -70,6 +93,7 @@ def train(
         chosen: YAML file, or the configuration itself.
         overrides: dotted assignments over the file.
         on_step: called on rank 0 with what is released, when it is.
+        trial: what :mod:`privtrain.job.tune` says where this is a trial of it; the budget is its business then.
 
     Raises:
         PrivtrainError: one of its kinds, for everything that a user can mend.
@@ -81,6 +105,8 @@ def train(
             check_inputs(config)
         else:
             config = load_checked(chosen, overrides)
+        if config.privacy.tuning is not None and trial is None:
+            raise ConfigError([Fault("privacy.tuning", "one run is none of several: start it with privtrain tune")])
         inputs = read_inputs(config)
         check_run_directory(inputs)
         if config.performance.num_threads is not None:
@@ -88,7 +114,7 @@ def train(
         with (
             process_group(config.performance, stop) as backend,
             claimed(inputs, backend),
-            budgeted(inputs, backend, stop) as allowed,
+            budgeted(inputs, backend, stop) if trial is None else trial.allowed(inputs) as allowed,
         ):
             if not is_complete(allowed, backend):
                 undone = _run(allowed, backend, stop, on_step)

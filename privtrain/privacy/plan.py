@@ -16,12 +16,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import accountants
+from accountants.tuning import tuning_event
 from privtrain.config.privacy import AdaptiveClippingSection, PrivacySection
 from privtrain.config.training import TrainingSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.privacy.banded import INDEPENDENT, Strategy, Workload, best_strategy, relative_error, tried_bands
 from privtrain.privacy.fixed_point import SLACK
-from privtrain.privacy.sampling import SCHEMES, CyclicPoisson, Scheme, scheme_of
+from privtrain.privacy.sampling import SCHEMES, CyclicPoisson, Scheme, relation_of, scheme_of
 from privtrain.privacy.user_level import USER_ACCOUNTING, Terms, UserAccounting
 
 SCHEMA = "privtrain/plan/1"
@@ -79,6 +80,27 @@ class NoisedMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the released run is chosen among several (Papernot and Steinke 2022, arXiv 2110.03620).
+
+    A secret, random number of trials is trained, each from settings that are drawn at random from a fixed list; the one
+    with the best score is released and nothing is known of the others. Theorem 2 bounds the whole for any score that is
+    a function of what a trial may release, such as its loss on public rows, if every trial has the plan's event.
+
+    Attributes:
+        mean_trials: expected number of trials.
+        distribution: ``"geometric"`` or ``"logarithmic"``.
+    """
+
+    mean_trials: float
+    distribution: str
+
+    def event(self, event: Any) -> Any:
+        """Return the event of the whole procedure, given that of one trial."""
+        return tuning_event(event, mean_runs=self.mean_trials, shape=self.distribution)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrivacyPlan:
     """Everything that the guarantee depends on.
 
@@ -110,6 +132,7 @@ class PrivacyPlan:
         noised_metrics: metrics that are released through the mechanism, if any.
         strategy: how the noise of steps is correlated; ``None`` where it is independent. It has as many bands as the
             scheme has groups: the steps of a unit are so far apart.
+        tuning: how the run is chosen among several, if it is: ``epsilon`` is then that of the whole procedure.
 
     Raises:
         ValueError: if scheme and strategy do not go together.
@@ -133,12 +156,15 @@ class PrivacyPlan:
     adaptive_clipping: AdaptiveClipping | None = None
     noised_metrics: NoisedMetrics | None = None
     strategy: Strategy | None = None
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         num_groups = self.scheme.num_bands if isinstance(self.scheme, CyclicPoisson) else None
         num_bands = None if self.strategy is None else self.strategy.num_bands
         if num_groups != num_bands:
             raise ValueError(f"{num_bands} bands of noise and {num_groups} groups of units do not go together")
+        if self.tuning is not None and self.user_accounting.how:
+            raise ValueError("tuning is accounted for where the unit is sampled itself")
         if num_bands is not None and (self.auxiliary_sums or self.clipping_style == "adaptive"):
             raise ValueError("auxiliary sums have no correlated noise")
 
@@ -185,11 +211,15 @@ class PrivacyPlan:
         scheme = scheme_of(privacy)
         user_accounting = USER_ACCOUNTING[privacy.user_accounting](records_per_user if is_example else None)
         accountant = privacy.accountant or user_accounting.accountants_for(scheme)[0]
+        tuning = None if privacy.tuning is None else Tuning(privacy.tuning.mean_trials, privacy.tuning.distribution)
         noise_multiplier = privacy.noise_multiplier
         if noise_multiplier is None:
             assert privacy.target_epsilon is not None, "the schema asks for one of the two"
             terms = Terms(privacy.target_delta, accountant, privacy.neighboring_relation)
-            noise_multiplier = user_accounting.noise_for(scheme, privacy.num_steps, privacy.target_epsilon, terms)
+            if tuning is None:
+                noise_multiplier = user_accounting.noise_for(scheme, privacy.num_steps, privacy.target_epsilon, terms)
+            else:
+                noise_multiplier = _noise_of_tuning(tuning, scheme, privacy.num_steps, privacy.target_epsilon, terms)
         return cls(
             unit=privacy.unit,
             records_per_unit=1 if is_example else records_per_user or 1,
@@ -209,6 +239,7 @@ class PrivacyPlan:
             adaptive_clipping=_adaptive_clipping(privacy, noise_multiplier),
             noised_metrics=_noised_metrics(privacy, noise_multiplier),
             strategy=strategy,
+            tuning=tuning,
         )
 
     @property
@@ -243,8 +274,9 @@ class PrivacyPlan:
         return Terms(self.delta, self.accountant, self.neighboring_relation)
 
     def event_of_steps(self, num_steps: int) -> Any:
-        """Return the exact DP event of ``num_steps`` steps for one ``guaranteed_unit``."""
-        return self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
+        """Return the exact DP event of ``num_steps`` steps for one ``guaranteed_unit``, of all trials if there are."""
+        event = self.user_accounting.event(self.scheme, self.noise_multiplier, num_steps)
+        return event if self.tuning is None else self.tuning.event(event)
 
     def record_event_of_steps(self, num_steps: int) -> Any:
         """Return the DP event of ``num_steps`` steps for one sampled unit."""
@@ -408,6 +440,8 @@ class PrivacyPlan:
                 noised = values["noised_metrics"]
                 low, high = noised["loss_range"]
                 values["noised_metrics"] = NoisedMetrics(tuple(noised["release"]), (low, high), noised["noise"])
+            if values["tuning"] is not None:
+                values["tuning"] = Tuning(**values["tuning"])
             if values["strategy"] is not None:
                 values["strategy"] = Strategy(tuple(values["strategy"]["coefficients"]))
             plan = cls(**values)
@@ -451,6 +485,17 @@ def _predicted_noise(privacy: PrivacySection, strategy: Strategy, workload: Work
 def fast_accountant(name: str) -> str:
     """Return an accountant as tight as the named one, and several times faster where there is one."""
     return "tilted" if name == "pld" else name
+
+
+def _noise_of_tuning(tuning: Tuning, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
+    """Return the smallest noise multiplier with which all trials together are certified to be within ``epsilon``."""
+    return accountants.calibrate_noise(
+        lambda noise: tuning.event(scheme.event_of_steps(noise, num_steps)),
+        target_epsilon=epsilon,
+        target_delta=terms.delta,
+        accountant=terms.accountant,
+        relation=relation_of(terms.relation),
+    )
 
 
 def _adaptive_clipping(privacy: PrivacySection, noise_multiplier: float) -> AdaptiveClipping | None:
@@ -502,6 +547,8 @@ def _check_room(plan: PrivacyPlan) -> None:
 
 
 def _answer(plan: PrivacyPlan, num_steps: int) -> accountants.PrivacyAnswer:
+    if plan.tuning is not None:
+        return plan.terms.epsilon(plan.event_of_steps(num_steps))
     # What holds for all steps holds for fewer.
     known = plan.epsilon if num_steps <= plan.num_steps else math.inf
     return plan.user_accounting.answer(plan.scheme, plan.noise_multiplier, num_steps, plan.terms, known=known)

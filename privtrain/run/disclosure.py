@@ -61,7 +61,10 @@ def deployment_record(statement: PrivacyStatement, config: Config, plan: Privacy
                 "actors": "The publisher trains on records that it holds and is trusted with them. Everybody else may "
                 "see the model, the configuration, the privacy statement and the released metrics.",
                 "release_type": "One-shot",
-                "release_type_description": f"One training run. {FOR_YOU}: other uses of the same data.",
+                "release_type_description": (
+                    "One training run." if statement.tuning is None else "The best of a secret number of training runs."
+                )
+                + f" {FOR_YOU}: other uses of the same data.",
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
             },

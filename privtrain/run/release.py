@@ -149,6 +149,7 @@ def card_section(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
         ("Clipping", f"{plan.clipping_style}, {_clipped_text(plan)}, norm {_norm_text(plan)}"),
         ("Noise multiplier", f"{plan.noise_multiplier:g}{_correlation_text(plan)}"),
         *_metric_rows(plan),
+        *_tuning_row(plan),
         ("Accountant", f"{plan.accountant} (certified upper bound)"),
         ("Ledger head", f"`{statement['ledger']['head']}`"),
         ("Plan fingerprint", f"`{statement['plan_fingerprint']}`"),
@@ -166,6 +167,13 @@ def _correlation_text(plan: PrivacyPlan) -> str:
         return ""
     bands = f"noise correlated over {plan.strategy.num_bands} steps"
     return f", of {bands}, relative to a column norm of {plan.column_norm:.6g}"
+
+
+def _tuning_row(plan: PrivacyPlan) -> list[tuple[str, str]]:
+    if plan.tuning is None:
+        return []
+    trials = f"the best of a secret number of trials ({plan.tuning.distribution}, {plan.tuning.mean_trials:g} expected)"
+    return [("Chosen", f"{trials}; ε is for all of them together")]
 
 
 def _clipped_text(plan: PrivacyPlan) -> str:

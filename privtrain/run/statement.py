@@ -82,6 +82,7 @@ class PrivacyStatement(_Part):
     neighboring_relation: str
     contribution_bound: ContributionBound | None
     user_accounting: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
     sampling: Sampling
     mechanism: Mechanism
     num_steps: int
@@ -130,8 +131,9 @@ ASSUMPTIONS = (
     "The plan (sampling probability, expected batch size, clipping norm, steps, delta) and the rest of the "
     "configuration were chosen without looking at the private records, or by what may be public of them: privtrain "
     "init and configure read the rounded number of users, a bound on lengths and the names of labels.",
-    "Hyper-parameter search over this data, if there was any, is not included.",
 )
+
+_NO_TUNING = "Hyper-parameter search over this data, if there was any, is not included."
 
 
 _RELATION_ASSUMPTION = {
@@ -199,6 +201,7 @@ def statement_of(
             records_per_user_in_training_set=plan.records_per_user,
         ),
         user_accounting=_user_accounting(plan, num_accounted),
+        tuning=None if plan.tuning is None else dataclasses.asdict(plan.tuning),
         sampling=Sampling(**plan.scheme.parameters()),
         mechanism=Mechanism(
             kind="gaussian",
@@ -235,6 +238,7 @@ def statement_of(
             *_UNIT_ASSUMPTION[plan.guaranteed_unit],
             *_bound_assumptions(plan),
             *ASSUMPTIONS,
+            _tuning_assumption(plan),
             plan.scheme.assumption,
             *_strategy_assumption(plan),
         ],
@@ -313,6 +317,18 @@ def _strategy(plan: PrivacyPlan) -> dict[str, Any] | None:
         "column_norm": plan.column_norm,
         "fresh_noise_multiplier": plan.fresh_noise_multiplier,
     }
+
+
+def _tuning_assumption(plan: PrivacyPlan) -> str:
+    """Return what the guarantee says of hyper-parameter search."""
+    if plan.tuning is None:
+        return _NO_TUNING
+    return (
+        "Hyper-parameter search by privtrain tune is included, and any other is not: a secret number of trials "
+        f"({plan.tuning.distribution}, {plan.tuning.mean_trials:g} expected) with settings drawn at random, of which "
+        "the best on public rows is released (Papernot and Steinke 2022, arXiv 2110.03620). How many there were stays "
+        "secret, and so must how long they took; the others are never published."
+    )
 
 
 def _strategy_assumption(plan: PrivacyPlan) -> list[str]:
