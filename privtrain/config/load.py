@@ -85,7 +85,8 @@ def read_tree(path: pathlib.Path) -> strict_yaml.Document:
         ConfigError: if it is no such file.
     """
     if not path.is_file():
-        raise ConfigError([Fault("", f"no such file: {path}")])
+        problem = f"{path} is a directory; give the YAML file in it" if path.is_dir() else f"no such file: {path}"
+        raise ConfigError([Fault("", problem)])
     content = reading.read_bytes(path, max_bytes=_MAX_BYTES, follow_links=True)
     try:
         document = strict_yaml.parse(content.decode("utf-8"))

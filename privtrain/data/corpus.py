@@ -25,6 +25,14 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
 
 _FORMATS = (".jsonl", ".csv", ".parquet")
+#: What to do with files of other endings.
+_SUFFIX_HINTS = {
+    ".gz": "; unpack it: gunzip FILE",
+    ".zst": "; unpack it: zstd -d FILE",
+    ".json": "; name it .jsonl if it holds one object a line, and convert an array with: jq -c '.[]' FILE",
+    ".tsv": "; separate its columns by commas, or convert it to Parquet",
+    ".txt": "; make rows of it that name a user and a text",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +122,19 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
 
 def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
     if file.suffix not in _FORMATS:
-        return [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}")]
+        hint = _SUFFIX_HINTS.get(file.suffix, "")
+        if file.suffix.lower() in _FORMATS:
+            hint = "; write its ending in lower case"
+        return [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}{hint}")]
     try:
         columns = file_columns(file)
     except ConfigError as error:
         return list(error.faults)
+    if not columns:
+        return [Fault(path_key, f"{file} is empty, or its first line is; its columns must be named")]
     faults = []
     wanted = {key: getattr(data, key) for key in keys}
-    shown = f"it has {', '.join(columns)}"
+    shown = f"it has {', '.join(map(_visible, columns))}"
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and these are somebody's id and text.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
@@ -132,6 +145,11 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"
             faults.append(Fault(f"data.{key}", f"{problem}; {shown}"))
     return faults
+
+
+def _visible(name: str) -> str:
+    """Return a column's name, in quotes if something of it could not be seen."""
+    return name if name and name == name.strip() and name.isprintable() else ascii(name)
 
 
 def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Corpus:

@@ -16,6 +16,7 @@ from privtrain.config.data import DataSection
 from privtrain.files import strict_json
 
 _ASSISTANT = "assistant"
+_ROLES = {_ASSISTANT, "developer", "system", "tool", "user"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
         case "chat":
             return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")
         case "classification":
+            if isinstance(values[0], float | bool):
+                return Unusable(
+                    f"{_kind(values[0])} that is neither whole nor text for a label ({keys[0]}); convert it"
+                )
             if _label_number(data, values[0]) is None:
                 return Unusable(f"a label that data.labels does not name ({keys[0]})")
             texts = zip(values[1:], keys[1:], strict=True)
@@ -98,7 +103,10 @@ def _conversation_problem(value: object) -> str:
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             what = "no content" if content is None else f"{_kind(content)} for content"
             return f"a turn has {what}; it must be text (parts: join their texts), or absent beside tool_calls"
-    return "no assistant turn with content or tool_calls"
+    found = "no assistant turn with content or tool_calls"
+    if not {turn["role"] for turn in value} <= _ROLES:
+        return f"{found}, but turns of roles beside {', '.join(sorted(_ROLES))}; rename the model's to assistant"
+    return found
 
 
 def _content(value: object) -> str:

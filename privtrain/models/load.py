@@ -34,6 +34,10 @@ LOADING_FAILURES = (
 )
 
 
+#: How files begin that a tokenizer is loaded from.
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+
+
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Return the base model's tokenizer.
 
@@ -46,9 +50,15 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
     except LOADING_FAILURES as error:
-        raise ConfigError(
-            [Fault("model", f"cannot load a tokenizer from {location.path}: {_first_line(error)}")]
-        ) from None
+        reason = _first_line(error)
+        place = pathlib.Path(location.path)
+        if (
+            place.is_dir()
+            and not any(any(place.glob(f"{name}*")) for name in _TOKENIZER_FILES)
+            and model.gguf_file is None
+        ):
+            reason = "it has no tokenizer.json, nor another tokenizer file; save the tokenizer beside the weights"
+        raise ConfigError([Fault("model", f"cannot load a tokenizer from {location.path}: {reason}")]) from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT's name for the mark that ends a text
     if tokenizer.eos_token_id is None:
@@ -120,7 +130,11 @@ def _load(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except LOADING_FAILURES as error:
-        raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {_first_line(error)}")]) from None
+        reason = _first_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            task = "sequence classifier" if is_classifier else "causal language model"
+            reason = f"transformers has no {task} of its kind (model_type in config.json); take another base model"
+        raise ConfigError([Fault("model", f"cannot load a model from {location.path}: {reason}")]) from None
 
     if getattr(base, "_hf_peft_config_loaded", False):
         raise ConfigError(

@@ -72,6 +72,8 @@ def check_model(model: ModelSection) -> list[Fault]:
             return [Fault("model.name_or_path", f"{path} is not a model directory: it has no {needed}")]
         key = "model.name_or_path" if model.package is None else "model.package"
         return [Fault(key, problem) for problem in weight_file_faults(path, model.gguf_file)]
+    if path.is_file():
+        return [Fault("model.name_or_path", f"{path} is a file; give the directory that holds config.json and weights")]
     if path.exists() or path.is_absolute() or location.path.startswith("."):
         return [Fault("model.name_or_path", f"no such model directory: {path}")]
     return []

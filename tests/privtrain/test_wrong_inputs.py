@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from privtrain.commands.export import export_run
 from privtrain.config import load_config, validate
+from privtrain.config.model import ModelSection
 from privtrain.data.corpus import check_source, load_corpus
 from privtrain.errors import ConfigError
 from privtrain.job.advice import warnings
+from privtrain.models.load import load_base, load_tokenizer
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.base_model import check_model
 from tests.conftest import write_config
 from tests.privtrain.bases import change_weights
 
@@ -85,6 +89,37 @@ def test_other_separators_of_a_table_are_named(tree, tmp_path, mark):
     assert len(faults) == 2
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_files_are_named(tree, tmp_path, name, content):
+    (fault,) = check_source(config_over(tree, tmp_path, name, content).data)
+    assert fault.path == "data.source.paths"
+    assert "is empty, or its first line is" in fault.problem
+
+
+@pytest.mark.parametrize(("header", "shown"), [("user, text", "' text'"), ("\ufeff\ufeffuser,text", "'\\ufeffuser'")])
+def test_columns_whose_names_cannot_be_seen_are_quoted(tree, tmp_path, header, shown):
+    (fault,) = check_source(config_over(tree, tmp_path, "rows.csv", f"{header}\nu1,x\n").data)
+    assert shown in fault.problem
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "gpt"])
+def test_other_names_of_the_assistant_are_said(tree, tmp_path, role):
+    turns = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    row = json.dumps({"user": "u", "messages": turns})
+    config = config_over(tree, tmp_path, "rows.jsonl", row + "\n", format="chat")
+    with pytest.raises(ConfigError, match=r"1 × no assistant turn .*; rename the model's to assistant"):
+        load_corpus(config.data)
+
+
+def test_labels_of_a_column_with_gaps_are_said(tree, tmp_path):
+    """A table library makes floats of whole numbers where one is missing."""
+    rows = "".join(json.dumps({"user": "u", "text": "x", "label": label}) + "\n" for label in (0.0, 1.0))
+    config = config_over(tree, tmp_path, "rows.jsonl", rows, format="classification", labels=[0, 1])
+    with pytest.raises(ConfigError, match=r"2 × a number that is neither whole nor text for a label"):
+        load_corpus(config.data)
+
+
 def test_override_that_is_given_twice_is_refused(tree, tmp_path):
     path = write_config(tree, tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match=r"privacy\.num_steps: given twice"):
@@ -98,6 +133,41 @@ def test_warm_up_that_never_ends_is_said(tree, num):
     config = validate(tree)
     found = warnings(config, PrivacyPlan.build(config.privacy, config.training), 24, 24)
     assert any("num_warmup_steps=5 exceeds num_steps=4" in text for text in found) == (num == 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rows.jsonl.gz", "gunzip"),
+        ("rows.json", "jq -c"),
+        ("rows.JSONL", "lower case"),
+        ("rows.tsv", "by commas"),
+        ("rows.xlsx", "is not one of"),
+    ],
+)
+def test_files_of_other_endings_say_what_to_do(tree, tmp_path, name, words):
+    (fault,) = check_source(config_over(tree, tmp_path, name, "{}").data)
+    assert words in fault.problem
+
+
+def test_a_file_for_a_directory_and_the_other_way_round(tmp_path, tiny_llama):
+    (fault,) = check_model(ModelSection(name_or_path=str(tiny_llama / "model.safetensors")))
+    assert "is a file; give the directory" in fault.problem
+    with pytest.raises(ConfigError, match="is a directory; give the YAML file in it"):
+        load_config(tmp_path)
+
+
+def test_bases_that_cannot_serve_are_said_in_words(tmp_path, tiny_llama):
+    import transformers
+
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare")
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"it has no tokenizer\.json, nor another tokenizer file"):
+        load_tokenizer(ModelSection(name_or_path=str(bare)))
+    transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(bare)
+    with pytest.raises(ConfigError, match="transformers has no causal language model of its kind"):
+        load_base(ModelSection(name_or_path=str(bare)))
 
 
 @pytest.fixture
