@@ -53,6 +53,11 @@ class LoraSection(Section):
         default="all-linear", description="Module names that get LoRA; embeddings too (embed_tokens)."
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    freeze_a: bool = Field(
+        default=False,
+        description="Train B alone and leave A as it starts (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313): half the "
+        "weights, so less noise in all.",
+    )
     use_dora: bool = Field(default=False, description="Also train each weight's magnitude (one unit at a time).")
     modules_to_save: list[str] = Field(
         default=[], description="Modules that are trained whole and saved with the adapter, e.g. lm_head."

@@ -63,6 +63,8 @@ class Config(Section):
                 "audit.keep_noised_sums scores steps whose noise is independent; set privacy.noise: independent, or "
                 "remove it"
             )
+        if self.lora.freeze_a and self.lora.use_dora:
+            yield "lora.freeze_a and lora.use_dora do not go together: DoRA trains A's direction"
         if self.privacy.tuning is not None and self.audit.keep_noised_sums:
             yield "audit.keep_noised_sums scores one run, and privacy.tuning chooses among several; remove one of them"
         if self.privacy.tuning is not None and self.data.evaluation is None:

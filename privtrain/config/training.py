@@ -31,6 +31,13 @@ class TrainingSection(Section):
         default=(0.9, 0.999), description="Averaging coefficients of AdamW."
     )
 
+    lora_b_rate_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="Learning rate of LoRA's B over that of everything else (LoRA+, Hayou et al. 2024, arXiv "
+        "2402.12354).",
+    )
+
     def learning_rate_at(self, step: int, num_steps: int) -> float:
         """Return the learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
         if step < self.num_warmup_steps:

@@ -151,5 +151,9 @@ def add_lora(
             model = peft.get_peft_model(base, config)
         except _PEFT_FAILURES as error:
             raise ConfigError([Fault("lora.target_modules", f"PEFT refuses: {_first_line(error)}")]) from None
+    if lora.freeze_a:
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_A." in name:
+                parameter.requires_grad_(False)
     model.peft_config["default"].base_model_name_or_path = public_name
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,7 +129,7 @@ class Trainer:
         self.layout = self.placement.stepped
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
         self.optimizer = torch.optim.AdamW(
-            list(self.layout.parameters.values()),
+            self._parameter_groups(),
             lr=training.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
@@ -389,9 +389,17 @@ class Trainer:
         # Dropout must be the same when a step is replayed. It is no part of the guarantee.
         torch.manual_seed(int(self._key.stream("dropout", step, self.backend.rank).uint64(1)[0] >> 1))
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what this rank steps, in groups of one learning rate: of LoRA's B, and of everything else."""
+        ratio, groups = self._training.lora_b_rate_ratio, {}
+        for name, parameter in self.layout.parameters.items():
+            is_b = ".lora_B." in name or ".lora_embedding_B." in name
+            groups.setdefault(ratio if is_b else 1.0, []).append(parameter)
+        return [{"params": parameters, "rate_ratio": ratio} for ratio, parameters in groups.items()]
+
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps)
+            group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps) * group["rate_ratio"]
 
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
         if not self.backend.is_main:
