@@ -32,6 +32,7 @@ from typing import Any
 
 from accountants.tuning import draw_num_runs
 from privtrain.config import Config, load_config
+from privtrain.config.load import layered
 from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, PrivtrainError, WorseThanBase
 from privtrain.files.atomic import sync_directory, write_json
 from privtrain.files.private import make_private_directory
@@ -135,7 +136,7 @@ def _configs(path: pathlib.Path, overrides: Sequence[str], candidates: Sequence[
         raise ConfigError(faults)
     check_inputs(base)
     hidden = [f"tracking.{mirror}=false" for mirror in MIRRORS]
-    return [load_config(path, [*overrides, *shlex.split(candidate), *hidden]) for candidate in candidates]
+    return [load_config(path, layered(overrides, shlex.split(candidate), hidden)) for candidate in candidates]
 
 
 def _check_same_mechanism(configs: Sequence[Config], plan: PrivacyPlan) -> None:

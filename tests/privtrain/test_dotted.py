@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from privtrain import api
 from privtrain.config.dotted import assigned, place_of
-from privtrain.config.load import apply_overrides
+from privtrain.config.load import apply_overrides, layered
 from privtrain.errors import ConfigError
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -60,3 +60,10 @@ def test_every_wrong_setting_is_named_at_once(tree):
     with pytest.raises(ConfigError) as caught:
         api._config(tree, {"privacy.num_steps.x": 1, "model..y": 2})
     assert [fault.path for fault in caught.value.faults] == ["privacy.num_steps.x", "model..y"]
+
+
+def test_later_layers_of_overrides_replace_earlier_ones():
+    """What a trial says takes the place of what was said for all; twice in one layer stays twice, and is refused."""
+    assert layered(["a.b=1", "a.c=2"], ["a.b=3"], ["a.d=4"]) == ["a.c=2", "a.b=3", "a.d=4"]
+    with pytest.raises(ConfigError, match=r"a\.b: given twice"):
+        apply_overrides({}, layered(["a.b=0"], ["a.b=1", "a.b=2"]))
