@@ -208,7 +208,7 @@ def test_the_statement_says_user_and_how(user_tree, tmp_path, method, capsys, mo
 
 
 def _cap_is_that_of_all_records(found, monkeypatch):
-    monkeypatch.setattr(verdict, "_CURVE_SHARES", (0.0, 1.0))  # seconds a point
+    monkeypatch.setattr(verdict, "_CURVE_SHARES", (0.0, 1 / 4, 1.0))  # seconds a point
     cap = Cap.of(found)
     assert not cap.conversion
     assert cap.curve is not None
