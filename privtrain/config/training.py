@@ -71,8 +71,8 @@ class PerformanceSection(Section):
         description="How exact per-unit gradients are computed. batched: a rule for each layer type, one backward pass "
         "for a microbatch. two_pass: the same with less memory and a second backward pass. one_unit: plain autograd, "
         "for any layer. auto: one_unit where a layer has no rule, two_pass for full fine-tuning with "
-        "gradient_checkpointing, else batched. Where gradients are sharded, units always go one by one; two_pass then "
-        "holds no unit's gradient.",
+        "gradient_checkpointing, else batched. Where gradients are sharded, ranks work together on a unit that "
+        "goes one by one, or has more records than a microbatch.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory for one more forward pass."

@@ -372,6 +372,18 @@ def mean_over_rows(backend, patch) -> None:
     patch.setattr(shards.ArrivingShards, "collecting", averaged)
 
 
+def mean_of_contributions(backend, patch) -> None:
+    """The same where ranks hand each other the clipped sums of their own units."""
+    original = shards.reduce_scatter_flat
+
+    def averaged(mine, vector, group=None):
+        original(mine, vector, group)
+        if mine.dtype == torch.int64:
+            mine //= backend.world_size
+
+    patch.setattr(shards, "reduce_scatter_flat", averaged)
+
+
 def one_layer_unclipped(backend, patch) -> None:
     original = styles.factors
 
@@ -490,6 +502,7 @@ WITH_THE_OTHER_METHOD = [
     if (name, method, mutant, message) not in MUTANTS
 ]
 MUTANTS += [(name, "full", mean_over_rows, "is off by") for name in ("zero2", "zero3", "fsdp2")]
+MUTANTS += [(name, "full", mean_of_contributions, "is off by") for name in ("zero2", "zero3", "fsdp2")]
 MUTANTS += [(name, "full", noise_of_another_part, "of another part") for name in ("ddp", *SHARDED)]
 MUTANTS += [
     *[
