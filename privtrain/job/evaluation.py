@@ -61,7 +61,9 @@ def on_public(
 
 def last_on_public(run: RunDirectory) -> dict[str, float]:
     """Return what was measured on data.evaluation last, by the names that cards use; empty if nothing was."""
-    rows = [row for _, row in reading.read_json_lines(run.metrics)] if run.metrics.is_file() else []
+    # Nothing is in it where a resumed job has no step left to take.
+    has_rows = run.metrics.is_file() and run.metrics.stat().st_size > 0
+    rows = [row for _, row in reading.read_json_lines(run.metrics)] if has_rows else []
     last = next((row for row in reversed(rows) if "eval/loss" in row), {})
     return {name: last[f"eval/{name}"] for name in ("loss", "perplexity", "accuracy") if f"eval/{name}" in last}
 
