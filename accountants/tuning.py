@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 import dp_accounting
 from dp_accounting import dp_event
-from scipy import optimize
 
 from accountants.answer import BoundKind, PrivacyAnswer
 from accountants.events import phased_event
 from accountants.methods.tilted import TiltedAccountant
+from accountants.numerics.roots import bracketed_root
 
 #: Shapes of the number of runs by name: truncated negative binomial, and Poisson as its limit.
 SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
@@ -81,7 +81,7 @@ def _stop_of_logarithmic(mean_runs: float) -> float:
     def off(log_stop: float) -> float:
         return math.expm1(-log_stop) / -log_stop - mean_runs
 
-    return math.exp(float(optimize.brentq(off, -700.0, -1e-9, xtol=1e-13)))
+    return math.exp(bracketed_root(off, -700.0, -1e-15))
 
 
 def individual_epsilon(
