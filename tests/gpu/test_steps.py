@@ -22,8 +22,11 @@ from privtrain.clipping import PerUnitClipper, exact_sum, styles
 from privtrain.data.microbatch import Packer
 from privtrain.errors import ModelFailed, SelfTestFailed
 from privtrain.models.losses import row_losses
+from privtrain.privacy.banded import Strategy
+from privtrain.privacy.correlated import NoiseHistory
 from privtrain.privacy.layout import Layout
-from privtrain.privacy.noise import noised
+from privtrain.privacy.noise import StepNoise, noised
+from privtrain.privacy.secret import SecretKey
 from privtrain.training.selftest import run_self_test
 from tests.conftest import write_config
 from tests.jobs import REPOSITORY
@@ -186,6 +189,29 @@ def test_noise_has_the_planned_spread_and_is_quick(device, base, capsys):
     assert abs(float(values.mean())) < 5 * 2.0 / np.sqrt(num)
     beyond = float((values.abs() > 6.0).double().mean())
     assert beyond == pytest.approx(0.0026998, rel=0.3)
+
+
+def test_noise_on_the_device_is_that_of_the_cpu_bit_for_bit(device, base):
+    """Digits, inverse normal and rounding: blocks entered within, tensors of one number, whole vectors."""
+    sums = torch.from_numpy(np.random.default_rng(0).integers(-(2**50), 2**50, 300_000))
+    noise = StepNoise(SecretKey.insecure(1, "gpu"))
+    for first, count in ((0, len(sums)), (65_531, 9), (3, 1), (131_072, 200_000)):
+        kind = {"exponent": -42, "stddev": 0.51, "noise": noise, "name": "w", "first": first}
+        there = noised(sums[:count].to(device), **kind)
+        assert there.device.type == device.type
+        assert torch.equal(there.cpu(), noised(sums[:count], **kind))
+
+
+def test_correlated_noise_on_the_device_is_that_of_the_cpu(device):
+    layout = Layout({"w": torch.nn.Parameter(torch.empty(100_000, device="meta"))})
+    strategy = Strategy.rounded([1.0, 0.7, -0.2])
+    histories = [
+        NoiseHistory(strategy, layout, where, exponent=-42, stddev=0.51) for where in (device, torch.device("cpu"))
+    ]
+    for step in range(4):
+        noise = StepNoise(SecretKey.insecure(step, "gpu"))
+        there, here = (history.advance(noise).cpu() for history in histories)
+        assert torch.equal(there, here)
 
 
 def test_a_killed_job_goes_on_to_the_same_adapter(device, tree, tmp_path):

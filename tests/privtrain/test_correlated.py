@@ -39,8 +39,9 @@ from privtrain.run.statement import PrivacyStatement
 from privtrain.training.trainer import Trainer
 from tests.conftest import write_config
 from tests.privtrain.cells import Cell, make_backend, make_trainer, self_test
+from tests.privtrain.interrupted import train_until_killed
 from tests.privtrain.ledgers import KEY as LEDGER_KEY
-from tests.privtrain.test_replay import nudge_sums_from, run_until_killed, state_of
+from tests.privtrain.test_replay import nudge_sums_from, state_of
 from tests.ranks import run_on_ranks
 
 NORM = 0.3
@@ -233,14 +234,14 @@ def adapter(tmp_path: pathlib.Path, name: str) -> dict[str, torch.Tensor]:
 def test_resumed_run_of_one_band_replays_for_free(banded, tmp_path, monkeypatch):
     banded["privacy"] |= {"num_bands": 1}
     config = write_config(banded, tmp_path / "run.yaml")
-    run_until_killed(config, monkeypatch, last=5)
+    train_until_killed(config, 5)
     train(config)
     assert (state_of(tmp_path, "tiny").generation, state_of(tmp_path, "tiny").num_charged) == (0, 8)
 
 
 def test_resumed_run_has_the_noise_of_the_undisturbed_one(banded, tmp_path, monkeypatch):
     config = write_config(banded, tmp_path / "run.yaml")
-    run_until_killed(config, monkeypatch, last=5)
+    train_until_killed(config, 5)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_recall", forgetful(Trainer._recall))
         with pytest.raises(GuaranteeLost, match="its noise cannot be drawn again"):
@@ -324,7 +325,7 @@ def forgetful(recall):
 def test_diverging_replay_charges_whole_rounds(banded, tmp_path, monkeypatch):
     banded["privacy"] |= {"num_steps": 12}
     config = write_config(banded, tmp_path / "run.yaml")
-    run_until_killed(config, monkeypatch, last=4)
+    train_until_killed(config, 4)
     with monkeypatch.context() as patch:
         drawn = nudge_sums_from(4, patch)
         train(config)
