@@ -211,5 +211,7 @@ def test_half_a_million_weights_show_their_epsilon(tmp_path, users_file, epsilon
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", list(white_box_runs.BROKEN))
 def test_broken_trainers_are_falsified(tmp_path, users_file, name):
-    tree = white_box_runs.configuration(tmp_path, users_file, 1000, 4.0)
+    # Where k is ignored a canary brings seven directions to a step on average, and fewer canaries will do.
+    num_canaries = 200 if name == "k ignored" else 1000
+    tree = white_box_runs.configuration(tmp_path, users_file, num_canaries, 4.0)
     assert white_box_runs.audited(tree, tmp_path, white_box_runs.BROKEN[name]).verdict is Verdict.FALSIFIED
