@@ -57,7 +57,8 @@ def leaky_response(rng, is_in, epsilon, delta):
 def draw(seed, num, law, *parameters, prob_in=0.5):
     rng = np.random.default_rng(seed)
     is_in = rng.random(num) < prob_in
-    return fair(Coins(law(rng, is_in, *parameters), is_in, prob_in, "user", "drawn"), seed)
+    # Another seed: the numbers that drop units must not be those that flipped the coins.
+    return fair(Coins(law(rng, is_in, *parameters), is_in, prob_in, "user", "drawn"), seed + 10**6)
 
 
 # Functions of a few counts, asked for thousands of times.
