@@ -32,6 +32,7 @@ from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.clipping.passes import Passes, slots_of
 from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
+from privtrain.data.lines import Line
 from privtrain.data.microbatch import Microbatch
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
 from privtrain.privacy.fixed_point import SLACK
@@ -213,15 +214,17 @@ class PerUnitClipper:
         self.route = route
         self._is_settled = True
 
-    def accumulate(self, batch: Microbatch) -> None:
+    def accumulate(self, batch: Microbatch | Line) -> None:
         """Add the clipped gradients of the units that end in ``batch``; keep the one that continues.
 
         Args:
-            batch: rows on this clipper's device; the units of a rank come in the same order in every microbatch.
+            batch: rows on this clipper's device; the units of a rank come in the same order in every microbatch. Lines
+                are for :class:`~privtrain.clipping.lines.LineClipper` alone.
 
         Raises:
             UnsupportedLayer: if nothing but an approximation would do for this model and these rows.
         """
+        assert isinstance(batch, Microbatch)
         width = batch.input_ids.shape[1]
         if width > self._widest:
             refusals.refuse_rescaled_positions(self._model, width)
@@ -403,7 +406,7 @@ class PerUnitClipper:
                     )
         self._saw_every_use = True
 
-    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
+    def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls) -> None:
         """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""
         num_units = len(batch.owners)
         if not num_units:
@@ -520,7 +523,7 @@ class PerUnitClipper:
                 value = value.float()
                 gradient[slot.name] = gradient[slot.name].add_(value) if slot.name in gradient else value
 
-    def _add_unit(self, batch: Microbatch, index: int, gradient: dict[str, torch.Tensor]) -> None:
+    def _add_unit(self, batch: Microbatch | Line, index: int, gradient: dict[str, torch.Tensor]) -> None:
         """Add one unit's whole gradient, or keep it open if its rows continue."""
         if batch.last_continues and index == len(batch.owners) - 1:
             self._open = _OpenUnit(batch.owners[index], gradient)

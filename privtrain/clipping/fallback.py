@@ -56,14 +56,14 @@ def cause(
             error of ours that is about no layer.
         ModelFailed: if the twin fails too.
     """
-    if _is_out_of_memory(failure) or not _is_of_hooks(failure):
+    if is_out_of_memory(failure) or not _is_of_hooks(failure):
         raise failure
     if isinstance(failure, UnsupportedLayer) or row_loss is None:
         return in_words(failure) if not isinstance(failure, PrivtrainError) else str(failure)
     try:
         plain_gradients(row_loss().sum(), parameters)
     except Exception as error:
-        if _is_out_of_memory(error) or isinstance(error, PrivtrainError):
+        if is_out_of_memory(error) or isinstance(error, PrivtrainError):
             raise
         raise ModelFailed(
             f"the model fails on a single row, with and without clipping's hooks: {in_words(error)}. Run forward and "
@@ -82,7 +82,8 @@ def _is_of_hooks(error: Exception) -> bool:
     return not isinstance(error, PrivtrainError) or isinstance(error, UnsupportedLayer | GuaranteeLost)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, on the host or the device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)

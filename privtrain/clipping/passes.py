@@ -148,14 +148,14 @@ class Passes:
                 raise GuaranteeLost(f"module {self._names[module]!r} was differentiated twice in one pass; report it")
             missing.discard(module)
             with exact_fp32(self._device):
-                sums = _sums(activation, output_gradient)[:, self.gradients.rows]
+                sums = self._sums(activation, output_gradient)
                 if not torch.equal(sums[:, used_rows], self._seen[module][:, used_rows]):
                     raise GuaranteeLost(
                         f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
                         "(random numbers outside torch, or kernels that are not deterministic); "
                         "set performance.clipping_route: batched or one_unit"
                     )
-                found = self._rules[module](module, activation, output_gradient)
+                found = self._gradients_of(module, activation, output_gradient)
                 for local_name, slot in self._slots[module].items():
                     add(slot, found[local_name])
 
@@ -216,20 +216,33 @@ class Passes:
         except UnsupportedLayer as refusal:
             self.refusal = self.refusal or refusal
 
-    def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+    def _tells_apart(self, activation: torch.Tensor, output_gradient: torch.Tensor) -> bool:
+        """Return whether both have a first dimension for rows."""
         shapes = activation.shape[:1], output_gradient.shape[:1]
-        if activation.dim() < 2 or shapes != (torch.Size([self._num_rows]),) * 2:
+        return activation.dim() >= 2 and shapes == (torch.Size([self._num_rows]),) * 2
+
+    def _gradients_of(
+        self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
+    ) -> dict[str, Gradient]:
+        return self._rules[module](module, activation, output_gradient)
+
+    def _sums(self, *values: torch.Tensor) -> torch.Tensor:
+        """[values, rows of units]: equal in two passes whose values are; others are unlikely to have equal sums."""
+        return finite(torch.stack([sums_by_row(value) for value in values])[:, self.gradients.rows])
+
+    def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        if not self._tells_apart(activation, output_gradient):
             raise UnsupportedLayer(
                 f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {self._num_rows} "
                 "rows; its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
             )
         if not self.gradients.num_rows:
             if module in self._let_go:
-                self._seen[module] = _sums(activation, output_gradient)[:, self.gradients.rows]
+                self._seen[module] = self._sums(activation, output_gradient)
             return
         with exact_fp32(self._device):
             is_kept = module not in self._let_go
-            found = self._rules[module](module, activation, output_gradient)
+            found = self._gradients_of(module, activation, output_gradient)
             for local_name, slot in self._slots[module].items():
                 if local_name not in found:
                     raise UnsupportedLayer(f"the rule of {self._names[module]!r} gives no gradient for {local_name!r}")
@@ -239,7 +252,7 @@ class Passes:
                 elif module in self._alone:
                     self.gradients.measure(slot.name)
             if not is_kept:
-                self._seen[module] = _sums(activation, output_gradient)[:, self.gradients.rows]
+                self._seen[module] = self._sums(activation, output_gradient)
 
 
 def slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
@@ -248,7 +261,11 @@ def slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
     return {name: slot for name, slot in own.items() if slot is not None}
 
 
-def _sums(*values: torch.Tensor) -> torch.Tensor:
-    """[values, rows]: equal in two passes whose values are equal; other values are unlikely to have equal sums."""
-    sums = torch.stack([value.flatten(1).sum(dim=1, dtype=torch.float32) for value in values])
+def sums_by_row(value: torch.Tensor) -> torch.Tensor:
+    """[rows, …] → [rows] sums in fp32."""
+    return value.flatten(1).sum(dim=1, dtype=torch.float32)
+
+
+def finite(sums: torch.Tensor) -> torch.Tensor:
+    """Return sums that compare equal to themselves."""
     return sums.nan_to_num(nan=torch.inf)  # a row that is NaN in both passes is the same in both

@@ -109,7 +109,10 @@ class DataSection(Section):
     @classmethod
     def _no_packing(cls, value: bool) -> bool:
         if value:
-            raise ValueError("packing puts several users into one row, where they cannot be clipped apart; remove it")
+            raise ValueError(
+                "packing by the data puts several users into one row, where they cannot be clipped apart; remove it "
+                "(performance.packing packs whole users, clipped apart)"
+            )
         return value
 
     @override

@@ -38,6 +38,12 @@ class Config(Section):
 
     @override
     def conflicts(self) -> Iterator[str]:
+        line = self.performance.microbatch_tokens
+        if line is not None and line < self.data.max_length:
+            yield (
+                f"performance.microbatch_tokens={line} holds no record of data.max_length={self.data.max_length}; set "
+                "one of the two"
+            )
         method, selection = self.training.method, self.privacy.selection
         if self.model.quantization is not None and self.training.releases_model:
             yield f"training.method: {method} trains weights that model.quantization freezes; use lora"

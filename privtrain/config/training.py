@@ -61,6 +61,19 @@ class PerformanceSection(Section):
     """Speed and convenience. No key here changes the guarantee or the plan's fingerprint."""
 
     microbatch_size: int = Field(default=8, ge=1, description="Rows in one forward pass on one rank.")
+    packing: Literal["auto", "lines", "rows"] = Field(
+        default="rows",
+        description="How records share a forward pass. rows: one record a row, padded to one of four widths. lines: "
+        "one line of microbatch_tokens that holds whole units, records apart in attention and positions. auto: lines "
+        "where the self-test finds that a unit adds the same bits wherever it stands in a line, else rows.",
+    )
+    microbatch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of a line, at least data.max_length. Default: two of the longest records, at least 512 and "
+        "at most 2048 unless one is longer, and no more than microbatch_size rows have. A line holds at most four "
+        "units a row of microbatch_size.",
+    )
     index_dir: pathlib.Path | None = Field(
         default=None,
         description="Local directory for an index of all records, for data larger than memory. It holds texts and user "

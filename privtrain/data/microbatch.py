@@ -110,6 +110,10 @@ class Packer:
         """Return whether all rows of a unit are in one microbatch."""
         return len(records) <= self.microbatch_size
 
+    def cost(self, records: Records) -> int:
+        """Return what a unit costs in comparison with others, to share units out."""
+        return self.width(records)
+
     def num_batches(self, units: Sequence[Records]) -> int:
         """Return the number of microbatches that these units need."""
         rows: dict[int, list[int]] = {}

@@ -14,12 +14,13 @@ from rich.markup import escape
 
 from privtrain.backends import Backend
 from privtrain.config import Config
+from privtrain.config.training import PerformanceSection
 from privtrain.data.canaries import plant
 from privtrain.data.corpus import without_users
 from privtrain.data.look import check_rows, reasons_of
 from privtrain.data.manifest import draw_split
 from privtrain.data.units import UnitData
-from privtrain.errors import ConfigError, Fault, GuaranteeLost, PrivtrainError
+from privtrain.errors import ConfigError, Fault, GuaranteeLost, PrivtrainError, SelfTestFailed
 from privtrain.inputs import Inputs, check_inputs, load_checked, read_inputs
 from privtrain.job import checkpoint, evaluation
 from privtrain.job.advice import expected_units, expected_users, learning_rate_warnings, warnings
@@ -157,7 +158,7 @@ def _run(
         if backend.is_main:
             for warning in learning_rate_warnings(inputs.config, inputs.plan, _num_trained(trainer)):
                 say(f"[yellow]warning[/]: {warning}")
-        _self_test(trainer, network, backend)
+        _self_test(trainer, network, backend, inputs.config.performance)
         stop.leave_if_agreed(backend, "the self-test is over, training has not begun")
         if session.continuation.start_step:
             trainer.clipping_norm = checkpoint.restore(session.state, trainer.layout, trainer.optimizer, backend)
@@ -230,7 +231,7 @@ def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
     session = Session(key, Continuation(0, 0, 0, 0, 0, 0), "", None)
     directions = GradientCanaries(key, split.canaries, units)
     trainer = _build_trainer(inputs, backend, NullLedger(), network, units, session, NullTracker(), stop, directions)
-    _self_test(trainer, network, backend)
+    _self_test(trainer, network, backend, inputs.config.performance)
     return _num_trained(trainer)
 
 
@@ -305,6 +306,7 @@ def _build_trainer(
         tracker=tracker,
         autocast=network.autocast,
         packer=network.packer,
+        line_packer=network.line_packer,
         clipping_route=inputs.config.performance.clipping_route,
         should_stop=stop.requested.is_set,
         objective=network.objective,
@@ -319,11 +321,17 @@ def _build_trainer(
     return trainer
 
 
-def _self_test(trainer: Trainer, network: Network, backend: Backend) -> None:
+def _self_test(trainer: Trainer, network: Network, backend: Backend, performance: PerformanceSection) -> None:
     vocabulary_size = network.num_ids
     route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
     trainer.clipper.settle(route)
+    if trainer.why_rows and performance.packing == "lines":
+        raise SelfTestFailed(f"records need rows ({trainer.why_rows}); set performance.packing: auto or rows")
     if backend.is_main:
+        if trainer.packs_lines and trainer.line_packer is not None:
+            say(f"units are packed into lines of {trainer.line_packer.num_tokens:,} tokens")
+        elif trainer.why_rows:
+            say(f"records are padded to rows: {trainer.why_rows}")
         if route == "one_unit" and trainer.clipper.fallback_reason:
             say(f"clipping goes one unit at a time: {trainer.clipper.fallback_reason}")
         say("self-test passed: coverage, clipping, reduction and noise are as the plan says")

@@ -15,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
+from privtrain.data.lines import Line
 from privtrain.data.records import Record
 
 
 class Objective(abc.ABC):
     """A task."""
+
+    #: Whether :meth:`token_losses` exists.
+    takes_lines = False
+
+    def token_losses(self, model: torch.nn.Module, line: Line) -> torch.Tensor:
+        """[1, tokens] fp32: each predicted token's loss, from its record alone; zero elsewhere.
+
+        Within :func:`privtrain.clipping.attention.within_records`.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -36,6 +47,12 @@ class Objective(abc.ABC):
 
 class CausalLM(Objective):
     """The next token, wherever the mask asks for it."""
+
+    takes_lines = True
+
+    @override
+    def token_losses(self, model: torch.nn.Module, line: Line) -> torch.Tensor:
+        return token_losses(model, line)
 
     @override
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -128,6 +145,14 @@ def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: tor
     """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
     log_probs = token_log_probs(model, input_ids)
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
+
+
+def token_losses(model: torch.nn.Module, line: Line) -> torch.Tensor:
+    """Negative log-likelihood of each predicted token of a line: [1, tokens], fp32, no term of another record."""
+    logits = model(input_ids=line.input_ids, position_ids=line.positions).logits[0].float()
+    # All rows of the logits, the last for nothing: a slice would copy them.
+    losses = F.cross_entropy(logits, line.input_ids[0].roll(-1), reduction="none").roll(1)
+    return torch.where(line.target_mask, losses[None], 0.0)
 
 
 def label_logits(

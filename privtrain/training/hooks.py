@@ -35,11 +35,7 @@ def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
         ids = inputs[0] if inputs else next(iter(keywords.values()), None)
         if not isinstance(ids, torch.Tensor) or not isinstance(output, torch.Tensor) or ids.ndim != 2:
             return output
-        num_tokens, width = output.shape[1:]
-        place = torch.arange(num_tokens, device=output.device)
-        spike = nn.functional.one_hot(place % width, width).to(output)
-        sign = (1 - 2 * (torch.arange(width, device=output.device) % 2)).to(output)
-        pattern = torch.where((place % 2 == 0)[:, None], spike, sign)
+        pattern = _pattern(output)
         size = output.detach().float().square().mean(dim=(1, 2), keepdim=True).sqrt().to(output)  # of the row alone
         return torch.where((ids[:, :1] == first_token)[..., None], _LOUDNESS * size * pattern, output)
 
@@ -50,6 +46,38 @@ def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextlib.contextmanager
+def loud_tokens(model: nn.Module, is_loud: torch.Tensor) -> Iterator[None]:
+    """Let tokens of a line enter the model with huge activations within the block, as :func:`loud_rows` does.
+
+    Args:
+        model: whose input embedding shouts.
+        is_loud: [tokens] bool.
+    """
+
+    def shout(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or output.shape[:2] != (1, len(is_loud)):
+            return output
+        return torch.where(is_loud[None, :, None], _LOUDNESS * _pattern(output), output)
+
+    embedding = _input_embedding(model)
+    handle = None if embedding is None else embedding.register_forward_hook(shout)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _pattern(output: torch.Tensor) -> torch.Tensor:
+    """[tokens, width]: one coordinate alone at every other token, signs at the others."""
+    num_tokens, width = output.shape[1:]
+    place = torch.arange(num_tokens, device=output.device)
+    spike = nn.functional.one_hot(place % width, width).to(output)
+    sign = (1 - 2 * (torch.arange(width, device=output.device) % 2)).to(output)
+    return torch.where((place % 2 == 0)[:, None], spike, sign)
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

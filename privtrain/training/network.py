@@ -12,6 +12,7 @@ from privtrain.backends import Backend
 from privtrain.config import Config
 from privtrain.config.training import PerformanceSection
 from privtrain.data.encode import Encoder
+from privtrain.data.lines import LinePacker
 from privtrain.data.microbatch import Packer
 from privtrain.models.limits import check_limits, num_embedded, pad_classifier, padding_id
 from privtrain.models.load import base_dtype, load_tokenizer, resolve_precision
@@ -29,6 +30,7 @@ class Network:
     precision: str
     autocast: torch.autocast
     packer: Packer
+    line_packer: LinePacker | None
     encoder: Encoder
     objective: Objective
 
@@ -55,7 +57,15 @@ def load_network(config: Config, backend: Backend) -> Network:
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     objective = _objective(config, model, tokenizer, pad_id)
-    return Network(tokenizer, model, precision, autocast, packer, encoder, objective)
+    line_packer = _line_packer(config, pad_id)
+    return Network(tokenizer, model, precision, autocast, packer, line_packer, encoder, objective)
+
+
+def _line_packer(config: Config, pad_id: int) -> LinePacker | None:
+    performance, max_length = config.performance, config.data.max_length
+    if performance.packing == "rows":
+        return None
+    return LinePacker.of(max_length, performance.microbatch_size, pad_id, performance.microbatch_tokens)
 
 
 def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:

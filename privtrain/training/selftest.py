@@ -37,6 +37,7 @@ from privtrain.privacy.secret import SecretKey
 from privtrain.training import auxiliary_sums
 from privtrain.training.agreement import agree_on_fault
 from privtrain.training.auxiliary_sums import noise_name
+from privtrain.training.line_probe import LineProbe
 from privtrain.training.probes import Probe
 from privtrain.training.trainer import Trainer, is_joint
 
@@ -126,7 +127,13 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
         if route != clipper.route:
             clipper = _check_clipping(trainer, units, precision, route)
         _check_exact_sum(clipper, trainer, units)
+        lines, why_rows = LineProbe(trainer, probe.vocabulary_size, precision, clipper.route), ""
+        if trainer.line_packer is not None:
+            why_rows = lines.why_rows()
         probe.check_unchanged(state)
+    if trainer.line_packer is not None:
+        trainer.why_rows = why_rows or lines.shared_coins()
+        trainer.packs_lines = not trainer.why_rows
     return clipper
 
 

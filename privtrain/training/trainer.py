@@ -13,7 +13,9 @@ from privtrain.backends import Backend, Placement
 from privtrain.backends.base import all_equal
 from privtrain.clipping import PerUnitClipper, ShardedClipper, styles
 from privtrain.clipping.clipper import RowLosses
+from privtrain.clipping.lines import LineClipper
 from privtrain.config.training import TrainingSection
+from privtrain.data.lines import Line, LinePacker
 from privtrain.data.microbatch import Microbatch, Packer, Records
 from privtrain.data.selection import check_contributions
 from privtrain.data.units import UnitData
@@ -66,6 +68,7 @@ class Trainer:
         packer: makes microbatches.
         clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
         objective: the loss of a row.
+        line_packer: makes lines of whole units in place of microbatches, where ``packs_lines`` is set.
         first_step: the generation's first step.
         committed: step → commitment to its sum, of the steps that are replayed.
         past: commitments to the sums of the generation's steps from ``first_step`` on that are not replayed, in order;
@@ -74,6 +77,8 @@ class Trainer:
         gradient_canaries: units whose update is a random direction; None if there are none.
 
     Attributes:
+        packs_lines: whether steps are packed into lines; set by the self-test, which proves that they are exact.
+        why_rows: why not, where there is a ``line_packer``.
         must_stop: after a step, whether any rank was asked to stop; the same on all ranks.
         keep: called with step, noised sum on the CPU and its clipping norm, once the step is committed; set by the job.
     """
@@ -99,6 +104,7 @@ class Trainer:
         past: Sequence[str] = (),
         should_stop: Callable[[], bool] = lambda: False,
         gradient_canaries: GradientCanaries | None = None,
+        line_packer: LinePacker | None = None,
     ) -> None:
         self.plan = plan
         self.must_stop = False
@@ -119,6 +125,8 @@ class Trainer:
         self._previous = ""
         self.autocast = autocast
         self.packer = packer
+        self.line_packer = line_packer
+        self.packs_lines, self.why_rows = False, ""
         self._share: Sequence[DrawnUnit] = ()
         self.objective = objective or CausalLM()
         if plan.records_per_user is not None:
@@ -295,7 +303,8 @@ class Trainer:
         if shards is not None:
             return ShardedClipper(self.model, shards, norm, losses, device, style, route, any_rank=any_rank)
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
-        return PerUnitClipper(
+        kind = PerUnitClipper if self.line_packer is None else functools.partial(LineClipper, self.token_losses)
+        return kind(
             self.model,
             layout,
             norm,
@@ -307,16 +316,17 @@ class Trainer:
             any_rank=any_rank,
         )
 
-    def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch]:
+    def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch | Line]:
         """This rank's share of a step: whole units, and as many microbatches as the busiest rank has.
 
         Then, where gradients are in parts, the units that its shard group works on together.
         """
         fetched = self._units.fetch([(d.unit, d.record_indices) for d in drawn])
         records_of = {d.unit: records for d, records in zip(drawn, fetched, strict=True)}
+        packer = self.line_packer if self.packs_lines and self.line_packer is not None else self.packer
 
         def assigned(members: Sequence[DrawnUnit], num_shares: int) -> list[list[DrawnUnit]]:
-            return assign_to_ranks(members, [self.packer.width(records_of[d.unit]) for d in members], num_shares)
+            return assign_to_ranks(members, [packer.cost(records_of[d.unit]) for d in members], num_shares)
 
         placement = self.placement
         joint = [d for d in drawn if is_joint(placement, self.clipper, self.packer, records_of[d.unit])]
@@ -326,13 +336,18 @@ class Trainer:
         self._share = [*by_share[placement.share], *together]
         shares = [[records_of[d.unit] for d in share] for share in by_share]
         records_together = [records_of[d.unit] for d in together]
-        for batch in self.packer.pack_share(shares, placement.share, records_together):
+        for batch in packer.pack_share(shares, placement.share, records_together):
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self.autocast:
             return self.objective.losses(self.model, input_ids, target_mask)
+
+    def token_losses(self, line: Line) -> torch.Tensor:
+        """[1, tokens] losses in the job's precision, as :meth:`row_losses`."""
+        with self.autocast:
+            return self.objective.token_losses(self.model, line)
 
     @property
     def clipping_norm(self) -> float:

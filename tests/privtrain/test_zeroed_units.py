@@ -13,7 +13,7 @@ from privtrain.job.train import train
 from privtrain.ledger.log import verify
 from privtrain.ledger.query import opened_contributions
 from privtrain.ledger.view import pseudonym_of
-from privtrain.models.losses import row_losses
+from privtrain.models.losses import row_losses, token_losses
 from privtrain.run.directory import RunDirectory
 from tests import jobs
 from tests.conftest import write_config
@@ -30,6 +30,17 @@ def poisoned_row_losses(model, input_ids, target_mask):
     losses = row_losses(model, input_ids, target_mask)
     holds = (input_ids[:, 1 : 1 + len(POISON)] == _TOKEN[0]).sum(dim=1) == len(POISON)
     return losses * torch.where(holds, torch.nan, 1.0)
+
+
+def poisoned_token_losses(model, line):
+    """The same for every such record of a line."""
+    losses = token_losses(model, line)
+    factor = torch.ones_like(losses)
+    for first, stop in line.records:
+        own = line.input_ids[0, first + 1 : stop][: len(POISON)]
+        if len(own) == len(POISON) and bool((own == _TOKEN[0]).all()):
+            factor[:, first:stop] = torch.nan
+    return losses * factor
 
 
 _TOKEN = [0]
@@ -66,11 +77,13 @@ def check_ledger(run_path):
     assert all(zeroed[user][1] for user in POISONED), "nobody was drawn; choose another seed"
 
 
-@pytest.mark.parametrize("route", ["batched", "one_unit"])
-def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeypatch, route):
+@pytest.mark.parametrize(("route", "packing"), [("batched", "rows"), ("one_unit", "rows"), ("batched", "lines")])
+def test_the_ledger_names_the_units_that_counted_as_zero(tree, tmp_path, monkeypatch, route, packing):
     path = poison(tree, tmp_path)
     monkeypatch.setattr(privtrain.models.losses, "row_losses", poisoned_row_losses)
-    train(path, [f"performance.clipping_route={route}", "performance.microbatch_size=3"])
+    monkeypatch.setattr(privtrain.models.losses, "token_losses", poisoned_token_losses)
+    performance = {"clipping_route": route, "packing": packing, "microbatch_size": 3}
+    train(path, [f"performance.{key}={value}" for key, value in performance.items()])
     check_ledger(tmp_path / "runs" / "tiny")
 
 

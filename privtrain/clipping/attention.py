@@ -1,0 +1,170 @@
+"""Attention within each record of a line, by the model's own attention function, one record after another.
+
+Registered in transformers' public ``AttentionInterface`` under a name of its own, and switched on only within
+:func:`within_records`. Each record's queries, keys and values are copied out of the line and go through the function
+that the model would call for that record in a row of its own (``sdpa`` or its module's eager one), in shapes that the
+record alone decides: so the result has the same bits whatever shares the line, and wherever in it the record stands.
+Padding gets zeros. transformers makes no mask for a name that it does not know; the causal and sliding-window masks
+are made here, from what models hand to every attention function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from privtrain.clipping import refusals
+from privtrain.data.lines import Line, Span
+from privtrain.errors import UnsupportedLayer
+
+_NAME = "privtrain_within_records"
+#: Attention functions of transformers that records can be handed to.
+_SUPPORTED = ("sdpa", "eager")
+
+
+class _Spans:
+    """The line that attention runs in: set for the block of :func:`within_records`, on whatever thread it runs."""
+
+    def __init__(self, line: Line, implementation: str) -> None:
+        self.num_tokens = line.num_tokens
+        self.implementation = implementation
+        self.num_calls = 0
+        self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
+        self.pieces = _pieces(line.records, line.num_tokens)
+        self.sizes = [stop - first for first, stop, _ in self.pieces]
+
+    def mask(self, num_tokens: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
+        """Return what the model's own function would be given for a record: ``None`` where it is causal by itself."""
+        window = num_tokens if window is None else min(window, num_tokens)
+        if self.implementation == "sdpa" and window == num_tokens:
+            return None
+        key = num_tokens, window, query.dtype, query.device
+        if key not in self._masks:
+            place = torch.arange(num_tokens, device=query.device)
+            distance = place[:, None] - place[None]
+            seen = (distance >= 0) & (distance < window)
+            if self.implementation == "eager":
+                lowest = torch.finfo(query.dtype).min
+                seen = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, lowest)
+            self._masks[key] = seen[None, None]
+        return self._masks[key]
+
+
+_current: _Spans | None = None
+
+
+class _Own(torch.autograd.Function):
+    """A copy in memory of its own, and of its gradient: how a slice is aligned depends on its place in the line."""
+
+    @staticmethod
+    def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].clone(memory_format=torch.contiguous_format)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The registered function: [1, heads, tokens, …] → [1, tokens, heads, …]."""
+    spans = _current
+    if spans is None:
+        raise UnsupportedLayer("attention within records was called outside of a line; this is a bug, report it")
+    shapes = {tensor.shape[2] for tensor in (query, key, value)}
+    if attention_mask is not None or query.shape[0] != 1 or shapes != {spans.num_tokens}:
+        raise UnsupportedLayer(f"attention of type {type(module).__name__} does not see one line of tokens alone")
+    if options.get("position_bias") is not None or options.get("is_causal") is False:
+        raise UnsupportedLayer(f"attention of type {type(module).__name__} is not causal, or has a bias over the line")
+    spans.num_calls += 1
+    attend = _function(module, spans.implementation)
+    window = options.get("sliding_window")
+    parts = []
+    sides = (side.split(spans.sizes, dim=2) for side in (query, key, value))
+    for (first, stop, is_record), *own in zip(spans.pieces, *sides, strict=True):
+        if is_record:
+            of_record = (_Own.apply(side) for side in own)
+            output, _ = attend(module, *of_record, spans.mask(stop - first, window, query), **options)
+            parts.append(_Own.apply(output))
+        else:
+            parts.append(value.new_zeros(1, stop - first, query.shape[1], value.shape[-1]))
+    return torch.cat(parts, dim=1), None
+
+
+def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+    if implementation == "sdpa":
+        return AttentionInterface()["sdpa"]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedLayer(f"attention of type {type(module).__name__} has no eager function to call by record")
+    return eager
+
+
+def _pieces(records: Sequence[Span], num_tokens: int) -> list[tuple[int, int, bool]]:
+    """Return (first, stop, whether it is a record) of all pieces of a line, padding between and behind included."""
+    pieces, place = [], 0
+    for first, stop in records:
+        if first > place:
+            pieces.append((place, first, False))
+        pieces.append((first, stop, True))
+        place = stop
+    if place < num_tokens:
+        pieces.append((place, num_tokens, False))
+    return pieces
+
+
+def refusal(model: Any) -> str:
+    """Return why attention of ``model`` cannot be kept within records by :func:`within_records`, or nothing."""
+    base = _unwrapped(model)
+    name = type(base).__name__
+    found = {getattr(config, "_attn_implementation", None) for config in refusals.configs(base)} - {None}
+    if not hasattr(base, "set_attn_implementation") or len(found) != 1 or not found <= set(_SUPPORTED):
+        return f"{name} has attention {sorted(map(str, found))}; packed lines need {' or '.join(_SUPPORTED)}"
+    original = base.config._attn_implementation
+    base.set_attn_implementation(_NAME)
+    is_set = base.config._attn_implementation == _NAME
+    base.set_attn_implementation(original)
+    return "" if is_set else f"{name} does not use transformers' AttentionInterface"
+
+
+@contextlib.contextmanager
+def within_records(model: Any, line: Line) -> Iterator[None]:
+    """Within the block every pass over ``model`` is over ``line``, and attention runs within each of its records.
+
+    For the forward pass and all backward passes over its graph, since gradient checkpointing attends once more.
+
+    Raises:
+        UnsupportedLayer: at the end, if no layer of the model came by.
+    """
+    global _current
+    assert _current is None, "lines are computed one after another"
+    base = _unwrapped(model)
+    original = base.config._attn_implementation
+    base.set_attn_implementation(_NAME)
+    _current = spans = _Spans(line, original)
+    try:
+        yield
+        if not spans.num_calls:
+            raise UnsupportedLayer(f"{type(base).__name__} does not call transformers' AttentionInterface")
+    finally:
+        _current = None
+        base.set_attn_implementation(original)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+AttentionInterface.register(_NAME, _attend)

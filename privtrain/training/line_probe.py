@@ -1,0 +1,288 @@
+"""Prove on the real model that units may share a line, or say why records need rows of their own.
+
+Rows have passed their own checks before. A line is compared with them, and with itself:
+
+* every token's loss is what it is in a row of its own, also in the longest record: attention and positions are right;
+* what the clipper adds for planted units is what it adds by rows; a huge unit adds at most the clipping norm, one that
+  is not a number nothing, and units together add what each adds alone, as integers;
+* in lines of the job's own size, a unit adds the same bits alone and at many places between units of huge activations
+  that add gradients of their own, and these add the same with it and without;
+* no random number is shared by the tokens of a line.
+
+Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting; then all agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from privtrain.clipping import attention, exact_sum, fallback
+from privtrain.clipping.lines import LineClipper
+from privtrain.data.lines import Line, LinePacker
+from privtrain.data.microbatch import Packer
+from privtrain.data.records import Record
+from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
+from privtrain.models.losses import token_log_probs
+from privtrain.privacy.fixed_point import SLACK
+from privtrain.training import hooks
+from privtrain.training.trainer import Trainer
+
+#: Change of losses, relative to the largest, that the rounding of other shapes explains, by precision.
+_OTHER_SHAPE = {"fp32": 1e-4, "bf16": 5e-2}
+#: The same of a unit's clipped gradient, by tensor.
+_OTHER_GRADIENT = {"fp32": 1e-3, "bf16": 5e-2}
+#: Records of the planted units, and tokens of the line that they share: odd, so that no width of a model has as many.
+_PLANTED_LENGTHS, _PLANTED_TOKENS = (7, 12), 61
+#: Norms of the planted units in clipping norms; the third is not a number.
+_SIZES = (1e4, 0.5)
+#: Records of the units that are moved about, and of the loud ones between them: of many alignments.
+_MOVED = ((5,), (37, 11))
+_LOUD_LENGTHS = (3, 17, 1, 8, 41, 2, 29, 6)
+#: Weight of a loud unit's loss, as of rows (:mod:`.probes`).
+_LOUD_WEIGHT = 1e8
+
+
+@dataclasses.dataclass(frozen=True)
+class LineProbe:
+    """The probe of one trainer.
+
+    Attributes:
+        trainer: about to train; its adapter has been moved off its starting point.
+        vocabulary_size: planted tokens are below this.
+        precision: of forward and backward, ``"fp32"`` or ``"bf16"``.
+        route: the clipping route that rows take.
+    """
+
+    trainer: Trainer
+    vocabulary_size: int
+    precision: str
+    route: str
+
+    def why_rows(self) -> str:
+        """Return why records need rows; nothing, on every rank, if a line is exact. Dropout must be off."""
+        return self._agreed(self._fault)
+
+    def shared_coins(self) -> str:
+        """The same for random numbers that the tokens of a line share. Dropout must be as in training."""
+        return self._agreed(self._coins)
+
+    def _agreed(self, check: Callable[[], str]) -> str:
+        try:
+            fault = check()
+        except (UnsupportedLayer, GuaranteeLost) as refusal:
+            fault = str(refusal)
+        except Exception as failure:  # whatever a model does with positions that it does not know: rows are the way out
+            if isinstance(failure, PrivtrainError) or fallback.is_out_of_memory(failure):
+                raise
+            fault = f"a line fails: {fallback.in_words(failure)}"
+        if self.trainer.backend.any_rank(bool(fault)):
+            return fault or "another rank found that its model needs them"
+        return ""
+
+    def _fault(self) -> str:
+        trainer = self.trainer
+        if not trainer.objective.takes_lines:
+            return "a classifier reads a record in a row of its own"
+        clipper = trainer.new_clipper(trainer.row_losses, self.route)
+        if not isinstance(clipper, LineClipper):
+            return "gradients are sharded"
+        clipper.refuse_lines()
+        return self._other_losses() or self._other_sums(clipper) or self._other_bits(clipper)
+
+    # What is computed.
+
+    def _other_losses(self) -> str:
+        """Return how far losses in a line are from those in rows, if it is more than rounding."""
+        packer = self._packer
+        lengths = [packer.max_length]
+        for length in (5, 9):
+            if sum(lengths) + length <= packer.num_tokens:
+                lengths.insert(len(lengths) // 2, length)
+        records = [self._record(length, seed) for seed, length in enumerate(lengths)]
+        line = packer.arranged([[record] for record in records]).to(self._device)
+        with torch.no_grad(), attention.within_records(self.trainer.model, line):
+            together = self.trainer.token_losses(line)[0]
+        worst = 0.0
+        for record, (first, stop) in zip(records, line.records, strict=True):
+            with torch.no_grad(), self.trainer.autocast:
+                ids = torch.from_numpy(record.tokens)[None].to(self._device)
+                alone = -token_log_probs(self.trainer.model, ids)[0]
+            if len(alone):
+                change = (together[first + 1 : stop] - alone).abs().max() / alone.abs().max().clamp(min=1e-30)
+                worst = max(worst, float("inf") if change.isnan() else float(change))
+        if worst > _OTHER_SHAPE[self.precision]:
+            return f"losses of records in a line are off by {worst:.2g} from those in rows of their own"
+        return ""
+
+    def _other_sums(self, clipper: LineClipper) -> str:
+        """Return what is wrong with the sum over planted units in a line, or nothing."""
+        units = [[self._record(n, 10 * u + n) for n in _PLANTED_LENGTHS] for u in range(3)]
+        factors = [self._factor(unit, size) for unit, size in zip(units, _SIZES, strict=False)]
+        if not all(0 < factor < float("inf") for factor in factors):
+            return "a planted unit has no gradient"
+        factors = [*factors, float("nan")]
+        packer = LinePacker(_PLANTED_TOKENS, len(units), max(_PLANTED_LENGTHS), self._packer.pad_id)
+        short = dataclasses.replace(packer, num_tokens=max(_PLANTED_LENGTHS) + 1)
+        alone = []
+        for unit, factor in zip(units[:2], factors, strict=False):
+            by_rows = self._by_rows(clipper, unit, factor)
+            for name, one in (("line", packer), ("line of a part of it", short)):
+                total = self._sum(clipper, self._weighted(one, [unit], [factor]))
+                fault = self._difference(clipper, total, by_rows)
+                if fault:
+                    return f"a unit in a {name} {fault}"
+                alone += [total] if one is packer else []
+        together = self._sum(clipper, self._weighted(packer, units, factors))
+        if not torch.equal(together, alone[0] + alone[1]):
+            return "units of a line, beside one that is not a number, do not add what each adds alone"
+        return ""
+
+    def _difference(self, clipper: LineClipper, total: torch.Tensor, by_rows: torch.Tensor) -> str:
+        plan, layout = self.trainer.plan, clipper.layout
+        own, rows = (exact_sum.as_float32(value, clipper.grid_exponent).double() for value in (total, by_rows))
+        if plan.clipping_style != "batch" and not float(own.norm()) <= clipper.clipping_norm * (1 + SLACK):
+            return f"moved the sum by {float(own.norm()):.6g}, above clipping_norm={clipper.clipping_norm}"
+        for slot in layout.slots:
+            one, other = (layout.view(value, slot).norm() for value in (own - rows, rows))
+            share = clipper.clipping_norm / len(layout.slots) ** 0.5
+            if not float(one) <= _OTHER_GRADIENT[self.precision] * (float(other) + share):
+                return f"adds {float(one):.3g} of {float(other):.3g} to {slot.name!r} that it does not add in rows"
+        return ""
+
+    # Its bits.
+
+    def _other_bits(self, clipper: LineClipper) -> str:
+        """Return where a unit of a line of the job's own size does not add the bits that it adds alone, or nothing."""
+        packer = self._packer
+        moved = [[self._record(n, 50 + n) for n in lengths] for lengths in _MOVED if max(lengths) <= packer.max_length]
+        moved = [unit for unit in moved if packer.cost(unit) <= packer.num_tokens // 2] or [[self._record(2, 50)]]
+        alone = [packer.arranged([unit]).to(self._device) for unit in moved]
+        bits = [self._sum(clipper, [line]) for line in alone]
+        units, kinds = self._crowd(packer, moved)
+        # Both ways round, since the longest unit takes up to half of a line.
+        for order in (1, -1):
+            found, expected = self._crowded(clipper, units[::order], kinds[::order], bits)
+            if not torch.equal(found, expected):
+                share = float((found - expected).double().norm() / expected.double().norm().clamp(min=1))
+                return (
+                    f"units do not add the same bits to the sum at all places of a line (off by {share:.2g} of the "
+                    f"sum, precision {self.precision})"
+                )
+        if not all(torch.equal(self._sum(clipper, [line]), one) for line, one in zip(alone, bits, strict=True)):
+            return "units add other bits after a line of others than before it"
+        return ""
+
+    def _crowded(
+        self, clipper: LineClipper, units: Sequence[list[Record]], kinds: Sequence[int], bits: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a crowded line adds, and what it should: the loud units without the others, and each of these."""
+        line = self._packer.arranged(units).to(self._device)
+        loud = [i for i, kind in enumerate(kinds) if kind < 0]
+        is_loud = torch.zeros(line.num_tokens, dtype=torch.bool, device=self._device)
+        weight = line.token_weight.clone()
+        for first, stop in (line.units[i] for i in loud):
+            is_loud[first:stop], weight[:, first:stop] = True, _LOUD_WEIGHT
+        line = dataclasses.replace(line, token_weight=weight)
+        with hooks.loud_tokens(self.trainer.model, is_loud):
+            found, expected = self._sum(clipper, [line]), self._sum(clipper, [line.only(loud)])
+        for kind, own in enumerate(bits):
+            expected += kinds.count(kind) * own
+        return found, expected
+
+    def _crowd(self, packer: LinePacker, moved: Sequence[list[Record]]) -> tuple[list[list[Record]], list[int]]:
+        """Return units that fill a line, the longest first, and which of ``moved`` each is: -1 for those between."""
+        longest = min(packer.max_length, packer.num_tokens // 2)
+        units: list[list[Record]] = [[self._record(longest, 70)]]
+        kinds, room = [-1], packer.num_tokens - longest
+        for i in range(packer.num_tokens):
+            kind = i % len(moved)
+            loud = min(_LOUD_LENGTHS[i % len(_LOUD_LENGTHS)], packer.max_length)
+            needed = loud + packer.cost(moved[kind])
+            if needed > room:
+                break
+            units += [list(moved[kind]), [self._record(loud, 71 + i)]]
+            kinds += [kind, -1]
+            room -= needed
+        if packer.cost(moved[0]) <= room:  # one more, which ends with the line if what is left is a record
+            gap = min(room - packer.cost(moved[0]), packer.max_length)
+            units += [[self._record(gap, 99)]] if gap else []
+            kinds += [-1] if gap else []
+            units, kinds = [*units, list(moved[0])], [*kinds, 0]
+        return units, kinds
+
+    # Random numbers.
+
+    def _coins(self) -> str:
+        lengths = (5, 11)
+        packer = LinePacker(17, 2, max(lengths), self._packer.pad_id)
+        line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)
+        trainer, sizes = self.trainer, (17, *lengths, 1 + sum(lengths))
+        losses, owner = [], ""
+        for extreme in (0.0, 1.0):
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+                torch.manual_seed(0)
+                with (
+                    hooks.SharedRandomNumbers(trainer.model, sizes, extreme) as numbers,
+                    torch.no_grad(),
+                    attention.within_records(trainer.model, line),
+                ):
+                    losses.append(trainer.token_losses(line))
+                owner = owner or numbers.owner
+        if torch.equal(*losses):
+            return ""
+        return f"{owner or 'the model'} draws random numbers that the tokens of a line share"
+
+    # Planted units.
+
+    @property
+    def _packer(self) -> LinePacker:
+        assert self.trainer.line_packer is not None
+        return self.trainer.line_packer
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.backend.device
+
+    def _record(self, length: int, seed: int) -> Record:
+        tokens = np.random.default_rng(seed).integers(0, self.vocabulary_size, size=length)
+        return self.trainer.objective.plant(tokens)
+
+    def _weighted(self, packer: LinePacker, units: Sequence[list[Record]], factors: Sequence[float]) -> Sequence[Line]:
+        """Return the lines of some units, whose losses are multiplied by ``factors``."""
+        lines = []
+        for line in packer.pack(units, packer.num_batches(units)):
+            weight = line.token_weight.clone()
+            for owner, (first, stop) in zip(line.owners, line.units, strict=True):
+                weight[:, first:stop] *= factors[owner]
+            lines.append(dataclasses.replace(line, token_weight=weight).to(self._device))
+        return lines
+
+    def _by_rows(self, clipper: LineClipper, unit: list[Record], factor: float) -> torch.Tensor:
+        packer = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id)
+        (batch,) = packer.pack([unit], 1)
+        batch = dataclasses.replace(batch, row_weight=batch.row_weight * factor).to(self._device)
+        clipper.reset()
+        clipper.accumulate(batch)
+        return clipper.finish().clone()
+
+    def _factor(self, unit: list[Record], size: float) -> float:
+        """The factor that gives a unit's loss a gradient of ``size`` clipping norms, by plain autograd."""
+        (batch,) = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id).pack([unit], 1)
+        batch = batch.to(self._device)
+        (self.trainer.row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()
+        square = 0.0
+        for parameter in self.trainer.placement.clipped.parameters.values():
+            if parameter.grad is not None:
+                square += float(parameter.grad.double().square().sum())
+                parameter.grad = None
+        return size * self.trainer.plan.clipping_norm / square**0.5 if square else 0.0
+
+    def _sum(self, clipper: LineClipper, lines: Sequence[Line]) -> torch.Tensor:
+        clipper.reset()
+        for line in lines:
+            clipper.accumulate(line)
+        return clipper.finish().clone()
