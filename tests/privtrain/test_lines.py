@@ -7,6 +7,7 @@ import dataclasses
 
 import hypothesis
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -252,6 +253,7 @@ def test_checkpointed_layers_attend_within_records_again():
     users = invented_users(4, most_records=3, seed=2)
     expected = total_of(make(model, layout), users, _LONG)
     checkpointed = copy.deepcopy(model)
+    assert isinstance(checkpointed, hf.PreTrainedModel)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(checkpointed)
     for route in ("batched", "two_pass"):
@@ -382,7 +384,9 @@ def packed_trainer(model):
 
 def test_attention_within_records_is_off_outside_of_lines():
     model, layout = build("llama", "lora")
+    assert isinstance(model, peft.PeftModel)
     base = model.get_base_model()
+    assert isinstance(base, hf.PreTrainedModel)
     before = base.config._attn_implementation
     line = _LONG.arranged(invented_users(2, most_records=1))
     with pytest.raises(RuntimeError, match="planted"), attention.within_records(model, line):
