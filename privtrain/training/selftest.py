@@ -566,6 +566,7 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
         clipper, zeros, {auxiliary_sum.name: 0 for auxiliary_sum in plan.auxiliary_sums}, key, _STEP
     ).noise
     stddev = plan.noise_stddev
+    runs = {slot.name: slot for slot in backend.noised_layout(layout).slots}
     faults = []
     for slot in layout.slots:
         part = layout.view(vector, slot).double().flatten()
@@ -578,9 +579,11 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
                 f"tensor {slot.name!r}: noise has standard deviation {measured:.4g}, the plan asks for {stddev:.4g}"
             )
             continue
-        sample = part[:_NUM_COMPARED]
-        own = _own_noise(trainer, clipper, slot, len(sample), noise)
-        if not torch.equal(sample.float(), own.float()):
+        # Also where the run begins that this rank draws for others: together the ranks look at every border.
+        places = {0, runs[slot.name].first - slot.first} - {len(part)}
+        samples = [(place, part[place : place + _NUM_COMPARED]) for place in sorted(places)]
+        own = [_own_noise(trainer, clipper, slot, place, len(sample), noise) for place, sample in samples]
+        if not all(torch.equal(sample.float(), mine.float()) for (_, sample), mine in zip(samples, own, strict=True)):
             faults.append(
                 f"tensor {slot.name!r}: ranks drew different noise, or that of another part; parameters would drift "
                 "apart or share noise (mixed CPU types or libraries?)"
@@ -602,15 +605,18 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
     agree_on_fault(faults[0] if faults else "", backend)
 
 
-def _own_noise(trainer: Trainer, clipper: PerUnitClipper, slot: Slot, count: int, noise: StepNoise) -> torch.Tensor:
-    """Return the noise of a first step on the first coordinates of a slot, drawn alone."""
+def _own_noise(
+    trainer: Trainer, clipper: PerUnitClipper, slot: Slot, place: int, count: int, noise: StepNoise
+) -> torch.Tensor:
+    """Return the noise of a first step on ``count`` coordinates of a slot from ``place`` on, drawn alone."""
     plan, device = trainer.plan, trainer.backend.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
     grid = {"exponent": clipper.grid_exponent, "stddev": plan.noise_stddev}
+    first = slot.first + place
     if plan.correlated is None:
-        return noised(zeros, noise=noise, name=slot.name, first=slot.first, **grid)
+        return noised(zeros, noise=noise, name=slot.name, first=first, **grid)
     part = torch.nn.Parameter(torch.zeros(count, device=device))
-    alone = Layout({slot.name: part}, {slot.name: (slot.first, slot.whole_shape)})
+    alone = Layout({slot.name: part}, {slot.name: (first, slot.whole_shape)})
     return NoiseHistory(plan.correlated, alone, device, **grid).release(zeros, noise)
 
 

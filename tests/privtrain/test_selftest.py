@@ -477,8 +477,8 @@ def none(backend, patch) -> None:
 
 EVERYWHERE = {
     none: "passed",
-    noise_of_world_size: "noise has standard deviation",
-    noise_before_the_sum: "noise has standard deviation",
+    noise_of_world_size: "noise",  # its spread; in a tensor of few coordinates the values themselves
+    noise_before_the_sum: "noise",
     noise_of_this_rank: "ranks drew different noise",
     mean: "is off by",
     one_layer_unclipped: "above clipping_norm",
