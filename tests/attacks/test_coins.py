@@ -177,7 +177,11 @@ def test_failed_self_test_does_not_end_preparation(config, monkeypatch):
 
 
 def test_spans_are_for_plain_text_alone(tree, tmp_path):
-    tree["data"] |= {"format": "prompt_completion", "prompt_column": "user", "completion_column": "text"}
+    rows = tmp_path / "pairs.jsonl"
+    pairs = [{"user": f"u{i // 4}", "prompt": f"what {i}", "text": f"this {i}"} for i in range(40)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    tree["data"]["source"]["paths"] = [str(rows)]
+    tree["data"] |= {"format": "prompt_completion", "prompt_column": "prompt", "completion_column": "text"}
     with pytest.raises(AttackInputError, match="format: text"):
         prepare(write_config(tree, tmp_path / "chat.yaml"), spans_column="spans")
 

@@ -69,7 +69,7 @@ def test_work_of_a_llama_is_counted_layer_by_layer():
     gpu=st.sampled_from(sorted(GPUS)),
 )
 @hypothesis.settings(deadline=None)
-def test_predictions_have_no_negative_part_and_privacy_is_not_free(layout, is_full, k, checkpoints, gpu):
+def test_no_predicted_part_is_negative_and_privacy_costs(layout, is_full, k, checkpoints, gpu):
     job = job_of(layout, is_full=is_full, k=k, checkpoints=checkpoints)
     for num_ranks in (1, 2, 8, 64):
         found = predict(job, Cluster(num_ranks, GPUS[gpu], gpu))

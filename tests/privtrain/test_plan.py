@@ -17,6 +17,8 @@ def fingerprint(tree) -> str:
 
 OTHER_VALUES = {
     "microbatch_size": 2,
+    "packing": "lines",
+    "microbatch_tokens": 4096,
     "clipping_route": "one_unit",
     "gradient_checkpointing": True,
     "precision": "bf16",
