@@ -159,6 +159,15 @@ class RankLost(PrivtrainError):  # noqa: N818
     exit_code = EXIT_MACHINE_FAILED
 
 
+#: What is said where a collective of ranks breaks off; gloo reports a broken connection as a plain RuntimeError.
+_COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "store->get")
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Return whether a collective failed: another rank is the reason, and no model or route is to blame."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)
+
+
 class StorageFailed(PrivtrainError):  # noqa: N818
     """The disk of the run directory is full, or a quota or file size limit was reached."""
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from privtrain.backends.base import Backend
-from privtrain.errors import EXIT_MACHINE_FAILED, PrivtrainError, RankLost
+from privtrain.errors import EXIT_MACHINE_FAILED, PrivtrainError, RankLost, is_of_a_collective
 from privtrain.process.exit import leave_at_once
 
 #: Beats in a time-out; a beat a few seconds late must not end a job.
@@ -29,8 +29,6 @@ _LONGEST_INTERVAL_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
 #: A rank that ended well takes its host's store along; this long until the others take it for a loss.
 _STORE_GONE_SECONDS = 10.0
-
-_COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "store->get")
 
 
 class Watch:
@@ -80,7 +78,7 @@ class Watch:
             error: what the main thread met.
             is_stopping: set once the launcher asked this rank to leave, which is all that will be known then.
         """
-        if self._is_alone or not _is_of_a_collective(error):
+        if self._is_alone or not (isinstance(error, dist.DistError) or is_of_a_collective(error)):
             return None
         self._patience_seconds = 3 * self._interval  # somebody is gone for sure; it remains to be seen who
         self._put(self._key("failing", self._rank), "1")
@@ -192,10 +190,3 @@ def _connect(timeout_seconds: float) -> dist.TCPStore:
 def _describe(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     return f"host {platform.node()}, process {os.getpid()}, {device} ({name})"
-
-
-def _is_of_a_collective(error: Exception) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
-    # gloo reports a broken connection as a plain RuntimeError.
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)

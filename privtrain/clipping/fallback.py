@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from privtrain.errors import GuaranteeLost, ModelFailed, PrivtrainError, UnsupportedLayer
+from privtrain.errors import GuaranteeLost, ModelFailed, PrivtrainError, UnsupportedLayer, is_of_a_collective
 
 #: What allocators say where torch has no exception of its own for it.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -52,18 +52,18 @@ def cause(
         parameters: the trainable tensors by name.
 
     Raises:
-        Exception: ``failure`` itself where another route would not help or hide something: too little memory, or an
-            error of ours that is about no layer.
+        Exception: ``failure`` itself where another route would not help or hide something: too little memory, a
+            lost rank, or an error of ours that is about no layer.
         ModelFailed: if the twin fails too.
     """
-    if is_out_of_memory(failure) or not _is_of_hooks(failure):
+    if is_elsewhere(failure) or not _is_of_hooks(failure):
         raise failure
     if isinstance(failure, UnsupportedLayer) or row_loss is None:
         return in_words(failure) if not isinstance(failure, PrivtrainError) else str(failure)
     try:
         plain_gradients(row_loss().sum(), parameters)
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, PrivtrainError):
+        if is_elsewhere(error) or isinstance(error, PrivtrainError):
             raise
         raise ModelFailed(
             f"the model fails on a single row, with and without clipping's hooks: {in_words(error)}. Run forward and "
@@ -82,7 +82,12 @@ def _is_of_hooks(error: Exception) -> bool:
     return not isinstance(error, PrivtrainError) or isinstance(error, UnsupportedLayer | GuaranteeLost)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_elsewhere(error: Exception) -> bool:
+    """Return whether the reason lies outside the model: too little memory, or a rank lost as weights are gathered."""
+    return _is_out_of_memory(error) or is_of_a_collective(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, on the host or the device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

@@ -246,7 +246,7 @@ class LineClipper(PerUnitClipper):
                     passes.rehearse(calls)
                     self._is_rehearsed = True
             except Exception as failure:
-                if isinstance(failure, PrivtrainError) or fallback.is_out_of_memory(failure):
+                if isinstance(failure, PrivtrainError) or fallback.is_elsewhere(failure):
                     raise
                 raise UnsupportedLayer(f"a packed line failed: {fallback.in_words(failure)}") from failure
             own = [sum(losses[first:stop]) for first, stop in line.units]

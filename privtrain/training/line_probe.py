@@ -76,7 +76,7 @@ class LineProbe:
         except (UnsupportedLayer, GuaranteeLost) as refusal:
             fault = str(refusal)
         except Exception as failure:  # whatever a model does with positions that it does not know: rows are the way out
-            if isinstance(failure, PrivtrainError) or fallback.is_out_of_memory(failure):
+            if isinstance(failure, PrivtrainError) or fallback.is_elsewhere(failure):
                 raise
             fault = f"a line fails: {fallback.in_words(failure)}"
         if self.trainer.backend.any_rank(bool(fault)):

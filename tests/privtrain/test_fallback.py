@@ -147,8 +147,11 @@ def test_a_model_that_fails_without_hooks_too_is_named(monkeypatch):
     assert clipper.route == "auto"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_too_little_memory_changes_no_route(error, monkeypatch):
+GONE = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4: a remote worker crashed")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), GONE])
+def test_too_little_memory_or_a_lost_rank_changes_no_route(error, monkeypatch):
     model = Small()
     clipper = make_clipper(model, Layout.of(model), 0.3, model.losses)
     original = model.between
