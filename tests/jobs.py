@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import pathlib
 import signal
 import sys
@@ -15,6 +16,15 @@ from tests.cluster import Ranks
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CPU_CONFIG = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package that carries weights or data is here."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def command(module: str, *arguments: str | pathlib.Path) -> list[str]:

@@ -371,7 +371,11 @@ class PerUnitClipper:
                 None if self._equal_passes else lambda: self._row_losses(batch.input_ids[:1], batch.target_mask[:1]),
                 self.layout.parameters,
             )
-        if self.route != "auto" or self._is_settled:
+        self._go_one_unit(failure, reason, is_possible=True)
+
+    def _go_one_unit(self, failure: Exception, reason: str, *, is_possible: bool) -> None:
+        """Take the route ``one_unit``, or raise ``failure`` with the way out where that is not left open."""
+        if self.route != "auto" or self._is_settled or not is_possible:
             raise UnsupportedLayer(
                 f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
                 "one_unit, which is exact for any layer"
@@ -385,15 +389,10 @@ class PerUnitClipper:
         """
         if self._saw_every_use:
             return
-        seen: set[int] = set()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # a replay may begin elsewhere, and must see the same dropout
-            with captured(self._modules, list(self.layout.parameters.values()), 1) as calls:
-                calls.sink = lambda module, *_: seen.update(id(p) for p in module.parameters(recurse=False))
-                loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
-                calls.is_forward = False
-                loss.backward()
-            unseen = {name: p for name, p in self.layout.parameters.items() if id(p) not in seen}
+            seen = self._seen_by_hooks(batch)
+            unseen = {name: p for name, p in self.layout.parameters.items() if name not in seen}
             if unseen:
                 loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
                 found = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
@@ -405,6 +404,16 @@ class PerUnitClipper:
                         "performance.clipping_route: one_unit"
                     )
         self._saw_every_use = True
+
+    def _seen_by_hooks(self, batch: Microbatch) -> set[str]:
+        """Return the names of the slots whose modules a pass over the first row calls as modules."""
+        seen: set[str] = set()
+        with captured(self._modules, list(self.layout.parameters.values()), 1) as calls:
+            calls.sink = lambda module, *_: seen.update(slot.name for slot in self._slots[module].values())
+            loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
+            calls.is_forward = False
+            loss.backward()
+        return seen
 
     def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls) -> None:
         """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""

@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from privtrain.clipping import fallback, opacus_rules, rules
 from privtrain.clipping.batched import UnitGradients
-from privtrain.clipping.capture import Calls, captured
+from privtrain.clipping.capture import Calls
 from privtrain.clipping.clipper import PerUnitClipper, RowLosses
 from privtrain.clipping.cooperative import CooperativeClipper, GradientShards
 from privtrain.clipping.factors import exact_fp32, squared_norms
@@ -183,16 +183,9 @@ class ShardedClipper(PerUnitClipper):
         """Once: every tensor must be seen by a hook. Which have a gradient all the same, autograd cannot tell here."""
         if self._saw_every_use:
             return
-        seen: set[str] = set()
         devices = [self._device] if self._device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices=devices),
-            captured(self._modules, list(self.layout.parameters.values()), 1) as calls,
-        ):
-            calls.sink = lambda module, *_: seen.update(slot.name for slot in self._slots[module].values())
-            loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
-            calls.is_forward = False
-            loss.backward()
+        with torch.random.fork_rng(devices=devices):
+            seen = self._seen_by_hooks(batch)
         unseen = [slot.name for slot in self.layout.slots if slot.name not in seen]
         if unseen:
             raise UnsupportedLayer(
@@ -205,12 +198,8 @@ class ShardedClipper(PerUnitClipper):
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
         """Go one unit at a time, if that was left open and every rank has the same microbatch, as in the self-test."""
         reason = fallback.cause(failure, None, self.layout.parameters)
-        if self.route != "auto" or self._is_settled or not self._is_everywhere(batch):
-            raise UnsupportedLayer(
-                f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
-                "one_unit, which is exact for any layer"
-            ) from failure
-        self.route, self.fallback_reason = "one_unit", reason
+        may_change = self.route == "auto" and not self._is_settled
+        self._go_one_unit(failure, reason, is_possible=may_change and self._is_everywhere(batch))
         self._shards.let_go_of_whole_weights()
 
     @override

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from privtrain.commands.outputs import output_faults
 from privtrain.config import load_config
 from privtrain.config.model import ModelSection
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import replace_directory, write_atomically
-from privtrain.files.writable import why_unwritable
 from privtrain.run import bundle
 from privtrain.run.base_model import changed_base_files, locate
 from privtrain.run.bundle import ReleaseManifest
@@ -66,17 +66,7 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
 
 
 def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) -> None:
-    faults = []
-    if not run.is_complete():
-        faults.append(
-            Fault("RUN", f"{run.root} holds no finished run (no release.json); finish it with privtrain train")
-        )
-    if output.exists():
-        faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
-    elif problem := why_unwritable(output.parent):
-        faults.append(Fault("OUTPUT", problem))
-    elif run.holds(output):
-        faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
+    faults = output_faults(run, output)
     if dtype not in DTYPES:
         faults.append(Fault("--dtype", f"given {dtype}; must be one of {', '.join(DTYPES)}"))
     if merge and run.is_complete() and run.adapter.exists():

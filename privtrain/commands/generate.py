@@ -19,6 +19,7 @@ from typing import Any
 from privtrain.commands.corpus import copies, probe, sampling
 from privtrain.commands.corpus.conditions import Condition, contexts_of, digest_input, ends_of, read_conditions
 from privtrain.commands.corpus.sampling import Engine, Sampler, SamplingSettings
+from privtrain.commands.outputs import output_faults
 from privtrain.config import Config, load_config
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.model import ModelSection
@@ -29,7 +30,6 @@ from privtrain.errors import ConfigError, Fault, PlanMismatch
 from privtrain.files import reading, strict_yaml
 from privtrain.files.atomic import replace_directory, write_atomically, write_json
 from privtrain.files.private import make_private_directory
-from privtrain.files.writable import why_unwritable
 from privtrain.process.console import say
 from privtrain.run import bundle, generated
 from privtrain.run.base_model import changed_base_files, check_model
@@ -129,16 +129,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
 
 
 def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) -> None:
-    faults = []
-    if not run.is_complete():
-        problem = f"{run.root} holds no finished run (no release.json); finish it with privtrain train"
-        faults.append(Fault("RUN", problem))
-    if output.exists():
-        faults.append(Fault("OUTPUT", f"{output} exists; choose another directory or remove it"))
-    elif problem := why_unwritable(output.parent):
-        faults.append(Fault("OUTPUT", problem))
-    elif run.holds(output):
-        faults.append(Fault("OUTPUT", f"{output} is inside the run, where it would be no part of the release"))
+    faults = output_faults(run, output)
     if (num := os.environ.get("WORLD_SIZE", "1")) != "1":
         faults.append(Fault("WORLD_SIZE", f"given {num}; texts are sampled by one process: start privtrain by itself"))
     if options.copy_tokens < 1:

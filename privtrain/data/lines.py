@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from privtrain.data.microbatch import Records
+from privtrain.data.microbatch import Records, weights_of
 from privtrain.data.records import Record
 
 #: Lines are a multiple of this many tokens, so that no kernel meets the end of a vector in the middle of a line.
@@ -161,7 +161,7 @@ class LinePacker:
             units: per unit its records.
             num_batches: the largest number that any rank needs.
         """
-        weights = [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]
+        weights = weights_of(units)
         lines = self._lines(units)
         assert len(lines) <= num_batches
         for runs in lines:
@@ -184,7 +184,7 @@ class LinePacker:
 
     def arranged(self, units: Sequence[Records]) -> Line:
         """Return one line of these units, which must fit, in this order."""
-        weights = [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]
+        weights = weights_of(units)
         return self._assemble([(i, 0, len(r), self.cost(r)) for i, r in enumerate(units)], units, weights)
 
     def _lines(self, units: Sequence[Records]) -> list[list[_Run]]:

@@ -130,7 +130,7 @@ class Packer:
             units: per unit its records.
             num_batches: the largest number that any rank needs.
         """
-        weights = [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]
+        weights = weights_of(units)
         by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))
         num_made = 0
         for width, group in itertools.groupby(by_width, key=lambda u: self.width(units[u])):
@@ -201,3 +201,8 @@ class Packer:
         tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))
         owners = tuple(unit for unit, _, _ in runs)
         return Microbatch(*tensors, owners=owners, last_continues=continues, pad_id=self.pad_id)
+
+
+def weights_of(units: Sequence[Records]) -> list[float]:
+    """Return each unit's weight of a predicted token: the loss of a unit is the mean over its own ones in the step."""
+    return [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]

