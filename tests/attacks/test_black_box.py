@@ -69,7 +69,7 @@ def audited(directory: pathlib.Path, **privacy: Any) -> dict[str, Any]:
     write_samples(config, samples, count=count, num_tokens=NUM_TOKENS, temperature=1.0, seed=0)
     mutants.train_broken(config, None)
     run = directory / "runs" / "audited"
-    score_run(run, ScoreOptions(training_records=0, canary_references=NUM_REFERENCES))
+    score_run(run, ScoreOptions(num_training_records=0, num_canary_references=NUM_REFERENCES))
     facts = analyse_run(run)
     row = next(row for row in facts["panels"]["audit"]["rows"] if row["coins"] == "canary users")
     assert row["method"] == "one run"
