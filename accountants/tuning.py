@@ -66,22 +66,19 @@ def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
         return 1
     if shape == "geometric":
         return max(1, math.ceil(math.log1p(-uniform) / math.log1p(-1 / mean_runs)))
-    stop = _stop_of_logarithmic(mean_runs)
-    term, below, count = (1 - stop) / -math.log(stop), 0.0, 1
+    rate = _rate_of_logarithmic(mean_runs)
+    going_on = -math.expm1(-rate)
+    term, below, count = going_on / rate, 0.0, 1
     while below + term < uniform and term > 0:
         below += term
-        term *= (1 - stop) * count / (count + 1)
+        term *= going_on * count / (count + 1)
         count += 1
     return count
 
 
-def _stop_of_logarithmic(mean_runs: float) -> float:
-    """Return g, where P(k) = (1 - g)^k / (k log(1/g)) has the mean (1/g - 1) / log(1/g)."""
-
-    def off(log_stop: float) -> float:
-        return math.expm1(-log_stop) / -log_stop - mean_runs
-
-    return math.exp(bracketed_root(off, -700.0, -1e-15))
+def _rate_of_logarithmic(mean_runs: float) -> float:
+    """Return r = log(1/g), where P(k) = (1 - g)^k / (k r) has the mean (1/g - 1) / r; r is near 2 (mean - 1) at 1."""
+    return bracketed_root(lambda rate: math.expm1(rate) / rate - mean_runs, 1e-17, 700.0)
 
 
 def individual_epsilon(

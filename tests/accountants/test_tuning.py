@@ -10,12 +10,12 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import dp_event
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
 import accountants
-from accountants.tuning import _stop_of_logarithmic, draw_num_runs, tuning_event
+from accountants.tuning import _rate_of_logarithmic, draw_num_runs, tuning_event
 
 SHAPES = ("geometric", "logarithmic", "poisson")
 
@@ -26,8 +26,8 @@ def generating_function(shape: str, mean: float) -> Callable[[np.ndarray], np.nd
         return lambda x: np.exp(mean * (x - 1))
     if shape == "geometric":
         return lambda x: x / mean / (1 - (1 - 1 / mean) * x)
-    stop = _stop_of_logarithmic(mean)
-    return lambda x: np.log1p(-(1 - stop) * x) / math.log(stop)
+    rate = _rate_of_logarithmic(mean)
+    return lambda x: -np.log1p(np.expm1(-rate) * x) / rate
 
 
 def best_of(run: np.ndarray, shape: str, mean: float) -> np.ndarray:
@@ -103,6 +103,7 @@ def test_number_of_runs_has_its_distribution(shape: str, mean: float):
     assert largest > mean
 
 
+@example(uniform=0.5, mean=math.nextafter(1, 2), shape="logarithmic")
 @given(uniform=st.floats(1e-12, 1 - 1e-12), mean=st.floats(1, 200), shape=st.sampled_from(["geometric", "logarithmic"]))
 def test_number_of_runs_grows_with_its_uniform(uniform: float, mean: float, shape: str):
     number = draw_num_runs(uniform, mean_runs=mean, shape=shape)

@@ -127,7 +127,7 @@ def times_told(run: pathlib.Path) -> list[str]:
     ended = (run / "secret" / "private_metrics.jsonl").stat().st_mtime  # its last row is that of the last step
     (wandb_file,) = run.rglob("*.wandb")
     records = wandb_records(wandb_file)
-    moments = [record.run.start_time.seconds + 1 for record in records if record.HasField("run")]
+    moments = [record.run.start_time.ToMicroseconds() / 1e6 for record in records if record.HasField("run")]
     moments += [row["_timestamp"] for row in wandb_rows(records, with_internal=True)]
     found += ["wandb knows a moment of training"] if min(moments) < ended else []
     for file in (run / "tensorboard").iterdir():
