@@ -164,7 +164,20 @@ _COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "b
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Return whether a collective failed: another rank is the reason, and no model or route is to blame."""
+    """Return whether a collective failed: another rank is the reason, and no model or route is to blame.
+
+    Args:
+        error: what was caught; a model may have raised its own while it handled the collective's.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(map(_breaks_off, causes))
+
+
+def _breaks_off(error: BaseException) -> bool:
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch's own, which is slow to import
+        return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)
 
 

@@ -78,7 +78,7 @@ class Watch:
             error: what the main thread met.
             is_stopping: set once the launcher asked this rank to leave, which is all that will be known then.
         """
-        if self._is_alone or not (isinstance(error, dist.DistError) or is_of_a_collective(error)):
+        if self._is_alone or not is_of_a_collective(error):
             return None
         self._patience_seconds = 3 * self._interval  # somebody is gone for sure; it remains to be seen who
         self._put(self._key("failing", self._rank), "1")
