@@ -156,15 +156,10 @@ def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[t
 
 
 def can_be_banded(config: Config) -> bool:
-    """Return whether nothing else in the configuration rules correlated noise out."""
-    privacy = config.privacy
-    return (
-        privacy.clipping_style != "adaptive"
-        and privacy.noised_metrics is None
-        and privacy.user_accounting == "none"
-        and privacy.neighboring_relation == "add_or_remove_one"
-        and not config.audit.keep_noised_sums
-    )
+    """Return whether the configuration would be accepted with correlated noise in place of what it asks for."""
+    banded = {"noise": "banded", "sampling": "cyclic_poisson", "num_bands": 1}
+    privacy = config.privacy.model_copy(update=banded)
+    return not any(privacy.conflicts()) and not any(config.model_copy(update={"privacy": privacy}).conflicts())
 
 
 def _bands_now(config: Config) -> int:

@@ -15,7 +15,7 @@ from privtrain.run.statement import PrivacyStatement, unit_text
 #: Stands where the publisher must say something.
 FOR_YOU = "TO BE FILLED IN"
 
-_RELATIONS = {
+_WHAT_NEIGHBOURS_DIFFER_IN = {
     "add_or_remove_one": "one unit with all of its records is added or removed",
     "zero_out": "the records of one unit are replaced by nothing, and its place stays",
 }
@@ -51,7 +51,7 @@ def deployment_record(statement: PrivacyStatement, config: Config, plan: Privacy
             "privacy_loss": {
                 "privacy_unit": unit_text(plan),
                 "privacy_unit_description": "Of two neighbouring data sets, one is the other in which "
-                f"{_RELATIONS[statement.neighboring_relation]}.",
+                f"{_WHAT_NEIGHBOURS_DIFFER_IN[statement.neighboring_relation]}.",
                 "privacy_parameters": _parameters(statement),
                 "privacy_parameters_description": "ε is a certified upper bound by the accountant "
                 f"{plan.accountant}; {statement.steps_released} steps were charged.",
@@ -111,7 +111,7 @@ def evaluation_checklist(
         ),
         ("Guarantee", "Does it hold at all?", "yes" if statement.private else "; ".join(statement.not_private_reasons)),
         ("Unit of privacy", "Who is protected?", f"{unit_text(plan)}, {k}"),
-        ("Unit of privacy", "What is a neighbour?", _RELATIONS[statement.neighboring_relation]),
+        ("Unit of privacy", "What is a neighbour?", _WHAT_NEIGHBOURS_DIFFER_IN[statement.neighboring_relation]),
         ("Unit of privacy", "What if a person has several units?", _sentence(statement, "The owner of a record")),
         (
             "Algorithm",
