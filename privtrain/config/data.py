@@ -36,7 +36,21 @@ class PlaysSource(Section):
     kind: Literal["plays"] = Field(description="The demo's data set.")
 
 
-DataSource = Annotated[FilesSource | HubSource | PlaysSource, Field(discriminator="kind")]
+class FortunesSource(Section):
+    """Sayings in Debian's packages ``fortunes`` and ``fortunes-min``: whom one is attributed to is its user."""
+
+    kind: Literal["fortunes"] = Field(description="3,638 users with 7,309 records, most with one; English.")
+
+
+class PoemsSource(Section):
+    """Poems of the Tang and Song dynasties from the npm package ``chinese-poetry``: a poet is a user."""
+
+    kind: Literal["poems"] = Field(description="12,365 users with 309,833 records; Chinese.")
+
+
+DataSource = Annotated[
+    FilesSource | HubSource | PlaysSource | FortunesSource | PoemsSource, Field(discriminator="kind")
+]
 
 
 class DataSection(Section):
@@ -125,13 +139,14 @@ class DataSection(Section):
             yield "data.text_pair_column belongs to data.format: classification"
         if self.chat_template_file is not None and self.format != "chat":
             yield "data.chat_template_file belongs to data.format: chat"
-        if self.format != "text" and self.source.kind == "plays":
-            yield "data.source.kind: plays needs data.format: text"
+        is_packaged = not isinstance(self.source, FilesSource | HubSource)
+        if self.format != "text" and is_packaged:
+            yield f"data.source.kind: {self.source.kind} needs data.format: text"
         by_column: dict[str, list[str]] = {}
         for key in ("user_column", *self.column_keys):
             by_column.setdefault(getattr(self, key), []).append(f"data.{key}")
         for column, keys in by_column.items():
-            if len(keys) > 1 and self.source.kind != "plays":
+            if len(keys) > 1 and not is_packaged:
                 yield f"{' and '.join(keys)} name one column, {column!r}; each needs its own"
 
     @property

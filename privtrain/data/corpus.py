@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from privtrain.config.data import DataSection, FilesSource, HubSource
-from privtrain.data import formats, index, plays
+from privtrain.data import formats, index
 from privtrain.data.digest import RecordDigest
 from privtrain.data.formats import Unusable
+from privtrain.data.packaged import PACKAGED
 from privtrain.data.rows import file_columns, file_rows, hub_rows
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
@@ -90,7 +91,7 @@ def check_source(data: DataSection) -> list[Fault]:
         faults += _check_files(data.source, data, "data.source.paths", "user_column")
     elif not isinstance(data.source, HubSource):
         try:
-            plays.play_files()
+            PACKAGED[data.source.kind].find()
         except ConfigError as error:
             faults += error.faults
     if isinstance(data.evaluation, FilesSource):
@@ -318,7 +319,7 @@ def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
 
 def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
     if not isinstance(data.source, FilesSource | HubSource):
-        yield from plays.read_plays()
+        yield from PACKAGED[data.source.kind].rows()
         return
     columns = [getattr(data, key) for key in ("user_column", *data.column_keys)]
     for name, number, (user, *values) in _of_source(data.source, columns):

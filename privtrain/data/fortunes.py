@@ -1,0 +1,77 @@
+"""Debian's ``fortunes`` as user-level data: whom a saying is attributed to is its user, a saying is a record.
+
+Read in place from the installed packages ``fortunes`` and ``fortunes-min`` (1:1.99.1-7.3). A saying has a user if it
+ends with its one attribution (``-- Mark Twain, "..."``), which is cut off: a record must not name its user. Two
+spellings of one name are two users, and a work or a proverb may stand where a person would.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+from privtrain.errors import ConfigError, Fault
+
+PACKAGES = ("fortunes-min", "fortunes")
+
+_FILES = "/usr/share/games/fortunes/"
+_SEPARATOR = re.compile(r"^%[ \t]*$\n?", re.MULTILINE)
+_ATTRIBUTION = re.compile(r"^\s+--+\s*(?=[^\s-])")
+#: Where a name ends and the work, the year or the occasion begins.
+_AFTER_NAME = re.compile(r"[,;:(\[\"<]|\s+(?:in|on)\s")
+_NOBODY = {"anon", "anonymous", "author unknown", "seen", "unknown"}
+_OVERSTRUCK = re.compile(r"(.)\x08(.)", re.DOTALL)
+
+
+def fortune_files(root: pathlib.Path = pathlib.Path("/")) -> list[pathlib.Path]:
+    """Return the sayings' files of the installed packages, as dpkg lists them.
+
+    Args:
+        root: of the file system.
+
+    Raises:
+        ConfigError: if a package is not installed.
+    """
+    lists = [root / "var/lib/dpkg/info" / f"{package}.list" for package in PACKAGES]
+    missing = [package for package, path in zip(PACKAGES, lists, strict=True) if not path.is_file()]
+    if missing:
+        problem = f"'fortunes' needs the Debian packages {' and '.join(missing)}: apt-get install fortunes"
+        raise ConfigError([Fault("data.source.kind", problem)])
+    named = sorted(line for path in lists for line in path.read_text(encoding="utf-8").splitlines())
+    files = [root / name.lstrip("/") for name in named if name.startswith(_FILES) and "." not in name]
+    absent = [str(file) for file in files if not file.is_file()]
+    if absent:
+        problem = f"files of the Debian packages fortunes are gone: {', '.join(absent)}; reinstall them"
+        raise ConfigError([Fault("data.source.kind", problem)])
+    return files
+
+
+def read_fortunes(root: pathlib.Path = pathlib.Path("/")) -> Iterator[tuple[str, str]]:
+    """Yield (user, text): ``Mark Twain`` and one saying; the user is empty where nobody, or several, can be named."""
+    for path in fortune_files(root):
+        yield from parse_fortunes(path.read_text(encoding="utf-8"))
+
+
+def parse_fortunes(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (user, saying) in the order of a file."""
+    for saying in _SEPARATOR.split(text):
+        lines = _OVERSTRUCK.sub(_letter, saying).rstrip().splitlines()
+        attributions = [number for number, line in enumerate(lines) if _ATTRIBUTION.match(line)]
+        if len(attributions) == 1 and all(line[:1].isspace() for line in lines[attributions[0] + 1 :]):
+            start = attributions[0]
+            yield _author(" ".join(line.strip() for line in lines[start:])), "\n".join(lines[:start]).strip()
+        elif lines:
+            yield "", "\n".join(lines).strip()
+
+
+def _author(attribution: str) -> str:
+    name = _AFTER_NAME.split(attribution.lstrip("- "), maxsplit=1)[0]
+    name = " ".join(name.split()).rstrip(". ")
+    return "" if name.lower() in _NOBODY else name
+
+
+def _letter(pair: re.Match[str]) -> str:
+    """Of two characters printed over each other, the letter: the other is its accent or underlines it."""
+    first, second = pair.groups()
+    return first if first.isalnum() and not second.isalnum() else second

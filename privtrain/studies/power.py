@@ -1,0 +1,188 @@
+"""What a design can decide: the power of verdicts that rest on a t-interval over seeds.
+
+A claim is decided by the 95 % interval of a mean over n seeds, of differences that are paired by seed. If one seed's
+difference is N(d, s²), the interval excludes zero on the right side with a probability that the noncentral t
+distribution gives exactly (n - 1 degrees of freedom, noncentrality d √n / s; Cohen 1988, chapter 2). Nothing here looks
+at whether a claim held: what is planned for is the paper's difference where it states one.
+
+The spread s comes from few seeds, so that a plan which takes it at face value is too small half of the time. Each plan
+is therefore made twice: at the spread as seen, and at its upper 80 % confidence limit, with which the wanted power is
+reached in at least 80 % of pilots (Browne 1995, Statistics in Medicine 14, 1933-1940).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+#: The wanted chance of a verdict.
+POWER = 0.8
+#: Of the spread's upper limit.
+SPREAD_CONFIDENCE = 0.8
+#: No study has more seeds; what needs them is said to be out of reach.
+MOST_SEEDS = 1000
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """How much a number of seeds can show at a spread.
+
+    Attributes:
+        num_seeds: that the interval is over, at least 2.
+        spread: standard deviation of one seed's difference.
+    """
+
+    num_seeds: int
+    spread: float
+
+    def chance_shown(self, difference: float) -> float:
+        """Return the probability that the interval lies above zero, were this the true difference."""
+        if self.spread == 0:
+            return float(difference > 0)
+        degrees = self.num_seeds - 1
+        return float(stats.nct.sf(_critical(degrees), degrees, difference * self.num_seeds**0.5 / self.spread))
+
+    def chance_within(self, margin: float, difference: float = 0.0) -> float:
+        """Return the probability that the interval lies within ± margin of zero, were this the true difference."""
+        if self.spread == 0:
+            return float(abs(difference) <= margin)
+        degrees = self.num_seeds - 1
+        error = self.spread / self.num_seeds**0.5
+        # The mean is independent of the spread that is seen: average over the quantiles of the latter that leave room.
+        most = float(stats.chi2.cdf(degrees * (margin / (_critical(degrees) * error)) ** 2, degrees))
+        seen = np.sqrt(stats.chi2.ppf(most * (_NODES + 1) / 2, degrees) / degrees)
+        room = margin - _critical(degrees) * error * seen
+        inside = stats.norm.cdf((room - difference) / error) - stats.norm.cdf((-room - difference) / error)
+        return float(most / 2 * (_WEIGHTS @ inside))
+
+    def detectable(self, power: float = POWER) -> float:
+        """Return the least true difference that is shown with this probability."""
+        if self.spread == 0:
+            return 0.0
+        most = self.spread
+        while self.chance_shown(most) < power:
+            most *= 2
+        return float(optimize.brentq(lambda difference: self.chance_shown(difference) - power, 0.0, most))
+
+
+def upper_spread(spread: float, num_seeds: int) -> float:
+    """Return the upper confidence limit of a spread that was seen over so many seeds."""
+    degrees = num_seeds - 1
+    return spread * math.sqrt(degrees / stats.chi2.ppf(1 - SPREAD_CONFIDENCE, degrees))
+
+
+def seeds_to_show(difference: float, spread: float, power: float = POWER) -> int | None:
+    """Return the fewest seeds that show a true difference with this probability; ``None`` beyond ``MOST_SEEDS``."""
+    return _fewest(lambda n: Design(n, spread).chance_shown(difference) >= power)
+
+
+def seeds_to_exclude(margin: float, spread: float, power: float = POWER) -> int | None:
+    """Return the fewest seeds that show a true zero to be within ± margin; ``None`` beyond ``MOST_SEEDS``."""
+    return _fewest(lambda n: Design(n, spread).chance_within(margin) >= power)
+
+
+def users_to_show(difference: float, spread: float, num_seeds: int, power: float = POWER) -> float:
+    """Return how many times the users are needed to show a true difference with as many seeds.
+
+    More users take away the part of the spread that is theirs, with their square root; no number of them takes away
+    what the runs' own randomness adds. So this is the least factor, exact if all of the spread is of users.
+    """
+    return max(1.0, (Design(num_seeds, spread).detectable(power) / difference) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one claim would need; see :func:`plan`.
+
+    Attributes:
+        num_seeds: of the runs that exist.
+        spread: of one seed's difference, over them.
+        detectable: the least true difference that they show with power 80 %.
+        difference: that is planned for.
+        is_papers: whether it is the paper's; else it is the mean that was seen.
+        seeds: that show it, at the spread as seen, and at its upper limit; ``None`` beyond ``MOST_SEEDS``.
+        users: factor on the number of users that shows it with as many seeds, at least.
+        margin: of claims of no effect: what is shown is that a true zero lies within it.
+    """
+
+    num_seeds: int
+    spread: float
+    detectable: float
+    difference: float
+    is_papers: bool
+    seeds: tuple[int | None, int | None]
+    users: float
+    margin: float | None = None
+
+    def text(self, digits: int = 3, factor: float = 1.0) -> str:
+        """Return the plan as a sentence."""
+        shown = f"{factor * self.difference:.{digits}f}"
+        seen = f"spread {factor * self.spread:.{digits}f} over {self.num_seeds} seeds"
+        if self.margin is not None:
+            return f"{seen}: that a true zero is within ± {shown} takes {_seeds(self.seeds)}"
+        whose = "the paper's" if self.is_papers else "as seen"
+        plan = f"{seen}: shows {factor * self.detectable:.{digits}f} with power {100 * POWER:.0f} %; {shown} ({whose}) "
+        if self.difference == 0:
+            return plan + "cannot be planned for"
+        users = f", or {self.num_seeds} with at least {self.users:.2g} times the users" if self.users > 1 else ""
+        return f"{plan}takes {_seeds(self.seeds)}{users}"
+
+
+def plan(values: Sequence[float], *, papers: float | None = None, margin: float | None = None) -> Plan | None:
+    """Return what a claim would need, from the differences that the existing seeds gave.
+
+    Args:
+        values: one a seed.
+        papers: the paper's difference in the same unit; without it the mean that was seen, whichever its sign.
+        margin: for a claim of no effect, what counts as none.
+
+    Returns:
+        ``None`` for fewer than two seeds, which have no spread.
+    """
+    num_seeds = len(values)
+    if num_seeds < 2:
+        return None
+    spread = float(np.std(values, ddof=1))
+    difference = abs(float(np.mean(values))) if papers is None else papers
+    fewest: Callable[[float, float], int | None] = seeds_to_show
+    if margin is not None:
+        difference, fewest = margin, seeds_to_exclude
+    spreads = (spread, upper_spread(spread, num_seeds))
+    can_plan = difference > 0
+    return Plan(
+        num_seeds=num_seeds,
+        spread=spread,
+        detectable=Design(num_seeds, spread).detectable(),
+        difference=difference,
+        is_papers=papers is not None,
+        seeds=(fewest(difference, spreads[0]), fewest(difference, spreads[1])) if can_plan else (None, None),
+        users=users_to_show(difference, spread, num_seeds) if can_plan else math.inf,
+        margin=margin,
+    )
+
+
+def _critical(degrees: int) -> float:
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees))
+
+
+def _fewest(suffices: Callable[[int], bool]) -> int | None:
+    """Bisection: power grows with the seeds."""
+    if not suffices(MOST_SEEDS):
+        return None
+    low, high = 1, MOST_SEEDS  # low does not suffice: one seed has no interval
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
+
+
+def _seeds(seeds: tuple[int | None, int | None]) -> str:
+    seen, upper = (f"over {MOST_SEEDS}" if n is None else str(n) for n in seeds)
+    return f"{seen} seeds" if seen == upper else f"{seen} to {upper} seeds"
