@@ -7,14 +7,15 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from privtrain.studies.results import FEW_SEEDS, Estimate
+from privtrain.studies import power
+from privtrain.studies.results import CONFIDENCE, FEW_SEEDS, Estimate
 
 
 class Verdict(enum.Enum):
     """What our numbers say of a paper's claim."""
 
     REPRODUCED = "reproduced"
-    NOT_SHOWN = "not shown"
+    UNDECIDED = "undecided"
     CONTRADICTED = "contradicted"
     NOT_MEASURED = "not measured"
 
@@ -30,6 +31,9 @@ class Claim:
         ours: this study's number, as text.
         verdict: computed by one of the functions of this module.
         reason: why that verdict.
+        power: what the existing seeds can show, and what would show the paper's difference; empty where nothing is
+            random, or too little was measured.
+        numbers: the difference and its power, for machines.
     """
 
     statement: str
@@ -38,6 +42,8 @@ class Claim:
     ours: str
     verdict: Verdict
     reason: str
+    power: str = ""
+    numbers: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +94,41 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A claim that waits for its verdict; see :class:`Claim`."""
+    """A claim that waits for its verdict; see :class:`Claim`.
+
+    Attributes:
+        statement: the claim, in one sentence.
+        citation: reference to the claim in the paper.
+        paper: the paper's number, as text.
+        expected: the paper's difference in the study's own unit, where it states one: what power is planned for.
+    """
 
     statement: str
     citation: str
     paper: str
+    expected: float | None = None
 
 
 def judge_direction(
     claim: Statement,
     difference: Estimate | None,
     *,
+    least: float = 0.0,
+    users_variance: float | None = None,
     digits: int = 3,
     factor: float = 1.0,
     unit: str = "",
 ) -> Claim:
     """Judge a claim that something is more than something else.
 
-    Reproduced if the whole interval of the difference over seeds is positive, contradicted if all of it is negative;
-    otherwise our seeds cannot tell the difference from none, and the claim is not shown.
+    Reproduced if the whole interval of the difference over seeds is positive. Contradicted if all of it lies below the
+    least difference that counts. Otherwise our seeds cannot tell: the claim is undecided, with what would decide it.
 
     Args:
         claim: what the paper says.
         difference: first minus second, paired by seed; ``None`` if nothing was measured.
+        least: that counts, fixed before any run; 0 if any difference does. With it also a true zero can be decided.
+        users_variance: see :func:`privtrain.studies.power.plan`.
         digits: decimals to print.
         factor: the printed number is this times ours.
         unit: printed after it.
@@ -119,15 +137,69 @@ def judge_direction(
         ours = "no cell is complete" if difference is None else difference.text(digits, factor)
         return _judged(claim, ours, Verdict.NOT_MEASURED, "too few of the cells that it needs are complete")
     low, high = difference.interval
-    ours = f"difference {difference.text(digits, factor)}{unit}"
-    few = f"; {difference.n} seeds are few, the interval rests on normality" if difference.n < FEW_SEEDS else ""
     if low > 0:
-        return _judged(claim, ours, Verdict.REPRODUCED, f"the whole interval has the claimed sign{few}")
-    if high < 0:
-        return _judged(claim, ours, Verdict.CONTRADICTED, f"the whole interval has the opposite sign{few}")
-    leaning = "with" if difference.mean > 0 else "against"
-    reason = f"the interval holds zero; the mean leans {leaning} the claim{few}"
-    return _judged(claim, ours, Verdict.NOT_SHOWN, reason)
+        verdict, reason = Verdict.REPRODUCED, "the whole interval has the claimed sign"
+    elif high < 0:
+        verdict, reason = Verdict.CONTRADICTED, "the whole interval has the opposite sign"
+    elif high < least:
+        count = f"{factor * least:.{digits}f}"
+        verdict, reason = Verdict.CONTRADICTED, f"the whole interval is below {count}, the least that counts"
+    else:
+        leaning = "with" if difference.mean > 0 else "against"
+        verdict, reason = Verdict.UNDECIDED, f"the interval holds zero; the mean leans {leaning} the claim"
+    if difference.n < FEW_SEEDS:
+        reason += f"; {difference.n} seeds are few, the interval rests on normality"
+    planned = power.plan(difference.values, papers=claim.expected, least=least, users_variance=users_variance)
+    ours = f"difference {difference.text(digits, factor)}{unit}"
+    return _with_power(_judged(claim, ours, verdict, reason), difference, planned, digits, factor)
+
+
+def judge_best(claim: Statement, leads: Mapping[str, Estimate], *, digits: int = 3) -> Claim:
+    """Judge a claim that one of several is the best.
+
+    Reproduced if its lead over each of the others is positive, by the whole interval: all have to hold, so no level is
+    shared out. Contradicted if one other is better, by an interval at a level that is shared out among them
+    (Bonferroni), since any of them would do. The rival that is shown is the one of least lead.
+
+    Args:
+        claim: what the paper says.
+        leads: rival → rival minus the claimed best, where less is better, paired by seed; empty if not measured.
+        digits: decimals to print.
+    """
+    if not leads or any(lead.interval is None for lead in leads.values()):
+        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds of all are complete")
+    rival, least = min(leads.items(), key=lambda item: item[1].mean)
+    judged = judge_direction(claim, least, digits=digits)
+    ours = f"{judged.ours}, against {rival}, the best other"
+    shared = 1 - (1 - CONFIDENCE) / len(leads)
+    intervals = [(lead.interval, lead.interval_at(shared)) for lead in leads.values()]
+    if any(wide is not None and wide[1] < 0 for _, wide in intervals):
+        verdict, reason = Verdict.CONTRADICTED, f"another is better, at {100 * shared:.0f} % for each of {len(leads)}"
+    elif all(narrow is not None and narrow[0] > 0 for narrow, _ in intervals):
+        verdict, reason = Verdict.REPRODUCED, f"better than each of {len(leads)} others, by the whole interval"
+    else:
+        verdict, reason = Verdict.UNDECIDED, "neither better than every other nor worse than one"
+    if least.n < FEW_SEEDS:
+        reason += f"; {least.n} seeds are few, the interval rests on normality"
+    return dataclasses.replace(judged, ours=ours, verdict=verdict, reason=reason)
+
+
+def judge_no_effect(claim: Statement, difference: Estimate | None, *, margin: float) -> Claim:
+    """Judge a claim that something changes nothing.
+
+    Reproduced if the whole interval is within the margin, contradicted if it is wholly outside, else undecided.
+    """
+    if difference is None or difference.interval is None:
+        return _judged(claim, "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete")
+    low, high = difference.interval
+    if low >= -margin and high <= margin:
+        verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {margin} of zero"
+    elif low > margin or high < -margin:
+        verdict, reason = Verdict.CONTRADICTED, f"the whole interval is farther than {margin} from zero"
+    else:
+        verdict, reason = Verdict.UNDECIDED, f"the interval reaches beyond {margin} from zero"
+    judged = _judged(claim, f"difference {difference.text()}", verdict, reason)
+    return _with_power(judged, difference, power.plan(difference.values, margin=margin))
 
 
 def judge_fact(claim: Statement, holds: bool | None, *, ours: str, reason: str) -> Claim:
@@ -140,12 +212,23 @@ def _judged(claim: Statement, ours: str, verdict: Verdict, reason: str) -> Claim
     return Claim(claim.statement, claim.citation, claim.paper, ours, verdict, reason)
 
 
-def summary(claims: Sequence[Claim]) -> list[str]:
-    """Return the verdicts in plain sentences, one each."""
-    words = {
-        Verdict.REPRODUCED: "Reproduced",
-        Verdict.NOT_SHOWN: "Not shown",
-        Verdict.CONTRADICTED: "Contradicted",
-        Verdict.NOT_MEASURED: "Not measured",
+def _with_power(
+    claim: Claim, difference: Estimate, planned: power.Plan | None, digits: int = 3, factor: float = 1.0
+) -> Claim:
+    assert planned is not None, "an interval has at least two seeds"
+    numbers = {
+        "difference": difference.to_json(),
+        "same_split": difference.same_split,
+        "power": planned.to_json(),
     }
-    return [f"{words[claim.verdict]}: {claim.statement} — {claim.ours} ({claim.reason})." for claim in claims]
+    return dataclasses.replace(claim, power=planned.text(digits, factor), numbers=numbers)
+
+
+def summary(claims: Sequence[Claim]) -> list[str]:
+    """Return the verdicts in plain sentences, one each; of the undecided also what would decide."""
+    sentences = []
+    for claim in claims:
+        needs = f" {claim.power}." if claim.verdict is Verdict.UNDECIDED and claim.power else ""
+        verdict = claim.verdict.value.capitalize()
+        sentences.append(f"{verdict}: {claim.statement} — {claim.ours} ({claim.reason}).{needs}")
+    return sentences

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from privtrain.files.atomic import write_atomically, write_json
 from privtrain.files.private import locked_file
 from privtrain.studies.recipe import Cell, fill
+from privtrain.studies.software import software
 
 State = Literal["complete", "failed", "open"]
 
@@ -209,6 +210,7 @@ def _write_record(job: Job, name: str, exit_code: int, began: float, **more: Any
         "cells": [cell.name for cell in job.cells],
         "exit_code": exit_code,
         "seconds_of_last_start": round(time.monotonic() - began, 1),
+        "software": software(),
         **more,
     }
     write_json(job.directory / name, record)

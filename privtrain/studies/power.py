@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -69,7 +70,9 @@ class Design:
         most = self.spread
         while self.chance_shown(most) < power:
             most *= 2
-        return float(optimize.brentq(lambda difference: self.chance_shown(difference) - power, 0.0, most))
+        root = optimize.brentq(lambda difference: self.chance_shown(difference) - power, 0.0, most)
+        assert isinstance(root, float), "brentq was not asked for more"
+        return root
 
 
 def upper_spread(spread: float, num_seeds: int) -> float:
@@ -88,13 +91,30 @@ def seeds_to_exclude(margin: float, spread: float, power: float = POWER) -> int 
     return _fewest(lambda n: Design(n, spread).chance_within(margin) >= power)
 
 
-def users_to_show(difference: float, spread: float, num_seeds: int, power: float = POWER) -> float:
+def users_to_show(
+    difference: float, spread: float, num_seeds: int, users_variance: float | None = None, power: float = POWER
+) -> float:
     """Return how many times the users are needed to show a true difference with as many seeds.
 
-    More users take away the part of the spread that is theirs, with their square root; no number of them takes away
-    what the runs' own randomness adds. So this is the least factor, exact if all of the spread is of users.
+    A finite number of users adds to the spread a variance that falls as their number grows; no number of them takes
+    away what the runs' own randomness adds.
+
+    Args:
+        difference: to show.
+        spread: of one seed's difference.
+        num_seeds: as many as there are.
+        users_variance: the part of ``spread``² that users add; without it all of it, and the factor is the least.
+        power: wanted.
+
+    Returns:
+        At least 1; infinity if no number of users suffices.
     """
-    return max(1.0, (Design(num_seeds, spread).detectable(power) / difference) ** 2)
+    wanted = (difference / Design(num_seeds, 1.0).detectable(power)) ** 2  # variance that shows it
+    of_users = spread**2 if users_variance is None else min(users_variance, spread**2)
+    if spread**2 <= wanted:
+        return 1.0
+    left = wanted - (spread**2 - of_users)
+    return of_users / left if left > 0 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +126,10 @@ class Plan:
         spread: of one seed's difference, over them.
         detectable: the least true difference that they show with power 80 %.
         difference: that is planned for.
-        is_papers: whether it is the paper's; else it is the mean that was seen.
+        whose: where it is from: "the paper's", "the least that counts" or "as seen".
         seeds: that show it, at the spread as seen, and at its upper limit; ``None`` beyond ``MOST_SEEDS``.
-        users: factor on the number of users that shows it with as many seeds, at least.
+        users: factor on the number of users that shows it with as many seeds; infinity if none does.
+        users_share: users' share of the spread's variance; ``None`` if it is not known, and ``users`` is the least.
         margin: of claims of no effect: what is shown is that a true zero lies within it.
     """
 
@@ -116,9 +137,10 @@ class Plan:
     spread: float
     detectable: float
     difference: float
-    is_papers: bool
+    whose: str
     seeds: tuple[int | None, int | None]
     users: float
+    users_share: float | None = None
     margin: float | None = None
 
     def text(self, digits: int = 3, factor: float = 1.0) -> str:
@@ -127,21 +149,44 @@ class Plan:
         seen = f"spread {factor * self.spread:.{digits}f} over {self.num_seeds} seeds"
         if self.margin is not None:
             return f"{seen}: that a true zero is within ± {shown} takes {_seeds(self.seeds)}"
-        whose = "the paper's" if self.is_papers else "as seen"
-        plan = f"{seen}: shows {factor * self.detectable:.{digits}f} with power {100 * POWER:.0f} %; {shown} ({whose}) "
+        detectable = f"{factor * self.detectable:.{digits}f}"
+        plan = f"{seen}: shows {detectable} with power {100 * POWER:.0f} %; {shown} ({self.whose}) "
         if self.difference == 0:
             return plan + "cannot be planned for"
-        users = f", or {self.num_seeds} with at least {self.users:.2g} times the users" if self.users > 1 else ""
-        return f"{plan}takes {_seeds(self.seeds)}{users}"
+        return f"{plan}takes {_seeds(self.seeds)}{self._more_users()}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report; JSON has no infinity."""
+        facts = dataclasses.asdict(self)
+        return {**facts, "users": None if math.isinf(self.users) else self.users}
+
+    def _more_users(self) -> str:
+        if self.users == 1:
+            return ""
+        share = "" if self.users_share is None else f" (users make {100 * self.users_share:.0f} % of its variance)"
+        if math.isinf(self.users):
+            return f"; no number of users alone does{share}"
+        least = "at least " if self.users_share is None else ""
+        return f", or {self.num_seeds} with {least}{self.users:.2g} times the users{share}"
 
 
-def plan(values: Sequence[float], *, papers: float | None = None, margin: float | None = None) -> Plan | None:
+def plan(
+    values: Sequence[float],
+    *,
+    papers: float | None = None,
+    least: float = 0.0,
+    margin: float | None = None,
+    users_variance: float | None = None,
+) -> Plan | None:
     """Return what a claim would need, from the differences that the existing seeds gave.
 
     Args:
         values: one a seed.
-        papers: the paper's difference in the same unit; without it the mean that was seen, whichever its sign.
+        papers: the paper's difference in the same unit.
+        least: without it, the least difference that counts: as many seeds show it as refute it where there is none.
+            Without either the mean that was seen, whichever its sign.
         margin: for a claim of no effect, what counts as none.
+        users_variance: what a finite number of users adds to the variance of one seed's value, where it is known.
 
     Returns:
         ``None`` for fewer than two seeds, which have no spread.
@@ -150,20 +195,27 @@ def plan(values: Sequence[float], *, papers: float | None = None, margin: float 
     if num_seeds < 2:
         return None
     spread = float(np.std(values, ddof=1))
-    difference = abs(float(np.mean(values))) if papers is None else papers
+    if papers is not None:
+        difference, whose = papers, "the paper's"
+    elif least > 0:
+        difference, whose = least, "the least that counts"
+    else:
+        difference, whose = abs(float(np.mean(values))), "as seen"
     fewest: Callable[[float, float], int | None] = seeds_to_show
     if margin is not None:
         difference, fewest = margin, seeds_to_exclude
     spreads = (spread, upper_spread(spread, num_seeds))
     can_plan = difference > 0
+    share = None if users_variance is None or spread == 0 else min(1.0, users_variance / spread**2)
     return Plan(
         num_seeds=num_seeds,
         spread=spread,
         detectable=Design(num_seeds, spread).detectable(),
         difference=difference,
-        is_papers=papers is not None,
+        whose=whose,
         seeds=(fewest(difference, spreads[0]), fewest(difference, spreads[1])) if can_plan else (None, None),
-        users=users_to_show(difference, spread, num_seeds) if can_plan else math.inf,
+        users=users_to_show(difference, spread, num_seeds, users_variance) if can_plan else math.inf,
+        users_share=share,
         margin=margin,
     )
 

@@ -18,6 +18,7 @@ import jinja2
 
 import privtrain
 from privtrain.files.atomic import write_atomically, write_json
+from privtrain.studies import software
 from privtrain.studies.findings import Findings, Verdict, summary
 from privtrain.studies.recipe import Recipe
 from privtrain.studies.results import FEW_SEEDS, Results
@@ -44,6 +45,8 @@ class Run:
         num_open: jobs still to be run.
         seconds: all jobs' time, added up.
         num_jobs: jobs in all.
+        software: of the jobs that are complete, each kind once; see :mod:`privtrain.studies.software`.
+        command: that goes on with the study and writes this report.
     """
 
     recipe: Recipe
@@ -55,6 +58,8 @@ class Run:
     num_open: int
     seconds: float
     num_jobs: int
+    software: Sequence[Mapping[str, Any]]
+    command: str
 
 
 def write_report(run: Run) -> pathlib.Path:
@@ -85,6 +90,10 @@ def write_report(run: Run) -> pathlib.Path:
         "few_seeds": FEW_SEEDS,
         "num_planned": len(run.results.planned),
         "num_complete": len(run.results.cells),
+        "powered": [claim for claim in findings.claims if claim.power],
+        "design": _design(run, findings),
+        "pairing": _pairing(findings),
+        "software": [software.words(dict(facts)) for facts in run.software],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "version": privtrain.__version__,
     }
@@ -112,8 +121,48 @@ def _facts(run: Run, findings: Findings) -> dict[str, Any]:
         "tables": [dataclasses.asdict(table) for table in findings.tables],
         "numbers": dict(findings.numbers),
         "notes": [*findings.notes, _ONE_BY_ONE],
-        "software": {"privtrain": privtrain.__version__},
+        "design": _design(run, findings),
+        "pairing": _pairing(findings),
+        "command": run.command,
+        "software": {"report": software.software(), "jobs": list(run.software)},
     }
+
+
+def _design(run: Run, findings: Findings) -> list[str]:
+    """Return in sentences what was compared with what, and how."""
+    recipe = run.recipe
+    axes = "; ".join(f"{axis}: {', '.join(values)}" for axis, values in recipe.axes.items())
+    seeds = ", ".join(map(str, recipe.seeds))
+    paired = (
+        f"Seeds {seeds} go into {recipe.seed_key}: arms of one seed share split, sample, noise and planted secrets as "
+        "far as their settings let them, and are compared with each other, seed by seed"
+        if recipe.seed_key is not None
+        else f"Every job draws its own secrets, {len(recipe.seeds)} for each cell"
+    )
+    random = sum(claim.numbers is not None for claim in findings.claims)
+    return [
+        f"{len(run.results.planned)} cells in {run.num_jobs} jobs. Axes: {axes}.",
+        f"{paired}.",
+        f"Commands of a job: {' ; '.join(recipe.commands)}.",
+        f"{random} of {len(findings.claims)} claims rest on an interval over seeds; the others compare computed "
+        "numbers, or were not measured.",
+    ]
+
+
+def _pairing(findings: Findings) -> list[str]:
+    """Return what the runs' commitments say of the pairs behind each claim."""
+    known = [(claim.statement, claim.numbers["same_split"]) for claim in findings.claims if claim.numbers]
+    same = [statement for statement, is_same in known if is_same]
+    other = [statement for statement, is_same in known if is_same is False]
+    sentences = []
+    if same:
+        sentences.append(f"{len(same)} differences are of runs that committed to the same split of users at each seed.")
+    if other:
+        listed = "; ".join(other)
+        sentences.append(
+            f"In {len(other)} the arms' users, records or planted secrets differ by their settings: {listed}."
+        )
+    return sentences
 
 
 def _standalone(svg: str) -> str:

@@ -22,9 +22,16 @@ FEW_SEEDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its t-interval."""
+    """A mean over seeds with its t-interval.
+
+    Attributes:
+        values: one a seed.
+        same_split: of a difference, whether the runs of each seed committed to the same split of users, by
+            ``split_commitment`` of their statements; ``None`` if it is no difference, or a statement lacks it.
+    """
 
     values: tuple[float, ...]
+    same_split: bool | None = dataclasses.field(default=None, compare=False)
 
     @property
     def n(self) -> int:
@@ -36,12 +43,16 @@ class Estimate:
         """Their mean."""
         return float(np.mean(self.values))
 
-    @functools.cached_property
+    @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % t-interval of the mean; ``None`` for a single seed."""
+        return self.interval_at(CONFIDENCE)
+
+    def interval_at(self, confidence: float) -> tuple[float, float] | None:
+        """Return the t-interval of the mean at a confidence; ``None`` for a single seed."""
         if self.n < 2:
             return None
-        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1) * np.std(self.values, ddof=1) / self.n**0.5)
+        half = float(stats.t.ppf(0.5 + confidence / 2, self.n - 1) * np.std(self.values, ddof=1) / self.n**0.5)
         return self.mean - half, self.mean + half
 
     def text(self, digits: int = 3, factor: float = 1.0) -> str:
@@ -89,6 +100,12 @@ class CellResult:
         """(step, value) of a released metric."""
         return self._metrics[name]
 
+    @functools.cached_property
+    def split_commitment(self) -> str | None:
+        """What the run committed to before training: equal for runs of equal seed, users and canaries."""
+        path = self.run / "privacy.json"
+        return json.loads(path.read_text(encoding="utf-8")).get("split_commitment") if path.exists() else None
+
     def json(self, path: str) -> Any:
         """Return a JSON file of the run directory, e.g. ``privacy.json`` or ``report/attacks.json``."""
         return json.loads((self.run / path).read_text(encoding="utf-8"))
@@ -121,16 +138,24 @@ class Results:
 
     def difference(self, measure: Measure, first: Mapping[str, str], second: Mapping[str, str]) -> Estimate | None:
         """Return the mean of first minus second, paired by seed; ``None`` if no seed has both."""
-        sides = [{r.cell.seed: _measured(r, measure) for r in self.where(**side)} for side in (first, second)]
-        shared = [seed for seed in sides[0] if seed in sides[1]]
-        return Estimate(tuple(sides[0][seed] - sides[1][seed] for seed in shared)) if shared else None
+        sides = [{r.cell.seed: r for r in self.where(**side)} for side in (first, second)]
+        pairs = [(sides[0][seed], sides[1][seed]) for seed in sides[0] if seed in sides[1]]
+        if not pairs:
+            return None
+        values = tuple(_measured(one, measure) - _measured(other, measure) for one, other in pairs)
+        splits = [(one.split_commitment, other.split_commitment) for one, other in pairs]
+        known = all(one and other for one, other in splits)
+        return Estimate(values, all(one == other for one, other in splits) if known else None)
 
 
 def minus(first: Estimate | None, second: Estimate | None) -> Estimate | None:
     """Return the first minus second, paired by seed; ``None`` unless both are known for equally many seeds."""
     if first is None or second is None or first.n != second.n:
         return None
-    return Estimate(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
+    values = tuple(a - b for a, b in zip(first.values, second.values, strict=True))
+    return Estimate(
+        values, None if None in (first.same_split, second.same_split) else first.same_split and second.same_split
+    )
 
 
 def _measured(result: CellResult, measure: Measure) -> float:

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.progress
@@ -155,6 +155,8 @@ def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
             num_open=len(open_jobs),
             seconds=sum((job.record() or {}).get("seconds_of_last_start", 0.0) for job in study.jobs),
             num_jobs=len(study.jobs),
+            software=_software(study.jobs),
+            command=_command(study, options),
         )
     )
     _console.print(f"report: {page}")
@@ -163,6 +165,23 @@ def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
         raise StudyIncompleteError(
             f"{len(lost)} of {len(chosen)} jobs failed: {', '.join(lost)}; the same command runs them again"
         )
+
+
+def _software(jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
+    """Return what complete jobs ran with, each kind once; nothing of jobs that did not record it."""
+    kinds: list[Mapping[str, Any]] = []
+    for job in jobs:
+        facts = (job.record() or {}).get("software") if job.state() == "complete" else None
+        if facts is not None and facts not in kinds:
+            kinds.append(facts)
+    return kinds
+
+
+def _command(study: Study, options: StudyOptions) -> str:
+    recipe = [] if options.recipe is None else ["--recipe", str(options.recipe)]
+    here = ["--here"] if options.scale == "paper" else []
+    words = ["privtrain", "study", study.recipe.study, "--scale", options.scale, "--output", str(study.root)]
+    return shlex.join([*words, *recipe, *here])
 
 
 def _prepare(study: Study, num_threads: int) -> None:

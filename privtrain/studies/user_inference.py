@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure, roc_figure
-from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, Verdict, judge_direction
+from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_no_effect
 from privtrain.studies.results import CellResult, Estimate, Results
 
 TITLE = "User inference: is a user's data in the training set?"
@@ -20,8 +20,10 @@ PAPER = (
 
 PERPLEXITY = "eval/held_out_perplexity"
 
-#: An effect on the AUROC within this is none: the paper's "no effect".
+#: An effect on the AUROC within this is none, where none is claimed.
 MARGIN = 0.05
+#: And where one is claimed, less than this is none: half of the least difference that the paper reports.
+LEAST = 0.02
 
 NAMES = {
     "plain": "no mitigation",
@@ -41,6 +43,12 @@ def auroc(result: CellResult) -> float:
     """Of the headline."""
     facts = result.json("report/attacks.json")
     return facts["results"][facts["headline"]]["auroc"]
+
+
+def auroc_variance(result: CellResult) -> float:
+    """What the finite number of users adds to the variance of one run's AUROC (DeLong)."""
+    facts = result.json("report/attacks.json")
+    return facts["results"][facts["headline"]]["delong"]["variance"]
 
 
 def above_chance(result: CellResult) -> float:
@@ -99,6 +107,7 @@ def find(results: Results) -> Findings:
             "Mitigations share the split with the run that they are compared with, seed by seed. Those without noise "
             "are not private; as seeds are fixed, the runs with noise are not either. Their (ε, δ) is in the table.",
             f'"No effect" is judged with a margin of {MARGIN} in AUROC, for the whole interval of the difference.',
+            f"A claim of a difference is contradicted where the whole interval lies below {LEAST} in AUROC.",
             *results.recipe.settings.get("notes", []),
         ],
         numbers={
@@ -129,86 +138,119 @@ def _claims(results: Results) -> list[Claim]:
         place = min((len(_points(r, "by_num_documents")) for r in results.where(method=plain)), default=0) - 1
         return results.estimate(more_documents_gain(place), method=plain) if place > 0 else None
 
+    def users_variance(method: str) -> float | None:
+        variance = results.estimate(auroc_variance, method=method)
+        return None if variance is None else variance.mean
+
     shortest, longest = min(canaries, key=canaries.__getitem__), max(canaries, key=canaries.__getitem__)
-    directed: list[tuple[str, str, str, Estimate | None]] = [
+    lengths = f"{canaries[longest]} tokens, not {canaries[shortest]}"
+    # What is planned for is the paper's difference in AUROC; of several data sets the least.
+    directed = [
         (
-            "a user's part in training can be inferred from fresh documents",
-            "AUROC of GPT-Neo 125M",
-            PAPER_AUROC,
+            Statement(
+                "a user's part in training can be inferred from fresh documents",
+                "AUROC of GPT-Neo 125M",
+                PAPER_AUROC,
+                expected=0.06,
+            ),
             results.estimate(above_chance, method=plain),
+            users_variance(plain),
         ),
         (
-            "more documents of the attacker help",
-            "attacker's knowledge",
-            "CC News: 62 % with one, 68 % with fifty",
+            Statement(
+                "more documents of the attacker help",
+                "attacker's knowledge",
+                "CC News: 62 % with one, 68 % with fifty",
+                expected=0.06,
+            ),
             documents(),
+            None,
         ),
         (
-            "users with a larger share of the training data are at greater risk",
-            "Proposition 1",
-            "Reddit: 55.8 % with six months of data, 60.1 % with four",
+            Statement(
+                "users with a larger share of the training data are at greater risk",
+                "Proposition 1",
+                "Reddit: 55.8 % with six months of data, 60.1 % with four",
+                expected=0.043,
+            ),
             grows("by_share"),
+            None,
         ),
         (
-            "users whose text is distinct (outliers) are at greater risk",
-            "Proposition 1",
-            "grows with the divergence from the others",
+            Statement(
+                "users whose text is distinct (outliers) are at greater risk",
+                "Proposition 1",
+                "grows with the divergence from the others",
+            ),
             grows("by_distinctness"),
+            None,
         ),
         (
-            f"users are at greater risk if their documents share {canaries[longest]} tokens, not {canaries[shortest]}",
-            "canary users",
-            "CC News: 63 to 69 % at five tokens",
+            Statement(
+                f"users are at greater risk if their documents share {lengths}",
+                "canary users",
+                "CC News: 63 to 69 % at five tokens",
+                expected=0.06,
+            ),
             results.difference(canary_auroc, {"method": longest}, {"method": shortest}),
+            None,
         ),
         (
-            f"a cap on a user's records lowers it ({_name(caps[0])})",
-            "per-user cap",
-            "CC News canaries: 77 % at 100 documents to near chance at 5",
+            Statement(
+                f"a cap on a user's records lowers it ({_name(caps[0])})",
+                "per-user cap",
+                "CC News canaries: 77 % at 100 documents to near chance at 5",
+            ),
             less(caps[0]),
+            None,
         ),
-        ("within-user deduplication lowers it", "Table 4", "CC News: 65.7 % to 59.1 %", less("dedup")),
         (
-            "early stopping does not remove it",
-            "early stopping",
-            "CC News: 95 % of the AUROC after 5 % of training",
+            Statement("within-user deduplication lowers it", "Table 4", "CC News: 65.7 % to 59.1 %", expected=0.066),
+            less("dedup"),
+            None,
+        ),
+        (
+            Statement(
+                "early stopping does not remove it",
+                "early stopping",
+                "CC News: 95 % of the AUROC after 5 % of training",
+                expected=0.12,
+            ),
             results.estimate(above_chance, method="early"),
+            users_variance("early"),
         ),
-        ("example-level DP lowers it", "example-level DP", "Enron: 88 % to 66.7 % at ε = 8", less("dp-example")),
         (
-            "example-level DP does not remove it",
-            "example-level DP",
-            "Enron: 66.7 % at ε = 8",
+            Statement(
+                "example-level DP lowers it", "example-level DP", "Enron: 88 % to 66.7 % at ε = 8", expected=0.213
+            ),
+            less("dp-example"),
+            None,
+        ),
+        (
+            Statement(
+                "example-level DP does not remove it", "example-level DP", "Enron: 66.7 % at ε = 8", expected=0.167
+            ),
             results.estimate(above_chance, method="dp-example"),
+            users_variance("dp-example"),
         ),
         (
-            "user-level DP, ε for a user, leaves less of it than example-level DP of the same ε for a record",
-            "future work",
-            "not run in the paper",
+            Statement(
+                "user-level DP, ε for a user, leaves less of it than example-level DP of the same ε for a record",
+                "future work",
+                "not run in the paper",
+            ),
             less("dp-user", "dp-example"),
+            None,
         ),
     ]
-    claims = [judge_direction(Statement(what, where, paper), found) for what, where, paper, found in directed]
+    claims = [
+        judge_direction(statement, found, least=LEAST, users_variance=variance)
+        for statement, found, variance in directed
+    ]
     for method in ("clip-example", "clip-batch"):
         statement = Statement(f"{NAMES[method]}, has no effect", "gradient clipping", "no effect")
-        claims.append(judge_no_effect(statement, less(method)))
+        claims.append(judge_no_effect(statement, less(method), margin=MARGIN))
     return claims
-
-
-def judge_no_effect(claim: Statement, difference: Estimate | None) -> Claim:
-    """Reproduced if the whole interval is within the margin, contradicted if it is wholly outside, else not shown."""
-    if difference is None or difference.interval is None:
-        ours, verdict, reason = "no cell is complete", Verdict.NOT_MEASURED, "fewer than two seeds are complete"
-    else:
-        low, high = difference.interval
-        ours = f"difference {difference.text()}"
-        if low >= -MARGIN and high <= MARGIN:
-            verdict, reason = Verdict.REPRODUCED, f"the whole interval is within {MARGIN} of zero"
-        elif low > MARGIN or high < -MARGIN:
-            verdict, reason = Verdict.CONTRADICTED, f"the whole interval is farther than {MARGIN} from zero"
-        else:
-            verdict, reason = Verdict.NOT_SHOWN, f"the interval reaches beyond {MARGIN} from zero"
-    return Claim(claim.statement, claim.citation, claim.paper, ours, verdict, reason)
 
 
 def _mitigations(results: Results) -> Table:

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from privtrain.studies.figures import AxisLabels, Level, Series, curves_figure, places_figure
-from privtrain.studies.findings import Claim, Figure, Findings, Statement, Table, judge_direction, judge_fact
+from privtrain.studies.findings import (
+    Claim,
+    Figure,
+    Findings,
+    Statement,
+    Table,
+    judge_best,
+    judge_direction,
+    judge_fact,
+)
 from privtrain.studies.results import CellResult, Estimate, Results, minus
 
 TITLE = "User-level DP: group privacy against sampling users"
@@ -184,18 +193,16 @@ class _View:
             k, epsilon = self.selection_k, self.selection_epsilon
             planned = self.planned("selection", method=method, k=k, epsilon=epsilon)
             is_whole = all(self.is_complete(method, k, epsilon, selection) for selection in planned)
-            others = [s for s in planned if s != best] if is_whole else []
-            means = {s: self.perplexity(method, self.selection_k, self.selection_epsilon, s) for s in others}
-            rivals = {s: e.mean for s, e in means.items() if e is not None}
-            rival = min(rivals, key=rivals.__getitem__) if rivals else "random"
-            difference = None
-            if rivals:
-                difference = self.results.difference(
-                    _PERPLEXITY, self.cell(method, k, epsilon, rival), self.cell(method, k, epsilon, best)
+            leads = {
+                other.replace("_", " "): self.results.difference(
+                    _PERPLEXITY, self.cell(method, k, epsilon, other), self.cell(method, k, epsilon, best)
                 )
+                for other in planned
+                if is_whole and other != best
+            }
+            known = {other: lead for other, lead in leads.items() if lead is not None}
             words = f"{best.replace('_', ' ')} is the best selection for {NAMES[method]}{self.words}"
-            claim = judge_direction(Statement(words, f"{chua}, data selection", "best of six"), difference)
-            claims.append(claim if not rivals else _with(claim, f"against {rival.replace('_', ' ')}, the best other"))
+            claims.append(judge_best(Statement(words, f"{chua}, data selection", "best of six"), known))
         return claims
 
     def table(self) -> Table:
@@ -307,10 +314,6 @@ def _other_values(results: Results) -> list[dict[str, str]]:
     known = ("method", "k", "epsilon", "selection")
     distinct = {tuple((a, v) for a, v in cell.values.items() if a not in known) for cell in results.planned}
     return [dict(values) for values in sorted(distinct)]
-
-
-def _with(claim: Claim, words: str) -> Claim:
-    return Claim(claim.statement, claim.citation, claim.paper, f"{claim.ours}, {words}", claim.verdict, claim.reason)
 
 
 def _notes(results: Results) -> list[str]:

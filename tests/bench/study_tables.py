@@ -26,11 +26,12 @@ def section(facts: dict[str, Any]) -> str:
         f"{cells['complete']} of {cells['planned']} cells complete ({cells['jobs']} jobs, {facts['num_jobs_open']} "
         f"still to be run, {len(facts['failed'])} failed); {len(facts['seeds'])} seeds.",
         "",
-        "| claim of the paper | paper | here | verdict |",
-        "|---|---|---|---|",
+        "| claim of the paper | paper | here | verdict | power |",
+        "|---|---|---|---|---|",
     ]
     for claim in facts["claims"]:
         texts = [claim["statement"], claim["paper"], claim["ours"], f"**{claim['verdict']}**: {claim['reason']}"]
+        texts.append(claim["power"])
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
     for table in facts["tables"]:
         lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,9 +21,17 @@ from privtrain.cli import app
 from privtrain.errors import ConfigError, RunBusy
 from privtrain.files.private import locked_file
 from privtrain.studies import jobs
-from privtrain.studies.findings import Statement, Verdict, judge_direction, judge_fact
+from privtrain.studies.findings import (
+    Statement,
+    Verdict,
+    judge_best,
+    judge_direction,
+    judge_fact,
+    judge_no_effect,
+    summary,
+)
 from privtrain.studies.recipe import Recipe, expand, fill
-from privtrain.studies.results import Estimate
+from privtrain.studies.results import CellResult, Estimate, Results
 from privtrain.studies.runner import Study, StudyIncompleteError, StudyOptions, run_study
 from tests import jobs as real_jobs
 from tests.privtrain import tiny_study
@@ -82,10 +91,13 @@ def _starts(tmp_path: pathlib.Path) -> list[str]:
     return (tmp_path / "starts").read_text().splitlines()
 
 
-def _expanded(recipe: dict[str, Any]) -> list[Any]:
+def _as_text(recipe: dict[str, Any]) -> dict[str, Any]:
     tree = {**recipe, "axes": {a: {str(v): o for v, o in axis.items()} for a, axis in recipe["axes"].items()}}
-    tree["exclude"] = [{k: [str(v)] for k, v in item.items()} for item in recipe["exclude"]]
-    return expand(Recipe.model_validate(tree), tiny_study.settle)
+    return {**tree, "exclude": [{k: [str(v)] for k, v in item.items()} for item in recipe["exclude"]]}
+
+
+def _expanded(recipe: dict[str, Any]) -> list[Any]:
+    return expand(Recipe.model_validate(_as_text(recipe)), tiny_study.settle)
 
 
 def test_grid_is_deterministic_in_recipe_order(recipe):
@@ -300,7 +312,7 @@ def test_sigterm_ends_the_jobs_and_the_same_command_goes_on(recipe, tmp_path):
     [
         ((1.0, 1.1, 0.9), Verdict.REPRODUCED),
         ((-1.0, -1.1, -0.9), Verdict.CONTRADICTED),
-        ((1.0, -1.0, 0.2), Verdict.NOT_SHOWN),
+        ((1.0, -1.0, 0.2), Verdict.UNDECIDED),
         ((1.0,), Verdict.NOT_MEASURED),
     ],
 )
@@ -308,6 +320,79 @@ def test_a_verdict_follows_from_the_interval(values, verdict):
     claim = judge_direction(CLAIM, Estimate(values))
     assert claim.verdict is verdict
     assert (f"n={len(values)}") in claim.ours
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "verdict"),
+    [
+        ((0.01, 0.0, -0.01), 0.05, Verdict.CONTRADICTED),  # a zero that is known well enough
+        ((0.01, 0.0, -0.01), 0.02, Verdict.UNDECIDED),
+        ((0.02, 0.021, 0.019), 0.05, Verdict.REPRODUCED),  # small, and of the claimed sign
+        ((0.2, 0.0, -0.2), 0.05, Verdict.UNDECIDED),
+    ],
+)
+def test_a_true_zero_is_decided_by_the_least_that_counts(values, least, verdict):
+    claim = judge_direction(CLAIM, Estimate(values), least=least)
+    assert claim.verdict is verdict
+    assert ("the least that counts" in claim.reason) is (verdict is Verdict.CONTRADICTED)
+
+
+def test_an_undecided_claim_says_what_would_decide_it():
+    claim = judge_direction(dataclasses.replace(CLAIM, expected=0.2), Estimate((1.0, -1.0, 0.2)))
+    assert "0.200 (the paper's) takes" in claim.power
+    assert claim.power in summary([claim])[0]
+    assert claim.numbers is not None
+    assert claim.numbers["power"]["num_seeds"] == 3
+    json.dumps(claim.numbers, allow_nan=False)
+    shown = judge_direction(CLAIM, Estimate((1.0, 1.1, 0.9)))
+    assert shown.power not in summary([shown])[0]
+    none = judge_no_effect(CLAIM, Estimate((0.01, -0.09, 0.03)), margin=0.05)
+    assert none.verdict is Verdict.UNDECIDED
+    assert "a true zero is within ± 0.050 takes" in none.power
+
+
+@pytest.mark.parametrize(
+    ("leads", "verdict"),
+    [
+        ({"a": (1.0, 1.1, 0.9), "b": (3.0, 3.1, 2.9)}, Verdict.REPRODUCED),
+        ({"a": (1.0, 1.1, 0.9), "b": (9.0, -3.0, 2.9)}, Verdict.UNDECIDED),  # the nearest rival alone would do
+        ({"a": (-1.0, -1.1, -0.9), "b": (3.0, 3.1, 2.9)}, Verdict.CONTRADICTED),
+        (
+            {"a": (-1.0, -1.5, -0.5), **dict.fromkeys("bcdef", (3.0, 3.1, 2.9))},
+            Verdict.UNDECIDED,
+        ),  # one in six by chance
+        ({}, Verdict.NOT_MEASURED),
+    ],
+)
+def test_the_best_of_several_is_better_than_each(leads, verdict):
+    claim = judge_best(CLAIM, {rival: Estimate(values) for rival, values in leads.items()})
+    assert claim.verdict is verdict
+    assert bool(leads) is ("against a, the best other" in claim.ours)
+
+
+def test_differences_know_whether_their_arms_had_the_same_split(recipe, tmp_path):
+    """By the commitments of the runs: a pair of two splits, and a statement without one, are mutants."""
+    cells = [c for c in _expanded(recipe) if c.values["k"] == "1" and c.seed < 2]
+    complete = []
+    for cell in cells:
+        run = tmp_path / cell.name
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"train/step": 1, "x": 1.0}')
+        (run / "privacy.json").write_text(json.dumps({"split_commitment": f"split {cell.seed}"}))
+        complete.append(CellResult(cell, run))
+    quiet, loud = {"method": "quiet"}, {"method": "loud"}
+
+    def same(statement: dict[str, str] | None) -> bool | None:
+        if statement is not None:
+            (tmp_path / "loud-1-s1" / "privacy.json").write_text(json.dumps(statement))
+        results = Results(Recipe.model_validate(_as_text(recipe)), [CellResult(c.cell, c.run) for c in complete], cells)
+        difference = results.difference("x", quiet, loud)
+        assert difference is not None
+        return difference.same_split
+
+    assert same(None) is True
+    assert same({"split_commitment": "another"}) is False
+    assert same({}) is None
 
 
 def test_a_verdict_without_noise_and_without_numbers():
@@ -334,6 +419,12 @@ def test_report_is_self_contained_and_says_what_reproduced(recipe, tmp_path, lou
     assert facts["claims"][0]["verdict"] == words.lower()
     assert facts["numbers"]["loud"]["values"] == pytest.approx([loud, loud + 0.1, loud + 0.2])
     assert "3 seeds are few" in markdown
+    for text in (markdown, page):
+        assert "shows 0.000 with power 80 %" in text
+        assert "arms of one seed share split, sample, noise" in text
+        assert f"commit {facts['software']['report']['commit'] or 'unknown'}" in text
+        assert "--scale small --output" in text
+    assert facts["software"]["jobs"] == [facts["software"]["report"]]
     assert "More noise costs \\| more (Table 1) | 0.5 nats |" in markdown
     assert page.count("<svg") == 3
     assert not re.search(r'(src|href)="(?!#|data:)', re.sub(r'href="#[^"]*"', "", page))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import datasets
 import pytest
+from scipy import stats
 
 import accountants
 from privtrain.config import validate
@@ -96,7 +98,7 @@ def test_ew_tune_says_of_accuracy_what_the_runs_say(lead, verdict, tmp_path, mon
     assert _claim(findings.claims, "asks for up to 5.6 %").verdict is Verdict.REPRODUCED
     assert _claim(findings.claims, "survive").verdict is Verdict.CONTRADICTED
     assert _claim(findings.claims, "no more noise than RDP").verdict is Verdict.REPRODUCED
-    assert "74.00" in next(t for t in findings.tables if t.title.startswith("Here")).rows[1][-1]
+    assert "79.00" in next(t for t in findings.tables if t.title.startswith("Here")).rows[1][-1]
 
 
 def _approximate_noise(setting: Setting, name: str) -> float:
@@ -194,7 +196,16 @@ def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
         "num_jobs_open": 1,
         "failed": [],
         "seeds": [0],
-        "claims": [{"statement": "a|b", "paper": "1", "ours": "2", "verdict": "not shown", "reason": "why"}],
+        "claims": [
+            {
+                "statement": "a|b",
+                "paper": "1",
+                "ours": "2",
+                "verdict": "undecided",
+                "power": "needs 9 seeds",
+                "reason": "why",
+            }
+        ],
         "tables": [{"title": "T", "columns": ["x", "y"], "rows": [["1", "2"]], "note": ""}],
     }
     (tmp_path / "report").mkdir()
@@ -206,5 +217,22 @@ def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
     assert text.endswith("after\n")
     assert "old" not in text
     assert "2 of 3 cells complete (3 jobs, 1 still to be run, 0 failed)" in text
-    assert "| a\\|b | 1 | 2 | **not shown**: why |" in text
+    assert "| a\\|b | 1 | 2 | **undecided**: why | needs 9 seeds |" in text
     assert "| 1 | 2 |" in text
+
+
+def test_power_in_the_guide_follows_from_the_intervals_that_it_prints():
+    """A digit typed into either is found."""
+    rows = [line.strip("| ").split(" | ") for line in study_tables.README.read_text(encoding="utf-8").splitlines()]
+    claims = [row for row in rows if len(row) == 5 and row[2].startswith("difference ")]
+    assert len(claims) > 30
+    for statement, _, ours, verdict, printed in claims:
+        mean, low, high, num_seeds = re.findall(r"difference (\S+) \((\S+) to (\S+); n=(\d+)\)", ours)[0]
+        half, n, digits = (float(high) - float(low)) / 2, int(num_seeds), len(mean.partition(".")[2])
+        spread = half * n**0.5 / float(stats.t.ppf(0.975, n - 1))
+        said = re.match(r"spread (\S+) over (\d+) seeds", printed)
+        assert said, statement
+        assert (float(said[1]), int(said[2])) == (pytest.approx(spread, abs=1.2 * 10**-digits), n), statement
+        if "no effect" not in statement and "best selection" not in statement:
+            assert ("**reproduced**" in verdict) is (float(low) > 0), statement
+            assert ("**contradicted**" in verdict) >= (float(high) < 0), statement

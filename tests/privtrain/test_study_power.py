@@ -117,6 +117,28 @@ def test_so_many_users_more_show_it_if_the_spread_is_theirs():
     assert power.users_to_show(5.0, 0.1, 3) == 1.0
 
 
+def test_users_take_away_their_part_of_the_spread_alone():
+    """Simulated: a run's own part and the users' part, before and after; a plan that gives users all is a mutant."""
+    of_runs, of_users, difference, num_seeds = 0.03, 0.08, 0.1, 4
+    spread = math.hypot(of_runs, of_users)
+    factor = power.users_to_show(difference, spread, num_seeds, of_users**2)
+    rng = np.random.default_rng(2)
+    shape = (NUM_STUDIES, num_seeds)
+
+    def shown(users: float) -> float:
+        values = difference + rng.normal(0, of_runs, shape) + rng.normal(0, of_users / users**0.5, shape)
+        half = stats.t.ppf(0.975, num_seeds - 1) * values.std(axis=1, ddof=1) / num_seeds**0.5
+        return float((values.mean(axis=1) > half).mean())
+
+    assert shown(factor) == pytest.approx(power.POWER, abs=0.012)
+    mutant = power.users_to_show(difference, spread, num_seeds)
+    assert shown(mutant) < power.POWER - 0.012
+    assert math.isinf(power.users_to_show(0.03, spread, num_seeds, of_users**2))  # the runs alone spread too much
+    planned = power.plan((0.1, 0.0, 0.05), papers=0.03, users_variance=0.001)
+    assert planned is not None
+    assert "no number of users alone does (users make 40 % of its variance)" in planned.text()
+
+
 def test_a_plan_says_what_would_decide():
     values = (0.30, 0.05, 0.03)
     planned = power.plan(values, papers=0.06)
@@ -128,6 +150,9 @@ def test_a_plan_says_what_would_decide():
     seen = power.plan(values)
     assert seen is not None
     assert f"{np.mean(values):.3f} (as seen)" in seen.text()
+    least = power.plan(values, least=0.02)
+    assert least is not None
+    assert "0.020 (the least that counts)" in least.text()
     none = power.plan((0.01, -0.02, 0.03), margin=0.05)
     assert none is not None
     assert "that a true zero is within ± 0.050 takes" in none.text()
