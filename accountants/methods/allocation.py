@@ -65,15 +65,18 @@ class AllocationAccountant(Accountant):
         return Bounds(min(max(lower, 0.0), upper), upper, estimate=None if has_lower else upper)
 
     def _bound(self, question: Question, event: RandomAllocationDpEvent, kind: str) -> float:
+        """Return the library's upper (``kind`` ``DOMINATES``) or lower (``IS_DOMINATED``) bound on the quantity."""
         library = _library()
-        quantity, argument = question.quantity, question.argument
-        size, delta = (argument, 1e-12) if quantity == "delta" else (_poisson_epsilon(event, argument), argument / 100)
+        if question.quantity == "epsilon":
+            given = {"delta": question.argument}
+            rough_epsilon, tail_mass = _poisson_epsilon(event, question.argument), question.argument / 100
+        else:
+            given = {"epsilon": max(question.argument, 1e-12)}  # the library wants it positive
+            rough_epsilon, tail_mass = question.argument, 1e-12
         config = library.AllocationSchemeConfig(
-            loss_discretization=min(max(self.accuracy * size, _FINEST), _COARSEST),
-            tail_truncation=delta,
+            loss_discretization=min(max(self.accuracy * rough_epsilon, _FINEST), _COARSEST),
+            tail_truncation=tail_mass,
         )
-        # The library wants a positive epsilon.
-        given = {"delta": argument} if quantity == "epsilon" else {"epsilon": max(argument, 1e-12)}
         params = library.PrivacyParams(
             sigma=event.noise_multiplier,
             num_steps=event.num_steps,
@@ -81,12 +84,12 @@ class AllocationAccountant(Accountant):
             num_epochs=event.num_epochs,
             **given,
         )
-        ask = getattr(library, f"gaussian_allocation_{quantity}_configurable")
+        ask = getattr(library, f"gaussian_allocation_{question.quantity}_configurable")
         return float(ask(params=params, config=config, bound_type=library.BoundType[kind]))
 
 
 def _poisson_epsilon(event: RandomAllocationDpEvent, delta: float) -> float:
-    """Return the epsilon of Poisson sampling at the same rate: the size of the answer."""
+    """Return the epsilon of Poisson sampling at the same rate, which is of the answer's size."""
     poisson = poisson_counterpart(event)
     return TiltedAccountant(tolerance=5e-2).epsilon(poisson, delta).upper
 

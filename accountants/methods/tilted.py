@@ -19,11 +19,10 @@ frequencies, else (a handful of steps, or rare large losses) on a lattice.
    transforms raised to their counts. This is the law of S modulo W = N h, exactly: there is no error of truncating or
    sampling a Fourier integral. Only folding remains: probability outside the window of length W appears inside it.
 3. Upper end. Folding only adds to a window's probabilities; what lies above the window adds at most P(S >= top), which
-   a
-   Chernoff bound over several tilts bounds; infinite losses add at most their total mass.
-4. Lower bound on the lattice delta'. Folded from above, a loss S >= eps + W adds at most c_t M e^(-t eps) P_t(S >= eps
-   + W),
-   by Chernoff; below that it lands under eps and adds nothing. Folded from below, S becomes S + kW >= eps, and
+   a Chernoff bound over several tilts bounds; infinite losses add at most their total mass.
+4. Lower bound on the lattice delta'. Folded from above, a loss S >= eps + W adds at most
+   c_t M e^(-t eps) P_t(S >= eps + W), by Chernoff; below that it lands under eps and adds nothing. Folded from below, S
+   becomes S + kW >= eps, and
    M e^(-t eps) E_t[e^(-t(S + kW - eps))] <= e^(-tkW), in all at most e^(-tW)/(1 - e^(-tW)). Both are subtracted, as is
    the mass moved from beyond the lattice.
 5. Lower end. D(g) = delta(log g) is convex, D <= D', and D'(g) <= E[D(g e^(-Xi))]
@@ -136,24 +135,36 @@ def _worst_epsilon(composed: Composition, delta: float, tolerance: float) -> Bou
 
 
 class _EpsilonSearch:
-    """One direction's ends, tightened by one attempt at a time."""
+    """One direction's ends of epsilon at a delta, tightened by one attempt (an inversion) at a time.
+
+    Attempts become finer: smoothed sums first, then lattice windows of growing length. Every attempt's ends are
+    certified, so the best of all that were made count.
+    """
 
     def __init__(self, composed: Composition, delta: float, add: bool, tolerance: float) -> None:
         self.composed, self.delta, self.add, self.tolerance = composed, delta, add, tolerance
-        # A bound that needs no inversion.
+        # Without any attempt: at an epsilon of the largest loss delta is 0.
         self.lower, self.upper = 0.0, _largest_loss(composed) if add else math.inf
         self._law = saddle.directed_loss(composed, add=add, log_mass=math.log(delta) - MARGIN)
         self._start = saddle.saddle_for_delta(self._law, delta)
         self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
-        """Make the next attempt; False if there is none. Only a direction so bad gets a lower end."""
+        """Make the next attempt, and tighten the ends by it; a lower end is computed where the upper one is large.
+
+        Args:
+            worse_than: the other direction's upper end. A direction that is not worse decides nothing, so its lower end
+                is not computed.
+
+        Returns:
+            Whether there was another attempt.
+        """
         attempt = _next(self._attempts, math.isfinite(self.upper))
         if attempt is None:
             return False
         at_zero = attempt.upper_delta(0.0)
         upper = 0.0 if at_zero is not None and at_zero <= self.delta else attempt.upper_epsilon(self.delta)
-        if upper is not None:
+        if upper is not None:  # None: the attempt found no epsilon with so small a delta
             upper = max(upper, 0.0)
             self.upper = min(self.upper, upper)
             if upper > worse_than:
@@ -173,7 +184,7 @@ class _EpsilonSearch:
             log2_length = self._next_length(log2_length, longest)
 
     def _next_length(self, log2_length: int, longest: int) -> int:
-        """The gap between the ends falls with the square of the length: go straight to where it should suffice."""
+        """Return the next length to try: the gap falls with its square, so go straight to where it should suffice."""
         if log2_length == longest:
             return longest + 1
         doublings = 2

@@ -94,10 +94,16 @@ class Cells:
 
 
 def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -> Cells:
-    """Integrate P and Q over each cell of the loss."""
+    """Integrate P and Q over each cell of the loss, by Gauss-Legendre quadrature in ``z``.
+
+    At an offset x above the cell's lower end the chord of length h sends (1 - e^-x) / (1 - e^-h) of Q, and
+    (e^x - 1) / (e^h - 1) of P, to the cell's upper end.
+
+    Raises:
+        FloatingPointError: if the losses range so widely that too many pieces would be needed.
+    """
     points = low + spacing * np.arange(num_cells + 1)
-    # The loss itself changes by at most 1/8 in a piece.
-    finer = math.ceil(8 * spacing)
+    finer = math.ceil(8 * spacing)  # so that the loss changes by at most 1/8 in a piece
     if num_cells * finer > _MAX_PIECES:
         raise FloatingPointError("too wide a range of losses to integrate")
     all_edges = step.inverse_loss(low + spacing / finer * np.arange(num_cells * finer + 1))
@@ -112,30 +118,30 @@ def build_cells(step: MixtureStep, low: float, spacing: float, num_cells: int) -
         loss = step.loss(z)
         log_density = -z * z / 2
         p, q = weight * np.exp(log_density), weight * np.exp(log_density + loss)
-        fallen = np.expm1(-np.clip(loss - start, 0.0, spacing))
+        expm1_minus_x = np.expm1(-np.clip(loss - start, 0.0, spacing))
         p_mass += p
         q_mass += q
-        # e^x - 1 by the same e^-x - 1.
-        p_up -= p * fallen / (1 + fallen)
-        q_up -= q * fallen
+        p_up -= p * expm1_minus_x / (1 + expm1_minus_x)  # e^x - 1 = -(e^-x - 1) / e^-x
+        q_up -= q * expm1_minus_x
     scale = half / math.sqrt(2 * math.pi)
     p_mass, q_mass, p_up, q_up = (
         np.bincount(cell, weights=part * scale, minlength=num_cells).astype(np.float64, copy=False)
         for part in (p_mass, q_mass, p_up / math.expm1(spacing), q_up / -math.expm1(-spacing))
     )
     first, last = float(edges[0]), float(edges[-1])
-    largest = max(abs(points[0]), abs(points[-1])) + max(float(pieces[0]) ** 2, last**2) / 2
+    # Rounding of an exponential is relative to its exponent: a loss, and the density's z²/2.
+    largest_exponent = max(abs(points[0]), abs(points[-1])) + max(float(pieces[0]) ** 2, last**2) / 2
     return Cells(
-        points,
-        p_mass,
-        q_mass,
-        np.minimum(p_up, p_mass),
-        np.minimum(q_up, q_mass),
-        step.log_tail(first, under_q=False, above=False),
-        step.log_tail(first, under_q=True, above=False),
-        step.log_tail(last, under_q=False, above=True),
-        step.log_tail(last, under_q=True, above=True),
-        MASS_ERROR + 4 * UNIT * float(largest),
+        points=points,
+        p_mass=p_mass,
+        q_mass=q_mass,
+        p_up=np.minimum(p_up, p_mass),
+        q_up=np.minimum(q_up, q_mass),
+        log_p_low=step.log_tail(first, under_q=False, above=False),
+        log_q_low=step.log_tail(first, under_q=True, above=False),
+        log_p_high=step.log_tail(last, under_q=False, above=True),
+        log_q_high=step.log_tail(last, under_q=True, above=True),
+        mass_error=MASS_ERROR + 4 * UNIT * float(largest_exponent),
     )
 
 

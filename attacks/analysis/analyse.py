@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -379,28 +380,37 @@ def _users_accused(p_values: FloatArray, num_held_out: int) -> dict[str, Any]:
 
 
 def _write_per_user(run: RunDirectory, scoring: Scoring, scored: Scored, users: dict[str, FloatArray]) -> None:
-    """Write each user's values and, for held-in users, the p-value against the held-out users."""
+    """Write a row per user that the attack scored: each statistic with its rank, and the p-values of held-in users.
+
+    Args:
+        run: where to.
+        scoring: the signals' seal, which the file is bound to.
+        scored: the users, and their documents that nobody trained on.
+        users: statistic -> [users] value, NaN where the attacker holds no document of the user.
+    """
     path = run.root / PER_USER_PATH
     fresh = scored.documents[signals.FRESH]
-    known = ~np.isnan(users[user_inference.HEADLINE])
+    has_value = ~np.isnan(users[user_inference.HEADLINE])
+    is_in = scored.is_held_in[has_value]
+    num_tokens = np.bincount(fresh.owner, fresh.num_tokens, minlength=has_value.size)
     columns: dict[str, Any] = {
-        "user": [user for user, is_known in zip(scored.users, known, strict=True) if is_known],
-        "side": [signals.HELD_IN if is_in else signals.HELD_OUT for is_in in scored.is_held_in[known]],
-        "num_documents": np.bincount(fresh.owner, minlength=known.size)[known],
-        "num_tokens": np.bincount(fresh.owner, fresh.num_tokens, minlength=known.size)[known].astype(np.int64),
-        "num_records": scored.num_records[known],
-        "share": curves.shares(scored)[known],
-        "distinctness": curves.distinctness(scored)[known],
+        "user": list(itertools.compress(scored.users, has_value)),
+        "side": [signals.HELD_IN if held_in else signals.HELD_OUT for held_in in is_in],
+        "num_documents": np.bincount(fresh.owner, minlength=has_value.size)[has_value],
+        "num_tokens": num_tokens[has_value].astype(np.int64),
+        "num_records": scored.num_records[has_value],
+        "share": curves.shares(scored)[has_value],  # of the training text
+        "distinctness": curves.distinctness(scored)[has_value],  # of the user's tokens from everybody else's, nats
     }
-    is_in = scored.is_held_in[known]
     for name, values in users.items():
-        columns[name] = values[known]
-        columns[f"{name}_rank"] = scipy.stats.rankdata(-values[known], "max").astype(np.int64)
-        p_values = statistics.rank_p_values(values[known][is_in], values[known][~is_in])
-        for label, found in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
+        known = values[has_value]
+        columns[name] = known
+        columns[f"{name}_rank"] = scipy.stats.rankdata(-known, "max").astype(np.int64)
+        p_values = statistics.rank_p_values(known[is_in], known[~is_in])
+        for label, of_held_in in (("p_value", p_values), ("p_fdr", statistics.false_discovery_rate(p_values))):
             column = np.full(is_in.size, np.nan)
-            column[is_in] = found
-            columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)
+            column[is_in] = of_held_in
+            columns[f"{name}_{label}"] = pa.array(column, mask=~is_in)  # null for held-out users
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     make_private_directory(path.parent)

@@ -31,16 +31,16 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
     starts = np.searchsorted(table.owner[shuffled], table.owner[shuffled], side="left")
     rank = np.arange(len(scores)) - starts
     held = np.bincount(table.owner, minlength=len(scored.users))
-    found, count = [], 1
+    points, count = [], 1
     while True:
         chosen = shuffled[(rank < count) & (held[table.owner[shuffled]] >= count)]
         point = _point(lift(scores[chosen], table.owner[chosen], len(scored.users)), scored.is_held_in)
         if point is None:
-            return found
+            return points
         first = shuffled[(rank < 1) & (held[table.owner[shuffled]] >= count)]
         alone = _point(lift(scores[first], table.owner[first], len(scored.users)), scored.is_held_in)
         assert alone is not None, "the same users"
-        found.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
+        points.append({"num_documents": count, **point, "auroc_with_one": alone["auroc"]})
         count *= 2
 
 
@@ -60,14 +60,14 @@ def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) 
         return []
     edges = np.unique(np.quantile(values[known], np.linspace(0.0, 1.0, _NUM_BUCKETS + 1)))
     places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    found = []
+    quarters = []
     for number in range(len(edges) - 1):
         inside = known & (places == number)
         point = _point(np.where(inside, statistic, np.nan), is_held_in)
         if point is not None:
             ends = [_two_digits(float(edges[number])), _two_digits(float(edges[number + 1]))]
-            found.append({"from": ends[0], "to": ends[1], **point})
-    return found
+            quarters.append({"from": ends[0], "to": ends[1], **point})
+    return quarters
 
 
 def shares(scored: Scored) -> FloatArray:
@@ -84,17 +84,17 @@ def distinctness(scored: Scored) -> FloatArray:
     if scored.tokens is None:
         return np.full(len(scored.users), np.nan)
     everybody = np.asarray(scored.tokens.sum(axis=0)).ravel()
-    found = np.empty(len(scored.users))
+    divergences = np.empty(len(scored.users))
     for number in range(len(scored.users)):
         own = np.asarray(scored.tokens[number].todense()).ravel()
         if not own.sum():
-            found[number] = np.nan
+            divergences[number] = np.nan
             continue
         others = everybody - own + _PSEUDOCOUNT
         mine = own / own.sum()
         used = mine > 0.0
-        found[number] = float((mine[used] * np.log(mine[used] / (others[used] / others.sum()))).sum())
-    return found
+        divergences[number] = float((mine[used] * np.log(mine[used] / (others[used] / others.sum()))).sum())
+    return divergences
 
 
 def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:

@@ -67,15 +67,20 @@ class Cap:
         bound = statistics.DpBound(statement.effective_epsilon, statement.delta)
         if statement.unit == ATTACKED_UNIT:
             return cls(bound, "", curve=_curve(statement))
+        # The guarantee protects a record, so a user's is that of k records: the bound stated, or the count if less.
         stated = statement.contribution_bound
-        most = None if stated is None else stated.records_per_user_in_training_set
+        stated_bound = 0 if stated is None else stated.records_per_user_in_training_set or 0
         if stated is not None and stated.selection == "random_chunk":
-            return cls._of_records(statement.unit, bound, most or 0)  # a record may be cut into many chunks
-        return cls._of_records(statement.unit, bound, min(most or records_per_user, records_per_user))
+            # What is protected is a chunk, and a record may be cut into many: the count of records says nothing.
+            return cls._of_records(statement.unit, bound, stated_bound)
+        return cls._of_records(statement.unit, bound, min(stated_bound or records_per_user, records_per_user))
 
     @classmethod
     def _of_records(cls, unit: str, bound: statistics.DpBound, records_per_user: int) -> Cap:
-        """Group privacy over all records of a user: (k ε, δ (e^kε - 1) / (e^ε - 1)), never (k ε, k δ)."""
+        """Return the cap by group privacy over k records of a user (0: unknown, so none).
+
+        It is (k ε, δ (e^kε - 1) / (e^ε - 1)), never (k ε, k δ).
+        """
         from accountants.units import group_delta_of
 
         accused = f"epsilon protects one {unit} and the attack accuses a {ATTACKED_UNIT}: through group privacy over "
@@ -138,7 +143,7 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
 
 
 def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
-    """The privacy curve of the stated mechanism, or None where the statement gives none that can be certified."""
+    """Return the privacy curve of the stated mechanism, or None where none can be certified from the statement."""
     stated = _mechanism(statement)
     if stated is None:
         return None
@@ -148,7 +153,7 @@ def _curve(statement: PrivacyStatement) -> statistics.CurveBound | None:
 
 
 def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | None:
-    """Scheme, noise multiplier, steps and records a unit, where the statement holds all that an accountant needs."""
+    """Return scheme, noise multiplier, steps and records a unit; None if the statement lacks what accounting needs."""
     noise_multiplier, num_steps = statement.mechanism.noise_multiplier, _charged_steps(statement)
     num_records = statement.sampled_records_per_unit
     if statement.tuning is not None:
@@ -162,7 +167,7 @@ def _mechanism(statement: PrivacyStatement) -> tuple[Scheme, float, int, int] | 
 
 
 def _charged_steps(statement: PrivacyStatement) -> int:
-    """Whole epochs where the scheme has epochs: what epsilon is for."""
+    """Return the steps that epsilon is for: rounded up to whole epochs, where the scheme has epochs."""
     return statement.steps_accounted or statement.steps_released
 
 

@@ -55,14 +55,15 @@ def read_columns(
         raise AttackInputError(f"columns {', '.join(names)} can be read of data.source.kind: files only")
     chosen = None if wanted is None else set(wanted)
     owners = corpus.records if chosen is None else {user for user, _ in chosen}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    texts: dict[str, _Places] = {}
+    extras: dict[tuple[str, int], dict[str, Any]] = {}
+    counters: dict[str, _RecordCounter] = {}
     for row in _rows(data.source, digests):
         values = [row.get(getattr(data, key)) for key in data.column_keys]
         owner, content = owner_of(row.get(data.user_column)), formats.canonical(data, values).strip()
         if not owner or not content or owner not in owners:
             continue
-        index = texts.setdefault(owner, _Places(data.deduplicate == "within_user")).place(content)
+        counter = counters.setdefault(owner, _RecordCounter(data.deduplicate == "within_user"))
+        index = counter.next_index(content)
         if index is None or (chosen is not None and (owner, index) not in chosen):
             continue
         known = corpus.records.get(owner, ())
@@ -73,35 +74,39 @@ def read_columns(
             raise AttackInputError(f"a row has no column {', '.join(missing)}; name one that every row has")
         text = values[0] if data.format == "text" else None
         offset = len(text) - len(text.lstrip()) if isinstance(text, str) else 0
-        found[owner, index] = {name: row[name] for name in names} | {"offset": offset}
-    if chosen is not None and len(found) < len(chosen):
+        extras[owner, index] = {name: row[name] for name in names} | {"offset": offset}
+    if chosen is not None and len(extras) < len(chosen):
         raise AttackInputError(_CHANGED)
-    return found
+    return extras
 
 
 _CHANGED = "the rows are not those that were trained on; restore the files named in config.yaml"
 
 
-class _Places:
-    """The places that one user's rows have in the corpus, in reading order."""
+class _RecordCounter:
+    """Gives one user's rows, in reading order, the indices that they have as records of the corpus.
+
+    Args:
+        drops_equal: whether the corpus keeps only the first of a user's equal rows (``data.deduplicate``).
+    """
 
     def __init__(self, drops_equal: bool) -> None:
-        self._count = 0
-        self._forms: set[bytes] | None = set() if drops_equal else None
+        self._num_records = 0
+        self._seen: set[bytes] | None = set() if drops_equal else None
 
-    def place(self, content: str) -> int | None:
-        """Return the place of the next row; None if the corpus dropped it because the user has an equal one."""
-        if self._forms is not None:
-            form = hashlib.sha256(normal_form(content).encode("utf-8", errors="surrogatepass")).digest()
-            if form in self._forms:
+    def next_index(self, content: str) -> int | None:
+        """Return the next row's index; None if the corpus dropped it because the user has an equal one."""
+        if self._seen is not None:
+            digest = hashlib.sha256(normal_form(content).encode("utf-8", errors="surrogatepass")).digest()
+            if digest in self._seen:
                 return None
-            self._forms.add(form)
-        self._count += 1
-        return self._count - 1
+            self._seen.add(digest)
+        self._num_records += 1
+        return self._num_records - 1
 
 
 def spans_of(value: object, offset: int) -> list[tuple[int, int]]:
-    """Labelled spans: [start, end] pairs, or objects with ``start`` and ``end``, as a list or as JSON text.
+    """Return labelled spans, given as [start, end] pairs or objects with ``start`` and ``end``, in a list or its JSON.
 
     Args:
         value: a cell of the column.

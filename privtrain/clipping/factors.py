@@ -220,12 +220,13 @@ class Product:
     """
 
     def __init__(self, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-        # Copies, so that the kernel meets the same alignment wherever in its microbatch the unit lies.
+        # A matmul kernel may round by its operands' alignment, and a unit can begin anywhere in its microbatch: copies
+        # are aligned alike. The left side is copied block by block.
         self._sides = [
             (outer.left.flatten(0, 1), outer.right.flatten(0, 1).to(torch.float32, copy=True)) for outer in outers
         ]
         self._lookup = summed_lookups(lookups) if lookups else None
-        self.blocks = row_blocks(outers[0])
+        self.blocks = row_blocks(outers[0])  # all uses have the tensor's shape [p, d]
 
     def block(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return some rows, [rows, d]; in ``out``, which begins where an allocation of its own would, if it is given.

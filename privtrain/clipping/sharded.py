@@ -297,8 +297,9 @@ class ShardedClipper(PerUnitClipper):
 
 
 def _whole_layout(shards: GradientShards) -> Layout:
-    """Return the layout of the whole tensors, of which nobody has the memory; its parameters are the model's own."""
+    """Return the layout of the whole tensors, of which a rank holds parts; its parameters are the model's own."""
     shapes = {slot.name: slot.whole_shape for slot in shards.layout.slots}
+    # Slots are laid out by the whole shapes, on "meta", which takes no memory; hooks need the weights themselves.
     layout = Layout({name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()})
     layout.parameters = {name: shards.weights[name] for name in layout.parameters}
     return layout

@@ -45,12 +45,17 @@ class GenerateOptions:
 
     Attributes:
         num_texts: different texts.
-        prompts: file of conditions.
+        prompts: JSON lines of what texts are sampled after.
         labels: instead of it, labels in ``template``.
         template: prompt of a label, with ``{label}``.
-        temperature, top_p, top_k, min_new_tokens, batch_size, seed: see :class:`SamplingSettings`.
-        max_new_tokens: None: what ``data.max_length`` leaves after the longest condition.
-        engine: see :func:`privtrain.commands.corpus.sampling.chosen_engine`.
+        temperature: divides the logits.
+        top_p: smallest set of most likely tokens with at least this probability; 1 keeps all.
+        top_k: most likely tokens that are kept; 0 keeps all.
+        max_new_tokens: most tokens of a text; None: what ``data.max_length`` leaves after the longest condition.
+        min_new_tokens: fewest.
+        batch_size: texts that are sampled at once.
+        seed: public.
+        engine: what samples; ``auto``: vLLM if it is installed and can, else transformers.
         base_model: directory of the base model; by default where the run had it.
         copy_tokens: consecutive tokens of a training record that make a copy.
     """

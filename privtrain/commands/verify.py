@@ -85,7 +85,7 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
     _check_inputs(directory)
     manifest, place = bundle.read_manifest(directory)
     checked = ["release.json", "every file by SHA-256", "the statement against its plan, ε by the accountant"]
-    faults, beside, operation = _files(directory, manifest, place)
+    faults, beside, made = _files(directory, manifest, place)
     problems = [str(fault) for fault in faults]
     problems += _contents(directory, manifest, place)
     not_checked: list[str] = []
@@ -93,7 +93,7 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
         _of_digest(manifest, anchors),
         _of_signature(directory, anchors),
         _of_base(manifest, anchors),
-        _of_made(directory, manifest, operation, anchors) if operation else ([], "", ""),
+        _of_source(directory, manifest, made, anchors) if made else ([], "", ""),
     ):
         problems += problem
         checked += [done] if done else []
@@ -138,6 +138,7 @@ def _check_inputs(directory: pathlib.Path) -> None:
 def _files(
     directory: pathlib.Path, manifest: ReleaseManifest, place: str
 ) -> tuple[list[FileFault], list[str], dict[str, Any] | None]:
+    """Return faults of files, harmless files beside the release, and what an export or a corpus says of its making."""
     if place == "run":
         return *bundle.run_faults(RunDirectory(directory), manifest), None
     expected = manifest.within(place)
@@ -198,7 +199,7 @@ def _statement(directory: pathlib.Path) -> dict[str, Any]:
     return statement
 
 
-#: Problems, what was checked, what was left unchecked.
+#: Of one check: problems; what was compared, in words; what could not be, and what it would take. Empty: nothing.
 _Outcome = tuple[list[str], str, str]
 
 
@@ -235,7 +236,8 @@ def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     return [f"{anchors.base_model / name} is not the base model's file" for name in wrong], "the base model", ""
 
 
-def _of_made(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors) -> _Outcome:
+def _of_source(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors) -> _Outcome:
+    """Check an export or a corpus, described by ``made``, against the release that it was made from."""
     is_corpus = made["schema"] == generated.SCHEMA
     if anchors.released is None:
         if is_corpus:
@@ -254,12 +256,12 @@ def _of_made(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str,
     return problems, "" if problems else "the weights, made again from the released ones", ""
 
 
-def describe(found: Verified) -> str:
+def describe(verified: Verified) -> str:
     """Return lines for people."""
-    lines = [f"{found.directory} is what was released ({found.place}); release digest {found.release_digest}"]
-    lines += _listed("compared", found.checked)
-    lines += _listed("not compared", found.not_checked)
-    lines += _listed("not part of the release, and harmless", [bundle.printable(path) for path in found.beside])
+    lines = [f"{verified.directory} is what was released ({verified.place}); release digest {verified.release_digest}"]
+    lines += _listed("compared", verified.checked)
+    lines += _listed("not compared", verified.not_checked)
+    lines += _listed("not part of the release, and harmless", [bundle.printable(path) for path in verified.beside])
     return "\n".join(lines)
 
 

@@ -87,7 +87,6 @@ class DataSection(Section):
         description="Every label (classification). Public, hence declared and never read off the rows; a row with "
         "another label is dropped and counted.",
     )
-    packing: bool = Field(default=False, description="Refused: a row holds one record of one user.")
     deduplicate: Literal["none", "within_user"] = Field(
         default="none",
         description="within_user: of a user's records that differ in white space alone, the first is kept.",
@@ -118,16 +117,6 @@ class DataSection(Section):
     num_evaluation_records: int = Field(
         default=128, ge=0, description="Held-out records that perplexity is measured on."
     )
-
-    @pydantic.field_validator("packing")
-    @classmethod
-    def _no_packing(cls, value: bool) -> bool:
-        if value:
-            raise ValueError(
-                "packing by the data puts several users into one row, where they cannot be clipped apart; remove it "
-                "(performance.packing packs whole users, clipped apart)"
-            )
-        return value
 
     @override
     def conflicts(self) -> Iterator[str]:

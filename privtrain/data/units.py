@@ -89,7 +89,14 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A tokenised record or chunk, with its number among the user's and the indices of the records it holds."""
+    """A tokenised record, or a chunk that is cut out of a user's records one after another.
+
+    Attributes:
+        owner: the user.
+        number: names it among the user's pieces: of a record its index in the corpus.
+        record: its tokens.
+        indices: corpus indices of the user's records that it holds text of.
+    """
 
     owner: str
     number: int
@@ -98,6 +105,7 @@ class _Piece:
 
 
 def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: Selection) -> list[_Piece]:
+    """Return a user's chunks, at most ``cut.max_records`` of them drawn at random."""
     indices = split.training[user]
     chunks = encoder.chunks([corpus.records[user][i] for i in indices])
     if cut.max_records is not None:
@@ -127,6 +135,6 @@ def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:
         names=tuple(names),
         records=tuple(map(tuple, grouped)),
         num_truncated=0,
-        indices=tuple(tuple(sorted(found)) for found in indices),
+        indices=tuple(tuple(sorted(of_unit)) for of_unit in indices),
         owners=tuple(owners),
     )

@@ -137,12 +137,12 @@ class BudgetReservation:
     def _take(cls, inputs: Inputs, is_complete: bool) -> BudgetReservation | None:
         section = inputs.config.registry
         url = registry_url(section)
-        note = inputs.run.reservation
+        file = inputs.run.reservation
         if url is None:
-            if note.exists() and not is_complete:
-                place = json.loads(note.read_text(encoding="utf-8"))["registry"]
+            if file.exists() and not is_complete:
+                shown_url = json.loads(file.read_text(encoding="utf-8"))["registry"]
                 raise PlanMismatch(
-                    f"{inputs.run.root} holds a reservation in {place} but no registry is configured; "
+                    f"{inputs.run.root} holds a reservation in {shown_url} but no registry is configured; "
                     "set PRIVTRAIN_REGISTRY or registry.url"
                 )
             return None
@@ -155,16 +155,18 @@ class BudgetReservation:
                 raise
             say(f"[yellow]warning[/]: {error}. {_UNSETTLED}")
             return None
+        # The registry's name of this run: made with the directory, the same when it is resumed.
         uid = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]
         if is_complete:
             return cls(registry, None, inputs, uid, _read_claims(inputs.run))
+        # Proves from now on that this copy of the run directory holds the reservation (see _read_claims).
         claim = secrets.token_hex(16)
         request = _request(inputs, uid, claim)
-        # On disk before the registry knows it: after a crash between the two, either is accepted.
+        # On disk before the registry knows it: after a crash in between, the registry accepts the old one or the new.
         write_json(_claims(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
         reservation = registry.reserve(request)
         write_json(_claims(inputs.run), {"claims": [claim]}, mode=0o600)
-        write_json(note, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
+        write_json(file, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
         state = "reserved" if reservation.is_new else "found again"
         say(f"budget {state}: {section.dataset}, reservation {reservation.id[:12]}")
         return cls(registry, reservation, inputs, uid, (claim,))

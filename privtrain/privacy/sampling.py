@@ -37,11 +37,11 @@ class Scheme(abc.ABC):
 
     Attributes:
         name: as in ``privacy.sampling``; :mod:`privtrain.config.schemes` has what goes with it.
-        size_key: the key that decides how many units a step draws, and what to do to it to draw fewer.
+        to_draw_fewer: which key of ``privacy`` to change, and how, so that a step draws fewer units.
     """
 
     name: ClassVar[SchemeName]
-    size_key: ClassVar[tuple[str, str]]
+    to_draw_fewer: ClassVar[tuple[str, str]]
 
     @property
     def accountants(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Poisson(Scheme):
     """Poisson sampling: each unit joins each step independently with probability ``sampling_prob``."""
 
     name = "poisson"
-    size_key = "sampling_prob", "lower"
+    to_draw_fewer = "sampling_prob", "lower"
     sampling_prob: float
 
     @property
@@ -110,14 +110,14 @@ class Poisson(Scheme):
     def rate(self) -> float:
         return self.sampling_prob
 
+    @override
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Return the event of Poisson-sampled Gaussian mechanisms."""
         return accountants.dp_sgd_event(
             noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=num_epochs
         )
 
+    @override
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Draw the units of one step, which is a whole epoch of this scheme."""
         return [np.flatnonzero(key.stream("sample", epoch).uniform(num_units) < self.sampling_prob)]
 
     @property
@@ -141,7 +141,7 @@ class CyclicPoisson(Scheme):
     """
 
     name = "cyclic_poisson"
-    size_key = "sampling_prob", "lower"
+    to_draw_fewer = "sampling_prob", "lower"
     sampling_prob: float
     num_bands: int
 
@@ -198,7 +198,7 @@ class TruncatedPoisson(Scheme):
     """
 
     name = "truncated_poisson"
-    size_key = "max_batch_size", "lower"
+    to_draw_fewer = "max_batch_size", "lower"
     sampling_prob: float
     max_batch_size: int
     max_num_units: int
@@ -217,8 +217,8 @@ class TruncatedPoisson(Scheme):
     def num_places(self) -> int:
         return self.max_num_units
 
+    @override
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Return the event of truncated Poisson-sampled Gaussian mechanisms."""
         return accountants.truncated_poisson_event(
             noise_multiplier=noise_multiplier,
             sampling_prob=self.sampling_prob,
@@ -227,8 +227,8 @@ class TruncatedPoisson(Scheme):
             num_steps=num_epochs,
         )
 
+    @override
     def epoch(self, key: SecretKey, epoch: int, num_units: int) -> list[np.ndarray]:
-        """Draw the units of one step, which is a whole epoch of this scheme."""
         drawn = np.flatnonzero(key.stream("sample", epoch).uniform(self.max_num_units) < self.sampling_prob)
         if len(drawn) > self.max_batch_size:
             drawn = drawn[key.stream("truncate", epoch).choose(len(drawn), self.max_batch_size)]
@@ -254,7 +254,7 @@ class RandomAllocation(Scheme):
     """
 
     name = "random_allocation"
-    size_key = "steps_per_epoch", "raise"
+    to_draw_fewer = "steps_per_epoch", "raise"
     steps_per_epoch: int
     steps_per_unit: int = 1
 
@@ -268,8 +268,8 @@ class RandomAllocation(Scheme):
     def period(self) -> int:
         return self.steps_per_epoch
 
+    @override
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Return the event of random allocation."""
         return accountants.random_allocation_event(
             noise_multiplier=noise_multiplier,
             num_steps=self.steps_per_epoch,
@@ -283,7 +283,8 @@ class RandomAllocation(Scheme):
         draws = key.stream("allocation", epoch).uint64(math.prod(shape)).reshape(shape)
         chosen = np.empty(shape, dtype=np.int64)
         for i, last in enumerate(range(self.steps_per_epoch - self.steps_per_unit, self.steps_per_epoch)):
-            # The remainder of a 64-bit integer is uniform up to (last + 1) / 2**64.
+            # A step up to `last`, or `last` itself where that step is already the unit's. The remainder of a 64-bit
+            # integer is uniform up to (last + 1) / 2**64.
             candidate = (draws[:, i] % np.uint64(last + 1)).astype(np.int64)
             taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
             chosen[:, i] = np.where(taken, last, candidate)
@@ -311,7 +312,7 @@ class Shuffle(Scheme):
     """
 
     name = "shuffle"
-    size_key = "steps_per_epoch", "raise"
+    to_draw_fewer = "steps_per_epoch", "raise"
     steps_per_epoch: int
     max_num_units: int
 
@@ -330,8 +331,8 @@ class Shuffle(Scheme):
     def num_places(self) -> int:
         return self.max_num_units
 
+    @override
     def event(self, noise_multiplier: float, num_epochs: int) -> Any:
-        """Return the event of shuffled fixed batches."""
         return accountants.shuffled_event(
             noise_multiplier=noise_multiplier, num_batches=self.steps_per_epoch, num_epochs=num_epochs
         )
@@ -457,7 +458,7 @@ def check_step_size(scheme: Scheme, num_units: float) -> None:
     """
     num_drawn = scheme.most_expected(num_units)
     if num_drawn > MAX_UNITS:
-        key, how = scheme.size_key
+        key, how = scheme.to_draw_fewer
         raise ConfigError(
             [
                 Fault(

@@ -52,8 +52,8 @@ def now(connection: sa.Connection) -> float:
 def estimate(connection: sa.Connection) -> float:
     """Return the time without refusing any clock, for heartbeats, opt-outs and displays.
 
-    A clock that :func:`now` would refuse is not believed: then it is the newest time that was noted, at which no less
-    is charged than later.
+    Where :func:`now` would refuse the machine's clock, the newest time noted stands in for it. It is in the past, so no
+    charge has left its budget's window too early.
     """
     seconds = _read(connection)
     newest = _newest(connection)
@@ -95,6 +95,7 @@ def _newest(connection: sa.Connection) -> float | None:
 
 
 def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | None:
+    """Return what stands between the two times in :func:`now`'s message if they contradict each other, else None."""
     if seconds < newest - MAX_SETBACK_SECONDS:
         return "but"
     if seconds <= newest + LEAST_SILENCE_SECONDS:
@@ -104,6 +105,7 @@ def _problem(connection: sa.Connection, seconds: float, newest: float) -> str | 
 
 
 def _longest_silence(connection: sa.Connection) -> float:
+    """Return for how long, in seconds, a registry may have gone unused before its clock is doubted."""
     if connection.execute(sa.select(ReservationRow.id).limit(1)).first() is None:
         return float("inf")
     in_force = sa.select(sa.func.min(Budget.period_seconds)).where(Budget.superseded_at.is_(None))
@@ -112,6 +114,7 @@ def _longest_silence(connection: sa.Connection) -> float:
 
 
 def _noted(connection: sa.Connection, seconds: float, newest: float | None) -> float:
+    """Return the later of the two times; a writing transaction on SQLite stores it as the newest."""
     seconds = seconds if newest is None else max(seconds, newest)
     if connection.dialect.name == "sqlite" and connection.get_execution_options().get("registry_write", False):
         connection.execute(sa.update(Meta).values(newest_at=seconds))

@@ -43,6 +43,11 @@ NOTHING = LedgerEvidence(0, "")
 def check(connection: sa.Connection, row: Any, shown: LedgerEvidence) -> None:
     """Raise unless the ledger is the reserved run's own and no older than the last one seen.
 
+    Args:
+        connection: a transaction of the registry.
+        row: the reservation's, of :class:`ReservationRow`, with what earlier signs of life showed.
+        shown: what the ledger shows now.
+
     Raises:
         GuaranteeLost: saying which of the two it is not; the reservation stays as it is.
     """
@@ -82,6 +87,7 @@ def epsilon_of(connection: sa.Connection, row: Any, num_steps: int) -> float:
         return row.epsilon
     text = connection.execute(sa.select(Mechanism.event).where(Mechanism.id == row.mechanism_id)).scalar_one()
     value = composed(text, num_steps, row.delta)
+    # ε grows with the steps. The run's own may come from another accountant, looser or tighter than this one's.
     return min(value, row.epsilon) if num_steps < row.num_reserved else max(value, row.epsilon)
 
 

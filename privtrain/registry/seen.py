@@ -46,7 +46,7 @@ class Extent:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The numbers alone."""
+        """The numbers that only grow, by name."""
         counts = dataclasses.asdict(self)
         del counts["uid"]
         return counts
@@ -95,8 +95,14 @@ class SeenFile:
         return content
 
     def missing(self, known: dict[str, dict[str, int]], found: Extent) -> str:
-        """Return in words what a registry lacks of what was seen; empty if nothing."""
+        """Return in words what a registry lacks of what this machine saw of it; empty if nothing.
+
+        Args:
+            known: what the file holds, of :meth:`known`.
+            found: what the registry shows now.
+        """
         if self._is_of_one and known and found.uid not in known:
+            # The file's one registry has got another id: no number of it can be compared.
             return "the changes noted under its earlier id"
         seen = known.get(found.uid, {})
         lacking = {name: seen[name] - count for name, count in found.counts.items() if seen.get(name, 0) > count}
@@ -127,7 +133,7 @@ class SeenFile:
         self._write(found, lowers=False)
 
     def accept(self, found: Extent) -> None:
-        """Forget what was seen beyond this, and of a file that is of one registry alone, every other id."""
+        """Set the remembered numbers to these, even if lower; a file of one registry alone also forgets other ids."""
         self._write(found, lowers=True)
 
     def _write(self, found: Extent, *, lowers: bool) -> None:

@@ -48,7 +48,7 @@ class Population(Base):
 
 
 class Dataset(Base):
-    """A data set: the name that configs use, its population and its unit."""
+    """A data set: the name that configs use, its population, and whom ε protects in it (``user`` or ``example``)."""
 
     __tablename__ = "datasets"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -71,7 +71,10 @@ class DatasetVersion(Base):
 class Budget(Base):
     """What may be spent on one data set, or by each user of its population; a change is a new row.
 
+    ``scope``: ``dataset``: by all runs on ``dataset_id``; ``user``: by all runs on any data set of the population, each
+    user by itself (``dataset_id`` is ``NULL``).
     ``period_seconds``: the bound holds in every window of that length; ``NULL``: for ever.
+    ``superseded_at``: when a later row replaced it; ``NULL``: in force.
     """
 
     __tablename__ = "budgets"
@@ -97,7 +100,10 @@ class Mechanism(Base):
 
 
 class Run(Base):
-    """A training run. ``uid`` is made with its run directory and stays the same when it is resumed."""
+    """A training run. ``uid`` is made with its run directory and stays the same when it is resumed.
+
+    ``fingerprint`` is its plan's, without the data.
+    """
 
     __tablename__ = "runs"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -113,6 +119,7 @@ class ReservationRow(Base):
 
     ``state``: ``open``; ``expired`` (its lease ran out: charged in full until it comes back or is closed); ``closed``.
     ``num_reserved`` and ``num_charged`` count the mechanism's repetitions. ``epsilon`` is the run's own at ``delta``.
+    ``num_opt_outs`` says how much of the do-not-train list the run kept: the opt-outs numbered up to it.
     ``claim`` is a number that only the run directory knows that holds the reservation, a new one at every start.
     ``ledger_key`` commits to the key of the run's ledger, and ``num_begun`` steps were in it when it was last seen.
     ``seen_at`` is the newest time of a sign of life: whatever the clock says later, the run ended no earlier.

@@ -44,11 +44,11 @@ _PROGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Cells of one digest.
+    """A training and the commands that follow it, which settle every cell of the study's grid that asks for them.
 
     Attributes:
-        cells: all that share it; the first gives the job its name.
-        directory: where it lives.
+        cells: (axis values, seed) with one configuration, and so with one digest; the first gives the job its name.
+        directory: where its configuration, run and records lie.
         data: directory of the study's prepared files.
     """
 
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """What its cells share."""
+        """SHA-256 of everything that decides what the job does, the same for all its cells."""
         return self.cells[0].digest
 
     @property
@@ -77,7 +77,7 @@ class Job:
         return self.directory / "log.txt"
 
     def record(self) -> Mapping[str, Any] | None:
-        """``done.json``, or ``failed.json``, if it is this job's."""
+        """Return ``done.json``, or ``failed.json``, if it is this job's."""
         for name in ("done.json", "failed.json"):
             path = self.directory / name
             if path.exists():

@@ -36,12 +36,12 @@ class Network:
 
     @property
     def num_ids(self) -> int:
-        """Ids that both the tokenizer and the model know."""
+        """Token ids below this are known to both the tokenizer and the model."""
         return min(len(self.tokenizer), num_embedded(self.model))
 
     @property
     def lone_packer(self) -> Packer:
-        """For one record at a time, so that its loss is a function of itself alone."""
+        """A packer of one record at a time, so that its loss is a function of itself alone."""
         return dataclasses.replace(self.packer, microbatch_size=1)
 
 
@@ -69,7 +69,7 @@ def _line_packer(config: Config, pad_id: int) -> LinePacker | None:
 
 
 def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
-    """So that a replayed step has the same bits (the ledger finds out if not), and a second backward pass too."""
+    """Make kernels deterministic: a replayed step, and a second backward pass, must have the same bits."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -87,6 +87,7 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
 
 
 def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer: Any) -> torch.nn.Module:
+    # A base whose own weights are trained keeps them in fp32; a frozen one may be stored in less.
     dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
     head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), INIT_SEED)
     base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))
@@ -95,7 +96,7 @@ def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer
         pad_classifier(base, tokenizer)
     model = make_trainable(base, config, INIT_SEED)
     if config.training.method != "full":
-        model = model.to(backend.device)  # what was added to the base
+        model = model.to(backend.device)  # the base is there already; what was added to it is not
     if config.performance.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -73,7 +73,7 @@ def select_units(
 
 
 def _max_records(inputs: Inputs) -> int | None:
-    """K of the selection before training; ``None`` where each step draws k records afresh, or all are used."""
+    """Return how many records of a user the selection keeps before training; ``None`` where steps draw them afresh."""
     plan = inputs.plan
     if plan.unit == "example":
         return plan.records_per_user
@@ -89,10 +89,11 @@ def _losses(
     cache: pathlib.Path | None,
     has_begun: bool,
 ) -> Losses:
+    """Return the loss of each wanted (user, record index): rank 0's cached ones, or else scored by all ranks now."""
     if not wanted:
         return {}
-    known = None
-    with backend.main_alone():
+    known: Losses | None = None
+    with backend.main_alone():  # only rank 0 sees the cache
         if backend.is_main and cache is not None and cache.exists():
             known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
         if backend.is_main and has_begun and known is None:
@@ -100,10 +101,9 @@ def _losses(
                 f"{cache} is gone: the records that training began with are not known; restore it, or set another "
                 "run.name"
             )
-    is_known = known is not None and all(record in known for record in wanted)
-    if backend.json_from_main(lambda: is_known):
-        cached = known or {}
-        values = backend.json_from_main(lambda: [cached[record] for record in wanted])
+    cached = known if known is not None and all(record in known for record in wanted) else None
+    values = backend.json_from_main(lambda: cached and [cached[record] for record in wanted])
+    if values is not None:
         return dict(zip(wanted, values, strict=True))
     if backend.is_main:
         say(f"scoring records under the model before training, for {inputs.plan.selection}")
@@ -115,19 +115,22 @@ def _losses(
 
 
 def _scored(wanted: Sequence[tuple[str, int]], corpus: Corpus, backend: Backend, network: Network) -> list[float]:
-    """Mean loss per predicted token of each record: one record a forward pass, equally many passes on every rank."""
+    """Return each record's mean loss per predicted token: one record a forward pass, equally many passes on every rank.
+
+    The ranks take turns over the records. Past the last one a rank repeats it, and does not count it.
+    """
     records = network.encoder.encode([corpus.records[user][index] for user, index in wanted]).records
     losses = torch.zeros(len(records), dtype=torch.float32, device=backend.device)
     network.model.eval()
     with torch.no_grad():
         for start in range(0, len(records), backend.world_size):
-            place = min(start + backend.rank, len(records) - 1)
-            (batch,) = network.lone_packer.pack([[records[place]]], 1)
+            number = min(start + backend.rank, len(records) - 1)
+            (batch,) = network.lone_packer.pack([[records[number]]], 1)
             moved = batch.to(backend.device)
             with network.autocast:
                 loss = network.objective.losses(network.model, moved.input_ids, moved.target_mask).sum()
-            if start + backend.rank == place:
-                losses[place] = loss / max(1, records[place].num_targets)
+            if start + backend.rank == number:
+                losses[number] = loss / max(1, records[number].num_targets)
     network.model.train()
     backend.reduce(losses)
     return losses.nan_to_num(nan=_NONFINITE_LOSS, posinf=_NONFINITE_LOSS).tolist()

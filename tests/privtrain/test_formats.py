@@ -165,7 +165,6 @@ def test_the_columns_of_a_format_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"packing": True}, "cannot be clipped apart"),
         ({"format": "classification"}, "data.labels"),
         ({"labels": ["a", "b"]}, "data.labels"),
         ({"format": "classification", "labels": ["1", 1]}, "twice"),

@@ -108,7 +108,7 @@ def fair(coins: Coins, seed: int) -> Coins:
 
 
 def declared_guesses(num_coins: int) -> list[Guess]:
-    """Return all that are made of so many coins, without repeats; they share the error equally."""
+    """Return all guesses that are declared for so many coins, without repeats; they share the error equally."""
     if not num_coins:
         return []
     both = {Guess(max(1, math.floor(share * num_coins))) for share in GUESS_SHARES}
@@ -128,12 +128,11 @@ def telling_guesses(num_coins: int, delta: float, significance: float) -> tuple[
 
 
 def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
-    """How many are right if those above a cut are guessed "in", those below it "out", and those next to it not at all.
+    """Return how many guesses are right: units above a cut are guessed "in", below it "out", next to it not at all.
 
-    The cut is the widest gap between neighbouring scores, among the places that fair coins make likely: with half of
-    the units on each side even a perfect attack would be wrong about as many as the coins happen to lack on one side.
-    It is read off the scores, never off the coins; the theorems allow any such rule as long as the number of guesses is
-    fixed.
+    The cut is the widest gap between neighbouring scores near the middle, where fair coins put it. The middle itself
+    would be wrong even for a perfect attack, about as many units as one side has too few. It is read off the scores,
+    never off the coins; the theorems allow any such rule as long as the number of guesses is fixed.
 
     Args:
         coins: scores and fair coins.
@@ -144,15 +143,16 @@ def correct_guesses(coins: Coins, guess: Guess, seed: int) -> int:
     assert 0 < num_guesses <= num_coins, (num_guesses, num_coins)
     shuffle = np.random.default_rng(seed).permutation(num_coins)
     order = shuffle[np.argsort(coins.scores[shuffle], kind="stable")]
-    num_below = _cut(coins.scores[order])
-    num_out = 0 if guess.only_in else min(max(num_below - (num_coins - num_guesses) // 2, 0), num_guesses)
+    # Of the units that are not guessed, half lie below the cut.
+    num_out = _cut(coins.scores[order]) - (num_coins - num_guesses) // 2
+    num_out = 0 if guess.only_in else min(max(num_out, 0), num_guesses)
     right_out = np.count_nonzero(~coins.is_in[order[:num_out]])
     right_in = np.count_nonzero(coins.is_in[order[num_coins - (num_guesses - num_out) :]])
     return int(right_out + right_in)
 
 
 def _cut(ordered: FloatArray) -> int:
-    """Return how many of the scores lie below the cut; within two standard deviations of half."""
+    """Return how many of the ascending scores lie below the cut: half, give or take two standard deviations."""
     half, spread = ordered.size // 2, math.isqrt(ordered.size)
     first, last = max(half - spread, 0), min(half + spread, ordered.size)
     gaps = np.diff(ordered)[max(first - 1, 0) : last]

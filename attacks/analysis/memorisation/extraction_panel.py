@@ -32,7 +32,14 @@ GROUPS = {
 
 @dataclasses.dataclass
 class Tally:
-    """What came back of one group's records at one prompt length; per user, how many records."""
+    """How many of each user's records came back, in one group at one prompt length.
+
+    Attributes:
+        records: all that are long enough to have a suffix.
+        greedy: those whose suffix greedy decoding gives back word for word.
+        near: those whose first nine tenths of it come back.
+        sampled: number of samples -> those that so many samples contain with at least ``PROBABILITY``.
+    """
 
     records: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     greedy: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -42,7 +49,7 @@ class Tally:
     )
 
     def add(self, user: str, row: DocumentSignals, model: str, prefix: int) -> None:
-        """Counts one record, if it is long enough."""
+        """Count one record as ``model`` gives it back after its first ``prefix`` tokens, if it is long enough."""
         recalled = recall(row, model, prefix)
         if recalled is None:
             return
@@ -86,7 +93,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
 
 
 def _count(row: DocumentSignals, tallies: dict[tuple[str, int], Tally]) -> None:
-    """Puts a row where it belongs."""
+    """Add a document to the tallies of its groups, at every prompt length."""
     if row.kind == CONTROL_PREFIX and row.side == HELD_IN:
         tallies["other prompt", HEADLINE_PREFIX].add(row.user, row, "target", HEADLINE_PREFIX)
     if row.kind != TRAINING:
