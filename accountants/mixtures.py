@@ -95,6 +95,7 @@ class MixtureStep:
         return loss, slope
 
     def _block(self, z: Array) -> tuple[Array, Array]:
+        """Return loss and derivative of one block, leaving out shifts that are negligible over all of its ``z``."""
         shifts, probs, log_probs = self._arrays
         lowest, highest = (log_probs + shifts * end - shifts**2 / 2 for end in (np.min(z), np.max(z)))
         # A larger shift matters most at the upper end, a smaller one at the lower end.
@@ -149,6 +150,7 @@ class MixtureStep:
         return np.concatenate([np.full(int(np.count_nonzero(~inside)), -math.inf), roots])
 
     def _invert_numerically(self, values: Array) -> Array:
+        """Return the ``z`` of each of the ascending loss values, by Newton steps that fall back to bisection."""
         low, high = -40.0, 1.0
         while values.size and float(self.loss(np.array([high]))[0]) < values[-1]:
             high *= 2
@@ -260,6 +262,11 @@ def _add(
     sensitivities: Sequence[float],
     probs: Sequence[float],
 ) -> bool:
+    """Count ``count`` steps of Gaussian noise on a sum of random sensitivity; one that never contributes is left out.
+
+    Returns:
+        Whether the step is without noise, and so not private.
+    """
     merged: dict[float, float] = {}
     for sensitivity, prob in zip(sensitivities, probs, strict=True):
         if prob > 0:

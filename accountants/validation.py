@@ -116,6 +116,7 @@ def check_values(**rules_and_values: tuple[_Rule, Any]) -> None:
 
 
 def _faults(event: Any, place: str) -> Iterator[str]:
+    """Yield what is wrong with an event and its parts; ``place`` says where it stands in the event given."""
     if not isinstance(event, dp_accounting.DpEvent):
         yield f"{place or 'event'}={event!r} must be a dp_accounting.DpEvent"
         return

@@ -112,6 +112,16 @@ def _not_refuted(question: Question, value: float) -> float:
 
 
 def _grid_width(event: dp_accounting.DpEvent, delta: float | None, epsilon: float | None) -> float:
+    """Return the width of the library's loss grid: fine enough for the answer, and coarse enough for float64 and time.
+
+    Args:
+        event: in the library's form.
+        delta: at which epsilon is asked for, or None.
+        epsilon: at which delta is asked for, or None.
+
+    Raises:
+        ValueError: if no width is both.
+    """
     try:
         # Plain Poisson sampling spends less than truncated: a grid for it is fine enough for both.
         event = poisson_counterpart(event)

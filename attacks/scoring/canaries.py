@@ -44,14 +44,14 @@ def plan_canaries(
         num_references: secrets that a canary is compared with; fewer where there are no more.
     """
     canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
-    found: list[Document] = []
+    documents: list[Document] = []
     for canary in canaries:
         # A changed user's own fresh records; an invented user has only the one text.
         indices = [0] if canary.is_invented else manifest["attacker"].get(canary.user, [])
-        found += [Document(canary.user, index, CANARY, canary.records[index]) for index in indices]
+        documents += [Document(canary.user, index, CANARY, canary.records[index]) for index in indices]
         if canary.kind == TEMPLATE:
             secrets = _other_digits(canary, section, root_key, num_references)
-            found += _references(canary.user, [canary.prefix + secret for secret in secrets])
+            documents += _references(canary.user, [canary.prefix + secret for secret in secrets])
     if any(canary.has_shared_references for canary in canaries):
         taken = {canary.secret for canary in canaries}
         if section.kind == SAMPLES:
@@ -59,8 +59,8 @@ def plan_canaries(
         else:
             stream = root_key.stream("canary references")
             pool = [draw_secret(section, tokenizer, stream) for _ in range(num_references)]
-        found += _references(POOL, [text for text in dict.fromkeys(pool) if text not in taken])
-    return found
+        documents += _references(POOL, [text for text in dict.fromkeys(pool) if text not in taken])
+    return documents
 
 
 def _references(user: str, texts: list[str]) -> list[Document]:
@@ -73,9 +73,9 @@ def _other_digits(canary: Canary, section: CanariesSection, root_key: SecretKey,
     if size - 1 <= count:
         return [text for number in range(size) if (text := digits_of(number, section.num_digits)) != canary.secret]
     stream = root_key.stream("canary references", canary.user)
-    found: dict[str, None] = {}
-    while len(found) < count:
+    texts: dict[str, None] = {}
+    while len(texts) < count:
         text = draw_secret(section, None, stream)
         if text != canary.secret:
-            found[text] = None
-    return list(found)
+            texts[text] = None
+    return list(texts)

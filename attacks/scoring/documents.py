@@ -105,10 +105,10 @@ def read_spans(run: RunDirectory, manifest: Mapping[str, Any]) -> dict[str, dict
     path = run.root / SPANS_PATH
     if not os.path.lexists(path):
         return None
-    found = read_sealed_file(run, path, schema=SPANS_SCHEMA, remedy="restore it, or name --spans COLUMN")
-    if found["manifest_sha256"] != manifest["sha256"]:
+    sealed = read_sealed_file(run, path, schema=SPANS_SCHEMA, remedy="restore it, or name --spans COLUMN")
+    if sealed["manifest_sha256"] != manifest["sha256"]:
         raise AttackInputError(f"{path} belongs to other coins than this run's; restore it, or name --spans COLUMN")
-    return found["spans"]
+    return sealed["spans"]
 
 
 def sides_of(own: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, str]:
@@ -152,19 +152,19 @@ def plan_documents(
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise AttackInputError("the data changed since the split was sealed; restore the files named in config.yaml")
     canaries = {canary.user for canary in canaries_of(manifest)}
-    found = []
+    documents = []
     for user, fresh in manifest["attacker"].items():
         if user in canaries:  # judged apart from natural users
             continue
-        found += [Document(user, index, FRESH) for index in fresh]
+        documents += [Document(user, index, FRESH) for index in fresh]
         usable = sorted(set(range(len(corpus.records[user]))) - set(fresh), key=lambda index: _order(user, index))
         for kind in (TRAINING, CONTROL_PREFIX) if with_controls else (TRAINING,):
-            found += [Document(user, index, kind) for index in usable[:num_training_records]]
-    if not found:
+            documents += [Document(user, index, kind) for index in usable[:num_training_records]]
+    if not documents:
         raise AttackInputError(
             "the manifest gives the attacker no document; see data.attack_fraction and attack_min_records"
         )
-    return in_order(found, corpus)
+    return in_order(documents, corpus)
 
 
 def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:

@@ -271,19 +271,19 @@ def _with_control_prefixes(
 ) -> tuple[list[Document], list[str], list[Tokens]]:
     """The control documents of a part get each other's first tokens; those for which there are none are left out."""
     chosen = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
-    found: dict[int, Tokens | None] = dict(enumerate(tokens))
+    rewritten: dict[int, Tokens | None] = dict(enumerate(tokens))
     users = [documents[place].user for place in chosen]
-    found |= zip(chosen, rewriting.exchange_prefixes(users, [tokens[place] for place in chosen]), strict=True)
-    kept = {place: ids for place, ids in found.items() if ids is not None}
+    rewritten |= zip(chosen, rewriting.exchange_prefixes(users, [tokens[place] for place in chosen]), strict=True)
+    kept = {place: ids for place, ids in rewritten.items() if ids is not None}
     return [documents[place] for place in kept], [texts[place] for place in kept], list(kept.values())
 
 
 def score_sequences(scorer: Scorer, sequences: Sequence[Tokens], batch_tokens: int) -> list[TokenSignals]:
     """Return signals of each sequence, in order, in batches of similar length."""
-    found: dict[int, TokenSignals] = {}
+    by_place: dict[int, TokenSignals] = {}
     for batch in planning.compose_batches([len(tokens) for tokens in sequences], batch_tokens):
-        found.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))
-    return [found[place] for place in range(len(sequences))]
+        by_place.update(zip(batch, scorer.score([sequences[place] for place in batch]), strict=True))
+    return [by_place[place] for place in range(len(sequences))]
 
 
 def _variant_means(
@@ -309,11 +309,11 @@ def _variant_means(
         labels = [f"{name}/{document.index}" for name, document in zip(names, documents, strict=True)]
         ordered = [proposals[place] for place in range(len(tokens))]
         rewritten += rewriting.neighbours(labels, tokens, ordered, wanted.num_neighbours)
-    found: list[dict[str, float]] = [{} for _ in documents]
+    losses: list[dict[str, float]] = [{} for _ in documents]
     scored = score_sequences(target, [item.tokens for item in rewritten], job.options.batch_tokens)
     for item, signals in zip(rewritten, scored, strict=True):
-        found[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
-    return found
+        losses[item.place][item.name] = float(signals.logp[item.first :].mean(dtype=np.float64))
+    return losses
 
 
 def _facts(job: Job, document: Document, text: str, num_tokens: int) -> dict[str, Any]:

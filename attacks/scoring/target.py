@@ -49,17 +49,17 @@ def base_digests(model: ModelSection) -> dict[str, str]:
         ConfigError: if it is not there.
     """
     try:
-        found = base_model.base_digests(model)
-        if not found:  # named on a hub and not here yet: loading it brings its files
+        digests = base_model.base_digests(model)
+        if not digests:  # named on a hub and not here yet: loading it brings its files
             from privtrain.models.load import load_base
 
             load_base(model)
-            found = base_model.base_digests(model)
+            digests = base_model.base_digests(model)
     except OSError as error:
         raise AttackInputError(f"the base model {model.public_name} cannot be read: {error.strerror}") from None
-    if not found:
+    if not digests:
         raise AttackInputError(f"no file of the base model {model.public_name} was found; put it on this machine")
-    return found
+    return digests
 
 
 def digest_of(digests: Mapping[str, Any]) -> str:
@@ -69,22 +69,22 @@ def digest_of(digests: Mapping[str, Any]) -> str:
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the names of what differs between two targets, or is in one of them alone."""
-    found = []
+    names = []
     for group in sorted({*one, *other}):
         ours, theirs = one.get(group), other.get(group)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            found += [f"{group}: {name}" for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+            names += [f"{group}: {name}" for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
         elif ours != theirs:
-            found.append(group)
-    return found
+            names.append(group)
+    return names
 
 
 def released_digests(run: RunDirectory) -> dict[str, str]:
     """Return file to SHA-256 of everything that a run released; no link among it is followed."""
     directory = run.released
-    found = {
+    digests = {
         name: file_sha256(directory / name) for name in bundle.files_under(directory) if not bundle.is_harmless(name)
     }
-    if not found:
+    if not digests:
         raise AttackInputError(f"{directory} is missing or empty; restore what the run released")
-    return found
+    return digests

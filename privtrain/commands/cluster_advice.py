@@ -50,7 +50,7 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         performance.gradient_checkpointing,
         _is_two_pass(performance.clipping_route, is_full, checkpoints=performance.gradient_checkpointing),
     )
-    found = predict(job, cluster)
+    prediction = predict(job, cluster)
     num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
@@ -65,17 +65,17 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         changes += [(f"{setting}, {more}", both, num_bytes) for more, both, num_bytes in _changes(other, size)]
     return {
         "cluster": f"{cluster.num_ranks} x {cluster.name.upper()}",
-        "predicted_step_seconds": found.seconds,
-        "predicted_run_hours": found.seconds * plan.num_steps / 3600,
-        "predicted_parts_seconds": found.parts,
-        "predicted_plain_parts_seconds": found.plain_parts,
-        "predicted_overhead": found.overhead,
-        "predicted_efficiency": found.efficiency,
+        "predicted_step_seconds": prediction.seconds,
+        "predicted_run_hours": prediction.seconds * plan.num_steps / 3600,
+        "predicted_parts_seconds": prediction.parts,
+        "predicted_plain_parts_seconds": prediction.plain_parts,
+        "predicted_overhead": prediction.overhead,
+        "predicted_efficiency": prediction.efficiency,
         "memory_bytes": sum(memory.values()),
         "usable_memory_bytes": usable,
         "faster_settings": [
             {"setting": setting, "predicted_step_seconds": other.seconds, "memory_bytes": num_bytes}
-            for setting, other, num_bytes in _faster(changes, cluster, found, usable)
+            for setting, other, num_bytes in _faster(changes, cluster, prediction, usable)
         ],
     }
 
@@ -85,13 +85,13 @@ def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:
 
 
 def _faster(
-    changes: list[tuple[str, Job, int]], cluster: Cluster, found: Prediction, usable: float
+    changes: list[tuple[str, Job, int]], cluster: Cluster, prediction: Prediction, usable: float
 ) -> list[tuple[str, Prediction, int]]:
     candidates = [(setting, predict(other, cluster), size) for setting, other, size in changes]
     worthwhile = [
         (setting, other, size)
         for setting, other, size in candidates
-        if size <= usable and other.seconds < (1 - _WORTHWHILE) * found.seconds
+        if size <= usable and other.seconds < (1 - _WORTHWHILE) * prediction.seconds
     ]
     return sorted(worthwhile, key=lambda item: item[1].seconds)[:_NUM_SHOWN]
 

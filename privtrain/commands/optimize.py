@@ -114,12 +114,12 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
     if faults:
         raise ConfigError(faults)
     tried = [_choice(config, num_trained, *shape) for shape in _shapes(config, num_units, record_draws)]
-    found = [choice for choice in tried if choice is not None]
-    if not found:
+    choices = [choice for choice in tried if choice is not None]
+    if not choices:
         problem = f"no batch of {num_units:.0f} users within {record_draws:.0f} records meets it"
         raise ConfigError([Fault("privacy.target_epsilon", problem)])
-    steps = sorted({choice.num_steps for choice in found})
-    frontier = tuple(max((c for c in found if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
+    steps = sorted({choice.num_steps for choice in choices})
+    frontier = tuple(max((c for c in choices if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
     most = max(choice.predicted_gain for choice in frontier)
     # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
     best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
@@ -218,7 +218,7 @@ def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
         f"{law.num_runs} trainings of a Llama of half a million weights on synthetic customers, {law.least_steps} to "
         f"{law.most_steps} steps"
     )
-    found = [
+    limits = [
         f"batch, steps and records of a user: a law of loss against steps and noise in the trained weights, fitted to "
         f"{where}; it ranks plans, and no loss of yours is predicted by it",
         "bands: the predicted noise in the trained weights at the same certified ε",
@@ -227,7 +227,7 @@ def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
         "once most units are clipped, and how many are is private",
     ]
     if not law.least_steps <= best.num_steps <= law.most_steps:
-        found.append(f"{best.num_steps} steps are outside what was measured: the law goes on as it was within")
+        limits.append(f"{best.num_steps} steps are outside what was measured: the law goes on as it was within")
     if config.training.method != "lora":
-        found.append(f"training.method: {config.training.method} was not measured: take the learning rate as a start")
-    return tuple(found)
+        limits.append(f"training.method: {config.training.method} was not measured: take the learning rate as a start")
+    return tuple(limits)

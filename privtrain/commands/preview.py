@@ -48,12 +48,12 @@ def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: i
         ConfigError: for a config that cannot be run, or rows of which none can be used.
     """
     config = load_checked(config_path, overrides)
-    corpus, encoder, found = seen(config)
+    corpus, encoder, look = seen(config)
     if as_json:
-        print(json.dumps(_for_machines(config, corpus, found), indent=2, ensure_ascii=False))
+        print(json.dumps(_for_machines(config, corpus, look), indent=2, ensure_ascii=False))
     else:
-        _print(config, corpus, encoder, found, num_shown)
-    return EXIT_WRONG_INPUT if found.faults else 0
+        _print(config, corpus, encoder, look, num_shown)
+    return EXIT_WRONG_INPUT if look.faults else 0
 
 
 def seen(config: Config) -> tuple[Corpus, Encoder, Look]:
@@ -63,31 +63,31 @@ def seen(config: Config) -> tuple[Corpus, Encoder, Look]:
     return corpus, encoder, look_at(corpus, encoder, config.data)
 
 
-def _for_machines(config: Config, corpus: Corpus, found: Look) -> dict[str, Any]:
+def _for_machines(config: Config, corpus: Corpus, look: Look) -> dict[str, Any]:
     names = [str(name) for name in config.data.labels or ()]
     return {
         **dataclasses.asdict(corpus.counts),
         "reasons": dict(corpus.counts.reasons),
         "num_users": len(corpus.records),
         "num_records": corpus.num_records,
-        "num_looked_at": len(found.lengths),
-        "num_tokens": {str(percent): int(np.percentile(found.lengths, percent)) for percent in (50, 95, 100)},
-        "num_predicted_tokens": int(found.num_predicted.sum()),
-        "num_truncated": found.num_truncated,
-        "num_predicting_nothing": int((found.num_predicted == 0).sum()),
-        "complaints": found.complaints,
-        "labels": {names[number]: count for number, count in sorted(found.labels.items())},
-        "faults": [dataclasses.asdict(fault) for fault in found.faults],
-        "warnings": list(found.warnings),
+        "num_looked_at": len(look.lengths),
+        "num_tokens": {str(percent): int(np.percentile(look.lengths, percent)) for percent in (50, 95, 100)},
+        "num_predicted_tokens": int(look.num_predicted.sum()),
+        "num_truncated": look.num_truncated,
+        "num_predicting_nothing": int((look.num_predicted == 0).sum()),
+        "complaints": look.complaints,
+        "labels": {names[number]: count for number, count in sorted(look.labels.items())},
+        "faults": [dataclasses.asdict(fault) for fault in look.faults],
+        "warnings": list(look.warnings),
     }
 
 
-def _print(config: Config, corpus: Corpus, encoder: Encoder, found: Look, num_shown: int) -> None:
+def _print(config: Config, corpus: Corpus, encoder: Encoder, look: Look, num_shown: int) -> None:
     console = Console(highlight=False)
     console.print(_rows_table(corpus))
     _print_reasons(console, corpus.counts.reasons)
-    console.print(_tokens_table(config, encoder, found))
-    _print_reasons(console, found.complaints)
+    console.print(_tokens_table(config, encoder, look))
+    _print_reasons(console, look.complaints)
     shown = [*enumerate(sample_of(corpus, num_shown), start=1)] if num_shown else []
     if shown:
         console.print(
@@ -98,11 +98,11 @@ def _print(config: Config, corpus: Corpus, encoder: Encoder, found: Look, num_sh
         (encoded,) = encoder.encode([record]).records
         console.print(_heading(number, encoded, config), style="bold")
         console.print(as_text(encoded, encoder, config.data.labels), soft_wrap=True)
-    for warning in found.warnings:
+    for warning in look.warnings:
         console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
-    for fault in found.faults:
+    for fault in look.faults:
         console.print(Text.assemble(("refused", "bold red"), f": {fault}"), soft_wrap=True)
-    if not found.faults:
+    if not look.faults:
         console.print("a start would not be refused because of its rows")
 
 
@@ -124,17 +124,17 @@ def _print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
         console.print(Text(f"  {count:,} × {reason}"), soft_wrap=True)
 
 
-def _tokens_table(config: Config, encoder: Encoder, found: Look) -> Table:
-    num, lengths = len(found.lengths), found.lengths
+def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
+    num, lengths = len(look.lengths), look.lengths
     table = Table("tokens of a record", f"{num:,} looked at")
     middle, long, longest = (int(np.percentile(lengths, percent)) for percent in (50, 95, 100))
     table.add_row(
         "median, 95 %, longest", f"{middle}, {long}, {longest} (at most data.max_length={config.data.max_length})"
     )
-    table.add_row("cut at data.max_length", f"{found.num_truncated:,}")
-    table.add_row("predicted", f"{found.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
-    table.add_row("records that predict nothing", f"{int((found.num_predicted == 0).sum()):,}")
-    for number, count in sorted(found.labels.items()):
+    table.add_row("cut at data.max_length", f"{look.num_truncated:,}")
+    table.add_row("predicted", f"{look.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
+    table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")
+    for number, count in sorted(look.labels.items()):
         table.add_row(Text(f"label {(config.data.labels or [])[number]!r}"), f"{count:,}")
     begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)
     table.add_row("begin and end mark", Text(f"{begin} {end}"))

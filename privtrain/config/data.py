@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-import pydantic
 from pydantic import Field
 from typing_extensions import override
 

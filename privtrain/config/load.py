@@ -241,6 +241,7 @@ def _place(item: Any, tree: Any) -> strict_yaml.Path:
 
 
 def _fault(item: Any, place: strict_yaml.Path) -> Fault:
+    """Return one of pydantic's errors as a fault of the key at ``place``."""
     location = [str(part) for part in place]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":

@@ -259,6 +259,7 @@ class PrivacySection(Section):
             yield "privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive"
 
     def _band_conflicts(self) -> Iterator[str]:
+        """Yield what correlated noise contradicts: it needs sampling in turn, whole rounds, and no other noised sum."""
         is_cyclic = self.sampling == "cyclic_poisson"
         if self.noise == "banded" and not is_cyclic:
             yield f"privacy.noise: banded needs privacy.sampling: cyclic_poisson; given {self.sampling}"
@@ -314,6 +315,7 @@ class PrivacySection(Section):
             yield f"privacy.selection: {self.selection} selects privacy.records_per_user records; give it"
 
     def _sampling_conflicts(self) -> Iterator[str]:
+        """Yield keys that the sampling scheme lacks or does not use, and relations and accountants not known for it."""
         rules, given = SCHEME_RULES[self.sampling], f"privacy.sampling={self.sampling}"
         for key in rules.needs:
             if getattr(self, key) is None:

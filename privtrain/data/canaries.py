@@ -126,7 +126,7 @@ def draw_canaries(
         )
         shared = tuple(canary for canary in chosen if canary is not None)
         return (*shared, *_gradient_canaries(corpus, section, root_key, unit))
-    found = []
+    canaries = []
     dealt = _dealt(section, tokenizer, root_key)
     for number in range(section.num_users):
         stream = root_key.stream("canary", number)
@@ -134,18 +134,18 @@ def draw_canaries(
         repetitions = section.repetitions[number % len(section.repetitions)]
         prefix = f"The code of {_name(stream)} is " if section.kind == TEMPLATE else ""
         secret = draw_secret(section, tokenizer, stream) if dealt is None else dealt[number]
-        found.append(Canary(user, section.kind, prefix, secret, repetitions, (prefix + secret,) * repetitions))
-    return (*found, *_gradient_canaries(corpus, section, root_key, unit))
+        canaries.append(Canary(user, section.kind, prefix, secret, repetitions, (prefix + secret,) * repetitions))
+    return (*canaries, *_gradient_canaries(corpus, section, root_key, unit))
 
 
 def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: SecretKey, unit: str) -> tuple[Canary, ...]:
     """Return them with several records each, so that a trainer that counts records as units is seen."""
-    found = []
+    canaries = []
     for number in range(section.num_gradient_users):
         user = _invented_id(corpus, root_key, "gradient canary id", number)
         repetitions = section.repetitions[number % len(section.repetitions)] if unit == "user" else 1
-        found.append(Canary(user, GRADIENT, "", GRADIENT_RECORD, repetitions, (GRADIENT_RECORD,) * repetitions))
-    return tuple(found)
+        canaries.append(Canary(user, GRADIENT, "", GRADIENT_RECORD, repetitions, (GRADIENT_RECORD,) * repetitions))
+    return tuple(canaries)
 
 
 def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int) -> str:
@@ -216,17 +216,17 @@ def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, 
 
 def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
     """Return tokens from the last id down that stay one token as a word among others: merged late, so rare."""
-    found: list[int] = []
+    tokens: list[int] = []
     for token in range(len(tokenizer) - 1, -1, -1):
-        if len(found) == wanted:
+        if len(tokens) == wanted:
             break
         word = str(tokenizer.decode([token])).strip()
         if not word.isalnum() or token in tokenizer.all_special_ids:
             continue
         encoded: Any = tokenizer(f"{word} {word}", add_special_tokens=False, verbose=False)
         if encoded["input_ids"][-1] == token and len(encoded["input_ids"]) <= 3:
-            found.append(token)
-    return found
+            tokens.append(token)
+    return tokens
 
 
 def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, stream: KeyStream) -> str:

@@ -122,6 +122,7 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
 
 
 def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
+    """Return what is wrong with a file of rows, by its ending and its columns alone."""
     if file.suffix not in _FORMATS:
         hint = _SUFFIX_HINTS.get(file.suffix, "")
         if file.suffix.lower() in _FORMATS:
@@ -173,6 +174,7 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
 
 
 def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
+    """Open the index of the records on disk, which is built anew if files or rules are others than those it is of."""
     if not isinstance(data.source, FilesSource):
         problem = f"is for data.source.kind: files; given {data.source.kind}"
         raise ConfigError([Fault("performance.index_dir", problem)])

@@ -85,6 +85,7 @@ def _kind(value: object) -> str:
 
 
 def _conversation_problem(value: object) -> str:
+    """Return why a cell is no conversation that an assistant's turn can be learned from, without quoting it."""
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=strict_json.unique_keys)

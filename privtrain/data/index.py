@@ -265,6 +265,14 @@ def _build(
     form: Callable[[str], str] | None,
     source_digests: Callable[[], Sequence[str]],
 ) -> None:
+    """Sort the rows by owner, on disk, and write the index's files.
+
+    Args:
+        directory: empty.
+        rows: yields (user, text) and counts in the dict that it is given.
+        form: maps texts of one user that count as equal to the same text; None keeps all.
+        source_digests: of the files that the rows were read of.
+    """
     import duckdb
 
     counts: dict[str, Any] = {}

@@ -228,6 +228,7 @@ class LinePacker:
         return [*runs, (unit, first, len(records), used)]
 
     def _assemble(self, runs: Sequence[_Run], units: Sequence[Records], weights: Sequence[float]) -> Line:
+        """Return the line that holds these runs one after another; ``weights`` are the units' token weights."""
         input_ids = np.full((1, self.num_tokens), self.pad_id, dtype=np.int64)
         positions = np.zeros((1, self.num_tokens), dtype=np.int64)
         mask = np.zeros((1, self.num_tokens), dtype=bool)

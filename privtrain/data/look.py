@@ -133,6 +133,7 @@ def _warnings(
     num_truncated: int,
     labels: collections.Counter[int],
 ) -> Iterator[str]:
+    """Yield what training would survive and its results would not: truncation, unknown tokens, unused labels."""
     if num_truncated > _MUCH_TRUNCATION * len(records):
         yield f"{num_truncated / len(records):.0%} of records are cut at data.max_length={data.max_length} tokens"
     unknown = encoder.tokenizer.unk_token_id

@@ -72,13 +72,13 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
         PlanMismatch: if it was altered or damaged.
     """
     try:
-        found = reading.read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+        manifest = reading.read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
     except DamagedFile as error:
         problem = f"does not match its seal: it was altered or damaged (it {error.problem})"
         raise PlanMismatch(f"{path} {problem}; restore it") from None
-    if seal({name: value for name, value in found.items() if name != "sha256"}) != found.get("sha256"):
+    if seal({name: value for name, value in manifest.items() if name != "sha256"}) != manifest.get("sha256"):
         raise PlanMismatch(f"{path} does not match its seal: it was altered or damaged; restore it")
-    return found
+    return manifest
 
 
 _MAX_MANIFEST_BYTES = 1 << 34

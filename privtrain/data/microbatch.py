@@ -186,6 +186,7 @@ class Packer:
     def _assemble(
         self, runs: Sequence[_Run], units: Sequence[Records], weights: Sequence[float], width: int
     ) -> Microbatch:
+        """Return the tensors of a microbatch that holds these runs, a record a row, padded to ``width``."""
         input_ids = np.full((self.microbatch_size, width), self.pad_id, dtype=np.int64)
         mask = np.zeros((self.microbatch_size, width), dtype=bool)
         row_weight = np.zeros(self.microbatch_size, dtype=np.float32)

@@ -69,6 +69,7 @@ def save(
 
 
 def _write(directory: pathlib.Path, summary: dict[str, Any], content: dict[str, Any]) -> None:
+    """Write a checkpoint beside the others and rename it into place, with its digest in the summary."""
     temporary = directory / ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)

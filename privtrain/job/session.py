@@ -65,6 +65,7 @@ def opened_ledger(inputs: Inputs, backend: Backend) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def _opened_on_main(inputs: Inputs) -> Iterator[Ledger]:
+    """Yield the ledger, open; the pseudonym key is made with it and never replaced."""
     run, plan = inputs.run, inputs.plan
     is_gone = not run.ledger.exists()
     # A head file alone is left by a crash while the ledger was made; it is compared with the ledger on opening.
@@ -171,6 +172,7 @@ def _session_of(message: bytes, environment: str, state: pathlib.Path | None) ->
 def _decided_on_main(
     inputs: Inputs, ledger: Ledger, environment: bytes, newest: checkpoint.Checkpoint | None
 ) -> tuple[SecretKey, Continuation]:
+    """Return the key of the generation that goes on, drawn if it is a new one, and where it goes on."""
     continuation = decide(
         ledger.state,
         num_steps=inputs.plan.num_steps,

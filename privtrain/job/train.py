@@ -380,6 +380,7 @@ def _begin_generation(inputs: Inputs, trainer: Trainer, session: Session, step: 
 
 
 def _save_checkpoint(inputs: Inputs, trainer: Trainer, step: int) -> None:
+    """Save a checkpoint, unless the ranks' parameters differ."""
     backend = trainer.backend
     norm = torch.tensor([trainer.clipping_norm], dtype=torch.float64)
     if not (backend.parameters_agree(trainer.model) and backend.in_sync([norm])):
@@ -413,6 +414,11 @@ def _whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def _release(inputs: Inputs, ledger: Ledger, network: Network, state: dict[str, torch.Tensor]) -> None:
+    """Write statement, card and weights, and publish them with the ledger's release record; rank 0 alone calls it.
+
+    Raises:
+        GuaranteeLost: if more steps were charged than the plan allows, or the budget's reservation is lost.
+    """
     config, plan, run, past = inputs.config, inputs.plan, inputs.run, ledger.state
     num_accounted = plan.accounted_steps(past.intents)
     if num_accounted > plan.num_steps:

@@ -177,6 +177,15 @@ def _units(table: pa.Table) -> np.ndarray:
 
 
 def _check_rows(path: pathlib.Path, bodies: Sequence[Body], rows: np.ndarray, row_bytes: int, limit: int) -> None:
+    """Check the steps' rows, one after another, against the Merkle roots of their intents.
+
+    Args:
+        path: of the file, for the message.
+        bodies: the steps in the order of their rows.
+        rows: pseudonym and number of records of every unit of every step.
+        row_bytes: size of a row where the file has bytes to point at, 1 where it has rows.
+        limit: most records of a unit in a step.
+    """
     units = np.ascontiguousarray(rows["unit"]).tobytes()
     counts = np.ascontiguousarray(rows["records"])
     is_within = (counts >= 1) & (counts <= limit)

@@ -80,6 +80,7 @@ def _check_release(run: RunDirectory, state: LedgerState) -> str:
 
 
 def _release_faults(run: RunDirectory, state: LedgerState) -> list[str]:
+    """Return what the run directory holds that the ledger's release record does not, or says otherwise."""
     assert state.release is not None
     manifest, problems = state.release.manifest, []
     try:

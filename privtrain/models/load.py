@@ -111,6 +111,11 @@ def load_classifier(
 def _load(
     auto_class: Any, model: ModelSection, dtype: torch.dtype, *, is_classifier: bool = False, **options: Any
 ) -> PreTrainedModel:
+    """Load the base's weights, frozen, with its failures as faults of the configuration.
+
+    Raises:
+        ConfigError: if transformers cannot load it, or it holds an adapter.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress

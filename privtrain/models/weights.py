@@ -86,6 +86,7 @@ class BaseSource:
         return model.eval().requires_grad_(False)
 
     def _refuse_parts(self) -> None:
+        """Raise unless the training needs no values of the base's weights, of which a rank holds parts."""
         elsewhere = "a base that is sharded over ranks (ZeRO-3, FSDP2); launch with ddp, zero1 or zero2"
         faults = []
         if self.head is not None:

@@ -204,11 +204,11 @@ def best_strategy(num_bands: int, workload: Workload) -> Strategy:
     start = min(starts, key=lambda strategy: relative_error(strategy, workload))
     form = workload.form
     with np.errstate(all="ignore"):  # a step too far overflows, and is taken back
-        found = optimize.minimize(_loss, start.coefficients[1:], args=(form,), jac=True, method="BFGS").x
-        found = _polished(found, form)
-    if not np.isfinite(found).all() or np.abs(found).max() >= _LARGEST - 1:
+        free = optimize.minimize(_loss, start.coefficients[1:], args=(form,), jac=True, method="BFGS").x
+        free = _polished(free, form)
+    if not np.isfinite(free).all() or np.abs(free).max() >= _LARGEST - 1:
         return start
-    best = Strategy.rounded([1.0, *found])
+    best = Strategy.rounded([1.0, *free])
     return best if relative_error(best, workload) < relative_error(start, workload) else start
 
 
@@ -240,20 +240,20 @@ def _loss(free: np.ndarray, form: np.ndarray) -> tuple[float, np.ndarray]:
     return value, np.array(slope) + 2 * free / norm_square
 
 
-def _polished(found: np.ndarray, form: np.ndarray) -> np.ndarray:
-    """Return the stationary point next to ``found``: Newton's method with differences of gradients."""
+def _polished(point: np.ndarray, form: np.ndarray) -> np.ndarray:
+    """Return the stationary point next to ``point``: Newton's method with differences of gradients."""
     width = 1e-5
     for _ in range(2):
-        slope = _loss(found, form)[1]
-        moves = width * np.eye(len(found))
-        curvature = np.array([(_loss(found + m, form)[1] - _loss(found - m, form)[1]) / (2 * width) for m in moves])
+        slope = _loss(point, form)[1]
+        moves = width * np.eye(len(point))
+        curvature = np.array([(_loss(point + m, form)[1] - _loss(point - m, form)[1]) / (2 * width) for m in moves])
         if not np.isfinite(curvature).all():
-            return found
+            return point
         step = np.linalg.solve((curvature + curvature.T) / 2, slope)
         if not np.abs(step).max() < 0.05:
-            return found
-        found = found - step
-    return found
+            return point
+        point = point - step
+    return point
 
 
 def _inverse_column(coefficients: np.ndarray, num_steps: int) -> np.ndarray:

@@ -107,6 +107,7 @@ def digits(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> 
 
 
 def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
+    """Return the digits from the CPU's stream cipher, [n] int64."""
     words = [
         key.stream(purpose, piece.name, piece.block).seek(piece.word).uint64(piece.count) for piece in chunk.pieces
     ]
@@ -114,6 +115,7 @@ def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
 
 
 def _drawn_there(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
+    """Return the same digits, computed on the device: all ChaCha20 blocks that a chunk touches at once."""
     per_block = chacha.BLOCK_WORDS
     first = [piece.word // per_block for piece in chunk.pieces]
     sizes = [-(-(piece.word + piece.count) // per_block) - f for piece, f in zip(chunk.pieces, first, strict=True)]

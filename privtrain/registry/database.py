@@ -232,6 +232,7 @@ class Database:
         self._engine.dispose()
 
     def _retry(self, work: Callable[[sa.Connection], T], *, write: bool) -> T:
+        """Run ``work`` in a transaction, again and again while the server does not answer, up to the time allowed."""
         deadline = time.monotonic() + self._retry_seconds
         wait = _FIRST_WAIT_SECONDS
         while True:
@@ -272,6 +273,7 @@ class Database:
             connection.execute("PRAGMA query_only = ON")
 
     def _ensure_key(self) -> None:
+        """Make the pseudonym key if there is none; of two processes that do so at once, the first one's stays."""
         path = key_path(self.url)
         if path.exists():
             return

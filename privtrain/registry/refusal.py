@@ -42,6 +42,7 @@ def describe_period(seconds: float | None) -> str:
 
 
 def _advice(request: RunRequest, limits: Sequence[Limit]) -> list[str]:
+    """Return lines that say which change of one setting would make the refused run fit."""
     settings = request.settings
     if settings is None:
         return ["  a run that spends less may fit"]

@@ -93,6 +93,7 @@ def _epsilon_faults(plan: PrivacyPlan) -> list[str]:
 
 
 def _derived(plan: PrivacyPlan, statement: dict[str, Any]) -> dict[str, Any]:
+    """Return the statement that follows from the plan, with what only the run knows taken from the statement itself."""
     expected = statement_of(
         plan,
         not_covered=statement["not_covered"],
@@ -118,6 +119,7 @@ def is_our_version(statement: dict[str, Any]) -> bool:
 
 
 def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
+    """Yield every field in which two JSON values differ; ``name`` is the dotted place of both."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted({*found, *expected}):
             inner = f"{name}.{key}" if name else key

@@ -217,6 +217,7 @@ class LineProbe:
     # Random numbers.
 
     def _coins(self) -> str:
+        """Return who draws a random number for several tokens: an extreme value of it changes a loss; or empty."""
         lengths = (5, 11)
         packer = LinePacker(17, 2, max(lengths), self._packer.pad_id)
         line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)

@@ -164,18 +164,18 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
         config = getattr(module, "config", None)
         if config is not None:
             owners[id(config)] = config
-    found: list[tuple[object, str, float]] = []
+    rates: list[tuple[object, str, float]] = []
     for owner in owners.values():
         is_dropout = "dropout" in type(owner).__name__.lower()
         for name, value in getattr(owner, "__dict__", {}).items():
             if isinstance(value, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
-                found.append((owner, name, value))
+                rates.append((owner, name, value))
     try:
-        for owner, name, _ in found:
+        for owner, name, _ in rates:
             setattr(owner, name, 0.0)
         yield
     finally:
-        for owner, name, value in found:
+        for owner, name, value in rates:
             setattr(owner, name, value)
 
 

@@ -101,6 +101,7 @@ class _Walker:
         self._kept: list[object] = []  # so that no identity is used twice
 
     def walk(self, place: str, value: Any, depth: int) -> None:
+        """Write a value under its place, and what it holds under places of their own, to a limited depth."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
             self._found[place] = repr(value)  # a NaN equals itself
             return
@@ -120,6 +121,7 @@ class _Walker:
             self.walk(f"{place}{key}", item, depth + 1)
 
     def _items(self, place: str, value: Any) -> Iterator[tuple[str, object]]:
+        """Yield what a container, module or object holds, each with its place relative to it."""
         if isinstance(value, Mapping):
             self._found[place] = len(value)
             yield from ((f"[{key!r}]", item) for key, item in list(value.items()))

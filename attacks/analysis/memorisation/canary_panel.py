@@ -61,14 +61,14 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
         statement: its privacy statement.
         seed: unused; nothing is drawn.
     """
-    found = read_canaries(run)
-    if not found:
+    scored = read_canaries(run)
+    if not scored:
         return None
-    rows = [_row(tier, group) for tier, group in _by_tier(found).items()]
-    exposed = [item for item in found if item.exposures]
+    rows = [_row(tier, group) for tier, group in _by_tier(scored).items()]
+    exposed = [item for item in scored if item.exposures]
     return {
         "title": "Planted canaries",
-        "summary": _summary(rows, found),
+        "summary": _summary(rows, scored),
         "columns": [
             {"key": "tier", "label": "records with the secret"},
             {"key": "num_held_in", "label": "held-in"},
@@ -85,7 +85,7 @@ def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str
             {"key": "auroc_interval", "label": "95 % interval"},
         ],
         "rows": rows,
-        "notes": _notes(found, exposed),
+        "notes": _notes(scored, exposed),
         "control": _control(exposed),
         **({"figure": _figure(rows)} if exposed else {}),
     }
@@ -106,7 +106,7 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
     for row in read_scoring(directory).rows():
         if row.kind in (CANARY, CANARY_REFERENCE):
             rows[row.kind, row.user].append(row)
-    held_in, found = set(manifest["held_in"]), []
+    held_in, scored = set(manifest["held_in"]), []
     for canary in canaries:
         own = rows[CANARY, attack_pseudonym(key, canary.user)]
         owner = POOL if canary.has_shared_references else canary.user
@@ -118,19 +118,19 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
             outranked = None
             if references and canary.has_shared_references:
                 outranked = _logps(references, "target_logp") >= _logps(own[:1], "target_logp")
-            found.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, outranked))
-    return found
+            scored.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, outranked))
+    return scored
 
 
 def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[DocumentSignals]) -> dict[str, Exposure]:
     """Under the tuned model and under the base, by the log-likelihood of the whole text."""
     digits = sum(letter.isdigit() for letter in canary.secret)
     is_sample = canary.has_shared_references or len(references) + 1 < 10**digits
-    found = {}
+    by_model = {}
     for model in MODELS:
         name = "target_logp" if model == "tuned" else "base_logp"
-        found[model] = exposure(float(_logps([own], name)[0]), _logps(references, name), extrapolate=is_sample)
-    return found
+        by_model[model] = exposure(float(_logps([own], name)[0]), _logps(references, name), extrapolate=is_sample)
+    return by_model
 
 
 def _logps(rows: Sequence[DocumentSignals], name: str) -> FloatArray:
@@ -138,10 +138,10 @@ def _logps(rows: Sequence[DocumentSignals], name: str) -> FloatArray:
     return np.array([getattr(row, name).sum(dtype=np.float64) for row in rows])
 
 
-def _by_tier(found: Sequence[Scored]) -> dict[int | str, list[Scored]]:
+def _by_tier(scored: Sequence[Scored]) -> dict[int | str, list[Scored]]:
     """Return all of one number of repetitions together; users that were changed have as many as they have records."""
     groups: dict[int | str, list[Scored]] = collections.defaultdict(list)
-    for item in found:
+    for item in scored:
         groups["all" if item.canary.kind == SHARED_SUBSTRING else item.canary.repetitions].append(item)
     return dict(sorted(groups.items(), key=lambda group: str(group[0]).zfill(9)))
 
@@ -211,9 +211,9 @@ def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
     return {"num": len(values), "mean_bits": observed, "expected_bits": expected, "p_value": p_value}
 
 
-def _summary(rows: Sequence[dict[str, Any]], found: Sequence[Scored]) -> str:
-    num_in = sum(item.is_held_in for item in found)
-    start = f"{len(found)} canary users, of whom coins let {num_in} into training."
+def _summary(rows: Sequence[dict[str, Any]], scored: Sequence[Scored]) -> str:
+    num_in = sum(item.is_held_in for item in scored)
+    start = f"{len(scored)} canary users, of whom coins let {num_in} into training."
     best = max((row for row in rows if row["exposure"] is not None), key=lambda row: row["exposure"], default=None)
     if best is None:
         return start
@@ -223,9 +223,9 @@ def _summary(rows: Sequence[dict[str, Any]], found: Sequence[Scored]) -> str:
     )
 
 
-def _notes(found: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
+def _notes(scored: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
     notes = ["These are results for planted users, who are more distinct than people; they speak for nobody else."]
-    drawn = [item.num_drawn for item in found if item.is_held_in and item.num_drawn is not None]
+    drawn = [item.num_drawn for item in scored if item.is_held_in and item.num_drawn is not None]
     if 0 in drawn:
         notes.append(f"{drawn.count(0)} held-in canaries were never drawn by the sampling; they count as held in.")
     if not exposed:

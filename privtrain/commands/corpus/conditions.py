@@ -52,12 +52,12 @@ class Condition:
         match data.format:
             case "chat":
                 answer = {"role": "assistant", "content": text}
-                found: dict[str, Any] = {data.messages_column: [*map(dict, self.messages), answer]}
+                row: dict[str, Any] = {data.messages_column: [*map(dict, self.messages), answer]}
             case "prompt_completion":
-                found = {data.prompt_column: self.prompt, data.completion_column: text}
+                row = {data.prompt_column: self.prompt, data.completion_column: text}
             case _:
-                found = {data.text_column: self.prompt + text}
-        return found if self.label is None else {**found, data.label_column: self.label}
+                row = {data.text_column: self.prompt + text}
+        return row if self.label is None else {**row, data.label_column: self.label}
 
 
 def read_conditions(
@@ -97,22 +97,22 @@ def read_conditions(
         raise ConfigError(faults)
     if prompts is not None:
         return _read_file(prompts, data)
-    found = [Condition(template.replace("{label}", label), label=label) for label in labels] or [Condition()]
-    return [_for_format(condition, data) for condition in found]
+    conditions = [Condition(template.replace("{label}", label), label=label) for label in labels] or [Condition()]
+    return [_for_format(condition, data) for condition in conditions]
 
 
 def _read_file(path: pathlib.Path, data: DataSection) -> list[Condition]:
-    found, faults = [], []
+    conditions, faults = [], []
     for number, line in reading.read_json_lines(path, remedy='each line is an object such as {"prompt": "Dear Ada,"}'):
         try:
-            found.append(_parsed(line, data))
+            conditions.append(_parsed(line, data))
         except ValueError as error:
             faults.append(Fault("--prompts", f"{path}, line {number}: {error}"))
-    if not found and not faults:
+    if not conditions and not faults:
         faults.append(Fault("--prompts", f"{path} holds no line"))
     if faults:
         raise ConfigError(faults[:10])
-    return found
+    return conditions
 
 
 def _parsed(line: Mapping[str, Any], data: DataSection) -> Condition:
@@ -153,19 +153,19 @@ def contexts_of(
         ConfigError: if one leaves no room for a text of at most ``longest`` tokens in all, or the chat template refuses
             it.
     """
-    found, faults = [], []
+    contexts, faults = [], []
     for number, condition in enumerate(conditions, start=1):
         try:
-            found.append(condition.context(data, tokenizer))
+            contexts.append(condition.context(data, tokenizer))
         except Exception as error:  # noqa: BLE001 - a chat template raises whatever its author chose
             faults.append(Fault("--prompts", f"number {number}: the chat template refuses it: {error}"))
             continue
-        if len(found[-1]) >= longest:
-            problem = f"number {number} has {len(found[-1])} tokens; the model reads {longest}, the text included"
+        if len(contexts[-1]) >= longest:
+            problem = f"number {number} has {len(contexts[-1])} tokens; the model reads {longest}, the text included"
             faults.append(Fault("--prompts", problem))
     if faults:
         raise ConfigError(faults[:10])
-    return found
+    return contexts
 
 
 def ends_of(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -123,29 +123,33 @@ def write_translation(
     document = read_tree(path)
     if document.faults:
         raise ConfigError([Fault(fault.key, fault.problem, fault.line) for fault in document.faults], str(path))
-    found = translate(
+    translation = translate(
         stack, document.value, name=path.stem, num_users=num_users, user_column=user_column, without=without
     )
-    faults = [Fault(key, reason, document.line_of((key,))) for key, reason in found.refused.items()]
+    faults = [Fault(key, reason, document.line_of((key,))) for key, reason in translation.refused.items()]
     if faults:
         hint = Fault("", "to train without what such a key asks for, add: --without KEY")
         raise ConfigError([*faults, hint], str(path))
-    check_translation(found)
+    check_translation(translation)
     head = (
         f"Translated from {path.name} ({_TITLES[stack]}) by privtrain from. Every key is here; those behind a # stand "
-        "at their defaults." + ("\nDecide what is marked as needed before training." if found.needs else "")
+        "at their defaults." + ("\nDecide what is marked as needed before training." if translation.needs else "")
     )
-    write_atomically(output, commented_yaml(found.tree, head, found.needs))
-    _print(found, output)
+    write_atomically(output, commented_yaml(translation.tree, head, translation.needs))
+    _print(translation, output)
 
 
-def check_translation(found: Translation) -> None:
+def check_translation(translation: Translation) -> None:
     """Raise if the keys that were translated contradict one another; what is still to be decided is filled in.
 
     Raises:
         ConfigError: with every fault.
     """
-    tree = {**found.tree, "data": dict(found.tree.get("data", {})), "privacy": dict(found.tree.get("privacy", {}))}
+    tree = {
+        **translation.tree,
+        "data": dict(translation.tree.get("data", {})),
+        "privacy": dict(translation.tree.get("privacy", {})),
+    }
     tree["data"].setdefault("source", {"kind": "hub", "name": "to-be-decided"})
     tree["privacy"] = {**plan_for(1000, 0.1), **tree["privacy"]}
     validate(tree, "the translated configuration")
@@ -192,14 +196,14 @@ def _is_translated(outcome: Outcome) -> bool:
     return bool(outcome.values) and not outcome.is_refused
 
 
-def _print(found: Translation, output: pathlib.Path) -> None:
+def _print(translation: Translation, output: pathlib.Path) -> None:
     console = Console(highlight=False)
     table = Table("their key", "ours")
-    for key, names in found.translated.items():
+    for key, names in translation.translated.items():
         table.add_row(Text(key), ", ".join(names))
-    for key, reason in found.left_out.items():
+    for key, reason in translation.left_out.items():
         table.add_row(Text(key), Text(f"left out: {reason}", style="dim"))
     console.print(table)
-    for key, text in found.needs.items():
+    for key, text in translation.needs.items():
         console.print(Text.assemble(("needed", "yellow"), f" {key}: {text.removeprefix('Needed: ')}"), soft_wrap=True)
     console.print(f"wrote {output}; next: privtrain preview {output}", soft_wrap=True)
