@@ -91,10 +91,10 @@ class DirectedExpansion:
         return np.where(epsilon > _LARGEST_EXPONENT, -math.inf, value) if sign < 0 else value
 
     def epsilon(self, delta: float, sign: float = 0.0) -> float:
-        """Return the smallest epsilon from which on delta stays at or below ``delta``, by bracketing; infinity if none.
+        """Return the epsilon at which the curve crosses ``delta``, by bracketing on ever finer grids; infinity if none.
 
-        The curve of an expansion is not monotone, so the last crossing below the point where the expansion has died out
-        is taken.
+        The curve of an expansion is not monotone. Of several crossings the estimate and the lower end (``sign`` 0 or
+        -1) take the last, from which on delta stays below; the upper end (+1) takes the first, where the bound holds.
         """
         k1, k2, *_ = self.first.cumulants
         high = max(k1, 0.0) + 12 * math.sqrt(k2) + 1.0
@@ -102,7 +102,6 @@ class DirectedExpansion:
         for _ in range(8):
             above = np.flatnonzero(self.delta(grid, sign) > delta)
             if sign > 0:
-                # An upper end may be read at any epsilon at which the bound holds: the first is the best.
                 below = np.flatnonzero(self.delta(grid, sign) <= delta)
                 if len(below) == 0:
                     return math.inf

@@ -1,4 +1,7 @@
-"""Certified ends of epsilon and delta from bounds on the lattice (points 4, 5 of :mod:`accountants.methods.tilted`)."""
+"""Certified ends of epsilon and delta from bounds on the delta of a lattice law, which dominates the true one.
+
+:mod:`accountants.methods.tilted` composes the lattice laws and proves the bounds (its points 4 and 5).
+"""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
@@ -23,13 +26,13 @@ class Window:
     Attributes:
         points: increasing epsilons.
         upper_values, lower_values: the bounds at each, decreasing, to be multiplied by ``exp(log_scale)``.
-        log_scale: see the values.
+        log_scale: keeps the values within float64 where delta is tiny.
         margin: relative error of all values.
         shift: absolute error of every loss.
         added: to be added to the upper bound.
-        removed: to be subtracted from the lower bound, valid from ``reliable_from`` on.
-        reliable_from: see ``removed``.
-        num_steps: the number of lattice laws composed, for the distribution of Xi.
+        removed: to be subtracted from the lower bound.
+        reliable_from: least epsilon at which the lower bound holds.
+        num_steps: the number of lattice laws composed: what moving losses onto the lattice can cost grows with it.
     """
 
     points: Array
@@ -65,7 +68,13 @@ class Window:
         return float(left) + math.log1p(part * math.expm1(right - left)) + self.shift
 
     def lower_delta(self, epsilon: float) -> float | None:
-        """Return a certified lower bound on delta (point 5 of the module's text); None outside the window."""
+        """Return a certified lower bound on delta; None outside the window.
+
+        With g = e^epsilon, the true D(g) and the lattice's D'(g) satisfy D <= D' and D'(g) <= E[D(g e^(-Xi))], Xi the
+        random jumps onto the lattice. D is convex, so for jumps within ``width`` it lies below the chords from (g, v),
+        v = D(g), to D' at the two ends, and elsewhere below D'. Hence D'(g) <= rest + weight v, solved for v; every
+        width gives a bound, and the best counts.
+        """
         epsilon += self.shift
         spacing = float(self.points[1] - self.points[0])
         at = self._at(self.lower_values, epsilon)

@@ -198,7 +198,7 @@ def run_job(job: Job, processes: Processes) -> State:
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """This process's environment with the number of CPU threads said to every library, and W&B offline by default."""
+    """Return this process's environment with every library held to so many CPU threads, and W&B offline by default."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     quiet = {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
     return {**quiet, **os.environ, **dict.fromkeys(names, str(num_threads))}

@@ -222,9 +222,11 @@ def _exponential(rng: np.random.Generator, num_resamples: int, num_users: int) -
 def _resampled(
     held_in: FloatArray, held_out: FloatArray, places: list[np.ndarray], draw: Draw, num_resamples: int, seed: int
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Of each resample the weight of pairs in order, and by side that of all records and of the users more.
+    """Resample users with all their records, in blocks, with O(records) work a resample and without sorting again.
 
-    In blocks of O(records) work per resample and without sorting again.
+    Returns:
+        Per resample: weight of the (held-in, held-out) pairs of records in order, ties one half; by side the weight of
+        all records; by side that of one invented user with an average number of records (0 where none is drawn).
     """
     order = np.argsort(held_out, kind="stable")
     below, at_most = (np.searchsorted(held_out[order], held_in, side) for side in ("left", "right"))
