@@ -170,7 +170,7 @@ class SmoothedSum:
         spacing: of the frequencies, 2 pi / W.
         terms: ``A(eps) = exp(log_scale - t (eps - centre)) Re sum_k terms[k] exp(-i k spacing (eps - centre))``.
         error: a bound on the error of that sum.
-        centre, log_scale: see ``terms``; lower ends are for epsilons from ``centre`` on.
+        centre, log_scale: as in the formula of ``terms``; lower ends are for epsilons from ``centre`` on.
         deviation: m.
         reach: how far U / m is followed in the lower end.
         added: probability cut from the laws.

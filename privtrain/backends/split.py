@@ -21,7 +21,7 @@ class SplitStep:
     Args:
         model: with its trainable tensors on this rank, fp32.
         optimizer_device: where this rank's part of parameters and optimizer state is kept.
-        equal_passes: see :class:`~privtrain.backends.base.Placement`.
+        equal_passes: whether every rank must run equally many forward passes, because weights are gathered in them.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer_device: torch.device, *, equal_passes: bool = False) -> None:

@@ -113,7 +113,7 @@ class PerUnitClipper:
         model: the model that ``row_losses`` runs.
         layout: its trainable tensors.
         clipping_norm: C > 0.
-        row_losses: see :data:`RowLosses`.
+        row_losses: (input_ids, target_mask) → [rows] losses, each of its own row alone.
         device: where ``total`` lives.
         style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``, see :mod:`.styles`.
         route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` or ``"auto"``: one unit at a time where a layer has no

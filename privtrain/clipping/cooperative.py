@@ -66,7 +66,7 @@ class GradientShards(Protocol):
         ...
 
     def let_go_of_whole_weights(self) -> None:
-        """See that each weight is in parts again, also after a pass that was broken off or had no backward pass."""
+        """Bring each weight back into parts, also after a pass that was broken off or had no backward pass."""
         ...
 
     def scattered(self, total: torch.Tensor) -> SumOfParts:
@@ -135,7 +135,7 @@ class CooperativeClipper:
         model: the model that ``row_losses`` runs.
         shards: the backend's description of this rank's part of each gradient.
         clipping_norm: C > 0.
-        row_losses: see :data:`~.clipper.RowLosses`.
+        row_losses: (input_ids, target_mask) → [rows] losses, each of its own row alone.
         device: where ``total`` lives.
         style: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
         route: ``"two_pass"`` holds no unit's gradient, for twice the passes; a unit with more rows than a microbatch on
@@ -184,7 +184,7 @@ class CooperativeClipper:
         return styles.grid_exponent(self._style, self.clipping_norm)
 
     def settle(self, route: str) -> None:
-        """See :meth:`~.clipper.PerUnitClipper.settle`."""
+        """Keep to a route that the self-test found."""
         self.route = route
 
     def reset(self) -> None:

@@ -178,7 +178,7 @@ class LineClipper(PerUnitClipper):
     A line that cannot be computed exactly is refused: there is no other route for it.
 
     Args:
-        token_losses: see :data:`TokenLosses`.
+        token_losses: a line → [1, tokens] losses, each of its own record alone.
         arguments: of ``PerUnitClipper``.
         options: likewise.
     """

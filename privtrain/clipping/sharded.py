@@ -54,16 +54,16 @@ class ShardedClipper(PerUnitClipper):
         model: the model that ``row_losses`` runs.
         shards: the backend's description of this rank's part of each gradient.
         clipping_norm: C > 0.
-        row_losses: see :data:`~.clipper.RowLosses`.
+        row_losses: (input_ids, target_mask) → [rows] losses, each of its own row alone.
         device: where ``total`` lives.
-        style: see :class:`~.clipper.PerUnitClipper`.
+        style: ``"flat"``, ``"per_layer"``, ``"automatic"`` or ``"adaptive"``.
         route: ``"batched"``, ``"two_pass"``, ``"one_unit"`` (together) or ``"auto"``: two passes with gradient
             checkpointing, else batched. Without a rule for a layer, ``"auto"`` and ``"two_pass"`` go one unit at a
             time; joint units take two passes on ``"two_pass"``.
         any_rank: whether a flag is set on any rank, asked by every rank at once.
 
     Raises:
-        UnsupportedLayer: see :class:`~.clipper.PerUnitClipper`.
+        UnsupportedLayer: if a layer shares statistics between units, or the route given has no exact rule for it.
     """
 
     def __init__(

@@ -22,9 +22,9 @@ from privtrain.run.sealing import read_sealed_file, write_sealed
 
 
 def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> None:
-    """See in the ledger that no user contributed more records over the whole run than the plan's bound on users.
+    """Raise unless the ledger keeps to the plan: each user's records over the run, and units in their groups.
 
-    And that units stayed in their groups, where steps draw from groups in turn.
+    Groups are there where steps draw from groups in turn (cyclic Poisson sampling).
 
     Raises:
         GuaranteeLost: if one did, or the ledger names a unit that is nobody's.

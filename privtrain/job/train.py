@@ -68,7 +68,7 @@ class Trial:
 
     Attributes:
         dropped_users: users on the do-not-train list.
-        check_release: see :class:`~privtrain.inputs.Inputs`.
+        check_release: called before anything is kept as released; raises if nothing may be.
     """
 
     dropped_users: tuple[str, ...]

@@ -199,7 +199,7 @@ class PrivacyPlan:
 
         Args:
             privacy: the section.
-            training: see :meth:`build`.
+            training: whose optimizer banded noise is made for; plain sums over steps without it.
             strategy: in place of the best one, of a configuration with banded noise.
         """
         if privacy.noise == "banded":

@@ -160,7 +160,7 @@ def privacy_statement(
         config: says what is published.
         plan: the plan that was carried out.
         watched: mirrors (``"wandb"``, ``"tensorboard"``) that were shown rows while the run trained.
-        facts: see :func:`statement_of`.
+        facts: of the run, for :func:`statement_of`.
     """
     return statement_of(plan, not_covered=not_covered(config.tracking, watched), **facts)
 

@@ -66,7 +66,7 @@ class Trainer:
         tracker: where metrics go.
         autocast: precision of forward passes.
         packer: makes microbatches.
-        clipping_route: see :class:`~privtrain.clipping.PerUnitClipper`.
+        clipping_route: of ``performance.clipping_route``: how gradients of units are had.
         objective: the loss of a row.
         line_packer: makes lines of whole units in place of microbatches, where ``packs_lines`` is set.
         first_step: the generation's first step.

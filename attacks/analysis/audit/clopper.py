@@ -84,7 +84,7 @@ def epsilon_lower_bound(
         held_out: one score per held-out unit.
         delta: at which epsilon is asked for.
         significance: of the bound, one-sided.
-        strategy: see above.
+        strategy: ``bonferroni`` or ``split``.
         seed: of the split; not used otherwise.
 
     Returns:
