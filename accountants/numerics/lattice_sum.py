@@ -11,9 +11,9 @@ from scipy import signal
 
 from accountants.mixtures import Array
 from accountants.numerics import lattice
+from accountants.numerics.tails import UNIT
 from accountants.numerics.window import Window
 
-_UNIT = 2.0**-53
 #: Changes of tilt tried in Chernoff bounds, in units of one over the window's length.
 CHERNOFF = (24.0, 48.0, 96.0)
 #: The tilt times how far below its centre a window can reach.
@@ -50,13 +50,13 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     log_envelope = np.zeros(length // 2 + 1)
     per_step = np.zeros(length // 2 + 1)
     log_moment = 0.0
-    error = 8 * _UNIT * (math.log2(length) + 2)
+    error = 8 * UNIT * (math.log2(length) + 2)
     for phase in phases:
         values, log_single = phase.transform(tilt, length)
         magnitude = np.abs(values)
         log_transform += phase.count * np.log(np.where(magnitude > 0, values, 1e-300))
         log_envelope += phase.count * np.log(np.minimum(magnitude + error, 1 + error))
-        per_step += phase.count * (error / (magnitude + error) + 4 * _UNIT)
+        per_step += phase.count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += phase.count * log_single
     probability = np.fft.irfft(np.exp(log_transform), length)
     roundoff = 2 / length * float(np.exp(log_envelope) @ (per_step + error))
@@ -84,7 +84,7 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
         upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, centre),
         lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, centre),
         log_scale=log_moment - tilt * centre,
-        margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * _UNIT,
+        margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * UNIT,
         shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
         added=added + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),
         removed=folded + math.fsum(phase.count * phase.law.moved_mass for phase in phases),

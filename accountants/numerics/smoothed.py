@@ -44,13 +44,13 @@ from accountants.mixtures import Array, Composition, MixtureStep
 from accountants.numerics import saddle
 from accountants.numerics.lattice import LOSS_ERROR
 from accountants.numerics.roots import bracketed_root
+from accountants.numerics.tails import UNIT
 from accountants.numerics.window import MARGIN
 
 ComplexArray = np.typing.NDArray[np.complexfloating[Any, Any]]
 
 _FEWEST_PANELS, _MOST_PANELS, _RULE = 125, 500, 16
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(_RULE)
-_UNIT = 2.0**-53
 #: Frequencies left out may add so much of delta.
 _TAIL = 1e-6
 #: More frequencies than these and the lattice is quicker.
@@ -121,7 +121,7 @@ class StepTransform:
             bounds = np.minimum(bounds, np.exp(np.minimum(still + frequencies[:, None] * rate, 700.0)))
         rule = bounds.sum(axis=1)
         spread = float(weight @ (self.z**2 / 2 + (1 + abs(order)) * np.abs(self.loss))) + abs(log_total)
-        arithmetic = _UNIT * (len(self.z) + 32 + 4 * spread) + 4 * LOSS_ERROR * (abs(order) + frequencies) * float(
+        arithmetic = UNIT * (len(self.z) + 32 + 4 * spread) + 4 * LOSS_ERROR * (abs(order) + frequencies) * float(
             weight @ self._size
         )
         return rule + arithmetic
@@ -199,7 +199,7 @@ class SmoothedSum:
             return None
 
         # Below the target by what logarithms round.
-        log_target = math.log(target) - 8 * _UNIT * (2 + abs(math.log(target)))
+        log_target = math.log(target) - 8 * UNIT * (2 + abs(math.log(target)))
 
         def excess(epsilon: float) -> float:
             return math.log(max(self._value(epsilon, 1), 1e-305)) - log_target
@@ -232,10 +232,10 @@ class SmoothedSum:
         ends = np.exp(-m * grid)
         steps = ends[:-1] - ends[1:]
         # A smaller share gives more weight to the larger value: the side on which round-off must fall.
-        share = np.clip((ratio - ends[1:] * prob - 16 * _UNIT * (1 + ends[:-1])) / steps, 0.0, prob)
+        share = np.clip((ratio - ends[1:] * prob - 16 * UNIT * (1 + ends[:-1])) / steps, 0.0, prob)
         chords = values[1:] * (prob - share) + values[:-1] * share
         outside, best = 2 * float(special.ndtr(m / 2 - grid[-1])), 0.0
-        cancelled = 64 * _UNIT / m  # the error of quotients of such differences
+        cancelled = 64 * UNIT / m  # the error of quotients of such differences
         for width in (1.0, 1.5, 2.0, 3.0):
             left, right = middle - round(width / _GRID), middle + round(width / _GRID)
             known, weight = float(chords[:left].sum() + chords[right:].sum()) + outside, cancelled
@@ -283,7 +283,7 @@ class SmoothedSum:
 
     def _error_at(self, shift: float) -> float:
         """``error`` with the rounding of the phases."""
-        return self.error + 8 * _UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
+        return self.error + 8 * UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
 
     def _value(self, epsilon: float, sign: float) -> float:
         """Return an upper (1) or lower (-1) bound on A."""
@@ -350,16 +350,16 @@ def smoothed_sum(
         magnitude = np.abs(values)
         log_transform += count * np.log(np.where(magnitude > 0, values, 1e-300))
         log_envelope += count * np.log(np.minimum(magnitude + error, 1 + error))
-        per_step += count * (error / (magnitude + error) + 4 * _UNIT)
+        per_step += count * (error / (magnitude + error) + 4 * UNIT)
         log_moment += count * log_total
     s = tilt + 1j * y
     log_kernel = np.log(np.where(y > 0, 2.0, 1.0) / window) - np.log(s) - np.log1p(s) - m * m * y * y / 2
     turn = y * (m * m / 2 * (1 + 2 * tilt) - centre)
     terms = np.exp(log_transform + log_kernel + 1j * turn)
-    rounding = 8 * _UNIT * (8 + np.abs(log_transform) + np.abs(turn))
+    rounding = 8 * UNIT * (8 + np.abs(log_transform) + np.abs(turn))
     with np.errstate(over="ignore"):
         error = float(np.exp(log_envelope + log_kernel.real) @ (per_step + rounding)) + _tail(float(y[-1]), m)
-    error += 8 * _UNIT * (composed.num_steps + abs(log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
+    error += 8 * UNIT * (composed.num_steps + abs(log_moment) + abs(tilt * centre)) * float(np.sum(np.abs(terms)))
     if not math.isfinite(error):
         return None
     below = math.exp(-tilt * window) / -math.expm1(-tilt * window)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.stats
@@ -32,6 +31,7 @@ from attacks.analysis import (
     user_inference,
     verdict,
 )
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.audit import panel as auditing
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import AGGREGATIONS, lift
@@ -56,8 +56,6 @@ MIN_USERS_PER_SIDE = 2
 """Below this no interval over users exists."""
 
 _SIGNIFICANCE = 0.05
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None = None) -> dict[str, Any]:

@@ -11,16 +11,13 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse
 import scipy.stats
 
 from attacks.analysis import statistics
+from attacks.analysis.arrays import BoolArray, FloatArray, IntArray
 from attacks.analysis.features import Scored
-from attacks.analysis.protocol import BoolArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Matrix = Any  # scipy.sparse.csr_matrix, whose stubs know too little of it
 
 NUM_FOLDS = 5

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from attacks.analysis import statistics
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.features import DocumentTable, Scored
 from attacks.analysis.lift import lift
-from attacks.analysis.protocol import BoolArray, FloatArray
 
 MIN_USERS = 5
 """Fewer users on a side are not shown: a bucket of two says too much about both."""

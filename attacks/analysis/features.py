@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse
 
 from attacks.analysis import user_inference
-from attacks.analysis.protocol import BoolArray, DocumentAttack, FloatArray, UnderOtherModels
+from attacks.analysis.arrays import BoolArray, FloatArray, IntArray
+from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
 from attacks.errors import AttackInputError
 from attacks.reporting.record import Scoring
 from attacks.signals import FRESH, HELD_IN, TRAINING, DocumentSignals
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-FloatArray = npt.NDArray[np.float64]
+from attacks.analysis.arrays import FloatArray
 
 
 def _trimmed(values: FloatArray) -> float:

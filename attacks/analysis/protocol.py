@@ -10,12 +10,9 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.signals import DocumentSignals
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from attacks import signals
 from attacks.analysis import statistics, verdict
-from attacks.analysis.protocol import FloatArray
+from attacks.analysis.arrays import FloatArray
 
 TARGET_FPRS = (0.001, 0.01, 0.05, 0.10)
 

@@ -15,14 +15,12 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.stats
 
 from attacks.analysis import statistics
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics.permutation import MIN_NORMAL_USERS, user_choices
 from attacks.signals import HELD_IN, HELD_OUT, TRAINING, DocumentSignals
-
-FloatArray = npt.NDArray[np.float64]
 
 TOKENS = ("sensitive", "other")
 SPLITS = {"train": HELD_IN, "test": HELD_OUT}

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.lift import lift
-from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.protocol import ReferenceAttack, UnderOtherModels
 from attacks.analysis.statistics import auroc
 
 Score = Callable[[UnderOtherModels], FloatArray]

@@ -16,7 +16,7 @@ from privtrain.clipping import opacus_rules
 from privtrain.errors import UnsupportedLayer
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ONE_UNIT = "set performance.clipping_route: one_unit"
+ONE_UNIT = "set performance.clipping_route: one_unit"
 
 
 def refuse_coupled_units(model: nn.Module) -> None:
@@ -55,13 +55,13 @@ def refuse_batched_route(model: nn.Module) -> None:
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedLayer(
-            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; " + _ONE_UNIT
+            "prompt and prefix tuning repeat one prompt for every row, so its rows cannot be told apart; " + ONE_UNIT
         )
     for name, module in model.named_modules():
         if opacus_rules.is_time_first(module):
             raise UnsupportedLayer(
                 f"module {name!r} of type {type(module).__name__} puts tokens before rows, so that its rows cannot be "
-                f"told apart; {_ONE_UNIT}"
+                f"told apart; {ONE_UNIT}"
             )
     for name, module in model.named_modules():
         threshold = getattr(getattr(module, "state", None), "threshold", 0.0)  # bitsandbytes' Linear8bitLt
@@ -69,13 +69,13 @@ def refuse_batched_route(model: nn.Module) -> None:
             raise UnsupportedLayer(
                 f"module {name!r} of type {type(module).__name__} takes outlier columns over all rows of a batch "
                 f"(llm_int8_threshold: {threshold:g}), so that a loud unit changes the others; set llm_int8_threshold: "
-                f"0.0 in the quantization_config of the model's config.json, or {_ONE_UNIT}"
+                f"0.0 in the quantization_config of the model's config.json, or {ONE_UNIT}"
             )
     for config in configs(model):
         if has_experts(config):
             raise UnsupportedLayer(
                 f"router {_router(model)!r} sorts the tokens of a batch by expert, so that the shapes a unit is "
-                f"computed in depend on other units; {_ONE_UNIT}"
+                f"computed in depend on other units; {ONE_UNIT}"
             )
 
 

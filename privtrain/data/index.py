@@ -47,7 +47,7 @@ from privtrain.data.index_files import (
     read_description,
     text_digest,
 )
-from privtrain.data.packed import OrderedMapping
+from privtrain.data.packed import ERRORS, OrderedMapping
 from privtrain.errors import DamagedFile
 from privtrain.files.private import check_private_tree, locked_file, make_private_directory
 
@@ -58,7 +58,6 @@ _DIGESTS_AT_ONCE = 1 << 20
 #: What duckdb may hold of the rows it sorts; the rest is on disk meanwhile.
 _SORT_MEMORY = "1GB"
 _SORT_THREADS = 2
-_ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 they sort as in Python
 
 Ends = npt.NDArray[np.uint64]
 
@@ -137,7 +136,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
 
     def _place(self, user: str) -> int | None:
         """Return where the user stands among those that are here."""
-        wanted = user.encode("utf-8", errors=_ERRORS)
+        wanted = user.encode("utf-8", errors=ERRORS)
         position = bisect.bisect_left(self.places, wanted, key=lambda place: self._id(int(place)))
         return position if position < len(self) and self._id(int(self.places[position])) == wanted else None
 
@@ -146,7 +145,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         return self.users[start : int(self.user_ends[place])].tobytes()
 
     def _user(self, place: int) -> str:
-        return self._id(place).decode("utf-8", errors=_ERRORS)
+        return self._id(place).decode("utf-8", errors=ERRORS)
 
     def _texts_of(self, place: int) -> Sequence[str]:
         first = int(self.record_ends[place - 1]) if place else 0
@@ -154,7 +153,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
 
     def num_among(self, texts: Iterable[str]) -> int:
         """Return how many stored records, hidden users' too, are among these texts; by their digests."""
-        wanted = b"".join(text_digest(text.encode("utf-8", errors=_ERRORS)) for text in texts)
+        wanted = b"".join(text_digest(text.encode("utf-8", errors=ERRORS)) for text in texts)
         digests, known = (_halves(array) for array in (self.text_digests, np.frombuffer(wanted, dtype=np.uint8)))
         pairs, num_found = set(map(tuple, known.tolist())), 0
         for start in range(0, len(digests), _DIGESTS_AT_ONCE):
@@ -174,7 +173,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         if text_digest(content) != self.text_digests[record].tobytes():
             problem = "holds a text that is not as it was written: it was altered or damaged"
             raise DamagedFile(self.directory / TEXTS, problem, _remedy(self.directory))
-        return content.decode("utf-8", errors=_ERRORS)
+        return content.decode("utf-8", errors=ERRORS)
 
 
 def _halves(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
@@ -301,8 +300,8 @@ def _build(
 def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
     iterator, first = iter(rows), 0
     while batch := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
-        owners = [user.encode("utf-8", errors=_ERRORS) for user, _ in batch]
-        contents = [text.encode("utf-8", errors=_ERRORS) for _, text in batch]
+        owners = [user.encode("utf-8", errors=ERRORS) for user, _ in batch]
+        contents = [text.encode("utf-8", errors=ERRORS) for _, text in batch]
         yield pyarrow.table(
             {
                 "owner": pyarrow.array(owners, pyarrow.binary()),
@@ -341,7 +340,7 @@ def _write(
                     seen.clear()
                 digest.record(content)
                 num_rows += 1
-                if form is None or _is_new(form(content.decode("utf-8", errors=_ERRORS)), seen):
+                if form is None or _is_new(form(content.decode("utf-8", errors=ERRORS)), seen):
                     kept.append(content)
                     num_records += 1
             texts.write(b"".join(kept))

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 V = TypeVar("V")
 
-_ERRORS = "surrogatepass"  # JSON may hold halves of surrogate pairs; in UTF-8 they sort as in Python
+#: How users and texts become UTF-8: JSON may hold halves of surrogate pairs, which sort as in Python.
+ERRORS = "surrogatepass"
 
 
 class Names(Sequence[str]):
@@ -30,7 +31,7 @@ class Names(Sequence[str]):
 
     def add(self, name: str) -> None:
         """Append one that is not there."""
-        encoded = name.encode("utf-8", errors=_ERRORS)
+        encoded = name.encode("utf-8", errors=ERRORS)
         if not self._unsorted and (not self._ends or encoded > self._newest):
             self._num_sorted += 1
         else:
@@ -41,7 +42,7 @@ class Names(Sequence[str]):
 
     def place(self, name: str) -> int | None:
         """Return the index of an id; ``None`` if it was not added."""
-        wanted = name.encode("utf-8", errors=_ERRORS)
+        wanted = name.encode("utf-8", errors=ERRORS)
         if wanted in self._unsorted:
             return self._unsorted[wanted]
         position = bisect.bisect_left(range(self._num_sorted), wanted, key=self._encoded)
@@ -53,12 +54,12 @@ class Names(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        return self._encoded(range(len(self))[index]).decode("utf-8", errors=_ERRORS)
+        return self._encoded(range(len(self))[index]).decode("utf-8", errors=ERRORS)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for end in self._ends:
-            yield self._bytes[start:end].decode("utf-8", errors=_ERRORS)
+            yield self._bytes[start:end].decode("utf-8", errors=ERRORS)
             start = end
 
     def __contains__(self, name: object) -> bool:

@@ -12,6 +12,7 @@ import pathlib
 
 import accountants
 from accountants.answer import Direction
+from accountants.calibration import DECIMALS
 from accountants.methods.edgeworth import Aea1Accountant, Aea2Accountant, Aea3Accountant
 from accountants.methods.prv import PrvAccountant
 from accountants.methods.tilted import TiltedAccountant
@@ -22,8 +23,6 @@ from privtrain.files.atomic import write_json
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
 ESTIMATES = {"aea1": Aea1Accountant, "aea2": Aea2Accountant, "aea3": Aea3Accountant}
-
-_DECIMALS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +86,9 @@ def _code_version() -> str:
 def _calibrated(setting: Setting, name: str) -> float:
     guide = _root(setting, "tilted", 0.2, 20.0)
     root = guide if name == "tilted" else _root(setting, name, guide * 0.5, guide * 2.0)
-    value = math.ceil(root * 10**_DECIMALS - 1e-3) / 10**_DECIMALS
+    value = math.ceil(root * 10**DECIMALS - 1e-3) / 10**DECIMALS
     while name not in ESTIMATES and setting.spent(name, value) > setting.epsilon:
-        value = round(value + 10**-_DECIMALS, _DECIMALS)
+        value = round(value + 10**-DECIMALS, DECIMALS)
     return value
 
 

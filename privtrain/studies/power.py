@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-CONFIDENCE = 0.95
+from privtrain.studies.results import CONFIDENCE
+
 #: The wanted chance of a verdict.
 POWER = 0.8
 #: Of the spread's upper limit.

@@ -50,7 +50,6 @@ _LOUD_WEIGHT = 1e8
 #: Tokens of the short unit, at least.
 _SHORT = 4
 _IN_CONFIG = "in the model's config.json"
-_ONE_UNIT = "set performance.clipping_route: one_unit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Probe:
             if not fault and not _equal(*losses):
                 fault = (
                     f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of "
-                    f"a batch share, which couples units; switch them off {_IN_CONFIG}, or {_ONE_UNIT}"
+                    f"a batch share, which couples units; switch them off {_IN_CONFIG}, or {refusals.ONE_UNIT}"
                 )
         self._agree(fault)
 
@@ -197,7 +196,7 @@ class Probe:
                 fault = (
                     f"rows of a batch are mixed by {self._named(name)}: what it returns for a row is off by "
                     f"{share:.2g} beside rows with huge activations. Replace it by one that works on each row alone, "
-                    f"or {_ONE_UNIT}"
+                    f"or {refusals.ONE_UNIT}"
                 )
         self._agree(fault)
 
@@ -222,7 +221,9 @@ class Probe:
         if route == "auto":
             self.trainer.clipper.fallback_reason = found
             return self.independent_route("one_unit")
-        way_out = f"; {_ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
+        way_out = (
+            f"; {refusals.ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
+        )
         self._agree(f"{found}{way_out}")
         raise AssertionError("unreachable")
 

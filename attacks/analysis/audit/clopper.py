@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import scipy.special
 
-from attacks.analysis.audit.guesses import FloatArray
+from attacks.analysis.arrays import FloatArray
 
 Strategy = Literal["bonferroni", "split"]
 

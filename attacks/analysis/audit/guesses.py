@@ -15,12 +15,9 @@ import functools
 import math
 
 import numpy as np
-import numpy.typing as npt
 
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.audit import one_run
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 GUESS_SHARES = (1.0, 0.5, 0.2)
 """Shares of the units that are guessed: few for a weak attack that is sure of some, all for one that is sure of all."""

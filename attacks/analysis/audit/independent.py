@@ -24,8 +24,8 @@ import scipy.special
 
 from accountants.methods import gdp
 from attacks.analysis import statistics
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics import Bound, Interval
-from attacks.analysis.statistics.mann_whitney import FloatArray
 
 
 @dataclasses.dataclass(frozen=True)

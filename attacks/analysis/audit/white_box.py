@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.audit.guesses import Coins
 from attacks.scoring.documents import read_manifest
 from privtrain.data.canaries import Canary, canaries_of
@@ -42,8 +43,6 @@ _CANARIES_AT_ONCE = 1024
 _NUMBERS_AT_ONCE = 1 << 23
 _RIDGE = 1e-9
 """Of the mean variance, added to G: sums without noise may depend on each other."""
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def gradient_coins(run: RunDirectory, statement: PrivacyStatement) -> Coins | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attacks.analysis.protocol import FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.arrays import FloatArray
+from attacks.analysis.protocol import ReferenceAttack, UnderOtherModels
 
 
 def score(models: UnderOtherModels) -> FloatArray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.arrays import BoolArray, FloatArray
+from attacks.analysis.protocol import ReferenceAttack, UnderOtherModels
 
 _MIN_ONLINE = 2
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from attacks.analysis.protocol import DocumentAttack, FloatArray
+from attacks.analysis.arrays import FloatArray
+from attacks.analysis.protocol import DocumentAttack
 from attacks.signals import DocumentSignals
 
 SHARE = 0.2

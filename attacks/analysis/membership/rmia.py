@@ -12,7 +12,8 @@ import math
 import numpy as np
 import scipy.special
 
-from attacks.analysis.protocol import BoolArray, FloatArray, ReferenceAttack, UnderOtherModels
+from attacks.analysis.arrays import BoolArray, FloatArray
+from attacks.analysis.protocol import ReferenceAttack, UnderOtherModels
 
 GAMMA = 1.0
 OFFLINE_A = 0.3

@@ -13,8 +13,8 @@ import numpy as np
 import scipy.stats
 
 from attacks.analysis import statistics
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
-from attacks.analysis.protocol import BoolArray, FloatArray
 from attacks.reporting.record import read_scoring
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used

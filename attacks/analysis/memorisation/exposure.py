@@ -16,10 +16,9 @@ import dataclasses
 import math
 
 import numpy as np
-import numpy.typing as npt
 import scipy.stats
 
-FloatArray = npt.NDArray[np.float64]
+from attacks.analysis.arrays import FloatArray
 
 MAX_BITS = 50.0
 """Skew-normal tails are computed no further: float64 has 53 bits."""

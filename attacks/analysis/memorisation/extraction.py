@@ -19,11 +19,8 @@ import dataclasses
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from attacks.signals import DocumentSignals
-
-FloatArray = npt.NDArray[np.float64]
 
 PREFIX_LENGTHS = (8, 16, 32, 64, 128)
 MIN_SUFFIX, MAX_SUFFIX = 8, 50

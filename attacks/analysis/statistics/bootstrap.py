@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
+from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import BoolArray, FloatArray, Placements
+from attacks.analysis.statistics.mann_whitney import Placements
 from attacks.analysis.statistics.permutation import Owners, influences, no_narrower_than_test, owner_places
 
 NUM_RESAMPLES = 4000

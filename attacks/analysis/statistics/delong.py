@@ -13,10 +13,11 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.bootstrap import floored
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import FloatArray, Placements, auroc, delong_variance
+from attacks.analysis.statistics.mann_whitney import Placements, auroc, delong_variance
 from attacks.analysis.statistics.permutation import MAX_NUMBERS, MIN_NORMAL_USERS, NUM_PERMUTATIONS
 
 

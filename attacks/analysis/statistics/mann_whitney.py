@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from attacks.analysis.arrays import FloatArray
 
 
 @dataclasses.dataclass(frozen=True)

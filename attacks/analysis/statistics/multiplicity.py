@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import scipy.stats
 
-FloatArray = npt.NDArray[np.float64]
+from attacks.analysis.arrays import FloatArray
 
 
 def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import FloatArray, Placements
+from attacks.analysis.statistics.mann_whitney import Placements
 
 IntArray = npt.NDArray[np.integer]
 Owners = tuple[IntArray, IntArray]

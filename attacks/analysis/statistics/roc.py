@@ -24,14 +24,12 @@ import functools
 import math
 
 import numpy as np
-import numpy.typing as npt
 import scipy.optimize
 import scipy.special
 
+from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
-
-FloatArray = npt.NDArray[np.float64]
 
 _NUM_NODES = 1000
 """Midpoints of the law of the threshold: they move the error of an end by less than .0005."""
