@@ -259,18 +259,6 @@ def join_signals(
     return keys
 
 
-def read_signals(path: pathlib.Path) -> list[DocumentSignals]:
-    """Read and check all signals, sorted by (side, user, document); for small files.
-
-    Returns:
-        One entry per document.
-
-    Raises:
-        AttackInputError: if the file is missing, is of another schema, or holds rows that cannot be scored.
-    """
-    return sorted(iterate_signals(path), key=lambda row: (row.side, row.user, row.document))
-
-
 def iterate_signals(path: pathlib.Path) -> Iterator[DocumentSignals]:
     """Read and check the signals in the file's order, some hundred documents in memory at a time.
 

@@ -23,7 +23,7 @@ from attacks.scoring import columns
 from attacks.scoring.columns import days_of, read_columns, spans_of
 from attacks.scoring.documents import read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
-from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING, read_signals
+from attacks.signals import FRESH, HELD_IN, SIGNALS_PATH, TRAINING
 from privtrain.config import load_config
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.training import PerformanceSection
@@ -32,6 +32,7 @@ from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sources import read_sources
+from tests.attacks.signal_files import read_signals
 from tests.conftest import write_config
 
 pytestmark = pytest.mark.usefixtures("no_self_test")

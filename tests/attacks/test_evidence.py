@@ -23,13 +23,14 @@ from attacks.reporting.policy import Policy
 from attacks.scoring import documents, planned, score
 from attacks.scoring import target as targets
 from attacks.scoring.score import ScoreOptions, score_run
-from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals, read_signals
+from attacks.signals import HELD_IN, HELD_OUT, SIGNALS_PATH, DocumentSignals
 from privtrain.config import public_tree, to_yaml
 from privtrain.errors import EXIT_WRONG_INPUT, DamagedFile, PrivtrainError
 from privtrain.files.atomic import write_json
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file, write_sealed
+from tests.attacks.signal_files import read_signals
 from tests.conftest import tiny_tree, write_config
 
 pytestmark = pytest.mark.usefixtures("no_self_test")

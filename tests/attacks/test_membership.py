@@ -30,6 +30,7 @@ from attacks.analysis.membership import (
 from attacks.analysis.protocol import DocumentAttack, UnderOtherModels
 from attacks.signals import FRESH, TRAINING, DocumentSignals
 from tests.attacks.conftest import put_signals
+from tests.attacks.signal_files import read_signals
 
 
 def row(target, base=None, *, user="u", document="d", side="held_in", **more):
@@ -201,13 +202,13 @@ def test_an_attack_without_its_signals_says_what_it_lacks(make_run):
 
 def test_shadows_of_other_documents_are_refused(complete_run):
     path = complete_run / signals.REFERENCES_PATH / "shadow-0.parquet"
-    put_signals(complete_run, signals.read_signals(path)[1:], shadow=0)
+    put_signals(complete_run, read_signals(path)[1:], shadow=0)
     with pytest.raises(analyse.AttackInputError, match="other documents"):
         analyse.analyse_run(complete_run)
 
 
 def test_the_order_of_the_rows_does_not_change_the_features(complete_run):
-    rows = signals.read_signals(complete_run / signals.SIGNALS_PATH)
+    rows = read_signals(complete_run / signals.SIGNALS_PATH)
     attacks = [attack for attack in registry.ATTACKS.values() if isinstance(attack, DocumentAttack)]
     one, other = (features.collect(given, attacks) for given in (rows, rows[::-1]))
     assert one.users == other.users

@@ -24,13 +24,14 @@ from attacks.scoring.neural import sampled_logp
 from attacks.scoring.sampling_scheme import SamplingScheme
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
-from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals, read_signals
+from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
 from tests.attacks.conftest import put_signals
 from tests.attacks.exact_models import Markov
+from tests.attacks.signal_files import read_signals
 from tests.conftest import tiny_tree, write_config
 
 # --- sampling schemes

@@ -12,10 +12,11 @@ from attacks.errors import AttackInputError
 from attacks.reporting.report import write_report
 from attacks.scoring import labeller, pii
 from attacks.scoring.score import ScoreOptions, score_run
-from attacks.signals import FRESH, SIGNALS_PATH, TRAINING, read_signals
+from attacks.signals import FRESH, SIGNALS_PATH, TRAINING
 from privtrain.data.invented_customers import CustomerRecord, Span
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
+from tests.attacks.signal_files import read_signals
 from tests.conftest import write_config
 
 pytestmark = pytest.mark.usefixtures("no_self_test")

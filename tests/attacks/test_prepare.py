@@ -13,7 +13,7 @@ from attacks.coins.prepare import prepare
 from attacks.errors import AttackInputError
 from attacks.scoring.documents import SPANS_PATH, attack_pseudonym, read_manifest, read_used
 from attacks.scoring.score import ScoreOptions, score_run
-from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, SIGNALS_PATH, read_signals
+from attacks.signals import CANARY, CANARY_REFERENCE, FRESH, HELD_IN, SIGNALS_PATH
 from privtrain.config.model import ModelSection
 from privtrain.data.canaries import canaries_of
 from privtrain.data.manifest import read_sealed
@@ -24,6 +24,7 @@ from privtrain.models.load import load_tokenizer
 from privtrain.run.directory import RunDirectory
 from privtrain.run.sealing import read_sealed_file
 from tests import jobs
+from tests.attacks.signal_files import read_signals
 from tests.conftest import write_config
 
 pytestmark = pytest.mark.usefixtures("no_self_test")

@@ -17,7 +17,7 @@ from attacks.cli import app
 from attacks.errors import AttackInputError
 from attacks.scoring.documents import compose_batches
 from attacks.scoring.score import ScoreOptions, attack_pseudonym, score_run
-from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, read_signals
+from attacks.signals import FRESH, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING
 from privtrain.config import load_config
 from privtrain.config.model import ModelSection
 from privtrain.job.train import train
@@ -25,6 +25,7 @@ from privtrain.models.load import load_adapter, load_base, load_tokenizer
 from privtrain.privacy.secret import pseudonym
 from privtrain.run.directory import RunDirectory
 from tests import jobs
+from tests.attacks.signal_files import read_signals
 from tests.conftest import write_config
 from tests.privtrain.ledgers import contents
 

@@ -18,11 +18,12 @@ from attacks.errors import AttackInputError
 from attacks.scoring import documents, neural, shadows
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import Variants
-from attacks.signals import REFERENCES_PATH, SIGNALS_PATH, read_signals
+from attacks.signals import REFERENCES_PATH, SIGNALS_PATH
 from privtrain.config.model import ModelSection
 from privtrain.job.train import train
 from privtrain.models.load import load_base, load_tokenizer
 from tests import jobs
+from tests.attacks.signal_files import read_signals
 from tests.cluster import Ranks
 from tests.conftest import write_config
 

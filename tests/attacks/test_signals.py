@@ -13,6 +13,7 @@ from attacks.errors import AttackInputError
 from attacks.signals import DocumentSignals
 from privtrain.errors import DamagedFile
 from privtrain.run import directory as rundir
+from tests.attacks.signal_files import read_signals
 
 
 def row(user: str = "u", document: str = "d", side: str = "held_in", target=(-1.0, -2.0), base=(-1.5, -2.5)):
@@ -30,7 +31,7 @@ ROWS = [
 def test_what_is_written_is_read_back_sorted(tmp_path):
     path = tmp_path / signals.SIGNALS_PATH
     signals.write_signals(path, ROWS)
-    found = signals.read_signals(path)
+    found = read_signals(path)
     assert [(r.side, r.user, r.document, r.num_tokens) for r in found] == [
         ("held_in", "a", "1", 2),
         ("held_in", "a", "2", 1),
@@ -84,7 +85,7 @@ def test_a_crash_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monke
 
 def test_no_rows_round_trip(tmp_path):
     signals.write_signals(tmp_path / "s.parquet", [])
-    assert signals.read_signals(tmp_path / "s.parquet") == []
+    assert read_signals(tmp_path / "s.parquet") == []
 
 
 @pytest.mark.parametrize(
@@ -125,26 +126,26 @@ def test_reading_checks_what_another_writer_may_have_broken(tmp_path):
     )
     pq.write_table(wrong.cast(signals.SCHEMA), path)
     with pytest.raises(DamagedFile, match="row 2 cannot be used: num_tokens differs"):
-        signals.read_signals(path)
+        read_signals(path)
     pq.write_table(pa.concat_tables([table, table]), path)
     with pytest.raises(DamagedFile, match="occur more than once"):
-        signals.read_signals(path)
+        read_signals(path)
     pq.write_table(table.drop_columns(["base_logp"]), path)
     with pytest.raises(DamagedFile, match="run next: attacks score"):
-        signals.read_signals(path)
+        read_signals(path)
     pq.write_table(table.replace_schema_metadata({"schema": "privtrain/signals/9"}), path)
     with pytest.raises(DamagedFile, match="privtrain/signals/9"):
-        signals.read_signals(path)
+        read_signals(path)
 
 
 def test_a_missing_or_torn_file_names_the_next_command(tmp_path):
     with pytest.raises(AttackInputError, match=r"no signals at .*run next: attacks score"):
-        signals.read_signals(tmp_path / "s.parquet")
+        read_signals(tmp_path / "s.parquet")
     signals.write_signals(tmp_path / "s.parquet", ROWS)
     torn = (tmp_path / "s.parquet").read_bytes()[:-40]
     pathlib.Path(tmp_path / "s.parquet").write_bytes(torn)
     with pytest.raises(DamagedFile, match="not a readable parquet file"):
-        signals.read_signals(tmp_path / "s.parquet")
+        read_signals(tmp_path / "s.parquet")
 
 
 def test_a_record_with_nan_is_named():

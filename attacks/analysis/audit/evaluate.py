@@ -68,7 +68,6 @@ class Finding:
         unit: whose coins.
         num_coins: m, after the coins were made fair.
         num_flipped: coins before that.
-        num_in: units in training among the m.
         delta: at which every epsilon here is meant.
         epsilon: one-run lower bound; 0 where nothing was shown.
         epsilon_ceiling: the same had every guess been right.
@@ -92,7 +91,6 @@ class Finding:
     unit: str
     num_coins: int
     num_flipped: int
-    num_in: int
     delta: float
     epsilon: float
     epsilon_ceiling: float
@@ -148,7 +146,6 @@ def audit(
         unit=coins.unit,
         num_coins=num_coins,
         num_flipped=coins.num_coins,
-        num_in=num_in,
         delta=delta,
         epsilon=epsilons.get(best, 0.0),
         epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
