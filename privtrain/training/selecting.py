@@ -92,7 +92,7 @@ def _losses(
     """Return the loss of each wanted (user, record index): rank 0's cached ones, or else scored by all ranks now."""
     if not wanted:
         return {}
-    known: Losses | None = None
+    known = None
     with backend.main_alone():  # only rank 0 sees the cache
         if backend.is_main and cache is not None and cache.exists():
             known = {(u, i): loss for u, i, loss in json.loads(cache.read_text(encoding="utf-8"))["losses"]}
@@ -101,9 +101,10 @@ def _losses(
                 f"{cache} is gone: the records that training began with are not known; restore it, or set another "
                 "run.name"
             )
-    cached = known if known is not None and all(record in known for record in wanted) else None
-    values = backend.json_from_main(lambda: cached and [cached[record] for record in wanted])
-    if values is not None:
+    is_known = known is not None and all(record in known for record in wanted)
+    if backend.json_from_main(lambda: is_known):
+        cached = known or {}
+        values = backend.json_from_main(lambda: [cached[record] for record in wanted])
         return dict(zip(wanted, values, strict=True))
     if backend.is_main:
         say(f"scoring records under the model before training, for {inputs.plan.selection}")
