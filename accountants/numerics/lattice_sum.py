@@ -1,4 +1,10 @@
-"""Bounds on a sum of lattice laws under a tilt (points 2, 3, 4 and 6 of :mod:`accountants.methods.tilted`)."""
+"""Bounds on the delta of a sum S of lattice laws, by one inverse Fourier transform of a tilted law.
+
+The law of S is tilted by e^(tS), its transform is the product of the steps' transforms, and the inverse transform of
+length N gives the tilted law modulo the window N h, exactly. What is not in the window can fold into it, which only
+adds to the upper end and is subtracted from the lower one, each by a Chernoff bound; so is the round-off of the
+transforms. :mod:`accountants.methods.tilted` has the proofs (its points 2, 3, 4 and 6).
+"""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
@@ -44,13 +50,21 @@ class LatticePhase:
 
 
 def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, reliable_from: float) -> Window:
-    """Bounds for the sum of all phases on ``length`` lattice points that start at or just above ``low``."""
+    """Return bounds for the sum of all phases on a window of lattice points.
+
+    Args:
+        phases: of one spacing.
+        tilt: t.
+        length: N, the points of the window.
+        low: the window starts at or just above it.
+        reliable_from: the epsilon from which on the lower end must hold; the values are scaled to be moderate there.
+    """
     spacing = phases[0].spacing
     log_transform = np.zeros(length // 2 + 1, dtype=np.complex128)
     log_envelope = np.zeros(length // 2 + 1)
     per_step = np.zeros(length // 2 + 1)
     log_moment = 0.0
-    error = 8 * UNIT * (math.log2(length) + 2)
+    error = 8 * UNIT * (math.log2(length) + 2)  # of a value of a step's transform, whose magnitude is at most 1
     for phase in phases:
         values, log_single = phase.transform(tilt, length)
         magnitude = np.abs(values)
@@ -69,11 +83,10 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     first = int(np.argmax(tilt * (reliable_from - points) <= LARGEST_LOG_WEIGHT))
     points, probability = points[first:], probability[first:]
     num_steps = sum(phase.count for phase in phases)
-    centre = reliable_from
     largest = max(float(np.max(np.abs(phase.losses[[0, -1]]))) for phase in phases)
     top, window = float(points[-1]), length * spacing
     log_prefactor = log_moment - tilt * reliable_from
-    log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)
+    log_peak = tilt * math.log(tilt) - (1 + tilt) * math.log1p(tilt)  # of e^(-tx) (1 - e^-x) over x
     added = _exp(_log_above(phases, tilt, log_moment, top, window) + log_moment - tilt * top)
     # Of a multiple of delta, which may exceed 1: no cap but float64's.
     log_folded = _log_above(phases, tilt, log_moment, reliable_from + window, window) + log_peak + log_prefactor
@@ -81,9 +94,9 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
     folded += math.exp(-tilt * window) / -math.expm1(-tilt * window)
     return Window(
         points=points,
-        upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, centre),
-        lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, centre),
-        log_scale=log_moment - tilt * centre,
+        upper_values=_hockey_sticks(np.maximum(probability + roundoff, 0.0), points, tilt, reliable_from),
+        lower_values=_hockey_sticks(np.maximum(probability - roundoff, 0.0), points, tilt, reliable_from),
+        log_scale=log_prefactor,
         margin=math.fsum(phase.count * phase.law.mass_error for phase in phases) + 8 * length * UNIT,
         shift=num_steps * lattice.LOSS_ERROR * max(1.0, largest),
         added=added + math.fsum(phase.count * phase.law.infinite_mass for phase in phases),

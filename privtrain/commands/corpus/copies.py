@@ -66,16 +66,17 @@ class Copies:
 
 
 class CorpusIndex:
-    """Runs of tokens and words of a corpus.
+    """Which texts of a corpus hold a run of tokens, or of words, so that records can be looked up one by one.
 
     Args:
         tokens: of each text.
-        texts: the same texts.
+        texts: the same texts; those of fewer words than ``FEWEST_WORDS`` are in no near copy.
         num_tokens: consecutive tokens that make a copy.
     """
 
     def __init__(self, tokens: Sequence[Sequence[int]], texts: Sequence[str], num_tokens: int) -> None:
         self._num_tokens = num_tokens
+        # A record's windows are looked up by their hashes first, as an array: almost none stands in the corpus.
         self._windows: dict[tuple[int, ...], list[int]] = {}
         for number, ids in enumerate(tokens):
             for start in range(len(ids) - num_tokens + 1):
