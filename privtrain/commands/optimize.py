@@ -196,6 +196,8 @@ def _choice(
         plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), training)
     except accountants.CalibrationError:
         return None
+    if not plan.has_room:
+        return None
     root = math.sqrt(num_trained)
     relative_noise = plan.noise_of_run(training) * root
     point = noise_law.Point(num_steps, relative_noise, records, config.lora.rank)

@@ -269,10 +269,10 @@ class PrivacySection(Section):
             return
         if self.noise_multiplier == 0:
             yield "privacy.noise: banded needs noise; privacy.noise_multiplier is 0"
-        if self.clipping_style == "adaptive" or self.noised_metrics is not None:
+        if self.clipping_style == "adaptive":
             yield (
-                "privacy.noise: banded does not release privacy.noised_metrics or the count of privacy.clipping_style: "
-                "adaptive; remove them, or use privacy.noise: independent"
+                "privacy.noise: banded needs one clipping norm for all steps; given privacy.clipping_style: adaptive, "
+                "use another one or privacy.noise: independent"
             )
         if self.num_bands == "auto":
             if self.noise_multiplier is not None:

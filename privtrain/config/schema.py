@@ -45,6 +45,11 @@ class Config(Section):
                 "one of the two"
             )
         method, selection = self.training.method, self.privacy.selection
+        if self.training.num_averaged_steps > self.privacy.num_steps:
+            yield (
+                f"training.num_averaged_steps={self.training.num_averaged_steps} must be at most "
+                f"privacy.num_steps={self.privacy.num_steps}"
+            )
         if self.model.quantization is not None and self.training.releases_model:
             yield f"training.method: {method} trains weights that model.quantization freezes; use lora"
         if self.model.quantization == "int8" and method == "lora" and self.lora.use_dora:

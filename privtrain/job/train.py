@@ -54,6 +54,7 @@ from privtrain.run.release import model_card, write_adapter, write_model
 from privtrain.run.statement import privacy_statement, unit_text
 from privtrain.tracking import NullTracker, Tracker, open_machine_tracker, open_tracker, watched_mirrors
 from privtrain.tracking.mirrors import Values
+from privtrain.training import average
 from privtrain.training.cost import flops_per_token, peak_memory_bytes
 from privtrain.training.gradient_canaries import GradientCanaries, check_placement
 from privtrain.training.network import Network, checksum_over_ranks, load_network
@@ -179,6 +180,7 @@ def _run(
         stop.leave_if_agreed(backend, "training has not begun")
         sums = _kept_sums(inputs, trainer, start_step)
         session = _loop(inputs, trainer, network, session, stop)
+        average.install(trainer.optimizer, backend)
         costs["perf/peak_memory_bytes"] = peak_memory_bytes(backend.device)
         trainer.tracker.log(session.continuation.end_step, costs)
         end_step = session.continuation.end_step

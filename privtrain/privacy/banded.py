@@ -11,6 +11,12 @@ compositions of a Gaussian, one for each round of b steps, in each of which the 
 (Choquette-Choo et al. 2023, arXiv 2306.08153, theorem 4 and lemma 1; adaptive steps are covered, since C is lower
 triangular: Denisov et al. 2022, arXiv 2202.08312, theorem 2.1).
 
+**Auxiliary sums** that are released beside the gradient keep noise of their own in every step: the strategy of both
+together has the blocks C and identity. A unit joins one step of a round. So in a round it moves the rows of C S by the
+column norm times its gradient's bound, and one number of each sum by that sum's bound. Per unit of noise the squares
+add up: a round is one Gaussian of 1/μ² = 1/μ_gradient² + Σ 1/μ_sum², as a step is where noise is independent. A
+clipping norm that follows a released count is refused: later rows of a round would need noise for its largest norm.
+
 **Relation.** The paper has zero-out. Here group and sample of a unit are coins of its own and the divisor is a constant
 of the plan, so a unit that is removed is a unit whose gradients are zero: add-or-remove one has the same event.
 

@@ -165,8 +165,8 @@ class PrivacyPlan:
             raise ValueError(f"{num_bands} bands of noise and {num_groups} groups of units do not go together")
         if self.tuning is not None and self.user_accounting.how:
             raise ValueError("tuning is accounted for where the unit is sampled itself")
-        if num_bands is not None and (self.auxiliary_sums or self.clipping_style == "adaptive"):
-            raise ValueError("auxiliary sums have no correlated noise")
+        if num_bands is not None and self.clipping_style == "adaptive":
+            raise ValueError("correlated noise needs one clipping norm for all steps")
 
     @classmethod
     def build(cls, privacy: PrivacySection, training: TrainingSection | None = None) -> PrivacyPlan:
@@ -290,12 +290,20 @@ class PrivacyPlan:
     def gradient_noise_multiplier(self) -> float:
         """Noise standard deviation over clipping norm of the clipped sum alone.
 
-        More than ``noise_multiplier`` where auxiliary sums are released beside it: all together have that.
+        More than ``noise_multiplier`` where auxiliary sums are released beside it: all together have that. Correlated
+        noise changes nothing of it: see :mod:`privtrain.privacy.banded`.
         """
         if not self.auxiliary_sums or self.noise_multiplier == 0:
             return self.noise_multiplier
         joint = accountants.joint_noise_multiplier(*(auxiliary_sum.noise for auxiliary_sum in self.auxiliary_sums))
         return accountants.adaptive_clipping_noise(self.noise_multiplier, joint)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether some gradient noise is enough: auxiliary sums alone have more noise than all together must have."""
+        if self.noise_multiplier == 0:
+            return True
+        return math.fsum((2 * one.noise) ** -2 for one in self.auxiliary_sums) < self.noise_multiplier**-2
 
     @property
     def correlated(self) -> Strategy | None:
@@ -472,14 +480,16 @@ def _chosen_strategy(privacy: PrivacySection, workload: Workload) -> Strategy:
 
 
 def _predicted_noise(privacy: PrivacySection, strategy: Strategy, workload: Workload) -> float:
-    """Return the predicted error of a strategy with the noise that it needs; infinite if no noise is enough."""
+    """Return the predicted error of a strategy with the noise that the gradient needs; infinite if none is enough."""
     # The plan itself is certified by its own accountant.
     update = {"num_bands": strategy.num_bands, "accountant": fast_accountant(privacy.accountant or "pld")}
     try:
         plan = PrivacyPlan.uncertified(privacy.model_copy(update=update), strategy=strategy)
     except accountants.CalibrationError:
         return math.inf
-    return plan.noise_multiplier * relative_error(strategy, workload)
+    if not plan.has_room:
+        return math.inf
+    return plan.gradient_noise_multiplier * relative_error(strategy, workload)
 
 
 def fast_accountant(name: str) -> str:
@@ -525,10 +535,7 @@ def _auxiliary_noise(given: float | None, batch_size: float, noise_multiplier: f
 
 def _check_room(plan: PrivacyPlan) -> None:
     """Raise if auxiliary sums have so little noise that no gradient noise makes up for it; name the keys to raise."""
-    if plan.noise_multiplier == 0 or not plan.auxiliary_sums:
-        return
-    room = plan.noise_multiplier**-2
-    if math.fsum((2 * auxiliary_sum.noise) ** -2 for auxiliary_sum in plan.auxiliary_sums) < room:
+    if plan.has_room:
         return
     least = plan.noise_multiplier / 2 * math.sqrt(len(plan.auxiliary_sums))
     given = []

@@ -28,7 +28,7 @@ from privtrain.privacy.sampling import DrawnUnit, UnitSampler, assign_to_ranks
 from privtrain.privacy.secret import SecretKey
 from privtrain.privacy.sum_digest import BoundSum, bind, chained_noise
 from privtrain.tracking import Tracker
-from privtrain.training import auxiliary_sums
+from privtrain.training import auxiliary_sums, average
 from privtrain.training.auxiliary_sums import next_norm
 from privtrain.training.gradient_canaries import GradientCanaries
 
@@ -169,6 +169,8 @@ class Trainer:
         self._previous = commitment
         self._set_learning_rate(step)
         self.backend.apply(vector, self.layout, self.optimizer, divide_by=self.plan.expected_batch_size)
+        num_averaged = self._training.num_averaged_steps
+        average.include(self.optimizer, step, num_steps=self.plan.num_steps, num_averaged=num_averaged)
         counts = self._reduced_counts()
         self._commit(step, commitment, self._zeroed(drawn, num_nonfinite=counts[2]))
         if self.keep is not None and kept is not None:

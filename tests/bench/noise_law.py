@@ -22,24 +22,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from privtrain.backends.local import LocalBackend
 from privtrain.config import Config, validate
 from privtrain.config.privacy import PrivacySection
 from privtrain.data.invented_customers import customer_records, write_customers
-from privtrain.data.manifest import draw_split
-from privtrain.inputs import Inputs, read_inputs
-from privtrain.ledger.log import NullLedger
 from privtrain.privacy import noise_law
 from privtrain.privacy.noise_law import Measured, Setting
 from privtrain.privacy.plan import PrivacyPlan
-from privtrain.privacy.secret import SecretKey
-from privtrain.tracking import NullTracker
-from privtrain.training.evaluate import evaluate
-from privtrain.training.network import Network, load_network
-from privtrain.training.selecting import select_units
-from privtrain.training.trainer import Trainer
+from tests.bench.trained import Bench
 
 TABLE = pathlib.Path(noise_law.__file__).with_suffix(".csv")
 BASE_SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies" / "user-level-dp" / "base_model.py"
@@ -97,17 +86,22 @@ def _calibrated(steps: int, batch: int, bands: int) -> float:
     return PrivacyPlan.uncertified(section).noise_multiplier
 
 
-class Bench:
-    """Model, users and evaluation records, loaded once for each rank and seed."""
+def make_inputs(directory: pathlib.Path) -> None:
+    """Write the customers and the base model into a directory that may have them already."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "customers.jsonl").exists():
+        write_customers(directory / "customers.jsonl", customer_records(NUM_USERS, seed=0, mean_records=8.0))
+    if not (directory / "base").exists():
+        subprocess.run([sys.executable, str(BASE_SCRIPT), str(directory / "base")], check=True)
+
+
+class Measuring:
+    """The trainings of the table, with model and data loaded once for each rank and seed."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        self._directory, self._loaded = directory, (0, -1)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._backend = LocalBackend(torch.device("cpu"))
-        if not (directory / "customers.jsonl").exists():
-            write_customers(directory / "customers.jsonl", customer_records(NUM_USERS, seed=0, mean_records=8.0))
-        if not (directory / "base").exists():
-            subprocess.run([sys.executable, str(BASE_SCRIPT), str(directory / "base")], check=True)
+        make_inputs(directory)
+        self._directory = directory
+        self._loaded: tuple[tuple[int, int], Bench] | None = None
 
     def _config(self, setting: Setting) -> Config:
         section = _section(
@@ -140,67 +134,18 @@ class Bench:
     def measure(self, setting: Setting) -> Measured:
         """Train and return what came of it."""
         config = self._config(setting)
-        plan = PrivacyPlan.build(config.privacy, config.training)
-        self._load(config, setting)
-        network, key = self._network, SecretKey.insecure(setting.seed, "noise law")
-        packer = dataclasses.replace(network.packer, microbatch_size=config.performance.microbatch_size)
-        with torch.no_grad():
-            for name, parameter in network.model.named_parameters():
-                if name in self._initial:
-                    parameter.copy_(self._initial[name])
-        trainer = Trainer(
-            plan=plan,
-            training=config.training,
-            model=network.model,
-            units=self._units,
-            backend=self._backend,
-            key=key,
-            generation=0,
-            ledger=NullLedger(),
-            tracker=NullTracker(),
-            autocast=network.autocast,
-            packer=packer,
-            objective=network.objective,
-        )
-        for step in range(setting.num_steps):
-            trainer.train_step(step)
-        num_trained = sum(tensor.numel() for tensor in self._initial.values())
-        relative_noise = plan.noise_of_run(config.training) * math.sqrt(num_trained)
+        if self._loaded is None or self._loaded[0] != (setting.rank, setting.seed):
+            self._loaded = (setting.rank, setting.seed), Bench(config, setting.seed)
+        bench = self._loaded[1]
+        plan, loss = bench.train(config, "noise law")
+        relative_noise = plan.noise_of_run(config.training) * math.sqrt(bench.num_trained)
         return Measured(
             **dataclasses.asdict(setting),
-            num_trained=num_trained,
+            num_trained=bench.num_trained,
             relative_noise=float(f"{relative_noise:.6g}"),
-            loss_before=round(self._before, 5),
-            loss=round(self._loss(), 5),
+            loss_before=round(bench.loss_before, 5),
+            loss=round(loss, 5),
         )
-
-    def _load(self, config: Config, setting: Setting) -> None:
-        if self._loaded == (setting.rank, setting.seed):
-            return
-        self._loaded = setting.rank, setting.seed
-        inputs: Inputs = read_inputs(config)
-        network: Network = load_network(config, self._backend)
-        key = SecretKey.insecure(setting.seed, "split")
-        split = draw_split(config, inputs.corpus, network.tokenizer, key)
-        self._network = network
-        self._units = select_units(inputs, self._backend, network, split, key, cache=None)
-        self._evaluation = network.encoder.encode([inputs.corpus.records[u][i] for u, i in split.evaluation]).records
-        trained = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad]
-        self._initial = {name: parameter.detach().clone() for name, parameter in trained}
-        self._before = self._loss()
-
-    def _loss(self) -> float:
-        network = self._network
-        scores = evaluate(
-            network.model,
-            self._evaluation,
-            self._backend,
-            objective=network.objective,
-            packer=network.packer,
-            autocast=network.autocast,
-        )
-        assert scores is not None
-        return scores.loss
 
 
 def main() -> None:
@@ -210,7 +155,7 @@ def main() -> None:
     known = {
         Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()
     }
-    bench = Bench(directory)
+    bench = Measuring(directory)
     wanted = [setting for purpose in purposes for setting in settings(purpose) if setting not in known]
     wanted.sort(key=lambda setting: setting.seed)  # one seed of everything first
     is_new = not TABLE.exists()

@@ -202,6 +202,54 @@ def test_auto_takes_the_best_number_of_bands(banded_tree):
     assert (alone.epsilon, alone.noise_stddev) == (same.epsilon, same.noise_stddev), "one band is plain DP-SGD"
 
 
+def round_multiplier(plan: PrivacyPlan, gradient_noise: float) -> float:
+    """Brute force: noise multiplier of all that a unit moves in a round, gradient rows and auxiliary sums.
+
+    Args:
+        plan: with correlated noise.
+        gradient_noise: standard deviation of the fresh noise over the clipping norm.
+    """
+    size = strategy_of(plan).num_bands
+    num_sums = len(plan.auxiliary_sums)
+    whole = np.zeros((size * (1 + num_sums), size * (1 + num_sums)))
+    whole[:size, :size] = strategy_of(plan).matrix(size) / gradient_noise
+    for i, one in enumerate(plan.auxiliary_sums, start=1):
+        whole[i * size : (i + 1) * size, i * size : (i + 1) * size] = np.eye(size) * (0.5 / one.noise)
+    moved = [whole[:, step::size].sum(axis=1) for step in range(size)]  # by a unit that joins this step
+    return 1 / max(float(np.linalg.norm(column)) for column in moved)
+
+
+@pytest.mark.parametrize("noise", [None, 2.5])
+def test_metrics_and_gradient_are_the_accounted_gaussian(banded_tree, noise):
+    plain = built(banded_tree | {"privacy": banded_tree["privacy"] | {"num_bands": 8}})
+    banded_tree["privacy"] |= {"num_bands": 8, "noised_metrics": {"noise": noise}}
+    plan = built(banded_tree)
+    assert (plan.noise_multiplier, plan.epsilon, plan.event_of_steps(120)) == (
+        plain.noise_multiplier,
+        plain.epsilon,
+        plain.event_of_steps(120),
+    )
+    assert round_multiplier(plan, plan.fresh_noise_multiplier) == pytest.approx(plan.noise_multiplier, rel=1e-9)
+    assert PrivacyPlan.from_body(plan.body()) == plan
+    mutant = plan.noise_multiplier * plan.column_norm  # the gradient's noise without room for the sums
+    assert round_multiplier(plan, mutant) < plan.noise_multiplier * (1 - 1e-4)
+
+
+def test_bands_that_leave_no_room_for_metrics_are_not_chosen(banded_tree):
+    """More bands need a larger noise multiplier, which metrics of little noise do not have."""
+    free = built(banded_tree | {"privacy": banded_tree["privacy"] | {"noised_metrics": {}}})
+    few = banded_tree["privacy"] | {"num_bands": 1}
+    noise = 0.55 * built(banded_tree | {"privacy": few}).noise_multiplier
+    banded_tree["privacy"]["noised_metrics"] = {"noise": noise, "release": ["loss"]}
+    plan = built(banded_tree)
+    assert noise < free.noise_multiplier / 2, "what is best without that limit has no room"
+    assert plan.has_room
+    assert strategy_of(plan).num_bands < strategy_of(free).num_bands
+    banded_tree["privacy"]["num_bands"] = strategy_of(free).num_bands
+    with pytest.raises(ConfigError, match=r"privacy.noised_metrics.noise: given .* must exceed half"):
+        built(banded_tree)
+
+
 def test_plan_of_the_api_is_the_runs(banded_tree):
     """The strategy is chosen for the optimizer's settings; without them it would be another."""
     banded_tree["privacy"] |= {"num_bands": 8}
@@ -251,8 +299,7 @@ FAULTS = {
     "groups": ({"num_bands": 120, "sampling_prob": 0.01}, "num_bands [*] sampling_prob = 1.2 a step; at most 1"),
     "no noise": ({"noise_multiplier": 0, "target_epsilon": None, "num_bands": 2}, "needs noise"),
     "auto": ({"noise_multiplier": 1, "target_epsilon": None}, "num_bands: auto needs privacy.target_epsilon"),
-    "metrics": ({"noised_metrics": {}}, "does not release privacy.noised_metrics"),
-    "adaptive": ({"clipping_style": "adaptive"}, "does not release"),
+    "adaptive": ({"clipping_style": "adaptive"}, "needs one clipping norm for all steps"),
     "not used": ({"noise": "independent", "num_bands": 2}, "num_bands is not used by privacy.sampling=poisson"),
     "user accounting": (
         {"unit": "example", "records_per_user": 3, "user_accounting": "mixture"},

@@ -195,9 +195,10 @@ def test_the_trainers_real_noise_is_the_accounted_one(tiny_llama):
     assert loss_stddev[0] == pytest.approx(8 * plan.auxiliary_sums[0].noise / plan.expected_batch_size)
 
 
-def test_the_self_test_finds_an_auxiliary_sum_without_its_noise(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("cell", [Cell(noised_metrics=True), Cell(sampling_prob=0.3, num_bands=3, noised_metrics=True)])
+def test_the_self_test_finds_an_auxiliary_sum_without_its_noise(tiny_llama, monkeypatch, cell):
     monkeypatch.setattr(auxiliary_sums, "noised", lambda total, *, exponent, **_: total.double() * 2.0**exponent)
-    trainer = make_trainer(LocalBackend(CPU), tiny_llama, Cell(noised_metrics=True))
+    trainer = make_trainer(LocalBackend(CPU), tiny_llama, cell)
     with pytest.raises(SelfTestFailed, match="was released as"):
         self_test(trainer)
 
@@ -337,8 +338,9 @@ def test_two_ranks_release_what_one_process_does(tiny_llama, name):
         assert found == pytest.approx(alone, abs=1e-5)
 
 
-def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path):
-    noised["privacy"]["num_steps"] = 6
+@pytest.mark.parametrize("noise", [{}, {"noise": "banded", "num_bands": 2}])
+def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path, noise):
+    noised["privacy"] |= {"num_steps": 6, **noise}
     whole, broken = (
         write_config({**noised, "run": {**noised["run"], "name": name}}, tmp_path / f"{name}.yaml")
         for name in ("whole", "broken")

@@ -100,7 +100,6 @@ def test_a_table_with_too_few_trainings_fits_no_law():
     "change",
     [
         {"clipping_style": "adaptive"},
-        {"noised_metrics": {"release": ["loss"]}},
         {"unit": "example", "user_accounting": "group", "records_per_user": 3},
     ],
 )
