@@ -20,8 +20,9 @@ from privtrain.job.advice import recommended_learning_rate
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 
-#: Steps are powers of two, which many numbers of bands divide.
+#: Steps are powers of two, which many numbers of bands divide: those that were measured, and up to the configuration's.
 _STEPS = tuple(2**n for n in range(3, 13))
+_MOST_MEASURED = 256
 #: Bands that are compared for each number of steps; the recommended plan takes the best of all (``num_bands: auto``).
 _BANDS = (1, 4, 16, 64)
 #: Records of a user in a step that are compared, beside the configuration's.
@@ -146,7 +147,8 @@ def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[t
     choices_of_k = {1} if privacy.unit == "example" else {records_in_step(privacy), *_RECORDS}
     bands = _BANDS if can_be_banded(config) else (1,)
     for records in sorted(choices_of_k):
-        for num_steps in sorted({*_STEPS, privacy.num_steps}):
+        # Beyond both the law only says that more steps are better, down to a batch of one.
+        for num_steps in sorted(n for n in {*_STEPS, privacy.num_steps} if n <= max(_MOST_MEASURED, privacy.num_steps)):
             batch = int(record_draws / (num_steps * records))
             if not 1 <= batch <= min(num_units, MAX_UNITS):
                 continue

@@ -107,12 +107,13 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     in_parts = is_full and layout.shards_gradients
     holds_no_unit = in_parts and config.performance.clipping_route == "two_pass"
     units = 0 if holds_no_unit else 1 if is_full else rows
+    state_bytes = _OPTIMIZER_BYTES + (_FP32_BYTES if config.training.num_averaged_steps else 0)
     # Reduced into parts of its own where each rank has a whole one.
     num_sums = 2 if layout.shards_optimizer and not in_parts else 1
     parts = {
         "frozen base": frozen // parameters,
         "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
-        "optimizer state": 0 if layout.offloads_optimizer else trained * _OPTIMIZER_BYTES // optimizer,
+        "optimizer state": 0 if layout.offloads_optimizer else trained * state_bytes // optimizer,
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }

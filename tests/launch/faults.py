@@ -41,11 +41,12 @@ CHECKPOINT_INTERVAL = 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A fault, whether the newest checkpoint is damaged before the job is started again, and where it all happens."""
+    """A fault, whether the newest checkpoint is damaged before the job is started again, and in which kind of job."""
 
     fault: Fault
     is_checkpoint_damaged: bool = False
     backend: str = "ddp"
+    num_bands: int = 1
 
     @property
     def name(self) -> str:
@@ -53,6 +54,7 @@ class Case:
         who = "disk full" if fault.action == "fill" else f"{fault.action} rank {fault.rank}"
         damaged = ", newest checkpoint cut" if self.is_checkpoint_damaged else ""
         where = "" if self.backend == "ddp" else f"{self.backend}: "
+        where += "" if self.num_bands == 1 else f"{self.num_bands} bands: "
         return f"{where}{who} {fault.moment} {fault.phase} of step {fault.step}{damaged}"
 
     @property
@@ -64,11 +66,13 @@ class Case:
 
 
 def job_config(
-    place: pathlib.Path, name: str, output: pathlib.Path | None = None, **performance: float
+    place: pathlib.Path, name: str, output: pathlib.Path | None = None, *, num_bands: int = 1, **performance: float
 ) -> pathlib.Path:
     tree = tiny_tree(place / "model", place / "users.jsonl", output or place / "runs")
     tree["run"]["name"] = name
     tree["privacy"] |= {"num_steps": NUM_STEPS, "insecure_seed": 11}
+    if num_bands > 1:
+        tree["privacy"] |= {"noise": "banded", "num_bands": num_bands, "sampling_prob": 1 / num_bands}
     tree["performance"] |= {"heartbeat_timeout_seconds": 20, **performance}
     return write_config(tree, place / f"{name}.yaml")
 
@@ -79,10 +83,10 @@ def prepare(place: pathlib.Path) -> None:
     write_users(place / "users.jsonl")
 
 
-def undisturbed(place: pathlib.Path, backend: str = "ddp") -> bytes:
+def undisturbed(place: pathlib.Path, backend: str = "ddp", num_bands: int = 1) -> bytes:
     """The adapter of a run that nobody disturbs."""
-    name = f"undisturbed-{backend}"
-    job = Job(job_config(place, name), place / name, backend=backend)
+    name = f"undisturbed-{backend}-{num_bands}"
+    job = Job(job_config(place, name, num_bands=num_bands), place / name, backend=backend)
     assert job.wait() == [0, 0], job.output()
     return adapter_of(place / "runs" / name)
 
@@ -95,7 +99,7 @@ def run_case(place: pathlib.Path, case: Case, index: int, expected: bytes) -> st
     """Strike, look, resume, compare; returns how the job that was struck ended."""
     name = f"case-{index:03d}"
     with small_disk(place / name / "disk", case.fault.action == "fill") as output:
-        config = job_config(place, name, output)
+        config = job_config(place, name, output, num_bands=case.num_bands)
         run = output / name
         struck = Job(config, place / name, fault=case.fault, backend=case.backend)
         codes = struck.wait()
@@ -154,7 +158,8 @@ def check_result(directory: pathlib.Path, run: pathlib.Path, config: pathlib.Pat
     assert {step for step, _ in sums} == set(range(NUM_STEPS))
     assert all(len(digests) == 1 for digests in sums.values()), "one step's noise covered two sums"
     statement = json.loads((run / "privacy.json").read_text())
-    plan = PrivacyPlan.build(load_config(config, ()).privacy)
+    loaded = load_config(config, ())
+    plan = PrivacyPlan.build(loaded.privacy, loaded.training)
     assert statement["steps_released"] == NUM_STEPS
     assert statement["epsilon"] == statement["accountants"][0]["upper"] == plan.epsilon_after(NUM_STEPS) > 0
     assert "matches privacy.json" in verify_run(run)
@@ -222,17 +227,18 @@ def main() -> None:
     parser.add_argument("--num-cases", type=int, default=None, help="stop after so many")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single cases")
     parser.add_argument("--backend", choices=LAUNCH_FILES, default="ddp")
+    parser.add_argument("--num-bands", type=int, choices=(1, 2, 3), default=1, help="of the noise")
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         place = pathlib.Path(directory)
         prepare(place)
-        expected = undisturbed(place, arguments.backend)
+        expected = undisturbed(place, arguments.backend, arguments.num_bands)
         results, failures = [], []
         for index, planned in enumerate(long_cases()[: arguments.num_cases]):
             if arguments.only and index + 1 not in arguments.only:
                 continue
-            case = dataclasses.replace(planned, backend=arguments.backend)
+            case = dataclasses.replace(planned, backend=arguments.backend, num_bands=arguments.num_bands)
             try:
                 codes = run_case(place, case, index, expected)
             except (AssertionError, PrivtrainError, ValueError) as error:

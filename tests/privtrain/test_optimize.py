@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -96,6 +97,15 @@ def test_a_table_with_too_few_trainings_fits_no_law():
         noise_law.fit(noise_law.table()[:8])
 
 
+@pytest.mark.parametrize(("num_steps", "most"), [(32, 256), (1000, 1000)])
+def test_steps_are_those_measured_or_no_more_than_now(private_tree, num_steps, most):
+    """The law grows with the number of steps: without that limit it ends at a batch of one."""
+    private_tree["privacy"] |= {"num_steps": num_steps}
+    tried = [steps for steps, *_ in module._shapes(validate(private_tree), NUM_USERS, 8192)]
+    assert max(tried) == most
+    assert max(tried) <= max(noise_law.fitted().most_steps * 1.3, num_steps)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -159,3 +169,13 @@ def test_a_rate_that_does_not_decay_is_half_of_one_that_does(private_tree):
         config, plan, 10_000
     )
     assert ratio == pytest.approx(2, rel=0.15)  # the noise of the run is not quite the same
+
+
+def test_the_demo_has_a_learning_rate_that_fits_its_plan():
+    """And the rate that it had before there was a law is warned about."""
+    recipe = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
+    config = load_config(recipe, ["privacy.accountant=tilted"])
+    plan = PrivacyPlan.uncertified(config.privacy, config.training)
+    assert learning_rate_warnings(config, plan, 230_400) == []
+    old = config.training.model_copy(update={"learning_rate": 1e-3})
+    assert "below" in learning_rate_warnings(config.model_copy(update={"training": old}), plan, 230_400)[0]
