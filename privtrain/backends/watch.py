@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,10 +67,7 @@ class Watch:
         if self._is_alone:
             return
         verdict = {"kind": "failed", "rank": self._rank, "message": message[:500], "code": exit_code}
-        # The store may be what is gone: never wait for it here.
-        thread = threading.Thread(target=self._decide, args=(verdict,), daemon=True)
-        thread.start()
-        thread.join(timeout=2.0)
+        _call_briefly(self._decide, verdict)
 
     def explain(self, error: Exception, is_stopping: threading.Event) -> PrivtrainError | None:
         """Return why ``error`` was raised here, if it comes of another rank; ``None`` if it is this rank's own.
@@ -173,12 +171,17 @@ class Watch:
         return [value.decode() for value in self._store.multi_get([self._key(kind, rank) for rank in ranks])]
 
     def _put(self, key: str, value: str) -> None:
-        thread = threading.Thread(target=self._store.set, args=(key, value), daemon=True)
-        thread.start()
-        thread.join(timeout=2.0)
+        _call_briefly(self._store.set, key, value)
 
     def _has(self, key: str) -> bool:
         return self._store.check([key])
+
+
+def _call_briefly(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of the store in a thread of its own, for two seconds at most: the store may be what is gone."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    thread.join(timeout=2.0)
 
 
 def _connect(timeout_seconds: float) -> dist.TCPStore:
