@@ -18,7 +18,7 @@ def epsilon(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """Epsilon of an event at ``delta``, by one accountant.
+    """Return epsilon of an event at ``delta``, by one accountant.
 
     Args:
         event: what was released.
@@ -44,7 +44,7 @@ def delta(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> PrivacyAnswer:
-    """Delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
+    """Return delta of an event at ``epsilon``: the counterpart of :func:`epsilon`."""
     return get_accountant(accountant or fitting(event, relation.name)[0]).delta(event, epsilon, relation)
 
 

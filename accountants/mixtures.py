@@ -70,7 +70,7 @@ class MixtureStep:
         return math.log(self.probs[0]) if self.probs[0] < 0.5 else math.log1p(-math.fsum(self.probs[1:]))
 
     def loss(self, z: Array) -> Array:
-        """``log dQ/dP`` at ``z``, with an absolute error of a few units in the last place of max(1, loss)."""
+        """Return ``log dQ/dP`` at ``z``, with an absolute error of a few units in the last place of max(1, loss)."""
         if self.shifts[0] == 0 and len(self.shifts) == 2:
             return self._poisson_loss(z)
         if len(self.shifts) == 1:

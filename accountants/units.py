@@ -123,7 +123,7 @@ def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[floa
 
 
 def record_delta_of(record_epsilon: float, delta: float, num_records: int) -> float:
-    """``delta (e^e1 - 1) / (e^(k e1) - 1)``: what one record may have of a user's delta, rounded down.
+    """Return ``delta (e^e1 - 1) / (e^(k e1) - 1)``: what one record may have of a user's delta, rounded down.
 
     0 where it is too small for float64 to hold with all its digits.
     """

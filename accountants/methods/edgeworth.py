@@ -83,7 +83,7 @@ class DirectedExpansion:
     second_error: float = 0.0
 
     def delta(self, epsilon: Array, sign: float = 0.0) -> Array:
-        """Delta at ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end."""
+        """Return delta at ``epsilon``: the estimate, or with ``sign`` +1 or -1 its upper or lower end."""
         first = self.first.survival(epsilon) + sign * self.first_error
         second = self.second.survival(epsilon) - sign * self.second_error
         value = first - np.exp(np.minimum(epsilon, _LARGEST_EXPONENT)) * second

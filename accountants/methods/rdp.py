@@ -73,7 +73,7 @@ class RdpAccountant(Accountant):
 
 
 def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: float) -> tuple[float, float]:
-    """Delta at ``epsilon`` and the order that gives it: Canonne et al. 2020 (arXiv 2004.00010), proposition 12.
+    """Return delta at ``epsilon`` and the order that gives it: Canonne et al. 2020 (arXiv 2004.00010), proposition 12.
 
     The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
     """
@@ -111,7 +111,7 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
 
 
 def _of_parts(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> list[float] | None:
-    """Renyi divergences of events around others, from those of the inner ones; ``None`` for a single mechanism.
+    """Return Renyi divergences of events around others, from those of the inner ones; ``None`` for a single mechanism.
 
     The best of a random number of runs: Papernot and Steinke 2022 (arXiv 2110.03620), theorems 2 and 6, with the
     library's formula over divergences of our own, since its series for fractional orders may miss digits.
@@ -136,7 +136,7 @@ def renyi_epsilon(composed: Composition, delta: float) -> float:
 
 
 def mixture_divergences(composed: Composition) -> list[float]:
-    """Renyi divergences of a normal form: ``log E[exp((a - 1) loss)] / (a - 1)`` summed over steps.
+    """Return Renyi divergences of a normal form: ``log E[exp((a - 1) loss)] / (a - 1)`` summed over steps.
 
     By the trapezoidal rule, whose error for these Gaussian integrands is below rounding at spacings of 0.1; a relative
     margin of 1e-11 and an absolute one of 1e-13 a step cover it. The library's series for fractional orders does not
@@ -172,7 +172,7 @@ class _LossTable:
         self._start, self._loss = 0, np.zeros(0)
 
     def log_moments(self, order: float) -> Array:
-        """Upper bounds on ``log E_P[e^(order loss)]`` (remove) and ``log E_P[e^(-(order - 1) loss)]`` (add)."""
+        """Return upper bounds on ``log E_P[e^(order loss)]`` (remove) and ``log E_P[e^(-(order - 1) loss)]`` (add)."""
         shifts = self._step.shifts
         if len(shifts) == 1:
             return np.full(2, order * (order - 1) * shifts[0] ** 2 / 2)

@@ -222,7 +222,7 @@ def _smoothed_sums(
 
 
 def _longest(composed: Composition) -> int:
-    """Log2 of the longest transform, and of the most cells: fewer where cells are dear."""
+    """Return log2 of the longest transform, and of the most cells: fewer where cells are dear."""
     shifts = sum(len(step.shifts) for step, _ in composed.phases if len(step.shifts) > 2)
     return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(shifts, 1))))
 
@@ -268,7 +268,7 @@ def _delta_attempts(
 
 
 def _shape(law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float) -> tuple[float, float]:
-    """Length of the window and tilt: the shortest of a few."""
+    """Return length of the window and tilt: the shortest of a few."""
     spread = math.sqrt(law.cumulants(start.tilt)[2])
     largest = max(start.tilt, 1.5 / spread)
     return min(

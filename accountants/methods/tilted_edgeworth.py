@@ -100,7 +100,7 @@ class TiltedSum:
 
 
 def tilted_sum(composed: Composition, tilt: float, *, add: bool, margin: float, log_mass: float) -> TiltedSum:
-    """Moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side.
+    """Return moments of the tilted sum; ``margin`` (+1 or -1 times the step margin) moves K to the safe side.
 
     ``log_mass`` sets the cut.
     """

@@ -110,7 +110,7 @@ def _log_sum_at(step: MixtureStep, z: float, add: bool, side: int) -> float:
 
 
 def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -> float:
-    """Delta of one step in one direction; ``side`` as in :func:`step_log_delta`."""
+    """Return delta of one step in one direction; ``side`` as in :func:`step_log_delta`."""
     value = math.exp(step_log_delta(step, epsilon, add=add, side=side))
     # The exponential's own round-off, also where float64 thins out.
     return min(max(value + side * (2 * UNIT * value + 2 * math.ulp(0.0)), 0.0), 1.0)

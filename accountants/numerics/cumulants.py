@@ -47,7 +47,7 @@ def step_moments(
     tilt: float = 0.0,
     limits: tuple[float, float] | None = None,
 ) -> Moments:
-    """Moments of the directed loss.
+    """Return moments of the directed loss.
 
     Args:
         step: one step.
@@ -89,7 +89,7 @@ def _moments(loss: Array, weight: Array, log_normaliser: float) -> Moments:
 
 
 def sum_cumulants(composed: Composition, *, add: bool, first_law: bool) -> tuple[float, float, float, float, float]:
-    """Cumulants 1 to 5 of the total loss."""
+    """Return cumulants 1 to 5 of the total loss."""
     totals = np.zeros(5)
     for step, count in composed.phases:
         moments = step_moments(step, add=add, first_law=first_law)

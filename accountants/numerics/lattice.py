@@ -184,5 +184,5 @@ def dominating_law(cells: Cells, *, add: bool) -> LatticeLaw:
 
 
 def _difference(log_larger: float, log_smaller: float) -> float:
-    """``exp(log_larger) - exp(log_smaller)``, rounded up."""
+    """Return ``exp(log_larger) - exp(log_smaller)``, rounded up."""
     return math.exp(log_larger) * -math.expm1(min(log_smaller - log_larger, 0.0)) if log_larger > -math.inf else 0.0

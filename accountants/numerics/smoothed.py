@@ -282,7 +282,7 @@ class SmoothedSum:
         return self.terms * np.exp(-1j * shift * self._frequencies)
 
     def _error_at(self, shift: float) -> float:
-        """``error`` with the rounding of the phases."""
+        """Return ``error`` with the rounding of the phases."""
         return self.error + 8 * UNIT * (abs(shift) * float(self._frequencies[-1]) + len(self.terms)) * self._size
 
     def _value(self, epsilon: float, sign: float) -> float:

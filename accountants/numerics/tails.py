@@ -25,7 +25,7 @@ _LEFT = -20.0
 
 
 def log_mills(x: Array) -> Array:
-    """``log(P(N > x) / phi(x))``, with an absolute error of at most ``mills_error(x)``."""
+    """Return ``log(P(N > x) / phi(x))``, with an absolute error of at most ``mills_error(x)``."""
     right = _LOG_ROOT_HALF_PI + np.log(special.erfcx(np.maximum(x, _LEFT) / math.sqrt(2)))
     return np.where(x >= _LEFT, right, x * x / 2 + LOG_ROOT_TWO_PI)
 
@@ -36,13 +36,13 @@ def mills_error(values: Array) -> Array:
 
 
 def log_difference(gap: Array) -> Array:
-    """``log(1 - e^-gap)``; minus infinity for a gap of 0 or less."""
+    """Return ``log(1 - e^-gap)``; minus infinity for a gap of 0 or less."""
     gap = np.maximum(gap, 0.0)
     with np.errstate(divide="ignore"):
         return np.where(gap > 0.7, np.log1p(-np.exp(-gap)), np.log(-np.expm1(-gap)))
 
 
 def log_sum(logs: Array) -> float:
-    """``log sum exp``; minus infinity for nothing."""
+    """Return ``log sum exp``; minus infinity for nothing."""
     top = float(np.max(logs, initial=-math.inf))
     return top if math.isinf(top) else top + math.log(float(np.sum(np.exp(logs - top))))

@@ -154,7 +154,7 @@ def largest_jump(num_steps: int, spacing: float) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _jump_law(steps: int, reach: int, spacing: float) -> Array:
-    """Probabilities of Xi / spacing between -reach and reach."""
+    """Return probabilities of Xi / spacing between -reach and reach."""
     jumps = np.arange(-reach, reach + 1)
     return np.exp(_log_binomial(2 * steps, jumps + steps, 1 / (1 + math.exp(-spacing / 2))))
 

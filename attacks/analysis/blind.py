@@ -144,7 +144,7 @@ def _bag_of_words(tokens: Matrix) -> Matrix:
 
 
 def _traits(scored: Scored) -> Matrix:
-    """Length, compressibility, date and language, as values and as logarithms of sizes."""
+    """Return length, compressibility, date and language, as values and as logarithms of sizes."""
     columns = []
     for name, values in scored.traits.items():
         filled = np.where(np.isnan(values), np.nanmean(values), values)

@@ -20,7 +20,7 @@ _PSEUDOCOUNT = 0.5
 
 
 def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, seed: int) -> list[dict[str, Any]]:
-    """AUROC against the number of documents that the attacker holds of each user, 1, 2, 4, ...
+    """Return AUROC against the number of documents that the attacker holds of each user, 1, 2, 4, ...
 
     Only users with that many documents take part, each with that many drawn at random. ``auroc_with_one`` is of the
     same users with one document each, since users with many may differ from the others in more than their number.
@@ -45,7 +45,7 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
 
 
 def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) -> list[dict[str, Any]]:
-    """AUROC among users alike in something: quarters of all users, each side's members of a quarter compared.
+    """Return AUROC among users alike in something: quarters of all users, each side's members of a quarter compared.
 
     Args:
         values: [users] what they are alike in.
@@ -77,7 +77,7 @@ def shares(scored: Scored) -> FloatArray:
 
 
 def distinctness(scored: Scored) -> FloatArray:
-    """KL divergence in nats of each user's token frequencies from everybody else's, smoothed.
+    """Return KL divergence in nats of each user's token frequencies from everybody else's, smoothed.
 
     The quantity that proposition 1 of Kandpal et al. 2023 bounds the statistic with, for a model of single tokens.
     """

@@ -209,7 +209,7 @@ def _matrix(
 
 
 def _traits(kept: list[_Summary], place: Mapping[tuple[str, str], int]) -> tuple[Mapping[str, FloatArray], list[str]]:
-    """Length, compressibility, date and language of each user's fresh documents."""
+    """Return length, compressibility, date and language of each user's fresh documents."""
     by_user: dict[int, list[_Summary]] = collections.defaultdict(list)
     for item in kept:
         by_user[place[item.user]].append(item)

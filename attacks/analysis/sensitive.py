@@ -77,7 +77,7 @@ class SensitivePanel:
 
 
 def _stack(users: dict[str, _User]) -> FloatArray:
-    """[users, tokens, sums], users in order of their names."""
+    """Return [users, tokens, sums], users in order of their names."""
     return np.array([users[name].sums for name in sorted(users)]).reshape(len(users), 2, 3)
 
 

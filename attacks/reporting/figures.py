@@ -76,7 +76,7 @@ def histogram_figure(result: Mapping[str, Any], axis_label: str) -> str:
 
 
 def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str], axis_label: str, name: str) -> str:
-    """AUROC with its intervals at several places."""
+    """Return AUROC with its intervals at several places."""
     with figure_style():
         figure, axes = new_figure(height=3.2)
         places = list(range(len(points)))

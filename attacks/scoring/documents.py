@@ -173,7 +173,7 @@ def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:
 
 
 def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
-    """Neighbours in length together; the cut depends on nothing but the documents."""
+    """Return parts of neighbours in length; the cut depends on nothing but the documents."""
     return [
         list(documents[start : start + DOCUMENTS_PER_PART]) for start in range(0, len(documents), DOCUMENTS_PER_PART)
     ]

@@ -50,7 +50,7 @@ class NeuralScorer:
         self._scheme = scheme
 
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
-        """Signals of each sequence's tokens after its first: one forward pass."""
+        """Return signals of each sequence's tokens after its first: one forward pass."""
         labels = torch.from_numpy(np.concatenate([tokens[1:] for tokens in sequences])).to(self._device)
         signals = []
         for start, block in self._blocks(sequences):

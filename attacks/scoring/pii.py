@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 def find_personal_data(text: str) -> list[Span]:
-    """Character spans that Presidio takes for personal data, with its English defaults.
+    """Return character spans that Presidio takes for personal data, with its English defaults.
 
     Raises:
         AttackInputError: if Presidio or its spaCy model is not installed.

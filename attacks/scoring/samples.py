@@ -77,7 +77,7 @@ def write_samples(
 def _drawn(
     model: Any, begin: int, banned: list[int], num_tokens: int, temperature: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """[batch, num_tokens] ids after the begin mark."""
+    """Return [batch, num_tokens] ids after the begin mark."""
     ids = torch.full((_BATCH, 1), begin)
     past = None
     for _ in range(num_tokens):

@@ -93,11 +93,11 @@ class Cluster:
         return cls(int(match[1]), GPUS[match[2]], match[2])
 
     def compute(self, flops: float) -> float:
-        """Seconds of matrix products on one GPU."""
+        """Return seconds of matrix products on one GPU."""
         return flops / (self.gpu.flops * self.utilisation.flops)
 
     def touch(self, num_bytes: float) -> float:
-        """Seconds of reading and writing so many bytes of one GPU's memory."""
+        """Return seconds of reading and writing so many bytes of one GPU's memory."""
         return num_bytes / (self.gpu.memory_bandwidth * self.utilisation.memory)
 
     def collect(self, num_bytes: float) -> float:

@@ -150,7 +150,7 @@ def _launcher() -> list[Finding]:
 
 
 def _disk(config: Config | None) -> Finding:
-    """Room, durable renames and locks where the run directory will be; only global rank 0 needs them."""
+    """Examine room, durable renames and locks where the run directory will be; only global rank 0 needs them."""
     wanted = config.run.directory if config is not None else pathlib.Path.cwd()
     place = next(path for path in [wanted, *wanted.absolute().parents] if path.is_dir())
     free_bytes = shutil.disk_usage(place).free
@@ -255,7 +255,7 @@ def _agreement(backend: Backend) -> Finding:
 
 
 def _network(backend: Backend) -> Finding:
-    """Bandwidth and latency of one all-reduce in fp32, the only large thing that a step sends under DDP."""
+    """Measure bandwidth and latency of one all-reduce in fp32, the only large thing that a step sends under DDP."""
     large, small = (_reduce_seconds(backend, size) for size in (_BANDWIDTH_NUM_FLOATS, 1))
     num_bytes = 4 * _BANDWIDTH_NUM_FLOATS
     what = (

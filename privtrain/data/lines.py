@@ -81,7 +81,7 @@ class Line:
         return self.only((index,))
 
     def only(self, members: Sequence[int]) -> Line:
-        """The same for several of ``owners``, given by their places in it, ascending."""
+        """Return the same for several of ``owners``, given by their places in it, ascending."""
         mine = torch.zeros_like(self.target_mask)
         for first, stop in (self.units[index] for index in members):
             mine[:, first:stop] = True
@@ -188,7 +188,7 @@ class LinePacker:
         return self._assemble([(i, 0, len(r), self.cost(r)) for i, r in enumerate(units)], units, weights)
 
     def _lines(self, units: Sequence[Records]) -> list[list[_Run]]:
-        """Lines as runs: units go where the least room is left, the longest first, so that little is wasted."""
+        """Return lines as runs: units go where the least room is left, the longest first, so that little is wasted."""
         lines: list[list[_Run]] = []
         # Lines that take another unit, by the room that is left in each.
         with_room: dict[int, list[list[_Run]]] = {}

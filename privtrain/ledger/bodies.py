@@ -165,7 +165,7 @@ def _steps(bodies: Sequence[Body]) -> str:
 
 
 def _units(table: pa.Table) -> np.ndarray:
-    """[rows] of 16-byte pseudonyms."""
+    """Return [rows] of 16-byte pseudonyms."""
     column = table.column("unit")
     if column.null_count:
         raise ValueError("a missing pseudonym")

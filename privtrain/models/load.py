@@ -195,7 +195,7 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``"bf16"`` or ``"fp32"``: ``"auto"`` takes bf16 where the device multiplies in it."""
+    """Return ``"bf16"`` or ``"fp32"``: ``"auto"`` takes bf16 where the device multiplies in it."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -26,7 +26,7 @@ class Objective(abc.ABC):
     takes_lines = False
 
     def token_losses(self, model: torch.nn.Module, line: Line) -> torch.Tensor:
-        """[1, tokens] fp32: each predicted token's loss, from its record alone; zero elsewhere.
+        """Return [1, tokens] fp32: each predicted token's loss, from its record alone; zero elsewhere.
 
         Within :func:`privtrain.clipping.attention.within_records`.
         """
@@ -34,11 +34,11 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """[rows] fp32: the sum of each row's losses at its predicted positions; zero for a row without any."""
+        """Return [rows] fp32: the sum of each row's losses at its predicted positions; zero for a row without any."""
 
     @abc.abstractmethod
     def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """[] how many labels are the model's first choice; zero where accuracy has no meaning."""
+        """Return [] how many labels are the model's first choice; zero where accuracy has no meaning."""
 
     @abc.abstractmethod
     def plant(self, tokens: np.ndarray) -> Record:
@@ -106,7 +106,7 @@ class Classification(Objective):
     def _read(
         self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, labels, and which rows have one (padding rows have none)."""
+        """Return logits, labels, and which rows have one (padding rows have none)."""
         has_label = target_mask.any(dim=1)
         place = target_mask.int().argmax(dim=1, keepdim=True)
         labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
@@ -161,7 +161,7 @@ def label_logits(
     attention_mask: torch.Tensor,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
+    """Return logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
 
     Args:
         model: a sequence classification model.

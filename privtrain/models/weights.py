@@ -131,7 +131,7 @@ class _SafetensorsParts:
         return name in self._file_of and tuple(self._slice(name).get_shape()) == shape
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
-        """``count`` coordinates from ``first`` on; no more rows are read than hold them."""
+        """Return ``count`` coordinates from ``first`` on; no more rows are read than hold them."""
         stored = self._slice(name)
         shape = stored.get_shape()
         if not shape:

@@ -108,7 +108,7 @@ class KeyStream:
         return self
 
     def uint64(self, count: int) -> np.ndarray:
-        """``count`` independent uniform 64-bit integers."""
+        """Return ``count`` independent uniform 64-bit integers."""
         words = np.empty(count, dtype="<u8")
         for start in range(0, count, _MOST_WORDS):
             part = words[start : start + _MOST_WORDS].view(np.uint8).data
@@ -116,11 +116,11 @@ class KeyStream:
         return words
 
     def uniform(self, count: int) -> np.ndarray:
-        """``count`` uniforms on the 52-bit grid strictly inside (0, 1), symmetric about one half."""
+        """Return ``count`` uniforms on the 52-bit grid strictly inside (0, 1), symmetric about one half."""
         return ((self.uint64(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def standard_normal(self, count: int) -> np.ndarray:
-        """``count`` float64 standard normals by inversion; the grid ends at 8.2 standard deviations."""
+        """Return ``count`` float64 standard normals by inversion; the grid ends at 8.2 standard deviations."""
         return special.ndtri(self.uniform(count))
 
     def choose(self, population: int, count: int) -> list[int]:

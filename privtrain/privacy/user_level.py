@@ -79,7 +79,7 @@ class UserAccounting(abc.ABC):
         """Return the unit that ε protects, given the sampled unit."""
 
     def accountants_for(self, scheme: Scheme) -> tuple[str, ...]:
-        """Accountants that can certify ε, the first is the default."""
+        """Return accountants that can certify ε, the first is the default."""
         rules = USER_ACCOUNTING_RULES[self.name]
         return scheme.accountants if rules is None else rules.accountants
 

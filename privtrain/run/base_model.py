@@ -57,7 +57,7 @@ def is_at_hand(model: ModelSection) -> bool:
 
 
 def check_model(model: ModelSection) -> list[Fault]:
-    """Faults that can be seen without loading weights."""
+    """Return faults that can be seen without loading weights."""
     try:
         location = locate(model)
     except ConfigError as error:

@@ -276,7 +276,7 @@ def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
 
 
 def unit_text(plan: PrivacyPlan) -> str:
-    """Whom ε protects, in words."""
+    """Return whom ε protects, in words."""
     how = plan.user_accounting.how
     if not how:
         return plan.unit

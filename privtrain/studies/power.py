@@ -157,7 +157,7 @@ class Plan:
         return f"{plan}takes {_seeds(self.seeds)}{self._more_users()}"
 
     def to_json(self) -> dict[str, Any]:
-        """For the report; JSON has no infinity."""
+        """Return what the report holds of it; JSON has no infinity."""
         facts = dataclasses.asdict(self)
         return {**facts, "users": None if math.isinf(self.users) else self.users}
 

@@ -27,7 +27,7 @@ def _facts(result: CellResult) -> Any:
 
 
 def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
-    """Loss per token, ``sensitive`` or ``other``, on ``train`` or ``test``, ``tuned`` or ``base``."""
+    """Return loss per token, ``sensitive`` or ``other``, on ``train`` or ``test``, ``tuned`` or ``base``."""
 
     def measure(result: CellResult) -> float:
         wanted = {"tokens": tokens, "split": split, "model": model}
@@ -43,7 +43,7 @@ def fall(result: CellResult) -> float:
 
 
 def leak(result: CellResult) -> float:
-    """Gain on sensitive tokens of training records less that on held-out ones, nats a token."""
+    """Return gain on sensitive tokens of training records less that on held-out ones, nats a token."""
     return _facts(result)["sensitive"]["difference_in_differences"]["sensitive"]["value"]
 
 
@@ -59,7 +59,7 @@ def user_auroc(result: CellResult) -> float:
 
 
 def record_auroc(result: CellResult) -> float:
-    """Membership of records by the ratio of likelihoods."""
+    """Return membership of records by the ratio of likelihoods."""
     return _facts(result)["results"]["ratio_records"]["auroc"]
 
 
@@ -160,7 +160,7 @@ class _View:
         ]
 
     def _nearness(self, method: str, private: str) -> Estimate | None:
-        """Half the fall of one method's loss on sensitive training tokens, less the other's whole fall."""
+        """Return half the fall of one method's loss on sensitive training tokens, less the other's whole fall."""
         return minus(self.estimate(lambda result: fall(result) / 2, method), self.estimate(fall, private))
 
     def costs(self) -> Table:
@@ -189,7 +189,7 @@ class _View:
         return Table(f"Loss in nats per token{self.words}", columns, rows)
 
     def figures(self) -> list[Figure]:
-        """Loss of sensitive tokens on train and test by method; leak against operations."""
+        """Return loss of sensitive tokens on train and test by method; leak against operations."""
         methods = self._methods()
         if not methods:
             return []
@@ -219,7 +219,7 @@ class _View:
         return figures
 
     def numbers(self) -> dict[str, Any]:
-        """Everything in the tables, for machines."""
+        """Return everything in the tables, for machines."""
         return {
             method: {
                 key: one.to_json()

@@ -56,14 +56,14 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def text(self, digits: int = 3, factor: float = 1.0) -> str:
-        """For a table: ``0.812 (0.801 to 0.823; n=5)``."""
+        """Return the estimate for a table: ``0.812 (0.801 to 0.823; n=5)``."""
         if self.interval is None:
             return f"{factor * self.mean:.{digits}f} (n=1, no interval)"
         low, high = (factor * end for end in self.interval)
         return f"{factor * self.mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; n={self.n})"
 
     def to_json(self) -> dict[str, Any]:
-        """For the report."""
+        """Return what the report holds of it."""
         return {"mean": self.mean, "interval": self.interval, "n": self.n, "values": list(self.values)}
 
 

@@ -46,13 +46,13 @@ def auroc(result: CellResult) -> float:
 
 
 def auroc_variance(result: CellResult) -> float:
-    """What the finite number of users adds to the variance of one run's AUROC (DeLong)."""
+    """Return what the finite number of users adds to the variance of one run's AUROC (DeLong)."""
     facts = result.json("report/attacks.json")
     return facts["results"][facts["headline"]]["delong"]["variance"]
 
 
 def above_chance(result: CellResult) -> float:
-    """AUROC less one half."""
+    """Return AUROC less one half."""
     return auroc(result) - 0.5
 
 
@@ -78,7 +78,7 @@ def last_less_first(curve: str) -> Callable[[CellResult], float]:
 
 
 def more_documents_gain(place: int) -> Callable[[CellResult], float]:
-    """AUROC with more documents less that of the same users with one, at a place of the curve."""
+    """Return AUROC with more documents less that of the same users with one, at a place of the curve."""
 
     def measure(result: CellResult) -> float:
         point = _points(result, "by_num_documents")[place]
@@ -88,7 +88,7 @@ def more_documents_gain(place: int) -> Callable[[CellResult], float]:
 
 
 def canary_auroc(result: CellResult) -> float:
-    """AUROC over users whose documents share a planted substring."""
+    """Return AUROC over users whose documents share a planted substring."""
     (row,) = result.json("report/attacks.json")["panels"]["canaries"]["rows"]
     return row["auroc"]
 

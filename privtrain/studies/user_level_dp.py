@@ -206,7 +206,7 @@ class _View:
         return claims
 
     def table(self) -> Table:
-        """Perplexity and noise by method, k and ε."""
+        """Return perplexity and noise by method, k and ε."""
         rows = []
         for method in self.methods:
             for k in self.ks:
@@ -231,11 +231,11 @@ class _View:
         return "not complete" if is_planned else "not in the grid"
 
     def base(self) -> Estimate | None:
-        """Perplexity before training."""
+        """Return perplexity before training."""
         return self.results.estimate(lambda result: result.first(_PERPLEXITY), **self.values)
 
     def figures(self) -> list[Figure]:
-        """Perplexity against ε, against k, and by selection."""
+        """Return perplexity against ε, against k, and by selection."""
         slug = "".join(f"-{value}" for value in self.values.values())
         base = self.base()
         levels = [] if base is None else [Level("before training", base.mean)]

@@ -17,7 +17,7 @@ from privtrain.training.trainer import Trainer
 
 
 def flops_per_token(trainer: Trainer, packer: Packer, *, vocabulary_size: int) -> float:
-    """Operations of forward, backward and clipping, for one token of a full microbatch.
+    """Return operations of forward, backward and clipping, for one token of a full microbatch.
 
     Matrix products, convolutions and attention are counted, by torch's own counter; a multiplication and an addition
     are two. Every rank calls it, between steps; what the clipper holds is thrown away.

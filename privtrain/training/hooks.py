@@ -72,7 +72,7 @@ def loud_tokens(model: nn.Module, is_loud: torch.Tensor) -> Iterator[None]:
 
 
 def _pattern(output: torch.Tensor) -> torch.Tensor:
-    """[tokens, width]: one coordinate alone at every other token, signs at the others."""
+    """Return [tokens, width]: one coordinate alone at every other token, signs at the others."""
     num_tokens, width = output.shape[1:]
     place = torch.arange(num_tokens, device=output.device)
     spike = nn.functional.one_hot(place % width, width).to(output)

@@ -67,7 +67,7 @@ class LineProbe:
         return self._agreed(self._fault)
 
     def shared_coins(self) -> str:
-        """The same for random numbers that the tokens of a line share. Dropout must be as in training."""
+        """Return the same for random numbers that the tokens of a line share. Dropout must be as in training."""
         return self._agreed(self._coins)
 
     def _agreed(self, check: Callable[[], str]) -> str:
@@ -271,7 +271,7 @@ class LineProbe:
         return clipper.finish().clone()
 
     def _factor(self, unit: list[Record], size: float) -> float:
-        """The factor that gives a unit's loss a gradient of ``size`` clipping norms, by plain autograd."""
+        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms, by plain autograd."""
         (batch,) = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id).pack([unit], 1)
         batch = batch.to(self._device)
         (self.trainer.row_losses(batch.input_ids, batch.target_mask) * batch.row_weight).sum().backward()

@@ -356,7 +356,7 @@ class _Reference:
 
 
 def _unit_loss(row_losses: RowLosses, batch: Microbatch, unit: int) -> torch.Tensor:
-    """[] the loss of one unit's rows in a batch."""
+    """Return [] the loss of one unit's rows in a batch."""
     rows = (batch.owner == batch.owners.index(unit)).nonzero().flatten()
     return (row_losses(batch.input_ids, batch.target_mask)[rows] * batch.row_weight[rows]).sum()
 

@@ -342,12 +342,12 @@ class Trainer:
             yield batch.to(self.backend.device)
 
     def row_losses(self, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """[rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
+        """Return [rows] losses in the job's precision: what is clipped, and what the self-test differentiates again."""
         with self.autocast:
             return self.objective.losses(self.model, input_ids, target_mask)
 
     def token_losses(self, line: Line) -> torch.Tensor:
-        """[1, tokens] losses in the job's precision, as :meth:`row_losses`."""
+        """Return [1, tokens] losses in the job's precision, as :meth:`row_losses`."""
         with self.autocast:
             return self.objective.token_losses(self.model, line)
 
@@ -391,7 +391,7 @@ class Trainer:
         return reduced
 
     def _zeroed(self, drawn: Sequence[DrawnUnit], num_nonfinite: float) -> list[str]:
-        """Names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
+        """Return names of the units that counted as zero, from the ranks that clipped them. Almost always nobody."""
         if not num_nonfinite:
             return []
         clipped_here = {self._share[position].unit for position in self.clipper.diagnostics.nonfinite_owners}

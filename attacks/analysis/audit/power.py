@@ -181,7 +181,7 @@ def _right(guess: Guess, num_coins: int, mu: float, power: float) -> int:
 
 @functools.cache
 def accuracy(mu: float, share: float) -> float:
-    """Chance that a guess is right if the share of the most telling scores is guessed, half of them as "in"."""
+    """Return chance that a guess is right if the share of the most telling scores is guessed, half of them as "in"."""
     if math.isinf(mu):
         return 1.0
     cut = scipy.stats.norm

@@ -9,7 +9,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Mean gain in log-probability per token. A difference of logarithms: their quotient would be no ratio."""
+    """Return mean gain in log-probability per token. A difference of logarithms: their quotient would be no ratio."""
     return float((row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64)).mean())
 
 

@@ -74,7 +74,7 @@ def null_moments(num_secrets: int) -> tuple[float, float]:
 
 
 def skew_normal(values: FloatArray) -> tuple[float, float, float]:
-    """Shape, location and scale of the skew-normal law with the values' first three moments.
+    """Return shape, location and scale of the skew-normal law with the values' first three moments.
 
     A skewness beyond what the family has (.995) is cut; the test of the fit then judges.
     """

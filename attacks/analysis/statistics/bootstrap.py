@@ -188,7 +188,7 @@ def bounded_mean_interval(
 def mean_exposure_interval(
     outranked: BoolArray, level: float = interval.CONFIDENCE_LEVEL, *, seed: int = 0
 ) -> Interval:
-    """The mean exposure of canaries that are ranked among the same references, whose own luck all of them share.
+    """Return the mean exposure of canaries that are ranked among the same references, whose own luck all of them share.
 
     By the Bayesian bootstrap of canaries and of references, with one more of each that is as bad for the end as can be:
     of log2 N - log2(1 + M s) over M = N - 1 references, s the weight of those at least as likely as the canary.

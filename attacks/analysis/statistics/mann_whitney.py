@@ -58,7 +58,7 @@ def auroc(held_in: FloatArray, held_out: FloatArray) -> float:
 
 
 def delong_variance(held_in: FloatArray, held_out: FloatArray) -> float:
-    """DeLong's estimate of the variance of the sample AUROC.
+    """Return DeLong's estimate of the variance of the sample AUROC.
 
     Args:
         held_in: one score per held-in user, at least two.
@@ -76,6 +76,6 @@ def delong_variance(held_in: FloatArray, held_out: FloatArray) -> float:
 
 
 def _rank(scores: FloatArray, among: FloatArray) -> FloatArray:
-    """For each score, how many of ``among`` are lower, ties one half."""
+    """Return for each score how many of ``among`` are lower, ties one half."""
     ordered = np.sort(among)
     return (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / 2.0

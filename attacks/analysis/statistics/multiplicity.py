@@ -12,7 +12,7 @@ from attacks.analysis.arrays import FloatArray
 
 
 def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
-    """For each held-in user (1 + held-out users that score at least as high) / (held-out users + 1).
+    """Return for each held-in user (1 + held-out users that score at least as high) / (held-out users + 1).
 
     Valid for a split drawn by coin: a user who was not trained on is exchangeable with the held-out ones.
     """
@@ -21,7 +21,7 @@ def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
 
 
 def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
-    """Holm's (1979) adjusted p-values: reject those at most a level and any false rejection is that rare.
+    """Return Holm's (1979) adjusted p-values: reject those at most a level and any false rejection is that rare.
 
     Args:
         p_values: in [0, 1], however dependent.

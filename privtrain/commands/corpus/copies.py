@@ -130,7 +130,7 @@ def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
 
 
 def _hashes(tokens: np.ndarray, size: int) -> np.ndarray:
-    """[max(0, n - size + 1)] uint64 hash of every run of tokens; equal runs have equal hashes."""
+    """Return [max(0, n - size + 1)] uint64 hash of every run of tokens; equal runs have equal hashes."""
     if len(tokens) < size:
         return np.empty(0, np.uint64)
     powers = np.cumprod(np.full(size, _BASE, dtype=np.uint64), dtype=np.uint64)

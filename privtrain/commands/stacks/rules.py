@@ -65,7 +65,7 @@ def optimizer(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def schedule(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """A learning-rate schedule by its Hugging Face name."""
+    """Translate a learning-rate schedule by its Hugging Face name."""
     names = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
     if str(value) not in names:
         return refused(f"given {value!r}; training.schedule is constant, linear or cosine")
@@ -86,12 +86,12 @@ def fp16(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def steps(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """A number of optimizer steps; -1 means none is given."""
+    """Translate a number of optimizer steps; -1 means none is given."""
     return Outcome({"privacy.num_steps": int(value)}) if int(value) > 0 else Outcome(reason="not set")
 
 
 def target_modules(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """Names of the modules that get LoRA, as a list or joined by commas."""
+    """Translate names of the modules that get LoRA, as a list or joined by commas."""
     if value in ("all", "all-linear"):
         return Outcome({"lora.target_modules": "all-linear"})
     names = _names(value)
@@ -115,7 +115,7 @@ def switch(key: str, setting: str) -> Rule:
 
 
 def share_held_out(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """A share of rows kept for evaluation: here of users, since rows of one user are no independent test."""
+    """Translate a share of rows kept for evaluation: here of users, since rows of one user are no independent test."""
     if not 0 <= float(value) < 1:
         return Outcome(reason="a number of rows; here a share of the users is held out (data.held_out_fraction)")
     return Outcome({"data.held_out_fraction": float(value)}, "of users, not of rows")
