@@ -78,8 +78,8 @@ class ArrivingShards(GradientShards):
         dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=self._group)
 
     @override
-    def scattered(self, total: torch.Tensor) -> ScatteredSum:
-        return ScatteredSum(total, self.layout, self._part_size, self.size, self._group)
+    def scattered(self, total: torch.Tensor, *, once: bool) -> ScatteredSum:
+        return ScatteredSum(total, self.layout, self._part_size, self.size, self._group, once=once)
 
     def _part_size(self, slot: Slot) -> int:
         """Coordinates of the largest part: FSDP gives every rank equally many rows, the last ones fewer or none."""
@@ -166,8 +166,10 @@ class ReducedShards(ArrivingShards):
 class ScatteredSum:
     """This rank's part of an int64 sum to which the ranks contribute whole tensors, one after another.
 
-    A rank holds its part, one whole tensor and a bucket. Integers are added, so no order changes a bit. All ranks of
-    the group contribute to the same slots in the same order, and flush after the same ones.
+    A rank holds its part, one whole tensor and a bucket. What is contributed to a tensor that waits in the bucket is
+    added to it there: a model that fits into the bucket is sent once a step, a larger one once a microbatch, or once a
+    step where the memory is spent. Integers are added, so no order changes a bit. All ranks of the group contribute to
+    the same slots in the same order, so they send the same tensors at the same place.
 
     Args:
         total: this rank's parts of the sum, flat, laid out as ``layout``.
@@ -175,6 +177,7 @@ class ScatteredSum:
         part_size: of a slot: part number r has its coordinates from r times this on, so many or what is left.
         size: ranks in the group.
         group: the shard group.
+        once: whether every tensor waits for the end of the step, 8 bytes a coordinate of the whole tensors.
     """
 
     def __init__(
@@ -184,6 +187,8 @@ class ScatteredSum:
         part_size: Callable[[Slot], int],
         size: int,
         group: dist.ProcessGroup | None,
+        *,
+        once: bool = False,
     ) -> None:
         self._total = total
         self._layout = layout
@@ -191,35 +196,53 @@ class ScatteredSum:
         self._size = size
         self._group = group
         self._number = {slot.name: i for i, slot in enumerate(layout.slots)}
-        self._pending: list[tuple[Slot, torch.Tensor]] = []
+        #: Whole tensors on their way, by number of the slot.
+        self._pending: dict[int, torch.Tensor] = {}
+        self._num_pending = 0
+        self._most_pending = math.inf if once else _BUCKET
         self._order = 0
 
     @contextlib.contextmanager
     def contribution(self, name: str) -> Iterator[torch.Tensor]:
-        """Zeros of the tensor's own shape, int64: what the block adds is added to the parts of all ranks."""
-        slot = self._layout.slots[self._number[name]]
-        self._order = (self._order * len(self._number) + self._number[name] + 1) % _ORDERS
-        size = self._part_size(slot)
-        whole = torch.zeros(self._size * size, dtype=torch.int64, device=self._total.device)
-        yield whole[: slot.num_whole_coordinates].view(slot.whole_shape)
-        if sum(len(other) for _, other in self._pending) + len(whole) > _BUCKET:
-            self.flush()
-        self._pending.append((slot, whole))
-        if len(whole) > _BUCKET:
+        """An int64 tensor of the tensor's own shape: what the block adds to it is added to the parts of all ranks."""
+        number = self._number[name]
+        slot = self._layout.slots[number]
+        self._order = (self._order * len(self._number) + number + 1) % _ORDERS
+        if number not in self._pending:
+            length = self._size * self._part_size(slot)
+            if self._num_pending + length > self._most_pending:
+                self.flush()
+            self._pending[number] = torch.zeros(length, dtype=torch.int64, device=self._total.device)
+            self._num_pending += length
+        yield self._pending[number][: slot.num_whole_coordinates].view(slot.whole_shape)
+        if self._num_pending > self._most_pending:
             self.flush()
 
+    def reset(self) -> None:
+        """Forget what is still here: of a step that was broken off."""
+        self._pending, self._num_pending, self._order = {}, 0, 0
+
     def flush(self) -> None:
-        """Send what is still here."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
+        """Send what is still here, a bucket at a time."""
+        some: dict[int, torch.Tensor] = {}
+        for number in list(self._pending):
+            if some and sum(map(len, some.values())) + len(self._pending[number]) > _BUCKET:
+                self._send(some)
+                some.clear()
+            some[number] = self._pending.pop(number)
+        if some:
+            self._send(some)
+        self._num_pending = 0
+
+    def _send(self, tensors: Mapping[int, torch.Tensor]) -> None:
         # By rank: one tensor lies so already.
-        parts = [whole.view(self._size, -1) for _, whole in pending]
+        parts = [whole.view(self._size, -1) for whole in tensors.values()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)
         reduce_scatter_flat(mine, sent.view(-1), self._group)
         first = 0
-        for slot, whole in pending:
+        for number, whole in tensors.items():
+            slot = self._layout.slots[number]
             self._layout.view(self._total, slot).add_(mine[first : first + slot.num_coordinates].view(slot.shape))
             first += len(whole) // self._size
 

@@ -69,8 +69,13 @@ class GradientShards(Protocol):
         """Bring each weight back into parts, also after a pass that was broken off or had no backward pass."""
         ...
 
-    def scattered(self, total: torch.Tensor) -> SumOfParts:
-        """Return what adds whole tensors of all ranks to ``total``, this rank's part of the sum (int64)."""
+    def scattered(self, total: torch.Tensor, *, once: bool) -> SumOfParts:
+        """Return what adds whole tensors of all ranks to ``total``, this rank's part of the sum (int64).
+
+        Args:
+            total: flat.
+            once: whether they may all wait for the end of the step, 8 bytes a coordinate, to be sent once.
+        """
         ...
 
     def sum_over_group(self, vector: torch.Tensor) -> None:
@@ -82,11 +87,15 @@ class SumOfParts(Protocol):
     """An int64 sum in parts, to which every rank of a shard group contributes whole tensors in the same order."""
 
     def contribution(self, name: str) -> contextlib.AbstractContextManager[torch.Tensor]:
-        """Within the block, zeros of the tensor's own shape: what is added to them joins the sum."""
+        """Within the block, an int64 tensor of the tensor's own shape: what is added to it joins the sum."""
+        ...
+
+    def reset(self) -> None:
+        """Forget what is still here, and the order of contributions."""
         ...
 
     def flush(self) -> None:
-        """Send what is still here; every rank at the same place."""
+        """Send what is still here, before ``total`` is read; every rank at the same place."""
         ...
 
     def check_order(self) -> None:

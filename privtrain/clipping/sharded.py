@@ -4,8 +4,9 @@ What a rank holds of weights and gradients is a part, and a layer is whole only 
 activations and output gradients alone, so the first pass takes the norms of a rank's own units as
 :class:`~.clipper.PerUnitClipper` does, without any communication of gradients. When the factors are known, each
 tensor's clipped contributions are multiplied out, rounded to the grid unit by unit, and added up in int64; ranks add up
-these integers by a reduce-scatter, tensor by tensor, and each keeps its part. So the sum has the same bits as that of
-one process, whatever the number of ranks, and a rank holds its part of it and one tensor on its way.
+these integers by a reduce-scatter, bucket by bucket, and each keeps its part. So the sum has the same bits as that of
+one process, whatever the number of ranks, and a rank holds its part of it, one tensor and a bucket on their way. What
+fits into the bucket waits there, and is added to, until the step is over.
 
 Where the factors of all layers are kept (route ``batched``), that follows the first pass. On the ``two_pass`` route
 nothing is kept but what layers share, and tensors come by in a second backward pass. A unit whose norm cannot be
@@ -61,6 +62,8 @@ class ShardedClipper(PerUnitClipper):
             checkpointing, else batched. Without a rule for a layer, ``"auto"`` and ``"two_pass"`` go one unit at a
             time; joint units take two passes on ``"two_pass"``.
         any_rank: whether a flag is set on any rank, asked by every rank at once.
+        reduce_once: whether a rank adds up its own units' whole tensors until the step is over: 8 bytes a trained
+            parameter on every rank, and one reduce-scatter a step instead of one a microbatch.
 
     Raises:
         UnsupportedLayer: if a layer shares statistics between units, or the route given has no exact rule for it.
@@ -77,11 +80,12 @@ class ShardedClipper(PerUnitClipper):
         route: str = "auto",
         *,
         any_rank: Callable[[bool], bool],
+        reduce_once: bool = False,
     ) -> None:
         shards.let_go_of_whole_weights()
         self._shards = shards
         self._joint = CooperativeClipper(model, shards, clipping_norm, row_losses, device, style, route)
-        self._sum = shards.scattered(self._joint.total)
+        self._sum = shards.scattered(self._joint.total, once=reduce_once)
         layout = _whole_layout(shards)
         super().__init__(
             model, layout, clipping_norm, row_losses, device, style, route, equal_passes=True, any_rank=any_rank
@@ -95,6 +99,7 @@ class ShardedClipper(PerUnitClipper):
     @override
     def reset(self) -> None:
         super().reset()
+        self._sum.reset()
         self._joint.reset()
         self._joint.diagnostics = self.diagnostics
         self._joint.clipping_norm = self._clipping_norm
@@ -124,6 +129,7 @@ class ShardedClipper(PerUnitClipper):
                 up different tensors.
         """
         self._joint.finish()
+        self._sum.flush()
         self._sum.check_order()
         return super().finish()
 
@@ -293,7 +299,6 @@ class ShardedClipper(PerUnitClipper):
 
             used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)
             passes.again(calls, add, gradients.by_row(used.to(self._device)))
-        self._sum.flush()
 
 
 def _whole_layout(shards: GradientShards) -> Layout:

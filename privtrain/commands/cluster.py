@@ -59,6 +59,7 @@ class Utilisation:
         links: of collectives on large messages; an assumption (nccl-tests reach about four fifths).
         launch_seconds: of a kernel from Python, where the GPU waits for it; an assumption.
         step_seconds: of drawing a batch and of the ledger's two writes to disk; an assumption.
+        overlap: share of a pass that launches and collectives run beside; none where one core does all of it.
     """
 
     flops: float = 0.4
@@ -66,6 +67,7 @@ class Utilisation:
     links: float = 0.8
     launch_seconds: float = 5e-6
     step_seconds: float = 0.02
+    overlap: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Job:
         is_full: whether all weights are trained.
         checkpoints: whether activations are computed a second time in the backward pass.
         is_two_pass: whether gradients are let go once they are measured, and a second backward pass adds them.
+        reduces_once: ``performance.reduce_once``. Plain training then adds up its gradients for as long.
     """
 
     work: Work
@@ -132,6 +135,12 @@ class Job:
     is_full: bool
     checkpoints: bool
     is_two_pass: bool
+    reduces_once: bool = False
+
+    @property
+    def sends_once(self) -> bool:
+        """Whether gradients in parts are reduced once a step: such as are asked to, and such as fit into a bucket."""
+        return self.reduces_once or self.work.num_trained <= _BUCKET
 
     @property
     def is_cooperative(self) -> bool:
@@ -183,6 +192,8 @@ _FP32_BYTES, _INT64_BYTES, _BF16_BYTES = 4, 8, 2
 _EXTRA_KERNELS = 15
 #: Gradients that two passes keep, as a share of all (privtrain/clipping/README.md).
 _KEPT_SHARE = 0.45
+#: Coordinates of a sum that is sent once a step, and else once a microbatch (:mod:`privtrain.backends.shards`).
+_BUCKET = 1 << 22
 #: A layer is multiplied out for its norm where p·d is at most this times n (p + d); else by Gram matrices.
 _GRAM_FACTOR = 1.25
 
@@ -218,7 +229,8 @@ class _Schedule:
 def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
     rows = math.ceil(job.num_units / num_ranks) * job.records_per_unit
     num_passes = math.ceil(rows / job.microbatch_size)
-    return _Schedule(num_passes, job.microbatch_size, job.num_units / num_ranks)
+    reduced_bytes = 0 if job.reduces_once else _FP32_BYTES
+    return _Schedule(num_passes, job.microbatch_size, job.num_units / num_ranks, reduced_bytes=reduced_bytes)
 
 
 def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
@@ -232,14 +244,14 @@ def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
         return _Schedule(num_passes, num_rows, job.num_units, rounds=2 if job.is_two_pass else 1)
     plain = _plain_schedule(job, num_ranks)
     gathers = 3 if job.is_two_pass else 2
-    return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=_INT64_BYTES)
+    return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else _INT64_BYTES)
 
 
 def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
     schedule = _plain_schedule(job, cluster.num_ranks)
     return {
         **_passes(job, cluster, schedule, job.work.num_kernels, 0.0),
-        "reduction and update of weights": _reduction(job, cluster, _FP32_BYTES),
+        "reduction and update of weights": _reduction(job, cluster, _FP32_BYTES, sends_once=job.reduces_once),
         "optimizer": cluster.touch(_OPTIMIZER_BYTES * job.work.num_trained / _num_parts(job, cluster)),
     }
 
@@ -254,7 +266,7 @@ def _private(job: Job, cluster: Cluster) -> dict[str, float]:
     held = trained / cluster.num_ranks if job.is_cooperative else 0 if job.is_full else trained
     added = trained if job.is_full and not job.is_cooperative else held
     summed = schedule.num_units * held * _UNIT_BYTES + schedule.num_passes * added * _SUM_BYTES
-    reduction = _reduction(job, cluster, _INT64_BYTES)
+    reduction = _reduction(job, cluster, _INT64_BYTES, sends_once=job.sends_once and not job.is_cooperative)
     if not job.layout.shards_optimizer:  # the noised runs are gathered
         reduction += cluster.collect(_FP32_BYTES * trained)
     return {
@@ -293,10 +305,11 @@ def _passes(
     if layout.shards_gradients and job.is_full:
         sent += cluster.collect(schedule.reduced_bytes * work.num_trained)
     num_passes = schedule.rounds * schedule.num_passes
+    overlap = cluster.utilisation.overlap
     return {
         "forward and backward passes": num_passes * compute,
-        "waiting for launches": num_passes * max(0.0, launch - busy),
-        "waiting for weights and gradients": num_passes * max(0.0, sent - max(busy, launch)),
+        "waiting for launches": num_passes * max(0.0, launch - overlap * busy),
+        "waiting for weights and gradients": num_passes * max(0.0, sent - overlap * max(busy, launch)),
     }
 
 
@@ -322,11 +335,12 @@ def _clipping_flops(job: Job) -> tuple[float, float]:
     return gram + (1 - _KEPT_SHARE) * direct, again
 
 
-def _reduction(job: Job, cluster: Cluster, bytes_per_number: int) -> float:
+def _reduction(job: Job, cluster: Cluster, bytes_per_number: int, *, sends_once: bool) -> float:
     """Return seconds of collectives once a step: the sum over ranks, and stepped weights to who computes with them."""
     trained = job.work.num_trained
     if job.layout.shards_gradients and job.is_full:
-        return 0.0 if job.layout.shards_parameters else cluster.collect(_FP32_BYTES * trained)
+        sent = bytes_per_number if sends_once else 0
+        return cluster.collect((sent + (0 if job.layout.shards_parameters else _FP32_BYTES)) * trained)
     if job.layout.shards_optimizer:
         return cluster.collect((bytes_per_number + _FP32_BYTES) * trained)
     return 2 * cluster.collect(bytes_per_number * trained)

@@ -19,6 +19,7 @@ _USABLE_MEMORY = 0.85
 #: A setting is named where it shortens the step by at least this, relative.
 _WORTHWHILE = 0.02
 _NUM_SHOWN = 3
+_INT64_BYTES = 8
 #: What grows with the rows of a microbatch.
 _BY_ROW = ("activations", "logits", "gradients of units")
 
@@ -49,6 +50,7 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
         is_full,
         performance.gradient_checkpointing,
         _is_two_pass(performance.clipping_route, is_full, checkpoints=performance.gradient_checkpointing),
+        performance.reduce_once,
     )
     prediction = predict(job, cluster)
     num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
@@ -104,6 +106,9 @@ def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]
         if rows <= job.num_units * job.records_per_unit / job.layout.num_ranks:
             yield f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size
     layout = job.layout
+    if layout.shards_gradients and job.is_full and not job.reduces_once:
+        size = sum(memory.values()) - memory.get("tensor on its way", 0) + _INT64_BYTES * job.work.num_trained
+        yield "performance.reduce_once: true", dataclasses.replace(job, reduces_once=True), size
     if layout.shards_parameters and not job.is_full:
         # Each rank then holds the whole base; of an adapter the sum is cut in parts all the same.
         size = sum(n * (layout.num_ranks if part == "frozen base" else 1) for part, n in memory.items())

@@ -92,6 +92,11 @@ class PerformanceSection(Section):
         "gradient_checkpointing, else batched. Where gradients are sharded, ranks work together on a unit that "
         "goes one by one, or has more records than a microbatch.",
     )
+    reduce_once: bool = Field(
+        default=False,
+        description="Where gradients are sharded: each rank adds up its own users' clipped gradients whole (8 bytes a "
+        "trained parameter) and sends them once a step, not once a microbatch. The sum has the same bits.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory for one more forward pass."
     )

@@ -310,6 +310,7 @@ def _build_trainer(
         packer=network.packer,
         line_packer=network.line_packer,
         clipping_route=inputs.config.performance.clipping_route,
+        reduce_once=inputs.config.performance.reduce_once,
         should_stop=stop.requested.is_set,
         objective=network.objective,
         first_step=session.continuation.first_step,

@@ -117,7 +117,9 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
         "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
         "gradients of units": units * trained * _FP32_BYTES // gradients,
     }
-    if in_parts:  # one tensor of the clipped sum is whole, until its parts are with their ranks
+    if in_parts and config.performance.reduce_once:
+        parts["sum of own units"] = trained * _SUM_BYTES
+    elif in_parts:  # one tensor of the clipped sum is whole, until its parts are with their ranks
         parts["tensor on its way"] = max(p.numel() for p in model.parameters() if p.requires_grad) * _SUM_BYTES
     if num_bands > 1:
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks

@@ -67,6 +67,7 @@ class Trainer:
         autocast: precision of forward passes.
         packer: makes microbatches.
         clipping_route: of ``performance.clipping_route``: how gradients of units are had.
+        reduce_once: of ``performance.reduce_once``: see :class:`~privtrain.clipping.ShardedClipper`.
         objective: the loss of a row.
         line_packer: makes lines of whole units in place of microbatches, where ``packs_lines`` is set.
         first_step: the generation's first step.
@@ -98,6 +99,7 @@ class Trainer:
         autocast: torch.autocast,
         packer: Packer,
         clipping_route: str = "auto",
+        reduce_once: bool = False,
         objective: Objective | None = None,
         first_step: int = 0,
         committed: Mapping[int, str] | None = None,
@@ -135,6 +137,7 @@ class Trainer:
         self.sampler = UnitSampler(plan.scheme, plan.records_per_unit, key, units.num_records, first_step)
         self.placement: Placement = backend.place(model)
         self.layout = self.placement.stepped
+        self._reduce_once = reduce_once
         self.clipper = self.new_clipper(self.row_losses, clipping_route)
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -303,7 +306,17 @@ class Trainer:
         norm, style, device = self.plan.clipping_norm, self.plan.clipping_style, self.backend.device
         shards, any_rank = self.placement.shards, self.backend.any_rank
         if shards is not None:
-            return ShardedClipper(self.model, shards, norm, losses, device, style, route, any_rank=any_rank)
+            return ShardedClipper(
+                self.model,
+                shards,
+                norm,
+                losses,
+                device,
+                style,
+                route,
+                any_rank=any_rank,
+                reduce_once=self._reduce_once,
+            )
         layout, equal_passes = self.placement.clipped, self.placement.equal_passes
         kind = PerUnitClipper if self.line_packer is None else functools.partial(LineClipper, self.token_losses)
         return kind(

@@ -48,6 +48,7 @@ class Cell:
     clipping_norm: float = 0.5
     microbatch_size: int = 3
     noise_multiplier: float = 1.0
+    reduce_once: bool = False
     gradient_checkpointing: bool = False
     noised_metrics: bool = False
     num_bands: int | None = None
@@ -114,6 +115,7 @@ def make_trainer(backend: Backend, directory: pathlib.Path, cell: Cell) -> Train
         autocast=torch.autocast("cpu", enabled=False),
         packer=Packer(cell.microbatch_size, max_length=16, pad_id=0),
         clipping_route=cell.route,
+        reduce_once=cell.reduce_once,
     )
 
 

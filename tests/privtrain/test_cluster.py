@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from privtrain.commands import cluster_advice
 from privtrain.commands.cluster import GPUS, Cluster, Job, predict
 from privtrain.commands.cluster_advice import describe_cluster
 from privtrain.commands.plan import PlanOptions, describe_plan
@@ -118,3 +119,22 @@ def test_plan_shows_the_prediction_and_says_that_it_is_one(tree, tmp_path, capsy
 def test_number_of_ranks_is_said_once():
     with pytest.raises(ConfigError, match="give it or --cluster"):
         PlanOptions(cluster="16xh100", num_ranks=8)
+
+
+def test_a_sum_that_is_sent_once_a_step_spares_the_network():
+    """And the advice names the key; its memory is counted in the whole sum."""
+    cluster = Cluster.parse("64xh100")
+    job = dataclasses.replace(job_of("zero2", is_full=True, k=4), num_units=2048.0)
+    often, once = (predict(dataclasses.replace(job, reduces_once=flag), cluster) for flag in (False, True))
+    waiting = "waiting for weights and gradients"
+    assert once.parts[waiting] == 0 < often.parts[waiting]
+    reduction = "reduction and update of weights"
+    assert once.parts[reduction] - often.parts[reduction] == pytest.approx(cluster.collect(8 * WORK.num_trained))
+    assert all(once.parts[part] == often.parts[part] for part in once.parts if part not in (waiting, reduction))
+    assert once.plain_parts[waiting] == 0, "plain training may wait as long"
+    memory = {"trained weights": 10, "tensor on its way": 3}
+    changes = {setting: size for setting, _, size in cluster_advice._changes(job, memory)}
+    assert changes["performance.reduce_once: true"] == 10 + 8 * WORK.num_trained
+    assert "performance.reduce_once: true" not in {
+        setting for setting, *_ in cluster_advice._changes(dataclasses.replace(job, reduces_once=True), memory)
+    }

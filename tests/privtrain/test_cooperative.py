@@ -33,7 +33,7 @@ class LoneShards:
     def let_go_of_whole_weights(self) -> None:
         pass
 
-    def scattered(self, total):
+    def scattered(self, total, *, once):
         return LoneSum(total, self.layout)
 
     @contextlib.contextmanager
@@ -64,6 +64,9 @@ class LoneSum:
         yield whole
         self.names.append(name)
         self.layout.view(self.total, slot).add_(whole)
+
+    def reset(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass

@@ -229,7 +229,7 @@ SAME_BITS = ["ddp", "zero2", "fsdp2"]
     "cell",
     [
         Cell("full"),
-        Cell("full", route="two_pass", style="per_layer"),
+        Cell("full", route="two_pass", style="per_layer", reduce_once=True),
         Cell("full", gradient_checkpointing=True, sampling_prob=0.15),
     ],
     ids=["batched", "two_pass", "few_users"],
@@ -247,7 +247,10 @@ def test_sums_have_the_same_bits_on_every_backend(tiny_llama, cell, world_size):
         assert np.linalg.norm(error) <= 2e-6 * np.linalg.norm(expected[name])
 
 
-def rows_of_a_step(directory: pathlib.Path, name: str, records: int) -> tuple[int, int, int]:
+def rows_of_a_step(directory: pathlib.Path, name: str, records: int) -> tuple[int, int, int, int]:
+    """Rows, passes, coordinates of the part, and reduce-scatters of a step whose model fits into a bucket, or waits."""
+    reduce, reduced = shards.reduce_scatter_flat, []
+    shards.reduce_scatter_flat = lambda mine, *others: (reduced.append(len(mine)), reduce(mine, *others))
     with contextlib.redirect_stdout(io.StringIO()):
         backend = make_backend(name)
         trainer = make_trainer(backend, directory, Cell("full", microbatch_size=4))
@@ -268,7 +271,7 @@ def rows_of_a_step(directory: pathlib.Path, name: str, records: int) -> tuple[in
     for batch in trainer.packer.pack_share(by_share, placement.share):
         trainer.clipper.accumulate(batch)
     part = len(trainer.clipper.finish())
-    return counts["rows"], counts["passes"], part
+    return counts["rows"], counts["passes"], part, len(reduced)
 
 
 @pytest.mark.dist
@@ -277,8 +280,11 @@ def rows_of_a_step(directory: pathlib.Path, name: str, records: int) -> tuple[in
 def test_a_rank_runs_its_share_of_the_rows_and_holds_its_part(tiny_llama, name, records):
     num_ranks, num_rows = 2, 8 * records
     found = run_on_ranks(num_ranks, rows_of_a_step, tiny_llama, name, records)
-    assert [(rows, passes) for rows, passes, _ in found] == [(num_rows // num_ranks, records)] * num_ranks
-    assert max(part for *_, part in found) <= 1.1 * sum(part for *_, part in found) / num_ranks
+    assert [(rows, passes, sent) for rows, passes, _, sent in found] == [
+        (num_rows // num_ranks, records, 1)
+    ] * num_ranks
+    parts = [part for _, _, part, _ in found]
+    assert max(parts) <= 1.1 * sum(parts) / num_ranks
 
 
 def contribute(order: list[list[str]], sizes: dict[str, int]):
@@ -311,6 +317,64 @@ def test_contributions_add_up_in_parts_of_any_bucket(bucket, monkeypatch):
     first, second = run_on_ranks(2, contribute, [["c", "a", "b", "a"]] * 2, sizes)
     for name, times in (("a", 2), ("b", 1), ("c", 1)):
         assert first[name][1] + second[name][1] == [3 * times * i for i in range(sizes[name])]
+
+
+def contributed(sizes, order, bucket: int, once: bool, kind=shards.ScatteredSum) -> tuple[list[int], list[int]]:
+    """What a group of one rank has after it added 1, 2, … to tensors in this order; and what it should have."""
+    layout = Layout({f"t{i}": torch.nn.Parameter(torch.zeros(size)) for i, size in enumerate(sizes)})
+    total, expected = layout.zeros(CPU, torch.int64), layout.zeros(CPU, torch.int64)
+    sent: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_BUCKET", bucket)
+        patch.setattr(shards, "reduce_scatter_flat", lambda mine, vector, _group: sent.append(mine.copy_(vector)))
+        summed = kind(total, layout, lambda slot: slot.num_coordinates, 1, None, once=once)
+        for number, chosen in enumerate(order, start=1):
+            slot = layout.slots[chosen % len(sizes)]
+            with summed.contribution(slot.name) as out:
+                waiting = sum(map(len, summed._pending.values()))
+                assert once or waiting <= max(bucket, slot.num_coordinates)
+                out += number
+            layout.view(expected, slot).add_(number)
+        assert not (once and sent), "before the end of the step"
+        summed.flush()
+    assert max(map(len, sent), default=0) <= max(bucket, *sizes)
+    return total.tolist(), expected.tolist()
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    bucket=st.integers(1, 24),
+    order=st.lists(st.integers(0, 4), max_size=12),
+    once=st.booleans(),
+)
+def test_contributions_wait_in_one_bucket_and_none_is_lost(sizes, bucket, order, once):
+    """A tensor that waits is added to; no more waits than a bucket or the tensor in hand, unless all may wait."""
+    found, expected = contributed(sizes, order, bucket, once)
+    assert found == expected
+
+
+class Forgetful(shards.ScatteredSum):
+    """The mutant: a tensor that waits begins at zero again."""
+
+    def contribution(self, name):
+        self._pending.pop(self._number[name], None)
+        return super().contribution(name)
+
+
+def test_mutant_that_forgets_what_waits_is_seen():
+    assert contributed([3, 2], [0, 0], 24, once=False, kind=Forgetful) == ([2, 2, 2, 0, 0], [3, 3, 3, 0, 0])
+
+
+def test_what_waits_of_a_step_that_was_broken_off_is_forgotten():
+    layout = Layout({"t": torch.nn.Parameter(torch.zeros(2))})
+    total = layout.zeros(CPU, torch.int64)
+    summed = shards.ScatteredSum(total, layout, lambda slot: slot.num_coordinates, 1, None, once=True)
+    with summed.contribution("t") as out:
+        out += 1
+    summed.reset()
+    summed.flush()
+    assert not total.any()
 
 
 @pytest.mark.dist
