@@ -6,6 +6,7 @@ settings of MKL or oneDNN, shows in the sums, which are compared when steps are 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -95,8 +96,12 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {sorted(features.items())}"
 
 
+@functools.cache
 def _code_digest() -> str:
-    """Return SHA-256 of the packages that a step computes with: a corrected sentence elsewhere costs no generation."""
+    """Return SHA-256 of the packages that a step computes with: a corrected sentence elsewhere costs no generation.
+
+    Once in a process, which goes on with the code that it has imported, whatever becomes of the files.
+    """
     digest = hashlib.sha256()
     root = pathlib.Path(privtrain.__file__).parent
     for package in _CODE:
