@@ -155,6 +155,26 @@ def analyse(
     typer.echo(f"wrote {run / analysis.ATTACKS_PATH}; run next: attacks report {run}")
 
 
+@app.command(name="audit-corpus")
+def audit_corpus(
+    run: Run,
+    corpus: Annotated[
+        pathlib.Path, typer.Argument(metavar="CORPUS", help="What privtrain generate wrote.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of ties; it protects nobody.")] = 0,
+) -> None:
+    """Ask what a sampled corpus tells of the run's users: a lower bound on epsilon from the texts alone (no model)."""
+    from attacks.analysis.audit import sampled_corpus
+
+    findings, path = sampled_corpus.audit_corpus(run, corpus, seed=seed)
+    for finding in findings:
+        typer.echo(
+            f"{finding.name}: {finding.verdict}: {finding.verdict_reason} (delta = {finding.delta:.2g}, at most "
+            f"{finding.epsilon_ceiling:.3g} could have been shown)"
+        )
+    typer.echo(f"private, in {path}")
+
+
 @app.command()
 def report(
     run: Run,

@@ -13,30 +13,26 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from privtrain.commands.corpus import copies, probe, sampling
-from privtrain.commands.corpus.conditions import Condition, contexts_of, digest_input, ends_of, read_conditions
+from privtrain.commands.corpus import sampling
+from privtrain.commands.corpus.conditions import Condition, Text, contexts_of, digest_input, ends_of, read_conditions
+from privtrain.commands.corpus.report import report_of
 from privtrain.commands.corpus.sampling import Engine, Sampler, SamplingSettings
 from privtrain.commands.outputs import output_faults
 from privtrain.config import Config, load_config
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.model import ModelSection
-from privtrain.data.canaries import canaries_of, plant
-from privtrain.data.corpus import Corpus, load_corpus, normal_form, source_files
-from privtrain.data.manifest import read_sealed, split_commitment
-from privtrain.errors import ConfigError, Fault, PlanMismatch
+from privtrain.data.corpus import normal_form, source_files
+from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading, strict_yaml
-from privtrain.files.atomic import replace_directory, write_atomically, write_json
-from privtrain.files.private import make_private_directory
+from privtrain.files.atomic import replace_directory, write_atomically
 from privtrain.process.console import say
 from privtrain.run import bundle, generated
 from privtrain.run.base_model import changed_base_files, check_model
 from privtrain.run.directory import RunDirectory
 from privtrain.run.release import banner
-
-REPORT_SCHEMA = "privtrain/corpus-report/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +70,6 @@ class GenerateOptions:
     engine: Engine = "auto"
     base_model: pathlib.Path | None = None
     copy_tokens: int = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A sampled text: what it was sampled after, and what the model wrote."""
-
-    condition: Condition
-    written: str
 
 
 def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) -> str:
@@ -129,7 +117,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
         lines.append(f"asked for {settings.num_texts}; the rest were empty or repeated. Raise --temperature")
     if not directory.manifest.is_file():
         return "\n".join([*lines, "not compared with the training data: the run's secret/ is not here"])
-    report = _report(directory, config, texts, described, tokenizer, options.copy_tokens)
+    report = report_of(directory, config, texts, described, tokenizer, options.copy_tokens)
     return "\n".join([*lines, *report])
 
 
@@ -281,137 +269,3 @@ def _card(run: RunDirectory, statement: Mapping[str, Any], num_texts: int, setti
         f"Sampled at temperature {settings.temperature:g}, top-p {settings.top_p:g}, at most {settings.max_new_tokens} "
         f"new tokens.\n\n{section}"
     )
-
-
-def _report(
-    run: RunDirectory,
-    config: Config,
-    texts: Sequence[Text],
-    described: Mapping[str, Any],
-    tokenizer: Any,
-    copy_tokens: int,
-) -> list[str]:
-    """Compare the corpus with the private records, write that into ``secret/``, and return what the owner should read.
-
-    Raises:
-        PlanMismatch: if the rows are not those that were trained on.
-    """
-    split = _split(run, config)
-    written = [text.written for text in texts]
-    index = copies.CorpusIndex(_tokens(tokenizer, written), written, copy_tokens)
-    training = index.compare(_as_text(split.training(), config.data, tokenizer))
-    held_out = index.compare(_as_text(split.held_out(), config.data, tokenizer))
-    utility = _utility(texts, split, config.data)
-    body = {
-        "schema": REPORT_SCHEMA,
-        "corpus": described["relation"],
-        "training_records": dataclasses.asdict(training),
-        "held_out_records": dataclasses.asdict(held_out),
-        "utility": utility if isinstance(utility, str) else dataclasses.asdict(utility),
-    }
-    make_private_directory(run.secret / "corpora")
-    path = run.secret / "corpora" / f"{described['relation'][:16]}.json"
-    write_json(path, body, mode=0o600)
-    return [
-        f"private, in {path}:",
-        *_rate_lines("training records", training),
-        *_rate_lines("held-out users' records, as a control", held_out),
-        f"  {_utility_line(utility)}",
-        "  a decision about the corpus that looks at these numbers looked at private records: ε does not cover it",
-    ]
-
-
-def _rate_lines(name: str, found: copies.Copies) -> Iterator[str]:
-    for what, rate in (
-        (f"copies of {found.num_tokens} tokens", found.copies),
-        (f"near copies ({copies.NEAR_SHARE:.0%} of the runs of {copies.NUM_WORDS} words)", found.near_copies),
-    ):
-        if rate.upper is None:
-            yield f"  {name}: no text is long enough for {what}"
-        else:
-            yield f"  {name} ({found.num_records:,}): {rate.num} of {rate.num_texts} texts hold {what}; " + (
-                f"rate at most {rate.upper:.2%} (95 %)"
-            )
-
-
-def _utility_line(found: probe.Utility | str) -> str:
-    if isinstance(found, str):
-        return f"utility: not measured: {found}"
-    return (
-        f"utility: a classifier trained on the corpus names {found.on_corpus:.1%} of {found.num_tests} labels of "
-        f"held-out users, one trained on real records {found.on_records:.1%}, the most frequent label is "
-        f"{found.most_frequent:.1%}"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Records of both sides, as training saw them."""
-
-    corpus: Corpus
-    held_in_users: Sequence[str]
-    held_out_users: Sequence[str]
-    attacker: Mapping[str, Sequence[int]]
-
-    def training(self) -> Iterator[str]:
-        return self._records(self.held_in_users)
-
-    def held_out(self) -> Iterator[str]:
-        return self._records(self.held_out_users)
-
-    def _records(self, users: Sequence[str]) -> Iterator[str]:
-        for user in users:
-            taken = set(self.attacker.get(user, ()))
-            yield from (text for number, text in enumerate(self.corpus.records[user]) if number not in taken)
-
-
-def _split(run: RunDirectory, config: Config) -> _Split:
-    manifest = read_sealed(run.manifest)
-    statement = reading.read_json(run.privacy)
-    if split_commitment(run.load_key("root"), manifest["sha256"]) != statement["split_commitment"]:
-        raise PlanMismatch(f"{run.manifest} is not what {run.privacy} commits to; restore it")
-    corpus = load_corpus(config.data, config.performance.index_dir)
-    if corpus.manifest_sha256 != manifest["data_sha256"]:
-        raise PlanMismatch("data.source holds other rows than the run was trained on; restore them to compare")
-    planted = plant(corpus, canaries_of(manifest))
-    known = planted.records
-    held_in, held_out = ([user for user in manifest[side] if user in known] for side in ("held_in", "held_out"))
-    return _Split(planted, held_in, held_out, manifest["attacker"])
-
-
-def _as_text(records: Iterator[str], data: DataSection, tokenizer: Any) -> Iterator[tuple[Sequence[int], str]]:
-    for record in records:
-        text = "\n".join(_parts(record, data))
-        yield _tokens(tokenizer, [text])[0], text
-
-
-def _parts(record: str, data: DataSection) -> list[str]:
-    """Return what stands in a record: prompt and completion, or every turn."""
-    match data.format:
-        case "chat":
-            return [message["content"] for message in json.loads(record)]
-        case "prompt_completion":
-            found = json.loads(record)
-            return [found["prompt"], found["completion"]]
-        case _:
-            return [record]
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def _utility(texts: Sequence[Text], split: _Split, data: DataSection) -> probe.Utility | str:
-    """Where a prompt stands for a label, real records after the same prompt have that label."""
-    labels = {text.condition.prompt: text.condition.label for text in texts if text.condition.label is not None}
-    if data.format != "prompt_completion" or not labels:
-        return "labels are known where data.format: prompt_completion was sampled with --label, or prompts with labels"
-
-    def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
-        found = map(json.loads, records)
-        return [
-            (item["completion"], label) for item in found if (label := labels.get(item["prompt"].strip())) is not None
-        ]
-
-    corpus = [(text.written, text.condition.label) for text in texts if text.condition.label is not None]
-    return probe.measure(corpus, labelled(split.training()), labelled(split.held_out()))

@@ -18,12 +18,13 @@ from privtrain.config.commented import commented_yaml
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.load import validate
 from privtrain.config.schema import Config
-from privtrain.data.corpus import load_corpus, source_files
+from privtrain.data.corpus import columns_of, load_corpus, separator_problem, source_files
 from privtrain.data.encode import Encoder
 from privtrain.data.look import sample_of
 from privtrain.data.rows import file_columns, file_rows
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
+from privtrain.files.writable import why_unwritable
 from privtrain.inputs import check_inputs
 from privtrain.models.limits import num_positions_of
 from privtrain.models.load import load_tokenizer
@@ -106,6 +107,8 @@ def write_config(
     """
     if output.exists():
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
+    if problem := why_unwritable(output.absolute().parent):
+        raise ConfigError([Fault("--output", problem)])
     guessed = guess_configuration(model, paths, user_column=user_column, num_users=num_users)
     config = validate(guessed.tree, str(output))  # before anything is written
     head = (
@@ -141,6 +144,8 @@ def guess_configuration(
     files = source_files(FilesSource(kind="files", paths=list(paths)))
     if not files:
         raise ConfigError([Fault("data.source.paths", f"no such file: {', '.join(map(str, paths))}")])
+    if faults := _file_faults(files):
+        raise ConfigError(faults)
     guess = guess_columns(files[0], user_column)
     name = _run_name(files[0])
     tree: dict[str, Any] = {
@@ -168,6 +173,17 @@ def guess_configuration(
     return Guess(tree, notes)
 
 
+def _file_faults(files: Sequence[pathlib.Path]) -> list[Fault]:
+    """Return why rows cannot be read from files, before their columns are guessed."""
+    faults = []
+    for file in files:
+        columns, wrong = columns_of(file)
+        faults += wrong
+        if columns and (problem := separator_problem(file, columns)):
+            faults.append(Fault("data.source.paths", f"{file}: {problem}"))
+    return faults
+
+
 def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
     """Return which columns a file's rows have for which purpose.
 
@@ -184,7 +200,7 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
     user = user_column or _user_column(values)
     if user is None or user not in values:
         what = f"no column {user!r}" if user else "no column that looks like a user's id"
-        problem = f"{what} among {', '.join(columns)}; name it with --user-column, or add one: ε is for its users"
+        problem = f"{what} among {_shown(file, columns)}; name it with --user-column, or add one: ε is for its users"
         raise ConfigError([Fault("data.user_column", problem)])
     learned = _learned({name: column for name, column in values.items() if name != user})
     if learned is None:
@@ -194,6 +210,14 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
     num_ids = len({str(value) for value in values[user]})
     notes["user_column"] = "as you said" if user_column else f"{num_ids} ids in the first {len(rows)} rows"
     return Guess({"user_column": user, **keys}, notes)
+
+
+def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
+    """Return the names of columns; of a table without a header they would be somebody's id and text."""
+    known = {*_USER_NAMES, *_TEXT_NAMES, *_LABEL_NAMES, *_CHAT_NAMES, *_PROMPTS, *_COMPLETIONS}
+    if file.suffix == ".csv" and not known & {name.strip().lower() for name in columns}:
+        return f"the {len(columns)} fields of its first line, which must name the columns"
+    return ", ".join(columns)
 
 
 def _learned(values: dict[str, list[Any]]) -> Guess | None:
@@ -209,7 +233,7 @@ def _learned(values: dict[str, list[Any]]) -> Guess | None:
         return None
     label = _first({k: v for k, v in values.items() if k != text}, _LABEL_NAMES, _is_label, others=False)
     if label is None:
-        return Guess({"format": "text", "text_column": text}, {"text_column": "texts"})
+        return Guess({"format": "text", "text_column": text}, {"text_column": f"texts{_unread_label(values, text)}"})
     by_name = {str(value).strip(): value for value in values[label] if value is not None}
     labels = sorted(
         by_name, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.isdigit() else 0, name)
@@ -218,6 +242,15 @@ def _learned(values: dict[str, list[Any]]) -> Guess | None:
     keys = {"format": "classification", "text_column": text, "label_column": label, "labels": numbers}
     told = "those of the first rows. The list is published: check that it is complete and no secret"
     return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": told})
+
+
+def _unread_label(values: dict[str, list[Any]], text: str) -> str:
+    """Return what to know of a column that is named like a label and cannot be one."""
+    by_name = {name.lower(): name for name in values if name != text}
+    for name in (by_name[name] for name in _LABEL_NAMES if name in by_name):
+        if any(isinstance(value, bool | float) for value in values[name]):
+            return f"; to train a classifier, convert column {name} to text or whole numbers"
+    return ""
 
 
 def _first(

@@ -90,7 +90,7 @@ class RegistrySection(Section):
 
 
 class ReleaseSection(Section):
-    """What is done with a release beside writing it. Paths of this machine: nothing of it is published."""
+    """What is done with a release beside writing it; of these keys the license alone is published, in the card."""
 
     signing_key: pathlib.Path | None = Field(
         default=None,
@@ -100,6 +100,12 @@ class ReleaseSection(Section):
     signing_certificate: pathlib.Path | None = Field(default=None, description="PEM file of the key's certificate.")
     signing_chain: list[pathlib.Path] = Field(
         default=[], description="PEM files of the certificates above it, up to the root."
+    )
+    license: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="License that the card names as hub pages do, e.g. apache-2.0; by default what the base model's "
+        "own card (README.md beside its weights) says, and none if it says nothing.",
     )
     if_worse: Literal["warn", "refuse"] = Field(
         default="warn",

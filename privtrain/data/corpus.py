@@ -121,27 +121,41 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
     return faults
 
 
-def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
-    """Return what is wrong with a file of rows, by its ending and its columns alone."""
+def columns_of(file: pathlib.Path, path_key: str = "data.source.paths") -> tuple[list[str], list[Fault]]:
+    """Return the names of a file's columns, and why rows cannot be read from it; one of both is empty."""
     if file.suffix not in _FORMATS:
         hint = _SUFFIX_HINTS.get(file.suffix, "")
         if file.suffix.lower() in _FORMATS:
             hint = "; write its ending in lower case"
-        return [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}{hint}")]
+        return [], [Fault(path_key, f"{file} is not one of {', '.join(_FORMATS)}{hint}")]
     try:
         columns = file_columns(file)
     except ConfigError as error:
-        return list(error.faults)
+        return [], list(error.faults)
     if not columns:
-        return [Fault(path_key, f"{file} is empty, or its first line is; its columns must be named")]
-    faults = []
+        return [], [Fault(path_key, f"{file} is empty, or its first line is; its columns must be named")]
+    return columns, []
+
+
+def separator_problem(file: pathlib.Path, columns: Sequence[str]) -> str:
+    """Return what is wrong if a table seems to separate its columns by another mark than a comma; else nothing."""
+    mark = next((mark for mark in ";\t|" if mark in columns[0]), "")
+    if file.suffix != ".csv" or len(columns) > 1 or not mark:
+        return ""
+    return f"its first line has no comma but {mark!r}; separate the columns by commas"
+
+
+def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
+    """Return what is wrong with a file of rows, by its ending and its columns alone."""
+    columns, faults = columns_of(file, path_key)
+    if faults:
+        return faults
     wanted = {key: getattr(data, key) for key in keys}
     shown = f"it has {', '.join(map(_visible, columns))}"
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
         # Perhaps there is no header, and these are somebody's id and text.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
-        if len(columns) == 1 and (mark := next((mark for mark in ";\t|" if mark in columns[0]), "")):
-            shown = f"its first line has no comma but {mark!r}; separate the columns by commas"
+        shown = separator_problem(file, columns) or shown
     for key, name in wanted.items():
         if columns.count(name) != 1:
             problem = f"column {name!r} stands twice in {file}" if name in columns else f"no column {name!r} in {file}"

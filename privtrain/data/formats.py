@@ -50,6 +50,17 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
             return _dump({"label": number, "texts": texts}) if number is not None and all(texts) else ""
 
 
+def written(record: str, data: DataSection) -> str:
+    """Return what a model learns to write of a record in its one text form: text, completion or assistant's turns."""
+    match data.format:
+        case "chat":
+            return "\n".join(turn["content"] for turn in json.loads(record) if turn["role"] == _ASSISTANT)
+        case "prompt_completion":
+            return json.loads(record)["completion"]
+        case _:
+            return record
+
+
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
     """Return the reason why :func:`canonical` rejects a row."""
     keys = [f"data.{key}" for key in data.column_keys]

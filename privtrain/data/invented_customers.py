@@ -133,6 +133,8 @@ def write_customers(path: pathlib.Path, records: Iterator[CustomerRecord]) -> in
             return sum(1 for record in records if file.write(json.dumps(record.as_row()) + "\n"))
     except FileExistsError:
         raise ConfigError([Fault("OUTPUT", f"{path} exists; choose another file or remove it")]) from None
+    except OSError as error:
+        raise ConfigError([Fault("OUTPUT", f"{path} cannot be written: {error.strerror}")]) from None
 
 
 _OLDEST, _YOUNGEST = datetime.date(1935, 1, 1), datetime.date(2005, 12, 31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from privtrain.errors import Preempted, PrivtrainError
+from privtrain.errors import EXIT_MACHINE_FAILED, EXIT_WRONG_INPUT, Preempted, PrivtrainError
 from privtrain.process.slurm import adopt_slurm_tasks
 
 #: Rank 0 reports a mistake that every rank meets; the launcher ends the others within this many seconds.
@@ -17,6 +18,14 @@ _OTHER_RANKS_WAIT_SECONDS = 3.0
 
 #: Set by ``privtrain launch``: a directory of this machine for markers of its ranks, since launchers lose exit codes.
 LAUNCH_DIRECTORY = "PRIVTRAIN_LAUNCH_DIRECTORY"
+
+
+#: What the operating system says of a path that cannot serve; of any other error the traceback is wanted.
+_WRONG_PATHS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY),
+}
+_FULL_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run_command(name: str, app: Callable[[], None]) -> None:
@@ -35,6 +44,13 @@ def run_command(name: str, app: Callable[[], None]) -> None:
         record_exit_code(error.exit_code)
         _report(f"{name}: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in _WRONG_PATHS | _FULL_DISKS:
+            raise
+        code = EXIT_MACHINE_FAILED if error.errno in _FULL_DISKS else EXIT_WRONG_INPUT
+        record_exit_code(code)
+        _report(f"{name}: {error.filename}: {error.strerror}")
+        sys.exit(code)
 
 
 def record_exit_code(code: int) -> None:

@@ -79,19 +79,20 @@ def check_model(model: ModelSection) -> list[Fault]:
     return []
 
 
+def directory_of(model: ModelSection) -> pathlib.Path | None:
+    """Return the directory that a base model is loaded from, the hub's cache included; None if it is not on disk."""
+    location = locate(model)
+    directory = pathlib.Path(location.path)
+    return directory if directory.is_dir() else _cached_directory(location)
+
+
 def base_digests(model: ModelSection) -> dict[str, str]:
     """File name → SHA-256 of the files that the base model and its tokenizer are loaded from; empty if not on disk.
 
     Of weights in several formats only those that transformers prefers count, so that the rest may come and go.
     """
-    location = locate(model)
-    directory = pathlib.Path(location.path)
-    if not directory.is_dir():
-        cached = _cached_directory(location)
-        if cached is None:
-            return {}
-        directory = cached
-    return digests_in(directory, model.gguf_file)
+    directory = directory_of(model)
+    return {} if directory is None else digests_in(directory, model.gguf_file)
 
 
 def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from privtrain.config.data import HubSource
 from privtrain.files import strict_yaml
 from privtrain.files.atomic import write_atomically
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.license import license_metadata
 from privtrain.run.statement import unit_text
 
 #: How a card calls a data set that has no name on the hub.
@@ -107,13 +108,14 @@ def model_card(
 
 
 def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
-    """Return lines of a card's front matter that hub pages read: task, base, data and results, where they are known."""
+    """Return lines of a card's front matter that hub pages read: task, base, license, data and results, if known."""
     task = "text-classification" if config.data.is_classification else "text-generation"
     found: dict[str, Any] = {"pipeline_tag": task}
     base, source = config.model.name_or_path or "", config.data.source
     if _HUB_NAME.fullmatch(base) and not pathlib.Path(base).exists():
         found["base_model"] = base
         found["base_model_relation"] = "finetune" if config.training.releases_model else "adapter"
+    found |= license_metadata(config)
     if isinstance(source, HubSource):
         found["datasets"] = [source.name]
     if evaluation:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from privtrain.cli import app
-from privtrain.commands.corpus import copies, probe, sampling
+from privtrain.commands.corpus import copies, probe, sampling, sentences
 from privtrain.commands.corpus.conditions import Condition, contexts_of, ends_of, read_conditions
 from privtrain.commands.corpus.copies import CorpusIndex, Rate
 from privtrain.commands.corpus.sampling import SamplingSettings, TransformersSampler, VllmSampler, distinct
@@ -32,6 +32,12 @@ from tests.privtrain.bases import save_base, save_tokenizer
 from tests.privtrain.test_rows import TEMPLATE
 
 FILES = {"corpus.jsonl", "corpus.json", "privacy.json", "release.json", "README.md"}
+
+
+@pytest.fixture(autouse=True)
+def _without_sentence_model(monkeypatch):
+    """It takes seconds to load; one test loads it."""
+    monkeypatch.setattr(sentences, "is_installed", lambda: False)
 
 
 def data_of(**keys) -> DataSection:
@@ -108,7 +114,7 @@ def json_source(run: pathlib.Path) -> str:
 def test_other_rows_than_the_trained_ones_are_not_compared(finished, tmp_path, monkeypatch):
     from privtrain.data.corpus import group_by_user
 
-    monkeypatch.setattr("privtrain.commands.generate.load_corpus", lambda *_: group_by_user([("u", "other")]))
+    monkeypatch.setattr("privtrain.commands.corpus.report.load_corpus", lambda *_: group_by_user([("u", "other")]))
     with pytest.raises(PlanMismatch, match="other rows"):
         generate(finished, tmp_path / "corpus", GenerateOptions(num_texts=2))
 
@@ -331,6 +337,51 @@ def test_probe_prefers_texts_that_go_with_their_labels():
     assert isinstance(bad, probe.Utility)
     assert (good.on_corpus, good.on_records, good.most_frequent, bad.on_corpus) == (1.0, 1.0, 0.5, 0.0)
     assert "too few to compare" in str(probe.measure(real[:1], real, real))
+
+
+def test_sentence_model_that_is_missing_is_named_and_the_rest_measured():
+    pairs = [(f"{word} {n}", label) for n in range(20) for word, label in (("elm", "calm"), ("fir", "loud"))]
+    texts = [text for text, _ in pairs]
+    assert probe.measure_sentences(pairs, pairs, pairs) == sentences.MISSING
+    assert probe.measure_likeness(texts, texts, texts) == sentences.MISSING
+
+
+def test_sentences_of_one_kind_are_alike_and_others_are_not(monkeypatch):
+    """Vectors around centres: one side with the same centres, one with others."""
+    rng = np.random.default_rng(0)
+
+    def embedded(texts):
+        centres = np.random.default_rng(1).normal(size=(8, 16))
+        return np.stack([centres[int(text)] for text in texts]) + rng.normal(scale=0.1, size=(len(texts), 16))
+
+    same, other = [str(n % 4) for n in range(200)], [str(4 + n % 4) for n in range(200)]
+    monkeypatch.setattr(sentences, "is_installed", lambda: True)
+    monkeypatch.setattr(sentences, "embedded", embedded)
+    alike = probe.measure_likeness(same, same, same)
+    assert isinstance(alike, probe.Likeness)
+    assert min(alike.of_corpus, alike.of_records) > 0.9
+    unlike = probe.measure_likeness(other, same, same)
+    assert isinstance(unlike, probe.Likeness)
+    assert unlike.of_corpus < 0.1 < 0.9 < unlike.of_records
+    half = probe.measure_likeness(same[:100] + other[:100], same, same)
+    assert isinstance(half, probe.Likeness)
+    assert unlike.of_corpus < half.of_corpus < alike.of_corpus
+    labelled = [(text, str(int(text) % 2)) for text in same]
+    found = probe.measure_sentences(labelled, labelled, labelled)
+    assert isinstance(found, probe.Utility)
+    assert found.on_corpus == found.on_records == 1.0
+    assert "too few" in str(probe.measure_likeness(same[:3], same, same))
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(not sentences.is_installed(), reason="the sentence model is not installed")
+def test_vectors_of_minilm_put_like_sentences_together():
+    first, second, third = sentences.embedded(
+        ["The kettle is broken.", "My water boiler does not work.", "Friends, Romans, countrymen, lend me your ears"]
+    )
+    assert np.linalg.norm(first) == pytest.approx(1.0)
+    assert first @ second > 0.5 > first @ third
 
 
 def brute_force(texts, records, size) -> int:

@@ -19,12 +19,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from privtrain.config import validate
-from privtrain.errors import LedgerCorrupt, PrivtrainError
+from privtrain.errors import ConfigError, LedgerCorrupt, PrivtrainError
 from privtrain.job.train import train
 from privtrain.ledger.chain import read_records
 from privtrain.ledger.log import verify
 from privtrain.ledger.view import _false_claims, print_ledger, verify_run
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.run.license import license_in
 from privtrain.run.release import model_card
 from privtrain.tracking import METRICS, Release
 from privtrain.tracking.trackers import JsonlTracker, ReleaseGate
@@ -175,6 +176,44 @@ def test_the_cards_front_matter_says_what_hub_pages_read(tree, finished, name, s
     assert found.pop("pipeline_tag") == "text-generation"
     assert "privtrain" in found.pop("tags")
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model", {"license": "apache-2.0"}),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: https://example.org/terms\n---\n",
+            {"license": "other", "license_name": "own", "license_link": "https://example.org/terms"},
+        ),
+        ("---\nlicense: other\nlicense_name: 'a: b'\nlicense_link: 3\n---\n", {"license": "other"}),
+        ("# License: mit\n", {}),
+        ("---\nlicense: mit\n", {}),  # no end of the front matter
+        ("---\nlicense: [mit, gpl]\n---\n", {}),
+        ("---\nlicense: mit\nlicense: gpl\n---\n", {}),
+        ("---\nlicense: 'mit\n\n  tags: [x]'\n---\n", {}),
+        ("---\n{{{\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_license_is_what_the_base_says_and_never_guessed(card, expected, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, "utf-8", newline="")
+    assert license_in(tmp_path / "README.md") == expected
+
+
+def test_card_has_the_license_of_its_base_or_of_the_key(tree, finished, tiny_llama, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    statement = json.loads((finished / "privacy.json").read_text())
+    tree["model"] = {"name_or_path": str(base)}
+    for release, expected in (({}, "apache-2.0"), ({"license": "mit"}, "mit")):
+        config = validate({**tree, "release": release})
+        front = model_card(config, PrivacyPlan.build(config.privacy), statement).split("---")[1]
+        assert yaml.safe_load(front)["license"] == expected
+    with pytest.raises(ConfigError, match=r"release\.license"):
+        validate({**tree, "release": {"license": "my: own"}})
 
 
 def test_the_adapter_loads_in_peft_and_is_not_empty(finished, tiny_llama):

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from privtrain import cli
 from privtrain.commands.export import export_run
+from privtrain.commands.init import guess_columns, guess_configuration
 from privtrain.config import load_config, validate
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import check_source, load_corpus
@@ -15,6 +17,7 @@ from privtrain.errors import ConfigError
 from privtrain.job.advice import warnings
 from privtrain.models.load import load_base, load_tokenizer
 from privtrain.privacy.plan import PrivacyPlan
+from privtrain.process.exit import run_command
 from privtrain.run.base_model import check_model
 from tests.conftest import write_config
 from tests.privtrain.bases import change_weights
@@ -192,3 +195,73 @@ def test_export_into_its_own_run_is_refused(finished):
     for place in (finished / "merged", finished / "adapter" / "again"):
         with pytest.raises(ConfigError, match=r"OUTPUT: .*is inside the run"):
             export_run(finished, place, merge=False, dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl.gz", b"\x1f\x8b\x08", "gunzip"),
+        ("rows.json", b"[{}]", "jq -c"),
+        ("rows.csv", b"", "is empty"),
+        ("rows.csv", b"user;text\nu1;x\n", "no comma but ';'"),
+        ("rows.csv", b"\xef\xbb\xbfuser\ttext\r\nu1\tx\r\n", "no comma but '\\t'"),
+        ("rows.jsonl", '{"user": "u", "text": "x"}\n'.encode("utf-16"), "UTF-16"),
+        ("rows.jsonl", b'{"user": "u", "user": "v", "text": "x"}\n', "names a key twice"),
+        ("rows.parquet", b"PAR1", "cannot read"),
+    ],
+)
+def test_init_says_what_is_wrong_with_a_file(tmp_path, tiny_llama, name, content, words):
+    """All files at once, before a column is guessed."""
+    paths = [tmp_path / name, tmp_path / "other.txt"]
+    paths[0].write_bytes(content)
+    paths[1].write_text("x")
+    with pytest.raises(ConfigError) as refused:
+        guess_configuration(str(tiny_llama), paths)
+    first, second = refused.value.faults
+    assert words in first.problem
+    assert "make rows of it that name a user and a text" in second.problem
+
+
+def test_init_shows_no_value_of_a_table_without_a_header(tmp_path):
+    (tmp_path / "rows.csv").write_text("ada,my secret diary\nbob,another one\n")
+    with pytest.raises(ConfigError, match="the 2 fields of its first line, which must name the columns") as refused:
+        guess_columns(tmp_path / "rows.csv")
+    assert "secret" not in str(refused.value)
+    (tmp_path / "rows.csv").write_text("writer,text\nada,x\n")
+    with pytest.raises(ConfigError, match="among writer, text"):
+        guess_columns(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("labels", [[True, False], [0.0, 1.0, None]])
+def test_init_says_why_a_label_is_not_read(tmp_path, labels):
+    rows = [{"user": f"u{n}", "text": "a text", "label": label} for n, label in enumerate(labels * 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guess = guess_columns(tmp_path / "rows.jsonl")
+    assert guess.tree["format"] == "text"
+    assert "convert column label to text or whole numbers" in guess.notes["text_column"]
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path, users_file, tiny_llama, monkeypatch, capsys):
+    """Also those that no command looked at beforehand; an error of ours keeps its traceback."""
+    (tmp_path / "file").write_text("x")
+    output = str(tmp_path / "file" / "out")
+    for words in (
+        ["init", str(tiny_llama), str(users_file), "--output", output],
+        ["from", "trl", str(users_file), "--output", output],
+        ["invent-customers", output, "--num-users", "1"],
+    ):
+        monkeypatch.setattr("sys.argv", ["privtrain", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        run_command("privtrain", lambda: (tmp_path / "none" / "x").write_text("x"))  # type: ignore[arg-type]
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"privtrain: {tmp_path}/none/x: No such file or directory\n"
+    with pytest.raises(OSError, match="ours"):
+        run_command("privtrain", _ours)
+
+
+def _ours() -> None:
+    raise OSError("ours")

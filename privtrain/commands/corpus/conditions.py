@@ -60,6 +60,14 @@ class Condition:
         return row if self.label is None else {**row, data.label_column: self.label}
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A sampled text: what it was sampled after, and what the model wrote."""
+
+    condition: Condition
+    written: str
+
+
 def read_conditions(
     data: DataSection, prompts: pathlib.Path | None, labels: Sequence[str], template: str
 ) -> list[Condition]:

@@ -20,6 +20,7 @@ from privtrain.config.dotted import assigned
 from privtrain.config.load import read_tree, validate
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
+from privtrain.files.writable import why_unwritable
 
 StackName = Literal["trl", "axolotl", "llamafactory"]
 
@@ -120,6 +121,8 @@ def write_translation(
     """
     if output.exists():
         raise ConfigError([Fault(str(output), "exists already; choose another --output, or remove it")])
+    if problem := why_unwritable(output.absolute().parent):
+        raise ConfigError([Fault("--output", problem)])
     document = read_tree(path)
     if document.faults:
         raise ConfigError([Fault(fault.key, fault.problem, fault.line) for fault in document.faults], str(path))

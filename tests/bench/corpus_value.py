@@ -1,0 +1,231 @@
+"""Measure what a corpus sampled from a private model is worth: the table of ``privtrain generate`` in the guide.
+
+``python -m tests.bench.corpus_value DIRECTORY [DATA...]`` prints it; what DIRECTORY holds is not made again. Data are
+``customers`` (invented, labelled by what a message wants) and ``plays`` (the roles of 19 plays, labelled by genre).
+Both are trained at user-level ε = 8 twice: as a generator of labelled texts, of which 2,000 are sampled, and as a
+classifier. All accuracies are on users who are in neither. Bases have half a million weights and are pre-trained on
+public text: all plays for customers, and for the plays the 19 others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from privtrain.commands.corpus import probe
+from privtrain.commands.generate import GenerateOptions, generate
+from privtrain.data.invented_customers import customer_records
+from privtrain.data.plays import read_plays
+from privtrain.job.train import train
+
+BASE_SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies" / "user-level-dp" / "base_model.py"
+NUM_TEXTS, EPSILON, DELTA = 2000, 8.0, 1e-5
+
+#: Of a customer's message: the first words that it holds decide what it wants.
+TOPICS = {
+    "order": "Order of one",
+    "account": "account",
+    "stock": "back in stock",
+    "thanks": "Thank you for",
+    "feedback": "it came in two days",
+}
+GENRES = {
+    "comedy": (
+        "all-s-well-that-ends-well a-midsummer-night-s-dream as-you-like-it love-s-labours-lost measure-for-measure "
+        "much-ado-about-nothing pericles the-comedy-of-errors the-merchant-of-venice the-merry-wives-of-windsor "
+        "the-taming-of-the-shrew the-tempest twelfth-night two-gentlemen-of-verona a-winter-s-tale"
+    ),
+    "history": (
+        "edward-iii henry-iv-part-1 henry-iv-part-2 henry-v henry-vi-part-1 henry-vi-part-2 henry-vi-part-3 henry-viii "
+        "king-john richard-ii richard-iii"
+    ),
+    "tragedy": (
+        "antony-and-cleopatra coriolanus cymbeline hamlet julius-caesar king-lear macbeth othello romeo-and-juliet "
+        "timon-of-athens titus-andronicus troilus-and-cressida"
+    ),
+}
+
+Row = tuple[str, str, str]
+"""(user, label, text)."""
+
+
+def customers() -> Iterator[Row]:
+    """Yield messages of 4,000 invented customers."""
+    for record in customer_records(4000, seed=0, mean_records=8):
+        topic = next((name for name, words in TOPICS.items() if words in record.text), "problem")
+        yield record.user, topic, record.text
+
+
+def plays() -> Iterator[Row]:
+    """Yield speeches of at least six words from every second play of a genre."""
+    genres = {play: genre for genre, names in GENRES.items() for play in names.split()[::2]}
+    for user, text in read_plays():
+        genre = genres.get(user.split("/")[0])
+        if genre is not None and len(text.split()) >= 6:
+            yield user, genre, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What differs between the data: about how many users are trained on, and the plan."""
+
+    rows: Callable[[], Iterator[Row]]
+    num_users: int
+    length: int
+    records_per_user: int
+    sampling_prob: float
+    num_steps: int
+
+
+DATA = {
+    "customers": Setting(customers, 2880, 40, 2, 0.05, 150),
+    "plays": Setting(plays, 500, 48, 4, 0.2, 60),
+}
+
+
+def main(directory: pathlib.Path, names: Sequence[str]) -> None:
+    """Measure and print."""
+    for name in names or DATA:
+        place = directory / name
+        place.mkdir(parents=True, exist_ok=True)
+        _prepare(name, place)
+        facts = _measure(name, place)
+        (place / "facts.json").write_text(json.dumps(facts, indent=1))
+        print(json.dumps({name: facts}, indent=1), flush=True)
+
+
+def _prepare(name: str, place: pathlib.Path) -> None:
+    """Rows of users who are trained on and of a fifth who are not, and the base."""
+    rows = list(DATA[name].rows())
+    users = sorted({user for user, _, _ in rows})
+    tests = set(np.random.default_rng(0).permutation(users)[: len(users) // 5].tolist())
+    for side, is_test in (("training", False), ("test", True)):
+        lines = [
+            json.dumps({"user": user, "label": label, "prompt": label, "text": text, "completion": text})
+            for user, label, text in rows
+            if (user in tests) == is_test
+        ]
+        (place / f"{side}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if not (place / "base").exists():
+        words = [] if name == "customers" else [play for names in GENRES.values() for play in names.split()[1::2]]
+        subprocess.run([sys.executable, BASE_SCRIPT, place / "base", *words], check=True)
+
+
+def _config(name: str, place: pathlib.Path, task: str) -> dict[str, Any]:
+    """Both tasks share everything but what a record is."""
+    setting = DATA[name]
+    tree: dict[str, Any] = {
+        "run": {"name": task, "output_dir": str(place / "runs")},
+        "model": {"name_or_path": str(place / "base")},
+        "lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"},
+        "data": {
+            "source": {"kind": "files", "paths": [str(place / "training.jsonl")]},
+            "max_length": setting.length,
+            "attack_fraction": 0.0,
+            "num_evaluation_records": 512,
+        },
+        "privacy": {
+            "records_per_user": setting.records_per_user,
+            "sampling_prob": setting.sampling_prob,
+            "expected_batch_size": int(setting.sampling_prob * setting.num_users),
+            "clipping_norm": 1.0,
+            "target_epsilon": EPSILON,
+            "target_delta": DELTA,
+            "num_steps": setting.num_steps,
+        },
+        "training": {"learning_rate": 1e-2, "schedule": "linear"},
+        "performance": {
+            "microbatch_size": 64,
+            "precision": "fp32",
+            "num_threads": 1,
+            "checkpoint_interval_steps": 50,
+        },
+        "tracking": {"wandb": False, "release_held_out_metrics": True},
+    }
+    if task == "classifier":
+        tree["data"] |= {"format": "classification", "labels": _labels(name)}
+    else:
+        tree["data"] |= {"format": "prompt_completion"}
+    return tree
+
+
+def _labels(name: str) -> list[str]:
+    return sorted([*TOPICS, "problem"] if name == "customers" else GENRES)
+
+
+def _trained(name: str, place: pathlib.Path, task: str) -> pathlib.Path:
+    run = place / "runs" / task
+    if not (run / "release.json").exists():
+        (place / f"{task}.yaml").write_text(yaml.safe_dump(_config(name, place, task)))
+        train(place / f"{task}.yaml")
+    return run
+
+
+def _measure(name: str, place: pathlib.Path) -> dict[str, Any]:
+    run = _trained(name, place, "generator")
+    corpus = place / "corpus"
+    if not corpus.exists():
+        print(
+            generate(run, corpus, GenerateOptions(num_texts=NUM_TEXTS, labels=tuple(_labels(name)), batch_size=250)),
+            flush=True,
+        )
+    texts, training, test = (_pairs(place / path) for path in ("corpus/corpus.jsonl", "training.jsonl", "test.jsonl"))
+    (report,) = (run / "secret" / "corpora").iterdir()
+    found = json.loads(report.read_text())
+    utility = probe.measure(texts, training, test)
+    assert isinstance(utility, probe.Utility), utility
+    direct = _accuracy(_trained(name, place, "classifier"), place, _labels(name), test)
+    return {
+        "epsilon": json.loads((run / "privacy.json").read_text())["epsilon"],
+        "num_texts": len(texts),
+        "copies": found["training_records"]["copies"],
+        "near_copies": found["training_records"]["near_copies"],
+        "near_copies_held_out": found["held_out_records"]["near_copies"],
+        "probe_on_corpus": utility.on_corpus,
+        "probe_on_records": utility.on_records,
+        "most_frequent": utility.most_frequent,
+        "direct_private_training": direct,
+        "ratio": utility.on_corpus / direct,
+        "num_tests": utility.num_tests,
+    }
+
+
+def _pairs(path: pathlib.Path) -> list[tuple[str, str]]:
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    return [(row["completion"], row["label"]) for row in rows]
+
+
+def _accuracy(run: pathlib.Path, place: pathlib.Path, labels: list[str], test: list[tuple[str, str]]) -> float:
+    """Of the released classifier, opened as anybody would."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from privtrain.commands.export import export_run
+
+    merged = place / "merged"
+    if not merged.exists():
+        export_run(run, merged, merge=True, dtype="fp32")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    num_right = 0
+    for start in range(0, len(test), 64):
+        batch = test[start : start + 64]
+        encoded = tokenizer(
+            [text for text, _ in batch], padding=True, truncation=True, max_length=47, return_tensors="pt"
+        )
+        with torch.no_grad():
+            chosen = model(**encoded).logits.argmax(-1).tolist()
+        num_right += sum(model.config.id2label[at] == label for at, (_, label) in zip(chosen, batch, strict=True))
+    return num_right / len(test)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])
