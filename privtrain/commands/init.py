@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from privtrain.config.commented import commented_yaml
 from privtrain.config.data import DataSection, FilesSource
 from privtrain.config.load import validate
 from privtrain.config.schema import Config
-from privtrain.data.corpus import columns_of, load_corpus, separator_problem, source_files
+from privtrain.data.corpus import columns_of, load_corpus, missing, separator_problem, source_files
 from privtrain.data.encode import Encoder
 from privtrain.data.look import sample_of
 from privtrain.data.rows import file_columns, file_rows
@@ -32,6 +33,7 @@ from privtrain.process.console import say
 
 _NUM_ROWS = 1000
 _MOST_LABELS = 50
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _LENGTHS = (64, 1024)
 
 _USER_NAMES = [
@@ -143,7 +145,7 @@ def guess_configuration(
     """
     files = source_files(FilesSource(kind="files", paths=list(paths)))
     if not files:
-        raise ConfigError([Fault("data.source.paths", f"no such file: {', '.join(map(str, paths))}")])
+        raise ConfigError([Fault("data.source.paths", missing(path)) for path in paths])
     if faults := _file_faults(files):
         raise ConfigError(faults)
     guess = guess_columns(files[0], user_column)
@@ -224,24 +226,39 @@ def _learned(values: dict[str, list[Any]]) -> Guess | None:
     chat = _first(values, _CHAT_NAMES, _is_conversation)
     if chat is not None:
         return Guess({"format": "chat", "messages_column": chat}, {"format": f"{chat} holds lists of turns"})
+    _refuse_other_kinds(
+        values, _CHAT_NAMES, "data.messages_column", "turns without role and content; rename their keys"
+    )
     prompt, completion = (_first(values, names, _is_text, others=False) for names in (_PROMPTS, _COMPLETIONS))
     if prompt and completion:
         keys = {"format": "prompt_completion", "prompt_column": prompt, "completion_column": completion}
-        return Guess(keys, {"format": f"there are columns {prompt} and {completion}"})
+        unread = [name for name in values if name.lower() in _PROMPTS and name != prompt and _is_text(values[name])]
+        note = f"there are columns {prompt} and {completion}"
+        if unread:
+            note += f"; not read: {', '.join(unread)}. Put it into {prompt} if it belongs there"
+        return Guess(keys, {"format": note})
     text = _first(values, _TEXT_NAMES, _is_text)
+    if text is None or text.lower() not in _TEXT_NAMES:
+        _refuse_other_kinds(values, _TEXT_NAMES, "data.text_column", "something else than text; convert it")
     if text is None:
         return None
     label = _first({k: v for k, v in values.items() if k != text}, _LABEL_NAMES, _is_label, others=False)
     if label is None:
         return Guess({"format": "text", "text_column": text}, {"text_column": f"texts{_unread_label(values, text)}"})
-    by_name = {str(value).strip(): value for value in values[label] if value is not None}
-    labels = sorted(
-        by_name, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.isdigit() else 0, name)
-    )
-    numbers = [int(name) if name.lstrip("-").isdigit() else name for name in labels]
-    keys = {"format": "classification", "text_column": text, "label_column": label, "labels": numbers}
+    names = {str(value).strip() for value in values[label] if value is not None} - {""}
+    # 01 is a name: as a number it would be 1, and no row has that label.
+    labels: list[int | str] = [int(name) if _NUMBER.fullmatch(name) else name for name in names]
+    labels.sort(key=lambda name: (isinstance(name, str), name if isinstance(name, int) else 0, str(name)))
+    keys = {"format": "classification", "text_column": text, "label_column": label, "labels": labels}
     told = "those of the first rows. The list is published: check that it is complete and no secret"
     return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": told})
+
+
+def _refuse_other_kinds(values: dict[str, list[Any]], names: Sequence[str], key: str, what: str) -> None:
+    """Raise if a column has one of these names and holds lists or objects: another one in its place was not meant."""
+    for name, column in values.items():
+        if name.lower() in names and any(isinstance(value, list | dict) and value for value in column):
+            raise ConfigError([Fault(key, f"column {name} holds {what}")])
 
 
 def _unread_label(values: dict[str, list[Any]], text: str) -> str:

@@ -65,7 +65,7 @@ class ChatRenderer:
         if data.chat_template_file is not None:
             content = reading.read_bytes(data.chat_template_file, follow_links=True)
             try:
-                tokenizer.chat_template = content.decode("utf-8")
+                tokenizer.chat_template = content.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise DamagedFile(data.chat_template_file, f"is not UTF-8 at byte {error.start}") from None
         if isinstance(tokenizer.chat_template, dict):  # several by name, as some models have for tools

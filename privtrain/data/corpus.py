@@ -115,7 +115,7 @@ def _check_files(source: FilesSource, data: DataSection, path_key: str, *further
     for pattern in source.paths:
         files = _expand(pattern)
         if not files:
-            faults.append(Fault(path_key, f"no such file: {pattern}"))
+            faults.append(Fault(path_key, missing(pattern)))
         for file in files:
             faults += _check_file(file, data, path_key, (*further_keys, *data.column_keys))
     return faults
@@ -390,7 +390,18 @@ def source_files(source: FilesSource) -> list[pathlib.Path]:
     return [file for pattern in source.paths for file in _expand(pattern)]
 
 
+def missing(pattern: pathlib.Path) -> str:
+    """Return why a path or pattern of ``data.source.paths`` names no file."""
+    if pattern.is_dir():
+        return f"{pattern} is a directory; name its files, e.g. {pattern / '*.jsonl'}"
+    hint = "; write the home directory out" if str(pattern).startswith("~") else ""
+    return f"no such file: {pattern}{hint}"
+
+
 def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:
+    if pattern.is_file():  # also one whose name holds a bracket
+        return [pattern]
     if any(c in str(pattern) for c in "*?["):
-        return [pathlib.Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
-    return [pattern] if pattern.is_file() else []
+        found = map(pathlib.Path, sorted(glob.glob(str(pattern), recursive=True)))
+        return [path for path in found if not path.is_dir()]
+    return []

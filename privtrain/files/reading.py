@@ -7,6 +7,7 @@ the line; never a value, since private records pass through here too.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -148,14 +149,21 @@ def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, r
 
 
 def read_json_lines(
-    path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES
+    path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES, may_have_mark: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with one JSON object a line, each with its line's number from 1; empty lines are skipped.
+
+    Args:
+        path: the file.
+        remedy: what an error ends with.
+        max_bytes: the largest size that is believed.
+        may_have_mark: whether a byte-order mark may come first, as in files that people write in editors.
 
     Raises:
         DamagedFile: naming the line, if one is something else.
     """
     content = read_bytes(path, remedy=remedy, max_bytes=max_bytes)
+    content = content.removeprefix(codecs.BOM_UTF8) if may_have_mark else content
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield number, parse_json(line, path, line=number, remedy=remedy)

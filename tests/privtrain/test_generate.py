@@ -179,6 +179,13 @@ def test_line_of_prompts_is_refused_by_number(line, words, tmp_path):
         read_conditions(data_of(format="chat"), path, (), "{label}")
 
 
+def test_prompts_of_an_editor_are_read(tmp_path):
+    """With a byte-order mark and Windows line ends."""
+    (tmp_path / "prompts.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "y"}\r\n')
+    found = read_conditions(data_of(), tmp_path / "prompts.jsonl", (), "{label}")
+    assert [condition.prompt for condition in found] == ["x", "y"]
+
+
 def test_answers_need_what_they_answer():
     for form in ("chat", "prompt_completion"):
         with pytest.raises(ConfigError, match="give --prompts FILE, or --label"):

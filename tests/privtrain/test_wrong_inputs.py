@@ -11,6 +11,7 @@ from privtrain import cli
 from privtrain.commands.export import export_run
 from privtrain.commands.init import guess_columns, guess_configuration
 from privtrain.config import load_config, validate
+from privtrain.config.data import DataSection
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import check_source, load_corpus
 from privtrain.errors import ConfigError
@@ -239,6 +240,57 @@ def test_init_says_why_a_label_is_not_read(tmp_path, labels):
     guess = guess_columns(tmp_path / "rows.jsonl")
     assert guess.tree["format"] == "text"
     assert "convert column label to text or whole numbers" in guess.notes["text_column"]
+
+
+def write_rows(path, **columns):
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_init_keeps_labels_as_they_are_written(tmp_path):
+    """01 is no number that a row could hold, an empty field is no label, and ² is no digit of ours."""
+    names = ["01", "2", "10", "", "²", "-3"] * 4
+    path = write_rows(tmp_path / "rows.jsonl", user=[f"u{n}" for n in range(24)], text=["a text"] * 24, label=names)
+    guess = guess_columns(path)
+    assert guess.tree["labels"] == [-3, 2, 10, "01", "²"]
+    data = {**guess.tree, "source": {"kind": "files", "paths": [str(path)]}}
+    counts = load_corpus(DataSection.model_validate(data)).counts
+    assert (counts.num_rows, counts.num_empty) == (24, 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (
+            {"conversations": [[{"from": "human", "value": "x"}]] * 2, "source": ["a site"] * 2},
+            "without role and content",
+        ),
+        ({"text": [{"en": "x"}] * 2, "url": ["https://example.org"] * 2}, "something else than text"),
+    ],
+)
+def test_init_takes_no_other_column_for_one_it_cannot_read(tmp_path, columns, words):
+    """The longest column that is left would be trained on."""
+    with pytest.raises(ConfigError, match=words):
+        guess_columns(write_rows(tmp_path / "rows.jsonl", user=["u", "v"], **columns))
+
+
+def test_init_says_which_column_of_a_prompt_is_not_read(tmp_path):
+    columns = {"instruction": ["Sum up"] * 2, "input": ["a text"] * 2, "output": ["text"] * 2}
+    guess = guess_columns(write_rows(tmp_path / "rows.jsonl", user=["u", "v"], **columns))
+    assert (guess.tree["prompt_column"], guess.tree["completion_column"]) == ("instruction", "output")
+    assert "not read: input" in guess.notes["format"]
+
+
+def test_directories_and_names_with_brackets_are_paths(tree, tmp_path):
+    tree["data"]["source"]["paths"] = [str(tmp_path), "~/rows.jsonl"]
+    faults = check_source(validate(tree).data)
+    assert [fault.problem for fault in faults] == [
+        f"{tmp_path} is a directory; name its files, e.g. {tmp_path}/*.jsonl",
+        "no such file: ~/rows.jsonl; write the home directory out",
+    ]
+    config = config_over(tree, tmp_path, "rows[1].jsonl", '{"user": "u", "text": "x"}\n')
+    assert load_corpus(config.data).num_records == 1
 
 
 def test_places_that_cannot_be_written_are_one_line(tmp_path, users_file, tiny_llama, monkeypatch, capsys):

@@ -111,7 +111,8 @@ def read_conditions(
 
 def _read_file(path: pathlib.Path, data: DataSection) -> list[Condition]:
     conditions, faults = [], []
-    for number, line in reading.read_json_lines(path, remedy='each line is an object such as {"prompt": "Dear Ada,"}'):
+    remedy = 'each line is an object such as {"prompt": "Dear Ada,"}'
+    for number, line in reading.read_json_lines(path, remedy=remedy, may_have_mark=True):
         try:
             conditions.append(_parsed(line, data))
         except ValueError as error:
