@@ -123,6 +123,8 @@ class DataSection(Section):
             yield "data.labels declares the labels of data.format: classification, and of no other"
         if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
             yield f"data.labels={self.labels} names a label twice"
+        if any(str(label) != str(label).strip() or label == "" for label in self.labels or ()):
+            yield f"data.labels={self.labels}: a label is empty or has white space at its ends, which no row's has"
         if self.text_pair_column is not None and self.format != "classification":
             yield "data.text_pair_column belongs to data.format: classification"
         if self.chat_template_file is not None and self.format != "chat":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import pathlib
 import typing
@@ -164,11 +165,16 @@ def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]
     second look; conflicts that name one of them are left out.
     """
     config, faults, conflicts = _looked_at(tree)
-    rest, masked = copy.deepcopy(tree), [".".join(map(str, place)) for place, _ in faults if place]
+    rest, masked = copy.deepcopy(tree), [_key_of(place) for place, _ in faults if place]
     if masked and all(_mask(rest, place) for place, _ in faults):
         further = [(place, fault) for place, fault in _looked_at(rest)[2] if (place, fault) not in conflicts]
         conflicts += [item for item in further if not any(path in item[1].problem for path in masked)]
     return config, faults + conflicts
+
+
+def _key_of(place: strict_yaml.Path) -> str:
+    """Return the dotted key that a place stands in; of an item of a list, the list's."""
+    return ".".join(itertools.takewhile(lambda part: not part.isdigit(), map(str, place)))
 
 
 def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
@@ -253,12 +259,25 @@ def _fault(item: Any, place: strict_yaml.Path) -> Fault:
     message, given = item["msg"].removeprefix("Value error, "), item["input"]
     if item["type"] == "value_error":
         return Fault(path, message)
+    if item["type"] == "union_tag_not_found":
+        return Fault(f"{path}.kind", "this key is required")
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        return Fault(f"{path}.kind", f"given {context['tag']!r}; allowed are {context['expected_tags']}")
+    if item["type"] == "list_type" or item["msg"] == "Input should be an object":
+        needed = f"a list, e.g. [{_shown(given)}]" if item["type"] == "list_type" else "a section of keys"
+        return Fault(path, f"given {given!r}; input should be {needed}")
     hint = ""
     if isinstance(given, bool) and item["type"] != "bool_type":
         hint = " (YAML reads yes, no, on and off as true and false; put quotes around a text)"
     elif isinstance(given, str) and item["type"] in ("int_type", "float_type", "bool_type"):
         hint = " (without quotes)" if _is_number(given) else ""
     return Fault(path, f"given {given!r}; {message[0].lower()}{message[1:]}{hint}")
+
+
+def _shown(given: Any) -> str:
+    """Return one value as YAML has it; of several none."""
+    return str(given) if isinstance(given, str | int) and str(given) else "..."
 
 
 def _is_number(text: str) -> bool:

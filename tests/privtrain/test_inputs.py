@@ -290,3 +290,44 @@ def test_unreadable_hub_files_are_named_without_a_value(monkeypatch, error):
     with pytest.raises(ConfigError, match="cannot read the files of some/rows") as refused:
         load_corpus(data)
     assert "alice" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("data", {"source": "rows.jsonl"}, "data.source: given 'rows.jsonl'; input should be a section of keys"),
+        ("data", {"source": {"paths": ["rows.jsonl"]}}, "data.source.kind: this key is required"),
+        (
+            "data",
+            {"source": {"kind": "csv", "paths": ["rows.csv"]}},
+            "data.source.kind: given 'csv'; allowed are 'files', 'hub', 'plays'",
+        ),
+        (
+            "data",
+            {"source": {"kind": "files", "paths": "rows.jsonl"}},
+            "data.source.paths: given 'rows.jsonl'; input should be a list, e.g. [rows.jsonl]",
+        ),
+        ("model", "gpt2", "model: given 'gpt2'; input should be a section of keys"),
+        (
+            "data",
+            {"format": "classification", "labels": ["a", " b"]},
+            "a label is empty or has white space at its ends",
+        ),
+        ("data", {"format": "classification", "labels": ["a", ""]}, "a label is empty or has white space"),
+    ],
+)
+def test_values_of_another_form_say_which_form(tree, section, values, said):
+    tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    with pytest.raises(ConfigError) as refused:
+        validate(tree)
+    (fault,) = refused.value.faults
+    assert said in str(fault)
+
+
+def test_label_at_fault_is_told_once(tree):
+    """Not also that there are no labels."""
+    tree["data"] |= {"format": "classification", "labels": [None, "a"]}
+    with pytest.raises(ConfigError) as refused:
+        validate(tree)
+    (fault,) = refused.value.faults
+    assert fault.path == "data.labels.0"
