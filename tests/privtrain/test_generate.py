@@ -346,7 +346,7 @@ def test_probe_prefers_texts_that_go_with_their_labels():
     assert "too few to compare" in str(probe.measure(real[:1], real, real))
 
 
-def test_sentence_model_that_is_missing_is_named_and_the_rest_measured():
+def test_missing_sentence_model_is_named():
     pairs = [(f"{word} {n}", label) for n in range(20) for word, label in (("elm", "calm"), ("fir", "loud"))]
     texts = [text for text, _ in pairs]
     assert probe.measure_sentences(pairs, pairs, pairs) == sentences.MISSING
