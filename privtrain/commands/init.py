@@ -197,8 +197,13 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         ConfigError: if there is no column that could be a user's, or none to learn from.
     """
     columns = file_columns(file)
+    if twice := sorted(name for name, count in collections.Counter(columns).items() if count > 1):
+        problem = f"the columns of {file.name} must have different names; given twice: {_shown(file, twice)}"
+        raise ConfigError([Fault("data.source.paths", problem)])
     rows = list(itertools.islice(file_rows(file, columns), _NUM_ROWS))
     values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}
+    if not rows:
+        raise ConfigError([Fault("data.source.paths", f"{file} holds no row")])
     user = user_column or _user_column(values)
     if user is None or user not in values:
         what = f"no column {user!r}" if user else "no column that looks like a user's id"
@@ -223,12 +228,14 @@ def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
 
 
 def _learned(values: dict[str, list[Any]]) -> Guess | None:
-    chat = _first(values, _CHAT_NAMES, _is_conversation)
+    others = {name: column for name, column in values.items() if name.lower() not in (*_PROMPTS, *_COMPLETIONS)}
+    chat = _first(others, _CHAT_NAMES, _is_conversation)
     if chat is not None:
         return Guess({"format": "chat", "messages_column": chat}, {"format": f"{chat} holds lists of turns"})
     _refuse_other_kinds(
         values, _CHAT_NAMES, "data.messages_column", "turns without role and content; rename their keys"
     )
+    _refuse_unread_turns(values)
     prompt, completion = (_first(values, names, _is_text, others=False) for names in (_PROMPTS, _COMPLETIONS))
     if prompt and completion:
         keys = {"format": "prompt_completion", "prompt_column": prompt, "completion_column": completion}
@@ -254,10 +261,23 @@ def _learned(values: dict[str, list[Any]]) -> Guess | None:
     return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": told})
 
 
+def _refuse_unread_turns(values: dict[str, list[Any]]) -> None:
+    """Raise if conversations are there in a form that is not read: in two columns, or as text that is no JSON."""
+    pairs = [name for name, column in values.items() if name.lower() in (*_PROMPTS, *_COMPLETIONS)]
+    if any(_is_conversation(values[name]) for name in pairs):
+        problem = f"columns {', '.join(pairs)} hold turns; join those of a row into one column, messages"
+        raise ConfigError([Fault("data.messages_column", problem)])
+    for name, column in values.items():
+        texts = [value.lstrip() for value in column if isinstance(value, str)]
+        if name.lower() in _CHAT_NAMES and any(text.startswith(("[{", "{")) for text in texts):
+            problem = f"column {name} holds text that is no JSON list of {{role, content}}; write it with json.dumps"
+            raise ConfigError([Fault("data.messages_column", problem)])
+
+
 def _refuse_other_kinds(values: dict[str, list[Any]], names: Sequence[str], key: str, what: str) -> None:
     """Raise if a column has one of these names and holds lists or objects: another one in its place was not meant."""
     for name, column in values.items():
-        if name.lower() in names and any(isinstance(value, list | dict) and value for value in column):
+        if name.lower() in names and any(isinstance(value, list | dict | bytes) and value for value in column):
             raise ConfigError([Fault(key, f"column {name} holds {what}")])
 
 
@@ -265,7 +285,7 @@ def _unread_label(values: dict[str, list[Any]], text: str) -> str:
     """Return what to know of a column that is named like a label and cannot be one."""
     by_name = {name.lower(): name for name in values if name != text}
     for name in (by_name[name] for name in _LABEL_NAMES if name in by_name):
-        if any(isinstance(value, bool | float) for value in values[name]):
+        if any(isinstance(value, bool | float | list) for value in values[name]):
             return f"; to train a classifier, convert column {name} to text or whole numbers"
     return ""
 
@@ -286,7 +306,7 @@ def _size(column: list[Any]) -> int:
 
 def _user_column(values: dict[str, list[Any]]) -> str | None:
     """Return a column that is named like a user's id; values are never looked at."""
-    by_name = {name.lower().replace("-", "_").replace(" ", "_"): name for name in values}
+    by_name = {name.lower().translate(str.maketrans("- .", "___")): name for name in values}
     named = next((by_name[name] for name in _USER_NAMES if name in by_name), None)
     if named is not None:
         return named

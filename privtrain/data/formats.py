@@ -33,6 +33,20 @@ def canonical(data: DataSection, values: Sequence[object]) -> str:
         data: names the format.
         values: the row's values in the order of ``data.column_keys``.
     """
+    record = _as_text(data, values)
+    return "" if has_half_pair(record) else record
+
+
+def has_half_pair(text: str) -> bool:
+    """Return whether a text holds half of a surrogate pair, as of an emoji that was cut: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _as_text(data: DataSection, values: Sequence[object]) -> str:
     match data.format:
         case "text":
             return _content(values[0]).strip()
@@ -64,6 +78,8 @@ def written(record: str, data: DataSection) -> str:
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
     """Return the reason why :func:`canonical` rejects a row."""
     keys = [f"data.{key}" for key in data.column_keys]
+    if has_half_pair(_as_text(data, values)):
+        return Unusable("half of a surrogate pair in its text, as of an emoji that was cut; take it out")
     match data.format:
         case "text":
             return Unusable(_text_problem(values[0], keys[0]))

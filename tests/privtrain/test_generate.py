@@ -167,6 +167,7 @@ def test_classifier_is_refused_with_the_way_out():
         ({"label": "y"}, "give prompt or messages"),
         ({"prompt": 3}, "prompt must be text"),
         ({"prompt": "x", "label": True}, "label must be text"),
+        ({"prompt": "\ud83d"}, "half of a surrogate pair"),
         ({"messages": []}, "must end with a turn"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a turn"),
         ({"messages": [{"role": "user"}]}, "list of {role, content}"),

@@ -267,12 +267,43 @@ def test_init_keeps_labels_as_they_are_written(tmp_path):
             "without role and content",
         ),
         ({"text": [{"en": "x"}] * 2, "url": ["https://example.org"] * 2}, "something else than text"),
+        (
+            {"messages": ["[{'role': 'user', 'content': 'x'}]"] * 2},
+            "no JSON list of {role, content}",
+        ),
+        (
+            {"prompt": [[{"role": "user", "content": "x"}]] * 2, "completion": [[{"role": "assistant"}]] * 2},
+            "columns prompt, completion hold turns; join those of a row into one",
+        ),
     ],
 )
 def test_init_takes_no_other_column_for_one_it_cannot_read(tmp_path, columns, words):
     """The longest column that is left would be trained on."""
     with pytest.raises(ConfigError, match=words):
         guess_columns(write_rows(tmp_path / "rows.jsonl", user=["u", "v"], **columns))
+
+
+def test_init_names_tables_without_rows_and_names_given_twice(tmp_path):
+    for content, words in (("user,text\n", "holds no row"), ("user,text,text\nu,x,y\n", "given twice: text")):
+        (tmp_path / "rows.csv").write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            guess_columns(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("form", ["text", "prompt_completion", "chat", "classification"])
+def test_half_of_a_surrogate_pair_is_dropped_with_its_reason(tree, tmp_path, form):
+    """An emoji that was cut: a tokenizer would fail on it in the middle of a job."""
+    half, whole = "a \ud83d", "a \ud83d\ude00"
+    rows = [
+        {"user": "u", "text": text, "prompt": "p", "completion": text, "label": "a", "messages": turns}
+        for text in (half, whole)
+        for turns in [[{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]]
+    ]
+    labels = {"labels": ["a", "b"]} if form == "classification" else {}
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    corpus = load_corpus(config_over(tree, tmp_path, "rows.jsonl", content, format=form, **labels).data)
+    assert corpus.num_records == 1
+    assert corpus.counts.why_dropped()[0].startswith("1 × half of a surrogate pair in its text")
 
 
 def test_init_says_which_column_of_a_prompt_is_not_read(tmp_path):

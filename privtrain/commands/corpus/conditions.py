@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from privtrain.config.data import DataSection
 from privtrain.data.chat import end_marks
 from privtrain.data.encode import context_ids
+from privtrain.data.formats import has_half_pair
 from privtrain.errors import ConfigError, Fault
 from privtrain.files import reading
 
@@ -127,6 +128,8 @@ def _read_file(path: pathlib.Path, data: DataSection) -> list[Condition]:
 def _parsed(line: Mapping[str, Any], data: DataSection) -> Condition:
     if unknown := sorted(set(line) - set(_KEYS)):
         raise ValueError(f"unknown key {unknown[0]!r}; allowed are {', '.join(_KEYS)}")
+    if has_half_pair(json.dumps(line, ensure_ascii=False)):
+        raise ValueError("half of a surrogate pair, which no tokenizer reads")
     if ("prompt" in line) == ("messages" in line):
         raise ValueError("give prompt or messages")
     label, prompt, messages = line.get("label"), line.get("prompt", ""), line.get("messages", [])
