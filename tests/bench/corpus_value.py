@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from attacks.analysis.audit.sampled_corpus import audit_corpus
 from privtrain.commands.corpus import probe
 from privtrain.commands.generate import GenerateOptions, generate
 from privtrain.data.invented_customers import customer_records
@@ -86,8 +87,8 @@ class Setting:
 
 
 DATA = {
-    "customers": Setting(customers, 2880, 40, 2, 0.05, 150),
-    "plays": Setting(plays, 500, 48, 4, 0.2, 60),
+    "customers": Setting(customers, 2880, 96, 2, 0.05, 100),
+    "plays": Setting(plays, 500, 80, 2, 0.2, 60),
 }
 
 
@@ -178,11 +179,12 @@ def _measure(name: str, place: pathlib.Path) -> dict[str, Any]:
             flush=True,
         )
     texts, training, test = (_pairs(place / path) for path in ("corpus/corpus.jsonl", "training.jsonl", "test.jsonl"))
-    (report,) = (run / "secret" / "corpora").iterdir()
-    found = json.loads(report.read_text())
+    reports = [path for path in (run / "secret" / "corpora").iterdir() if not path.name.endswith(".audit.json")]
+    found = json.loads(reports[0].read_text())
+    audited, _ = audit_corpus(run, corpus)
     utility = probe.measure(texts, training, test)
     assert isinstance(utility, probe.Utility), utility
-    direct = _accuracy(_trained(name, place, "classifier"), place, _labels(name), test)
+    direct = _accuracy(_trained(name, place, "classifier"), place, DATA[name].length, test)
     return {
         "epsilon": json.loads((run / "privacy.json").read_text())["epsilon"],
         "num_texts": len(texts),
@@ -195,6 +197,9 @@ def _measure(name: str, place: pathlib.Path) -> dict[str, Any]:
         "direct_private_training": direct,
         "ratio": utility.on_corpus / direct,
         "num_tests": utility.num_tests,
+        "sentences": found["utility of sentences"],
+        "likeness": found["likeness"],
+        "audit": [f"{finding.verdict}: {finding.verdict_reason}" for finding in audited],
     }
 
 
@@ -203,7 +208,7 @@ def _pairs(path: pathlib.Path) -> list[tuple[str, str]]:
     return [(row["completion"], row["label"]) for row in rows]
 
 
-def _accuracy(run: pathlib.Path, place: pathlib.Path, labels: list[str], test: list[tuple[str, str]]) -> float:
+def _accuracy(run: pathlib.Path, place: pathlib.Path, length: int, test: list[tuple[str, str]]) -> float:
     """Of the released classifier, opened as anybody would."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -219,7 +224,7 @@ def _accuracy(run: pathlib.Path, place: pathlib.Path, labels: list[str], test: l
     for start in range(0, len(test), 64):
         batch = test[start : start + 64]
         encoded = tokenizer(
-            [text for text, _ in batch], padding=True, truncation=True, max_length=47, return_tensors="pt"
+            [text for text, _ in batch], padding=True, truncation=True, max_length=length - 1, return_tensors="pt"
         )
         with torch.no_grad():
             chosen = model(**encoded).logits.argmax(-1).tolist()

@@ -57,6 +57,7 @@ RUN = {
 }
 #: What the tour does not run: why, and which test starts it instead. All of it is parsed, and its files looked for.
 NOT_RUN = {
+    "attacks audit-corpus": "needs a sampled corpus: tests/attacks/test_sampled_corpus.py",
     "attacks sample-canaries": "draws from a model: tests/attacks/test_canary_samples.py",
     "privtrain registry restored": "needs a database from a backup: tests/privtrain/test_registry_restored.py",
     "privtrain generate": "samples from a model: tests/privtrain/test_generate.py",

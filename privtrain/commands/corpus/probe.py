@@ -17,7 +17,7 @@ MOST_RECORDS = 20_000
 FEWEST_TESTS = 10
 
 #: Texts of each side that are turned into vectors.
-MOST_SENTENCES = 2_000
+MOST_SENTENCES = 1_000
 
 Labelled = Sequence[tuple[str, str]]
 """(text, label) pairs."""
