@@ -26,6 +26,8 @@ _AT_ONCE = 64
 #: Shares of records above which truncation, or of tokens above which unknown words, are worth a warning.
 _MUCH_TRUNCATION = 0.2
 _MUCH_UNKNOWN = 0.01
+#: Models embed a few ids more than their tokenizer has; one that has far fewer is probably another model's.
+_FEW_TOKENS = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,9 @@ def _warnings(
     """Yield what training would survive and its results would not: truncation, unknown tokens, unused labels."""
     if num_truncated > _MUCH_TRUNCATION * len(records):
         yield f"{num_truncated / len(records):.0%} of records are cut at data.max_length={data.max_length} tokens"
+    num_tokens, num_ids = len(encoder.tokenizer), encoder.num_ids
+    if num_ids is not None and num_tokens < _FEW_TOKENS * num_ids:
+        yield f"the tokenizer has {num_tokens:,} tokens and the model embeds {num_ids:,}: is it this model's tokenizer?"
     unknown = encoder.tokenizer.unk_token_id
     if unknown is not None and unknown not in encoder.marks:
         num_unknown = sum(int((record.tokens == unknown).sum()) for record in records)

@@ -89,6 +89,15 @@ def test_absent_labels_and_truncation_are_warned_of(tmp_path):
     assert as_text(record, encoder, data.labels).plain.endswith("⟦yes⟧")
 
 
+@pytest.mark.parametrize(("num_ids", "is_warned"), [(None, False), (258, False), (300, False), (400, True)])
+def test_tokenizer_of_another_model_is_asked_about(tmp_path, num_ids, is_warned):
+    """Its ids are all embedded, so nothing else would show it."""
+    save_tokenizer(tmp_path / "t")
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t")))
+    warnings = check_rows(group_by_user([("u", "x")]), Encoder(section("x"), tokenizer, num_ids), section("x"))
+    assert any("is it this model's tokenizer?" in warning for warning in warnings) == is_warned
+
+
 def test_a_record_cannot_move_the_cursor(tmp_path):
     save_tokenizer(tmp_path / "t")
     encoder = Encoder(section("x"), load_tokenizer(ModelSection(name_or_path=str(tmp_path / "t"))))
