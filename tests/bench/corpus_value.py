@@ -87,8 +87,8 @@ class Setting:
 
 
 DATA = {
-    "customers": Setting(customers, 2880, 96, 2, 0.05, 100),
-    "plays": Setting(plays, 500, 80, 2, 0.2, 60),
+    "customers": Setting(customers, 2880, 80, 1, 0.03, 40),
+    "plays": Setting(plays, 500, 80, 1, 0.15, 40),
 }
 
 
@@ -142,7 +142,7 @@ def _config(name: str, place: pathlib.Path, task: str) -> dict[str, Any]:
             "target_delta": DELTA,
             "num_steps": setting.num_steps,
         },
-        "training": {"learning_rate": 1e-2, "schedule": "linear"},
+        "training": {"learning_rate": 1.5e-2, "schedule": "linear"},
         "performance": {
             "microbatch_size": 64,
             "precision": "fp32",
