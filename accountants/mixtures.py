@@ -87,7 +87,7 @@ class MixtureStep:
         return float(self._loss_and_slope(np.array([z]))[1][0])
 
     def _loss_and_slope(self, z: Array) -> tuple[Array, Array]:
-        """The loss and its derivative (the mean shift given ``z``) of many shifts; quick where ``z`` is sorted."""
+        """Return the loss and its derivative (the mean shift given ``z``); quick where ``z`` is sorted."""
         loss, slope = np.empty_like(z), np.empty_like(z)
         for first in range(0, z.size, _BLOCK):
             block = slice(first, first + _BLOCK)
@@ -134,7 +134,7 @@ class MixtureStep:
         return np.where(exponent < -0.5, low, loss)
 
     def inverse_loss(self, loss: Array) -> Array:
-        """The ``z`` at which the loss takes the given increasing values; minus infinity at or below the infimum."""
+        """Return the ``z`` of given increasing losses; minus infinity at or below the infimum."""
         if len(self.shifts) == 1:
             return loss / self.shifts[0] + self.shifts[0] / 2
         inside = loss > self.infimum

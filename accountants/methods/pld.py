@@ -86,7 +86,7 @@ class PldAccountant(Accountant):
 
 
 def _not_refuted(question: Question, value: float) -> float:
-    """What is certified where a certified lower bound contradicts the library, which does not bound its round-off.
+    """Return the library's value, whose round-off nothing bounds, unless a certified lower bound contradicts it.
 
     At sampling probability 1 the bounds are tight to eleven digits and a value may fall between them, or short of the
     lower one, by its last ones: then the certified upper end stands in.

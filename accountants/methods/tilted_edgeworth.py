@@ -169,7 +169,7 @@ def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[fl
 
 
 def _solve(tilted: TiltedSum, log_delta: float, sign: float, scale: float) -> float:
-    """An epsilon on the safe side of the crossing of the bound with delta; 0 if the bound is below delta at 0."""
+    """Return an epsilon on the safe side of where the bound crosses delta; 0 if the bound is below delta at 0."""
 
     def above(epsilon: float) -> bool:
         return tilted.log_delta(epsilon, sign) > log_delta

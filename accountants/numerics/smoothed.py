@@ -193,7 +193,7 @@ class SmoothedSum:
         return min(self._value(epsilon, 1) + self.added, 1.0)
 
     def upper_epsilon(self, delta: float) -> float | None:
-        """An epsilon at which ``upper_delta`` is at most ``delta``, hardly larger than necessary; None if not found."""
+        """Return about the least epsilon at which ``upper_delta`` is at most ``delta``; None if not found."""
         target = delta - self.added
         if target <= 0:
             return None
@@ -219,7 +219,7 @@ class SmoothedSum:
         return next((value for value in (root, root + accuracy, root + 4 * accuracy) if excess(value) <= 0), high)
 
     def lower_delta(self, epsilon: float) -> float | None:
-        """A certified lower bound on delta; None below ``centre``, or where U reaches too far for exponentials."""
+        """Return a certified lower bound on delta; None below ``centre``, or where U reaches too far."""
         if epsilon < self.centre or self.deviation * self.reach > _LONGEST_REACH:
             return None
         smooth = self._value(epsilon, -1) - self.removed

@@ -31,7 +31,7 @@ def log_mills(x: Array) -> Array:
 
 
 def mills_error(values: Array) -> Array:
-    """The absolute error of :func:`log_mills` where it gives ``values``: twice the largest found at 60 digits."""
+    """Return the error of :func:`log_mills` where it gives ``values``: twice the largest found at 60 digits."""
     return 16 * UNIT * (1 + np.abs(values))
 
 

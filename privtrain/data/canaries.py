@@ -106,7 +106,7 @@ def draw_canaries(
     root_key: SecretKey,
     unit: str = "user",
 ) -> tuple[Canary, ...]:
-    """Every canary of a run: a function of the key, and for ``shared_substring`` of each chosen user's own records.
+    """Draw all canaries of a run: of the key, and with ``shared_substring`` of each chosen user's own records.
 
     Args:
         corpus: the kept records, without canaries.

@@ -46,7 +46,7 @@ def _finite_float(text: str) -> float:
 
 
 def _small_int(text: str) -> int:
-    """A whole number as JSON writes it; ``ValueError`` where no double comes near, and before Python's own limit."""
+    """Return a whole number of JSON; ``ValueError`` where no double comes near, and before Python's own limit."""
     if len(text) > 300:
         raise ValueError("a whole number is beyond the range of a double")
     return int(text)

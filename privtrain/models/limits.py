@@ -105,7 +105,7 @@ def pad_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows: the tokenizer's, or its end mark where the model embeds no such id. It is never read."""
+    """Return the id that fills rows: the tokenizer's, or its end mark where the model embeds no such id."""
     number = tokenizer.pad_token_id
     if not isinstance(number, int) or number >= num_embedded(model):
         number = tokenizer.eos_token_id

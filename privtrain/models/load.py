@@ -80,7 +80,7 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
 def load_classifier(
     model: ModelSection, dtype: torch.dtype, *, labels: Sequence[int | str], init_seed: int
 ) -> PreTrainedModel:
-    """The base model as a sequence classifier, frozen; a head that its files do not hold is the same on every rank.
+    """Load the base as a sequence classifier, frozen; a head that its files lack is the same on every rank.
 
     Decoders classify at the last token before the padding id: see :func:`~privtrain.models.limits.pad_classifier`.
 

@@ -124,7 +124,7 @@ class KeyStream:
         return special.ndtri(self.uniform(count))
 
     def choose(self, population: int, count: int) -> list[int]:
-        """``count`` distinct indices below ``population``, uniformly, in increasing order; all if there are fewer."""
+        """Return ``count`` uniform distinct indices below ``population``, increasing; all if there are fewer."""
         if population <= count:
             return list(range(population))
         # Ranking 64-bit draws is uniform up to ties, whose chance is below population**2 / 2**65.

@@ -181,7 +181,7 @@ def metrics_faults(text: str, statement: dict[str, Any]) -> list[str]:
 
 
 def config_faults(text: str, statement: dict[str, Any]) -> list[str]:
-    """What the published configuration says otherwise than the plan in the statement, or of what ε does not cover."""
+    """Return where the published configuration contradicts the plan in the statement, or what ε does not cover."""
     plan = PrivacyPlan.from_body(statement["plan"])
     try:
         document = strict_yaml.parse(text)

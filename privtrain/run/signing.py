@@ -180,7 +180,7 @@ def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: st
 
 
 def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -> list[str]:
-    """What is wrong with the signature of a directory; nothing if it is made with ``keys`` and over ``files``."""
+    """Return faults of a directory's signature; nothing if it is made with ``keys`` and over ``files``."""
     signature = directory / SIGNATURE
     if not signature.is_file():
         return [f"{SIGNATURE} is missing: the directory is not signed"]

@@ -249,7 +249,7 @@ def statement_of(
 
 
 def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | None:
-    """How a guarantee for users follows from records that are sampled and clipped; ``None`` where it need not."""
+    """Return how a guarantee for users follows from one for records; ``None`` where it need not."""
     if not plan.user_accounting.how:
         return None
     record_epsilon = plan.unit_epsilon_after(num_accounted)

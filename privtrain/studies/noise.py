@@ -47,7 +47,7 @@ class Setting:
         return _kept(self, "true", noise_multiplier)
 
     def noise(self, name: str) -> float:
-        """The noise multiplier at which an accountant says that ``epsilon`` is met, rounded up to four decimals."""
+        """Return the noise at which an accountant says that ``epsilon`` is met, rounded up to four decimals."""
         return _kept(self, name, 0.0)
 
 

@@ -51,7 +51,7 @@ def show_release(config: Config, plan: PrivacyPlan, run: RunDirectory, *, run_id
 
 
 def is_live(config: Config) -> bool:
-    """Whether W&B is shown rows while the run trains: where people may watch it, or it records the machines' load."""
+    """Return whether W&B is shown rows while the run trains: people may watch it, or it records machines' load."""
     return is_online() or config.tracking.system_metrics or config.tracking.release_measurements
 
 
@@ -84,7 +84,7 @@ def _mirrors(
 
 
 def open_machine_tracker(config: Config, run_id: str, rank: int) -> Tracker:
-    """What a rank other than 0 has: nothing, or on each machine's first rank a view of the machine's load in W&B."""
+    """Return a tracker of the machine's load in W&B, on each machine's first rank; elsewhere one that does nothing."""
     is_wanted = config.tracking.wandb and config.tracking.system_metrics and is_online()
     if not is_wanted or rank == 0 or os.environ.get("LOCAL_RANK", "0") != "0":
         return NullTracker()

@@ -96,7 +96,7 @@ def share_within(released: Mapping[str, float]) -> float:
 
 
 def metrics(plan: PrivacyPlan, released: Mapping[str, float]) -> dict[str, float]:
-    """The noised metrics of a step and the standard deviation of their noise: post-processing of what was released."""
+    """Return a step's noised metrics and the standard deviation of their noise: post-processing of the release."""
     if plan.noised_metrics is None:
         return {}
     low, high = plan.noised_metrics.loss_range
