@@ -7,11 +7,12 @@ customers. Every run is the product's own trainer under a public seed, which dec
 
 Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank`` and ``records`` (the same for other ranks, and
 for other numbers of records of a user in a step) are what the law is fitted to; ``grid`` (one compute budget and one ε,
-over batch, bands and learning rate) is what it is judged by.
+over batch, bands and learning rate) is what it is judged by; its regret is printed last.
 """
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import itertools
@@ -19,7 +20,7 @@ import math
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from privtrain.config import Config, validate
@@ -36,6 +37,7 @@ NUM_USERS, HELD_OUT, MAX_LENGTH = 2000, 0.2, 24
 
 #: Of ``grid``: user-draws of a run, and the guarantee.
 DRAWS, EPSILON, DELTA = 2048, 4.0, 1e-5
+GRID_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def settings(purpose: str) -> Iterator[Setting]:
@@ -57,7 +59,7 @@ def settings(purpose: str) -> Iterator[Setting]:
             if bands * DRAWS / steps > NUM_USERS * (1 - HELD_OUT):
                 continue  # more groups than a step's probability allows
             noise = _calibrated(steps, DRAWS // steps, bands)
-            for rate in (3e-3, 1e-2, 3e-2, 1e-1):
+            for rate in GRID_RATES:
                 yield Setting(purpose, steps, DRAWS // steps, noise, bands, 4, 1, rate, 0)
     else:
         raise SystemExit(f"{purpose}: one of fit, rank, records, grid")
@@ -148,6 +150,37 @@ class Measuring:
         )
 
 
+def regret(rows: Sequence[Measured]) -> str:
+    """Return what the law's choice of batch, bands and learning rate loses against the best cell of the grid.
+
+    The law chooses among the settings of the grid, and the tried rate nearest to its own; only whole settings count.
+    """
+    law = noise_law.fitted()
+    cells = [row for row in rows if row.purpose == "grid"]
+    settings_of = collections.defaultdict(list)
+    for row in cells:
+        settings_of[row.num_steps, row.num_bands].append(row)
+    whole = {key: tried for key, tried in settings_of.items() if len(tried) == len(GRID_RATES)}
+    if not whole:
+        return f"{len(cells)} cells of the grid: no setting is whole"
+
+    def is_offered(num_steps: int, num_bands: int) -> bool:
+        alone = settings_of[num_steps, 1][0]
+        return num_bands == 1 or alone.noise_multiplier / alone.batch * math.sqrt(alone.num_trained) > 1
+
+    offered = {key: tried for key, tried in whole.items() if is_offered(*key)}
+    chosen = max(offered.values(), key=lambda tried: law.gain(tried[0].point))
+    rate = law.learning_rate(chosen[0].point)
+    row = min(chosen, key=lambda row: abs(math.log(row.learning_rate / rate)))
+    best = min((row for tried in whole.values() for row in tried), key=lambda row: row.loss)
+    lost = (row.loss - best.loss) / (best.loss_before - best.loss)
+    return (
+        f"{sum(map(len, whole.values()))} cells of {sum(1 for _ in settings('grid'))}: the law takes {row.num_steps} "
+        f"steps, {row.num_bands} bands, rate {row.learning_rate:g}: loss {row.loss:.4f}; best {best.num_steps} steps, "
+        f"{best.num_bands} bands, rate {best.learning_rate:g}: loss {best.loss:.4f}; regret {lost:.1%} of the gap"
+    )
+
+
 def main() -> None:
     """Measure what the table lacks, one row after another."""
     directory, purposes = pathlib.Path(sys.argv[1]), sys.argv[2:] or ["fit", "rank", "records", "grid"]
@@ -168,6 +201,8 @@ def main() -> None:
             writer.writerow(dataclasses.asdict(row))
             file.flush()
             print(f"{number}/{len(wanted)} {row}", flush=True)
+    noise_law.table.cache_clear()
+    print(regret(noise_law.table()))
 
 
 if __name__ == "__main__":

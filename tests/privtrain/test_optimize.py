@@ -120,6 +120,19 @@ def test_bands_are_not_offered_where_they_are_refused(private_tree, few_choices,
     assert all(num_bands == 1 for *_, num_bands, _ in module._shapes(config, NUM_USERS, 1000))
 
 
+def test_bands_need_steps_of_more_noise_than_signal(private_tree, few_choices):
+    """As in the measured trainings: with less noise in a step than signal, no bands gained more than any."""
+    config = validate(private_tree)
+    noisy, quiet = (optimize(config, NUM_USERS, num_trained, 1280) for num_trained in (10_000_000, 1000))
+    assert any(choice.num_bands > 1 for choice in noisy.frontier)
+    assert all(choice.num_bands == 1 for choice in quiet.frontier)
+    rows = [row for row in noise_law.table() if row.purpose == "grid" and row.num_steps <= 16]
+    alone = {b.point.num_steps: b.drop for b in noise_law.best_of([row for row in rows if row.num_bands == 1])}
+    banded = noise_law.best_of([row for row in rows if row.num_bands > 1])
+    assert banded
+    assert all(b.drop < alone[b.point.num_steps] for b in banded)
+
+
 def test_optimize_refuses_what_it_cannot_calibrate(private_tree):
     private_tree["privacy"] |= {"target_epsilon": None, "noise_multiplier": 1.0}
     with pytest.raises(ConfigError, match=r"privacy\.target_epsilon"):
