@@ -123,7 +123,7 @@ def test_bands_are_not_offered_where_they_are_refused(private_tree, few_choices,
 def test_bands_need_steps_of_more_noise_than_signal(private_tree, few_choices):
     """As in the measured trainings: with less noise in a step than signal, no bands gained more than any."""
     config = validate(private_tree)
-    noisy, quiet = (optimize(config, NUM_USERS, num_trained, 1280) for num_trained in (10_000_000, 1000))
+    noisy, quiet = (optimize(config, NUM_USERS, num_trained, 1280) for num_trained in (10_000_000, 20))
     assert any(choice.num_bands > 1 for choice in noisy.frontier)
     assert all(choice.num_bands == 1 for choice in quiet.frontier)
     rows = [row for row in noise_law.table() if row.purpose == "grid" and row.num_steps <= 16]
