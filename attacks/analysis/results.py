@@ -72,6 +72,9 @@ def evaluate(
     area = statistics.auroc(held_in, held_out)
     judged = dataclasses.replace(bootstrap, lower=bootstrap.lower_at(verdict_level, area))
     judged = judged.no_narrower_than(statistics.perfect_separation(*statistic.num_users, verdict_level))
+    p_value = statistics.auroc_p_value(held_in, held_out, statistic.owners)
+    if p_value > (1.0 - verdict_level) / 2.0:  # the exact test at that level, as in the interval's own
+        judged = dataclasses.replace(judged, lower=min(judged.lower, 0.5))
     outcome, reason = verdict.judge(
         cap,
         judged,
@@ -92,7 +95,7 @@ def evaluate(
             "method": "BCa, users resampled within each side",
             "num_resamples": num_resamples,
         },
-        "p_value": statistics.auroc_p_value(held_in, held_out, statistic.owners),
+        "p_value": p_value,
         "warnings": _warnings(bootstrap, is_constant=statistic.is_constant),
         "verdict": str(outcome),
         "verdict_reason": reason,

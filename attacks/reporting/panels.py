@@ -61,7 +61,8 @@ def cell(value: object) -> str:
             return "∞" if value > 0 else "-∞"
         if value == 0.0 or 1e-3 <= abs(value) < 1e6:
             return f"{value:.4g}"
-        return f"{value:.2e}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return str(value)
 
 

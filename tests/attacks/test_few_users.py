@@ -12,8 +12,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attacks.analysis import statistics
-from attacks.analysis.statistics import bootstrap, permutation
+from attacks.analysis import results, statistics
+from attacks.analysis.results import Statistic
+from attacks.analysis.statistics import DpBound, bootstrap, permutation
+from attacks.analysis.verdict import Cap
 
 HALF = 0.025
 SIZES = [(300, 20), (20, 300), (50, 10), (10, 50), (20, 20), (10, 10), (5, 5), (5, 300), (50, 50)]
@@ -106,7 +108,7 @@ def test_values_that_few_users_lack_are_allowed_for():
     """A tenth of the held-out users score high and 20 of them often lack it; without the floor one in eight misses."""
     found = coverage_counts((200, 20), (0.5, 0.1), 60)
     assert max(found.values()) <= plausible(60, HALF), found
-    with mock.patch.object(bootstrap, "_MANY_TIED", 2.0):
+    with mock.patch.multiple(bootstrap, _MANY_TIED=2.0, _MANY_ALIKE=2.0):
         assert coverage_counts((200, 20), (0.5, 0.1), 60)["above"] > plausible(60, HALF)
 
 
@@ -117,6 +119,86 @@ def test_two_values_are_covered(sizes, shares):
     found = coverage_counts(sizes, shares, 1000)
     print(f"two values, {shares}, {sizes[0]}+{sizes[1]}:", {name: count / 1000 for name, count in found.items()})
     assert max(found.values()) <= plausible(1000, HALF)
+
+
+def rare_counts(sizes, num_samples):
+    """No scores tie, yet a tenth of the held-out users, of whom the sample may have none, score above everybody."""
+    rng, found = np.random.default_rng(sizes), {"above": 0, "below": 0, "delong": 0}
+    for number in range(num_samples):
+        held_in = np.where(rng.random(sizes[0]) < 0.8, 2.0, 0.0) + 0.5 * rng.random(sizes[0])
+        held_out = np.where(rng.random(sizes[1]) < 0.1, 3.0, 1.0) + 0.5 * rng.random(sizes[1])
+        ends = statistics.bootstrap_interval(held_in, held_out, seed=number, num_resamples=100)
+        found["above"] += ends.lower > 0.72
+        found["below"] += ends.upper < 0.72
+        found["delong"] += statistics.delong_interval(held_in, held_out).lower > 0.72
+    return found
+
+
+def test_places_that_few_users_lack_are_allowed_for():
+    """Between the same two of the other side is as good as a tie; the planted mutant looks at ties alone."""
+    found = rare_counts((200, 20), 60)
+    assert max(found.values()) <= plausible(60, HALF), found
+    with mock.patch.object(bootstrap, "_MANY_ALIKE", 2.0):
+        assert rare_counts((200, 20), 60)["above"] > plausible(60, HALF)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("sizes", [(300, 20), (100, 10), (20, 20)], ids=str)
+def test_places_that_few_users_lack_are_covered(sizes):
+    found = rare_counts(sizes, 500)
+    print(f"a tenth above everybody, {sizes[0]}+{sizes[1]}:", {name: count / 500 for name, count in found.items()})
+    assert max(found.values()) <= plausible(500, HALF)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused_and_named(value):
+    """NaN would otherwise have a p-value of 0 and the place above everybody."""
+    sides, good = (np.array([0.0, 1.0, value]), np.array([0.0, 2.0])), (np.arange(3.0), np.arange(2.0))
+    for held_in, held_out, name in ((*sides, "held-in score 2"), (sides[1], sides[0], "held-out score 2")):
+        for function in (
+            statistics.auroc,
+            statistics.auroc_p_value,
+            statistics.rank_p_values,
+            statistics.delong_interval,
+            lambda one, other: statistics.bootstrap_interval(one, other, seed=0),
+            lambda one, other: statistics.rate_interval(one, other, 0),
+            lambda one, other: statistics.tpr_at_fpr(one, other, 0.1),
+            lambda one, other: statistics.auroc_p_value(one, other, (np.arange(one.size), np.arange(other.size))),
+            lambda one, other: statistics.paired_difference((one, other), good if one.size == 3 else good[::-1]),
+        ):
+            with pytest.raises(ValueError, match=name):
+                function(held_in, held_out)
+    for function in (statistics.holm, statistics.false_discovery_rate):
+        with pytest.raises(ValueError, match="0"):
+            function([0.5, value])
+    with pytest.raises(ValueError, match="between"):
+        statistics.bounded_mean_interval(np.array([value]), 0.0, 1.0)
+
+
+def test_one_user_on_a_side_has_a_p_value_and_no_interval():
+    one, three = np.array([5.0]), np.arange(3.0)
+    assert statistics.auroc_p_value(one, three) == 0.25
+    for function in (
+        lambda: statistics.bootstrap_interval(one, three, seed=0),
+        lambda: statistics.bootstrap_interval(three, np.ones(9), owners=(np.arange(3), np.zeros(9, int)), seed=0),
+        lambda: statistics.delong_interval(three, one),
+        lambda: statistics.paired_difference((one, three), (one, three)),
+    ):
+        with pytest.raises(ValueError, match="expected at least"):
+            function()
+
+
+def test_strict_lower_ends_pass_a_half_only_if_the_exact_test_does():
+    """At the level of many statistics too; a normal law's growth alone, the planted mutant, says more."""
+    rng, level, num_mutants = np.random.default_rng(0), 1.0 - 0.05 / 20, 0
+    for _ in range(60):
+        sides = rng.normal(size=100) + 1.4, rng.normal(size=8)
+        if not 0.00125 < statistics.auroc_p_value(*sides) < 0.005:
+            continue
+        found = results.evaluate(Statistic("s", "", "fresh", "user", *sides), Cap(DpBound(0.1, 0.0), ""), 0, "", level)
+        assert found["verdict_lower"] <= 0.5
+        num_mutants += statistics.Interval(*found["bootstrap"]["interval"]).lower_at(level, found["auroc"]) > 0.5
+    assert num_mutants
 
 
 def test_worst_case_of_two_values_is_clopper_pearson():

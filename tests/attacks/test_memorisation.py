@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from attacks.analysis import statistics
 from attacks.analysis.analyse import analyse_run
 from attacks.analysis.memorisation import canary_panel, extraction_panel
-from attacks.analysis.memorisation.exposure import MAX_BITS, exposure, null_moments, skew_normal
+from attacks.analysis.memorisation.exposure import MAX_BITS, exposure, null_mean, skew_normal
 from attacks.analysis.memorisation.extraction import MIN_SUFFIX, recall, samples_needed
 from attacks.errors import AttackInputError
 from attacks.reporting.report import write_report
@@ -25,7 +26,7 @@ from attacks.scoring.sampling_scheme import SamplingScheme
 from attacks.scoring.score import ScoreOptions, score_run
 from attacks.scoring.variants import CONTROL_PREFIX_TOKENS, exchange_prefixes
 from attacks.signals import CONTROL_PREFIX, HELD_IN, HELD_OUT, SIGNALS_PATH, TRAINING, DocumentSignals
-from privtrain.data.canaries import canaries_of
+from privtrain.data.canaries import Canary, canaries_of
 from privtrain.data.manifest import read_sealed
 from privtrain.job.train import train
 from privtrain.run.directory import RunDirectory
@@ -220,22 +221,65 @@ def test_exposure_counts_ranks_and_lets_references_win_ties():
     assert exposure(-2.5, references).bits == pytest.approx(2 - math.log2(3))
     assert exposure(-9.0, references).bits == 0.0
     tied = exposure(-1.0, references)
-    assert (tied.bits, tied.mid_bits) == (1.0, pytest.approx(2 - math.log2(1.5)))
+    assert (tied.bits, tied.tied_bits) == (1.0, 1.5)
     assert tied.extrapolated_bits is None
+    for score, among in ((math.nan, references), (0.0, np.array([-1.0, math.nan])), (math.inf, references)):
+        with pytest.raises(ValueError, match="not finite"):
+            exposure(score, among)
 
 
-@given(st.integers(0, 2**31), st.integers(2, 60))
-@settings(max_examples=30)
-def test_the_controls_expectation_is_that_of_a_uniform_rank(seed, size):
-    mean, variance = null_moments(size)
-    scores = np.random.default_rng(seed).permutation(size).astype(float)
-    every = [exposure(scores[i], np.delete(scores, i), extrapolate=False).mid_bits for i in range(size)]
-    assert np.mean(every) == pytest.approx(mean, abs=1e-9)
-    assert np.var(every) == pytest.approx(variance, abs=1e-9)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60))
+def test_the_controls_expectation_is_that_of_a_uniform_rank(values):
+    """Whatever ties: each secret once in the canary's place."""
+    scores = np.array(values, dtype=np.float64)
+    every = [exposure(score, np.delete(scores, i), extrapolate=False).tied_bits for i, score in enumerate(scores)]
+    assert np.mean(every) == pytest.approx(null_mean(scores.size), abs=1e-9)
 
 
 def test_the_expectation_tends_to_log2_e():
-    assert null_moments(100_000)[0] == pytest.approx(math.log2(math.e), abs=1e-3)
+    assert null_mean(100_000) == pytest.approx(math.log2(math.e), abs=1e-3)
+
+
+def control_rejections(num_canaries, size, *, is_shared, num_samples, by_gamma=False):
+    """How often the control's p-value is at most .05 for secrets that nobody trained on."""
+    rng, found, mean = np.random.default_rng((num_canaries, size)), 0, null_mean(size)
+    variance = np.log2(np.arange(1, size + 1)).var() * (1 / num_canaries + is_shared / size)
+    law = scipy.stats.gamma(a=mean**2 / variance, scale=variance / mean)
+    canary = Canary("canary-0", "samples" if is_shared else "template", "", "secret", 1, ())
+    for _ in range(num_samples):
+        pools = rng.normal(size=(1 if is_shared else num_canaries, size - 1)) * np.ones((num_canaries, 1))
+        exposures = [exposure(rng.normal(), pool, extrapolate=False) for pool in pools]
+        control = canary_panel._control([canary_panel.Scored(canary, False, None, [], {"tuned": e}) for e in exposures])
+        if by_gamma:
+            found += 2 * min(law.sf(control["mean_bits"]), law.cdf(control["mean_bits"])) <= 0.05
+        else:
+            found += control["p_value"] <= 0.05
+    return found
+
+
+@pytest.mark.parametrize(("num_canaries", "size"), [(1, 2), (3, 2), (2, 9), (20, 17)])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_control_of_few_canaries_keeps_its_level(num_canaries, size, is_shared):
+    found = control_rejections(num_canaries, size, is_shared=is_shared, num_samples=100)
+    assert found <= scipy.stats.binom.ppf(0.999, 100, 0.05)
+
+
+def test_control_by_a_gamma_law_is_caught():
+    """The planted mutant: one canary beside one other secret would be called wrong whenever it ranks last."""
+    assert control_rejections(1, 2, is_shared=True, num_samples=100, by_gamma=True) > 30
+
+
+def test_share_at_rank_one_carries_the_luck_of_the_pool():
+    """Fifty untrained canaries among 32 secrets; the planted mutant takes them as independent."""
+    rng, misses = np.random.default_rng(0), np.zeros(2, dtype=int)
+    for _ in range(200):
+        pool, scores = rng.normal(size=32), rng.normal(size=50)
+        canary, top = Canary("canary-0", "samples", "", "secret", 1, ()), int((scores > pool.max()).sum())
+        group = [canary_panel.Scored(canary, True, None, [], {}, np.append(pool, score)) for score in scores]
+        ends = canary_panel._interval_of_top_ranks(group, top), statistics.clopper_pearson(top, 50)
+        misses += [found.lower > 1 / 33 for found in ends]
+    assert misses[0] <= scipy.stats.binom.ppf(0.999, 200, 0.025)
+    assert misses[1] > scipy.stats.binom.ppf(0.999, 200, 0.025)
 
 
 @pytest.mark.parametrize("shape", [-6.0, -1.0, 0.0, 2.0, 5.0])
@@ -306,11 +350,11 @@ def test_overfitted_model_exposes_its_canaries_and_its_base_none(overfitted):
     inside = [item.exposures for item in found if item.is_held_in]
     outside = [item.exposures["tuned"] for item in found if not item.is_held_in]
     assert min(len(inside), len(outside)) >= 4
-    expected, variance = null_moments(64)
+    expected, variance = null_mean(64), np.log2(np.arange(1, 65)).var()
     assert np.mean([each["tuned"].bits for each in inside]) > 5.0
     for controls in ([each["base"] for each in inside], outside):
         error = math.sqrt(variance / len(controls))
-        assert abs(np.mean([each.mid_bits for each in controls]) - expected) < 3 * error
+        assert abs(np.mean([each.tied_bits for each in controls]) - expected) < 3 * error
     panel = json.loads((overfitted / "report/attacks.json").read_text())["panels"]["canaries"]
     assert [row["tier"] for row in panel["rows"]] == [1, 3]
     assert panel["control"]["p_value"] > 1e-3

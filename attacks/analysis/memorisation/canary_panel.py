@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from attacks.analysis import statistics
-from attacks.analysis.arrays import BoolArray, FloatArray
-from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_moments
+from attacks.analysis.arrays import FloatArray
+from attacks.analysis.memorisation.exposure import FIT_SIGNIFICANCE, Exposure, exposure, null_mean, null_means
 from attacks.reporting.record import read_scoring
 from attacks.scoring.canaries import POOL
 from attacks.scoring.documents import attack_pseudonym, read_manifest, read_used
@@ -36,8 +35,8 @@ class Scored:
         num_drawn: records of it that entered steps; None where training did not say.
         gains: of each of its documents, mean log p_tuned - log p_base.
         exposures: by model; empty for changed users, who have no other secrets to be compared with.
-        outranked: [references] whether a reference is at least as likely under the tuned model, where all canaries are
-            ranked among the same ones; else None.
+        pool: log-likelihoods under the tuned model of the references, where all canaries are ranked among the same
+            ones, the canary's own at the end; else None.
     """
 
     canary: Canary
@@ -45,7 +44,7 @@ class Scored:
     num_drawn: int | None
     gains: list[float]
     exposures: dict[str, Exposure]
-    outranked: BoolArray | None = None
+    pool: FloatArray | None = None
 
     @property
     def gain(self) -> float:
@@ -115,10 +114,10 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
             gains = [float((row.target_logp - row.base_logp).mean(dtype=np.float64)) for row in own]
             drawn = used.get(canary.user, {}).get("num_drawn")
             exposures = _exposures(canary, own[0], references) if references else {}
-            outranked = None
+            pool = None
             if references and canary.has_shared_references:
-                outranked = _logps(references, "target_logp") >= _logps(own[:1], "target_logp")
-            scored.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, outranked))
+                pool = _logps([*references, own[0]], "target_logp")
+            scored.append(Scored(canary, canary.user in held_in, drawn, gains, exposures, pool))
     return scored
 
 
@@ -159,16 +158,15 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
         "exposure": _mean(each.bits for each in tuned),
         "exposure_base": _mean(item.exposures["base"].bits for item in inside if item.exposures),
         "exposure_held_out": _mean(item.exposures["tuned"].bits for item in outside if item.exposures),
-        "exposure_expected": _mean(
-            null_moments(item.exposures["tuned"].num_secrets)[0] for item in group if item.exposures
-        ),
+        "exposure_expected": _mean(null_mean(item.exposures["tuned"].num_secrets) for item in group if item.exposures),
         "extrapolated": _mean(each.extrapolated_bits for each in tuned if each.extrapolated_bits is not None),
     }
     if tuned:
-        ends = _interval_of_exposure([item for item in inside if item.exposures])
+        ranked = [item for item in inside if item.exposures]
+        ends = _interval_of_exposure(ranked)
         row["exposure_interval"] = f"{ends.lower:.2f} to {ends.upper:.2f}"
         top = sum(each.bits == math.log2(each.num_secrets) for each in tuned)
-        interval = statistics.clopper_pearson(top, len(tuned))
+        interval = _interval_of_top_ranks(ranked, top)
         row["top_rank"] = f"{top} of {len(tuned)} ({interval.lower:.0%} to {interval.upper:.0%})"
     if min(len(inside), len(outside)) >= 2:
         sides = [np.array([item.gain for item in side]) for side in (inside, outside)]
@@ -180,12 +178,20 @@ def _row(tier: int | str, group: Sequence[Scored]) -> dict[str, Any]:
 
 def _interval_of_exposure(group: Sequence[Scored]) -> statistics.Interval:
     """Return the interval of the mean exposure over canaries, and over their references where those are shared."""
-    shared = [item.outranked for item in group if item.outranked is not None]
-    if shared:
-        return statistics.mean_exposure_interval(np.array(shared))
+    pools = [item.pool for item in group if item.pool is not None]
+    if pools:
+        return statistics.mean_exposure_interval(np.array([pool[:-1] >= pool[-1] for pool in pools]))
     bits = [item.exposures["tuned"].bits for item in group]
     most = max(math.log2(item.exposures["tuned"].num_secrets) for item in group)
     return statistics.bounded_mean_interval(np.array(bits), 0.0, most)
+
+
+def _interval_of_top_ranks(group: Sequence[Scored], top: int) -> statistics.Interval:
+    """Return the interval of the share at rank one; against one pool it is that of a threshold from the pool."""
+    pools = [item.pool for item in group if item.pool is not None]
+    if pools:
+        return statistics.rate_interval(np.array([pool[-1] for pool in pools]), pools[0][:-1], 0)
+    return statistics.clopper_pearson(top, len(group))
 
 
 def _mean(values: Any) -> float | None:
@@ -194,20 +200,17 @@ def _mean(values: Any) -> float | None:
 
 
 def _control(exposed: Sequence[Scored]) -> dict[str, Any] | None:
-    """Return the mean exposure of held-out canaries against what it must be, by a two-sided test."""
+    """Return the mean exposure of held-out canaries against what it must be, by a two-sided test on drawn ranks."""
     outside = [item for item in exposed if not item.is_held_in]
     if not outside:
         return None
     values = [item.exposures["tuned"] for item in outside]
-    means, variances = zip(*(null_moments(each.num_secrets) for each in values), strict=True)
-    variance = sum(variances) / len(values) ** 2
-    if any(item.canary.has_shared_references for item in outside):
-        # One pool for all: its own luck is shared by every canary and does not average out.
-        variance += float(np.mean(variances)) / values[0].num_secrets
-    observed, expected = float(np.mean([each.mid_bits for each in values])), float(np.mean(means))
-    # Exposures of untrained secrets are close to exponential, so their mean is close to a gamma law, not a normal one.
-    law = scipy.stats.gamma(a=expected**2 / variance, scale=variance / expected)
-    p_value = min(1.0, 2 * float(min(law.cdf(observed), law.sf(observed))))
+    nums = tuple(each.num_secrets for each in values)
+    expected = float(np.mean([null_mean(num) for num in nums]))
+    observed = float(np.mean([each.tied_bits for each in values]))
+    drawn = null_means(nums, is_shared=any(item.canary.has_shared_references for item in outside))
+    as_far = min(np.count_nonzero(drawn >= observed - 1e-9), np.count_nonzero(drawn <= observed + 1e-9))
+    p_value = min(1.0, 2.0 * (1 + as_far) / (1 + drawn.size))
     return {"num": len(values), "mean_bits": observed, "expected_bits": expected, "p_value": p_value}
 
 
@@ -218,8 +221,8 @@ def _summary(rows: Sequence[dict[str, Any]], scored: Sequence[Scored]) -> str:
     if best is None:
         return start
     return (
-        f"{start} Secrets in {best['tier']} records have a mean exposure of {best['exposure']:.2f} bits, "
-        f"where {best['exposure_expected']:.2f} is what secrets have that were not trained on."
+        f"{start} Secrets in {best['tier']} record{'s' * (best['tier'] != 1)} have a mean exposure of "
+        f"{best['exposure']:.2f} bits, where {best['exposure_expected']:.2f} is what untrained secrets have."
     )
 
 
@@ -231,14 +234,15 @@ def _notes(scored: Sequence[Scored], exposed: Sequence[Scored]) -> list[str]:
     if not exposed:
         return notes
     sizes = sorted({item.exposures["tuned"].num_secrets for item in exposed})
+    counts = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
     notes.append(
-        f"Exposure is log2 N - log2 rank by the log-likelihood of the text, N = {sizes[0]} to {sizes[-1]} secrets, "
+        f"Exposure is log2 N - log2 rank by the log-likelihood of the text, N = {counts} secrets, "
         f"so at most {math.log2(sizes[-1]):.1f} bits; on a tie the other secret ranks first."
     )
     control = _control(exposed)
     if control is not None:
         notes.append(
-            f"Control: the mean over {control['num']} held-out canaries, with mid-ranks, is {control['mean_bits']:.2f} "
+            f"Control: the mean over {control['num']} held-out canaries, ties averaged, is {control['mean_bits']:.2f} "
             f"bits where {control['expected_bits']:.2f} is expected (p = {control['p_value']:.2g})."
         )
     fits = [p for item in exposed if (p := item.exposures["tuned"].fit_p_value) is not None]

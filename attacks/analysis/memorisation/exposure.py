@@ -2,8 +2,8 @@
 
 A canary of log-likelihood s has rank r = 1 + #{references at least as likely}: on a tie the reference ranks first, so
 an exposure is never overstated. Its exposure is log2 N - log2 r, with N = references + 1. Had it not been trained on,
-its rank would be uniform on 1..N (in the middle of its ties), because its secret and the references are draws of one
-law; so held-out canaries have a mean exposure known beforehand, about 1.44 bits, and are the control.
+its rank would be uniform on 1..N (ties broken by coin), because its secret and the references are draws of one law; so
+held-out canaries have a mean exposure known beforehand, about 1.44 bits, and are the control.
 
 The largest exposure that N secrets can show is log2 N. Beyond it a skew-normal law is fitted to the references by
 moments and its tail is used, where a Kolmogorov-Smirnov test does not refuse the fit: half of the references fit, the
@@ -12,7 +12,9 @@ other half judge, since a test on the fitted half would nearly always agree.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -27,6 +29,8 @@ FIT_SIGNIFICANCE = 0.05
 
 _MAX_SKEWNESS = 0.99
 
+_NUM_NULL_DRAWS = 4999
+
 
 @dataclasses.dataclass(frozen=True)
 class Exposure:
@@ -34,14 +38,14 @@ class Exposure:
 
     Attributes:
         bits: exposure, on ties the reference first.
-        mid_bits: exposure with the mid-rank of its ties; what the control's expectation is for.
+        tied_bits: the mean exposure over the ranks of its ties; what the control's expectation is for.
         num_secrets: N, itself included.
         extrapolated_bits: by the skew-normal tail, at most ``MAX_BITS``; None where the fit was refused.
         fit_p_value: of the test of the fit; None with too few references.
     """
 
     bits: float
-    mid_bits: float
+    tied_bits: float
     num_secrets: int
     extrapolated_bits: float | None
     fit_p_value: float | None
@@ -54,23 +58,53 @@ def exposure(score: float, references: FloatArray, *, extrapolate: bool = True) 
         score: its log-likelihood.
         references: those of secrets that were not planted.
         extrapolate: whether there are more secrets of the kind than references.
+
+    Raises:
+        ValueError: if a log-likelihood is not finite: NaN would rank first.
     """
+    if not (math.isfinite(score) and np.isfinite(references).all()):
+        raise ValueError("a log-likelihood of a secret is not finite")
     size = references.size + 1
     num_above, num_equal = int((references > score).sum()), int((references == score).sum())
     p_value, tail_bits = _tail(score, references) if extrapolate else (None, None)
     return Exposure(
         bits=math.log2(size) - math.log2(1 + num_above + num_equal),
-        mid_bits=math.log2(size) - math.log2(1 + num_above + num_equal / 2),
+        tied_bits=math.log2(size) - float(np.log2(1 + num_above + np.arange(num_equal + 1)).mean()),
         num_secrets=size,
         extrapolated_bits=tail_bits if p_value is not None and p_value >= FIT_SIGNIFICANCE else None,
         fit_p_value=p_value,
     )
 
 
-def null_moments(num_secrets: int) -> tuple[float, float]:
-    """Return the mean and variance of the exposure of a canary that was not trained on: its rank is uniform."""
-    bits = math.log2(num_secrets) - np.log2(np.arange(1, num_secrets + 1))
-    return float(bits.mean()), float(bits.var())
+def null_mean(num_secrets: int) -> float:
+    """Return the mean exposure of a canary that was not trained on: its rank is uniform."""
+    return float(_bits_by_rank(num_secrets).mean())
+
+
+@functools.lru_cache(maxsize=8)
+def null_means(nums_secrets: tuple[int, ...], *, is_shared: bool, seed: int = 0) -> FloatArray:
+    """Draw mean exposures of canaries that were not trained on.
+
+    Args:
+        nums_secrets: of each canary, N.
+        is_shared: whether all are ranked among the same N - 1 references, whose own luck does not average out: the
+            chances of the N ranks are then the gaps between uniform numbers.
+        seed: of the draws; this randomness protects nobody.
+
+    Returns:
+        [draws], one mean over all canaries each.
+    """
+    rng, total = np.random.default_rng(seed), np.zeros(_NUM_NULL_DRAWS)
+    for num_secrets, num_canaries in collections.Counter(nums_secrets).items():
+        bits = _bits_by_rank(num_secrets)
+        for number in range(_NUM_NULL_DRAWS):
+            gaps = rng.standard_exponential(num_secrets) if is_shared else np.ones(num_secrets)
+            total[number] += rng.multinomial(num_canaries, gaps / gaps.sum()) @ bits
+    return total / len(nums_secrets)
+
+
+def _bits_by_rank(num_secrets: int) -> FloatArray:
+    return math.log2(num_secrets) - np.log2(np.arange(1, num_secrets + 1))
 
 
 def skew_normal(values: FloatArray) -> tuple[float, float, float]:

@@ -2,7 +2,8 @@
 
 Records of one user rise and fall together, so what is resampled is always users. Two floors stand below the resamples,
 which know nothing of scores that the sample happens to lack: the exact test of 1/2
-(:func:`attacks.analysis.statistics.permutation.no_narrower_than_test`) and, where scores tie, :func:`worst_case`.
+(:func:`attacks.analysis.statistics.permutation.no_narrower_than_test`) and, where many users tie or stand between the
+same two of the other side, :func:`worst_case`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import scipy.stats
 from attacks.analysis.arrays import BoolArray, FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import Placements
+from attacks.analysis.statistics.mann_whitney import Placements, check_sides
 from attacks.analysis.statistics.permutation import Owners, influences, no_narrower_than_test, owner_places
 
 NUM_RESAMPLES = 4000
@@ -31,6 +32,9 @@ _MAX_KEPT = 50_000_000
 
 _MANY_TIED = 0.1
 """Share of the scores in one tie from which on resamples may lack a value that matters."""
+
+_MANY_ALIKE = 0.85
+"""Share of a side's users between the same two of the other side from which on, without ties, it may lack a place."""
 
 Draw = Callable[[np.random.Generator, int, int], FloatArray]
 """From (generator, resamples, users) to weights [resamples, users + 1], the last of them for a user more."""
@@ -57,10 +61,15 @@ def bootstrap_interval(
 
     Returns:
         The interval, never narrower than perfect separation of as many users supports.
+
+    Raises:
+        ValueError: if a side has fewer than two users, or a score is not finite.
     """
+    check_sides(held_in, held_out)
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
-    assert min(num_in, num_out) >= 2, (num_in, num_out)
+    if min(num_in, num_out) < 2:
+        raise ValueError(f"there are {num_in} held-in and {num_out} held-out users; expected at least two on each side")
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     of_users = influences(placements, places, area)
@@ -132,12 +141,25 @@ def floored(
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     found = found.no_narrower_than(interval.perfect_separation(num_in, num_out, level))
-    scores = np.concatenate([held_in, held_out])
     is_separated = held_in.min() > held_out.max() or held_out.min() > held_in.max()
-    if not is_separated and np.unique(scores, return_counts=True)[1].max() >= max(_MANY_TIED * scores.size, 2):
+    if not is_separated and _may_lack_a_value(held_in, held_out):
         worst = worst_case(held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
         found = Interval(min(found.lower, worst.lower), max(found.upper, worst.upper))
     return no_narrower_than_test(found, held_in, held_out, level, owners)
+
+
+def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
+    """Whether so many users stand at one place that a few who are not in the sample could move the AUROC."""
+    scores, placements = np.concatenate([held_in, held_out]), Placements.of(held_in, held_out)
+    if _most_equal(scores) >= max(_MANY_TIED * scores.size, 2):
+        return True
+    return any(
+        _most_equal(side) >= max(_MANY_ALIKE * side.size, 2) for side in (placements.held_in, placements.held_out)
+    )
+
+
+def _most_equal(values: FloatArray) -> int:
+    return int(np.unique(values, return_counts=True)[1].max())
 
 
 def worst_case(
@@ -177,7 +199,12 @@ def bounded_mean_interval(
         high: the most.
         level: confidence level.
         seed: of the weights; this randomness protects nobody.
+
+    Raises:
+        ValueError: if there are none, or one lies outside of the bounds.
     """
+    if not (values.size and ((low <= values) & (values <= high)).all()):
+        raise ValueError(f"expected values between {low:g} and {high:g}, at least one")
     weights = np.random.default_rng(seed).standard_exponential((NUM_RESAMPLES, values.size + 1))
     total, tail = weights.sum(axis=1), (1.0 - level) / 2.0
     sums = weights[:, :-1] @ values

@@ -17,7 +17,7 @@ from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.bootstrap import floored
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import Placements, auroc, delong_variance
+from attacks.analysis.statistics.mann_whitney import Placements, auroc, check_sides, delong_variance
 from attacks.analysis.statistics.permutation import MAX_NUMBERS, MIN_NORMAL_USERS, NUM_PERMUTATIONS
 
 
@@ -75,6 +75,8 @@ def paired_difference(
     """
     sizes = [side.size for side in first]
     assert sizes == [side.size for side in second]
+    check_sides(*first, 2)
+    check_sides(*second, 2)
     ours, theirs = Placements.of(*first), Placements.of(*second)
     changes = [ours.held_in - theirs.held_in, ours.held_out - theirs.held_out]
     difference = float(changes[0].mean())

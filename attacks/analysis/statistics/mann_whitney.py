@@ -13,6 +13,16 @@ import numpy as np
 from attacks.analysis.arrays import FloatArray
 
 
+def check_sides(held_in: FloatArray, held_out: FloatArray, fewest: int = 1) -> None:
+    """Raise ValueError unless each side has that many scores, all of them finite: NaN would rank above everybody."""
+    for side, scores in (("held-in", held_in), ("held-out", held_out)):
+        if scores.size < fewest:
+            raise ValueError(f"there are {scores.size} {side} scores; expected at least {fewest}")
+        faults = np.flatnonzero(~np.isfinite(scores))
+        if faults.size:
+            raise ValueError(f"{side} score {faults[0]} is {scores[faults[0]]}; expected finite scores")
+
+
 @dataclasses.dataclass(frozen=True)
 class Placements:
     """Where each user stands against the other side: the components of DeLong, DeLong and Clarke-Pearson (1988).
@@ -36,9 +46,7 @@ class Placements:
         Returns:
             The placements, in the order of the scores.
         """
-        assert min(held_in.size, held_out.size) >= 1, (held_in.size, held_out.size)
-        assert np.isfinite(held_in).all(), "held-in scores must be finite"
-        assert np.isfinite(held_out).all(), "held-out scores must be finite"
+        check_sides(held_in, held_out)
         num_lower = _rank(held_in, held_out)
         num_higher = held_in.size - _rank(held_out, held_in)
         return cls(num_lower / held_out.size, num_higher / held_in.size)
@@ -67,7 +75,7 @@ def delong_variance(held_in: FloatArray, held_out: FloatArray) -> float:
     Returns:
         The variance; 0 when the two sides are separated or when all scores are equal.
     """
-    assert min(held_in.size, held_out.size) >= 2, (held_in.size, held_out.size)
+    check_sides(held_in, held_out, 2)
     placements = Placements.of(held_in, held_out)
     return float(
         placements.held_in.var(ddof=1) / placements.held_in.size

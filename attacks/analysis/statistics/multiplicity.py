@@ -9,13 +9,18 @@ import numpy as np
 import scipy.stats
 
 from attacks.analysis.arrays import FloatArray
+from attacks.analysis.statistics.mann_whitney import check_sides
 
 
 def rank_p_values(scores: FloatArray, held_out: FloatArray) -> FloatArray:
     """Return for each held-in user (1 + held-out users that score at least as high) / (held-out users + 1).
 
     Valid for a split drawn by coin: a user who was not trained on is exchangeable with the held-out ones.
+
+    Raises:
+        ValueError: if a score is not finite.
     """
+    check_sides(scores, held_out, 0)
     num_lower = np.searchsorted(np.sort(held_out), scores, side="left")
     return np.asarray((1.0 + held_out.size - num_lower) / (held_out.size + 1.0), dtype=np.float64)
 
@@ -30,6 +35,8 @@ def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
         Adjusted values in the same order.
     """
     raw = np.asarray(p_values, dtype=np.float64)
+    if not ((raw >= 0.0) & (raw <= 1.0)).all():
+        raise ValueError("expected p-values in [0, 1]")
     order = np.argsort(raw, kind="stable")
     stepped = np.maximum.accumulate(raw[order] * np.arange(raw.size, 0, -1))
     adjusted = np.empty_like(raw)

@@ -19,7 +19,7 @@ import scipy.stats
 
 from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics.interval import Interval
-from attacks.analysis.statistics.mann_whitney import Placements
+from attacks.analysis.statistics.mann_whitney import Placements, check_sides
 
 IntArray = npt.NDArray[np.integer]
 Owners = tuple[IntArray, IntArray]
@@ -44,7 +44,11 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
     Returns:
         1 where all scores are equal. From ``MIN_NORMAL_USERS`` effective users on by the normal law: Mann-Whitney's
         with the correction for ties, of records that of sums over users.
+
+    Raises:
+        ValueError: if a side has no score, or a score is not finite.
     """
+    check_sides(held_in, held_out)
     if np.ptp(np.concatenate([held_in, held_out])) == 0.0:
         return 1.0
     is_large = effective_users(held_in, held_out, owners) >= MIN_NORMAL_USERS

@@ -30,6 +30,7 @@ import scipy.special
 from attacks.analysis.arrays import FloatArray
 from attacks.analysis.statistics import interval
 from attacks.analysis.statistics.interval import Interval
+from attacks.analysis.statistics.mann_whitney import check_sides
 
 _NUM_NODES = 1000
 """Midpoints of the law of the threshold: they move the error of an end by less than .0005."""
@@ -99,6 +100,7 @@ def tpr_at_fpr(
         says so.
     """
     assert 0.0 <= target_fpr < 1.0, target_fpr
+    check_sides(held_in, held_out)
     allowed = num_false_positives_allowed(target_fpr, held_out.size)
     threshold = np.sort(held_out)[held_out.size - 1 - allowed]
     num_true_positives = int(np.count_nonzero(held_in > threshold))
@@ -133,6 +135,7 @@ def rate_interval(
     Returns:
         For the rate at the false positive rate (k + 1) / (n + 1), which such a threshold has on average.
     """
+    check_sides(held_in, held_out)
     threshold = np.sort(held_out)[held_out.size - 1 - num_allowed]
     above, at_least = (int(np.count_nonzero(held_in > threshold)), int(np.count_nonzero(held_in >= threshold)))
     return _rate_interval(above, at_least, held_in.size, num_allowed, held_out.size, level)
