@@ -141,7 +141,7 @@ def test_a_run_that_claims_nothing_says_what_was_achieved(analysed):
     assert len(facts["achieved"]) == 2
     assert "What the attack achieved. Fresh documents tell who was trained on" in found
     assert "guesses were right" in found or "were right; so ε per user is at least" in found
-    assert "The attempt succeeded better than guessing does" in found
+    assert "The attempt succeeded better than guessing does. The audit below guessed who took part" in found
     assert "uninformative" not in found
 
 
@@ -149,6 +149,12 @@ def test_a_quiet_run_achieves_nothing(analysed):
     run = analysed(60, shift=0.0, epsilon=1.0)
     assert json.loads((run / analyse.ATTACKS_PATH).read_text())["achieved"] == []
     assert "Nothing that the declared tests can tell from chance" in words(render(run))
+
+
+def test_canaries_that_were_seen_are_no_users_that_were_told(analysed, monkeypatch):
+    monkeypatch.setattr(analyse.auditing, "achieved", lambda findings: ["Of 9 canary users 9 of 9 guesses were right."])
+    found = words(render(analysed(10, shift=0.0)))
+    assert "The attempt did not succeed better than guessing does. The audit below guessed who took part" in found
 
 
 def test_the_page_says_which_run_it_is_about(analysed):

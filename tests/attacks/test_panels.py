@@ -58,7 +58,7 @@ def test_a_panel_is_in_page_markdown_and_summary(run):
         "rank 1 of 1000",
         "exposure, bits",
         "1.25",
-        "9.97e-07",
+        "9.97e-7",
         "Ties rank",
         "were found",
     ):
