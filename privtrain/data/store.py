@@ -29,6 +29,11 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
     Raises:
         ConfigError: at a row that JSON cannot hold, or if there is none.
     """
+    is_frame = any(hasattr(rows, name) for name in ("iterrows", "iter_rows"))  # pandas and polars iterate over names
+    if is_frame or isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        hint = "; of a data frame give frame.to_dict('records') or frame.to_dicts()" if is_frame else ""
+        problem = f"given {type(rows).__name__}; give mappings, one a row, or a datasets.Dataset{hint}"
+        raise ConfigError([Fault("rows", problem)])
     directory = parent / DIRECTORY
     make_private_directory(directory)
     digest, number = hashlib.sha256(), 0

@@ -123,6 +123,20 @@ def test_name_of_kept_rows_tells_nothing_of_them(tmp_path):
     assert hashlib.sha256(here.read_bytes()).hexdigest()[:16] not in here.name
 
 
+def test_what_is_no_rows_says_what_to_give(tmp_path):
+    """A frame iterates over the names of its columns."""
+
+    class Frame:
+        def iterrows(self): ...
+
+    for rows in (None, "rows.jsonl", {"user": ["a"], "text": ["x"]}, 3):
+        with pytest.raises(ConfigError, match=f"given {type(rows).__name__}; give mappings, one a row"):
+            store_rows(rows, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"frame\.to_dict\('records'\)"):
+        store_rows(Frame(), tmp_path)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("row", [{"user": "a", "text": object()}, {"user": "a", "score": float("nan")}, ["a", "b"], 7])
 def test_unusable_rows_are_refused_without_their_values(tmp_path, row):
     with pytest.raises(ConfigError, match="row 2 cannot be kept as JSON"):
