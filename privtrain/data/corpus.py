@@ -183,8 +183,20 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
         raise ConfigError(faults)
     if index_dir is None:
         corpus = group_by_user(_rows(data))
-        return deduplicated(corpus) if data.deduplicate == "within_user" else corpus
-    return _indexed(data, index_dir)
+        corpus = deduplicated(corpus) if data.deduplicate == "within_user" else corpus
+    else:
+        corpus = _indexed(data, index_dir)
+    _check_ids(corpus)
+    return corpus
+
+
+def _check_ids(corpus: Corpus) -> None:
+    """Raise if ids are numbers with and without a fraction: 12 and 12.0, as tables write them, are one person."""
+    records = corpus.records
+    num_twice = sum(user.endswith(".0") and user[:-2].isdecimal() and user[:-2] in records for user in records)
+    if num_twice:
+        problem = f"{num_twice} ids stand both as whole numbers and with .0 behind, and would count as two users each"
+        raise ConfigError([Fault("data.user_column", f"{problem}; write them in one way")])
 
 
 def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:

@@ -85,6 +85,17 @@ def test_fields_that_are_missing_are_counted(tree, tmp_path):
     assert (corpus.num_records, corpus.counts.num_empty) == (1, 1)
 
 
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_ids_that_are_one_number_in_two_forms_are_refused(tree, tmp_path, is_on_disk):
+    """A table library writes 12.0 where another row of the column is empty."""
+    index_dir = tmp_path / "index" if is_on_disk else None
+    config = config_over(tree, tmp_path, "rows.csv", "user,text\n12,a\n12.0,b\n7.0,c\nv1.0,d\nv1,e\n")
+    with pytest.raises(ConfigError, match=r"data\.user_column: 1 ids stand both as whole numbers and with \.0"):
+        load_corpus(config.data, index_dir)
+    config = config_over(tree, tmp_path, "rows.csv", "user,text\n12.0,b\n7.0,c\nv1.0,d\nv1,e\n")
+    assert len(load_corpus(config.data, index_dir).records) == 4
+
+
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_other_separators_of_a_table_are_named(tree, tmp_path, mark):
     config = config_over(tree, tmp_path, "rows.csv", f"user{mark}text\nu1{mark}a text\n")
