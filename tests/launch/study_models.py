@@ -1,9 +1,12 @@
-"""Models of the paper-scale studies: their published configs, and random tiny models of the same architecture."""
+"""For recipes of paper scale, offline: published configs of models, tiny random ones of their kind, invented rows."""
 
 from __future__ import annotations
 
+import json
 import pathlib
+from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
 from tokenizers import processors
@@ -72,7 +75,7 @@ def save_tiny(name: str, directory: pathlib.Path, tokenizer_of: pathlib.Path) ->
         )
     tokenizer.save_pretrained(directory)
     present = published.to_dict()
-    sizes = {key: value for key, value in _TINY.items() if present.get(key) is not None}
+    sizes: dict[str, Any] = {key: value for key, value in _TINY.items() if present.get(key) is not None}
     if "attention_types" in present:
         sizes["attention_types"] = [[["global", "local"], 1]]
     marks = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 0}
@@ -82,3 +85,20 @@ def save_tiny(name: str, directory: pathlib.Path, tokenizer_of: pathlib.Path) ->
     torch.manual_seed(0)
     (hf.AutoModelForMaskedLM if is_encoder else hf.AutoModelForCausalLM).from_config(config).save_pretrained(directory)
     return directory
+
+
+def dummy_rows(data: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
+    """Rows with the columns that the recipe names, two records a user."""
+    rng = np.random.default_rng(0)
+    words = ["alder", "birch", "cedar", "elm", "fir", "gorse", "hazel"]
+    texts = [
+        data[f"{key}_column"] for key in ("text", "text_pair", "prompt", "completion") if data.get(f"{key}_column")
+    ]
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(48):
+            row: dict[str, Any] = {data["user_column"]: number // 2}
+            row |= {column: " ".join(rng.choice(words, size=rng.integers(2, 9))) for column in texts}
+            if data["labels"]:
+                row[data["label_column"]] = data["labels"][number % len(data["labels"])]
+            file.write(json.dumps(row) + "\n")
+    return path

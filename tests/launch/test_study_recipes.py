@@ -7,7 +7,6 @@ import math
 import pathlib
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +15,7 @@ from privtrain.job.train import train
 from privtrain.studies.recipe import RECIPES, Cell, expand, module_of, read_recipe
 from tests.conftest import write_config
 from tests.launch import recipe_plans
-from tests.launch.study_models import PUBLISHED, save_tiny
+from tests.launch.study_models import PUBLISHED, dummy_rows, save_tiny
 
 STUDIES = sorted(path.parent.name for path in RECIPES.glob("*/paper.yaml"))
 
@@ -82,7 +81,7 @@ def _plan(cell: Cell, tree: dict[str, Any], directory: pathlib.Path) -> None:
 def _two_steps(cell: Cell, tree: dict[str, Any], directory: pathlib.Path, tiny_llama: pathlib.Path) -> None:
     data, privacy = tree["data"], tree["privacy"]
     tree["model"]["name_or_path"] = str(save_tiny(tree["model"]["name_or_path"], directory / "tiny", tiny_llama))
-    data["source"] = {"kind": "files", "paths": [str(_dummy_rows(data, directory / "rows.jsonl"))]}
+    data["source"] = {"kind": "files", "paths": [str(dummy_rows(data, directory / "rows.jsonl"))]}
     max_length = 64 if tree["canaries"]["num_users"] else 32  # a canary must not be cut
     data |= {"held_out_fraction": 0.3, "num_evaluation_records": 4, "max_length": min(data["max_length"], max_length)}
     if privacy["sampling"] == "poisson":
@@ -95,20 +94,3 @@ def _two_steps(cell: Cell, tree: dict[str, Any], directory: pathlib.Path, tiny_l
     assert [row["train/step"] for row in rows if "train/lr" in row][-1] == 2, cell.name
     assert all(math.isfinite(row["eval/held_out_loss"]) for row in rows if "eval/held_out_loss" in row), cell.name
     assert json.loads((directory / "run" / "privacy.json").read_text())["steps_accounted"] == 2, cell.name
-
-
-def _dummy_rows(data: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
-    """Rows with the columns that the recipe names, two records a user."""
-    rng = np.random.default_rng(0)
-    words = ["alder", "birch", "cedar", "elm", "fir", "gorse", "hazel"]
-    texts = [
-        data[f"{key}_column"] for key in ("text", "text_pair", "prompt", "completion") if data.get(f"{key}_column")
-    ]
-    with open(path, "w", encoding="utf-8") as file:
-        for number in range(48):
-            row: dict[str, Any] = {data["user_column"]: number // 2}
-            row |= {column: " ".join(rng.choice(words, size=rng.integers(2, 9))) for column in texts}
-            if data["labels"]:
-                row[data["label_column"]] = data["labels"][number % len(data["labels"])]
-            file.write(json.dumps(row) + "\n")
-    return path
