@@ -15,10 +15,10 @@ from tests.attacks import mutants
 from tests.conftest import write_config
 from tests.jobs import is_installed
 
-NUM_CANARIES, NUM_TOKENS, NUM_REFERENCES = 64, 6, 16
+NUM_TOKENS, NUM_REFERENCES = 6, 16
 
 
-def configuration(directory: pathlib.Path, samples: pathlib.Path, **privacy: Any) -> dict[str, Any]:
+def configuration(directory: pathlib.Path, samples: pathlib.Path, num_canaries: int, **privacy: Any) -> dict[str, Any]:
     """A dozen natural users and invented ones with one short text each; every step draws everybody."""
     users = directory / "users.jsonl"
     lines = [{"user": f"user-{user}", "text": f"note {user} {number}"} for user in range(12) for number in range(5)]
@@ -37,14 +37,14 @@ def configuration(directory: pathlib.Path, samples: pathlib.Path, **privacy: Any
         },
         "canaries": {
             "kind": "samples",
-            "num_users": NUM_CANARIES,
+            "num_users": num_canaries,
             "samples_file": str(samples),
             "repetitions": [1],
         },
         "privacy": {
             "records_per_user": 1,
             "sampling_prob": 1.0,
-            "expected_batch_size": NUM_CANARIES / 2 + 6,
+            "expected_batch_size": num_canaries / 2 + 6,
             "target_delta": 1e-5,
             "clipping_norm": 1.0,
             "num_steps": 12,
@@ -61,11 +61,11 @@ def configuration(directory: pathlib.Path, samples: pathlib.Path, **privacy: Any
     }
 
 
-def audited(directory: pathlib.Path, **privacy: Any) -> dict[str, Any]:
+def audited(directory: pathlib.Path, num_canaries: int, **privacy: Any) -> dict[str, Any]:
     """The deciding row of the canary users of a run that was trained, scored and analysed."""
     samples = directory / "samples.jsonl"
-    config = write_config(configuration(directory, samples, **privacy), directory / "c.yaml")
-    count = NUM_CANARIES + NUM_REFERENCES
+    config = write_config(configuration(directory, samples, num_canaries, **privacy), directory / "c.yaml")
+    count = num_canaries + NUM_REFERENCES
     write_samples(config, samples, count=count, num_tokens=NUM_TOKENS, temperature=1.0, seed=0)
     mutants.train_broken(config, None)
     run = directory / "runs" / "audited"
@@ -91,10 +91,11 @@ pytestmark = [
 
 
 def test_model_without_privacy_shows_half_of_the_ceiling(tmp_path):
-    row = audited(tmp_path, noise_multiplier=0.0)
+    row = audited(tmp_path, 64, noise_multiplier=0.0)
     assert row["lower_bound"] >= row["ceiling"] / 2
     assert row["verdict"] == "no claim"
 
 
 def test_user_level_privacy_at_four_is_consistent(tmp_path):
-    assert audited(tmp_path, target_epsilon=4.0)["verdict"] == "consistent"
+    """With 64 coins nothing could contradict this claim; with 200 the curve leaves 200 right guesses no room."""
+    assert audited(tmp_path, 200, target_epsilon=4.0)["verdict"] == "consistent"
