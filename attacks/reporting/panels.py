@@ -61,9 +61,20 @@ def cell(value: object) -> str:
             return "∞" if value > 0 else "-∞"
         if value == 0.0 or 1e-3 <= abs(value) < 1e6:
             return f"{value:.4g}"
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return scientific(value)
     return str(value)
+
+
+def scientific(value: float) -> str:
+    """Return a number with its power of ten.
+
+    Returns:
+        For example ``"1e-4"``; plain from 0.01 to a million.
+    """
+    if value == 0.0 or 0.01 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def table(panel: Mapping[str, Any]) -> dict[str, list[Any]]:

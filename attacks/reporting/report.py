@@ -91,7 +91,7 @@ def _write_report(run: pathlib.Path) -> pathlib.Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(scientific=scientific, epsilon=format_epsilon, grouped=grouped)
+    environment.filters.update(scientific=panels.scientific, epsilon=format_epsilon, grouped=grouped)
     page = environment.get_template("report.html").render(
         **shown,
         roc_svg=figures.roc_figure(headline, _claim(statement, attacks)),
@@ -191,7 +191,7 @@ def summary_table(run: pathlib.Path) -> rich.table.Table:
     before, after = (NOT_RELEASED, NOT_RELEASED) if perplexity is None else (f"{value:.2f}" for value in perplexity)
     for name, value in (
         ("epsilon", format_epsilon(statement.epsilon)),
-        ("delta", scientific(statement.delta)),
+        ("delta", panels.scientific(statement.delta)),
         ("unit", f"{statement.unit}, {statement.neighboring_relation}"),
         ("steps", grouped(statement.steps_released)),
         ("held-out perplexity before", before),
@@ -221,18 +221,6 @@ def format_epsilon(epsilon: float | None) -> str:
     return (
         f"{(round(scaled) if math.isclose(scaled, round(scaled), rel_tol=1e-12) else math.ceil(scaled)) / 1000.0:.3f}"
     )
-
-
-def scientific(value: float) -> str:
-    """Return a small number with its power of ten.
-
-    Returns:
-        For example ``"1e-4"``.
-    """
-    if value == 0.0 or value >= 0.01:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def grouped(count: int | None) -> str:
@@ -277,7 +265,7 @@ def _claim(statement: rundir.PrivacyStatement, attacks: Mapping[str, Any]) -> st
     if attacks["cap"]["reason"]:
         return None
     equals = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
-    return f"ε{equals}{format_epsilon(statement.epsilon)}, δ{equals}{scientific(statement.delta)}"
+    return f"ε{equals}{format_epsilon(statement.epsilon)}, δ{equals}{panels.scientific(statement.delta)}"
 
 
 def _cap_text(cap: Mapping[str, Any]) -> str:

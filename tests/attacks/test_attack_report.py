@@ -11,7 +11,7 @@ import rich.console
 
 from attacks.analysis import analyse
 from attacks.errors import AttackInputError
-from attacks.reporting import report
+from attacks.reporting import panels, report
 from tests.browser import browse, framed, needs_browser, run_browser
 
 
@@ -208,7 +208,7 @@ def test_epsilon_is_never_shown_below_what_was_released(epsilon, shown):
     ("value", "shown"), [(0.0, "0"), (1e-4, "1e-4"), (1.25e-6, "1.25e-6"), (0.05, "0.05"), (9.999e-5, "1e-4")]
 )
 def test_small_numbers_are_readable(value, shown):
-    assert report.scientific(value) == shown
+    assert panels.scientific(value) == shown
 
 
 def summary(run: pathlib.Path) -> str:

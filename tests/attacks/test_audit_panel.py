@@ -12,7 +12,9 @@ import pytest
 from attacks import rundir, signals
 from attacks.analysis import analyse, verdict
 from attacks.analysis.audit import panel
+from attacks.analysis.audit.evaluate import Claim, audit
 from attacks.analysis.audit.guesses import Coins
+from attacks.analysis.statistics import DpBound
 from attacks.analysis.verdict import Verdict
 from attacks.errors import AttackInputError
 from attacks.reporting import report
@@ -46,6 +48,17 @@ def test_a_quiet_run_is_consistent_or_could_not_tell(make_run):
     assert facts_of(make_run(60, shift=0.0, epsilon=1.0, name="a"))[1]["verdict"] == "consistent"
     assert facts_of(make_run(60, shift=0.0, epsilon=7.9, name="b"))[1]["verdict"] in ("consistent", "uninformative")
     assert facts_of(make_run(4, shift=0.5, epsilon=1.0, name="c"))[1]["verdict"] == "uninformative"
+
+
+def test_source_that_could_have_shown_most_gives_the_reason():
+    claim, found = Claim(DpBound(9.0, 1e-5), None, ""), []
+    for num in (12, 64):
+        coins = Coins(np.zeros(num) + np.arange(num) % 2, np.arange(num) % 4 < 2, 0.5, "user", f"{num} users")
+        found.append(audit(coins, claim, 1e-5, seed=0, num_sources=2))
+    shown = panel.panel(found)
+    assert shown["verdict"] == "uninformative"
+    assert "with 64 coins" in shown["verdict_reason"]
+    assert "at δ = 1e-5;" in shown["summary"]
 
 
 def test_a_confounded_split_is_not_audited_into_a_verdict(make_run):

@@ -28,6 +28,7 @@ from attacks.analysis.lift import lift
 from attacks.analysis.protocol import UnderOtherModels
 from attacks.analysis.statistics import CurveBound, DpBound
 from attacks.errors import AttackInputError
+from attacks.reporting.panels import scientific
 from attacks.reporting.record import Scoring
 from privtrain.run.statement import PrivacyStatement
 
@@ -177,7 +178,7 @@ def panel(findings: Sequence[Finding]) -> dict[str, Any] | None:
     """Return the findings as a panel of the report (:mod:`attacks.reporting.panels`); None without any coins."""
     if not findings:
         return None
-    decisive = max(findings, key=lambda finding: (_ORDER.index(finding.verdict), finding.epsilon))
+    decisive = max(findings, key=lambda each: (_ORDER.index(each.verdict), each.epsilon, each.epsilon_ceiling))
     return {
         "title": "Audit: lower bounds on ε",
         "summary": " ".join(_sentence(finding) for finding in findings),
@@ -212,14 +213,13 @@ _ORDER = (
 
 def _ceilings(finding: Finding) -> str:
     """That delta decides what could have been shown, with the numbers."""
-    shown = "; ".join(
-        f"{epsilon_ceiling(finding.num_coins, delta, finding.significance):.3g} at δ = {delta:.0e}" for delta in DELTAS
-    )
+    ceilings = {delta: epsilon_ceiling(finding.num_coins, delta, finding.significance) for delta in DELTAS}
+    shown = "; ".join(f"{ceiling:.3g} at δ = {scientific(delta)}" for delta, ceiling in ceilings.items())
     return (
         "The δ of the audit decides what it can show, since the theorem pays 2 m δ for m coins. With "
         f"{finding.num_coins} coins of {finding.name} the ceiling is {shown}. This audit compares at δ = "
-        f"{finding.delta:.2g}; the claim's own is the default, and attacks analyse --audit-delta chooses another, at "
-        "which the claim is worth another ε."
+        f"{scientific(finding.delta)}; the claim's own is the default, and attacks analyse --audit-delta chooses "
+        "another, at which the claim is worth another ε."
     )
 
 
@@ -235,7 +235,7 @@ def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
         "caption": "Had every guess been right: the largest lower bound on ε, by number of coins and δ of the audit.",
         "series": [
             {
-                "label": f"δ = {delta:.2g}" + " (this audit)" * (delta == first.delta),
+                "label": f"δ = {scientific(delta)}" + " (this audit)" * (delta == first.delta),
                 "x": list(NUM_COINS),
                 "y": [epsilon_ceiling(count, delta, first.significance) for count in NUM_COINS],
             }
@@ -246,8 +246,9 @@ def _figure(findings: Sequence[Finding]) -> dict[str, Any]:
 
 def _sentence(finding: Finding) -> str:
     return (
-        f"{finding.name[0].upper()}{finding.name[1:]}: ε ≥ {finding.epsilon:.3g} per {finding.unit} at δ = "
-        f"{finding.delta:.2g}; {finding.num_coins} coins could have shown at most {finding.epsilon_ceiling:.3g}."
+        f"{finding.name[0].upper()}{finding.name[1:]}: ε ≥ {finding.epsilon:.3g} per {finding.unit} "
+        f"at δ = {scientific(finding.delta)}; {finding.num_coins} coins could have shown at most "
+        f"{finding.epsilon_ceiling:.3g}."
     )
 
 
@@ -255,7 +256,7 @@ def achieved(findings: Sequence[Finding]) -> list[str]:
     """Return what the guesses showed, one sentence for each source where it is more than chance."""
     return [
         f"Of {finding.num_coins} {finding.name} {finding.counts} were right; so ε per {finding.unit} is at least "
-        f"{finding.epsilon:.3g} at δ = {finding.delta:.2g}."
+        f"{finding.epsilon:.3g} at δ = {scientific(finding.delta)}."
         for finding in findings
         if finding.epsilon > 0.0 and finding.verdict is not verdict.Verdict.CONFOUNDED
     ]
