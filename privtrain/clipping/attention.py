@@ -4,6 +4,7 @@ Registered in transformers' public ``AttentionInterface`` under a name of its ow
 :func:`within_records`. Each record's queries, keys and values are copied out of the line and go through the function
 that the model would call for that record in a row of its own (``sdpa`` or its module's eager one), in shapes that the
 record alone decides: so the result has the same bits whatever shares the line, and wherever in it the record stands.
+They are not copied where every token of a line begins at a multiple of what a kernel may look at.
 Padding gets zeros. transformers makes no mask for a name that it does not know; the causal and sliding-window masks
 are made here, from what models hand to every attention function.
 """
@@ -24,6 +25,9 @@ from privtrain.data.lines import Line, Span
 from privtrain.errors import UnsupportedLayer
 
 _NAME = "privtrain_within_records"
+#: Bytes that a record's first number must lie at a multiple of to be used in place: what torch's allocations begin at.
+_ALIGNED_BYTES = {"cpu": 64}
+_MOST_ALIGNED_BYTES = 512
 #: Attention functions of transformers that records can be handed to.
 _SUPPORTED = ("sdpa", "eager")
 
@@ -93,14 +97,25 @@ def _attend(
     window = options.get("sliding_window")
     parts = []
     sides = (side.split(spans.sizes, dim=2) for side in (query, key, value))
+    is_aligned = _aligned_everywhere(query, key, value)
     for (first, stop, is_record), *own in zip(spans.pieces, *sides, strict=True):
         if is_record:
-            of_record = (_Own.apply(side) for side in own)
+            of_record = own if is_aligned else (_Own.apply(side) for side in own)
             output, _ = attend(module, *of_record, spans.mask(stop - first, window, query), **options)
-            parts.append(_Own.apply(output))
+            parts.append(output if is_aligned else _Own.apply(output))
         else:
             parts.append(value.new_zeros(1, stop - first, query.shape[1], value.shape[-1]))
     return torch.cat(parts, dim=1), None
+
+
+def _aligned_everywhere(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether a record's numbers, and the gradient of its output, are aligned wherever it stands in the line."""
+    wanted = _ALIGNED_BYTES.get(query.device.type, _MOST_ALIGNED_BYTES)
+    of_a_token = [side.stride(2) * side.element_size() for side in (query, key, value)]
+    of_output = query.shape[1] * value.shape[-1] * value.element_size()
+    starts = [side.data_ptr() for side in (query, key, value)]
+    strides = [side.stride(1) * side.element_size() for side in (query, key, value)]
+    return all(size % wanted == 0 for size in (*of_a_token, of_output, *starts, *strides))
 
 
 def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from privtrain.clipping import exact_sum
@@ -29,14 +30,18 @@ from privtrain.clipping.factors import (
     Outer,
     Product,
     add_multiplied,
+    doubtful_squared_norms_of,
+    grouped_squared_norms,
+    squared_norm_float64,
     squared_norms,
-    squared_norms_of,
     summed_lookups,
 )
 from privtrain.clipping.rules import Gradient
 from privtrain.errors import GuaranteeLost, UnsupportedLayer
 from privtrain.privacy.layout import Layout, Slot
 
+#: Coordinates of the largest tensor that is measured and added together with others of its shape.
+_SMALL = 1 << 18
 #: Numbers, a multiple of which lies between the products of two units: 512 bytes, as far as any kernel looks.
 _ALIGNED = 128
 
@@ -61,14 +66,16 @@ class UnitGradients:
         #: The rows that belong to a unit.
         self.rows = slice(first_row, first_row + sum(self._counts))
         self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
-        owner = [unit for unit, count in enumerate(self._counts) for _ in range(count)]
-        self._owner = torch.tensor(owner, dtype=torch.int64, device=device)
         self._singles = [unit for unit, count in enumerate(self._counts) if count == 1]
         #: Rows first until the norm is taken, then units first.
         self._dense: dict[str, torch.Tensor] = {}
         self._outers: dict[str, list[Outer]] = {}
         self._lookups: dict[str, list[Lookup]] = {}
+        #: Small tensors of one shape, units first, [units, tensors, *shape]; ``_dense`` has views of them.
+        self._groups: list[tuple[list[str], torch.Tensor]] = []
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        #: Units whose norm of a tensor needs float64 Gram matrices, [units]: looked at once for all tensors.
+        self._doubtful: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
         self._added: dict[str, torch.Tensor] = {}
@@ -78,7 +85,7 @@ class UnitGradients:
     @property
     def num_rows(self) -> int:
         """Rows that belong to a unit."""
-        return len(self._owner)
+        return sum(self._counts)
 
     @property
     def num_units(self) -> int:
@@ -115,8 +122,13 @@ class UnitGradients:
         else:
             self._add_dense(name, self._by_unit(gradient))
 
+    def complete(self, name: str) -> None:
+        """Take the norms of a tensor all of whose uses have been added; of small ones later, many at a time."""
+        if name not in self._dense or self._dense[name][0].numel() > _SMALL:
+            self.measure(name)
+
     def measure(self, name: str) -> None:
-        """Take the norms of a tensor all of whose uses have been added."""
+        """Take the norms of a tensor now, whose uses have all been added."""
         if name in self._dense:
             self._measured[name] = self._of_units(squared_norms(self._dense[name])), self._zero
             self._dense[name] = self._of_units(self._dense[name])
@@ -126,9 +138,13 @@ class UnitGradients:
         outers, lookups = self._outers.get(name, []), self._lookups.get(name, [])
         if not (outers or lookups):
             return
+        is_doubtful = torch.zeros(self._num_units, dtype=torch.bool, device=self._device)
+        self._doubtful[name] = is_doubtful
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
-            square[self._singles], length[self._singles] = squared_norms_of(outers, lookups, self._grams, rows)
+            found = doubtful_squared_norms_of(outers, lookups, self._grams)
+            for out, value in zip((square, length, is_doubtful), found, strict=True):
+                out[self._singles] = value[rows]
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
             own = self._of_unit(name, unit)
             if not lookups and len(outers) == 1 and _is_cheap(own[0][0]):
@@ -136,23 +152,64 @@ class UnitGradients:
                 for block in product.blocks:
                     square[unit] += squared_norms(product.block(block)[None])[0]
             else:
-                square[unit], length[unit] = (value[0] for value in squared_norms_of(*own, GramCache(), [0]))
+                found = doubtful_squared_norms_of(*own, GramCache())
+                square[unit], length[unit], is_doubtful[unit] = (value[0] for value in found)
 
     def release(self, name: str) -> None:
         """Keep the norms of a tensor alone."""
         self.measure(name)
+        if name in self._doubtful:
+            others = {key: value for key, value in self._doubtful.items() if key != name}
+            self._doubtful = {name: self._doubtful[name]}
+            self.settle(self._doubtful[name][None].cpu().numpy())
+            self._doubtful = others
         self._released.add(name)
         for kept in (self._dense, self._outers, self._lookups):
             kept.pop(name, None)
 
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [slots, units] squared norms in float64, and what they could be if no contributions cancelled."""
+        squares, uncancelled, doubts = self.squares_and_doubts()
+        if not len(doubts):
+            return squares, uncancelled
+        self.settle(doubts.cpu().numpy())
+        return self.squares()
+
+    def squares_and_doubts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same, and [tensors, units] which squared norms fp32 may have put off by too much, for :meth:`settle`."""
+        self._measure_groups()
         for slot in self._layout.slots:
             if slot.name not in self._measured:
                 self.measure(slot.name)
         self._grams.clear()
         squares, uncancelled = zip(*(self._measured[slot.name] for slot in self._layout.slots), strict=True)
-        return torch.stack(squares), torch.stack(uncancelled)
+        doubts = [*self._doubtful.values()]
+        nothing = torch.zeros(0, self._num_units, dtype=torch.bool, device=self._device)
+        return torch.stack(squares), torch.stack(uncancelled), torch.stack(doubts) if doubts else nothing
+
+    def settle(self, doubts: np.ndarray) -> None:
+        """Measure in float64 what :meth:`squares_and_doubts` called doubtful."""
+        names, self._doubtful = list(self._doubtful), {}
+        for name, units in zip(names, doubts, strict=True):
+            for unit in np.flatnonzero(units).tolist():
+                self._measured[name][0][unit] = squared_norm_float64(*self._of_unit(name, unit))
+
+    def _measure_groups(self) -> None:
+        """Take the norms of small tensors, all of one shape at once; [rows, …] become [units, …]."""
+        by_shape: dict[torch.Size, list[str]] = {}
+        for slot in self._layout.slots:
+            value = self._dense.get(slot.name)
+            if value is not None and slot.name not in self._measured and value[0].numel() <= _SMALL:
+                by_shape.setdefault(value.shape, []).append(slot.name)
+        for names in (names for names in by_shape.values() if len(names) > 1):
+            group = torch.stack([self._dense.pop(name) for name in names], dim=1)
+            # Of all rows, as ever: their number is a constant.
+            squares = self._of_units(grouped_squared_norms(group))
+            group = self._of_units(group)
+            self._groups.append((names, group))
+            for i, name in enumerate(names):
+                self._measured[name] = squares[:, i], self._zero
+                self._dense[name] = group[:, i]
 
     def unit(self, index: int) -> dict[str, torch.Tensor]:
         """The whole gradient of one unit, multiplied out: name → [*shape]. A tensor without a use is left out."""
@@ -177,15 +234,20 @@ class UnitGradients:
             total: the flat sum, int64.
             weights: [slots, units] of :func:`.exact_sum.on_grid`.
         """
-        for i, slot in enumerate(self._layout.slots):
-            self.add_kept(slot.name, self._layout.view(total, slot), weights[i])
+        number = {slot.name: i for i, slot in enumerate(self._layout.slots)}
+        slots = {slot.name: slot for slot in self._layout.slots}
+        for names, group in self._groups:
+            outs = [self._layout.view(total, slots.pop(name)) for name in names]
+            exact_sum.add_groups(outs, group, weights[[number[name] for name in names]])
+        for name, slot in slots.items():
+            self.add_kept(name, self._layout.view(total, slot), weights[number[name]])
 
     def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
         """The same for one tensor: ``out`` is its part of the sum, ``weights`` are [units]."""
         if name in self._dense:
             exact_sum.add_units(out, self._dense[name], weights)
         else:
-            units = weights.nonzero().flatten().tolist()
+            units = np.flatnonzero(weights.numpy()).tolist()
             own = [self._of_unit(name, unit) for unit in units]
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
@@ -204,7 +266,7 @@ class UnitGradients:
         if self._is_dense(gradient):
             exact_sum.add_units(out, self._of_units(self._dense_form(gradient)), weights)
         else:
-            units = weights.nonzero().flatten().tolist()
+            units = np.flatnonzero(weights.numpy()).tolist()
             own = [self._cut(gradient, unit) for unit in units]
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
@@ -230,9 +292,10 @@ class UnitGradients:
             added[list(units)] = squares
             self._added[name] = added
 
-    def by_row(self, by_unit: torch.Tensor) -> torch.Tensor:
-        """Return values of units, [units], as values of their rows, [rows]."""
-        return by_unit[self._owner]
+    def rows_of(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the places of some units' rows among the rows of all; ``chosen`` are [units] bool, on the CPU."""
+        places = np.flatnonzero(np.repeat(chosen.numpy(), self._counts))
+        return torch.from_numpy(places).to(self._device, non_blocking=True)
 
     def _is_dense(self, gradient: Gradient) -> bool:
         return isinstance(gradient, torch.Tensor) or (isinstance(gradient, Outer) and _is_cheap(gradient))

@@ -73,7 +73,7 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
     called once for all rows, as learned positions are with ids of shape [1, tokens], has its output expanded to
     ``num_rows``: what autograd would have summed over rows when it broadcasts stays apart.
     """
-    calls = Calls({module: torch.zeros((), requires_grad=True) for module in modules.values()})
+    calls = Calls({module: torch.empty((), requires_grad=True) for module in modules.values()})
     names = {module: name for name, module in modules.items()}
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:

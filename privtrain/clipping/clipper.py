@@ -22,6 +22,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -83,6 +84,25 @@ class ClippingDiagnostics:
     def add_loss(self, owner: int, loss: float) -> None:
         """Add a row's part of its unit's loss."""
         self.unit_losses[owner] = self.unit_losses.get(owner, 0.0) + loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is known of a microbatch before anything of it is added; on the CPU, where no other unit changes an order.
+
+    Attributes:
+        losses: of its rows, or of the tokens of a line.
+        squares: [slots, units] squared norms.
+        uncancelled: [slots, units] what they could be if no contributions cancelled.
+    """
+
+    losses: list[float]
+    squares: torch.Tensor
+    uncancelled: torch.Tensor
+
+    def is_finite(self, losses: Sequence[float]) -> bool:
+        """Whether every gradient and these ``losses`` are: what is not makes its layer's gradient so, at 0 · NaN."""
+        return all(map(math.isfinite, losses)) and bool(np.isfinite(self.squares.numpy()).all())
 
 
 #: In place of an error: the microbatch holds something that is not finite.
@@ -297,8 +317,9 @@ class PerUnitClipper:
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
         """Add a whole microbatch; false, and nothing added, if only one unit at a time turned out to be exact."""
-        owner = [i for i in batch.owner.tolist() if i >= 0]
-        if owner != sorted(owner) or bool((batch.owner[: len(owner)] < 0).any()):
+        rows: list[int] = batch.owner.numpy().tolist()
+        owner = [i for i in rows if i >= 0]
+        if owner != sorted(owner) or any(i < 0 for i in rows[: len(owner)]):
             raise GuaranteeLost("a unit's rows are not contiguous in a microbatch; this is a bug, report it")
         before = RandomState.of(self._device)
         failure = self._add_batch(batch)
@@ -319,7 +340,7 @@ class PerUnitClipper:
         The only place of the clipper that catches whatever comes: nothing was added by then, and what becomes of the
         failure is decided in :meth:`_fall_back`, when the hooks are gone.
         """
-        owner: list[int] = batch.owner.tolist()
+        owner: list[int] = batch.owner.numpy().tolist()
         rows = [row for row, unit in enumerate(owner) if unit >= 0]
         counts = [owner.count(i) for i in range(len(batch.owners))]
         gradients = UnitGradients(self.layout, counts, self._device, first_row=rows[0] if rows else 0)
@@ -328,18 +349,18 @@ class PerUnitClipper:
             try:
                 self._refuse_hidden_uses(batch)
                 calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), len(owner)))
-                losses = passes.first(
+                row_losses = passes.first(
                     calls, lambda: self._row_losses(batch.input_ids, batch.target_mask) * batch.row_weight
-                ).tolist()
+                )
             except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
                 return failure
             fault = passes.refusal
+            found = self._measured_once(row_losses, gradients) if fault is None else None
             if not is_alone:
-                is_finite = fault is None and all(math.isfinite(losses[row]) for row in rows)
-                is_finite = is_finite and self._is_finite(gradients)
+                is_finite = found is not None and found.is_finite([found.losses[row] for row in rows])
                 if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
                     fault = fault or _NOT_FINITE
-            if fault is not None:
+            if fault is not None or found is None:
                 return fault
             try:
                 if (rows or self._equal_passes) and not self._is_rehearsed:
@@ -348,17 +369,21 @@ class PerUnitClipper:
             except Exception as failure:  # noqa: BLE001 - as above
                 return failure
             for row in rows:
-                self.diagnostics.add_loss(batch.owners[owner[row]], losses[row])
-            self._add_units(batch, passes, calls)
+                self.diagnostics.add_loss(batch.owners[owner[row]], found.losses[row])
+            self._add_units(batch, passes, calls, found)
         return None
 
-    def _is_finite(self, gradients: UnitGradients) -> bool:
-        """Whether every unit's gradient is: an activation that is not makes its layer's gradient so, at 0 · NaN."""
-        if not gradients.num_rows:
-            return True
+    def _measured_once(self, losses: torch.Tensor, gradients: UnitGradients) -> Measured:
+        """Bring losses and norms to the CPU: one wait for the device."""
         with exact_fp32(self._device):
-            squares, _ = gradients.squares()
-        return bool(torch.isfinite(squares).all())
+            squares, uncancelled, doubts = gradients.squares_and_doubts()
+            parts = [value.double().flatten() for value in (losses, squares, uncancelled, doubts)]
+            own, *norms, flags = torch.cat(parts).cpu().split([part.numel() for part in parts])
+            squares, uncancelled = (value.view(squares.shape) for value in norms)
+            if flags.numpy().any():
+                gradients.settle(flags.view(doubts.shape).numpy())
+                squares = gradients.squares()[0].cpu()
+        return Measured(own.numpy().tolist(), squares, uncancelled)
 
     def _fall_back(self, failure: Exception, batch: Microbatch) -> None:
         """Go one unit at a time, if that was left open and the same rows succeed without hooks; else raise."""
@@ -415,16 +440,15 @@ class PerUnitClipper:
             loss.backward()
         return seen
 
-    def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls) -> None:
+    def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls, found: Measured) -> None:
         """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""
         num_units = len(batch.owners)
         if not num_units:
             return
         gradients = passes.gradients
         with exact_fp32(self._device):
-            # On the CPU: one wait for the device, and sums over tensors whose order no other unit changes.
-            squares, uncancelled = (value.cpu() for value in gradients.squares())
-            apart = self._cancelled(squares, uncancelled)
+            squares = found.squares
+            apart = self._cancelled(squares, found.uncancelled)
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)])
@@ -460,7 +484,7 @@ class PerUnitClipper:
         if self._style != "per_layer":
             squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
         cancelled = (squares < _CANCELLED * uncancelled).any(dim=0)
-        return set((cancelled | huge.any(dim=0)).nonzero().flatten().tolist())
+        return set(np.flatnonzero((cancelled | huge.any(dim=0)).numpy()).tolist())
 
     def _longer(self, gradients: UnitGradients, squares: torch.Tensor, together: torch.Tensor) -> list[int]:
         """Units that were added longer than they were measured: fp32 products of many tokens may be biased so far."""
@@ -469,7 +493,7 @@ class PerUnitClipper:
             return []
         before, after = (styles.group_norms(value, self._groups) for value in (squares, added))
         is_longer = (after > before * (1 + _LONGER)).any(dim=0) & together
-        return is_longer.nonzero().flatten().tolist()
+        return np.flatnonzero(is_longer.numpy()).tolist()
 
     def _pass_again(
         self,
@@ -493,8 +517,8 @@ class PerUnitClipper:
                     gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 gradients.add_unit(gradient[slot.name], found, index)
 
-        if bool(used.any()):
-            passes.again(calls, add, gradients.by_row(used.to(self._device)))
+        if used.numpy().any():
+            passes.again(calls, add, gradients.rows_of(used))
 
     def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
@@ -580,17 +604,16 @@ class PerUnitClipper:
 
     def _count(self, squares: torch.Tensor, factors: torch.Tensor, chosen: torch.Tensor, owners: Sequence[int]) -> None:
         """Add the ``chosen`` units to the diagnostics."""
-        whole = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)[chosen]
-        finite = torch.isfinite(whole)
-        self.diagnostics.num_units += int(chosen.sum())
-        self.diagnostics.num_clipped += int(((factors < 1).any(dim=0)[chosen] & finite).sum())
-        num_nonfinite = int((~finite).sum())
-        self.diagnostics.num_nonfinite += num_nonfinite
-        if num_nonfinite:
-            places = chosen.nonzero().flatten()[~finite].tolist()
-            self.diagnostics.nonfinite_owners += [owners[place] for place in places]
+        norms = styles.summed(squares)[0].sqrt().masked_fill(self._is_lost(owners), torch.inf)
+        places = np.flatnonzero(chosen.numpy())
+        whole, is_clipped = norms.numpy()[places], (factors < 1).any(dim=0).numpy()[places]
+        finite = np.isfinite(whole)
+        self.diagnostics.num_units += len(places)
+        self.diagnostics.num_clipped += int((is_clipped & finite).sum())
+        self.diagnostics.num_nonfinite += int((~finite).sum())
+        self.diagnostics.nonfinite_owners += [owners[place] for place in places[~finite].tolist()]
         self.diagnostics.sum_norms += float(whole[finite].sum())
-        self.diagnostics.shares_within += styles.within(whole, self._clipping_norm).tolist()
+        self.diagnostics.shares_within += styles.within(torch.from_numpy(whole), self._clipping_norm).numpy().tolist()
 
 
 def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Module]:

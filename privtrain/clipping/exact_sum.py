@@ -25,8 +25,9 @@ where fl rounds to fp32. What that means for the sensitivity, for a clipping nor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 #: Numbers that are quantised at a time: they and their integers stay in a CPU's cache. A GPU has kernels to save.
@@ -55,15 +56,41 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
         gradients: [units, *shape of total] float32.
         weights: [units] float32 of :func:`on_grid`, on the CPU, so that nobody waits to see which are zero.
     """
-    numbers, values = weights.tolist(), gradients.flatten(1)
-    if 0.0 in numbers:
-        used = [unit for unit, number in enumerate(numbers) if number]
+    values, used = gradients.flatten(1), np.flatnonzero(weights.numpy()).tolist()
+    if len(used) < len(weights):
         values = values[used] if len(used) > 1 else values[used[0] : used[0] + 1] if used else values[:0]
         weights = weights[used]
     for part, some in zip(values.split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True):
         steps = _steps(some, part)
         for place, columns in _pieces(total, part):
             _add(place, torch.div(columns, steps, rounding_mode="trunc"))
+
+
+def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights: torch.Tensor) -> None:
+    """As :func:`add_units`, for tensors of one shape together.
+
+    Args:
+        totals: each int64, contiguous.
+        gradients: [units, tensors, *shape of a total] float32.
+        weights: [tensors, units] float32 of :func:`on_grid`, on the CPU.
+    """
+    used = np.flatnonzero(weights.numpy().any(axis=0)).tolist()
+    if not used:
+        return
+    values = gradients.flatten(2) if len(used) == gradients.shape[0] else gradients[used].flatten(2)
+    weights = weights[:, used].T.contiguous()
+    if values.shape[0] > _MOST_UNITS or not weights.numpy().all():
+        for i, total in enumerate(totals):
+            add_units(total, values[:, i], weights[:, i])
+        return
+    steps = _steps(weights.flatten(), values).view(*weights.shape, 1)
+    size = max(1, _CHUNK.get(values.device.type, _LARGEST_CHUNK) // values[:, 0].numel())
+    for first in range(0, len(totals), size):
+        some = slice(first, first + size)
+        parts = torch.div(values[:, some], steps[:, some], rounding_mode="trunc")
+        whole = parts[0] if len(parts) == 1 else parts.sum(dim=0, dtype=torch.float64)
+        outs = [total.view(-1) for total in totals[some]]
+        torch._foreach_add_(outs, list(whole.to(torch.int64).unbind(0)))
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

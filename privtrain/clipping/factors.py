@@ -106,6 +106,14 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
     return squares[0] if len(squares) == 1 else torch.stack(squares).sum(dim=0)
 
 
+def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
+    """[rows, tensors, …] → [rows, tensors] squared norms in float64, of small tensors."""
+    numbers = _CPU_BLOCK if group.device.type == "cpu" else _LARGEST_BLOCK
+    parts = group.flatten(2).split(max(1, numbers // max(1, group[:, 0].numel())), dim=1)
+    squares = [torch.linalg.vector_norm(part, dim=2, dtype=torch.float64).square() for part in parts]
+    return squares[0] if len(squares) == 1 else torch.cat(squares, dim=1)
+
+
 def squared_norms_of(
     outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache, chosen: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,16 +138,40 @@ def squared_norms_of(
     Returns:
         Two [chosen] tensors in float64: ‖Σ …‖² and (Σ_t of the tokens' own norms)².
     """
+    square, length, is_doubtful = doubtful_squared_norms_of(outers, lookups, grams)
+    for unit in (unit for unit, doubtful in zip(chosen, is_doubtful[chosen].tolist(), strict=True) if doubtful):
+        own = slice(unit, unit + 1)
+        square[unit] = squared_norm_float64(
+            [Outer(o.left[own], o.right[own]) for o in outers], [Lookup(k.ids[own], k.values[own]) for k in lookups]
+        )
+    return square[chosen], length[chosen]
+
+
+def doubtful_squared_norms_of(
+    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the two tensors of :func:`squared_norms_of` for all units, and for which the first needs float64.
+
+    So a caller of several tensors waits once to see which; :func:`squared_norm_float64` is for those.
+    """
     rest, length = _lookup_squares(outers, lookups)
     if not outers:
-        return rest[chosen], length[chosen].square()
-    outer = _joined(outers)
-    square, more, error, certain = _outer_squares(outer, grams)
+        return rest, length.square(), torch.zeros_like(rest, dtype=torch.bool)
+    square, more, error, certain = _outer_squares(_joined(outers), grams)
     square = square + rest
-    doubtful = (~(certain & (error <= _GRAM_TOLERANCE * square)))[chosen].tolist()
-    for unit in (unit for unit, is_doubtful in zip(chosen, doubtful, strict=True) if is_doubtful):
-        square[unit] = _outer_squares_float64(Outer(outer.left[unit][None], outer.right[unit][None]))[0] + rest[unit]
-    return square[chosen].clamp(min=0), (length + more)[chosen].square()
+    is_doubtful = ~(certain & (error <= _GRAM_TOLERANCE * square))
+    return square.clamp(min=0), (length + more).square(), is_doubtful
+
+
+def squared_norm_float64(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> torch.Tensor:
+    """Return [] the squared norm of one unit's gradient of one tensor, from float64 Gram matrices.
+
+    Args:
+        outers: the unit's uses in linear layers, at least one, each [1, tokens, …].
+        lookups: its uses as an embedding, likewise.
+    """
+    rest, _ = _lookup_squares(outers, lookups)
+    return (_outer_squares_float64(_joined(outers)) + rest)[0].clamp(min=0)
 
 
 def _joined(outers: Sequence[Outer]) -> Outer:
@@ -200,8 +232,22 @@ def _lookup_squares(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> tuple
 
 
 def _lookup_square(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    touched, place = ids.unique(return_inverse=True)
-    return values.new_zeros(len(touched), values.shape[1]).index_add_(0, place, values).square().sum()
+    _, summed = _summed(ids, values)
+    return summed.square().sum()
+
+
+def _summed(ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up values of equal ids, in shapes that no value decides, so that nobody waits for the device.
+
+    Returns:
+        [tokens] the ids, ascending, each once, then the last one again and again; [tokens, features] sums, then zeros.
+    """
+    ordered, order = ids.sort(stable=True)
+    is_new = torch.ones_like(ordered)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    place = is_new.cumsum(0) - 1
+    touched = ordered[-1:].expand(len(ids)).scatter(0, place, ordered)
+    return touched, torch.zeros_like(values).index_add_(0, place, values[order])
 
 
 def row_blocks(outer: Outer) -> list[slice]:
@@ -243,18 +289,22 @@ class Product:
         assert first is not None
         if self._lookup is not None:
             touched, summed = self._lookup
-            ends = torch.tensor([rows.start, rows.stop], device=touched.device)
-            start, stop = torch.searchsorted(touched, ends).tolist()
-            first[touched[start:stop] - rows.start] += summed[start:stop]
+            if len(self.blocks) > 1:
+                ends = torch.tensor([rows.start, rows.stop], device=touched.device)
+                start, stop = torch.searchsorted(touched, ends).tolist()
+                touched, summed = touched[start:stop] - rows.start, summed[start:stop]
+            first.index_add_(0, touched, summed)
         return first
 
 
 def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows that one unit touches, ascending, and its gradient in each: [touched], [touched, d] float32."""
+    """Return the rows that one unit touches, ascending, and its gradient in each: [tokens], [tokens, d] float32.
+
+    Behind them comes the last row again and again, with zeros.
+    """
     ids = torch.cat([lookup.ids.flatten() for lookup in lookups])
     values = torch.cat([lookup.values.flatten(0, 1).float() for lookup in lookups])
-    touched, place = ids.unique(return_inverse=True)
-    return touched, values.new_zeros(len(touched), values.shape[1]).index_add_(0, place, values)
+    return _summed(ids, values)
 
 
 def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
@@ -264,5 +314,4 @@ def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence
         for rows in product.blocks:
             out[rows].add_(product.block(rows))
     elif lookups:
-        touched, summed = summed_lookups(lookups)
-        out[touched] += summed
+        out.index_add_(0, *summed_lookups(lookups))

@@ -1,14 +1,13 @@
 """Clip the units of a line: every unit's gradient from its own tokens alone, in shapes that they alone decide.
 
-The layers run on the whole line. What a layer saw and got back is then cut at the units' bounds, and each unit goes
-through the layer's rule (:mod:`.rules`) and through :class:`.batched.UnitGradients` as the one row of a microbatch of
-its own. So nothing that is computed for a unit has a shape, or a place in memory, that others decide.
+The layers run on the whole line. What a layer saw and got back is then moved into slots, one for each unit, of a
+constant number and size: rows of a microbatch, which go through the layer's rule (:mod:`.rules`) and
+:class:`.batched.UnitGradients` as any others. A unit with a line of its own is one row, where it lies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,95 +19,63 @@ from privtrain.clipping import attention, fallback, opacus_rules, refusals
 from privtrain.clipping.batched import UnitGradients
 from privtrain.clipping.capture import captured
 from privtrain.clipping.clipper import PerUnitClipper
-from privtrain.clipping.passes import Passes, finite, sums_by_row
+from privtrain.clipping.passes import Passes
 from privtrain.clipping.random_state import RandomState
 from privtrain.clipping.rules import Gradient
-from privtrain.data.lines import Line, Span
+from privtrain.data.lines import Line
 from privtrain.data.microbatch import NOBODY, Microbatch
 from privtrain.errors import GuaranteeLost, PrivtrainError, UnsupportedLayer
-from privtrain.privacy.layout import Layout, Slot
 
 #: A line → [1, tokens] losses, each of its own record alone; zero where nothing is predicted.
 TokenLosses = Callable[[Line], torch.Tensor]
 
-#: Bytes that a slice of a tensor must begin at a multiple of to be used in place: what torch's allocations begin at.
-_ALIGNED_BYTES = {"cpu": 64}
-_MOST_ALIGNED_BYTES = 512
 #: Tokens that are run as a row of their own to see which layers the hooks do not.
 _NUM_FIRST = 16
+#: Tensors that are kept in slots: layers that share an input are called one after another.
+_NUM_RECENT = 2
 
 
-class ByUnit(list[Gradient]):
-    """One tensor's gradient for each unit of a line: each with one row, all of the unit's tokens."""
-
-
-class LineGradients(UnitGradients):
-    """:class:`.batched.UnitGradients` of a line, each unit's in a collection of its own.
+class Slots:
+    """Tokens of a line, each unit's in a row of its own: of constant length if units share the line, else its own.
 
     Args:
-        layout: the trainable tensors.
-        num_units: units of the line.
-        device: where the tensors are.
+        line: the line.
+        device: where its tensors are.
     """
 
-    def __init__(self, layout: Layout, num_units: int, device: torch.device) -> None:
-        super().__init__(layout, [1] * num_units, device)
-        self._units = [UnitGradients(layout, [1], device) for _ in range(num_units)]
+    def __init__(self, line: Line, device: torch.device) -> None:
+        self._shape = line.num_slots, line.slot_tokens
+        self._num_own = line.units[0][1] if line.units and line.num_slots == 1 else line.num_tokens
+        self._recent: list[tuple[tuple[object, ...], torch.Tensor, torch.Tensor]] = []
+        if line.num_slots > 1:
+            place = torch.arange(line.slot_tokens)
+            bounds = [*line.units, *[(0, 0)] * (line.num_slots - len(line.units))]
+            first, stop = (torch.tensor(side)[:, None] for side in zip(*bounds, strict=True))
+            is_empty = place >= stop - first
+            # A slot is filled up with its unit's own first token, whose gradient counts as zero there.
+            self._index = (first + place.where(~is_empty, 0)).flatten().to(device, non_blocking=True)
+            self._is_empty = is_empty.to(device, non_blocking=True)
 
-    @property
-    @override
-    def released(self) -> frozenset[str]:
-        return self._units[0].released if self._units else frozenset()
+    def rows(self, tokens: torch.Tensor, *, is_zero_beyond: bool) -> torch.Tensor:
+        """[1, tokens, …] → [slots, tokens of a slot, …].
 
-    @override
-    def add(self, name: str, gradient: Gradient | ByUnit) -> None:
-        for unit, own in self._each(gradient):
-            unit.add(name, own)
-
-    @override
-    def measure(self, name: str) -> None:
-        for unit in self._units:
-            unit.measure(name)
-
-    @override
-    def release(self, name: str) -> None:
-        for unit in self._units:
-            unit.release(name)
-
-    @override
-    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        squares, uncancelled = zip(*(unit.squares() for unit in self._units), strict=True)
-        return torch.cat(squares, dim=1), torch.cat(uncancelled, dim=1)
-
-    @override
-    def tensor_of_unit(self, slot: Slot, index: int) -> torch.Tensor | None:
-        return self._units[index].tensor_of_unit(slot, 0)
-
-    @override
-    def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
-        for i, unit in enumerate(self._units):
-            unit.add_kept(name, out, weights[i : i + 1])
-
-    @override
-    def add_now(self, name: str, out: torch.Tensor, gradient: Gradient | ByUnit, weights: torch.Tensor) -> None:
-        for i, (unit, own) in enumerate(self._each(gradient)):
-            unit.add_now(name, out, own, weights[i : i + 1])
-
-    @override
-    def add_unit(self, out: torch.Tensor, gradient: Gradient | ByUnit, unit: int) -> None:
-        collection, own = self._each(gradient)[unit]
-        collection.add_unit(out, own, 0)
-
-    @override
-    def added_squares(self, squares: torch.Tensor) -> torch.Tensor | None:
-        found = [unit.added_squares(squares[:, i : i + 1]) for i, unit in enumerate(self._units)]
-        if all(value is None for value in found):
-            return None
-        return torch.cat([squares[:, i : i + 1] if v is None else v for i, v in enumerate(found)], dim=1)
-
-    def _each(self, gradient: Gradient | ByUnit) -> list[tuple[UnitGradients, Gradient]]:
-        assert isinstance(gradient, ByUnit)
-        return list(zip(self._units, gradient, strict=True))
+        Args:
+            tokens: what a layer saw or got back.
+            is_zero_beyond: whether zeros fill up a slot; for one of two factors is enough.
+        """
+        num_slots, _ = self._shape
+        if num_slots == 1:
+            return tokens[:, : self._num_own]
+        key = tokens.data_ptr(), tokens.shape, tokens.stride(), tokens.dtype, tokens._version, is_zero_beyond
+        for known, _, rows in self._recent:
+            if known == key:
+                return rows
+        rows = tokens[0].index_select(0, self._index).unflatten(0, self._shape)
+        if is_zero_beyond:
+            rows.masked_fill_(self._is_empty.view(*self._shape, *[1] * (rows.dim() - 2)), 0)
+        # Holding the tensor keeps its address from being given to another one.
+        self._recent = [*self._recent[1 - _NUM_RECENT :], (key, tokens, rows)]
+        return rows
 
 
 class LinePasses(Passes):
@@ -116,13 +83,13 @@ class LinePasses(Passes):
 
     Args:
         line: the line.
-        arguments: of ``Passes``; ``num_rows`` is the most units that any line may have.
+        arguments: of ``Passes``; rows are the line's slots.
     """
 
     def __init__(self, line: Line, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._num_tokens = line.num_tokens
-        self._spans = line.units
+        self._slots_of_line = Slots(line, self._device)
 
     @override
     def _tells_apart(self, activation: torch.Tensor, output_gradient: torch.Tensor) -> bool:
@@ -141,34 +108,23 @@ class LinePasses(Passes):
             return value[None]  # rows and tokens in one dimension
         return None
 
+    def _rows(self, value: torch.Tensor, *, is_zero_beyond: bool) -> torch.Tensor:
+        tokens = self._tokens_first(value)
+        assert tokens is not None
+        return self._slots_of_line.rows(tokens, is_zero_beyond=is_zero_beyond)
+
     @override
     def _gradients_of(
         self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
-    ) -> dict[str, Any]:
-        found: dict[str, ByUnit] = {}
-        seen, returned = self._tokens_first(activation), self._tokens_first(output_gradient)
-        assert seen is not None
-        assert returned is not None
-        for span in self._spans:
-            own = self._rules[module](module, _own(seen, span), _own(returned, span))
-            for name, gradient in own.items():
-                found.setdefault(name, ByUnit()).append(gradient)
-        return found
+    ) -> dict[str, Gradient]:
+        seen, returned = (
+            self._rows(value, is_zero_beyond=value is output_gradient) for value in (activation, output_gradient)
+        )
+        return super()._gradients_of(module, seen, returned)
 
     @override
     def _sums(self, *values: torch.Tensor) -> torch.Tensor:
-        if not self._spans:
-            return torch.zeros(len(values), 0, device=self._device)
-        tokens = [value for value in map(self._tokens_first, values) if value is not None]
-        by_unit = [[sums_by_row(_own(value, span)) for span in self._spans] for value in tokens]
-        return finite(torch.stack([torch.cat(sums) for sums in by_unit]))
-
-
-def _own(value: torch.Tensor, span: Span) -> torch.Tensor:
-    """Return a unit's tokens, [1, tokens, …], aligned as in memory of its own, so that mates do not decide how."""
-    own = value[:, slice(*span)].contiguous()
-    is_aligned = own.data_ptr() % _ALIGNED_BYTES.get(own.device.type, _MOST_ALIGNED_BYTES) == 0
-    return own if is_aligned else own.clone()
+        return super()._sums(*(self._rows(value, is_zero_beyond=True) for value in values))
 
 
 class LineClipper(PerUnitClipper):
@@ -232,16 +188,16 @@ class LineClipper(PerUnitClipper):
 
     def _add_line(self, line: Line, *, is_alone: bool = False) -> bool:
         """Add the units of a line; false, and nothing added, if something in it is not finite."""
-        gradients = LineGradients(self.layout, len(line.owners), self._device)
+        gradients = UnitGradients(self.layout, [1] * len(line.owners), self._device)
         names = {module: name for name, module in self._modules.items()}
         # As many units as there may be, not as there are: what is let go for want of memory is multiplied another way.
-        most = line.num_tokens
-        passes = LinePasses(line, names, self._rules, self._slots, gradients, most, self._memory_budget, self._device)
+        sizes = line.num_slots, self._memory_budget
+        passes = LinePasses(line, names, self._rules, self._slots, gradients, *sizes, self._device)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(attention.within_records(self._model, line))
                 calls = stack.enter_context(captured(self._modules, list(self.layout.parameters.values()), 1))
-                losses = passes.first(calls, lambda: self._token_losses(line) * line.token_weight)[0].tolist()
+                losses = passes.first(calls, lambda: self._token_losses(line) * line.token_weight)
                 if line.owners and not self._is_rehearsed:
                     passes.rehearse(calls)
                     self._is_rehearsed = True
@@ -249,13 +205,13 @@ class LineClipper(PerUnitClipper):
                 if isinstance(failure, PrivtrainError) or fallback.is_elsewhere(failure):
                     raise
                 raise UnsupportedLayer(f"a packed line failed: {fallback.in_words(failure)}") from failure
-            own = [sum(losses[first:stop]) for first, stop in line.units]
-            is_finite = all(math.isfinite(loss) for loss in own) and self._is_finite(gradients)
-            if not is_finite and not is_alone and len(own) > 1:
+            found = self._measured_once(losses, gradients)
+            own = [sum(found.losses[first:stop]) for first, stop in line.units]
+            if not is_alone and len(own) > 1 and not found.is_finite(own):
                 return False
             for owner, loss in zip(line.owners, own, strict=True):
                 self.diagnostics.add_loss(owner, loss)
-            self._add_units(line, passes, calls)
+            self._add_units(line, passes, calls, found)
         return True
 
 

@@ -128,7 +128,7 @@ class Passes:
     def rehearse(self, calls: Calls) -> None:
         """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
         if not self.is_complete:
-            everyone = torch.ones(self.gradients.num_rows, dtype=torch.bool, device=self._device)
+            everyone = torch.arange(self.gradients.num_rows, device=self._device)
             self.again(calls, lambda _slot, _gradient: None, everyone)
 
     def again(self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor) -> None:
@@ -137,9 +137,11 @@ class Passes:
         Args:
             calls: of the block that captures them.
             add: called once for each tensor.
-            used_rows: [rows of units] bool: the rows that ``add`` gives a weight; compared with the first pass.
+            used_rows: places among the rows of units: those that ``add`` gives a weight; compared with the first pass.
         """
         missing = set(self._seen)
+        #: Looked at when all is added: a sum that is wrong by then is never released.
+        differs: dict[nn.Module, torch.Tensor] = {}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
             if module not in self._let_go:
@@ -149,12 +151,8 @@ class Passes:
             missing.discard(module)
             with exact_fp32(self._device):
                 sums = self._sums(activation, output_gradient)
-                if not torch.equal(sums[:, used_rows], self._seen[module][:, used_rows]):
-                    raise GuaranteeLost(
-                        f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
-                        "(random numbers outside torch, or kernels that are not deterministic); "
-                        "set performance.clipping_route: batched or one_unit"
-                    )
+                before = self._seen[module]
+                differs[module] = (sums.index_select(1, used_rows) != before.index_select(1, used_rows)).any()
                 found = self._gradients_of(module, activation, output_gradient)
                 for local_name, slot in self._slots[module].items():
                     add(slot, found[local_name])
@@ -168,9 +166,21 @@ class Passes:
             assert self._start is not None
             anchors = [calls.anchors[module] for module in self._seen]
             torch.autograd.backward(*self._start, retain_graph=True, inputs=anchors)
+        self._refuse_differences(differs)
         if missing:
             names = sorted(self._names[module] for module in missing)
             raise GuaranteeLost(f"the second backward pass did not reach {names[:3]}; this is a bug, report it")
+
+    def _refuse_differences(self, differs: Mapping[nn.Module, torch.Tensor]) -> None:
+        if not differs:
+            return
+        for module, is_other in zip(differs, torch.stack(list(differs.values())).cpu().numpy(), strict=True):
+            if is_other:
+                raise GuaranteeLost(
+                    f"module {self._names[module]!r} was not the same in two backward passes over the same rows "
+                    "(random numbers outside torch, or kernels that are not deterministic); "
+                    "set performance.clipping_route: batched or one_unit"
+                )
 
     def _plan(self, calls: Calls) -> None:
         """Choose what to let go: what comes first in a backward pass, so that the second one can stop early."""
@@ -250,7 +260,7 @@ class Passes:
                 if not is_kept:
                     self.gradients.release(slot.name)
                 elif module in self._alone:
-                    self.gradients.measure(slot.name)
+                    self.gradients.complete(slot.name)
             if not is_kept:
                 self._seen[module] = self._sums(activation, output_gradient)
 

@@ -35,7 +35,7 @@ from typing_extensions import override
 from privtrain.clipping import fallback, opacus_rules, rules
 from privtrain.clipping.batched import UnitGradients
 from privtrain.clipping.capture import Calls
-from privtrain.clipping.clipper import PerUnitClipper, RowLosses
+from privtrain.clipping.clipper import Measured, PerUnitClipper, RowLosses
 from privtrain.clipping.cooperative import CooperativeClipper, GradientShards
 from privtrain.clipping.factors import exact_fp32, squared_norms
 from privtrain.clipping.passes import Passes
@@ -223,12 +223,11 @@ class ShardedClipper(PerUnitClipper):
         return sums.tolist() == [self._shards.size * number, self._shards.size * number**2]
 
     @override
-    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls) -> None:
+    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls, found: Measured) -> None:
         """Contribute every unit of the microbatch; also without any, since the other ranks wait for it."""
         gradients, num_units = passes.gradients, len(batch.owners)
-        squares, uncancelled = self._squares(gradients)
-        apart = sorted(self._cancelled(squares, uncancelled)) if num_units else []
-        squares = self._measured(passes, calls, squares, apart)
+        apart = sorted(self._cancelled(found.squares, found.uncancelled)) if num_units else []
+        squares = self._measured(passes, calls, found.squares, apart)
         everyone = torch.ones(num_units, dtype=torch.bool)
         factors = self._factors(squares, batch.owners)
         weights = self._on_grid(factors, everyone)
@@ -245,15 +244,6 @@ class ShardedClipper(PerUnitClipper):
             self._contribute(passes, calls, [torch.where(chosen, -weights, 0.0), self._on_grid(factors, chosen)])
         if num_units:
             self._count(squares, factors, everyone, batch.owners)
-
-    def _squares(self, gradients: UnitGradients) -> tuple[torch.Tensor, torch.Tensor]:
-        """[slots, units] squared norms on the CPU, and what they could be without cancellation."""
-        if not gradients.num_units:
-            nothing = torch.zeros(len(self.layout.slots), 0, dtype=torch.float64)
-            return nothing, nothing
-        with exact_fp32(self._device):
-            squares, uncancelled = gradients.squares()
-            return squares.cpu(), uncancelled.cpu()
 
     def _measured(self, passes: Passes, calls: Calls, squares: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
         """Return ``squares`` with those of some units' tensors multiplied out, one at a time; all ranks call it."""
@@ -277,7 +267,7 @@ class ShardedClipper(PerUnitClipper):
         if not passes.is_complete:
             used = torch.zeros(gradients.num_units, dtype=torch.bool)
             used[list(units)] = True
-            passes.again(calls, measure, gradients.by_row(used.to(self._device)))
+            passes.again(calls, measure, gradients.rows_of(used))
         return squares
 
     def _contribute(self, passes: Passes, calls: Calls, weights: Sequence[torch.Tensor]) -> None:
@@ -298,7 +288,7 @@ class ShardedClipper(PerUnitClipper):
                         gradients.add_now(slot.name, out, found, by_slot[number[slot.name]])
 
             used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)
-            passes.again(calls, add, gradients.by_row(used.to(self._device)))
+            passes.again(calls, add, gradients.rows_of(used))
 
 
 def _whole_layout(shards: GradientShards) -> Layout:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from privtrain.privacy import fixed_point
@@ -99,11 +100,12 @@ def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
 
 
 def summed(squares: torch.Tensor) -> torch.Tensor:
-    """[1, units] sums over slots, one after another: torch would add up a column in an order that its place decides."""
-    total = torch.zeros(1, squares.shape[1], dtype=squares.dtype, device=squares.device)
-    for row in squares:
-        total += row
-    return total
+    """[1, units] sums over slots, one after another: torch would add up a column in an order that its place decides.
+
+    Args:
+        squares: [slots, units] on the CPU.
+    """
+    return torch.from_numpy(np.add.accumulate(squares.numpy(), axis=0)[-1:])
 
 
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:

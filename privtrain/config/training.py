@@ -69,15 +69,16 @@ class PerformanceSection(Section):
     packing: Literal["auto", "lines", "rows"] = Field(
         default="rows",
         description="How records share a forward pass. rows: one record a row, padded to one of four widths. lines: "
-        "one line of microbatch_tokens that holds whole units, records apart in attention and positions. auto: lines "
-        "where the self-test finds that a unit adds the same bits wherever it stands in a line, else rows.",
+        "one line of at most microbatch_tokens that holds whole units, records apart in attention and positions. auto: "
+        "lines where the self-test finds that a unit adds the same bits wherever it stands in a line, else rows.",
     )
     microbatch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens of a line, at least data.max_length. Default: two of the longest records, at least 512 and "
-        "at most 2048 unless one is longer, and no more than microbatch_size rows have. A line holds at most four "
-        "units a row of microbatch_size.",
+        description="Tokens of the longest line, at least data.max_length. Default: two of the longest records, at "
+        "least 512 and at most 2048 unless one is longer, and no more than microbatch_size rows have. A unit of more "
+        "than half of a shared line has one of its own, of its own length. Shared lines are as long as the longest, "
+        "on a CPU at most 128 tokens, and hold at most two units a row of microbatch_size.",
     )
     index_dir: pathlib.Path | None = Field(
         default=None,

@@ -1,18 +1,20 @@
-"""Pack a rank's units into lines: microbatches of one row of constant length that holds whole units, one after another.
+"""Pack a rank's units into lines: microbatches of one row that holds whole units, one after another.
 
-Rows of one record each (:mod:`.microbatch`) are mostly padding where records are short. A line is one row of a constant
-number of tokens: units one after another, their records one after another, padding only behind the last. Positions
-begin anew with each record, and attention stays within it (:mod:`privtrain.clipping.attention`), so that a token's
-numbers are those of its record alone. The one shape of all lines is decided by the configuration, so by nobody's data.
+Rows of one record each (:mod:`.microbatch`) are mostly padding where records are short. A line is one row: units one
+after another, their records one after another, padding only behind the last. Positions begin anew with each record,
+and attention stays within it (:mod:`privtrain.clipping.attention`), so that a token's numbers are those of its record
+alone. The shape that a unit is computed in depends on nobody else:
 
-Where a unit is cut depends on it alone: its records fill a line in their order until the next does not fit, and a unit
-of several lines begins a line of its own with each. So a unit that fits into a line is never split, whoever shares it.
+* A unit of more than half of ``shared_tokens`` has a line of its own, as long as its own tokens need. One longer than
+  ``num_tokens`` has several: its records fill a line in their order until the next does not fit.
+* Shorter units share lines of ``shared_tokens``, a constant, with units of their own size alone: within a factor of
+  two, but for the shortest. So their gradients are taken in slots of one constant size and number.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,28 +22,34 @@ import torch
 from privtrain.data.microbatch import Records, weights_of
 from privtrain.data.records import Record
 
-#: Lines are a multiple of this many tokens, so that no kernel meets the end of a vector in the middle of a line.
-_MULTIPLE = 64
-#: Tokens of a line unless records, or the microbatch, are larger or smaller: longer lines waste more at a step's end.
+#: Lines are a multiple of this many tokens: fewer are wasted on a CPU, kernels of other devices work in larger tiles.
+_CPU_MULTIPLE, _MULTIPLE = 16, 64
+#: Tokens of the longest line, unless records are longer or a microbatch is smaller.
 _FEWEST, _MOST = 512, 2048
-#: Units in a line, as a multiple of the rows of a microbatch: each may need memory for a gradient of its own.
-_UNITS_PER_ROW = 4
+#: Tokens of a line that units share on a CPU, which is as fast on short ones: the last one of a step is mostly padding.
+#: Other devices need longer ones to be busy.
+_CPU_SHARED = 128
+#: The smallest slot of a unit in a shared line has so many tokens, or half of a shorter line, and is at least this part
+#: of the line. Every slot of a line needs memory for a gradient of its own, whoever is in it.
+_SMALLEST_SLOT, _SMALLEST_PART = 64, 8
+#: Units in a line, as a multiple of the rows of a microbatch.
+_UNITS_PER_ROW = 2
 
 #: First token and one past the last one.
 Span = tuple[int, int]
 
 
 def default_num_tokens(max_length: int, microbatch_size: int) -> int:
-    """Return the tokens of a line: two of the longest records, within limits, and no more than rows would have.
+    """Return the tokens of the longest line: two of the longest records, within limits, and no more than rows have.
 
     A function of the configuration alone.
     """
     wanted = max(max_length, min(2 * max_length, _MOST), _FEWEST)
-    return _rounded(min(wanted, microbatch_size * max_length))
+    return _rounded(min(wanted, microbatch_size * max_length), _MULTIPLE)
 
 
-def _rounded(num_tokens: int) -> int:
-    return -(-num_tokens // _MULTIPLE) * _MULTIPLE
+def _rounded(num_tokens: int, multiple: int) -> int:
+    return -(-num_tokens // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Line:
         units: where each unit of ``owners`` is: the whole of its records in this line.
         owners: positions of the units that have a record here, among the rank's units, in order.
         last_continues: whether the last owner has more records in the next line.
+        num_slots: units that a line of this kind may hold: a constant.
+        slot_tokens: tokens that each of them may have here: a constant, or the line's own length if it is for one.
         pad_id: token id of padding.
     """
 
@@ -69,6 +79,8 @@ class Line:
     units: tuple[Span, ...]
     owners: tuple[int, ...]
     last_continues: bool
+    num_slots: int
+    slot_tokens: int
     pad_id: int = 0
 
     @property
@@ -116,33 +128,55 @@ class LinePacker:
     """Turns units into lines.
 
     Attributes:
-        num_tokens: of every line, at least ``max_length``.
+        num_tokens: of the longest line, at least ``max_length``.
+        shared_tokens: of every line that several units may share.
         max_units: most units in a line.
         max_length: tokens of the longest record.
         pad_id: token id for padding; never predicted.
+        multiple: of which the length of a unit's own line is one, up to ``num_tokens``.
+        avoided: lengths that lines do not have: sizes of the model, which its tokens would be mistaken for.
     """
 
     num_tokens: int
+    shared_tokens: int
     max_units: int
     max_length: int
     pad_id: int
+    multiple: int = _MULTIPLE
+    avoided: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         assert self.num_tokens >= self.max_length
+        assert self.shared_tokens >= 2
         assert self.max_units >= 1
 
     @classmethod
-    def of(cls, max_length: int, microbatch_size: int, pad_id: int, num_tokens: int | None = None) -> LinePacker:
+    def of(
+        cls,
+        max_length: int,
+        microbatch_size: int,
+        pad_id: int,
+        num_tokens: int | None = None,
+        *,
+        device_type: str = "cpu",
+        avoided: Collection[int] = (),
+    ) -> LinePacker:
         """Return the packer that a configuration asks for.
 
         Args:
             max_length: tokens of the longest record.
             microbatch_size: rows of a microbatch: what memory is measured by.
             pad_id: token id for padding.
-            num_tokens: of a line, rounded up; by default :func:`default_num_tokens`.
+            num_tokens: of the longest line, rounded up; by default :func:`default_num_tokens`.
+            device_type: where lines are computed.
+            avoided: see above.
         """
-        tokens = default_num_tokens(max_length, microbatch_size) if num_tokens is None else _rounded(num_tokens)
-        return cls(tokens, most_units(microbatch_size), max_length, pad_id)
+        is_cpu, taken = device_type == "cpu", frozenset(avoided)
+        tokens = default_num_tokens(max_length, microbatch_size) if num_tokens is None else num_tokens
+        tokens = _free(_rounded(tokens, _MULTIPLE), _MULTIPLE, taken)
+        shared = _free(min(tokens, _CPU_SHARED), _MULTIPLE, taken) if is_cpu else tokens
+        multiple = _CPU_MULTIPLE if is_cpu else _MULTIPLE
+        return cls(tokens, shared, _UNITS_PER_ROW * microbatch_size, max_length, pad_id, multiple, taken)
 
     def cost(self, records: Records) -> int:
         """Return the tokens of a unit."""
@@ -183,36 +217,52 @@ class LinePacker:
         yield from self.pack(shares[share], max(self.num_batches(units) for units in shares))
 
     def arranged(self, units: Sequence[Records]) -> Line:
-        """Return one line of these units, which must fit, in this order."""
+        """Return one line of these units in this order; several must be of one size and fit (:meth:`slot`)."""
         weights = weights_of(units)
         return self._assemble([(i, 0, len(r), self.cost(r)) for i, r in enumerate(units)], units, weights)
 
+    def slots(self) -> list[tuple[int, int]]:
+        """Return all kinds of shared lines, (tokens of a slot, slots), the largest slots first."""
+        return [(size, self._num_slots(size)) for size in self._sizes()]
+
+    def slot(self, num_tokens: int) -> int:
+        """Return the tokens of the slot for a unit in a shared line; 0 if it has a line of its own."""
+        return min((size for size in self._sizes() if size >= num_tokens), default=0)
+
+    def _sizes(self) -> list[int]:
+        sizes = [self.shared_tokens // 2]
+        while sizes[-1] // 2 >= max(_SMALLEST_SLOT, self.shared_tokens // _SMALLEST_PART):
+            sizes.append(sizes[-1] // 2)
+        return sizes
+
+    def _num_slots(self, size: int) -> int:
+        """Return how many units share a line: all that fit, where each takes more than half, or a third, of its slot."""
+        is_smallest = size == self._sizes()[-1]
+        fitting = 3 * self.shared_tokens // size if is_smallest else -(-2 * self.shared_tokens // size) - 1
+        return min(self.max_units, fitting)
+
+    def own_length(self, num_tokens: int) -> int:
+        """Return the length of a line for one unit of so many tokens, at most those of the longest line."""
+        assert num_tokens <= self.num_tokens
+        return min(_free(_rounded(num_tokens, self.multiple), self.multiple, self.avoided), self.num_tokens)
+
     def _lines(self, units: Sequence[Records]) -> list[list[_Run]]:
         """Return lines as runs: units go where the least room is left, the longest first, so that little is wasted."""
-        lines: list[list[_Run]] = []
-        # Lines that take another unit, by the room that is left in each.
-        with_room: dict[int, list[list[_Run]]] = {}
-
-        def put(run: _Run, line: list[_Run], room: int) -> None:
-            line.append(run)
-            if len(line) < self.max_units and room > run[3]:
-                with_room.setdefault(room - run[3], []).append(line)
-
-        def begin(run: _Run) -> None:
-            lines.append([])
-            put(run, lines[-1], self.num_tokens)
-
         cut = [self._cut(unit, records) for unit, records in enumerate(units)]
-        for runs in (runs for runs in cut if len(runs) > 1):
-            lines.extend([run] for run in runs[:-1])
-            begin(runs[-1])
-        whole = [runs[0] for runs in cut if len(runs) == 1]
-        for run in sorted(whole, key=lambda run: (-run[3], run[0])):
-            room = min((room for room, some in with_room.items() if some and room >= run[3]), default=None)
-            if room is None:
-                begin(run)
-            else:
-                put(run, with_room[room].pop(), room)
+        lines = [[run] for runs in cut for run in runs if len(runs) > 1 or not self.slot(run[3])]
+        # Lines that take another unit, by the size of slots and the room that is left in each.
+        with_room: dict[tuple[int, int], list[list[_Run]]] = {}
+        sharing = [runs[0] for runs in cut if len(runs) == 1 and self.slot(runs[0][3])]
+        for run in sorted(sharing, key=lambda run: (-run[3], run[0])):
+            slot = self.slot(run[3])
+            fitting = (place for place, some in with_room.items() if some and place[0] == slot and place[1] >= run[3])
+            place = min(fitting, default=None)
+            if place is None:
+                lines.append([])
+            line, room = (lines[-1], self.shared_tokens) if place is None else (with_room[place].pop(), place[1])
+            line.append(run)
+            if len(line) < self._num_slots(slot):
+                with_room.setdefault((slot, room - run[3]), []).append(line)
         return lines
 
     def _cut(self, unit: int, records: Records) -> list[_Run]:
@@ -229,10 +279,11 @@ class LinePacker:
 
     def _assemble(self, runs: Sequence[_Run], units: Sequence[Records], weights: Sequence[float]) -> Line:
         """Return the line that holds these runs one after another; ``weights`` are the units' token weights."""
-        input_ids = np.full((1, self.num_tokens), self.pad_id, dtype=np.int64)
-        positions = np.zeros((1, self.num_tokens), dtype=np.int64)
-        mask = np.zeros((1, self.num_tokens), dtype=bool)
-        token_weight = np.zeros((1, self.num_tokens), dtype=np.float32)
+        length, num_slots, slot_tokens = self._shape(runs, units)
+        input_ids = np.full((1, length), self.pad_id, dtype=np.int64)
+        positions = np.zeros((1, length), dtype=np.int64)
+        mask = np.zeros((1, length), dtype=bool)
+        token_weight = np.zeros((1, length), dtype=np.float32)
         spans: list[Span] = []
         own: list[Span] = []
         place = 0
@@ -256,10 +307,26 @@ class LinePacker:
             units=tuple(own),
             owners=tuple(run[0] for run in runs),
             last_continues=continues,
+            num_slots=num_slots,
+            slot_tokens=slot_tokens,
             pad_id=self.pad_id,
         )
 
+    def _shape(self, runs: Sequence[_Run], units: Sequence[Records]) -> tuple[int, int, int]:
+        """Return the tokens of a line, its slots and the tokens of each."""
+        longest = max((run[3] for run in runs), default=0)
+        slot = self.slot(longest)
+        is_whole = all((first, stop) == (0, len(units[unit])) for unit, first, stop, _ in runs)
+        if slot and is_whole:
+            assert len(runs) <= self._num_slots(slot), "too many units for a line"
+            return self.shared_tokens, self._num_slots(slot), slot
+        assert len(runs) == 1, "a unit that needs a line of its own"
+        length = self.own_length(longest)
+        return length, 1, length
 
-def most_units(microbatch_size: int) -> int:
-    """Return the most units in a line."""
-    return _UNITS_PER_ROW * microbatch_size
+
+def _free(num_tokens: int, multiple: int, avoided: Collection[int]) -> int:
+    """Return the first multiple from ``num_tokens`` on that is not to be avoided."""
+    while num_tokens in avoided:
+        num_tokens += multiple
+    return num_tokens

@@ -40,7 +40,7 @@ class Microbatch:
         input_ids: [rows, tokens] int64, padded on the right.
         target_mask: [rows, tokens] bool: whether the token at this position is predicted (and not padding).
         row_weight: [rows] float32: 1 / (number of predicted tokens of the row's owner in this step); 0 for padding.
-        owner: [rows] position of the owner in ``owners``; ``NOBODY`` for padding rows.
+        owner: [rows] position of the owner in ``owners``; ``NOBODY`` for padding rows. Stays on the CPU.
         owners: positions of the units that have a row here, among the rank's units, in row order.
         last_continues: whether the last owner has more rows in the next microbatch.
         pad_id: token id of padding.
@@ -61,13 +61,14 @@ class Microbatch:
 
         The rows stay in their places, so that they draw the same dropout. Without anybody if there is no such owner.
         """
-        mine = self.owner == index
+        owner = torch.where(self.owner == index, 0, NOBODY)
+        mine = (owner == 0).to(self.input_ids.device)
         return dataclasses.replace(
             self,
             input_ids=torch.where(mine[:, None], self.input_ids, self.pad_id),
             target_mask=self.target_mask & mine[:, None],
             row_weight=torch.where(mine, self.row_weight, 0.0),
-            owner=torch.where(mine, 0, NOBODY),
+            owner=owner,
             owners=self.owners[index : index + 1],
             last_continues=self.last_continues and index == len(self.owners) - 1,
         )
@@ -76,7 +77,7 @@ class Microbatch:
         """Return the same microbatch on another device."""
         moved = {
             field: getattr(self, field).to(device, non_blocking=True)
-            for field in ("input_ids", "target_mask", "row_weight", "owner")
+            for field in ("input_ids", "target_mask", "row_weight")
         }
         return dataclasses.replace(self, **moved)
 

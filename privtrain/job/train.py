@@ -332,7 +332,11 @@ def _self_test(trainer: Trainer, network: Network, backend: Backend, performance
         raise SelfTestFailed(f"records need rows ({trainer.why_rows}); set performance.packing: auto or rows")
     if backend.is_main:
         if trainer.packs_lines and trainer.line_packer is not None:
-            say(f"units are packed into lines of {trainer.line_packer.num_tokens:,} tokens")
+            packer = trainer.line_packer
+            say(
+                f"units are packed into lines: shared ones of {packer.shared_tokens:,} tokens, others of their own "
+                f"length up to {packer.num_tokens:,}"
+            )
         elif trainer.why_rows:
             say(f"records are padded to rows: {trainer.why_rows}")
         if route == "one_unit" and trainer.clipper.fallback_reason:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from privtrain.data.lines import Line
 from privtrain.data.records import Record
+from privtrain.models.head_loss import FrozenHead, cross_entropy
 
 
 class Objective(abc.ABC):
@@ -45,14 +46,21 @@ class Objective(abc.ABC):
         """Return a record of arbitrary tokens for the start-up self-test."""
 
 
+@dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
-    """The next token, wherever the mask asks for it."""
+    """The next token, wherever the mask asks for it.
+
+    Attributes:
+        head: the model's, where lines need not form all logits at once.
+    """
+
+    head: FrozenHead | None = None
 
     takes_lines = True
 
     @override
     def token_losses(self, model: torch.nn.Module, line: Line) -> torch.Tensor:
-        return token_losses(model, line)
+        return token_losses(model, line, self.head)
 
     @override
     def losses(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -147,12 +155,16 @@ def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: tor
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
 
 
-def token_losses(model: torch.nn.Module, line: Line) -> torch.Tensor:
+def token_losses(model: torch.nn.Module, line: Line, head: FrozenHead | None = None) -> torch.Tensor:
     """Negative log-likelihood of each predicted token of a line: [1, tokens], fp32, no term of another record."""
-    logits = model(input_ids=line.input_ids, position_ids=line.positions).logits[0].float()
-    # All rows of the logits, the last for nothing: a slice would copy them.
-    losses = F.cross_entropy(logits, line.input_ids[0].roll(-1), reduction="none").roll(1)
-    return torch.where(line.target_mask, losses[None], 0.0)
+    # For all tokens, the last for nothing: a slice of the logits would copy them.
+    targets = line.input_ids[0].roll(-1)
+    if head is None:
+        logits = model(input_ids=line.input_ids, position_ids=line.positions).logits[0]
+        losses = cross_entropy(logits, targets)
+    else:
+        losses = head.losses(targets, input_ids=line.input_ids, position_ids=line.positions)
+    return torch.where(line.target_mask, losses.roll(1)[None], 0.0)
 
 
 def label_logits(

@@ -19,6 +19,8 @@ from privtrain.run.base_model import locate
 if TYPE_CHECKING:
     import torch
 
+    from privtrain.data.lines import LinePacker
+
 _FP32_BYTES = 4
 #: The clipped sum is integers.
 _SUM_BYTES = 8
@@ -104,6 +106,8 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
     optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
     rows = config.performance.microbatch_size
+    if config.performance.packing == "lines":  # "auto" may keep rows
+        rows = max(num_slots for _, num_slots in _line_packer(config).slots())
     in_parts = is_full and layout.shards_gradients
     holds_no_unit = in_parts and config.performance.clipping_route == "two_pass"
     units = 0 if holds_no_unit else 1 if is_full else rows
@@ -160,7 +164,12 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
     """Bytes that one microbatch's forward pass keeps for the backward pass, and what logits and their gradient take."""
     import torch
 
+    from privtrain.models.head_loss import CHUNK
+
     rows, tokens = config.performance.microbatch_size, config.data.max_length
+    is_line = config.performance.packing == "lines"
+    if is_line:
+        rows, tokens = 1, _line_packer(config).num_tokens
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -181,5 +190,19 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
         num_layers = int(base.config.num_hidden_layers)
         inputs = num_layers * rows * tokens * int(base.config.hidden_size) * base.dtype.itemsize
         total = inputs + total // num_layers
+    head = base.get_output_embeddings()
+    if is_line and head is not None and not any(p.requires_grad for p in head.parameters()):
+        return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES  # of a chunk, and their gradient
+    if is_line:
+        return total, 2 * logits.numel() * logits.element_size()
     # Log-probabilities in fp32 and their gradient.
     return total, 2 * logits.numel() * _FP32_BYTES
+
+
+def _line_packer(config: Config) -> LinePacker:
+    from privtrain.data.lines import LinePacker
+
+    performance = config.performance
+    return LinePacker.of(
+        config.data.max_length, performance.microbatch_size, 0, performance.microbatch_tokens, device_type="cuda"
+    )

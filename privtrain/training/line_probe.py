@@ -5,8 +5,8 @@ Rows have passed their own checks before. A line is compared with them, and with
 * every token's loss is what it is in a row of its own, also in the longest record: attention and positions are right;
 * what the clipper adds for planted units is what it adds by rows; a huge unit adds at most the clipping norm, one that
   is not a number nothing, and units together add what each adds alone, as integers;
-* in lines of the job's own size, a unit adds the same bits alone and at many places between units of huge activations
-  that add gradients of their own, and these add the same with it and without;
+* in shared lines of the job's own size, a unit adds the same bits alone and at many places between units of huge
+  activations that add gradients of their own, and these add the same with it and without;
 * no random number is shared by the tokens of a line.
 
 Every rank looks for itself and reduces nothing, so that what one rank finds keeps nobody waiting; then all agree.
@@ -15,7 +15,7 @@ Every rank looks for itself and reduces nothing, so that what one rank finds kee
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,9 +39,8 @@ _OTHER_GRADIENT = {"fp32": 1e-3, "bf16": 5e-2}
 _PLANTED_LENGTHS, _PLANTED_TOKENS = (7, 12), 61
 #: Norms of the planted units in clipping norms; the third is not a number.
 _SIZES = (1e4, 0.5)
-#: Records of the units that are moved about, and of the loud ones between them: of many alignments.
-_MOVED = ((5,), (37, 11))
-_LOUD_LENGTHS = (3, 17, 1, 8, 41, 2, 29, 6)
+#: Full lines in which units are moved about, for each size of slots.
+_NUM_CROWDS = 4
 #: Weight of a loud unit's loss, as of rows (:mod:`.probes`).
 _LOUD_WEIGHT = 1e8
 
@@ -103,7 +102,7 @@ class LineProbe:
             if sum(lengths) + length <= packer.num_tokens:
                 lengths.insert(len(lengths) // 2, length)
         records = [self._record(length, seed) for seed, length in enumerate(lengths)]
-        line = packer.arranged([[record] for record in records]).to(self._device)
+        line = packer.arranged([records]).to(self._device)
         with torch.no_grad(), attention.within_records(self.trainer.model, line):
             together = self.trainer.token_losses(line)[0]
         worst = 0.0
@@ -125,7 +124,8 @@ class LineProbe:
         if not all(0 < factor < float("inf") for factor in factors):
             return "a planted unit has no gradient"
         factors = [*factors, float("nan")]
-        packer = LinePacker(_PLANTED_TOKENS, len(units), max(_PLANTED_LENGTHS), self._packer.pad_id)
+        longest = max(_PLANTED_LENGTHS)
+        packer = LinePacker(_PLANTED_TOKENS, _PLANTED_TOKENS, len(units), longest, self._packer.pad_id)
         short = dataclasses.replace(packer, num_tokens=max(_PLANTED_LENGTHS) + 1)
         alone = []
         for unit, factor in zip(units[:2], factors, strict=False):
@@ -156,16 +156,20 @@ class LineProbe:
     # Its bits.
 
     def _other_bits(self, clipper: LineClipper) -> str:
-        """Return where a unit of a line of the job's own size does not add the bits that it adds alone, or nothing."""
-        packer = self._packer
-        moved = [[self._record(n, 50 + n) for n in lengths] for lengths in _MOVED if max(lengths) <= packer.max_length]
-        moved = [unit for unit in moved if packer.cost(unit) <= packer.num_tokens // 2] or [[self._record(2, 50)]]
-        alone = [packer.arranged([unit]).to(self._device) for unit in moved]
+        """Return where a unit of a shared line of the job does not add the bits that it adds alone, or nothing."""
+        for size, num_slots in self._packer.slots():
+            fault = self._other_bits_in(clipper, size, num_slots) if num_slots > 1 else ""
+            if fault:
+                return fault
+        return ""
+
+    def _other_bits_in(self, clipper: LineClipper, size: int, num_slots: int) -> str:
+        """The same for lines of ``num_slots`` slots of ``size`` tokens."""
+        moved = self._moved(size)
+        alone = [self._packer.arranged([unit]).to(self._device) for unit in moved]
         bits = [self._sum(clipper, [line]) for line in alone]
-        units, kinds = self._crowd(packer, moved)
-        # Both ways round, since the longest unit takes up to half of a line.
-        for order in (1, -1):
-            found, expected = self._crowded(clipper, units[::order], kinds[::order], bits)
+        for units, kinds in self._crowds(size, num_slots, moved):
+            found, expected = self._crowded(clipper, units, kinds, bits)
             if not torch.equal(found, expected):
                 share = float((found - expected).double().norm() / expected.double().norm().clamp(min=1))
                 return (
@@ -193,35 +197,52 @@ class LineProbe:
             expected += kinds.count(kind) * own
         return found, expected
 
-    def _crowd(self, packer: LinePacker, moved: Sequence[list[Record]]) -> tuple[list[list[Record]], list[int]]:
-        """Return units that fill a line, the longest first, and which of ``moved`` each is: -1 for those between."""
-        longest = min(packer.max_length, packer.num_tokens // 2)
-        units: list[list[Record]] = [[self._record(longest, 70)]]
-        kinds, room = [-1], packer.num_tokens - longest
-        for i in range(packer.num_tokens):
-            kind = i % len(moved)
-            loud = min(_LOUD_LENGTHS[i % len(_LOUD_LENGTHS)], packer.max_length)
-            needed = loud + packer.cost(moved[kind])
-            if needed > room:
-                break
-            units += [list(moved[kind]), [self._record(loud, 71 + i)]]
-            kinds += [kind, -1]
-            room -= needed
-        if packer.cost(moved[0]) <= room:  # one more, which ends with the line if what is left is a record
-            gap = min(room - packer.cost(moved[0]), packer.max_length)
-            units += [[self._record(gap, 99)]] if gap else []
-            kinds += [-1] if gap else []
-            units, kinds = [*units, list(moved[0])], [*kinds, 0]
-        return units, kinds
+    def _moved(self, size: int) -> list[list[Record]]:
+        """Return the units that are moved about in slots of ``size`` tokens: a short one, and one of two records."""
+        packer = self._packer
+        smallest = next((tokens for tokens in range(1, size) if packer.slot(tokens) == size), size)
+        short, first = smallest + min(4, size - smallest), max(1, size * 3 // 5)
+        lengths = [[short], [first, max(1, size // 5)]]
+        return [self._unit(unit, 50 + i) for i, unit in enumerate(lengths)]
+
+    def _crowds(
+        self, size: int, num_slots: int, moved: Sequence[list[Record]]
+    ) -> Iterator[tuple[list[list[Record]], list[int]]]:
+        """Yield the units of full lines, and which of ``moved`` each is: -1 for the loud ones between them.
+
+        The units of ``moved`` take turns at every slot, behind loud units of many lengths.
+        """
+        packer = self._packer
+        rng = np.random.default_rng(size)
+        for turn in range(_NUM_CROWDS):
+            units: list[list[Record]] = []
+            kinds: list[int] = []
+            room = packer.shared_tokens
+            for i in range(num_slots):
+                kind = (i // 2) % len(moved) if i % 2 == turn % 2 else -1
+                tokens = int(rng.integers(1, size + 1))
+                unit = self._unit([tokens], 70 + i) if kind < 0 else list(moved[kind])
+                if packer.cost(unit) <= room:
+                    units.append(unit)
+                    kinds.append(kind)
+                    room -= packer.cost(unit)
+            if max(kinds, default=-1) >= 0:
+                yield (units, kinds) if turn < 2 else (units[::-1], kinds[::-1])
+
+    def _unit(self, lengths: Sequence[int], seed: int) -> list[Record]:
+        """Return a unit whose records have these lengths, cut in two where one is too long."""
+        most = self._packer.max_length
+        cut = [min(most, length - first) for length in lengths for first in range(0, length, most)]
+        return [self._record(length, 10 * seed + i) for i, length in enumerate(cut)]
 
     # Random numbers.
 
     def _coins(self) -> str:
         """Return who draws a random number for several tokens: an extreme value of it changes a loss; or empty."""
         lengths = (5, 11)
-        packer = LinePacker(17, 2, max(lengths), self._packer.pad_id)
+        packer = LinePacker(23, 23, 2, max(lengths), self._packer.pad_id)
         line = packer.arranged([[self._record(n, n)] for n in lengths]).to(self._device)
-        trainer, sizes = self.trainer, (17, *lengths, 1 + sum(lengths))
+        trainer, sizes = self.trainer, (23, *lengths, 1 + sum(lengths))
         losses, owner = [], ""
         for extreme in (0.0, 1.0):
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from privtrain.backends import Backend
+from privtrain.clipping import refusals
 from privtrain.config import Config
 from privtrain.config.training import PerformanceSection
 from privtrain.data.encode import Encoder
 from privtrain.data.lines import LinePacker
 from privtrain.data.microbatch import Packer
+from privtrain.models.head_loss import FrozenHead
 from privtrain.models.limits import check_limits, num_embedded, pad_classifier, padding_id
 from privtrain.models.load import base_dtype, load_tokenizer, resolve_precision
 from privtrain.models.losses import CausalLM, Classification, Objective
@@ -57,15 +59,31 @@ def load_network(config: Config, backend: Backend) -> Network:
     packer = Packer(config.performance.microbatch_size, config.data.max_length, pad_id)
     autocast = torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     objective = _objective(config, model, tokenizer, pad_id)
-    line_packer = _line_packer(config, pad_id)
+    line_packer = _line_packer(config, pad_id, backend.device.type, model)
     return Network(tokenizer, model, precision, autocast, packer, line_packer, encoder, objective)
 
 
-def _line_packer(config: Config, pad_id: int) -> LinePacker | None:
+def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.Module) -> LinePacker | None:
     performance, max_length = config.performance, config.data.max_length
     if performance.packing == "rows":
         return None
-    return LinePacker.of(max_length, performance.microbatch_size, pad_id, performance.microbatch_tokens)
+    return LinePacker.of(
+        max_length,
+        performance.microbatch_size,
+        pad_id,
+        performance.microbatch_tokens,
+        device_type=device_type,
+        avoided=_sizes(model),
+    )
+
+
+def _sizes(model: Any) -> set[int]:
+    """Return the sizes that a dimension of a tensor of this model may have, whatever it reads."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {size for parameter in model.parameters() for size in parameter.shape}
+    for config in refusals.configs(base):
+        found.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
+    return found
 
 
 def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:
@@ -82,7 +100,7 @@ def _make_repeatable(performance: PerformanceSection, device: torch.device) -> N
 def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objective:
     labels, is_pair = config.data.labels, config.data.text_pair_column is not None
     if labels is None:
-        return CausalLM()
+        return CausalLM(None if config.performance.packing == "rows" else FrozenHead.of(model))
     return Classification.of(model, tokenizer, num_labels=len(labels), pad_id=pad_id, is_pair=is_pair)
 
 

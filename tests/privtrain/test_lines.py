@@ -29,7 +29,7 @@ from tests.privtrain.test_parity import _SIZES, CAUSAL, ONLY_ONE_UNIT, build, re
 from tests.privtrain.test_probes import trainer_of
 
 #: Lines of two units or so, where a user of three records needs two; and of all units.
-_SHORT, _LONG = LinePacker(32, 8, 16, 0), LinePacker(128, 8, 16, 0)
+_SHORT, _LONG = LinePacker(32, 32, 8, 16, 0), LinePacker(128, 128, 8, 16, 0)
 _PACKED = [name for name in CAUSAL if name not in ONLY_ONE_UNIT]
 
 
@@ -65,13 +65,18 @@ def _units(lengths) -> list[list[np.ndarray]]:
 
 @hypothesis.given(lengths=units_of_lengths, num_tokens=st.integers(16, 70), most=st.integers(1, 4))
 def test_lines_keep_every_token_and_units_together(lengths, num_tokens, most):
-    units, packer = _units(lengths), LinePacker(num_tokens, most, 16, 0)
+    units, packer = _units(lengths), LinePacker(num_tokens, max(2, num_tokens // 2), most, 16, 0, multiple=4)
     found: dict[int, list[np.ndarray]] = {}
     weights: dict[int, float] = {}
     is_open = None
     for line in packer.pack(units, packer.num_batches(units) + 1):
-        assert line.input_ids.shape == (1, num_tokens)
-        assert len(line.owners) <= most
+        totals = [stop - first for first, stop in line.units]
+        shared = (packer.shared_tokens, *next((s for s in packer.slots() if s[0] == line.slot_tokens), ()))
+        if (line.num_tokens, line.slot_tokens, line.num_slots) != shared:
+            assert len(totals) == line.num_slots == 1
+            assert line.num_tokens == line.slot_tokens == packer.own_length(totals[0])
+        assert max(totals, default=0) <= line.slot_tokens
+        assert len(line.owners) <= min(most, line.num_slots)
         assert is_open in (None, line.owners[:1] and line.owners[0])
         is_open = line.owners[-1] if line.last_continues else None
         records = list(line.records)
@@ -96,12 +101,13 @@ def test_lines_keep_every_token_and_units_together(lengths, num_tokens, most):
 
 
 @hypothesis.given(lengths=units_of_lengths, others=units_of_lengths)
-def test_where_a_unit_is_cut_depends_on_it_alone(lengths, others):
+def test_shapes_and_cuts_of_a_unit_depend_on_it_alone(lengths, others):
     def cuts(units):
-        found: dict[int, list[int]] = {}
+        found: dict[int, list[tuple[int, ...]]] = {}
         for line in _SHORT.pack(units, _SHORT.num_batches(units)):
             for owner, (first, stop) in zip(line.owners, line.units, strict=True):
-                found.setdefault(owner, []).append(stop - first)
+                shape = line.num_tokens, line.num_slots, line.slot_tokens
+                found.setdefault(owner, []).append((stop - first, *shape))
         return found
 
     alone, together = cuts(_units(lengths)), cuts([*_units(lengths), *_units(others)])
@@ -118,8 +124,8 @@ def test_lines_of_short_records_are_nearly_full():
     rng = np.random.default_rng(0)
     units = [[np.ones(min(1024, 1 + int(rng.exponential(90))), int) for _ in range(4)] for _ in range(200)]
     packer = LinePacker.of(1024, 8, 0)
-    share = sum(len(r) for unit in units for r in unit) / packer.num_batches(units) / packer.num_tokens
-    assert share > 0.95
+    lengths = [line.num_tokens for line in packer.pack(units, packer.num_batches(units))]
+    assert sum(len(r) for unit in units for r in unit) > 0.95 * sum(lengths)
 
 
 # Exactness.
@@ -311,28 +317,37 @@ def _unreset(line):
 
 
 def _plant(fault: str, patch: pytest.MonkeyPatch) -> None:
-    right, own, gradients = losses.token_losses, lines._own, lines.LinePasses._gradients_of
+    right, slots, gradients = losses.token_losses, lines.Slots.__init__, lines.LinePasses._gradients_of
     if fault == "attention across records":
         patch.setattr(attention, "_pieces", _leaky)
     elif fault == "positions of the line":
-        patch.setattr(losses, "token_losses", lambda model, line: right(model, _unreset(line)))
+        patch.setattr(losses, "token_losses", lambda model, line, head: right(model, _unreset(line), head))
     elif fault == "window of attention forgotten":
         mask = attention._Spans.mask
         patch.setattr(attention._Spans, "mask", lambda self, n, _window, query: mask(self, n, None, query))
     elif fault == "bits by place":
         place = lambda line: 1 + 1e-6 * torch.arange(line.num_tokens) / line.num_tokens  # noqa: E731
-        patch.setattr(losses, "token_losses", lambda model, line: right(model, line) * place(line))
+        patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * place(line))
     elif fault == "bits by mates":
         mates = lambda line: 1 + 1e-6 * len(line.units)  # noqa: E731
-        patch.setattr(losses, "token_losses", lambda model, line: right(model, line) * mates(line))
+        patch.setattr(losses, "token_losses", lambda model, line, head: right(model, line, head) * mates(line))
     elif fault == "bounds of units":
         # By two tokens: a unit's last one predicts nothing, so that a shift by one would change nothing.
-        patch.setattr(lines, "_own", lambda value, span: own(value, (max(0, span[0] - 2), span[1] - 2)))
+        patch.setattr(lines.Slots, "__init__", lambda self, line, device: slots(self, _shifted(line), device))
+    elif fault == "another unit's tokens behind":
+        rows = lines.Slots.rows
+        patch.setattr(
+            lines.Slots, "rows", lambda self, tokens, is_zero_beyond: rows(self, tokens, is_zero_beyond=False)
+        )
     elif fault == "a gradient too short":
-        half = lambda self, *a: {k: lines.ByUnit(_halved(g) for g in v) for k, v in gradients(self, *a).items()}  # noqa: E731
+        half = lambda self, *a: {k: _halved(g) for k, g in gradients(self, *a).items()}  # noqa: E731
         patch.setattr(lines.LinePasses, "_gradients_of", half)
     else:
         raise AssertionError(fault)
+
+
+def _shifted(line):
+    return dataclasses.replace(line, units=tuple((max(0, first - 2), stop - 2) for first, stop in line.units))
 
 
 def _halved(gradient):
@@ -348,6 +363,7 @@ def _halved(gradient):
         "bits by place",
         "bits by mates",
         "bounds of units",
+        "another unit's tokens behind",
         "a gradient too short",
     ],
 )

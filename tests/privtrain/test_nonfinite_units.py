@@ -217,7 +217,7 @@ def test_ranks_that_gather_repeat_together():
 
 @pytest.mark.parametrize("route", ["batched", "two_pass"])
 def test_mutant_a_microbatch_is_not_repeated(route, monkeypatch):
-    monkeypatch.setattr(clipper.PerUnitClipper, "_is_finite", lambda self, gradients: True)
+    monkeypatch.setattr(clipper.Measured, "is_finite", lambda self, losses: True)
     monkeypatch.setattr(clipper.math, "isfinite", lambda value: True)
     model = LeakingModel()
     one = make(model, route)
