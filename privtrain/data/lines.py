@@ -236,7 +236,7 @@ class LinePacker:
         return sizes
 
     def _num_slots(self, size: int) -> int:
-        """Return how many units share a line: all that fit, where each takes more than half, or a third, of its slot."""
+        """Return how many units share a line: all that fit if each takes half of its slot, of the smallest a third."""
         is_smallest = size == self._sizes()[-1]
         fitting = 3 * self.shared_tokens // size if is_smallest else -(-2 * self.shared_tokens // size) - 1
         return min(self.max_units, fitting)
