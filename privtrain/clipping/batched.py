@@ -67,6 +67,9 @@ class UnitGradients:
         self.rows = slice(first_row, first_row + sum(self._counts))
         self._firsts = [end - count for end, count in zip(self._ends, self._counts, strict=True)]
         self._singles = [unit for unit, count in enumerate(self._counts) if count == 1]
+        #: [rows] the first row of each row's unit; a row without one is its own.
+        self._first_of_row: torch.Tensor | None = None
+        self._first_rows = torch.tensor(self._firsts, dtype=torch.int64).to(device, non_blocking=True)
         #: Rows first until the norm is taken, then units first.
         self._dense: dict[str, torch.Tensor] = {}
         self._outers: dict[str, list[Outer]] = {}
@@ -320,17 +323,17 @@ class UnitGradients:
         value = per_row.float()
         if len(self._singles) == self._num_units:
             return value
-        value = value.clone()
-        for number in range(1, max(self._counts)):
-            firsts = [first for first, count in zip(self._firsts, self._counts, strict=True) if count > number]
-            value[firsts] += value[[first + number for first in firsts]]
-        return value
+        if self._first_of_row is None:
+            places = np.arange(len(value))
+            places[self.rows] = np.repeat(self._firsts, self._counts)
+            self._first_of_row = torch.from_numpy(places).to(self._device, non_blocking=True)
+        return torch.zeros_like(value).index_add_(0, self._first_of_row, value)
 
     def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
         """[rows, …] of :meth:`_by_unit` → [units, …]."""
         if len(self._singles) == self._num_units:
             return by_row[self.rows]
-        return by_row[self._firsts]
+        return by_row.index_select(0, self._first_rows)
 
     def _add_dense(self, name: str, value: torch.Tensor) -> None:
         if name in self._dense:

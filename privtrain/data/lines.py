@@ -7,8 +7,9 @@ alone. The shape that a unit is computed in depends on nobody else:
 
 * A unit of more than half of ``shared_tokens`` has a line of its own, as long as its own tokens need. One longer than
   ``num_tokens`` has several: its records fill a line in their order until the next does not fit.
-* Shorter units share lines of ``shared_tokens``, a constant, with units of their own size alone: within a factor of
-  two, but for the shortest. So their gradients are taken in slots of one constant size and number.
+* Shorter units share lines with units of their own size alone: within a factor of two, but for the shortest. Each
+  size has lines of one length, at most ``shared_tokens``. So their gradients are taken in slots of one constant size
+  and number.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _FEWEST, _MOST = 512, 2048
 #: Tokens of a line that units share on a CPU, which is as fast on short ones: the last one of a step is mostly padding.
 #: Other devices need longer ones to be busy.
 _CPU_SHARED = 128
-#: The smallest slot of a unit in a shared line has so many tokens, or half of a shorter line, and is at least this part
-#: of the line. Every slot of a line needs memory for a gradient of its own, whoever is in it.
-_SMALLEST_SLOT, _SMALLEST_PART = 64, 8
-#: Units in a line, as a multiple of the rows of a microbatch.
+#: The smallest slot of a unit in a shared line has so many tokens, or half of a shorter line.
+_SMALLEST_SLOT = 64
+#: Tokens of a shared line, at most, as a multiple of those of its slots.
+_SLOTS_PER_LINE = 8
+#: Units in a line, as a multiple of the rows of a microbatch: every slot needs memory for a gradient of its own.
 _UNITS_PER_ROW = 2
 
 #: First token and one past the last one.
@@ -129,7 +131,7 @@ class LinePacker:
 
     Attributes:
         num_tokens: of the longest line, at least ``max_length``.
-        shared_tokens: of every line that several units may share.
+        shared_tokens: of the longest line that several units may share.
         max_units: most units in a line.
         max_length: tokens of the longest record.
         pad_id: token id for padding; never predicted.
@@ -231,15 +233,21 @@ class LinePacker:
 
     def _sizes(self) -> list[int]:
         sizes = [self.shared_tokens // 2]
-        while sizes[-1] // 2 >= max(_SMALLEST_SLOT, self.shared_tokens // _SMALLEST_PART):
+        while sizes[-1] // 2 >= _SMALLEST_SLOT:
             sizes.append(sizes[-1] // 2)
         return sizes
 
     def _num_slots(self, size: int) -> int:
         """Return how many units share a line: all that fit if each takes half of its slot, of the smallest a third."""
         is_smallest = size == self._sizes()[-1]
-        fitting = 3 * self.shared_tokens // size if is_smallest else -(-2 * self.shared_tokens // size) - 1
+        tokens = self.shared_length(size)
+        fitting = 3 * tokens // size if is_smallest else -(-2 * tokens // size) - 1
         return min(self.max_units, fitting)
+
+    def shared_length(self, slot: int) -> int:
+        """Return the length of lines that are shared in slots of this size."""
+        length = _free(min(self.shared_tokens, _SLOTS_PER_LINE * slot), self.multiple, self.avoided)
+        return min(length, self.shared_tokens)
 
     def own_length(self, num_tokens: int) -> int:
         """Return the length of a line for one unit of so many tokens, at most those of the longest line."""
@@ -259,7 +267,7 @@ class LinePacker:
             place = min(fitting, default=None)
             if place is None:
                 lines.append([])
-            line, room = (lines[-1], self.shared_tokens) if place is None else (with_room[place].pop(), place[1])
+            line, room = (lines[-1], self.shared_length(slot)) if place is None else (with_room[place].pop(), place[1])
             line.append(run)
             if len(line) < self._num_slots(slot):
                 with_room.setdefault((slot, room - run[3]), []).append(line)
@@ -319,7 +327,7 @@ class LinePacker:
         is_whole = all((first, stop) == (0, len(units[unit])) for unit, first, stop, _ in runs)
         if slot and is_whole:
             assert len(runs) <= self._num_slots(slot), "too many units for a line"
-            return self.shared_tokens, self._num_slots(slot), slot
+            return self.shared_length(slot), self._num_slots(slot), slot
         assert len(runs) == 1, "a unit that needs a line of its own"
         length = self.own_length(longest)
         return length, 1, length

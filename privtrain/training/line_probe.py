@@ -217,7 +217,7 @@ class LineProbe:
         for turn in range(_NUM_CROWDS):
             units: list[list[Record]] = []
             kinds: list[int] = []
-            room = packer.shared_tokens
+            room = packer.shared_length(size)
             for i in range(num_slots):
                 kind = (i // 2) % len(moved) if i % 2 == turn % 2 else -1
                 tokens = int(rng.integers(1, size + 1))

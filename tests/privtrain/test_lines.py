@@ -71,7 +71,8 @@ def test_lines_keep_every_token_and_units_together(lengths, num_tokens, most):
     is_open = None
     for line in packer.pack(units, packer.num_batches(units) + 1):
         totals = [stop - first for first, stop in line.units]
-        shared = (packer.shared_tokens, *next((s for s in packer.slots() if s[0] == line.slot_tokens), ()))
+        kind = next((kind for kind in packer.slots() if kind[0] == line.slot_tokens), (0, 0))
+        shared = (packer.shared_length(kind[0]), *kind)
         if (line.num_tokens, line.slot_tokens, line.num_slots) != shared:
             assert len(totals) == line.num_slots == 1
             assert line.num_tokens == line.slot_tokens == packer.own_length(totals[0])
