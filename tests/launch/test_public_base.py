@@ -73,3 +73,8 @@ def test_another_text_or_size_is_another_base(base, tmp_path, monkeypatch):
         with pytest.raises(InterruptedError):
             base.make(texts, other, tmp_path)
     assert len(list(tmp_path.glob(".*"))) == 3
+
+
+def test_an_unknown_kind_of_text_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match="given poems; there are plays, fortunes"):
+        base.main(tmp_path, ["plays", "poems"])

@@ -32,7 +32,7 @@ def _optimised(name: str) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (line.partition("=") for line in lines)}
 
 
-def test_every_published_recipe_has_a_source_figures_and_both_plans():
+def test_published_recipes_have_source_figures_and_both_plans():
     assert sorted(path.stem for path in published_plans.RECIPES.glob("*.yaml")) == NAMES
     for name in NAMES:
         text = _text(name)

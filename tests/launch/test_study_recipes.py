@@ -47,6 +47,14 @@ def test_there_are_paper_scale_studies_and_each_has_a_small_one():
     assert all((RECIPES / study / "small.yaml").is_file() for study in STUDIES)
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_expands_and_names_its_command(path):
+    recipe = read_recipe(path)
+    assert recipe.study == path.parent.name
+    assert expand(recipe, getattr(module_of(recipe), "settle", None))
+    assert f"privtrain study {recipe.study}" in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.campaign)])

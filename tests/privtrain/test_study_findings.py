@@ -221,7 +221,7 @@ def test_the_guide_takes_its_numbers_from_the_reports(tmp_path, monkeypatch):
     assert "| 1 | 2 |" in text
 
 
-def test_power_in_the_guide_follows_from_the_intervals_that_it_prints():
+def test_power_in_the_guide_follows_from_its_intervals():
     """A digit typed into either is found."""
     rows = [line.strip("| ").split(" | ") for line in study_tables.README.read_text(encoding="utf-8").splitlines()]
     claims = [row for row in rows if len(row) == 5 and row[2].startswith("difference ")]

