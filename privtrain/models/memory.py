@@ -190,13 +190,12 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
         num_layers = int(base.config.num_hidden_layers)
         inputs = num_layers * rows * tokens * int(base.config.hidden_size) * base.dtype.itemsize
         total = inputs + total // num_layers
+    if not is_line:  # log-probabilities in fp32 and their gradient
+        return total, 2 * logits.numel() * _FP32_BYTES
     head = base.get_output_embeddings()
-    if is_line and head is not None and not any(p.requires_grad for p in head.parameters()):
-        return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES  # of a chunk, and their gradient
-    if is_line:
+    if head is None or any(p.requires_grad for p in head.parameters()):
         return total, 2 * logits.numel() * logits.element_size()
-    # Log-probabilities in fp32 and their gradient.
-    return total, 2 * logits.numel() * _FP32_BYTES
+    return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES
 
 
 def _line_packer(config: Config) -> LinePacker:

@@ -45,6 +45,15 @@ def test_activations_are_what_a_real_forward_pass_saves(tree, tiny_llama):
     assert parts["frozen base"] == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
+def test_lines_take_a_lines_memory_and_logits_of_a_chunk(tree):
+    tree["data"]["max_length"], tree["performance"]["microbatch_size"] = 1024, 8
+    rows = model_size(validate(tree), LaunchLayout()).memory_bytes
+    tree["performance"]["packing"] = "lines"
+    lines = model_size(validate(tree), LaunchLayout()).memory_bytes
+    assert lines["logits"] == rows["logits"] / (8 * 1024) * 512
+    assert lines["activations"] < rows["activations"] / 3
+
+
 def test_the_model_is_built_once(tree, tmp_path, monkeypatch):
     built = []
     real = AutoModelForCausalLM.from_config.__func__
