@@ -292,7 +292,7 @@ class UnitGradients:
     def _note_added(self, name: str, units: Sequence[int], squares: torch.Tensor) -> None:
         if units:
             added = torch.full((self._num_units,), -1.0, dtype=torch.float64, device=self._device)
-            added[list(units)] = squares
+            added[torch.tensor(units).to(self._device, non_blocking=True)] = squares
             self._added[name] = added
 
     def rows_of(self, chosen: torch.Tensor) -> torch.Tensor:
@@ -390,7 +390,7 @@ def _add_factors(
             for product, place in zip(products, blocks, strict=True):
                 product.block(block, place)
             squares += exact_sum.add_measured(out[block], blocks, weights)
-    return squares / weights.to(out.device, torch.float64).square()
+    return squares / weights.to(out.device, torch.float64, non_blocking=True).square()
 
 
 def _aligned(num_units: int, size: int, device: torch.device) -> torch.Tensor:

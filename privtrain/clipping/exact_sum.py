@@ -123,7 +123,7 @@ def _steps(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     Quotients by it are truncated in one kernel, while torch.trunc by itself is not vectorised on CPUs.
     """
     assert values.dtype == weights.dtype == torch.float32
-    return weights.reciprocal()[:, None].to(values.device)
+    return weights.reciprocal()[:, None].to(values.device, non_blocking=True)
 
 
 def _pieces(total: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

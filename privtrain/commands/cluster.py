@@ -188,8 +188,11 @@ _NOISE_BYTES = 480 * 5 + 250
 #: Of a coordinate's digest (:mod:`privtrain.privacy.sum_digest`) and of AdamW's step.
 _DIGEST_BYTES, _OPTIMIZER_BYTES = 150, 28
 _FP32_BYTES, _INT64_BYTES, _BF16_BYTES = 4, 8, 2
-#: Kernels a trained tensor and microbatch beyond plain training's, for LoRA by the batched route.
+#: Kernels a trained tensor and microbatch beyond plain training's: for LoRA by the batched route; for all weights, and
+#: for each unit of the microbatch, where it is one row and where its rows are joined (counted on the simulated device
+#: of the tests, on a Llama of two layers).
 _EXTRA_KERNELS = 15
+_FULL_KERNELS, _UNIT_KERNELS = (89, 31), (11, 30)
 #: Gradients that two passes keep, as a share of all (privtrain/clipping/README.md).
 _KEPT_SHARE = 0.45
 #: Coordinates of a sum that is sent once a step, and else once a microbatch (:mod:`privtrain.backends.shards`).
@@ -261,7 +264,7 @@ def _private(job: Job, cluster: Cluster) -> dict[str, float]:
     schedule = _private_schedule(job, cluster.num_ranks)
     norms, again = _clipping_flops(job)
     extra = norms + again
-    kernels = work.num_kernels * (1 + (again > 0)) + _EXTRA_KERNELS * work.num_trained_tensors
+    kernels = work.num_kernels * (1 + (again > 0)) + _extra_kernels(job) * work.num_trained_tensors
     # Cooperating ranks hold parts of each unit's gradient; with all weights trained else, only products are held.
     held = trained / cluster.num_ranks if job.is_cooperative else 0 if job.is_full else trained
     added = trained if job.is_full and not job.is_cooperative else held
@@ -311,6 +314,14 @@ def _passes(
         "waiting for launches": num_passes * max(0.0, launch - overlap * busy),
         "waiting for weights and gradients": num_passes * max(0.0, sent - overlap * max(busy, launch)),
     }
+
+
+def _extra_kernels(job: Job) -> float:
+    """Return kernels a trained tensor and pass beyond plain training's."""
+    if not job.is_full or job.is_cooperative:
+        return _EXTRA_KERNELS
+    is_joined = job.records_per_unit > 1
+    return _FULL_KERNELS[is_joined] + _UNIT_KERNELS[is_joined] * job.microbatch_size / job.records_per_unit
 
 
 def _clipping_flops(job: Job) -> tuple[float, float]:

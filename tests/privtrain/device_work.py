@@ -24,10 +24,12 @@ from privtrain.backends import LocalBackend
 from privtrain.clipping.clipper import PerUnitClipper
 from privtrain.data.microbatch import Microbatch
 from privtrain.job import checkpoint
+from privtrain.privacy import digits
 from privtrain.training.trainer import Trainer
 from tests.privtrain import simulated_device
 from tests.privtrain.cells import CPU, NUM_STEPS, Cell, key_noise_by_step_alone, make_trainer, self_test, trained
 
+_AUXILIARY_SUMS = ("within_norm", "loss")
 CELLS = {
     "lora batched": Cell(route="batched", noised_metrics=True),
     "lora one_unit": Cell(route="one_unit", style="per_layer"),
@@ -104,6 +106,22 @@ def compared(base: pathlib.Path, cell: Cell, scratch: pathlib.Path, with_self_te
     }
 
 
+def noise_copies(trainer: Trainer, device: simulated_device.Device) -> dict[str, int]:
+    """Copies between host and device while a vector's noise is drawn."""
+    total = torch.zeros(trainer.layout.num_coordinates, dtype=torch.int64, device=trainer.backend.device)
+    key = trainer.bound_sum(trainer.clipper, total, dict.fromkeys(_AUXILIARY_SUMS, 0), trainer._key, 0).noise
+    kind: dict[str, Any] = {"exponent": trainer.clipper.grid_exponent, "stddev": 0.5}
+    trainer.backend.add_noise(total, trainer.layout, key, **kind)  # checks the device's arithmetic once
+    device.restart()
+    trainer.backend.add_noise(total, trainer.layout, key, **kind)
+    return dict(device.copies)
+
+
+def drawn_on_the_host(key: Any, purpose: str, chunk: Any, there: torch.device) -> torch.Tensor:
+    """The mistake of a noise whose digits come from the CPU, number by number."""
+    return digits._from_openssl(key, purpose, chunk).to(there)
+
+
 @contextlib.contextmanager
 def in_accumulate(mistake: Callable[[PerUnitClipper, Microbatch], None]) -> Iterator[None]:
     """The clipper makes this mistake at each microbatch."""
@@ -133,16 +151,27 @@ def copy_to_the_host(clipper: PerUnitClipper, batch: Microbatch) -> None:
     clipper.total.to(CPU)
 
 
+def pinned_copy(clipper: PerUnitClipper, batch: Microbatch) -> None:
+    """Of numbers that the device could make for itself, each time; that nobody waits for it makes it no better."""
+    for _ in range(4):
+        torch.zeros(len(batch.row_weight)).to(batch.row_weight.device, non_blocking=True)
+
+
 def planted(base: pathlib.Path) -> dict[str, Any]:
     """What each mistake leaves behind."""
     found: dict[str, Any] = {}
-    for mistake in (cpu_tensor, item_in_a_loop, copy_to_the_host):
+    for mistake in (cpu_tensor, item_in_a_loop, copy_to_the_host, pinned_copy):
         with simulated_device.simulated() as device, in_accumulate(mistake):
             trainer = make_trainer(Sim(torch.device("sim:0")), base, CELLS["lora batched"])
             try:
                 found[mistake.__name__] = counted(trainer, device)
             except simulated_device.MixedDevices as error:
                 found[mistake.__name__] = str(error)
+    with simulated_device.simulated() as device:
+        trainer = make_trainer(Sim(torch.device("sim:0")), base, CELLS["lora batched"])
+        found["noise"] = noise_copies(trainer, device)
+        with mock.patch.object(digits, "_drawn_there", drawn_on_the_host):
+            found["noise_of_the_host"] = noise_copies(trainer, device)
     return found
 
 
