@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from attacks.analysis import results, statistics
 from attacks.analysis.results import Statistic
-from attacks.analysis.statistics import DpBound, bootstrap, permutation
+from attacks.analysis.statistics import DpBound, bootstrap, delong, permutation
 from attacks.analysis.verdict import Cap
 
 HALF = 0.025
@@ -385,6 +385,12 @@ def test_paired_differences_of_few_users_keep_the_level_short():
     found = paired_counts((40, 5), 200)
     assert max(found.values()) <= plausible(200, 0.05), found
     assert paired_counts((100, 5), 200, p_value=delong_p_value)["p"] > plausible(200, 0.05)
+
+
+def test_paired_differences_of_five_users_a_side_keep_the_level():
+    """The planted mutant exchanges ranks and asks nobody else."""
+    assert paired_counts((5, 5), 1500, seed=1)["p"] <= plausible(1500, 0.05)
+    assert paired_counts((5, 5), 1500, seed=1, p_value=delong._exchanged)["p"] > scipy.stats.binom.ppf(0.95, 1500, 0.05)
 
 
 @pytest.mark.campaign
