@@ -58,7 +58,8 @@ def make_trainer(name: str, directory: pathlib.Path, method: str, route: str = "
     rng = np.random.default_rng(0)
     records = tuple((rng.integers(1, 512, size=LENGTH),) for _ in range(16))
     trainer._units = UnitData(tuple(map(str, range(16))), records, 0)
-    trainer.sampler = type(trainer.sampler)(trainer.plan, trainer._key, [1] * 16)
+    scheme, num_records = trainer.plan.scheme, trainer._units.num_records
+    trainer.sampler = type(trainer.sampler)(scheme, trainer.plan.records_per_unit, trainer._key, num_records)
     trainer.packer = Packer(8, max_length=LENGTH, pad_id=0)
     return trainer
 
