@@ -16,7 +16,7 @@ import accountants
 from privtrain.config import Config
 from privtrain.config.privacy import MAX_UNITS, PrivacySection
 from privtrain.errors import ConfigError, Fault
-from privtrain.job.advice import recommended_learning_rate
+from privtrain.job.advice import MOST_TRAINED, recommended_learning_rate
 from privtrain.privacy import noise_law
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 
@@ -42,7 +42,8 @@ class Choice:
         relative_noise: norm of the noise in the trained weights over the largest signal
             (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`, over all trained weights).
         predicted_gain: what training takes off the loss, in a unit that only ratios have a meaning in.
-        learning_rate: of AdamW, by the law.
+        learning_rate: of AdamW: the law's or, where more is trained than it knows, the given one, changed as the law
+            changes between the plans.
     """
 
     num_steps: int
@@ -114,7 +115,20 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
         faults.append(Fault("privacy.sampling", problem))
     if faults:
         raise ConfigError(faults)
-    tried = [_choice(config, num_trained, *shape) for shape in _shapes(config, num_units, record_draws)]
+    now = _choice(
+        config,
+        num_trained,
+        privacy.num_steps,
+        round(privacy.expected_batch_size),
+        records_in_step(privacy),
+        _bands_now(config),
+        None,
+    )
+    rate_scale = 1.0
+    if now is not None and num_trained > MOST_TRAINED:
+        rate_scale = config.training.learning_rate / now.learning_rate
+        now = dataclasses.replace(now, learning_rate=config.training.learning_rate)
+    tried = [_choice(config, num_trained, *shape, rate_scale) for shape in _shapes(config, num_units, record_draws)]
     choices = _where_bands_help([choice for choice in tried if choice is not None], num_trained)
     if not choices:
         problem = f"no batch of {num_units:.0f} users within {record_draws:.0f} records meets it"
@@ -124,11 +138,7 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
     most = max(choice.predicted_gain for choice in frontier)
     # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
     best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
-    records = records_in_step(privacy)
-    now = _choice(
-        config, num_trained, privacy.num_steps, round(privacy.expected_batch_size), records, _bands_now(config), None
-    )
-    return Optimum(record_draws, now, frontier, best, _rests_on(config, best))
+    return Optimum(record_draws, now, frontier, best, _rests_on(config, best, num_trained))
 
 
 def record_draws_of(privacy: PrivacySection) -> float:
@@ -193,6 +203,7 @@ def _choice(
     records: int,
     num_bands: int,
     num_units: float | None,
+    rate_scale: float = 1.0,
 ) -> Choice | None:
     """Return the choice with its noise; ``None`` if none is enough. Without ``num_units`` the sampling stays."""
     privacy, training = config.privacy, config.training
@@ -226,11 +237,11 @@ def _choice(
         noise_multiplier=plan.noise_multiplier,
         relative_noise=relative_noise,
         predicted_gain=noise_law.fitted().gain(point),
-        learning_rate=float(f"{recommended_learning_rate(config, plan, num_trained):.2g}"),
+        learning_rate=float(f"{rate_scale * recommended_learning_rate(config, plan, num_trained):.2g}"),
     )
 
 
-def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
+def _rests_on(config: Config, best: Choice, num_trained: int) -> tuple[str, ...]:
     law, clipping = noise_law.fitted(), config.privacy.clipping_style
     where = (
         f"{law.num_runs} trainings of a Llama of half a million weights on synthetic customers, {law.least_steps} to "
@@ -241,7 +252,10 @@ def _rests_on(config: Config, best: Choice) -> tuple[str, ...]:
         f"{where}; it ranks plans, and no loss of yours is predicted by it",
         "bands: the predicted noise in the trained weights at the same certified ε, where a step has more noise than "
         "signal; with less, bands lost in those trainings",
-        "learning rate: the rate that was best in those trainings, by steps, noise and rank",
+        "learning rate: the rate that was best in those trainings, by steps, noise and rank"
+        if num_trained <= MOST_TRAINED
+        else f"learning rate: yours of {config.training.learning_rate:g}, changed as the best rate of those trainings "
+        f"changes between the plans; {num_trained:,} trained weights are too many to take that rate itself",
         f"clipping: kept ({clipping}, norm {config.privacy.clipping_norm:g}); AdamW's steps do not depend on the norm "
         "once most units are clipped, and how many are is private",
     ]

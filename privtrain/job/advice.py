@@ -13,6 +13,8 @@ from privtrain.privacy.plan import PrivacyPlan
 _BATCH_GAP = 0.25
 #: Factor between learning rates that is worth a warning: within it, small trainings lost little.
 _RATE_FACTOR = 4.0
+#: Trained weights up to which the law's rate is a rate: it knows models of width 128 to 600, and wider ones like less.
+MOST_TRAINED = 1_000_000
 #: Mean of a rate that decays linearly to zero, over its first.
 _MEAN_OF_DECAY = 0.5
 
@@ -56,7 +58,7 @@ def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: in
 
 def learning_rate_warnings(config: Config, plan: PrivacyPlan, num_trained: int) -> list[str]:
     """Return a warning if the learning rate is far from what small trainings liked; for LoRA, which was measured."""
-    if config.training.method != "lora" or config.data.is_classification:
+    if config.training.method != "lora" or config.data.is_classification or num_trained > MOST_TRAINED:
         return []
     rate, given = recommended_learning_rate(config, plan, num_trained), config.training.learning_rate
     if 1 / _RATE_FACTOR <= given / rate <= _RATE_FACTOR:

@@ -174,6 +174,23 @@ def test_a_learning_rate_far_from_the_law_is_warned_about(private_tree, factor, 
     assert (word in "".join(found)) if word else not found
 
 
+def test_a_large_model_keeps_its_own_learning_rate(private_tree, few_choices):
+    """The law is of a narrow model: of a wide one it knows how the rate changes between plans, not the rate."""
+    private_tree["training"]["learning_rate"] = 3e-4
+    config = validate(private_tree)
+    plan = PrivacyPlan.build(config.privacy, config.training)
+    small, large = (optimize(config, NUM_USERS, n, record_draws_of(config.privacy)) for n in (10**6, 10**6 + 1))
+    assert "below" in learning_rate_warnings(config, plan, 10**6)[0]
+    assert learning_rate_warnings(config, plan, 10**6 + 1) == []
+    assert large.now is not None
+    assert small.now is not None
+    assert large.now.learning_rate == 3e-4
+    scale = 3e-4 / small.now.learning_rate
+    assert large.best.learning_rate == pytest.approx(scale * small.best.learning_rate, rel=0.1)
+    assert any("too many" in line for line in large.rests_on)
+    assert not any("too many" in line for line in small.rests_on)
+
+
 def test_a_rate_that_does_not_decay_is_half_of_one_that_does(private_tree):
     config = validate(private_tree)
     plan = PrivacyPlan.build(config.privacy, config.training)
