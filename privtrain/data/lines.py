@@ -95,7 +95,11 @@ class Line:
         return self.only((index,))
 
     def only(self, members: Sequence[int]) -> Line:
-        """Return the same for several of ``owners``, given by their places in it, ascending."""
+        """Return the same for several of ``owners``, given by their places in it, ascending.
+
+        Records of the others become records of padding: attention draws as many random numbers for them, so that each
+        unit keeps its own dropout, of which it shares nothing.
+        """
         mine = torch.zeros_like(self.target_mask)
         for first, stop in (self.units[index] for index in members):
             mine[:, first:stop] = True
@@ -106,7 +110,6 @@ class Line:
             positions=torch.where(mine, self.positions, 0),
             target_mask=self.target_mask & mine,
             token_weight=torch.where(mine, self.token_weight, 0.0),
-            records=tuple(r for r in self.records if any(first <= r[0] < stop for first, stop in spans)),
             units=tuple(spans),
             owners=tuple(self.owners[index] for index in members),
             last_continues=self.last_continues and len(self.owners) - 1 in members,

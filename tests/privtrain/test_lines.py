@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from privtrain.clipping import PerUnitClipper, attention, exact_sum, lines
 from privtrain.clipping.lines import LineClipper
-from privtrain.data.lines import LinePacker, default_num_tokens
+from privtrain.data.lines import Line, LinePacker, default_num_tokens
 from privtrain.data.microbatch import Packer
 from privtrain.data.records import Record
 from privtrain.errors import UnsupportedLayer
@@ -242,6 +242,40 @@ def test_a_unit_that_is_not_a_number_counts_as_zero(route):
     clipper.accumulate(dataclasses.replace(line, token_weight=weight))
     assert torch.equal(clipper.finish(), expected)
     assert clipper.diagnostics.nonfinite_owners == [1]
+
+
+def _with_own_records(whole):
+    """Return ``Line.only`` without the records of the others."""
+
+    def only(line, members):
+        found = whole(line, members)
+        return dataclasses.replace(
+            found, records=tuple(r for r in line.records if any(a <= r[0] < b for a, b in found.units))
+        )
+
+    return only
+
+
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_units_beside_one_that_is_not_a_number_keep_their_random_numbers(is_planted, monkeypatch):
+    if is_planted:
+        monkeypatch.setattr(Line, "only", _with_own_records(Line.only))
+    torch.manual_seed(0)
+    config = CAUSAL["gpt2"]()
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.1
+    model = hf.AutoModelForCausalLM.from_config(config).train()
+    clipper = make(model, Layout.of(model))
+    line = _LONG.arranged(invented_users(4, most_records=2, seed=9))
+    sums = []
+    for value in (0.0, float("nan")):
+        weight = line.token_weight.clone()
+        weight[:, slice(*line.units[0])] = value
+        clipper.reset()
+        torch.manual_seed(7)
+        clipper.accumulate(dataclasses.replace(line, token_weight=weight))
+        sums.append(clipper.finish().clone())
+    assert clipper.diagnostics.nonfinite_owners == [0]
+    assert torch.equal(*sums) != is_planted
 
 
 def test_rows_keep_their_bits_under_a_clipper_of_lines():

@@ -32,9 +32,9 @@ def poisoned_row_losses(model, input_ids, target_mask):
     return losses * torch.where(holds, torch.nan, 1.0)
 
 
-def poisoned_token_losses(model, line):
+def poisoned_token_losses(model, line, head=None):
     """The same for every such record of a line."""
-    losses = token_losses(model, line)
+    losses = token_losses(model, line, head)
     factor = torch.ones_like(losses)
     for first, stop in line.records:
         own = line.input_ids[0, first + 1 : stop][: len(POISON)]
