@@ -182,6 +182,7 @@ def test_directory_of_another_plan_is_refused_untouched(tree, tmp_path, monkeypa
         ("lora.rank", 4),
         ("data.max_length", 20),
         ("data.held_out_fraction", 0.4),
+        ("training.num_averaged_steps", 1),
         ("tracking.private_metrics", "true"),
         ("tracking.release_held_out_metrics", "true"),
     ],
