@@ -336,10 +336,8 @@ class UnitGradients:
         return by_row.index_select(0, self._first_rows)
 
     def _add_dense(self, name: str, value: torch.Tensor) -> None:
-        if name in self._dense:
-            self._dense[name] += value
-        else:
-            self._dense[name] = value
+        # Never in place: a layer over [rows, features] hands over a gradient of autograd, which others may share.
+        self._dense[name] = self._dense[name] + value if name in self._dense else value
 
     def _of_unit(self, name: str, unit: int) -> tuple[list[Outer], list[Lookup]]:
         """Return one unit's own factors, all its tokens in a line: [1, tokens, …]."""
