@@ -188,7 +188,7 @@ def test_one_user_on_a_side_has_a_p_value_and_no_interval():
             function()
 
 
-def test_strict_lower_ends_pass_a_half_only_if_the_exact_test_does():
+def test_strict_lower_ends_pass_a_half_only_with_the_exact_test():
     """At the level of many statistics too; a normal law's growth alone, the planted mutant, says more."""
     rng, level, num_mutants = np.random.default_rng(0), 1.0 - 0.05 / 20, 0
     for _ in range(60):

@@ -19,6 +19,7 @@ OTHER_VALUES = {
     "microbatch_size": 2,
     "packing": "lines",
     "microbatch_tokens": 4096,
+    "reduce_once": True,
     "clipping_route": "one_unit",
     "gradient_checkpointing": True,
     "precision": "bf16",
