@@ -257,7 +257,7 @@ def _with_own_records(whole):
 
 
 @pytest.mark.parametrize("is_planted", [False, True])
-def test_units_beside_one_that_is_not_a_number_keep_their_random_numbers(is_planted, monkeypatch):
+def test_units_beside_a_nan_keep_their_random_numbers(is_planted, monkeypatch):
     if is_planted:
         monkeypatch.setattr(Line, "only", _with_own_records(Line.only))
     torch.manual_seed(0)
