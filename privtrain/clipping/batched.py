@@ -30,10 +30,10 @@ from privtrain.clipping.factors import (
     Outer,
     Product,
     add_multiplied,
-    doubtful_squared_norms_of,
     grouped_squared_norms,
     squared_norm_float64,
     squared_norms,
+    squared_norms_of,
     summed_lookups,
 )
 from privtrain.clipping.rules import Gradient
@@ -145,7 +145,7 @@ class UnitGradients:
         self._doubtful[name] = is_doubtful
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
-            found = doubtful_squared_norms_of(outers, lookups, self._grams)
+            found = squared_norms_of(outers, lookups, self._grams)
             for out, value in zip((square, length, is_doubtful), found, strict=True):
                 out[self._singles] = value[rows]
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
@@ -155,7 +155,7 @@ class UnitGradients:
                 for block in product.blocks:
                     square[unit] += squared_norms(product.block(block)[None])[0]
             else:
-                found = doubtful_squared_norms_of(*own, GramCache())
+                found = squared_norms_of(*own, GramCache())
                 square[unit], length[unit], is_doubtful[unit] = (value[0] for value in found)
 
     def release(self, name: str) -> None:

@@ -115,9 +115,9 @@ def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
 
 
 def squared_norms_of(
-    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache, chosen: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norm of each unit's gradient of one tensor, and the square that it could have without cancellation.
+    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared norm of each unit's gradient of one tensor, what it could be without cancellation, and what is doubtful.
 
     The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
     L_ts off by at most 2⁻²⁴ (64 |L_ts| + ‖l_t‖‖l_s‖), and R_ts likewise, then S = Σ_ts L_ts R_ts is off by at most
@@ -126,33 +126,17 @@ def squared_norms_of(
 
     The constants are measured, with a margin, on aligned, repeated, cancelling and random tokens; a test compares E
     with the truth on all of these (it was 100 times too large on a real model). Units for which E is not below 2e-5 S,
-    because their tokens cancel or leave fp32's range, get float64 Gram matrices, where products of fp32 numbers are
-    exact and rounding is at most 1e-10 of the second value.
+    because their tokens cancel or leave fp32's range, are doubtful: the caller takes :func:`squared_norm_float64` of
+    them instead, where products of fp32 numbers are exact and rounding is at most 1e-10 of the second value. So a
+    caller of several tensors waits once for the device to see which.
 
     Args:
         outers: every use of the tensor in a linear layer; here "rows" are units, each with all its tokens in a line.
         lookups: every use of the tensor as an embedding, likewise.
         grams: shared between tensors.
-        chosen: the units that are asked for; the others keep the shapes, and so the rounding, independent of them.
 
     Returns:
-        Two [chosen] tensors in float64: ‖Σ …‖² and (Σ_t of the tokens' own norms)².
-    """
-    square, length, is_doubtful = doubtful_squared_norms_of(outers, lookups, grams)
-    for unit in (unit for unit, doubtful in zip(chosen, is_doubtful[chosen].tolist(), strict=True) if doubtful):
-        own = slice(unit, unit + 1)
-        square[unit] = squared_norm_float64(
-            [Outer(o.left[own], o.right[own]) for o in outers], [Lookup(k.ids[own], k.values[own]) for k in lookups]
-        )
-    return square[chosen], length[chosen]
-
-
-def doubtful_squared_norms_of(
-    outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the two tensors of :func:`squared_norms_of` for all units, and for which the first needs float64.
-
-    So a caller of several tensors waits once to see which; :func:`squared_norm_float64` is for those.
+        Three [units] tensors: ‖Σ …‖² and (Σ_t of the tokens' own norms)² in float64, and whether the first is doubtful.
     """
     rest, length = _lookup_squares(outers, lookups)
     if not outers:

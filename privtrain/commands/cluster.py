@@ -187,7 +187,7 @@ _UNIT_BYTES, _SUM_BYTES = 44, 40
 _NOISE_BYTES = 480 * 5 + 250
 #: Of a coordinate's digest (:mod:`privtrain.privacy.sum_digest`) and of AdamW's step.
 _DIGEST_BYTES, _OPTIMIZER_BYTES = 150, 28
-_FP32_BYTES, _INT64_BYTES, _BF16_BYTES = 4, 8, 2
+_FP32_BYTES, INT64_BYTES, _BF16_BYTES = 4, 8, 2
 #: Kernels a trained tensor and microbatch beyond plain training's: for LoRA by the batched route; for all weights, and
 #: for each unit of the microbatch, where it is one row and where its rows are joined (counted on the simulated device
 #: of the tests, on a Llama of two layers).
@@ -195,7 +195,8 @@ _EXTRA_KERNELS = 15
 _FULL_KERNELS, _UNIT_KERNELS = (89, 31), (11, 30)
 #: Gradients that two passes keep, as a share of all (privtrain/clipping/README.md).
 _KEPT_SHARE = 0.45
-#: Coordinates of a sum that is sent once a step, and else once a microbatch (:mod:`privtrain.backends.shards`).
+#: Coordinates of a sum that is sent once a step, and else once a microbatch: those of :mod:`privtrain.backends.shards`,
+#: which would load the clippers for one number.
 _BUCKET = 1 << 22
 #: A layer is multiplied out for its norm where p·d is at most this times n (p + d); else by Gram matrices.
 _GRAM_FACTOR = 1.25
@@ -247,7 +248,7 @@ def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
         return _Schedule(num_passes, num_rows, job.num_units, rounds=2 if job.is_two_pass else 1)
     plain = _plain_schedule(job, num_ranks)
     gathers = 3 if job.is_two_pass else 2
-    return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else _INT64_BYTES)
+    return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else INT64_BYTES)
 
 
 def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
@@ -269,7 +270,7 @@ def _private(job: Job, cluster: Cluster) -> dict[str, float]:
     held = trained / cluster.num_ranks if job.is_cooperative else 0 if job.is_full else trained
     added = trained if job.is_full and not job.is_cooperative else held
     summed = schedule.num_units * held * _UNIT_BYTES + schedule.num_passes * added * _SUM_BYTES
-    reduction = _reduction(job, cluster, _INT64_BYTES, sends_once=job.sends_once and not job.is_cooperative)
+    reduction = _reduction(job, cluster, INT64_BYTES, sends_once=job.sends_once and not job.is_cooperative)
     if not job.layout.shards_optimizer:  # the noised runs are gathered
         reduction += cluster.collect(_FP32_BYTES * trained)
     return {

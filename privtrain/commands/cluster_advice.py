@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from privtrain.commands.cluster import Cluster, Job, Prediction, predict
+from privtrain.commands.cluster import INT64_BYTES, Cluster, Job, Prediction, predict
 from privtrain.config import Config
 from privtrain.models.memory import LaunchLayout, model_size
 from privtrain.privacy.plan import PrivacyPlan
@@ -19,7 +19,6 @@ _USABLE_MEMORY = 0.85
 #: A setting is named where it shortens the step by at least this, relative.
 _WORTHWHILE = 0.02
 _NUM_SHOWN = 3
-_INT64_BYTES = 8
 #: What grows with the rows of a microbatch.
 _BY_ROW = ("activations", "logits", "gradients of units")
 
@@ -107,7 +106,7 @@ def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]
             yield f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size
     layout = job.layout
     if layout.shards_gradients and job.is_full and not job.reduces_once:
-        size = sum(memory.values()) - memory.get("tensor on its way", 0) + _INT64_BYTES * job.work.num_trained
+        size = sum(memory.values()) - memory.get("tensor on its way", 0) + INT64_BYTES * job.work.num_trained
         yield "performance.reduce_once: true", dataclasses.replace(job, reduces_once=True), size
     if layout.shards_parameters and not job.is_full:
         # Each rank then holds the whole base; of an adapter the sum is cut in parts all the same.

