@@ -94,9 +94,8 @@ class Database:
         self._retry_seconds = retry_seconds
         self._read_only = read_only
         self._file = _sqlite_file(self.url)
-        # A server's connections are kept, since each costs a password check; a file's are not: none outlives it.
-        pool = {"poolclass": NullPool} if self._file is not None else {"pool_size": 2, "pool_pre_ping": True}
-        self._engine = sa.create_engine(self.url, connect_args=self._connect_arguments(), **pool)
+        # No connection outlives its transaction: jobs run for days, and a server has a hundred connections for all.
+        self._engine = sa.create_engine(self.url, connect_args=self._connect_arguments(), poolclass=NullPool)
         if self._file is not None:
             event.listen(self._engine, "connect", self._prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
@@ -168,9 +167,9 @@ class Database:
             temporary = temporary_of(self._file)
             temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            with contextlib.closing(Database(f"sqlite:///{temporary}")) as fresh:
-                fresh._key = self.key(check=False)
-                fresh._retry(fresh._migrate, write=True)
+            fresh = Database(f"sqlite:///{temporary}")
+            fresh._key = self.key(check=False)
+            fresh._retry(fresh._migrate, write=True)
             os.replace(temporary, self._file)
             sync_directory(self._file.parent)
 
@@ -226,10 +225,6 @@ class Database:
         result, extent = self._retry(guarded, write=True)
         self.seen.note(extent)
         return result
-
-    def close(self) -> None:
-        """Forget all connections."""
-        self._engine.dispose()
 
     def _retry(self, work: Callable[[sa.Connection], T], *, write: bool) -> T:
         """Run ``work`` in a transaction, again and again while the server does not answer, up to the time allowed."""

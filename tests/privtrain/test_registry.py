@@ -548,6 +548,14 @@ def test_readers_cannot_write(registry_url):
         reader.forget("0" * 32)
 
 
+def test_idle_jobs_hold_no_connection_of_the_server(postgres):
+    url = postgres.new_database()
+    Database(url).upgrade()
+    jobs = [Registry(url) for _ in range(5)]
+    count = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'privtrain'")
+    assert jobs[0].database.read(lambda connection: connection.execute(count).scalar_one()) == 1
+
+
 def test_a_password_is_never_shown(postgres, tmp_path):
     url = postgres.new_database()
     Database(url).upgrade()
