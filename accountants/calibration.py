@@ -91,7 +91,7 @@ def calibrate_noise(
     accountant: str | None = None,
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """The smallest noise multiplier, rounded up, for any family of events; see :func:`calibrate_noise_multiplier`.
+    """Return the smallest noise multiplier, rounded up, for any events; see :func:`calibrate_noise_multiplier`.
 
     ``make_event`` may build several phases, each with its own multiple of the noise.
     """

@@ -279,7 +279,7 @@ def _print_answer(answer: PrivacyAnswer, as_json: bool) -> None:
 @app.command()
 @_with_run
 def epsilon(run: Run, *, delta_value: Delta, accountant: Name = None, as_json: Json = False) -> None:
-    """Epsilon of a run at a delta."""
+    """Print epsilon of a run at a delta."""
     from accountants import api
 
     run.check()
@@ -290,7 +290,7 @@ def epsilon(run: Run, *, delta_value: Delta, accountant: Name = None, as_json: J
 @app.command()
 @_with_run
 def delta(run: Run, *, epsilon_value: Epsilon, accountant: Name = None, as_json: Json = False) -> None:
-    """Delta of a run at an epsilon."""
+    """Print delta of a run at an epsilon."""
     from accountants import api
     from accountants.registry import fitting
 
@@ -313,7 +313,7 @@ def calibrate(
     accountant: Name = None,
     as_json: Json = False,
 ) -> None:
-    """The least noise, or the most steps, epochs, sampling or records, for a budget; certified accountants only.
+    """Find the least noise, or the most steps, epochs, sampling or records for a budget; certified accountants only.
 
     For every sampler and relation, and with --phase for several phases.
     """
@@ -364,7 +364,7 @@ def compare(
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
-    """Every accountant side by side, with the kind of its answer and its time."""
+    """Print every accountant side by side, with the kind of its answer and its time."""
     from accountants import comparison
     from accountants.registry import fitting
 
@@ -392,7 +392,7 @@ def curve(
     as_json: Json = False,
     plot: Plot = None,
 ) -> None:
-    """Epsilon over steps, delta over epsilon, and the trade-off function with its cap on attacks; poisson only."""
+    """Print epsilon over steps, delta over epsilon, and the trade-off function with its cap on attacks; poisson."""
     from accountants import comparison
 
     run.check()
@@ -421,7 +421,7 @@ def convert(
     records: Annotated[int, typer.Option("--num-records", "-k", help="Records of the user.")],
     as_json: Json = False,
 ) -> None:
-    """The black-box group guarantee of a user with several records: (k eps, delta (e^(k eps) - 1)/(e^eps - 1))."""
+    """Print the black-box group guarantee of a user with k records: (k eps, delta (e^(k eps) - 1)/(e^eps - 1))."""
     from accountants import units as user_units
     from accountants.protocol import check_delta, check_epsilon
 

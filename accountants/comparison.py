@@ -29,7 +29,7 @@ class Row:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """JSON scalars."""
+        """Return a dictionary of JSON scalars."""
         answer = None if self.answer is None else self.answer.to_json()
         return {"name": self.name, "answer": answer, "refusal": self.refusal, "seconds": self.seconds}
 

@@ -87,7 +87,7 @@ def dp_sgd_event(*, noise_multiplier: float, sampling_prob: float, num_steps: in
 
 
 def phased_event(phases: Sequence[tuple[float, float, int]]) -> dp_accounting.DpEvent:
-    """DP-SGD whose settings change: ``(noise_multiplier, sampling_prob, num_steps)`` per phase.
+    """Return the event of DP-SGD by phases of ``(noise_multiplier, sampling_prob, num_steps)``.
 
     Composes distributions, never epsilons; the phases may be chosen adaptively from earlier releases only if the
     settings themselves are fixed in advance (fully adaptive choice of settings needs a privacy filter).
@@ -101,7 +101,7 @@ def phased_event(phases: Sequence[tuple[float, float, int]]) -> dp_accounting.Dp
 def truncated_poisson_event(
     *, noise_multiplier: float, sampling_prob: float, max_batch_size: int, num_units: int, num_steps: int
 ) -> dp_accounting.DpEvent:
-    """Poisson sampling cut to ``max_batch_size`` units by a random subset (Ganesh et al. 2025, arXiv 2508.15089).
+    """Return the event of Poisson sampling cut to ``max_batch_size`` by a random subset (Ganesh 2025, 2508.15089).
 
     For zero-out adjacency (``REPLACE_SPECIAL``) with the number of units public; dp-accounting also accepts
     add-or-remove-one.
@@ -122,7 +122,7 @@ def truncated_poisson_event(
 def fixed_size_event(
     *, noise_multiplier: float, batch_size: int, num_units: int, num_steps: int
 ) -> dp_accounting.DpEvent:
-    """Batches of exactly ``batch_size`` distinct units, drawn afresh each step; for ``REPLACE_ONE`` only."""
+    """Return the event of batches of exactly ``batch_size`` distinct units, drawn each step; ``REPLACE_ONE`` only."""
     check_values(
         noise_multiplier=(not_negative, noise_multiplier),
         batch_size=(whole(1), batch_size),
@@ -141,7 +141,7 @@ def fixed_size_event(
 def random_allocation_event(
     *, noise_multiplier: float, num_steps: int, num_selected: int = 1, num_epochs: int = 1
 ) -> dp_accounting.DpEvent:
-    """Random allocation of every unit to ``num_selected`` of ``num_steps`` steps, for each of ``num_epochs``.
+    """Return the event of allocating each unit to ``num_selected`` of ``num_steps`` steps in each of ``num_epochs``.
 
     For add-or-remove-one and zero-out. With ``num_selected = 1`` every unit takes part once per epoch.
     """
@@ -159,7 +159,7 @@ def random_allocation_event(
 
 
 def shuffled_event(*, noise_multiplier: float, num_batches: int, num_epochs: int) -> dp_accounting.DpEvent:
-    """Shuffled fixed batches; for ``REPLACE_SPECIAL`` (zero-out) and ``REPLACE_ONE``, without amplification."""
+    """Return the event of shuffled fixed batches, not amplified; for ``REPLACE_SPECIAL`` and ``REPLACE_ONE``."""
     check_values(
         noise_multiplier=(not_negative, noise_multiplier),
         num_batches=(whole(1), num_batches),
@@ -251,7 +251,7 @@ def resolve(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> dp_a
 
 
 def poisson_counterpart(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """Plain Poisson sampling at the same rate: a guide to sizes, no bound. Other events are returned as they are."""
+    """Return plain Poisson sampling at the same rate, a guide to sizes and no bound; other events unchanged."""
     match event:
         case RandomAllocationDpEvent():
             return dp_sgd_event(

@@ -39,7 +39,7 @@ _SMALLEST_LOG_DELTA = -690.0
 def group_event(
     *, noise_multiplier: float, sampling_prob: float, num_steps: int, num_records: int
 ) -> dp_accounting.DpEvent:
-    """DP-SGD on records, seen by a user who owns ``num_records`` of them: an exact mixture of Gaussians (ELS).
+    """Return DP-SGD on records, seen by an owner of ``num_records`` of them: an exact mixture of Gaussians (ELS).
 
     Args:
         noise_multiplier: noise standard deviation over the clipping norm of one record.
@@ -71,7 +71,7 @@ def group_event(
 
 
 def _binomial(count: int, prob: float) -> list[tuple[int, float]]:
-    """Binomial weights that sum to one; those too small for float64 are given to the largest outcome, which is safe.
+    """Return binomial weights of sum one; those too small for float64 go to the largest outcome, which is safe.
 
     By ratios from the most likely outcome on, which keeps their relative error below 1e-15 an outcome.
     """
@@ -109,7 +109,7 @@ def _log_group_factor(epsilon: float, num_records: int) -> float:
 
 
 def group_delta_of(epsilon: float, delta: float, num_records: int) -> tuple[float, float]:
-    """Black-box group privacy: the (epsilon, delta) of k records from that of one, rounded up.
+    """Return the (epsilon, delta) of k records from that of one by black-box group privacy, rounded up.
 
     ``(k eps, delta (e^(k eps) - 1) / (e^eps - 1))`` (Vadhan 2017, lemma 2.2), with the limit k delta only at eps = 0.
     """

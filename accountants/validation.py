@@ -144,7 +144,7 @@ def _faults(event: Any, place: str) -> Iterator[str]:
 
 
 def _joint_faults(values: dict[str, Any], place: str) -> Iterator[str]:
-    """What several fields must satisfy together; each of them is well formed alone."""
+    """Yield what fields that are each well formed get wrong together."""
     if "sampling_probs" in values:
         probs, sensitivities = values["sampling_probs"], values["sensitivities"]
         if len(probs) != len(sensitivities):

@@ -82,7 +82,7 @@ def audit_plan(
     power: Annotated[float, typer.Option(min=0.01, max=0.99, help="Chance with which it is to be reached.")] = 0.8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How many canary users an audit needs to show a wanted epsilon, or to notice missing noise (before training)."""
+    """Say how many canary users an audit needs to show a wanted epsilon, or notice missing noise (before training)."""
     from attacks.analysis.audit import planning
 
     plan = planning.plan_of(config, epsilon, delta, target_epsilon=target, power=power)

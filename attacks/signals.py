@@ -231,7 +231,7 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
 def join_signals(
     target: pathlib.Path, parts: Sequence[pathlib.Path], digests: Sequence[str]
 ) -> list[tuple[str, str, str, str]]:
-    """Joins parts into one file, a part in memory at a time.
+    """Join parts into one file, a part in memory at a time.
 
     Returns:
         User, document, kind and side of every document.
@@ -283,7 +283,7 @@ _REMEDY = "run next: attacks score RUN"
 
 
 def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterator[DocumentSignals]:
-    """The same of a file that is open already."""
+    """Read and check the signals of a file that is open already; see :func:`iterate_signals`."""
     checked = _Checker()
     try:
         with pq.ParquetFile(file) as table:
@@ -316,7 +316,7 @@ def to_table(rows: Sequence[DocumentSignals]) -> pa.Table:
 
 
 def _list_array(parts: Sequence[npt.NDArray[Any] | None], kind: pa.DataType, dtype: type) -> pa.Array:
-    """Joins the documents' values into one arrow list column without a Python object per token."""
+    """Join the documents' values into one arrow list column without a Python object per token."""
     sizes = [0 if part is None else part.size for part in parts]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if offsets[-1] > np.iinfo(np.int32).max:
@@ -381,7 +381,7 @@ class _Checker:
 
 @contextlib.contextmanager
 def _atomic_writer(path: pathlib.Path) -> Iterator[pq.ParquetWriter]:
-    """A writer whose file takes its place once it is whole and on disk."""
+    """Yield a writer whose file takes its place once it is whole and on disk."""
     make_private_directory(path.parent)
     temporary = temporary_of(path)
     try:

@@ -148,7 +148,7 @@ class AeaAccountant(NormalFormAccountant):
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """Moved into [0, 1] if the expansion leaves it."""
+        """Return the estimate of delta, clipped to [0, 1], which the expansion may leave."""
         value = max(float(side.delta(np.array([epsilon]))[0]) for side in self._sides(composed))
         return self.trivial_bounds(min(max(value, 0.0), 1.0))
 
@@ -189,7 +189,7 @@ class EeaiAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
-        """Infinite, noted ``vacuous``, where it is."""
+        """Return the interval of epsilon; an infinite one bears the note ``vacuous``."""
         sides = [with_error(composed, add=add) for add in (False, True)]
         lower, estimate, upper = (max(side.epsilon(delta, sign) for side in sides) for sign in (-1.0, 0.0, 1.0))
         lower = 0.0 if math.isinf(lower) else min(lower, upper)
@@ -199,7 +199,7 @@ class EeaiAccountant(NormalFormAccountant):
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """1, with the note ``vacuous``, where it is."""
+        """Return the interval of delta; one that reaches 1 bears the note ``vacuous``."""
         where = np.array([epsilon])
         sides = [with_error(composed, add=add) for add in (False, True)]
         values = [max(float(side.delta(where, sign)[0]) for side in sides) for sign in (-1.0, 0.0, 1.0)]

@@ -21,7 +21,7 @@ from accountants.protocol import NormalFormAccountant, UnsupportedEventError
 
 
 def gdp_parameter(composed: Composition) -> float:
-    """Mu of the limit: chi-square divergences of the steps add up to mu^2 (for plain Gaussian steps 1/sigma^2).
+    """Return mu of the limit: chi-square divergences of steps add up to mu^2 (1/sigma^2 for a plain Gaussian step).
 
     Raises:
         UnsupportedEventError: for a mixture of more than two Gaussians.
@@ -39,7 +39,7 @@ def gdp_parameter(composed: Composition) -> float:
 
 
 def gdp_delta(mu: float, epsilon: float) -> float:
-    """delta(epsilon) of a mu-GDP mechanism (Dong, Roth, Su 2022, corollary 2.13)."""
+    """Return delta(epsilon) of a mu-GDP mechanism (Dong, Roth, Su 2022, corollary 2.13)."""
     if mu == 0:
         return 0.0
     if math.isinf(mu):
@@ -48,7 +48,7 @@ def gdp_delta(mu: float, epsilon: float) -> float:
 
 
 def gdp_epsilon(mu: float, delta: float) -> float:
-    """epsilon(delta) of a mu-GDP mechanism."""
+    """Return epsilon(delta) of a mu-GDP mechanism."""
     if mu == 0:
         return 0.0
     if math.isinf(mu):

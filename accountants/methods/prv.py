@@ -61,7 +61,7 @@ class PrvAccountant(NormalFormAccountant):
         return Bounds(lower, upper, Direction.REMOVE, estimate, note="remove direction only")
 
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
-        """Refused: the implementation answers epsilon only."""
+        """Refuse: the implementation answers epsilon only."""
         raise UnsupportedEventError(
             f"prv gives no delta (asked for at epsilon={epsilon:g}, {composed.num_steps} steps); use 'tilted'"
         )

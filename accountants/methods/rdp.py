@@ -91,7 +91,7 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
-    """Renyi divergences at all orders, worse direction: by quadrature if there is a normal form, else the library's."""
+    """Return the worse direction's Renyi divergences by order: by quadrature of a normal form, else the library's."""
     if relation is not NeighboringRelation.REPLACE_ONE:
         try:
             return ORDERS, mixture_divergences(composition(event))

@@ -212,7 +212,7 @@ def _smoothed_sums(
     tolerance: float,
     add: bool,
 ) -> Iterator[SmoothedSum]:
-    """Two smoothings, until one takes too many frequencies: the gap between the ends falls with their square."""
+    """Yield a sum and one half as smoothed, whose gap is a quarter, until one takes too many frequencies."""
     smoothing = min(_SMOOTHING * math.sqrt(tolerance), 0.1)
     for part in (1, 2):
         smooth = _smoothed(composed, law, start(), log_delta, smoothing / part, add)

@@ -117,7 +117,7 @@ def step_delta(step: MixtureStep, epsilon: float, *, add: bool, side: int = 0) -
 
 
 def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -> float:
-    """The epsilon >= 0 at which one step's delta in one direction is ``delta``; ``side`` as in :func:`step_log_delta`.
+    """Return the epsilon >= 0 of one step in one direction at ``delta``; ``side`` as in :func:`step_log_delta`.
 
     A certified end was itself evaluated: the bound of its side on delta holds there. At a delta of 0 it is the supremum
     of the loss.
@@ -149,7 +149,7 @@ def step_epsilon(step: MixtureStep, delta: float, *, add: bool, side: int = 0) -
 
 
 def epsilon_bounds(step: MixtureStep, delta: float) -> Bounds:
-    """Certified ends of epsilon for one step, the worse direction."""
+    """Return certified ends of epsilon for one step, in the worse direction."""
     lower, upper = ({add: step_epsilon(step, delta, add=add, side=side) for add in (False, True)} for side in (-1, 1))
     add = upper[True] > upper[False]
     best = max(step_epsilon(step, delta, add=add) for add in (False, True))
@@ -157,7 +157,7 @@ def epsilon_bounds(step: MixtureStep, delta: float) -> Bounds:
 
 
 def delta_bounds(step: MixtureStep, epsilon: float) -> Bounds:
-    """Certified ends of delta for one step, the worse direction."""
+    """Return certified ends of delta for one step, in the worse direction."""
     lower, upper = ({add: step_delta(step, epsilon, add=add, side=side) for add in (False, True)} for side in (-1, 1))
     add = upper[True] > upper[False]
     best = max(step_delta(step, epsilon, add=add) for add in (False, True))

@@ -42,7 +42,7 @@ def sup_error(steps: Sequence[tuple[Moments, int]]) -> float:
 
 
 def normal_error(steps: Sequence[tuple[Moments, int]]) -> float:
-    """Berry and Esseen's bound on the distance from the normal law.
+    """Return Berry and Esseen's bound on the distance from the normal law.
 
     For identical steps 0.33554 (K3 + 0.415) / sqrt(n) (Shevtsova 2011, arXiv 1111.6554), in general 0.56 sum E|X_i|^3 /
     (sum Var X_i)^(3/2) (Shevtsova 2010).

@@ -107,7 +107,7 @@ def compose(phases: list[LatticePhase], tilt: float, length: int, low: float, re
 
 
 def _hockey_sticks(probability: Array, points: Array, tilt: float, centre: float) -> Array:
-    """E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
+    """Return E[(1 - e^(eps - S))_+] at every lattice point eps, relative to ``exp(log_scale)``.
 
     By the recursion ``V(s_r) = e^-h V(s_(r+1)) + (1 - e^-h) P(S >= s_(r+1))``: positive terms only, where the usual
     difference of two sums would cancel.

@@ -127,7 +127,7 @@ class StepTransform:
         return rule + arithmetic
 
     def _ellipse_bounds(self, order: float, log_total: float) -> tuple[Array, Array]:
-        """For each ellipse and panel: the log of the error's bound at frequency 0, and the rate at which it grows."""
+        """Return, by ellipse and panel, the log of the error's bound at frequency 0 and the rate at which it grows."""
         shape = len(_ELLIPSES), len(self._centres)
         log_still, rates = np.full(shape, 700.0), np.zeros(shape)
         for row, ellipse in self._ellipses.items():

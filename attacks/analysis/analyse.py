@@ -163,7 +163,7 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
 
 
 def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> list[str]:
-    """What the attack can tell that chance does not explain, whatever is claimed; one sentence each, none if nothing.
+    """Return what the attack can tell that chance does not explain, whatever is claimed: one sentence each.
 
     By the declared tests alone: the headline's interval and the audit, whose errors are .025 and .05.
     """

@@ -67,7 +67,7 @@ def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
 
 
 def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level: float) -> BlindResult:
-    """Nested cross-validation of one family.
+    """Return the nested cross-validation of one family.
 
     The AUROC is taken within each fold: scores of different fits are not comparable, and pooling them makes noise
     average below 1/2.
@@ -91,7 +91,7 @@ def cross_validate(features: Matrix, is_held_in: BoolArray, *, seed: int, level:
 
 
 def _null_variance(held_in: FloatArray, held_out: FloatArray) -> float:
-    """Variance of the AUROC of scores that say nothing: what decides whether 1/2 is excluded; ties make it smaller."""
+    """Return the variance of the AUROC of scores that say nothing, which decides if 1/2 is excluded; ties lower it."""
     num = held_in.size + held_out.size
     _, ties = np.unique(np.concatenate([held_in, held_out]), return_counts=True)
     correction = float((ties**3 - ties).sum()) / (num * (num - 1))
@@ -130,7 +130,7 @@ def _fit_and_score(
 
 
 def _bag_of_words(tokens: Matrix) -> Matrix:
-    """Logarithms of counts, each user to length one, the commonest tokens that not everybody has."""
+    """Return log counts of the commonest tokens that not everybody has, each user's scaled to length one."""
     num_users = np.asarray((tokens > 0).sum(axis=0)).ravel()
     useful = np.flatnonzero((num_users >= 2) & (num_users < tokens.shape[0]))
     chosen = np.sort(useful[np.argsort(-num_users[useful], kind="stable")[:_MAX_WORDS]])

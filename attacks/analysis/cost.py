@@ -16,7 +16,7 @@ _METRICS = (
 
 
 def panel(run: pathlib.Path, statement: PrivacyStatement, seed: int) -> dict[str, Any] | None:  # noqa: ARG001
-    """Time, memory and operations from ``metrics.jsonl``; None if none was released."""
+    """Return time, memory and operations from ``metrics.jsonl``; None if none was released."""
     rows = []
     for name, label, combine, factor in _METRICS:
         values = released_values(run, name)

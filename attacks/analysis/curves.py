@@ -98,7 +98,7 @@ def distinctness(scored: Scored) -> FloatArray:
 
 
 def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> dict[str, Any]:
-    """Who stands at the top: how many of the most exposed users were trained on, and how many would be by chance.
+    """Return how many of the most exposed users were trained on, and how many would be by chance.
 
     Users who tie for the last places share them, so that no order of names decides.
     """
@@ -133,5 +133,5 @@ def _point(statistic: FloatArray, is_held_in: BoolArray) -> dict[str, Any] | Non
 
 
 def _two_digits(value: float) -> float:
-    """Rounded, so that an edge is not one user's exact value."""
+    """Round, so that an edge is not one user's exact value."""
     return float(f"{value:.2g}")

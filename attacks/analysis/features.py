@@ -197,7 +197,7 @@ def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: 
 def _matrix(
     counts: Mapping[tuple[str, str], collections.Counter[int]], order: list[tuple[str, str]]
 ) -> scipy.sparse.csr_matrix:
-    """Counts by user; a column for each token that occurs."""
+    """Return counts by user, with a column for each token that occurs."""
     columns = {token: number for number, token in enumerate(sorted(set().union(*counts.values())))}
     cells = [
         (row, columns[token], count)

@@ -205,7 +205,7 @@ def _roc(held_in: FloatArray, held_out: FloatArray, cap: verdict.Cap) -> dict[st
 
 
 def histogram(held_in: FloatArray, held_out: FloatArray) -> dict[str, object]:
-    """Counts of users by value, the two sides on common bins."""
+    """Return counts of users by value, the two sides on common bins."""
     values = np.concatenate([held_in, held_out])
     # Round edges: the outer ones would otherwise be the exact values of two users.
     coarse = max(float(np.ptp(values)) / _MAX_BINS, 1e-9)

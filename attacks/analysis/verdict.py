@@ -175,7 +175,7 @@ def _charged_steps(statement: PrivacyStatement) -> int:
 def _tabulate(
     scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, largest_epsilon: float, num_records: int = 1
 ) -> statistics.CurveBound | None:
-    """Certified points of the curve, or None where no accountant can resolve the event."""
+    """Return certified points of the curve, or None where no accountant can resolve the event."""
     event = _event(scheme, relation, noise_multiplier, num_steps, num_records)
     if event is None:
         return None

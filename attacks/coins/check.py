@@ -82,7 +82,7 @@ def _wrong_references(manifest: Mapping[str, Any], key: SecretKey, scored: list[
 
 
 def _num_usable(manifest: Mapping[str, Any], key: SecretKey, users: list[str], usable: list[int]) -> dict[str, int]:
-    """Pseudonym of every attacked natural user to the records that training could use."""
+    """Return, by pseudonym of every attacked natural user, the number of records that training could use."""
     planted = {canary.user for canary in canaries_of(manifest)}
     natural = {attack_pseudonym(key, user) for user in manifest["attacker"] if user not in planted}
     return {user: count for user, count in zip(users, usable, strict=True) if user in natural}

@@ -94,7 +94,7 @@ def dependence_figure(points: Sequence[Mapping[str, Any]], labels: Sequence[str]
 
 
 def sensitive_figure(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Negative log-likelihood by kind of token, split and model."""
+    """Return negative log-likelihood by kind of token, split and model."""
     with figure_style():
         figure, axes = new_figure(height=3.4)
         groups = list(dict.fromkeys((cell["tokens"], cell["split"]) for cell in cells))
@@ -140,7 +140,7 @@ def panel_figure(figure_facts: Mapping[str, Any], name: str) -> str:
 
 
 def _mark_zero(axis: Axis, edge: float, first: float) -> None:
-    """Labels the edge of a logarithmic axis of rates 0, and powers of ten from the first count on."""
+    """Label the edge of a logarithmic axis of rates 0, and powers of ten from the first count on."""
     powers = [10.0**power for power in range(math.floor(math.log10(first)), 1) if 10.0**power >= 1.5 * edge]
     axis.set_major_locator(FixedLocator([edge, *powers]))
     axis.set_major_formatter(FixedFormatter(["0", *(f"{100 * power:g} %" for power in powers)]))

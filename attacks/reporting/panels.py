@@ -40,7 +40,7 @@ def check(name: str, panel: Mapping[str, Any]) -> None:
 
 
 def columns(panel: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, heading) of each column."""
+    """Return (key, heading) of each column."""
     cells = []
     for column in panel["columns"]:
         if isinstance(column, str):

@@ -80,7 +80,7 @@ def _mapping(facts: dict[str, Any], name: str, path: pathlib.Path) -> dict[str, 
 
 
 def _check_nothing_else(directory: pathlib.Path) -> None:
-    """Whoever opens a page there takes it for the report's."""
+    """Refuse any other file: whoever opens a page there takes it for the report's."""
     if directory.is_symlink():
         raise AttackInputError(f"{directory} is a link; check the directory that it leads to")
     known = {path.name for path in (analyse.ATTACKS_PATH, report.REPORT_PATH, report.INDEX_PATH, report.MARKDOWN_PATH)}
@@ -95,7 +95,7 @@ def _read(run: RunDirectory, path: pathlib.Path, schema: str, *, has_key: bool) 
 
 
 def _check_target(run: RunDirectory, target: dict[str, Any], holds: list[str], not_checked: list[str]) -> None:
-    """Statement and released files against the digests in the results, as far as they are there."""
+    """Compare statement and released files, as far as they are there, with the digests in the results."""
     if run.privacy.exists():
         if file_sha256(run.privacy) != target.get("statement"):
             raise AttackInputError(f"{run.privacy} is not the statement that the report is about")

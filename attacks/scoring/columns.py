@@ -141,7 +141,7 @@ def days_of(value: object) -> float | None:
 
 
 def _rows(source: FilesSource, digests: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Whole rows; the trainer's rules for damage hold for the columns that it does not read, too."""
+    """Yield whole rows; the trainer's rules for damage hold for the columns that it does not read, too."""
     files = source_files(source)
     if len(files) != len(digests):
         raise AttackInputError(_CHANGED)

@@ -168,7 +168,7 @@ def plan_documents(
 
 
 def in_order(documents: Iterable[Document], corpus: Corpus) -> list[Document]:
-    """Longest text first."""
+    """Return the documents, longest text first."""
     return sorted(documents, key=lambda d: (-len(d.text_in(corpus)), d.user, d.name))
 
 
@@ -180,7 +180,7 @@ def in_parts(documents: Sequence[Document]) -> list[list[Document]]:
 
 
 def compose_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Groups sequences of similar length; no batch exceeds ``batch_tokens`` with padding, unless it is one sequence.
+    """Group sequences of similar length; no batch exceeds ``batch_tokens`` with padding, unless it is one sequence.
 
     Yields:
         Places in ``lengths``, longest first.
@@ -205,7 +205,7 @@ def tokens_of(texts: Sequence[str], encoder: Encoder) -> list[npt.NDArray[np.int
 
 
 def text_encoder(encoder: Encoder, max_length: int) -> Encoder:
-    """Encodes plain texts of another length than the run's, for the same model."""
+    """Return an encoder of plain texts of another length than the run's, for the same model."""
     section = DataSection.model_construct(format="text", max_length=max_length)
     return Encoder(section, encoder.tokenizer, encoder.num_ids)
 

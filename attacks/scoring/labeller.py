@@ -44,7 +44,7 @@ def invented_messages(count: int = NUM_MESSAGES) -> list[CustomerRecord]:
 
 
 def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRecord]) -> list[Recall]:
-    """Recall of a labeller, for each kind of span and over all.
+    """Return the recall of a labeller, for each kind of span and over all.
 
     Returns:
         A row a kind: how many spans and characters there are, the share of the characters that was found, and the

@@ -79,7 +79,7 @@ class NeuralScorer:
             return self._model(input_ids=torch.from_numpy(ids).to(self._device)).logits[:, -width:]
 
     def _blocks(self, sequences: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Logits of the predicted tokens, document after document, some tokens at a time, fp32, padding left out."""
+        """Yield fp32 logits of predicted tokens, document after document, some tokens at a time, without padding."""
         with torch.inference_mode():
             logits = self.logits(sequences)
             width = logits.shape[1]

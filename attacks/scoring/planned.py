@@ -46,7 +46,7 @@ class PlannedFacts(TypedDict):
 
 
 def facts_of(keys: Collection[DocumentKey]) -> PlannedFacts:
-    """What a record says of the documents: their digest, and how many of each kind and side, of how many users."""
+    """Return what a record says of the documents: their digest, and how many of each kind, side and user."""
     counts = collections.Counter(f"{key.kind} {key.side}" for key in keys)
     num_users = len({key.user for key in keys})
     return {"sha256": digest_of(keys), "num": dict(sorted(counts.items())), "num_users": num_users}
@@ -69,7 +69,7 @@ def difference(planned: Iterable[DocumentKey], scored: Iterable[DocumentKey]) ->
 
 
 def check_training(scored: Iterable[DocumentKey], num_usable: Mapping[str, int], num_wanted: int) -> str:
-    """What is wrong with the training records, whose names only the data know: their number of each user is known.
+    """Return what is wrong with the training records, of which only each user's number is known without the data.
 
     Args:
         scored: what is there.

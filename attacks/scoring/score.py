@@ -187,7 +187,7 @@ def _score_parts(job: Job, target: Scorer, base: Scorer, state: PartialState) ->
 
 
 def _join(job: Job, parts: Sequence[Sequence[Document]]) -> int:
-    """Joins and seals the parts, if they are all that was planned and the target is still the one it was."""
+    """Join and seal the parts, if they are all that was planned and the target is still the one it was."""
     digests = {number: job.sealed_part(number, documents) for number, documents in enumerate(parts)}
     absent = [number for number, digest in digests.items() if digest is None]
     if absent:
@@ -269,7 +269,7 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
 def _with_control_prefixes(
     documents: Sequence[Document], texts: Sequence[str], tokens: Sequence[Tokens]
 ) -> tuple[list[Document], list[str], list[Tokens]]:
-    """The control documents of a part get each other's first tokens; those for which there are none are left out."""
+    """Put each other's first tokens before a part's control documents; leave out those that have none."""
     chosen = [place for place, document in enumerate(documents) if document.kind == CONTROL_PREFIX]
     rewritten: dict[int, Tokens | None] = dict(enumerate(tokens))
     users = [documents[place].user for place in chosen]

@@ -85,7 +85,7 @@ def write_recipes(run_path: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def commands(run_path: pathlib.Path, recipes: Sequence[pathlib.Path]) -> list[str]:
-    """A line for each shadow that trains it and scores the attacked run's documents, as many as were scored there."""
+    """Return a line for each shadow that trains it and scores as many of the run's documents as were scored there."""
     options = ""
     if (run_path / SIGNALS_PATH).exists():
         scored = read_scoring(RunDirectory(run_path)).facts["options"]

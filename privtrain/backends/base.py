@@ -100,7 +100,7 @@ class Backend(abc.ABC):
         stddev: float,
         history: NoiseHistory | None = None,
     ) -> torch.Tensor:
-        """The fp32 vector with the step's noise, once per coordinate over the whole job, from the reduced int64 sum.
+        """Return the fp32 sum with the step's noise, once a coordinate over the job, from the reduced int64 sum.
 
         Args:
             total: the sum, laid out as ``Placement.stepped``.
@@ -131,7 +131,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:
-        """The whole tensor on rank 0's CPU, put together from every rank's ``part`` of it; ``None`` elsewhere."""
+        """Return the whole tensor on rank 0's CPU, put together from each rank's ``part`` of it; ``None`` elsewhere."""
 
     @abc.abstractmethod
     def sum_parts(self, vector: torch.Tensor) -> None:
@@ -166,7 +166,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def main_alone(self) -> contextlib.AbstractContextManager[None]:
-        """Around what rank 0 alone does and may take long: no collective's time-out runs while the others wait.
+        """Surround what rank 0 alone does and may take long: no collective's time-out runs while the others wait.
 
         All ranks enter it, and leave together. That rank 0 lives is for :class:`~.watch.Watch` to see; if it leaves by
         an error, the others find that out in the collective at the end.
@@ -178,7 +178,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def combined_digest(self, value: bytes) -> bytes:
-        """One digest for the job: this rank's where all hold the same, that of all ranks' digests where they do not."""
+        """Return one digest for the job: this rank's if all hold the same, else that of all ranks' digests."""
 
     @abc.abstractmethod
     def in_sync(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -231,7 +231,7 @@ class ReplicatedBackend(Backend):
 
     @override
     def sum_parts(self, vector: torch.Tensor) -> None:
-        """Every rank holds all parts."""
+        """Do nothing: every rank holds all parts."""
 
     @override
     def combined_digest(self, value: bytes) -> bytes:

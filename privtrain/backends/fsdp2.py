@@ -146,7 +146,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def holders(self) -> dist.ProcessGroup | None:
-        """Every replica's rank for this part; where tensors are split over all ranks, each has a part of its own."""
+        """Return the group of replicas of this part; none where tensors are split over all ranks."""
         return self._replicate_group if self._shards is not None else None
 
     @override
@@ -165,7 +165,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """Replicas of a shard are compared."""
+        """Compare the replicas of a shard."""
         if self._split is not None:
             return super().parameters_agree(model)
         mine = self.gather_digests(digest(list(self._layout.parameters.values())))
@@ -184,7 +184,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
 
 def _let_go_of_whole_weights(model: torch.nn.Module) -> None:
-    """A model that has computed something, or whose backward pass was broken off, holds some of its weights whole."""
+    """Reshard: a model that computed something, or whose backward pass was broken off, holds some weights whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -76,7 +76,7 @@ class ProcessGroup(Backend):
     @contextlib.contextmanager
     @override
     def main_alone(self) -> Iterator[None]:
-        """The others look into the group's store."""
+        """Let the others poll the group's store meanwhile, where no collective's time-out runs."""
         store, key = _store(), f"privtrain/main-alone/{next(_stretches)}"
         if self.is_main:
             try:

@@ -82,7 +82,7 @@ class ArrivingShards(GradientShards):
         return ScatteredSum(total, self.layout, self._part_size, self.size, self._group, once=once)
 
     def _part_size(self, slot: Slot) -> int:
-        """Coordinates of the largest part: FSDP gives every rank equally many rows, the last ones fewer or none."""
+        """Return the largest part's coordinates: FSDP gives ranks equally many rows, the last ones fewer or none."""
         rows, *others = slot.whole_shape or (1,)
         return -(-rows // self.size) * math.prod(others)
 
@@ -204,7 +204,7 @@ class ScatteredSum:
 
     @contextlib.contextmanager
     def contribution(self, name: str) -> Iterator[torch.Tensor]:
-        """An int64 tensor of the tensor's own shape: what the block adds to it is added to the parts of all ranks."""
+        """Yield an int64 tensor of the tensor's own shape: what the block adds to it joins the parts of all ranks."""
         number = self._number[name]
         slot = self._layout.slots[number]
         self._order = (self._order * len(self._number) + number + 1) % _ORDERS
@@ -261,7 +261,7 @@ class ScatteredSum:
 
 
 def equal_part(num_coordinates: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """(first, count) of a rank's part of a tensor cut into equal parts, of which the last may be short or empty."""
+    """Return (first, count) of a rank's part of a tensor in equal parts, of which the last may be short or empty."""
     size = -(-num_coordinates // num_ranks)
     first = min(rank * size, num_coordinates)
     return first, min(size, num_coordinates - first)

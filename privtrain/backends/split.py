@@ -48,7 +48,7 @@ class SplitStep:
         return part[: self._stepped.num_coordinates]
 
     def publish(self) -> None:
-        """Every rank's part into the model of every rank."""
+        """Gather every rank's part into the model of every rank."""
         device = next(iter(self._layout.parameters.values())).device
         part = torch.zeros(self._size, dtype=torch.float32, device=device)
         for slot, parameter in zip(self._stepped.slots, self._stepped.parameters.values(), strict=True):

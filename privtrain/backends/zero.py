@@ -49,7 +49,7 @@ class ZeroSettings:
 
     @classmethod
     def from_launch(cls) -> ZeroSettings:
-        """From the accelerate config, or the DeepSpeed JSON file that it names.
+        """Read the accelerate config, or the DeepSpeed JSON file that it names.
 
         Raises:
             ConfigError: naming every setting that privtrain cannot honour.
@@ -104,7 +104,7 @@ class ZeroBackend(ShardedBackend):
 
     @override
     def load_base(self, source: BaseSource) -> torch.nn.Module:
-        """At stage 3 each module is cut as soon as it is made."""
+        """Load the base; at stage 3 each module is cut as soon as it is made."""
         if self.settings.stage < 3:
             return source.whole().to(self.device)  # pyright: ignore[reportArgumentType]
         import deepspeed
@@ -176,7 +176,7 @@ class ZeroBackend(ShardedBackend):
 
     @override
     def parameters_agree(self, model: torch.nn.Module) -> bool:
-        """Parts of stage 3 have no second copy to compare with."""
+        """Return true for parts of stage 3, which have no second copy; else compare."""
         has_parts = bool(self._weights) and self.settings.stage == 3
         return has_parts or super().parameters_agree(model)
 

@@ -83,7 +83,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The registered function: [1, heads, tokens, …] → [1, tokens, heads, …]."""
+    """Compute attention as transformers calls it: [1, heads, tokens, …] → [1, tokens, heads, …]."""
     spans = _current
     if spans is None:
         raise UnsupportedLayer("attention within records was called outside of a line; this is a bug, report it")
@@ -156,7 +156,7 @@ def refusal(model: Any) -> str:
 
 @contextlib.contextmanager
 def within_records(model: Any, line: Line) -> Iterator[None]:
-    """Within the block every pass over ``model`` is over ``line``, and attention runs within each of its records.
+    """Make every pass over ``model`` in the block one over ``line``, with attention within each of its records.
 
     For the forward pass and all backward passes over its graph, since gradient checkpointing attends once more.
 

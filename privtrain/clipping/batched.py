@@ -101,7 +101,7 @@ class UnitGradients:
         return frozenset(self._released)
 
     def add(self, name: str, gradient: Gradient) -> None:
-        """One more use of the tensor ``name``: contributions of all its uses are added before any norm is taken.
+        """Add one more use of the tensor ``name``: norms are taken when contributions of all its uses are there.
 
         Args:
             name: the tensor's slot.
@@ -179,7 +179,7 @@ class UnitGradients:
         return self.squares()
 
     def squares_and_doubts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same, and [tensors, units] which squared norms fp32 may have put off by too much, for :meth:`settle`."""
+        """Return :meth:`squares`, and [tensors, units] which fp32 may have put off too far: for :meth:`settle`."""
         self._measure_groups()
         for slot in self._layout.slots:
             if slot.name not in self._measured:
@@ -215,7 +215,7 @@ class UnitGradients:
                 self._dense[name] = group[:, i]
 
     def unit(self, index: int) -> dict[str, torch.Tensor]:
-        """The whole gradient of one unit, multiplied out: name → [*shape]. A tensor without a use is left out."""
+        """Return the whole gradient of one unit, multiplied out: name → [*shape]; unused tensors are left out."""
         parts = {slot.name: self.tensor_of_unit(slot, index) for slot in self._layout.slots}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -231,7 +231,7 @@ class UnitGradients:
         return result
 
     def add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:
-        """``total += Σ_u trunc(weight_u g_u)`` over what was kept; a unit of weight zero adds nothing, NaN or not.
+        """Add ``Σ_u trunc(weight_u g_u)`` of what was kept to ``total``; weight zero adds nothing, NaN or not.
 
         Args:
             total: the flat sum, int64.
@@ -246,7 +246,7 @@ class UnitGradients:
             self.add_kept(name, self._layout.view(total, slot), weights[number[name]])
 
     def add_kept(self, name: str, out: torch.Tensor, weights: torch.Tensor) -> None:
-        """The same for one tensor: ``out`` is its part of the sum, ``weights`` are [units]."""
+        """Add one kept tensor like :meth:`add_weighted`: ``out`` is its part of the sum, ``weights`` are [units]."""
         if name in self._dense:
             exact_sum.add_units(out, self._dense[name], weights)
         else:
@@ -255,7 +255,7 @@ class UnitGradients:
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_now(self, name: str, out: torch.Tensor, gradient: Gradient, weights: torch.Tensor) -> None:
-        """``out += Σ_u trunc(weight_u g_u)`` for one use that is not kept: of the same numbers whose norm was taken.
+        """Add ``Σ_u trunc(weight_u g_u)`` of one use that is not kept, of the same numbers whose norm was taken.
 
         What the norm was taken of multiplied out is multiplied out here too, in the same products and order: where the
         rows of a unit cancel, another order leaves another rest, which its factor would blow up beyond the norm.
@@ -274,14 +274,14 @@ class UnitGradients:
             self._note_added(name, units, _add_factors(out, own, weights[units]))
 
     def add_unit(self, out: torch.Tensor, gradient: Gradient, unit: int) -> None:
-        """``out += g_unit`` for one use that is not kept, in fp32."""
+        """Add ``g_unit`` of one use that is not kept, in fp32."""
         if self._is_dense(gradient):
             out.add_(self._dense_form(gradient)[self._firsts[unit]])
         else:
             add_multiplied(out, *self._cut(gradient, unit))
 
     def added_squares(self, squares: torch.Tensor) -> torch.Tensor | None:
-        """[slots, units] ``squares`` with those of the very products that were added; ``None`` if all are anyway."""
+        """Return [slots, units] ``squares`` of the very products that were added; ``None`` if all are anyway."""
         if not self._added:
             return None
         names = [slot.name for slot in self._layout.slots]
@@ -330,7 +330,7 @@ class UnitGradients:
         return torch.zeros_like(value).index_add_(0, self._first_of_row, value)
 
     def _of_units(self, by_row: torch.Tensor) -> torch.Tensor:
-        """[rows, …] of :meth:`_by_unit` → [units, …]."""
+        """Return [units, …], each unit's sum, from [rows, …] of :meth:`_by_unit`."""
         if len(self._singles) == self._num_units:
             return by_row[self.rows]
         return by_row.index_select(0, self._first_rows)
@@ -363,7 +363,7 @@ def _is_cheap(gradient: Outer) -> bool:
 def _add_factors(
     out: torch.Tensor, units: Sequence[tuple[list[Outer], list[Lookup]]], weights: torch.Tensor
 ) -> torch.Tensor:
-    """``out += Σ_u trunc(weight_u g_u)``, block by block, so that a block of the sum is in the cache for all units.
+    """Add ``Σ_u trunc(weight_u g_u)`` to ``out`` block by block, so that a block stays in the cache for all units.
 
     Returns:
         [units] float64 ‖trunc(weight_u g_u)‖² / weight_u², of the very integers that were added.
@@ -392,7 +392,7 @@ def _add_factors(
 
 
 def _aligned(num_units: int, size: int, device: torch.device) -> torch.Tensor:
-    """[num_units, size or more] float32, in which each unit's part is aligned as an allocation of its own."""
+    """Return [num_units, size or more] float32, in which each unit's part is aligned as an allocation of its own."""
     return torch.empty(num_units, -(-size // _ALIGNED) * _ALIGNED, dtype=torch.float32, device=device)
 
 

@@ -64,7 +64,7 @@ class _Capture(torch.autograd.Function):
 
 @contextlib.contextmanager
 def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], num_rows: int) -> Iterator[Calls]:
-    """Within the block, every backward pass feeds the result's ``sink`` and leaves no gradient on ``parameters``.
+    """Feed the result's ``sink`` by every backward pass in the block, and leave no gradient on ``parameters``.
 
     The block is one forward pass and one or more backward passes over its graph; the caller clears the result's
     ``is_forward`` in between, since gradient checkpointing calls modules once more during a backward pass.

@@ -101,7 +101,7 @@ class Measured:
     uncancelled: torch.Tensor
 
     def is_finite(self, losses: Sequence[float]) -> bool:
-        """Whether every gradient and these ``losses`` are: what is not makes its layer's gradient so, at 0 · NaN."""
+        """Return whether all gradients and these ``losses`` are; an infinite one makes its layer's gradient NaN."""
         return all(map(math.isfinite, losses)) and bool(np.isfinite(self.squares.numpy()).all())
 
 
@@ -316,7 +316,7 @@ class PerUnitClipper:
     # The batched and the two-pass route.
 
     def _accumulate_batch(self, batch: Microbatch) -> bool:
-        """Add a whole microbatch; false, and nothing added, if only one unit at a time turned out to be exact."""
+        """Add a whole microbatch, or nothing and return false: only one unit at a time turned out to be exact."""
         rows: list[int] = batch.owner.numpy().tolist()
         owner = [i for i in rows if i >= 0]
         if owner != sorted(owner) or any(i < 0 for i in rows[: len(owner)]):
@@ -399,7 +399,7 @@ class PerUnitClipper:
         self._go_one_unit(failure, reason, is_possible=True)
 
     def _go_one_unit(self, failure: Exception, reason: str, *, is_possible: bool) -> None:
-        """Take the route ``one_unit``, or raise ``failure`` with the way out where that is not left open."""
+        """Take the route ``one_unit``, or raise ``failure`` with a way out where the configuration does not allow."""
         if self.route != "auto" or self._is_settled or not is_possible:
             raise UnsupportedLayer(
                 f"clipping route {self.route!r} does not work on this model: {reason}. Set performance.clipping_route: "
@@ -408,7 +408,7 @@ class PerUnitClipper:
         self.route, self.fallback_reason = "one_unit", reason
 
     def _refuse_hidden_uses(self, batch: Microbatch) -> None:
-        """Once: a tensor that no hook saw must have no gradient, or a kernel that reads the weight itself hides it.
+        """Raise, once, if a tensor that no hook saw has a gradient: a kernel that reads the weight itself hides it.
 
         On the first microbatch, whatever is in it: under a sharded base every rank must run the same passes.
         """
@@ -479,7 +479,7 @@ class PerUnitClipper:
                 self._add_unit(batch, index, gradient)
 
     def _cancelled(self, squares: torch.Tensor, uncancelled: torch.Tensor) -> set[int]:
-        """Units to multiply out at once: whose tokens cancel, or may leave fp32's range on the way to their sum."""
+        """Return units to multiply out at once: their tokens cancel, or may leave fp32's range as they are added."""
         huge = (uncancelled > _LARGEST_LENGTH**2) & torch.isfinite(squares)
         if self._style != "per_layer":
             squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
@@ -487,7 +487,7 @@ class PerUnitClipper:
         return set(np.flatnonzero((cancelled | huge.any(dim=0)).numpy()).tolist())
 
     def _longer(self, gradients: UnitGradients, squares: torch.Tensor, together: torch.Tensor) -> list[int]:
-        """Units that were added longer than they were measured: fp32 products of many tokens may be biased so far."""
+        """Return units added longer than they were measured: fp32 products of many tokens may be biased so far."""
         added = gradients.added_squares(squares)
         if added is None:
             return []
@@ -631,7 +631,7 @@ def _owners(model: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, nn.Modul
 
 
 def _checkpointing(model: nn.Module) -> str | None:
-    """``"reentrant"``, ``"non_reentrant"`` or ``None``: how transformers checkpoints the model's layers."""
+    """Return how transformers checkpoints the model's layers: ``"reentrant"``, ``"non_reentrant"`` or ``None``."""
     kinds = {
         getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
         for module in model.modules()

@@ -62,7 +62,7 @@ class GradientShards(Protocol):
     repeats_backward: bool
 
     def collecting(self, sink: Sink) -> contextlib.AbstractContextManager[None]:
-        """Within the block each rank of the group runs one backward pass; ``sink`` gets its part of their SUM."""
+        """Run one backward pass on each rank in the block; ``sink`` gets this rank's part of their SUM."""
         ...
 
     def let_go_of_whole_weights(self) -> None:
@@ -87,7 +87,7 @@ class SumOfParts(Protocol):
     """An int64 sum in parts, to which every rank of a shard group contributes whole tensors in the same order."""
 
     def contribution(self, name: str) -> contextlib.AbstractContextManager[torch.Tensor]:
-        """Within the block, an int64 tensor of the tensor's own shape: what is added to it joins the sum."""
+        """Yield an int64 tensor of the tensor's own shape: what the block adds to it joins the sum."""
         ...
 
     def reset(self) -> None:
@@ -125,7 +125,7 @@ class _Rows:
         return cls(torch.cat(ids), torch.cat(mask), torch.cat(weight))
 
     def share_of(self, rank: int, size: int) -> tuple[_Rows, bool]:
-        """One rank's rows, and whether it has any; else the last with weight zero, since all ranks must take part."""
+        """Return a rank's rows and whether it has any, else the last at weight zero, since all ranks must take part."""
         mine = list(range(rank, len(self), size))
         has_rows = bool(mine)
         mine = mine or [len(self) - 1]
@@ -256,7 +256,7 @@ class CooperativeClipper:
             self._gradient = None
 
     def _add_in_two_passes(self, owner: int, rows: _Rows) -> None:
-        """Norms first, then the scaled parts straight into the total. Dropout is the same: it is drawn once more."""
+        """Take norms, then add the scaled parts straight to the total; dropout is drawn once more, the same."""
         first, measure = self._measuring()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -294,7 +294,7 @@ class CooperativeClipper:
         return squares, measure
 
     def _run(self, rows: _Rows, sink: Sink, *, counts_loss: bool = True) -> None:
-        """One forward and backward pass of this rank over its share of the rows."""
+        """Run one forward and backward pass of this rank over its share of the rows."""
         mine, has_rows = rows.share_of(self._shards.rank, self._shards.size)
         with self._shards.collecting(sink):
             loss = (self._row_losses(mine.input_ids, mine.target_mask) * mine.row_weight).sum()
@@ -303,7 +303,7 @@ class CooperativeClipper:
             self._loss += float(loss.detach())
 
     def _weights(self, squares: torch.Tensor, owner: int) -> tuple[list[float] | None, torch.Tensor]:
-        """What scales each slot, or ``None`` where the unit counts as zero; and its norms by group. Counts the unit."""
+        """Count the unit; return each slot's scale (``None`` where the unit counts as zero) and its norms by group."""
         parts = torch.cat([squares, squares.new_tensor([[self._loss]])])
         self._shards.sum_over_group(parts)
         squares = parts[:-1]

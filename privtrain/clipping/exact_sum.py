@@ -49,7 +49,7 @@ def on_grid(factors: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> None:
-    """``total += Σ_u trunc(weight_u · gradient_u)``, exactly; a unit of weight zero adds nothing, NaN or not.
+    """Add ``Σ_u trunc(weight_u · gradient_u)`` to ``total``, exactly; weight zero adds nothing, NaN or not.
 
     Args:
         total: int64, contiguous.
@@ -67,7 +67,7 @@ def add_units(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tenso
 
 
 def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights: torch.Tensor) -> None:
-    """As :func:`add_units`, for tensors of one shape together.
+    """Add units as :func:`add_units` does, for tensors of one shape together.
 
     Args:
         totals: each int64, contiguous.
@@ -94,7 +94,7 @@ def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights:
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """As :func:`add_units`, none of weight zero; overwrites ``gradients``.
+    """Add units as :func:`add_units` does, none of weight zero; overwrites ``gradients``.
 
     Returns:
         [units] float64: the squared norm of each contribution, in grid steps.
@@ -133,14 +133,14 @@ def _pieces(total: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.T
 
 
 def _add(total: torch.Tensor, contributions: torch.Tensor) -> None:
-    """``total`` += the sum of at most 2**11 contributions: below 2**53, where float64 adds integers exactly."""
+    """Add at most 2**11 contributions to ``total``: their sum is below 2**53, where float64 adds integers exactly."""
     assert total.dtype == torch.int64
     whole = contributions[0] if len(contributions) == 1 else contributions.sum(dim=0, dtype=torch.float64)
     total.add_(whole.to(torch.int64))
 
 
 def add_unit(total: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
-    """The same for one unit: ``total += trunc(weight · gradient)``."""
+    """Add one unit: ``total += trunc(weight · gradient)``."""
     add_units(total, gradient[None], torch.tensor([weight]))
 
 

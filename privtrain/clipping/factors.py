@@ -54,7 +54,7 @@ class Lookup:
 
 @contextlib.contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32, no bf16 inside fp32 products, whatever the job has switched on elsewhere."""
+    """Switch off autocast, TF32 and bf16 inside fp32 products, whatever the job has switched on elsewhere."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -107,7 +107,7 @@ def squared_norms(values: torch.Tensor) -> torch.Tensor:
 
 
 def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
-    """[rows, tensors, …] → [rows, tensors] squared norms in float64, of small tensors."""
+    """Return [rows, tensors] squared norms in float64 of small tensors [rows, tensors, …]."""
     numbers = _CPU_BLOCK if group.device.type == "cpu" else _LARGEST_BLOCK
     parts = group.flatten(2).split(max(1, numbers // max(1, group[:, 0].numel())), dim=1)
     squares = [torch.linalg.vector_norm(part, dim=2, dtype=torch.float64).square() for part in parts]
@@ -117,7 +117,7 @@ def grouped_squared_norms(group: torch.Tensor) -> torch.Tensor:
 def squared_norms_of(
     outers: Sequence[Outer], lookups: Sequence[Lookup], grams: GramCache
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Squared norm of each unit's gradient of one tensor, what it could be without cancellation, and what is doubtful.
+    """Return squared norms of one tensor by unit, what they could be without cancellation, and which are doubtful.
 
     The entries of the Gram matrices L = (⟨l_t, l_s⟩) and R = (⟨r_t, r_s⟩) are fp32 products. If rounding puts
     L_ts off by at most 2⁻²⁴ (64 |L_ts| + ‖l_t‖‖l_s‖), and R_ts likewise, then S = Σ_ts L_ts R_ts is off by at most
@@ -166,7 +166,7 @@ def _joined(outers: Sequence[Outer]) -> Outer:
 
 
 def _outer_squares(outer: Outer, grams: GramCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, for each unit."""
+    """Return S, Σ_t ‖l_t‖‖r_t‖, E and whether E can be believed, for each unit."""
     left, right = grams.gram(outer.left), grams.gram(outer.right)
     norms_left, norms_right = (g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().to(g.dtype) for g in (left, right))
     product = left * right
@@ -193,7 +193,7 @@ def _outer_squares_float64(outer: Outer) -> torch.Tensor:
 
 
 def _gram_float64(tokens: torch.Tensor) -> torch.Tensor:
-    """In pieces: a vocabulary's width in float64 at once would be the largest tensor of the step."""
+    """Return the Gram matrix by pieces: a vocabulary's width in float64 would be the largest tensor of the step."""
     gram = torch.zeros(*tokens.shape[:2], tokens.shape[1], dtype=torch.float64, device=tokens.device)
     for piece in tokens.split(_BLOCK, dim=2):
         wide = piece.double()
@@ -202,7 +202,7 @@ def _gram_float64(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _lookup_squares(outers: Sequence[Outer], lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What uses as an embedding add to the square, cross terms with the linear uses included, and to the length."""
+    """Return what uses as an embedding add to the square (cross terms with linear uses included) and to the length."""
     if not lookups:
         zero = torch.zeros(len(outers[0].left), dtype=torch.float64, device=outers[0].left.device)
         return zero, zero
@@ -292,7 +292,7 @@ def summed_lookups(lookups: Sequence[Lookup]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def add_multiplied(out: torch.Tensor, outers: Sequence[Outer], lookups: Sequence[Lookup]) -> None:
-    """``out += `` one unit's gradient, in fp32."""
+    """Add one unit's gradient to ``out``, in fp32."""
     if outers:
         product = Product(outers, lookups)
         for rows in product.blocks:

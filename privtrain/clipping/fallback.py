@@ -73,7 +73,7 @@ def cause(
 
 
 def in_words(error: Exception) -> str:
-    """Type and first line of an error."""
+    """Return type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 

@@ -57,7 +57,7 @@ class Slots:
             self._is_empty = is_empty.to(device, non_blocking=True)
 
     def rows(self, tokens: torch.Tensor, *, is_zero_beyond: bool) -> torch.Tensor:
-        """[1, tokens, …] → [slots, tokens of a slot, …].
+        """Put each unit's tokens into a row: [1, tokens, …] → [slots, tokens of a slot, …].
 
         Args:
             tokens: what a layer saw or got back.
@@ -187,7 +187,7 @@ class LineClipper(PerUnitClipper):
                 self._add_line(line.alone(index), is_alone=True)
 
     def _add_line(self, line: Line, *, is_alone: bool = False) -> bool:
-        """Add the units of a line; false, and nothing added, if something in it is not finite."""
+        """Add the units of a line, or nothing and return false: something in it is not finite."""
         gradients = UnitGradients(self.layout, [1] * len(line.owners), self._device)
         names = {module: name for name, module in self._modules.items()}
         # As many units as there may be, not as there are: what is let go for want of memory is multiplied another way.

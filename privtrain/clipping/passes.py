@@ -84,7 +84,7 @@ class Passes:
         self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
 
     def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Forward and first backward pass.
+        """Run the forward and the first backward pass.
 
         Args:
             calls: of the block that captures them.
@@ -132,7 +132,7 @@ class Passes:
             self.again(calls, lambda _slot, _gradient: None, everyone)
 
     def again(self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor) -> None:
-        """One more pass over the graph, which hands ``add`` the gradient of every tensor that was let go.
+        """Run one more pass over the graph, which hands ``add`` the gradient of every tensor that was let go.
 
         Args:
             calls: of the block that captures them.
@@ -199,7 +199,7 @@ class Passes:
                 self._let_go.add(module)
 
     def _neck(self, calls: Calls, losses: torch.Tensor) -> torch.Tensor | None:
-        """The input of the last module (the head), if it is kept and every path from the losses leads through it."""
+        """Return the input of the head (last module), if it is kept and every path from the losses leads through it."""
         if calls.last is None:
             return None
         module, neck = calls.last
@@ -237,7 +237,7 @@ class Passes:
         return self._rules[module](module, activation, output_gradient)
 
     def _sums(self, *values: torch.Tensor) -> torch.Tensor:
-        """[values, rows of units]: equal in two passes whose values are; others are unlikely to have equal sums."""
+        """Return [values, rows of units] sums: equal in two passes whose values are; others are hardly ever equal."""
         return finite(torch.stack([sums_by_row(value) for value in values])[:, self.gradients.rows])
 
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
@@ -272,7 +272,7 @@ def slots_of(module: nn.Module, slot_of: Mapping[int, Slot]) -> dict[str, Slot]:
 
 
 def sums_by_row(value: torch.Tensor) -> torch.Tensor:
-    """[rows, …] → [rows] sums in fp32."""
+    """Return [rows] fp32 sums of [rows, …]."""
     return value.flatten(1).sum(dim=1, dtype=torch.float32)
 
 

@@ -25,7 +25,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Within the block numbers are drawn from this state on; afterwards as if the block had not been."""
+        """Draw numbers from this state on within the block; afterwards go on as if the block had not been."""
         with torch.random.fork_rng(devices=[self.device] if self.cuda is not None else []):
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:

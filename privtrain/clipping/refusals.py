@@ -96,7 +96,7 @@ def refuse_rescaled_positions(model: nn.Module, width: int) -> None:
 
 
 def _rescaling(module: nn.Module) -> tuple[str, float]:
-    """Rope type and original context of a module that rescales positions by the longest row; else no limit."""
+    """Return rope type and original context of a module that rescales positions by the longest row; else no limit."""
     kind = getattr(module, "rope_type", None)
     kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
     changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
@@ -115,7 +115,7 @@ def has_experts(config: Any) -> bool:
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
-    """The model's configuration, that of the text model within it, and those of parts of that."""
+    """Yield the model's configuration, that of the text model within it, and those of parts of that."""
     config = getattr(model, "config", None)
     if config is None or isinstance(config, dict):
         return

@@ -83,7 +83,7 @@ def rule_for(name: str, module: nn.Module) -> Rule:
 
 
 def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Y = x Wᵀ + b: ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t."""
+    """Apply ∂W = Σ_t g_t x_tᵀ, ∂b = Σ_t g_t, from y = x Wᵀ + b."""
     left, right = _by_token(output_gradient), _by_token(activation)
     gradients: dict[str, Gradient] = {"weight": Outer(left, right)}
     if module.bias is not None:
@@ -92,13 +92,13 @@ def linear(module: nn.Module, activation: torch.Tensor, output_gradient: torch.T
 
 
 def conv1d(_module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """GPT-2's Conv1D, Y = x W + b: a linear layer with its weight transposed."""
+    """Treat GPT-2's Conv1D, y = x W + b, as a linear layer with its weight transposed."""
     left, right = _by_token(activation), _by_token(output_gradient)
     return {"weight": Outer(left, right), "bias": right.float().sum(dim=1)}
 
 
 def embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Y = W[ids]: ∂W[v] = Σ_{t: id_t = v} g_t; none for ``padding_idx``, as in PyTorch. Never one-hot."""
+    """Apply ∂W[v] = Σ_{t: id_t = v} g_t, from y = W[ids]; none for ``padding_idx``, as in PyTorch. Never one-hot."""
     values = _by_token(output_gradient)
     ids = ids.reshape(values.shape[:2])
     if module.padding_idx is not None:
@@ -107,14 +107,14 @@ def embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tenso
 
 
 def scaled_embedding(module: nn.Module, ids: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Gemma's embedding: the looked-up row times a constant."""
+    """Treat Gemma's embedding as the looked-up row times a constant."""
     scale = module.embed_scale
     assert isinstance(scale, torch.Tensor)
     return embedding(module, ids, output_gradient * scale.to(output_gradient.dtype))
 
 
 def layer_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Y = x̂ ∘ w + b over the last dimensions: ∂w = Σ_t g_t ∘ x̂_t, ∂b = Σ_t g_t."""
+    """Apply ∂w = Σ_t g_t ∘ x̂_t, ∂b = Σ_t g_t, from y = x̂ ∘ w + b over the last dimensions."""
     shape: tuple[int, ...] = module.normalized_shape  # pyright: ignore[reportAssignmentType]
     eps: float = module.eps  # pyright: ignore[reportAssignmentType]
     gradient = output_gradient.float()
@@ -128,7 +128,7 @@ def layer_norm(module: nn.Module, activation: torch.Tensor, output_gradient: tor
 
 
 def rms_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, Gradient]:
-    """Y = x / rms(x) ∘ (w + constant): ∂w = Σ_t g_t ∘ x_t / rms(x_t). Gemma's constant is 1 and changes nothing.
+    """Apply ∂w = Σ_t g_t ∘ x_t / rms(x_t), from y = x / rms(x) ∘ (w + constant); Gemma's constant 1 changes nothing.
 
     The sum runs over all dimensions but the first and the last: query and key norms see heads there too.
     """
@@ -140,7 +140,7 @@ def rms_norm(module: nn.Module, activation: torch.Tensor, output_gradient: torch
 
 
 def _by_token(value: torch.Tensor) -> torch.Tensor:
-    """[rows, features] or [rows, …, features] → [rows, tokens, features]."""
+    """Flatten to [rows, tokens, features], from [rows, features] or [rows, …, features]."""
     return value[:, None] if value.dim() == 2 else value.flatten(1, -2)
 
 

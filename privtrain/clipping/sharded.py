@@ -158,7 +158,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _budget(self, model: nn.Module) -> float:
-        """All or nothing: on every rank the same, whatever the width of its rows."""
+        """Return 0 (two passes) or infinity: every rank decides the same, whatever the width of its rows."""
         is_large = any(len(slot.shape) > 1 for slot in self.layout.slots)
         is_auto = self.route == "auto" and self._checkpointing == "non_reentrant" and is_large
         return 0.0 if self.route == "two_pass" or is_auto else math.inf
@@ -186,7 +186,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _refuse_hidden_uses(self, batch: Microbatch) -> None:
-        """Once: every tensor must be seen by a hook. Which have a gradient all the same, autograd cannot tell here."""
+        """Raise, once, unless hooks see every tensor: which have a gradient all the same, autograd cannot tell here."""
         if self._saw_every_use:
             return
         devices = [self._device] if self._device.type == "cuda" else []
@@ -213,7 +213,7 @@ class ShardedClipper(PerUnitClipper):
         self._joint.accumulate(batch)
 
     def _is_everywhere(self, batch: Microbatch) -> bool:
-        """Whether all ranks of the shard group have this microbatch."""
+        """Return whether all ranks of the shard group have this microbatch."""
         sha = hashlib.sha256(repr(batch.owners).encode())
         for value in (batch.input_ids, batch.target_mask, batch.row_weight, batch.owner):
             sha.update(value.cpu().numpy().tobytes())

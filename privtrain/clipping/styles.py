@@ -83,7 +83,7 @@ def batch_factor(norm_of_mean: float, clipping_norm: float) -> float:
 
 
 def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
-    """How far each unit is within the clipping norm: 1 well below it, 0 well above, for adaptive clipping's count.
+    """Return how far units are within the clipping norm, 1 well below it to 0, for adaptive clipping's count.
 
     Steps down over a narrow band around C instead of at C: a unit at exactly C, whose norm is rounded one way or the
     other by who else is in the step, would otherwise move the count although nobody added or removed it.
@@ -100,7 +100,7 @@ def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
 
 
 def summed(squares: torch.Tensor) -> torch.Tensor:
-    """[1, units] sums over slots, one after another: torch would add up a column in an order that its place decides.
+    """Return [1, units] sums over slots, added one after another: the order of torch depends on a column's place.
 
     Args:
         squares: [slots, units] on the CPU.
@@ -109,7 +109,7 @@ def summed(squares: torch.Tensor) -> torch.Tensor:
 
 
 def group_norms(squares: torch.Tensor, group_of_slot: Sequence[int]) -> torch.Tensor:
-    """[groups, units] norms from [slots, units] squared norms."""
+    """Return [groups, units] norms from [slots, units] squared norms."""
     index = torch.tensor(group_of_slot, device=squares.device)
     sums = torch.zeros(max(group_of_slot) + 1, squares.shape[1], dtype=squares.dtype, device=squares.device)
     return sums.index_add_(0, index, squares).sqrt()

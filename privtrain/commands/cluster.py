@@ -103,7 +103,7 @@ class Cluster:
         return num_bytes / (self.gpu.memory_bandwidth * self.utilisation.memory)
 
     def collect(self, num_bytes: float) -> float:
-        """Seconds in which every rank sends and receives all of a vector but its own part, as ring collectives do.
+        """Return seconds in which each rank sends and receives all of a vector but its own part, as a ring does.
 
         That is one all-gather or one reduce-scatter; an all-reduce is two. The slowest link counts.
         """

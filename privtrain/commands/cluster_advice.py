@@ -116,7 +116,7 @@ def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]
 
 
 def print_cluster(console: Console, d: dict[str, Any]) -> None:
-    """The predicted step as a table, and the settings that would shorten it."""
+    """Print the predicted step as a table, and the settings that would shorten it."""
     table = Table(f"predicted step on {d['cluster']}", "seconds", "of plain training")
     plain = d["predicted_plain_parts_seconds"]
     for part, seconds in d["predicted_parts_seconds"].items():

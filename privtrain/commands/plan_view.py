@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 def print_plan(description: dict[str, Any]) -> None:
-    """The description as tables with a small picture of ε over the run."""
+    """Print the description as tables with a small picture of ε over the run."""
     console = Console(highlight=False)
     console.print(_plan_table(description))
     _print_spending(console, description)
@@ -129,7 +129,7 @@ def _price_table(prices: list[dict[str, Any]]) -> Table:
 
 
 def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
-    """The best plan for each number of steps, what to change for the best of all, and what that rests on."""
+    """Print the best plan by number of steps, what to change for the best of all, and what that rests on."""
     columns = "", "steps", "batch", "records", "bands", "noise multiplier", "noise of the run", "gain", "learning rate"
     caption = f"{optimum['record_draws']:,.0f} records in all; gain: predicted fall of the loss, relative to the best"
     table = Table(*columns, title="the same ε and compute", caption=caption)

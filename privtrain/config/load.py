@@ -178,7 +178,7 @@ def _key_of(place: strict_yaml.Path) -> str:
 
 
 def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
-    """The configuration; or faults of single keys, and conflicts. A number is a number: no boolean, no text instead."""
+    """Return the configuration; or faults of single keys, and conflicts. Numbers are strict: no boolean, no text."""
     try:
         # Strict by JSON's rules: paths are texts and pairs are lists there.
         return Config.model_validate_json(json.dumps(_plain(tree), default=str), strict=True), [], []

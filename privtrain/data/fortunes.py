@@ -72,6 +72,6 @@ def _author(attribution: str) -> str:
 
 
 def _letter(pair: re.Match[str]) -> str:
-    """Of two characters printed over each other, the letter: the other is its accent or underlines it."""
+    """Return, of two characters printed over each other, the letter: the other is its accent or underlines it."""
     first, second = pair.groups()
     return first if first.isalnum() and not second.isalnum() else second

@@ -89,7 +89,7 @@ def customer_records(
     max_records: int = 200,
     repeat_prob: float = 0.0,
 ) -> Iterator[CustomerRecord]:
-    """Messages of ``num_users`` customers, customer by customer.
+    """Return messages of ``num_users`` customers, customer by customer.
 
     Args:
         num_users: customers; each writes at least one message.

@@ -158,7 +158,7 @@ class Packer:
             yield dataclasses.replace(batch, owners=owners, is_joint=True)
 
     def _runs(self, members: Sequence[int], num_rows: Sequence[int]) -> list[list[_Run]]:
-        """Microbatches of one width: a unit longer than one fills whole ones and begins the next with what is left.
+        """Yield microbatches of one width: a long unit fills whole ones and begins the next with what is left.
 
         Units that fit go where the least room is left, the longest first, so that little of it is wasted.
         """

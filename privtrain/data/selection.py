@@ -71,7 +71,7 @@ class Selection:
         return dataclasses.replace(split, training=UserIndices(chosen))
 
     def of_user(self, user: str, indices: Sequence[int], texts: Sequence[str], losses: Losses) -> tuple[int, ...]:
-        """At most k of ``indices``, in increasing order. Of two records that rank alike the earlier is taken.
+        """Return at most k of ``indices``, in increasing order. Of two records that rank alike the earlier is taken.
 
         Args:
             user: the user's id.

@@ -51,7 +51,7 @@ class UnitsOnDisk(UnitData):
         return digest.hexdigest()
 
     def _place(self, unit: int, number: int) -> tuple[str, int]:
-        """User and index of a unit's record."""
+        """Return user and record index of a unit's record ``number``."""
         if self.unit == "user":
             return self.names[unit], self.training.at(unit)[number]
         place, index = self.training.owner(unit)

@@ -38,12 +38,12 @@ def _write_atomically(path: pathlib.Path, parts: Iterable[bytes], mode: int) -> 
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], mode: int = 0o644) -> None:
-    """:func:`write_atomically` for readable JSON, piece by piece: a manifest names every user."""
+    """Write readable JSON by :func:`write_atomically`, piece by piece: a manifest names every user."""
     _write_atomically(path, json_pieces(value), mode)
 
 
 def json_pieces(value: Mapping[str, Any]) -> Iterator[bytes]:
-    """The one form in which :func:`write_json` writes."""
+    """Return the one form in which :func:`write_json` writes."""
     encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
     return (piece.encode("utf-8") for piece in itertools.chain(encoder.iterencode(value), ["\n"]))
 

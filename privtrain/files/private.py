@@ -75,7 +75,7 @@ def check_private_directory(path: pathlib.Path) -> None:
 
 
 def check_private_tree(path: pathlib.Path) -> list[pathlib.Path]:
-    """:func:`check_private_directory`, and that nothing below is a link, another user's, or neither file nor directory.
+    """Check a private directory, and that nothing below is a link, another user's, or neither file nor directory.
 
     Returns:
         Files and directories that were open to others behind the closed directory, which nobody else could reach; they

@@ -151,7 +151,7 @@ def parse_json(content: bytes, path: pathlib.Path, *, line: int | None = None, r
 def read_json_lines(
     path: pathlib.Path, *, remedy: str = "", max_bytes: int = MAX_BYTES, may_have_mark: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with one JSON object a line, each with its line's number from 1; empty lines are skipped.
+    """Yield the objects of a file of JSON lines, each with its line's number from 1; empty lines are skipped.
 
     Args:
         path: the file.

@@ -42,7 +42,7 @@ def check_contributed(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> N
 
 
 def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[str]) -> dict[str, str]:
-    """Pseudonym of a unit → its user, for the units that are wanted: nobody else is kept, however many there are."""
+    """Return pseudonym → user of the wanted units: nobody else is kept, however many there are."""
     key = run.load_key("pseudonym")
     owner = {}
     for user, texts in corpus.records.items():
@@ -55,7 +55,7 @@ def _owners(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan, wanted: Set[st
 
 
 def contributions_of(run: RunDirectory, corpus: Corpus, plan: PrivacyPlan) -> dict[str, tuple[int, int]]:
-    """User → (steps, records), of every user that the run's ledger charged; each of a user's units counts its steps."""
+    """Return user → (steps, records) of every user that the ledger charged; each of a user's units counts its steps."""
     steps: Counter[str] = Counter()
     records: Counter[str] = Counter()
     for name, num_records in charged_units(run.ledger, verify_chain(run.ledger)):

@@ -76,7 +76,7 @@ def _evidence(state: LedgerState) -> LedgerEvidence:
 
 
 def _check_owner(run: RunDirectory, state: LedgerState, fingerprint: str) -> None:
-    """A ledger of another run has another key; one of another plan or other data says so in its first record."""
+    """Raise unless key, plan and data in the ledger's first record are the run's own."""
     if not state.num_records:
         return
     key = run.load_key("pseudonym")
@@ -85,7 +85,7 @@ def _check_owner(run: RunDirectory, state: LedgerState, fingerprint: str) -> Non
 
 
 def _check_split(run: RunDirectory, state: LedgerState) -> None:
-    """The manifest says which of the ledger's users are invented, so it must be the one that training began with."""
+    """Raise unless the manifest, which says who is invented, is the one that training began with."""
     if not state.split:
         return
     if not run.manifest.exists():

@@ -130,7 +130,7 @@ def _move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def complete_release(run: RunDirectory) -> bool:
-    """Complete a release that a crash interrupted after it was recorded; whether there was one.
+    """Complete a release that a crash interrupted after it was recorded; return whether there was one.
 
     Raises:
         LedgerCorrupt: if the ledger does not verify.

@@ -259,7 +259,7 @@ class BudgetReservation:
             )
 
     def refund_if_unstarted(self) -> None:
-        """After a failure: a run that provably never began a step costs nothing. Any other keeps its reservation."""
+        """Refund a failed run that provably never began a step; any other keeps its reservation."""
         if self._reservation is None:
             return
         # The failure itself is what is reported; a reservation that cannot be given back stays and expires.

@@ -378,7 +378,7 @@ def _loop(inputs: Inputs, trainer: Trainer, network: Network, session: Session, 
 
 
 def _begin_generation(inputs: Inputs, trainer: Trainer, session: Session, step: int) -> Session:
-    """After a replay that diverged. The steps replayed before it stand, and a crash must not lose them."""
+    """Continue after a replay that diverged. The steps replayed before it stand, and a crash must not lose them."""
     if step > session.continuation.start_step:
         _save_checkpoint(inputs, trainer, step)
     session = new_generation(inputs, trainer.backend, trainer.ledger, session, step)

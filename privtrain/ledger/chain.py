@@ -149,7 +149,7 @@ class LedgerState:
         return sum(body.num_units for body in self.bodies())
 
     def bodies(self) -> Iterator[Body]:
-        """The bodies of all steps charged, in order."""
+        """Return the bodies of all steps charged, in order."""
         for segment in self.segments:
             yield from segment.bodies
         yield from self.open_bodies

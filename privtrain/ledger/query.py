@@ -79,7 +79,7 @@ class Contributions:
         return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
 
     def steps(self) -> dict[tuple[int, int], Row]:
-        """(generation, step) → users, records, most records of one user, and users who counted as zero."""
+        """Return (generation, step) → users, records, most records of one user, and users who counted as zero."""
         rows = self._rows(
             "SELECT generation, step, count(*) AS num_units, sum(records)::BIGINT AS num_records, "
             "max(records) AS max_records, count(*) FILTER (zeroed) AS num_zeroed "
@@ -243,7 +243,7 @@ def _statistics(state: LedgerState, spread: list[Row], totals: Row, cap: int | N
 
 
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
-    """Quantiles of values that occur ``weights`` times: the smallest value with at least that share at or below."""
+    """Return quantiles of values that occur ``weights`` times: the smallest value with that share at or below."""
     shares = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
     if not len(values):
         return {}
@@ -252,7 +252,7 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, int]:
 
 
 def _gini(values: np.ndarray, weights: np.ndarray) -> float:
-    """Gini coefficient of values that occur ``weights`` times, by trapezia under the Lorenz curve."""
+    """Return the Gini coefficient of values that occur ``weights`` times, by trapezia under the Lorenz curve."""
     total = float((values * weights).sum())
     if total == 0:
         return 0.0

@@ -30,7 +30,7 @@ _NUM_TRIED = 5
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[tokens, vocabulary], [tokens] → [tokens] fp32: -log p(target), each of its own logits alone."""
+    """Return [tokens] fp32 -log p(target), each of its own row of [tokens, vocabulary] logits alone."""
     return _OfLogits.apply(logits, targets)  # pyright: ignore[reportReturnType]
 
 
@@ -77,7 +77,7 @@ class FrozenHead:
                 module.training = mode
 
     def losses(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """[tokens] fp32 -log p(target) of the tokens of a line.
+        """Return [tokens] fp32 -log p(target) of the tokens of a line.
 
         Args:
             targets: [tokens]; the token that each is to predict.

@@ -161,7 +161,7 @@ def switch_cache_off(base: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def saved_as_loaded(model: Any) -> Iterator[None]:
-    """While it lasts, the model's config is as it was loaded, so that a released config serves as the base's does."""
+    """Restore the config as it was loaded within the block, so that a released config serves as the base's does."""
     if not hasattr(model, "privtrain_use_cache"):
         yield
         return

@@ -150,13 +150,13 @@ def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Te
 
 
 def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of each row's predicted tokens: [rows], fp32, no term of another row."""
+    """Return [rows] fp32 sums of the negative log-likelihoods of predicted tokens, no term of another row."""
     log_probs = token_log_probs(model, input_ids)
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
 
 
 def token_losses(model: torch.nn.Module, line: Line, head: FrozenHead | None = None) -> torch.Tensor:
-    """Negative log-likelihood of each predicted token of a line: [1, tokens], fp32, no term of another record."""
+    """Return [1, tokens] fp32 negative log-likelihoods of a line's predicted tokens, no term of another record."""
     # For all tokens, the last for nothing: a slice of the logits would copy them.
     targets = line.input_ids[0].roll(-1)
     if head is None:

@@ -85,7 +85,7 @@ class ModelSize:
 
 
 def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> ModelSize:
-    """Trained parameters, and device memory of one rank by part.
+    """Return trained parameters, and device memory of one rank by part.
 
     Args:
         config: a valid configuration; the model's own config must be at hand, its weights need not.
@@ -161,7 +161,7 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
-    """Bytes that one microbatch's forward pass keeps for the backward pass, and what logits and their gradient take."""
+    """Return bytes that a microbatch's forward pass keeps, and those of logits and their gradient."""
     import torch
 
     from privtrain.models.head_loss import CHUNK

@@ -92,7 +92,7 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
 
 
 def save_weights(model: Any, directory: pathlib.Path) -> None:
-    """``save_pretrained``, with a config that serves as the base's does."""
+    """Save by ``save_pretrained``, with a config that serves as the base's does."""
     with saved_as_loaded(model):
         model.save_pretrained(str(directory))
 

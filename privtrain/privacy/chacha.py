@@ -48,7 +48,7 @@ def blocks(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
 
 
 def _round(rows: list[torch.Tensor]) -> None:
-    """The quarter round of every column, in place."""
+    """Apply the quarter round to every column, in place."""
     a, b, c, d = rows
     for one, other, third, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
         one.add_(other)

@@ -361,7 +361,7 @@ class PrivacyPlan:
         return self.scheme.rate
 
     def accounted_steps(self, begun: Iterable[tuple[int, int]]) -> int:
-        """Steps to account for, given (generation, step) of all steps begun: an epoch that was begun counts whole."""
+        """Return the steps to account for, given (generation, step) of all begun: a begun epoch counts whole."""
         return self.scheme.accounted_steps(generation for generation, _ in begun)
 
     @property
@@ -382,7 +382,7 @@ class PrivacyPlan:
         return tuple(reasons)
 
     def epsilon_after(self, num_steps: int) -> float:
-        """Certified ε spent by ``num_steps`` charged steps; a part of an epoch of the sampling scheme counts whole."""
+        """Return the certified ε spent by ``num_steps`` charged steps; part of an epoch of the scheme counts whole."""
         num_steps = self.scheme.whole_steps(num_steps)
         if num_steps == self.num_steps or math.isinf(self.epsilon):
             return self.epsilon

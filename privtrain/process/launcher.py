@@ -70,7 +70,7 @@ def launch(command: Sequence[str]) -> int:
 
 
 def _check_config_file(command: Sequence[str]) -> None:
-    """Accelerate answers a missing file with a traceback; paths of launch/ are relative to a checkout."""
+    """Raise if accelerate's config file is missing: it answers with a traceback; paths of launch/ need a checkout."""
     for word, value in zip(command, [*command[1:], ""], strict=True):
         name, _, joined = word.partition("=")
         path = joined if joined else value

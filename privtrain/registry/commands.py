@@ -78,7 +78,7 @@ def budget_set(
 @budget_app.command("list")
 @app.command("status")
 def status(registry: Url = None, as_json: AsJson = False) -> None:
-    """What is spent of every budget: the runs composed, and the sum of their ε's beside it."""
+    """Show what is spent of every budget: the runs composed, and the sum of their ε's beside it."""
     from privtrain.registry import printing, views
 
     budgets = views.budgets(_open(registry, read_only=True).database)
@@ -90,7 +90,7 @@ def status(registry: Url = None, as_json: AsJson = False) -> None:
 
 @app.command("runs")
 def runs(registry: Url = None, as_json: AsJson = False) -> None:
-    """Every reservation: what it may spend, what it did spend, and whether its run is alive."""
+    """Show every reservation: what it may spend, what it did spend, and whether its run is alive."""
     from privtrain.registry import printing, views
 
     reservations = views.runs(_open(registry, read_only=True).database)
@@ -107,7 +107,7 @@ def user(
     registry: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which models hold a user's contribution, under which guarantee."""
+    """Show which models hold a user's contribution, under which guarantee."""
     opened = _open(registry, read_only=True)
     _show_user(opened, _pseudonym(opened, user_id, pseudonym), as_json)
 

@@ -125,7 +125,7 @@ class Database:
             self.seen.note(extent)
 
     def check_form(self) -> None:
-        """:meth:`prepare`, but for whether the registry is older than it was."""
+        """Check as :meth:`prepare` does, but for whether the registry is older than it was."""
         if self._file is not None and not self._file.exists():
             if self._read_only:
                 raise PrivtrainError(f"no registry at {self._file}; make one: privtrain registry init")

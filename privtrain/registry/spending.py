@@ -133,7 +133,7 @@ def divergences_of(event: dp_accounting.DpEvent) -> np.ndarray | None:
 
 
 def event_text(event: dp_accounting.DpEvent) -> str:
-    """Canonical JSON of an event."""
+    """Return an event's canonical JSON."""
     return json.dumps(event_to_json(event), sort_keys=True, separators=(",", ":"))
 
 

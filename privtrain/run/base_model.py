@@ -87,7 +87,7 @@ def directory_of(model: ModelSection) -> pathlib.Path | None:
 
 
 def base_digests(model: ModelSection) -> dict[str, str]:
-    """File name → SHA-256 of the files that the base model and its tokenizer are loaded from; empty if not on disk.
+    """Return file name → SHA-256 of what base model and tokenizer are loaded from; empty if not on disk.
 
     Of weights in several formats only those that transformers prefers count, so that the rest may come and go.
     """

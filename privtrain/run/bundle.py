@@ -167,7 +167,7 @@ def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
 
 
 def files_under(directory: pathlib.Path, skipped: Iterable[str] = ()) -> Iterator[str]:
-    """Paths from ``directory`` of everything in it that is no directory, sorted; links to directories among them.
+    """Return paths from ``directory`` of all in it that is no directory, sorted; links to directories among them.
 
     Args:
         directory: where.
@@ -259,7 +259,7 @@ def read_manifest(directory: pathlib.Path) -> tuple[ReleaseManifest, str]:
 
 
 def released_digests(run: pathlib.Path) -> dict[str, str]:
-    """Path from the run directory → SHA-256 of every released file, as ``release.json`` has it; nothing is compared.
+    """Return path from the run directory → SHA-256 of every released file in ``release.json``; nothing is compared.
 
     Raises:
         VerificationFailed: if there is no readable ``release.json``, or it is not a run's.
@@ -297,7 +297,7 @@ def check_released(run: pathlib.Path) -> ReleaseManifest:
 
 
 def run_faults(run: RunDirectory, manifest: ReleaseManifest) -> tuple[list[FileFault], list[str]]:
-    """:func:`compare_files` for a run directory, whose released directory has a ``release.json`` of its own."""
+    """Compare the files of a run directory, whose released directory has a ``release.json`` of its own."""
     copy = run.released.relative_to(run.root) / NAME
     expected = {**manifest.within("run"), copy.as_posix(): text_sha256(render(manifest, run.released.name))}
     return compare_files(run.root, expected, skipped=NOT_RELEASED)

@@ -145,7 +145,7 @@ class RunDirectory:
                 check_private_directory(private)
 
     def check_permissions(self) -> list[pathlib.Path]:
-        """:meth:`check_private`, and of everything below: no links, no files of other users.
+        """Check what :meth:`check_private` does, and of everything below: no links, no files of other users.
 
         Returns:
             Files behind a directory that was closed but wider than 0600 themselves, which nobody else could reach; they

@@ -22,7 +22,7 @@ def rendered(content: Mapping[str, Any]) -> str:
 
 
 def weights_of(files: Mapping[str, str]) -> dict[str, str]:
-    """Of released files, those that the weights are read from: path → SHA-256."""
+    """Return path → SHA-256 of those released files that the weights are read from."""
     endings = (".safetensors", ".bin", "/config.json", "adapter_config.json", ".index.json")
     return {path: digest for path, digest in files.items() if path.endswith(endings)}
 

@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write_adapter(directory: pathlib.Path, model: Any, tokenizer: Any, card: str) -> None:
-    """``save_pretrained`` into a directory, with the card; what was saved is opened again and compared."""
+    """Save the adapter into a directory, with the card; what was saved is opened again and compared."""
     model.save_pretrained(str(directory), save_embedding_layers=False)  # unless modules_to_save names them
     tokenizer.save_pretrained(str(directory))
     write_atomically(directory / "README.md", card)
@@ -38,7 +38,7 @@ def write_model(
     state: dict[str, Any],
     saving: Callable[[Any], contextlib.AbstractContextManager[None]],
 ) -> None:
-    """The same where all weights were trained: the whole model is loaded again and compared.
+    """Save the whole model where all weights were trained; it is loaded again and compared.
 
     Args:
         directory: where to.
@@ -82,7 +82,7 @@ def _check_tensors(path: pathlib.Path, model: Any) -> None:
 def model_card(
     config: Config, plan: PrivacyPlan, statement: dict[str, Any], evaluation: Mapping[str, float] | None = None
 ) -> str:
-    """Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3).
+    """Return Markdown with the statement in words (Ponomareva et al. 2023, "How to DP-fy ML", section 5.3).
 
     Args:
         config: of the run.

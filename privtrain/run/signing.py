@@ -199,7 +199,7 @@ def check_signature(directory: pathlib.Path, keys: Keys, files: Sequence[str]) -
 
 
 def _content_faults(directory: pathlib.Path, signature: pathlib.Path, files: Sequence[str]) -> list[str]:
-    """What a signature is over, read from it, against the files: so that no setting of the library decides it."""
+    """Return where what a signature says it is over differs from the files: no setting of the library decides it."""
     try:
         envelope = strict_json.loads(signature.read_bytes())["dsseEnvelope"]
         resources = strict_json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
@@ -230,7 +230,7 @@ class _Exactly:
         return self._config.hash(model_path, files_to_hash=self._paths)
 
     def add_ignored_paths(self, **_: Any) -> None:
-        """Nothing, for the same reason."""
+        """Ignore nothing, for the same reason."""
 
 
 def signed_files(directory: pathlib.Path) -> list[str]:

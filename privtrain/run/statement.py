@@ -295,7 +295,7 @@ def _adaptive(plan: PrivacyPlan) -> dict[str, Any] | None:
 
 
 def _noised_metrics(plan: PrivacyPlan) -> dict[str, Any] | None:
-    """Metrics that were released through the mechanism, in every step beside the gradient."""
+    """Return the metrics that were released through the mechanism, in every step beside the gradient."""
     if plan.noised_metrics is None:
         return None
     return {
@@ -369,7 +369,7 @@ def not_covered(tracking: TrackingSection, watched: Collection[str] = ()) -> lis
 
 
 def _times_not_covered(tracking: TrackingSection, watched: Collection[str]) -> list[str]:
-    """Time is measured, not computed: whoever sees how long a step took learns who may have been in it."""
+    """Return which times ε does not cover: whoever sees how long a step took learns who may have been in it."""
     if tracking.release_measurements:
         return [
             "Seconds, throughput and memory of every step, which vary with the sample drawn: published "

@@ -229,7 +229,7 @@ def _setting(privacy: Mapping[str, Any], settings: Mapping[str, Any]) -> Setting
 
 
 def _spent(row: Published) -> dict[str, float]:
-    """At a published setting: noise by accountant today, and the ε that the published noises spend."""
+    """Return, at a published setting, noise by accountant today, and the ε that the published noises spend."""
     return {
         "exact": row.setting.noise("tilted"),
         "tilted_edgeworth": row.setting.noise("tilted-edgeworth"),

@@ -44,7 +44,7 @@ class AxisLabels:
 
 
 def curves_figure(name: str, series: Sequence[Series], labels: AxisLabels, levels: Sequence[Level] = ()) -> str:
-    """Curves with intervals, such as perplexity against ε or AUROC against documents."""
+    """Draw curves with intervals, such as perplexity against ε or AUROC against documents."""
     with figure_style():
         figure, axes = new_figure()
         for number, one in enumerate(series):
@@ -96,7 +96,7 @@ def places_figure(
 
 
 def roc_figure(name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], num_held_out: int) -> str:
-    """ROC curves on log-log axes with the line of guessing."""
+    """Draw ROC curves on log-log axes with the line of guessing."""
     edge = 0.5 / num_held_out
     with figure_style():
         figure, axes = new_figure()

@@ -35,7 +35,7 @@ class Setting:
     epsilon: float
 
     def spent(self, name: str, noise_multiplier: float) -> float:
-        """ε by an accountant: its certified upper end, or its estimate where it has no other."""
+        """Return ε by an accountant: its certified upper end, or its estimate where it has no other."""
         event = accountants.dp_sgd_event(
             noise_multiplier=noise_multiplier, sampling_prob=self.sampling_prob, num_steps=self.num_steps
         )

@@ -226,7 +226,7 @@ def _critical(degrees: int) -> float:
 
 
 def _fewest(suffices: Callable[[int], bool]) -> int | None:
-    """Bisection: power grows with the seeds."""
+    """Return the fewest seeds by bisection: power grows with the seeds."""
     if not suffices(MOST_SEEDS):
         return None
     low, high = 1, MOST_SEEDS  # low does not suffice: one seed has no interval

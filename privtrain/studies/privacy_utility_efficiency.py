@@ -38,7 +38,7 @@ def nll(tokens: str, split: str, model: str) -> Callable[[CellResult], float]:
 
 
 def fall(result: CellResult) -> float:
-    """How much tuning lowered the loss on sensitive tokens of training records, by memory or by learning the kind."""
+    """Return how far tuning lowered the loss on sensitive training tokens, by memory or by learning the kind."""
     return nll("sensitive", "train", "base")(result) - nll("sensitive", "train", "tuned")(result)
 
 
@@ -53,7 +53,7 @@ def excess(result: CellResult) -> float:
 
 
 def user_auroc(result: CellResult) -> float:
-    """User inference, headline."""
+    """Return the AUROC of user inference, the headline."""
     facts = _facts(result)
     return facts["results"][facts["headline"]]["auroc"]
 
@@ -64,7 +64,7 @@ def record_auroc(result: CellResult) -> float:
 
 
 def exposure(result: CellResult) -> float:
-    """Mean exposure of planted secrets in the most records, less what secrets have that were not trained on, bits."""
+    """Return the excess of planted secrets' mean exposure in the most records over untrained secrets', in bits."""
     row = max(_facts(result)["panels"]["canaries"]["rows"], key=lambda each: each["tier"])
     return row["exposure"] - row["exposure_expected"]
 
@@ -176,7 +176,7 @@ class _View:
         return Table(f"Privacy, utility, efficiency{self.words}", columns, rows, "95 % t-intervals over seeds.")
 
     def losses(self) -> Table:
-        """{sensitive, other} × {train, test} × {base, tuned}."""
+        """Return the table of losses: {sensitive, other} × {train, test} × {base, tuned}."""
         kinds = [(tokens, split) for tokens in ("sensitive", "other") for split in ("train", "test")]
         rows = []
         for place, method in enumerate(self._methods()):

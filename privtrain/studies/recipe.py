@@ -99,7 +99,7 @@ class Settle(Protocol):
     def __call__(
         self, values: Mapping[str, str], tree: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Dotted overrides."""
+        """Return dotted overrides."""
         ...
 
 
@@ -243,7 +243,7 @@ def _in_strings(node: Any, places: Mapping[str, str]) -> Any:
 
 
 def _with_text_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """YAML reads ``8:`` as a number; names of axis values are text."""
+    """Turn keys into text, since YAML reads ``8:`` as a number; names of axis values are text."""
     axes = tree.get("axes")
     if isinstance(axes, dict):
         tree["axes"] = {

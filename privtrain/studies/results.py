@@ -97,7 +97,7 @@ class CellResult:
         return self._metrics[name][0][1]
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a released metric."""
+        """Return (step, value) of a released metric."""
         return self._metrics[name]
 
     @functools.cached_property

@@ -95,7 +95,7 @@ class Study:
         return cls(recipe, module, root, data, path.parent, tuple(cells), tuple(jobs_of(cells, root, data)))
 
     def chosen(self, only: Sequence[str]) -> list[Job]:
-        """Jobs with a cell that one of the patterns fits.
+        """Return jobs with a cell that one of the patterns fits.
 
         Raises:
             ConfigError: if a pattern fits none.
@@ -245,7 +245,7 @@ def _outcome(job: Job, processes: Processes) -> tuple[State | str, str]:
 
 @contextlib.contextmanager
 def _passing_signals(processes: Processes) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the started jobs, which save themselves, and then the study."""
+    """Stop the started jobs on SIGTERM and Ctrl-C within the block: they save themselves, then the study ends."""
     previous = {
         number: signal.signal(number, lambda *_: processes.stop()) for number in (signal.SIGTERM, signal.SIGINT)
     }

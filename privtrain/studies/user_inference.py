@@ -40,7 +40,7 @@ PAPER_AUROC = "Enron 88 %, CC News 66 %, ArXiv 57 %, Reddit 56 %"
 
 
 def auroc(result: CellResult) -> float:
-    """Of the headline."""
+    """Return the AUROC of the headline."""
     facts = result.json("report/attacks.json")
     return facts["results"][facts["headline"]]["auroc"]
 
@@ -57,7 +57,7 @@ def above_chance(result: CellResult) -> float:
 
 
 def tpr(target_fpr: float) -> Callable[[CellResult], float]:
-    """Share of held-in users that are found at a false positive rate; at the largest that the sample has below it."""
+    """Return what reads the share of held-in users found at ``target_fpr``, or the sample's next lower rate."""
 
     def measure(result: CellResult) -> float:
         facts = result.json("report/attacks.json")

@@ -79,7 +79,7 @@ class _View:
         self.selection_epsilon = chosen[0]["epsilon"] if chosen else ""
 
     def cell(self, method: str, k: str, epsilon: str, selection: str = "random") -> dict[str, str]:
-        """Axis values."""
+        """Return axis values."""
         return {**self.values, "method": method, "k": k, "epsilon": epsilon, "selection": selection}
 
     def perplexity(self, method: str, k: str, epsilon: str, selection: str = "random") -> Estimate | None:
@@ -119,7 +119,7 @@ class _View:
         )
 
     def noise(self, method: str, k: str, epsilon: str) -> float | None:
-        """Noise multiplier of the complete cells."""
+        """Return the noise multiplier of the complete cells."""
         estimate = self.results.estimate(_noise_multiplier, **self.cell(method, k, epsilon))
         return None if estimate is None else estimate.mean
 

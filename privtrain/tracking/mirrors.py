@@ -118,7 +118,7 @@ class MirrorAtTheEnd:
         self._alerts: list[tuple[str, str]] = []
 
     def log(self, step: int, values: Values) -> None:
-        """Nothing: ``metrics.jsonl`` has it."""
+        """Do nothing: ``metrics.jsonl`` has it."""
 
     def alert(self, title: str, text: str) -> None:
         """Keep an alert until the end."""
@@ -133,7 +133,7 @@ class MirrorAtTheEnd:
         mirror.close()
 
     def close(self) -> None:
-        """Nothing: a run that is not released is not shown yet."""
+        """Do nothing: a run that is not released is not shown yet."""
 
 
 _LAST = 1 << 62

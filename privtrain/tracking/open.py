@@ -64,7 +64,7 @@ def watched_mirrors(config: Config, run: RunDirectory) -> tuple[str, ...]:
 def _mirrors(
     config: Config, plan: PrivacyPlan, run: RunDirectory, run_id: str
 ) -> Iterator[tuple[str, Callable[[], Mirror]]]:
-    """What is configured: its name, and what opens it."""
+    """Yield name and opener of each configured mirror."""
     if config.tracking.wandb:
         from privtrain.tracking.wandb_tracker import WandbTracker
 

@@ -41,20 +41,20 @@ class QuietTracker:
     """What most trackers do about alerts and releases: nothing."""
 
     def alert(self, title: str, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def publish(self, run: RunDirectory) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class NullTracker(QuietTracker):
     """What every rank but the first has."""
 
     def log(self, step: int, values: Values) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class CallbackTracker(QuietTracker):
@@ -68,7 +68,7 @@ class CallbackTracker(QuietTracker):
         self._on_step(step, values)
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class JsonlTracker(QuietTracker):
@@ -139,7 +139,7 @@ class ReleaseGate:
             tracker.publish(run)
 
     def _alerts(self, released: Values) -> list[tuple[str, str]]:
-        """Alerts say only what was released: a non-finite unit is news of private rows."""
+        """Return alerts (title, text) on released metrics alone: a non-finite unit is news of private rows."""
         alerts = []
         before, self._budget_fraction = self._budget_fraction, released.get("privacy/budget_fraction") or 0.0
         if before is not None and before < _ALERT_BUDGET_FRACTION <= self._budget_fraction:

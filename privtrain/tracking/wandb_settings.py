@@ -7,7 +7,7 @@ from typing import Any
 
 
 def careful_settings(machine: str | None = None, *, is_primary: bool = True) -> Any:
-    """``wandb.Settings`` with console capture, code, git and machine information off; sets the mode if nobody did.
+    """Return ``wandb.Settings`` without console, code, git and machine information; sets the mode if nobody did.
 
     Args:
         machine: label under which this machine's load is shown; without it no load is recorded.

@@ -38,7 +38,7 @@ def include(optimizer: torch.optim.Optimizer, step: int, *, num_steps: int, num_
 
 
 def install(optimizer: torch.optim.Optimizer, backend: Backend) -> bool:
-    """Put the mean in place of the weights, on every rank; whether there is one. Doing it again changes nothing."""
+    """Put the mean in place of the weights, on every rank; return whether there is one. Repeatable."""
     trained = [(parameter, state) for parameter, state in _trained(optimizer) if _KEY in state]
     for parameter, state in trained:
         parameter.detach().copy_(state[_KEY])

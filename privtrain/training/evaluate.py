@@ -96,5 +96,5 @@ def difference(before: Scores, after: Scores) -> tuple[float, float, float]:
 
 
 def perplexity(loss: float) -> float:
-    """Exp of the mean loss, infinite where float64 ends."""
+    """Return exp of the mean loss, infinite where float64 ends."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -164,7 +164,7 @@ class LineProbe:
         return ""
 
     def _other_bits_in(self, clipper: LineClipper, size: int, num_slots: int) -> str:
-        """The same for lines of ``num_slots`` slots of ``size`` tokens."""
+        """Return what :meth:`_other_bits` does for lines of ``num_slots`` slots of ``size`` tokens."""
         moved = self._moved(size)
         alone = [self._packer.arranged([unit]).to(self._device) for unit in moved]
         bits = [self._sum(clipper, [line]) for line in alone]

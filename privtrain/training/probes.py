@@ -477,7 +477,7 @@ def _forget(_slot: Slot, _part: torch.Tensor) -> None:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """Whatever may hold a probability: the model's configs, then its modules."""
+    """Yield whatever may hold a probability: the model's configs, then its modules."""
     for config in refusals.configs(hooks.unwrapped(model)):
         yield "the model's config", config
     for name, module in model.named_modules():
@@ -495,5 +495,5 @@ def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, but for the sign of zero."""
+    """Return whether tensors are equal bit for bit, but for the sign of zero."""
     return one.shape == other.shape and bool(torch.all((one == other) | (one.isnan() & other.isnan())))

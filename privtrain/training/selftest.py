@@ -147,14 +147,14 @@ def _move(layout: Layout, backend: Backend) -> None:
 
 
 def _nudge(key: SecretKey, slot: Slot) -> torch.Tensor:
-    """Of this rank's part of a tensor: the same for each coordinate on any number of ranks."""
+    """Return changes of this rank's part of a tensor, by coordinate the same on any number of ranks."""
     stop = slot.first + slot.num_coordinates
     return torch.from_numpy(key.stream("nudge", slot.name).standard_normal(stop)[slot.first :] * 0.02)
 
 
 @contextlib.contextmanager
 def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """All probabilities of dropout are zero in the block, also those that a module or its config keeps as a number.
+    """Set all dropout to zero in the block, also what a module or its config keeps as a number.
 
     Not ``eval()``, in which transformers does not checkpoint gradients.
     """
@@ -180,7 +180,7 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backend) -> None:
-    """What is trained is what is clipped and stepped, and over the ranks each coordinate is stepped once."""
+    """Check that what is trained is clipped and stepped, and each coordinate stepped once over the ranks."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     stray = {
         name
@@ -257,7 +257,7 @@ def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str,
 
 
 def _check_exact_sum(clipper: PerUnitClipper, trainer: Trainer, units: list[list[Record]]) -> None:
-    """Two units together must be, as integers, what each is alone: fp32 would round most coordinates.
+    """Check that two units together are, as integers, what each is alone: fp32 would round most coordinates.
 
     Each rounding is small, but with chosen values 10⁵ of them add up to many clipping norms.
 
@@ -301,7 +301,7 @@ class _Reference:
     _sum: torch.Tensor | None = None
 
     def scale(self, unit: int, size: float) -> float:
-        """The factor that gives a unit's loss a gradient of ``size`` clipping norms; counts the unit from now on."""
+        """Return the factor that gives a unit's loss a gradient of ``size`` clipping norms; counts it from now on."""
         trainer, layout = self.trainer, self.trainer.placement.stepped
         gradient = self._plain([self.units[unit]], 0, 1, trainer.row_losses)
         norm = math.hypot(*_norms(gradient, layout, trainer.backend))
@@ -375,12 +375,12 @@ def _agreed_route(trainer: Trainer, losses: RowLosses, unit: list[Record], route
 
 
 def _scaled(row_losses: RowLosses, by_token: torch.Tensor) -> RowLosses:
-    """The losses times the factor of the row's unit, which is known by its first token; padding begins with 0."""
+    """Multiply losses by the factor of the row's unit, known by its first token; padding begins with 0."""
     return lambda input_ids, target_mask: by_token[input_ids[:, 0]] * row_losses(input_ids, target_mask)
 
 
 def _planted_units(vocabulary_size: int) -> list[list[np.ndarray]]:
-    """Records of the huge unit, the small one and the one that is not a number: they begin with token 1, 2 and 3."""
+    """Return records of a huge unit, a small one and one that is not a number; they begin with token 1, 2 and 3."""
     rng = np.random.default_rng(0)
     units = [[rng.integers(0, vocabulary_size, size=length) for length in _PLANTED_LENGTHS] for _ in range(3)]
     for first_token, records in enumerate(units, start=1):
@@ -406,7 +406,7 @@ def _clipped_and_reduced(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """In fp32, what :func:`_reduced_total` gives in grid steps."""
+    """Return in fp32 what :func:`_reduced_total` gives in grid steps."""
     total = _reduced_total(clipper, placement, units, microbatch_size, backend)
     return exact_sum.as_float32(total, clipper.grid_exponent)
 
@@ -435,7 +435,7 @@ def _reduced_total(
 
 
 def _clip(gradient: torch.Tensor, layout: Layout, plan: PrivacyPlan, backend: Backend) -> None:
-    """What the plan's clipping style makes of one unit's gradient, in place, by the definition."""
+    """Clip one unit's gradient in place by the definition of the plan's clipping style."""
     clipping_norm = plan.clipping_norm
     norms = _norms(gradient, layout, backend)
     whole = math.hypot(*norms)
@@ -493,7 +493,7 @@ def _norms(vector: torch.Tensor, layout: Layout, backend: Backend) -> list[float
 def _whole_gradient(
     placement: Placement, device: torch.device, losses: Sequence[Callable[[], torch.Tensor]]
 ) -> torch.Tensor:
-    """By ``backward``, since re-entrant checkpointing gives no gradient to who asks for it by name."""
+    """Compute the gradient by ``backward``: re-entrant checkpointing gives none to who asks for it by name."""
     whole = placement.clipped.zeros(device)
     for loss in losses:
         loss().backward()
@@ -515,7 +515,7 @@ def _watched_gradient(
     device: torch.device,
     losses: Sequence[Callable[[], torch.Tensor]],
 ) -> torch.Tensor:
-    """The same where weights or gradients are sharded: each whole gradient is looked at where autograd hands it over.
+    """Compute the gradient where it is sharded: each whole tensor's is read where autograd hands it over.
 
     That is before any reduction, and only this rank's part is kept, so no whole gradient outlives its layer.
     """
@@ -621,7 +621,7 @@ def _own_noise(
 
 
 def _correlation_faults(plan: PrivacyPlan, layout: Layout, first: torch.Tensor, second: torch.Tensor) -> list[str]:
-    """The second step must take back c_1 times the noise of the first: what is left has the spread of fresh noise."""
+    """Return faults unless step two takes back c_1 times step one's noise: the rest has the spread of fresh noise."""
     assert plan.correlated is not None
     stddev, faults = plan.noise_stddev, []
     fresh = second.double() + plan.correlated.coefficients[1] * first.double()
@@ -644,7 +644,7 @@ def _noise_bound_faults(
     vector: torch.Tensor,
     released: dict[str, float],
 ) -> list[str]:
-    """Change one coordinate of the sum by one grid step, far below what is released: all noise must change."""
+    """Return a fault unless one grid step on one coordinate, far below what is released, changes all noise."""
     plan, backend = trainer.plan, trainer.backend
     if plan.noise_multiplier == 0:
         return []

@@ -77,7 +77,7 @@ def _place(name: str, module: nn.Module, key: str) -> str:
 
 
 def _own_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """Attributes of the module and of its classes, without those of torch and of the frameworks that shard it."""
+    """Yield attributes of the module and of its classes, without those of torch and of sharding frameworks."""
     for cls in type(module).__mro__:
         if not cls.__module__.startswith(_FRAMEWORK_PACKAGES):
             for key, value in vars(cls).items():
@@ -169,7 +169,7 @@ def _hashed(value: torch.Tensor) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _table(device: torch.device) -> torch.Tensor:
-    """Odd numbers, so that no change of one word is lost."""
+    """Return random words, odd so that no change of one word is lost."""
     words = np.random.default_rng(0).integers(-(2**62), 2**62, _NUM_WORDS)
     return torch.from_numpy(2 * words + 1).to(device)
 

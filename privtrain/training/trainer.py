@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> None:
-        """One logical step; ``step`` counts from 0.
+        """Take one logical step; ``step`` counts from 0.
 
         Raises:
             ReplayDiverged: if it was committed before with another sum; go on with :meth:`begin_generation`.
@@ -210,7 +210,7 @@ class Trainer:
         return NoiseHistory(strategy, noised, self.backend.device, exponent=exponent, stddev=stddev)
 
     def _recall(self, step: int) -> None:
-        """Before the first step here: draw the noise of the generation's steps gone by again, from its commitments."""
+        """Draw the noise of the generation's earlier steps again, from its commitments, before the first step here."""
         if self._history is not None:
             return
         self._history = self.new_history(self.clipper)
@@ -332,7 +332,7 @@ class Trainer:
         )
 
     def microbatches(self, drawn: Sequence[DrawnUnit]) -> Iterator[Microbatch | Line]:
-        """This rank's share of a step: whole units, and as many microbatches as the busiest rank has.
+        """Yield this rank's share of a step: whole units, and as many microbatches as the busiest rank has.
 
         Then, where gradients are in parts, the units that its shard group works on together.
         """

@@ -54,7 +54,7 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
 
 
 def _at_least(counts: npt.NDArray[np.int64], num: int, prob: float) -> npt.NDArray[np.float64]:
-    """P[Binomial(num, prob) >= count]; without scipy.stats, which takes ten times as long to ask."""
+    """Return P[Binomial(num, prob) >= count], without scipy.stats, which is ten times as slow."""
     tails = scipy.special.betainc(np.maximum(counts, 1), num - counts + 1, prob)
     return np.where(counts <= 0, 1.0, tails)
 

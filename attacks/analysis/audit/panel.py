@@ -212,7 +212,7 @@ _ORDER = (
 
 
 def _ceilings(finding: Finding) -> str:
-    """That delta decides what could have been shown, with the numbers."""
+    """Return in words what the audit could have shown, by delta."""
     ceilings = {delta: epsilon_ceiling(finding.num_coins, delta, finding.significance) for delta in DELTAS}
     shown = "; ".join(f"{ceiling:.3g} at δ = {scientific(delta)}" for delta, ceiling in ceilings.items())
     return (

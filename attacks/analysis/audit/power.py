@@ -152,7 +152,7 @@ def _share(num_coins: int, delta: float, significance: float) -> float:
 
 
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
-    """The fewest coins, to one part in fifty, with which the bound exceeds ``target``; None beyond ``MOST_COINS``."""
+    """Return the fewest coins (to 1 in 50) whose bound exceeds ``target``; None beyond ``MOST_COINS``."""
 
     def does(num_coins: int) -> bool:
         return any(

@@ -14,7 +14,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Share of gains among all changes at the tokens that the model gets wrong; 1 where it gets none wrong."""
+    """Return the share of gains among all changes at tokens that the model gets wrong; 1 where it gets none wrong."""
     assert row.target_correct is not None
     if row.target_correct.all():
         return 1.0

@@ -16,7 +16,7 @@ _MIN_ONLINE = 2
 
 
 def score(models: UnderOtherModels) -> FloatArray:
-    """Online where every unit has two shadows on each side, else offline."""
+    """Return LiRA's score: online where every unit has two shadows on each side, else offline."""
     inside, outside = models.is_in, ~models.is_in
     out_mean, out_spread = models.mean_where(outside), _spread(models, outside)
     if inside.sum(axis=1).min() >= _MIN_ONLINE:

@@ -12,7 +12,7 @@ SHARE = 0.2
 
 
 def mean_of_lowest(values: FloatArray, share: float = SHARE) -> float:
-    """Mean of the ⌊share · n⌋ lowest values, of one where that is none: the floor alone gives short texts no score."""
+    """Return the mean of the max(1, ⌊share · n⌋) lowest values: the floor alone gives short texts no score."""
     count = max(1, int(share * values.size + 1e-9))
     return float(np.partition(values, count - 1)[:count].mean())
 

@@ -7,7 +7,7 @@ from attacks.signals import DocumentSignals
 
 
 def score(row: DocumentSignals) -> float:
-    """Quotient of two negative means over the same tokens: above 1 where the prefix made the text less likely."""
+    """Return a ratio of two negative means over the same tokens: above 1 where the prefix made the text less likely."""
     # A text of certain tokens has mean 0; nothing can be said of it.
     plain = row.variants["recall_plain"]
     return row.variants["recall"] / plain if plain < 0.0 else 1.0

@@ -20,7 +20,7 @@ OFFLINE_A = 0.3
 
 
 def score(models: UnderOtherModels) -> FloatArray:
-    """Share of the other units z with ratio(x) / ratio(z) > gamma; in logarithms, since p may underflow."""
+    """Return the share of other units z with ratio(x) / ratio(z) > gamma; in logarithms, since p may underflow."""
     out_mean = _log_mean_where(models, ~models.is_in)
     if models.is_in.sum(axis=1).min() >= 1:
         reference = np.logaddexp(_log_mean_where(models, models.is_in), out_mean) - math.log(2.0)

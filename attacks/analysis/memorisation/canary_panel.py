@@ -122,7 +122,7 @@ def read_canaries(run: pathlib.Path) -> list[Scored]:
 
 
 def _exposures(canary: Canary, own: DocumentSignals, references: Sequence[DocumentSignals]) -> dict[str, Exposure]:
-    """Under the tuned model and under the base, by the log-likelihood of the whole text."""
+    """Return exposures under the target and under the base, by the log-likelihood of the whole text."""
     digits = sum(letter.isdigit() for letter in canary.secret)
     is_sample = canary.has_shared_references or len(references) + 1 < 10**digits
     by_model = {}

@@ -122,7 +122,7 @@ def skew_normal(values: FloatArray) -> tuple[float, float, float]:
 
 
 def _tail(score: float, references: FloatArray) -> tuple[float | None, float | None]:
-    """p-value of the fit on one half judged by the other, and bits of the tail beyond the score."""
+    """Return the p-value of the fit on one half judged by the other, and bits of the tail beyond the score."""
     fitted, judged = references[::2], references[1::2]
     if judged.size < 8 or float(np.ptp(fitted)) == 0.0:
         return None, None

@@ -149,7 +149,7 @@ def floored(
 
 
 def _may_lack_a_value(held_in: FloatArray, held_out: FloatArray) -> bool:
-    """Whether so many users stand at one place that a few who are not in the sample could move the AUROC."""
+    """Return whether so many users share one value that a few unsampled users could move the AUROC."""
     scores, placements = np.concatenate([held_in, held_out]), Placements.of(held_in, held_out)
     if _most_equal(scores) >= max(_MANY_TIED * scores.size, 2):
         return True
@@ -171,7 +171,7 @@ def worst_case(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The Bayesian bootstrap's interval with one user more on each side, who is as bad for the end as a user can be.
+    """Return the Bayesian bootstrap's interval with one worst possible user more on each side.
 
     With a side of n scores of which v are 1 and the others 0 the weights give that side's ends Beta(v, n - v + 1) and
     Beta(v + 1, n - v), which are Clopper and Pearson's (Gaffke 2005 for scores in general): a value that no user of the
@@ -188,7 +188,7 @@ def worst_case(
 def bounded_mean_interval(
     values: FloatArray, low: float, high: float, level: float = interval.CONFIDENCE_LEVEL, *, seed: int = 0
 ) -> Interval:
-    """The mean of independent values between two bounds, by the Bayesian bootstrap with one value more at each bound.
+    """Return the interval of a bounded mean, by the Bayesian bootstrap with one value more at each bound.
 
     For values that are all at a bound the interval is Clopper and Pearson's (Gaffke 2005): n values at the top do not
     make the mean certain.

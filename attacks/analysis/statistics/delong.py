@@ -22,7 +22,7 @@ from attacks.analysis.statistics.permutation import MAX_NUMBERS, MIN_NORMAL_USER
 
 
 def delong_interval(held_in: FloatArray, held_out: FloatArray, level: float = interval.CONFIDENCE_LEVEL) -> Interval:
-    """DeLong's interval on the logit scale, which cannot leave [0, 1] as the Wald interval does, with the floors.
+    """Return DeLong's interval, floored, on the logit scale, which cannot leave [0, 1] as the Wald interval does.
 
     Args:
         held_in: one score per held-in user, at least two.
@@ -106,7 +106,7 @@ def paired_difference(
 
 
 def _exchanged(first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray]) -> float:
-    """Two-sided, over all exchanges of users' ranks where there are few, else over as many drawn ones and the own."""
+    """Return the two-sided p-value over exchanges of users' ranks: all of them where few, else as many drawn ones."""
     ranks = [scipy.stats.rankdata(np.concatenate(sides)) for sides in (first, second)]
     num_in, num_out = first[0].size, first[1].size
     changes = (ranks[0] - ranks[1]) / np.repeat([num_in, -num_out], [num_in, num_out])

@@ -55,7 +55,7 @@ class Interval:
 
 
 def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
-    """Exact binomial interval (Clopper and Pearson 1934).
+    """Return the exact binomial interval (Clopper and Pearson 1934).
 
     Returns:
         An interval that covers the true proportion with probability at least ``level``.

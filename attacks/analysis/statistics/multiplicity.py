@@ -45,7 +45,7 @@ def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
 
 
 def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
-    """Benjamini and Hochberg's (1995) adjusted p-values: reject those at most q, and of the rejected q are false.
+    """Return Benjamini and Hochberg's (1995) adjusted p-values: of those rejected at most q, a share q is false.
 
     In expectation, for p-values of users against the same held-out users: those are positively dependent on each
     other as the procedure needs it (Bates et al. 2023, "Testing for outliers with conformal p-values", theorem 2).
@@ -58,6 +58,6 @@ def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
 
 
 def fewest_discoveries(num_tested: int, num_held_out: int, rate: float) -> int | None:
-    """How many of those tested must exceed every held-out user before any is rejected; None if all would not do."""
+    """Return how many tested users must exceed every held-out user before any is rejected; None if all would not do."""
     fewest = math.ceil(num_tested / ((num_held_out + 1.0) * rate) - 1e-9)
     return fewest if fewest <= num_tested else None

@@ -63,7 +63,7 @@ def auroc_p_value(held_in: FloatArray, held_out: FloatArray, owners: Owners | No
 
 
 def effective_users(held_in: FloatArray, held_out: FloatArray, owners: Owners | None = None) -> float:
-    """How many users of the smaller side carry the test: not those of the largest tie, and Kish's number of clusters.
+    """Return how many users of the smaller side carry the test: by Kish's number of clusters, less the largest tie.
 
     Args:
         held_in: scores.
@@ -109,7 +109,7 @@ def influences(placements: Placements, places: Sequence[np.ndarray], area: float
 
 
 def _permuted(held_in: FloatArray, held_out: FloatArray, owners: Owners | None) -> float:
-    """By the record AUROC of each choice of users, worked out from sums of ranks over each user."""
+    """Return the p-value by the record AUROC of each choice of users, from sums of ranks over each user."""
     places = owner_places(held_in, held_out, owners)
     num_in, num_out = (int(place.max()) + 1 for place in places)
     user = np.concatenate([places[0], num_in + places[1]])
@@ -141,7 +141,7 @@ def user_choices(num_users: int, num_chosen: int) -> tuple[IntArray, bool]:
 
 
 def _cluster_normal(held_in: FloatArray, held_out: FloatArray, owners: Owners) -> float:
-    """By the normal law of sums of placements over users."""
+    """Return the p-value by the normal law of sums of placements over users."""
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     places = owner_places(held_in, held_out, owners)

@@ -167,7 +167,7 @@ def _rate_interval(
 
 @functools.lru_cache(maxsize=256)
 def _threshold_luck(num_allowed: int, num_held_out: int) -> FloatArray:
-    """X / x of the module's docstring: the true false positive rate of a threshold over its mean, at equal chances."""
+    """Return X / x of the module: a threshold's true false positive rate over its mean, at equal chances."""
     chances = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
     rates = scipy.special.betaincinv(num_allowed + 1, num_held_out - num_allowed, chances)
     return np.asarray(rates * (num_held_out + 1) / (num_allowed + 1), dtype=np.float64)

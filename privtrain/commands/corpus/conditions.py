@@ -150,7 +150,7 @@ def _parsed(line: Mapping[str, Any], data: DataSection) -> Condition:
 
 
 def _for_format(condition: Condition, data: DataSection) -> Condition:
-    """In a conversation a prompt is the user's turn."""
+    """Return the prompt in the run's format: in a conversation it is the user's turn."""
     if data.format != "chat" or condition.messages:
         return condition
     return Condition(messages=({"role": "user", "content": condition.prompt},), label=condition.label)

@@ -67,7 +67,7 @@ def measure(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | 
 
 
 def measure_sentences(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | str:
-    """The same with vectors of the MiniLM sentence model in place of words."""
+    """Return the accuracies as :func:`measure` does, with vectors of the MiniLM sentence model in place of words."""
     if not sentences.is_installed():
         return sentences.MISSING
     corpus, training, tests = (_thinned(pairs, MOST_SENTENCES) for pairs in (corpus, training, tests))

@@ -163,7 +163,7 @@ def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str
         return {"utility": reason, "likeness": likeness}
 
     def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
-        """Where a prompt stands for a label, real records after the same prompt have that label."""
+        """Keep real records after one of the labels' prompts, which have that label."""
         found = map(json.loads, records)
         return [
             (item["completion"], label) for item in found if (label := labels.get(item["prompt"].strip())) is not None

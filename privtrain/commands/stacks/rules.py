@@ -57,7 +57,7 @@ def only(*allowed: Any, otherwise: str) -> Rule:
 
 
 def optimizer(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """AdamW by any of its names: its state is fp32 here."""
+    """Accept AdamW by any of its names: its state is fp32 here."""
     name = str(value).lower()
     if name.startswith(("adamw", "paged_adamw")):
         return Outcome(reason="AdamW, with its state in fp32")
@@ -73,13 +73,13 @@ def schedule(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def bf16(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """Forward and backward passes in bf16."""
+    """Translate passes in bf16 into ``performance.precision``."""
     chosen = {True: "bf16", False: "fp32", "true": "bf16", "full": "bf16", "auto": "auto"}.get(value)
     return Outcome({"performance.precision": chosen}) if chosen else refused(f"given {value!r}; expected true or auto")
 
 
 def fp16(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """Refuses fp16: loss scaling would skip steps because of the data."""
+    """Refuse fp16: loss scaling would skip steps because of the data."""
     if value in (False, "auto"):
         return Outcome(reason="off")
     return refused("fp16 needs loss scaling, which skips steps because of the data; use bf16")

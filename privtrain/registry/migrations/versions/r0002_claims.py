@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """A run that holds a reservation of before claims it at its next start."""
+    """Add claims: a run that holds a reservation of before claims it at its next start."""
     op.add_column("reservations", sa.Column("claim", sa.String(), nullable=True))
 
 

@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Known of a run that trains now from its next sign of life."""
+    """Add ledgers, known of a run that trains now from its next sign of life."""
     op.add_column("reservations", sa.Column("ledger_key", sa.String(), nullable=True))
     op.add_column("reservations", sa.Column("num_begun", sa.BigInteger(), nullable=False, server_default="0"))
 

@@ -10,7 +10,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """A registry that is there gets its id now; of a run, the time that is known is that of its reservation."""
+    """Give this registry its id; the time known of a run is that of its reservation."""
     op.add_column("meta", sa.Column("uid", sa.String(), nullable=False, server_default=secrets.token_hex(16)))
     op.add_column("reservations", sa.Column("seen_at", sa.Double(), nullable=False, server_default="0"))
     op.execute("UPDATE reservations SET seen_at = created_at")
