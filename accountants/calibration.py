@@ -179,6 +179,7 @@ def calibrate_count(
         raise CalibrationError(f"target_epsilon={target_epsilon} is exceeded by {name}=1")
 
     def find(aim: float) -> int:
+        """Return the largest count whose guide is at most ``aim``, by doubling and bisection."""
         low, high = 1, 2
         while judge.guide(high) <= aim:
             if high == largest:

@@ -208,6 +208,7 @@ class Run:
                 )
 
     def _phased_event(self) -> dp_accounting.DpEvent:
+        """Return the composition of ``--phase`` NOISE:PROB:STEPS, each noise a multiple of ``--noise``."""
         import dp_accounting
 
         parts: list[dp_accounting.DpEvent] = []

@@ -121,6 +121,7 @@ class MixtureStep:
         return np.asarray(self.shifts), probs, np.log(probs)
 
     def _poisson_loss(self, z: Array) -> Array:
+        """Return the loss for shifts 0 and mu, in whichever form keeps its digits at each ``z``."""
         prob, mu = self.probs[1], self.shifts[1]
         exponent = mu * z - mu * mu / 2
         # The first keeps the digits of a small loss, also where a small probability meets a large exponent.

@@ -371,6 +371,7 @@ class _Checker:
         self._users[row.side].add(row.user)
 
     def finish(self) -> None:
+        """Raise if a document occurred twice, or a user on both sides."""
         num_repeated = self.num_rows - len(self._documents)
         if num_repeated:
             raise ValueError(f"{num_repeated} documents occur more than once")

@@ -237,6 +237,7 @@ def export(run: Run | AnyPath, output: AnyPath, *, merge: bool = False, dtype: s
 
 
 def _config(config: AnyConfig, settings: Mapping[str, Any] | None) -> Config:
+    """Return the validated configuration of a path, mapping or ``Config``, with dotted ``settings`` set."""
     if isinstance(config, str | os.PathLike):
         path = pathlib.Path(config)
         if not settings:

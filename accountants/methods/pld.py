@@ -76,6 +76,7 @@ class PldAccountant(Accountant):
     def _compose(
         self, event: dp_accounting.DpEvent, relation: NeighboringRelation, delta: float | None, epsilon: float | None
     ) -> pld.PLDAccountant:
+        """Return the library's accountant after ``event``, on a grid that suits ``delta`` or ``epsilon``."""
         width = _grid_width(event, delta, epsilon)
         accountant = pld.PLDAccountant(relation, value_discretization_interval=width)
         try:

@@ -189,6 +189,7 @@ class _LossTable:
         return np.array(values)
 
     def _between(self, first: int, last: int) -> tuple[Array, Array]:
+        """Return ``z`` and loss at grid indices [first, last); extend the table where it is too short."""
         if first < self._start or last > self._start + len(self._loss):
             # By a quarter more than asked for: the next order asks for more.
             start = first + first // 4 if first < self._start else self._start

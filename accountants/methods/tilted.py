@@ -175,6 +175,7 @@ class _EpsilonSearch:
         return True
 
     def _make_attempts(self) -> Iterator[SmoothedSum | Window]:
+        """Yield ever tighter bounds: smoothed sums first, then lattices on ever longer windows."""
         log_delta = math.log(self.delta)
         yield from _smoothed_sums(self.composed, self._law, lambda: self._start, log_delta, self.tolerance, self.add)
         longest = _longest(self.composed)
@@ -234,6 +235,7 @@ def _largest_loss(composed: Composition) -> float:
 
 
 def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bounds:
+    """Tighten each direction until its ends agree or the other exceeds it; return the larger."""
     lower, upper, direction = 0.0, 0.0, Direction.REMOVE
     for add in (False, True):
         if add and epsilon >= _largest_loss(composed):
@@ -261,6 +263,7 @@ def _worst_delta(composed: Composition, epsilon: float, tolerance: float) -> Bou
 def _delta_attempts(
     composed: Composition, law: saddle.DirectedLoss, start: saddle.Saddle, log_delta: float, tolerance: float, add: bool
 ) -> Iterator[SmoothedSum | Window]:
+    """Yield ever tighter bounds at one epsilon: smoothed sums first, then lattices four times as long each."""
     yield from _smoothed_sums(composed, law, lambda: start, log_delta, tolerance, add)
     longest = _longest(composed)
     for log2_length in range(min(14, longest), longest + 1, 2):

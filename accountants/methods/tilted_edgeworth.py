@@ -156,6 +156,7 @@ class TiltedEdgeworthAccountant(NormalFormAccountant):
 
 
 def _epsilon_ends(composed: Composition, delta: float, *, add: bool) -> tuple[float, float, float]:
+    """Return one direction's lower end, estimate and upper end of epsilon; the upper is the best of a few tilts."""
     cut = math.log(delta) - 16
     law = saddle.directed_loss(composed, add=add, log_mass=cut)
     start = saddle.saddle_for_delta(law, delta)

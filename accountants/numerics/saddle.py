@@ -117,6 +117,7 @@ def saddle_for_epsilon(law: DirectedLoss, epsilon: float) -> Saddle:
 
 
 def _root(decreasing: Callable[[float], float]) -> float:
+    """Return the root of a decreasing function over log tilts, or the end of their range nearest to it."""
     low, high = _LOG_TILT
     if decreasing(low) <= 0:
         return low

@@ -141,6 +141,7 @@ class Window:
         return float(self._many(values, np.array([epsilon]))[0])
 
     def _many(self, values: Array, epsilons: Array) -> Array:
+        """Interpolate ``values`` at ``epsilons``, linearly in e^epsilon."""
         spacing = self.points[1] - self.points[0]
         before = np.clip(((epsilons - self.points[0]) / spacing).astype(np.int64), 0, len(self.points) - 2)
         part = np.expm1(epsilons - self.points[before]) / math.expm1(spacing)

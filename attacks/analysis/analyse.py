@@ -279,6 +279,7 @@ def _of_users(
     kind: str = signals.FRESH,
     is_detailed: bool = False,
 ) -> Statistic:
+    """Return the users' statistic that their documents' scores lift to."""
     values = lift(scores, table.owner, len(scored.users), aggregation)
     return _split(scored, name, definition, kind, values, is_detailed=is_detailed)
 
@@ -286,6 +287,7 @@ def _of_users(
 def _split(
     scored: Scored, name: str, definition: str, kind: str, values: FloatArray, *, is_detailed: bool = False
 ) -> Statistic:
+    """Return a statistic by side, without users that have no value (NaN)."""
     known = ~np.isnan(values)
     sides = (values[known & scored.is_held_in], values[known & ~scored.is_held_in])
     return Statistic(name, definition, kind, "user", *sides, is_detailed=is_detailed)

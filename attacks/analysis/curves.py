@@ -119,6 +119,7 @@ def most_exposed(scored: Scored, statistic: FloatArray, share: float = 0.01) -> 
 
 
 def _point(statistic: FloatArray, is_held_in: BoolArray) -> dict[str, Any] | None:
+    """Return AUROC and interval of the known values; None with fewer than ``MIN_USERS`` on a side."""
     known = ~np.isnan(statistic)
     held_in, held_out = statistic[known & is_held_in], statistic[known & ~is_held_in]
     if min(held_in.size, held_out.size) < MIN_USERS:

@@ -182,6 +182,7 @@ class _Summary:
 
 
 def _table(kept: list[_Summary], place: Mapping[tuple[str, str], int], missing: Mapping[str, str]) -> DocumentTable:
+    """Return the kept documents as arrays, sorted by user and document."""
     rows = sorted(kept, key=lambda item: (item.user, item.document))
     names = [name for name in (rows[0].scores if rows else ()) if name not in missing]
     return DocumentTable(

@@ -193,6 +193,7 @@ def _tabulate(
 def _event(
     scheme: Scheme, relation: str, noise_multiplier: float, num_steps: int, num_records: int
 ) -> dp_accounting.DpEvent | None:
+    """Return the event of ``num_records`` records of a user; None where no accounting of several is known."""
     if num_records == 1:
         return scheme.event_of_steps(noise_multiplier, num_steps)
     if isinstance(scheme, Poisson) and relation == "add_or_remove_one":
@@ -202,6 +203,7 @@ def _event(
 
 
 def _point(event: dp_accounting.DpEvent, epsilon: float, accountant: str, relation: str) -> statistics.DpBound:
+    """Return the certified point of the privacy curve at ``epsilon``."""
     import accountants
     from accountants.methods.allocation import AllocationAccountant
 

@@ -68,6 +68,7 @@ class Scoring:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
+        """Open the signals, compared with the record by size and digest first."""
         with reading.opened(self.path, remedy=self.remedy) as file:
             # First its size: hashing a file that was made huge takes hours.
             is_whole = os.fstat(file.fileno()).st_size == self.facts["signals_num_bytes"]

@@ -156,6 +156,7 @@ def _rows(source: FilesSource, digests: Sequence[str]) -> Iterator[Mapping[str, 
 
 
 def _rows_of(file: pathlib.Path, digest: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of one file; raise unless it has the digest that was sealed."""
     with reading.opened(file, follow_links=True) as content:
         # Hashed through the handle that is read: no other file can take its place in between.
         if reading.sha256_of(content, file) != digest:

@@ -118,6 +118,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def place(self, model: torch.nn.Module) -> Placement:
+        """Split the step over all ranks if trained tensors are whole (LoRA); else step each rank's shards."""
         _let_go_of_whole_weights(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._split, self._shards, self._weights = None, None, {}
@@ -139,6 +140,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """Add up the replicas' sums of one shard, which each hold the sum over their own shard group."""
         if self._shards is not None and self._num_replicas > 1:
             assert total.dtype == torch.int64
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._replicate_group)
@@ -151,6 +153,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def publish(self) -> None:
+        """Copy stepped values into those shards that do not share their memory."""
         super().publish()
         for name, weight in self._weights.items():
             local, stepped = _local(weight), self._layout.parameters[name].detach()
@@ -176,6 +179,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         fully_shard(module, mesh=self._mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
     def _fill(self, model: torch.nn.Module, read: PartReader) -> None:
+        """Read this rank's part of every weight."""
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 local = _local(parameter)

@@ -38,6 +38,7 @@ class SharedNoise(ProcessGroup):
         stddev: float,
         history: NoiseHistory | None = None,
     ) -> torch.Tensor:
+        """Draw this rank's run of the noise, and gather the runs of all ranks that hold the same sum."""
         draw = functools.partial(super().add_noise, noise=noise, exponent=exponent, stddev=stddev, history=history)
         group = self.holders()
         if group is None:

@@ -87,6 +87,7 @@ class ArrivingShards(GradientShards):
         return -(-rows // self.size) * math.prod(others)
 
     def _arrived(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Take the gradient that autograd left on a hooked tensor, or raise outside of a block."""
         gradient, tensor.grad = tensor.grad, None
         if self._sink is None:
             raise GuaranteeLost(
@@ -138,6 +139,7 @@ class ReducedShards(ArrivingShards):
 
     @override
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Lay every rank's part of a gradient into the bucket; a bucket without room is sent first."""
         size = equal_part(gradient.numel(), 0, self.size)[1]
         if self._bucket is not None and self._used + size > self._bucket.shape[1]:
             self._flush()
@@ -154,6 +156,7 @@ class ReducedShards(ArrivingShards):
         self._used += size
 
     def _flush(self) -> None:
+        """Reduce-scatter the bucket and hand over this rank's parts."""
         if self._used:
             assert self._bucket is not None
             summed = torch.empty(self._used, dtype=torch.float32, device=self._device)
@@ -236,6 +239,7 @@ class ScatteredSum:
 
     def _send(self, tensors: Mapping[int, torch.Tensor]) -> None:
         # By rank: one tensor lies so already.
+        """Add this rank's parts of the tensors, summed over ranks, to its total."""
         parts = [whole.view(self._size, -1) for whole in tensors.values()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)

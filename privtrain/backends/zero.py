@@ -72,6 +72,7 @@ class ZeroSettings:
 
 
 def _zero_faults(zero: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, problem) of ZeRO options that cannot be honoured."""
     if zero.get("stage") not in (1, 2, 3):
         yield "stage", f"given {zero.get('stage')}; must be 1, 2 or 3 (for none, launch/accelerate/ddp.yaml)"
     for name in ("offload_optimizer", "offload_param"):
@@ -138,6 +139,7 @@ class ZeroBackend(ShardedBackend):
 
     @override
     def place(self, model: torch.nn.Module) -> Placement:
+        """Split the step as stage 1 does if gradients stay whole; else step this rank's part of each tensor."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         is_sharded = any(_is_partitioned(p) for p in trainable.values())
         self._split, self._shards, self._weights, self._layout = None, None, {}, Layout({})
@@ -157,6 +159,7 @@ class ZeroBackend(ShardedBackend):
 
     @override
     def publish(self) -> None:
+        """Copy stepped values into parts that do not share their memory; fill whole weights from all ranks."""
         super().publish()
         if self._engine is not None and self._weights:
             # DeepSpeed keeps a layer whose backward it did not see, such as the embedding, with its old values.
@@ -186,6 +189,7 @@ class ZeroBackend(ShardedBackend):
         return weight.detach().view(-1)[first : first + count]
 
     def _gather(self, weight: torch.nn.Parameter, local: torch.Tensor) -> None:
+        """Fill a whole weight from every rank's part of it."""
         size = equal_part(weight.numel(), 0, self.world_size)[1]
         gathered = torch.empty(size * self.world_size, dtype=weight.dtype, device=weight.device)
         all_gather_flat(gathered, torch.nn.functional.pad(local, (0, size - len(local))))
@@ -193,6 +197,7 @@ class ZeroBackend(ShardedBackend):
 
 
 def _stage_3_config() -> dict[str, Any]:
+    """Return what DeepSpeed needs to cut modules as they are made."""
     zero = {
         "stage": 3,
         # A small tensor that stays whole on every rank would not see its own update.

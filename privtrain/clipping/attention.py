@@ -119,6 +119,7 @@ def _aligned_everywhere(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 
 def _function(module: nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Return the model's own attention function, to be called by record."""
     if implementation == "sdpa":
         return AttentionInterface()["sdpa"]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -290,6 +290,7 @@ class UnitGradients:
         return torch.where(added == -1.0, squares, added)  # -1: a unit that was not added
 
     def _note_added(self, name: str, units: Sequence[int], squares: torch.Tensor) -> None:
+        """Note the squared norms of the products that were added for ``units``; -1 stands for all others."""
         if units:
             added = torch.full((self._num_units,), -1.0, dtype=torch.float64, device=self._device)
             added[torch.tensor(units).to(self._device, non_blocking=True)] = squares
@@ -312,6 +313,7 @@ class UnitGradients:
         return self._by_unit(torch.bmm(gradient.left.float().transpose(1, 2), gradient.right.float()))
 
     def _scattered(self, gradient: Lookup, shape: Sequence[int]) -> torch.Tensor:
+        """Return [rows, p, d]: a lookup multiplied out, then added up by unit."""
         num_rows = len(gradient.ids)
         dense = torch.zeros(num_rows * shape[1], shape[2], dtype=torch.float32, device=self._device)
         place = gradient.ids + torch.arange(num_rows, device=self._device)[:, None] * shape[1]
@@ -346,6 +348,7 @@ class UnitGradients:
         return [outer for outers, _ in cut for outer in outers], [lookup for _, lookups in cut for lookup in lookups]
 
     def _cut(self, gradient: Gradient, unit: int) -> tuple[list[Outer], list[Lookup]]:
+        """Return one use's factors for a unit, its tokens in a line: as a linear use or as a lookup."""
         rows = slice(self._firsts[unit], self._ends[unit])
         line = lambda value: value[rows].flatten(0, 1)[None]  # noqa: E731
         if isinstance(gradient, Outer):

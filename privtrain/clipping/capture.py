@@ -41,6 +41,7 @@ class Calls:
 
 
 class _Capture(torch.autograd.Function):
+    """The identity on a module's output, whose backward pass hands activation and output gradient to the sink."""
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,6 +78,7 @@ def captured(modules: Mapping[str, nn.Module], parameters: list[nn.Parameter], n
     names = {module: name for name, module in modules.items()}
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        """Count the call, and send the output through ``_Capture``, by row where the module saw one for all."""
         activation = inputs[0] if inputs else next(iter(keywords.values()), None)
         if calls.is_forward:
             calls.num_calls[module] = calls.num_calls.get(module, 0) + 1

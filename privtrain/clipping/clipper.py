@@ -275,6 +275,7 @@ class PerUnitClipper:
         return self.total
 
     def _find_rules(self, model: nn.Module) -> None:
+        """Find a rule for every layer with a trained tensor, or take the route ``one_unit`` if that is open."""
         try:
             refusals.refuse_batched_route(model)
             self._modules = _owners(model, self._slot_of)
@@ -533,6 +534,7 @@ class PerUnitClipper:
     # One unit at a time.
 
     def _accumulate_units(self, batch: Microbatch) -> None:
+        """Add a microbatch one unit at a time, by autograd without hooks."""
         owner = batch.owner.tolist()
         for index in range(len(batch.owners)):
             gradient: dict[str, torch.Tensor] = {}
@@ -546,6 +548,7 @@ class PerUnitClipper:
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
+        """Add one row's gradient to its unit's ``gradient``, by a pass of its own."""
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
         found = fallback.plain_gradients(loss, self.layout.parameters)
         place = int(batch.owner[row])

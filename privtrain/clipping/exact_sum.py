@@ -104,6 +104,7 @@ def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Te
 
 
 def _add_measured(total: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Add the contributions piece by piece; return their squared norms in grid steps."""
     assert len(weights) <= _MOST_UNITS
     squares = torch.zeros(len(weights), dtype=torch.float64, device=total.device)
     wide = torch.empty(0, dtype=torch.float64, device=total.device)

@@ -83,6 +83,7 @@ class GramCache:
 
     @staticmethod
     def _product(tokens: torch.Tensor) -> torch.Tensor:
+        """Return [units, n, n] products, the blocks of features added up in float64."""
         first, *others = (piece.float() for piece in tokens.split(_GRAM_BLOCK, dim=2))
         gram = torch.bmm(first, first.transpose(1, 2))
         for piece in others:

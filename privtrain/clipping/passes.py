@@ -144,6 +144,7 @@ class Passes:
         differs: dict[nn.Module, torch.Tensor] = {}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+            """Note if the second pass saw other values, and hand a module's gradients to ``add`` if they were let go."""
             if module not in self._let_go:
                 return
             if module not in missing:
@@ -172,6 +173,7 @@ class Passes:
             raise GuaranteeLost(f"the second backward pass did not reach {names[:3]}; this is a bug, report it")
 
     def _refuse_differences(self, differs: Mapping[nn.Module, torch.Tensor]) -> None:
+        """Raise if a second pass saw other values than the first."""
         if not differs:
             return
         for module, is_other in zip(differs, torch.stack(list(differs.values())).cpu().numpy(), strict=True):
@@ -221,6 +223,7 @@ class Passes:
         return neck
 
     def _collect_or_defer(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        """Collect, but keep a refusal until the pass is over: other ranks wait in it."""
         try:
             self._collect(module, activation, output_gradient)
         except UnsupportedLayer as refusal:
@@ -241,6 +244,7 @@ class Passes:
         return finite(torch.stack([sums_by_row(value) for value in values])[:, self.gradients.rows])
 
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        """Apply a module's rule, and keep its gradients or, of a module to let go, their norms alone."""
         if not self._tells_apart(activation, output_gradient):
             raise UnsupportedLayer(
                 f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {self._num_rows} "

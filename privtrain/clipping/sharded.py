@@ -139,6 +139,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _rule_for(self, name: str, module: nn.Module) -> rules.Rule:
+        """Choose the rule by a stand-in with whole weights, and refuse one that reads them."""
         rule = rules.rule_for(name, _stand_in(module, self._slot_of, self._device))
         if rule is opacus_rules.per_row:
             raise UnsupportedLayer(
@@ -149,6 +150,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _find_rules(self, model: nn.Module) -> None:
+        """Find rules; without one for each layer even ``two_pass``, the choice for large models, gives way."""
         try:
             super()._find_rules(model)
         except UnsupportedLayer as refusal:

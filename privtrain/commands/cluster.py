@@ -231,6 +231,7 @@ class _Schedule:
 
 
 def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
+    """Return the schedule without privacy: this rank's rows in full microbatches."""
     rows = math.ceil(job.num_units / num_ranks) * job.records_per_unit
     num_passes = math.ceil(rows / job.microbatch_size)
     reduced_bytes = 0 if job.reduces_once else _FP32_BYTES
@@ -238,6 +239,7 @@ def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
 
 
 def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
+    """Return the schedule of private training, by how gradients are sharded and whether ranks cooperate on a unit."""
     if not (job.is_full and job.layout.shards_gradients):
         plain = _plain_schedule(job, num_ranks)
         # A unit of several microbatches is held once; units share a microbatch otherwise.
@@ -252,6 +254,7 @@ def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
 
 
 def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
+    """Return seconds of a step of plain training, by part."""
     schedule = _plain_schedule(job, cluster.num_ranks)
     return {
         **_passes(job, cluster, schedule, job.work.num_kernels, 0.0),
@@ -261,6 +264,7 @@ def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
 
 
 def _private(job: Job, cluster: Cluster) -> dict[str, float]:
+    """Return seconds of a step of private training, by part."""
     work, trained = job.work, job.work.num_trained
     schedule = _private_schedule(job, cluster.num_ranks)
     norms, again = _clipping_flops(job)

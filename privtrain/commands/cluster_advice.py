@@ -88,6 +88,7 @@ def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:
 def _faster(
     changes: list[tuple[str, Job, int]], cluster: Cluster, prediction: Prediction, usable: float
 ) -> list[tuple[str, Prediction, int]]:
+    """Return the settings that fit and save enough to be worth it, the fastest first."""
     candidates = [(setting, predict(other, cluster), size) for setting, other, size in changes]
     worthwhile = [
         (setting, other, size)

@@ -268,6 +268,7 @@ def _network(backend: Backend) -> Finding:
 
 
 def _reduce_seconds(backend: Backend, num_floats: int) -> float:
+    """Return the fastest of a few reductions of so many floats."""
     vector = torch.zeros(num_floats, dtype=torch.float32, device=backend.device)
     best = float("inf")
     for _ in range(_NUM_TRIALS):

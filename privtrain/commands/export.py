@@ -121,6 +121,7 @@ def _own_quantization(model: ModelSection) -> str | None:
 
 
 def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:
+    """Save the whole model, rounded, and compare what comes back with what was meant."""
     from transformers import AutoTokenizer
 
     from privtrain.models.merge import check_outputs, outputs, reopened, rounded, save_weights, whole_model
@@ -223,6 +224,7 @@ def _check_saved(model: Any, target: pathlib.Path) -> None:
 
 
 def _card(run: RunDirectory, dtype: str) -> str:
+    """Return the run's card, rewritten for a merged model if an adapter was released."""
     card = (run.released / "README.md").read_text(encoding="utf-8")
     if run.model.exists():
         return card

@@ -228,6 +228,7 @@ def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
 
 
 def _learned(values: dict[str, list[Any]]) -> Guess | None:
+    """Guess the format of the records and their columns by names and values; None if nothing fits."""
     others = {name: column for name, column in values.items() if name.lower() not in (*_PROMPTS, *_COMPLETIONS)}
     chat = _first(others, _CHAT_NAMES, _is_conversation)
     if chat is not None:
@@ -319,6 +320,7 @@ def _is_text(column: list[Any]) -> bool:
 
 
 def _is_label(column: list[Any]) -> bool:
+    """Return whether a column has few plain values: at least two, and at most half as many as rows."""
     names = collections.Counter(str(value).strip() for value in column if value is not None and value != "")
     is_plain = all(
         isinstance(value, int | str) and not isinstance(value, bool) for value in column if value is not None
@@ -327,6 +329,7 @@ def _is_label(column: list[Any]) -> bool:
 
 
 def _is_conversation(column: list[Any]) -> bool:
+    """Return whether the first value that is not empty is a list of turns with roles, or its JSON."""
     for value in column:
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:

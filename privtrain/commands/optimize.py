@@ -242,6 +242,7 @@ def _choice(
 
 
 def _rests_on(config: Config, best: Choice, num_trained: int) -> tuple[str, ...]:
+    """Return in sentences what the recommended plan was derived from, and where that ends."""
     law, clipping = noise_law.fitted(), config.privacy.clipping_style
     where = (
         f"{law.num_runs} trainings of a Llama of half a million weights on synthetic customers, {law.least_steps} to "

@@ -301,6 +301,7 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSec
 
 
 def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
+    """Return a row's title → the values of the plan that it changes."""
     return {
         "ε ÷ 2": {"target_epsilon": plan.epsilon / 2},
         "ε × 2": {"target_epsilon": plan.epsilon * 2},
@@ -350,6 +351,7 @@ def _price(
     noise_of_run: float,
     **values: Any,
 ) -> Price:
+    """Return the plan with ``values`` changed, as noise relative to the plan as it stands."""
     other = _rebuilt(privacy, plan, training, **values)
     relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
     of_run = other.noise_of_run(training) / noise_of_run

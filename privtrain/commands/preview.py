@@ -64,6 +64,7 @@ def seen(config: Config) -> tuple[Corpus, Encoder, Look]:
 
 
 def _for_machines(config: Config, corpus: Corpus, look: Look) -> dict[str, Any]:
+    """Return the counts, faults and warnings of the preview, without any text of a row."""
     names = [str(name) for name in config.data.labels or ()]
     return {
         **dataclasses.asdict(corpus.counts),

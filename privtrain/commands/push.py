@@ -71,6 +71,7 @@ def _names(place: pathlib.Path) -> list[str]:
 
 
 def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *, is_public: bool) -> str:
+    """Upload the named files; raise if the repository holds others, or in words why the hub refused."""
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

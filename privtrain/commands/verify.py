@@ -204,6 +204,7 @@ _Outcome = tuple[list[str], str, str]
 
 
 def _of_digest(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
+    """Compare the release digest with the one that the checker has."""
     if anchors.digest is None:
         return [], "", "that this is the release you mean: give --digest, or --public-key where it is signed"
     if anchors.digest != manifest.digest:
@@ -212,6 +213,7 @@ def _of_digest(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
 
 
 def _of_signature(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
+    """Check the signature, if the checker has the keys."""
     if anchors.keys is None:
         is_signed = (directory / SIGNATURE).exists()
         return [], "", f"the signature {SIGNATURE}: give --public-key or --certificate" if is_signed else ""
@@ -220,6 +222,7 @@ def _of_signature(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
 
 
 def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
+    """Compare the files of the base model, if the checker has it, with their digests."""
     if not manifest.base_model:
         return [], "", "the base model: it was not on disk when the run was released"
     if anchors.base_model is None:

@@ -45,6 +45,7 @@ def commented_yaml(tree: Mapping[str, Any], head: str, notes: Mapping[str, str] 
 def _keys(
     section: type[pydantic.BaseModel], given: Mapping[str, Any], name: str, notes: Mapping[str, str]
 ) -> Iterator[str]:
+    """Yield each key of a section: with its value if given, else as a comment with its default."""
     for key, field in section.model_fields.items():
         note, description = notes.get(f"{name}.{key}", ""), field.description or ""
         if key in given:

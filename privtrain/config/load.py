@@ -289,6 +289,7 @@ def _is_number(text: str) -> bool:
 
 
 def _keys_beside(location: Sequence[str]) -> set[str]:
+    """Return the keys that are allowed in the section at ``location``."""
     models: list[type[pydantic.BaseModel]] = [Config]
     for part in location:
         models = [
@@ -298,6 +299,7 @@ def _keys_beside(location: Sequence[str]) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """Yield the sections that an annotation allows, alternatives included."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):

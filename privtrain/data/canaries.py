@@ -149,6 +149,7 @@ def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: Secre
 
 
 def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int) -> str:
+    """Return a canary's user id, which no user of the data may have."""
     user = f"canary-{root_key.derive(purpose, number).hex()[:32]}"
     if user in corpus.records:
         raise ConfigError([Fault("data.user_column", "user ids must not start with 'canary-' (reserved)")])

@@ -171,6 +171,7 @@ class ChatRenderer:
         return whole, spans
 
     def _marked_spans(self, messages: Messages) -> list[tuple[int, int]]:
+        """Return the characters that the template itself marks as the assistant's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._tokenizer.chat_template

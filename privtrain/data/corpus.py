@@ -107,6 +107,7 @@ def check_source(data: DataSection) -> list[Fault]:
 
 
 def _check_files(source: FilesSource, data: DataSection, path_key: str, *further_keys: str) -> list[Fault]:
+    """Return faults of the files: named twice, missing, or without the columns."""
     faults = []
     times = collections.Counter(file.resolve() for file in source_files(source))
     for file, count in times.items():
@@ -346,6 +347,7 @@ def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
+    """Yield (user id, record or why there is none) of every row; fail with the row's place on a bad user id."""
     if not isinstance(data.source, FilesSource | HubSource):
         yield from PACKAGED[data.source.kind].rows()
         return
@@ -411,6 +413,7 @@ def missing(pattern: pathlib.Path) -> str:
 
 
 def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a path or glob pattern names."""
     if pattern.is_file():  # also one whose name holds a bracket
         return [pattern]
     if any(c in str(pattern) for c in "*?["):

@@ -140,6 +140,7 @@ class Encoder:
             yield self._cut(Record.of(np.asarray([begin, *_unmarked(ids, begin, end), end], dtype=np.int64)))
 
     def _completions(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        """Yield prompt and completion as one record, of which the completion and its end are predicted."""
         begin, end = marks(self.tokenizer)
         parsed = [json.loads(record) for record in records]
         prompts = self._ids([item["prompt"] for item in parsed])
@@ -155,6 +156,7 @@ class Encoder:
             yield self._cut(self._chat.encode(json.loads(record)))
 
     def _classified(self, records: Sequence[str]) -> Iterator[tuple[Record, bool]]:
+        """Yield texts and their label's number as one record, and whether the texts were cut."""
         for record in records:
             item = json.loads(record)
             limit = self._max_length - 1

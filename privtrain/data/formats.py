@@ -47,6 +47,7 @@ def has_half_pair(text: str) -> bool:
 
 
 def _as_text(data: DataSection, values: Sequence[object]) -> str:
+    """Return the one text form of a row's values; empty if nothing can be learned from them."""
     match data.format:
         case "text":
             return _content(values[0]).strip()

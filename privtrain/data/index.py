@@ -298,6 +298,7 @@ def _build(
 
 
 def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
+    """Yield the rows as tables of some at a time: owner, place in reading order, content."""
     iterator, first = iter(rows), 0
     while batch := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
         owners = [user.encode("utf-8", errors=ERRORS) for user, _ in batch]
@@ -361,6 +362,7 @@ def _is_new(form: str, seen: set[str]) -> bool:
 
 
 def _write_ends(file: HashedFile, parts: Sequence[bytes], start: int) -> int:
+    """Append where each part ends, counted from ``start``; return where the last one does."""
     lengths = np.fromiter(map(len, parts), dtype=np.uint64, count=len(parts))
     ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(start)
     file.write(ends.tobytes())

@@ -113,6 +113,7 @@ def map_checked(directory: pathlib.Path, description: Mapping[str, Any], remedy:
 
 
 def _mapped(path: pathlib.Path, kind: type[Any], facts: Mapping[str, Any], remedy: str) -> npt.NDArray[Any]:
+    """Map one file; raise unless its size, and its digest if there is one, are as described."""
     with reading.opened(path, remedy=remedy, may_be_empty=True) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes != facts["num_bytes"]:

@@ -144,6 +144,7 @@ _CHOICES = {"product": _PRODUCTS, "problem": _PROBLEMS, "mood": _MOODS, "closing
 def _message(
     user: str, profile: dict[str, str], habit: dict[str, list[str]], rng: np.random.Generator
 ) -> CustomerRecord:
+    """Return one message: a template with sensitive values of the profile, whose spans are kept, and habits."""
     template = _TEMPLATES[int(rng.integers(len(_TEMPLATES)))]
     text, spans = "", []
     for literal, slot, _, _ in string.Formatter().parse(template):

@@ -235,6 +235,7 @@ class LinePacker:
         return min((size for size in self._sizes() if size >= num_tokens), default=0)
 
     def _sizes(self) -> list[int]:
+        """Return the tokens of slots in shared lines: halves of halves, the largest first."""
         sizes = [self.shared_tokens // 2]
         while sizes[-1] // 2 >= _SMALLEST_SLOT:
             sizes.append(sizes[-1] // 2)

@@ -50,6 +50,7 @@ def parse_play(play: str, markdown: str) -> Iterator[tuple[str, str]]:
 
 
 def _speech(body: str) -> str:
+    """Return what is spoken under a name: no asides, stage directions or later sections."""
     body = _NEXT_SECTION.split(body, maxsplit=1)[0]
     body = _ASIDE.sub("", body)
     paragraphs = [p.strip() for p in body.split("\n\n")]

@@ -55,6 +55,7 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
 
 
 def _key(directory: pathlib.Path) -> SecretKey:
+    """Return the key that names the files of this directory, made once."""
     path = directory / "key"
     with locked_file(directory / "key.lock"):
         if not path.exists():

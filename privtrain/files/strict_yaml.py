@@ -127,6 +127,7 @@ class _Survey:
         self.lines: dict[Path, int] = {}
 
     def visit(self, node: yaml.Node, path: Path) -> None:
+        """Note the lines and faults of a node and of all below it."""
         if id(node) in self._seen:  # an alias; also what keeps one that holds itself from going on for ever
             return
         self._seen.add(id(node))

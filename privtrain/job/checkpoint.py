@@ -174,6 +174,7 @@ def _tensor_bytes(content: dict[str, Any], moment: str | None, name: str) -> byt
 
 
 def _loaded(state: pathlib.Path) -> dict[str, Any]:
+    """Return the state; raise if another version wrote it. ``head`` is what every rank must know of it."""
     content = torch.load(state, weights_only=True, map_location="cpu")
     missing = sorted({"tensors", "moments", "num_updates", "clipping_norm"} - set(content))
     if missing:
@@ -208,6 +209,7 @@ def _newest_first(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(directory: pathlib.Path) -> Checkpoint | None:
+    """Return the checkpoint in a directory; None if it is damaged."""
     state = directory / _STATE
     try:
         summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))

@@ -122,6 +122,7 @@ def give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
 
 
 def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Move a staged file or directory over what is there; do nothing if it was moved already."""
     if source.is_dir():
         shutil.rmtree(target, ignore_errors=True)
     if source.exists():

@@ -248,6 +248,7 @@ class BudgetReservation:
             )
 
     def _tell_of_shared_users(self) -> None:
+        """Warn if users of this run are also in populations whose budgets do not know of it."""
         shared: list[str] = []
         with contextlib.suppress(RegistryUnreachable):  # the run is still settled
             shared = populations_shared_with(self._registry.database, self._uid)
@@ -291,6 +292,7 @@ class BudgetReservation:
                 raise  # later an expired reservation counts in full anyway
 
     def _heartbeat_loop(self, ended: threading.Event, stop: StopRequest) -> None:
+        """Renew the lease until ``ended``; stop the run if the reservation or its ledger is gone."""
         interval = min(self._lease_seconds / 4, _SLOWEST_HEARTBEAT_SECONDS)
         while not ended.wait(interval):
             try:
@@ -301,6 +303,7 @@ class BudgetReservation:
                 return
 
     def _contributions(self) -> dict[str, tuple[int, int]]:
+        """Return pseudonym of the registry → (steps, records) of every user; invented ones left out."""
         run = self._inputs.run
         canaries = canaries_of(read_sealed(run.manifest)) if run.manifest.exists() else ()
         corpus = plant(self._inputs.corpus, canaries)
@@ -347,6 +350,7 @@ def _claims(run: RunDirectory) -> pathlib.Path:
 
 
 def _request(inputs: Inputs, uid: str, claim: str | None) -> RunRequest:
+    """Return what the run asks of the registry; raise if no budget can be asked for such a plan."""
     plan, section = inputs.plan, inputs.config.registry
     assert section.dataset is not None
     if plan.not_private_reasons:

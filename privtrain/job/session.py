@@ -154,6 +154,7 @@ def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Se
 
 
 def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:
+    """Return what rank 0 broadcasts: the secret, where to go on, and commitments of steps to replay and gone by."""
     steps = range(continuation.start_step, continuation.start_step + continuation.num_replayed)
     known = {step: state.commits.get((continuation.generation, step)) for step in steps}
     committed = {step: commitment for step, commitment in known.items() if commitment is not None}
@@ -163,6 +164,7 @@ def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> 
 
 
 def _session_of(message: bytes, environment: str, state: pathlib.Path | None) -> Session:
+    """Return the session that :func:`_message` describes."""
     continuation, committed, past = json.loads(message[32:])
     committed = {int(step): commitment for step, commitment in committed.items()}
     key = SecretKey(message[:32])
@@ -189,6 +191,7 @@ def _decided_on_main(
 
 
 def _explain(continuation: Continuation) -> None:
+    """Say on the console what was abandoned, or where training resumes."""
     if continuation.num_abandoned:
         say(
             f"{continuation.num_abandoned} started steps cannot be replayed (the environment or their sums changed) "

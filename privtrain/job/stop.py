@@ -51,6 +51,7 @@ class StopRequest:
         return Preempted(f"asked to stop ({self._signal_name}): {where}. The same command goes on from there")
 
     def _listen(self, reader: int) -> None:
+        """Act on signal numbers from a pipe: before the job has joined its group, leave at once."""
         with os.fdopen(reader, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:

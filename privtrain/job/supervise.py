@@ -81,6 +81,7 @@ def _storage_failure(error: Exception) -> StorageFailed | None:
 
 
 def _exit_after_timeout(backend: Backend, error: Exception) -> None:
+    """Leave with the error's exit code if tearing down hangs, as it may with ranks that are gone."""
     if backend.world_size == 1:
         return
 

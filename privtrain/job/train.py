@@ -242,6 +242,7 @@ def _num_trained(trainer: Trainer) -> int:
 
 
 def _announce(inputs: Inputs, backend: Backend) -> None:
+    """Say what runs, why it is not private, and warnings; check that a step's sum cannot overflow."""
     say(f"{backend.describe()}; loading {inputs.config.model.public_name}")
     for reason in inputs.plan.not_private_reasons:
         say(f"[bold red]NOT PRIVATE[/]: {reason}")
@@ -325,6 +326,7 @@ def _build_trainer(
 
 
 def _self_test(trainer: Trainer, network: Network, backend: Backend, performance: PerformanceSection) -> None:
+    """Run the self-test, keep to the route that it found, and say how units are packed and clipped."""
     vocabulary_size = network.num_ids
     route = run_self_test(trainer, vocabulary_size=vocabulary_size, precision=network.precision)
     trainer.clipper.settle(route)

@@ -205,6 +205,7 @@ def _check_rows(path: pathlib.Path, bodies: Sequence[Body], rows: np.ndarray, ro
 
 
 def _problem(body: Body, pseudonyms: bytes, counts: np.ndarray, is_within: bool, limit: int) -> str | None:
+    """Return what is wrong with a step's rows against its record; None if nothing."""
     rows = merkle.rows_of(merkle.step_context(body.generation, body.step), pseudonyms, counts)
     if merkle.root_of(rows) != body.root:
         return "its users are not those that the record was written with"

@@ -229,6 +229,7 @@ class Ledger:
         rows_path(self._path, index).unlink()
 
     def _append(self, kind: str, **fields: Any) -> None:
+        """Check, write and apply the next record, and move the head."""
         line = make_line(self.state, kind, fields)
         record = parse(self.state, line)  # what would be refused on reading is never written
         self._log.append(line, at=self._size)

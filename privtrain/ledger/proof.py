@@ -142,6 +142,7 @@ def check_proof(
 
 
 def _check(proof: dict[str, Any], head: str, key: SecretKey | None, user: str | None) -> CheckedProof:
+    """Replay the proof's records and check the user's leaves of every step; see :func:`check_proof`."""
     if proof["schema"] != SCHEMA:
         raise ProofRejected(f"schema {proof['schema']!r}; this version reads {SCHEMA!r}")
     named = proof["user"]

@@ -192,6 +192,7 @@ def _quoted(path: pathlib.Path | None) -> str:
 
 
 def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:
+    """Return the contributions of the open segment."""
     num_rows = sum(body.num_units for body in state.open_bodies)
     path = rows_path(log, len(state.segments))
     rows = np.fromfile(path, dtype=ROW, count=num_rows) if num_rows and path.exists() else np.zeros(0, dtype=ROW)

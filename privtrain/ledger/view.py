@@ -123,6 +123,7 @@ def base_faults(run: RunDirectory, manifest: bundle.ReleaseManifest) -> tuple[li
 
 
 def _false_claims(statement: dict[str, Any], state: LedgerState) -> list[str]:
+    """Return what the statement says otherwise than the ledger."""
     claims = _claims(statement, state)
     wrong = [f"{name} is {claimed}, the ledger shows {found}" for name, claimed, found in claims if claimed != found]
     if state.num_charged > statement["num_steps"]:

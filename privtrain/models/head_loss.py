@@ -65,6 +65,7 @@ class FrozenHead:
         return found if found._is_all_of(base) else None
 
     def _is_all_of(self, base: nn.Module) -> bool:
+        """Return whether decoder and head alone give the model's logits, bit for bit, on a few tokens."""
         modes = {module: module.training for module in base.modules()}
         ids = torch.arange(_NUM_TRIED, device=self.head.weight.device)[None]
         try:
@@ -88,6 +89,7 @@ class FrozenHead:
 
 
 class _OfLogits(torch.autograd.Function):
+    """Cross-entropy of [tokens, vocabulary] logits, of which fp32 copies exist a chunk at a time."""
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         parts = [_losses(own, wanted) for own, wanted in zip(*_chunks(logits, targets), strict=True)]
@@ -105,6 +107,7 @@ class _OfLogits(torch.autograd.Function):
 
 
 class _OfHidden(torch.autograd.Function):
+    """Cross-entropy of [tokens, width] hidden states under a frozen head: logits exist a chunk at a time."""
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, needs_gradient: bool

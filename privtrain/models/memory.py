@@ -174,6 +174,7 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Note a tensor that autograd saves, but for weights and attention matrices, which kernels do not keep."""
         storage = tensor.untyped_storage()
         is_attention = tensor.dim() >= 3 and tensor.shape[-2:] == (tokens, tokens)
         if storage._cdata not in weights and not is_attention:

@@ -59,6 +59,7 @@ def make_trainable(base: PreTrainedModel, config: Config, init_seed: int) -> tor
 
 
 def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
+    """Unfreeze all biases, and a classifier's new modules."""
     biases = [p for name, p in base.named_parameters() if name.endswith("bias")]
     if not biases:
         problem = f"{type(base).__name__} has no bias to train; use lora"
@@ -72,6 +73,7 @@ def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, init_seed: int, public_name: str) -> Any:
+    """Add virtual tokens, the same on every rank."""
     import peft
 
     kind = peft.PromptTuningConfig if method == "prompt_tuning" else peft.PrefixTuningConfig

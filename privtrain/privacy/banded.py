@@ -176,6 +176,7 @@ class Workload:
 
 @functools.lru_cache(maxsize=8)
 def _form(workload: Workload) -> np.ndarray:
+    """Return the matrix Q of :attr:`Workload.form`: [steps, steps]."""
     rows = workload.matrix()
     gram = rows.T @ rows / workload.num_steps
     # Column s of D is d moved down by s, so Q[k, l] is the sum over s of gram[s + k, s + l].

@@ -130,6 +130,7 @@ class NoiseHistory:
 def _rounded_difference(
     fresh: tuple[torch.Tensor, torch.Tensor], taken: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
+    """Return ``fresh`` less ``taken``, each (whole steps, 2**-F of one), rounded to whole steps."""
     rest = fresh[1] - taken[1] + (1 << (FRACTION_BITS - 1))
     return fresh[0] - taken[0] + (rest >> FRACTION_BITS)
 

@@ -228,6 +228,7 @@ def _gain(
     record_power: float,
     rank_power: float,
 ) -> np.ndarray:
+    """Return the share of the gain: half at ``half_steps``, and half at a noise that records and rank raise."""
     steps, noise, records, rank = points
     half = half_noise * rank**rank_power * records**record_power
     return 1 / ((1 + (half_steps / steps) ** step_power) * (1 + (noise / half) ** noise_power))
@@ -236,6 +237,7 @@ def _gain(
 def _log_rate(
     points: np.ndarray, log_scale: float, step_power: float, rank_power: float, half_noise: float, noise_power: float
 ) -> np.ndarray:
+    """Return the log of the best learning rate: less with steps and with noise, other with rank."""
     steps, noise, _, rank = points
     shrunk = np.log1p((noise / half_noise) ** noise_power)
     return log_scale + rank_power * np.log(rank) - step_power * np.log(steps) - shrunk

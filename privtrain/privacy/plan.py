@@ -525,6 +525,7 @@ def _noised_metrics(privacy: PrivacySection, noise_multiplier: float) -> NoisedM
 
 
 def _auxiliary_noise(given: float | None, batch_size: float, noise_multiplier: float, num_sums: int) -> float:
+    """Return the noise on each of ``num_sums`` sums: the given one, or the default that keeps their share small."""
     if noise_multiplier == 0:
         return 0.0
     if given is not None:

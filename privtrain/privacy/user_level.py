@@ -195,6 +195,7 @@ class Group(Mixture):
 
     @override
     def noise_for(self, scheme: Scheme, num_steps: int, epsilon: float, terms: Terms) -> float:
+        """Calibrate one record to ε / k and the δ that leaves the user ``terms.delta``."""
         k = self.records_per_user
         record_delta = record_delta_of(epsilon / k, terms.delta, k)
         if record_delta == 0:
@@ -209,6 +210,7 @@ class Group(Mixture):
     def answer(
         self, scheme: Scheme, noise_multiplier: float, num_steps: int, terms: Terms, *, known: float = math.inf
     ) -> accountants.PrivacyAnswer:
+        """Return k times a record's ε, lowered by the δ per record that an ever smaller ε allows."""
         event, k = scheme.event_of_steps(noise_multiplier, num_steps), self.records_per_user
         of_record = terms.epsilon(event)
         epsilon = known if math.isfinite(of_record.upper) else math.inf
@@ -236,6 +238,7 @@ class Group(Mixture):
 
     @override
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:
+        """Return whether one record has at most ε / k at the δ that this ε leaves to it."""
         if math.isinf(epsilon):
             return True
         k = self.records_per_user

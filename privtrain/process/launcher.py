@@ -79,6 +79,7 @@ def _check_config_file(command: Sequence[str]) -> None:
 
 
 def _exit_code(launcher_code: int, directory: pathlib.Path, received: list[int]) -> int:
+    """Return the job's own code, else the launcher's; pre-empted if a signal came and the code is not final."""
     if launcher_code == 0:
         return 0
     recorded = directory / "exit-code"

@@ -247,6 +247,7 @@ class Database:
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
     def _reason(self, error: exc.DBAPIError) -> str:
+        """Return the driver's message without passwords and options of the URL."""
         text = " ".join(str(error.orig).split())
         secrets = [self.url.password, *(str(value) for value in self.url.query.values())]
         for secret in filter(None, secrets):
@@ -286,6 +287,7 @@ class Database:
         sync_directory(path.parent)
 
     def _migrate(self, connection: sa.Connection) -> None:
+        """Upgrade the schema; on a new registry also note its id and the check of its key."""
         from alembic import command
 
         if self._file is None:
@@ -317,6 +319,7 @@ def _alembic_config(connection: sa.Connection | None):
 
 
 def _parse(url: str) -> sa.URL:
+    """Return the URL of a database that the registry can run on; a path is a SQLite file."""
     text = url if "://" in url else f"sqlite:///{pathlib.Path(url).absolute()}"
     try:
         parsed = sa.make_url(text)

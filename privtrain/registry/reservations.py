@@ -129,6 +129,7 @@ def live(connection: sa.Connection, uid: str, now: float) -> Any:
 
 
 def _check_same_run(connection: sa.Connection, run_id: int, request: RunRequest, manifest: str) -> None:
+    """Raise unless the registry knows the run with this plan and data set."""
     chosen = sa.select(Run.fingerprint, DatasetVersion.manifest).join(
         DatasetVersion, DatasetVersion.id == Run.dataset_version_id
     )
@@ -140,6 +141,7 @@ def _check_same_run(connection: sa.Connection, run_id: int, request: RunRequest,
 
 
 def _check_same_charge(connection: sa.Connection, row: Any, request: RunRequest, part: Part) -> None:
+    """Raise unless the reservation is for this mechanism, data set, count and δ."""
     chosen = (
         sa.select(Mechanism.digest, Dataset.name)
         .select_from(ReservationRow)

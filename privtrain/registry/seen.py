@@ -137,6 +137,7 @@ class SeenFile:
         self._write(found, lowers=True)
 
     def _write(self, found: Extent, *, lowers: bool) -> None:
+        """Write a registry's numbers: the larger ones of old and new, unless ``lowers``."""
         try:
             make_missing(self.path.parent)
             with locked_file(self.path.with_name(f".{self.path.name}.lock")):

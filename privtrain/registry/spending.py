@@ -247,6 +247,7 @@ def knobs(settings: Settings, *, own_delta: float, limits: Sequence[Limit]) -> K
 
 
 def _least_noise(settings: Settings, limits: Sequence[Limit]) -> float | None:
+    """Return the least noise with which the run fits into every limit; None if none does."""
     least = settings.noise_multiplier
     for limit in limits:
 

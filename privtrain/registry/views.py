@@ -221,6 +221,7 @@ def _run_columns() -> sa.Select[*tuple[Any, ...]]:
 
 
 def _run_view(row: Any, now: float) -> RunView:
+    """Return a reservation's view; an open one whose lease is over shows as expired."""
     late = row.state == "open" and row.lease_until < now
     return RunView(
         reservation=row.id,

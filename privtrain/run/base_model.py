@@ -143,6 +143,7 @@ def _cached_directory(location: ModelLocation) -> pathlib.Path | None:
 
 
 def _package_directory(package: str, file_name: str) -> pathlib.Path:
+    """Return the uppermost directory of an installed package that holds the file."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:

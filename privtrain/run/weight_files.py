@@ -57,6 +57,7 @@ def weights_read(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[str]
 
 
 def _problem(path: pathlib.Path) -> str:
+    """Return what is wrong with a file of weights, read or guessed from its first bytes; empty if nothing."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -91,6 +92,7 @@ def _safetensors_problem(path: pathlib.Path, size: int) -> str:
 
 
 def _parts(index: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Return the files that an index names, and what is wrong with it or them."""
     try:
         # The hub's cache keeps every file as a link.
         content = reading.read_bytes(index, follow_links=True)

@@ -159,6 +159,7 @@ class _Group:
         return judge_direction(statement, gain, least=_LEAST, digits=2, factor=100, unit=unit)
 
     def table(self, results: Results, methods: Sequence[str]) -> Table:
+        """Return the row of each accountant: noise, ε really spent, accuracy."""
         rows = []
         for method in methods:
             trained = self.trained_with(results, method)
@@ -182,6 +183,7 @@ class _Group:
         return Table(title, columns, rows, note)
 
     def figure(self, results: Results, methods: Sequence[str]) -> Figure:
+        """Draw accuracy against the ε really spent, one point for accountants that share their runs."""
         measured = [(m, self.accuracy(results, m)) for m in methods]
         series = []
         for method, accuracy in measured:
@@ -242,6 +244,7 @@ def _spent(row: Published) -> dict[str, float]:
 
 
 def _claims_on_noise() -> list[Claim]:
+    """Judge the claims about noise by the accountants alone."""
     facts = {row.label: _spent(row) for row in PUBLISHED}
     saving = max((1 - row.edgeworth / row.prv, row.label) for row in PUBLISHED)
     ours = max(1 - facts[row.label]["aea1"] / row.prv for row in PUBLISHED)

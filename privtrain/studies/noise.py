@@ -52,6 +52,7 @@ class Setting:
 
 
 def _accountant(name: str) -> Accountant:
+    """Return the accountant by name; ``prv-0.1`` is PRV with that error in ε."""
     if name in ESTIMATES:
         return ESTIMATES[name](Direction.REMOVE)
     if name.startswith("prv"):  # prv-0.1: with the error that EW-Tune's code allowed
@@ -63,6 +64,7 @@ def _accountant(name: str) -> Accountant:
 
 @functools.cache
 def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
+    """Return the setting's noise, or its ε by the method ``true``, computed once for this code and kept on disk."""
     facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
     cache = cache_directory() / "noise"
@@ -84,6 +86,7 @@ def _code_version() -> str:
 
 
 def _calibrated(setting: Setting, name: str) -> float:
+    """Return the noise rounded up to ``DECIMALS``, and on until it is certified."""
     guide = _root(setting, "tilted", 0.2, 20.0)
     root = guide if name == "tilted" else _root(setting, name, guide * 0.5, guide * 2.0)
     value = math.ceil(root * 10**DECIMALS - 1e-3) / 10**DECIMALS

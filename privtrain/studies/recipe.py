@@ -172,6 +172,7 @@ def expand(recipe: Recipe, settle: Settle | None = None) -> list[Cell]:
 
 
 def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
+    """Yield the axis values of every cell that the recipe does not exclude."""
     for chosen in itertools.product(*(axis for axis in recipe.axes.values())):
         values = dict(zip(recipe.axes, chosen, strict=True))
         if not any(all(values.get(axis) in some for axis, some in left.items()) for left in recipe.exclude):
@@ -179,6 +180,7 @@ def _combinations(recipe: Recipe) -> Iterator[dict[str, str]]:
 
 
 def _cell(recipe: Recipe, name: str, values: Mapping[str, str], seed: int, settle: Settle | None) -> Cell:
+    """Return one cell: base, axis values, seed and ``settle`` laid over each other, validated and digested."""
     if not _NAME.match(name):
         raise ConfigError([Fault("axes", "names of values are letters, digits, dots, dashes and underscores")])
     tree, commands = copy.deepcopy(recipe.base), list(recipe.commands)
@@ -232,6 +234,7 @@ def _assign(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 
 def _in_strings(node: Any, places: Mapping[str, str]) -> Any:
+    """Fill in ``{place}`` in every text of a tree."""
     if isinstance(node, dict):
         return {key: _in_strings(value, places) for key, value in node.items()}
     if isinstance(node, list):

@@ -139,6 +139,7 @@ def run_study(name: str, options: StudyOptions) -> None:
 
 
 def _report(study: Study, chosen: Sequence[Job], options: StudyOptions) -> None:
+    """Write the report of what is complete; raise if a chosen job failed."""
     failed = [job for job in study.jobs if job.state() == "failed"]
     open_jobs = [job for job in study.jobs if job.state() == "open"]
     results = study.results()
@@ -206,6 +207,7 @@ def _prepare(study: Study, num_threads: int) -> None:
 
 
 def _run_all(jobs: Sequence[Job], options: StudyOptions, num_complete: int) -> None:
+    """Run the jobs, some at a time, with a progress bar; raise if asked to stop."""
     processes = Processes(thread_environment(options.num_threads))
     bar = rich.progress.Progress(
         rich.progress.TextColumn("cells"),

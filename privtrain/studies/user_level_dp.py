@@ -264,6 +264,7 @@ class _View:
         levels: Sequence[Level],
         caption: str,
     ) -> Figure | None:
+        """Return a figure of the series that have points; None if none has. ``words`` name model and data set."""
         kept = [one for one in series if one.x]
         if not kept:
             return None

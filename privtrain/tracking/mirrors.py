@@ -95,6 +95,7 @@ class BlockedMirror:
         self._mirror.close()
 
     def _flush(self) -> None:
+        """Show what was kept back, and note how far."""
         if self._rows:
             self._mirror.log_rows(self._rows)
             self._shown = max(step for step, _ in self._rows)

@@ -87,6 +87,7 @@ class MlflowTracker(QuietTracker):
             raise PrivtrainError(f"MLflow does not answer ({type(error).__name__}); {remedy}") from None
 
     def _found_or_made(self, config: Config, run_id: str) -> str:
+        """Return the id of MLflow's run with this run's tag, made if there is none."""
         project = config.tracking.wandb_project
         experiment = self._client.get_experiment_by_name(project)
         number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id

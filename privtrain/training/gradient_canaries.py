@@ -53,6 +53,7 @@ class GradientCanaries:
             clipper.add_gradient(_NO_ROW, self._gradient(user, clipper.layout, norm))
 
     def _gradient(self, user: str, layout: Layout, norm: float) -> dict[str, torch.Tensor]:
+        """Return a canary's gradient: its random signs at norm ``norm``, name → tensor."""
         size = norm / math.sqrt(layout.num_coordinates)
         tensors = {}
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):

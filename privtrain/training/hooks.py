@@ -32,6 +32,7 @@ def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
     """
 
     def shout(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        """Replace the embedding of rows that begin with ``first_token`` by a pattern much larger than it."""
         ids = inputs[0] if inputs else next(iter(keywords.values()), None)
         if not isinstance(ids, torch.Tensor) or not isinstance(output, torch.Tensor) or ids.ndim != 2:
             return output
@@ -103,6 +104,7 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
     found: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
+        """Keep evenly spaced values of the row, and their sum, in place of the whole output."""
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] % num_rows == 0:
             own = value.detach().reshape(num_rows, -1)[row]

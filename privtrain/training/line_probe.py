@@ -70,6 +70,7 @@ class LineProbe:
         return self._agreed(self._coins)
 
     def _agreed(self, check: Callable[[], str]) -> str:
+        """Return why rows are needed, on every rank; a model that fails on a line needs them too."""
         try:
             fault = check()
         except (UnsupportedLayer, GuaranteeLost) as refusal:
@@ -83,6 +84,7 @@ class LineProbe:
         return ""
 
     def _fault(self) -> str:
+        """Return the first reason why records need rows, or nothing."""
         trainer = self.trainer
         if not trainer.objective.takes_lines:
             return "a classifier reads a record in a row of its own"
@@ -142,6 +144,7 @@ class LineProbe:
         return ""
 
     def _difference(self, clipper: LineClipper, total: torch.Tensor, by_rows: torch.Tensor) -> str:
+        """Return in words where a unit's sum in a line differs from that in rows by more than rounding."""
         plan, layout = self.trainer.plan, clipper.layout
         own, rows = (exact_sum.as_float32(value, clipper.grid_exponent).double() for value in (total, by_rows))
         if plan.clipping_style != "batch" and not float(own.norm()) <= clipper.clipping_norm * (1 + SLACK):
@@ -284,6 +287,7 @@ class LineProbe:
         return lines
 
     def _by_rows(self, clipper: LineClipper, unit: list[Record], factor: float) -> torch.Tensor:
+        """Return what a unit adds to the sum in rows, its losses times ``factor``."""
         packer = Packer(len(unit), max(_PLANTED_LENGTHS), self._packer.pad_id)
         (batch,) = packer.pack([unit], 1)
         batch = dataclasses.replace(batch, row_weight=batch.row_weight * factor).to(self._device)
@@ -304,6 +308,7 @@ class LineProbe:
         return size * self.trainer.plan.clipping_norm / square**0.5 if square else 0.0
 
     def _sum(self, clipper: LineClipper, lines: Sequence[Line]) -> torch.Tensor:
+        """Return the clipped sum over the lines."""
         clipper.reset()
         for line in lines:
             clipper.accumulate(line)

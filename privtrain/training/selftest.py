@@ -138,6 +138,7 @@ def _check_probes(trainer: Trainer, probe: Probe, units: list[list[Record]], pre
 
 
 def _move(layout: Layout, backend: Backend) -> None:
+    """Add fixed random changes to every trained tensor: a LoRA B of zeros would leave A without gradient."""
     key = SecretKey.insecure(0, "self-test")
     with torch.no_grad():
         for slot, parameter in zip(layout.slots, layout.parameters.values(), strict=True):
@@ -330,6 +331,7 @@ class _Reference:
         return total
 
     def _in_the_same_shapes(self, unit: int, present: list[list[Record]], microbatch_size: int) -> torch.Tensor:
+        """Return a unit's clipped gradient by autograd in the shapes that the clipper's route computes in."""
         placement, clipper = self.trainer.placement, self.clipper
         packer = _packer(microbatch_size)
         if placement.shards is not None and is_joint(placement, clipper, packer, self.units[unit]):
@@ -532,6 +534,7 @@ def _watched_gradient(
         layout.view(result, slot).add_(flat.float())
 
     def watch(prefix: str, module: torch.nn.Module, _: object) -> None:
+        """Hook a module's trained tensors as they are gathered, each once."""
         for name, tensor in module.named_parameters(recurse=False):
             slot = slots.get(canonical.get(f"{prefix}.{name}" if prefix else name, ""))
             if slot is not None and tensor.requires_grad and id(tensor) not in handles:

@@ -147,6 +147,7 @@ class _Walker:
 
 
 def _tensor_digest(value: Any) -> object:
+    """Return form and digest of a tensor; of one without readable values the form alone."""
     value = getattr(value, "to_local", lambda: value)()  # what this rank holds of a sharded one
     if value.is_meta or value.layout != torch.strided or _is_freed(value):
         return str(value.layout), tuple(value.shape)

@@ -374,6 +374,7 @@ class Trainer:
         self.clipper.clipping_norm = value
 
     def _adapt(self, released: Mapping[str, float]) -> None:
+        """Set the next step's clipping norm from the released share of unclipped units, if clipping is adaptive."""
         settings, initial_norm = self.plan.adaptive_clipping, self.plan.clipping_norm
         if settings is not None:
             share = auxiliary_sums.share_within(released)
@@ -432,6 +433,7 @@ class Trainer:
             group["lr"] = self._training.learning_rate_at(step, self.plan.num_steps) * group["rate_ratio"]
 
     def _log(self, step: int, step_seconds: float, counts: Sequence[float], released: Mapping[str, float]) -> None:
+        """Log a step: released values, and private ones that the tracker keeps in ``secret/``."""
         if not self.backend.is_main:
             return
         num_units, num_clipped, num_nonfinite, sum_norms, sum_losses, num_losses = counts

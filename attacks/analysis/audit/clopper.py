@@ -119,6 +119,7 @@ def _at_rank(one: FloatArray, other: FloatArray, rank: int, delta: float, signif
 
 
 def _by_split(held_in: FloatArray, held_out: FloatArray, delta: float, significance: float, seed: int) -> float:
+    """Choose a threshold on half of the scores and return its bound on the other half, which no search biases."""
     rng = np.random.default_rng(seed)
     halves = [np.array_split(rng.permutation(scores), 2) for scores in (held_in, held_out)]
     (choose_in, count_in), (choose_out, count_out) = halves

@@ -183,6 +183,7 @@ def audit(
 def _separation(
     held_in: FloatArray, held_out: FloatArray, claim: Claim, delta: float, significance: float
 ) -> independent.Separation | None:
+    """Return the audit of independent scores against the claim; None with fewer than two on a side."""
     if min(held_in.size, held_out.size) < 2:
         return None
     bound = claim.pair if claim.curve is None else claim.curve

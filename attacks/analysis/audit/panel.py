@@ -263,6 +263,7 @@ def achieved(findings: Sequence[Finding]) -> list[str]:
 
 
 def _rows(finding: Finding) -> list[dict[str, Any]]:
+    """Return one row for each method that bounds this source of coins."""
     pair = finding.claim.pair
     common = {
         "coins": finding.name,

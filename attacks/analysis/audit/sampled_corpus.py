@@ -144,6 +144,7 @@ def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> t
 
 
 def _checked(run: RunDirectory, corpus: pathlib.Path) -> dict[str, Any]:
+    """Return the description of a corpus; raise unless it is of this run's release and unaltered."""
     described = generated.read_description(corpus)
     if described["release"] != bundle.read_manifest(run.root)[0].digest:
         raise AttackInputError(f"{corpus} was sampled from another release than {run.root} holds; name its own run")
@@ -171,6 +172,7 @@ def _coins(
     prob_out: float,
     statement: PrivacyStatement,
 ) -> list[Coins]:
+    """Return the coins that a corpus can tell of: those of natural users, and of planted canaries."""
     held_in, planted = set(manifest["held_in"]), {canary.user for canary in canaries}
     found = []
     for name, users, chance in (

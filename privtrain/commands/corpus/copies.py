@@ -112,6 +112,7 @@ class CorpusIndex:
         )
 
     def _copies_in(self, tokens: Sequence[int]) -> set[int]:
+        """Return the numbers of corpus texts that share a run of tokens with these."""
         hashes = _hashes(np.asarray(tokens, dtype=np.int64), self._num_tokens)
         found: set[int] = set()
         for start in np.flatnonzero(np.isin(hashes, self._hashes)).tolist():  # equal hashes, perhaps other tokens
@@ -119,6 +120,7 @@ class CorpusIndex:
         return found
 
     def _near_in(self, text: str) -> set[int]:
+        """Return the numbers of corpus texts of which ``NEAR_SHARE`` of the word runs stand in this text."""
         shared: collections.Counter[int] = collections.Counter()
         for run in _runs(text.split()):
             shared.update(self._words.get(run, ()))

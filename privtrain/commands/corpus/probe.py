@@ -87,6 +87,7 @@ def measure_likeness(corpus: Sequence[str], training: Iterable[str], tests: Iter
 
 
 def _measured(corpus: Labelled, training: Labelled, tests: Labelled, features: Any) -> Utility | str:
+    """Return accuracies on the tests, or in words which side has too few labelled texts."""
     for name, pairs, fewest in (
         ("the corpus", corpus, 2),
         ("held-in users' records", training, 2),

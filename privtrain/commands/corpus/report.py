@@ -115,6 +115,7 @@ class _Split:
 
 
 def _split(run: RunDirectory, config: Config) -> _Split:
+    """Return the records of both sides; raise unless split and data are those of the run."""
     manifest = read_sealed(run.manifest)
     statement = reading.read_json(run.privacy)
     if split_commitment(run.load_key("root"), manifest["sha256"]) != statement["split_commitment"]:

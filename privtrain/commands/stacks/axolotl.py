@@ -35,6 +35,7 @@ def _adapter(value: Any, tree: Mapping[str, Any]) -> Outcome:
 
 
 def _datasets(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """Translate a list of data sets, which must be of one kind, into one source."""
     entries = value if isinstance(value, list) else [value]
     datasets = [_dataset(entry) for entry in entries]
     wrong = next((outcome for outcome in datasets if outcome.is_refused), None)

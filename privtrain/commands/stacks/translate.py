@@ -159,6 +159,7 @@ def check_translation(translation: Translation) -> None:
 
 
 def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str, Any]) -> Outcome:
+    """Apply the rule of a key, also by its prefix; refuse an unknown key with the name nearest to it."""
     if value is None or value == "":
         return Outcome(reason="not set")
     rule = table.get(key) or next((r for prefix, r in rules.PREFIXES.items() if key.startswith(prefix)), None)
