@@ -61,6 +61,7 @@ def _shape(value: Any) -> str | None:
 
 def _each(rule: _Rule) -> _Rule:
     """Return the rule of a non-empty list whose values all obey ``rule``."""
+
     def all_of(values: Any) -> str | None:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             return "must be a list that is not empty"

@@ -58,7 +58,7 @@ def normal_error(steps: Sequence[tuple[Moments, int]]) -> float:
 
 
 def _bound(moments: Moments, n: float, e: float) -> float:
-    """Return the bound of theorem 2.3 (see the module) for n steps and its free parameter e; k3, k4, kt: K3, K4, K3~."""
+    """Return the bound of theorem 2.3 (see the module) for n steps and free parameter e; k3, k4, kt are K3, K4, K3~."""
     m2, m3, m4, _ = moments.central
     scale = math.sqrt(m2)
     k3, k4, skew = moments.absolute[1] / scale**3, m4 / m2**2, abs(m3) / scale**3

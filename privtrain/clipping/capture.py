@@ -42,6 +42,7 @@ class Calls:
 
 class _Capture(torch.autograd.Function):
     """The identity on a module's output, whose backward pass hands activation and output gradient to the sink."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -144,7 +144,7 @@ class Passes:
         differs: dict[nn.Module, torch.Tensor] = {}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
-            """Note if the second pass saw other values, and hand a module's gradients to ``add`` if they were let go."""
+            """Note if the second pass saw other values; hand a module's gradients to ``add`` if they were let go."""
             if module not in self._let_go:
                 return
             if module not in missing:

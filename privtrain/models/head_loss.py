@@ -90,6 +90,7 @@ class FrozenHead:
 
 class _OfLogits(torch.autograd.Function):
     """Cross-entropy of [tokens, vocabulary] logits, of which fp32 copies exist a chunk at a time."""
+
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         parts = [_losses(own, wanted) for own, wanted in zip(*_chunks(logits, targets), strict=True)]
@@ -108,6 +109,7 @@ class _OfLogits(torch.autograd.Function):
 
 class _OfHidden(torch.autograd.Function):
     """Cross-entropy of [tokens, width] hidden states under a frozen head: logits exist a chunk at a time."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, needs_gradient: bool

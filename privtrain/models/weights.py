@@ -114,6 +114,7 @@ class BaseSource:
 
 class _SafetensorsParts:
     """The tensors in a model's safetensors files, of which any run of coordinates can be read."""
+
     def __init__(self, file_of: Mapping[str, pathlib.Path]) -> None:
         self._file_of = file_of
         self._open: dict[pathlib.Path, Any] = {}
