@@ -481,7 +481,8 @@ class PerUnitClipper:
 
     def _cancelled(self, squares: torch.Tensor, uncancelled: torch.Tensor) -> set[int]:
         """Return units to multiply out at once: their tokens cancel, or may leave fp32's range as they are added."""
-        huge = (uncancelled > _LARGEST_LENGTH**2) & torch.isfinite(squares)
+        # Not known is huge too: a token of infinite length beside one of none, at 0 · inf.
+        huge = ~(uncancelled <= _LARGEST_LENGTH**2) & torch.isfinite(squares)
         if self._style != "per_layer":
             squares, uncancelled = styles.summed(squares), styles.summed(uncancelled)
         cancelled = (squares < _CANCELLED * uncancelled).any(dim=0)
@@ -493,7 +494,7 @@ class PerUnitClipper:
         if added is None:
             return []
         before, after = (styles.group_norms(value, self._groups) for value in (squares, added))
-        is_longer = (after > before * (1 + _LONGER)).any(dim=0) & together
+        is_longer = ~(after <= before * (1 + _LONGER)).all(dim=0) & together
         return np.flatnonzero(is_longer.numpy()).tolist()
 
     def _pass_again(
