@@ -80,20 +80,30 @@ def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
 def _code_version() -> str:
     """Return a digest of the accountants' code: another version's numbers are not ours."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(accountants.__file__).parent.glob("*.py")):
+    for path in sorted(pathlib.Path(accountants.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def _calibrated(setting: Setting, name: str) -> float:
     """Return the noise rounded up to ``DECIMALS``, and on until it is certified."""
-    guide = _root(setting, "tilted", 0.2, 20.0)
-    root = guide if name == "tilted" else _root(setting, name, guide * 0.5, guide * 2.0)
+    root = _root(setting, name, 1.0 if name == "tilted" else setting.noise("tilted"))
     value = math.ceil(root * 10**DECIMALS - 1e-3) / 10**DECIMALS
     while name not in ESTIMATES and setting.spent(name, value) > setting.epsilon:
         value = round(value + 10**-DECIMALS, DECIMALS)
     return value
 
 
-def _root(setting: Setting, name: str, low: float, high: float) -> float:
-    return bracketed_root(lambda noise: setting.spent(name, noise) - setting.epsilon, low, high, xtol=2e-5)
+def _root(setting: Setting, name: str, guess: float) -> float:
+    """Return the noise at which ``epsilon`` is met; near a good guess few evaluations find it."""
+
+    @functools.cache
+    def excess(noise: float) -> float:
+        return setting.spent(name, noise) - setting.epsilon
+
+    low, high, ratio = guess, guess, 1.01
+    while excess(high) > 0:
+        low, high, ratio = high, high * ratio, ratio**2
+    while excess(low) <= 0:
+        low, high, ratio = low / ratio, low, ratio**2
+    return bracketed_root(excess, low, high, xtol=2e-5)

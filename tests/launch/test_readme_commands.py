@@ -151,6 +151,8 @@ def tour(tree, tmp_path, monkeypatch):
     """A tiny run that anybody's data could have given, a registry, and a place to write to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRIVTRAIN_REGISTRY", str(tmp_path / "registry.db"))
+    # Computed for a quarter of a minute, of no use to a dry run: tests/privtrain/test_study_findings.py looks at it.
+    monkeypatch.setattr("privtrain.studies.noise.Setting.noise", lambda setting, name: 0.8)
     del tree["privacy"]["insecure_seed"]
     tree["privacy"] |= {"noise_multiplier": 4.0, "target_delta": 1e-6}
     tree["data"]["held_out_fraction"] = 0.5  # the split is random: both sides need two users to attack

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from privtrain.config import validate
 from privtrain.config.model import ModelSection
 from privtrain.data.corpus import load_corpus
 from privtrain.run.base_model import locate
-from privtrain.studies import ew_tune, movie_reviews, user_level_dp
+from privtrain.studies import ew_tune, movie_reviews, noise, user_level_dp
 from privtrain.studies.findings import Claim, Verdict
 from privtrain.studies.noise import Setting
 from privtrain.studies.recipe import Cell, expand, read_recipe, recipe_path
@@ -57,7 +58,7 @@ def _claim(claims: Any, words: str) -> Claim:
 
 
 def test_calibrated_noise_spends_what_was_asked_for_and_no_more():
-    for name in ("tilted", "rdp", "tilted-edgeworth"):
+    for name in ("tilted", "rdp", "tilted-edgeworth", "pld", "prv-0.1"):
         sigma = SETTING.noise(name)
         assert SETTING.spent(name, sigma) <= 8.0 < SETTING.spent(name, sigma - 2e-4)
     event = accountants.dp_sgd_event(noise_multiplier=SETTING.noise("tilted"), sampling_prob=0.021, num_steps=30)
@@ -69,6 +70,15 @@ def test_estimate_asks_for_less_noise_and_keeps_answer():
     sigma = SETTING.noise("aea1")
     assert SETTING.true_epsilon(sigma) > 10
     assert Setting(0.021, 30, 1e-5, 8.0).noise("aea1") == sigma
+
+
+def test_noise_is_kept_for_this_version_of_every_accountant(tmp_path, monkeypatch):
+    package = pathlib.Path(shutil.copytree(pathlib.Path(accountants.__file__).parent, tmp_path / "accountants"))
+    monkeypatch.setattr(accountants, "__file__", str(package / "__init__.py"))
+    before = noise._code_version()
+    with open(package / "methods" / "pld.py", "a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    assert noise._code_version() != before
 
 
 def test_ew_tune_published_settings_are_those_of_the_logs():
