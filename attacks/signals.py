@@ -288,10 +288,10 @@ def rows_of(file: BinaryIO, path: pathlib.Path, remedy: str = _REMEDY) -> Iterat
     try:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
-            found = (schema.metadata or {}).get(b"schema", b"none").decode("ascii", errors="replace")
-            if found != SCHEMA_NAME or not schema.equals(SCHEMA):
+            named = (schema.metadata or {}).get(b"schema", b"none").decode("ascii", errors="replace")
+            if named != SCHEMA_NAME or not schema.equals(SCHEMA):
                 raise DamagedFile(
-                    path, f"has schema {found!r} with {len(schema.names)} columns; expected {SCHEMA_NAME!r}", remedy
+                    path, f"has schema {named!r} with {len(schema.names)} columns; expected {SCHEMA_NAME!r}", remedy
                 )
             for batch in table.iter_batches(_ROWS_PER_BATCH):
                 for row in _rows(batch, path, checked.num_rows, remedy):

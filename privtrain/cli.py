@@ -12,6 +12,7 @@ import privtrain
 from privtrain.errors import PrivtrainError
 from privtrain.ledger.commands import RunPath, ledger_app
 from privtrain.process.exit import run_command
+from privtrain.process.options import AsJson
 from privtrain.registry import commands as registry_commands
 
 app = typer.Typer(
@@ -110,7 +111,7 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Predict a step on GPUs, such as 8xh100: time, parts, what would shorten it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the privacy budget and the cost of a run before paying for it: no weights, no process group."""
     from privtrain.commands.plan import PlanOptions, describe_plan
@@ -186,7 +187,7 @@ def doctor(
         pathlib.Path | None, typer.Argument(help="YAML file of the run; without it the environment alone.")
     ] = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check ranks, versions, network, disk, W&B and, with CONFIG, the guarantee on the real model; trains nothing."""
     from privtrain.commands.doctor import examine
@@ -276,7 +277,7 @@ def verify(
         pathlib.Path | None, typer.Option(help="The run that an export was made from: its weights are made again.")
     ] = None,
     base_model: Annotated[pathlib.Path | None, typer.Option(help="Directory of the base model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check that a directory is what was released, without secret/; names every file and field that is not."""
     from privtrain.commands.verify import Anchors, print_verified

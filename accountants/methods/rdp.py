@@ -77,16 +77,16 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
     The library's own conversion takes ``1 - exp(-divergence)`` as a difference, which has no digits below 1e-16.
     """
-    found: list[float] = []
+    log_deltas: list[float] = []
     for order, divergence in zip(orders, divergences, strict=True):
         log_delta = 0.5 * math.log(-math.expm1(-divergence)) if divergence > 0 else -math.inf
         if order > _NEAREST_ORDER:
             log_delta = min(log_delta, (order - 1) * (divergence - epsilon + math.log1p(-1 / order)) - math.log(order))
-        found.append(log_delta)
-    best = min(range(len(found)), key=found.__getitem__)
-    if found[best] == -math.inf:
+        log_deltas.append(log_delta)
+    best = min(range(len(log_deltas)), key=log_deltas.__getitem__)
+    if log_deltas[best] == -math.inf:
         return 0.0, orders[best]  # nothing was released
-    log_delta = found[best] + _ROUND_OFF * (1 + abs(found[best]))
+    log_delta = log_deltas[best] + _ROUND_OFF * (1 + abs(log_deltas[best]))
     return math.nextafter(math.exp(min(log_delta, 0.0)), 1.0), orders[best]  # never 0 where float64 ends
 
 

@@ -105,17 +105,17 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
 
     references = read_references(directory, scoring)
     models = _under_shadows(scored, references)
-    found, not_run = {}, _not_run(scored)
+    evaluated, not_run = {}, _not_run(scored)
     declared, *others = _of_enough_users(_statistics(scored, models, not_run), not_run)
     # Bonferroni: among all statistics but the declared one, a false accusation is as rare as in one.
     strict = 1.0 - (1.0 - statistics.CONFIDENCE_LEVEL) / max(len(others), 1)
     for statistic in (declared, *others):
         level = statistics.CONFIDENCE_LEVEL if statistic is declared else strict
-        found[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, level)
+        evaluated[statistic.name] = results.evaluate(statistic, cap, seed, confounded_by, level)
         if statistic is not declared and (statistic.unit, statistic.documents) == ("user", signals.FRESH):
-            found[statistic.name]["less_headline"] = results.compare(statistic, declared)
-    num_p_values = results.correct_for_multiplicity(found, user_inference.HEADLINE)
-    headline = found[user_inference.HEADLINE]
+            evaluated[statistic.name]["less_headline"] = results.compare(statistic, declared)
+    num_p_values = results.correct_for_multiplicity(evaluated, user_inference.HEADLINE)
+    headline = evaluated[user_inference.HEADLINE]
     num_held_out = counts[signals.HELD_OUT]["num_units"]
     ceiling = statistics.perfect_separation(counts[signals.HELD_IN]["num_units"], num_held_out)
     users = _user_values(scored)
@@ -144,7 +144,7 @@ def _analyse(run: pathlib.Path, seed: int, audit_delta: float | None) -> dict[st
         "verdict": str(found_verdict),
         "verdict_reason": reason,
         "achieved": _achieved(headline, findings),
-        "results": found,
+        "results": evaluated,
         "multiplicity": f"Holm over all {num_p_values} p-values, paired differences included, but the headline's, "
         f"which was declared before any run; the other {len(others)} are judged at confidence level {strict:.5g}",
         "not_run": not_run,
@@ -167,13 +167,13 @@ def _achieved(headline: dict[str, Any], findings: list[auditing.Finding]) -> lis
 
     By the declared tests alone: the headline's interval and the audit, whose errors are .025 and .05.
     """
-    found = auditing.achieved(findings)
+    sentences = auditing.achieved(findings)
     lower = headline["bootstrap"]["interval"][0]
     if lower > 0.5 and headline["verdict"] != verdict.Verdict.CONFOUNDED:
-        found.insert(
+        sentences.insert(
             0, f"Fresh documents tell who was trained on: the AUROC is at least {lower:.3f}, where guessing has 0.5."
         )
-    return found
+    return sentences
 
 
 def _counts(scored: Scored, side: str) -> dict[str, int]:
@@ -221,9 +221,9 @@ def _statistics(
         yield from _of_shadows(scored, table, kind, models[kind], not_run)
 
 
-def _of_enough_users(found: Iterable[Statistic], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
+def _of_enough_users(candidates: Iterable[Statistic], not_run: list[dict[str, str]]) -> Iterator[Statistic]:
     """Pass on the statistics that have users on both sides; not everybody has documents of every kind."""
-    for statistic in found:
+    for statistic in candidates:
         num_in, num_out = statistic.num_users
         if min(num_in, num_out) >= MIN_USERS_PER_SIDE:
             yield statistic
@@ -301,15 +301,15 @@ def _records(scored: Scored, table: DocumentTable, name: str, definition: str, s
 
 def _not_run(scored: Scored) -> list[dict[str, str]]:
     """Return the attacks whose signals are not there, and how to get them."""
-    found = []
+    reasons = []
     for kind, table in scored.documents.items():
         for name, need in sorted(table.missing.items()):
             option = need.partition(".")[2].split("_")[0]
             how = f"; score with --variants {'neighbours:N' if option == 'neighbour' else option}" if option else ""
-            found.append({"attack": name, "documents": kind, "reason": f"the signals lack {need}{how}"})
+            reasons.append({"attack": name, "documents": kind, "reason": f"the signals lack {need}{how}"})
         if not table.keys:
-            found.append({"attack": "all", "documents": kind, "reason": "no such documents were scored"})
-    return found
+            reasons.append({"attack": "all", "documents": kind, "reason": "no such documents were scored"})
+    return reasons
 
 
 def _cap_facts(cap: verdict.Cap, num_held_out: int) -> dict[str, object]:

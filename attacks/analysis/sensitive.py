@@ -118,8 +118,8 @@ def _num_effective(sums: FloatArray) -> FloatArray:
     """Return Kish's number of users of each difference: one user may own most of the tokens."""
     counts = sums[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = counts.sum(axis=0) ** 2 / (counts**2).sum(axis=0)
-    return np.append(found, found.min())
+        num_users = counts.sum(axis=0) ** 2 / (counts**2).sum(axis=0)
+    return np.append(num_users, num_users.min())
 
 
 def _student(points: FloatArray, train: FloatArray, test: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -151,10 +151,10 @@ def _coins_of_spans(run: RunDirectory) -> str | None:
     return read_sealed_file(run, path, schema=SPANS_SCHEMA)["manifest_sha256"] if path.is_file() else None
 
 
-def _spans(manifest: dict[str, Any], found: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
+def _spans(manifest: dict[str, Any], spans_of_record: dict[tuple[str, int], list[tuple[int, int]]]) -> dict[str, Any]:
     """Return spans by user and record, tied to the coins."""
     by_user: dict[str, dict[str, list[list[int]]]] = {}
-    for (user, index), spans in sorted(found.items()):
+    for (user, index), spans in sorted(spans_of_record.items()):
         by_user.setdefault(user, {})[str(index)] = [list(span) for span in spans]
     return {"schema": SPANS_SCHEMA, "manifest_sha256": manifest["sha256"], "spans": by_user}
 

@@ -154,11 +154,11 @@ def _shown_panels(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
-def _dependence_figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def _dependence_figures(curves: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return one figure for each thing that the headline was split by, where there was enough to split."""
     figure_list = []
     for key, title in _DEPENDENCES.items():
-        points = found[key]
+        points = curves[key]
         if len(points) < 2:
             continue
         if key == "by_num_documents":

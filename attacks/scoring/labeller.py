@@ -54,16 +54,16 @@ def measure(find: Callable[[str], Sequence[Span]], records: Iterable[CustomerRec
     totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     num_found = 0
     for record in records:
-        found = {place for start, end in find(record.text) for place in range(start, end)}
-        num_found += len(found)
+        labelled = {place for start, end in find(record.text) for place in range(start, end)}
+        num_found += len(labelled)
         for span in record.spans:
             places = set(range(span.start, span.end))
             for kind in (span.label, ALL):
                 totals[kind].update(
                     num_spans=1,
                     num_characters=len(places),
-                    num_found=len(places & found),
-                    num_whole=places <= found,
+                    num_found=len(places & labelled),
+                    num_whole=places <= labelled,
                 )
     rows: list[Recall] = [
         {

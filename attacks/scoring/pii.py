@@ -28,7 +28,7 @@ def find_personal_data(text: str) -> list[Span]:
     Raises:
         AttackInputError: if Presidio or its spaCy model is not installed.
     """
-    return [(found.start, found.end) for found in _analyzer().analyze(text=text, language="en")]
+    return [(span.start, span.end) for span in _analyzer().analyze(text=text, language="en")]
 
 
 def version() -> str:

@@ -25,7 +25,7 @@ from privtrain.errors import GuaranteeLost
 from privtrain.privacy.layout import Layout, Slot
 
 #: Coordinates of a bucket: 16 MiB of fp32, 32 MiB of int64. A larger tensor travels alone.
-_BUCKET = 1 << 22
+BUCKET = 1 << 22
 #: Numbers of the order in which tensors came stay below this, so that their squares add up over ranks in int64.
 _ORDERS = (1 << 20) - 3
 
@@ -128,7 +128,7 @@ class ReducedShards(ArrivingShards):
         super().__init__(hooked, layout, group, device)
         self.repeats_backward = repeats_backward
         sizes = [equal_part(math.prod(slot.whole_shape), 0, self.size)[1] for slot in layout.slots]
-        self._capacity = min(_BUCKET // self.size, sum(sizes))
+        self._capacity = min(BUCKET // self.size, sum(sizes))
         self._bucket: torch.Tensor | None = None
         self._pending: list[tuple[Slot, int]] = []
         self._used = 0
@@ -202,7 +202,7 @@ class ScatteredSum:
         #: Whole tensors on their way, by number of the slot.
         self._pending: dict[int, torch.Tensor] = {}
         self._num_pending = 0
-        self._most_pending = math.inf if once else _BUCKET
+        self._most_pending = math.inf if once else BUCKET
         self._order = 0
 
     @contextlib.contextmanager
@@ -229,7 +229,7 @@ class ScatteredSum:
         """Send what is still here, a bucket at a time."""
         some: dict[int, torch.Tensor] = {}
         for number in list(self._pending):
-            if some and sum(map(len, some.values())) + len(self._pending[number]) > _BUCKET:
+            if some and sum(map(len, some.values())) + len(self._pending[number]) > BUCKET:
                 self._send(some)
                 some.clear()
             some[number] = self._pending.pop(number)

@@ -145,9 +145,9 @@ def refusal(model: Any) -> str:
     """Return why attention of ``model`` cannot be kept within records by :func:`within_records`, or nothing."""
     base = _unwrapped(model)
     name = type(base).__name__
-    found = {getattr(config, "_attn_implementation", None) for config in refusals.configs(base)} - {None}
-    if not hasattr(base, "set_attn_implementation") or len(found) != 1 or not found <= set(_SUPPORTED):
-        return f"{name} has attention {sorted(map(str, found))}; packed lines need {' or '.join(_SUPPORTED)}"
+    kinds = {getattr(config, "_attn_implementation", None) for config in refusals.configs(base)} - {None}
+    if not hasattr(base, "set_attn_implementation") or len(kinds) != 1 or not kinds <= set(_SUPPORTED):
+        return f"{name} has attention {sorted(map(str, kinds))}; packed lines need {' or '.join(_SUPPORTED)}"
     original = base.config._attn_implementation
     base.set_attn_implementation(_NAME)
     is_set = base.config._attn_implementation == _NAME

@@ -54,7 +54,7 @@ _LONGER = 9e-6
 
 #: Per-unit gradients that the two-pass route keeps, as a share of the weights and one fp32 gradient: less than what is
 #: held in any case, and no more for a sum in int64 than for one in fp32.
-_KEPT_SHARE = 0.45
+KEPT_SHARE = 0.45
 #: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
 _MOSTLY_TRAINED = 0.5
 
@@ -305,7 +305,7 @@ class PerUnitClipper:
         if self._equal_passes or (self.route != "two_pass" and not is_auto):
             return math.inf
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        return _KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
+        return KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
 
     def _refuse_reentrant(self) -> None:
         if self._checkpointing == "reentrant":
@@ -356,12 +356,12 @@ class PerUnitClipper:
             except Exception as failure:  # noqa: BLE001 - see fallback: by comparison, not by a list of errors
                 return failure
             fault = passes.refusal
-            found = self._measured_once(row_losses, gradients) if fault is None else None
+            measured = self._measured_once(row_losses, gradients) if fault is None else None
             if not is_alone:
-                is_finite = found is not None and found.is_finite([found.losses[row] for row in rows])
+                is_finite = measured is not None and measured.is_finite([measured.losses[row] for row in rows])
                 if self._any_rank(not is_finite) and (self._equal_passes or len(batch.owners) > 1):
                     fault = fault or _NOT_FINITE
-            if fault is not None or found is None:
+            if fault is not None or measured is None:
                 return fault
             try:
                 if (rows or self._equal_passes) and not self._is_rehearsed:
@@ -370,8 +370,8 @@ class PerUnitClipper:
             except Exception as failure:  # noqa: BLE001 - as above
                 return failure
             for row in rows:
-                self.diagnostics.add_loss(batch.owners[owner[row]], found.losses[row])
-            self._add_units(batch, passes, calls, found)
+                self.diagnostics.add_loss(batch.owners[owner[row]], measured.losses[row])
+            self._add_units(batch, passes, calls, measured)
         return None
 
     def _measured_once(self, losses: torch.Tensor, gradients: UnitGradients) -> Measured:
@@ -421,8 +421,8 @@ class PerUnitClipper:
             unseen = {name: p for name, p in self.layout.parameters.items() if name not in seen}
             if unseen:
                 loss = self._row_losses(batch.input_ids[:1], batch.target_mask[:1]).sum()
-                found = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
-                hidden = [name for name, gradient in zip(unseen, found, strict=True) if gradient is not None]
+                gradients = torch.autograd.grad(loss, list(unseen.values()), allow_unused=True)
+                hidden = [name for name, gradient in zip(unseen, gradients, strict=True) if gradient is not None]
                 if hidden:
                     raise UnsupportedLayer(
                         f"tensor {hidden[0]!r} has a gradient, but its module is not called as one: a fused kernel "
@@ -441,15 +441,15 @@ class PerUnitClipper:
             loss.backward()
         return seen
 
-    def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls, found: Measured) -> None:
+    def _add_units(self, batch: Microbatch | Line, passes: Passes, calls: Calls, measured: Measured) -> None:
         """Add the units of a microbatch; those that span microbatches, cancel or came out longer are multiplied out."""
         num_units = len(batch.owners)
         if not num_units:
             return
         gradients = passes.gradients
         with exact_fp32(self._device):
-            squares = found.squares
-            apart = self._cancelled(squares, found.uncancelled)
+            squares = measured.squares
+            apart = self._cancelled(squares, measured.uncancelled)
             apart |= {0} if self._open is not None else set()
             apart |= {num_units - 1} if batch.last_continues else set()
             together = torch.tensor([i not in apart for i in range(num_units)])
@@ -512,12 +512,12 @@ class PerUnitClipper:
         if index is not None:
             used[index] = True
 
-        def add(slot: Slot, found: Gradient) -> None:
-            gradients.add_now(slot.name, self.layout.view(self.total, slot), found, weights[number[slot.name]])
+        def add(slot: Slot, contribution: Gradient) -> None:
+            gradients.add_now(slot.name, self.layout.view(self.total, slot), contribution, weights[number[slot.name]])
             if index is not None:
                 if slot.name not in gradient:
                     gradient[slot.name] = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                gradients.add_unit(gradient[slot.name], found, index)
+                gradients.add_unit(gradient[slot.name], contribution, index)
 
         if used.numpy().any():
             passes.again(calls, add, gradients.rows_of(used))
@@ -551,11 +551,11 @@ class PerUnitClipper:
         # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         """Add one row's gradient to its unit's ``gradient``, by a pass of its own."""
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
-        found = fallback.plain_gradients(loss, self.layout.parameters)
+        gradients = fallback.plain_gradients(loss, self.layout.parameters)
         place = int(batch.owner[row])
         if place >= 0:
             self.diagnostics.add_loss(batch.owners[place], float(loss.detach()))
-        for slot, value in zip(self.layout.slots, found, strict=True):
+        for slot, value in zip(self.layout.slots, gradients, strict=True):
             if value is not None:
                 value = value.float()
                 gradient[slot.name] = gradient[slot.name].add_(value) if slot.name in gradient else value

@@ -28,7 +28,7 @@ def plain_gradients(
         UnsupportedLayer: if the model runs a backward pass of its own within this one, as reversible networks do: what
             that one finds is left on the tensors, and nothing is returned of it.
     """
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     left = [name for name, parameter in parameters.items() if parameter.grad is not None]
     if left:
         for parameter in parameters.values():
@@ -37,7 +37,7 @@ def plain_gradients(
             f"the model runs a backward pass of its own for {left[0]!r} (reversible layers, or re-entrant "
             "checkpointing), whose gradients nothing clips; train other tensors, or another model"
         )
-    return found
+    return gradients
 
 
 def cause(

@@ -154,9 +154,9 @@ class Passes:
                 sums = self._sums(activation, output_gradient)
                 before = self._seen[module]
                 differs[module] = (sums.index_select(1, used_rows) != before.index_select(1, used_rows)).any()
-                found = self._gradients_of(module, activation, output_gradient)
+                by_name = self._gradients_of(module, activation, output_gradient)
                 for local_name, slot in self._slots[module].items():
-                    add(slot, found[local_name])
+                    add(slot, by_name[local_name])
 
         calls.sink = sink
         if self._forward is not None:
@@ -256,11 +256,11 @@ class Passes:
             return
         with exact_fp32(self._device):
             is_kept = module not in self._let_go
-            found = self._gradients_of(module, activation, output_gradient)
+            by_name = self._gradients_of(module, activation, output_gradient)
             for local_name, slot in self._slots[module].items():
-                if local_name not in found:
+                if local_name not in by_name:
                     raise UnsupportedLayer(f"the rule of {self._names[module]!r} gives no gradient for {local_name!r}")
-                self.gradients.add(slot.name, found[local_name])
+                self.gradients.add(slot.name, by_name[local_name])
                 if not is_kept:
                     self.gradients.release(slot.name)
                 elif module in self._alone:

@@ -225,11 +225,11 @@ class ShardedClipper(PerUnitClipper):
         return sums.tolist() == [self._shards.size * number, self._shards.size * number**2]
 
     @override
-    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls, found: Measured) -> None:
+    def _add_units(self, batch: Microbatch, passes: Passes, calls: Calls, measured: Measured) -> None:
         """Contribute every unit of the microbatch; also without any, since the other ranks wait for it."""
         gradients, num_units = passes.gradients, len(batch.owners)
-        apart = sorted(self._cancelled(found.squares, found.uncancelled)) if num_units else []
-        squares = self._measured(passes, calls, found.squares, apart)
+        apart = sorted(self._cancelled(measured.squares, measured.uncancelled)) if num_units else []
+        squares = self._measured(passes, calls, measured.squares, apart)
         everyone = torch.ones(num_units, dtype=torch.bool)
         factors = self._factors(squares, batch.owners)
         weights = self._on_grid(factors, everyone)
@@ -260,10 +260,10 @@ class ShardedClipper(PerUnitClipper):
                     squares[i, unit] = 0.0 if tensor is None else float(squared_norms(tensor[None])[0])
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
-        def measure(slot: Slot, found: Gradient) -> None:
+        def measure(slot: Slot, gradient: Gradient) -> None:
             for unit in units:
                 tensor = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
-                gradients.add_unit(tensor, found, unit)
+                gradients.add_unit(tensor, gradient, unit)
                 squares[number[slot.name], unit] = float(squared_norms(tensor[None])[0])
 
         if not passes.is_complete:
@@ -284,10 +284,10 @@ class ShardedClipper(PerUnitClipper):
         if not passes.is_complete:
             number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
-            def add(slot: Slot, found: Gradient) -> None:
+            def add(slot: Slot, gradient: Gradient) -> None:
                 with self._sum.contribution(slot.name) as out:
                     for by_slot in weights if gradients.num_units else ():
-                        gradients.add_now(slot.name, out, found, by_slot[number[slot.name]])
+                        gradients.add_now(slot.name, out, gradient, by_slot[number[slot.name]])
 
             used = torch.stack([(by_slot != 0).any(dim=0) for by_slot in weights]).any(dim=0)
             passes.again(calls, add, gradients.rows_of(used))

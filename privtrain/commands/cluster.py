@@ -140,7 +140,9 @@ class Job:
     @property
     def sends_once(self) -> bool:
         """Whether gradients in parts are reduced once a step: such as are asked to, and such as fit into a bucket."""
-        return self.reduces_once or self.work.num_trained <= _BUCKET
+        from privtrain.backends.shards import BUCKET  # imports torch
+
+        return self.reduces_once or self.work.num_trained <= BUCKET
 
     @property
     def is_cooperative(self) -> bool:
@@ -193,11 +195,6 @@ _FP32_BYTES, INT64_BYTES, _BF16_BYTES = 4, 8, 2
 #: of the tests, on a Llama of two layers).
 _EXTRA_KERNELS = 15
 _FULL_KERNELS, _UNIT_KERNELS = (89, 31), (11, 30)
-#: Gradients that two passes keep, as a share of all (privtrain/clipping/README.md).
-_KEPT_SHARE = 0.45
-#: Coordinates of a sum that is sent once a step, and else once a microbatch: those of :mod:`privtrain.backends.shards`,
-#: which would load the clippers for one number.
-_BUCKET = 1 << 22
 #: A layer is multiplied out for its norm where p·d is at most this times n (p + d); else by Gram matrices.
 _GRAM_FACTOR = 1.25
 
@@ -335,6 +332,8 @@ def _clipping_flops(job: Job) -> tuple[float, float]:
     An adapter's gradients are multiplied out unit by unit where plain training multiplies them out at once; cooperating
     ranks run a unit as plain training runs a microbatch.
     """
+    from privtrain.clipping.clipper import KEPT_SHARE  # imports torch
+
     work = job.work
     if not job.is_full or job.is_cooperative:
         return 0.0, 0.0
@@ -348,7 +347,7 @@ def _clipping_flops(job: Job) -> tuple[float, float]:
     if not job.is_two_pass:  # what was multiplied out for a norm is kept
         return gram, 0.0
     again = work.activation_flops + job.checkpoints * work.forward_flops
-    return gram + (1 - _KEPT_SHARE) * direct, again
+    return gram + (1 - KEPT_SHARE) * direct, again
 
 
 def _reduction(job: Job, cluster: Cluster, bytes_per_number: int, *, sends_once: bool) -> float:

@@ -217,12 +217,12 @@ def _sampled(
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    found: list[Text] = []
+    texts: list[Text] = []
     for number, text in sampling.distinct(sampler, contexts, settings, decode, normal_form):
-        found.append(Text(conditions[number], text))
-        if len(found) % 500 == 0:
-            say(f"{len(found)} of {settings.num_texts} texts")
-    return found
+        texts.append(Text(conditions[number], text))
+        if len(texts) % 500 == 0:
+            say(f"{len(texts)} of {settings.num_texts} texts")
+    return texts
 
 
 def _write(

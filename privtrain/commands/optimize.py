@@ -23,8 +23,8 @@ from privtrain.privacy.plan import PrivacyPlan, fast_accountant
 #: Steps are powers of two, which many numbers of bands divide: those that were measured, and up to the configuration's.
 _STEPS = tuple(2**n for n in range(3, 13))
 _MOST_MEASURED = 256
-#: Bands that are compared for each number of steps; the recommended plan takes the best of all (``num_bands: auto``).
-_BANDS = (1, 4, 16, 64)
+#: Bands that are compared, also in the price list; the recommended plan takes the best of all (``num_bands: auto``).
+BANDS = (1, 4, 16, 64)
 #: Records of a user in a step that are compared, beside the configuration's.
 _RECORDS = (1, 4)
 #: A plan whose predicted gain is at most this share below the best is as good, as far as the law can tell.
@@ -155,7 +155,7 @@ def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[t
     """Yield (steps, batch, records, bands, users) that spend the budget."""
     privacy = config.privacy
     choices_of_k = {1} if privacy.unit == "example" else {records_in_step(privacy), *_RECORDS}
-    bands = _BANDS if can_be_banded(config) else (1,)
+    bands = BANDS if can_be_banded(config) else (1,)
     for records in sorted(choices_of_k):
         # Beyond both the law only says that more steps are better, down to a batch of one.
         for num_steps in sorted(n for n in {*_STEPS, privacy.num_steps} if n <= max(_MOST_MEASURED, privacy.num_steps)):

@@ -12,7 +12,7 @@ from typing import Any
 from accountants.comparison import compare
 from privtrain.commands.cluster import Cluster
 from privtrain.commands.cluster_advice import describe_cluster
-from privtrain.commands.optimize import optimize, record_draws_of, records_in_step
+from privtrain.commands.optimize import BANDS, optimize, record_draws_of, records_in_step
 from privtrain.config import Config, load_config
 from privtrain.config.privacy import PrivacySection
 from privtrain.config.training import TrainingSection
@@ -31,8 +31,6 @@ _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
 _COMPARED = ("tilted", "pld", "rdp", "aea3", "gdp")
 #: Sampling schemes whose rounds are Poisson-sampled Gaussian mechanisms.
 _PRICED = ("poisson", "cyclic_poisson")
-#: Numbers of bands that the price list is about, or what is next to them.
-_BANDS = (1, 4, 16, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +325,7 @@ def _other_bands(plan: PrivacyPlan) -> list[int]:
     if plan.auxiliary_sums or plan.user_accounting.how:
         return []
     tried = tried_bands(plan.num_steps, plan.sampling_prob)
-    near = {max(b for b in tried if b <= wanted) for wanted in _BANDS}
+    near = {max(b for b in tried if b <= wanted) for wanted in BANDS}
     return sorted(near - {1 if plan.strategy is None else plan.strategy.num_bands})
 
 

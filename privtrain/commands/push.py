@@ -44,17 +44,17 @@ def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, i
     if not _REPOSITORY.fullmatch(repository):
         problem = f"given {repository!r}; must be NAMESPACE/NAME of letters, digits, ., _ and -"
         raise ConfigError([Fault("REPOSITORY", problem)])
-    found = verify_directory(directory)
-    place = directory if found.place != "run" else RunDirectory(directory).released
+    verified = verify_directory(directory)
+    place = directory if verified.place != "run" else RunDirectory(directory).released
     if (reasons := reading.read_json(place / "privacy.json")["not_private_reasons"]) and not is_consented:
         problem = f"is not private ({'; '.join(reasons)}); to upload it all the same, give --not-private"
         raise ConfigError([Fault("DIRECTORY", problem)])
     names = _names(place)
-    kind = "dataset" if found.place == "corpus" else "model"
+    kind = "dataset" if verified.place == "corpus" else "model"
     url = _upload(place, repository, kind, names, is_public=is_public)
     return (
-        f"uploaded {len(names)} files to {url}; release digest {found.release_digest}. Others check it with: "
-        f"privtrain verify COPY --digest {found.release_digest}"
+        f"uploaded {len(names)} files to {url}; release digest {verified.release_digest}. Others check it with: "
+        f"privtrain verify COPY --digest {verified.release_digest}"
     )
 
 

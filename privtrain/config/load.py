@@ -129,11 +129,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def layered(*layers: Sequence[str]) -> list[str]:
     """Return the overrides of several layers as one list: a later layer takes the place of an earlier one's keys."""
-    found: list[str] = []
+    merged: list[str] = []
     for layer in layers:
         keys = {override.partition("=")[0] for override in layer}
-        found = [override for override in found if override.partition("=")[0] not in keys] + list(layer)
-    return found
+        merged = [override for override in merged if override.partition("=")[0] not in keys] + list(layer)
+    return merged
 
 
 def to_yaml(tree: dict[str, Any]) -> str:

@@ -417,6 +417,6 @@ def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:
     if pattern.is_file():  # also one whose name holds a bracket
         return [pattern]
     if any(c in str(pattern) for c in "*?["):
-        found = map(pathlib.Path, sorted(glob.glob(str(pattern), recursive=True)))
-        return [path for path in found if not path.is_dir()]
+        matches = map(pathlib.Path, sorted(glob.glob(str(pattern), recursive=True)))
+        return [path for path in matches if not path.is_dir()]
     return []

@@ -132,10 +132,10 @@ def _conversation_problem(value: object) -> str:
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             what = "no content" if content is None else f"{_kind(content)} for content"
             return f"a turn has {what}; it must be text (parts: join their texts), or absent beside tool_calls"
-    found = "no assistant turn with content or tool_calls"
+    problem = "no assistant turn with content or tool_calls"
     if not {turn["role"] for turn in value} <= _ROLES:
-        return f"{found}, but turns of roles beside {', '.join(sorted(_ROLES))}; rename the model's to assistant"
-    return found
+        return f"{problem}, but turns of roles beside {', '.join(sorted(_ROLES))}; rename the model's to assistant"
+    return problem
 
 
 def _content(value: object) -> str:

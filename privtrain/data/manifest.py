@@ -160,13 +160,13 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
     groups = itertools.groupby(pairs, key=lambda pair: pair[0])
     owner, group = next(groups, (None, iter(())))
     for user, allowed in split.training.items():
-        found: set[int] = set()
+        indices_of_user: set[int] = set()
         if user == owner:
-            found.update(index for _, indices in group for index in indices)
+            indices_of_user.update(index for _, indices in group for index in indices)
             owner, group = next(groups, (None, iter(())))
             if user in canaries:
-                kept[user] = found
-        missing = sorted(set(allowed) - found)
+                kept[user] = indices_of_user
+        missing = sorted(set(allowed) - indices_of_user)
         if missing:
             left_out[user] = missing
     assert owner is None, "units of users who are not in the split, or in another order"

@@ -263,11 +263,11 @@ def locked_file(path: pathlib.Path, *, busy: str = "") -> Iterator[int]:
         os.close(descriptor)
 
 
-def _check_owner(path: pathlib.Path, found: os.stat_result, owners: Collection[int] | None = None) -> None:
+def _check_owner(path: pathlib.Path, status: os.stat_result, owners: Collection[int] | None = None) -> None:
     allowed = (os.geteuid(),) if owners is None else owners
-    if found.st_uid not in allowed:
+    if status.st_uid not in allowed:
         raise UnsafePath(
-            f"{path} belongs to user {found.st_uid}, and this process runs as user {os.geteuid()}: its owner may know "
+            f"{path} belongs to user {status.st_uid}, and this process runs as user {os.geteuid()}: its owner may know "
             "or change what is in it. Run as its owner, or choose another place (for a run: another run.output_dir or "
             "run.name). Network mounts that give files to a fixed user hold no private directory of another one"
         )

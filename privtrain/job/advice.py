@@ -21,27 +21,27 @@ _MEAN_OF_DECAY = 0.5
 
 def warnings(config: Config, plan: PrivacyPlan, num_units: float, num_users: float) -> list[str]:
     """Return warnings about a valid but questionable plan."""
-    found = []
+    messages = []
     num_protected = num_users if plan.guaranteed_unit == "user" else num_units
     if plan.delta >= 1 / max(num_protected, 1):
-        found.append(
+        messages.append(
             f"privacy.target_delta={plan.delta:g} is not below 1/units = 1/{num_protected:.0f}: a mechanism that "
             "publishes one unit at random would pass; choose a smaller target_delta"
         )
     drawn = plan.sampling_prob * num_units
     if abs(drawn / plan.expected_batch_size - 1) > _BATCH_GAP:
-        found.append(
+        messages.append(
             f"privacy.sampling_prob draws about {drawn:.1f} units a step but the sum is divided by "
             f"privacy.expected_batch_size={plan.expected_batch_size:g}: privacy is unaffected, the step size is not"
         )
     if config.privacy.target_epsilon is not None and config.privacy.target_epsilon > 10:
-        found.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
+        messages.append(f"privacy.target_epsilon={config.privacy.target_epsilon:g} is a weak guarantee on its own")
     if config.training.num_warmup_steps > plan.num_steps:
-        found.append(
+        messages.append(
             f"training.num_warmup_steps={config.training.num_warmup_steps} exceeds num_steps={plan.num_steps}: "
             "training.learning_rate is never reached"
         )
-    return found
+    return messages
 
 
 def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: int) -> float:

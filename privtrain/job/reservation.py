@@ -122,10 +122,10 @@ class BudgetReservation:
         A complete run reserves nothing; it may still have to settle.
         """
         try:
-            found = cls._take(inputs, (chosen or inputs.run).is_complete())
-            if found is not None:
-                found._is_tuning = chosen is not None
-            return found
+            reservation = cls._take(inputs, (chosen or inputs.run).is_complete())
+            if reservation is not None:
+                reservation._is_tuning = chosen is not None
+            return reservation
         except PrivtrainError as error:
             # A plan that was refused does not keep the directory from the one that fits. After a lost connection
             # the run may hold a reservation under its name.

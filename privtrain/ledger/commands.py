@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from privtrain.errors import PrivtrainError
+from privtrain.process.options import AsJson
 
 ledger_app = typer.Typer(help="Read, check and prove what a run's contribution ledger says.", no_args_is_help=True)
 
 RunPath = Annotated[pathlib.Path, typer.Argument(help="Run directory, e.g. runs/demo.", metavar="RUN")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 Pseudonym = Annotated[str | None, typer.Option(help="A pseudonym of 32 hexadecimal digits, instead of the user.")]
 
 

@@ -61,8 +61,8 @@ class FrozenHead:
         is_whole = type(head.weight.data) is torch.Tensor and head.weight.dim() == 2  # not in parts over ranks
         if is_watched or not is_whole or any(parameter.requires_grad for parameter in head.parameters()):
             return None
-        found = cls(decoder, head)
-        return found if found._is_all_of(base) else None
+        frozen = cls(decoder, head)
+        return frozen if frozen._is_all_of(base) else None
 
     def _is_all_of(self, base: nn.Module) -> bool:
         """Return whether decoder and head alone give the model's logits, bit for bit, on a few tokens."""

@@ -109,18 +109,18 @@ def outputs(model: Any) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
-def check_outputs(expected: torch.Tensor, found: torch.Tensor, place: pathlib.Path) -> None:
+def check_outputs(expected: torch.Tensor, given: torch.Tensor, place: pathlib.Path) -> None:
     """Raise unless two models compute the same.
 
     Raises:
         VerificationFailed: saying by how much they differ.
     """
     scale = max(1.0, float(expected.abs().max()))
-    if expected.shape != found.shape:
-        problem = f"outputs have shape {list(found.shape)}; the base with its adapter gives {list(expected.shape)}"
-    elif not torch.isfinite(found).all():
+    if expected.shape != given.shape:
+        problem = f"outputs have shape {list(given.shape)}; the base with its adapter gives {list(expected.shape)}"
+    elif not torch.isfinite(given).all():
         problem = "outputs are not finite; export it with --dtype fp32"
-    elif (difference := float((expected - found).abs().max())) > _TOLERANCE * scale:
+    elif (difference := float((expected - given).abs().max())) > _TOLERANCE * scale:
         problem = f"outputs on fixed tokens differ by {difference:.3g} from those of the base with its adapter"
     else:
         return

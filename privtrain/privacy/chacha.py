@@ -72,7 +72,7 @@ def check_chacha(device: torch.device) -> None:
     """
     key = bytes(range(KEY_BYTES))
     keys = torch.frombuffer(bytearray(key), dtype=torch.int32).expand(32, BLOCK_WORDS)
-    found = blocks(keys.to(device), torch.arange(32, dtype=torch.int32, device=device))
+    computed = blocks(keys.to(device), torch.arange(32, dtype=torch.int32, device=device))
     expected = torch.from_numpy(KeyStream(key).uint64(32 * BLOCK_WORDS).astype("<i8"))
-    if not torch.equal(found.reshape(-1).cpu(), expected):
+    if not torch.equal(computed.reshape(-1).cpu(), expected):
         raise GuaranteeLost(f"integer arithmetic on {device} is not that of ChaCha20; noise cannot be drawn there")

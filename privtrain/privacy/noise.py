@@ -192,9 +192,9 @@ class ExactRounding:
         lowest, highest = torch.stack(torch.aminmax(x)).tolist()
         if max(-lowest, highest) > normal.FAR:
             candidates |= x.abs() > normal.FAR
-        found = candidates.nonzero().flatten()
-        is_near = (x[found].abs() <= normal.NEAR) & (distance[found] < 0.5 - self._near)
-        return found[~is_near]
+        indices = candidates.nonzero().flatten()
+        is_near = (x[indices].abs() <= normal.NEAR) & (distance[indices] < 0.5 - self._near)
+        return indices[~is_near]
 
     def _decide(self, rest: int, first_bits: int, t: float, noise: StepNoise, name: str, coordinate: int) -> int:
         """Return the integer nearest to one coordinate's exact t, using as many digits of U as needed."""

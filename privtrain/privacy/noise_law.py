@@ -170,7 +170,7 @@ def best_of(rows: Sequence[Measured]) -> list[Best]:
     def setting(row: Measured) -> tuple[float, ...]:
         return row.num_steps, row.batch, row.noise_multiplier, row.num_bands, row.rank, row.records_per_user, row.seed
 
-    found = []
+    best = []
     for _, group in itertools.groupby(sorted(rows, key=lambda r: (setting(r), r.learning_rate)), setting):
         runs = list(group)
         index = int(np.argmin([run.loss for run in runs]))
@@ -180,8 +180,8 @@ def best_of(rows: Sequence[Measured]) -> list[Best]:
             curve = np.polyfit([np.log(run.learning_rate) for run in near], [run.loss for run in near], 2)
             rate, loss = -curve[1] / (2 * curve[0]), np.polyval(curve, -curve[1] / (2 * curve[0]))
         first = runs[0]
-        found.append(Best(first.point, first.seed, float(np.exp(rate)), float(first.loss_before - loss)))
-    return found
+        best.append(Best(first.point, first.seed, float(np.exp(rate)), float(first.loss_before - loss)))
+    return best
 
 
 def fit(rows: Sequence[Measured]) -> NoiseLaw:
@@ -211,8 +211,8 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
     names = [field.name for field in dataclasses.fields(NoiseLaw)]
     values = [*np.exp(gains[:4]), *gains[4:6], np.exp(speed[0]), *speed[1:]]
     steps = [row.num_steps for row in rows]
-    found = dict(zip(names, map(float, values), strict=False))
-    return NoiseLaw(**found, num_runs=len(rows), least_steps=min(steps), most_steps=max(steps))
+    fitted_values = dict(zip(names, map(float, values), strict=False))
+    return NoiseLaw(**fitted_values, num_runs=len(rows), least_steps=min(steps), most_steps=max(steps))
 
 
 def _of(points: Sequence[Point]) -> np.ndarray:

@@ -47,9 +47,9 @@ def quantiles(bits: torch.Tensor) -> torch.Tensor:
     """
     # The distance from the nearer end of (0, 1), which float64 holds to its last digit where it is small.
     folded = bits.bitwise_xor(bits >> 63).double().add_(0.5).mul_(2.0**-64)
-    found = torch.special.ndtri(folded)
-    found.view(torch.int64).bitwise_xor_(bits & _SIGN)  # the sign, for the upper half
-    return found
+    x = torch.special.ndtri(folded)
+    x.view(torch.int64).bitwise_xor_(bits & _SIGN)  # the sign, for the upper half
+    return x
 
 
 @functools.cache

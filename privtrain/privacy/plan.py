@@ -347,8 +347,8 @@ class PrivacyPlan:
         noise = {
             auxiliary_sum.name: auxiliary_sum.noise / self.expected_batch_size for auxiliary_sum in self.auxiliary_sums
         }
-        found = {"loss": (high - low) * noise.get(LOSS, 0.0), "clip_fraction": noise.get(WITHIN_NORM, 0.0)}
-        return {metric: found[metric] for metric in self.noised_metrics.release}
+        stddevs = {"loss": (high - low) * noise.get(LOSS, 0.0), "clip_fraction": noise.get(WITHIN_NORM, 0.0)}
+        return {metric: stddevs[metric] for metric in self.noised_metrics.release}
 
     @property
     def sampling(self) -> str:

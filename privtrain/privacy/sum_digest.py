@@ -115,8 +115,8 @@ def block_values(total: torch.Tensor, layout: Layout, table: torch.Tensor) -> to
         part = total[piece.start : piece.start + piece.num_blocks * piece.size].view(piece.num_blocks, piece.size)
         return _lanes(part, table[:, piece.offset : piece.offset + piece.size])
 
-    for piece, found in zip(pieces, in_threads(lanes, pieces, total.device), strict=True):
-        values[piece.block : piece.block + piece.num_blocks] += found
+    for piece, share in zip(pieces, in_threads(lanes, pieces, total.device), strict=True):
+        values[piece.block : piece.block + piece.num_blocks] += share
     return values
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from privtrain.errors import PrivtrainError
+from privtrain.process.options import AsJson
 
 app = typer.Typer(help="Budgets over runs: set them, see what is spent, opt users out.", no_args_is_help=True)
 budget_app = typer.Typer(help="Set and list budgets.", no_args_is_help=True)
@@ -26,7 +27,6 @@ Url = Annotated[
         help="SQLite file or postgresql:// URL; default: registry.db in the user's data directory.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 _UNITS = {"s": 1, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 

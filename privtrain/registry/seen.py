@@ -94,27 +94,27 @@ class SeenFile:
             raise DamagedFile(self.path, "does not hold numbers of changes", remedy)
         return content
 
-    def missing(self, known: dict[str, dict[str, int]], found: Extent) -> str:
+    def missing(self, known: dict[str, dict[str, int]], extent: Extent) -> str:
         """Return in words what a registry lacks of what this machine saw of it; empty if nothing.
 
         Args:
             known: what the file holds, of :meth:`known`.
-            found: what the registry shows now.
+            extent: what the registry shows now.
         """
-        if self._is_of_one and known and found.uid not in known:
+        if self._is_of_one and known and extent.uid not in known:
             # The file's one registry has got another id: no number of it can be compared.
             return "the changes noted under its earlier id"
-        seen = known.get(found.uid, {})
-        lacking = {name: seen[name] - count for name, count in found.counts.items() if seen.get(name, 0) > count}
+        seen = known.get(extent.uid, {})
+        lacking = {name: seen[name] - count for name, count in extent.counts.items() if seen.get(name, 0) > count}
         return ", ".join(f"{number} {_WORDS[name]}" for name, number in lacking.items())
 
-    def check(self, known: dict[str, dict[str, int]], found: Extent) -> None:
+    def check(self, known: dict[str, dict[str, int]], extent: Extent) -> None:
         """Raise if a registry is older than it was when it was last used from here.
 
         Raises:
             GuaranteeLost: saying how much is missing, and how to go on.
         """
-        missing = self.missing(known, found)
+        missing = self.missing(known, extent)
         if missing:
             raise GuaranteeLost(
                 f"the registry {self._shown} is older than this machine knows it ({missing} are missing): it "
@@ -122,30 +122,30 @@ class SeenFile:
                 "on with the newest. If that one is lost: privtrain registry restored --confirm"
             )
 
-    def note(self, found: Extent) -> None:
+    def note(self, extent: Extent) -> None:
         """Remember how far a registry has come.
 
         Raises:
             PrivtrainError: if the file cannot be written.
         """
-        if all(self.known().get(found.uid, {}).get(name, -1) >= count for name, count in found.counts.items()):
+        if all(self.known().get(extent.uid, {}).get(name, -1) >= count for name, count in extent.counts.items()):
             return
-        self._write(found, lowers=False)
+        self._write(extent, lowers=False)
 
-    def accept(self, found: Extent) -> None:
+    def accept(self, extent: Extent) -> None:
         """Set the remembered numbers to these, even if lower; a file of one registry alone also forgets other ids."""
-        self._write(found, lowers=True)
+        self._write(extent, lowers=True)
 
-    def _write(self, found: Extent, *, lowers: bool) -> None:
+    def _write(self, extent: Extent, *, lowers: bool) -> None:
         """Write a registry's numbers: the larger ones of old and new, unless ``lowers``."""
         try:
             make_missing(self.path.parent)
             with locked_file(self.path.with_name(f".{self.path.name}.lock")):
                 known = self.known()
-                before = {} if lowers else known.get(found.uid, {})
-                counts = {name: max(before.get(name, 0), count) for name, count in found.counts.items()}
+                before = {} if lowers else known.get(extent.uid, {})
+                counts = {name: max(before.get(name, 0), count) for name, count in extent.counts.items()}
                 others = {} if lowers and self._is_of_one else known
-                write_json(self.path, {**others, found.uid: counts}, mode=0o600)
+                write_json(self.path, {**others, extent.uid: counts}, mode=0o600)
         except OSError as error:
             raise PrivtrainError(
                 f"cannot write {self.path} ({error.strerror}), which tells a registry that was restored from a backup; "

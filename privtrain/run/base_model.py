@@ -102,11 +102,11 @@ def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list
         model: where the base model is now.
         released: file name → SHA-256 that the release holds; empty if the base was not on disk then.
     """
-    found = base_digests(model)
-    if not found or not released:
+    digests = base_digests(model)
+    if not digests or not released:
         return []
-    names = {name for name in {*found, *released} if name.endswith(_WEIGHTS) or name == "config.json"}
-    return sorted(name for name in names if found.get(name) != released.get(name))
+    names = {name for name in {*digests, *released} if name.endswith(_WEIGHTS) or name == "config.json"}
+    return sorted(name for name in names if digests.get(name) != released.get(name))
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:

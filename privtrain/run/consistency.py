@@ -118,28 +118,28 @@ def is_our_version(statement: dict[str, Any]) -> bool:
     return statement.get("software") == {"privtrain": privtrain.__version__}
 
 
-def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
+def _differences(stated: Any, expected: Any, name: str) -> Iterator[str]:
     """Yield every field in which two JSON values differ; ``name`` is the dotted place of both."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted({*found, *expected}):
+    if isinstance(expected, dict) and isinstance(stated, dict):
+        for key in sorted({*stated, *expected}):
             inner = f"{name}.{key}" if name else key
             if key not in expected:
                 yield f"{inner} is no part of a statement"
-            elif key not in found:
+            elif key not in stated:
                 yield f"{inner} is missing"
             else:
-                yield from _differences(found[key], expected[key], inner)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+                yield from _differences(stated[key], expected[key], inner)
+    elif isinstance(expected, list) and isinstance(stated, list) and len(expected) == len(stated):
+        for index, (mine, theirs) in enumerate(zip(stated, expected, strict=True)):
             yield from _differences(mine, theirs, f"{name}[{index}]")
-    elif not _is_equal(found, expected):
-        yield f"{name} is {_short(found)}, by the plan it is {_short(expected)}"
+    elif not _is_equal(stated, expected):
+        yield f"{name} is {_short(stated)}, by the plan it is {_short(expected)}"
 
 
-def _is_equal(found: Any, expected: Any) -> bool:
-    if type(found) is float and type(expected) is float:
-        return math.isclose(found, expected, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-300)
-    return type(found) is type(expected) and found == expected
+def _is_equal(stated: Any, expected: Any) -> bool:
+    if type(stated) is float and type(expected) is float:
+        return math.isclose(stated, expected, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-300)
+    return type(stated) is type(expected) and stated == expected
 
 
 def _short(value: Any) -> str:

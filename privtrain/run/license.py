@@ -48,11 +48,11 @@ def license_in(card: pathlib.Path) -> dict[str, Any]:
     value = document.value
     if document.faults or not isinstance(value, dict) or not _holds(IDENTIFIER, value.get("license")):
         return {}
-    found = {"license": value["license"]}
-    if found["license"] == "other":
+    license = {"license": value["license"]}
+    if license["license"] == "other":
         patterns = {"license_name": _NAME, "license_link": _LINK}
-        found |= {key: value[key] for key, pattern in patterns.items() if _holds(pattern, value.get(key))}
-    return found
+        license |= {key: value[key] for key, pattern in patterns.items() if _holds(pattern, value.get(key))}
+    return license
 
 
 def _holds(pattern: re.Pattern[str], value: Any) -> bool:

@@ -110,21 +110,21 @@ def model_card(
 def _hub_metadata(config: Config, evaluation: Mapping[str, float]) -> str:
     """Return lines of a card's front matter that hub pages read: task, base, license, data and results, if known."""
     task = "text-classification" if config.data.is_classification else "text-generation"
-    found: dict[str, Any] = {"pipeline_tag": task}
+    metadata: dict[str, Any] = {"pipeline_tag": task}
     base, source = config.model.name_or_path or "", config.data.source
     if _HUB_NAME.fullmatch(base) and not pathlib.Path(base).exists():
-        found["base_model"] = base
-        found["base_model_relation"] = "finetune" if config.training.releases_model else "adapter"
-    found |= license_metadata(config)
+        metadata["base_model"] = base
+        metadata["base_model_relation"] = "finetune" if config.training.releases_model else "adapter"
+    metadata |= license_metadata(config)
     if isinstance(source, HubSource):
-        found["datasets"] = [source.name]
+        metadata["datasets"] = [source.name]
     if evaluation:
         held = config.data.evaluation
         names = {"name": held.name, "type": held.name} if isinstance(held, HubSource) else _LOCAL
         metrics = [{"type": name, "value": round(value, 6)} for name, value in sorted(evaluation.items())]
         result = {"task": {"type": task}, "dataset": names, "metrics": metrics}
-        found["model-index"] = [{"name": config.run.name, "results": [result]}]
-    return strict_yaml.dump(found)
+        metadata["model-index"] = [{"name": config.run.name, "results": [result]}]
+    return strict_yaml.dump(metadata)
 
 
 def banner(statement: dict[str, Any]) -> str:

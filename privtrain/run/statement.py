@@ -263,16 +263,16 @@ def _user_accounting(plan: PrivacyPlan, num_accounted: int) -> dict[str, Any] | 
 
 def _bound_assumptions(plan: PrivacyPlan) -> list[str]:
     """Return what a bound on a user's records in the training set says, and what it is used for."""
-    found = []
+    sentences = []
     if plan.records_per_user is not None:
-        found.append(
+        sentences.append(
             f"No user has more than {plan.records_per_user} records in the training set; they are chosen by a function "
             f"of that user's records and of public things alone ({plan.selection.replace('_', ' ')})."
         )
     if plan.user_accounting.assumption:
-        found.append(plan.user_accounting.assumption.format(k=plan.records_per_user))
-        found.append("Records are sampled and clipped one by one; the noise is relative to one record's norm.")
-    return found
+        sentences.append(plan.user_accounting.assumption.format(k=plan.records_per_user))
+        sentences.append("Records are sampled and clipped one by one; the noise is relative to one record's norm.")
+    return sentences
 
 
 def unit_text(plan: PrivacyPlan) -> str:

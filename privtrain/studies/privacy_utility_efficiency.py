@@ -196,8 +196,8 @@ class _View:
         slug = "".join(f"-{value.replace('.', '-')}" for value in self.values.values())
         series = []
         for split in ("train", "test"):
-            found = [(i, self.estimate(nll("sensitive", split, "tuned"), m)) for i, m in enumerate(methods)]
-            known = [(float(i), one) for i, one in found if one is not None]
+            losses = [(i, self.estimate(nll("sensitive", split, "tuned"), m)) for i, m in enumerate(methods)]
+            known = [(float(i), one) for i, one in losses if one is not None]
             series.append(Series(f"sensitive tokens, {split}", [x for x, _ in known], [y for _, y in known]))
         base = self.estimate(nll("sensitive", "test", "base"), methods[0])
         levels = [] if base is None else [Level("base model, test", base.mean)]

@@ -302,9 +302,9 @@ def _dependences(results: Results) -> list[Table]:
 
 def _by_place(results: Results, method: str, curve: str) -> list[list[dict[str, Any]]]:
     """Return the points of a curve by place, over the seeds that have them."""
-    found = [_points(result, curve) for result in results.where(method=method)]
-    longest = max(map(len, found), default=0)
-    return [[points[place] for points in found if place < len(points)] for place in range(longest)]
+    by_seed = [_points(result, curve) for result in results.where(method=method)]
+    longest = max(map(len, by_seed), default=0)
+    return [[points[place] for points in by_seed if place < len(points)] for place in range(longest)]
 
 
 def _figures(results: Results) -> list[Figure]:

@@ -91,8 +91,8 @@ class MlflowTracker(QuietTracker):
         project = config.tracking.wandb_project
         experiment = self._client.get_experiment_by_name(project)
         number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
-        for found in self._client.search_runs([number], f"tags.`{_TAG}` = '{run_id}'"):
-            return found.info.run_id
+        for run in self._client.search_runs([number], f"tags.`{_TAG}` = '{run_id}'"):
+            return run.info.run_id
         return self._client.create_run(number, tags={_TAG: run_id}, run_name=config.run.name).info.run_id
 
 

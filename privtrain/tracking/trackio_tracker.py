@@ -50,8 +50,8 @@ class TrackioTracker(QuietTracker):
     def publish(self, run: RunDirectory) -> None:
         """Log ε and δ of the release at the last step."""
         statement = json.loads(run.privacy.read_text(encoding="utf-8"))
-        found = {f"privacy/released_{name}": statement[name] for name in ("epsilon", "delta")}
-        self._trackio.log({name: value for name, value in found.items() if value is not None}, step=self._last_step)
+        guarantee = {f"privacy/released_{name}": statement[name] for name in ("epsilon", "delta")}
+        self._trackio.log({name: value for name, value in guarantee.items() if value is not None}, step=self._last_step)
 
     def close(self) -> None:
         """End the run."""

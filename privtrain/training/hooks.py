@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 #: A loud row's activations, in root mean squares of its ordinary ones.
 _LOUDNESS = 1e3
+#: Weight of its loss: its gradient is larger than any that the self-test's planted units have.
+LOUD_WEIGHT = 1e8
 #: Values of a module's output that are kept.
 _NUM_KEPT = 4096
 #: What draws random numbers in torch, by name.
@@ -83,10 +85,10 @@ def _pattern(output: torch.Tensor) -> torch.Tensor:
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
     try:
-        found = unwrapped(model).get_input_embeddings()
+        embedding = unwrapped(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        found = None
-    return found or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+        embedding = None
+    return embedding or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
 @contextlib.contextmanager
@@ -101,7 +103,7 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
         num_rows: rows of the batch, which lie in the first dimension of an output, before tokens or folded with them.
         share: the part of the row, from its beginning, that is no padding.
     """
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
         """Keep evenly spaced values of the row, and their sum, in place of the whole output."""
@@ -110,14 +112,14 @@ def outputs_of_row(model: nn.Module, row: int, num_rows: int, share: float) -> I
             own = value.detach().reshape(num_rows, -1)[row]
             own = own[: int(share * len(own))]
             sample = own[:: 1 + len(own) // _NUM_KEPT].double()
-            found.setdefault(name, torch.cat([sample, own.double().sum()[None]]))
+            outputs.setdefault(name, torch.cat([sample, own.double().sum()[None]]))
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
         for name, module in model.named_modules()
     ]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -41,8 +41,6 @@ _PLANTED_LENGTHS, _PLANTED_TOKENS = (7, 12), 61
 _SIZES = (1e4, 0.5)
 #: Full lines in which units are moved about, for each size of slots.
 _NUM_CROWDS = 4
-#: Weight of a loud unit's loss, as of rows (:mod:`.probes`).
-_LOUD_WEIGHT = 1e8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +170,9 @@ class LineProbe:
         alone = [self._packer.arranged([unit]).to(self._device) for unit in moved]
         bits = [self._sum(clipper, [line]) for line in alone]
         for units, kinds in self._crowds(size, num_slots, moved):
-            found, expected = self._crowded(clipper, units, kinds, bits)
-            if not torch.equal(found, expected):
-                share = float((found - expected).double().norm() / expected.double().norm().clamp(min=1))
+            total, expected = self._crowded(clipper, units, kinds, bits)
+            if not torch.equal(total, expected):
+                share = float((total - expected).double().norm() / expected.double().norm().clamp(min=1))
                 return (
                     f"units do not add the same bits to the sum at all places of a line (off by {share:.2g} of the "
                     f"sum, precision {self.precision})"
@@ -192,13 +190,13 @@ class LineProbe:
         is_loud = torch.zeros(line.num_tokens, dtype=torch.bool, device=self._device)
         weight = line.token_weight.clone()
         for first, stop in (line.units[i] for i in loud):
-            is_loud[first:stop], weight[:, first:stop] = True, _LOUD_WEIGHT
+            is_loud[first:stop], weight[:, first:stop] = True, hooks.LOUD_WEIGHT
         line = dataclasses.replace(line, token_weight=weight)
         with hooks.loud_tokens(self.trainer.model, is_loud):
-            found, expected = self._sum(clipper, [line]), self._sum(clipper, [line.only(loud)])
+            total, expected = self._sum(clipper, [line]), self._sum(clipper, [line.only(loud)])
         for kind, own in enumerate(bits):
             expected += kinds.count(kind) * own
-        return found, expected
+        return total, expected
 
     def _moved(self, size: int) -> list[list[Record]]:
         """Return the units that are moved about in slots of ``size`` tokens: a short one, and one of two records."""

@@ -80,10 +80,10 @@ def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.
 def _sizes(model: Any) -> set[int]:
     """Return the sizes that a dimension of a tensor of this model may have, whatever it reads."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = {size for parameter in model.parameters() for size in parameter.shape}
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
     for config in refusals.configs(base):
-        found.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
-    return found
+        sizes.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
+    return sizes
 
 
 def _make_repeatable(performance: PerformanceSection, device: torch.device) -> None:

@@ -45,8 +45,6 @@ _SAME_SHAPE = 1e-6
 _COIN_SHAPES = ((5, 7), (3, 11))
 #: Keys of a config that toss one coin for a whole batch.
 _COIN_KEYS = ("layerdrop", "layer_drop", "drop_path", "stochastic_depth", "jitter", "expert_drop")
-#: Weight of a loud row's loss: its gradient is larger than any that the self-test's planted units have.
-_LOUD_WEIGHT = 1e8
 #: Tokens of the short unit, at least.
 _SHORT = 4
 _IN_CONFIG = "in the model's config.json"
@@ -215,16 +213,16 @@ class Probe:
         Raises:
             SelfTestFailed: naming the circumstance, and the first module whose output differs.
         """
-        found = self._first_difference(route)
-        if not found:
+        difference = self._first_difference(route)
+        if not difference:
             return route
         if route == "auto":
-            self.trainer.clipper.fallback_reason = found
+            self.trainer.clipper.fallback_reason = difference
             return self.independent_route("one_unit")
         way_out = (
             f"; {refusals.ONE_UNIT}" if route in ("batched", "two_pass") else "; choose another model or precision"
         )
-        self._agree(f"{found}{way_out}")
+        self._agree(f"{difference}{way_out}")
         raise AssertionError("unreachable")
 
     def _first_difference(self, route: str) -> str:
@@ -245,7 +243,7 @@ class Probe:
         with hooks.loud_rows(trainer.model, self._loud):
             reference = contribution(alone)
             for width in {widths[0], widths[-1]}:  # with their gradients: what a backward pass keeps shows only so
-                contribution(self._batch([self._record(width, 3, is_loud=True)], width, [_LOUD_WEIGHT]))
+                contribution(self._batch([self._record(width, 3, is_loud=True)], width, [hooks.LOUD_WEIGHT]))
             # Sums are exact, so what the short unit adds beside others is the difference that it makes.
             mates = contribution(self._arranged(last, True, other_pad, is_member=False))
             cases = {
@@ -302,7 +300,7 @@ class Probe:
         short = self._record(max(2, width - 2), 0)
         rows = [self._record(width, 10 + i, is_loud=True) for i in range(num_rows)] if is_crowded else [short] * place
         rows[place : place + 1] = [short] if is_member else []
-        mates = _LOUD_WEIGHT if is_crowded and is_counted else 0.0
+        mates = hooks.LOUD_WEIGHT if is_crowded and is_counted else 0.0
         weights = [1.0 if is_member and i == place else mates for i in range(len(rows))]
         return self._batch(rows, width, weights, num_rows, self.trainer.packer.pad_id if pad_id is None else pad_id)
 
@@ -316,9 +314,9 @@ class Probe:
         row = int((batch.row_weight * (batch.input_ids[:, 0] != self._loud)).argmax())
         length = int(batch.target_mask[row].nonzero().max()) + 1
         share = length / batch.input_ids.shape[1]
-        with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as found:
+        with hooks.outputs_of_row(self.trainer.model, row, len(batch.row_weight), share) as outputs:
             self._losses(batch)
-        return found
+        return outputs
 
     def _first_differing(self, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
         return next((name for name in one if name in other and not _equal(one[name], other[name])), "")
@@ -378,9 +376,9 @@ class Probe:
         Without autocast where the weights allow it, so that rounding hides little.
         """
         batch = self._batch([record], width, pad_id=self.trainer.packer.pad_id if pad_id is None else pad_id)
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         handle = self.trainer.model.register_forward_hook(
-            lambda _module, _inputs, output: found.append(output.logits if hasattr(output, "logits") else output[0])
+            lambda _module, _inputs, output: outputs.append(output.logits if hasattr(output, "logits") else output[0])
         )
         try:
             if _weight_bytes(self.trainer.model) < 4:
@@ -390,7 +388,7 @@ class Probe:
                 self._passed(lambda: objective.losses(model, batch.input_ids, batch.target_mask))
         finally:
             handle.remove()
-        logits = found[0][0].detach().float()
+        logits = outputs[0][0].detach().float()
         return logits[-width:][:length] if logits.ndim == 2 else logits
 
     def _has_experts(self) -> bool:
@@ -462,11 +460,11 @@ class Probe:
                 return losses()
         collecting = contextlib.nullcontext() if placement.shards is None else placement.shards.collecting(_forget)
         with collecting:
-            found = losses()
-            found.sum().backward()
+            row_losses = losses()
+            row_losses.sum().backward()
         for parameter in placement.clipped.parameters.values() if placement.shards is None else ():
             parameter.grad = None
-        return found.detach()
+        return row_losses.detach()
 
     def _agree(self, fault: str) -> None:
         agree_on_fault(fault, self.trainer.backend)

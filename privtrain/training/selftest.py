@@ -205,8 +205,8 @@ def _check_coverage(model: torch.nn.Module, placement: Placement, backend: Backe
     backend.sum_parts(sums)
     faults = [
         f"tensor {slot.name!r}: the parts of the ranks do not add up to it; report this"
-        for slot, found in zip(slots, sums.tolist(), strict=True)
-        if [x % _PRIME for x in found] != [x % _PRIME for x in _power_sums(math.prod(slot.whole_shape))]
+        for slot, part_sums in zip(slots, sums.tolist(), strict=True)
+        if [x % _PRIME for x in part_sums] != [x % _PRIME for x in _power_sums(math.prod(slot.whole_shape))]
     ]
     agree_on_fault(faults[0] if faults else "", backend)
 
@@ -595,10 +595,10 @@ def _check_noise(trainer: Trainer, clipper: PerUnitClipper) -> None:
         zero, name = torch.zeros(1, dtype=torch.int64), noise_name(auxiliary_sum.name)
         own = float(noised(zero, exponent=auxiliary_sums.EXPONENT, stddev=auxiliary_sum.noise, noise=noise, name=name))
         own /= plan.expected_batch_size
-        found = released.get(auxiliary_sum.name, math.nan)
-        if found != own:
+        value = released.get(auxiliary_sum.name, math.nan)
+        if value != own:
             faults.append(
-                f"the sum {auxiliary_sum.name!r} of no unit was released as {found}, the plan's noise makes it {own}"
+                f"the sum {auxiliary_sum.name!r} of no unit was released as {value}, the plan's noise makes it {own}"
             )
     faults += _noise_bound_faults(trainer, clipper, key, vector, released)
     if history is not None:

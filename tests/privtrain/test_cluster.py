@@ -11,8 +11,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from privtrain.backends import shards
-from privtrain.commands import cluster, cluster_advice
+from privtrain.commands import cluster_advice
 from privtrain.commands.cluster import GPUS, Cluster, Job, predict
 from privtrain.commands.cluster_advice import describe_cluster
 from privtrain.commands.plan import PlanOptions, describe_plan
@@ -139,7 +138,3 @@ def test_a_sum_that_is_sent_once_a_step_spares_the_network():
     assert "performance.reduce_once: true" not in {
         setting for setting, *_ in cluster_advice._changes(dataclasses.replace(job, reduces_once=True), memory)
     }
-
-
-def test_the_model_knows_the_bucket_of_the_backends():
-    assert cluster._BUCKET == shards._BUCKET

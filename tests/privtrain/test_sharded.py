@@ -312,7 +312,7 @@ def contribute(order: list[list[str]], sizes: dict[str, int]):
 @pytest.mark.dist
 @pytest.mark.parametrize("bucket", [1, 7, 1 << 22])
 def test_contributions_add_up_in_parts_of_any_bucket(bucket, monkeypatch):
-    monkeypatch.setattr(shards, "_BUCKET", bucket)
+    monkeypatch.setattr(shards, "BUCKET", bucket)
     sizes = {"a": 7, "b": 1, "c": 4}
     first, second = run_on_ranks(2, contribute, [["c", "a", "b", "a"]] * 2, sizes)
     for name, times in (("a", 2), ("b", 1), ("c", 1)):
@@ -325,7 +325,7 @@ def contributed(sizes, order, bucket: int, once: bool, kind=shards.ScatteredSum)
     total, expected = layout.zeros(CPU, torch.int64), layout.zeros(CPU, torch.int64)
     sent: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_BUCKET", bucket)
+        patch.setattr(shards, "BUCKET", bucket)
         patch.setattr(shards, "reduce_scatter_flat", lambda mine, vector, _group: sent.append(mine.copy_(vector)))
         summed = kind(total, layout, lambda slot: slot.num_coordinates, 1, None, once=once)
         for number, chosen in enumerate(order, start=1):

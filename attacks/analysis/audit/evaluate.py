@@ -127,20 +127,20 @@ def audit(
     num_coins, num_in = sample.num_coins, int(sample.is_in.sum())
     significance = SIGNIFICANCE / (num_sources * (_NUM_TESTS + coins.are_independent))
     delta = delta if claim.pair is None else claim.pair.delta
-    found = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
-    shown_share = SIGNIFICANCE / max(len(found), 1)
+    num_right = {guess: correct_guesses(sample, guess, seed) for guess in declared_guesses(num_coins)}
+    shown_share = SIGNIFICANCE / max(len(num_right), 1)
     telling = telling_guesses(num_coins, delta, significance)
     epsilons = {
-        guess: one_run.epsilon_lower_bound(num_coins, guess.num, found[guess], delta, significance / len(telling))
+        guess: one_run.epsilon_lower_bound(num_coins, guess.num, num_right[guess], delta, significance / len(telling))
         for guess in telling
     }
-    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=max(found, default=Guess(0)))
+    best = max(telling, key=lambda guess: (epsilons[guess], guess), default=max(num_right, default=Guess(0)))
     sides = sample.scores[sample.is_in], sample.scores[~sample.is_in]
     p_values, p_floors = [], []
     if claim.pair is not None:
         inverse = tradeoff.of_points(claim.pair if claim.curve is None else claim.curve)
-        p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in found.items()]
-        p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in found]
+        p_values = [tradeoff.p_value(inverse, num_coins, guess.num, right) for guess, right in num_right.items()]
+        p_floors = [tradeoff.p_value(inverse, num_coins, guess.num, guess.num) for guess in num_right]
     finding = Finding(
         name=coins.name,
         unit=coins.unit,
@@ -149,18 +149,18 @@ def audit(
         delta=delta,
         epsilon=epsilons.get(best, 0.0),
         epsilon_ceiling=epsilon_ceiling(num_coins, delta, significance),
-        counts=Counts(best.num, found.get(best, 0), best.only_in),
+        counts=Counts(best.num, num_right.get(best, 0), best.only_in),
         gaussian_epsilon=max(
             (
                 tradeoff.gaussian_epsilon_lower_bound(num_coins, guess.num, right, delta, shown_share)
-                for guess, right in found.items()
+                for guess, right in num_right.items()
             ),
             default=0.0,
         ),
         gaussian_ceiling=max(
             (
                 tradeoff.gaussian_epsilon_lower_bound(num_coins, num, num, delta, shown_share)
-                for num in {guess.num for guess in found}
+                for num in {guess.num for guess in num_right}
             ),
             default=0.0,
         ),

@@ -320,15 +320,15 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
     return rows
 
 
-def _separation_row(finding: Finding, found: Separation, common: dict[str, Any]) -> dict[str, Any]:
+def _separation_row(finding: Finding, separation: Separation, common: dict[str, Any]) -> dict[str, Any]:
     return {
         **common,
-        "method": f"independent scores: AUROC at least {found.auroc_lower:.4f}"
-        + (f", claim allows {found.auroc_cap:.4f}" if found.auroc_cap is not None else ""),
-        "auroc_lower": found.auroc_lower,
-        "auroc_cap": found.auroc_cap,
-        "lower_bound": found.epsilon if math.isfinite(found.epsilon) else None,
-        "ceiling": found.epsilon_ceiling if math.isfinite(found.epsilon_ceiling) else None,
+        "method": f"independent scores: AUROC at least {separation.auroc_lower:.4f}"
+        + (f", claim allows {separation.auroc_cap:.4f}" if separation.auroc_cap is not None else ""),
+        "auroc_lower": separation.auroc_lower,
+        "auroc_cap": separation.auroc_cap,
+        "lower_bound": separation.epsilon if math.isfinite(separation.epsilon) else None,
+        "ceiling": separation.epsilon_ceiling if math.isfinite(separation.epsilon_ceiling) else None,
         "confidence": 1.0 - finding.significance,
         "decides": True,
         "verdict": str(finding.verdict),

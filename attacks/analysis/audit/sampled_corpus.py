@@ -50,10 +50,10 @@ class PairCounts:
         self.pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         self.firsts: collections.Counter[str] = collections.Counter()
         for text in texts:
-            found = list(_pairs(text))
-            self.pairs.update(found)
-            self.words.update(word for _, word in found)
-            self.firsts.update(first for first, _ in found)
+            pairs = list(_pairs(text))
+            self.pairs.update(pairs)
+            self.words.update(word for _, word in pairs)
+            self.firsts.update(first for first, _ in pairs)
         self.num_words = sum(self.words.values())
 
     def log_prob(self, pair: tuple[str, str], vocabulary: int, without: PairCounts | None = None) -> float:
@@ -84,15 +84,15 @@ def scores_of(texts: Sequence[str], records: Mapping[str, Sequence[str]]) -> dic
     """
     corpus, pool = PairCounts(texts), PairCounts(text for own in records.values() for text in own)
     vocabulary = len(set(corpus.words) | set(pool.words)) + 1
-    found = {}
+    scores = {}
     for user, own in records.items():
         mine = PairCounts(own)
         gains = [
             count * (corpus.log_prob(pair, vocabulary) - pool.log_prob(pair, vocabulary, without=mine))
             for pair, count in mine.pairs.items()
         ]
-        found[user] = sum(gains) / max(mine.num_words, 1)
-    return found
+        scores[user] = sum(gains) / max(mine.num_words, 1)
+    return scores
 
 
 def audit_corpus(run: pathlib.Path, corpus: pathlib.Path, *, seed: int = 0) -> tuple[list[Finding], pathlib.Path]:
@@ -174,7 +174,7 @@ def _coins(
 ) -> list[Coins]:
     """Return the coins that a corpus can tell of: those of natural users, and of planted canaries."""
     held_in, planted = set(manifest["held_in"]), {canary.user for canary in canaries}
-    found = []
+    sources = []
     for name, users, chance in (
         (NATURAL, [user for user in scores if user not in planted], 1.0 - prob_out),
         (CANARIES, [user for user in scores if user in planted], 0.5),
@@ -183,7 +183,7 @@ def _coins(
             continue
         most_records = max(len(records[user]) for user in users)
         is_example = name == CANARIES and statement.unit == "example" and most_records == 1
-        found.append(
+        sources.append(
             Coins(
                 np.array([scores[user] for user in users]),
                 np.array([user in held_in for user in users], dtype=np.bool_),
@@ -195,11 +195,11 @@ def _coins(
                 access=ACCESS,
             )
         )
-    if not found:
+    if not sources:
         raise AttackInputError(
             "nobody had a coin: data.held_out_fraction is 0 and no canary was planted; train with either"
         )
-    return found
+    return sources
 
 
 def _write(run: RunDirectory, relation: str, findings: Sequence[Finding]) -> pathlib.Path:

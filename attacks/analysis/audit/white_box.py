@@ -89,7 +89,7 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
     for path, (_, digest) in zip(paths, index["steps"], strict=True):
         _check(path, digest, num_coordinates)
     key = run.load_key("root")
-    found = np.zeros((len(canaries), len(paths)))
+    products = np.zeros((len(canaries), len(paths)))
     gram = np.zeros((len(paths), len(paths)))
     begin = 0
     for name, num in index["tensors"]:
@@ -99,9 +99,9 @@ def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, 
                 directions = np.stack([signs(key, canary.user, name, number, size) for canary in chosen])
                 for at, part in _parts(paths, begin + start, size):
                     gram += 0.0 if first else part.astype(np.float64).T @ part
-                    found[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
+                    products[first : first + len(chosen)] += _products(directions[:, at : at + len(part)], part)
         begin += num
-    return found / np.sqrt(num_coordinates), gram / num_coordinates
+    return products / np.sqrt(num_coordinates), gram / num_coordinates
 
 
 def _parts(paths: Sequence[pathlib.Path], begin: int, size: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:

@@ -73,12 +73,12 @@ def bootstrap_interval(
     placements = Placements.of(held_in, held_out)
     area = float(placements.held_in.mean())
     of_users = influences(placements, places, area)
-    found = Interval(area, area)
+    ends = Interval(area, area)
     if any(influence.any() for influence in of_users):
         wins, sizes, _ = _resampled(held_in, held_out, places, _multinomial, num_resamples, seed)
         # The number of records differs from resample to resample, so the weights do not cancel.
-        found = bca_interval(area, of_users, wins / (sizes[0] * sizes[1]), level)
-    return floored(found, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
+        ends = bca_interval(area, of_users, wins / (sizes[0] * sizes[1]), level)
+    return floored(ends, held_in, held_out, level, owners, num_resamples=num_resamples, seed=seed)
 
 
 def bca_interval(area: float, influences: Sequence[FloatArray], resampled: FloatArray, level: float) -> Interval:
@@ -268,8 +268,8 @@ def _resampled(
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
         extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
         blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))
-    found = np.concatenate(blocks, axis=1)
-    return found[0], found[1:3], found[3:5]
+    sums = np.concatenate(blocks, axis=1)
+    return sums[0], sums[1:3], sums[3:5]
 
 
 def _drawn(draw: Draw, seed: int, num_users: tuple[int, int], nums: tuple[int, ...]) -> Iterator[list[FloatArray]]:

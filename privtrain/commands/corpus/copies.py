@@ -114,10 +114,10 @@ class CorpusIndex:
     def _copies_in(self, tokens: Sequence[int]) -> set[int]:
         """Return the numbers of corpus texts that share a run of tokens with these."""
         hashes = _hashes(np.asarray(tokens, dtype=np.int64), self._num_tokens)
-        found: set[int] = set()
+        numbers: set[int] = set()
         for start in np.flatnonzero(np.isin(hashes, self._hashes)).tolist():  # equal hashes, perhaps other tokens
-            found.update(self._windows.get(tuple(tokens[start : start + self._num_tokens]), ()))
-        return found
+            numbers.update(self._windows.get(tuple(tokens[start : start + self._num_tokens]), ()))
+        return numbers
 
     def _near_in(self, text: str) -> set[int]:
         """Return the numbers of corpus texts of which ``NEAR_SHARE`` of the word runs stand in this text."""

@@ -65,31 +65,31 @@ def report_of(
     ]
 
 
-def _rate_lines(name: str, found: copies.Copies) -> Iterator[str]:
+def _rate_lines(name: str, counted: copies.Copies) -> Iterator[str]:
     for what, rate in (
-        (f"copies of {found.num_tokens} tokens", found.copies),
-        (f"near copies ({copies.NEAR_SHARE:.0%} of the runs of {copies.NUM_WORDS} words)", found.near_copies),
+        (f"copies of {counted.num_tokens} tokens", counted.copies),
+        (f"near copies ({copies.NEAR_SHARE:.0%} of the runs of {copies.NUM_WORDS} words)", counted.near_copies),
     ):
         if rate.upper is None:
             yield f"  {name}: no text is long enough for {what}"
         else:
-            yield f"  {name} ({found.num_records:,}): {rate.num} of {rate.num_texts} texts hold {what}; " + (
+            yield f"  {name} ({counted.num_records:,}): {rate.num} of {rate.num_texts} texts hold {what}; " + (
                 f"rate at most {rate.upper:.2%} (95 %)"
             )
 
 
-def _value_line(name: str, found: probe.Utility | probe.Likeness | str) -> str:
-    if isinstance(found, str):
-        return f"{name}: not measured: {found}"
-    if isinstance(found, probe.Likeness):
+def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
+    if isinstance(value, str):
+        return f"{name}: not measured: {value}"
+    if isinstance(value, probe.Likeness):
         return (
-            f"{name}: MAUVE of {found.num_texts} texts against held-out users' records {found.of_corpus:.3f}; of as "
-            f"many real training records {found.of_records:.3f}"
+            f"{name}: MAUVE of {value.num_texts} texts against held-out users' records {value.of_corpus:.3f}; of as "
+            f"many real training records {value.of_records:.3f}"
         )
     return (
-        f"{name}: a classifier trained on the corpus names {found.on_corpus:.1%} of {found.num_tests} labels of "
-        f"held-out users, one trained on real records {found.on_records:.1%}, the most frequent label is "
-        f"{found.most_frequent:.1%}"
+        f"{name}: a classifier trained on the corpus names {value.on_corpus:.1%} of {value.num_tests} labels of "
+        f"held-out users, one trained on real records {value.on_records:.1%}, the most frequent label is "
+        f"{value.most_frequent:.1%}"
     )
 
 

@@ -44,7 +44,7 @@ def embedded(texts: Sequence[str]) -> FloatArray:
     path = locate(ModelSection(package=PACKAGE)).path
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
-    found = np.zeros((len(texts), model.config.hidden_size))
+    vectors = np.zeros((len(texts), model.config.hidden_size))
     for start in range(0, len(texts), _BATCH):
         chosen = order[start : start + _BATCH]
         encoded = tokenizer(
@@ -58,8 +58,8 @@ def embedded(texts: Sequence[str]) -> FloatArray:
             hidden = model(**encoded).last_hidden_state
         mask = encoded["attention_mask"].unsqueeze(-1)
         mean = (hidden * mask).sum(1) / mask.sum(1)
-        found[chosen] = torch.nn.functional.normalize(mean, dim=1).double().numpy()
-    return found
+        vectors[chosen] = torch.nn.functional.normalize(mean, dim=1).double().numpy()
+    return vectors
 
 
 def mauve(first: FloatArray, second: FloatArray) -> float:

@@ -18,10 +18,10 @@ _PLAIN_DATASET_KEYS |= {"message_property_mappings", "chat_template", "roles_to_
 
 def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return what axolotl would do where nothing is said."""
-    found: dict[str, Any] = {"adapter": None, "lr_scheduler": "cosine", "sequence_len": 512, "micro_batch_size": 1}
+    values: dict[str, Any] = {"adapter": None, "lr_scheduler": "cosine", "sequence_len": 512, "micro_batch_size": 1}
     if tree.get("adapter"):
-        found |= {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-    return found
+        values |= {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+    return values
 
 
 def _adapter(value: Any, tree: Mapping[str, Any]) -> Outcome:

@@ -14,7 +14,7 @@ _BITS = {4: "nf4", 8: "int8"}
 
 def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return what LLaMA-Factory would do where nothing is said."""
-    found = {
+    values = {
         "stage": "sft",
         "finetuning_type": "lora",
         "learning_rate": 5e-5,
@@ -24,8 +24,8 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
     if tree.get("finetuning_type", "lora") == "lora":
         rank = tree.get("lora_rank") or 8
-        found |= {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target": "all"}
-    return found
+        values |= {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target": "all"}
+    return values
 
 
 def _dataset(value: Any, tree: Mapping[str, Any]) -> Outcome:
