@@ -12,7 +12,7 @@ from privtrain.files.private import locked_file, make_private_directory
 
 @contextlib.contextmanager
 def alone(signals_path: pathlib.Path, *, is_writer: bool = False) -> Iterator[None]:
-    """Hold signals and all that is computed from them; shadows of a run have signals of their own.
+    """Lock signals and all that is computed from them; shadows of a run have signals of their own.
 
     Args:
         signals_path: the signals.

@@ -169,14 +169,14 @@ class Aea1Accountant(AeaAccountant):
 
 
 class Aea2Accountant(AeaAccountant):
-    """Order 2."""
+    """The approximate Edgeworth accountant of order 2."""
 
     name = "aea2"
     order = 2
 
 
 class Aea3Accountant(AeaAccountant):
-    """Order 3."""
+    """The approximate Edgeworth accountant of order 3."""
 
     name = "aea3"
     order = 3

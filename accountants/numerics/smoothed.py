@@ -67,14 +67,14 @@ _LONGEST_REACH = 50.0
 
 
 class _Ellipse(NamedTuple):
-    """What bounds the rule's error by one family of ellipses, for each panel, but for the tilt (point 4)."""
+    """What bounds the rule's error by one family of ellipses, by panel, for any tilt (point 4 of the module)."""
 
-    at_left: Array
+    at_left: Array  # loss at the ellipse's left end
     at_right: Array
-    log_cosine: float
-    log_density: Array
-    log_factor: float
-    rate: Array
+    log_cosine: float  # log cos(v mu) at its top
+    log_density: Array  # largest log phi on it
+    log_factor: float  # log of 64/15 h r^-30 / (1 - r^-2)
+    rate: Array  # by which the error's log grows with the frequency
 
 
 class StepTransform:

@@ -45,7 +45,7 @@ def by_num_documents(scored: Scored, table: DocumentTable, scores: FloatArray, s
 
 
 def by_bucket(values: FloatArray, statistic: FloatArray, is_held_in: BoolArray) -> list[dict[str, Any]]:
-    """Return AUROC among users alike in something: quarters of all users, each side's members of a quarter compared.
+    """Return AUROC within each quarter of the users by ``values``, so that only users alike in it are compared.
 
     Args:
         values: [users] what they are alike in.

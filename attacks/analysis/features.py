@@ -164,7 +164,7 @@ def under_other_models(table: DocumentTable, scored: Scored, references: Iterabl
 class _Summary:
     """A document without its tokens."""
 
-    user: tuple[str, str]
+    user: tuple[str, str]  # side, pseudonym
     document: str
     num_tokens: int
     mean_logp: float

@@ -35,8 +35,8 @@ class Scoring:
 
     run: RunDirectory
     path: pathlib.Path
-    facts: Mapping[str, Any]
-    remedy: str
+    facts: Mapping[str, Any]  # the record's content
+    remedy: str  # what to do about damaged signals
 
     @property
     def seal(self) -> str:

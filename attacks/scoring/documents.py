@@ -46,8 +46,8 @@ class Document:
     """A document that is to be scored; what is not in the corpus brings its text along."""
 
     user: str
-    index: int
-    kind: str
+    index: int  # of the user's record
+    kind: str  # of attacks.signals.KINDS
     text: str | None = None
 
     @property

@@ -26,8 +26,8 @@ class Recall(TypedDict):
     kind: str
     num_spans: int
     num_characters: int
-    recall: float
-    found_whole: float
+    recall: float  # share of the characters
+    found_whole: float  # share of the spans
     precision: NotRequired[float | None]
 
 

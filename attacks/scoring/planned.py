@@ -41,7 +41,7 @@ class PlannedFacts(TypedDict):
     """What a record says of the documents: digest, documents by kind and side, users."""
 
     sha256: str
-    num: dict[str, int]
+    num: dict[str, int]  # "kind side" → documents
     num_users: int
 
 

@@ -66,6 +66,7 @@ class ArrivingShards(GradientShards):
     @contextlib.contextmanager
     @override
     def collecting(self, sink: Sink) -> Iterator[None]:
+        """Hand what arrives on the hooked tensors within the block to ``sink``."""
         self._sink = sink
         try:
             yield
@@ -111,7 +112,7 @@ class ArrivingShards(GradientShards):
 
 
 class ReducedShards(ArrivingShards):
-    """The same where whole gradients arrive; parts are equal, the last ones shorter (:func:`equal_part`).
+    """:class:`ArrivingShards` of whole gradients, which are reduced here; parts as of :func:`equal_part`.
 
     ``repeats_backward`` as in :class:`~privtrain.clipping.cooperative.GradientShards`.
     """
@@ -238,8 +239,8 @@ class ScatteredSum:
         self._num_pending = 0
 
     def _send(self, tensors: Mapping[int, torch.Tensor]) -> None:
-        # By rank: one tensor lies so already.
         """Add this rank's parts of the tensors, summed over ranks, to its total."""
+        # By rank: one tensor lies so already.
         parts = [whole.view(self._size, -1) for whole in tensors.values()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         mine = torch.empty(sent.shape[1], dtype=torch.int64, device=sent.device)

@@ -145,8 +145,8 @@ class UnitGradients:
         self._doubtful[name] = is_doubtful
         if self._singles:
             rows = [self._firsts[unit] for unit in self._singles]
-            found = squared_norms_of(outers, lookups, self._grams)
-            for out, value in zip((square, length, is_doubtful), found, strict=True):
+            by_row = squared_norms_of(outers, lookups, self._grams)
+            for out, value in zip((square, length, is_doubtful), by_row, strict=True):
                 out[self._singles] = value[rows]
         for unit in (unit for unit, count in enumerate(self._counts) if count > 1):
             own = self._of_unit(name, unit)
@@ -155,11 +155,11 @@ class UnitGradients:
                 for block in product.blocks:
                     square[unit] += squared_norms(product.block(block)[None])[0]
             else:
-                found = squared_norms_of(*own, GramCache())
-                square[unit], length[unit], is_doubtful[unit] = (value[0] for value in found)
+                of_unit = squared_norms_of(*own, GramCache())
+                square[unit], length[unit], is_doubtful[unit] = (value[0] for value in of_unit)
 
     def release(self, name: str) -> None:
-        """Keep the norms of a tensor alone."""
+        """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
         if name in self._doubtful:
             others = {key: value for key, value in self._doubtful.items() if key != name}
@@ -206,7 +206,7 @@ class UnitGradients:
                 by_shape.setdefault(value.shape, []).append(slot.name)
         for names in (names for names in by_shape.values() if len(names) > 1):
             group = torch.stack([self._dense.pop(name) for name in names], dim=1)
-            # Of all rows, as ever: their number is a constant.
+            # Also of rows without a unit: their number is a constant, so kernels have one shape.
             squares = self._of_units(grouped_squared_norms(group))
             group = self._of_units(group)
             self._groups.append((names, group))

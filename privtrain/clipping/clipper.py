@@ -78,7 +78,7 @@ class ClippingDiagnostics:
 
     @property
     def sum_losses(self) -> float:
-        """Of the units whose loss is finite."""
+        """Sum of the losses of units whose loss is finite."""
         return math.fsum(loss for loss in self.unit_losses.values() if math.isfinite(loss))
 
     def add_loss(self, owner: int, loss: float) -> None:
@@ -548,8 +548,8 @@ class PerUnitClipper:
                 self._add_row(batch, slice(row, row + 1), {})
 
     def _add_row(self, batch: Microbatch, row: slice, gradient: dict[str, torch.Tensor]) -> None:
-        # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         """Add one row's gradient to its unit's ``gradient``, by a pass of its own."""
+        # One row a pass: which rows of a unit share a microbatch depends on other units, and so would bf16's rounding.
         loss = (self._row_losses(batch.input_ids[row], batch.target_mask[row]) * batch.row_weight[row]).sum()
         gradients = fallback.plain_gradients(loss, self.layout.parameters)
         place = int(batch.owner[row])

@@ -53,7 +53,7 @@ def _kind(module: nn.Module) -> tuple[str, str]:
 def per_row(
     module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
 ) -> dict[str, torch.Tensor | Outer | Lookup]:
-    """Return the rule itself: gradients of every row by parameter name."""
+    """Return every row's gradients by parameter name, by Opacus' rule for the module's type."""
     from opacus.grad_sample import GradSampleModule
 
     sampler = GradSampleModule.GRAD_SAMPLERS[type(module)]

@@ -14,7 +14,7 @@ class RandomState:
     """The state of torch's generators that a pass on ``device`` draws from."""
 
     device: torch.device
-    cpu: torch.Tensor
+    cpu: torch.Tensor  # uint8, as torch.get_rng_state gives it
     cuda: torch.Tensor | None
 
     @classmethod

@@ -167,12 +167,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of a private step."""
+        """Seconds of a private step."""
         return sum(self.parts.values())
 
     @property
     def overhead(self) -> float:
-        """Of private over plain training, relative."""
+        """Extra seconds of private over plain training, relative."""
         return self.seconds / sum(self.plain_parts.values()) - 1
 
     @property

@@ -55,7 +55,7 @@ class Finding:
 
     name: str
     status: Literal["ok", "warning", "fault"]
-    what: str
+    what: str  # was seen
     fix: str = ""
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -106,7 +106,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         )
 
     def without(self, users: Iterable[str]) -> IndexedRecords:
-        """Return the same without these users."""
+        """Return the records without these users'."""
         gone = [place for place in map(self._place, users) if place is not None]
         return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), gone))
 
@@ -205,9 +205,9 @@ class Index(NamedTuple):
     """An index that was opened."""
 
     records: IndexedRecords
-    counts: dict[str, Any]
-    manifest_sha256: str
-    source_digests: tuple[str, ...]
+    counts: dict[str, Any]  # fields of RowCounts
+    manifest_sha256: str  # of the records
+    source_digests: tuple[str, ...]  # of the files that they were read from
 
 
 def open_or_build(

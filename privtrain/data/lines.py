@@ -95,7 +95,7 @@ class Line:
         return self.only((index,))
 
     def only(self, members: Sequence[int]) -> Line:
-        """Return the same for several of ``owners``, given by their places in it, ascending.
+        """Return a line in which some of ``owners``, given by their places, have their tokens and all else is padding.
 
         Records of the others become records of padding: attention draws as many random numbers for them, so that each
         unit keeps its own dropout, of which it shares nothing.

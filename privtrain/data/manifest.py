@@ -174,6 +174,6 @@ def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:
-    """Return the same after training: how many records of each canary entered steps, counted once a step."""
+    """Return ``used`` with the number of each canary's records that entered steps, counted once a step."""
     canaries = {user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()}
     return {**used, "canaries": canaries}

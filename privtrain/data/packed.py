@@ -121,7 +121,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
 
     @classmethod
     def of(cls, mapping: Mapping[str, Sequence[int]]) -> UserIndices:
-        """Return the same as this mapping; itself if it is one already."""
+        """Return a mapping as this type; itself if it is of it already."""
         return mapping if isinstance(mapping, cls) else cls(mapping.items())
 
     def add(self, user: str, indices: Sequence[int]) -> None:

@@ -34,9 +34,9 @@ _SUMMARY = "summary.json"
 class Checkpoint:
     """A checkpoint that passed its check."""
 
-    step: int
+    step: int  # steps taken
     generation: int
-    state: pathlib.Path
+    state: pathlib.Path  # file of tensors
 
 
 def save(

@@ -21,7 +21,7 @@ from privtrain.models.head_loss import FrozenHead, cross_entropy
 
 
 class Objective(abc.ABC):
-    """A task."""
+    """What is learned of a record: the task that losses and accuracy are of."""
 
     #: Whether :meth:`token_losses` exists.
     takes_lines = False

@@ -103,7 +103,7 @@ def digits(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> 
     if device.type == "cpu":
         return _from_openssl(key, purpose, chunk)
     chacha.check_chacha(device)
-    return _drawn_there(key, purpose, chunk, device)
+    return _from_tensors(key, purpose, chunk, device)
 
 
 def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _from_openssl(key: SecretKey, purpose: str, chunk: Chunk) -> torch.Tensor:
     return torch.from_numpy((words[0] if len(words) == 1 else np.concatenate(words)).view(np.int64))
 
 
-def _drawn_there(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
+def _from_tensors(key: SecretKey, purpose: str, chunk: Chunk, device: torch.device) -> torch.Tensor:
     """Return the same digits, computed on the device: all ChaCha20 blocks that a chunk touches at once."""
     per_block = chacha.BLOCK_WORDS
     first = [piece.word // per_block for piece in chunk.pieces]

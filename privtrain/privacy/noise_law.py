@@ -102,7 +102,7 @@ class Best:
     point: Point
     seed: int
     learning_rate: float
-    drop: float
+    drop: float  # of the loss, in training at this rate
 
 
 @dataclasses.dataclass(frozen=True)

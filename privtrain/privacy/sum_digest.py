@@ -124,7 +124,7 @@ class _Piece(NamedTuple):
     """``num_blocks`` · ``size`` coordinates from ``start`` of this rank's vector: from ``offset`` of each block on."""
 
     start: int
-    block: int
+    block: int  # number of the first block
     num_blocks: int
     offset: int
     size: int
@@ -143,7 +143,7 @@ def _pieces(runs: list[tuple[int, int, int]], most: int) -> Iterator[_Piece]:
 
 
 def _lanes(part: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return [blocks, lanes] of [blocks, coordinates], which take the same columns of the table."""
+    """Return [blocks, lanes] inner products of [blocks, coordinates] with every lane's rows of ``table``."""
     low, high = part & ((1 << _HALF) - 1), part >> _HALF
     if part.device.type == "cpu" and len(part) == 1:  # integer products on other devices have no dot
         sums = [torch.dot(half[0], row) for half, rows in ((low, table[0::2]), (high, table[1::2])) for row in rows]

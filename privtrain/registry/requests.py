@@ -73,8 +73,8 @@ class Reservation:
     """A run's budget reservation."""
 
     id: str
-    state: str
-    num_opt_outs: int
+    state: str  # open, expired or closed
+    num_opt_outs: int  # length of the do-not-train list when the run began
     is_new: bool
 
 

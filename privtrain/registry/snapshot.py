@@ -29,7 +29,7 @@ class Snapshot:
 
     dataset_id: int
     population_id: int
-    version: int
+    version: int  # of the population
     budgets: tuple[tuple[BudgetKey, Limit], ...]
 
 

@@ -110,7 +110,7 @@ def changed_base_files(model: ModelSection, released: Mapping[str, str]) -> list
 
 
 def digests_in(directory: pathlib.Path, gguf_file: str | None = None) -> dict[str, str]:
-    """Return the same for a directory; see :func:`base_digests`.
+    """Return file name → SHA-256 of what a model in a directory, or one GGUF file there, is loaded from.
 
     Raises:
         ConfigError: if an index of weights names parts that lie elsewhere, or that are not there.

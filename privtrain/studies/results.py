@@ -40,7 +40,7 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """Mean over seeds."""
         return float(np.mean(self.values))
 
     @property

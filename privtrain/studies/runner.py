@@ -69,9 +69,9 @@ class Study:
     """A study on disk: its grid and the jobs behind it."""
 
     recipe: Recipe
-    module: Any
+    module: Any  # of privtrain.studies, settles cells and reads results
     root: pathlib.Path
-    data: pathlib.Path
+    data: pathlib.Path  # files that all jobs read
     recipe_directory: pathlib.Path
     cells: tuple[Cell, ...]
     jobs: tuple[Job, ...]

@@ -33,7 +33,7 @@ def software() -> dict[str, Any]:
 
 
 def words(facts: dict[str, Any]) -> str:
-    """Return the same in one line."""
+    """Return a job's software in one line."""
     shown = {name: value for name, value in facts.items() if name not in ("commit", "code_sha256")}
     versions = ", ".join(f"{name} {value}" for name, value in shown.items())
     return f"{versions}; commit {facts['commit'] or 'unknown'}, code {facts['code_sha256'][:12]}"

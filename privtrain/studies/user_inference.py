@@ -124,6 +124,7 @@ def _settings(results: Results) -> tuple[str, list[str], dict[str, int]]:
 
 
 def _claims(results: Results) -> list[Claim]:
+    """Judge every claim of the paper by what is complete."""
     plain, caps, canaries = _settings(results)
 
     def less(method: str, than: str = plain) -> Estimate | None:
@@ -244,8 +245,8 @@ def _claims(results: Results) -> list[Claim]:
         ),
     ]
     claims = [
-        judge_direction(statement, found, least=LEAST, users_variance=variance)
-        for statement, found, variance in directed
+        judge_direction(statement, difference, least=LEAST, users_variance=variance)
+        for statement, difference, variance in directed
     ]
     for method in ("clip-example", "clip-batch"):
         statement = Statement(f"{NAMES[method]}, has no effect", "gradient clipping", "no effect")

@@ -71,6 +71,7 @@ class _View:
     def __init__(self, results: Results, values: Mapping[str, str]) -> None:
         self.results, self.values = results, values
         self.name = ", ".join(values.values()) or "here"
+        #: What follows a title.
         self.words = f" on {self.name}" if values else ""
         self.methods, self.ks = results.values_of("method"), results.values_of("k")
         self.epsilons, self.selections = results.values_of("epsilon"), results.values_of("selection")
@@ -79,11 +80,11 @@ class _View:
         self.selection_epsilon = chosen[0]["epsilon"] if chosen else ""
 
     def cell(self, method: str, k: str, epsilon: str, selection: str = "random") -> dict[str, str]:
-        """Return axis values."""
+        """Return the axis values of one cell."""
         return {**self.values, "method": method, "k": k, "epsilon": epsilon, "selection": selection}
 
     def perplexity(self, method: str, k: str, epsilon: str, selection: str = "random") -> Estimate | None:
-        """Return the mean over seeds."""
+        """Return the held-out perplexity of a cell over seeds."""
         return self.results.estimate(_PERPLEXITY, **self.cell(method, k, epsilon, selection))
 
     def best_k(self, method: str, epsilon: str) -> str | None:
@@ -100,7 +101,7 @@ class _View:
         return list(dict.fromkeys(c.values[axis] for c in self.results.planned if wanted <= c.values.items()))
 
     def is_complete(self, method: str, k: str, epsilon: str, selection: str = "random") -> bool:
-        """Return whether every seed is there."""
+        """Return whether every seed of a cell is there."""
         estimate = self.perplexity(method, k, epsilon, selection)
         return estimate is not None and estimate.n == len(self.results.recipe.seeds)
 

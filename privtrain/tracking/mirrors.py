@@ -62,14 +62,13 @@ class BlockedMirror:
         self._mirror = mirror
         self._path = _note_path(run, name)
         self._num_steps = num_steps
-        self._rows: list[Row] = []
         self._alerts: list[tuple[str, str]] = []
         note = _read(self._path)
+        #: Whether some job of the run showed rows as they came.
         self._was_live = is_live or note.get("live", 0) == 1
+        #: The last step that people were shown.
         self._shown = min(note.get("step", -1), from_step)
-        for row in _rows_of(run):
-            if row[0] > self._shown:
-                self._rows.append(row)
+        self._rows = [row for row in _rows_of(run) if row[0] > self._shown]
         if is_live:
             self._note()
 

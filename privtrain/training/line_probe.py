@@ -64,7 +64,7 @@ class LineProbe:
         return self._agreed(self._fault)
 
     def shared_coins(self) -> str:
-        """Return the same for random numbers that the tokens of a line share. Dropout must be as in training."""
+        """Return why rows are needed for random numbers that tokens of a line share. Dropout must be as in training."""
         return self._agreed(self._coins)
 
     def _agreed(self, check: Callable[[], str]) -> str:

@@ -29,10 +29,10 @@ class Network:
 
     tokenizer: Any
     model: Any
-    precision: str
+    precision: str  # bf16 or fp32
     autocast: torch.autocast
     packer: Packer
-    line_packer: LinePacker | None
+    line_packer: LinePacker | None  # none where the configuration asks for rows
     encoder: Encoder
     objective: Objective
 
@@ -105,8 +105,8 @@ def _objective(config: Config, model: Any, tokenizer: Any, pad_id: int) -> Objec
 
 
 def _trainable_model(config: Config, precision: str, backend: Backend, tokenizer: Any) -> torch.nn.Module:
-    # A base whose own weights are trained keeps them in fp32; a frozen one may be stored in less.
     """Load the base in its dtype, check its limits and add what is trained."""
+    # A base whose own weights are trained keeps them in fp32; a frozen one may be stored in less.
     dtype = torch.float32 if config.training.releases_model else base_dtype(precision, backend.device)
     head = None if config.data.labels is None else ClassifierHead(tuple(config.data.labels), INIT_SEED)
     base: Any = backend.load_base(BaseSource(config.model, dtype, head, config.training.method, config.lora))

@@ -420,10 +420,7 @@ def _reduced_total(
     microbatch_size: int,
     backend: Backend,
 ) -> torch.Tensor:
-    """Return the reduced clipped sum of these units, all of them in the last share and none in the others.
-
-    Those that ranks work on together are the last replica's.
-    """
+    """Return the reduced clipped sum of these units: the last share, or replica of joint ones, has them all."""
     packer = _packer(microbatch_size)
     joint = [is_joint(placement, clipper, packer, records) for records in units]
     alone = [records for records, flag in zip(units, joint, strict=True) if not flag]

@@ -170,7 +170,7 @@ def _hashed(value: torch.Tensor) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _table(device: torch.device) -> torch.Tensor:
-    """Return random words, odd so that no change of one word is lost."""
+    """Return the multipliers of words: random, and odd so that no change of one word is lost."""
     words = np.random.default_rng(0).integers(-(2**62), 2**62, _NUM_WORDS)
     return torch.from_numpy(2 * words + 1).to(device)
 

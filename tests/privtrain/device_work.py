@@ -170,7 +170,7 @@ def planted(base: pathlib.Path) -> dict[str, Any]:
     with simulated_device.simulated() as device:
         trainer = make_trainer(Sim(torch.device("sim:0")), base, CELLS["lora batched"])
         found["noise"] = noise_copies(trainer, device)
-        with mock.patch.object(digits, "_drawn_there", drawn_on_the_host):
+        with mock.patch.object(digits, "_from_tensors", drawn_on_the_host):
             found["noise_of_the_host"] = noise_copies(trainer, device)
     return found
 

@@ -56,7 +56,7 @@ def test_any_cut_of_a_vector_has_the_digits_of_whole_streams(parts, most):
     assert places == list(range(sum(count for _, count in parts)))
     for draw in (
         lambda chunk: digits.digits(KEY, "noise", chunk, CPU),
-        lambda chunk: digits._drawn_there(KEY, "noise", chunk, CPU),
+        lambda chunk: digits._from_tensors(KEY, "noise", chunk, CPU),
     ):
         found = torch.cat([torch.zeros(0, dtype=torch.int64), *map(draw, chunks)])
         assert torch.equal(found, whole_streams(slots))

@@ -95,7 +95,7 @@ def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Records of both sides, as training saw them."""
+    """Records of both sides, as training saw them; ``attacker`` are a user's records that only the attacker holds."""
 
     corpus: Corpus
     held_in_users: Sequence[str]

@@ -135,7 +135,7 @@ class TransformersSampler:
 
 
 class VllmSampler:
-    """The same by vLLM, which loads base and adapter itself.
+    """Draws texts by vLLM, which loads base and adapter itself.
 
     Args:
         model: directory or hub name of base or model.
