@@ -56,7 +56,7 @@ def write_samples(
     banned = [*tokenizer.all_special_ids, *range(len(tokenizer), num_ids)]
     texts: dict[str, None] = {}
     for _ in range(_MOST_ROUNDS):
-        for ids in _drawn(model, marks(tokenizer)[0], banned, num_tokens, temperature, generator).tolist():
+        for ids in _draw_tokens(model, marks(tokenizer)[0], banned, num_tokens, temperature, generator).tolist():
             text = str(tokenizer.decode(ids))
             encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
             if encoded["input_ids"] == ids and text.strip():
@@ -74,10 +74,10 @@ def write_samples(
 
 
 @torch.no_grad()
-def _drawn(
+def _draw_tokens(
     model: Any, begin: int, banned: list[int], num_tokens: int, temperature: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return [batch, num_tokens] ids after the begin mark."""
+    """Return [batch, num_tokens] ids drawn after the begin mark."""
     ids = torch.full((_BATCH, 1), begin)
     past = None
     for _ in range(num_tokens):

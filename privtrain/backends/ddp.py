@@ -20,4 +20,5 @@ class DdpBackend(SharedNoise, ReplicatedBackend):
 
     @override
     def holders(self) -> dist.ProcessGroup | None:
+        """Return all ranks: each holds the whole reduced sum."""
         return dist.group.WORLD

@@ -99,6 +99,7 @@ class ArrivingShards(GradientShards):
             self._take(slot, gradient)
 
     def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Hand over this rank's part, which FSDP has reduced."""
         part: torch.Tensor = gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
         self._hand_over(slot, part.flatten())
 
@@ -136,6 +137,7 @@ class ReducedShards(ArrivingShards):
 
     @override
     def _part_size(self, slot: Slot) -> int:
+        """Return coordinates of every part but the last."""
         return equal_part(slot.num_whole_coordinates, 0, self.size)[1]
 
     @override

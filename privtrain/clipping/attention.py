@@ -143,7 +143,7 @@ def _pieces(records: Sequence[Span], num_tokens: int) -> list[tuple[int, int, bo
 
 def refusal(model: Any) -> str:
     """Return why attention of ``model`` cannot be kept within records by :func:`within_records`, or nothing."""
-    base = _unwrapped(model)
+    base = refusals.unwrapped(model)
     name = type(base).__name__
     kinds = {getattr(config, "_attn_implementation", None) for config in refusals.configs(base)} - {None}
     if not hasattr(base, "set_attn_implementation") or len(kinds) != 1 or not kinds <= set(_SUPPORTED):
@@ -166,7 +166,7 @@ def within_records(model: Any, line: Line) -> Iterator[None]:
     """
     global _current
     assert _current is None, "lines are computed one after another"
-    base = _unwrapped(model)
+    base = refusals.unwrapped(model)
     original = base.config._attn_implementation
     base.set_attn_implementation(_NAME)
     _current = spans = _Spans(line, original)
@@ -177,10 +177,6 @@ def within_records(model: Any, line: Line) -> Iterator[None]:
     finally:
         _current = None
         base.set_attn_implementation(original)
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 AttentionInterface.register(_NAME, _attend)

@@ -114,6 +114,11 @@ def has_experts(config: Any) -> bool:
     return any((getattr(config, key, None) or 0) > 1 for key in _NUM_EXPERTS)
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model without its adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def configs(model: nn.Module) -> Iterator[Any]:
     """Yield the model's configuration, that of the text model within it, and those of parts of that."""
     config = getattr(model, "config", None)

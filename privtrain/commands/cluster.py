@@ -203,7 +203,7 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
     """Predict a step of private and of plain training on a cluster."""
     num_rows = job.num_units * job.records_per_unit
     useful = cluster.compute(job.work.plain_flops) * num_rows / cluster.num_ranks
-    return Prediction(_private(job, cluster), _plain(job, cluster), useful)
+    return Prediction(_private_seconds(job, cluster), _plain_seconds(job, cluster), useful)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
     return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else INT64_BYTES)
 
 
-def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
+def _plain_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     """Return seconds of a step of plain training, by part."""
     schedule = _plain_schedule(job, cluster.num_ranks)
     return {
@@ -260,7 +260,7 @@ def _plain(job: Job, cluster: Cluster) -> dict[str, float]:
     }
 
 
-def _private(job: Job, cluster: Cluster) -> dict[str, float]:
+def _private_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     """Return seconds of a step of private training, by part."""
     work, trained = job.work, job.work.num_trained
     schedule = _private_schedule(job, cluster.num_ranks)

@@ -209,7 +209,7 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         what = f"no column {user!r}" if user else "no column that looks like a user's id"
         problem = f"{what} among {_shown(file, columns)}; name it with --user-column, or add one: ε is for its users"
         raise ConfigError([Fault("data.user_column", problem)])
-    learned = _learned({name: column for name, column in values.items() if name != user})
+    learned = _guess_format({name: column for name, column in values.items() if name != user})
     if learned is None:
         problem = f"no text, conversation or prompt among the columns {', '.join(columns)}"
         raise ConfigError([Fault("data.format", problem)])
@@ -227,7 +227,7 @@ def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
     return ", ".join(columns)
 
 
-def _learned(values: dict[str, list[Any]]) -> Guess | None:
+def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
     """Guess the format of the records and their columns by names and values; None if nothing fits."""
     others = {name: column for name, column in values.items() if name.lower() not in (*_PROMPTS, *_COMPLETIONS)}
     chat = _first(others, _CHAT_NAMES, _is_conversation)

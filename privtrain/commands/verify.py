@@ -90,10 +90,10 @@ def verify_directory(directory: pathlib.Path, anchors: Anchors | None = None) ->
     problems += _contents(directory, manifest, place)
     not_checked: list[str] = []
     for problem, done, left in (
-        _of_digest(manifest, anchors),
-        _of_signature(directory, anchors),
-        _of_base(manifest, anchors),
-        _of_source(directory, manifest, made, anchors) if made else ([], "", ""),
+        _check_digest(manifest, anchors),
+        _check_signed(directory, anchors),
+        _check_base(manifest, anchors),
+        _check_source(directory, manifest, made, anchors) if made else ([], "", ""),
     ):
         problems += problem
         checked += [done] if done else []
@@ -203,7 +203,7 @@ def _statement(directory: pathlib.Path) -> dict[str, Any]:
 _Outcome = tuple[list[str], str, str]
 
 
-def _of_digest(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
+def _check_digest(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     """Compare the release digest with the one that the checker has."""
     if anchors.digest is None:
         return [], "", "that this is the release you mean: give --digest, or --public-key where it is signed"
@@ -212,7 +212,7 @@ def _of_digest(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     return [], "the release digest given", ""
 
 
-def _of_signature(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
+def _check_signed(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
     """Check the signature, if the checker has the keys."""
     if anchors.keys is None:
         is_signed = (directory / SIGNATURE).exists()
@@ -221,7 +221,7 @@ def _of_signature(directory: pathlib.Path, anchors: Anchors) -> _Outcome:
     return problems, "" if problems else "the signature", ""
 
 
-def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
+def _check_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     """Compare the files of the base model, if the checker has it, with their digests."""
     if not manifest.base_model:
         return [], "", "the base model: it was not on disk when the run was released"
@@ -239,7 +239,9 @@ def _of_base(manifest: ReleaseManifest, anchors: Anchors) -> _Outcome:
     return [f"{anchors.base_model / name} is not the base model's file" for name in wrong], "the base model", ""
 
 
-def _of_source(directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors) -> _Outcome:
+def _check_source(
+    directory: pathlib.Path, manifest: ReleaseManifest, made: dict[str, Any], anchors: Anchors
+) -> _Outcome:
     """Check an export or a corpus, described by ``made``, against the release that it was made from."""
     is_corpus = made["schema"] == generated.SCHEMA
     if anchors.released is None:

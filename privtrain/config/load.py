@@ -164,10 +164,10 @@ def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]
     pydantic looks for conflicts between keys only where each is valid by itself. So the keys at fault are masked for a
     second look; conflicts that name one of them are left out.
     """
-    config, faults, conflicts = _looked_at(tree)
+    config, faults, conflicts = _try_validating(tree)
     rest, masked = copy.deepcopy(tree), [_key_of(place) for place, _ in faults if place]
     if masked and all(_mask(rest, place) for place, _ in faults):
-        further = [(place, fault) for place, fault in _looked_at(rest)[2] if (place, fault) not in conflicts]
+        further = [(place, fault) for place, fault in _try_validating(rest)[2] if (place, fault) not in conflicts]
         conflicts += [item for item in further if not any(path in item[1].problem for path in masked)]
     return config, faults + conflicts
 
@@ -177,7 +177,7 @@ def _key_of(place: strict_yaml.Path) -> str:
     return ".".join(itertools.takewhile(lambda part: not part.isdigit(), map(str, place)))
 
 
-def _looked_at(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
+def _try_validating(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
     """Return the configuration; or faults of single keys, and conflicts. Numbers are strict: no boolean, no text."""
     try:
         # Strict by JSON's rules: paths are texts and pairs are lists there.

@@ -120,14 +120,14 @@ def draw_canaries(
     """
     if section.kind == SHARED_SUBSTRING:
         chosen = (
-            _shared(user, texts, section, tokenizer, root_key)
+            _shared_substring(user, texts, section, tokenizer, root_key)
             for user, texts in corpus.records.items()
             if section.user_fraction > 0 and root_key.stream("canary user", user).uniform(1)[0] < section.user_fraction
         )
         shared = tuple(canary for canary in chosen if canary is not None)
         return (*shared, *_gradient_canaries(corpus, section, root_key, unit))
     canaries = []
-    dealt = _dealt(section, tokenizer, root_key)
+    dealt = _listed_secrets(section, tokenizer, root_key)
     for number in range(section.num_users):
         stream = root_key.stream("canary", number)
         user = _invented_id(corpus, root_key, "canary id", number)
@@ -156,10 +156,10 @@ def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int)
     return user
 
 
-def _dealt(
+def _listed_secrets(
     section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey
 ) -> list[str] | None:
-    """Return the secrets of kinds that share out a public list, each to one canary; None of other kinds."""
+    """Return one secret a canary of kinds that take them from a public list; None of other kinds."""
     if section.kind == SAMPLES and section.num_users:
         return shuffled_samples(section, root_key)
     if section.kind == NEW_TOKENS and section.num_users:
@@ -275,7 +275,7 @@ def _name(stream: KeyStream) -> str:
     return " ".join("".join(letters[at : at + 6]).capitalize() for at in (0, 6))
 
 
-def _shared(
+def _shared_substring(
     user: str,
     texts: Sequence[str],
     section: CanariesSection,

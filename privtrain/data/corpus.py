@@ -215,7 +215,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
     }
     form = normal_form if data.deduplicate == "within_user" else None
     opened = index.open_or_build(
-        index_dir, made_of, lambda tally: _kept(_rows(data), tally), form, lambda: digests_of(files)
+        index_dir, made_of, lambda tally: _usable_rows(_rows(data), tally), form, lambda: digests_of(files)
     )
     counts = RowCounts(**opened.counts)
     if not opened.records:
@@ -262,7 +262,7 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
     """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
     records: dict[str, list[str]] = {}
     tally: dict[str, Any] = {}
-    for owner, content in _kept(rows, tally):
+    for owner, content in _usable_rows(rows, tally):
         records.setdefault(owner, []).append(content)
     if not records:
         raise ConfigError([_no_row(RowCounts(**tally))])
@@ -277,7 +277,7 @@ def _no_row(counts: RowCounts) -> Fault:
     return Fault("data.source", f"no usable row among {counts.num_rows}{reasons}")
 
 
-def _kept(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _usable_rows(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (user id, text) of the usable rows; at the end, fill ``tally`` with the counts of all rows."""
     num_rows = num_without_user = num_empty = 0
     reasons: dict[str, int] = {}

@@ -44,8 +44,8 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
         return split_users(corpus, config.data, root_key)
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key, config.privacy.unit)
     if config.data.deduplicate == "within_user":
-        # As any user's equal records.
-        canaries = tuple(_once(c) if c.is_invented else c for c in canaries)
+        # A canary's equal records count once, as any user's do.
+        canaries = tuple(_with_one_record(c) if c.is_invented else c for c in canaries)
     if tokenizer is not None:
         invented = [canary.records[0] for canary in canaries if canary.is_invented]
         num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
@@ -55,7 +55,7 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     return split_users(corpus, config.data, root_key, canaries)
 
 
-def _once(canary: Canary) -> Canary:
+def _with_one_record(canary: Canary) -> Canary:
     return dataclasses.replace(canary, records=canary.records[:1], repetitions=1)
 
 

@@ -82,7 +82,7 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
         is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in changed else data.held_out_fraction)
-        taken = _taken(stream, len(texts), data)
+        taken = _attacker_records(stream, len(texts), data)
         if taken:
             attacker.add(user, sorted(taken))
         kept = tuple(i for i in range(len(texts)) if i not in taken)
@@ -102,7 +102,7 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries
     return Split(training, held_out, attacker, evaluation, tuple(canaries))
 
 
-def _taken(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:
+def _attacker_records(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:
     """Return the records of one user that only the attacker holds."""
     if data.attack_fraction == 0 or num_records < data.attack_min_records:
         return set()

@@ -36,7 +36,7 @@ class UnitsOnDisk(UnitData):
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
         """Return the drawn units' records, tokenised in one call."""
-        places = [self._place(unit, number) for unit, numbers in drawn for number in numbers]
+        places = [self._locate(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
         return [[next(encoded) for _ in numbers] for _, numbers in drawn]
 
@@ -50,7 +50,7 @@ class UnitsOnDisk(UnitData):
             digest.update(len(name).to_bytes(8, "little") + name + repr(indices).encode())
         return digest.hexdigest()
 
-    def _place(self, unit: int, number: int) -> tuple[str, int]:
+    def _locate(self, unit: int, number: int) -> tuple[str, int]:
         """Return user and record index of a unit's record ``number``."""
         if self.unit == "user":
             return self.names[unit], self.training.at(unit)[number]

@@ -163,9 +163,9 @@ class BudgetReservation:
         claim = secrets.token_hex(16)
         request = _request(inputs, uid, claim)
         # On disk before the registry knows it: after a crash in between, the registry accepts the old one or the new.
-        write_json(_claims(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
+        write_json(_claims_path(inputs.run), {"claims": [*request.earlier_claims, claim]}, mode=0o600)
         reservation = registry.reserve(request)
-        write_json(_claims(inputs.run), {"claims": [claim]}, mode=0o600)
+        write_json(_claims_path(inputs.run), {"claims": [claim]}, mode=0o600)
         write_json(file, {"registry": registry.database.shown, "reservation": reservation.id}, mode=0o600)
         state = "reserved" if reservation.is_new else "found again"
         say(f"budget {state}: {section.dataset}, reservation {reservation.id[:12]}")
@@ -341,11 +341,11 @@ def _read_claims(run: RunDirectory) -> tuple[str, ...]:
     The registry keeps one claim, a new one at every start: of two copies of a directory, the one that starts second
     takes the reservation, and the first is refused from then on, as is one that was restored.
     """
-    file = _claims(run)
+    file = _claims_path(run)
     return tuple(json.loads(file.read_text(encoding="utf-8"))["claims"]) if file.exists() else ()
 
 
-def _claims(run: RunDirectory) -> pathlib.Path:
+def _claims_path(run: RunDirectory) -> pathlib.Path:
     return run.secret / "reservation_claims.json"
 
 

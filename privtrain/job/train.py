@@ -175,7 +175,7 @@ def _run(
             held_out_before = evaluation.on_held_out(inputs, trainer, network, split, 0, stop)
         if evaluation.is_due(inputs.config, start_step):  # a resumed job drops the row of its first step
             evaluation.on_public(inputs, trainer, network, start_step, stop)
-        costs = _counted(inputs, trainer, network)
+        costs = _token_cost(inputs, trainer, network)
         # A signal needs a moment to be noted, and a short evaluation leaves it none.
         stop.leave_if_agreed(backend, "training has not begun")
         sums = _kept_sums(inputs, trainer, start_step)
@@ -209,7 +209,7 @@ def _kept_sums(inputs: Inputs, trainer: Trainer, start_step: int) -> NoisedSums 
     return sums
 
 
-def _counted(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
+def _token_cost(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str, float]:
     """Return what a token costs, if the config asks."""
     if not inputs.config.performance.count_flops:
         return {}

@@ -71,7 +71,7 @@ def tune(path: pathlib.Path, overrides: Sequence[str], candidates: Sequence[str]
     tuning = inputs.plan.tuning
     assert tuning is not None, "checked with the candidates"
     place = RunDirectory(inputs.run.root.with_name(f"{inputs.run.root.name}.tune"))
-    with _opened(place, inputs, candidates) as key, _reserved(inputs, place) as (reservation, stop):
+    with _locked_directory(place, inputs, candidates) as key, _reservation(inputs, place) as (reservation, stop):
         if not inputs.run.is_complete():
             trial = _trial(reservation)
             draw = Draw.of(key, tuning, len(candidates))
@@ -159,7 +159,7 @@ def _check_same_mechanism(configs: Sequence[Config], plan: PrivacyPlan) -> None:
 
 
 @contextlib.contextmanager
-def _opened(place: RunDirectory, inputs: Inputs, candidates: Sequence[str]) -> Iterator[SecretKey]:
+def _locked_directory(place: RunDirectory, inputs: Inputs, candidates: Sequence[str]) -> Iterator[SecretKey]:
     """Create or check the directory of the trials, hold it, and yield its key.
 
     Raises:
@@ -190,7 +190,7 @@ def _opened(place: RunDirectory, inputs: Inputs, candidates: Sequence[str]) -> I
 
 
 @contextlib.contextmanager
-def _reserved(inputs: Inputs, place: RunDirectory) -> Iterator[tuple[BudgetReservation | None, StopRequest]]:
+def _reservation(inputs: Inputs, place: RunDirectory) -> Iterator[tuple[BudgetReservation | None, StopRequest]]:
     """Hold one reservation for all trials; it stays charged whatever becomes of them."""
     reservation = BudgetReservation.take(dataclasses.replace(inputs, run=place), chosen=inputs.run)
     with listening() as stop, reservation.heartbeat(stop) if reservation else contextlib.nullcontext():

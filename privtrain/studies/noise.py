@@ -44,11 +44,11 @@ class Setting:
 
     def true_epsilon(self, noise_multiplier: float) -> float:
         """Return the least certified ε that we can give: the upper end of the tilted interval, tight to about 1e-3."""
-        return _kept(self, "true", noise_multiplier)
+        return _cached(self, "true", noise_multiplier)
 
     def noise(self, name: str) -> float:
         """Return the noise at which an accountant says that ``epsilon`` is met, rounded up to four decimals."""
-        return _kept(self, name, 0.0)
+        return _cached(self, name, 0.0)
 
 
 def _accountant(name: str) -> Accountant:
@@ -63,8 +63,8 @@ def _accountant(name: str) -> Accountant:
 
 
 @functools.cache
-def _kept(setting: Setting, name: str, noise_multiplier: float) -> float:
-    """Return the setting's noise, or its ε by the method ``true``, computed once for this code and kept on disk."""
+def _cached(setting: Setting, name: str, noise_multiplier: float) -> float:
+    """Return the setting's noise, or for the name ``true`` the ε of ``noise_multiplier``; kept on disk."""
     facts = {**dataclasses.asdict(setting), "accountant": name, "noise_multiplier": noise_multiplier}
     key = hashlib.sha256(json.dumps([facts, _code_version()], sort_keys=True).encode()).hexdigest()
     cache = cache_directory() / "noise"

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from privtrain.clipping import refusals
+
 #: A loud row's activations, in root mean squares of its ordinary ones.
 _LOUDNESS = 1e3
 #: Weight of its loss: its gradient is larger than any that the self-test's planted units have.
@@ -19,11 +21,6 @@ _NUM_KEPT = 4096
 #: What draws random numbers in torch, by name.
 _DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
 _DRAWS += ("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "exponential_", "random_", "dropout")
-
-
-def unwrapped(model: Any) -> Any:
-    """Return the model without its adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager
@@ -85,7 +82,7 @@ def _pattern(output: torch.Tensor) -> torch.Tensor:
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
     try:
-        embedding = unwrapped(model).get_input_embeddings()
+        embedding = refusals.unwrapped(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         embedding = None
     return embedding or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)

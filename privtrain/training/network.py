@@ -64,6 +64,7 @@ def load_network(config: Config, backend: Backend) -> Network:
 
 
 def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.Module) -> LinePacker | None:
+    """Return what packs lines for this model; none where the configuration asks for rows."""
     performance, max_length = config.performance, config.data.max_length
     if performance.packing == "rows":
         return None
@@ -73,15 +74,14 @@ def _line_packer(config: Config, pad_id: int, device_type: str, model: torch.nn.
         pad_id,
         performance.microbatch_tokens,
         device_type=device_type,
-        avoided=_sizes(model),
+        avoided=_sizes(model),  # a line of such a length could be taken for another dimension
     )
 
 
 def _sizes(model: Any) -> set[int]:
     """Return the sizes that a dimension of a tensor of this model may have, whatever it reads."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
-    for config in refusals.configs(base):
+    for config in refusals.configs(refusals.unwrapped(model)):
         sizes.update(value for value in vars(config).values() if isinstance(value, int) and not isinstance(value, bool))
     return sizes
 

@@ -102,8 +102,8 @@ class Probe:
             losses, drew = zip(*(self._with_coins(batch, extreme) for extreme in (0.0, 1.0)), strict=True)
             if not fault and not _equal(*losses):
                 fault = (
-                    f"{drew[0] or type(hooks.unwrapped(trainer.model)).__name__} draws random numbers that all rows of "
-                    f"a batch share, which couples units; switch them off {_IN_CONFIG}, or {refusals.ONE_UNIT}"
+                    f"{drew[0] or type(refusals.unwrapped(trainer.model)).__name__} draws random numbers that all rows "
+                    f"of a batch share, which couples units; switch them off {_IN_CONFIG}, or {refusals.ONE_UNIT}"
                 )
         self._agree(fault)
 
@@ -338,7 +338,7 @@ class Probe:
 
     def _looks_behind(self, width: int) -> str:
         """Return what moves the logits of a record of one width though it stands behind its tokens, or nothing."""
-        name, widest = type(hooks.unwrapped(self.trainer.model)).__name__, self._widths()[-1]
+        name, widest = type(refusals.unwrapped(self.trainer.model)).__name__, self._widths()[-1]
         record = self._record(max(2, width - 1), 4)
         is_causal, length = isinstance(self.trainer.objective, CausalLM), len(record)
         of_shape = self._tolerance(_OTHER_SHAPE)
@@ -356,7 +356,7 @@ class Probe:
         }
         way = max(moved, key=moved.__getitem__)
         if moved[way] > of_bits:
-            can_decode = getattr(hooks.unwrapped(self.trainer.model).config, "is_decoder", None) is False
+            can_decode = getattr(refusals.unwrapped(self.trainer.model).config, "is_decoder", None) is False
             way_out = f"set is_decoder: true {_IN_CONFIG}" if can_decode else "choose a causal language model"
             return (
                 f"the model class {name} is not causal: logits move by {moved[way]:.2g} when tokens behind {way}, "
@@ -393,7 +393,7 @@ class Probe:
 
     def _has_experts(self) -> bool:
         """Return whether tokens are sorted by expert, and each is rounded in a shape that others decide."""
-        return any(refusals.has_experts(config) for config in refusals.configs(hooks.unwrapped(self.trainer.model)))
+        return any(refusals.has_experts(config) for config in refusals.configs(refusals.unwrapped(self.trainer.model)))
 
     # Planted rows.
 
@@ -476,7 +476,7 @@ def _forget(_slot: Slot, _part: torch.Tensor) -> None:
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield whatever may hold a probability: the model's configs, then its modules."""
-    for config in refusals.configs(hooks.unwrapped(model)):
+    for config in refusals.configs(refusals.unwrapped(model)):
         yield "the model's config", config
     for name, module in model.named_modules():
         yield f"module {name!r} of type {type(module).__name__}", module
