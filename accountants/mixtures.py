@@ -263,11 +263,7 @@ def _add(
     sensitivities: Sequence[float],
     probs: Sequence[float],
 ) -> bool:
-    """Count ``count`` steps of Gaussian noise on a sum of random sensitivity; one that never contributes is left out.
-
-    Returns:
-        Whether the step is without noise, and so not private.
-    """
+    """Count ``count`` steps of noise on a sum of random sensitivity; return true if they are without noise."""
     merged: dict[float, float] = {}
     for sensitivity, prob in zip(sensitivities, probs, strict=True):
         if prob > 0:

@@ -17,10 +17,7 @@ _MAX_STATEMENT_BYTES = 16 << 20
 
 
 def read_statement(run: pathlib.Path) -> PrivacyStatement:
-    """Read the privacy statement of a finished run.
-
-    Returns:
-        The statement.
+    """Return the privacy statement of a finished run.
 
     Raises:
         AttackInputError: if there is no such run, it has not finished, or the statement is of another form.
@@ -66,11 +63,7 @@ def held_out_perplexity(run: pathlib.Path) -> tuple[float, float] | None:
 
 
 def training_seconds(run: pathlib.Path) -> float | None:
-    """Return the time that the steps took, as the run released it.
-
-    Returns:
-        Seconds over all logged steps, or None if none was logged.
-    """
+    """Return the released seconds of all logged steps, or None if none was logged."""
     values = released_values(run, STEP_SECONDS_KEY)
     return sum(values) if values else None
 

@@ -231,10 +231,7 @@ def write_signals(path: pathlib.Path, rows: Iterable[DocumentSignals]) -> None:
 def join_signals(
     target: pathlib.Path, parts: Sequence[pathlib.Path], digests: Sequence[str]
 ) -> list[tuple[str, str, str, str]]:
-    """Join parts into one file, a part in memory at a time.
-
-    Returns:
-        User, document, kind and side of every document.
+    """Join parts into one file, a part in memory at a time; return user, document, kind and side of every document.
 
     Raises:
         DamagedFile: if a part is missing or another one.

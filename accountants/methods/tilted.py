@@ -150,14 +150,11 @@ class _EpsilonSearch:
         self._attempts = self._make_attempts()
 
     def refine(self, worse_than: float = 0.0) -> bool:
-        """Make the next attempt, and tighten the ends by it; a lower end is computed where the upper one is large.
+        """Tighten the ends by the next attempt, the lower one where the upper is large; return whether there was one.
 
         Args:
             worse_than: the other direction's upper end. A direction that is not worse decides nothing, so its lower end
                 is not computed.
-
-        Returns:
-            Whether there was another attempt.
         """
         attempt = _next(self._attempts, math.isfinite(self.upper))
         if attempt is None:

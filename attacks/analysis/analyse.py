@@ -59,16 +59,13 @@ _SIGNIFICANCE = 0.05
 
 
 def analyse_run(run: pathlib.Path, *, seed: int = 0, audit_delta: float | None = None) -> dict[str, Any]:
-    """Compute every statistic of a scored run, and write the public and the per-user results.
+    """Compute every statistic of a scored run; write the per-user and the public results, which are returned.
 
     Args:
         run: a finished run directory with signals.
         seed: of the bootstrap and the folds; not secret, it protects nobody.
         audit_delta: at which the audit compares its lower bounds with the claim; the claim's own if None. A choice of
             the audit, to be made before its result is seen; the results record it.
-
-    Returns:
-        What was written to ``report/attacks.json``.
 
     Raises:
         AttackInputError: if the run is not finished, has no signals, or has too few users, or if the signals are of

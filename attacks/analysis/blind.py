@@ -48,11 +48,7 @@ class BlindResult:
 
 
 def blind_baseline(scored: Scored, seed: int) -> dict[str, BlindResult]:
-    """Return how well each family of features tells held-in from held-out users, by cross-validation.
-
-    Returns:
-        Family to result; empty with too few users to fold.
-    """
+    """Return how well each family of features tells the sides apart, by cross-validation; empty with too few users."""
     sides = [int(scored.is_held_in.sum()), int((~scored.is_held_in).sum())]
     if min(sides) < _MIN_USERS_A_FOLD * NUM_FOLDS:
         return {}

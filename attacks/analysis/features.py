@@ -134,15 +134,12 @@ def _check_finite(row: DocumentSignals, scores: Mapping[str, float]) -> None:
 
 
 def under_other_models(table: DocumentTable, scored: Scored, references: Iterable[Scoring]) -> UnderOtherModels | None:
-    """Return the same documents under shadow models.
+    """Return the same documents under shadow models; None without documents or shadows.
 
     Args:
         table: documents of one kind.
         scored: the users.
         references: signals of the same documents under each shadow.
-
-    Returns:
-        None without documents or shadows.
 
     Raises:
         KeyError: if a shadow lacks a document.

@@ -26,11 +26,7 @@ AGGREGATIONS: Mapping[str, Callable[[FloatArray], float]] = {
 
 
 def lift(scores: FloatArray, owner: npt.NDArray[np.int64], num_users: int, aggregation: str = "mean") -> FloatArray:
-    """Return one number per user.
-
-    Returns:
-        [users]; NaN for a user without documents.
-    """
+    """Return one number per user, [users]; NaN for a user without documents."""
     assert (np.diff(owner) >= 0).all(), "documents must be sorted by owner"
     lifted = np.full(num_users, np.nan)
     users, starts = np.unique(owner, return_index=True)

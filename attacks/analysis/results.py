@@ -122,12 +122,9 @@ def compare(statistic: Statistic, headline: Statistic) -> dict[str, Any]:
 
 
 def correct_for_multiplicity(results: dict[str, dict[str, Any]], headline: str) -> int:
-    """Add ``p_holm`` beside every p-value but the headline's, which was declared beforehand.
+    """Add ``p_holm`` beside every p-value but the headline's, declared beforehand; return the number of p-values.
 
     Paired differences from the headline are tests too.
-
-    Returns:
-        The number of p-values in the family.
     """
     family = [result for name, result in results.items() if name != headline]
     family += [result["less_headline"] for result in family if "less_headline" in result]

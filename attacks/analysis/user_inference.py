@@ -29,11 +29,7 @@ HEADLINE = "token_mean"
 
 
 def document_log_ratios(row: signals.DocumentSignals) -> dict[str, float]:
-    """Return the log-likelihood ratio of one document, by statistic.
-
-    Returns:
-        One value for each key of ``DEFINITIONS``, in nats.
-    """
+    """Return one document's log-likelihood ratios in nats, by the keys of ``DEFINITIONS``."""
     # float64 before the difference: over a long document float32 sums lose the digits that the attack lives on.
     log_ratio = row.target_logp.astype(np.float64) - row.base_logp.astype(np.float64)
     return {"token_mean": float(log_ratio.mean()), "sequence_sum": float(log_ratio.sum())}

@@ -99,11 +99,7 @@ class Cap:
         return self.bound is not None and math.isinf(self.bound.epsilon)
 
     def auroc(self, num_held_out: int) -> float | None:
-        """Return the cap on the sample's expected AUROC: of the pair or of the whole curve, whichever is lower.
-
-        Returns:
-            The cap, or None without a bound.
-        """
+        """Return the cap on the sample's expected AUROC, the lower of pair and curve; None without a bound."""
         return min((statistics.auroc_cap(bound, num_held_out) for bound in self._bounds), default=None)
 
     def tpr(self, num_false_positives_allowed: int, num_held_out: int) -> float | None:
@@ -233,9 +229,6 @@ def judge(
     happened: no cap, a statistic without any spread, or a ceiling whose own lower end does not exceed the cap.
     ``no claim`` if the run is not private: nothing is claimed that the result could speak of, whatever was achieved.
     ``consistent`` otherwise: the sample could have contradicted the claim and did not.
-
-    Returns:
-        The verdict and its reason.
     """
     if confounded_by:
         return Verdict.CONFOUNDED, confounded_by
@@ -264,13 +257,10 @@ def judge(
 
 
 def combine(headline: tuple[Verdict, str], audits: Sequence[tuple[Verdict, str]]) -> tuple[Verdict, str]:
-    """Return the run's verdict: the headline's, unless an audit falsifies.
+    """Return the run's verdict, the headline's unless an audit falsifies, with its reason.
 
     Where the split is confounded, the audit of the split's users says so itself; that of canaries is not concerned.
     A true claim is called falsified with probability at most .025 by the headline and .05 by all audits together.
-
-    Returns:
-        A verdict and its reason.
     """
     falsified = [audit for audit in audits if audit[0] is Verdict.FALSIFIED]
     return falsified[0] if falsified and headline[0] is not Verdict.FALSIFIED else headline

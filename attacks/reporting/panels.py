@@ -66,11 +66,7 @@ def cell(value: object) -> str:
 
 
 def scientific(value: float) -> str:
-    """Return a number with its power of ten.
-
-    Returns:
-        For example ``"1e-4"``; plain from 0.01 to a million.
-    """
+    """Return a number with its power of ten, such as ``"1e-4"``; plain from 0.01 to a million."""
     if value == 0.0 or 0.01 <= abs(value) < 1e6:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")

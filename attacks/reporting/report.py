@@ -54,10 +54,7 @@ AXIS_LABELS = {
 
 
 def write_report(run: pathlib.Path) -> pathlib.Path:
-    """Write ``report/index.html``, ``report/report.json`` and ``report/report.md``.
-
-    Returns:
-        The path of the page.
+    """Write ``report/index.html``, whose path is returned, ``report/report.json`` and ``report/report.md``.
 
     Raises:
         AttackInputError: if the run is not finished or not analysed, or the analysis belongs to another plan.
@@ -172,10 +169,7 @@ def _dependence_figures(curves: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def summary_table(run: pathlib.Path) -> rich.table.Table:
-    """Return the run in ten rows and one for each panel, for the terminal.
-
-    Returns:
-        A table of two columns.
+    """Return the run as a table of two columns: ten rows and one for each panel.
 
     Raises:
         AttackInputError: if the run is not finished or not analysed.
@@ -206,13 +200,10 @@ def summary_table(run: pathlib.Path) -> rich.table.Table:
 
 
 def format_epsilon(epsilon: float | None) -> str:
-    """Return epsilon to three decimals, rounded up: what is shown is never below what was released.
+    """Return epsilon to three decimals, rounded up: never below what was released.
 
     Args:
         epsilon: a certified upper bound, or None for infinity.
-
-    Returns:
-        For example ``"7.991"``.
     """
     if epsilon is None:
         return "∞"
@@ -224,11 +215,7 @@ def format_epsilon(epsilon: float | None) -> str:
 
 
 def grouped(count: int | None) -> str:
-    """Return a count with thin spaces between thousands.
-
-    Returns:
-        For example ``"12 345"``.
-    """
+    """Return a count with thin spaces between thousands, such as ``"12 345"``."""
     return NOT_RELEASED if count is None else f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 

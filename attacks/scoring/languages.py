@@ -21,11 +21,7 @@ for _language, _words in _COMMON_WORDS.items():
 
 
 def guess_language(text: str) -> str:
-    """Return the language whose commonest words occur most, or the script where none does.
-
-    Returns:
-        For example ``"en"``, ``"cyrillic"`` or ``"unknown"``.
-    """
+    """Return the language whose commonest words occur most, such as ``"en"``; else the script, or ``"unknown"``."""
     votes = collections.Counter(
         language for word in text.lower().split() for language in _LANGUAGES_OF.get(word.strip(".,;:!?\"'()"), ())
     )

@@ -92,16 +92,13 @@ class NeuralScorer:
 
 
 def sampled_logp(logits: torch.Tensor, labels: torch.Tensor, scheme: SamplingScheme) -> torch.Tensor:
-    """Return log-probability of each label under the sampling scheme.
+    """Return [tokens] log-probability of each label under the sampling scheme; -inf where it cannot be drawn.
 
     Args:
         logits: [tokens, vocabulary], fp32; left as it is.
         labels: [tokens].
         scheme: temperature first, then top k, then top p of what is left. Of tokens that tie for the last place some
             are counted as left out, and a label among them still as drawable.
-
-    Returns:
-        [tokens]; -inf where the label cannot be drawn.
     """
     label_logits = logits.gather(1, labels[:, None]) / scheme.temperature
     if scheme.top_k == 0 and scheme.top_p == 1.0:

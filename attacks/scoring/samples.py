@@ -25,7 +25,7 @@ _MOST_ROUNDS = 50
 def write_samples(
     config_path: pathlib.Path, out: pathlib.Path, *, count: int, num_tokens: int, temperature: float, seed: int
 ) -> int:
-    """Write texts that survive as text: encoded again they give the tokens that were drawn.
+    """Write ``count`` texts that survive as text: encoded again they give the tokens that were drawn.
 
     Args:
         config_path: the run's configuration, for its base model and ``data.max_length``.
@@ -34,9 +34,6 @@ def write_samples(
         num_tokens: tokens of each.
         temperature: of the sampling.
         seed: of the sampling.
-
-    Returns:
-        How many were written: ``count``.
 
     Raises:
         AttackInputError: if the file is there, the texts would be cut, or too few survive.

@@ -34,20 +34,13 @@ class Scorer(Protocol):
     """A language model as the attacker may query it."""
 
     def score(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[TokenSignals]:
-        """Return signals of each sequence's tokens after its first, which is context only.
+        """Return the signals of each sequence: n - 1 entries for n tokens, of which the first is context only.
 
         Args:
             sequences: token ids, each of at least two tokens.
-
-        Returns:
-            For a sequence of n tokens arrays of n - 1 entries.
         """
         ...
 
     def likeliest(self, sequences: Sequence[npt.NDArray[np.int64]], count: int) -> list[npt.NDArray[np.int64]]:
-        """Return the ``count`` most likely tokens at the place of each token after the first.
-
-        Returns:
-            For a sequence of n tokens an array [n - 1, count], best first.
-        """
+        """Return by sequence of n tokens [n - 1, count] most likely tokens after each prefix, best first."""
         ...

@@ -94,11 +94,7 @@ def add_groups(totals: Sequence[torch.Tensor], gradients: torch.Tensor, weights:
 
 
 def add_measured(total: torch.Tensor, gradients: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Add units as :func:`add_units` does, none of weight zero; overwrites ``gradients``.
-
-    Returns:
-        [units] float64: the squared norm of each contribution, in grid steps.
-    """
+    """Add units as :func:`add_units` does, overwriting ``gradients``; return their squared norms in grid steps."""
     parts = zip(gradients.flatten(1).split(_MOST_UNITS), weights.split(_MOST_UNITS), strict=True)
     return torch.cat([_add_measured(total, values, some) for values, some in parts])
 

@@ -84,14 +84,11 @@ class Passes:
         self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
 
     def first(self, calls: Calls, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run the forward and the first backward pass.
+        """Run the forward and the first backward pass; return [rows] losses without a graph.
 
         Args:
             calls: of the block that captures them.
             row_losses: the forward pass: [rows] weighted losses.
-
-        Returns:
-            [rows] losses without a graph.
 
         Raises:
             UnsupportedLayer: if a layer's rows cannot be told apart. Nothing was added anywhere then.

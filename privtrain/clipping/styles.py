@@ -39,7 +39,7 @@ def groups(style: str, layout: Layout) -> list[int]:
 
 
 def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
-    """Return what to multiply each unit's gradient by, group by group.
+    """Return [groups, units]: what to multiply gradients by; 0 for a unit with a norm that is not finite.
 
     * ``flat``: min(1, C/‖g‖), Abadi et al. 2016 (arXiv 1607.00133); ``adaptive`` is the same with a C that changes.
     * ``per_layer``: min(1, (C/√L)/‖g_l‖) for each of L layers, so that the whole has norm at most C
@@ -52,9 +52,6 @@ def factors(style: str, norms: torch.Tensor, clipping_norm: float) -> torch.Tens
         style: one of the above.
         norms: [groups, units], not negative.
         clipping_norm: C.
-
-    Returns:
-        [groups, units]; zero for a unit with a norm that is not finite in any group.
     """
     if style == "batch":
         bound = _bound(style, clipping_norm)
@@ -83,7 +80,7 @@ def batch_factor(norm_of_mean: float, clipping_norm: float) -> float:
 
 
 def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
-    """Return how far units are within the clipping norm, 1 well below it to 0, for adaptive clipping's count.
+    """Return [units] from 1 well within the clipping norm to 0 beyond, or not finite: for adaptive clipping's count.
 
     Steps down over a narrow band around C instead of at C: a unit at exactly C, whose norm is rounded one way or the
     other by who else is in the step, would otherwise move the count although nobody added or removed it.
@@ -91,9 +88,6 @@ def within(norms: torch.Tensor, clipping_norm: float) -> torch.Tensor:
     Args:
         norms: [units] over all tensors.
         clipping_norm: C.
-
-    Returns:
-        [units] in [0, 1]; 0 for a unit whose norm is not finite.
     """
     share = 0.5 + (clipping_norm - norms) / (_BAND * clipping_norm)
     return torch.where(torch.isfinite(norms), share.clamp(0, 1), 0.0)

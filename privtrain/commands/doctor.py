@@ -61,10 +61,7 @@ class Finding:
 
 
 def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
-    """Look at everything, print what was found on rank 0, and return the exit code.
-
-    Returns:
-        0, or 2 if there is a fault.
+    """Look at everything and print it on rank 0; return the exit code: 0, or 2 if there is a fault.
 
     Raises:
         ConfigError: for a config that cannot be run.

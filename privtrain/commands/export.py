@@ -27,16 +27,13 @@ from privtrain.run.exported import DTYPES, NAME, SCHEMA, rendered, weights_of
 
 
 def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: str) -> str:
-    """Write a finished run's model into a new directory and open it again.
+    """Write a finished run's model into a new directory and open it again; return a line that says what was written.
 
     Args:
         run: a finished run directory.
         output: directory to make.
         merge: put the adapter into its base model; without it, an adapter is copied as it was released.
         dtype: one of :data:`DTYPES`, for merged or fully trained weights; an adapter keeps its own.
-
-    Returns:
-        A line that says what was written.
 
     Raises:
         ConfigError: if the run is not finished, the output exists or the dtype is unknown; nothing is written then.

@@ -33,16 +33,13 @@ _PREDICTED, _CONTEXT = "bold green", "dim"
 
 
 def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: int, as_json: bool) -> int:
-    """Print rows by rule, some records as tokens, lengths and findings.
+    """Print rows by rule, some records as tokens, lengths and findings; return 0, or 2 if a start would be refused.
 
     Args:
         config_path: YAML file of the run.
         overrides: dotted assignments.
         num_shown: records that are shown whole.
         as_json: print counts and findings for machines, and no record.
-
-    Returns:
-        0, or 2 if a start would be refused.
 
     Raises:
         ConfigError: for a config that cannot be run, or rows of which none can be used.

@@ -25,16 +25,13 @@ _OF_THE_HUB = (".gitattributes",)
 
 
 def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, is_consented: bool = False) -> str:
-    """Verify a directory and upload the files that were verified, and no other.
+    """Verify a directory and upload the files that were verified, and no other; return a line that says where it is.
 
     Args:
         directory: a run, of which its adapter or model is taken; one of these; an export; or a corpus.
         repository: ``NAMESPACE/NAME`` on the hub; made if it is not there.
         is_public: make a new repository public.
         is_consented: upload also what is not private.
-
-    Returns:
-        A line that says where it is, and how others check it.
 
     Raises:
         ConfigError: if it cannot be uploaded; nothing was sent then.

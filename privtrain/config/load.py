@@ -30,14 +30,11 @@ _PlacedFault = tuple[strict_yaml.Path, Fault]
 
 
 def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and validate.
+    """Read a configuration, override and validate it.
 
     Args:
         path: a YAML file with the tree of :class:`Config`.
         overrides: dotted assignments such as ``privacy.target_epsilon=4``; values are parsed as YAML.
-
-    Returns:
-        The validated, frozen configuration.
 
     Raises:
         ConfigError: with every fault, each naming its YAML path.

@@ -27,11 +27,7 @@ _LIMITS = {
 
 
 def markdown_reference(model: type[pydantic.BaseModel]) -> str:
-    """Return a Markdown page with one table of keys for each section of a configuration.
-
-    Returns:
-        Type and limits, default and description of every key.
-    """
+    """Return a Markdown page with a table for each section: key, type and limits, default, description."""
     schema = model.model_json_schema()
     parts = [_INTRODUCTION]
     for path, section in _sections(schema, schema["$defs"], ""):

@@ -20,7 +20,7 @@ RAW_NORM = 10.0
 
 
 def signs(key: SecretKey, user: str, name: str, block: int, num: int) -> npt.NDArray[np.int8]:
-    """Return a block of a canary's direction.
+    """Return a block of a canary's direction: [num] of -1 and 1.
 
     Args:
         key: the run's root key.
@@ -28,9 +28,6 @@ def signs(key: SecretKey, user: str, name: str, block: int, num: int) -> npt.NDA
         name: of the trainable tensor.
         block: number of the block in it.
         num: coordinates of the block, at most ``BLOCK``.
-
-    Returns:
-        [num] of -1 and 1.
     """
     assert 0 < num <= BLOCK, num
     words = key.stream("gradient canary", user, name, block).uint64(-(-num // 64))

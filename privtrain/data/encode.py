@@ -104,11 +104,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
     def chunks(self, texts: Sequence[str]) -> list[tuple[Record, tuple[int, ...]]]:
-        """Concatenate the texts, each with an end token, and cut them into records of at most ``max_length`` tokens.
-
-        Returns:
-            Records, each starting with the begin token, and the indices of the texts whose tokens it holds.
-        """
+        """Cut the texts, each with an end token, into records of ``max_length``; return each with its texts' places."""
         begin, end = marks(self.tokenizer)
         encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
         tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)

@@ -316,11 +316,7 @@ def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
 def _write(
     directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch], form: Callable[[str], str] | None
 ) -> tuple[dict[str, HashedFile], str, int]:
-    """Write the flat files from rows in order.
-
-    Returns:
-        What was written of each file, the digest of all rows, and the number of duplicates left out.
-    """
+    """Write the flat files from rows in order; return what each holds, the rows' digest, and the duplicates dropped."""
     digest, current = RecordDigest(), None
     seen: set[str] = set()
     num_rows = num_records = users_end = texts_end = 0

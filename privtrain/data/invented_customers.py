@@ -120,10 +120,7 @@ def customer_records(
 
 
 def write_customers(path: pathlib.Path, records: Iterator[CustomerRecord]) -> int:
-    """Write records as JSON lines into a new file.
-
-    Returns:
-        How many were written.
+    """Write records as JSON lines into a new file; return how many.
 
     Raises:
         ConfigError: if the file exists; nothing is overwritten.

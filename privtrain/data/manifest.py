@@ -86,12 +86,9 @@ _MAX_MANIFEST_BYTES = 1 << 34
 
 
 def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
-    """Return a hiding commitment to the split, which may be published: HMAC under the root key.
+    """Return a hiding commitment to the split, which may be published: HMAC-SHA-256 in hex under the root key.
 
     A plain hash could be brute-forced for small splits.
-
-    Returns:
-        HMAC-SHA-256 in hex.
     """
     return root_key.derive("split commitment", manifest_sha256).hex()
 

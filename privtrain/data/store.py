@@ -18,13 +18,10 @@ DIRECTORY = "rows"
 
 
 def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathlib.Path:
-    """Write rows as JSON lines into a private directory (mode 0700); the same rows are the same file.
+    """Write rows as JSON lines into a private directory (mode 0700); return the file, the same for the same rows.
 
     The name is published in the configuration, so it tells nothing of the rows: it is keyed by ``rows/key``, which is
     as private as they are. A plain hash would let anybody who has all rows but one test guesses of that one.
-
-    Returns:
-        The file, named by the HMAC-SHA-256 of its content.
 
     Raises:
         ConfigError: at a row that JSON cannot hold, or if there is none.

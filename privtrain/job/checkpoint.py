@@ -139,10 +139,7 @@ def drop_after(directory: pathlib.Path, step: int) -> None:
 
 
 def restore(state: pathlib.Path | None, layout: Layout, optimizer: torch.optim.Optimizer, backend: Backend) -> float:
-    """Load a checkpoint into model and optimizer. Every rank calls it; rank 0 reads ``state`` and sends the parts.
-
-    Returns:
-        The next step's clipping norm.
+    """Load a checkpoint on every rank (rank 0 reads ``state`` and sends it); return the next step's clipping norm.
 
     Raises:
         GuaranteeLost: if another version of privtrain wrote it.

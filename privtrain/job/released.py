@@ -21,11 +21,7 @@ from privtrain.tracking import show_release
 
 
 def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | None:
-    """Sign the released directory and the run, where the configuration says so and they are not signed yet.
-
-    Returns:
-        What kept it from being signed, to be raised once everything else of the job is done.
-    """
+    """Sign the released directory and the run if configured and not signed yet; return what failed, to raise later."""
     keys = Keys.of(section)
     unsigned = [place for place in (run.released, run.root) if not (place / SIGNATURE).exists()]
     if keys is None or not unsigned:
@@ -48,11 +44,7 @@ def sign_release(run: RunDirectory, section: ReleaseSection) -> SigningFailed | 
 
 
 def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[], None]) -> PrivtrainError | None:
-    """Sign a release and show it to the mirrors; on rank 0 alone.
-
-    Returns:
-        What was left undone, to be raised once everything else of the job is done, settlement included.
-    """
+    """Sign a release and show it to the mirrors, on rank 0 alone; return what failed, to raise after settlement."""
     unsigned, unshown = sign_release(run, section), None
     try:
         show()
@@ -64,11 +56,7 @@ def after_release(run: RunDirectory, section: ReleaseSection, show: Callable[[],
 
 
 def finish(inputs: Inputs) -> PrivtrainError | None:
-    """Do for a complete run what a job that died after its release left undone; on rank 0 alone.
-
-    Returns:
-        As :func:`after_release`.
-    """
+    """Do what :func:`after_release` does for a run whose job died after its release."""
 
     def show() -> None:
         tracker_id = json.loads(inputs.run.identity.read_text(encoding="utf-8"))["tracker_id"]

@@ -218,10 +218,7 @@ def _token_cost(inputs: Inputs, trainer: Trainer, network: Network) -> dict[str,
 
 
 def rehearse(inputs: Inputs, backend: Backend, stop: StopRequest) -> int:
-    """Load, build and self-test as a run would, under a throw-away key and without a run directory.
-
-    Returns:
-        The number of trainable coordinates.
+    """Load, build and self-test under a throw-away key without a run directory; return the number of coordinates.
 
     Raises:
         PrivtrainError: as the run would.

@@ -34,14 +34,11 @@ def run_with_ledger(run_path: pathlib.Path) -> RunDirectory:
 
 
 def verify_run(run_path: pathlib.Path, head: str | None = None) -> str:
-    """Check a run's ledger, and that the privacy statement agrees with it.
+    """Check a run's ledger, and that the privacy statement agrees with it; return a line for people.
 
     Args:
         run_path: the run directory.
         head: a head of this log that was noted earlier, elsewhere: the log must still contain it.
-
-    Returns:
-        One line for people.
 
     Raises:
         LedgerCorrupt: with file and offset of the first thing that does not hold, or what the statement says otherwise.
@@ -302,11 +299,7 @@ def _check_target(target: pathlib.Path) -> None:
 
 
 def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -> str:
-    """Write all contributions, by pseudonym, to a file outside the run's public part.
-
-    Returns:
-        One line for people.
-    """
+    """Write all contributions, by pseudonym, to a file outside the run's public part; return a line for people."""
     from privtrain.ledger.query import opened_contributions
 
     run = run_with_ledger(run_path)
@@ -317,11 +310,7 @@ def export_run(run_path: pathlib.Path, target: pathlib.Path, file_format: str) -
 
 
 def prove_run(run_path: pathlib.Path, user: str | None, unit_pseudonym: str | None, target: pathlib.Path) -> str:
-    """Write the proof of one user's part to a file outside the runs' public parts.
-
-    Returns:
-        One line for people.
-    """
+    """Write the proof of one user's part to a file outside the runs' public parts; return a line for people."""
     from privtrain.ledger.proof import check_proof, prove
 
     run = run_with_ledger(run_path)

@@ -131,7 +131,7 @@ class Classification(Objective):
 
 
 def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return log p(token | tokens before it) in fp32.
+    """Return [rows, tokens - 1] fp32 log p(token | tokens before it); position t is the token ``input_ids[:, t + 1]``.
 
     No attention mask is needed: rows are padded on the right and a causal model does not look there, so a token's value
     does not depend on the padding or on the other rows.
@@ -139,9 +139,6 @@ def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Te
     Args:
         model: a causal language model.
         input_ids: [rows, tokens].
-
-    Returns:
-        [rows, tokens - 1]; position t is the token ``input_ids[:, t + 1]``.
     """
     # Prompt tuning puts its virtual tokens before the row's own.
     logits = model(input_ids=input_ids).logits[:, -input_ids.shape[1] : -1].float()

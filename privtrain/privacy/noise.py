@@ -68,7 +68,7 @@ def noise_exponent(stddev: float, exponent: int) -> int:
 def noised(
     total: torch.Tensor, *, exponent: int, stddev: float, noise: StepNoise, name: str, first: int = 0
 ) -> torch.Tensor:
-    """Release an exact sum, or a contiguous part of one, with Gaussian noise: see the module.
+    """Release an exact sum, or a part of one, with Gaussian noise, as [n] float64 Y·g: see the module.
 
     Args:
         total: [n] int64 S, in units of 2**exponent; the same integers wherever the same coordinates are noised.
@@ -77,9 +77,6 @@ def noised(
         noise: the key of this step and sum.
         name: of the tensor or metric, different for every vector of the step.
         first: coordinate of the tensor that ``total`` begins at.
-
-    Returns:
-        [n] float64 Y·g.
 
     Raises:
         ValueError: if ``stddev`` is no standard deviation.
@@ -93,7 +90,7 @@ def noised(
 def noised_vector(
     total: torch.Tensor, layout: Layout, *, exponent: int, stddev: float, noise: StepNoise
 ) -> torch.Tensor:
-    """Release the sum of all trainable tensors, or this rank's parts of it: :func:`noised`, tensor by tensor.
+    """Release the flat fp32 sum of trainable tensors, or of this rank's parts: :func:`noised`, tensor by tensor.
 
     Call it once a step, after the reduction. Ranks that hold the whole vector all get the same bits; a rank that holds
     parts of tensors draws the noise of its own coordinates, block by block, and no more.
@@ -104,9 +101,6 @@ def noised_vector(
         exponent: of the sum's grid.
         stddev: noise_multiplier times the sensitivity of the whole sum.
         noise: the key of this step and sum.
-
-    Returns:
-        The flat fp32 vector that the optimizer gets.
     """
     vector = torch.empty(layout.num_coordinates, dtype=torch.float32, device=total.device)
     _release(total, layout.slots, vector, exponent=exponent, stddev=stddev, noise=noise)

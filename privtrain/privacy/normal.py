@@ -30,7 +30,7 @@ _CHUNK_BITS, _GUARD_BITS = 64, 32
 
 
 def quantiles(bits: torch.Tensor) -> torch.Tensor:
-    """Return X in float64, from the first 64 binary digits of U; on the device of the digits.
+    """Return X in float64, in the shape and on the device of the first 64 binary digits of U.
 
     What the margins rest on, for X anywhere in the interval that the digits leave: half that interval's width, at most
     2**-65 / φ(x), which is 2**-57 at 3 and 2**-37.6 at 6; rounding U to float64, at most 1.3 * 2**-52; and the error of
@@ -41,9 +41,6 @@ def quantiles(bits: torch.Tensor) -> torch.Tensor:
 
     Args:
         bits: int64 of any shape, read as unsigned.
-
-    Returns:
-        float64 of the same shape.
     """
     # The distance from the nearer end of (0, 1), which float64 holds to its last digit where it is small.
     folded = bits.bitwise_xor(bits >> 63).double().add_(0.5).mul_(2.0**-64)

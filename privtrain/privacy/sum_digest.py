@@ -65,7 +65,7 @@ def bind(
     sum_parts: Callable[[torch.Tensor], None],
     previous: str | None = None,
 ) -> BoundSum:
-    """Derive the noise's key and the ledger's commitment from a step's sum.
+    """Derive the noise's key and the ledger's commitment from a step's sum, the same on every rank.
 
     Args:
         key: secret of the run's current generation.
@@ -77,9 +77,6 @@ def bind(
         sum_parts: replaces a vector by its sum over the ranks that hold the parts of one copy.
         previous: where noise is correlated, the commitment to the sum before, empty for the first: noise and commitment
             are then bound to all sums of the generation so far.
-
-    Returns:
-        The same on every rank.
     """
     values = block_values(total, layout, _table(key, total.device))
     sum_parts(values)

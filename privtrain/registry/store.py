@@ -316,13 +316,10 @@ class Registry:
         return self.database.read(lambda c: c.execute(chosen).first()) is not None
 
     def refund(self, uid: str, shown: LedgerEvidence, *, claims: Collection[str] = ()) -> int:
-        """End a run that was given up, and charge only the steps that its ledger shows as begun.
+        """End a run that was given up, charge the steps that its ledger shows, and return the repetitions given back.
 
         The caller holds the run's lock and has verified its ledger: steps that no ledger shows were never computed, so
         nothing of them was released.
-
-        Returns:
-            Repetitions given back.
 
         Raises:
             PrivtrainError: if the run holds no reservation, or another copy of its directory does.

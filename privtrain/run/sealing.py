@@ -37,11 +37,7 @@ def seal_of(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any]) -> s
 
 
 def write_sealed(run: RunDirectory, path: pathlib.Path, body: Mapping[str, Any], mode: int = 0o600) -> dict[str, Any]:
-    """Write a body with its seal, whole or not at all.
-
-    Returns:
-        What was written, as it will be read.
-    """
+    """Write a body with its seal, whole or not at all; return it as it will be read."""
     body = json.loads(json.dumps(body, allow_nan=False))  # tuples and number keys as the reader will see them
     sealed = {**body, SEAL: seal_of(run, path, body)}
     write_json(path, sealed, mode=mode)

@@ -134,16 +134,13 @@ def _check_files(keys: Keys) -> None:
 
 
 def sign(directory: pathlib.Path, keys: Keys, files: Sequence[str], password: str | None = None) -> pathlib.Path:
-    """Sign the released files of a directory.
+    """Sign the released files of a directory; return the signature's path.
 
     Args:
         directory: where they are and the signature goes.
         keys: a private key, with certificates or without.
         files: paths of what is signed; everything else there is left out.
         password: of the private key.
-
-    Returns:
-        The signature's path.
 
     Raises:
         ConfigError: if the library or a key is not there or does not fit.

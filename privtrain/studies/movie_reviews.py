@@ -32,10 +32,7 @@ _SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def write_reviews(target: pathlib.Path) -> int:
-    """Write the sentences as JSON lines.
-
-    Returns:
-        How many.
+    """Write the sentences as JSON lines; return how many.
 
     Raises:
         PrivtrainError: if the source distribution cannot be had, or is not the one that is known.

@@ -95,7 +95,7 @@ def seeds_to_exclude(margin: float, spread: float, power: float = POWER) -> int 
 def users_to_show(
     difference: float, spread: float, num_seeds: int, users_variance: float | None = None, power: float = POWER
 ) -> float:
-    """Return how many times the users are needed to show a true difference with as many seeds.
+    """Return the factor on users that shows a true difference with as many seeds; infinity if none suffices.
 
     A finite number of users adds to the spread a variance that falls as their number grows; no number of them takes
     away what the runs' own randomness adds.
@@ -106,9 +106,6 @@ def users_to_show(
         num_seeds: as many as there are.
         users_variance: the part of ``spread``² that users add; without it all of it, and the factor is the least.
         power: wanted.
-
-    Returns:
-        At least 1; infinity if no number of users suffices.
     """
     wanted = (difference / Design(num_seeds, 1.0).detectable(power)) ** 2  # variance that shows it
     of_users = spread**2 if users_variance is None else min(users_variance, spread**2)
@@ -179,7 +176,7 @@ def plan(
     margin: float | None = None,
     users_variance: float | None = None,
 ) -> Plan | None:
-    """Return what a claim would need, from the differences that the existing seeds gave.
+    """Return what a claim would need, from the existing seeds' differences; ``None`` for fewer than two.
 
     Args:
         values: one a seed.
@@ -188,9 +185,6 @@ def plan(
             Without either the mean that was seen, whichever its sign.
         margin: for a claim of no effect, what counts as none.
         users_variance: what a finite number of users adds to the variance of one seed's value, where it is known.
-
-    Returns:
-        ``None`` for fewer than two seeds, which have no spread.
     """
     num_seeds = len(values)
     if num_seeds < 2:

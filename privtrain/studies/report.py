@@ -63,11 +63,7 @@ class Run:
 
 
 def write_report(run: Run) -> pathlib.Path:
-    """Write ``report/index.html``, ``report/report.md``, ``report/report.json`` and the figures.
-
-    Returns:
-        The path of the page.
-    """
+    """Write the report as HTML (whose path is returned), Markdown and JSON, and the figures."""
     findings: Findings = run.module.find(run.results)
     directory = run.root / "report"
     directory.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,7 @@ from privtrain.tracking.wandb_tracker import WandbTracker
 
 
 def sync_run(path: pathlib.Path) -> str:
-    """Upload every released metric of a run, and its release if it is finished.
-
-    Returns:
-        A line that says what was sent, or that nothing was.
+    """Upload every released metric of a run, and its release if finished; return a line that says what was sent.
 
     Raises:
         ConfigError: if there is no run, or no key to send it with.

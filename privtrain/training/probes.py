@@ -119,13 +119,10 @@ class Probe:
     # Traces.
 
     def check_traces(self) -> dict[str, object]:
-        """Demand that passes over rows of every width, longest and loudest first, change nothing in the model.
+        """Demand that passes over rows of every width, longest and loudest first, leave no trace; return the state.
 
         One short pass comes before: what a layer builds once, where nothing was, is a function of the model alone. The
         same pass at the end must have the same bits, whatever is kept where it cannot be seen.
-
-        Returns:
-            The state of the model, for :meth:`check_unchanged`.
 
         Raises:
             SelfTestFailed: naming the module and what it kept.

@@ -217,11 +217,7 @@ def _power_sums(stop: int) -> tuple[int, int, int]:
 
 
 def _check_clipping(trainer: Trainer, units: list[list[Record]], precision: str, route: str) -> PerUnitClipper:
-    """Return the job's own path against plain autograd: the huge unit alone, then all three, by one clipper.
-
-    Returns:
-        The clipper, on the route that passed.
-    """
+    """Check the job's own clipper against plain autograd: the huge unit alone, then all three; return the clipper."""
     backend, placement = trainer.backend, trainer.placement
     by_token = torch.zeros(1 + len(units), device=backend.device)
     by_token[0] = 1.0

@@ -45,7 +45,7 @@ def upper_rate(num_hits: int, num_trials: int, significance: float) -> float:
 def epsilon_of_counts(
     true_positives: int, num_in: int, false_positives: int, num_out: int, delta: float, significance: float
 ) -> float:
-    """Return the better of both rules at one threshold that was fixed beforehand.
+    """Return the better of both rules at one threshold that was fixed beforehand, at least 0.
 
     Args:
         true_positives: held-in units beyond the threshold.
@@ -54,9 +54,6 @@ def epsilon_of_counts(
         num_out: held-out units.
         delta: at which epsilon is asked for.
         significance: of the bound, one-sided, for both rates together.
-
-    Returns:
-        At least 0.
     """
     tpr = lower_rate(true_positives, num_in, significance / 2.0)
     fpr = upper_rate(false_positives, num_out, significance / 2.0)
@@ -72,7 +69,7 @@ def epsilon_lower_bound(
     strategy: Strategy = "bonferroni",
     seed: int = 0,
 ) -> float:
-    """Return a lower bound on epsilon over thresholds, the choice among them paid for.
+    """Return a lower bound on epsilon over thresholds, the choice among them paid for; 0 without units on a side.
 
     ``bonferroni``: thresholds at declared ranks of one side's scores, each at its share of the error. A threshold at a
     rank of the held-out scores has a false positive rate that Clopper-Pearson bounds exactly, and the held-in scores
@@ -86,9 +83,6 @@ def epsilon_lower_bound(
         significance: of the bound, one-sided.
         strategy: ``bonferroni`` or ``split``.
         seed: of the split; not used otherwise.
-
-    Returns:
-        At least 0; 0 without units on either side.
     """
     if not held_in.size or not held_out.size:
         return 0.0

@@ -32,9 +32,6 @@ def p_value(num_coins: int, num_guesses: int, num_correct: int, epsilon: float, 
         num_correct: v.
         epsilon: of the claim, at least 0.
         delta: of the claim.
-
-    Returns:
-        A value in [0, 1], increasing in epsilon and delta.
     """
     assert 0 <= num_correct <= num_guesses <= num_coins, (num_correct, num_guesses, num_coins)
     assert epsilon >= 0.0, epsilon
@@ -61,7 +58,7 @@ def _at_least(counts: npt.NDArray[np.int64], num: int, prob: float) -> npt.NDArr
 
 @functools.lru_cache(maxsize=4096)  # ceilings of plan and page ask for the same few thousand again and again
 def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float) -> float:
-    """Return the smallest epsilon that this many right guesses do not contradict.
+    """Return the smallest epsilon, at least 0, that this many right guesses do not contradict.
 
     The true epsilon at ``delta`` is below it with probability at most ``significance``, for add-or-remove-one of the
     unit whose coins were flipped.
@@ -72,9 +69,6 @@ def epsilon_lower_bound(num_coins: int, num_guesses: int, num_correct: int, delt
         num_correct: v.
         delta: at which epsilon is asked for.
         significance: in (0, 1).
-
-    Returns:
-        At least 0.
     """
 
     def excess(epsilon: float) -> float:

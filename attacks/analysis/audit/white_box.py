@@ -74,14 +74,11 @@ def gradient_coins(run: RunDirectory, statement: PrivacyStatement) -> Coins | No
 
 
 def projections(run: RunDirectory, canaries: list[Canary]) -> tuple[FloatArray, FloatArray]:
-    """Return each canary's inner products with the sums, and the covariance of a left-out canary's.
+    """Return canaries' products with the sums, [canaries, steps], and a left-out one's covariance, in clipping norms.
 
     Args:
         run: with sealed sums.
         canaries: gradient canaries.
-
-    Returns:
-        [canaries, steps] and [steps, steps], in clipping norms.
     """
     index = read_sealed_file(run, run.noised_sums_index, schema=NOISED_SUMS_SCHEMA, remedy="restore it")
     num_coordinates = sum(num for _, num in index["tensors"])

@@ -59,9 +59,6 @@ def bootstrap_interval(
         level: confidence level.
         num_resamples: bootstrap resamples.
 
-    Returns:
-        The interval, never narrower than perfect separation of as many users supports.
-
     Raises:
         ValueError: if a side has fewer than two users, or a score is not finite.
     """

@@ -71,9 +71,6 @@ class DpBound:
 
         Args:
             fpr: false positive rates in [0, 1].
-
-        Returns:
-            An array of the shape of ``fpr``.
         """
         fpr = np.asarray(fpr, dtype=np.float64)
         # Past epsilon 700 exp overflows; e^-epsilon has underflowed to 0 in meaning long before.

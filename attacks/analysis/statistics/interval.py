@@ -55,24 +55,17 @@ class Interval:
 
 
 def clopper_pearson(num_hits: int, num_trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
-    """Return the exact binomial interval (Clopper and Pearson 1934).
-
-    Returns:
-        An interval that covers the true proportion with probability at least ``level``.
-    """
+    """Return the exact binomial interval, of coverage at least ``level`` (Clopper and Pearson 1934)."""
     ends = scipy.stats.binomtest(num_hits, num_trials).proportion_ci(level, method="exact")
     return Interval(float(ends.low), float(ends.high))
 
 
 def perfect_separation(num_held_in: int, num_held_out: int, level: float = CONFIDENCE_LEVEL) -> Interval:
-    """Return the ceiling: the interval for AUROC had every held-in user scored above every held-out user.
+    """Return the AUROC interval had every held-in user scored above every other: ``[((1 - level) / 2) ** (1 / n), 1]``.
 
     No sample of this size can show more. Pair the users off: n = min(num_held_in, num_held_out) disjoint pairs are
     independent and each is in order with probability AUROC, so perfect separation has probability at most AUROC^n.
     Inverting this at error (1 - level) / 2 gives the lower end. It is tight: an attack that misses each user of the
     smaller side outright with probability 1 - AUROC attains it.
-
-    Returns:
-        ``[((1 - level) / 2) ** (1 / n), 1]``.
     """
     return Interval(float(((1.0 - level) / 2.0) ** (1.0 / min(num_held_in, num_held_out))), 1.0)

@@ -37,14 +37,11 @@ class Placements:
 
     @classmethod
     def of(cls, held_in: FloatArray, held_out: FloatArray) -> Placements:
-        """Return the rank the two sides against each other in O(n log n).
+        """Rank the two sides against each other in O(n log n), in the order of the scores.
 
         Args:
             held_in: one score per held-in user.
             held_out: one score per held-out user.
-
-        Returns:
-            The placements, in the order of the scores.
         """
         check_sides(held_in, held_out)
         num_lower = _rank(held_in, held_out)
@@ -58,9 +55,6 @@ def auroc(held_in: FloatArray, held_out: FloatArray) -> float:
     Args:
         held_in: one score per held-in user.
         held_out: one score per held-out user.
-
-    Returns:
-        A value in [0, 1].
     """
     return float(Placements.of(held_in, held_out).held_in.mean())
 

@@ -30,9 +30,6 @@ def holm(p_values: Sequence[float] | FloatArray) -> FloatArray:
 
     Args:
         p_values: in [0, 1], however dependent.
-
-    Returns:
-        Adjusted values in the same order.
     """
     raw = np.asarray(p_values, dtype=np.float64)
     if not ((raw >= 0.0) & (raw <= 1.0)).all():
@@ -50,9 +47,6 @@ def false_discovery_rate(p_values: Sequence[float] | FloatArray) -> FloatArray:
     In expectation, for p-values of users against the same held-out users: those are positively dependent on each
     other as the procedure needs it (Bates et al. 2023, "Testing for outliers with conformal p-values", theorem 2).
     Holm's correction over n users cannot reject anybody against fewer than 20 n - 1 held-out users.
-
-    Returns:
-        Adjusted values in the same order.
     """
     return np.asarray(scipy.stats.false_discovery_control(p_values, method="bh"), dtype=np.float64)
 

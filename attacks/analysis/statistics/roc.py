@@ -76,11 +76,7 @@ class OperatingPoint:
 
 
 def num_false_positives_allowed(target_fpr: float, num_held_out: int) -> int:
-    """Return the largest k with k / num_held_out <= target_fpr.
-
-    Returns:
-        k, immune to 0.29 * 100 = 28.999999999999996.
-    """
+    """Return the largest k with k / num_held_out <= target_fpr, immune to 0.29 * 100 = 28.999999999999996."""
     return math.floor(target_fpr * num_held_out * (1.0 + 1e-12))
 
 
