@@ -1,27 +1,18 @@
-"""The price of choosing the best of several runs, and what single users spent.
+"""The price of choosing the best of several runs.
 
-Tuning: Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD
+Papernot and Steinke 2022 (arXiv 2110.03620). A random number of runs is drawn, each is (q, sigma, T)-DP-SGD
 under one common bound, and only the best by a score that is itself private or post-processing is released. The number
 of runs must be random: a fixed number of tries has no such bound. Renyi accounting only.
-
-Individual accounting (Feldman and Zrnic 2021, arXiv 2008.11193) is a *report*: the values depend on the data, releasing
-them is itself a release, and only a filter that stops at a bound set in advance makes them a guarantee.
 """
 
 # pyright: strict, reportMissingTypeStubs=false
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import Counter
-from collections.abc import Sequence
 
 import dp_accounting
 from dp_accounting import dp_event
 
-from accountants.answer import BoundKind, PrivacyAnswer
-from accountants.events import phased_event
-from accountants.methods.tilted import TiltedAccountant
 from accountants.numerics.roots import bracketed_root
 
 #: Shapes of the number of runs by name: truncated negative binomial, and Poisson as its limit.
@@ -79,41 +70,3 @@ def draw_num_runs(uniform: float, *, mean_runs: float, shape: str) -> int:
 def _rate_of_logarithmic(mean_runs: float) -> float:
     """Return r = log(1/g), where P(k) = (1 - g)^k / (k r) has the mean (1/g - 1) / r; r is near 2 (mean - 1) at 1."""
     return bracketed_root(lambda rate: math.expm1(rate) / rate - mean_runs, 1e-17, 700.0)
-
-
-def individual_epsilon(
-    step_ratios: Sequence[float],
-    *,
-    noise_multiplier: float,
-    delta: float,
-    sampling_prob: float = 1.0,
-    num_levels: int = 100,
-) -> PrivacyAnswer:
-    """Return what one user spent, given a bound on its contribution to every step; a report, not a guarantee.
-
-    Args:
-        step_ratios: per step, an upper bound on the norm of the user's clipped contribution over the clipping norm; 0
-            for a step in which it could not contribute.
-        noise_multiplier: relative to the clipping norm.
-        delta: in (0, 1).
-        sampling_prob: with which the user joined each of these steps, in secret. With 1, the default, the steps are
-            those that the user is known to have joined (its participation count), and nothing is amplified.
-        num_levels: ratios are rounded up to multiples of ``1 / num_levels``.
-
-    Raises:
-        ValueError: if a ratio is outside [0, 1].
-    """
-    if step_ratios and not (min(step_ratios) >= 0 and max(step_ratios) <= 1):
-        raise ValueError("step_ratios must lie in [0, 1]")
-    levels = Counter(math.ceil(ratio * num_levels - 1e-12) / num_levels for ratio in step_ratios)
-    event = phased_event([(noise_multiplier / ratio, sampling_prob, n) for ratio, n in levels.items() if ratio > 0])
-    answer = TiltedAccountant().epsilon(event, delta)
-    # An estimate by construction: nobody may build a guarantee on a number that depends on the data.
-    return dataclasses.replace(
-        answer,
-        lower=0.0,
-        upper=math.inf,
-        kind=BoundKind.ESTIMATE,
-        note="individual report, not a guarantee",
-        estimate=answer.upper,
-    )

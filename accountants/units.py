@@ -173,14 +173,17 @@ def group_epsilon(
         low, high = high, 1.5 * high
         if high * num_records > 680 or high > 400:
             note = "no record epsilon works: delta for one record would underflow"
-            return _answer(math.inf, accountant.name, note, relation)
+            return group_answer(math.inf, accountant.name, note, relation)
     for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if feasible(middle) else (middle, high)
-    return _answer(num_records * high, accountant.name, f"group of {num_records}", relation)
+    return group_answer(num_records * high, accountant.name, f"group of {num_records}", relation)
 
 
-def _answer(value: float, method: str, note: str, relation: NeighboringRelation) -> PrivacyAnswer:
+def group_answer(
+    value: float, method: str, note: str, relation: NeighboringRelation, version: str = OWN_VERSION
+) -> PrivacyAnswer:
+    """Return an epsilon of black-box group privacy as a certified upper bound by ``method`` on one record."""
     return PrivacyAnswer(
         "epsilon",
         0.0,
@@ -188,7 +191,7 @@ def _answer(value: float, method: str, note: str, relation: NeighboringRelation)
         value,
         BoundKind.CERTIFIED_UPPER,
         f"group({method})",
-        OWN_VERSION,
+        version,
         relation=relation.name,
         note=note,
     )

@@ -146,7 +146,7 @@ def preview(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Loo
 
 
 def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_step: OnStep | None = None) -> Run:
-    """Train, or go on training, and release. In a job of several processes every process calls it.
+    """Train, or continue training, and release. In a job of several processes every process calls it.
 
     Args:
         config: the configuration.
@@ -167,7 +167,7 @@ def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_st
 
 
 def resume(run: Run | AnyPath, *, on_step: OnStep | None = None) -> Run:
-    """Go on with a run from its last checkpoint, with the configuration that it was begun with.
+    """Continue a run from its last checkpoint, with the configuration that it was begun with.
 
     Raises:
         PrivtrainError: as :func:`train`.

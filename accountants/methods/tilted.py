@@ -220,7 +220,7 @@ def _smoothed_sums(
 
 
 def _longest(composed: Composition) -> int:
-    """Return log2 of the longest transform, and of the most cells: fewer where cells are dear."""
+    """Return log2 of the longest transform, and of the most cells: fewer where cells are slow."""
     shifts = sum(len(step.shifts) for step, _ in composed.phases if len(step.shifts) > 2)
     return min(_LONGEST, int(math.log2(_MAX_NUMERICAL / max(shifts, 1))))
 

@@ -119,7 +119,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
     @override
     def place(self, model: torch.nn.Module) -> Placement:
         """Split the step over all ranks if trained tensors are whole (LoRA); else step each rank's shards."""
-        _let_go_of_whole_weights(model)
+        _reshard(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._split, self._shards, self._weights = None, None, {}
         if not any(isinstance(p, DTensor) for p in trainable.values()):
@@ -134,8 +134,8 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
         layout = Layout(stepped, parts)
         self._weights = {name: trainable[name] for name in layout.parameters}
         self._layout = layout
-        let_go = functools.partial(_let_go_of_whole_weights, model)
-        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device, let_go)
+        reshard = functools.partial(_reshard, model)
+        self._shards = ArrivingShards(trainable, layout, self._shard_group, self.device, reshard)
         return Placement(layout, layout, self.rank, self.world_size, self._shards, equal_passes=True)
 
     @override
@@ -162,7 +162,7 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
 
     @override
     def local_tensors(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        _let_go_of_whole_weights(model)
+        _reshard(model)
         for name, parameter in model.named_parameters():
             yield name, _local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
 
@@ -187,8 +187,8 @@ class Fsdp2Backend(SharedNoise, ShardedBackend):
                     local.copy_(read(name, _first(parameter), local.numel()))
 
 
-def _let_go_of_whole_weights(model: torch.nn.Module) -> None:
-    """Reshard: a model that computed something, or whose backward pass was broken off, holds some weights whole."""
+def _reshard(model: torch.nn.Module) -> None:
+    """Reshard all weights: after a forward or an interrupted backward pass a model holds some of them whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -38,7 +38,7 @@ class ArrivingShards(GradientShards):
         layout: the parts that this rank holds, in the same names.
         group: the shard group; ``None`` for the whole job.
         device: where gradients are.
-        let_go: makes sure that no weight is whole outside a pass; nothing to do by default.
+        reshard: makes sure that no weight is whole outside a pass; nothing to do by default.
     """
 
     #: Whether one graph allows several backward passes: whether weights are gathered in each of them.
@@ -50,11 +50,11 @@ class ArrivingShards(GradientShards):
         layout: Layout,
         group: dist.ProcessGroup | None,
         device: torch.device,
-        let_go: Callable[[], None] = lambda: None,
+        reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
         self.weights = hooked
-        self.let_go_of_whole_weights = let_go
+        self.reshard = reshard
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._device = device
@@ -225,7 +225,7 @@ class ScatteredSum:
             self.flush()
 
     def reset(self) -> None:
-        """Forget what is still here: of a step that was broken off."""
+        """Forget what an interrupted step left."""
         self._pending, self._num_pending, self._order = {}, 0, 0
 
     def flush(self) -> None:

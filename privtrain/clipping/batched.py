@@ -82,7 +82,6 @@ class UnitGradients:
         self._zero = torch.zeros(self._num_units, dtype=torch.float64, device=device)
         #: Squared norms of the products that were added, of the tensors whose norms were taken from factors.
         self._added: dict[str, torch.Tensor] = {}
-        self._released: set[str] = set()
         self._grams = GramCache()
 
     @property
@@ -94,11 +93,6 @@ class UnitGradients:
     def num_units(self) -> int:
         """Units of the microbatch."""
         return self._num_units
-
-    @property
-    def released(self) -> frozenset[str]:
-        """Tensors of which only the norms are left."""
-        return frozenset(self._released)
 
     def add(self, name: str, gradient: Gradient) -> None:
         """Add one more use of the tensor ``name``: norms are taken when contributions of all its uses are there.
@@ -158,7 +152,7 @@ class UnitGradients:
                 of_unit = squared_norms_of(*own, GramCache())
                 square[unit], length[unit], is_doubtful[unit] = (value[0] for value in of_unit)
 
-    def release(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         """Take the norms of a tensor and drop its gradients."""
         self.measure(name)
         if name in self._doubtful:
@@ -166,7 +160,6 @@ class UnitGradients:
             self._doubtful = {name: self._doubtful[name]}
             self.settle(self._doubtful[name][None].cpu().numpy())
             self._doubtful = others
-        self._released.add(name)
         for kept in (self._dense, self._outers, self._lookups):
             kept.pop(name, None)
 

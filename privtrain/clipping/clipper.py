@@ -4,7 +4,7 @@ A unit's gradient is formed over all of its rows in the step, also when they spa
 (user-wise DP-SGD: Chua et al. 2024, arXiv 2406.14322, section 3). Three routes lead to the same sum:
 
 * ``batched``: one forward and backward pass for all rows, and a rule for each layer type (:mod:`.rules`).
-* ``two_pass``: the same, but gradients beyond a memory budget are let go once their norms are taken, and a second
+* ``two_pass``: the same, but gradients beyond a memory budget are dropped once their norms are taken, and a second
   backward pass adds them (:mod:`.passes`). For full fine-tuning with gradient checkpointing.
 * ``one_unit``: plain autograd, one unit after another, row by row. It needs no rule, so it is exact for any layer,
   and no memory for the other units, so it is the one for full fine-tuning on long records.
@@ -505,7 +505,7 @@ class PerUnitClipper:
         index: int | None,
         gradient: dict[str, torch.Tensor],
     ) -> None:
-        """Add what the first pass let go: the units with a weight to ``total``, the unit ``index`` to ``gradient``."""
+        """Add what the first pass deferred: units with a weight to ``total``, the unit ``index`` to ``gradient``."""
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         gradients = passes.gradients
         used = (weights != 0).any(dim=0)

@@ -65,8 +65,8 @@ class GradientShards(Protocol):
         """Run one backward pass on each rank in the block; ``sink`` gets this rank's part of their SUM."""
         ...
 
-    def let_go_of_whole_weights(self) -> None:
-        """Bring each weight back into parts, also after a pass that was broken off or had no backward pass."""
+    def reshard(self) -> None:
+        """Bring each weight back into parts, also after an interrupted pass or one without a backward pass."""
         ...
 
     def scattered(self, total: torch.Tensor, *, once: bool) -> SumOfParts:

@@ -190,7 +190,7 @@ class LineClipper(PerUnitClipper):
         """Add the units of a line, or nothing and return false: something in it is not finite."""
         gradients = UnitGradients(self.layout, [1] * len(line.owners), self._device)
         names = {module: name for name, module in self._modules.items()}
-        # As many units as there may be, not as there are: what is let go for want of memory is multiplied another way.
+        # As many units as there may be, not as there are: what memory defers is multiplied another way.
         sizes = line.num_slots, self._memory_budget
         passes = LinePasses(line, names, self._rules, self._slots, gradients, *sizes, self._device)
         with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The backward passes over one microbatch: one where memory allows, two where it does not.
 
-The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If some were let go,
+The first pass takes every unit's norm and keeps a layer's per-unit gradients only within a budget. If it dropped some,
 a second pass runs over the same graph, from the head's input if the head was kept and no further than to the layers it
 is needed for, and adds the clipped sum layer by layer (two passes: Li et al. 2021, arXiv 2110.05679; here within the
 layers and not through re-weighted losses).
@@ -78,7 +78,7 @@ class Passes:
         self._starts_at_head = starts_at_head and not repeats_forward
         self._defers_refusals = defers_refusals
         self._alone: set[nn.Module] = set()
-        self._let_go: set[nn.Module] = set()
+        self._deferred: set[nn.Module] = set()
         self._seen: dict[nn.Module, torch.Tensor] = {}
         self._start: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._forward: tuple[Callable[[], torch.Tensor], RandomState] | None = None
@@ -99,28 +99,28 @@ class Passes:
         calls.is_forward = False
         self._plan(calls)
         start: tuple[torch.Tensor, torch.Tensor | None] = losses.sum(), None
-        neck = self._neck(calls, losses) if self._let_go and self._starts_at_head else None
+        neck = self._neck(calls, losses) if self._deferred and self._starts_at_head else None
         if neck is not None:
             # The part of the graph behind it, logits included, is freed here and not run again.
             (gradient,) = torch.autograd.grad(start[0], neck)
             start = neck, gradient
         calls.last = None
-        torch.autograd.backward(*start, retain_graph=bool(self._let_go) and before is None)
+        torch.autograd.backward(*start, retain_graph=bool(self._deferred) and before is None)
         if before is not None:
             self._forward = row_losses, before
-        elif self._let_go:
+        elif self._deferred:
             self._start = start
         return losses.detach()
 
     @property
     def is_complete(self) -> bool:
         """Whether the first pass keeps everything: a function of the model and the shape of the microbatch."""
-        return not self._let_go
+        return not self._deferred
 
     @property
-    def let_go(self) -> frozenset[str]:
-        """Names of the slots that a second pass is for, whoever has a row in the microbatch."""
-        return frozenset(slot.name for module in self._let_go for slot in self._slots[module].values())
+    def deferred(self) -> frozenset[str]:
+        """Names of the slots that a second pass is for, the same whoever has a row in the microbatch."""
+        return frozenset(slot.name for module in self._deferred for slot in self._slots[module].values())
 
     def rehearse(self, calls: Calls) -> None:
         """Run the second pass over every row and add nothing: where a model makes it fail, nothing is lost yet."""
@@ -129,7 +129,7 @@ class Passes:
             self.again(calls, lambda _slot, _gradient: None, everyone)
 
     def again(self, calls: Calls, add: Callable[[Slot, Gradient], None], used_rows: torch.Tensor) -> None:
-        """Run one more pass over the graph, which hands ``add`` the gradient of every tensor that was let go.
+        """Run one more pass over the graph, which hands ``add`` the gradient of every tensor that was deferred.
 
         Args:
             calls: of the block that captures them.
@@ -141,8 +141,8 @@ class Passes:
         differs: dict[nn.Module, torch.Tensor] = {}
 
         def sink(module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
-            """Note if the second pass saw other values; hand a module's gradients to ``add`` if they were let go."""
-            if module not in self._let_go:
+            """Note if the second pass saw other values; hand a module's gradients to ``add`` if they were deferred."""
+            if module not in self._deferred:
                 return
             if module not in missing:
                 raise GuaranteeLost(f"module {self._names[module]!r} was differentiated twice in one pass; report it")
@@ -182,7 +182,7 @@ class Passes:
                 )
 
     def _plan(self, calls: Calls) -> None:
-        """Choose what to let go: what comes first in a backward pass, so that the second one can stop early."""
+        """Choose what to defer: what comes first in a backward pass, so that the second one can stop early."""
         owners: dict[str, int] = {}
         for slots in self._slots.values():
             for slot in slots.values():
@@ -195,14 +195,14 @@ class Passes:
             dense = sum(slot.num_coordinates for slot in self._slots[module].values()) * self._num_rows
             num_bytes += _BYTES_OF_A_NUMBER * min(dense, calls.num_values[module])
             if num_bytes > self._memory_budget:
-                self._let_go.add(module)
+                self._deferred.add(module)
 
     def _neck(self, calls: Calls, losses: torch.Tensor) -> torch.Tensor | None:
         """Return the input of the head (last module), if it is kept and every path from the losses leads through it."""
         if calls.last is None:
             return None
         module, neck = calls.last
-        if module in self._let_go or calls.num_calls[module] > 1 or neck.grad_fn is None:
+        if module in self._deferred or calls.num_calls[module] > 1 or neck.grad_fn is None:
             return None
         others = {id(anchor) for other, anchor in calls.anchors.items() if other is not module}
         open_nodes, seen = [losses.grad_fn], {losses.grad_fn}
@@ -241,25 +241,25 @@ class Passes:
         return finite(torch.stack([sums_by_row(value) for value in values])[:, self.gradients.rows])
 
     def _collect(self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor) -> None:
-        """Apply a module's rule, and keep its gradients or, of a module to let go, their norms alone."""
+        """Apply a module's rule, and keep its gradients or, of a deferred module, their norms alone."""
         if not self._tells_apart(activation, output_gradient):
             raise UnsupportedLayer(
                 f"module {self._names[module]!r} saw an input of shape {tuple(activation.shape)} for {self._num_rows} "
                 "rows; its tokens cannot be told apart by owner. Set performance.clipping_route: one_unit"
             )
         if not self.gradients.num_rows:
-            if module in self._let_go:
+            if module in self._deferred:
                 self._seen[module] = self._sums(activation, output_gradient)
             return
         with exact_fp32(self._device):
-            is_kept = module not in self._let_go
+            is_kept = module not in self._deferred
             by_name = self._gradients_of(module, activation, output_gradient)
             for local_name, slot in self._slots[module].items():
                 if local_name not in by_name:
                     raise UnsupportedLayer(f"the rule of {self._names[module]!r} gives no gradient for {local_name!r}")
                 self.gradients.add(slot.name, by_name[local_name])
                 if not is_kept:
-                    self.gradients.release(slot.name)
+                    self.gradients.drop(slot.name)
                 elif module in self._alone:
                     self.gradients.complete(slot.name)
             if not is_kept:

@@ -14,8 +14,8 @@ believed (tokens that cancel) is measured once more, multiplied out tensor by te
 takes one more pass on every rank.
 
 **All ranks run the same collectives in the same order.** Every rank has equally many microbatches, those without a unit
-too; what is let go is a function of the model; whether another pass is needed is decided by all ranks together; and in
-which order tensors came is compared once a step.
+too; what is deferred is a function of the model; whether another pass is needed is decided by all ranks together; and
+the order in which tensors came is compared once a step.
 
 Ranks work together on one unit at a time (:class:`~.cooperative.CooperativeClipper`, route ``one_unit``) where a layer
 has no rule. On any route they do so for units with more rows than a microbatch.
@@ -82,7 +82,7 @@ class ShardedClipper(PerUnitClipper):
         any_rank: Callable[[bool], bool],
         reduce_once: bool = False,
     ) -> None:
-        shards.let_go_of_whole_weights()
+        shards.reshard()
         self._shards = shards
         self._joint = CooperativeClipper(model, shards, clipping_norm, row_losses, device, style, route)
         self._sum = shards.scattered(self._joint.total, once=reduce_once)
@@ -112,7 +112,7 @@ class ShardedClipper(PerUnitClipper):
             batch: whole units, on this clipper's device; every rank has equally many. If it is joint, or on the
                 ``one_unit`` route, the ranks of a group have the same one, and units may continue in the next.
         """
-        self._shards.let_go_of_whole_weights()
+        self._shards.reshard()
         if not (batch.is_joint or self.route == "one_unit"):
             if batch.last_continues:
                 raise GuaranteeLost("a unit of one rank's own spans microbatches; this is a bug, report it")
@@ -208,7 +208,7 @@ class ShardedClipper(PerUnitClipper):
         reason = fallback.cause(failure, None, self.layout.parameters)
         may_change = self.route == "auto" and not self._is_settled
         self._go_one_unit(failure, reason, is_possible=may_change and self._is_everywhere(batch))
-        self._shards.let_go_of_whole_weights()
+        self._shards.reshard()
 
     @override
     def _accumulate_units(self, batch: Microbatch) -> None:
@@ -252,10 +252,10 @@ class ShardedClipper(PerUnitClipper):
         is_needed = bool(units) if passes.is_complete else self._any_rank(bool(units))
         if not is_needed:
             return squares
-        squares, gradients, let_go = squares.clone(), passes.gradients, passes.let_go
+        squares, gradients, deferred = squares.clone(), passes.gradients, passes.deferred
         with exact_fp32(self._device):
             for i, slot in enumerate(self.layout.slots):
-                for unit in units if slot.name not in let_go else ():
+                for unit in units if slot.name not in deferred else ():
                     tensor = gradients.tensor_of_unit(slot, unit)
                     squares[i, unit] = 0.0 if tensor is None else float(squared_norms(tensor[None])[0])
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
@@ -273,11 +273,11 @@ class ShardedClipper(PerUnitClipper):
         return squares
 
     def _contribute(self, passes: Passes, calls: Calls, weights: Sequence[torch.Tensor]) -> None:
-        """Add the units to the sum with each of these [slots, units] weights: kept tensors, then those let go."""
-        gradients, let_go = passes.gradients, passes.let_go
+        """Add the units to the sum with each of these [slots, units] weights: kept tensors, then deferred ones."""
+        gradients, deferred = passes.gradients, passes.deferred
         with exact_fp32(self._device):
             for i, slot in enumerate(self.layout.slots):
-                if slot.name not in let_go:
+                if slot.name not in deferred:
                     with self._sum.contribution(slot.name) as out:
                         for by_slot in weights if gradients.num_units else ():
                             gradients.add_kept(slot.name, out, by_slot[i])

@@ -106,13 +106,13 @@ def install(run: RunDirectory, manifest: ReleaseManifest) -> None:
             )
     run.show()
     _move(run.staged / bundle.NAME, run.release)
-    give_one_time(run, manifest)
+    set_file_times(run, manifest)
     with contextlib.suppress(FileNotFoundError):
         run.staged.rmdir()
 
 
-def give_one_time(run: RunDirectory, manifest: ReleaseManifest) -> None:
-    """Let every released file bear the hour of the release: when each was written tells how long training took."""
+def set_file_times(run: RunDirectory, manifest: ReleaseManifest) -> None:
+    """Set the times of all released files to the hour of the release: their own tell how long training took."""
     hour = time.time() // 3600 * 3600
     released = [run.root / path for path in (*manifest.files, bundle.NAME)]
     around = {run.secret, run.checkpoints, *(path.parent for path in released)}  # anybody can see the time of these

@@ -154,7 +154,7 @@ def new_generation(inputs: Inputs, backend: Backend, ledger: Ledger, session: Se
 
 
 def _message(key: SecretKey, continuation: Continuation, state: LedgerState) -> bytes:
-    """Return what rank 0 broadcasts: the secret, where to go on, and commitments of steps to replay and gone by."""
+    """Return what rank 0 broadcasts: the secret, where to continue, and commitments of steps to replay and past."""
     steps = range(continuation.start_step, continuation.start_step + continuation.num_replayed)
     known = {step: state.commits.get((continuation.generation, step)) for step in steps}
     committed = {step: commitment for step, commitment in known.items() if commitment is not None}
@@ -174,7 +174,7 @@ def _session_of(message: bytes, environment: str, state: pathlib.Path | None) ->
 def _decided_on_main(
     inputs: Inputs, ledger: Ledger, environment: bytes, newest: checkpoint.Checkpoint | None
 ) -> tuple[SecretKey, Continuation]:
-    """Return the key of the generation that goes on, drawn if it is a new one, and where it goes on."""
+    """Return the key of the generation that continues, drawn if it is new, and where it continues."""
     continuation = decide(
         ledger.state,
         num_steps=inputs.plan.num_steps,

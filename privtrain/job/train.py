@@ -89,7 +89,7 @@ def train(
     on_step: Callable[[int, Values], None] | None = None,
     trial: Trial | None = None,
 ) -> None:
-    """Train, or go on training, and release.
+    """Train, or continue training, and release.
 
     Args:
         chosen: YAML file, or the configuration itself.

@@ -37,7 +37,7 @@ from privtrain.errors import ConfigError, Fault, GuaranteeLost, PlanMismatch, Pr
 from privtrain.files.atomic import sync_directory, write_json
 from privtrain.files.private import make_private_directory
 from privtrain.inputs import Inputs, check_inputs, read_inputs
-from privtrain.job.publish import give_one_time
+from privtrain.job.publish import set_file_times
 from privtrain.job.reservation import BudgetReservation
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.train import Trial, train
@@ -55,7 +55,7 @@ MIRRORS = ("wandb", "system_metrics", "tensorboard", "mlflow", "trackio")
 
 
 def tune(path: pathlib.Path, overrides: Sequence[str], candidates: Sequence[str]) -> None:
-    """Train the trials, or go on with them, and release the best.
+    """Train the trials, or continue them, and release the best.
 
     Args:
         path: YAML file of the run, with ``privacy.tuning``.
@@ -208,7 +208,7 @@ def _directory(place: RunDirectory, number: int) -> pathlib.Path:
 
 
 def _run_trial(config: Config, directory: pathlib.Path, trial: Trial) -> None:
-    """Train a trial, or go on with it; one that is complete stays as it is.
+    """Train a trial, or continue it; one that is complete stays as it is.
 
     All have one run name, since the number of a trial says how many there were at least.
     """
@@ -233,14 +233,14 @@ def _install(run: RunDirectory, place: RunDirectory, draw: Draw) -> None:
         run.root.rmdir()
     os.replace(runs[number].root, run.root)
     sync_directory(run.root.parent)
-    _bear_one_time(run)
+    _set_file_times(run)
 
 
-def _bear_one_time(run: RunDirectory) -> None:
-    """Let released files bear the hour of the choice: when the best one ended tells how many came after it."""
+def _set_file_times(run: RunDirectory) -> None:
+    """Set released files' times to the hour of the choice: their own tell how many trials came after the best."""
     release = verify_chain(run.ledger).release
     assert release is not None, "a complete run's ledger shows its release"
-    give_one_time(run, release.manifest)
+    set_file_times(run, release.manifest)
 
 
 def _score(trial: RunDirectory) -> float:

@@ -78,7 +78,7 @@ class NoiseHistory:
         return (total + self.advance(noise)).double().mul_(2.0**self._exponent).float()
 
     def advance(self, noise: StepNoise) -> torch.Tensor:
-        """Draw the next step's noise without a sum, and return it in grid steps: that of a step gone by, on resuming.
+        """Draw the next step's noise without a sum, in grid steps: that of a past step, on resuming.
 
         Raises:
             GuaranteeLost: if it outgrows the integers that it is counted in.

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 import accountants
-from accountants.units import group_epsilon, group_event, record_delta_of
+from accountants.units import group_answer, group_epsilon, group_event, record_delta_of
 from privtrain.config.schemes import USER_ACCOUNTING_RULES, UserAccountingName
 from privtrain.privacy.sampling import Poisson, Scheme, relation_of
 
@@ -224,17 +224,8 @@ class Group(Mixture):
                 break
             # If ε holds then so does this: less ε₁ at the δ₁ that ε asks for needs less of the user's δ.
             epsilon = min(epsilon, k * _record_epsilon(event, record_delta, terms))
-        return accountants.PrivacyAnswer(
-            "epsilon",
-            0.0,
-            epsilon,
-            epsilon,
-            accountants.BoundKind.CERTIFIED_UPPER,
-            f"group({terms.accountant})",
-            of_record.version,
-            relation=relation_of(terms.relation).name,
-            note=f"group of {k}",
-        )
+        note, relation = f"group of {k}", relation_of(terms.relation)
+        return group_answer(epsilon, terms.accountant, note, relation, of_record.version)
 
     @override
     def certifies(self, scheme: Scheme, noise_multiplier: float, num_steps: int, epsilon: float, terms: Terms) -> bool:

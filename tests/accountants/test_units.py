@@ -5,6 +5,7 @@ import pytest
 from accounting_cases import dp_sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from individual import individual_epsilon
 from scipy import special
 
 import accountants
@@ -12,7 +13,7 @@ from accountants.methods import rdp
 from accountants.methods.tilted import TiltedAccountant
 from accountants.mixtures import composition
 from accountants.numerics import lattice
-from accountants.tuning import individual_epsilon, tuning_event
+from accountants.tuning import tuning_event
 from accountants.units import group_delta_of, group_epsilon, group_event
 
 

@@ -30,7 +30,7 @@ class LoneShards:
         self.layout = layout
         self.weights = layout.parameters
 
-    def let_go_of_whole_weights(self) -> None:
+    def reshard(self) -> None:
         pass
 
     def scattered(self, total, *, once):

@@ -208,16 +208,16 @@ def test_units_add_the_same_bits_in_any_company(name, precision):
 @pytest.mark.parametrize("kept_share", [0.1, 0.45, 1.0, 2.0])
 def test_what_is_let_go_does_not_depend_on_mates(kept_share, monkeypatch):
     monkeypatch.setattr("privtrain.clipping.clipper.KEPT_SHARE", kept_share)
-    let_go = set()
+    deferred = set()
     plan = lines.LinePasses._plan
 
     def watched(self, calls):
         plan(self, calls)
-        let_go.add(self.let_go)
+        deferred.add(self.deferred)
 
     monkeypatch.setattr(lines.LinePasses, "_plan", watched)
     assert not differs_among_mates("llama", "full", "fp32", 3, "two_pass")
-    assert len(let_go) == 1
+    assert len(deferred) == 1
 
 
 @pytest.mark.campaign

@@ -94,7 +94,7 @@ def log_with_time(tracker, rows):
             log_with_time,
             "tensorboard knows more than when it was opened",
         ),
-        ("privtrain.job.publish.give_one_time", lambda *_: None, "released files bear times of their own"),
+        ("privtrain.job.publish.set_file_times", lambda *_: None, "released files bear times of their own"),
     ],
 )
 def test_mutant_that_tells_a_time_is_seen(tree, tmp_path, monkeypatch, target, mutant, told):

@@ -70,7 +70,7 @@ class FakeTrials:
 
 @pytest.fixture
 def without_ledgers(monkeypatch):
-    monkeypatch.setattr(module, "_bear_one_time", lambda run: None)
+    monkeypatch.setattr(module, "_set_file_times", lambda run: None)
 
 
 def test_tuning_releases_the_best_and_states_the_whole(tuned, tmp_path, three_trials):

@@ -163,7 +163,7 @@ def test_mutant_a_layer_is_left_out_of_the_second_pass(monkeypatch):
 
     def forgetful(self, calls, add, used_rows):
         module = next(iter(self._seen))
-        self._let_go.discard(module)
+        self._deferred.discard(module)
         original(self, calls, add, used_rows)
 
     monkeypatch.setattr(passes.Passes, "again", forgetful)
@@ -239,13 +239,11 @@ def test_auto_takes_two_passes_with_checkpointing(method, checkpointed, lets_go,
     model = copy.deepcopy(build("llama", method)[0])
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    released = []
-    original = batched.UnitGradients.release
-    monkeypatch.setattr(
-        batched.UnitGradients, "release", lambda self, name: released.append(name) or original(self, name)
-    )
+    dropped = []
+    original = batched.UnitGradients.drop
+    monkeypatch.setattr(batched.UnitGradients, "drop", lambda self, name: dropped.append(name) or original(self, name))
     clipped_sum(make_clipper(model, Layout.of(model), 0.3), USERS, 16)
-    assert bool(released) == lets_go
+    assert bool(dropped) == lets_go
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 128])
