@@ -87,6 +87,7 @@ class TiltedAccountant(NormalFormAccountant):
 
     @override
     def epsilon_bounds(self, composed: Composition, delta: float) -> Bounds:
+        """Return ends by closed form for one step, else by tilting; where far apart, capped by the Renyi bound."""
         if composed.num_steps == 1:
             return _both(closed_form.epsilon_bounds(composed.phases[0][0], delta))
         try:
@@ -101,6 +102,7 @@ class TiltedAccountant(NormalFormAccountant):
 
     @override
     def delta_bounds(self, composed: Composition, epsilon: float) -> Bounds:
+        """Return ends by closed form for one step, else by tilting."""
         if composed.num_steps == 1:
             return _both(closed_form.delta_bounds(composed.phases[0][0], epsilon))
         try:

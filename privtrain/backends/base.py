@@ -223,6 +223,7 @@ class ReplicatedBackend(Backend):
 
     @override
     def publish(self) -> None:
+        """Do nothing: the tensors that are stepped are the model's own."""
         pass
 
     @override

@@ -52,6 +52,7 @@ class SharedNoise(ProcessGroup):
 
     @override
     def noised_layout(self, layout: Layout) -> Layout:
+        """Return this rank's run of the vector, whose noise no other rank draws."""
         group = self.holders()
         if group is None:
             return layout

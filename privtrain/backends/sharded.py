@@ -30,6 +30,7 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def reduce_total(self, total: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part; sums of sharded gradients were reduced as they were clipped."""
         return self._split.reduce_total(total) if self._split is not None else total
 
     @override
@@ -48,6 +49,7 @@ class ShardedBackend(ProcessGroup):
 
     @override
     def sum_parts(self, vector: torch.Tensor) -> None:
+        """Add up over the shard group, or over all ranks where whole tensors are split over them."""
         if self._shards is not None:
             self._shards.sum_over_group(vector)
         else:

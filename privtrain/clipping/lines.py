@@ -93,6 +93,7 @@ class LinePasses(Passes):
 
     @override
     def _tells_apart(self, activation: torch.Tensor, output_gradient: torch.Tensor) -> bool:
+        """Return whether one dimension of both is the line's tokens."""
         return all(self._tokens_first(value) is not None for value in (activation, output_gradient))
 
     def _tokens_first(self, value: torch.Tensor) -> torch.Tensor | None:
@@ -117,6 +118,7 @@ class LinePasses(Passes):
     def _gradients_of(
         self, module: nn.Module, activation: torch.Tensor, output_gradient: torch.Tensor
     ) -> dict[str, Gradient]:
+        """Apply the module's rule to rows of tokens, one for each unit's slot."""
         seen, returned = (
             self._rows(value, is_zero_beyond=value is output_gradient) for value in (activation, output_gradient)
         )
@@ -124,6 +126,7 @@ class LinePasses(Passes):
 
     @override
     def _sums(self, *values: torch.Tensor) -> torch.Tensor:
+        """Return sums by slot, as the parent's by row."""
         return super()._sums(*(self._rows(value, is_zero_beyond=True) for value in values))
 
 

@@ -135,6 +135,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _new_total(self, device: torch.device) -> torch.Tensor:
+        """Share the sum with the joint units' clipper."""
         return self._joint.total
 
     @override
@@ -212,6 +213,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _accumulate_units(self, batch: Microbatch) -> None:
+        """Let all ranks of the shard group work on one unit at a time."""
         self._joint.accumulate(batch)
 
     def _is_everywhere(self, batch: Microbatch) -> bool:

@@ -107,8 +107,8 @@ class BudgetReservation:
         self._inputs = inputs
         self._uid = uid
         self._claims = claims
-        self.lost: GuaranteeLost | LedgerCorrupt | None = None
-        self._knows_ledger = False
+        self.lost: GuaranteeLost | LedgerCorrupt | None = None  # why it is no longer this run's
+        self._knows_ledger = False  # whether the registry heard which ledger the run has
         self._is_tuning = False
         self._lease_seconds = inputs.config.registry.lease_hours * 3600
 

@@ -108,6 +108,7 @@ class Classification(Objective):
 
     @override
     def plant(self, tokens: np.ndarray) -> Record:
+        """Return the tokens with the last one turned into a label."""
         planted = np.append(tokens[:-1], tokens[-1] % self.num_labels)
         return Record(planted, np.arange(len(planted)) == len(planted) - 1)
 
