@@ -28,7 +28,7 @@ BANDS = (1, 4, 16, 64)
 #: Records of a user in a step that are compared, beside the configuration's.
 _RECORDS = (1, 4)
 #: A plan whose predicted gain is at most this share below the best is as good, as far as the law can tell.
-_AS_GOOD = 0.02
+AS_GOOD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
     frontier = tuple(max((c for c in choices if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
     most = max(choice.predicted_gain for choice in frontier)
     # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
-    best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
+    best = max((c for c in frontier if c.predicted_gain >= (1 - AS_GOOD) * most), key=lambda choice: choice.num_steps)
     return Optimum(record_draws, now, frontier, best, _rests_on(config, best, num_trained))
 
 

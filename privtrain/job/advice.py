@@ -51,7 +51,8 @@ def recommended_learning_rate(config: Config, plan: PrivacyPlan, num_trained: in
     """
     training, num_steps = config.training, plan.num_steps
     noise = plan.noise_of_run(training) * math.sqrt(num_trained)
-    point = noise_law.Point(num_steps, noise, plan.records_per_unit, config.lora.rank)
+    kept = plan.noise_kept(training)
+    point = noise_law.Point(num_steps, noise, plan.records_per_unit, config.lora.rank, kept)
     factors = [training.learning_rate_at(step, num_steps) / training.learning_rate for step in range(num_steps)]
     return noise_law.fitted().learning_rate(point) * _MEAN_OF_DECAY / (sum(factors) / num_steps)
 

@@ -111,6 +111,14 @@ class Strategy:
         inverse = self.inverse_column(len(form))
         return math.sqrt(float(inverse @ form @ inverse))
 
+    def noise_kept(self, workload: Workload) -> float:
+        """Return how much of the steps' noise stays in the run, relative to independent noise of the same steps.
+
+        In (0, 1] for strategies made to cancel noise; 1 for independent noise.
+        """
+        squares = np.cumsum(self.inverse_column(workload.num_steps) ** 2)  # of a step's noise, per unit of σ²
+        return self.error(workload) / (INDEPENDENT.error(workload) * math.sqrt(float(squares.mean())))
+
 
 INDEPENDENT = Strategy((1.0,))
 

@@ -7,7 +7,9 @@ user, and learning rate. Nothing here looks at private data.
 **Variables**, as in McKenna et al. 2025 (arXiv 2501.18914), where loss depends on steps and the noise-batch ratio: T,
 the steps; N, the norm of the noise in the trained weights over the largest signal, all users agreeing
 (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run` times the root of the number of trained weights), one number
-for independent and for correlated noise; r, the rank of LoRA; k, the records of a user in a step.
+for independent and for correlated noise; κ, how much of the steps' noise correlation leaves in the run
+(:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_kept`; 1 for independent noise); r, the rank of LoRA; k, the records
+of a user in a step.
 
 **Gain**, what training takes off the loss, relative to other plans of the same model and data:
 
@@ -17,9 +19,10 @@ A larger rank has more weights and so more noise, of which more goes where it do
 gradient steadier.
 
 **Learning rate** of AdamW (decaying to zero), at which that gain is had: the weights may move the less, the longer and
-the noisier the run is. It hardly depends on the noise of one step, by whose norm AdamW divides:
+the noisier the run is. It hardly depends on the noise of one step, by whose norm AdamW divides; noise that cancels
+makes that norm larger and moves the weights less, so the rate may be larger:
 
-    rate = c r^g / (T^t (1 + (N / N₁)^u))
+    rate = c r^g / (T^t (1 + (N / N₁)^u) κ^v)
 
 Both rank plans of one kind of model and data; elsewhere they are a start that no private data were needed for.
 """
@@ -36,13 +39,16 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import optimize
 
+#: Purposes of trainings that the law is judged by, and never fitted to.
+JUDGES = ("grid", "choice", "other-grid", "other-choice")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What one training of the table was given.
 
     Attributes:
-        purpose: why it is made; ``grid`` is what the law is judged by, all others are what it is fitted to.
+        purpose: why it is made: one of ``JUDGES``, or what the law is fitted to.
         num_steps, batch, noise_multiplier, num_bands, rank, records_per_user, learning_rate, seed: what is set.
     """
 
@@ -64,18 +70,20 @@ class Measured(Setting):
     Attributes:
         num_trained: trained weights.
         relative_noise: N.
+        noise_kept: κ.
         loss_before, loss: mean loss per token on the same records of held-out users, before and after.
     """
 
     num_trained: int
     relative_noise: float
+    noise_kept: float
     loss_before: float
     loss: float
 
     @property
     def point(self) -> Point:
         """What the law knows of it."""
-        return Point(self.num_steps, self.relative_noise, self.records_per_user, self.rank)
+        return Point(self.num_steps, self.relative_noise, self.records_per_user, self.rank, self.noise_kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +95,14 @@ class Point:
         relative_noise: N.
         records_per_user: k.
         rank: of LoRA.
+        noise_kept: κ.
     """
 
     num_steps: int
     relative_noise: float
     records_per_user: int = 1
     rank: int = 4
+    noise_kept: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +122,8 @@ class NoiseLaw:
     Attributes:
         half_steps, step_power: T₀ and a.
         half_noise, noise_power, record_power, rank_power: N₀, p, b and h.
-        rate_scale, rate_step_power, rate_rank_power, rate_half_noise, rate_noise_power: c, t, g, N₁ and u.
+        rate_scale, rate_step_power, rate_rank_power, rate_half_noise, rate_noise_power, rate_kept_power: c, t, g, N₁, u
+            and v.
         num_runs, least_steps, most_steps: what it was fitted to.
     """
 
@@ -127,6 +138,7 @@ class NoiseLaw:
     rate_rank_power: float
     rate_half_noise: float
     rate_noise_power: float
+    rate_kept_power: float
     num_runs: int
     least_steps: int
     most_steps: int
@@ -137,7 +149,7 @@ class NoiseLaw:
 
     def learning_rate(self, point: Point) -> float:
         """Return the learning rate at which AdamW gains most."""
-        scale, *others = dataclasses.astuple(self)[6:11]
+        scale, *others = dataclasses.astuple(self)[6:12]
         return scale * float(np.exp(_log_rate(_of([point]), 0.0, *others)[0]))
 
 
@@ -158,7 +170,7 @@ _FIELDS = dataclasses.fields(Measured)
 @functools.cache
 def fitted() -> NoiseLaw:
     """Return the law fitted to the table."""
-    return fit([row for row in table() if row.purpose != "grid"])
+    return fit([row for row in table() if row.purpose not in JUDGES])
 
 
 def best_of(rows: Sequence[Measured]) -> list[Best]:
@@ -191,8 +203,8 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
         ValueError: if there are fewer settings than parameters.
     """
     best = best_of(rows)
-    if len(best) < 13:
-        raise ValueError(f"{len(best)} settings; the law has 12 parameters. Run: python -m tests.bench.noise_law")
+    if len(best) < 14:
+        raise ValueError(f"{len(best)} settings; the law has 13 parameters. Run: python -m tests.bench.noise_law")
     points = _of([b.point for b in best])
     drops, rates = np.array([b.drop for b in best]), np.log([b.learning_rate for b in best])
     most = drops.max()
@@ -205,8 +217,8 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
     weights = np.sqrt(np.clip(drops / most, 0.05, 1))
     speed = optimize.least_squares(
         lambda p: weights * (_log_rate(points, *p) - rates),
-        [np.log(0.03), 0.2, 0.4, 3.0, 1.0],
-        bounds=([-12, -0.5, -1, 0.02, 0.2], [4, 1.5, 1, 50, 3]),
+        [np.log(0.03), 0.2, 0.4, 3.0, 1.0, 1.0],
+        bounds=([-12, -0.5, -1, 0.02, 0.2, -1.0], [4, 1.5, 1, 50, 3, 3.0]),
     ).x
     names = [field.name for field in dataclasses.fields(NoiseLaw)]
     values = [*np.exp(gains[:4]), *gains[4:6], np.exp(speed[0]), *speed[1:]]
@@ -229,15 +241,21 @@ def _gain(
     rank_power: float,
 ) -> np.ndarray:
     """Return the share of the gain: half at ``half_steps``, and half at a noise that records and rank raise."""
-    steps, noise, records, rank = points
+    steps, noise, records, rank, _ = points
     half = half_noise * rank**rank_power * records**record_power
     return 1 / ((1 + (half_steps / steps) ** step_power) * (1 + (noise / half) ** noise_power))
 
 
 def _log_rate(
-    points: np.ndarray, log_scale: float, step_power: float, rank_power: float, half_noise: float, noise_power: float
+    points: np.ndarray,
+    log_scale: float,
+    step_power: float,
+    rank_power: float,
+    half_noise: float,
+    noise_power: float,
+    kept_power: float,
 ) -> np.ndarray:
-    """Return the log of the best learning rate: less with steps and with noise, other with rank."""
-    steps, noise, _, rank = points
-    shrunk = np.log1p((noise / half_noise) ** noise_power)
+    """Return the log of the best learning rate: less with steps and with noise, more where noise cancels."""
+    steps, noise, _, rank, kept = points
+    shrunk = np.log1p((noise / half_noise) ** noise_power) + kept_power * np.log(kept)
     return log_scale + rank_power * np.log(rank) - step_power * np.log(steps) - shrunk

@@ -338,6 +338,10 @@ class PrivacyPlan:
         error /= math.sqrt(self.num_steps / workload.num_steps)
         return error / (self.expected_batch_size * workload.signal)
 
+    def noise_kept(self, training: TrainingSection | None = None) -> float:
+        """Return :meth:`~privtrain.privacy.banded.Strategy.noise_kept` of the run: 1 for independent noise."""
+        return (self.strategy or INDEPENDENT).noise_kept(Workload.of(self.num_steps, training))
+
     @property
     def metric_stddevs(self) -> dict[str, float]:
         """Noised metric → standard deviation of the noise in it, in the metric's own unit."""

@@ -5,9 +5,11 @@ delete the file to measure everything again (about half an hour of one core). Th
 ``privtrain study user-level-dp``: a Llama of half a million weights trained on Shakespeare's plays, and synthetic
 customers. Every run is the product's own trainer under a public seed, which decides users, initial weights and noise.
 
-Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank`` and ``records`` (the same for other ranks, and
-for other numbers of records of a user in a step) are what the law is fitted to; ``grid`` (one compute budget and one ε,
-over batch, bands and learning rate) is what it is judged by; its regret is printed last.
+Purposes: ``fit`` (steps x noise x learning rate, at one batch), ``rank``, ``records`` and ``bands`` (the same for
+other ranks, records of a user in a step, and bands) are what the law is fitted to. ``grid`` and ``other-grid`` (one
+compute budget and one ε each, over batch, bands and learning rate), ``choice`` and ``other-choice`` (what the law takes
+of each grid, at the law's own learning rate) are what it is judged by; the regrets are printed last. A grid and its
+choice need the same base model: where that was trained again, delete their rows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from privtrain.commands.optimize import AS_GOOD
 from privtrain.config import Config, validate
 from privtrain.config.privacy import PrivacySection
 from privtrain.data.invented_customers import customer_records, write_customers
@@ -35,9 +38,13 @@ TABLE = pathlib.Path(noise_law.__file__).with_suffix(".csv")
 BASE_SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "recipes" / "studies" / "user-level-dp" / "base_model.py"
 NUM_USERS, HELD_OUT, MAX_LENGTH = 2000, 0.2, 24
 
-#: Of ``grid``: user-draws of a run, and the guarantee.
-DRAWS, EPSILON, DELTA = 2048, 4.0, 1e-5
+DELTA = 1e-5
+#: Grid → user-draws of a run and ε.
+GRIDS = {"grid": (2048, 4.0), "other-grid": (1024, 8.0)}
+#: What the law takes → of which grid.
+CHOICES = {"choice": "grid", "other-choice": "other-grid"}
 GRID_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+PURPOSES = ("fit", "rank", "records", "bands", "grid", "choice", "other-grid", "other-choice")
 
 
 def settings(purpose: str) -> Iterator[Setting]:
@@ -54,15 +61,22 @@ def settings(purpose: str) -> Iterator[Setting]:
         for records, noise in itertools.product((2, 4), (0.1, 0.7)):
             for rate in _rates(32, noise):
                 yield Setting(purpose, 32, 8, noise, 1, 4, records, rate, 0)
-    elif purpose == "grid":
+    elif purpose == "bands":
+        for steps, bands, noise in itertools.product((24, 72, 200), (4, 8), (0.25, 0.7, 2.0)):
+            for rate in _rates(steps, noise):
+                yield Setting(purpose, steps, 8, noise, bands, 4, 1, float(f"{2 * rate:.3g}"), 0)
+    elif purpose in GRIDS:
+        draws, epsilon = GRIDS[purpose]
         for steps, bands in itertools.product((8, 16, 32, 64, 128, 256), (1, 4, 8)):
-            if bands * DRAWS / steps > NUM_USERS * (1 - HELD_OUT):
+            if bands * draws / steps > NUM_USERS * (1 - HELD_OUT):
                 continue  # more groups than a step's probability allows
-            noise = _calibrated(steps, DRAWS // steps, bands)
+            noise = _calibrated(steps, draws // steps, bands, epsilon)
             for rate in GRID_RATES:
-                yield Setting(purpose, steps, DRAWS // steps, noise, bands, 4, 1, rate, 0)
+                yield Setting(purpose, steps, draws // steps, noise, bands, 4, 1, rate, 0)
+    elif purpose in CHOICES:
+        yield choice(noise_law.table(), purpose)
     else:
-        raise SystemExit(f"{purpose}: one of fit, rank, records, grid")
+        raise SystemExit(f"{purpose}: one of {', '.join(PURPOSES)}")
 
 
 def _rates(num_steps: int, noise: float) -> list[float]:
@@ -83,8 +97,8 @@ def _section(steps: int, batch: int, bands: int, records: int = 1, **noise: floa
     return section | ({"noise": "banded", "num_bands": bands} if bands > 1 else {})
 
 
-def _calibrated(steps: int, batch: int, bands: int) -> float:
-    section = PrivacySection(**_section(steps, batch, bands, target_epsilon=EPSILON), accountant="tilted")
+def _calibrated(steps: int, batch: int, bands: int, epsilon: float) -> float:
+    section = PrivacySection(**_section(steps, batch, bands, target_epsilon=epsilon), accountant="tilted")
     return PrivacyPlan.uncertified(section).noise_multiplier
 
 
@@ -145,64 +159,80 @@ class Measuring:
             **dataclasses.asdict(setting),
             num_trained=bench.num_trained,
             relative_noise=float(f"{relative_noise:.6g}"),
+            noise_kept=float(f"{plan.noise_kept(config.training):.6g}"),
             loss_before=round(bench.loss_before, 5),
             loss=round(loss, 5),
         )
 
 
-def regret(rows: Sequence[Measured]) -> str:
-    """Return what the law's choice of batch, bands and learning rate loses against the best cell of the grid.
+def choice(rows: Sequence[Measured], purpose: str) -> Setting:
+    """Return what the law takes of a grid, by the rule of ``plan --optimize``, at the law's own learning rate."""
+    law, grid = noise_law.fitted(), CHOICES[purpose]
+    settings_of = _settings_of(rows, grid)
+    if len(settings_of) * len(GRID_RATES) < sum(1 for _ in settings(grid)):
+        raise SystemExit(f"measure the whole grid first: python -m tests.bench.noise_law DIRECTORY {grid}")
 
-    The law chooses among the settings of the grid, and the tried rate nearest to its own; only whole settings count.
-    """
-    law = noise_law.fitted()
-    cells = [row for row in rows if row.purpose == "grid"]
-    settings_of = collections.defaultdict(list)
-    for row in cells:
-        settings_of[row.num_steps, row.num_bands].append(row)
-    whole = {key: tried for key, tried in settings_of.items() if len(tried) == len(GRID_RATES)}
-    if not whole:
-        return f"{len(cells)} cells of the grid: no setting is whole"
+    def is_offered(key: tuple[int, int]) -> bool:
+        alone = settings_of[key[0], 1][0]
+        return key[1] == 1 or alone.noise_multiplier / alone.batch * math.sqrt(alone.num_trained) > 1
 
-    def is_offered(num_steps: int, num_bands: int) -> bool:
-        alone = settings_of[num_steps, 1][0]
-        return num_bands == 1 or alone.noise_multiplier / alone.batch * math.sqrt(alone.num_trained) > 1
+    gains = {key: law.gain(tried[0].point) for key, tried in settings_of.items() if is_offered(key)}
+    most_of = {steps: max((key for key in gains if key[0] == steps), key=gains.__getitem__) for steps, _ in gains}
+    as_good = [key for key in most_of.values() if gains[key] >= (1 - AS_GOOD) * max(gains.values())]
+    row = settings_of[max(as_good)][0]
+    rate = float(f"{law.learning_rate(row.point):.3g}")
+    given = {field.name: getattr(row, field.name) for field in dataclasses.fields(Setting)}
+    return Setting(**given | {"purpose": purpose, "learning_rate": rate})
 
-    offered = {key: tried for key, tried in whole.items() if is_offered(*key)}
-    chosen = max(offered.values(), key=lambda tried: law.gain(tried[0].point))
-    rate = law.learning_rate(chosen[0].point)
-    row = min(chosen, key=lambda row: abs(math.log(row.learning_rate / rate)))
-    best = min((row for tried in whole.values() for row in tried), key=lambda row: row.loss)
+
+def _settings_of(rows: Sequence[Measured], grid: str) -> dict[tuple[int, int], list[Measured]]:
+    """Return the rows of each (steps, bands) of a grid whose learning rates were all tried."""
+    found = collections.defaultdict(list)
+    for row in rows:
+        if row.purpose == grid:
+            found[row.num_steps, row.num_bands].append(row)
+    return {key: tried for key, tried in found.items() if len(tried) == len(GRID_RATES)}
+
+
+def regret(rows: Sequence[Measured], purpose: str) -> str:
+    """Return what the law's choice of batch, bands and learning rate loses against the best cell of a grid."""
+    chosen = [row for row in rows if row.purpose == purpose]
+    tried = [row for tried in _settings_of(rows, CHOICES[purpose]).values() for row in tried]
+    if not chosen or not tried:
+        return f"{CHOICES[purpose]}: {len(tried)} cells, {len(chosen)} choices: no regret yet"
+    row, best = chosen[0], min(tried, key=lambda row: row.loss)
     lost = (row.loss - best.loss) / (best.loss_before - best.loss)
     return (
-        f"{sum(map(len, whole.values()))} cells of {sum(1 for _ in settings('grid'))}: the law takes {row.num_steps} "
-        f"steps, {row.num_bands} bands, rate {row.learning_rate:g}: loss {row.loss:.4f}; best {best.num_steps} steps, "
-        f"{best.num_bands} bands, rate {best.learning_rate:g}: loss {best.loss:.4f}; regret {lost:.1%} of the gap"
+        f"{CHOICES[purpose]}: {len(tried)} cells; the law takes {row.num_steps} steps, {row.num_bands} bands, rate "
+        f"{row.learning_rate:g}: loss {row.loss:.4f}; best {best.num_steps} steps, {best.num_bands} bands, rate "
+        f"{best.learning_rate:g}: loss {best.loss:.4f}; regret {lost:.1%} of the gap"
     )
 
 
 def main() -> None:
     """Measure what the table lacks, one row after another."""
-    directory, purposes = pathlib.Path(sys.argv[1]), sys.argv[2:] or ["fit", "rank", "records", "grid"]
+    directory, purposes = pathlib.Path(sys.argv[1]), sys.argv[2:] or PURPOSES
     names = [field.name for field in dataclasses.fields(Measured)]
-    known = {
-        Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()
-    }
     bench = Measuring(directory)
-    wanted = [setting for purpose in purposes for setting in settings(purpose) if setting not in known]
-    wanted.sort(key=lambda setting: setting.seed)  # one seed of everything first
-    is_new = not TABLE.exists()
-    with open(TABLE, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for number, setting in enumerate(wanted, start=1):
-            row = bench.measure(setting)
-            writer.writerow(dataclasses.asdict(row))
-            file.flush()
-            print(f"{number}/{len(wanted)} {row}", flush=True)
+    if not TABLE.exists():
+        TABLE.write_text(",".join(names) + "\n", encoding="utf-8")
+    for purpose in purposes:
+        noise_law.table.cache_clear()
+        noise_law.fitted.cache_clear()
+        known = {
+            Setting(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Setting)}) for row in noise_law.table()
+        }
+        wanted = sorted((s for s in settings(purpose) if s not in known), key=lambda setting: setting.seed)
+        with open(TABLE, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            for number, setting in enumerate(wanted, start=1):
+                row = bench.measure(setting)
+                writer.writerow(dataclasses.asdict(row))
+                file.flush()
+                print(f"{purpose} {number}/{len(wanted)} {row}", flush=True)
     noise_law.table.cache_clear()
-    print(regret(noise_law.table()))
+    for purpose in CHOICES:
+        print(regret(noise_law.table(), purpose))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,10 @@ def test_error_is_that_of_the_matrices(strategy, workload):
     size = workload.num_steps
     whole = workload.matrix() @ np.linalg.inv(strategy.matrix(size))
     assert strategy.error(workload) == pytest.approx(np.linalg.norm(whole) / math.sqrt(size), rel=1e-9)
+    steps_alone = np.linalg.norm(np.linalg.inv(strategy.matrix(size))) / math.sqrt(size)
+    independent = np.linalg.norm(workload.matrix()) / math.sqrt(size)
+    kept = np.linalg.norm(whole) / math.sqrt(size) / steps_alone / independent
+    assert strategy.noise_kept(workload) == pytest.approx(kept, rel=1e-9)
     noise, velocity, weights = np.random.default_rng(0).standard_normal(size), 0.0, 0.0
     for t, step in enumerate(workload.step_sizes):
         velocity = workload.momentum * velocity + (1 - workload.momentum) * noise[t]
