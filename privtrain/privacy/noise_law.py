@@ -124,7 +124,7 @@ class NoiseLaw:
         half_noise, noise_power, record_power, rank_power: N₀, p, b and h.
         rate_scale, rate_step_power, rate_rank_power, rate_half_noise, rate_noise_power, rate_kept_power: c, t, g, N₁, u
             and v.
-        num_runs, least_steps, most_steps: what it was fitted to.
+        num_runs, least_steps, most_steps, least_kept: what it was fitted to; less of κ counts as the least.
     """
 
     half_steps: float
@@ -142,6 +142,7 @@ class NoiseLaw:
     num_runs: int
     least_steps: int
     most_steps: int
+    least_kept: float
 
     def gain(self, point: Point) -> float:
         """Return the predicted gain, in a unit that only ratios have a meaning in."""
@@ -150,6 +151,7 @@ class NoiseLaw:
     def learning_rate(self, point: Point) -> float:
         """Return the learning rate at which AdamW gains most."""
         scale, *others = dataclasses.astuple(self)[6:12]
+        point = dataclasses.replace(point, noise_kept=max(point.noise_kept, self.least_kept))
         return scale * float(np.exp(_log_rate(_of([point]), 0.0, *others)[0]))
 
 
@@ -222,9 +224,11 @@ def fit(rows: Sequence[Measured]) -> NoiseLaw:
     ).x
     names = [field.name for field in dataclasses.fields(NoiseLaw)]
     values = [*np.exp(gains[:4]), *gains[4:6], np.exp(speed[0]), *speed[1:]]
-    steps = [row.num_steps for row in rows]
+    steps, least_kept = [row.num_steps for row in rows], min(row.noise_kept for row in rows)
     fitted_values = dict(zip(names, map(float, values), strict=False))
-    return NoiseLaw(**fitted_values, num_runs=len(rows), least_steps=min(steps), most_steps=max(steps))
+    return NoiseLaw(
+        **fitted_values, num_runs=len(rows), least_steps=min(steps), most_steps=max(steps), least_kept=least_kept
+    )
 
 
 def _of(points: Sequence[Point]) -> np.ndarray:

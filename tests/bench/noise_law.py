@@ -62,7 +62,9 @@ def settings(purpose: str) -> Iterator[Setting]:
             for rate in _rates(32, noise):
                 yield Setting(purpose, 32, 8, noise, 1, 4, records, rate, 0)
     elif purpose == "bands":
-        for steps, bands, noise in itertools.product((24, 72, 200), (4, 8), (0.25, 0.7, 2.0)):
+        few = itertools.product((24, 72, 200), (4, 8), (0.25, 0.7, 2.0))
+        many = itertools.product((64,), (16, 32), (0.7, 2.0)), itertools.product((192,), (16, 64), (0.7, 2.0))
+        for steps, bands, noise in itertools.chain(few, *many):
             for rate in _rates(steps, noise):
                 yield Setting(purpose, steps, 8, noise, bands, 4, 1, float(f"{2 * rate:.3g}"), 0)
     elif purpose in GRIDS:

@@ -58,7 +58,7 @@ def test_the_best_plan_keeps_epsilon_and_compute(private_tree, few_choices, tmp_
     for choice in found.frontier:
         assert choice.num_steps * choice.batch * choice.records_per_unit <= found.record_draws
         assert choice.batch * choice.num_bands <= NUM_USERS
-    assert found.best.predicted_gain >= found.now.predicted_gain * (1 - module._AS_GOOD)
+    assert found.best.predicted_gain >= found.now.predicted_gain * (1 - module.AS_GOOD)
 
 
 def test_a_law_that_forgets_noise_is_seen(private_tree, few_choices, monkeypatch):
@@ -81,6 +81,7 @@ def test_gain_falls_with_noise_and_rises_with_steps():
     assert rates == sorted(rates, reverse=True)
     assert law.learning_rate(Point(256, 1.0)) < law.learning_rate(Point(16, 1.0))
     assert law.learning_rate(Point(64, 1.0, noise_kept=0.2)) > 1.3 * law.learning_rate(Point(64, 1.0))
+    assert law.learning_rate(Point(64, 1.0, noise_kept=0.01)) == law.learning_rate(Point(64, 1.0, 1, 4, law.least_kept))
 
 
 def test_law_agrees_with_the_trainings_it_was_fitted_to():
