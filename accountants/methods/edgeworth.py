@@ -154,6 +154,7 @@ class AeaAccountant(NormalFormAccountant):
 
     @override
     def trivial_bounds(self, value: float) -> Bounds:
+        """Return an estimate that bounds nothing."""
         return point(value, direction=self.direction)
 
     def _sides(self, composed: Composition) -> list[DirectedExpansion]:

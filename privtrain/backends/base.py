@@ -224,7 +224,6 @@ class ReplicatedBackend(Backend):
     @override
     def publish(self) -> None:
         """Do nothing: the tensors that are stepped are the model's own."""
-        pass
 
     @override
     def whole(self, slot: Slot, part: torch.Tensor) -> torch.Tensor | None:

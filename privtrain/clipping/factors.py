@@ -91,7 +91,7 @@ class GramCache:
         return gram
 
     def clear(self) -> None:
-        """Let go of the tensors."""
+        """Drop the tensors."""
         self._recent = []
 
 

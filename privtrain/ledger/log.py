@@ -163,6 +163,7 @@ class Ledger:
         self._units_of_step = (generation, step), names
 
     def _write_intent(self, generation: int, step: int, rows: np.ndarray, root: str) -> None:
+        """Write the step's rows, and only then the record that commits to them."""
         if len(rows):
             self._rows.append(rows.tobytes(), at=ROW.itemsize * self._num_open_rows)
         self._append("intent", generation=generation, step=step, num_units=len(rows), root=root)

@@ -53,6 +53,7 @@ def launch(command: Sequence[str]) -> int:
                 process.send_signal(received[0])
 
         def note(number: int, _: object) -> None:
+            """Note a signal; the first one is passed on a little later."""
             received.append(number)
             if len(received) == 1:
                 timer = threading.Timer(_PASS_ON_AFTER_SECONDS, pass_on)

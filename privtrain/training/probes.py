@@ -450,7 +450,7 @@ class Probe:
         return self._passed(lambda: self.trainer.row_losses(batch.input_ids, batch.target_mask))
 
     def _passed(self, losses: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return losses without gradients; where a pass gathers weights, its backward pass is what lets go of them."""
+        """Return losses without gradients; where a pass gathers weights, its backward pass frees them."""
         placement = self.trainer.placement
         if placement.shards is None and not placement.equal_passes:
             with torch.no_grad():

@@ -176,5 +176,5 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def _is_freed(value: torch.Tensor) -> bool:
-    """Return whether its memory was let go, as FSDP2 does with gathered weights: reading it would crash."""
+    """Return whether its memory was freed, as FSDP2 does with gathered weights: reading it would crash."""
     return value.numel() > 0 and value.untyped_storage().nbytes() < value.element_size()

@@ -30,7 +30,7 @@ NUM_USERS = 2000
 @pytest.fixture
 def few_choices(monkeypatch):
     monkeypatch.setattr(module, "_STEPS", (8, 64))
-    monkeypatch.setattr(module, "_BANDS", (1, 4))
+    monkeypatch.setattr(module, "BANDS", (1, 4))
     monkeypatch.setattr(module, "_RECORDS", (1,))
 
 

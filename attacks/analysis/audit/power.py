@@ -154,7 +154,7 @@ def _share(num_coins: int, delta: float, significance: float) -> float:
 def coins_needed(target: float, mu: float, delta: float, significance: float, power: float) -> int | None:
     """Return the fewest coins (to 1 in 50) whose bound exceeds ``target``; None beyond ``MOST_COINS``."""
 
-    def does(num_coins: int) -> bool:
+    def is_enough(num_coins: int) -> bool:
         return any(
             one_run.p_value(num_coins, guess.num, _right(guess, num_coins, mu, power), target, delta)
             <= _share(num_coins, delta, significance)
@@ -162,13 +162,13 @@ def coins_needed(target: float, mu: float, delta: float, significance: float, po
         )
 
     low, high = 1, 2
-    while not does(high):
+    while not is_enough(high):
         low, high = high, 2 * high
         if low >= MOST_COINS:
             return None
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
-        low, high = (low, middle) if does(middle) else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high if high <= MOST_COINS else None
 
 
