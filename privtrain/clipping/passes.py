@@ -48,8 +48,8 @@ class Passes:
             the first is good for one backward pass.
         starts_at_head: whether a second pass may begin at the head's input; not where weights are gathered for a whole
             pass, which begins with the losses.
-        defers_refusals: whether a pass goes on to its end where a layer's rows cannot be told apart, and leaves word of
-            it in ``refusal``: ranks that gather weights together must all come to the end of it.
+        defers_refusals: whether a pass runs to its end where a layer's rows cannot be told apart, with the error in
+            ``refusal``: ranks that gather weights together must all reach the end.
     """
 
     def __init__(

@@ -173,6 +173,7 @@ class ShardedClipper(PerUnitClipper):
 
     @override
     def _new_passes(self, gradients: UnitGradients, num_rows: int) -> Passes:
+        """Return passes that run from the losses to the end, since ranks gather weights in them together."""
         names = {module: name for name, module in self._modules.items()}
         return Passes(
             names,
