@@ -284,6 +284,7 @@ class CooperativeClipper:
         squares, arrived = self._zero_squares(), set[str]()
 
         def measure(slot: Slot, part: torch.Tensor) -> None:
+            """Store the squared norm of this rank's part of a slot, or raise if the slot arrived before."""
             if slot.name in arrived:
                 raise GuaranteeLost(f"{slot.name!r} arrived in pieces; set performance.clipping_route: auto")
             arrived.add(slot.name)

@@ -264,6 +264,7 @@ class ShardedClipper(PerUnitClipper):
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
 
         def measure(slot: Slot, gradient: Gradient) -> None:
+            """Store each unit's squared norm of a deferred slot, one tensor at a time."""
             for unit in units:
                 tensor = torch.zeros(slot.shape, dtype=torch.float32, device=self._device)
                 gradients.add_unit(tensor, gradient, unit)

@@ -36,6 +36,7 @@ def print_plan(description: dict[str, Any]) -> None:
 
 
 def _plan_table(d: dict[str, Any]) -> Table:
+    """Lay out what `privtrain plan` writes as JSON, one row for each choice or promise."""
     table = Table("privacy plan", d["run"])
     records = "not read" if d["num_records"] is None else f"{d['num_records']:,}"
     table.add_row("unit, relation", f"{_unit_text(d)}, {d['neighboring_relation'].replace('_', ' ')}")

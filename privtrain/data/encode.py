@@ -125,6 +125,7 @@ class Encoder:
         return record.cut(self._max_length), len(record) > self._max_length
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's tokens, without special ones and uncut."""
         if not texts:
             return []
         encoded: Any = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)

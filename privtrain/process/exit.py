@@ -69,6 +69,7 @@ def was_asked_to_stop(directory: str) -> bool:
 
 
 def _write_marker(name: str, content: str) -> None:
+    """Leave a file for the launcher in its directory, if there is one; the first rank that writes it wins."""
     directory = os.environ.get(LAUNCH_DIRECTORY)
     if directory is None:
         return

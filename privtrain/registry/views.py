@@ -91,8 +91,8 @@ class HeldRun:
     """A run whose model holds a user's contribution."""
 
     run: RunView
-    num_steps: int
-    num_records: int
+    num_steps: int  # a step counts once for each of the user's units in it
+    num_records: int  # counted once a step
 
 
 @dataclasses.dataclass(frozen=True)
