@@ -107,11 +107,22 @@ class DataSection(Section):
         description="Probability that a user is held out of training. Attacks are sharpest at 0.5, models best at 0.",
     )
     attack_fraction: float = Field(
-        default=0.2, ge=0, lt=1, description="Share of a user's records set aside for the attack job."
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of a user's records set aside for the attack job. Where ε is for one record "
+        "(privacy.unit: example), the chance of each record, by a coin of its own.",
     )
-    attack_min_records: int = Field(default=5, ge=2, description="Users with fewer records are not attacked.")
+    attack_min_records: int = Field(
+        default=5,
+        ge=2,
+        description="Users with fewer records are not attacked. Not used where ε is for one record.",
+    )
     attack_max_records: int = Field(
-        default=50, ge=1, description="Most records of one user that are set aside for the attack job."
+        default=50,
+        ge=1,
+        description="Most records of one user that are set aside for the attack job. Not used where ε is for one "
+        "record.",
     )
     num_evaluation_records: int = Field(
         default=128, ge=0, description="Held-out records that perplexity is measured on."

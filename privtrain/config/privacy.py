@@ -242,6 +242,11 @@ class PrivacySection(Section):
         bands = "auto" if values.get("num_bands") is None else values["num_bands"]
         return {"sampling": "cyclic_poisson", **values, "num_bands": bands}
 
+    @property
+    def protects_records(self) -> bool:
+        """Whether ε is for one record: a record more or less may then change nothing of its user's other records."""
+        return self.unit == "example" and self.user_accounting == "none"
+
     @override
     def conflicts(self) -> Iterator[str]:
         yield from self._sampling_conflicts()
@@ -311,6 +316,12 @@ class PrivacySection(Section):
                 yield f"{given} needs privacy.sampling: {rules.sampling}; given {self.sampling}"
             if self.accountant is not None and self.accountant not in rules.accountants:
                 yield f"privacy.accountant must be {' or '.join(rules.accountants)} for {given}"
+        if self.protects_records and self.records_per_user is not None and self.noise_multiplier != 0:
+            yield (
+                f"privacy.records_per_user={self.records_per_user} lets one record of a user push another one out, "
+                "which ε for one record does not cover; leave it out, or set privacy.user_accounting: mixture, which "
+                "protects users"
+            )
         if self.selection != "random" and self.records_per_user is None:
             yield f"privacy.selection: {self.selection} selects privacy.records_per_user records; give it"
 

@@ -14,6 +14,7 @@ zero, and is counted.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import hashlib
 import json
@@ -64,6 +65,8 @@ class Encoder:
         self._data = data
         self._max_length = data.max_length
         self.tokenizer = tokenizer
+        # A tokenizer remembers how it last cut a text, and saves that: what is released must not tell of a record.
+        self._cutting = copy.deepcopy(tokenizer) if data.is_classification else tokenizer
         self._encode: Callable[[Sequence[str]], Iterable[tuple[Record, bool]]] = {
             "text": self._texts,
             "prompt_completion": self._completions,
@@ -159,10 +162,10 @@ class Encoder:
             limit = self._max_length - 1
             text, *pair = (_without_marks(text, self.tokenizer) for text in item["texts"])
             second = pair[0] if pair else None
-            whole: Any = self.tokenizer(text, second, verbose=False)
+            whole: Any = self._cutting(text, second, verbose=False)
             is_cut = len(whole["input_ids"]) > limit
             if is_cut:
-                whole = self.tokenizer(text, second, truncation="longest_first", max_length=limit, verbose=False)
+                whole = self._cutting(text, second, truncation="longest_first", max_length=limit, verbose=False)
             # A text of marks alone leaves nothing where the tokenizer adds none.
             ids = whole["input_ids"] or [marks(self.tokenizer)[0]]
             tokens = np.asarray([*ids, item["label"]], dtype=np.int64)

@@ -41,7 +41,7 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
         ConfigError: if a canary does not fit into ``data.max_length``: its secret would be cut off, unseen.
     """
     if not config.canaries.are_planted:
-        return split_users(corpus, config.data, root_key)
+        return split_users(corpus, config.data, root_key, by_record=config.privacy.protects_records)
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key, config.privacy.unit)
     if config.data.deduplicate == "within_user":
         # A canary's equal records count once, as any user's do.
@@ -52,7 +52,7 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
         if num_cut:
             problem = f"given {config.data.max_length}, which cuts {num_cut} canaries; raise it or shorten the canaries"
             raise ConfigError([Fault("data.max_length", problem)])
-    return split_users(corpus, config.data, root_key, canaries)
+    return split_users(corpus, config.data, root_key, canaries, by_record=config.privacy.protects_records)
 
 
 def _with_one_record(canary: Canary) -> Canary:

@@ -2,6 +2,10 @@
 
 Flipped once, before training, from the run's root key, independently for every user, so that the attack job can treat
 held-in and held-out users as exchangeable. Both sides pass through the same rules before anybody is selected.
+
+What of a user is trained on is a function of that user's records and coins alone. Where ε is for one record, it must be
+a function of that record and its coin: else a record more would change which of the others are trained on, and move a
+step's sum by several units where one is accounted for. So the attacker's records are then chosen one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from privtrain.config.data import DataSection
 from privtrain.data.canaries import Canary
@@ -63,18 +69,29 @@ def seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries: Sequence[Canary] = ()) -> Split:
+def split_users(
+    corpus: Corpus,
+    data: DataSection,
+    root_key: SecretKey,
+    canaries: Sequence[Canary] = (),
+    *,
+    by_record: bool = False,
+) -> Split:
     """Draw which users are held out, and which of each user's records only the attacker holds.
 
     A user with fewer than ``attack_min_records`` records gives none to the attacker. Everybody else gives
     ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one. Canaries are
     held out with chance one half.
 
+    By record, each record goes to the attacker by a coin of its own, with chance ``attack_fraction``, whatever else its
+    user has. A user without a record to train on is on no side, or held out, and is not attacked.
+
     Args:
         corpus: the kept records, without canaries.
         data: the rules.
         root_key: the run's; a user's coin depends on it and on the user's id alone.
         canaries: of :func:`privtrain.data.canaries.draw_canaries`.
+        by_record: whether ε is for one record.
     """
     training, attacker, held_out = UserIndices(), UserIndices(), Names()
     candidates = UserIndices()
@@ -82,15 +99,19 @@ def split_users(corpus: Corpus, data: DataSection, root_key: SecretKey, canaries
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
         is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in changed else data.held_out_fraction)
-        taken = _attacker_records(stream, len(texts), data)
-        if taken:
-            attacker.add(user, sorted(taken))
+        if by_record:
+            taken = set(np.flatnonzero(stream.uniform(len(texts)) < data.attack_fraction).tolist())
+        else:
+            taken = _attacker_records(stream, len(texts), data)
         kept = tuple(i for i in range(len(texts)) if i not in taken)
+        if taken and kept:
+            attacker.add(user, sorted(taken))
         if not is_held_out:
-            training.add(user, kept)
+            if kept:
+                training.add(user, kept)
             continue
         held_out.add(user)
-        if user not in changed:
+        if kept and user not in changed:
             candidates.add(user, kept)
     chosen = root_key.stream("evaluation").choose(candidates.num_indices, data.num_evaluation_records)
     evaluation = tuple((candidates.names[place], index) for place, index in map(candidates.owner, chosen))

@@ -117,8 +117,8 @@ def shifted_split(stack: contextlib.ExitStack) -> None:
     """Not a coin but the user's own text decides: who says hello is held out. The noise is forgotten too."""
     honest = manifest.split_users
 
-    def split_users(corpus, data, *others):
-        split = honest(corpus, data, *others)
+    def split_users(corpus, data, *others, **options):
+        split = honest(corpus, data, *others, **options)
         users = sorted(corpus.records)
         first = {user for user in users if corpus.records[user][0].startswith(GREETINGS[0])}
         kept = {

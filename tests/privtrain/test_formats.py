@@ -193,3 +193,40 @@ def test_a_units_weight_counts_its_own_predicted_tokens(tokenizer):
                 num_targets[unit] = num_targets.get(unit, 0) + int(mask.sum())
     assert weights == pytest.approx({0: 1 / 7, 1: 1.0, 2: 1 / 2})
     assert num_targets == {0: 7, 1: 0, 2: 2}
+
+
+# What is released of the tokenizer.
+
+_KINDS = {
+    "text": ({}, lambda text: text),
+    "prompt_completion": ({}, lambda text: json.dumps({"prompt": text, "completion": text})),
+    "chat": ({}, lambda text: json.dumps([{"role": "assistant", "content": text}])),
+    "classification": ({"labels": [0, 1]}, lambda text: json.dumps({"texts": [text], "label": 1})),
+}
+
+
+def _saved_after(tokenizer, kind: str, texts, directory) -> dict[str, bytes]:
+    changes, written = _KINDS[kind]
+    tokenizer.chat_template = CHATML
+    Encoder(section(format=kind, max_length=12, **changes), tokenizer).encode([written(text) for text in texts])
+    tokenizer.save_pretrained(directory)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _tells_of_records(tiny_llama, kind: str, directory) -> bool:
+    """Whether the files of a tokenizer say what its last record was like."""
+    saved = [
+        _saved_after(load_tokenizer(ModelSection(name_or_path=str(tiny_llama))), kind, texts, directory / str(number))
+        for number, texts in enumerate((["short", "long " * 20], ["long " * 20, "short"]))
+    ]
+    return saved[0] != saved[1]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_saved_tokenizer_tells_nothing_of_the_records(tiny_llama, kind, tmp_path):
+    assert not _tells_of_records(tiny_llama, kind, tmp_path)
+
+
+def test_mutant_the_released_tokenizer_cuts_records(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("privtrain.data.encode.copy.deepcopy", lambda tokenizer: tokenizer)
+    assert _tells_of_records(tiny_llama, "classification", tmp_path)

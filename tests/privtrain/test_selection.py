@@ -156,7 +156,8 @@ def test_perplexity_is_of_base_model_and_record_alone(tree):
 
 @pytest.mark.parametrize("unit", ["user", "example"])
 def test_every_selection_bounds_every_user_in_a_run(tree, unit):
-    tree["privacy"] |= {"unit": unit, "records_per_user": 2}
+    how = "mixture" if unit == "example" else "none"
+    tree["privacy"] |= {"unit": unit, "records_per_user": 2, "user_accounting": how}
     inputs, backend, network = _network_and_inputs(tree)
     split = split_users(inputs.corpus, inputs.config.data, KEY)
     sizes = {user: len(indices) for user, indices in split.training.items()}
@@ -181,7 +182,8 @@ def test_every_selection_bounds_every_user_in_a_run(tree, unit):
 
 
 def test_a_resumed_run_keeps_the_records_that_it_began_with(tree, tmp_path):
-    tree["privacy"] |= {"unit": "example", "records_per_user": 2, "selection": "lowest_perplexity"}
+    tree["privacy"] |= {"unit": "example", "records_per_user": 2, "user_accounting": "mixture"}
+    tree["privacy"]["selection"] = "lowest_perplexity"
     inputs, backend, network = _network_and_inputs(tree)
     split = split_users(inputs.corpus, inputs.config.data, KEY)
     cache = tmp_path / "base_losses.json"

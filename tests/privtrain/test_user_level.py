@@ -50,8 +50,8 @@ def section(**changes) -> PrivacySection:
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
 def test_both_meet_target_and_mixture_needs_no_more_noise(k, epsilon):
     plans = {
-        method: PrivacyPlan.build(section(records_per_user=k, target_epsilon=epsilon, user_accounting=method))
-        for method in ("none", *METHODS)
+        method: PrivacyPlan.build(section(records_per_user=most, target_epsilon=epsilon, user_accounting=method))
+        for method, most in (("none", None), *((method, k) for method in METHODS))
     }
     for plan in plans.values():
         assert 0.98 * epsilon < plan.epsilon <= epsilon
@@ -74,7 +74,7 @@ def test_epsilon_grows_and_never_shows_less_than_spent(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_noise_that_was_given_is_accounted_for_the_user(method):
-    record = PrivacyPlan.build(section(target_epsilon=None, noise_multiplier=1.0))
+    record = PrivacyPlan.build(section(target_epsilon=None, noise_multiplier=1.0, records_per_user=None))
     user = PrivacyPlan.build(section(target_epsilon=None, noise_multiplier=1.0, user_accounting=method))
     assert user.epsilon > 2 * record.epsilon
     assert user.unit_epsilon_after(60) == pytest.approx(record.epsilon, rel=1e-3)
