@@ -211,9 +211,13 @@ class LineProbe:
     ) -> Iterator[tuple[list[list[Record]], list[int]]]:
         """Yield the units of full lines, and which of ``moved`` each is: -1 for the loud ones between them.
 
-        The units of ``moved`` take turns at every slot, behind loud units of many lengths.
+        First equal units fill a line. Then those of ``moved`` take turns at every slot, behind loud units of many
+        lengths.
         """
         packer = self._packer
+        for kind, unit in enumerate(moved):
+            num_units = min(num_slots, packer.shared_length(size) // packer.cost(unit))
+            yield [list(unit) for _ in range(num_units)], [kind] * num_units
         rng = np.random.default_rng(size)
         for turn in range(_NUM_CROWDS):
             units: list[list[Record]] = []

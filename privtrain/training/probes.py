@@ -271,6 +271,26 @@ class Probe:
                     f"a short unit does not add the same bits to the sum {when} as alone (off by {share:.2g} of its "
                     f"norm; precision {self._precision}), first in the output of {self._first_module(alone, batch)}"
                 )
+        return "" if route == "one_unit" else self._row_that_differs(contribution)
+
+    def _row_that_differs(self, contribution: Callable[[Microbatch], torch.Tensor]) -> str:
+        """Return what is wrong if a unit adds other bits in some row of a batch than in the first, or nothing.
+
+        Equal units fill all rows of each width at once: products of few rows and features may round every other row
+        in a way of its own, which neither the first nor the last one shows.
+        """
+        num_rows = self.trainer.packer.microbatch_size
+        for width in self._widths():
+            record = self._record(max(2, width - 2), 0)
+            alone = contribution(self._batch([record], width, num_rows=num_rows))
+            difference = contribution(self._batch([record] * num_rows, width)) - num_rows * alone
+            if self.trainer.backend.any_rank(bool(difference.any())):
+                share = float(difference.double().norm() / alone.double().norm().clamp(min=1))
+                return (
+                    f"{num_rows} equal units of {width} tokens do not add {num_rows} times the bits of one to the sum "
+                    f"(off by {share:.2g} of its norm; precision {self._precision}): rows of a batch are rounded by "
+                    "their place"
+                )
         return ""
 
     def _arranged(

@@ -287,6 +287,28 @@ def test_rounding_by_place_falls_back_to_one_unit():
         start(model, route="batched")
 
 
+class RoundsMiddleRows(nn.Module):
+    """Rounds every other row in a way of its own, as small products of a CPU library do: never the first or last."""
+
+    def forward(self, x):
+        place = torch.arange(len(x)).view(-1, *[1] * (x.ndim - 1))
+        return x * torch.where(place % 2 == 1, 1 + 1e-6, 1.0)
+
+
+@pytest.mark.parametrize("route", ["auto", "batched"])
+def test_rounding_of_rows_in_the_middle_is_found(route):
+    if route == "auto":
+        assert start(with_layer(RoundsMiddleRows()), microbatch_size=5) == "one_unit"
+    else:
+        with pytest.raises(SelfTestFailed, match="rounded by their place"):
+            start(with_layer(RoundsMiddleRows()), microbatch_size=5, route=route)
+
+
+def test_mutant_first_and_last_row_alone_are_compared(monkeypatch):
+    monkeypatch.setattr(Probe, "_row_that_differs", lambda *_: "")
+    assert start(with_layer(RoundsMiddleRows()), microbatch_size=5) == "auto"
+
+
 class LetsNothingBack(torch.autograd.Function):
     """Rows are mixed in the backward pass alone."""
 
