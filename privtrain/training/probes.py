@@ -5,7 +5,7 @@ also change what the other units add. So, in training mode, before the first ste
 
 * no pass over rows of any width, loud or long, changes a buffer, an attribute or a weight (:mod:`.traces`);
 * what the clipper adds for a short unit has the same bits alone, after a long row, beside rows of huge activations that
-  add gradients of their own, in the first row and in the last, and whatever ids stand in its padding;
+  add gradients of their own, in every row, and whatever ids stand in its padding;
 * no random number is shared between rows (layer drop, router jitter).
 
 One probe is about what is learned, not about privacy: a token's loss does not move when later tokens change or vanish,
