@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 import shlex
@@ -44,11 +45,16 @@ class Command:
         return " ".join(_walk(self.words)[0])
 
 
+@functools.cache
+def _program(name: str) -> Any:
+    """The command line of one of this project's programs, as click has it."""
+    return typer.main.get_command(APPS[name])
+
+
 def _walk(words: tuple[str, ...]) -> tuple[list[str], Any]:
     """The words that name a command, and the command, if it is one of this project's."""
     found = [words[0]]
-    app = APPS.get(words[0])
-    at: Any = typer.main.get_command(app) if app is not None else None
+    at = _program(words[0]) if words[0] in APPS else None
     for word in words[1:]:
         if word not in getattr(at, "commands", {}):
             break
@@ -118,7 +124,7 @@ def parse(command: Command) -> None:
     Raises:
         Exception: click's usage error, if it would be refused.
     """
-    at: Any = typer.main.get_command(APPS[command.words[0]])
+    at = _program(command.words[0])
     arguments, parent = list(command.words[1:]), None
     while hasattr(at, "commands"):
         parent = at.make_context(at.name, arguments, parent=parent)

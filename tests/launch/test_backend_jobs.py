@@ -52,7 +52,7 @@ def test_a_sharded_job_releases_the_model_of_one_process(tree, tmp_path, backend
     assert "4 steps charged" in verify_run(tmp_path / "runs" / "sharded")
 
 
-def test_sharded_steps_replay_bitwise_then_another_backend_runs(tree, tmp_path):
+def test_sharded_steps_replay_bitwise_then_another_backend_runs(tree, tmp_path, no_self_test):
     """From a checkpoint of parts: replayed for free under the same layout, a new generation under another."""
     tree["training"]["method"] = "full"
     path = write_config(tree, tmp_path / "moved.yaml")

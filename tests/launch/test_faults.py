@@ -14,7 +14,7 @@ import pytest
 from tests.cluster import Fault, Job
 from tests.launch import faults
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("no_self_test")]
 
 
 @pytest.fixture(scope="module")

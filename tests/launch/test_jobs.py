@@ -20,7 +20,7 @@ from tests import jobs
 from tests.conftest import save_tiny_llama, tiny_tree, write_config, write_users
 from tests.privtrain.ledgers import contents, drop_records
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("no_self_test")]
 
 NUM_STEPS = 12
 
@@ -48,6 +48,7 @@ def adapter(place: pathlib.Path, name: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def uninterrupted(place):
+    """With the self-test, which leaves nothing behind: jobs without it end in the same adapter."""
     done = jobs.run("privtrain", "train", config(place, "uninterrupted"))
     assert done.returncode == 0, done.output[-3000:]
     return place / "runs" / "uninterrupted"
