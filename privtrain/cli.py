@@ -151,9 +151,12 @@ def preview(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train and release; the same command resumes. Start it with: accelerate launch ... -m privtrain train CONFIG."""
+    from privtrain.inputs import load_checked
+
+    checked = load_checked(config, overrides or [])  # a mistake is told before torch and transformers are imported
     from privtrain.job.train import train as run_training
 
-    run_training(config, overrides or [])
+    run_training(checked)
 
 
 @app.command()

@@ -87,6 +87,13 @@ def test_module_without_a_model_does_not_import_torch(module):
     assert not imports_torch(f"import {module}")
 
 
+def test_wrong_configuration_is_told_before_torch_is_imported():
+    mistake = "['privtrain', 'train', 'launch/recipes/demo.yaml', 'privacy.nonsense=1']"
+    run = "from privtrain.cli import main\ntry: main()\nexcept SystemExit as ended: assert ended.code == 2"
+    code = f"import sys; sys.argv = {mistake}; {run}"
+    assert not imports_torch(code)
+
+
 def test_fast_tests_collected_do_not_import_torch():
     assert "tests/accountants" in fast_tests()
     code = (
