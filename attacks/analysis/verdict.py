@@ -129,7 +129,7 @@ def epsilon_at(statement: PrivacyStatement, delta: float) -> float | None:
     import accountants
 
     asked = relation_of(statement.neighboring_relation)
-    for name in scheme.accountants:
+    for name in _accountants(scheme, num_records):
         try:
             answer = accountants.epsilon(event, delta, accountant=name, relation=asked)
             return accountants.certified_upper(answer, asked)
@@ -175,7 +175,7 @@ def _tabulate(
     event = _event(scheme, relation, noise_multiplier, num_steps, num_records)
     if event is None:
         return None
-    for name in scheme.accountants:
+    for name in _accountants(scheme, num_records):
         try:
             shares = _ALLOCATION_SHARES if name == "allocation" else _CURVE_SHARES
             points = [_point(event, share * largest_epsilon, name, relation) for share in shares]
@@ -184,6 +184,11 @@ def _tabulate(
             continue
         return statistics.CurveBound(tuple(points), name)
     return None
+
+
+def _accountants(scheme: Scheme, num_records: int) -> list[str]:
+    """Return the accountants to ask, in order; of several records, pld takes many seconds where tilted takes none."""
+    return sorted(scheme.accountants, key=lambda name: num_records > 1 and name != "tilted")
 
 
 def _event(

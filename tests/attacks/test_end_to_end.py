@@ -32,7 +32,7 @@ def write_distinct_users(path: pathlib.Path, num_users: int, seed: int = 0) -> p
 
 
 @pytest.fixture
-def run_of(tree, tmp_path):
+def run_of(tree, tmp_path, no_self_test):
     """Trains and scores a run on distinct users; keyword arguments replace keys of ``privacy`` and ``training``."""
 
     def make(num_users: int, num_steps: int, *, learning_rate: float = 0.02, **privacy: object) -> pathlib.Path:

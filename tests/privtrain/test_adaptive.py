@@ -237,7 +237,7 @@ def _metrics(run):
     return [line["privacy/clipping_norm"] for line in lines if "privacy/clipping_norm" in line]
 
 
-def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path):
+def test_a_killed_job_goes_on_with_the_norm_it_had(adaptive, tmp_path, no_self_test):
     adaptive["privacy"]["num_steps"] = 7
     whole, broken = (
         write_config({**adaptive, "run": {**adaptive["run"], "name": name}}, tmp_path / f"{name}.yaml")

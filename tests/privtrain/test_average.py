@@ -46,7 +46,7 @@ def config(tree, tmp_path):
     return write
 
 
-def test_killed_job_releases_the_average_of_every_tail_step(config, tree):
+def test_killed_job_releases_the_average_of_every_tail_step(config, tree, no_self_test):
     """Killed within the tail, whose first step no session after it takes."""
     broken = config("broken", 3)
     train_until_killed(broken, 4)

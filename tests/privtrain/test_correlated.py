@@ -231,7 +231,7 @@ def adapter(tmp_path: pathlib.Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors")
 
 
-def test_resumed_run_of_one_band_replays_for_free(banded, tmp_path, monkeypatch):
+def test_resumed_run_of_one_band_replays_for_free(banded, tmp_path, monkeypatch, no_self_test):
     banded["privacy"] |= {"num_bands": 1}
     config = write_config(banded, tmp_path / "run.yaml")
     train_until_killed(config, 5)
@@ -239,7 +239,7 @@ def test_resumed_run_of_one_band_replays_for_free(banded, tmp_path, monkeypatch)
     assert (state_of(tmp_path, "tiny").generation, state_of(tmp_path, "tiny").num_charged) == (0, 8)
 
 
-def test_resumed_run_has_the_noise_of_the_undisturbed_one(banded, tmp_path, monkeypatch):
+def test_resumed_run_has_the_noise_of_the_undisturbed_one(banded, tmp_path, monkeypatch, no_self_test):
     config = write_config(banded, tmp_path / "run.yaml")
     train_until_killed(config, 5)
     with monkeypatch.context() as patch:
@@ -322,7 +322,7 @@ def forgetful(recall):
     return without_past
 
 
-def test_diverging_replay_charges_whole_rounds(banded, tmp_path, monkeypatch):
+def test_diverging_replay_charges_whole_rounds(banded, tmp_path, monkeypatch, no_self_test):
     banded["privacy"] |= {"num_steps": 12}
     config = write_config(banded, tmp_path / "run.yaml")
     train_until_killed(config, 4)

@@ -50,7 +50,7 @@ def test_adapter_and_merged_models_compute_what_the_run_released(finished, tiny_
     assert merged.dtype == torch.bfloat16
 
 
-def test_a_fully_trained_model_is_cast(tree, tmp_path):
+def test_a_fully_trained_model_is_cast(tree, tmp_path, no_self_test):
     tree["training"]["method"] = "full"
     train(write_config(tree, tmp_path / "c.yaml"))
     run = tmp_path / "runs" / "tiny"

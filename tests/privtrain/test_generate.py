@@ -298,7 +298,7 @@ def test_settings_of_the_base_are_put_aside(causal):
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "full"])
-def test_every_method_writes_texts(method, tree, tmp_path, users_file):
+def test_every_method_writes_texts(method, tree, tmp_path, users_file, no_self_test):
     tree["training"]["method"] = method
     tree["prompt"] = {"num_virtual_tokens": 3}
     train(write_config(tree, tmp_path / "c.yaml"))
@@ -313,7 +313,7 @@ def test_every_method_writes_texts(method, tree, tmp_path, users_file):
     assert all(0 < len(text.encode()) <= 24 * 4 for text in texts)
 
 
-def test_labelled_corpus_by_the_command_line(tree, tmp_path):
+def test_labelled_corpus_by_the_command_line(tree, tmp_path, no_self_test):
     """prompt_completion with the label as the prompt: rows train again, and the probe compares both corpora."""
     rows = [
         {"user": f"u{user:02d}", "prompt": ("calm", "loud")[user % 2], "completion": f"{('elm', 'fir')[user % 2]} {n}"}

@@ -339,7 +339,7 @@ def test_two_ranks_release_what_one_process_does(tiny_llama, name):
 
 
 @pytest.mark.parametrize("noise", [{}, {"noise": "banded", "num_bands": 2}])
-def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path, noise):
+def test_killed_job_releases_the_same_numbers_everywhere(noised, tmp_path, noise, no_self_test):
     noised["privacy"] |= {"num_steps": 6, **noise}
     whole, broken = (
         write_config({**noised, "run": {**noised["run"], "name": name}}, tmp_path / f"{name}.yaml")

@@ -97,7 +97,7 @@ def log_with_time(tracker, rows):
         ("privtrain.job.publish.set_file_times", lambda *_: None, "released files bear times of their own"),
     ],
 )
-def test_mutant_that_tells_a_time_is_seen(tree, tmp_path, monkeypatch, target, mutant, told):
+def test_mutant_that_tells_a_time_is_seen(tree, tmp_path, monkeypatch, target, mutant, told, no_self_test):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(target, mutant)
     tree["tracking"] = {"wandb": True, "tensorboard": True, "mirror_block_steps": BLOCK}
@@ -203,7 +203,7 @@ def test_a_planted_leak_is_found(finished, tmp_path, file, leak):
     assert all(line.startswith(f"run/{file}: ") for line in found)
 
 
-def test_measurements_are_published_when_asked_for(tree, tmp_path, monkeypatch):
+def test_measurements_are_published_when_asked_for(tree, tmp_path, monkeypatch, no_self_test):
     monkeypatch.setenv("WANDB_MODE", "offline")
     tree["tracking"] = {"wandb": True, "release_measurements": True}
     train(write_config(tree, tmp_path / "c.yaml"))

@@ -101,7 +101,7 @@ def test_nothing_is_sent_of_what_does_not_verify(hub, finished):
     assert hub.calls == []
 
 
-def test_what_is_not_private_needs_consent(hub, tree, tmp_path):
+def test_what_is_not_private_needs_consent(hub, tree, tmp_path, no_self_test):
     tree["privacy"]["num_steps"] = 1
     train(write_config(tree, tmp_path / "c.yaml"))
     run = tmp_path / "runs" / "tiny"
@@ -138,7 +138,7 @@ def test_missing_token_and_refusals_are_named_and_tell_no_token(hub, finished, m
         push(finished, "me/tiny")
 
 
-def test_card_has_the_metadata_that_hub_pages_read(tree, tmp_path):
+def test_card_has_the_metadata_that_hub_pages_read(tree, tmp_path, no_self_test):
     """Checked by the hub's own reader: task, results on public rows, no path of this machine."""
     rows = [{"text": f"a public text number {number}"} for number in range(4)]
     (tmp_path / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

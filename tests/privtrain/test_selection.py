@@ -125,7 +125,7 @@ def test_deduplication_keeps_first_of_each_within_user(by_user):
     assert kept.manifest_sha256 == corpus.manifest_sha256
 
 
-def test_a_user_above_the_bound_is_refused_whatever_made_it(tmp_path, tree, monkeypatch):
+def test_a_user_above_the_bound_is_refused_whatever_made_it(tmp_path, tree, monkeypatch, no_self_test):
     check_contributions(["a", "b", "a"], 2)
     with pytest.raises(GuaranteeLost, match=r"2 records in the training set, privacy\.records_per_user allows 1"):
         check_contributions(["a", "b", "a"], 1)

@@ -73,7 +73,7 @@ def without_ledgers(monkeypatch):
     monkeypatch.setattr(module, "_set_file_times", lambda run: None)
 
 
-def test_tuning_releases_the_best_and_states_the_whole(tuned, tmp_path, three_trials):
+def test_tuning_releases_the_best_and_states_the_whole(tuned, tmp_path, three_trials, no_self_test):
     from privtrain.run.bundle import check_released
 
     path = write_config(tuned, tmp_path / "c.yaml")
