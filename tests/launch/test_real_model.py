@@ -23,7 +23,6 @@ DEMO = jobs.REPOSITORY / "launch" / "recipes" / "demo.yaml"
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=[pytest.mark.campaign, pytest.mark.dist])])
 def test_two_steps_of_the_demo(tmp_path: pathlib.Path, num_ranks: int):
     overrides = ["privacy.num_steps=2", "privacy.sampling_prob=0.01", "data.num_evaluation_records=4"]
-    overrides.append("performance.microbatch_size=2")  # most of the time is the self-test's, by the token of a line
     arguments = ["privtrain", "train", DEMO, f"run.output_dir={tmp_path}", *overrides, "tracking.wandb=false"]
     job = Ranks(arguments, tmp_path / "logs", world_size=num_ranks)
     assert job.wait(800) == [0] * num_ranks, job.output()[-3000:]
