@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import sys
+import time
 import types
 
 import numpy as np
@@ -347,6 +348,29 @@ def test_probe_prefers_texts_that_go_with_their_labels():
     assert "too few to compare" in str(probe.measure(real[:1], real, real))
 
 
+def test_probe_is_that_of_all_hashed_words():
+    """Words that no training text has are left out, which changes no prediction."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+
+    def drawn(num, words):
+        labels = rng.choice(["calm", "loud"], num)
+        hints = np.where(rng.random(num) < 0.8, labels, "loud")
+        return [(" ".join([*rng.choice(words, 6), hint]), name) for hint, name in zip(hints, labels, strict=True)]
+
+    training, tests = drawn(60, list("abcdef")), drawn(200, list("defghi"))
+    hashed = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False)
+    every = LogisticRegression(max_iter=1000, C=10.0)
+    every.fit(hashed.transform([text for text, _ in training]), [label for _, label in training])
+    found = probe.measure(training, training, tests)
+    assert isinstance(found, probe.Utility)
+    assert 0.6 < found.on_corpus < 1.0
+    texts, labels = zip(*tests, strict=True)
+    assert found.on_corpus == pytest.approx(every.score(hashed.transform(texts), labels), abs=0.01)
+
+
 def test_missing_sentence_model_is_named():
     pairs = [(f"{word} {n}", label) for n in range(20) for word, label in (("elm", "calm"), ("fir", "loud"))]
     texts = [text for text, _ in pairs]
@@ -428,6 +452,41 @@ def test_near_copy_has_most_runs_of_words_in_one_record():
     assert index.compare([([], text.replace("kettle", "toaster"))]).near_copies.num == 1  # 2 of 10 runs differ
     assert index.compare([([], " ".join(words[:8])), ([], " ".join(words[4:]))]).near_copies.num == 0  # no one record
     assert CorpusIndex([[]], ["too short"], 50).compare([([], "too short")]).near_copies == Rate(0, 0, None)
+
+
+@settings(max_examples=60)
+@given(
+    texts=st.lists(st.lists(st.sampled_from("ab"), max_size=16), min_size=1, max_size=5),
+    records=st.lists(st.lists(st.sampled_from("abc"), max_size=20), max_size=5),
+)
+def test_near_copies_equal_those_of_brute_force(texts, records):
+    def runs(words):
+        return {tuple(words[i : i + copies.NUM_WORDS]) for i in range(len(words) - copies.NUM_WORDS + 1)}
+
+    found = CorpusIndex([[] for _ in texts], [" ".join(text) for text in texts], 50)
+    near = found.compare([([], " ".join(record)) for record in records]).near_copies
+    long = [runs(text) for text in texts if len(text) >= copies.FEWEST_WORDS]
+    expected = sum(
+        any(len(text & runs(record)) >= copies.NEAR_SHARE * len(text) for record in records) for text in long
+    )
+    assert (near.num, near.num_texts) == (expected, len(long))
+
+
+def test_a_record_costs_the_same_in_a_large_corpus():
+    """Each looks its runs up; a pass over the corpus for every record took hours at 100,000 texts."""
+    rng = np.random.default_rng(0)
+    records = [(rng.integers(0, 1000, 60), f"{n} x y z u v w") for n in range(300)]
+
+    def seconds(num_texts: int) -> float:
+        index = CorpusIndex(rng.integers(1000, 2000, (num_texts, 60)), ["" for _ in range(num_texts)], 50)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            assert index.compare(records).copies.num == 0
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(4000) < 10 * seconds(40)
 
 
 def test_rate_has_the_bound_of_clopper_and_pearson():

@@ -9,11 +9,11 @@ Records stream past an index of the corpus, so that memory follows the corpus an
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 #: Words of a run, the share of a text's runs that makes a near copy, and the fewest words of a text that can be one.
 NUM_WORDS = 5
@@ -22,6 +22,8 @@ FEWEST_WORDS = 10
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CONFIDENCE = 0.95
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,62 +78,92 @@ class CorpusIndex:
 
     def __init__(self, tokens: Sequence[Sequence[int]], texts: Sequence[str], num_tokens: int) -> None:
         self._num_tokens = num_tokens
-        # A record's windows are looked up by their hashes first, as an array: almost none stands in the corpus.
-        self._windows: dict[tuple[int, ...], list[int]] = {}
-        for number, ids in enumerate(tokens):
-            for start in range(len(ids) - num_tokens + 1):
-                self._windows.setdefault(tuple(ids[start : start + num_tokens]), []).append(number)
-        hashes = [_hashes(np.asarray(ids, dtype=np.int64), num_tokens) for ids in tokens]
-        self._hashes = np.unique(np.concatenate([*hashes, np.empty(0, np.uint64)]))
-        self._num_long = sum(len(ids) >= num_tokens for ids in tokens)
-        self._words: dict[tuple[str, ...], list[int]] = {}
-        self._num_runs: dict[int, int] = {}
-        for number, text in enumerate(texts):
-            words = text.split()
-            if len(words) < FEWEST_WORDS:
-                continue
-            runs = _runs(words)
-            self._num_runs[number] = len(runs)
-            for run in runs:
-                self._words.setdefault(run, []).append(number)
+        self._tokens = _RunIndex(tokens, num_tokens)
+        words = [text.split() for text in texts]
+        self._numbers: dict[str, int] = {}
+        numbered = [
+            [self._numbers.setdefault(word, len(self._numbers)) for word in found] if len(found) >= FEWEST_WORDS else []
+            for found in words
+        ]
+        self._words = _RunIndex(numbered, NUM_WORDS)
 
     def compare(self, records: Iterable[tuple[Sequence[int], str]]) -> Copies:
         """Return how much of the corpus stands in some records, each given as tokens and text."""
-        copies: set[int] = set()
-        near: set[int] = set()
+        is_new = np.ones(len(self._tokens.owners), dtype=bool)
+        is_near = np.zeros(len(self._words.num_runs), dtype=bool)
         num_records = 0
         for tokens, text in records:
             num_records += 1
-            copies |= self._copies_in(tokens)
-            near |= self._near_in(text)
+            for places in self._tokens.places_of(tokens, is_new):
+                is_new[places] = False
+            # A word that the corpus lacks has a number that none of its words has.
+            numbers = [self._numbers.get(word, len(self._numbers)) for word in text.split()]
+            shared = [self._words.owners[places] for places in self._words.places_of(numbers)]
+            if shared:
+                counts = np.bincount(np.concatenate(shared), minlength=len(is_near))
+                is_near |= (counts > 0) & (counts >= NEAR_SHARE * self._words.num_runs)
         return Copies(
             self._num_tokens,
-            Rate.of(len(copies), self._num_long),
-            Rate.of(len(near), len(self._num_runs)),
+            Rate.of(len(np.unique(self._tokens.owners[~is_new])), int((self._tokens.num_runs > 0).sum())),
+            Rate.of(int(is_near.sum()), int((self._words.num_runs > 0).sum())),
             num_records,
         )
 
-    def _copies_in(self, tokens: Sequence[int]) -> set[int]:
-        """Return the numbers of corpus texts that share a run of tokens with these."""
-        hashes = _hashes(np.asarray(tokens, dtype=np.int64), self._num_tokens)
-        numbers: set[int] = set()
-        for start in np.flatnonzero(np.isin(hashes, self._hashes)).tolist():  # equal hashes, perhaps other tokens
-            numbers.update(self._windows.get(tuple(tokens[start : start + self._num_tokens]), ()))
-        return numbers
 
-    def _near_in(self, text: str) -> set[int]:
-        """Return the numbers of corpus texts of which ``NEAR_SHARE`` of the word runs stand in this text."""
-        shared: collections.Counter[int] = collections.Counter()
-        for run in _runs(text.split()):
-            shared.update(self._words.get(run, ()))
-        return {number for number, count in shared.items() if count >= NEAR_SHARE * self._num_runs[number]}
+class _RunIndex:
+    """Where each run of so many numbers stands in a list of texts, each given as numbers.
+
+    Attributes:
+        owners: [runs] int32 text of each, runs in the order of their hashes; a run that a text repeats is there once.
+        num_runs: [texts] different runs of each.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], size: int) -> None:
+        self._size = size
+        arrays = [np.asarray(text, dtype=np.int64) for text in texts]
+        self._numbers = np.concatenate([*arrays, np.empty(0, np.int64)])
+        firsts = [_first_places(array, size) for array in arrays]
+        self.num_runs = np.array([len(places) for places in firsts], dtype=np.int64)
+        begins = np.cumsum([0, *map(len, arrays)])
+        starts = [first + begin for first, begin in zip(firsts, begins.tolist(), strict=False)]
+        hashes = [_hashes(array, size)[first] for array, first in zip(arrays, firsts, strict=True)]
+        unordered = np.concatenate([*hashes, np.empty(0, np.uint64)])
+        order = np.argsort(unordered, kind="stable")
+        self._hashes = unordered[order]
+        self._starts = np.concatenate([*starts, np.empty(0, np.int64)])[order]
+        self.owners = np.repeat(np.arange(len(arrays), dtype=np.int32), self.num_runs)[order]
+
+    def places_of(self, text: Sequence[int], is_wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[IntArray]:
+        """Yield, for each different run of a text that stands in the index, its places there.
+
+        Args:
+            text: as numbers.
+            is_wanted: [runs] places that are asked for; all, if it is not given.
+        """
+        array = np.asarray(text, dtype=np.int64)
+        hashes = _hashes(array, self._size)
+        begins, ends = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
+        if not (begins < ends).any():  # almost every record
+            return
+        for first in _first_places(array, self._size).tolist():
+            places = np.arange(begins[first], ends[first])
+            if is_wanted is not None:
+                places = places[is_wanted[places]]
+            # Equal hashes, perhaps of other numbers.
+            there = self._numbers[self._starts[places][:, None] + np.arange(self._size)]
+            if len(equal := places[(there == array[first : first + self._size]).all(axis=1)]):
+                yield equal
 
 
-def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(words[start : start + NUM_WORDS]) for start in range(len(words) - NUM_WORDS + 1)}
+def _first_places(numbers: IntArray, size: int) -> IntArray:
+    """Return where each different run begins first, in order."""
+    if len(numbers) < size:
+        return np.empty(0, np.int64)
+    runs = np.lib.stride_tricks.sliding_window_view(numbers, size)
+    return np.sort(np.unique(runs, axis=0, return_index=True)[1])
 
 
-def _hashes(tokens: np.ndarray, size: int) -> np.ndarray:
+def _hashes(tokens: IntArray, size: int) -> npt.NDArray[np.uint64]:
     """Return [max(0, n - size + 1)] uint64 hash of every run of tokens; equal runs have equal hashes."""
     if len(tokens) < size:
         return np.empty(0, np.uint64)
