@@ -142,11 +142,12 @@ class _RunIndex:
         """
         array = np.asarray(text, dtype=np.int64)
         hashes = _hashes(array, self._size)
-        begins, ends = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
+        begins = np.searchsorted(self._hashes, hashes, side="left")
+        ends = np.searchsorted(self._hashes, hashes, side="right")
         if not (begins < ends).any():  # almost every record
             return
         for first in _first_places(array, self._size).tolist():
-            places = np.arange(begins[first], ends[first])
+            places = np.arange(int(begins[first]), int(ends[first]))
             if is_wanted is not None:
                 places = places[is_wanted[places]]
             # Equal hashes, perhaps of other numbers.
