@@ -33,7 +33,7 @@ from privtrain.run.directory import RunDirectory
 from tests.attacks.conftest import put_signals
 from tests.attacks.exact_models import Markov
 from tests.attacks.signal_files import read_signals
-from tests.conftest import tiny_tree, write_config
+from tests.conftest import save_tiny_llama, tiny_tree, write_config
 
 # --- sampling schemes
 
@@ -310,7 +310,7 @@ def test_extrapolation_gives_the_tail_and_refuses_other_laws():
 
 
 @pytest.fixture(scope="module")
-def overfitted(tiny_llama, tmp_path_factory):
+def overfitted(tmp_path_factory):
     """Users with one sentence each, and canaries, which a tiny model saw over and over without noise."""
     folder = tmp_path_factory.mktemp("overfitted")
     letters, rng = np.array(list("abcdefgh ")), np.random.default_rng(5)
@@ -318,7 +318,7 @@ def overfitted(tiny_llama, tmp_path_factory):
         for user in range(12):
             text = "".join(rng.choice(letters, 40)).replace(" ", "z")
             file.writelines(json.dumps({"user": f"user-{user}", "text": text}) + "\n" for _ in range(3))
-    tree = tiny_tree(tiny_llama, folder / "users.jsonl", folder / "runs")
+    tree = tiny_tree(save_tiny_llama(folder / "model", num_layers=1), folder / "users.jsonl", folder / "runs")
     del tree["lora"]
     tree["data"] = {
         "source": tree["data"]["source"],
