@@ -22,7 +22,7 @@ class FilesSource(Section):
 class HubSource(Section):
     """A data set by hub name."""
 
-    kind: Literal["hub"] = Field(description="A data set on the Hugging Face hub.")
+    kind: Literal["hub"] = Field(description="A data set on the Hugging Face hub, in Parquet or Arrow.")
     name: str = Field(description="Name of the data set on the hub.")
     subset: str | None = Field(default=None, description="Configuration of a data set that has several.")
     split: str = Field(default="train", description="Split of the data set.")

@@ -31,6 +31,9 @@ READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv
 #: What the library datasets raises at names, scripts and files that it cannot load, beside its own errors.
 _HUB_FAULTS = (*READ_FAULTS, RuntimeError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
 
+#: Builders of the library datasets whose files say what type a column has.
+_TYPED_BUILDERS = ("parquet", "arrow")
+
 
 class TooManyFieldsError(ValueError):
     """A row of CSV with more fields than the header names."""
@@ -43,8 +46,11 @@ class NotAnObjectError(ValueError):
 def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
     """Yield the values of these columns, row by row, of a data set by name.
 
+    Of CSV and JSON the library guesses types from all rows together, so that a row more would change what other
+    users' ids and texts are read as (007 or 7, 5 or 5.0, a day or a moment). Those are refused.
+
     Raises:
-        ConfigError: if it cannot be loaded or lacks a column.
+        ConfigError: if it cannot be loaded, lacks a column, or its files do not say which types the columns have.
     """
     import datasets
     from datasets import exceptions
@@ -61,6 +67,13 @@ def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object
         raise ConfigError([Fault("data.source.name", problem)]) from None
     if not isinstance(table, datasets.Dataset):
         raise ConfigError([Fault("data.source.split", f"{source.split!r} of {source.name} is not one table of rows")])
+    if table.info.builder_name not in _TYPED_BUILDERS:
+        problem = (
+            f"{source.name} is read from files without column types ({table.info.builder_name}), which are guessed "
+            "from all rows together, so one user's row could change how others are read; download the files and give "
+            "them with data.source.kind: files, which guesses nothing, or convert the data set to Parquet"
+        )
+        raise ConfigError([Fault("data.source.name", problem)])
     missing = set(columns) - set(table.column_names)
     if missing:
         problem = f"no column {sorted(missing)} in {source.name}; it has {', '.join(table.column_names)}"

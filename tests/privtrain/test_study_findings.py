@@ -187,7 +187,8 @@ def test_the_subset_of_a_hub_data_set_reaches_the_hub(tree, monkeypatch):
 
     def load(*arguments: Any, **options: Any) -> datasets.Dataset:
         asked.append(arguments)
-        return datasets.Dataset.from_dict({"user": ["a"], "text": ["x"]})
+        info = datasets.DatasetInfo(builder_name="parquet")
+        return datasets.Dataset.from_dict({"user": ["a"], "text": ["x"]}, info=info)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     tree["data"]["source"] = {"kind": "hub", "name": "nyu-mll/glue", "subset": "sst2"}
