@@ -160,7 +160,7 @@ def calibrate_count(
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     largest: int = LARGEST_COUNT,
 ) -> int:
-    """Return the largest count (of steps, epochs, records) within the target; beyond ten thousand, to one part in it.
+    """Return the largest count (of steps, epochs, records) within the target; beyond 10,000, to one part in 10,000.
 
     Args:
         make_event: the event of a count; epsilon must grow with it.
@@ -172,7 +172,7 @@ def calibrate_count(
         largest: the end of the search.
 
     Raises:
-        CalibrationError: if even one exceeds the target, or ``largest`` do not.
+        CalibrationError: if a count of one exceeds the target, or one of ``largest`` does not.
     """
     judge = _Judge(lambda n: make_event(int(n)), 1, target_epsilon, target_delta, accountant, relation)
     if judge.guide(1) > target_epsilon and not judge.allows(1):

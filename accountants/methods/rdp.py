@@ -92,7 +92,7 @@ def _delta_of(orders: Sequence[float], divergences: Sequence[float], epsilon: fl
 
 def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> tuple[tuple[float, ...], list[float]]:
     """Return the worse direction's Renyi divergences by order: by quadrature of a normal form, else the library's."""
-    if relation is not NeighboringRelation.REPLACE_ONE:
+    if relation is not NeighboringRelation.REPLACE_ONE:  # the normal form is of adding and removing: both, the worse
         try:
             return ORDERS, mixture_divergences(composition(event))
         except UnsupportedEventError:
@@ -106,7 +106,7 @@ def _divergences(event: dp_accounting.DpEvent, relation: NeighboringRelation) ->
         accountant.compose(event)
     except dp_accounting.UnsupportedEventError as error:
         raise UnsupportedEventError(f"rdp under {relation.name}: {error}") from error
-    # The library has no public accessor for the divergences that it converts.
+    # The library has no public accessor for the divergences that it converts, and may leave orders out.
     return tuple(vars(accountant)["_orders"]), list(vars(accountant)["_rdp"])
 
 

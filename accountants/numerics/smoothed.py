@@ -67,10 +67,13 @@ _LONGEST_REACH = 50.0
 
 
 class _Ellipse(NamedTuple):
-    """What bounds the rule's error by one family of ellipses, by panel, for any tilt (point 4 of the module)."""
+    """What bounds the rule's error by one family of ellipses, by panel, for any tilt (point 4 of the module).
 
-    at_left: Array  # loss at the ellipse's left end
-    at_right: Array
+    There, h is half a panel, r the ellipse's parameter, v its half-height and mu the largest shift.
+    """
+
+    at_left: Array  # loss at the ellipse's left end, one for each panel
+    at_right: Array  # at its right end
     log_cosine: float  # log cos(v mu) at its top
     log_density: Array  # largest log phi on it
     log_factor: float  # log of 64/15 h r^-30 / (1 - r^-2)

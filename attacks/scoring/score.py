@@ -240,6 +240,7 @@ def score_documents(job: Job, documents: Sequence[Document], target: Scorer, bas
         of_target, of_base = target_signals[place], base_signals[place]
         if rewriting.RECALL in means[place]:
             assert job.prefix is not None
+            # The plain mean over as many tokens as fit behind the prefix; the first token is predicted by none.
             num_shared = min(len(tokens[place]), job.max_length - len(job.prefix) + 1) - 1
             means[place][rewriting.RECALL_PLAIN] = float(of_target.logp[:num_shared].mean(dtype=np.float64))
         rows.append(

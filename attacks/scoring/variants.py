@@ -42,7 +42,7 @@ class Rewritten:
     """A sequence whose mean log-probability is wanted.
 
     Attributes:
-        place: of the document it belongs to.
+        place: of the document it belongs to, among those of the part.
         name: of the variant.
         tokens: the whole sequence.
         first: the first of the predicted tokens that count.

@@ -112,7 +112,7 @@ class Watch:
                 if lost:
                     self._decide({"kind": "lost", "ranks": lost, "code": EXIT_MACHINE_FAILED})
                 elif self._has(self._key("verdict")):
-                    self._decide({})
+                    self._decide({})  # takes the verdict that stands
                 self._num_rounds += 1
                 if self._decided.is_set():
                     return self._end()

@@ -149,9 +149,11 @@ def refusal(model: Any) -> str:
     if not hasattr(base, "set_attn_implementation") or len(kinds) != 1 or not kinds <= set(_SUPPORTED):
         return f"{name} has attention {sorted(map(str, kinds))}; packed lines need {' or '.join(_SUPPORTED)}"
     original = base.config._attn_implementation
-    base.set_attn_implementation(_NAME)
-    is_set = base.config._attn_implementation == _NAME
-    base.set_attn_implementation(original)
+    try:  # the only way to learn whether a model reads the setting
+        base.set_attn_implementation(_NAME)
+        is_set = base.config._attn_implementation == _NAME
+    finally:
+        base.set_attn_implementation(original)
     return "" if is_set else f"{name} does not use transformers' AttentionInterface"
 
 

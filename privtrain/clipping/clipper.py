@@ -505,7 +505,15 @@ class PerUnitClipper:
         index: int | None,
         gradient: dict[str, torch.Tensor],
     ) -> None:
-        """Add what the first pass deferred: units with a weight to ``total``, the unit ``index`` to ``gradient``."""
+        """Add what the first pass deferred: units with a weight to ``total``, the unit ``index`` to ``gradient``.
+
+        Args:
+            passes: over this microbatch.
+            calls: of the block that captures them.
+            weights: [slots, units] factors on the grid; 0 leaves a unit out.
+            index: a unit whose gradient is wanted whole and unclipped, since its rows continue; ``None`` for none.
+            gradient: what there is of that; filled in place.
+        """
         number = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         gradients = passes.gradients
         used = (weights != 0).any(dim=0)
@@ -523,7 +531,10 @@ class PerUnitClipper:
             passes.again(calls, add, gradients.rows_of(used))
 
     def _begin(self, index: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open."""
+        """Return what there is of a unit's gradient: of this microbatch, and of those before if it was left open.
+
+        Only a microbatch's first unit can go on with one left open, which is closed here; ``gradient`` is emptied then.
+        """
         if index > 0 or self._open is None:
             return gradient
         so_far, self._open = self._open.gradient, None
@@ -568,7 +579,7 @@ class PerUnitClipper:
         self._add_whole(batch.owners[index], gradient)
 
     def add_gradient(self, owner: int, gradient: dict[str, torch.Tensor]) -> None:
-        """Clip and add one unit's whole gradient that no row gave; after a step's last microbatch.
+        """Clip and add one unit's whole gradient that no row gave, such as a planted direction; after all microbatches.
 
         Args:
             owner: position among the rank's units, or a negative number for a unit without rows.

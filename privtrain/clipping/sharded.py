@@ -49,7 +49,8 @@ class ShardedClipper(PerUnitClipper):
     """Accumulates this rank's part of Σ_u clip(g_u) over the units of all ranks of its shard group.
 
     Guarantee: as for :class:`~.clipper.PerUnitClipper`, whose numbers its own are bit for bit; for joint units as for
-    :class:`~.cooperative.CooperativeClipper`.
+    :class:`~.cooperative.CooperativeClipper`. A unit is joint if it has more rows than a microbatch: every rank of the
+    group gets its rows, and a clipper for these alone adds to the same ``total`` and ``diagnostics``.
 
     Args:
         model: the model that ``row_losses`` runs.
@@ -218,7 +219,10 @@ class ShardedClipper(PerUnitClipper):
         self._joint.accumulate(batch)
 
     def _is_everywhere(self, batch: Microbatch) -> bool:
-        """Return whether all ranks of the shard group have this microbatch."""
+        """Return whether all ranks of the shard group have this microbatch.
+
+        Numbers with the sum and the sum of squares that equal ones would have are equal.
+        """
         sha = hashlib.sha256(repr(batch.owners).encode())
         for value in (batch.input_ids, batch.target_mask, batch.row_weight, batch.owner):
             sha.update(value.cpu().numpy().tobytes())

@@ -59,7 +59,7 @@ class Canary:
     """One canary user. Everything here is secret.
 
     Attributes:
-        user: its id; no id of the data begins like one of a user that does not exist.
+        user: its id; that of an invented user has a beginning that no id of the data has.
         kind: one of the six kinds.
         prefix: text before the secret; empty but for ``template``.
         secret: what is to be found again: digits, tokens as text, or the inserted substring.

@@ -107,7 +107,11 @@ class Encoder:
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
     def chunks(self, texts: Sequence[str]) -> list[tuple[Record, tuple[int, ...]]]:
-        """Cut the texts, each with an end token, into records of ``max_length``; return each with its texts' places."""
+        """Join the texts, each with an end token, and cut that into records of ``max_length``, across borders too.
+
+        Returns:
+            Each record, with a begin mark, beside the numbers of the texts that it holds parts of.
+        """
         begin, end = marks(self.tokenizer)
         encoded = [[*_unmarked(ids, begin, end), end] for ids in self._ids(texts)]
         tokens = np.asarray([token for ids in encoded for token in ids], dtype=np.int64)

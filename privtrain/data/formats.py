@@ -66,7 +66,10 @@ def _as_text(data: DataSection, values: Sequence[object]) -> str:
 
 
 def written(record: str, data: DataSection) -> str:
-    """Return what a model learns to write of a record in its one text form: text, completion or assistant's turns."""
+    """Return what a model learns to write of a record in its one text form.
+
+    A text itself, a completion or the assistant's turns; of a classifier's record all of it, since it writes none.
+    """
     match data.format:
         case "chat":
             return "\n".join(turn["content"] for turn in json.loads(record) if turn["role"] == _ASSISTANT)
@@ -77,7 +80,7 @@ def written(record: str, data: DataSection) -> str:
 
 
 def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
-    """Return the reason why :func:`canonical` rejects a row."""
+    """Return the reason why :func:`canonical` rejects a row; only for rows that it does reject."""
     keys = [f"data.{key}" for key in data.column_keys]
     if has_half_pair(_as_text(data, values)):
         return Unusable("half of a surrogate pair in its text, as of an emoji that was cut; take it out")
@@ -85,7 +88,7 @@ def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
         case "text":
             return Unusable(_text_problem(values[0], keys[0]))
         case "prompt_completion":
-            faulty = 1 if values[0] is None or isinstance(values[0], str) else 0
+            faulty = 1 if values[0] is None or isinstance(values[0], str) else 0  # a prompt may be empty or missing
             return Unusable(_text_problem(values[faulty], keys[faulty]))
         case "chat":
             return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")

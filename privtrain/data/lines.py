@@ -243,6 +243,7 @@ class LinePacker:
 
     def _num_slots(self, size: int) -> int:
         """Return how many units share a line: all that fit if each takes half of its slot, of the smallest a third."""
+        # A unit has more than half of its slot, or it had a smaller slot; of the smallest, a third is a guess.
         is_smallest = size == self._sizes()[-1]
         tokens = self.shared_length(size)
         fitting = 3 * tokens // size if is_smallest else -(-2 * tokens // size) - 1

@@ -139,7 +139,7 @@ class Packer:
                 yield self._assemble(runs, units, weights, width)
                 num_made += 1
         assert num_made <= num_batches
-        for _ in range(num_batches - num_made):
+        for _ in range(num_batches - num_made):  # empty and narrow: they keep ranks in step
             yield self._assemble([], units, weights, min(-(-self.max_length // _NUM_WIDTHS), self.max_length))
 
     def pack_share(

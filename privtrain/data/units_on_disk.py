@@ -21,6 +21,12 @@ class UnitsOnDisk(UnitData):
     """A :class:`~.units.UnitData` that keeps only users and record indices in memory.
 
     How many records are cut or predict nothing is not counted: that would take tokenising them all.
+
+    Attributes:
+        corpus: records by user.
+        training: user → indices of those of its records that are trained on.
+        encoder: makes tokens of records.
+        unit: ``user`` or ``example``.
     """
 
     corpus: Corpus
@@ -35,7 +41,7 @@ class UnitsOnDisk(UnitData):
 
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """Return the drawn units' records, tokenised in one call."""
+        """Return the drawn units' records, tokenised in one call; ``drawn`` has units' places and records' numbers."""
         places = [self._locate(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
         return [[next(encoded) for _ in numbers] for _, numbers in drawn]

@@ -336,10 +336,11 @@ def refund_run(run_path: pathlib.Path, url: str) -> str:
 
 
 def _read_claims(run: RunDirectory) -> tuple[str, ...]:
-    """Return what this copy of the run directory claimed its reservation with; more than one after a crash in between.
+    """Return the random tokens that this copy of the run directory claimed its reservation with.
 
-    The registry keeps one claim, a new one at every start: of two copies of a directory, the one that starts second
-    takes the reservation, and the first is refused from then on, as is one that was restored.
+    The registry keeps one, a new one at every start: of two copies of a directory, the one that starts second takes the
+    reservation, and the first is refused from then on, and so is a directory restored from before. There are two tokens
+    after a crash between writing the new one here and the registry's taking it.
     """
     file = _claims_path(run)
     return tuple(json.loads(file.read_text(encoding="utf-8"))["claims"]) if file.exists() else ()

@@ -204,6 +204,7 @@ def _open_table(log: pathlib.Path, state: LedgerState) -> pa.Table:
 
 
 def _steps_table(state: LedgerState) -> pa.Table:
+    """Return a row for each step that was begun: whether it was committed, and whether the model now rests on it."""
     model = set(state.path)
     steps = list(state.intents)
     return pa.table(

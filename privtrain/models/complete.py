@@ -67,7 +67,8 @@ def _is_head(base: PreTrainedModel, name: str) -> bool:
 def _changes_a_part(base: PreTrainedModel, name: str) -> bool:
     """Return whether a weight that is not read belongs to a part that the body has: a further layer, or a bias.
 
-    A part that the body does not have at all (a pooling layer, a vision tower) may stay unread.
+    Of BERT: ``bert.encoder.layer.12.…`` does where there are 12 layers, since ``bert.encoder`` exists. A part that the
+    body does not have at all (a pooling layer, a vision tower) may stay unread.
     """
     body, _, rest = name.partition(".")
     part = f"{body}.{rest.partition('.')[0]}"

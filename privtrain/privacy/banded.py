@@ -105,7 +105,7 @@ class Strategy:
     def error(self, workload: Workload) -> float:
         """Return the noise of the trained weights, as a root mean square over steps, per unit of σ: |A C⁻¹|_F / √T.
 
-        Times σ, which is the noise multiplier times ``column_norm`` times the clipping norm.
+        A is the workload's matrix. Multiply by σ: the noise multiplier times ``column_norm`` times the clipping norm.
         """
         form = workload.form
         inverse = self.inverse_column(len(form))

@@ -213,6 +213,7 @@ class Group(Mixture):
         """Return k times a record's ε, lowered by the δ per record that an ever smaller ε allows."""
         event, k = scheme.event_of_steps(noise_multiplier, num_steps), self.records_per_user
         of_record = terms.epsilon(event)
+        # From what is known already, or else from the group's conversion of a record's whole curve.
         epsilon = known if math.isfinite(of_record.upper) else math.inf
         if math.isinf(epsilon) and math.isfinite(of_record.upper):
             judge = accountants.get_accountant(terms.accountant)

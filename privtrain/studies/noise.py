@@ -88,6 +88,7 @@ def _code_version() -> str:
 def _calibrated(setting: Setting, name: str) -> float:
     """Return the noise rounded up to ``DECIMALS``, and on until it is certified."""
     root = _root(setting, name, 1.0 if name == "tilted" else setting.noise("tilted"))
+    # A root that is a whole step but for the root finder's error is not rounded up; estimates certify nothing.
     value = math.ceil(root * 10**DECIMALS - 1e-3) / 10**DECIMALS
     while name not in ESTIMATES and setting.spent(name, value) > setting.epsilon:
         value = round(value + 10**-DECIMALS, DECIMALS)

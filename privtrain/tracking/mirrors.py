@@ -163,7 +163,7 @@ def _read(path: pathlib.Path) -> dict[str, int]:
 
 
 def _rows_of(run: RunDirectory) -> list[Row]:
-    """Return the rows of ``metrics.jsonl`` as it was opened: without those that will be logged again."""
+    """Return the rows of ``metrics.jsonl``, whose opening cut it back to the checkpoint that training goes on from."""
     rows = []
     for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []:
         row = json.loads(line)

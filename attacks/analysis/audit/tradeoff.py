@@ -131,6 +131,6 @@ def mu_lower_bound(num_coins: int, num_guesses: int, num_correct: int, significa
 def gaussian_epsilon_lower_bound(
     num_coins: int, num_guesses: int, num_correct: int, delta: float, significance: float
 ) -> float:
-    """Return epsilon at ``delta`` of the Gaussian curve of :func:`mu_lower_bound`: tied to it, no free epsilon."""
+    """Return epsilon at ``delta`` of the Gaussian curve of :func:`mu_lower_bound`; of Gaussian mechanisms alone."""
     mu = mu_lower_bound(num_coins, num_guesses, num_correct, significance)
     return gdp.gdp_epsilon(mu, delta) if mu > 0.0 else 0.0

@@ -249,6 +249,14 @@ def _resampled(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Resample users with all their records, in blocks, with O(records) work a resample and without sorting again.
 
+    Args:
+        held_in: scores of records of users trained on.
+        held_out: those of others.
+        places: by side, each record's user: 0 to the number of users less one.
+        draw: gives [resamples, users + 1] weights; the last column is that of an invented user.
+        num_resamples: how many.
+        seed: of the draws.
+
     Returns:
         Per resample: weight of the (held-in, held-out) pairs of records in order, ties one half; by side the weight of
         all records; by side that of one invented user with an average number of records (0 where none is drawn).
@@ -262,6 +270,7 @@ def _resampled(
     for num, drawn in zip(nums, _drawn(draw, seed, (num_users[0], num_users[1]), nums), strict=True):
         weights_in, weights_out = drawn[0][:, places[0]], drawn[1][:, places[1][order]]
         cumulative = np.concatenate([np.zeros((num, 1)), weights_out.cumsum(axis=1)], axis=1)
+        # The weight of records strictly below, and half of that of ties.
         wins = (weights_in * (cumulative[:, below] + cumulative[:, at_most])).sum(axis=1) / 2.0
         extra = [weights[:, -1] * place.size / (place.max() + 1) for weights, place in zip(drawn, places, strict=True)]
         blocks.append(np.stack([wins, weights_in.sum(axis=1), cumulative[:, -1], *extra]))

@@ -37,6 +37,8 @@ def _adapter(value: Any, tree: Mapping[str, Any]) -> Outcome:
 def _datasets(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Translate a list of data sets, which must be of one kind, into one source."""
     entries = value if isinstance(value, list) else [value]
+    if not entries:
+        return refused("given an empty list; name one file with user ids")
     datasets = [_dataset(entry) for entry in entries]
     wrong = next((outcome for outcome in datasets if outcome.is_refused), None)
     if wrong is not None:
