@@ -150,6 +150,7 @@ def _load(
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
         delattr(base.config, "quantization_config")
     switch_cache_off(base)
+    _keep_packing(base)
     return base.requires_grad_(False)
 
 
@@ -174,6 +175,17 @@ def saved_as_loaded(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config.use_cache = own
+
+
+def _keep_packing(base: PreTrainedModel) -> None:
+    """Leave 4-bit weights as they were loaded.
+
+    On CPUs with AVX512-BF16, bitsandbytes packs them anew in the first pass without gradients, for a kernel that rounds
+    otherwise than training does; for widths that are no multiple of 64 it fails.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

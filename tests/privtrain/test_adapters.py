@@ -117,6 +117,18 @@ def test_lora_over_a_base_that_bitsandbytes_holds_trains_exactly(tree, tiny_llam
         assert relative_error(found, reference) < 1e-5
 
 
+def test_evaluation_leaves_4_bit_weights_as_loaded(tiny_llama, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules", reason="bitsandbytes is optional")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # as on the CPUs that pack them anew
+    base = load_base(ModelSection(name_or_path=str(tiny_llama), quantization="nf4")).eval()
+    before = {name: value.clone() for name, value in base.named_parameters()}
+    with torch.no_grad():
+        base(torch.tensor([[1, 2, 3]]))
+    after = dict(base.named_parameters())
+    assert any(value.dtype == torch.uint8 for value in after.values())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_trainable_copies_are_fp32_over_a_bf16_base(tree):
     _, layout = trainable(base_of("qwen2").bfloat16(), tree, {"modules_to_save": ["lm_head"]}, "lora")
     assert any("lm_head" in name for name in layout.parameters)

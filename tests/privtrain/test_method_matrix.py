@@ -134,7 +134,9 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def check_cell(tree, folder, monkeypatch, method: str, task: str, held_in: str) -> None:
     if held_in in ("nf4", "int8"):
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional: pip install 'privtrain[quantized]'")
+        bits = pytest.importorskip("bitsandbytes.nn.modules", reason="bitsandbytes is optional")
+        # For others: its kernel for CPUs with AVX512-BF16 fails for models narrower than 64, as this one is.
+        monkeypatch.setattr(bits, "has_avx512bf16", lambda: False)
     config = configured(tree, folder, method, task, held_in)
     run, base = folder / "runs" / "tiny", folder / "base"
     if refusal := refused_before_training(method, task, held_in):
