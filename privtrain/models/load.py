@@ -185,7 +185,7 @@ def _keep_packing(base: PreTrainedModel) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
