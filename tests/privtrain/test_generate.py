@@ -348,6 +348,13 @@ def test_probe_prefers_texts_that_go_with_their_labels():
     assert "too few to compare" in str(probe.measure(real[:1], real, real))
 
 
+def test_probe_of_texts_without_words_guesses_one_label():
+    """What an untrained model writes: marks alone, which have no words to hash."""
+    wordless = [(". . !", label) for label in ("a", "b", "b")]
+    tests = [(f"word{number % 7}", "ab"[number % 2]) for number in range(200)]
+    assert probe.measure(wordless, tests, tests).on_corpus == 0.5
+
+
 def test_probe_is_that_of_all_hashed_words():
     """Words that no training text has are left out, which changes no prediction."""
     from sklearn.feature_extraction.text import HashingVectorizer

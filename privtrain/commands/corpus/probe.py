@@ -114,7 +114,7 @@ def _accuracy(training: Labelled, test_features: Any, test_labels: Sequence[str]
 
     training_features = features([text for text, _ in training])
     # What no training text has would have weights of zero, in arrays that cost most of the time.
-    used = np.unique(training_features.nonzero()[1])
+    used = np.union1d(training_features.nonzero()[1], [0])  # one column even where no text has a word
     probe = LogisticRegression(max_iter=1000, C=10.0)
     probe.fit(training_features[:, used], [label for _, label in training])
     return float(probe.score(test_features[:, used], test_labels))
