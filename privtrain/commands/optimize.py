@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import accountants
@@ -28,7 +28,7 @@ BANDS = (1, 4, 16, 64)
 #: Records of a user in a step that are compared, beside the configuration's.
 _RECORDS = (1, 4)
 #: A plan whose predicted gain is at most this share below the best is as good, as far as the law can tell.
-AS_GOOD = 0.02
+_AS_GOOD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +129,28 @@ def optimize(config: Config, num_units: float, num_trained: int, record_draws: f
         rate_scale = config.training.learning_rate / now.learning_rate
         now = dataclasses.replace(now, learning_rate=config.training.learning_rate)
     tried = [_choice(config, num_trained, *shape, rate_scale) for shape in _shapes(config, num_units, record_draws)]
-    choices = _where_bands_help([choice for choice in tried if choice is not None], num_trained)
+    choices = [choice for choice in tried if choice is not None]
     if not choices:
         problem = f"no batch of {num_units:.0f} users within {record_draws:.0f} records meets it"
         raise ConfigError([Fault("privacy.target_epsilon", problem)])
-    steps = sorted({choice.num_steps for choice in choices})
-    frontier = tuple(max((c for c in choices if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
+    frontier, best = ranked(choices, num_trained)
+    return Optimum(record_draws, now, frontier, best, _rests_on(config, best, num_trained))
+
+
+def ranked(choices: Sequence[Choice], num_trained: int) -> tuple[tuple[Choice, ...], Choice]:
+    """Return the choice with the largest predicted gain for each number of steps, and the best of these.
+
+    Args:
+        choices: at least one, and with any that has bands the same one without.
+        num_trained: trained weights.
+    """
+    offered = _where_bands_help(choices, num_trained)
+    steps = sorted({choice.num_steps for choice in offered})
+    frontier = tuple(max((c for c in offered if c.num_steps == n), key=lambda c: c.predicted_gain) for n in steps)
     most = max(choice.predicted_gain for choice in frontier)
     # More steps cost nothing in gain here, and forgive more: the law is least sure where steps are few.
-    best = max((c for c in frontier if c.predicted_gain >= (1 - AS_GOOD) * most), key=lambda choice: choice.num_steps)
-    return Optimum(record_draws, now, frontier, best, _rests_on(config, best, num_trained))
+    best = max((c for c in frontier if c.predicted_gain >= (1 - _AS_GOOD) * most), key=lambda choice: choice.num_steps)
+    return frontier, best
 
 
 def record_draws_of(privacy: PrivacySection) -> float:
@@ -167,7 +179,7 @@ def _shapes(config: Config, num_units: float, record_draws: float) -> Iterator[t
                     yield num_steps, batch, records, num_bands, num_units
 
 
-def _where_bands_help(choices: list[Choice], num_trained: int) -> list[Choice]:
+def _where_bands_help(choices: Sequence[Choice], num_trained: int) -> list[Choice]:
     """Leave out bands where a step of independent noise has less noise than signal, by their norms.
 
     AdamW divides by a step's noise, of which bands have more, and the law knows the noise in the weights alone. In the

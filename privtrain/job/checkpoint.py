@@ -78,8 +78,7 @@ def _write(directory: pathlib.Path, summary: dict[str, Any], content: dict[str, 
         writer = _Hashing(file)
         try:
             torch.save(content, writer)  # pyright: ignore[reportArgumentType] - it asks for no more than write
-        except Exception:
-            # torch says only that its positions do not fit, not that the disk is full.
+        except RuntimeError:  # torch says only that its positions do not fit, not that the disk is full
             if writer.error is not None:
                 raise writer.error from None
             raise

@@ -33,7 +33,7 @@ def loud_rows(model: nn.Module, first_token: int) -> Iterator[None]:
     def shout(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         """Replace the embedding of rows that begin with ``first_token`` by a pattern much larger than it."""
         ids = inputs[0] if inputs else next(iter(keywords.values()), None)
-        # An embedding that is called in another way stays quiet; the quiet rows are probed all the same.
+        # Rows stay as loud as they are where an embedding is called in another way.
         if not isinstance(ids, torch.Tensor) or not isinstance(output, torch.Tensor) or ids.ndim != 2:
             return output
         pattern = _pattern(output)

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from privtrain.commands.optimize import AS_GOOD
+from privtrain.commands.optimize import Choice, ranked
 from privtrain.config import Config, validate
 from privtrain.config.privacy import PrivacySection
 from privtrain.data.invented_customers import customer_records, write_customers
@@ -169,22 +169,31 @@ class Measuring:
 
 def choice(rows: Sequence[Measured], purpose: str) -> Setting:
     """Return what the law takes of a grid, by the rule of ``plan --optimize``, at the law's own learning rate."""
-    law, grid = noise_law.fitted(), CHOICES[purpose]
+    grid = CHOICES[purpose]
     settings_of = _settings_of(rows, grid)
     if len(settings_of) * len(GRID_RATES) < sum(1 for _ in settings(grid)):
         raise SystemExit(f"measure the whole grid first: python -m tests.bench.noise_law DIRECTORY {grid}")
-
-    def is_offered(key: tuple[int, int]) -> bool:
-        alone = settings_of[key[0], 1][0]
-        return key[1] == 1 or alone.noise_multiplier / alone.batch * math.sqrt(alone.num_trained) > 1
-
-    gains = {key: law.gain(tried[0].point) for key, tried in settings_of.items() if is_offered(key)}
-    most_of = {steps: max((key for key in gains if key[0] == steps), key=gains.__getitem__) for steps, _ in gains}
-    as_good = [key for key in most_of.values() if gains[key] >= (1 - AS_GOOD) * max(gains.values())]
-    row = settings_of[max(as_good)][0]
-    rate = float(f"{law.learning_rate(row.point):.3g}")
+    some = [tried[0] for tried in settings_of.values()]
+    _, best = ranked([_choice(row) for row in some], some[0].num_trained)
+    row = settings_of[best.num_steps, best.num_bands][0]
     given = {field.name: getattr(row, field.name) for field in dataclasses.fields(Setting)}
-    return Setting(**given | {"purpose": purpose, "learning_rate": rate})
+    return Setting(**given | {"purpose": purpose, "learning_rate": best.learning_rate})
+
+
+def _choice(row: Measured) -> Choice:
+    """Return a setting as ``plan --optimize`` compares it."""
+    law = noise_law.fitted()
+    return Choice(
+        num_steps=row.num_steps,
+        batch=row.batch,
+        records_per_unit=row.records_per_user,
+        num_bands=row.num_bands,
+        sampling_prob=row.batch / (NUM_USERS * (1 - HELD_OUT)),
+        noise_multiplier=row.noise_multiplier,
+        relative_noise=row.relative_noise,
+        predicted_gain=law.gain(row.point),
+        learning_rate=float(f"{law.learning_rate(row.point):.3g}"),
+    )
 
 
 def _settings_of(rows: Sequence[Measured], grid: str) -> dict[tuple[int, int], list[Measured]]:
