@@ -54,7 +54,7 @@ _LONGER = 9e-6
 
 #: Per-unit gradients that the two-pass route keeps, as a share of the weights and one fp32 gradient: less than what is
 #: held in any case, and no more for a sum in int64 than for one in fp32.
-KEPT_SHARE = 0.45
+_KEPT_SHARE = 0.45
 #: ``auto`` takes two passes where checkpointing is on and at least this share of all weights is trained.
 _MOSTLY_TRAINED = 0.5
 
@@ -305,7 +305,7 @@ class PerUnitClipper:
         if self._equal_passes or (self.route != "two_pass" and not is_auto):
             return math.inf
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        return KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
+        return _KEPT_SHARE * (weights + self.layout.num_coordinates * torch.float32.itemsize)
 
     def _refuse_reentrant(self) -> None:
         if self._checkpointing == "reentrant":

@@ -332,7 +332,7 @@ def _clipping_flops(job: Job) -> tuple[float, float]:
     An adapter's gradients are multiplied out unit by unit where plain training multiplies them out at once; cooperating
     ranks run a unit as plain training runs a microbatch.
     """
-    from privtrain.clipping.clipper import KEPT_SHARE  # imports torch
+    from privtrain.clipping import clipper  # imports torch
 
     work = job.work
     if not job.is_full or job.is_cooperative:
@@ -347,7 +347,7 @@ def _clipping_flops(job: Job) -> tuple[float, float]:
     if not job.is_two_pass:  # what was multiplied out for a norm is kept
         return gram, 0.0
     again = work.activation_flops + job.checkpoints * work.forward_flops
-    return gram + (1 - KEPT_SHARE) * direct, again
+    return gram + (1 - clipper._KEPT_SHARE) * direct, again
 
 
 def _reduction(job: Job, cluster: Cluster, bytes_per_number: int, *, sends_once: bool) -> float:

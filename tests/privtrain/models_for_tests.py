@@ -110,7 +110,7 @@ def make_clipper(
     """A clipper whose two-pass route keeps nothing that it need not keep, unless told otherwise."""
     default = lambda ids, mask: row_losses(model, ids, mask)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clipper, "KEPT_SHARE", kept_share)
+        patch.setattr(clipper, "_KEPT_SHARE", kept_share)
         return PerUnitClipper(model, layout, clipping_norm, losses or default, torch.device("cpu"), **options)
 
 

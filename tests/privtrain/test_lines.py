@@ -207,7 +207,7 @@ def test_units_add_the_same_bits_in_any_company(name, precision):
 
 @pytest.mark.parametrize("kept_share", [0.1, 0.45, 1.0, 2.0])
 def test_what_is_let_go_does_not_depend_on_mates(kept_share, monkeypatch):
-    monkeypatch.setattr("privtrain.clipping.clipper.KEPT_SHARE", kept_share)
+    monkeypatch.setattr("privtrain.clipping.clipper._KEPT_SHARE", kept_share)
     deferred = set()
     plan = lines.LinePasses._plan
 
