@@ -7,7 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dp_accounting  # noqa: F401
-import pandas  # noqa: F401
 import peft  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401

@@ -15,6 +15,10 @@ import yaml
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# PEFT imports bitsandbytes, which compiles what no CPU runs: a seventh of all that a process imports.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Threads that wait for one another would spin on cores that the other worker needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A busy machine is no reason to fail; a fixture that a property shares between examples holds nothing of one.
 hypothesis.settings.register_profile(

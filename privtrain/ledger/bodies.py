@@ -75,13 +75,18 @@ def to_table(bodies: Sequence[Body], rows: np.ndarray, zeroed: Zeroed) -> pa.Tab
     units = np.ascontiguousarray(rows["unit"])
     storage = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_WIDTH), len(rows), [None, pa.py_buffer(units.tobytes())])
     columns = [
-        pa.array(np.repeat(np.array([body.generation for body in bodies], dtype=np.int32), sizes)),
-        pa.array(np.repeat(np.array([body.step for body in bodies], dtype=np.int32), sizes)),
+        _column(np.repeat(np.array([body.generation for body in bodies], dtype=np.int32), sizes)),
+        _column(np.repeat(np.array([body.step for body in bodies], dtype=np.int32), sizes)),
         pa.ExtensionArray.from_storage(pa.uuid(), storage),
-        pa.array(rows["records"].astype(np.int32)),
-        pa.array(flags),
+        _column(rows["records"].astype(np.int32)),
+        pa.Array.from_buffers(pa.bool_(), len(flags), [None, pa.py_buffer(np.packbits(flags, bitorder="little"))]),
     ]
     return pa.table(columns, schema=_SCHEMA)
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    """Return int32 as a column; ``pa.array`` would import pandas, for which every job would wait."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values.tobytes())])
 
 
 def to_parquet(table: pa.Table) -> bytes:

@@ -142,15 +142,14 @@ def test_each_direction_is_its_own(shifts, probs, add):
         assert mp.mpf(low) <= exact <= mp.mpf(high) <= exact * (1 + mp.mpf(1e-12)) + mp.mpf(1e-300)
 
 
-def failing():
-    """How many of a few settings are found wrong."""
-    wrong = 0
+def is_found_wrong():
+    """Whether any of a few settings is found wrong."""
     for seed in range(16):
         try:
             check(seed)
         except AssertionError:
-            wrong += 1
-    return wrong
+            return True
+    return False
 
 
 def test_the_check_finds_planted_faults(monkeypatch):
@@ -178,10 +177,9 @@ def test_the_check_finds_planted_faults(monkeypatch):
     step = ((0.0, 2.0), (0.7, 0.3))
     for name, fault in faults.items():
         monkeypatch.setattr(closed_form, "step_log_delta", fault)
-        found = failing()
         value = closed_form.step_delta(MixtureStep(*step), 0.3, add=True, side=1)
-        found += mp.mpf(value) > step_delta(*step, 0.3, add=True) * (1 + mp.mpf(1e-6))
-        assert found, name
+        is_far = mp.mpf(value) > step_delta(*step, 0.3, add=True) * (1 + mp.mpf(1e-6))
+        assert is_far or is_found_wrong(), name
 
 
 def test_the_log_of_mills_ratio_is_within_its_stated_error():

@@ -27,6 +27,12 @@ FIELDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _coarse_curve(monkeypatch):
+    """The tour of the guides' commands computes all points."""
+    monkeypatch.setattr("privtrain.commands.disclose._NUM_POINTS", 40)
+
+
 def test_record_has_registry_fields_and_statement_numbers(released_run):
     record = yaml.safe_load(disclose(released_run, "opendp"))
     statement = json.loads((released_run / "privacy.json").read_text())
