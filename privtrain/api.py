@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 AnyPath = str | os.PathLike[str]
 AnyConfig = Config | Mapping[str, Any] | AnyPath
-#: Columns by name; a ``datasets.Dataset`` yields such mappings.
+#: Rows as column → value; a ``datasets.Dataset`` yields such mappings.
 Rows = Iterable[Mapping[str, Any]]
 #: Called with the number of steps done and the metrics that were released then.
 OnStep = Callable[[int, Mapping[str, Any]], None]
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has released its adapter or model."""
+        """Whether the run is finished: it has released its adapter or model."""
         return RunDirectory(self.directory).is_complete()
 
     @property
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Released metrics, a row a step or measurement."""
+        """Released metrics: name → value for each step or measurement; empty where there are none yet."""
         path = RunDirectory(self.directory).metrics
         return [row for _, row in reading.read_json_lines(path)] if path.is_file() else []
 
@@ -98,8 +98,8 @@ def configure(
         data: a JSONL, CSV or Parquet file or a pattern of such, or rows: mappings, or a ``datasets.Dataset``. Rows are
             kept in ``OUTPUT_DIR/rows`` (mode 0700), so that the run can be resumed and attacked.
         user_column: column of the user id; guessed by its name without it.
-        num_users: a public number of users, which the plan is made for and tells; without it the number in the data,
-            rounded down to one digit.
+        num_users: a public number of users; without it the number in the data, rounded down to one digit. The plan is
+            made for it and published with it.
         output_dir: parent of run directories.
         settings: dotted key → value, e.g. ``{"privacy.target_epsilon": 4}``; they override what was guessed.
 
@@ -112,7 +112,8 @@ def configure(
     parent = pathlib.Path(output_dir)
     path = pathlib.Path(data) if isinstance(data, str | os.PathLike) else store_rows(data, parent)
     guessed = guess_configuration(os.fspath(model), [path], user_column=user_column, num_users=num_users)
-    return _config({**guessed.tree, "run": {"name": guessed.tree["run"]["name"], "output_dir": str(parent)}}, settings)
+    run_section = {"name": guessed.tree["run"]["name"], "output_dir": str(parent)}
+    return _config({**guessed.tree, "run": run_section}, settings)
 
 
 def plan(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> PrivacyPlan:
@@ -134,6 +135,10 @@ def plan(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Privac
 def preview(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Look:
     """Return what a run would learn from: lengths, what is predicted, why records are useless. Private.
 
+    Args:
+        config: the configuration.
+        settings: dotted key → value that overrides it.
+
     Raises:
         ConfigError: with every fault; what would stop a start is in ``faults`` of the answer.
     """
@@ -142,7 +147,8 @@ def preview(config: AnyConfig, settings: Mapping[str, Any] | None = None) -> Loo
 
     checked = _config(config, settings)
     check_inputs(checked)
-    return seen(checked)[2]
+    _, _, look = seen(checked)
+    return look
 
 
 def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_step: OnStep | None = None) -> Run:
@@ -157,7 +163,7 @@ def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_st
             is done for W&B and TensorBoard. If it raises, the job ends; the same call resumes it.
 
     Raises:
-        PrivtrainError: one of its kinds, for everything that a user can mend.
+        PrivtrainError: a subclass of it (:mod:`privtrain.errors`), for everything that a user can mend.
     """
     from privtrain.job.train import train as run_job
 
@@ -169,12 +175,16 @@ def train(config: AnyConfig, settings: Mapping[str, Any] | None = None, *, on_st
 def resume(run: Run | AnyPath, *, on_step: OnStep | None = None) -> Run:
     """Continue a run from its last checkpoint, with the configuration that it was begun with.
 
+    Args:
+        run: the run, or its directory, which may have been moved.
+        on_step: as of :func:`train`.
+
     Raises:
         PrivtrainError: as :func:`train`.
     """
     directory = open_run(run).directory
-    place = {"run.name": directory.resolve().name, "run.output_dir": str(directory.resolve().parent)}
-    return train(RunDirectory(directory).resolved_config, place, on_step=on_step)
+    where_it_is_now = {"run.name": directory.resolve().name, "run.output_dir": str(directory.resolve().parent)}
+    return train(RunDirectory(directory).resolved_config, where_it_is_now, on_step=on_step)
 
 
 def open_run(directory: Run | AnyPath) -> Run:
@@ -237,17 +247,19 @@ def export(run: Run | AnyPath, output: AnyPath, *, merge: bool = False, dtype: s
 
 
 def _config(config: AnyConfig, settings: Mapping[str, Any] | None) -> Config:
-    """Return the validated configuration of a path, mapping or ``Config``, with dotted ``settings`` set."""
+    """Return the validated configuration of a path, mapping or ``Config``, with dotted ``settings`` set in it."""
     if isinstance(config, str | os.PathLike):
         path = pathlib.Path(config)
         if not settings:
             return load_config(path)
         document = read_tree(path)
         if document.faults:
-            load_config(path)  # which raises them
+            load_config(path)  # raises the faults of the YAML, with their lines
         tree = document.value
-    else:
-        if isinstance(config, Config) and not settings:
+    elif isinstance(config, Config):
+        if not settings:
             return config
-        tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+        tree = config.model_dump(mode="json")
+    else:
+        tree = dict(config)
     return validate(assigned(tree, settings or {}))

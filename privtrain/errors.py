@@ -7,7 +7,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+#: The user has to change something.
 EXIT_WRONG_INPUT = 2
+#: The guarantee, a budget or a released file does not hold; nothing is released.
 EXIT_REFUSED_RELEASE = 3
 #: The machine failed the job (a lost rank, a full disk): nothing is lost, the same command goes on.
 EXIT_MACHINE_FAILED = 4
@@ -23,7 +25,13 @@ class PrivtrainError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a configuration: the YAML path, what to do about it, and the line where it stands."""
+    """One thing wrong with a configuration or command line.
+
+    Attributes:
+        path: dotted key (``privacy.num_steps``) or option (``--output``); empty for a fault of the whole.
+        problem: what was given and what is allowed.
+        line: line of the file where the key stands, from 1.
+    """
 
     path: str
     problem: str
@@ -35,7 +43,12 @@ class Fault:
 
 
 class ConfigError(PrivtrainError):
-    """A configuration that cannot be run; carries every fault at once."""
+    """A configuration or command that cannot be run.
+
+    Args:
+        faults: everything that is wrong, not only the first.
+        source: the file that the configuration was read from.
+    """
 
     def __init__(self, faults: Sequence[Fault], source: str = "") -> None:
         self.faults = tuple(faults)
@@ -49,7 +62,7 @@ class ConfigError(PrivtrainError):
 
 
 class DamagedFile(PrivtrainError):  # noqa: N818
-    """A file that cannot be believed: missing, of another kind or form, or altered. One line that names it.
+    """A file that cannot be used: missing, of another kind or form, or altered. The message is one line.
 
     Args:
         path: the file.
@@ -62,12 +75,9 @@ class DamagedFile(PrivtrainError):  # noqa: N818
         self, path: os.PathLike[str] | str, problem: str, remedy: str = "", *, line: int | None = None
     ) -> None:
         self.path, self.problem, self.line = path, problem, line
-        # A name may hold anything but "/": the message stays one line.
-        name = (
-            str(path).encode("unicode_escape", errors="backslashreplace").decode("ascii")
-            if not str(path).isprintable()
-            else str(path)
-        )
+        name = str(path)
+        if not name.isprintable():  # a name may hold line breaks; the message stays one line
+            name = name.encode("unicode_escape", errors="backslashreplace").decode("ascii")
         super().__init__(f"{name} {problem}" + (f"; {remedy}" if remedy else ""))
 
 
@@ -164,19 +174,23 @@ _COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "b
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Return whether a collective failed: another rank is the reason, and no model or route is to blame.
+    """Return whether an error, or one that led to it, came from a collective: then another rank failed, not the model.
 
     Args:
-        error: what was caught; a model may have raised its own while it handled the collective's.
+        error: what was caught; code of a model may have caught the collective's error and raised its own.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    return any(map(_breaks_off, causes))
+    chain = [error]
+    cause = error.__cause__ or error.__context__
+    while cause is not None and cause not in chain:  # a chain may end in a circle
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(map(_breaks_off, chain))
 
 
 def _breaks_off(error: BaseException) -> bool:
-    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch's own, which is slow to import
+    """Return whether this error itself is that of a collective that broke off, by its class or its words."""
+    # torch.distributed.DistError by its name: torch is slow to import, and a command may do without.
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)
 

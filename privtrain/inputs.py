@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a valid config, seen before any weight is loaded."""
+"""Check what a valid configuration names (model, data, keys, directories), and read it, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from privtrain.run.signing import Keys, password_from_environment, signing_fault
 
 
 def load_checked(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration and look at what it names; every fault of both comes in one round.
+    """Read a configuration and check what it names: all faults are reported at once.
+
+    Args:
+        path: YAML file.
+        overrides: dotted assignments such as ``privacy.num_steps=500``.
 
     Raises:
         ConfigError: with every fault.
@@ -31,17 +35,24 @@ def load_checked(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
+        # Check also what the sections name that are valid by themselves; None stands for one that is not.
         model, data = sections_of(path, overrides)
-        more = [*(check_model(model) if model else ()), *(check_source(data) if data else ())]
-        if model and data and not more:
-            more += template_faults(model, data)
-        raise ConfigError([*error.faults, *more], error.source) from None
+        input_faults: list[Fault] = []
+        if model:
+            input_faults += check_model(model)
+        if data:
+            input_faults += check_source(data)
+        if model and data and not input_faults:
+            input_faults += template_faults(model, data)
+        raise ConfigError([*error.faults, *input_faults], error.source) from None
     check_inputs(config)
     return config
 
 
 def check_inputs(config: Config) -> None:
-    """Look for the model, the data files and their columns, and the key that will sign; rank 0 alone needs that.
+    """Raise unless model, data files, columns, trackers, run directory and signing key can be used.
+
+    Run directory and signing key are checked on global rank 0 alone, the only one that writes and signs.
 
     Raises:
         ConfigError: with every fault.
@@ -82,8 +93,14 @@ def template_faults(model: ModelSection, data: DataSection) -> list[Fault]:
 class Inputs:
     """What every rank reads for itself before the process group exists.
 
-    ``check_release`` is called on rank 0 right before anything is released, and raises if nothing may be.
-    ``evaluation`` holds the public records of ``data.evaluation``.
+    Attributes:
+        config: the checked configuration.
+        corpus: the records by user.
+        plan: what the guarantee depends on, ε and noise included.
+        fingerprint: digest of plan and data; ranks compare it, and a resumed run must have the same.
+        run: the run directory.
+        check_release: called on rank 0 right before anything is released; raises if nothing may be.
+        evaluation: the public records of ``data.evaluation``.
     """
 
     config: Config

@@ -1,8 +1,16 @@
-"""What a step costs on a cluster, predicted: its time, by part, and that of plain training.
+"""Predict how long a training step takes on a cluster, part by part, beside the same step of plain training.
 
 Nothing is measured: counted operations, bytes, kernels and collectives (:mod:`privtrain.models.work`) are divided by
 published peak figures times a stated utilisation. Every record is taken to be as long as ``data.max_length``. Plain
 training is the same batch, layout and microbatch without clipping and noise, so utilisation cancels in the overhead.
+
+Words used here:
+
+- unit: what is sampled and clipped, a user with at most k records or one record; a row is one record of the batch.
+- trained coordinates: the numbers in all trained weights. The clipped sum holds one int64 for each of them.
+- pass: one microbatch through the model, forward and backward. Two-pass clipping goes backward twice: the first time
+  for the norm of each unit's gradient alone, the second time for the sum of clipped gradients.
+- cooperative: all ranks work on one unit at a time, each on some of the unit's rows.
 """
 
 from __future__ import annotations
@@ -51,15 +59,18 @@ GPUS_PER_NODE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Utilisation:
-    """Which share of a peak is reached, and what a launch costs.
+    """Which share of a published peak is reached in practice, and fixed times that no peak figure covers.
 
     Attributes:
-        flops: of matrix products over a whole pass. Llama 3 reports 38 to 43 % on H100 (arXiv 2407.21783, table 4).
-        memory: of kernels that read and write once; an assumption.
-        links: of collectives on large messages; an assumption (nccl-tests reach about four fifths).
-        launch_seconds: of a kernel from Python, where the GPU waits for it; an assumption.
-        step_seconds: of drawing a batch and of the ledger's two writes to disk; an assumption.
-        overlap: share of a pass that launches and collectives run beside; none where one core does all of it.
+        flops: share of peak operations that matrix products reach over a whole pass. Llama 3 reports 38 to 43 % on
+            H100 (arXiv 2407.21783, table 4).
+        memory: share of peak memory bandwidth that kernels reach which read and write once; an assumption.
+        links: share of link bandwidth that collectives of large messages reach; an assumption (nccl-tests reach about
+            four fifths).
+        launch_seconds: time to launch one kernel from Python, where the GPU waits for it; an assumption.
+        step_seconds: time of a step for drawing the batch and for the ledger's two writes to disk; an assumption.
+        overlap: share of a pass's computation that can hide launches and collectives: 1 on a GPU, 0 where one CPU core
+            does all of it.
     """
 
     flops: float = 0.4
@@ -72,7 +83,7 @@ class Utilisation:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Equal GPUs in machines of eight, one rank each."""
+    """Equal GPUs in machines of eight, one rank on each GPU. The methods turn counted work into seconds."""
 
     num_ranks: int
     gpu: Gpu
@@ -103,12 +114,13 @@ class Cluster:
         return num_bytes / (self.gpu.memory_bandwidth * self.utilisation.memory)
 
     def collect(self, num_bytes: float) -> float:
-        """Return seconds in which each rank sends and receives all of a vector but its own part, as a ring does.
+        """Return seconds of one all-gather or one reduce-scatter of a vector of so many bytes; an all-reduce is two.
 
-        That is one all-gather or one reduce-scatter; an all-reduce is two. The slowest link counts.
+        In a ring each rank sends and receives all of the vector but its own part. The slowest link counts.
         """
-        link = self.gpu.node_bandwidth if self.num_ranks <= GPUS_PER_NODE else self.gpu.network_bandwidth
-        return num_bytes * (self.num_ranks - 1) / self.num_ranks / (link * self.utilisation.links)
+        slowest_link = self.gpu.node_bandwidth if self.num_ranks <= GPUS_PER_NODE else self.gpu.network_bandwidth
+        bytes_sent = num_bytes * (self.num_ranks - 1) / self.num_ranks
+        return bytes_sent / (slowest_link * self.utilisation.links)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +128,16 @@ class Job:
     """What of configuration and plan decides a step's work.
 
     Attributes:
-        work: of one row.
+        work: counted operations, kernels and parameters of one row.
         layout: how the launch divides the model; its ranks are the cluster's.
-        num_units: expected in a step.
-        records_per_unit: k.
+        num_units: units expected in a step, over all ranks.
+        records_per_unit: k, rows of each unit.
         microbatch_size: rows of a pass.
-        is_full: whether all weights are trained.
+        is_full: whether all weights are trained; else an adapter is.
         checkpoints: whether activations are computed a second time in the backward pass.
-        is_two_pass: whether gradients are let go once they are measured, and a second backward pass adds them.
-        reduces_once: ``performance.reduce_once``. Plain training then adds up its gradients for as long.
+        is_two_pass: whether clipping goes backward twice (see the module).
+        reduces_once: ``performance.reduce_once``: where gradients are sharded, each rank adds up its own sum over the
+            whole step and reduces it once at the end. Plain training is then taken to reduce once a step, too.
     """
 
     work: Work
@@ -139,7 +152,10 @@ class Job:
 
     @property
     def sends_once(self) -> bool:
-        """Whether gradients in parts are reduced once a step: such as are asked to, and such as fit into a bucket."""
+        """Whether sharded gradients are reduced once a step, instead of in every pass.
+
+        That is so if the configuration asks for it, or if all of them fit into the one bucket that is sent when full.
+        """
         from privtrain.backends.shards import BUCKET  # imports torch
 
         return self.reduces_once or self.work.num_trained <= BUCKET
@@ -153,12 +169,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of a step on every rank, by part, of private and of plain training.
+    """Predicted seconds of one step, part by part, of private and of plain training; all ranks take equally long.
 
     Attributes:
-        parts: part → seconds of private training.
-        plain_parts: the same of plain training.
-        useful_seconds: of the same rows' plain passes alone, spread over the ranks without rest or recomputation.
+        parts: part of a private step, in words, → its seconds.
+        plain_parts: the same for a step of plain training.
+        useful_seconds: what the forward and backward passes of the same rows would take without privacy, if ranks never
+            waited and nothing was computed twice.
     """
 
     parts: dict[str, float]
@@ -172,30 +189,38 @@ class Prediction:
 
     @property
     def overhead(self) -> float:
-        """Extra seconds of private over plain training, relative."""
+        """Extra time of a private step over a plain one, relative: 0.2 if it takes a fifth longer."""
         return self.seconds / sum(self.plain_parts.values()) - 1
 
     @property
     def efficiency(self) -> float:
-        """Share of a private step that plain passes of its rows would take."""
+        """Share of a private step's time that is useful: plain passes of the same rows."""
         return self.useful_seconds / self.seconds
 
 
-#: Bytes of device memory that a number of a unit's gradient is read and written in: product, norm, quotient, float64
-#: copy, its norm and the sum over units (:func:`privtrain.clipping.exact_sum.add_measured`); and of the sum a pass.
+# Bytes of device memory that are read and written for each trained coordinate:
+#: For a unit's gradient: product, norm, quotient, float64 copy, its norm and the sum over units
+#: (:func:`privtrain.clipping.exact_sum.add_measured`); and, once a pass, for the clipped sum.
 _UNIT_BYTES, _SUM_BYTES = 44, 40
-#: Of a coordinate's noise: 480 kernels of ChaCha20, each on a quarter of 64 bytes for 8 coordinates; then the inverse
-#: normal and the rounding (:mod:`privtrain.privacy.chacha`, :mod:`privtrain.privacy.noise`).
+#: For the noise: 480 kernels of ChaCha20, each on a quarter of 64 bytes for 8 coordinates; then the inverse normal and
+#: the rounding (:mod:`privtrain.privacy.chacha`, :mod:`privtrain.privacy.noise`).
 _NOISE_BYTES = 480 * 5 + 250
-#: Of a coordinate's digest (:mod:`privtrain.privacy.sum_digest`) and of AdamW's step.
+#: For the digest of the sum (:mod:`privtrain.privacy.sum_digest`), and for AdamW's step.
 _DIGEST_BYTES, _OPTIMIZER_BYTES = 150, 28
+
+#: Bytes of one number of each type.
 _FP32_BYTES, INT64_BYTES, _BF16_BYTES = 4, 8, 2
-#: Kernels a trained tensor and microbatch beyond plain training's: for LoRA by the batched route; for all weights, and
-#: for each unit of the microbatch, where it is one row and where its rows are joined (counted on the simulated device
-#: of the tests, on a Llama of two layers).
+
+# Kernels for each trained tensor in a pass, beyond plain training's (counted on the simulated device of the tests, on a
+# Llama of two layers):
+#: For an adapter by the batched route.
 _EXTRA_KERNELS = 15
+#: Where all weights are trained: once, and for each unit of the microbatch. Each pair is (units of one row, units of
+#: several rows, which are joined to one).
 _FULL_KERNELS, _UNIT_KERNELS = (89, 31), (11, 30)
-#: A layer is multiplied out for its norm where p·d is at most this times n (p + d); else by Gram matrices.
+
+#: The norm of a unit's gradient of a weight [p, d], over n tokens: the gradient is multiplied out where p·d is at most
+#: this times n (p + d); else its norm comes from Gram matrices [n, n] of inputs and output gradients, without it.
 _GRAM_FACTOR = 1.25
 
 
@@ -212,11 +237,12 @@ class _Schedule:
 
     Attributes:
         num_passes: forward passes, each with at least one backward pass.
-        num_rows: rows of each.
-        num_units: units whose gradients this rank multiplies out.
-        num_gathers: gathers of sharded weights a pass.
-        reduced_bytes: bytes a trained coordinate that a pass reduce-scatters, where gradients are sharded.
-        rounds: how often all of it is done.
+        num_rows: rows of a pass.
+        num_units: units of which this rank holds the gradient, or its part of the gradient.
+        num_gathers: how often a pass gathers sharded weights: 2, forward and backward; 3 with a second backward pass.
+        reduced_bytes: bytes for each trained coordinate that a pass reduce-scatters, where gradients are sharded; 0
+            where they are reduced once a step instead.
+        rounds: how often all of these passes are done: 2 where cooperating ranks clip in two passes.
     """
 
     num_passes: float
@@ -228,7 +254,7 @@ class _Schedule:
 
 
 def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
-    """Return the schedule without privacy: this rank's rows in full microbatches."""
+    """Return the schedule without privacy: the busiest rank's rows in full microbatches."""
     rows = math.ceil(job.num_units / num_ranks) * job.records_per_unit
     num_passes = math.ceil(rows / job.microbatch_size)
     reduced_bytes = 0 if job.reduces_once else _FP32_BYTES
@@ -237,15 +263,15 @@ def _plain_schedule(job: Job, num_ranks: int) -> _Schedule:
 
 def _private_schedule(job: Job, num_ranks: int) -> _Schedule:
     """Return the schedule of private training, by how gradients are sharded and whether ranks cooperate on a unit."""
+    plain = _plain_schedule(job, num_ranks)
     if not (job.is_full and job.layout.shards_gradients):
-        plain = _plain_schedule(job, num_ranks)
-        # A unit of several microbatches is held once; units share a microbatch otherwise.
+        # Each pass writes at least one unit's gradient, also where several passes belong to one large unit.
         return dataclasses.replace(plain, num_units=max(plain.num_units, plain.num_passes))
-    if job.is_cooperative:  # all ranks on one unit
+    if job.is_cooperative:
+        # Each rank has an equal share of every unit's rows, so it takes part in all units of the step.
         num_rows = min(job.microbatch_size, math.ceil(job.records_per_unit / num_ranks))
         num_passes = job.num_units * math.ceil(job.records_per_unit / (num_ranks * num_rows))
         return _Schedule(num_passes, num_rows, job.num_units, rounds=2 if job.is_two_pass else 1)
-    plain = _plain_schedule(job, num_ranks)
     gathers = 3 if job.is_two_pass else 2
     return dataclasses.replace(plain, num_gathers=gathers, reduced_bytes=0 if job.sends_once else INT64_BYTES)
 
@@ -264,20 +290,26 @@ def _private_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     """Return seconds of a step of private training, by part."""
     work, trained = job.work, job.work.num_trained
     schedule = _private_schedule(job, cluster.num_ranks)
-    norms, again = _clipping_flops(job)
-    extra = norms + again
-    kernels = work.num_kernels * (1 + (again > 0)) + _extra_kernels(job) * work.num_trained_tensors
-    # Cooperating ranks hold parts of each unit's gradient; with all weights trained else, only products are held.
-    held = trained / cluster.num_ranks if job.is_cooperative else 0 if job.is_full else trained
-    added = trained if job.is_full and not job.is_cooperative else held
-    summed = schedule.num_units * held * _UNIT_BYTES + schedule.num_passes * added * _SUM_BYTES
+    norm_flops, second_pass_flops = _clipping_flops(job)
+    extra_flops = norm_flops + second_pass_flops
+    num_passes_each = 2 if second_pass_flops > 0 else 1
+    kernels = num_passes_each * work.num_kernels + _extra_kernels(job) * work.num_trained_tensors
+    # Coordinates of one unit's gradient that this rank holds, and those of the clipped sum that a pass adds to.
+    if job.is_cooperative:
+        held = added = trained / cluster.num_ranks  # each rank has its part of every unit's gradient
+    elif job.is_full:
+        held, added = 0, trained  # no unit's gradient is held: matrix products add all units of a pass to the sum
+    else:
+        held = added = trained
+    sum_bytes = schedule.num_units * held * _UNIT_BYTES + schedule.num_passes * added * _SUM_BYTES
     reduction = _reduction(job, cluster, INT64_BYTES, sends_once=job.sends_once and not job.is_cooperative)
-    if not job.layout.shards_optimizer:  # the noised runs are gathered
+    if not job.layout.shards_optimizer:
+        # Every rank holds the whole sum, draws the noise of an equal share of it, and gathers the noised shares.
         reduction += cluster.collect(_FP32_BYTES * trained)
     return {
-        **_passes(job, cluster, schedule, kernels, extra),
-        "norms and second pass": schedule.num_passes * schedule.num_rows * cluster.compute(extra),
-        "clipped sum": cluster.touch(summed),
+        **_passes(job, cluster, schedule, kernels, extra_flops),
+        "norms and second pass": schedule.num_passes * schedule.num_rows * cluster.compute(extra_flops),
+        "clipped sum": cluster.touch(sum_bytes),
         "reduction and update of weights": reduction,
         "noise": cluster.touch(_NOISE_BYTES * trained / cluster.num_ranks),  # each coordinate's once in the job
         "digest of the sum": cluster.touch(_DIGEST_BYTES * trained / _num_parts(job, cluster)),
@@ -289,78 +321,93 @@ def _private_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
 def _passes(
     job: Job, cluster: Cluster, schedule: _Schedule, num_kernels: float, extra_flops: float
 ) -> dict[str, float]:
-    """Return seconds of forward and backward passes, and what they do not hide of launches and collectives.
+    """Return seconds of the passes of a step, and how long the GPU waits for launches and collectives in them.
+
+    A GPU computes while kernels are launched and collectives run; it waits only for the rest of them.
 
     Args:
         job: the job.
         cluster: where it runs.
         schedule: the passes.
-        num_kernels: of a pass.
-        extra_flops: operations a row beside these, which hide launches and collectives too.
+        num_kernels: kernels that a pass launches.
+        extra_flops: operations for a row beside the forward and backward pass (clipping). Their time is not counted
+            here, but launches and collectives go on meanwhile.
     """
     work, layout = job.work, job.layout
-    flops = work.plain_flops + job.checkpoints * work.forward_flops
-    compute = cluster.compute(schedule.num_rows * flops)
-    busy = cluster.compute(schedule.num_rows * (flops + extra_flops))
-    launch = num_kernels * cluster.utilisation.launch_seconds
-    sent = 0.0
+    flops = work.plain_flops + (work.forward_flops if job.checkpoints else 0.0)
+    compute_seconds = cluster.compute(schedule.num_rows * flops)
+    busy_seconds = cluster.compute(schedule.num_rows * (flops + extra_flops))
+    launch_seconds = num_kernels * cluster.utilisation.launch_seconds
+    collective_seconds = 0.0
     if layout.shards_parameters:
-        weights = _BF16_BYTES * work.num_frozen + (_FP32_BYTES * work.num_trained if job.is_full else 0)
-        sent += schedule.num_gathers * cluster.collect(weights)
+        weight_bytes = _BF16_BYTES * work.num_frozen + (_FP32_BYTES * work.num_trained if job.is_full else 0)
+        collective_seconds += schedule.num_gathers * cluster.collect(weight_bytes)
     if layout.shards_gradients and job.is_full:
-        sent += cluster.collect(schedule.reduced_bytes * work.num_trained)
+        collective_seconds += cluster.collect(schedule.reduced_bytes * work.num_trained)
     num_passes = schedule.rounds * schedule.num_passes
     overlap = cluster.utilisation.overlap
+    # A pass lasts as long as computing or launching does, whichever is longer; collectives run beside both.
+    hides_collectives = overlap * max(busy_seconds, launch_seconds)
     return {
-        "forward and backward passes": num_passes * compute,
-        "waiting for launches": num_passes * max(0.0, launch - overlap * busy),
-        "waiting for weights and gradients": num_passes * max(0.0, sent - overlap * max(busy, launch)),
+        "forward and backward passes": num_passes * compute_seconds,
+        "waiting for launches": num_passes * max(0.0, launch_seconds - overlap * busy_seconds),
+        "waiting for weights and gradients": num_passes * max(0.0, collective_seconds - hides_collectives),
     }
 
 
 def _extra_kernels(job: Job) -> float:
-    """Return kernels a trained tensor and pass beyond plain training's."""
+    """Return how many kernels clipping launches for each trained tensor in a pass, beyond plain training's."""
     if not job.is_full or job.is_cooperative:
         return _EXTRA_KERNELS
-    is_joined = job.records_per_unit > 1
-    return _FULL_KERNELS[is_joined] + _UNIT_KERNELS[is_joined] * job.microbatch_size / job.records_per_unit
+    is_joined = job.records_per_unit > 1  # False and True index the pairs
+    units_in_pass = job.microbatch_size / job.records_per_unit
+    return _FULL_KERNELS[is_joined] + _UNIT_KERNELS[is_joined] * units_in_pass
 
 
 def _clipping_flops(job: Job) -> tuple[float, float]:
-    """Return operations a row of norms, and of the second backward pass, beyond those of plain training.
-
-    An adapter's gradients are multiplied out unit by unit where plain training multiplies them out at once; cooperating
-    ranks run a unit as plain training runs a microbatch.
-    """
+    """Return operations for a row beyond plain training's: those for norms, and those of a second backward pass."""
     from privtrain.clipping import clipper  # imports torch
 
     work = job.work
+    # An adapter's gradients are multiplied out for each unit, as many operations as for the whole microbatch at once;
+    # cooperating ranks run a unit as plain training runs a microbatch.
     if not job.is_full or job.is_cooperative:
         return 0.0, 0.0
-    joined = work.num_tokens * job.records_per_unit
-    direct = gram = 0.0
-    for p, d in work.weight_shapes:
-        if p * d <= _GRAM_FACTOR * joined * (p + d):
-            direct += 2.0 * work.num_tokens * p * d
+    unit_tokens = work.num_tokens * job.records_per_unit
+    direct_flops = gram_flops = 0.0
+    for p, d in work.weight_shapes:  # outputs, inputs
+        if p * d <= _GRAM_FACTOR * unit_tokens * (p + d):
+            direct_flops += 2.0 * work.num_tokens * p * d
         else:
-            gram += 2.0 * work.num_tokens * joined * (p + d)
-    if not job.is_two_pass:  # what was multiplied out for a norm is kept
-        return gram, 0.0
-    again = work.activation_flops + job.checkpoints * work.forward_flops
-    return gram + (1 - clipper._KEPT_SHARE) * direct, again
+            gram_flops += 2.0 * work.num_tokens * unit_tokens * (p + d)
+    if not job.is_two_pass:
+        # Gradients that were multiplied out for a norm are kept and added up: plain training multiplies them out, too.
+        return gram_flops, 0.0
+    second_pass_flops = work.activation_flops + (work.forward_flops if job.checkpoints else 0.0)
+    # Of the gradients multiplied out in the first pass a share is kept in memory; the rest are computed again.
+    return gram_flops + (1 - clipper._KEPT_SHARE) * direct_flops, second_pass_flops
 
 
 def _reduction(job: Job, cluster: Cluster, bytes_per_number: int, *, sends_once: bool) -> float:
-    """Return seconds of collectives once a step: the sum over ranks, and stepped weights to who computes with them."""
+    """Return seconds of the collectives at the end of a step: gradients to their ranks, updated weights to all ranks.
+
+    Args:
+        job: the job.
+        cluster: where it runs.
+        bytes_per_number: bytes in which one coordinate of the gradient is sent.
+        sends_once: whether sharded gradients are sent now; else each pass has sent them.
+    """
     trained = job.work.num_trained
     if job.layout.shards_gradients and job.is_full:
-        sent = bytes_per_number if sends_once else 0
-        return cluster.collect((sent + (0 if job.layout.shards_parameters else _FP32_BYTES)) * trained)
-    if job.layout.shards_optimizer:
+        gradient_bytes = bytes_per_number if sends_once else 0
+        # Sharded weights stay where they were updated; each pass gathers them.
+        weight_bytes = 0 if job.layout.shards_parameters else _FP32_BYTES
+        return cluster.collect((gradient_bytes + weight_bytes) * trained)
+    if job.layout.shards_optimizer:  # reduce-scatter of gradients, all-gather of updated weights
         return cluster.collect((bytes_per_number + _FP32_BYTES) * trained)
-    return 2 * cluster.collect(bytes_per_number * trained)
+    return 2 * cluster.collect(bytes_per_number * trained)  # all-reduce
 
 
 def _num_parts(job: Job, cluster: Cluster) -> int:
-    """Return the ranks that a step of the optimizer is divided over."""
+    """Return how many ranks divide the optimizer's update among them; 1: each rank updates all weights."""
     return cluster.num_ranks if job.layout.shards_optimizer else 1

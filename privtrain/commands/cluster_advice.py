@@ -14,12 +14,12 @@ from privtrain.config import Config
 from privtrain.models.memory import LaunchLayout, model_size
 from privtrain.privacy.plan import PrivacyPlan
 
-#: Of a GPU's memory: the framework, workspaces and fragments take the rest.
+#: Share of a GPU's memory that a job can use: the framework, workspaces and fragments take the rest.
 _USABLE_MEMORY = 0.85
-#: A setting is named where it shortens the step by at least this, relative.
+#: A setting is named where it shortens the step by at least this share.
 _WORTHWHILE = 0.02
 _NUM_SHOWN = 3
-#: What grows with the rows of a microbatch.
+#: Parts of the memory (names of :func:`privtrain.models.memory.model_size`) that grow with the rows of a microbatch.
 _BY_ROW = ("activations", "logits", "gradients of units")
 
 
@@ -56,14 +56,15 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
     memory = model_size(config, layout, num_bands).memory_bytes
     usable = _USABLE_MEMORY * cluster.gpu.memory_bytes
     changes = list(_changes(job, memory))
-    if job.checkpoints:
-        kept = performance.model_copy(update={"gradient_checkpointing": False})
-        size = model_size(config.model_copy(update={"performance": kept}), layout, num_bands).memory_bytes
+    if job.checkpoints:  # without it, alone and together with each further setting
+        without = performance.model_copy(update={"gradient_checkpointing": False})
+        memory_without = model_size(config.model_copy(update={"performance": without}), layout, num_bands).memory_bytes
         is_two_pass = _is_two_pass(performance.clipping_route, is_full, checkpoints=False)
-        other = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
+        job_without = dataclasses.replace(job, checkpoints=False, is_two_pass=is_two_pass)
         setting = "performance.gradient_checkpointing: false"
-        changes.append((setting, other, sum(size.values())))
-        changes += [(f"{setting}, {more}", both, num_bytes) for more, both, num_bytes in _changes(other, size)]
+        changes.append((setting, job_without, sum(memory_without.values())))
+        for further_setting, other_job, num_bytes in _changes(job_without, memory_without):
+            changes.append((f"{setting}, {further_setting}", other_job, num_bytes))
     return {
         "cluster": f"{cluster.num_ranks} x {cluster.name.upper()}",
         "predicted_step_seconds": prediction.seconds,
@@ -82,13 +83,24 @@ def describe_cluster(config: Config, plan: PrivacyPlan, layout: LaunchLayout, cl
 
 
 def _is_two_pass(route: str, is_full: bool, *, checkpoints: bool) -> bool:
+    """Return whether clipping goes backward twice: ``auto`` chooses that to save memory, where checkpointing does."""
     return route == "two_pass" or (route == "auto" and is_full and checkpoints)
 
 
 def _faster(
     changes: list[tuple[str, Job, int]], cluster: Cluster, prediction: Prediction, usable: float
 ) -> list[tuple[str, Prediction, int]]:
-    """Return the settings that fit and save enough to be worth it, the fastest first."""
+    """Return the settings that fit into memory and shorten the step enough to be worth it, the fastest first.
+
+    Args:
+        changes: setting in words, the job with it, and its bytes of memory of one rank.
+        cluster: where the job runs.
+        prediction: of the job as configured.
+        usable: bytes of a GPU's memory that a job can use.
+
+    Returns:
+        Setting, its prediction, and its bytes of memory of one rank.
+    """
     candidates = [(setting, predict(other, cluster), size) for setting, other, size in changes]
     worthwhile = [
         (setting, other, size)
@@ -99,7 +111,12 @@ def _faster(
 
 
 def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]:
-    """Yield a setting, the job with it, and its memory of one rank."""
+    """Yield settings that may shorten the step: in words, the job with it, and its bytes of memory of one rank.
+
+    Args:
+        job: the job as configured.
+        memory: part → bytes of device memory of one rank, as configured.
+    """
     for factor in (2, 4, 8):
         rows = factor * job.microbatch_size
         size = sum(num_bytes * (factor if part in _BY_ROW else 1) for part, num_bytes in memory.items())
@@ -107,10 +124,11 @@ def _changes(job: Job, memory: dict[str, int]) -> Iterator[tuple[str, Job, int]]
             yield f"performance.microbatch_size: {rows}", dataclasses.replace(job, microbatch_size=rows), size
     layout = job.layout
     if layout.shards_gradients and job.is_full and not job.reduces_once:
+        # The rank's own whole sum is held, in place of the one tensor that is just being reduced.
         size = sum(memory.values()) - memory.get("tensor on its way", 0) + INT64_BYTES * job.work.num_trained
         yield "performance.reduce_once: true", dataclasses.replace(job, reduces_once=True), size
     if layout.shards_parameters and not job.is_full:
-        # Each rank then holds the whole base; of an adapter the sum is cut in parts all the same.
+        # Each rank then holds the whole frozen base. An adapter's memory stays: its gradients were never sharded.
         size = sum(n * (layout.num_ranks if part == "frozen base" else 1) for part, n in memory.items())
         replicated = dataclasses.replace(layout, shards_parameters=False, shards_gradients=False)
         yield "launch/accelerate/zero1.yaml", dataclasses.replace(job, layout=replicated), size

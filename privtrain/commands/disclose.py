@@ -20,8 +20,9 @@ from privtrain.run.statement import PrivacyStatement
 
 Form = Literal["opendp", "nist", "gdp"]
 
-#: Points of the curve that mu is computed from; the slack is a hundredth of δ.
+#: Points of the privacy curve (δ for each ε) that μ is computed from.
 _NUM_POINTS = 400
+#: The curve ends at the ε that holds with this share of δ, which is the summary's slack.
 _SLACK = 0.01
 
 
@@ -54,14 +55,16 @@ def disclose(run: pathlib.Path, form: Form) -> str:
 
 
 def gaussian_of(statement: PrivacyStatement, plan: PrivacyPlan) -> dict[str, Any] | None:
-    """Return μ of Gaussian DP for the whole curve of the steps that were charged, with slack and regret.
+    """Return one number μ that sums up the whole privacy curve of a run: the run is μ-Gaussian-DP (arXiv 1905.02383).
 
-    ``None`` where there is no privacy, or where ε does not follow from an event alone (group privacy).
+    The curve is that of the steps that were charged. Beside μ the answer says how far μ exceeds the true curve (the
+    fields of :class:`accountants.gaussian_summary.GaussianSummary`). ``None`` where there is no privacy, or where ε
+    does not follow from the sampled mechanism alone (group privacy).
     """
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return None
     event = plan.event_of_steps(statement.steps_accounted or statement.steps_released)
     accountant = get_accountant(fast_accountant(plan.accountant))
-    last = accountant.epsilon(event, _SLACK * statement.delta).upper
-    summary = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=last, points=_NUM_POINTS))
+    largest_epsilon = accountant.epsilon(event, _SLACK * statement.delta).upper
+    summary = gaussian_summary(privacy_curve(event, accountant, largest_epsilon=largest_epsilon, points=_NUM_POINTS))
     return None if summary is None else dataclasses.asdict(summary)

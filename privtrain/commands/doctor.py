@@ -31,7 +31,7 @@ from privtrain.config.publishing import RegistrySection
 from privtrain.config.training import PerformanceSection
 from privtrain.errors import EXIT_WRONG_INPUT, PrivtrainError
 from privtrain.files.atomic import write_atomically
-from privtrain.inputs import load_checked, read_inputs
+from privtrain.inputs import Inputs, load_checked, read_inputs
 from privtrain.job.claim import check_run_directory
 from privtrain.job.stop import StopRequest, listening
 from privtrain.job.supervise import process_group
@@ -51,11 +51,19 @@ _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "fault": "
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at, e.g. ``disk``.
+        status: a fault would stop a run, a warning would spoil it.
+        what: what was seen, in words.
+        fix: what to do about a warning or fault.
+        values: what was measured, for ``--json``.
+    """
 
     name: str
     status: Literal["ok", "warning", "fault"]
-    what: str  # was seen
+    what: str
     fix: str = ""
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -68,10 +76,10 @@ def examine(config_path: pathlib.Path | None, overrides: Sequence[str], *, as_js
     """
     config = load_checked(config_path, overrides) if config_path is not None else None
     findings = [*_versions(), *_launcher(), _disk(config), _wandb(config), _registry(config)]
-    # Everything on the way may print; with --json stdout is for the report alone.
+    # Libraries may print on the way; with --json stdout is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         try:
-            findings += _together(config)
+            findings += _findings_of_all_ranks(config)
         except PrivtrainError as error:
             findings.append(Finding("ranks and self-test", "fault", str(error), "see the message; nothing was trained"))
     is_well = not any(finding.status == "fault" for finding in findings)
@@ -93,12 +101,12 @@ def _print(findings: list[Finding], is_well: bool) -> None:
 
 
 def _versions() -> list[Finding]:
-    """Return installed libraries against what this version of privtrain was tested with."""
+    """Compare the installed libraries with the versions that the installed privtrain declares that it needs."""
     wrong, seen = [], {"python": platform.python_version(), "torch_device": _accelerator()}
     for line in importlib.metadata.requires("privtrain") or []:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
+            continue  # for another platform, or of an extra
         try:
             seen[requirement.name] = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
@@ -121,19 +129,21 @@ def _accelerator() -> str:
 
 
 def _launcher() -> list[Finding]:
-    """Return what clusters do to a job that its launcher must be told of."""
+    """Warn of launchers that hide the job's exit code, and of an accelerate setting that is not used."""
     findings = []
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "PRIVTRAIN_LAUNCH_DIRECTORY" not in os.environ:
-        is_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        if not is_srun:
-            findings.append(
-                Finding(
-                    "exit code",
-                    "warning",
-                    "torchrun and accelerate launch end with 1 whatever the job's exit code is",
-                    "start them with: privtrain launch accelerate launch ...; pre-empted jobs then end with 75",
-                )
+    has_several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # Our `privtrain launch` sets this variable, and srun passes a task's exit code on.
+    is_privtrain_launch = "PRIVTRAIN_LAUNCH_DIRECTORY" in os.environ
+    is_srun = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if has_several_ranks and not is_privtrain_launch and not is_srun:
+        findings.append(
+            Finding(
+                "exit code",
+                "warning",
+                "torchrun and accelerate launch end with 1 whatever the job's exit code is",
+                "start them with: privtrain launch accelerate launch ...; pre-empted jobs then end with 75",
             )
+        )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         findings.append(
             Finding(
@@ -147,8 +157,9 @@ def _launcher() -> list[Finding]:
 
 
 def _disk(config: Config | None) -> Finding:
-    """Examine room, durable renames and locks where the run directory will be; only global rank 0 needs them."""
+    """Measure free space and the time of one durable write where the run directory will be."""
     wanted = config.run.directory if config is not None else pathlib.Path.cwd()
+    # The run directory need not exist yet: its nearest existing parent is on the same disk.
     place = next(path for path in [wanted, *wanted.absolute().parents] if path.is_dir())
     free_bytes = shutil.disk_usage(place).free
     try:
@@ -181,7 +192,7 @@ def _wandb(config: Config | None) -> Finding:
 
 
 def _registry(config: Config | None) -> Finding:
-    """Return whether the registry of budgets answers, knows its key and has a budget; nothing is reserved or made."""
+    """Return whether the registry of privacy budgets, a database shared by runs, can be used; nothing is reserved."""
     section = config.registry if config is not None else RegistrySection()
     url = registry_url(section)
     if os.environ.get("RANK", "0") != "0" or url is None:
@@ -190,6 +201,7 @@ def _registry(config: Config | None) -> Finding:
         return Finding("registry", "fault", "a registry without a data set", "set registry.dataset: who is charged")
     try:
         registry = Registry(url, retry_seconds=min(section.retry_seconds, _REGISTRY_SECONDS), read_only=True)
+        # Each of these raises what would stop a run: no key for pseudonyms of users, a clock that is wrong.
         registry.database.key()
         registry.database.read(clock.now)
         budgets = views.budgets(registry.database)
@@ -201,7 +213,7 @@ def _registry(config: Config | None) -> Finding:
     return Finding("registry", "ok", f"{registry.database.shown}: {what}")
 
 
-def _together(config: Config | None) -> list[Finding]:
+def _findings_of_all_ranks(config: Config | None) -> list[Finding]:
     """Return what can be seen only with all ranks: who is there, how fast they talk, and the self-test."""
     performance = config.performance if config is not None else PerformanceSection()
     inputs = read_inputs(config) if config is not None else None
@@ -216,9 +228,10 @@ def _together(config: Config | None) -> list[Finding]:
 
 
 def _world(backend: Backend) -> Finding:
-    """Return which rank sits where; two ranks on one GPU are almost always a mistake."""
+    """Return the machine and device of each rank; two ranks on one GPU are almost always a mistake."""
     places = [text.decode() for text in _gather(backend, f"{platform.node()} {backend.device}".encode())]
-    shared = sorted({place for place in places if places.count(place) > 1 and not place.endswith(("cpu", "cpu:0"))})
+    on_gpus = [place for place in places if not place.endswith(("cpu", "cpu:0"))]
+    shared = sorted({place for place in on_gpus if on_gpus.count(place) > 1})
     lines = "".join(f"\n          rank {rank}: {place}" for rank, place in enumerate(places))
     what = f"{backend.describe()}{lines}"
     values = {"world_size": backend.world_size, "ranks": places}
@@ -229,17 +242,20 @@ def _world(backend: Backend) -> Finding:
 
 
 def _gather(backend: Backend, text: bytes, num_pieces: int = 4) -> list[bytes]:
-    """Return every rank's short text, by rank, over the one gathering collective that there is."""
+    """Return every rank's text, by rank, cut to 32 * num_pieces bytes.
+
+    Backends gather only digests of 32 bytes, so the text is sent in pieces of 32.
+    """
     padded = text[: 32 * num_pieces].ljust(32 * num_pieces, b"\0")
-    pieces = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]
-    return [b"".join(parts).rstrip(b"\0") for parts in zip(*pieces, strict=True)]
+    pieces_of_ranks = [backend.gather_digests(padded[32 * i : 32 * (i + 1)]) for i in range(num_pieces)]
+    return [b"".join(pieces).rstrip(b"\0") for pieces in zip(*pieces_of_ranks, strict=True)]
 
 
 def _agreement(backend: Backend) -> Finding:
     """Return whether all ranks run the same software."""
     own = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     text = json.dumps([platform.python_version(), platform.machine(), sorted(own.items())])
-    digests = backend.gather_digests(hashlib.sha256(text.encode()).digest())
+    digests = backend.gather_digests(hashlib.sha256(text.encode()).digest())  # by rank
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         return Finding(
@@ -265,7 +281,7 @@ def _network(backend: Backend) -> Finding:
 
 
 def _reduce_seconds(backend: Backend, num_floats: int) -> float:
-    """Return the fastest of a few reductions of so many floats."""
+    """Return the seconds of the fastest of a few reductions of so many floats."""
     vector = torch.zeros(num_floats, dtype=torch.float32, device=backend.device)
     best = float("inf")
     for _ in range(_NUM_TRIALS):
@@ -277,7 +293,8 @@ def _reduce_seconds(backend: Backend, num_floats: int) -> float:
     return best
 
 
-def _self_test(inputs: Any, backend: Backend, stop: StopRequest) -> Finding:
+def _self_test(inputs: Inputs, backend: Backend, stop: StopRequest) -> Finding:
+    """Load the real model on all ranks and check clipping, noise and reduction as the start of a job does."""
     began = time.monotonic()
     num_coordinates = rehearse(inputs, backend, stop)
     seconds = time.monotonic() - began

@@ -4,6 +4,9 @@ Merging and casting are post-processing of the released weights: the privacy sta
 ``export.json`` says what was made of what: digests of the released weights, of the base model and of every file
 written, and one digest over all of these, the relation. Whoever has the run can make the weights again, and
 ``privtrain verify`` does.
+
+A released adapter is copied as it is, or merged into its base model; fully trained weights are cast to a dtype. "Whole"
+below means a model that needs no adapter.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def export_run(run: pathlib.Path, output: pathlib.Path, *, merge: bool, dtype: s
 
 
 def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) -> None:
+    """Raise ConfigError with everything that stands against the export, before anything is written."""
     faults = output_faults(run, output)
     if dtype not in DTYPES:
         faults.append(Fault("--dtype", f"given {dtype}; must be one of {', '.join(DTYPES)}"))
@@ -73,7 +77,7 @@ def _check(run: RunDirectory, output: pathlib.Path, dtype: str, *, merge: bool) 
 
 
 def _check_base(run: RunDirectory, manifest: ReleaseManifest) -> None:
-    """Raise unless the adapter's base is where the run had it, as it was then."""
+    """Raise unless the base model's files are where the run had them, with the digests that the release recorded."""
     section = load_config(run.resolved_config).model
     if wrong := changed_base_files(section, manifest.base_model):
         problem = (
@@ -92,10 +96,10 @@ def _unmergeable(run: RunDirectory) -> list[Fault]:
     if config.training.has_virtual_tokens:
         problem = f"{method} trains virtual tokens, which no weight of the base model can hold; export without --merge"
         faults.append(Fault("--merge", problem))
-    held_in = quantization or _own_quantization(config.model)
-    if held_in is not None:
+    quantized_as = quantization or _own_quantization(config.model)
+    if quantized_as is not None:
         problem = (
-            f"the adapter was trained on a base held in {held_in}; merged into other weights it computes "
+            f"the adapter was trained on a base held in {quantized_as}; merged into other weights it computes "
             "something else. Export without --merge, and load the base with the same quantization"
         )
         faults.append(Fault("--merge", problem))
@@ -103,11 +107,11 @@ def _unmergeable(run: RunDirectory) -> list[Fault]:
 
 
 def _own_quantization(model: ModelSection) -> str | None:
-    """Return how the base's own ``config.json`` says that its weights are held, e.g. ``gptq``; GGUF is made whole."""
+    """Return how the base's own ``config.json`` says that its weights are quantised, e.g. ``gptq``; None if not."""
     from transformers import PretrainedConfig
 
     if model.gguf_file is not None:
-        return None
+        return None  # transformers converts GGUF to ordinary weights on loading
     location = locate(model)
     try:
         tree, _ = PretrainedConfig.get_config_dict(location.path, **location.arguments)
@@ -118,11 +122,12 @@ def _own_quantization(model: ModelSection) -> str | None:
 
 
 def _save_whole(run: RunDirectory, target: pathlib.Path, dtype: str) -> None:
-    """Save the whole model, rounded, and compare what comes back with what was meant."""
+    """Save the whole model in ``dtype``, open it again, and raise unless it has the same weights and outputs."""
     from transformers import AutoTokenizer
 
     from privtrain.models.merge import check_outputs, outputs, reopened, rounded, save_weights, whole_model
 
+    # The values are rounded to dtype, but computed with in fp32, for exact expected outputs.
     model = rounded(whole_model(run, None), _type_of(dtype))
     expected = outputs(model)
     save_weights(model.to(_type_of(dtype)), target)
@@ -140,7 +145,7 @@ def _type_of(dtype: str) -> Any:
 
 
 def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> None:
-    """Write ``release.json`` and ``export.json`` beside what was made."""
+    """Write ``release.json`` and ``export.json`` beside the model's files: they bind those to the release."""
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "release": manifest.digest,
@@ -157,13 +162,16 @@ def _describe(manifest: ReleaseManifest, target: pathlib.Path, dtype: str) -> No
 def reproduction_faults(
     directory: pathlib.Path, made: Mapping[str, Any], released: pathlib.Path, base_model: pathlib.Path | None
 ) -> list[str]:
-    """Make an export again from the run and compare its tensors, which are equal up to the dtype's round-off.
+    """Make an export again from the run, and compare its tensors: they may differ by the dtype's round-off alone.
 
     Args:
         directory: the export.
-        made: its description.
+        made: the content of its ``export.json``.
         released: the run directory.
         base_model: directory of the base model; by default where the run had it.
+
+    Returns:
+        A line for each tensor that differs; empty if the export follows from the release.
 
     Raises:
         PrivtrainError: if the run's configuration or the base model is not at hand.
@@ -179,25 +187,26 @@ def reproduction_faults(
     model = whole_model(run, base_model).to(_type_of(made["dtype"]))
     with tempfile.TemporaryDirectory() as place:
         save_weights(model, pathlib.Path(place))
-        expected = _tensors(pathlib.Path(place), load_file)
-    tensors = _tensors(directory, load_file)
-    problems = [f"tensor {name} is in one of them alone" for name in sorted(tensors.keys() ^ expected.keys())]
-    for name in sorted(tensors.keys() & expected.keys()):
-        mine, theirs = tensors[name], expected[name]
-        if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+        expected_tensors = _tensors(pathlib.Path(place), load_file)
+    exported_tensors = _tensors(directory, load_file)
+    in_one_alone = sorted(exported_tensors.keys() ^ expected_tensors.keys())
+    problems = [f"tensor {name} is in one of them alone" for name in in_one_alone]
+    for name in sorted(exported_tensors.keys() & expected_tensors.keys()):
+        exported, expected = exported_tensors[name], expected_tensors[name]
+        if exported.dtype != expected.dtype or exported.shape != expected.shape:
             problems.append(f"tensor {name} has another type or shape")
-        elif not torch.equal(mine, theirs) and not _is_round_off(mine, theirs):
+        elif not torch.equal(exported, expected) and not _is_round_off(exported, expected):
             problems.append(f"tensor {name} is not what the released weights give")
     return [f"{_weights_file(directory)}: {problem}" for problem in problems]
 
 
-def _is_round_off(mine: Any, theirs: Any) -> bool:
+def _is_round_off(exported: Any, expected: Any) -> bool:
     """Return whether two tensors differ by units in the last place: another machine may round a product differently."""
     import torch
 
-    unit = torch.finfo(theirs.dtype).eps if theirs.dtype.is_floating_point else 0.0
-    mine, theirs = mine.double(), theirs.double()
-    return torch.allclose(mine, theirs, rtol=2 * unit, atol=2 * unit * float(theirs.abs().max()))
+    unit = torch.finfo(expected.dtype).eps if expected.dtype.is_floating_point else 0.0
+    exported, expected = exported.double(), expected.double()
+    return torch.allclose(exported, expected, rtol=2 * unit, atol=2 * unit * float(expected.abs().max()))
 
 
 def _tensors(directory: pathlib.Path, load_file: Any) -> dict[str, Any]:
@@ -209,7 +218,7 @@ def _weights_file(directory: pathlib.Path) -> str:
 
 
 def _check_saved(model: Any, target: pathlib.Path) -> None:
-    """Open what was saved: weights that are empty, missing, not finite or different are never handed out."""
+    """Open the saved weights, and raise RuntimeError if one is empty, missing, not finite or not as in memory."""
     import torch
 
     saved = dict(type(model).from_pretrained(str(target), dtype=model.dtype).named_parameters())
@@ -226,10 +235,10 @@ def _card(run: RunDirectory, dtype: str) -> str:
     if run.model.exists():
         return card
     merged = f"The adapter is merged into its base model and stored in {dtype}: post-processing, no privacy cost.\n\n"
-    for adapters, wholes in (
+    for of_adapter, of_merged in (
         ("library_name: peft", "library_name: transformers"),
         ("base_model_relation: adapter", "base_model_relation: finetune"),
         ("## Privacy statement", merged + "## Privacy statement"),
     ):
-        card = card.replace(adapters, wholes, 1)
+        card = card.replace(of_adapter, of_merged, 1)
     return card

@@ -3,6 +3,9 @@
 Two directories, never mixed: the corpus with the run's privacy statement, which may be shared, and a report in the
 run's ``secret/``, which compares the corpus with the private records. No text is dropped or kept because of what the
 report says: a corpus that was filtered by private records would be covered by no ε.
+
+A *condition* is what a text is sampled after: nothing, a prompt, a conversation or a label. Its *context* is the same
+as token ids.
 """
 
 from __future__ import annotations
@@ -37,23 +40,23 @@ from privtrain.run.release import banner
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """What is sampled.
+    """What is sampled: the options of the command line.
 
     Attributes:
-        num_texts: different texts.
-        prompts: JSON lines of what texts are sampled after.
-        labels: instead of it, labels in ``template``.
-        template: prompt of a label, with ``{label}``.
+        num_texts: how many different texts.
+        prompts: JSON lines file of public prompts or conversations that texts are sampled after.
+        labels: instead of ``prompts``, labels that texts are sampled for.
+        template: prompt for a label; ``{label}`` in it stands for the label.
         temperature: divides the logits.
-        top_p: smallest set of most likely tokens with at least this probability; 1 keeps all.
-        top_k: most likely tokens that are kept; 0 keeps all.
+        top_p: keeps the smallest set of most likely tokens with at least this probability; 1 keeps all.
+        top_k: keeps this many most likely tokens; 0 keeps all.
         max_new_tokens: most tokens of a text; None: what ``data.max_length`` leaves after the longest condition.
-        min_new_tokens: fewest.
+        min_new_tokens: fewest tokens of a text.
         batch_size: texts that are sampled at once.
-        seed: public.
-        engine: what samples; ``auto``: vLLM if it is installed and can, else transformers.
+        seed: of the random numbers; public.
+        engine: library that samples; ``auto``: vLLM if it is installed and can, else transformers.
         base_model: directory of the base model; by default where the run had it.
-        copy_tokens: consecutive tokens of a training record that make a copy.
+        copy_tokens: consecutive tokens of a training record in a text that make it a copy, for the private report.
     """
 
     num_texts: int = 1000
@@ -96,7 +99,7 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     engine = sampling.chosen_engine(options.engine, config)
     tokenizer = _tokenizer(directory)
     contexts = contexts_of(conditions, config.data, tokenizer, config.data.max_length)
-    room = config.data.max_length - max(map(len, contexts))
+    room = config.data.max_length - max(map(len, contexts))  # tokens left for a text after the longest context
     settings = SamplingSettings(
         options.num_texts, options.temperature, options.top_p, options.top_k, options.max_new_tokens or room,
         options.min_new_tokens, options.batch_size, options.seed,
@@ -115,13 +118,14 @@ def generate(run: pathlib.Path, output: pathlib.Path, options: GenerateOptions) 
     lines = [f"wrote {len(texts)} different texts to {output}; check them with: privtrain verify {output}"]
     if len(texts) < settings.num_texts:
         lines.append(f"asked for {settings.num_texts}; the rest were empty or repeated. Raise --temperature")
-    if not directory.manifest.is_file():
+    if not directory.manifest.is_file():  # the manifest, in secret/, says which users were trained on
         return "\n".join([*lines, "not compared with the training data: the run's secret/ is not here"])
     report = report_of(directory, config, texts, described, tokenizer, options.copy_tokens)
     return "\n".join([*lines, *report])
 
 
 def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) -> None:
+    """Raise ConfigError with everything that can be seen to be wrong before the run's files are read."""
     faults = output_faults(run, output)
     if (num := os.environ.get("WORLD_SIZE", "1")) != "1":
         faults.append(Fault("WORLD_SIZE", f"given {num}; texts are sampled by one process: start privtrain by itself"))
@@ -134,12 +138,12 @@ def _check(run: RunDirectory, output: pathlib.Path, options: GenerateOptions) ->
 def _configuration(
     run: RunDirectory, options: GenerateOptions, manifest: bundle.ReleaseManifest
 ) -> tuple[Config, ModelSection]:
-    """Return the run's configuration and where its base model is: the one that it was trained from.
+    """Return the run's configuration, and the ``model`` section that says where the base model is on this machine.
 
     Raises:
-        ConfigError: if the base is not at hand, or is another one.
+        ConfigError: if an adapter was released and its base is not at hand, or is not the one of the release.
     """
-    if run.resolved_config.exists():
+    if run.resolved_config.exists():  # in secret/, with local paths; the published copy has none
         run.check_private()
         config = load_config(run.resolved_config)
     else:
@@ -148,7 +152,7 @@ def _configuration(
     if options.base_model is not None:
         place = {"name_or_path": str(options.base_model), "package": None}
         section = section.model_copy(update=place)
-    if config.training.releases_model:
+    if config.training.releases_model:  # all weights were released; no base is needed
         return config, section
     if faults := check_model(section):
         remedy = "" if options.base_model else "; say where the base model is with --base-model DIRECTORY"
@@ -172,6 +176,7 @@ def _tokenizer(run: RunDirectory) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(run.released))
+    # BERT-like tokenizers have no end mark; records were encoded with the separator in its place.
     if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token
     return tokenizer
@@ -180,6 +185,16 @@ def _tokenizer(run: RunDirectory) -> Any:
 def _sampler(
     engine: str, config: Config, section: ModelSection, run: RunDirectory, settings: SamplingSettings, tokenizer: Any
 ) -> Sampler:
+    """Load the released model into the chosen engine.
+
+    Args:
+        engine: ``transformers`` or ``vllm``.
+        config: the run's configuration.
+        section: where the base model of an adapter is.
+        run: the run, with its adapter or model.
+        settings: how to draw.
+        tokenizer: the released one.
+    """
     ends = ends_of(config.data, tokenizer)
     if engine == "vllm":
         return sampling.vllm_sampler(config, section, run, settings, ends)
@@ -195,15 +210,14 @@ def _sampler(
     else:
         model = load_adapter(load_base(section, dtype), run.adapter)
     num_ids = num_embedded(model)
-    banned = [*range(len(tokenizer), num_ids), *(id_ for id_ in tokenizer.all_special_ids if id_ not in ends)]
-    if section.quantization is None:
+    # Never sampled: rows of the embedding that no token has, and special tokens that do not end a text.
+    unused_ids = range(len(tokenizer), num_ids)
+    special_ids = [token_id for token_id in tokenizer.all_special_ids if token_id not in ends]
+    banned = sorted({token_id for token_id in [*unused_ids, *special_ids] if token_id < num_ids})
+    if section.quantization is None:  # quantised weights were loaded onto the device
         model = model.to(device)
     return sampling.TransformersSampler(
-        model.eval(),
-        settings,
-        ends=ends,
-        pad_id=padding_id(model, tokenizer),
-        banned=sorted({number for number in banned if number < num_ids}),
+        model.eval(), settings, ends=ends, pad_id=padding_id(model, tokenizer), banned=banned
     )
 
 
@@ -214,6 +228,8 @@ def _sampled(
     settings: SamplingSettings,
     tokenizer: Any,
 ) -> list[Text]:
+    """Sample and decode different texts, each with its condition; ``contexts[i]`` are the tokens of condition i."""
+
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -235,7 +251,11 @@ def _write(
     engine: str,
     settings: SamplingSettings,
 ) -> dict[str, Any]:
-    """Write what may be shared: texts, statement, card, and what binds them to the release."""
+    """Write what may be shared: texts, privacy statement, card, and a description that binds them to the release.
+
+    Returns:
+        The description as written (``corpus.json``): settings, digests of files, and the digest over all of it.
+    """
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -259,8 +279,8 @@ def _write(
 
 def _card(run: RunDirectory, statement: Mapping[str, Any], num_texts: int, settings: SamplingSettings) -> str:
     """Return the card of the corpus: a data set's front matter, then the privacy statement as the run's card has it."""
-    own = (run.released / "README.md").read_text(encoding="utf-8")
-    section = own[own.index("## Privacy statement") :]
+    model_card = (run.released / "README.md").read_text(encoding="utf-8")
+    section = model_card[model_card.index("## Privacy statement") :]
     covered = generated.COVERED if statement["private"] else generated.NOT_COVERED
     front = strict_yaml.dump({"tags": ["synthetic", "differential-privacy", "privtrain"]})
     return (

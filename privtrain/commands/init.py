@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -31,11 +32,15 @@ from privtrain.models.limits import num_positions_of
 from privtrain.models.load import load_tokenizer
 from privtrain.process.console import say
 
+#: Rows of the first file that columns are guessed from.
 _NUM_ROWS = 1000
 _MOST_LABELS = 50
+#: A whole number as labels are written: without leading zeros, and small enough for int64.
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+#: The guessed data.max_length is a multiple of the first, and at most the second.
 _LENGTHS = (64, 1024)
 
+# Names of columns by purpose, in lower case; where a file has several of them, the first of the list is taken.
 _USER_NAMES = [
     "user",
     "user_id",
@@ -81,7 +86,12 @@ _COMPLETIONS = ("completion", "response", "output", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """Keys and their values, and why they were chosen."""
+    """Guessed keys of a configuration, or of its ``data`` section alone.
+
+    Attributes:
+        tree: key → value, e.g. ``{"text_column": "review"}``; for a whole configuration section → keys → values.
+        notes: key → why that value was chosen, for people; dotted (``data.text_column``) for a whole configuration.
+    """
 
     tree: dict[str, Any]
     notes: dict[str, str]
@@ -95,14 +105,14 @@ def write_config(
     user_column: str | None = None,
     num_users: int | None = None,
 ) -> Config:
-    """Guess, write and check a configuration.
+    """Guess, check and write a configuration, and print each guess with its reason.
 
     Args:
         model: directory or hub name.
-        paths: files or patterns, of one kind.
+        paths: files of rows, or patterns of such; all JSONL, all CSV or all Parquet.
         output: the file to write; must not exist.
         user_column: column of the user id, if it is not to be guessed.
-        num_users: a public number of users; without it the number in the file, to one digit.
+        num_users: a public number of users; without it the number in the file, rounded down to one digit.
 
     Raises:
         ConfigError: if the files cannot be read, or no user column is found.
@@ -132,13 +142,13 @@ def guess_configuration(
     user_column: str | None = None,
     num_users: int | None = None,
 ) -> Guess:
-    """Return sections and keys for a model and files, checked, with what to know of them by dotted key.
+    """Return a whole configuration for a model and files of rows, checked, with a note on each guessed key.
 
     Args:
         model: directory or hub name.
-        paths: files or patterns, of one kind.
+        paths: files of rows, or patterns of such; all JSONL, all CSV or all Parquet.
         user_column: column of the user id, if it is not to be guessed.
-        num_users: a public number of users; without it the number in the files, to one digit.
+        num_users: a public number of users; without it the number in the files, rounded down to one digit.
 
     Raises:
         ConfigError: if the files cannot be read, or no user column is found.
@@ -154,7 +164,7 @@ def guess_configuration(
         "run": {"name": name},
         "model": {"name_or_path": model},
         "data": {"source": {"kind": "files", "paths": [str(path) for path in paths]}, **guess.tree},
-        # Stand-ins, so that everything else is checked before it is computed with.
+        # Stands in until users are counted: the rows are read by a configuration that is valid as a whole.
         "privacy": plan_for(1000, 0.1),
         "tracking": {"wandb": False},
     }
@@ -164,11 +174,12 @@ def guess_configuration(
     corpus = load_corpus(config.data)
     tree["data"]["max_length"] = _max_length(config, sample_of(corpus, 512))
     notes["data.max_length"] = "Holds at least 95 of 100 records, unless they are longer than 1,024 tokens."
-    known = num_users or rounded(len(corpus.records))
-    where = "given" if num_users else "the number in the file to one digit; say --num-users to give a public one"
-    tree["privacy"] |= plan_for(known, config.data.held_out_fraction)
+    published_users = num_users or rounded(len(corpus.records))
+    source = "given" if num_users else "the number in the file to one digit; say --num-users to give a public one"
+    users = f"{published_users:,} users ({source})"
+    tree["privacy"] |= plan_for(published_users, config.data.held_out_fraction)
     notes |= {
-        "privacy.sampling_prob": f"For {known:,} users ({where}). These numbers are published, and so tell it.",
+        "privacy.sampling_prob": f"For {users}. These numbers are published, and so tell it.",
         "privacy.target_epsilon": "Smaller is stronger. What it costs: privtrain plan.",
         "tracking.wandb": "No account is needed where it is false.",
     }
@@ -176,22 +187,25 @@ def guess_configuration(
 
 
 def _file_faults(files: Sequence[pathlib.Path]) -> list[Fault]:
-    """Return why rows cannot be read from files, before their columns are guessed."""
+    """Return why the rows of files cannot be read: a file without columns, or a CSV file with another separator."""
     faults = []
     for file in files:
-        columns, wrong = columns_of(file)
-        faults += wrong
+        columns, column_faults = columns_of(file)
+        faults += column_faults
         if columns and (problem := separator_problem(file, columns)):
             faults.append(Fault("data.source.paths", f"{file}: {problem}"))
     return faults
 
 
 def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
-    """Return which columns a file's rows have for which purpose.
+    """Guess from names and first rows which column of a file holds user ids, texts, labels or conversations.
 
     Args:
         file: JSONL, CSV or Parquet.
         user_column: column of the user id, if it is known.
+
+    Returns:
+        Keys of the ``data`` section, e.g. ``{"user_column": "author", "format": "text", "text_column": "review"}``.
 
     Raises:
         ConfigError: if there is no column that could be a user's, or none to learn from.
@@ -201,7 +215,7 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
         problem = f"the columns of {file.name} must have different names; given twice: {_shown(file, twice)}"
         raise ConfigError([Fault("data.source.paths", problem)])
     rows = list(itertools.islice(file_rows(file, columns), _NUM_ROWS))
-    values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}
+    values = {name: [row[index] for row in rows] for index, name in enumerate(columns)}  # by column
     if not rows:
         raise ConfigError([Fault("data.source.paths", f"{file} holds no row")])
     user = user_column or _user_column(values)
@@ -220,7 +234,10 @@ def guess_columns(file: pathlib.Path, user_column: str | None = None) -> Guess:
 
 
 def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
-    """Return the names of columns; of a table without a header they would be somebody's id and text."""
+    """Return the names of columns for an error message, unless a CSV file seems to lack its header.
+
+    Then its first line, which was read as names, is somebody's row, and must not be shown.
+    """
     known = {*_USER_NAMES, *_TEXT_NAMES, *_LABEL_NAMES, *_CHAT_NAMES, *_PROMPTS, *_COMPLETIONS}
     if file.suffix == ".csv" and not known & {name.strip().lower() for name in columns}:
         return f"the {len(columns)} fields of its first line, which must name the columns"
@@ -228,7 +245,16 @@ def _shown(file: pathlib.Path, columns: Sequence[str]) -> str:
 
 
 def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
-    """Guess the format of the records and their columns by names and values; None if nothing fits."""
+    """Guess ``data.format`` and its columns from names and values; None if nothing fits.
+
+    Tried in this order: a column of conversations, a pair of prompt and completion, a text with a label, a text.
+
+    Args:
+        values: column → its values in the first rows; the user column is left out.
+
+    Raises:
+        ConfigError: if a column is named like what is looked for, but its values are in a form that is not read.
+    """
     others = {name: column for name, column in values.items() if name.lower() not in (*_PROMPTS, *_COMPLETIONS)}
     chat = _first(others, _CHAT_NAMES, _is_conversation)
     if chat is not None:
@@ -237,7 +263,8 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
         values, _CHAT_NAMES, "data.messages_column", "turns without role and content; rename their keys"
     )
     _refuse_unread_turns(values)
-    prompt, completion = (_first(values, names, _is_text, others=False) for names in (_PROMPTS, _COMPLETIONS))
+    prompt = _first(values, _PROMPTS, _is_text, others=False)
+    completion = _first(values, _COMPLETIONS, _is_text, others=False)
     if prompt and completion:
         keys = {"format": "prompt_completion", "prompt_column": prompt, "completion_column": completion}
         unread = [name for name in values if name.lower() in _PROMPTS and name != prompt and _is_text(values[name])]
@@ -246,7 +273,7 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
             note += f"; not read: {', '.join(unread)}. Put it into {prompt} if it belongs there"
         return Guess(keys, {"format": note})
     text = _first(values, _TEXT_NAMES, _is_text)
-    if text is None or text.lower() not in _TEXT_NAMES:
+    if text is None or text.lower() not in _TEXT_NAMES:  # nothing, or a column of another name that holds long texts
         _refuse_other_kinds(values, _TEXT_NAMES, "data.text_column", "something else than text; convert it")
     if text is None:
         return None
@@ -256,17 +283,23 @@ def _guess_format(values: dict[str, list[Any]]) -> Guess | None:
     names = {str(value).strip() for value in values[label] if value is not None} - {""}
     # 01 is a name: as a number it would be 1, and no row has that label.
     labels: list[int | str] = [int(name) if _NUMBER.fullmatch(name) else name for name in names]
+    # Numbers by value, then names by letters.
     labels.sort(key=lambda name: (isinstance(name, str), name if isinstance(name, int) else 0, str(name)))
     keys = {"format": "classification", "text_column": text, "label_column": label, "labels": labels}
-    told = "those of the first rows. The list is published: check that it is complete and no secret"
-    return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": told})
+    labels_note = "those of the first rows. The list is published: check that it is complete and no secret"
+    return Guess(keys, {"format": f"{label} holds {len(labels)} values", "labels": labels_note})
 
 
 def _refuse_unread_turns(values: dict[str, list[Any]]) -> None:
-    """Raise if conversations are there in a form that is not read: in two columns, or as text that is no JSON."""
-    pairs = [name for name, column in values.items() if name.lower() in (*_PROMPTS, *_COMPLETIONS)]
-    if any(_is_conversation(values[name]) for name in pairs):
-        problem = f"columns {', '.join(pairs)} hold turns; join those of a row into one column, messages"
+    """Raise if conversations are there in a form that is not read: in two columns, or as text that is no JSON.
+
+    Args:
+        values: column → its values in the first rows.
+    """
+    prompts_or_completions = [name for name in values if name.lower() in (*_PROMPTS, *_COMPLETIONS)]
+    if any(_is_conversation(values[name]) for name in prompts_or_completions):
+        columns = ", ".join(prompts_or_completions)
+        problem = f"columns {columns} hold turns; join those of a row into one column, messages"
         raise ConfigError([Fault("data.messages_column", problem)])
     for name, column in values.items():
         texts = [value.lstrip() for value in column if isinstance(value, str)]
@@ -276,14 +309,23 @@ def _refuse_unread_turns(values: dict[str, list[Any]]) -> None:
 
 
 def _refuse_other_kinds(values: dict[str, list[Any]], names: Sequence[str], key: str, what: str) -> None:
-    """Raise if a column has one of these names and holds lists or objects: another one in its place was not meant."""
+    """Raise if a column has one of these names but holds lists or objects, which cannot be read as this key's values.
+
+    A column of another name is then not taken in its place: the user meant this one.
+
+    Args:
+        values: column → its values in the first rows.
+        names: names that a column for the key has, in lower case.
+        key: key of the configuration, for the error.
+        what: what such a column holds and what to do, for the error.
+    """
     for name, column in values.items():
         if name.lower() in names and any(isinstance(value, list | dict | bytes) and value for value in column):
             raise ConfigError([Fault(key, f"column {name} holds {what}")])
 
 
 def _unread_label(values: dict[str, list[Any]], text: str) -> str:
-    """Return what to know of a column that is named like a label and cannot be one."""
+    """Return an addition to the note on texts: which column is named like a label but holds no labels; often empty."""
     by_name = {name.lower(): name for name in values if name != text}
     for name in (by_name[name] for name in _LABEL_NAMES if name in by_name):
         if any(isinstance(value, bool | float | list) for value in values[name]):
@@ -294,25 +336,34 @@ def _unread_label(values: dict[str, list[Any]], text: str) -> str:
 def _first(
     values: dict[str, list[Any]], names: Sequence[str], fits: Callable[[list[Any]], bool], *, others: bool = True
 ) -> str | None:
-    """Return the first column of these names that fits, else, where others may be meant, the longest that does."""
+    """Return the first column that fits a purpose: those of the given names first, in their order.
+
+    Args:
+        values: column → its values in the first rows.
+        names: names in lower case, the most likely first.
+        fits: whether a column's values suit the purpose.
+        others: try columns of other names too, those with the longest values first.
+    """
     by_name = {name.lower(): name for name in values}
-    named = [by_name[name] for name in names if name in by_name]
-    rest = sorted((name for name in values if name not in named), key=lambda name: -_size(values[name]))
-    return next((name for name in (*named, *(rest if others else ())) if fits(values[name])), None)
+    candidates = [by_name[name] for name in names if name in by_name]
+    if others:
+        rest = [name for name in values if name not in candidates]
+        candidates += sorted(rest, key=lambda name: _total_length(values[name]), reverse=True)
+    return next((name for name in candidates if fits(values[name])), None)
 
 
-def _size(column: list[Any]) -> int:
+def _total_length(column: list[Any]) -> int:
     return sum(len(value) for value in column if isinstance(value, str | list))
 
 
 def _user_column(values: dict[str, list[Any]]) -> str | None:
-    """Return a column that is named like a user's id; values are never looked at."""
-    by_name = {name.lower().translate(str.maketrans("- .", "___")): name for name in values}
-    named = next((by_name[name] for name in _USER_NAMES if name in by_name), None)
-    if named is not None:
-        return named
+    """Return a column that is named like a user's id, e.g. ``Author-ID`` or ``forum_user``; no value is looked at."""
+    by_normal_name = {name.lower().translate(str.maketrans("- .", "___")): name for name in values}
+    for name in _USER_NAMES:
+        if name in by_normal_name:
+            return by_normal_name[name]
     endings = tuple(f"_{word}" for word in ("user", "user_id", "author", "customer", "customer_id"))
-    return next((name for key, name in by_name.items() if key.endswith(endings)), None)
+    return next((name for normal, name in by_normal_name.items() if normal.endswith(endings)), None)
 
 
 def _is_text(column: list[Any]) -> bool:
@@ -344,14 +395,14 @@ def _is_conversation(column: list[Any]) -> bool:
 
 
 def _max_length(config: Config, records: Sequence[str]) -> int:
-    """Return a multiple of 64 that holds most records, within the model's positions."""
-    shortest, longest = _LENGTHS
+    """Return ``data.max_length``: a multiple of 64 tokens that 95 % of records fit into, within the model's limit."""
+    multiple, longest = _LENGTHS
     tokenizer = load_tokenizer(config.model)
     data: DataSection = config.data.model_copy(update={"max_length": longest})
     lengths = [len(record) for record in Encoder(data, tokenizer).encode(records).records]
-    wanted = -(-int(np.percentile(lengths, 95)) // shortest) * shortest
-    most = min(longest, num_positions_of(config.model) or longest)
-    return max(4, min(max(wanted, shortest), most))
+    wanted = math.ceil(int(np.percentile(lengths, 95)) / multiple) * multiple
+    most = min(longest, num_positions_of(config.model) or longest)  # None: the model's config names no limit
+    return max(4, min(max(wanted, multiple), most))  # 4: the least that the configuration allows
 
 
 def _run_name(file: pathlib.Path) -> str:

@@ -1,4 +1,9 @@
-"""``privtrain plan``: what a run will guarantee and cost, before any weight is loaded."""
+"""``privtrain plan``: what a run will guarantee and cost, before any weight is loaded.
+
+The answer is one dictionary, which is printed as JSON or by :mod:`privtrain.commands.plan_view` for people. Words: a
+unit is what is sampled and clipped (a user or a record); k is the most records of a user that count; the bands are the
+number of consecutive steps over which correlated noise cancels (1: independent noise in each step).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +30,12 @@ from privtrain.privacy.banded import tried_bands
 from privtrain.privacy.plan import PrivacyPlan, fast_accountant, finite
 from privtrain.privacy.sampling import check_step_size
 
-#: Points of the run at which the spent budget is shown.
+#: Shares of the run's steps after which the ε spent so far is shown.
 _MILESTONES = (0.1, 0.25, 0.5, 0.75, 1.0)
 #: Accountants whose answers are shown side by side; the fast ones that need no further package.
 _COMPARED = ("tilted", "pld", "rdp", "aea3", "gdp")
-#: Sampling schemes whose rounds are Poisson-sampled Gaussian mechanisms.
+#: Sampling schemes in which each unit joins by a coin of its own, so that batch and steps can be varied freely; only
+#: for these changes of the plan are priced, and accountants compared.
 _PRICED = ("poisson", "cyclic_poisson")
 
 
@@ -38,19 +44,19 @@ class PlanOptions:
     """What the command line adds to a config.
 
     Attributes:
-        num_users: users of a data set that is not at hand; nothing is read then.
+        num_users: users of a data set that is not at hand; no data are read then. ``None``: the data are read.
         accelerate: accelerate config of the launch, for memory and the command to type.
         tokens_per_second: throughput of one rank, for the time that training takes.
-        prices: whether to calculate the price list.
-        num_ranks: processes of the launch, where they are not the accelerate config's.
+        prices: whether to calculate the price list: what changes of the plan cost in noise.
+        num_ranks: processes of the launch; ``None``: as many as the accelerate config says.
         optimize: whether to choose batch, steps, records, bands and learning rate for a compute budget.
-        user_draws: that budget in users drawn, with the configuration's records of each; ``None`` with ``hours``, or
-            where the plan's own compute is the budget.
-        hours: that budget in hours at ``tokens_per_second``.
-        cluster: GPUs that a step is predicted for, such as ``8xh100``; a launch has as many processes.
+        user_draws: the compute budget of ``optimize``, in users drawn over all steps, each with as many records as
+            configured. Without it and ``hours``, the budget is the compute of the plan as it stands.
+        hours: the compute budget of ``optimize``, in hours at ``tokens_per_second``.
+        cluster: GPUs that a step is predicted for, such as ``8xh100``; the launch then has a process for each.
 
     Raises:
-        ConfigError: if that budget is not stated in full.
+        ConfigError: if options are given that need others, or exclude one another.
     """
 
     num_users: int | None = None
@@ -84,14 +90,20 @@ class PlanOptions:
 def describe_plan(
     config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions | None = None
 ) -> dict[str, Any]:
-    """Return the plan with what can be said about it from config and data alone.
+    """Return the plan with what can be said about it from config and data alone, ready for JSON.
+
+    Args:
+        config_path: YAML file of the run.
+        overrides: dotted assignments such as ``privacy.num_steps=500``.
+        options: what the command line adds.
 
     Raises:
         ConfigError: with every fault of the config and its inputs.
     """
     options = options or PlanOptions()
-    is_at_hand = options.num_users is None
-    config = load_checked(config_path, overrides) if is_at_hand else load_config(config_path, overrides)
+    # With a stated number of users neither data nor model need be here, so only the configuration is checked.
+    reads_data = options.num_users is None
+    config = load_checked(config_path, overrides) if reads_data else load_config(config_path, overrides)
     layout = options.layout()
     plan = PrivacyPlan.build(config.privacy, config.training)
     population = _population(config, options.num_users)
@@ -99,6 +111,9 @@ def describe_plan(
     prices = price_list(config.privacy, plan, config.training) if options.prices else []
     cost = _cost(config, plan, layout, options)
     num_trained = cost["num_trained_parameters"]
+    advice = warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
+    if num_trained:  # None where the model is not at hand
+        advice += learning_rate_warnings(config, plan, num_trained)
     return {
         "run": str(config.run.directory),
         **population,
@@ -110,8 +125,7 @@ def describe_plan(
         "cluster": None if options.cluster is None else describe_cluster(config, plan, layout, options.cluster),
         "optimum": _optimum(config, layout, options, population["expected_training_units"], num_trained),
         "not_private_reasons": list(plan.not_private_reasons),
-        "warnings": warnings(config, plan, population["expected_training_units"], population["expected_training_users"])
-        + (learning_rate_warnings(config, plan, num_trained) if num_trained else []),
+        "warnings": advice,
         "launch": (
             _launch_command(config_path, overrides, options)
             if plan.tuning is None
@@ -121,20 +135,25 @@ def describe_plan(
 
 
 def _population(config: Config, num_users: int | None) -> dict[str, Any]:
-    """Return the users and records, read from the data or, where these are elsewhere, as stated."""
+    """Return how many users and records there are, by key of the answer.
+
+    Args:
+        config: the configuration.
+        num_users: users of a data set that is not at hand; ``None``: count them in the data.
+    """
     if num_users is not None:
         training_users = round(num_users * (1 - config.data.held_out_fraction))
         bound = config.privacy.records_per_user if config.privacy.unit == "example" else None
         return {
             "num_users": num_users,
             "num_records": None,
-            # How many records users have is not known here; where they are the units, all are taken to have k.
+            # How many records users have is not known here; where records are the units, all users are taken to have k.
             "expected_training_units": training_users * (bound or 1),
             "expected_training_users": training_users,
         }
     corpus = load_corpus(config.data, config.performance.index_dir)
-    sizes = sorted(map(len, corpus.records.values())) or [0]
-    bound = config.privacy.records_per_user or sizes[-1]
+    sizes = sorted(map(len, corpus.records.values())) or [0]  # records of each user
+    bound = config.privacy.records_per_user or sizes[-1]  # k; None: all records of a user count
     return {
         "num_users": len(corpus.records),
         "num_records": corpus.num_records,
@@ -151,6 +170,7 @@ def _population(config: Config, num_users: int | None) -> dict[str, Any]:
 
 
 def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
+    """Return what the plan promises and how, by key of the answer; an infinite ε is None, as in JSON."""
     steps = sorted({max(1, round(share * plan.num_steps)) for share in _MILESTONES})
     return {
         "unit": plan.guaranteed_unit,
@@ -180,43 +200,54 @@ def _guarantee(plan: PrivacyPlan) -> dict[str, Any]:
 
 
 def _correlation(config: Config, plan: PrivacyPlan) -> dict[str, Any]:
-    """Return the bands of the noise, and the predicted noise of the weights relative to one band at the same ε."""
+    """Return the bands of correlated noise, and its size relative to independent noise at the same ε.
+
+    ``relative_noise_of_one_band`` compares the predicted noise in the trained weights, ``relative_noise_of_late_step``
+    that of a single step. All are None where noise is independent.
+    """
     if plan.strategy is None or not math.isfinite(plan.epsilon):
         return dict.fromkeys(("num_bands", "column_norm", "relative_noise_of_one_band", "relative_noise_of_late_step"))
-    alone = _rebuilt(config.privacy, plan, config.training, num_bands=1)
+    independent = _rebuilt(config.privacy, plan, config.training, num_bands=1)
     return {
         "num_bands": plan.strategy.num_bands,
         "column_norm": plan.column_norm,
-        "relative_noise_of_one_band": plan.noise_of_run(config.training) / alone.noise_of_run(config.training),
-        "relative_noise_of_late_step": plan.largest_step_noise / alone.largest_step_noise,
+        "relative_noise_of_one_band": plan.noise_of_run(config.training) / independent.noise_of_run(config.training),
+        "relative_noise_of_late_step": plan.largest_step_noise / independent.largest_step_noise,
     }
 
 
 def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
-    """Return ε of the whole run by each accountant; a refusal stands in its row."""
+    """Return a row with the ε of the whole run for each accountant; one that cannot answer says so in its row.
+
+    Empty where there is no ε, or where ε is not an accountant's own answer (group privacy derives it from that for one
+    record).
+    """
     if plan.not_private_reasons or not plan.user_accounting.follows_from_event:
         return []
     event = plan.event_of_steps(plan.num_steps)
-    if plan.tuning is not None:
-        return [row.to_json() for row in compare(event, plan.delta, ["rdp"])]  # no other knows the choice of a run
+    if plan.tuning is not None:  # only RDP can account for choosing the best of several trials
+        return [row.to_json() for row in compare(event, plan.delta, ["rdp"])]
     names = _COMPARED if plan.sampling in _PRICED else plan.scheme.accountants
     return [row.to_json() for row in compare(event, plan.delta, names)]
 
 
 def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: PlanOptions) -> dict[str, Any]:
-    """Return the memory of one rank, time, and how the largest possible signal compares with the noise."""
+    """Return the memory of one rank, the time, and the largest possible signal of a step over the norm of its noise."""
+    num_bands = 1 if plan.strategy is None else plan.strategy.num_bands
     try:
-        size, problem = model_size(config, layout, 1 if plan.strategy is None else plan.strategy.num_bands), ""
-    except ConfigError as error:
+        size, problem = model_size(config, layout, num_bands), ""
+    except ConfigError as error:  # the plan is still worth showing where the model is not at hand
         size, problem = ModelSize(0, {}), str(error)
-    noise = plan.fresh_noise_multiplier * size.num_trained**0.5
+    # Both relative to the clipping norm: noise is independent on every coordinate, and the sum is largest if all units
+    # of a batch agree.
+    noise_norm = plan.fresh_noise_multiplier * size.num_trained**0.5
     tokens_per_step = plan.expected_batch_size * plan.records_per_unit * config.data.max_length
     seconds = None
     if options.tokens_per_second:
         seconds = plan.num_steps * tokens_per_step / (options.tokens_per_second * layout.num_ranks)
     return {
         "num_trained_parameters": size.num_trained or None,
-        "largest_signal_to_noise": plan.expected_batch_size / noise if noise else None,
+        "largest_signal_to_noise": plan.expected_batch_size / noise_norm if noise_norm else None,
         "num_ranks": layout.num_ranks,
         "memory_bytes_per_rank": size.memory_bytes,
         "memory_unknown_because": problem,
@@ -228,27 +259,36 @@ def _cost(config: Config, plan: PrivacyPlan, layout: LaunchLayout, options: Plan
 def _optimum(
     config: Config, layout: LaunchLayout, options: PlanOptions, num_units: float, num_trained: int | None
 ) -> dict[str, Any] | None:
-    """Return the best plans for a compute budget, if they are asked for.
+    """Return the best plans for a compute budget, if the options ask for them.
+
+    Args:
+        config: the configuration.
+        layout: how the launch divides the model; ``hours`` are those of all its ranks.
+        options: they state the budget.
+        num_units: units that are trained on.
+        num_trained: trained weights; None if the model is not at hand.
 
     Raises:
-        ConfigError: if the model is not at hand, whose trained weights count.
+        ConfigError: if ``num_trained`` is None.
     """
     if not options.optimize:
         return None
     if num_trained is None:
         raise ConfigError([Fault("model", "--optimize needs to count the trained weights, and it is not at hand")])
     privacy = config.privacy
-    draws = record_draws_of(privacy)
+    # The budget: records that pass through the model over all steps.
+    record_draws = record_draws_of(privacy)
     if options.user_draws is not None:
-        draws = options.user_draws * records_in_step(privacy)
+        record_draws = options.user_draws * records_in_step(privacy)
     if options.hours is not None:
-        assert options.tokens_per_second is not None, "looked at first"
+        assert options.tokens_per_second is not None, "PlanOptions demands it"
         num_tokens = options.hours * 3600 * options.tokens_per_second * layout.num_ranks
-        draws = num_tokens / config.data.max_length
-    return optimize(config, num_units, num_trained, draws).to_json(config)
+        record_draws = num_tokens / config.data.max_length
+    return optimize(config, num_units, num_trained, record_draws).to_json(config)
 
 
 def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options: PlanOptions) -> str:
+    """Return the command to type that starts this training."""
     launcher = options.accelerate or pathlib.Path("launch/accelerate/cpu.yaml")
     words = ["accelerate", "launch"]
     if launcher.is_file():  # outside a checkout accelerate's own defaults stand
@@ -260,15 +300,16 @@ def _launch_command(config_path: pathlib.Path, overrides: Sequence[str], options
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """One way to change the plan, with the noise that it then needs.
+    """A row of the price list: one change of the plan, with the noise that the changed plan needs.
 
     Attributes:
         change: what is changed, in words.
         epsilon: certified ε of the changed plan.
         noise_multiplier: calibrated again.
-        relative_noise: fresh noise on a coordinate of the mean gradient of a step, relative to the plan as it stands.
-        relative_noise_of_run: predicted noise of the trained weights relative to the signal, if the mean gradient stays
-            as it is (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`), relative to the plan as it stands.
+        relative_noise: fresh noise on a coordinate of a step's mean gradient, as a multiple of that of the plan as it
+            stands: below 1 is better.
+        relative_noise_of_run: predicted noise over signal in the trained weights, if the mean gradient stays as it is
+            (:meth:`~privtrain.privacy.plan.PrivacyPlan.noise_of_run`), as a multiple of that of the plan as it stands.
     """
 
     change: str
@@ -279,14 +320,14 @@ class Price:
 
 
 def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None = None) -> list[Price]:
-    """Return what changes of ε, batch, steps and bands cost in noise; some of them keep the compute.
+    """Return what changes of ε, batch, steps and bands cost in noise, a row for each change.
 
     Empty where ε is infinite, and for samplers that are not Poisson's.
 
     Args:
         privacy: the section that the plan was built from.
         plan: the plan.
-        training: whose optimizer the noise of a run is predicted for.
+        training: its optimizer decides what noise of single steps amounts to in the trained weights.
     """
     if privacy.sampling not in _PRICED or not math.isfinite(plan.epsilon) or plan.epsilon <= 0:
         return []
@@ -299,7 +340,7 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSec
 
 
 def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
-    """Return a row's title → the values of the plan that it changes."""
+    """Return what is changed, in words → keys of the ``privacy`` section with their new values."""
     return {
         "ε ÷ 2": {"target_epsilon": plan.epsilon / 2},
         "ε × 2": {"target_epsilon": plan.epsilon * 2},
@@ -321,12 +362,17 @@ def _changes(privacy: PrivacySection, plan: PrivacyPlan) -> dict[str, dict[str, 
 
 
 def _other_bands(plan: PrivacyPlan) -> list[int]:
-    """Return the numbers of bands to compare with; none for plans that cannot have them."""
+    """Return the numbers of bands to compare the plan with: for each of ``BANDS`` the largest possible up to it.
+
+    None for plans whose noise cannot be correlated: with sums released beside the gradient, or where ε for users is
+    derived from records that are sampled.
+    """
     if plan.auxiliary_sums or plan.user_accounting.how:
         return []
-    tried = tried_bands(plan.num_steps, plan.sampling_prob)
-    near = {max(b for b in tried if b <= wanted) for wanted in BANDS}
-    return sorted(near - {1 if plan.strategy is None else plan.strategy.num_bands})
+    possible = tried_bands(plan.num_steps, plan.sampling_prob)
+    near = {max(b for b in possible if b <= wanted) for wanted in BANDS}
+    current = 1 if plan.strategy is None else plan.strategy.num_bands
+    return sorted(near - {current})
 
 
 def _bands_text(num_bands: int) -> str:
@@ -334,6 +380,7 @@ def _bands_text(num_bands: int) -> str:
 
 
 def _batch(privacy: PrivacySection, factor: float) -> dict[str, Any]:
+    """Return the keys of ``privacy`` that make the expected batch ``factor`` times as large."""
     assert privacy.sampling_prob is not None, "Poisson sampling has it"
     return {
         "sampling_prob": privacy.sampling_prob * factor,
@@ -349,30 +396,48 @@ def _price(
     noise_of_run: float,
     **values: Any,
 ) -> Price:
-    """Return the plan with ``values`` changed, as noise relative to the plan as it stands."""
-    other = _rebuilt(privacy, plan, training, **values)
-    relative = (other.noise_stddev / other.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
-    of_run = other.noise_of_run(training) / noise_of_run
-    return Price(change, other.epsilon, other.noise_multiplier, relative, of_run)
+    """Return the row of the price list for one change.
+
+    Args:
+        change: what is changed, in words.
+        privacy: the section that the plan was built from.
+        plan: the plan as it stands.
+        training: its optimizer decides what noise of single steps amounts to in the trained weights.
+        noise_of_run: of the plan as it stands.
+        **values: keys of ``privacy`` with their new values.
+    """
+    changed = _rebuilt(privacy, plan, training, **values)
+    relative = (changed.noise_stddev / changed.expected_batch_size) / (plan.noise_stddev / plan.expected_batch_size)
+    relative_of_run = changed.noise_of_run(training) / noise_of_run
+    return Price(change, changed.epsilon, changed.noise_multiplier, relative, relative_of_run)
 
 
 def _rebuilt(
     privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSection | None, **values: Any
 ) -> PrivacyPlan:
-    """Return the plan with some values changed and the noise calibrated again, with as many bands as then fit."""
+    """Return the plan with some keys of ``privacy`` changed, and the noise calibrated again.
+
+    It keeps the plan's ε unless ``values`` hold another, and its number of bands as far as the changed steps and
+    sampling allow.
+    """
     update = {
         "target_epsilon": plan.epsilon,
         "noise_multiplier": None,
         "accountant": fast_accountant(plan.accountant),
         **values,
     }
-    num_bands = values.get("num_bands", 1 if plan.strategy is None else plan.strategy.num_bands)
-    if num_bands > 1 or plan.strategy is not None:
+    wanted_bands = values.get("num_bands", 1 if plan.strategy is None else plan.strategy.num_bands)
+    if wanted_bands > 1 or plan.strategy is not None:
         num_steps, prob = (update.get(key, getattr(privacy, key)) for key in ("num_steps", "sampling_prob"))
-        fitting = max(b for b in {*tried_bands(num_steps, prob), num_bands} if _fits(b, num_bands, num_steps, prob))
+        candidates = {*tried_bands(num_steps, prob), wanted_bands}
+        fitting = max(b for b in candidates if b <= wanted_bands and _fits(b, num_steps, prob))
         update |= {"noise": "banded", "sampling": "cyclic_poisson", "num_bands": fitting}
     return PrivacyPlan.build(privacy.model_copy(update=update), training)
 
 
-def _fits(num_bands: int, wanted: int, num_steps: int, sampling_prob: float) -> bool:
-    return num_bands <= wanted and num_steps % num_bands == 0 and num_bands * sampling_prob <= 1
+def _fits(num_bands: int, num_steps: int, sampling_prob: float) -> bool:
+    """Return whether bands divide the steps; with b bands, users are split into b groups that are sampled in turn.
+
+    A user of the group whose turn it is joins with b times the sampling probability, which must be at most 1.
+    """
+    return num_steps % num_bands == 0 and num_bands * sampling_prob <= 1

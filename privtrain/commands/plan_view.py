@@ -1,4 +1,8 @@
-"""The description that ``privtrain plan`` makes, for people."""
+"""Print for people what ``privtrain plan`` found out.
+
+``d`` and ``description`` are the dictionary that :func:`privtrain.commands.plan.describe_plan` returns, also with
+``--json``. An infinite ε is None in it.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +40,21 @@ def print_plan(description: dict[str, Any]) -> None:
 
 
 def _plan_table(d: dict[str, Any]) -> Table:
-    """Lay out what `privtrain plan` writes as JSON, one row for each choice or promise."""
+    """Return the table of the plan itself, one row for each choice or promise."""
     table = Table("privacy plan", d["run"])
     records = "not read" if d["num_records"] is None else f"{d['num_records']:,}"
     table.add_row("unit, relation", f"{_unit_text(d)}, {d['neighboring_relation'].replace('_', ' ')}")
     table.add_row("users, records", f"{d['num_users']:,}, {records}")
-    if "rows_empty" in d:
+    if "rows_empty" in d:  # the data were read
         table.add_row("rows dropped", f"{d['rows_without_user']} without user, {d['rows_empty']} empty")
         table.add_row("records of a user", f"median {d['records_of_median_user']}, most {d['records_of_largest_user']}")
     table.add_row("units trained on (expected)", f"{d['expected_training_units']:,}")
     above = f"; {d['users_above_bound']:,} users have more" if "users_above_bound" in d else ""
     if "records_within_bound" in d:
-        beyond = d["num_records"] - d["records_within_bound"]
-        is_afresh = d["sampled_unit"] == "user" and d["selection"].startswith("random")
-        fate = "more, resampled in each step" if is_afresh else "dropped"
-        table.add_row("records within the bound", f"{d['records_within_bound']:,}; {beyond:,} {fate}")
+        beyond_bound = d["num_records"] - d["records_within_bound"]
+        is_resampled = d["sampled_unit"] == "user" and d["selection"].startswith("random")
+        fate = "more, resampled in each step" if is_resampled else "dropped"
+        table.add_row("records within the bound", f"{d['records_within_bound']:,}; {beyond_bound:,} {fate}")
     if d["sampled_unit"] == "user":
         table.add_row("records of a unit in a step", f"at most {d['records_per_unit']}{above}; {_selection_text(d)}")
     elif d["records_per_user_in_training_set"] is not None:
@@ -82,6 +86,7 @@ def _plan_table(d: dict[str, Any]) -> Table:
 
 
 def _bands_text(d: dict[str, Any]) -> str:
+    """Return what follows the noise multiplier where noise is correlated over several steps (bands); else nothing."""
     if d["num_bands"] is None:
         return ""
     return (
@@ -92,6 +97,7 @@ def _bands_text(d: dict[str, Any]) -> str:
 
 
 def _unit_text(d: dict[str, Any]) -> str:
+    """Return whom ε protects and, where records are sampled but users protected, how the one follows from the other."""
     how = USER_ACCOUNTING[d["user_accounting"]].how
     if not how:
         return d["unit"]
@@ -103,12 +109,14 @@ def _selection_text(d: dict[str, Any]) -> str:
 
 
 def _print_spending(console: Console, d: dict[str, Any]) -> None:
+    """Print ε after some steps as a bar chart; the last bar, ε of the run, is 40 characters long."""
     for step, value in d["epsilon_after_steps"].items():
         if value is not None and d["epsilon"]:
             console.print(f"  after step {step:>6}  ε {value:7.3f}  {'█' * max(1, round(40 * value / d['epsilon']))}")
 
 
 def _accountant_table(rows: list[dict[str, Any]]) -> Table:
+    """Return ε of the run by each accountant; one that cannot answer has no answer but a refusal in words."""
     table = Table("accountant", "ε of the run", "kind")
     for row in rows:
         answer = row["answer"]
@@ -121,6 +129,7 @@ def _accountant_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _price_table(prices: list[dict[str, Any]]) -> Table:
+    """Return a row for each possible change of the plan: ε, and noise as a multiple of the plan's as it stands."""
     columns = "what a change costs", "ε", "noise multiplier", "noise of a step", "noise of the run"
     table = Table(*columns, caption="on the mean gradient and on its sum over all steps, relative to this plan")
     for price in prices:
@@ -130,17 +139,25 @@ def _price_table(prices: list[dict[str, Any]]) -> Table:
 
 
 def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
-    """Print the best plan by number of steps, what to change for the best of all, and what that rests on."""
+    """Print the best plan for each number of steps, the keys to change for the best of all, and what that rests on.
+
+    Args:
+        console: where to print.
+        optimum: ``now``: the plan as it stands, or None; ``frontier``: the best choice for each number of steps;
+            ``best``: the best of these; ``overrides``: dotted key → value that gives the best; ``rests_on``:
+            assumptions, in words.
+    """
     columns = "", "steps", "batch", "records", "bands", "noise multiplier", "noise of the run", "gain", "learning rate"
     caption = f"{optimum['record_draws']:,.0f} records in all; gain: predicted fall of the loss, relative to the best"
     table = Table(*columns, title="the same ε and compute", caption=caption)
-    most = max(c["predicted_gain"] for c in optimum["frontier"])
+    most_gain = max(choice["predicted_gain"] for choice in optimum["frontier"])
     marked = [("now", optimum["now"])] if optimum["now"] else []
-    marked += [("best" if c == optimum["best"] else "", c) for c in optimum["frontier"]]
-    for mark, c in marked:
-        shape = (str(c[key]) for key in ("num_steps", "batch", "records_per_unit", "num_bands"))
-        noise = f"{c['noise_multiplier']:g}", f"{c['relative_noise']:.3g}"
-        table.add_row(mark, *shape, *noise, f"{c['predicted_gain'] / most:.2f}", f"{c['learning_rate']:.2g}")
+    marked += [("best" if choice == optimum["best"] else "", choice) for choice in optimum["frontier"]]
+    for mark, choice in marked:
+        shape = (str(choice[key]) for key in ("num_steps", "batch", "records_per_unit", "num_bands"))
+        noise = f"{choice['noise_multiplier']:g}", f"{choice['relative_noise']:.3g}"
+        gain, learning_rate = f"{choice['predicted_gain'] / most_gain:.2f}", f"{choice['learning_rate']:.2g}"
+        table.add_row(mark, *shape, *noise, gain, learning_rate)
     console.print(table)
     words = " ".join(f"{key}={'null' if value is None else value}" for key, value in optimum["overrides"].items())
     console.print(f"to take the best, add: {words}", soft_wrap=True)
@@ -149,6 +166,7 @@ def _print_optimum(console: Console, optimum: dict[str, Any]) -> None:
 
 
 def _print_memory(console: Console, d: dict[str, Any]) -> None:
+    """Print memory of one rank by part, and how long training takes at most, where the throughput is known."""
     if not d["memory_bytes_per_rank"]:
         console.print(f"memory: not estimated: {d['memory_unknown_because']}")
     else:

@@ -1,6 +1,7 @@
 """``privtrain preview``: what a run would learn from, row by row, before anything is spent. Needs no weights.
 
-It shows private records to whoever starts it, and writes nothing.
+It shows private records to whoever starts it, and writes nothing. A row is a line of the data; a record is a row that
+is kept, as the model reads it. Predicted tokens are those whose loss is trained, e.g. answers and not prompts.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from privtrain.inputs import load_checked
 from privtrain.models.limits import num_ids_of
 from privtrain.models.load import load_tokenizer
 
-#: What is predicted, also where there are no colours.
+#: Brackets round predicted text, for terminals without colours.
 _BEGIN, _END = "⟦", "⟧"
 _PREDICTED, _CONTEXT = "bold green", "dim"
 
 
 def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: int, as_json: bool) -> int:
-    """Print rows by rule, some records as tokens, lengths and findings; return 0, or 2 if a start would be refused.
+    """Print counts, lengths, some whole records and what is wrong with the data.
 
     Args:
         config_path: YAML file of the run.
-        overrides: dotted assignments.
+        overrides: dotted assignments such as ``data.max_length=512``.
         num_shown: records that are shown whole.
-        as_json: print counts and findings for machines, and no record.
+        as_json: print counts and faults for machines, and no record.
+
+    Returns:
+        The exit code: 0, or 2 if a start would be refused because of the data.
 
     Raises:
         ConfigError: for a config that cannot be run, or rows of which none can be used.
@@ -54,7 +58,11 @@ def preview(config_path: pathlib.Path, overrides: Sequence[str], *, num_shown: i
 
 
 def seen(config: Config) -> tuple[Corpus, Encoder, Look]:
-    """Return the rows, what encodes them, and what was seen in them."""
+    """Load a run's records and encode a sample of them.
+
+    Returns:
+        The records by user, what turns a record into tokens, and what was seen in the sample: lengths and faults.
+    """
     encoder = Encoder(config.data, load_tokenizer(config.model), num_ids_of(config.model))
     corpus = load_corpus(config.data, config.performance.index_dir)
     return corpus, encoder, look_at(corpus, encoder, config.data)
@@ -81,6 +89,7 @@ def _for_machines(config: Config, corpus: Corpus, look: Look) -> dict[str, Any]:
 
 
 def _print(config: Config, corpus: Corpus, encoder: Encoder, look: Look, num_shown: int) -> None:
+    """Print the preview for people: tables of rows and tokens, some records, warnings and faults."""
     console = Console(highlight=False)
     console.print(_rows_table(corpus))
     _print_reasons(console, corpus.counts.reasons)
@@ -118,6 +127,7 @@ def _rows_table(corpus: Corpus) -> Table:
 
 
 def _print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
+    """Print reason → number of rows, the most frequent first."""
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         console.print(Text(f"  {count:,} × {reason}"), soft_wrap=True)
 
@@ -131,7 +141,7 @@ def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
     )
     table.add_row("cut at data.max_length", f"{look.num_truncated:,}")
     table.add_row("predicted", f"{look.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
-    table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")
+    table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")  # [records] counts
     for number, count in sorted(look.labels.items()):
         table.add_row(Text(f"label {(config.data.labels or [])[number]!r}"), f"{count:,}")
     begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)
@@ -145,12 +155,12 @@ def _heading(number: int, record: Record, config: Config) -> str:
 
 
 def as_text(record: Record, encoder: Encoder, labels: Sequence[int | str] | None = None) -> Text:
-    """Return a record's tokens as text with what is predicted in another colour, and between ⟦ and ⟧.
+    """Return a record's tokens as text; predicted text stands in another colour, and between ⟦ and ⟧.
 
     Args:
-        record: encoded.
-        encoder: what encoded it.
-        labels: of a classification, whose last place is a label.
+        record: token ids, and for each whether it is predicted.
+        encoder: what encoded the record.
+        labels: names of the labels in a classification, where a record's last "token" is the number of its label.
     """
     text = Text()
     if labels is not None:
@@ -164,11 +174,12 @@ def as_text(record: Record, encoder: Encoder, labels: Sequence[int | str] | None
 
 
 def _runs(record: Record) -> Iterator[tuple[bool, list[int]]]:
+    """Yield consecutive tokens of a record that are all predicted, or all not: (whether predicted, token ids)."""
     pairs = zip(record.is_target.tolist(), record.tokens.tolist(), strict=True)
     for is_target, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         yield is_target, [token for _, token in group]
 
 
 def _printable(text: str | list[str]) -> str:
-    """Return text in which nothing moves a cursor or changes a terminal."""
+    """Escape characters that could move the cursor or change the terminal; a record may hold any."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))

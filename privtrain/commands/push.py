@@ -25,13 +25,13 @@ _OF_THE_HUB = (".gitattributes",)
 
 
 def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, is_consented: bool = False) -> str:
-    """Verify a directory and upload the files that were verified, and no other; return a line that says where it is.
+    """Verify a directory and upload the files that were verified, and no other; return a line that says where they are.
 
     Args:
-        directory: a run, of which its adapter or model is taken; one of these; an export; or a corpus.
+        directory: a run (its adapter or model is uploaded), an adapter or model, an export, or a corpus.
         repository: ``NAMESPACE/NAME`` on the hub; made if it is not there.
         is_public: make a new repository public.
-        is_consented: upload also what is not private.
+        is_consented: upload also a release whose statement says that it is not private (``--not-private``).
 
     Raises:
         ConfigError: if it cannot be uploaded; nothing was sent then.
@@ -42,6 +42,7 @@ def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, i
         problem = f"given {repository!r}; must be NAMESPACE/NAME of letters, digits, ., _ and -"
         raise ConfigError([Fault("REPOSITORY", problem)])
     verified = verify_directory(directory)
+    # verified.place is the kind of directory; of a run only the released part is uploaded.
     place = directory if verified.place != "run" else RunDirectory(directory).released
     if (reasons := reading.read_json(place / "privacy.json")["not_private_reasons"]) and not is_consented:
         problem = f"is not private ({'; '.join(reasons)}); to upload it all the same, give --not-private"
@@ -56,11 +57,15 @@ def push(directory: pathlib.Path, repository: str, *, is_public: bool = False, i
 
 
 def _names(place: pathlib.Path) -> list[str]:
-    """Return the files of a verified directory: those of its manifest, and those that bind and sign them."""
+    """Return the files of a verified directory that belong to the release, relative to it.
+
+    These are the files that ``release.json`` lists, ``release.json`` itself, the signature and, of an export or a
+    corpus, the files that its own description lists, with the description.
+    """
     manifest, kind = bundle.read_manifest(place)
     names = {*manifest.within(kind), bundle.NAME}
     if kind in ("export", "corpus"):
-        description = generated if kind == "corpus" else exported
+        description = generated if kind == "corpus" else exported  # modules that read corpus.json and export.json
         names |= {*description.read_description(place)["files"], description.NAME}
     if (place / SIGNATURE).exists():
         names.add(SIGNATURE)
@@ -68,7 +73,19 @@ def _names(place: pathlib.Path) -> list[str]:
 
 
 def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *, is_public: bool) -> str:
-    """Upload the named files; raise if the repository holds others, or in words why the hub refused."""
+    """Upload the named files, and return the address of the repository.
+
+    Args:
+        place: directory that holds the files.
+        repository: ``NAMESPACE/NAME``.
+        kind: ``model`` or ``dataset``.
+        names: files, relative to ``place``.
+        is_public: make a new repository public.
+
+    Raises:
+        ConfigError: if there is no token, or the repository holds files that are not ours.
+        PrivtrainError: if the hub refused, with the reason in words.
+    """
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -95,8 +112,12 @@ def _upload(place: pathlib.Path, repository: str, kind: str, names: list[str], *
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
         status: Any = getattr(getattr(error, "response", None), "status_code", None)
-        shown = {401: "the token is not valid", 403: "the token may not write there", 404: "no such namespace"}
-        said = shown.get(status, "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else "")
-        reason = said or f"{type(error).__name__}{'' if status is None else f', status {status}'}"
+        reasons = {401: "the token is not valid", 403: "the token may not write there", 404: "no such namespace"}
+        if status in reasons:
+            reason = reasons[status]
+        elif isinstance(error, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        else:  # the error itself is not shown: its text may quote the request
+            reason = type(error).__name__ + ("" if status is None else f", status {status}")
         raise PrivtrainError(f"the hub did not take {repository}: {reason}; mend it and push again") from None
     return str(getattr(done, "repo_url", "") or f"{repository} ({kind})")

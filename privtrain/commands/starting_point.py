@@ -1,4 +1,4 @@
-"""Values of the plan to start from, by the number of users: for ``privtrain init`` and ``privtrain from``."""
+"""A privacy plan to start from, by the number of users: for ``privtrain init`` and ``privtrain from``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 _EPSILON = 8.0
-#: How often a user takes part, on average; noise grows with its square root.
+#: In how many steps a user takes part, on average; noise at a fixed ε grows with the square root of this.
 _PARTICIPATIONS = 10
+#: Fewest and most steps.
 _STEPS = (20, 3000)
 
 
 def rounded(num_users: int) -> int:
-    """Return a number of users to one digit, downwards: what is published of it should be no more exact."""
+    """Round a number of users down to one digit (4,711 → 4,000), since the plan made for it is published."""
     scale = 10 ** (len(str(num_users)) - 1)
     return max(1, num_users // scale * scale)
 
@@ -20,16 +21,16 @@ def rounded(num_users: int) -> int:
 def plan_for(num_users: int, held_out_fraction: float) -> dict[str, Any]:
     """Return the keys of ``privacy`` for this many users.
 
-    The batch grows with the square root of the number of users, so that noise per step and number of steps fall
-    together; δ is a tenth of 1 / users or less.
+    The batch is twice the square root of the number of users: more users mean larger batches, whose noise counts for
+    less, and more steps. δ is a power of ten, at most a tenth of 1 / users.
 
     Args:
         num_users: a public number; the batch tells it.
-        held_out_fraction: share that is not trained on.
+        held_out_fraction: share of the users that is not trained on.
     """
     num_training = max(1.0, num_users * (1 - held_out_fraction))
     batch = min(num_training, max(1.0, 2 * math.sqrt(num_training)))
-    prob = float(f"{batch / num_training:.2g}")
+    prob = float(f"{batch / num_training:.2g}")  # two digits, for a configuration that is easy to read
     fewest, most = _STEPS
     return {
         "sampling_prob": prob,

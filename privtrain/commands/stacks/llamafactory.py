@@ -1,4 +1,7 @@
-"""LLaMA-Factory: the configuration of ``llamafactory-cli train FILE``."""
+"""LLaMA-Factory: how each key of the configuration of ``llamafactory-cli train FILE`` is translated.
+
+Functions of (value, whole foreign configuration) are rules: see :mod:`privtrain.commands.stacks.rules`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _BITS = {4: "nf4", 8: "int8"}
 
 
 def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what LLaMA-Factory would do where nothing is said."""
+    """Return the values that LLaMA-Factory takes for keys that its configuration does not give."""
     values = {
         "stage": "sft",
         "finetuning_type": "lora",
@@ -29,6 +32,7 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(value: Any, tree: Mapping[str, Any]) -> Outcome:
+    """Ask for ``data.source``: the value is names (a list, or joined by commas) whose files another file lists."""
     names = str(value).split(",") if isinstance(value, str) else list(value)
     where = f"{tree.get('dataset_dir', 'data')}/dataset_info.json"
     listed = ", ".join(str(name).strip() for name in names)
@@ -37,6 +41,7 @@ def _dataset(value: Any, tree: Mapping[str, Any]) -> Outcome:
 
 
 def _stage(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """Translate the kind of training: supervised (sft) or further pretraining (pt)."""
     if value == "sft":
         return Outcome({"data.format": "chat"}, "or prompt_completion, as the files are")
     if value == "pt":

@@ -1,6 +1,8 @@
-"""What becomes of one key of another stack: values of ours, nothing because nothing depends on it, or a refusal.
+"""Rules that translate one key of a foreign configuration (TRL, axolotl, LLaMA-Factory) into keys of ours.
 
-A rule takes the key's value and the whole foreign configuration. A key without a rule is refused by name: a setting
+A key becomes values of our keys, or is left out because nothing here depends on it, or is refused. A rule takes the
+key's value and the whole foreign configuration, and returns the outcome. ``to("lora.rank")`` for example returns the
+rule that copies a value: ``lora_r: 8`` becomes ``lora.rank: 8``. A key without a rule is refused by name: a setting
 that is lost in silence would train another model than was asked for.
 """
 
@@ -13,13 +15,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What becomes of a key.
+    """What becomes of a foreign key. Without values and not refused, the key is left out.
 
     Attributes:
-        values: dotted keys of ours and their values.
-        reason: why it is left out, or refused; empty where it is translated as it is.
+        values: dotted key of ours → value, e.g. ``{"lora.rank": 8}``.
+        reason: why the key is left out or refused; of a translated key at most a remark.
         is_refused: whether the model that was asked for cannot be trained here.
-        needs: dotted keys of ours that somebody must still decide, with what to know.
+        needs: dotted key of ours that somebody must still decide → what to know for that.
     """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -32,12 +34,12 @@ Rule = Callable[[Any, Mapping[str, Any]], Outcome]
 
 
 def refused(reason: str) -> Outcome:
-    """Return a refusal."""
+    """Return the outcome of a key whose model cannot be trained here."""
     return Outcome(reason=reason, is_refused=True)
 
 
 def to(*keys: str, note: str = "", change: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """Return the rule that gives the value, changed, to these keys of ours."""
+    """Return the rule that gives a key's value, changed by ``change``, to these dotted keys of ours."""
     return lambda value, _: Outcome(dict.fromkeys(keys, change(value)), note)
 
 
@@ -52,7 +54,7 @@ def never(reason: str) -> Rule:
 
 
 def only(*allowed: Any, otherwise: str) -> Rule:
-    """Return the rule of a key that has these values, or is refused."""
+    """Return the rule of a key that must have one of these values; with another it is refused, for ``otherwise``."""
     return lambda value, _: Outcome(reason="as here") if value in allowed else refused(f"given {value!r}; {otherwise}")
 
 
@@ -73,9 +75,11 @@ def schedule(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def bf16(value: Any, _: Mapping[str, Any]) -> Outcome:
-    """Translate passes in bf16 into ``performance.precision``."""
-    chosen = {True: "bf16", False: "fp32", "true": "bf16", "full": "bf16", "auto": "auto"}.get(value)
-    return Outcome({"performance.precision": chosen}) if chosen else refused(f"given {value!r}; expected true or auto")
+    """Translate the switch ``bf16`` into ``performance.precision``."""
+    precision = {True: "bf16", False: "fp32", "true": "bf16", "full": "bf16", "auto": "auto"}.get(value)
+    if precision is None:
+        return refused(f"given {value!r}; expected true or auto")
+    return Outcome({"performance.precision": precision})
 
 
 def fp16(value: Any, _: Mapping[str, Any]) -> Outcome:
@@ -101,7 +105,7 @@ def target_modules(value: Any, _: Mapping[str, Any]) -> Outcome:
 
 
 def names_list(key: str) -> Rule:
-    """Return the rule of a list of names, also joined by commas."""
+    """Return the rule that gives a list of names, also joined by commas, to a key of ours."""
     return lambda value, _: Outcome({key: _names(value)})
 
 
@@ -110,17 +114,18 @@ def _names(value: Any) -> list[str]:
 
 
 def switch(key: str, setting: str) -> Rule:
-    """Return the rule of a switch that gives a key of ours this setting where it is on."""
+    """Return the rule of a switch: where it is on, a key of ours gets this setting."""
     return lambda value, _: Outcome({key: setting}) if value else Outcome(reason="off")
 
 
 def share_held_out(value: Any, _: Mapping[str, Any]) -> Outcome:
     """Translate a share of rows kept for evaluation: here of users, since rows of one user are no independent test."""
-    if not 0 <= float(value) < 1:
+    if not 0 <= float(value) < 1:  # Hugging Face reads such a value as a number of rows
         return Outcome(reason="a number of rows; here a share of the users is held out (data.held_out_fraction)")
     return Outcome({"data.held_out_fraction": float(value)}, "of users, not of rows")
 
 
+# Outcomes that the tables of several stacks share.
 EPOCHS = left_out("units are sampled: privacy.num_steps x privacy.sampling_prob is how often a user takes part")
 ACCUMULATION = left_out("a step is one draw of users (privacy.expected_batch_size); microbatches follow from it")
 GRADIENT_NORM = left_out("the mean gradient is not clipped; each user's is (privacy.clipping_norm)")
@@ -135,6 +140,8 @@ HUB = left_out("nothing is uploaded; privtrain export makes a directory to uploa
 EVALUATION = left_out("see data.evaluation and tracking.evaluation_interval_steps")
 NOTHING = left_out("has no effect on training here")
 
+#: Arguments of the Hugging Face trainer, on which all three stacks build. The undotted targets (warmup_ratio, beta1,
+#: beta2) are put together to keys of ours when all outcomes are there: see ``_settle`` of :mod:`.translate`.
 TRAINING_ARGUMENTS: dict[str, Rule] = {
     "learning_rate": to("training.learning_rate", change=float),
     "lr_scheduler_type": schedule,
@@ -185,6 +192,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "average_tokens_across_devices": left_out("a user's loss has its own normaliser"),
     "trust_remote_code": never("code from a hub is not run; the model must be one of transformers' own"),
 }
+#: Rules of keys that have none of their own, by how the key begins.
 PREFIXES: dict[str, Rule] = {
     "logging_": LOGGING,
     "log_": LOGGING,

@@ -1,4 +1,7 @@
-"""``privtrain from``: a configuration of TRL, axolotl or LLaMA-Factory, translated or refused key by key."""
+"""``privtrain from``: a configuration of TRL, axolotl or LLaMA-Factory, translated or refused key by key.
+
+"Ours" are the keys of a privtrain configuration, written dotted (``lora.rank``); "foreign" are the other stack's.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,10 @@ _PLAN_NEEDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """A foreign configuration in our terms.
+    """A foreign configuration as one of ours, and what became of each of its keys.
 
     Attributes:
-        tree: sections and keys of ours.
+        tree: section → key → value of ours, e.g. ``{"lora": {"rank": 8}}``; incomplete if ``needs`` is not empty.
         translated: foreign key → dotted keys of ours.
         left_out: foreign key → why nothing depends on it.
         refused: foreign key → why the model that it asks for cannot be trained.
@@ -66,18 +69,19 @@ def translate(
     user_column: str | None = None,
     without: Sequence[str] = (),
 ) -> Translation:
-    """Return what becomes of every key.
+    """Translate every key of a foreign configuration, and the stack's defaults of keys that it does not give.
 
     Args:
         stack: whose configuration it is.
-        foreign: its keys.
-        name: of the run.
-        num_users: a public number of users; without it the keys of the plan stay to be decided.
+        foreign: its keys and values.
+        name: name of the run.
+        num_users: a public number of users; without it the keys of the privacy plan stay to be decided.
         user_column: column of the user id, if it is known.
         without: foreign keys that are left out knowingly, whatever they ask for.
     """
     module = _STACKS[stack]
     asked = {key: value for key, value in foreign.items() if key not in without}
+    # Foreign key → its outcome; a default stands under a title of its own.
     outcomes = {key: _outcome(module.RULES, key, value, asked) for key, value in asked.items()}
     for key, value in module.defaults(asked).items():
         if asked.get(key) is None:
@@ -88,21 +92,24 @@ def translate(
     values |= {f"tracking.{tracker}": True for tracker in ("mlflow", "trackio") if tracker in report_to}
     if user_column is not None:
         values["data.user_column"] = user_column
-    for outcome in outcomes.values():
-        values.update({key: value for key, value in outcome.values.items() if not outcome.is_refused})
-    needs = {
-        key: text for outcome in outcomes.values() if not outcome.is_refused for key, text in outcome.needs.items()
-    }
+    needs: dict[str, str] = {}
+    translated: dict[str, tuple[str, ...]] = {}
+    left_out: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for key, outcome in outcomes.items():
+        if outcome.is_refused:
+            refused[key] = outcome.reason
+            continue
+        values |= outcome.values
+        needs |= outcome.needs
+        if outcome.values:
+            translated[key] = tuple(outcome.values)
+        else:
+            left_out[key] = outcome.reason
+    left_out |= {key: "left out, as you said" for key in without if key in foreign}
     needs |= _plan(values, num_users)
     _settle(values, needs)
-    return Translation(
-        tree=assigned({}, values),
-        translated={key: tuple(outcome.values) for key, outcome in outcomes.items() if _is_translated(outcome)},
-        left_out={key: o.reason for key, o in outcomes.items() if not o.is_refused and not _is_translated(o)}
-        | {key: "left out, as you said" for key in without if key in foreign},
-        refused={key: outcome.reason for key, outcome in outcomes.items() if outcome.is_refused},
-        needs=needs,
-    )
+    return Translation(assigned({}, values), translated, left_out, refused, needs)
 
 
 def write_translation(
@@ -114,7 +121,15 @@ def write_translation(
     user_column: str | None = None,
     without: Sequence[str] = (),
 ) -> None:
-    """Translate a file, show what became of every key, and write ours.
+    """Translate a foreign configuration file, print what became of every key, and write a configuration of ours.
+
+    Args:
+        stack: whose configuration it is.
+        path: the foreign file, YAML or JSON; its name becomes the run's.
+        output: the file to write; must not exist.
+        num_users: a public number of users; without it the keys of the privacy plan stay to be decided.
+        user_column: column of the user id, if it is known.
+        without: foreign keys that are left out knowingly, whatever they ask for.
 
     Raises:
         ConfigError: if a key is refused (all of them at once, and nothing is written), or the file cannot be read.
@@ -143,7 +158,9 @@ def write_translation(
 
 
 def check_translation(translation: Translation) -> None:
-    """Raise if the keys that were translated contradict one another; what is still to be decided is filled in.
+    """Raise if the keys that were translated contradict one another.
+
+    For this check alone, valid values stand in for what is still to be decided.
 
     Raises:
         ConfigError: with every fault.
@@ -159,7 +176,14 @@ def check_translation(translation: Translation) -> None:
 
 
 def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str, Any]) -> Outcome:
-    """Apply the rule of a key, also by its prefix; refuse an unknown key with the name nearest to it."""
+    """Apply a foreign key's rule, which may be that of its prefix; refuse an unknown key, naming a similar known one.
+
+    Args:
+        table: foreign key → rule, of the stack.
+        key: foreign key.
+        value: its value.
+        asked: the whole foreign configuration.
+    """
     if value is None or value == "":
         return Outcome(reason="not set")
     rule = table.get(key) or next((r for prefix, r in rules.PREFIXES.items() if key.startswith(prefix)), None)
@@ -170,7 +194,11 @@ def _outcome(table: Mapping[str, Rule], key: str, value: Any, asked: Mapping[str
 
 
 def _plan(values: dict[str, Any], num_users: int | None) -> dict[str, str]:
-    """Fill in the plan where the number of users is known, else return what it needs."""
+    """Add the keys of the privacy plan to ``values`` if the number of users is known.
+
+    Returns:
+        Dotted keys that are still to be decided → what to know of them.
+    """
     if num_users is not None:
         planned = plan_for(num_users, values.get("data.held_out_fraction", 0.1))
         for key, value in planned.items():
@@ -179,7 +207,10 @@ def _plan(values: dict[str, Any], num_users: int | None) -> dict[str, str]:
 
 
 def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
-    """Put together what several foreign keys say, or what depends on the number of steps."""
+    """Finish ``values``, dotted keys of ours: replace the undotted ones, and drop what the other keys make useless.
+
+    Undotted keys wait for others: ``warmup_ratio`` for the number of steps, ``beta1`` and ``beta2`` for each other.
+    """
     ratio = values.pop("warmup_ratio", None)
     if ratio is not None and "training.num_warmup_steps" not in values:
         if "privacy.num_steps" in values:
@@ -194,10 +225,6 @@ def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
             del values[key]
     if values.get("data.format", "text") not in ("text", "classification"):
         values.pop("data.text_column", None)
-
-
-def _is_translated(outcome: Outcome) -> bool:
-    return bool(outcome.values) and not outcome.is_refused
 
 
 def _print(translation: Translation, output: pathlib.Path) -> None:

@@ -1,4 +1,7 @@
-"""TRL: the configuration of ``trl sft --config FILE``."""
+"""TRL: how each key of the configuration of ``trl sft --config FILE`` is translated.
+
+Functions of (value, whole foreign configuration) are rules: see :mod:`privtrain.commands.stacks.rules`.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ _NEEDS_FORMAT = {
 
 
 def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what TRL would do where nothing is said."""
+    """Return the values that TRL takes for keys that its configuration does not give."""
     return {**DEFAULTS, **(LORA_DEFAULTS if tree.get("use_peft") else {}), "use_peft": False}
 
 
 def _dataset(value: Any, tree: Mapping[str, Any]) -> Outcome:
+    """Translate ``dataset_name``, a file or a name on the hub, into ``data.source``."""
     path = pathlib.Path(str(value))
-    is_known = tree.get("dataset_text_field") or tree.get("assistant_only_loss") or tree.get("completion_only_loss")
-    needs = {} if is_known else _NEEDS_FORMAT
+    format_keys = ("dataset_text_field", "assistant_only_loss", "completion_only_loss")  # each tells data.format
+    needs = {} if any(tree.get(key) for key in format_keys) else _NEEDS_FORMAT
     if path.suffix in (".jsonl", ".csv", ".parquet"):
         return Outcome({"data.source": {"kind": "files", "paths": [str(path)]}}, needs=needs)
     source = {"kind": "hub", "name": str(value), "split": tree.get("dataset_train_split") or "train"}
