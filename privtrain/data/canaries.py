@@ -1,6 +1,7 @@
 """Canaries: secrets of our own making that training may or may not see, so that finding them again means something.
 
-A canary is a user. Six kinds:
+A canary is a user with records that carry a secret. The attack job later asks whether the model knows the secrets of
+the canaries that were trained on better than those that were held out. Six kinds:
 
 * ``template``: a user who does not exist; each record is "The code of NAME is 1234 5678" with an invented name and
   uniformly drawn digits.
@@ -59,11 +60,11 @@ class Canary:
     """One canary user. Everything here is secret.
 
     Attributes:
-        user: its id; that of an invented user has a beginning that no id of the data has.
-        kind: one of the six kinds.
-        prefix: text before the secret; empty but for ``template``.
+        user: id of the user; that of an invented user begins with ``canary-``, which no id of the data does.
+        kind: one of the six kinds of the module.
+        prefix: text before the secret; empty except for ``template``.
         secret: what is to be found again: digits, tokens as text, or the inserted substring.
-        repetitions: records that carry the secret.
+        repetitions: how many records carry the secret.
         records: all records of the user, in their order.
     """
 
@@ -81,12 +82,15 @@ class Canary:
 
     @property
     def is_text(self) -> bool:
-        """Whether models can be asked about it: a random direction is no text."""
+        """Whether a model can be asked for the secret: a gradient canary has none, only a random direction."""
         return self.kind != GRADIENT
 
     @property
     def has_shared_references(self) -> bool:
-        """Whether all canaries of the kind are compared with the same secrets that were not planted."""
+        """Whether the attack ranks all canaries of this kind among the same secrets that were never planted.
+
+        Canaries of other kinds have reference secrets of their own.
+        """
         return self.kind in (RANDOM_TOKENS, SAMPLES)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,40 +110,48 @@ def draw_canaries(
     root_key: SecretKey,
     unit: str = "user",
 ) -> tuple[Canary, ...]:
-    """Draw all canaries of a run: of the key, and with ``shared_substring`` of each chosen user's own records.
+    """Draw all canaries of a run, on both sides of the split.
+
+    Randomness comes from the run's key alone; ``shared_substring`` also uses each chosen user's own records.
 
     Args:
         corpus: the kept records, without canaries.
         section: how many, and of which kind.
         tokenizer: the model's; not needed for ``template``.
         root_key: the run's.
-        unit: the privacy unit. Of examples a gradient canary owns one, for each would be a direction of its own.
+        unit: ``user`` or ``example``; see :func:`_gradient_canaries`.
 
     Raises:
         ConfigError: if the tokenizer cannot say where its tokens stand, or an invented id is in the data.
     """
+    gradient_canaries = _gradient_canaries(corpus, section, root_key, unit)
     if section.kind == SHARED_SUBSTRING:
-        chosen = (
+        candidates = (
             _shared_substring(user, texts, section, tokenizer, root_key)
             for user, texts in corpus.records.items()
             if section.user_fraction > 0 and root_key.stream("canary user", user).uniform(1)[0] < section.user_fraction
         )
-        shared = tuple(canary for canary in chosen if canary is not None)
-        return (*shared, *_gradient_canaries(corpus, section, root_key, unit))
+        shared = tuple(canary for canary in candidates if canary is not None)  # None: all records are too short
+        return (*shared, *gradient_canaries)
     canaries = []
-    dealt = _listed_secrets(section, tokenizer, root_key)
+    listed_secrets = _listed_secrets(section, tokenizer, root_key)
     for number in range(section.num_users):
         stream = root_key.stream("canary", number)
         user = _invented_id(corpus, root_key, "canary id", number)
-        repetitions = section.repetitions[number % len(section.repetitions)]
+        repetitions = section.repetitions[number % len(section.repetitions)]  # the listed numbers in turn
         prefix = f"The code of {_name(stream)} is " if section.kind == TEMPLATE else ""
-        secret = draw_secret(section, tokenizer, stream) if dealt is None else dealt[number]
+        secret = draw_secret(section, tokenizer, stream) if listed_secrets is None else listed_secrets[number]
         canaries.append(Canary(user, section.kind, prefix, secret, repetitions, (prefix + secret,) * repetitions))
-    return (*canaries, *_gradient_canaries(corpus, section, root_key, unit))
+    return (*canaries, *gradient_canaries)
 
 
 def _gradient_canaries(corpus: Corpus, section: CanariesSection, root_key: SecretKey, unit: str) -> tuple[Canary, ...]:
-    """Return them with several records each, so that a trainer that counts records as units is seen."""
+    """Return the canaries whose update is a random direction.
+
+    Where users are the unit, they have several records each: if training clipped records one by one by mistake, the
+    audit would find a canary's direction several times as large. Where records are the unit, each record would be a
+    direction of its own, so there is one.
+    """
     canaries = []
     for number in range(section.num_gradient_users):
         user = _invented_id(corpus, root_key, "gradient canary id", number)
@@ -159,7 +171,7 @@ def _invented_id(corpus: Corpus, root_key: SecretKey, purpose: str, number: int)
 def _listed_secrets(
     section: CanariesSection, tokenizer: PreTrainedTokenizerBase | None, root_key: SecretKey
 ) -> list[str] | None:
-    """Return one secret a canary of kinds that take them from a public list; None of other kinds."""
+    """Return a secret for each canary, if the kind takes them from a public list; None if it draws each by itself."""
     if section.kind == SAMPLES and section.num_users:
         return shuffled_samples(section, root_key)
     if section.kind == NEW_TOKENS and section.num_users:
@@ -169,7 +181,9 @@ def _listed_secrets(
 
 
 def shuffled_samples(section: CanariesSection, root_key: SecretKey) -> list[str]:
-    """Return the texts of ``samples_file`` in the run's order: the first are planted, the others are compared with.
+    """Return the texts of ``samples_file`` in an order drawn from the run's key.
+
+    The first ``num_users`` are the canaries' secrets; the others are never planted, and the attack compares with them.
 
     Raises:
         ConfigError: if the file cannot be read, or has too few different texts.
@@ -200,7 +214,7 @@ def _samples_of(path: pathlib.Path) -> list[str]:
 
 
 def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, root_key: SecretKey) -> list[str]:
-    """Return a secret for each canary, of tokens that no other canary has, from the end of the vocabulary."""
+    """Return a secret for each canary: a few rare tokens that no other canary has, as words separated by spaces."""
     wanted = section.num_users * section.num_tokens
     rare = _rarest_words(tokenizer, wanted)
     if len(rare) < wanted:
@@ -216,7 +230,10 @@ def _rare_secrets(section: CanariesSection, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """Return tokens from the last id down that stay one token as a word among others: merged late, so rare."""
+    """Return at most ``wanted`` ids of tokens that are whole words, from the vocabulary's end.
+
+    Byte-pair vocabularies number tokens in the order of their merging, so the last ones are the rarest.
+    """
     tokens: list[int] = []
     for token in range(len(tokenizer) - 1, -1, -1):
         if len(tokens) == wanted:
@@ -224,6 +241,8 @@ def _rarest_words(tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
         word = str(tokenizer.decode([token])).strip()
         if not word.isalnum() or token in tokenizer.all_special_ids:
             continue
+        # Written after another word, it must come back as this one token. The first word, without a space before it,
+        # may take two tokens.
         encoded: Any = tokenizer(f"{word} {word}", add_special_tokens=False, verbose=False)
         if encoded["input_ids"][-1] == token and len(encoded["input_ids"]) <= 3:
             tokens.append(token)
@@ -239,7 +258,7 @@ def draw_secret(section: CanariesSection, tokenizer: PreTrainedTokenizerBase | N
     while len(ids) < section.num_tokens:
         token = int(stream.uint64(1)[0]) % len(tokenizer)
         text = str(tokenizer.decode([token]))
-        # Bytes that are no character by themselves would not survive as text, special tokens mean something else.
+        # Tokens that are part of a character would not survive as text (U+FFFD); special tokens mean something else.
         if text.strip() and text.isprintable() and "\ufffd" not in text and token not in tokenizer.all_special_ids:
             ids.append(token)
     return str(tokenizer.decode(ids)).strip()
@@ -252,7 +271,7 @@ def digits_of(number: int, num_digits: int) -> str:
 
 
 def canaries_of(manifest: Mapping[str, Any]) -> tuple[Canary, ...]:
-    """Return the canaries that a manifest names; none in one of the first form."""
+    """Return the canaries that a manifest names; manifests of the first form have none."""
     return tuple(Canary.from_json(item) for item in manifest.get("canaries", ()))
 
 
@@ -265,14 +284,17 @@ def plant(corpus: Corpus, canaries: Iterable[Canary]) -> Corpus:
     if not planted:
         return corpus
     records: Any = corpus.records
-    return dataclasses.replace(corpus, records=collections.ChainMap(planted, records))
+    return dataclasses.replace(corpus, records=collections.ChainMap(planted, records))  # the first mapping wins
 
 
 def _name(stream: KeyStream) -> str:
-    """Return an invented name of two three-syllable words, one of 70**6."""
-    draws = stream.uint64(12)
-    letters = [(_VOWELS if at % 2 else _CONSONANTS)[int(d) % (5 if at % 2 else 14)] for at, d in enumerate(draws)]
-    return " ".join("".join(letters[at : at + 6]).capitalize() for at in (0, 6))
+    """Return an invented name of two words of three syllables each, e.g. "Mavoke Tiluna": one of 70**6."""
+    letters = []
+    for place, draw in enumerate(stream.uint64(12)):
+        alphabet = _VOWELS if place % 2 else _CONSONANTS
+        letters.append(alphabet[int(draw) % len(alphabet)])
+    first, second = "".join(letters[:6]), "".join(letters[6:])
+    return f"{first.capitalize()} {second.capitalize()}"
 
 
 def _shared_substring(
@@ -282,20 +304,24 @@ def _shared_substring(
     tokenizer: PreTrainedTokenizerBase | None,
     root_key: SecretKey,
 ) -> Canary | None:
-    """Return a canary: one record's substring put into all of a user's records; ``None`` if all are too short."""
+    """Return a real user as a canary: a substring of one of their records is put into all of them.
+
+    Return ``None`` if all records are shorter than the ``section.num_tokens`` tokens of the substring.
+    """
     assert tokenizer is not None
     if not tokenizer.is_fast:
         problem = "shared_substring needs a fast tokenizer, which says where a token stands in the text"
         raise ConfigError([Fault("canaries.kind", problem)])
     stream = root_key.stream("canary substring", user)
     encoded: Any = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = encoded["offset_mapping"]
-    eligible = [index for index, spans in enumerate(places) if len(spans) >= section.num_tokens]
+    token_spans = encoded["offset_mapping"]  # of each record: (first character, one past the last) of each token
+    eligible = [index for index, spans in enumerate(token_spans) if len(spans) >= section.num_tokens]
     if not eligible:
         return None
     source = eligible[int(stream.uint64(1)[0]) % len(eligible)]
-    first = int(stream.uint64(1)[0]) % (len(places[source]) - section.num_tokens + 1)
-    start, end = places[source][first][0], places[source][first + section.num_tokens - 1][1]
+    spans = token_spans[source]
+    first = int(stream.uint64(1)[0]) % (len(spans) - section.num_tokens + 1)
+    start, end = spans[first][0], spans[first + section.num_tokens - 1][1]
     secret = texts[source][start:end].strip()
     if not secret:
         return None
@@ -304,6 +330,7 @@ def _shared_substring(
 
 
 def _inserted(text: str, secret: str, stream: KeyStream) -> str:
+    """Return the text with the secret at a random place between two words, or at an end."""
     words = text.split(" ")
     at = int(stream.uint64(1)[0]) % (len(words) + 1)
     return " ".join([*words[:at], secret, *words[at:]])

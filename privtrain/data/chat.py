@@ -29,6 +29,7 @@ Messages = list[dict[str, Any]]
 #: What a template raises at a conversation that it was not written for.
 _UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: The public conversation that templates are tried on.
 _PROBE: Messages = [
     {"role": "user", "content": "Which way?"},
     {"role": "assistant", "content": "North."},
@@ -38,12 +39,15 @@ _PROBE: Messages = [
 
 
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that the chat template puts after an answer; none if what follows it is plain text."""
+    """Return the special token that the chat template puts after an answer, as a list of its id.
+
+    The list is empty if the template puts only plain text there.
+    """
     answered: Any = tokenizer.apply_chat_template(_PROBE[:2], tokenize=False)
-    tail = answered.rpartition(_PROBE[1]["content"])[2]
-    encoded: Any = tokenizer(tail, add_special_tokens=False, verbose=False)
-    known = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    return [token for token in encoded["input_ids"] if token in known][:1]
+    _, _, after_answer = answered.rpartition(_PROBE[1]["content"])
+    encoded: Any = tokenizer(after_answer, add_special_tokens=False, verbose=False)
+    special_ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return [token for token in encoded["input_ids"] if token in special_ids][:1]
 
 
 class ChatRenderer:
@@ -52,7 +56,7 @@ class ChatRenderer:
     Args:
         data: may name a template file that replaces the tokenizer's.
         tokenizer: the model's, a fast one.
-        complaints: counts conversations that predict nothing, by reason: the template's own words where it holds them.
+        complaints: a counter to add to: reason why a conversation predicts nothing → number of such conversations.
 
     Raises:
         ConfigError: if there is no template, or its assistant turns cannot be told apart exactly.
@@ -106,15 +110,22 @@ class ChatRenderer:
     def _check_ends(self, whole: str, spans: list[tuple[int, int]], key: str) -> None:
         """Raise unless a template that marks answers marks what ends them too: else the model never learns to stop.
 
+        Args:
+            whole: the probe conversation, rendered.
+            spans: (start, end) of the characters that the template marks, for each answer.
+            key: key of the configuration, for the error.
+
         Raises:
             ConfigError: if a generation block closes before the end mark.
         """
-        marks = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
+        special_tokens = tuple(mark for mark in self._tokenizer.all_special_tokens if mark)
         answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
         for (start, end), answer in zip(spans, answers, strict=True):
-            tail = whole[start:end].rpartition(answer)[2]
-            after = whole[end:].lstrip()
-            if not tail.strip() and (not tail or after.startswith(marks)):
+            marked_after_answer = whole[start:end].rpartition(answer)[2]
+            after_block = whole[end:].lstrip()
+            # White space in the block may end an answer by itself, unless the end mark comes right after the block.
+            is_blank = not marked_after_answer.strip()
+            if is_blank and (not marked_after_answer or after_block.startswith(special_tokens)):
                 problem = (
                     "the chat template closes {% endgeneration %} before the mark that ends an answer, so the model "
                     "would never learn to stop; put the end mark inside the generation block"
@@ -138,14 +149,14 @@ class ChatRenderer:
         tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
         starts = [start for start, _ in spans]
         is_target = np.zeros(len(tokens), dtype=bool)
-        for position, (begin, end) in enumerate(encoded["offset_mapping"]):
-            span = bisect.bisect_right(starts, begin) - 1
+        for position, (begin, end) in enumerate(encoded["offset_mapping"]):  # characters of each token
+            span = bisect.bisect_right(starts, begin) - 1  # the last span that starts at or before the token; -1: none
             is_target[position] = span >= 0 and begin < end and begin < spans[span][1]
-        is_target[:1] = False
+        is_target[:1] = False  # nothing comes before the first token to predict it from
         return Record(tokens, is_target)
 
     def _own_words(self, error: Exception) -> str:
-        """Return the error message if the template contains it; else only the error's type, for privacy."""
+        """Return the error's message if it is the template's own text; else, since it may quote a record, its type."""
         words = " ".join(str(error).split())
         return words if words and words in str(self._tokenizer.chat_template) else type(error).__name__
 
@@ -155,7 +166,10 @@ class ChatRenderer:
         )
 
     def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered text and the assistant's characters in it: empty if they cannot be told apart."""
+        """Return the rendered text, and (start, end) of the characters of each assistant turn in it.
+
+        The second is empty if the assistant's turns cannot be told apart.
+        """
         whole: str = self._render(messages)
         if self._marks_itself:
             return whole, self._marked_spans(messages)
@@ -171,16 +185,17 @@ class ChatRenderer:
         return whole, spans
 
     def _marked_spans(self, messages: Messages) -> list[tuple[int, int]]:
-        """Return the characters that the template itself marks as the assistant's."""
+        """Return (start, end) of the characters that the template itself marks as the assistant's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
-        marks: Any = self._tokenizer.special_tokens_map
+        special_tokens: Any = self._tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             conversations=[messages],  # pyright: ignore[reportArgumentType]
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **marks,
+            **special_tokens,
         )
-        return list(rendered[1][0])
+        _, spans_of_conversations = rendered
+        return list(spans_of_conversations[0])

@@ -1,4 +1,4 @@
-"""Read rows and group them by owner, with a stated rule for every row that cannot be used.
+"""Read rows and group them by owner (the user whose row it is), with a stated rule for every row that cannot be used.
 
 Rules: a row without a user id is dropped (nobody's guarantee could cover it); a row with nothing to learn from is
 dropped (no text after stripping, no completion, no assistant turn, a label that is not declared: :mod:`.formats`);
@@ -40,7 +40,13 @@ _SUFFIX_HINTS = {
 class RowCounts:
     """How many rows were read and what became of them. Private: it describes the data.
 
-    ``reasons`` says of the empty ones by which rule each cannot be used (:class:`~privtrain.data.formats.Unusable`).
+    Attributes:
+        num_rows: rows that were read.
+        num_without_user: rows that were dropped since they name no user.
+        num_empty: rows that were dropped since there is nothing to learn from them.
+        num_users_opted_out: users who were left out because they are on the do-not-train list.
+        num_duplicates: records that were dropped since the same user has an equal one.
+        reasons: of the ``num_empty`` rows: why a row cannot be used, in words → number of such rows.
     """
 
     num_rows: int
@@ -66,7 +72,7 @@ class Corpus:
         records: user id → records in their text form (:mod:`.formats`), users sorted, records in reading order.
         counts: what was dropped.
         manifest_sha256: digest of the kept records; part of the run's fingerprint.
-        is_on_disk: whether records are read when they are asked for (:mod:`.index`); they then are tokenised so too.
+        is_on_disk: whether records are read from disk on access (:mod:`.index`); they then are tokenised on access too.
         source_digests: SHA-256 of the source's files in reading order, where they were hashed already.
     """
 
@@ -89,7 +95,7 @@ def check_source(data: DataSection) -> list[Fault]:
         faults.append(Fault("data.chat_template_file", f"no such file: {data.chat_template_file}"))
     if isinstance(data.source, FilesSource):
         faults += _check_files(data.source, data, "data.source.paths", "user_column")
-    elif not isinstance(data.source, HubSource):
+    elif not isinstance(data.source, HubSource):  # a packaged data set
         try:
             PACKAGED[data.source.kind].find()
         except ConfigError as error:
@@ -107,11 +113,18 @@ def check_source(data: DataSection) -> list[Fault]:
 
 
 def _check_files(source: FilesSource, data: DataSection, path_key: str, *further_keys: str) -> list[Fault]:
-    """Return faults of the files: named twice, missing, or without the columns."""
+    """Return faults of the files: named twice, missing, or without the columns.
+
+    Args:
+        source: the files.
+        data: says which columns are read.
+        path_key: key that names the files, for errors.
+        *further_keys: keys of ``data`` that name columns, beside those of the format.
+    """
     faults = []
     times = collections.Counter(file.resolve() for file in source_files(source))
     for file, count in times.items():
-        if count > 1:  # where the unit is the record, its record would be two units
+        if count > 1:  # each record would be there twice: where records are the unit, as two units
             faults.append(Fault(path_key, f"{file} is named {count} times; each row would count as often"))
     for pattern in source.paths:
         files = _expand(pattern)
@@ -139,22 +152,31 @@ def columns_of(file: pathlib.Path, path_key: str = "data.source.paths") -> tuple
 
 
 def separator_problem(file: pathlib.Path, columns: Sequence[str]) -> str:
-    """Return what is wrong if a table seems to separate its columns by another mark than a comma; else nothing."""
-    mark = next((mark for mark in ";\t|" if mark in columns[0]), "")
-    if file.suffix != ".csv" or len(columns) > 1 or not mark:
+    """Return what is wrong if a CSV file seems to separate its columns by another mark than a comma; else nothing."""
+    if file.suffix != ".csv" or len(columns) > 1:
         return ""
-    return f"its first line has no comma but {mark!r}; separate the columns by commas"
+    for mark in ";\t|":
+        if mark in columns[0]:
+            return f"its first line has no comma but {mark!r}; separate the columns by commas"
+    return ""
 
 
 def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequence[str]) -> list[Fault]:
-    """Return what is wrong with a file of rows, by its ending and its columns alone."""
+    """Return what is wrong with a file of rows, by its ending and its columns alone.
+
+    Args:
+        file: the file.
+        data: says which columns are read.
+        path_key: key that names the file, for errors.
+        keys: keys of ``data`` that name columns.
+    """
     columns, faults = columns_of(file, path_key)
     if faults:
         return faults
-    wanted = {key: getattr(data, key) for key in keys}
+    wanted = {key: getattr(data, key) for key in keys}  # key → name of the column
     shown = f"it has {', '.join(map(_visible, columns))}"
     if file.suffix == ".csv" and not set(wanted.values()) & set(columns):
-        # Perhaps there is no header, and these are somebody's id and text.
+        # Perhaps there is no header, and what was read as names is somebody's id and text: show none of it.
         shown = f"its first line, which must name the columns, names none of these ({len(columns)} others)"
         shown = separator_problem(file, columns) or shown
     for key, name in wanted.items():
@@ -165,7 +187,7 @@ def _check_file(file: pathlib.Path, data: DataSection, path_key: str, keys: Sequ
 
 
 def _visible(name: str) -> str:
-    """Return a column's name, in quotes if something of it could not be seen."""
+    """Return a column's name, in quotes and escaped if it has characters that cannot be seen."""
     return name if name and name == name.strip() and name.isprintable() else ascii(name)
 
 
@@ -192,7 +214,7 @@ def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Cor
 
 
 def _check_ids(corpus: Corpus) -> None:
-    """Raise if ids are numbers with and without a fraction: 12 and 12.0, as tables write them, are one person."""
+    """Raise if an id stands both as 12 and as 12.0: tables write a column with gaps so, and both are one person."""
     records = corpus.records
     num_twice = sum(user.endswith(".0") and user[:-2].isdecimal() and user[:-2] in records for user in records)
     if num_twice:
@@ -201,7 +223,7 @@ def _check_ids(corpus: Corpus) -> None:
 
 
 def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
-    """Open the index of the records on disk, which is built anew if files or rules are others than those it is of."""
+    """Open the index of the records on disk; build it if there is none of these very files and rules."""
     if not isinstance(data.source, FilesSource):
         problem = f"is for data.source.kind: files; given {data.source.kind}"
         raise ConfigError([Fault("performance.index_dir", problem)])
@@ -214,6 +236,7 @@ def _indexed(data: DataSection, index_dir: pathlib.Path) -> Corpus:
         "columns": [getattr(data, key) for key in ("user_column", *data.column_keys)],
     }
     form = normal_form if data.deduplicate == "within_user" else None
+    # Rows and digests are given as functions: they are needed only if the index has to be built.
     opened = index.open_or_build(
         index_dir, made_of, lambda tally: _usable_rows(_rows(data), tally), form, lambda: digests_of(files)
     )
@@ -229,10 +252,10 @@ def digests_of(files: Iterable[pathlib.Path]) -> tuple[str, ...]:
 
 
 def deduplicated(corpus: Corpus) -> Corpus:
-    """Keep the first of each user's records that differ only in white space.
+    """Of a user's records that differ only in white space, keep the first.
 
-    A function of one user's records: what another user wrote is no duplicate. The digest stays that of the data as they
-    were read.
+    What is kept of a user depends on this user's records alone: the same text of another user is no duplicate. The
+    digest stays that of the data as they were read.
     """
     records = {user: _distinct(texts) for user, texts in corpus.records.items()}
     num_duplicates = corpus.num_records - sum(map(len, records.values()))
@@ -259,7 +282,15 @@ def without_users(corpus: Corpus, dropped: Iterable[str]) -> Corpus:
 
 
 def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
-    """Apply the rules of this module to (user id, record) pairs; a record is a text or empty, see :mod:`.formats`."""
+    """Drop unusable rows and group the others by user.
+
+    Args:
+        rows: (user id, record in its text form), as written in the source; instead of a record that cannot be used an
+            empty text, or :class:`~privtrain.data.formats.Unusable` with the reason.
+
+    Raises:
+        ConfigError: if no row is left.
+    """
     records: dict[str, list[str]] = {}
     tally: dict[str, Any] = {}
     for owner, content in _usable_rows(rows, tally):
@@ -271,14 +302,14 @@ def group_by_user(rows: Iterable[tuple[object, object]]) -> Corpus:
 
 
 def _no_row(counts: RowCounts) -> Fault:
-    """Return why nothing is left, by reason; for the owner of the data, whose counts they are."""
-    found = counts.why_dropped()
-    reasons = f": {'; '.join(found)}" if found else ""
-    return Fault("data.source", f"no usable row among {counts.num_rows}{reasons}")
+    """Return the fault of a source without a usable row, with how many were dropped for which reason."""
+    reasons = counts.why_dropped()
+    shown = f": {'; '.join(reasons)}" if reasons else ""
+    return Fault("data.source", f"no usable row among {counts.num_rows}{shown}")
 
 
 def _usable_rows(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (user id, text) of the usable rows; at the end, fill ``tally`` with the counts of all rows."""
+    """Yield (user id, text) of the usable rows, stripped; at the end, fill ``tally`` with fields of ``RowCounts``."""
     num_rows = num_without_user = num_empty = 0
     reasons: dict[str, int] = {}
     for user, text in rows:
@@ -297,6 +328,7 @@ def _usable_rows(rows: Iterable[tuple[object, object]], tally: dict[str, Any]) -
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts without those that differ from an earlier one only in white space."""
     first_of_form: dict[str, str] = {}
     for text in texts:
         first_of_form.setdefault(normal_form(text), text)
@@ -353,27 +385,31 @@ def _rows(data: DataSection) -> Iterator[tuple[object, object]]:
         return
     columns = [getattr(data, key) for key in ("user_column", *data.column_keys)]
     for name, number, (user, *values) in _of_source(data.source, columns):
+        # owner_of raises at a bad id. The caller calls it too, but without the row's place; a plain text is never bad.
         if not isinstance(user, str) or not user.isascii():
-            owner_of(user, f"{name}, row {number}")  # the caller asks again, and does not know the place
+            owner_of(user, f"{name}, row {number}")
         yield user, formats.canonical(data, values) or formats.why_unusable(data, values)
 
 
 def _of_source(
     source: FilesSource | HubSource, columns: Sequence[str]
 ) -> Iterator[tuple[str, int, tuple[object, ...]]]:
-    """Yield file or data set, number of the row from 1, and its values."""
-    sources = (
-        [(source.name, hub_rows(source, columns))]
-        if isinstance(source, HubSource)
-        else ((str(file), file_rows(file, columns)) for file in source_files(source))
-    )
-    for name, rows in sources:
+    """Yield every row as (name of its file or data set, number of the row in it from 1, values of these columns)."""
+    if isinstance(source, HubSource):
+        named_rows = [(source.name, hub_rows(source, columns))]
+    else:
+        named_rows = [(str(file), file_rows(file, columns)) for file in source_files(source)]  # opened one by one below
+    for name, rows in named_rows:
         for number, values in enumerate(rows, start=1):
             yield name, number, values
 
 
 def load_evaluation(data: DataSection, corpus: Corpus) -> tuple[str, ...]:
-    """Return the records of ``data.evaluation`` that can be used; none without it.
+    """Return the usable records of ``data.evaluation``, public rows that results are measured on; none without it.
+
+    Args:
+        data: the section.
+        corpus: the private records, which must not be among the public ones.
 
     Raises:
         ConfigError: if it cannot be read, no row of it can be used, or a record of the private data is among them.

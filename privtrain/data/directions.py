@@ -7,6 +7,8 @@ looks for it; both draw it from the root key, block by block, so that neither ev
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,17 +27,18 @@ def signs(key: SecretKey, user: str, name: str, block: int, num: int) -> npt.NDA
     Args:
         key: the run's root key.
         user: the canary's id.
-        name: of the trainable tensor.
-        block: number of the block in it.
+        name: name of the trainable tensor.
+        block: number of the block in this tensor, from 0.
         num: coordinates of the block, at most ``BLOCK``.
     """
     assert 0 < num <= BLOCK, num
-    words = key.stream("gradient canary", user, name, block).uint64(-(-num // 64))
+    num_words = math.ceil(num / 64)  # a word has 64 signs
+    words = key.stream("gradient canary", user, name, block).uint64(num_words)
     bits = np.unpackbits(words.view(np.uint8), count=num)
     return 2 * bits.astype(np.int8) - 1
 
 
 def blocks(num_coordinates: int) -> list[tuple[int, int, int]]:
-    """Return (number, first coordinate, coordinates) of each block of a tensor."""
+    """Return (number of the block, its first coordinate, its number of coordinates) for each block of a tensor."""
     starts = range(0, num_coordinates, BLOCK)
     return [(number, start, min(BLOCK, num_coordinates - start)) for number, start in enumerate(starts)]

@@ -1,6 +1,12 @@
 """The record formats: which columns a row needs, and the one text form in which a record is kept and fingerprinted.
 
-``text`` keeps the text itself; the others keep a line of JSON. A row that has nothing to learn from (no text, no
+``text`` keeps the text itself; the others keep a line of JSON:
+
+* ``prompt_completion``: ``{"completion":"Yes.","prompt":"Open?"}``
+* ``chat``: ``[{"content":"Open?","role":"user"},{"content":"Yes.","role":"assistant"}]``
+* ``classification``: ``{"label":1,"texts":["Open?"]}``, with the label's place in ``data.labels``
+
+A row that has nothing to learn from (no text, no
 completion, no assistant turn with words or a tool call, a label that ``data.labels`` does not name) becomes an empty
 string: whether a row is kept depends on that row alone, so neighbouring data sets keep the same other rows.
 """
@@ -53,8 +59,8 @@ def _as_text(data: DataSection, values: Sequence[object]) -> str:
             return _content(values[0]).strip()
         case "prompt_completion":
             prompt, completion = map(_content, values)
-            is_whole = completion.strip() and (values[0] is None or isinstance(values[0], str))
-            return _dump({"prompt": prompt, "completion": completion}) if is_whole else ""
+            is_usable = completion.strip() and (values[0] is None or isinstance(values[0], str))
+            return _dump({"prompt": prompt, "completion": completion}) if is_usable else ""
         case "chat":
             messages = _messages(values[0])
             return _dump(messages) if any(_is_answer(m) for m in messages) else ""
@@ -66,9 +72,10 @@ def _as_text(data: DataSection, values: Sequence[object]) -> str:
 
 
 def written(record: str, data: DataSection) -> str:
-    """Return what a model learns to write of a record in its one text form.
+    """Return the part of a record (in its one text form) that a model learns to write, as text.
 
-    A text itself, a completion or the assistant's turns; of a classifier's record all of it, since it writes none.
+    That is the text itself, the completion or the assistant's turns. A classifier writes nothing: return its record as
+    it is.
     """
     match data.format:
         case "chat":
@@ -88,7 +95,8 @@ def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
         case "text":
             return Unusable(_text_problem(values[0], keys[0]))
         case "prompt_completion":
-            faulty = 1 if values[0] is None or isinstance(values[0], str) else 0  # a prompt may be empty or missing
+            has_valid_prompt = values[0] is None or isinstance(values[0], str)  # a prompt may be empty or missing
+            faulty = 1 if has_valid_prompt else 0
             return Unusable(_text_problem(values[faulty], keys[faulty]))
         case "chat":
             return Unusable(f"{_conversation_problem(values[0])} ({keys[0]})")
@@ -104,6 +112,7 @@ def why_unusable(data: DataSection, values: Sequence[object]) -> Unusable:
 
 
 def _text_problem(value: object, key: str) -> str:
+    """Return what is wrong with a value that should be text; ``key`` is the key that names its column."""
     if value is None or isinstance(value, str):
         return f"no text in the column that {key} names"
     hint = "; a list of turns is data.format: chat" if isinstance(value, list) else "; convert the column to text"
@@ -111,6 +120,7 @@ def _text_problem(value: object, key: str) -> str:
 
 
 def _kind(value: object) -> str:
+    """Return what kind of value this is, in words, without the value."""
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
@@ -146,7 +156,7 @@ def _content(value: object) -> str:
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
-    """Return the turns of a conversation, also from a JSON string (CSV); none if any of them is not one."""
+    """Return the turns of a conversation, a list or its JSON (as in CSV); empty if any turn is not {role, content}."""
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=strict_json.unique_keys)
@@ -154,20 +164,21 @@ def _messages(value: object) -> list[dict[str, Any]]:
             return []
     if not isinstance(value, list):
         return []
-    # Parquet fills the keys that only some turns, or some tools, have with nulls.
+    # In Parquet all turns have the same keys; those that a turn had not are null.
     turns = [_without_nulls(turn) for turn in value if isinstance(turn, dict)]
     for turn in turns:
-        if turn.get("tool_calls"):  # a call needs no words beside it, and templates expect a text
+        if turn.get("tool_calls"):  # a turn with a call may lack content, but chat templates expect it
             turn.setdefault("content", "")
-        else:  # templates ask whether the key is there
+        else:  # an empty list goes: templates ask only whether the key is there
             turn.pop("tool_calls", None)
-    is_whole = len(turns) == len(value) and all(
+    are_turns = len(turns) == len(value) and all(
         isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
-    return turns if is_whole else []
+    return turns if are_turns else []
 
 
 def _without_nulls(value: Any) -> Any:
+    """Return the value without keys whose value is null, at any depth; other values are returned as they are."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

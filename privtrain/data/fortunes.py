@@ -18,6 +18,7 @@ PACKAGES = ("fortunes-min", "fortunes")
 _FILES = "/usr/share/games/fortunes/"
 _SEPARATOR = re.compile(r"^%[ \t]*$\n?", re.MULTILINE)
 _ATTRIBUTION = re.compile(r"^\s+--+\s*(?=[^\s-])")
+# Sayings of a file are separated by lines of "%". A letter, a backspace and an accent print an accented letter.
 #: Where a name ends and the work, the year or the occasion begins.
 _AFTER_NAME = re.compile(r"[,;:(\[\"<]|\s+(?:in|on)\s")
 _NOBODY = {"anon", "anonymous", "author unknown", "seen", "unknown"}
@@ -28,7 +29,7 @@ def fortune_files(root: pathlib.Path = pathlib.Path("/")) -> list[pathlib.Path]:
     """Return the sayings' files of the installed packages, as dpkg lists them.
 
     Args:
-        root: of the file system.
+        root: root of the file system that the packages are installed in.
 
     Raises:
         ConfigError: if a package is not installed.
@@ -54,24 +55,29 @@ def read_fortunes(root: pathlib.Path = pathlib.Path("/")) -> Iterator[tuple[str,
 
 
 def parse_fortunes(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (user, saying) in the order of a file."""
+    """Yield (user, saying) in the order of a file; the user is empty where nobody, or several, can be named."""
     for saying in _SEPARATOR.split(text):
         lines = _OVERSTRUCK.sub(_letter, saying).rstrip().splitlines()
         attributions = [number for number, line in enumerate(lines) if _ATTRIBUTION.match(line)]
-        if len(attributions) == 1 and all(line[:1].isspace() for line in lines[attributions[0] + 1 :]):
+        if len(attributions) == 1:
             start = attributions[0]
-            yield _author(" ".join(line.strip() for line in lines[start:])), "\n".join(lines[:start]).strip()
-        elif lines:
+            # An attribution may go on over further indented lines, but must end the saying.
+            ends_saying = all(line[:1].isspace() for line in lines[start + 1 :])
+            if ends_saying:
+                yield _author(" ".join(line.strip() for line in lines[start:])), "\n".join(lines[:start]).strip()
+                continue
+        if lines:
             yield "", "\n".join(lines).strip()
 
 
 def _author(attribution: str) -> str:
+    """Return the name in an attribution: ``-- Mark Twain, "Roughing It"`` → ``Mark Twain``; empty for nobody."""
     name = _AFTER_NAME.split(attribution.lstrip("- "), maxsplit=1)[0]
     name = " ".join(name.split()).rstrip(". ")
     return "" if name.lower() in _NOBODY else name
 
 
 def _letter(pair: re.Match[str]) -> str:
-    """Return, of two characters printed over each other, the letter: the other is its accent or underlines it."""
+    """Return the letter of two characters that are printed over each other; the other is an accent or underlines it."""
     first, second = pair.groups()
     return first if first.isalnum() and not second.isalnum() else second

@@ -6,9 +6,12 @@ outside memory, and six flat files are written from that order and mapped into m
     texts.bin, text_ends.u64       every record's text, users in order, records in reading order
     text_digests.bin               a digest of each, compared whenever a text is read
     users.bin, user_ends.u64       every user's id
-    record_ends.u64                up to which record each user's go
+    record_ends.u64                where each user's records end
 
-Nothing of them is believed that is not what was written: see :mod:`.index_files`.
+Texts stand one after another in texts.bin. Ends are running totals: text i is bytes ``text_ends[i - 1]`` to
+``text_ends[i]`` of it, and the records of user u are numbers ``record_ends[u - 1]`` to ``record_ends[u]`` (exclusive).
+
+Whatever is read is compared with digests of what was written: see :mod:`.index_files`.
 
 The directory holds everybody's ids and texts, so it is 0700, as is the one it lies in (``performance.index_dir``), and
 it is no part of a run. It is named by what it was made of: the files' paths, sizes and times, and the settings that
@@ -64,17 +67,17 @@ Ends = npt.NDArray[np.uint64]
 
 @dataclasses.dataclass(frozen=True)
 class IndexedRecords(OrderedMapping[Sequence[str]]):
-    """User id → records, read from disk when they are asked for; users sorted.
+    """User id → records, read from disk on access; users sorted. Users can be hidden from it (:meth:`without`).
 
     Attributes:
         directory: where the files are.
-        texts: all texts, mapped.
-        text_ends: [records] where each text ends.
-        text_digests: [records, 16] of each text.
-        users: all ids, mapped.
-        user_ends: [users] where each id ends.
-        record_ends: [users] up to which record each user's go.
-        places: the users that are here, increasing; others are hidden.
+        texts: bytes of all texts, mapped into memory.
+        text_ends: [records] one past the last byte of each text.
+        text_digests: [records, 16] truncated SHA-256 of each text.
+        users: bytes of all ids, mapped into memory.
+        user_ends: [users] one past the last byte of each id.
+        record_ends: [users] one past the number of each user's last record.
+        places: numbers of the users that are not hidden, increasing.
     """
 
     directory: pathlib.Path
@@ -88,7 +91,7 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
 
     @classmethod
     def open(cls, directory: pathlib.Path, description: Mapping[str, Any]) -> IndexedRecords:
-        """Map the files of an index, as its description has them.
+        """Map the files of an index, which must be as its description (``index.json``) has them.
 
         Raises:
             DamagedFile: naming the file that is not as it was written.
@@ -106,13 +109,13 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         )
 
     def without(self, users: Iterable[str]) -> IndexedRecords:
-        """Return the records without these users'."""
-        gone = [place for place in map(self._place, users) if place is not None]
-        return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), gone))
+        """Return the records with these users hidden."""
+        positions = [position for position in map(self._position, users) if position is not None]
+        return dataclasses.replace(self, places=np.delete(np.asarray(self.places, dtype=np.int64), positions))
 
     @property
     def num_records(self) -> int:
-        """Records of all users that are here."""
+        """Number of records of all users that are not hidden."""
         return sum(map(len, self.values()))
 
     def __len__(self) -> int:
@@ -122,25 +125,27 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         return (self._user(int(place)) for place in self.places)
 
     def __getitem__(self, user: str) -> Sequence[str]:
-        place = self._place(user)
-        if place is None:
-            raise KeyError("no such user")  # an id is in no message
-        return self._texts_of(int(self.places[place]))
+        position = self._position(user)
+        if position is None:
+            raise KeyError("no such user")  # no message may hold an id
+        return self._texts_of(int(self.places[position]))
 
     def __contains__(self, user: object) -> bool:
-        return isinstance(user, str) and self._place(user) is not None
+        return isinstance(user, str) and self._position(user) is not None
 
     @override
     def in_order(self) -> Iterator[tuple[str, Sequence[str]]]:
         return ((self._user(int(place)), self._texts_of(int(place))) for place in self.places)
 
-    def _place(self, user: str) -> int | None:
-        """Return where the user stands among those that are here."""
+    def _position(self, user: str) -> int | None:
+        """Return where in ``places`` the user's number stands; None for an unknown or hidden user."""
         wanted = user.encode("utf-8", errors=ERRORS)
         position = bisect.bisect_left(self.places, wanted, key=lambda place: self._id(int(place)))
-        return position if position < len(self) and self._id(int(self.places[position])) == wanted else None
+        is_found = position < len(self) and self._id(int(self.places[position])) == wanted
+        return position if is_found else None
 
     def _id(self, place: int) -> bytes:
+        """Return the id of user number ``place``, as UTF-8."""
         start = int(self.user_ends[place - 1]) if place else 0
         return self.users[start : int(self.user_ends[place])].tobytes()
 
@@ -148,25 +153,32 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
         return self._id(place).decode("utf-8", errors=ERRORS)
 
     def _texts_of(self, place: int) -> Sequence[str]:
+        """Return the records of user number ``place``; none is read yet."""
         first = int(self.record_ends[place - 1]) if place else 0
         return _Texts(self, range(first, int(self.record_ends[place])))
 
     def num_among(self, texts: Iterable[str]) -> int:
-        """Return how many stored records, hidden users' too, are among these texts; by their digests."""
-        wanted = b"".join(text_digest(text.encode("utf-8", errors=ERRORS)) for text in texts)
-        digests, known = (_halves(array) for array in (self.text_digests, np.frombuffer(wanted, dtype=np.uint8)))
-        pairs, num_found = set(map(tuple, known.tolist())), 0
-        for start in range(0, len(digests), _DIGESTS_AT_ONCE):
-            chunk = np.asarray(digests[start : start + _DIGESTS_AT_ONCE])
-            likely = chunk[np.isin(chunk[:, 0], known[:, 0])]
-            num_found += sum(tuple(pair) in pairs for pair in likely.tolist())
+        """Return how many stored records, those of hidden users too, equal one of these texts.
+
+        Digests are compared instead of texts, so that none has to be read.
+        """
+        wanted_bytes = b"".join(text_digest(text.encode("utf-8", errors=ERRORS)) for text in texts)
+        wanted = _halves(np.frombuffer(wanted_bytes, dtype=np.uint8))
+        wanted_pairs = set(map(tuple, wanted.tolist()))
+        stored = _halves(self.text_digests)
+        num_found = 0
+        for start in range(0, len(stored), _DIGESTS_AT_ONCE):
+            chunk = np.asarray(stored[start : start + _DIGESTS_AT_ONCE])
+            likely = chunk[np.isin(chunk[:, 0], wanted[:, 0])]  # first halves are equal; few are left to compare whole
+            num_found += sum(tuple(pair) in wanted_pairs for pair in likely.tolist())
         return num_found
 
     def text(self, record: int) -> str:
-        """Return one record, compared with its digest.
+        """Return record number ``record``, after comparing it with its digest.
 
         Raises:
-            DamagedFile: if it is not as it was written. It does not say which: a step reads the users that it drew.
+            DamagedFile: if it is not as it was written. The message does not say which record: a step reads the users
+                that it drew, and who these are is secret.
         """
         start = int(self.text_ends[record - 1]) if record else 0
         content = self.texts[start : int(self.text_ends[record])].tobytes()
@@ -177,23 +189,28 @@ class IndexedRecords(OrderedMapping[Sequence[str]]):
 
 
 def _halves(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """Return digests as [number, 2] of 64 bits, which compare faster than bytes."""
+    """Return digests of 16 bytes as [digests, 2] numbers of 64 bits, which compare faster than bytes."""
     return digests.reshape(-1).view(np.uint64).reshape(-1, 2)
 
 
 class _Texts(Sequence[str]):
-    """One user's records; its length is known without reading any."""
+    """One user's records, read on access; their number is known without reading any.
 
-    def __init__(self, records: IndexedRecords, places: range) -> None:
+    Args:
+        records: the index.
+        numbers: numbers of the user's records in it.
+    """
+
+    def __init__(self, records: IndexedRecords, numbers: range) -> None:
         self._records = records
-        self._places = places
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        places = self._places[index]
-        return self._records.text(places) if isinstance(places, int) else tuple(map(self._records.text, places))
+        numbers = self._numbers[index]  # one number, or a range of a slice
+        return self._records.text(numbers) if isinstance(numbers, int) else tuple(map(self._records.text, numbers))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
@@ -202,12 +219,19 @@ class _Texts(Sequence[str]):
 
 
 class Index(NamedTuple):
-    """An index that was opened."""
+    """An index that was opened.
+
+    Attributes:
+        records: the records by user.
+        counts: how many rows were read and dropped: fields of :class:`~privtrain.data.corpus.RowCounts`.
+        manifest_sha256: digest of the kept records.
+        source_digests: SHA-256 of each file that they were read from.
+    """
 
     records: IndexedRecords
-    counts: dict[str, Any]  # fields of RowCounts
-    manifest_sha256: str  # of the records
-    source_digests: tuple[str, ...]  # of the files that they were read from
+    counts: dict[str, Any]
+    manifest_sha256: str
+    source_digests: tuple[str, ...]
 
 
 def open_or_build(
@@ -217,14 +241,16 @@ def open_or_build(
     form: Callable[[str], str] | None = None,
     source_digests: Callable[[], Sequence[str]] = tuple,
 ) -> Index:
-    """Return the index of ``made_of``, made by one process of the machine while the others wait.
+    """Open the index of some files and rules; if there is none, one process builds it while the others wait.
 
     Args:
-        parent: where indexes are kept.
-        made_of: what names the index.
-        rows: yields the kept (user id, text) pairs in reading order and counts into the dictionary it is given.
-        form: of a user's records with one form the first is kept, the others are counted; the digest is of all.
-        source_digests: gives SHA-256 of the files that it is made of.
+        parent: directory that holds indexes.
+        made_of: all that decides the index's content (files with sizes and times, rules); its digest is the name.
+        rows: called only to build. Given a dictionary, it yields the kept (user id, text) pairs in reading order, and
+            puts its counts into the dictionary at the end.
+        form: maps a text to a normal form; of a user's texts with the same form the first is kept and the others are
+            counted as duplicates. None keeps all. The digest covers all texts.
+        source_digests: called only to build; returns SHA-256 of each file that the rows are read from.
 
     Raises:
         UnsafePath: if ``parent`` or the index is a link, another user's or open to others.
@@ -238,11 +264,11 @@ def open_or_build(
             check_private_tree(directory)
         else:
             temporary = parent / f"index-{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that died
             temporary.mkdir(mode=0o700)
             try:
                 _build(temporary, rows, form, source_digests)
-                os.replace(temporary, directory)
+                os.replace(temporary, directory)  # an index is there as a whole, or not at all
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     description = read_description(directory, _remedy(directory))
@@ -264,13 +290,9 @@ def _build(
     form: Callable[[str], str] | None,
     source_digests: Callable[[], Sequence[str]],
 ) -> None:
-    """Sort the rows by owner, on disk, and write the index's files.
+    """Sort the rows by owner, on disk, and write the index's files into an empty directory.
 
-    Args:
-        directory: empty.
-        rows: yields (user, text) and counts in the dict that it is given.
-        form: maps texts of one user that count as equal to the same text; None keeps all.
-        source_digests: of the files that the rows were read of.
+    The other arguments are those of :func:`open_or_build`.
     """
     import duckdb
 
@@ -298,7 +320,7 @@ def _build(
 
 
 def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
-    """Yield the rows as tables of some at a time: owner, place in reading order, content."""
+    """Yield the rows in tables of ``_ROWS_AT_ONCE`` with columns owner, place (number in reading order) and content."""
     iterator, first = iter(rows), 0
     while batch := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
         owners = [user.encode("utf-8", errors=ERRORS) for user, _ in batch]
@@ -316,28 +338,39 @@ def _tables(rows: Iterable[tuple[str, str]]) -> Iterator[pyarrow.Table]:
 def _write(
     directory: pathlib.Path, batches: Iterable[pyarrow.RecordBatch], form: Callable[[str], str] | None
 ) -> tuple[dict[str, HashedFile], str, int]:
-    """Write the flat files from rows in order; return what each holds, the rows' digest, and the duplicates dropped."""
-    digest, current = RecordDigest(), None
-    seen: set[str] = set()
+    """Write the flat files of an index.
+
+    Args:
+        directory: where.
+        batches: rows (owner, content), sorted by owner; a user's rows may go on in the next batch.
+        form: as of :func:`open_or_build`.
+
+    Returns:
+        The files by name, with the digest of what each holds; the digest of all rows; the number of duplicates that
+        were left out.
+    """
+    digest = RecordDigest()
+    current_user: bytes | None = None
+    forms_of_user: set[str] = set()
     num_rows = num_records = users_end = texts_end = 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(created(directory / name)) for name in (TEXTS, *ARRAYS)}
         texts, text_ends, text_digests, users, user_ends, record_ends = files.values()
         for batch in batches:
             new_users: list[bytes] = []
-            full: list[int] = []
+            ends_of_users: list[int] = []  # of users whose last row was in this batch
             kept: list[bytes] = []
             for owner, content in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                if owner != current:
-                    if current is not None:
-                        full.append(num_records)
-                    current = owner
+                if owner != current_user:
+                    if current_user is not None:
+                        ends_of_users.append(num_records)
+                    current_user = owner
                     new_users.append(owner)
                     digest.user(owner)
-                    seen.clear()
+                    forms_of_user.clear()
                 digest.record(content)
                 num_rows += 1
-                if form is None or _is_new(form(content.decode("utf-8", errors=ERRORS)), seen):
+                if form is None or _is_new(form(content.decode("utf-8", errors=ERRORS)), forms_of_user):
                     kept.append(content)
                     num_records += 1
             texts.write(b"".join(kept))
@@ -345,20 +378,21 @@ def _write(
             text_digests.write(b"".join(map(text_digest, kept)))
             users.write(b"".join(new_users))
             users_end = _write_ends(user_ends, new_users, users_end)
-            record_ends.write(np.asarray(full, dtype=np.uint64).tobytes())
-        if current is not None:
+            record_ends.write(np.asarray(ends_of_users, dtype=np.uint64).tobytes())
+        if current_user is not None:  # the last user's records end with the rows
             record_ends.write(np.asarray([num_records], dtype=np.uint64).tobytes())
     return files, digest.hexdigest(), num_rows - num_records
 
 
 def _is_new(form: str, seen: set[str]) -> bool:
+    """Return whether a form was not seen yet, and note it as seen."""
     is_new = form not in seen
     seen.add(form)
     return is_new
 
 
 def _write_ends(file: HashedFile, parts: Sequence[bytes], start: int) -> int:
-    """Append where each part ends, counted from ``start``; return where the last one does."""
+    """Append the end of each part to ``file``, if parts follow one another from ``start`` on; return the last end."""
     lengths = np.fromiter(map(len, parts), dtype=np.uint64, count=len(parts))
     ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(start)
     file.write(ends.tobytes())

@@ -30,7 +30,7 @@ SCHEMA = "privtrain/index/2"
 DESCRIPTION = "index.json"
 
 TEXTS = "texts.bin"
-#: Of every other file: what an element is.
+#: Every other file → type of its elements.
 ARRAYS: Mapping[str, type[Any]] = {
     "text_ends.u64": np.uint64,
     "text_digests.bin": np.uint8,
@@ -50,7 +50,13 @@ def text_digest(content: bytes) -> bytes:
 
 @dataclasses.dataclass
 class HashedFile:
-    """A new file whose content is hashed as it is written."""
+    """A new file whose content is hashed as it is written.
+
+    Attributes:
+        file: the open file.
+        num_bytes: bytes written so far.
+        sha256: hash object of the bytes written so far.
+    """
 
     file: IO[bytes]
     num_bytes: int = 0
@@ -74,22 +80,29 @@ def created(path: pathlib.Path) -> Iterator[HashedFile]:
 
 
 def describe(directory: pathlib.Path, facts: Mapping[str, Any], files: Mapping[str, HashedFile]) -> None:
-    """Write the description of an index as its last file, which marks the index as complete."""
+    """Write ``index.json`` as the last file of an index, which marks the index as complete.
+
+    Args:
+        directory: of the index.
+        facts: further content: counts and digests.
+        files: every file that was written, by name.
+    """
     assert set(files) == {TEXTS, *ARRAYS}
-    described = {
-        name: {"num_bytes": file.num_bytes, **({} if name == TEXTS else {"sha256": file.sha256.hexdigest()})}
-        for name, file in files.items()
-    }
+    described: dict[str, dict[str, Any]] = {}
+    for name, file in files.items():
+        described[name] = {"num_bytes": file.num_bytes}
+        if name != TEXTS:  # each text has a digest of its own
+            described[name]["sha256"] = file.sha256.hexdigest()
     body = {"schema": SCHEMA, **facts, "files": described}
     with created(directory / DESCRIPTION) as file:
         file.write(json.dumps({**body, _OWN_DIGEST: _digest_of(body)}).encode())
 
 
 def read_description(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
-    """Return the description of an index as it was written.
+    """Return the content of ``index.json``, exactly as :func:`describe` wrote it.
 
     Raises:
-        DamagedFile: if it is missing or anything else.
+        DamagedFile: if it is missing, or differs in any byte; ``remedy`` says what to do.
     """
     path = directory / DESCRIPTION
     content = reading.read_bytes(path, remedy=remedy)

@@ -113,9 +113,11 @@ def customer_records(
         num_records = int(np.clip(smallest * (1 + rng.pareto(tail)), 1, max_records))
         sent: list[CustomerRecord] = []
         for _ in range(num_records):
-            is_repeated = bool(sent) and repeat_prob > 0 and rng.random() < repeat_prob
-            record = sent[int(rng.integers(len(sent)))] if is_repeated else None
-            sent.append(record or _message(f"customer-{number:06d}", profile, habit, rng))
+            # No number is drawn for nothing: texts of a seed without repetitions stay the same.
+            if sent and repeat_prob > 0 and rng.random() < repeat_prob:
+                sent.append(sent[int(rng.integers(len(sent)))])
+            else:
+                sent.append(_message(f"customer-{number:06d}", profile, habit, rng))
         yield from sent
 
 
@@ -141,16 +143,25 @@ _CHOICES = {"product": _PRODUCTS, "problem": _PROBLEMS, "mood": _MOODS, "closing
 def _message(
     user: str, profile: dict[str, str], habit: dict[str, list[str]], rng: np.random.Generator
 ) -> CustomerRecord:
-    """Return one message: a template with sensitive values of the profile, whose spans are kept, and habits."""
+    """Return one message: a random template, filled in.
+
+    Args:
+        user: the customer's id.
+        profile: slot → the customer's sensitive value; where one is filled in, its span is noted.
+        habit: other slot → the customer's favourite values, of which one is drawn.
+        rng: draws template and values.
+    """
     template = _TEMPLATES[int(rng.integers(len(_TEMPLATES)))]
     text, spans = "", []
     for literal, slot, _, _ in string.Formatter().parse(template):
         text += literal
-        if slot is None:
+        if slot is None:  # the text ends without a slot
             continue
-        value = profile[slot] if slot in SENSITIVE_SLOTS else habit[slot][int(rng.integers(len(habit[slot])))]
         if slot in SENSITIVE_SLOTS:
+            value = profile[slot]
             spans.append(Span(len(text), len(text) + len(value), slot))
+        else:
+            value = habit[slot][int(rng.integers(len(habit[slot])))]
         text += value
     return CustomerRecord(user, text, tuple(spans))
 
@@ -182,6 +193,7 @@ def _faker(seed: int) -> Faker:
 
 
 def _check(num_users: int, mean_records: float, tail: float, max_records: int, repeat_prob: float) -> None:
+    """Raise ConfigError with every argument of :func:`customer_records` that is out of range."""
     allowed = [
         ("num_users", num_users >= 1, f"given {num_users}; must be at least 1"),
         ("mean_records", mean_records >= 1, f"given {mean_records:g}; must be at least 1"),

@@ -1,5 +1,7 @@
 """Pack a rank's units into lines: microbatches of one row that holds whole units, one after another.
 
+A unit is what is sampled and clipped: a user with the records drawn in this step, or a single record.
+
 Rows of one record each (:mod:`.microbatch`) are mostly padding where records are short. A line is one row: units one
 after another, their records one after another, padding only behind the last. Positions begin anew with each record,
 and attention stays within it (:mod:`privtrain.clipping.attention`), so that a token's numbers are those of its record
@@ -7,15 +9,17 @@ alone. The shape that a unit is computed in depends on nobody else:
 
 * A unit of more than half of ``shared_tokens`` has a line of its own, as long as its own tokens need. One longer than
   ``num_tokens`` has several: its records fill a line in their order until the next does not fit.
-* Shorter units share lines with units of their own size alone: within a factor of two, but for the shortest. Each
-  size has lines of one length, at most ``shared_tokens``. So their gradients are taken in slots of one constant size
-  and number.
+* Shorter units share lines with units of their own size alone: within a factor of two, except the shortest. Each
+  size has lines of one length, at most ``shared_tokens``. A *slot* is the place of one unit in such a line, for the
+  computation of its gradient; a line of one kind has a constant number of slots of a constant size in tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +34,11 @@ _FEWEST, _MOST = 512, 2048
 #: Tokens of a line that units share on a CPU, which is as fast on short ones: the last one of a step is mostly padding.
 #: Other devices need longer ones to be busy.
 _CPU_SHARED = 128
-#: The smallest slot of a unit in a shared line has so many tokens, or half of a shorter line.
+#: Tokens of the smallest slot in a shared line (or half of the line, if that is less).
 _SMALLEST_SLOT = 64
-#: Tokens of a shared line, at most, as a multiple of those of its slots.
+#: A shared line is at most this many times as long as its slots.
 _SLOTS_PER_LINE = 8
-#: Units in a line, as a multiple of the rows of a microbatch: every slot needs memory for a gradient of its own.
+#: A line holds at most this many units for each row of a microbatch: every slot needs memory for a gradient of its own.
 _UNITS_PER_ROW = 2
 
 #: First token and one past the last one.
@@ -51,6 +55,7 @@ def default_num_tokens(max_length: int, microbatch_size: int) -> int:
 
 
 def _rounded(num_tokens: int, multiple: int) -> int:
+    """Round up to a multiple."""
     return -(-num_tokens // multiple) * multiple
 
 
@@ -64,12 +69,13 @@ class Line:
         target_mask: [1, tokens] bool: whether the token at this position is predicted, from those of its record before.
         token_weight: [1, tokens] float32: 1 / (number of predicted tokens of the token's unit in this step); 0 for
             padding.
-        records: where each record is, in order; a token of none is padding.
-        units: where each unit of ``owners`` is: the whole of its records in this line.
-        owners: positions of the units that have a record here, among the rank's units, in order.
+        records: tokens of each record, in order; a token of no record is padding.
+        units: tokens of each unit of ``owners``: all of its records in this line.
+        owners: positions of the units that have a record here, in the list of the rank's units; in order.
         last_continues: whether the last owner has more records in the next line.
-        num_slots: units that a line of this kind may hold: a constant.
-        slot_tokens: tokens that each of them may have here: a constant, or the line's own length if it is for one.
+        num_slots: how many units a line of this kind may hold: a constant.
+        slot_tokens: how many tokens a unit may have in such a line: a constant, or the line's length if it is for one
+            unit.
         pad_id: token id of padding.
     """
 
@@ -91,25 +97,25 @@ class Line:
         return self.input_ids.shape[1]
 
     def alone(self, index: int) -> Line:
-        """Return a line in which ``owners[index]`` has its tokens, in their places, and all else is padding."""
+        """Return the same line with the tokens of ``owners[index]`` in their places, and padding everywhere else."""
         return self.only((index,))
 
     def only(self, members: Sequence[int]) -> Line:
-        """Return a line in which some of ``owners``, given by their places, have their tokens and all else is padding.
+        """Return the same line with the tokens of some units in their places, and padding everywhere else.
 
-        Records of the others become records of padding: attention draws as many random numbers for them, so that each
-        unit keeps its own dropout, of which it shares nothing.
+        ``members`` are indices into ``owners``. Records of the others become records of padding: attention draws as
+        many random numbers for them as before, so that the members keep their dropout.
         """
-        mine = torch.zeros_like(self.target_mask)
-        for first, stop in (self.units[index] for index in members):
-            mine[:, first:stop] = True
         spans = [self.units[index] for index in members]
+        is_member = torch.zeros_like(self.target_mask)
+        for first, stop in spans:
+            is_member[:, first:stop] = True
         return dataclasses.replace(
             self,
-            input_ids=torch.where(mine, self.input_ids, self.pad_id),
-            positions=torch.where(mine, self.positions, 0),
-            target_mask=self.target_mask & mine,
-            token_weight=torch.where(mine, self.token_weight, 0.0),
+            input_ids=torch.where(is_member, self.input_ids, self.pad_id),
+            positions=torch.where(is_member, self.positions, 0),
+            target_mask=self.target_mask & is_member,
+            token_weight=torch.where(is_member, self.token_weight, 0.0),
             units=tuple(spans),
             owners=tuple(self.owners[index] for index in members),
             last_continues=self.last_continues and len(self.owners) - 1 in members,
@@ -124,22 +130,35 @@ class Line:
         return dataclasses.replace(self, **moved)
 
 
-#: Records of one unit that share a line: (unit, first record, one past the last, tokens).
-_Run = tuple[int, int, int, int]
+class _Run(NamedTuple):
+    """Consecutive records of one unit that share a line.
+
+    Attributes:
+        unit: position in the list of units.
+        first: index of the first record among the unit's.
+        stop: index of the last record, plus one.
+        num_tokens: tokens of these records together.
+    """
+
+    unit: int
+    first: int
+    stop: int
+    num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LinePacker:
-    """Turns units into lines.
+    """Turns units, each given as its records of this step, into lines.
 
     Attributes:
-        num_tokens: of the longest line, at least ``max_length``.
-        shared_tokens: of the longest line that several units may share.
+        num_tokens: length of the longest line, at least ``max_length``.
+        shared_tokens: length of the longest line that several units may share.
         max_units: most units in a line.
         max_length: tokens of the longest record.
         pad_id: token id for padding; never predicted.
-        multiple: of which the length of a unit's own line is one, up to ``num_tokens``.
-        avoided: lengths that lines do not have: sizes of the model, which its tokens would be mistaken for.
+        multiple: the length of a unit's own line is a multiple of this, up to ``num_tokens``.
+        avoided: lengths that lines must not have, since they are sizes of the model's tensors: code that looks for the
+            dimension of tokens by its size would take the wrong one.
     """
 
     num_tokens: int
@@ -170,21 +189,21 @@ class LinePacker:
 
         Args:
             max_length: tokens of the longest record.
-            microbatch_size: rows of a microbatch: what memory is measured by.
+            microbatch_size: rows of a microbatch, by which the configuration bounds memory.
             pad_id: token id for padding.
-            num_tokens: of the longest line, rounded up; by default :func:`default_num_tokens`.
-            device_type: where lines are computed.
-            avoided: see above.
+            num_tokens: length of the longest line, rounded up; by default :func:`default_num_tokens`.
+            device_type: ``cpu``, or a device that needs longer lines to be busy.
+            avoided: lengths that lines must not have (see the class).
         """
-        is_cpu, taken = device_type == "cpu", frozenset(avoided)
-        tokens = default_num_tokens(max_length, microbatch_size) if num_tokens is None else num_tokens
-        tokens = _free(_rounded(tokens, _MULTIPLE), _MULTIPLE, taken)
-        shared = _free(min(tokens, _CPU_SHARED), _MULTIPLE, taken) if is_cpu else tokens
+        is_cpu, avoided = device_type == "cpu", frozenset(avoided)
+        longest = default_num_tokens(max_length, microbatch_size) if num_tokens is None else num_tokens
+        longest = _free(_rounded(longest, _MULTIPLE), _MULTIPLE, avoided)
+        shared = _free(min(longest, _CPU_SHARED), _MULTIPLE, avoided) if is_cpu else longest
         multiple = _CPU_MULTIPLE if is_cpu else _MULTIPLE
-        return cls(tokens, shared, _UNITS_PER_ROW * microbatch_size, max_length, pad_id, multiple, taken)
+        return cls(longest, shared, _UNITS_PER_ROW * microbatch_size, max_length, pad_id, multiple, avoided)
 
     def cost(self, records: Records) -> int:
-        """Return the tokens of a unit."""
+        """Return what a unit costs in comparison with others, to share units out to ranks: its tokens."""
         return sum(len(record) for record in records)
 
     def num_batches(self, units: Sequence[Records]) -> int:
@@ -198,7 +217,7 @@ class LinePacker:
 
         Args:
             units: per unit its records.
-            num_batches: the largest number that any rank needs.
+            num_batches: the largest number that any rank needs; all ranks must run equally many.
         """
         weights = weights_of(units)
         lines = self._lines(units)
@@ -206,7 +225,7 @@ class LinePacker:
         for runs in lines:
             yield self._assemble(runs, units, weights)
         for _ in range(num_batches - len(lines)):
-            yield self._assemble([], units, weights)
+            yield self._assemble([], units, weights)  # of padding alone
 
     def pack_share(
         self, shares: Sequence[Sequence[Records]], share: int, joint: Sequence[Records] = ()
@@ -216,38 +235,41 @@ class LinePacker:
         Args:
             shares: every rank's units.
             share: this rank's number.
-            joint: empty: where ranks work on a unit together, records are in rows.
+            joint: units that ranks work on together; must be empty, since those are packed into rows
+                (:class:`~privtrain.data.microbatch.Packer`, which has the same method).
         """
         assert not joint
         yield from self.pack(shares[share], max(self.num_batches(units) for units in shares))
 
     def arranged(self, units: Sequence[Records]) -> Line:
-        """Return one line of these units in this order; several must be of one size and fit (:meth:`slot`)."""
-        weights = weights_of(units)
-        return self._assemble([(i, 0, len(r), self.cost(r)) for i, r in enumerate(units)], units, weights)
+        """Return one line of these units in this order; several must have the same :meth:`slot` and fit into a line."""
+        runs = [_Run(unit, 0, len(records), self.cost(records)) for unit, records in enumerate(units)]
+        return self._assemble(runs, units, weights_of(units))
 
     def slots(self) -> list[tuple[int, int]]:
-        """Return all kinds of shared lines, (tokens of a slot, slots), the largest slots first."""
+        """Return all kinds of shared lines as (tokens of a slot, number of slots), the largest slots first."""
         return [(size, self._num_slots(size)) for size in self._sizes()]
 
     def slot(self, num_tokens: int) -> int:
-        """Return the tokens of the slot for a unit in a shared line; 0 if it has a line of its own."""
+        """Return the size of the slot for a unit of so many tokens; 0 if the unit has a line of its own."""
         return min((size for size in self._sizes() if size >= num_tokens), default=0)
 
     def _sizes(self) -> list[int]:
-        """Return the tokens of slots in shared lines: halves of halves, the largest first."""
+        """Return the sizes of slots in shared lines, in tokens: half of the line, a quarter, ...; the largest first."""
         sizes = [self.shared_tokens // 2]
         while sizes[-1] // 2 >= _SMALLEST_SLOT:
             sizes.append(sizes[-1] // 2)
         return sizes
 
     def _num_slots(self, size: int) -> int:
-        """Return how many units share a line: all that fit if each takes half of its slot, of the smallest a third."""
-        # A unit has more than half of its slot, or it had a smaller slot; of the smallest, a third is a guess.
+        """Return how many units may share a line of slots of this size."""
         is_smallest = size == self._sizes()[-1]
         tokens = self.shared_length(size)
-        fitting = 3 * tokens // size if is_smallest else -(-2 * tokens // size) - 1
-        return min(self.max_units, fitting)
+        if is_smallest:
+            # Units may be as short as one likes; count on units of a third of this size.
+            return min(self.max_units, 3 * tokens // size)
+        # A unit has more than size / 2 tokens, or it would have a smaller slot: so fewer than tokens / (size / 2) fit.
+        return min(self.max_units, math.ceil(2 * tokens / size) - 1)
 
     def shared_length(self, slot: int) -> int:
         """Return the length of lines that are shared in slots of this size."""
@@ -260,35 +282,51 @@ class LinePacker:
         return min(_free(_rounded(num_tokens, self.multiple), self.multiple, self.avoided), self.num_tokens)
 
     def _lines(self, units: Sequence[Records]) -> list[list[_Run]]:
-        """Return lines as runs: units go where the least room is left, the longest first, so that little is wasted."""
-        cut = [self._cut(unit, records) for unit, records in enumerate(units)]
-        lines = [[run] for runs in cut for run in runs if len(runs) > 1 or not self.slot(run[3])]
-        # Lines that take another unit, by the size of slots and the room that is left in each.
+        """Return the lines that hold these units, each as its runs.
+
+        Units that share lines are placed by best fit, to waste little: the longest first, each into the line of its
+        slot size with the least room that is enough.
+        """
+        lines: list[list[_Run]] = []
+        sharing: list[_Run] = []
+        for unit, records in enumerate(units):
+            runs = self._cut(unit, records)
+            if len(runs) == 1 and self.slot(runs[0].num_tokens):
+                sharing.append(runs[0])
+            else:
+                lines += [[run] for run in runs]
+        # Lines that take another unit: (size of its slots, tokens of room left) → lines.
         with_room: dict[tuple[int, int], list[list[_Run]]] = {}
-        sharing = [runs[0] for runs in cut if len(runs) == 1 and self.slot(runs[0][3])]
-        for run in sorted(sharing, key=lambda run: (-run[3], run[0])):
-            slot = self.slot(run[3])
-            fitting = (place for place, some in with_room.items() if some and place[0] == slot and place[1] >= run[3])
-            place = min(fitting, default=None)
-            if place is None:
-                lines.append([])
-            line, room = (lines[-1], self.shared_length(slot)) if place is None else (with_room[place].pop(), place[1])
+        for run in sorted(sharing, key=lambda run: (-run.num_tokens, run.unit)):
+            slot = self.slot(run.num_tokens)
+            fitting = [
+                room
+                for (size, room), lines_with_it in with_room.items()
+                if lines_with_it and size == slot and room >= run.num_tokens
+            ]
+            if fitting:
+                room = min(fitting)
+                line = with_room[slot, room].pop()
+            else:
+                room = self.shared_length(slot)
+                line = []
+                lines.append(line)
             line.append(run)
             if len(line) < self._num_slots(slot):
-                with_room.setdefault((slot, room - run[3]), []).append(line)
+                with_room.setdefault((slot, room - run.num_tokens), []).append(line)
         return lines
 
     def _cut(self, unit: int, records: Records) -> list[_Run]:
-        """Return the runs of one unit: a function of its records alone."""
+        """Return the runs of one unit: each holds as many records as fit into a line. Its records alone decide that."""
         runs: list[_Run] = []
         first = used = 0
         for i, record in enumerate(records):
             assert len(record) <= self.max_length
             if used + len(record) > self.num_tokens:
-                runs.append((unit, first, i, used))
+                runs.append(_Run(unit, first, i, used))
                 first, used = i, 0
             used += len(record)
-        return [*runs, (unit, first, len(records), used)]
+        return [*runs, _Run(unit, first, len(records), used)]
 
     def _assemble(self, runs: Sequence[_Run], units: Sequence[Records], weights: Sequence[float]) -> Line:
         """Return the line that holds these runs one after another; ``weights`` are the units' token weights."""
@@ -297,40 +335,40 @@ class LinePacker:
         positions = np.zeros((1, length), dtype=np.int64)
         mask = np.zeros((1, length), dtype=bool)
         token_weight = np.zeros((1, length), dtype=np.float32)
-        spans: list[Span] = []
-        own: list[Span] = []
+        record_spans: list[Span] = []
+        unit_spans: list[Span] = []
         place = 0
-        for unit, first, stop, _ in runs:
+        for run in runs:
             begin = place
-            for record in map(Record.of, units[unit][first:stop]):
+            for record in map(Record.of, units[run.unit][run.first : run.stop]):
                 span = slice(place, place + len(record))
                 input_ids[0, span], mask[0, span] = record.tokens, record.is_target
                 positions[0, span] = np.arange(len(record))
-                spans.append((place, span.stop))
+                record_spans.append((place, span.stop))
                 place = span.stop
-            token_weight[0, begin:place] = weights[unit]
-            own.append((begin, place))
-        continues = bool(runs) and runs[-1][2] < len(units[runs[-1][0]])
+            token_weight[0, begin:place] = weights[run.unit]
+            unit_spans.append((begin, place))
+        last_continues = bool(runs) and runs[-1].stop < len(units[runs[-1].unit])
         return Line(
             input_ids=torch.from_numpy(input_ids),
             positions=torch.from_numpy(positions),
             target_mask=torch.from_numpy(mask),
             token_weight=torch.from_numpy(token_weight),
-            records=tuple(spans),
-            units=tuple(own),
-            owners=tuple(run[0] for run in runs),
-            last_continues=continues,
+            records=tuple(record_spans),
+            units=tuple(unit_spans),
+            owners=tuple(run.unit for run in runs),
+            last_continues=last_continues,
             num_slots=num_slots,
             slot_tokens=slot_tokens,
             pad_id=self.pad_id,
         )
 
     def _shape(self, runs: Sequence[_Run], units: Sequence[Records]) -> tuple[int, int, int]:
-        """Return the tokens of a line, its slots and the tokens of each."""
-        longest = max((run[3] for run in runs), default=0)
+        """Return (tokens of the line, number of its slots, tokens of a slot) for a line that holds these runs."""
+        longest = max((run.num_tokens for run in runs), default=0)
         slot = self.slot(longest)
-        is_whole = all((first, stop) == (0, len(units[unit])) for unit, first, stop, _ in runs)
-        if slot and is_whole:
+        holds_whole_units = all(run.first == 0 and run.stop == len(units[run.unit]) for run in runs)
+        if slot and holds_whole_units:
             assert len(runs) <= self._num_slots(slot), "too many units for a line"
             return self.shared_length(slot), self._num_slots(slot), slot
         assert len(runs) == 1, "a unit that needs a line of its own"
@@ -339,7 +377,7 @@ class LinePacker:
 
 
 def _free(num_tokens: int, multiple: int, avoided: Collection[int]) -> int:
-    """Return the first multiple from ``num_tokens`` on that is not to be avoided."""
+    """Return ``num_tokens``, or if that length is to be avoided, the next one in steps of ``multiple`` that is not."""
     while num_tokens in avoided:
         num_tokens += multiple
     return num_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,15 +33,15 @@ _FEW_TOKENS = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What was seen. Private: it describes the data.
+    """What was seen in the records that were looked at. Private: it describes the data.
 
     Attributes:
-        lengths: tokens of each record that was looked at, cut at ``data.max_length``.
-        num_predicted: predicted tokens of each.
-        num_truncated: how many were cut.
-        complaints: why records predict nothing, with their number among those looked at.
-        labels: how many records have each label, by its number; empty but for classification.
-        faults: what a start is refused for.
+        lengths: [records] tokens of each, cut at ``data.max_length``.
+        num_predicted: [records] predicted tokens of each.
+        num_truncated: how many records were cut.
+        complaints: why records predict nothing → number of such records.
+        labels: number of a label (its place in ``data.labels``) → records with it; empty except for classification.
+        faults: what a start of training is refused for.
         warnings: what is worth a second thought.
     """
 
@@ -57,9 +58,9 @@ def look_at(corpus: Corpus, encoder: Encoder, data: DataSection) -> Look:
     """Encode some records and say what is wrong with them, and with the rows that were dropped.
 
     Args:
-        corpus: the kept records, and the counts of the others.
-        encoder: as training encodes them, for the model that is trained. Its complaints are cleared.
-        data: the section that it was made of.
+        corpus: the kept records, and counts of the rows that were dropped.
+        encoder: encodes records as training will. Its complaints are cleared, before and after.
+        data: the section of the configuration that corpus and encoder were made from.
     """
     encoder.complaints.clear()
     encoded = encoder.encode(sample_of(corpus, NUM_LOOKED_AT))
@@ -69,18 +70,19 @@ def look_at(corpus: Corpus, encoder: Encoder, data: DataSection) -> Look:
     if data.is_classification:
         labels.update(int(record.tokens[-1]) for record in encoded.records if record.num_targets)
     faults = [] if num_predicted.any() else [*_nothing_learned(corpus, encoder)]
-    faults = faults or [*_dropped(corpus, encoder, num_predicted, data)]
+    if not faults:
+        faults = [*_dropped(corpus, encoder, num_predicted, data)]
     complaints = dict(encoder.complaints.most_common())
-    encoder.complaints.clear()  # the records that are trained on are counted when they are encoded
+    encoder.complaints.clear()  # so that training counts the complaints of its own records alone
     warnings = [*_warnings(encoded.records, encoder, data, encoded.num_truncated, labels)]
     return Look(lengths, num_predicted, encoded.num_truncated, complaints, dict(labels), tuple(faults), tuple(warnings))
 
 
 def check_rows(corpus: Corpus, encoder: Encoder, data: DataSection) -> tuple[str, ...]:
-    """Return the warnings of :func:`look_at`.
+    """Return the warnings of :func:`look_at`, whose arguments these are.
 
     Raises:
-        ConfigError: with its faults. Noise alone would be trained on otherwise, and ε spent for it.
+        ConfigError: with the faults of :func:`look_at`. Training would otherwise spend ε on noise alone.
     """
     look = look_at(corpus, encoder, data)
     if look.faults:
@@ -89,19 +91,24 @@ def check_rows(corpus: Corpus, encoder: Encoder, data: DataSection) -> tuple[str
 
 
 def sample_of(corpus: Corpus, size: int) -> list[str]:
-    """Return records evenly spaced over the data; always the same. No other record is read."""
-    step = max(1, -(-corpus.num_records // size))
-    sample, position, wanted = [], 0, 0
+    """Return at most ``size`` records, evenly spaced over the data; always the same. No other record is read."""
+    step = max(1, math.ceil(corpus.num_records / size))
+    sample: list[str] = []
+    num_before = 0  # records of the users before this one
+    wanted = 0  # number of the next record to take, in all users' records
     for texts in corpus.records.values():
-        while wanted < position + len(texts):
-            sample.append(texts[wanted - position])
+        while wanted < num_before + len(texts):
+            sample.append(texts[wanted - num_before])
             wanted += step
-        position += len(texts)
+        num_before += len(texts)
     return sample
 
 
 def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: DataSection) -> Iterator[Fault]:
-    """Yield a fault if more rows are dropped or predict nothing than ``data.max_unusable_fraction`` allows."""
+    """Yield a fault if more rows are dropped or predict nothing than ``data.max_unusable_fraction`` allows.
+
+    ``num_predicted`` holds the predicted tokens of the records looked at: they stand for all kept rows.
+    """
     counts = corpus.counts
     useless_share = float((num_predicted == 0).mean())
     num_kept = counts.num_rows - counts.num_without_user - counts.num_empty
@@ -119,7 +126,7 @@ def _dropped(corpus: Corpus, encoder: Encoder, num_predicted: np.ndarray, data: 
 
 
 def _nothing_learned(corpus: Corpus, encoder: Encoder) -> Iterator[Fault]:
-    """Yield a fault unless any record at all predicts a token; the look ends at the first that does."""
+    """Yield a fault if no record of the whole data predicts a token; stop reading where one does."""
     records = itertools.chain.from_iterable(corpus.records.values())
     encoder.complaints.clear()
     while batch := list(itertools.islice(records, _AT_ONCE)):
@@ -135,7 +142,7 @@ def _warnings(
     num_truncated: int,
     labels: collections.Counter[int],
 ) -> Iterator[str]:
-    """Yield what training would survive and its results would not: truncation, unknown tokens, unused labels."""
+    """Yield what does not stop training but spoils its result: truncation, unknown tokens, unused labels."""
     if num_truncated > _MUCH_TRUNCATION * len(records):
         yield f"{num_truncated / len(records):.0%} of records are cut at data.max_length={data.max_length} tokens"
     num_tokens, num_ids = len(encoder.tokenizer), encoder.num_ids
@@ -153,6 +160,6 @@ def _warnings(
 
 
 def reasons_of(encoder: Encoder) -> str:
-    """Return why encoded records have no predicted token, without quoting any; empty if all have one."""
+    """Return the encoder's complaints as the end of a sentence, e.g. ": 3 × cut before ..."; empty without any."""
     reasons = [f"{count} × {reason}" for reason, count in encoder.complaints.most_common()]
     return f": {'; '.join(reasons)}" if reasons else ""

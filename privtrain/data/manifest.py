@@ -1,7 +1,9 @@
 """The manifest file: written when the split is drawn, compared by training; and the record of what training used.
 
-The coins are a function of the run's root key, the data and the configuration, so training does not have to believe
-the file that ``attacks prepare`` wrote: it draws them again and refuses a file that says anything else.
+The split says which users are trained on (held in), which are not (held out), and which canaries are planted. It is a
+function of the run's root key, the data and the configuration, so training does not have to believe the file that
+``attacks prepare`` wrote: it draws the split again and refuses a file that says anything else. A manifest is sealed: it
+holds a SHA-256 of its own content.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ def draw_split(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     Args:
         config: its configuration.
         corpus: the kept records, without canaries.
-        tokenizer: the model's; may be missing where :func:`needs_tokenizer` says no.
+        tokenizer: the model's; may be None where :func:`needs_tokenizer` says no.
         root_key: the run's.
 
     Raises:
-        ConfigError: if a canary does not fit into ``data.max_length``: its secret would be cut off, unseen.
+        ConfigError: if a canary does not fit into ``data.max_length``: its secret would be cut off.
     """
     if not config.canaries.are_planted:
         return split_users(corpus, config.data, root_key, by_record=config.privacy.protects_records)
     canaries = draw_canaries(corpus, config.canaries, tokenizer, root_key, config.privacy.unit)
     if config.data.deduplicate == "within_user":
-        # A canary's equal records count once, as any user's do.
-        canaries = tuple(_with_one_record(c) if c.is_invented else c for c in canaries)
+        # An invented user's records are all equal; of equal records one is kept, as of any user's.
+        canaries = tuple(_with_one_record(canary) if canary.is_invented else canary for canary in canaries)
     if tokenizer is not None:
         invented = [canary.records[0] for canary in canaries if canary.is_invented]
         num_cut = Encoder(config.data, tokenizer).encode(invented).num_truncated
@@ -66,7 +68,9 @@ def needs_tokenizer(config: Config) -> bool:
 
 
 def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """Return a manifest, as long as it matches its own digest; whether it is the run's own the commitment says.
+    """Read a manifest and compare it with the digest that it holds of itself.
+
+    That does not show that it is the run's manifest: compare :func:`split_commitment` for that.
 
     Raises:
         PlanMismatch: if it was altered or damaged.
@@ -94,11 +98,11 @@ def split_commitment(root_key: SecretKey, manifest_sha256: str) -> str:
 
 
 def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Raise unless the split equals the one that was sealed beforehand.
+    """Raise unless the split equals the one that was sealed before training.
 
     Args:
-        path: what ``attacks prepare`` wrote.
-        manifest: of the split that this configuration, data set and key give.
+        path: the manifest that ``attacks prepare`` wrote.
+        manifest: the manifest of the split that this configuration, data set and key give now.
 
     Raises:
         PlanMismatch: if they differ, naming what differs.
@@ -117,17 +121,28 @@ def check_prepared(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def used_facts(
     corpus: Corpus, split: Split, units: UnitData, *, manifest_sha256: str, records_per_unit: int
 ) -> dict[str, Any]:
-    """Return which records training can draw, compared with the split. Names users: ``secret/`` only.
+    """Return a record of what training can draw, compared with the split. Names users: for ``secret/`` only.
 
     Args:
         corpus: the kept records, without canaries.
-        split: the coins.
-        units: what the coins became after every rule that drops or shortens records.
-        manifest_sha256: seal of the coins.
+        split: which records training may use.
+        units: the units of the training, after every rule that drops or shortens records.
+        manifest_sha256: digest of the split's manifest.
         records_per_unit: k, the most records of a unit in one step.
+
+    Returns:
+        Counts of units and records; ``left_out``: user → numbers of records that no unit holds; ``canaries``: canary
+        user → how many records units hold, and how many of these carry the secret.
     """
     kept, left_out = _kept_and_left_out(split, units)
     records = plant(corpus, split.canaries).records
+    canaries: dict[str, dict[str, int]] = {}
+    for canary in split.canaries:
+        kept_records = [records[canary.user][index] for index in kept.get(canary.user, ())]
+        canaries[canary.user] = {
+            "num_records": len(kept_records),
+            "num_with_secret": sum(canary.secret in record for record in kept_records),
+        }
     return {
         "schema": USED_SCHEMA,
         "manifest_sha256": manifest_sha256,
@@ -136,41 +151,43 @@ def used_facts(
         "num_records": int(units.num_records.sum()),
         "records_per_unit_per_step": records_per_unit,
         "left_out": left_out,
-        "canaries": {
-            canary.user: {
-                "num_records": len(kept.get(canary.user, ())),
-                "num_with_secret": sum(
-                    canary.secret in records[canary.user][index] for index in kept.get(canary.user, ())
-                ),
-            }
-            for canary in split.canaries
-        },
+        "canaries": canaries,
     }
 
 
 def _kept_and_left_out(split: Split, units: UnitData) -> tuple[dict[str, set[int]], dict[str, list[int]]]:
-    """Return, by user, the canary records that became units, and all users' records that did not."""
+    """Return which records the units hold (of canary users), and which of the split's they do not (of all users).
+
+    Both are user → numbers of records.
+    """
     canaries = {canary.user for canary in split.canaries}
     kept: dict[str, set[int]] = {}
     left_out: dict[str, list[int]] = {}
-    pairs = zip(units.owners, units.indices, strict=True)  # users in the split's order, all units of one together
+    # The units come in the split's order of users, all units of a user together; users without a unit are missing. So
+    # both are walked side by side, without an index of all users in memory.
+    pairs = zip(units.owners, units.indices, strict=True)
     groups = itertools.groupby(pairs, key=lambda pair: pair[0])
-    owner, group = next(groups, (None, iter(())))
+    next_owner, group = next(groups, (None, iter(())))
     for user, allowed in split.training.items():
         indices_of_user: set[int] = set()
-        if user == owner:
+        if user == next_owner:
             indices_of_user.update(index for _, indices in group for index in indices)
-            owner, group = next(groups, (None, iter(())))
+            next_owner, group = next(groups, (None, iter(())))
             if user in canaries:
                 kept[user] = indices_of_user
         missing = sorted(set(allowed) - indices_of_user)
         if missing:
             left_out[user] = missing
-    assert owner is None, "units of users who are not in the split, or in another order"
+    assert next_owner is None, "units of users who are not in the split, or in another order"
     return kept, left_out
 
 
 def with_contributions(used: Mapping[str, Any], num_drawn: Mapping[str, int]) -> dict[str, Any]:
-    """Return ``used`` with the number of each canary's records that entered steps, counted once a step."""
+    """Return the result of :func:`used_facts` with, for each canary, how many of its records the steps drew.
+
+    Args:
+        used: the result of :func:`used_facts`.
+        num_drawn: canary user → records that entered steps, summed over all steps.
+    """
     canaries = {user: {**facts, "num_drawn": num_drawn.get(user, 0)} for user, facts in used["canaries"].items()}
     return {**used, "canaries": canaries}

@@ -1,5 +1,7 @@
 """Pack a rank's units into microbatches whose tensor shapes give nothing away.
 
+A unit is what is sampled and clipped: a user with the records drawn in this step, or a single record.
+
 A user's records lie next to each other. A user may span microbatches; it never spans ranks. Every rank runs the same
 number of microbatches: missing ones are made of zero-weight rows.
 
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +44,8 @@ class Microbatch:
         input_ids: [rows, tokens] int64, padded on the right.
         target_mask: [rows, tokens] bool: whether the token at this position is predicted (and not padding).
         row_weight: [rows] float32: 1 / (number of predicted tokens of the row's owner in this step); 0 for padding.
-        owner: [rows] position of the owner in ``owners``; ``NOBODY`` for padding rows. Stays on the CPU.
-        owners: positions of the units that have a row here, among the rank's units, in row order.
+        owner: [rows] whose row it is: an index into ``owners``; ``NOBODY`` for padding rows. Stays on the CPU.
+        owners: positions of the units that have a row here, in the list of the rank's units; in row order.
         last_continues: whether the last owner has more rows in the next microbatch.
         pad_id: token id of padding.
         is_joint: whether the ranks of a shard group have this same microbatch and work on its units together.
@@ -57,17 +61,17 @@ class Microbatch:
     is_joint: bool = False
 
     def alone(self, index: int) -> Microbatch:
-        """Return a microbatch of the same shape in which ``owners[index]`` has its rows and all others are padding.
+        """Return the same microbatch with the rows of ``owners[index]`` alone; all other rows are padding.
 
-        The rows stay in their places, so that they draw the same dropout. Without anybody if there is no such owner.
+        The rows stay in their places, so that they draw the same dropout. If there is no such owner, all are padding.
         """
-        owner = torch.where(self.owner == index, 0, NOBODY)
-        mine = (owner == 0).to(self.input_ids.device)
+        owner = torch.where(self.owner == index, 0, NOBODY)  # the one owner that is left is number 0
+        is_kept = (owner == 0).to(self.input_ids.device)
         return dataclasses.replace(
             self,
-            input_ids=torch.where(mine[:, None], self.input_ids, self.pad_id),
-            target_mask=self.target_mask & mine[:, None],
-            row_weight=torch.where(mine, self.row_weight, 0.0),
+            input_ids=torch.where(is_kept[:, None], self.input_ids, self.pad_id),
+            target_mask=self.target_mask & is_kept[:, None],
+            row_weight=torch.where(is_kept, self.row_weight, 0.0),
             owner=owner,
             owners=self.owners[index : index + 1],
             last_continues=self.last_continues and index == len(self.owners) - 1,
@@ -82,8 +86,22 @@ class Microbatch:
         return dataclasses.replace(self, **moved)
 
 
-#: A run of one unit's rows that share a microbatch: (unit, first row, one past the last row).
-_Run = tuple[int, int, int]
+class _Run(NamedTuple):
+    """Consecutive records of one unit that share a microbatch, a row each.
+
+    Attributes:
+        unit: position in the list of units.
+        first: index of the first record among the unit's.
+        stop: index of the last record, plus one.
+    """
+
+    unit: int
+    first: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +120,10 @@ class Packer:
 
     def width(self, records: Records) -> int:
         """Return the fixed width that a unit's records are padded to: a function of these records alone."""
-        part = -(-self.max_length // _NUM_WIDTHS)
+        step = math.ceil(self.max_length / _NUM_WIDTHS)  # widths are its multiples
         longest = max(len(tokens) for tokens in records)
         assert longest <= self.max_length
-        return min(-(-longest // part) * part, self.max_length)
+        return min(math.ceil(longest / step) * step, self.max_length)
 
     def fits(self, records: Records) -> bool:
         """Return whether all rows of a unit are in one microbatch."""
@@ -129,18 +147,19 @@ class Packer:
 
         Args:
             units: per unit its records.
-            num_batches: the largest number that any rank needs.
+            num_batches: the largest number that any rank needs; all ranks must run equally many.
         """
         weights = weights_of(units)
-        by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))
+        by_width = sorted(range(len(units)), key=lambda u: (-self.width(units[u]), u))  # the widest first
         num_made = 0
         for width, group in itertools.groupby(by_width, key=lambda u: self.width(units[u])):
             for runs in self._runs(list(group), [len(records) for records in units]):
                 yield self._assemble(runs, units, weights, width)
                 num_made += 1
         assert num_made <= num_batches
-        for _ in range(num_batches - num_made):  # empty and narrow: they keep ranks in step
-            yield self._assemble([], units, weights, min(-(-self.max_length // _NUM_WIDTHS), self.max_length))
+        narrowest = min(math.ceil(self.max_length / _NUM_WIDTHS), self.max_length)
+        for _ in range(num_batches - num_made):
+            yield self._assemble([], units, weights, narrowest)  # of padding alone
 
     def pack_share(
         self, shares: Sequence[Sequence[Records]], share: int, joint: Sequence[Records] = ()
@@ -150,7 +169,8 @@ class Packer:
         Args:
             shares: every rank's units.
             share: this rank's number.
-            joint: units that the ranks of this rank's shard group work on together; their positions follow its share's.
+            joint: units that the ranks of this rank's shard group work on together; in ``owners`` they are numbered
+                after the units of the rank's own share.
         """
         yield from self.pack(shares[share], max(self.num_batches(units) for units in shares))
         for batch in self.pack(joint, self.num_batches(joint)):
@@ -158,30 +178,35 @@ class Packer:
             yield dataclasses.replace(batch, owners=owners, is_joint=True)
 
     def _runs(self, members: Sequence[int], num_rows: Sequence[int]) -> list[list[_Run]]:
-        """Yield microbatches of one width: a long unit fills whole ones and begins the next with what is left.
+        """Return the microbatches that hold units of one width, each as its runs.
 
-        Units that fit go where the least room is left, the longest first, so that little of it is wasted.
+        A unit that is too long for one fills whole microbatches and begins the next with what is left. The other units
+        are placed by best fit, to waste little: the longest first, each where the least room is left that is enough.
+
+        Args:
+            members: the units of this width, as positions in the list of units.
+            num_rows: rows of every unit, by position.
         """
         size = self.microbatch_size
         batches: list[list[_Run]] = []
-        with_room: dict[int, list[list[_Run]]] = {room: [] for room in range(size + 1)}
+        with_room: list[list[list[_Run]]] = [[] for _ in range(size + 1)]  # rows of room left → microbatches
 
-        def begin(run: _Run) -> None:
+        def begin_batch(run: _Run) -> None:
             batches.append([run])
-            with_room[size - (run[2] - run[1])].append(batches[-1])
+            with_room[size - run.num_rows].append(batches[-1])
 
         for unit in (unit for unit in members if num_rows[unit] > size):
             for first in range(0, num_rows[unit], size):
-                begin((unit, first, min(first + size, num_rows[unit])))
+                begin_batch(_Run(unit, first, min(first + size, num_rows[unit])))
         for unit in sorted((u for u in members if num_rows[u] <= size), key=lambda u: (-num_rows[u], u)):
-            run = unit, 0, num_rows[unit]
-            room = next((room for room in range(run[2], size + 1) if with_room[room]), None)
+            run = _Run(unit, 0, num_rows[unit])
+            room = next((room for room in range(run.num_rows, size + 1) if with_room[room]), None)
             if room is None:
-                begin(run)
+                begin_batch(run)
             else:
                 batch = with_room[room].pop()
                 batch.append(run)
-                with_room[room - run[2]].append(batch)
+                with_room[room - run.num_rows].append(batch)
         return batches
 
     def _assemble(
@@ -192,19 +217,20 @@ class Packer:
         mask = np.zeros((self.microbatch_size, width), dtype=bool)
         row_weight = np.zeros(self.microbatch_size, dtype=np.float32)
         owner = np.full(self.microbatch_size, NOBODY, dtype=np.int64)
-        rows = [(place, unit, i) for place, (unit, first, stop) in enumerate(runs) for i in range(first, stop)]
-        for row, (place, unit, i) in enumerate(rows):
-            record = Record.of(units[unit][i])
-            input_ids[row, : len(record)] = record.tokens
-            mask[row, : len(record)] = record.is_target
-            row_weight[row] = weights[unit]
-            owner[row] = place
-        continues = bool(runs) and runs[-1][2] < len(units[runs[-1][0]])
+        row = 0
+        for place, run in enumerate(runs):
+            for record in map(Record.of, units[run.unit][run.first : run.stop]):
+                input_ids[row, : len(record)] = record.tokens
+                mask[row, : len(record)] = record.is_target
+                row_weight[row] = weights[run.unit]
+                owner[row] = place
+                row += 1
+        last_continues = bool(runs) and runs[-1].stop < len(units[runs[-1].unit])
         tensors = (torch.from_numpy(array) for array in (input_ids, mask, row_weight, owner))
-        owners = tuple(unit for unit, _, _ in runs)
-        return Microbatch(*tensors, owners=owners, last_continues=continues, pad_id=self.pad_id)
+        owners = tuple(run.unit for run in runs)
+        return Microbatch(*tensors, owners=owners, last_continues=last_continues, pad_id=self.pad_id)
 
 
 def weights_of(units: Sequence[Records]) -> list[float]:
-    """Return each unit's weight of a predicted token: the loss of a unit is the mean over its own ones in the step."""
+    """Return the weight of a predicted token of each unit: 1 / their number, since a unit's loss is their mean."""
     return [1.0 / max(1, sum(Record.of(record).num_targets for record in records)) for records in units]

@@ -16,14 +16,14 @@ from privtrain.errors import ConfigError, Fault
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
-    """A data set that a package holds.
+    """A data set that a package of Debian, PyPI or npm holds.
 
     Attributes:
-        find: its files; raises ``ConfigError`` if the package is not installed.
-        read: its rows, (user, text); the user is empty where a row has none.
-        known: name and version of the package that the digest is of.
-        num_rows: rows that it holds.
-        sha256: of all rows in order, each field ended by a zero byte.
+        find: returns the data set's files; raises ``ConfigError`` if the package is not installed.
+        read: yields its rows as (user, text); the user is empty where a row has none.
+        known: name and version of the package that the code was written for.
+        num_rows: number of rows in that version.
+        sha256: SHA-256 of all its rows in order, each field ended by a zero byte.
     """
 
     find: Callable[[], object]

@@ -1,4 +1,8 @@
-"""User ids, and record indices by user, in flat arrays: tens of bytes a user where a dictionary takes hundreds."""
+"""User ids, and record indices by user, in flat arrays: tens of bytes a user where a dictionary takes hundreds.
+
+All parts stand one after another in one array, and a second array holds where each part ends: part i goes from
+``ends[i - 1]`` (0 for the first) to ``ends[i]``, exclusive.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,23 @@ ERRORS = "surrogatepass"
 
 
 class Names(Sequence[str]):
-    """Distinct ids in the order in which they were added; those that came in order are found by bisection."""
+    """Distinct ids in the order in which they were added.
+
+    Ids nearly always come sorted, and then take no dictionary: they are found by bisection. From the first that comes
+    out of order on, ids are also kept in a dictionary.
+    """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._bytes = bytearray()
+        self._bytes = bytearray()  # all ids as UTF-8
         self._ends = array.array("q")
-        self._num_sorted = 0
-        self._unsorted: dict[bytes, int] = {}
+        self._num_sorted = 0  # how many ids from the first on are sorted
+        self._unsorted: dict[bytes, int] = {}  # the other ids → their place
         self._newest = b""
         for name in names:
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Append one that is not there."""
+        """Append an id that was not added before."""
         encoded = name.encode("utf-8", errors=ERRORS)
         if not self._unsorted and (not self._ends or encoded > self._newest):
             self._num_sorted += 1
@@ -41,12 +49,13 @@ class Names(Sequence[str]):
         self._ends.append(len(self._bytes))
 
     def place(self, name: str) -> int | None:
-        """Return the index of an id; ``None`` if it was not added."""
+        """Return the place of an id, from 0 in the order of adding; ``None`` if it was not added."""
         wanted = name.encode("utf-8", errors=ERRORS)
         if wanted in self._unsorted:
             return self._unsorted[wanted]
         position = bisect.bisect_left(range(self._num_sorted), wanted, key=self._encoded)
-        return position if position < self._num_sorted and self._encoded(position) == wanted else None
+        is_found = position < self._num_sorted and self._encoded(position) == wanted
+        return position if is_found else None
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -110,7 +119,7 @@ class _Values(ValuesView[V]):
 
 
 class UserIndices(OrderedMapping[tuple[int, ...]]):
-    """User → indices of records, in the order in which users were added."""
+    """User → indices of some of that user's records; users in the order in which they were added."""
 
     def __init__(self, pairs: Iterable[tuple[str, Sequence[int]]] = ()) -> None:
         self.names = Names()
@@ -125,7 +134,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
         return mapping if isinstance(mapping, cls) else cls(mapping.items())
 
     def add(self, user: str, indices: Sequence[int]) -> None:
-        """Append a user who is not there."""
+        """Append a user who was not added before."""
         self.names.add(user)
         self._indices.extend(indices)
         self._ends.append(len(self._indices))
@@ -140,7 +149,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
         return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
 
     def owner(self, number: int) -> tuple[int, int]:
-        """Return (number of the user, record index) of entry ``number`` in all users' concatenated indices."""
+        """Return (place of the user, record index) of one entry, if the indices of all users are numbered through."""
         if not 0 <= number < len(self._indices):
             raise IndexError(number)
         return bisect.bisect_right(self._ends, number), self._indices[number]
@@ -174,7 +183,7 @@ class UserIndices(OrderedMapping[tuple[int, ...]]):
 
 
 class LazySequence(Sequence[Any]):
-    """A sequence whose items are computed on access."""
+    """A sequence whose items are computed on access: item i is ``of(i)``."""
 
     def __init__(self, length: int, of: Callable[[int], Any]) -> None:
         self._length = length

@@ -48,7 +48,7 @@ def poem_files(directories: Sequence[pathlib.Path] | None = None) -> list[pathli
     if version != VERSION:
         problem = f"'poems' reads {PACKAGE} {VERSION}; {package} is {version}: npm install {PACKAGE}@{VERSION}"
         raise ConfigError([Fault("data.source.kind", problem)])
-    files = (package / "dist" / "quantangshi").glob("poet.*.json")
+    files = (package / "dist" / "quantangshi").glob("poet.*.json")  # e.g. poet.song.12000.json
     return sorted(files, key=lambda file: (file.name.split(".")[1], int(_NUMBER.findall(file.name)[0])))
 
 

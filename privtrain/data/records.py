@@ -1,4 +1,4 @@
-"""A record as tokens, with the positions that a loss is taken at."""
+"""A record as token ids, with the positions that are predicted: those whose loss is trained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 class Record:
     """One tokenised record.
 
-    A classification record is its tokens followed by its label's number, the one position that is predicted: so masks,
-    units and microbatches need to know nothing of tasks.
+    A classification record is its tokens followed by the number of its label, the one position that is predicted: so
+    masks, units and microbatches need to know nothing of tasks.
 
     Attributes:
-        tokens: [n] int64, n ≥ 1.
-        is_target: [n] bool: whether the token at this position is predicted. Never the first.
+        tokens: [n] int64 token ids, n ≥ 1.
+        is_target: [n] bool: whether the token at this position is predicted (from those before it). Never the first.
     """
 
     tokens: np.ndarray
@@ -44,5 +44,5 @@ class Record:
         return cls(tokens, is_target)
 
     def cut(self, max_length: int) -> Record:
-        """Return its first ``max_length`` tokens."""
+        """Return the record of the first ``max_length`` tokens."""
         return Record(self.tokens[:max_length], self.is_target[:max_length])

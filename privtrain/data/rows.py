@@ -20,10 +20,10 @@ from privtrain.files import strict_json
 
 #: Lines of JSON that are read to learn which columns there are; a row need not name them all.
 _LINES_FOR_COLUMNS = 1000
-#: The module's own limit is 131,072, which a conversation reaches.
+#: The limit of Python's csv module is 131,072 by default, which a conversation reaches.
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 
-#: What a file of objects is.
+#: What to do about a file that does not hold one object a line.
 _ONE_A_LINE = "a .jsonl file holds one object with named columns a line; convert an array with: jq -c '.[]' FILE"
 
 #: What reading a damaged file of rows raises.
@@ -31,7 +31,7 @@ READ_FAULTS = (OSError, ValueError, OverflowError, RecursionError, KeyError, csv
 #: What the library datasets raises at names, scripts and files that it cannot load, beside its own errors.
 _HUB_FAULTS = (*READ_FAULTS, RuntimeError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
 
-#: Builders of the library datasets whose files say what type a column has.
+#: Kinds of files, by the names that the library datasets gives them, that say what type a column has.
 _TYPED_BUILDERS = ("parquet", "arrow")
 
 
@@ -44,10 +44,10 @@ class NotAnObjectError(ValueError):
 
 
 def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """Yield the values of these columns, row by row, of a data set by name.
+    """Yield the values of these columns, row by row, of a data set on the Hugging Face hub.
 
-    Of CSV and JSON the library guesses types from all rows together, so that a row more would change what other
-    users' ids and texts are read as (007 or 7, 5 or 5.0, a day or a moment). Those are refused.
+    Of CSV and JSON the library datasets guesses types from all rows together, so that one more row could change how
+    other users' ids and texts are read (007 or 7, 5 or 5.0, a day or a moment). Such data sets are refused.
 
     Raises:
         ConfigError: if it cannot be loaded, lacks a column, or its files do not say which types the columns have.
@@ -82,7 +82,7 @@ def hub_rows(source: HubSource, columns: Sequence[str]) -> Iterator[tuple[object
 
 
 def _hub_reason(error: Exception) -> str:
-    """Return the first line of an error's message, unless it may quote a row."""
+    """Return why the library datasets cannot load a data set: its error's first line, unless that may quote a row."""
     if "scripts are no longer supported" in str(error):
         return (
             "it is loaded by a script, which the library datasets no longer runs; convert it to Parquet or JSONL and "
@@ -99,7 +99,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
     Raises:
         ConfigError: at the first row that cannot be read.
     """
-    number, unit = 0, "row"
+    number, unit = 0, "row"  # read so far, for the error
     try:
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(file) as shard:
@@ -109,7 +109,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
         elif file.suffix == ".csv":
             with _opened(file) as lines:
                 for row in csv.DictReader(lines, strict=True):
-                    if None in row:  # what stands behind the last column would be lost
+                    if None in row:  # DictReader's key for fields behind the last column, which would be lost
                         raise TooManyFieldsError
                     number += 1
                     yield tuple(row[c] for c in columns)
@@ -125,7 +125,7 @@ def file_rows(file: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[obje
 
 
 def file_columns(file: pathlib.Path) -> list[str]:
-    """Return the names of a file's columns: of a header, a footer, or the first lines that hold an object.
+    """Return the names of a file's columns: from CSV's first line, Parquet's footer, or JSONL's first 1,000 lines.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -157,13 +157,20 @@ def file_columns(file: pathlib.Path) -> list[str]:
 
 
 def unreadable(file: pathlib.Path, number: int, error: Exception, unit: str = "row") -> str:
-    """Return where and in which way a file cannot be read, without a word of what is in it."""
+    """Return where and in which way a file cannot be read, without a word of what is in it.
+
+    Args:
+        file: the file.
+        number: number of the row or line that was being read, from 1.
+        error: one of ``READ_FAULTS``.
+        unit: what ``number`` counts: row or line.
+    """
     match error:
         case OSError(strerror=str(reason)):
             return f"cannot read {file}: {reason}"
         case json.JSONDecodeError():
             reason = f"not JSON ({error.msg} at column {error.colno})"
-            if error.doc.strip() in ("[", "{"):
+            if error.doc.strip() in ("[", "{"):  # the first line of a document that goes over several
                 reason = _ONE_A_LINE
         case UnicodeDecodeError():
             is_utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")

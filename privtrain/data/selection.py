@@ -1,8 +1,8 @@
 """Which of a user's records may be trained on: at most k, chosen by the user's own records and public things alone.
 
-Selection comes after the attacker's records were drawn, and before training. Whatever it does, a user's choice changes
-nobody else's, so adding or removing a user still adds or removes that user's records and nothing more: it costs no ε.
-That is why each strategy here is allowed:
+Selection comes after the split set some records aside for the attack job, and before training. Whatever is selected of
+one user changes nothing for others, so adding or removing a user still adds or removes that user's records and nothing
+more: it costs no ε. That is why each strategy here is allowed:
 
 * ``random``: by a secret coin of the user's own.
 * ``longest``, ``shortest``: by the length of the user's own records.
@@ -40,9 +40,9 @@ class Selection:
     """The rule that selects each user's training records: how many, and which.
 
     Attributes:
-        strategy: as in ``privacy.selection``.
-        max_records: k; ``None`` for all.
-        key: the run's root key, behind ``random``.
+        strategy: one of those of the module, as in ``privacy.selection``.
+        max_records: k, the most records of a user; ``None`` for all.
+        key: the run's root key, which ``random`` draws from.
     """
 
     strategy: str
@@ -55,13 +55,21 @@ class Selection:
         return self.strategy.endswith("_perplexity")
 
     def to_score(self, split: Split) -> list[tuple[str, int]]:
-        """Return the records whose loss decides: of the users who have more than k."""
+        """Return the (user, index) of records whose loss must be known: all those of users who have more than k."""
         if not self.needs_losses or self.max_records is None:
             return []
-        return [(u, i) for u, indices in split.training.items() if len(indices) > self.max_records for i in indices]
+        return [
+            (user, index)
+            for user, indices in split.training.items()
+            if len(indices) > self.max_records
+            for index in indices
+        ]
 
     def applied(self, corpus: Corpus, split: Split, losses: Losses) -> Split:
-        """Return the split with at most k training records a user; chunks are chosen when they are cut."""
+        """Return the split with at most k training records of each user.
+
+        ``random_chunk`` leaves the split as it is: pieces are selected later, when texts are cut into pieces.
+        """
         if self.max_records is None or self.strategy == "random_chunk":
             return split
         chosen = (
@@ -116,5 +124,6 @@ def check_contributions(owners: Sequence[str], max_records: int | None) -> None:
 
 
 def _longest_run(ordered: np.ndarray) -> int:
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
+    """Return how often the most frequent value stands in a sorted array, which is not empty."""
+    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))  # the first value starts a run, too
     return int(np.diff(starts, append=len(ordered)).max())

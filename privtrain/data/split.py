@@ -1,10 +1,13 @@
-"""The split: which users are trained on, and which of their records the attacker holds.
+"""The split: which users are trained on (held in) and which are not (held out), and which records the attacker holds.
 
-Flipped once, before training, from the run's root key, independently for every user, so that the attack job can treat
-held-in and held-out users as exchangeable. Both sides pass through the same rules before anybody is selected.
+The attacker's records are set aside for the attack job, which plays somebody who has a few texts of a user and asks
+whether training saw that user. Training never sees these records.
+
+The split is drawn once, before training, from the run's root key, by a coin for every user, so that the attack job can
+treat held-in and held-out users as exchangeable. Both sides pass through the same rules before anybody is selected.
 
 What of a user is trained on is a function of that user's records and coins alone. Where ε is for one record, it must be
-a function of that record and its coin: else a record more would change which of the others are trained on, and move a
+a function of that record and its coin: else one more record would change which of the others are trained on, and move a
 step's sum by several units where one is accounted for. So the attacker's records are then chosen one by one.
 """
 
@@ -35,12 +38,12 @@ class Split:
     """Who is trained on and who is held out.
 
     Attributes:
-        training: held-in user → record indices that training may use (never empty).
+        training: held-in user → indices of the records that training may use (never empty).
         held_out: users that training never sees.
-        attacker: user → record indices that only the attacker holds; users of both sides.
+        attacker: user, held in or held out → indices of the records that only the attacker holds.
         evaluation: (held-out user, record index) pairs that perplexity is measured on; never a canary's.
-        canaries: planted users; they stand in ``training`` and ``held_out`` too. Invented ones have no fresh records
-            for the attacker.
+        canaries: planted users; they stand in ``training`` or ``held_out`` too. The attacker holds no records of
+            invented ones.
     """
 
     training: Mapping[str, tuple[int, ...]]
@@ -79,12 +82,12 @@ def split_users(
 ) -> Split:
     """Draw which users are held out, and which of each user's records only the attacker holds.
 
-    A user with fewer than ``attack_min_records`` records gives none to the attacker. Everybody else gives
-    ``attack_fraction`` of theirs, at least one, at most ``attack_max_records``, and keeps at least one. Canaries are
-    held out with chance one half.
+    Users are held out with chance ``data.held_out_fraction``, canaries with chance one half. A user with fewer than
+    ``attack_min_records`` records gives none to the attacker. Everybody else gives ``attack_fraction`` of theirs, at
+    least one, at most ``attack_max_records``, and keeps at least one.
 
-    By record, each record goes to the attacker by a coin of its own, with chance ``attack_fraction``, whatever else its
-    user has. A user without a record to train on is on no side, or held out, and is not attacked.
+    With ``by_record``, each record goes to the attacker by a coin of its own, with chance ``attack_fraction``, whatever
+    else its user has. A user may then keep no record: such a user is not trained on, and not attacked.
 
     Args:
         corpus: the kept records, without canaries.
@@ -94,11 +97,11 @@ def split_users(
         by_record: whether ε is for one record.
     """
     training, attacker, held_out = UserIndices(), UserIndices(), Names()
-    candidates = UserIndices()
-    changed = {canary.user for canary in canaries if not canary.is_invented}
+    evaluation_candidates = UserIndices()
+    real_canaries = {canary.user for canary in canaries if not canary.is_invented}
     for user, texts in corpus.records.items():
         stream = root_key.stream("split", user)
-        is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in changed else data.held_out_fraction)
+        is_held_out = stream.uniform(1)[0] < (CANARY_COIN if user in real_canaries else data.held_out_fraction)
         if by_record:
             taken = set(np.flatnonzero(stream.uniform(len(texts)) < data.attack_fraction).tolist())
         else:
@@ -111,10 +114,12 @@ def split_users(
                 training.add(user, kept)
             continue
         held_out.add(user)
-        if kept and user not in changed:
-            candidates.add(user, kept)
-    chosen = root_key.stream("evaluation").choose(candidates.num_indices, data.num_evaluation_records)
-    evaluation = tuple((candidates.names[place], index) for place, index in map(candidates.owner, chosen))
+        if kept and user not in real_canaries:
+            evaluation_candidates.add(user, kept)
+    chosen = root_key.stream("evaluation").choose(evaluation_candidates.num_indices, data.num_evaluation_records)
+    evaluation = tuple(
+        (evaluation_candidates.names[place], index) for place, index in map(evaluation_candidates.owner, chosen)
+    )
     for canary in canaries:
         if canary.is_invented and root_key.stream("split", canary.user).uniform(1)[0] < CANARY_COIN:
             held_out.add(canary.user)
@@ -124,7 +129,7 @@ def split_users(
 
 
 def _attacker_records(stream: KeyStream, num_records: int, data: DataSection) -> set[int]:
-    """Return the records of one user that only the attacker holds."""
+    """Return the indices of one user's records that only the attacker holds; the user keeps at least one."""
     if data.attack_fraction == 0 or num_records < data.attack_min_records:
         return set()
     count = min(max(1, round(data.attack_fraction * num_records)), data.attack_max_records, num_records - 1)

@@ -26,22 +26,23 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
     Raises:
         ConfigError: at a row that JSON cannot hold, or if there is none.
     """
-    is_frame = any(hasattr(rows, name) for name in ("iterrows", "iter_rows"))  # pandas and polars iterate over names
+    # Data frames of pandas and polars are refused: iterating over one yields the names of its columns.
+    is_frame = any(hasattr(rows, name) for name in ("iterrows", "iter_rows"))
     if is_frame or isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         hint = "; of a data frame give frame.to_dict('records') or frame.to_dicts()" if is_frame else ""
         problem = f"given {type(rows).__name__}; give mappings, one a row, or a datasets.Dataset{hint}"
         raise ConfigError([Fault("rows", problem)])
     directory = parent / DIRECTORY
     make_private_directory(directory)
-    digest, number = hashlib.sha256(), 0
+    digest, num_rows = hashlib.sha256(), 0
     temporary = temporary_of(directory / f"{os.getpid()}.jsonl")
     try:
         with open(temporary, "w", encoding="utf-8", opener=_private) as file:
-            for number, row in enumerate(rows, start=1):
-                line = _line(row, number)
+            for num_rows, row in enumerate(rows, start=1):
+                line = _line(row, num_rows)
                 digest.update(line.encode())
                 file.write(line)
-        if not number:
+        if not num_rows:
             raise ConfigError([Fault("rows", "there is none")])
         name = _key(directory).derive("name of rows", digest.hexdigest()).hex()[:16]
         path = directory / f"rows-{name}.jsonl"
@@ -52,7 +53,7 @@ def store_rows(rows: Iterable[Mapping[str, Any]], parent: pathlib.Path) -> pathl
 
 
 def _key(directory: pathlib.Path) -> SecretKey:
-    """Return the key that names the files of this directory, made once."""
+    """Return the key that the names of this directory's files are derived with; make it if it is not there."""
     path = directory / "key"
     with locked_file(directory / "key.lock"):
         if not path.exists():
@@ -65,6 +66,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _line(row: Mapping[str, Any], number: int) -> str:
+    """Return a row as a line of JSON; ``number`` names the row in the error."""
     try:
         return json.dumps(dict(row), ensure_ascii=True, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:

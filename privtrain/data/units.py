@@ -1,4 +1,7 @@
-"""From a split to privacy units: tokenised records, each owned by exactly one unit."""
+"""From a split to privacy units: tokenised records, each owned by exactly one unit.
+
+A unit is what is sampled and clipped: a user with all training records, or a single record (``example``).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from privtrain.data.records import Record
 from privtrain.data.selection import Selection
 from privtrain.data.split import Split
 
-#: Units by number, each with the numbers of those of its records that are wanted.
+#: What a step draws: (number of a unit, numbers of those of its records that are wanted) for each unit.
 Drawn = Sequence[tuple[int, Sequence[int]]]
 
 
@@ -23,11 +26,12 @@ class UnitData:
     """The training units, in a fixed order that every rank shares.
 
     Attributes:
-        names: unit identifiers: user ids, or ``user#record`` where the unit is the example. Private.
-        records: per unit, its tokenised records; :meth:`fetch` also serves units that are not in memory.
-        num_truncated: records cut at ``max_length``. Private.
-        num_without_target: records that predict nothing and so contribute zero. Private.
-        indices: per unit, which records of its owner they are, or are pieces of. Private.
+        names: name of each unit: the user's id, or ``user#record`` where the unit is the example. Private.
+        records: per unit, its tokenised records; empty where they are not in memory: use :meth:`fetch`.
+        num_truncated: how many records were cut at ``max_length``; None: not counted. Private.
+        num_without_target: how many records predict nothing and so contribute zero; None: not counted. Private.
+        indices: per unit, the indices (among its owner's records in the corpus) of the records that it holds, or holds
+            pieces of. Private.
         owners: per unit, the user whose records they are; all units of a user stand together. Private.
     """
 
@@ -47,15 +51,17 @@ class UnitData:
         return np.fromiter(map(len, self.records), dtype=np.int64, count=len(self.records))
 
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """Return the tokenised records that are wanted, unit by unit."""
+        """Return the tokenised records that are wanted, a list for each unit."""
         return [[self.records[unit][number] for number in numbers] for unit, numbers in drawn]
 
     def sha256(self) -> str:
-        """Return a digest of every unit's name, tokens and targets."""
+        """Return a digest of every unit's name, tokens and targets, each part preceded by its length."""
         digest = hashlib.sha256()
         for name, records in zip(self.names, self.records, strict=True):
-            arrays = [array.tobytes() for record in records for array in (record.tokens, record.is_target)]
-            for part in (name.encode("utf-8", errors="surrogatepass"), *arrays):
+            parts = [name.encode("utf-8", errors="surrogatepass")]
+            for record in records:
+                parts += [record.tokens.tobytes(), record.is_target.tobytes()]
+            for part in parts:
                 digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 
@@ -73,15 +79,17 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
         split: which of them are trained on.
         encoder: turns a record into tokens.
         unit: ``"user"`` groups a user's records; ``"example"`` makes each record a unit.
-        cut: the run's selection, for ``random_chunk``: a user's texts are cut into pieces, and where the unit is the
-            example at most k of them are kept. Without it, or for any other strategy, records are as they come.
+        cut: the run's selection. If its strategy is ``random_chunk``, each user's texts are joined and cut into pieces,
+            of which at most ``cut.max_records`` are kept. Otherwise each record is tokenised by itself.
     """
     if cut is not None and cut.strategy == "random_chunk":
         pieces = [piece for user in split.training for piece in _pieces_of(user, corpus, split, encoder, cut)]
         return _grouped(pieces, unit)
-    owners = [(user, index) for user, indices in split.training.items() for index in indices]
-    encoded = encoder.encode([corpus.records[u][i] for u, i in owners])
-    pieces = [_Piece(u, i, record, (i,)) for (u, i), record in zip(owners, encoded.records, strict=True)]
+    places = [(user, index) for user, indices in split.training.items() for index in indices]
+    encoded = encoder.encode([corpus.records[user][index] for user, index in places])
+    pieces = [
+        _Piece(user, index, record, (index,)) for (user, index), record in zip(places, encoded.records, strict=True)
+    ]
     return dataclasses.replace(
         _grouped(pieces, unit), num_truncated=encoded.num_truncated, num_without_target=encoded.num_without_target
     )
@@ -89,13 +97,13 @@ def build_units(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str, cu
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A tokenised record, or a chunk that is cut out of a user's records one after another.
+    """A tokenised record, or a chunk of a user's joined texts.
 
     Attributes:
         owner: the user.
-        number: names it among the user's pieces: of a record its index in the corpus.
-        record: its tokens.
-        indices: corpus indices of the user's records that it holds text of.
+        number: number of the piece among the user's: of a record its index, of a chunk its place in what is kept.
+        record: the piece as tokens.
+        indices: indices of the user's records that the piece holds text of.
     """
 
     owner: str
@@ -117,23 +125,29 @@ def _pieces_of(user: str, corpus: Corpus, split: Split, encoder: Encoder, cut: S
 
 
 def _grouped(pieces: Sequence[_Piece], unit: str) -> UnitData:
-    """Return the units from pieces, a user's next to each other."""
+    """Make units of pieces: one for each user (``unit`` is ``"user"``), or one for each piece.
+
+    Args:
+        pieces: all pieces; those of a user stand next to each other.
+        unit: ``"user"`` or ``"example"``.
+    """
+    # One item for each unit in all four lists.
     names: list[str] = []
     owners: list[str] = []
-    grouped: list[list[Record]] = []
+    records: list[list[Record]] = []
     indices: list[set[int]] = []
     for piece in pieces:
         if unit == "user" and owners and owners[-1] == piece.owner:
-            grouped[-1].append(piece.record)
+            records[-1].append(piece.record)
             indices[-1].update(piece.indices)
             continue
         names.append(piece.owner if unit == "user" else example_name(piece.owner, piece.number))
         owners.append(piece.owner)
-        grouped.append([piece.record])
+        records.append([piece.record])
         indices.append(set(piece.indices))
     return UnitData(
         names=tuple(names),
-        records=tuple(map(tuple, grouped)),
+        records=tuple(map(tuple, records)),
         num_truncated=0,
         indices=tuple(tuple(sorted(of_unit)) for of_unit in indices),
         owners=tuple(owners),

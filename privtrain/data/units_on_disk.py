@@ -23,10 +23,11 @@ class UnitsOnDisk(UnitData):
     How many records are cut or predict nothing is not counted: that would take tokenising them all.
 
     Attributes:
-        corpus: records by user.
-        training: user → indices of those of its records that are trained on.
+        corpus: records by user, read from disk on access.
+        training: user → indices of the records that are trained on.
         encoder: makes tokens of records.
-        unit: ``user`` or ``example``.
+        unit: ``user``: the units are the users of ``training``; ``example``: they are its records, numbered through
+            user by user.
     """
 
     corpus: Corpus
@@ -41,13 +42,13 @@ class UnitsOnDisk(UnitData):
 
     @override
     def fetch(self, drawn: Drawn) -> list[list[Record]]:
-        """Return the drawn units' records, tokenised in one call; ``drawn`` has units' places and records' numbers."""
+        """Return the drawn units' records, a list for each unit; all are tokenised in one call."""
         places = [self._locate(unit, number) for unit, numbers in drawn for number in numbers]
         encoded = iter(self.encoder.encode([self.corpus.records[user][index] for user, index in places]).records)
-        return [[next(encoded) for _ in numbers] for _, numbers in drawn]
+        return [[next(encoded) for _ in numbers] for _, numbers in drawn]  # dealt out again unit by unit
 
     def sha256(self) -> str:
-        """Return a digest of all that decides every unit's name, tokens and targets."""
+        """Return a digest of all that decides every unit's name, tokens and targets, without tokenising anything."""
         digest = hashlib.sha256()
         for part in (self.corpus.manifest_sha256, self.encoder.sha256(), self.unit):
             digest.update(part.encode())
@@ -57,7 +58,7 @@ class UnitsOnDisk(UnitData):
         return digest.hexdigest()
 
     def _locate(self, unit: int, number: int) -> tuple[str, int]:
-        """Return user and record index of a unit's record ``number``."""
+        """Return (user, index in the corpus) of record ``number`` of a unit."""
         if self.unit == "user":
             return self.names[unit], self.training.at(unit)[number]
         place, index = self.training.owner(unit)
@@ -65,14 +66,15 @@ class UnitsOnDisk(UnitData):
 
 
 def units_on_disk(corpus: Corpus, split: Split, encoder: Encoder, *, unit: str) -> UnitsOnDisk:
-    """Return the training units of a corpus that is read when it is asked for; arguments as of ``build_units``."""
+    """Return the training units of a corpus on disk; the arguments are those of :func:`.units.build_units`."""
     training = UserIndices.of(split.training)
-    names = owners = training.names
-    indices = LazySequence(len(training), training.at)
-    if unit == "example":
+    if unit == "user":
+        names = owners = training.names
+        indices = LazySequence(len(training), training.at)
+    else:
         num_units = training.num_indices
         owners = LazySequence(num_units, lambda number: training.names[training.owner(number)[0]])
-        indices = LazySequence(num_units, lambda number: training.owner(number)[1:])
+        indices = LazySequence(num_units, lambda number: training.owner(number)[1:])  # one index each, as a tuple
         names = LazySequence(num_units, lambda number: example_name(owners[number], *indices[number]))
     return UnitsOnDisk(
         names=names,
