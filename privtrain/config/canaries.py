@@ -55,17 +55,18 @@ class CanariesSection(Section):
             )
         if self.kind != "shared_substring" and self.user_fraction:
             yield f"canaries.kind: {self.kind} adds canaries.num_users; it has no canaries.user_fraction"
-        if (self.samples_file is None) == (self.kind == "samples" and self.num_users > 0):
+        needs_file = self.kind == "samples" and self.num_users > 0
+        if needs_file == (self.samples_file is None):
             yield "canaries.kind: samples with canaries.num_users needs canaries.samples_file; no other kind has one"
 
     @property
     def has_texts(self) -> bool:
-        """Whether any are texts, which gradient canaries are not."""
+        """Whether there are canaries whose secret is a text; a gradient canary has none."""
         return self.num_users > 0 or self.user_fraction > 0
 
     @property
     def are_planted(self) -> bool:
-        """Whether there are any."""
+        """Whether the run has canaries of any kind."""
         return self.has_texts or self.num_gradient_users > 0
 
 

@@ -1,4 +1,13 @@
-"""A configuration file for people: every key of the schema with its meaning, those not given as comments."""
+"""A configuration file for people: every key of the schema with its meaning, those not given as comments.
+
+For example::
+
+    data:
+      # Guessed: 40 ids in the first 100 rows
+      # Column that holds the user id of a row.
+      user_column: author
+      # max_length: 256  # Tokens kept of a record; longer ones are truncated and counted.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +23,7 @@ from privtrain.config.reference import plain_text
 from privtrain.config.schema import Config
 from privtrain.files import strict_yaml
 
+#: Characters of a line of a comment, and of a line that holds a key with its default.
 _WIDTH = 100
 _MOST = 120
 
@@ -45,7 +55,14 @@ def commented_yaml(tree: Mapping[str, Any], head: str, notes: Mapping[str, str] 
 def _keys(
     section: type[pydantic.BaseModel], given: Mapping[str, Any], name: str, notes: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield each key of a section: with its value if given, else as a comment with its default."""
+    """Yield the lines of each key of a section: with its value if given, else as a comment with its default.
+
+    Args:
+        section: the section's class.
+        given: its keys with their values.
+        name: name of the section.
+        notes: dotted key → what to know of it, for all sections.
+    """
     for key, field in section.model_fields.items():
         note, description = notes.get(f"{name}.{key}", ""), field.description or ""
         if key in given:
@@ -62,7 +79,7 @@ def _keys(
 
 
 def _shortened(line: str) -> str:
-    """Return a line that fits, cut between words."""
+    """Return a line, cut between words if it is too long."""
     if len(line) <= _MOST:
         return line
     return line[: line.rindex(" ", 0, _MOST - 4)] + " ..."
@@ -77,14 +94,16 @@ def _plain(value: Any) -> Any:
 
 
 def _value(key: str, value: Any) -> str:
+    """Return ``key: value`` as YAML, in several lines if the value is a nested one."""
     if value is None:
         return f"{key}:"
     text = strict_yaml.dump({key: value}, short=True).rstrip()
-    # A mapping of plain values alone stands in braces.
+    # A plain value comes as {key: value}; take off the braces.
     return text[1:-1] if text.startswith("{") else text
 
 
 def _comment(text: str, indent: str, further: str = "") -> str:
+    """Return the lines of two texts, wrapped, as lines of a YAML comment."""
     whole = "\n".join(part for part in (text.strip(), further.strip()) if part)
     lines = [line for part in whole.splitlines() for line in (textwrap.wrap(part, _WIDTH) or [""])]
     return "".join(f"{indent}# {line}".rstrip() + "\n" for line in lines)

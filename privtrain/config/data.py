@@ -134,6 +134,7 @@ class DataSection(Section):
             yield "data.labels declares the labels of data.format: classification, and of no other"
         if self.labels is not None and len({str(label) for label in self.labels}) < len(self.labels):
             yield f"data.labels={self.labels} names a label twice"
+        # Labels of rows are stripped, so none would ever equal such a label.
         if any(str(label) != str(label).strip() or label == "" for label in self.labels or ()):
             yield f"data.labels={self.labels}: a label is empty or has white space at its ends, which no row's has"
         if self.text_pair_column is not None and self.format != "classification":

@@ -10,29 +10,31 @@ from privtrain.errors import ConfigError, Fault
 
 
 def place_of(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """Return the section that a key stands in, and its last name; sections that are missing or empty are made.
+    """Return where a dotted key stands in a tree: of ``a.b.c`` the section ``tree["a"]["b"]``, and ``"c"``.
+
+    Sections that are missing or empty are made in the tree.
 
     Raises:
-        ValueError: if a name is empty, or one on the way is no section.
+        ValueError: if a name is empty, or one of ``a`` and ``b`` holds something else than a section.
     """
     *parents, leaf = key.split(".")
     if not all([*parents, leaf]):
         raise ValueError("a key looks like section.key, and none of its names is empty")
-    node = tree
-    for part in parents:
-        if node.get(part) is None:
-            node[part] = {}
-        if not isinstance(node[part], dict):
-            raise ValueError(f"{part!r} is not a section")
-        node = node[part]
-    return node, leaf
+    section = tree
+    for name in parents:
+        if section.get(name) is None:
+            section[name] = {}
+        if not isinstance(section[name], dict):
+            raise ValueError(f"{name!r} is not a section")
+        section = section[name]
+    return section, leaf
 
 
 def assigned(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a tree with dotted keys set.
+    """Return a copy of a tree with dotted keys set, e.g. ``{"privacy.num_steps": 500}``.
 
     Raises:
-        ConfigError: with every key that has no place.
+        ConfigError: with every key that cannot stand in the tree.
     """
     result, faults = copy.deepcopy(dict(tree)), []
     for key, value in values.items():

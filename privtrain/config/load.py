@@ -1,4 +1,8 @@
-"""Read a YAML file and dotted overrides into a :class:`Config`; report every fault at once."""
+"""Read a YAML file and dotted overrides into a :class:`Config`; report every fault at once.
+
+A *place* is where a value stands in the tree of the configuration, as names and numbers of list items: ``("data",
+"source", "paths", 0)``. A *conflict* is a fault of several keys that do not go together.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from privtrain.errors import ConfigError, Fault, PrivtrainError
 from privtrain.files import reading, strict_yaml
 
 _MAX_BYTES = 16 << 20
-#: What required keys hold in a second look for conflicts, where their own values are missing or at fault.
+#: Values of required keys in a second look for conflicts (:func:`_validated`), where their own are missing or at fault.
 _STAND_INS = {"privacy.expected_batch_size": 1.0, "privacy.target_delta": 0.5, "privacy.num_steps": 1}
 
 _PlacedFault = tuple[strict_yaml.Path, Fault]
@@ -42,22 +46,26 @@ def load_config(path: pathlib.Path, overrides: Sequence[str] = ()) -> Config:
     document = read_tree(path)
     faults = [Fault(fault.key, fault.problem, fault.line) for fault in document.faults]
     tree = apply_overrides(document.value, overrides)
-    given = [tuple(override.partition("=")[0].split(".")) for override in overrides]
+    overridden = [tuple(override.partition("=")[0].split(".")) for override in overrides]
 
     def line_of(place: strict_yaml.Path) -> int | None:
-        return None if any(place[: len(key)] == key for key in given) else document.line_of(place)
+        """Return the line of the file where a value stands; None if it comes from an override."""
+        is_overridden = any(place[: len(key)] == key for key in overridden)
+        return None if is_overridden else document.line_of(place)
 
-    config, more = _validated(tree)
-    # A key that stands twice is one fault, whatever its last value is.
-    named = {fault.path for fault in faults}
-    faults += [dataclasses.replace(fault, line=line_of(place)) for place, fault in more if fault.path not in named]
+    config, placed_faults = _validated(tree)
+    # Of a key that stands twice in the file, this is the one fault that is reported, whatever its last value is.
+    reported = {fault.path for fault in faults}
+    for place, fault in placed_faults:
+        if fault.path not in reported:
+            faults.append(dataclasses.replace(fault, line=line_of(place)))
     if config is None or faults:
         raise ConfigError(sorted(faults, key=lambda fault: fault.line or 0), str(path))
     return config
 
 
 def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSection | None, DataSection | None]:
-    """Return the sections model and data of a file with faults elsewhere; none in the place of one that has its own."""
+    """Return the sections model and data of a file with faults; None in place of a section that has faults itself."""
     sections: list[Any] = []
     for name, kind in (("model", ModelSection), ("data", DataSection)):
         try:
@@ -69,7 +77,11 @@ def sections_of(path: pathlib.Path, overrides: Sequence[str]) -> tuple[ModelSect
 
 
 def validate(tree: dict[str, Any], source: str = "") -> Config:
-    """Validate a tree; see :func:`load_config`."""
+    """Return a tree (section → keys → values) as a configuration.
+
+    Raises:
+        ConfigError: with every fault; ``source`` names what the tree was read from.
+    """
     config, faults = _validated(tree)
     if config is None:
         raise ConfigError([fault for _, fault in faults], source)
@@ -77,10 +89,10 @@ def validate(tree: dict[str, Any], source: str = "") -> Config:
 
 
 def read_tree(path: pathlib.Path) -> strict_yaml.Document:
-    """Return a file of sections, with what has no single meaning in it as faults.
+    """Parse a YAML file of sections; what is ambiguous in it, such as a key that stands twice, is in ``faults``.
 
     Raises:
-        ConfigError: if it is no such file.
+        ConfigError: if the file is missing, not YAML, or not a mapping.
     """
     if not path.is_file():
         problem = f"{path} is a directory; give the YAML file in it" if path.is_dir() else f"no such file: {path}"
@@ -125,7 +137,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def layered(*layers: Sequence[str]) -> list[str]:
-    """Return the overrides of several layers as one list: a later layer takes the place of an earlier one's keys."""
+    """Join several lists of ``key=value`` overrides; where lists give the same key, the later list's value stays."""
     merged: list[str] = []
     for layer in layers:
         keys = {override.partition("=")[0] for override in layer}
@@ -156,28 +168,36 @@ def public_tree(config: Config) -> dict[str, Any]:
 
 
 def _validated(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault]]:
-    """Return the configuration, or each fault with its place.
+    """Return the configuration, or None and each fault with its place.
 
-    pydantic looks for conflicts between keys only where each is valid by itself. So the keys at fault are masked for a
-    second look; conflicts that name one of them are left out.
+    pydantic looks for conflicts between keys only where each key is valid by itself. To report conflicts together with
+    other faults, the tree is validated a second time without the keys at fault. Of the conflicts found then, those that
+    name such a key are left out: its missing value may be the only reason.
     """
     config, faults, conflicts = _try_validating(tree)
-    rest, masked = copy.deepcopy(tree), [_key_of(place) for place, _ in faults if place]
-    if masked and all(_mask(rest, place) for place, _ in faults):
-        further = [(place, fault) for place, fault in _try_validating(rest)[2] if (place, fault) not in conflicts]
-        conflicts += [item for item in further if not any(path in item[1].problem for path in masked)]
+    keys_at_fault = [_key_of(place) for place, _ in faults if place]
+    rest = copy.deepcopy(tree)
+    if keys_at_fault and all(_mask(rest, place) for place, _ in faults):
+        _, _, conflicts_of_rest = _try_validating(rest)
+        for place, conflict in conflicts_of_rest:
+            names_key_at_fault = any(key in conflict.problem for key in keys_at_fault)
+            if (place, conflict) not in conflicts and not names_key_at_fault:
+                conflicts.append((place, conflict))
     return config, faults + conflicts
 
 
 def _key_of(place: strict_yaml.Path) -> str:
-    """Return the dotted key that a place stands in; of an item of a list, the list's."""
+    """Return the dotted key of a place; of an item of a list, the list's: ("a", "b", 0) → ``a.b``."""
     return ".".join(itertools.takewhile(lambda part: not part.isdigit(), map(str, place)))
 
 
 def _try_validating(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFault], list[_PlacedFault]]:
-    """Return the configuration; or faults of single keys, and conflicts. Numbers are strict: no boolean, no text."""
+    """Return the configuration; or None, faults of single keys, and conflicts between keys.
+
+    Types are strict: a boolean or a text is no number.
+    """
     try:
-        # Strict by JSON's rules: paths are texts and pairs are lists there.
+        # By way of JSON, since pydantic's strict mode accepts texts for paths and lists for pairs only there.
         return Config.model_validate_json(json.dumps(_plain(tree), default=str), strict=True), [], []
     except pydantic.ValidationError as error:
         items = error.errors(include_url=False)
@@ -193,26 +213,33 @@ def _try_validating(tree: dict[str, Any]) -> tuple[Config | None, list[_PlacedFa
         if isinstance(cause, ConflictError):
             conflicts += [(place, Fault(".".join(map(str, place)), problem)) for problem in cause.problems]
             continue
-        known = faults_by_place.get(place)
+        earlier = faults_by_place.get(place)
         fault = _fault(item, place)
-        if known is not None and fault.problem != known.problem:  # the other kinds that a value may be of
-            kind = item["msg"].removeprefix("Input should be ")
-            fault = known if kind in known.problem else dataclasses.replace(known, problem=f"{known.problem} or {kind}")
+        if earlier is not None and fault.problem != earlier.problem:
+            # A key that takes values of several types has an error for each; they become one: "should be A or B".
+            type_name = item["msg"].removeprefix("Input should be ")
+            fault = earlier
+            if type_name not in earlier.problem:
+                fault = dataclasses.replace(earlier, problem=f"{earlier.problem} or {type_name}")
         faults_by_place[place] = fault
     return None, list(faults_by_place.items()), conflicts
 
 
 def _mask(tree: Any, place: strict_yaml.Path) -> bool:
-    """Take the key at a place, or the list that it is in, out of a tree; false if there is nothing to take."""
+    """Take the key at a place (of a list's item the whole list) out of a tree, or give it a valid stand-in.
+
+    Return whether the tree can be validated now without the fault at this place.
+    """
     node, path = tree, []
     for part in place:
         path.append(str(part))
         if (stand_in := _STAND_INS.get(".".join(path))) is not None:
             node[part] = stand_in
             return True
+        is_last = len(path) == len(place)
         if part not in node:
-            return path == [str(p) for p in place]  # a key that is missing
-        if len(path) == len(place) or not isinstance(node[part], dict):
+            return is_last  # a required key that is missing: nothing to take out
+        if is_last or not isinstance(node[part], dict):
             del node[part]
             return True
         node = node[part]
@@ -220,7 +247,7 @@ def _mask(tree: Any, place: strict_yaml.Path) -> bool:
 
 
 def _plain(node: Any) -> Any:
-    """Return a tree in which 3.0 and 1e3 are whole numbers."""
+    """Return a tree in which whole floats, as YAML reads 3.0 and 1e3, are integers: they may stand for a count."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -229,7 +256,11 @@ def _plain(node: Any) -> Any:
 
 
 def _place(item: Any, tree: Any) -> strict_yaml.Path:
-    """Return where a fault stands, without the names that pydantic gives to the alternatives of a value."""
+    """Return the place of one of pydantic's errors in the tree.
+
+    pydantic's location has further parts: where a value may be of several types, the name of the type, as in
+    ("data", "source", "files", "paths"). These are in no tree, so they are left out.
+    """
     *parents, last = item["loc"] or ("",)
     node, place = tree, []
     for part in item["loc"]:
@@ -238,13 +269,14 @@ def _place(item: Any, tree: Any) -> strict_yaml.Path:
         if is_key or is_index:
             node = node[part]
             place.append(part)
+    # A missing key is not in the tree either, but belongs to its place.
     if item["type"] == "missing" and (not place or place[-1] != last or len(place) <= len(parents)):
         place.append(last)
     return tuple(place)
 
 
 def _fault(item: Any, place: strict_yaml.Path) -> Fault:
-    """Return one of pydantic's errors as a fault of the key at ``place``."""
+    """Return one of pydantic's errors (an item of ``ValidationError.errors()``) as a fault, in our words."""
     location = [str(part) for part in place]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -273,7 +305,7 @@ def _fault(item: Any, place: strict_yaml.Path) -> Fault:
 
 
 def _shown(given: Any) -> str:
-    """Return one value as YAML has it; of several none."""
+    """Return a plain value as an example of a list's item; dots for any other."""
     return str(given) if isinstance(given, str | int) and str(given) else "..."
 
 
@@ -286,17 +318,16 @@ def _is_number(text: str) -> bool:
 
 
 def _keys_beside(location: Sequence[str]) -> set[str]:
-    """Return the keys that are allowed in the section at ``location``."""
-    models: list[type[pydantic.BaseModel]] = [Config]
+    """Return the keys that are allowed in the section at ``location``, of whichever kind the section is."""
+    sections: list[type[pydantic.BaseModel]] = [Config]
     for part in location:
-        models = [
-            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
-        ]
-    return {key for model in models for key in model.model_fields}
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [inner for field in fields for inner in _models(field.annotation)]
+    return {key for section in sections for key in section.model_fields}
 
 
 def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    """Yield the sections that an annotation allows, alternatives included."""
+    """Yield the sections in a type annotation: of ``FilesSource | HubSource | None`` both classes."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):

@@ -34,13 +34,12 @@ class ModelSection(Section):
 
     @property
     def public_name(self) -> str:
-        """How the base model is named in cards: never a local path of this machine."""
+        """How the base model is named in what is published: never by a local path of this machine."""
         if self.package is not None:
             return f"{self.gguf_file or 'model'} from PyPI package {self.package}"
         assert self.name_or_path is not None
-        return (
-            pathlib.Path(self.name_or_path).name if pathlib.Path(self.name_or_path).is_absolute() else self.name_or_path
-        )
+        path = pathlib.Path(self.name_or_path)
+        return path.name if path.is_absolute() else self.name_or_path
 
 
 class LoraSection(Section):

@@ -26,10 +26,10 @@ _SMALLEST_NOISE = 0.1
 #: Default number of records of a user in one step.
 _RECORDS_PER_USER = 4
 
-#: Units of a step whose sum int64 holds for certain: each adds at most 2**41 to a coordinate.
+#: Most units of a step: the clipped sum is int64, and each unit adds at most 2**41 to a coordinate.
 MAX_UNITS = 1 << 21
 
-#: Most bands of correlated noise: its history holds one vector a band.
+#: Most bands of correlated noise (steps that one step's noise is spread over): one vector is kept in memory for each.
 MAX_BANDS = 128
 
 Selection = Literal["random", "longest", "shortest", "highest_perplexity", "lowest_perplexity", "random_chunk"]
@@ -61,6 +61,7 @@ class TuningSection(Section):
 
 
 def _as_tuple(value: Any) -> Any:
+    """Turn a list into a tuple, as a strict field needs it."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -77,7 +78,7 @@ class NoisedMetricsSection(Section):
         description="loss: mean over units, each unit's moved into loss_range; clip_fraction: share of units whose "
         "norm is above the clipping norm (with clipping_style: adaptive its own count tells, at no cost).",
     )
-    # A section that has read its JSON hands on a list, which a strict tuple is not.
+    # JSON has lists alone, and a strict field takes none for a tuple.
     loss_range: Annotated[tuple[float, float], pydantic.BeforeValidator(_as_tuple)] = Field(
         default=(0.0, 8.0), description="Public bounds of a unit's loss; narrower ones make it less noisy."
     )
@@ -223,6 +224,7 @@ class PrivacySection(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _default_bound(cls, values: Any) -> Any:
+        """Give records_per_user its default, which it has only where users are the unit."""
         if isinstance(values, dict) and values.get("unit", "user") == "user" and values.get("records_per_user") is None:
             return {**values, "records_per_user": _RECORDS_PER_USER}
         return values
@@ -230,6 +232,7 @@ class PrivacySection(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _default_accountant(cls, values: Any) -> Any:
+        """Set accountant to rdp for tuning: no other accounts for choosing the best of several runs."""
         if isinstance(values, dict) and values.get("tuning") is not None and values.get("accountant") is None:
             return {**values, "accountant": "rdp"}
         return values
@@ -237,6 +240,7 @@ class PrivacySection(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _default_bands(cls, values: Any) -> Any:
+        """Give num_bands and sampling the defaults that they have with noise: banded."""
         if not isinstance(values, dict) or values.get("noise") != "banded":
             return values
         bands = "auto" if values.get("num_bands") is None else values["num_bands"]
@@ -244,7 +248,7 @@ class PrivacySection(Section):
 
     @property
     def protects_records(self) -> bool:
-        """Whether ε is for one record: a record more or less may then change nothing of its user's other records."""
+        """Whether ε is for one record. Then one record more or less must not change what is done with any other."""
         return self.unit == "example" and self.user_accounting == "none"
 
     @override
@@ -264,7 +268,10 @@ class PrivacySection(Section):
             yield "privacy.adaptive_clipping belongs to privacy.clipping_style: adaptive"
 
     def _band_conflicts(self) -> Iterator[str]:
-        """Yield what correlated noise contradicts: it needs sampling in turn, whole rounds, and no other noised sum."""
+        """Yield what does not go with correlated noise (noise: banded).
+
+        With b bands, units are split into b groups, which are drawn from in turn (sampling: cyclic_poisson).
+        """
         is_cyclic = self.sampling == "cyclic_poisson"
         if self.noise == "banded" and not is_cyclic:
             yield f"privacy.noise: banded needs privacy.sampling: cyclic_poisson; given {self.sampling}"
@@ -294,6 +301,7 @@ class PrivacySection(Section):
                 )
 
     def _tuning_conflicts(self) -> Iterator[str]:
+        """Yield what does not go with choosing the best of several trials."""
         if self.sampling not in ("poisson", "cyclic_poisson") or self.user_accounting != "none":
             yield (
                 "privacy.tuning needs privacy.sampling: poisson or privacy.noise: banded, and privacy.user_accounting: "
@@ -305,6 +313,7 @@ class PrivacySection(Section):
             yield "privacy.tuning needs noise; privacy.noise_multiplier is 0"
 
     def _user_conflicts(self) -> Iterator[str]:
+        """Yield what contradicts who is protected (unit, user_accounting), and how many records a user may have."""
         rules = USER_ACCOUNTING_RULES[self.user_accounting]
         if rules is not None:
             given = f"privacy.user_accounting: {self.user_accounting}"
@@ -331,7 +340,8 @@ class PrivacySection(Section):
         for key in rules.needs:
             if getattr(self, key) is None:
                 yield f"privacy.{key} is required by {given}"
-        for key in sorted({key for other in SCHEME_RULES.values() for key in other.keys}.difference(rules.keys)):
+        keys_of_all_schemes = {key for scheme in SCHEME_RULES.values() for key in scheme.keys}
+        for key in sorted(keys_of_all_schemes.difference(rules.keys)):
             if getattr(self, key) is not None:
                 yield f"privacy.{key} is not used by {given}"
         if self.neighboring_relation not in rules.relations:

@@ -16,6 +16,7 @@ keys are errors with a suggestion, and all faults are reported at once.
 
 `privtrain schema` prints the JSON schema. This page is `privtrain schema --markdown`, and a test compares them.
 """
+#: Limits of JSON schema → their words in the table.
 _LIMITS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
@@ -36,7 +37,15 @@ def markdown_reference(model: type[pydantic.BaseModel]) -> str:
 
 
 def _sections(node: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every section below a node with its dotted path, in the order of the schema."""
+    """Yield (title, schema) of every section below a node, in the order of the schema.
+
+    The title is the dotted key; a key that holds one of several kinds of section has an entry for each.
+
+    Args:
+        node: JSON schema of a section, or of the whole configuration.
+        definitions: name → schema that ``$ref`` refers to.
+        path: dotted path of the node, ending in a dot; empty for the whole.
+    """
     for key, spec in node.get("properties", {}).items():
         children = _children(spec, definitions)
         for child in children:
@@ -47,12 +56,16 @@ def _sections(node: dict[str, Any], definitions: dict[str, Any], path: str) -> I
 
 
 def _children(spec: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the sections that a key may hold; none if it holds a plain value."""
+    """Return the schemas of the sections that a key may hold; none if it holds a plain value.
+
+    ``spec`` is the key's JSON schema, which refers to sections by ``$ref``.
+    """
     choices = [spec, *spec.get("allOf", []), *spec.get("anyOf", []), *spec.get("oneOf", [])]
     return [definitions[choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
 
 
 def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """Return the Markdown table of a section's keys."""
     rows = ["| key | type, limits | default | meaning |", "|---|---|---|---|"]
     for key, spec in section.get("properties", {}).items():
         is_section = bool(_children(spec, definitions))
@@ -64,7 +77,7 @@ def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _kind(spec: dict[str, Any]) -> str:
-    """Return the type of a value and its limits, in words."""
+    """Return the type of a value and its limits in words, from its JSON schema: "integer, ≥ 1"."""
     if "anyOf" in spec:
         return " or ".join(_kind(choice) for choice in spec["anyOf"] if choice.get("type") != "null")
     if "enum" in spec or "const" in spec:
@@ -84,11 +97,16 @@ def _number(value: Any) -> str:
 
 
 def _default(key: str, spec: dict[str, Any], section: dict[str, Any], is_section: bool) -> str:
+    """Return the cell of a key's default; empty for a section, whose own table says it."""
     if key in section.get("required", []):
         return "required"
-    if "default" not in spec or spec["default"] is None or is_section:
-        return "none" if spec.get("default", 0) is None else ""
+    if "default" not in spec:
+        return ""
     value = spec["default"]
+    if value is None:
+        return "none"
+    if is_section:
+        return ""
     return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 

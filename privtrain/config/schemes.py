@@ -1,7 +1,7 @@
-"""What each sampling scheme and each way to a user's guarantee needs: the one table, for the schema and for the code.
+"""Rules of each sampling scheme, and of each way to derive a user's guarantee from that of records.
 
-:mod:`privtrain.privacy.sampling` and :mod:`privtrain.privacy.user_level` carry them out and take their relations and
-accountants from here.
+A rule says which keys, neighbouring relations and accountants go together. The schema checks configurations by this
+table; :mod:`privtrain.privacy.sampling` and :mod:`privtrain.privacy.user_level`, which carry the schemes out, read it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class SchemeRules:
     """What goes with a sampling scheme.
 
     Attributes:
-        needs: keys of ``privacy`` that it cannot do without.
+        needs: keys of ``privacy`` that the scheme cannot do without.
         takes: further keys that it reads.
-        relations: neighbouring relations that its event covers; the first is the one to recommend.
-        accountants: accountants that can certify it; the first is the default.
+        relations: neighbouring relations for which its privacy analysis holds; the first is the one to recommend.
+        accountants: accountants that can certify its ε; the first is the default.
     """
 
     needs: tuple[str, ...]
@@ -33,7 +33,7 @@ class SchemeRules:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every key that it reads."""
+        """Every key that the scheme reads."""
         return *self.needs, *self.takes
 
 
@@ -52,11 +52,11 @@ SCHEME_RULES: dict[SchemeName, SchemeRules] = {
 
 @dataclasses.dataclass(frozen=True)
 class UserAccountingRules:
-    """What goes with a way from the guarantee of records to one of users.
+    """What goes with a way to derive users' guarantee from that of records (:mod:`privtrain.privacy.user_level`).
 
     Attributes:
-        sampling: the scheme that its analysis covers.
-        accountants: accountants that can certify it; the first is the default.
+        sampling: the sampling scheme of records for which the derivation holds.
+        accountants: accountants that can certify its ε; the first is the default.
     """
 
     sampling: SchemeName

@@ -1,4 +1,4 @@
-"""What every section of the configuration is: strict about names, frozen, with all its conflicts reported at once."""
+"""Base class of every section of the configuration: unknown keys are errors, and all conflicts are reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How it is trained and how fast: nothing here changes the guarantee."""
+"""How the model is trained and how fast: nothing here changes the guarantee."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainingSection(Section):
     )
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then constant, linear to zero or cosine to zero."""
+        """Return the learning rate of a step (from 0): linear warm-up, then constant, or linear or cosine to zero."""
         if step < self.num_warmup_steps:
             return self.learning_rate * (step + 1) / self.num_warmup_steps
         progress = (step - self.num_warmup_steps) / max(1, num_steps - self.num_warmup_steps)

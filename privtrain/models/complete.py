@@ -1,7 +1,8 @@
-"""Whether a base model has all its weights: transformers puts random ones in the place of what a file lacks.
+"""Whether a base model's files have all its weights: transformers fills in random ones, and only warns.
 
-Only what a task adds to a base may be new: a classifier's head, and the pooling layer before it. It is trained, saved
-with the adapter and said. Tied weights and buffers are no weights of their own.
+Only what a task adds to a base may be missing: a classifier's head, and the pooling layer before it. These modules are
+new: they are trained, and saved with the adapter. The *body* is the part that classifiers and language models of an
+architecture share (``base.base_model_prefix``, e.g. ``bert``). Tied weights and buffers are no weights of their own.
 """
 
 from __future__ import annotations
@@ -16,34 +17,42 @@ if TYPE_CHECKING:
 
 _SHOWN = 3
 
-#: What old checkpoints hold of a body beside its weights, and newer classes compute.
+#: Names of tensors in old checkpoints that are no weights: newer classes of transformers compute them.
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids", ".token_type_ids")
 
 
 def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, is_classifier: bool) -> list[str]:
-    """Return the modules of a loaded model whose weights are new: children of it, and its body's pooling layer.
+    """Return the names of the modules of a loaded model whose weights are new: a classifier's head and pooling layer.
+
+    Args:
+        base: the model as transformers loaded it.
+        info: what ``from_pretrained`` reports: missing, mismatched and unexpected keys.
+        place: where the files are, for errors.
+        is_classifier: whether the base was loaded as a sequence classifier; only that may have new modules.
 
     Raises:
-        ConfigError: naming the weights that are missing or of another shape.
+        ConfigError: naming the weights that are missing or of another shape, or that the files hold beyond the model.
     """
-    own = dict(base.named_parameters(remove_duplicate=False))
-    missing = sorted(name for name in info.get("missing_keys", ()) if name in own)
-    shaped = {name: (found, wanted) for name, found, wanted in info.get("mismatched_keys", ())}
-    allowed = {name for name in {*missing, *shaped} if is_classifier and _is_head(base, name)}
-    lacking = [name for name in missing if name not in allowed and name not in shaped]
-    others = sorted(name for name in shaped if name not in allowed)
+    weights = dict(base.named_parameters(remove_duplicate=False))
+    missing = sorted(name for name in info.get("missing_keys", ()) if name in weights)
+    # name → (shape in the file, shape in the model)
+    misshapen = {name: (in_file, in_model) for name, in_file, in_model in info.get("mismatched_keys", ())}
+    new = {name for name in {*missing, *misshapen} if is_classifier and _is_head(base, name)}
+    lacking = [name for name in missing if name not in new and name not in misshapen]
+    of_other_shape = sorted(name for name in misshapen if name not in new)
     faults = []
     if lacking:
-        problem = f"{place} lacks {len(lacking)} of {len(own)} weights of {type(base).__name__} ({_listed(lacking)})"
+        counts = f"{len(lacking)} of {len(weights)} weights"
+        problem = f"{place} lacks {counts} of {type(base).__name__} ({_listed(lacking)})"
         unused = sorted(info.get("unexpected_keys", ()))
         hint = f"; it holds others under names that fit none ({_listed(unused)})" if unused else ""
         faults.append(Fault("model", f"{problem}{hint}; fetch the model again, or mend its config.json"))
-    if others:
+    if of_other_shape:
         shown = [
-            f"{name}: {_shape(shaped[name][0])} in the file, {_shape(shaped[name][1])} by config.json"
-            for name in others[:_SHOWN]
+            f"{name}: {_shape(misshapen[name][0])} in the file, {_shape(misshapen[name][1])} by config.json"
+            for name in of_other_shape[:_SHOWN]
         ]
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        more = f" and {len(of_other_shape) - _SHOWN} more" if len(of_other_shape) > _SHOWN else ""
         faults.append(Fault("model", f"{place} has weights of other shapes: {', '.join(shown)}{more}"))
     unread = sorted(name for name in info.get("unexpected_keys", ()) if _changes_a_part(base, name))
     if unread and not faults:
@@ -54,8 +63,9 @@ def new_modules(base: PreTrainedModel, info: Mapping[str, Any], place: str, *, i
         faults.append(Fault("model", problem))
     if faults:
         raise ConfigError(faults)
+    # The module of a new weight is the body's pooling layer, or a child of the model: ``score.weight`` → score.
     pooler = f"{base.base_model_prefix}.pooler"
-    return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in allowed})
+    return sorted({pooler if name.startswith(f"{pooler}.") else name.partition(".")[0] for name in new})
 
 
 def _is_head(base: PreTrainedModel, name: str) -> bool:
@@ -65,10 +75,11 @@ def _is_head(base: PreTrainedModel, name: str) -> bool:
 
 
 def _changes_a_part(base: PreTrainedModel, name: str) -> bool:
-    """Return whether a weight that is not read belongs to a part that the body has: a further layer, or a bias.
+    """Return whether a weight that the model does not read would change a part that the model has.
 
-    Of BERT: ``bert.encoder.layer.12.…`` does where there are 12 layers, since ``bert.encoder`` exists. A part that the
-    body does not have at all (a pooling layer, a vision tower) may stay unread.
+    For example ``bert.encoder.layer.12.…`` in a BERT of 12 layers (0 to 11): the file has a further layer of
+    ``bert.encoder``, so it is of another model. Weights of a part that the model lacks as a whole (a pooling layer, a
+    vision tower) may stay unread.
     """
     body, _, rest = name.partition(".")
     part = f"{body}.{rest.partition('.')[0]}"

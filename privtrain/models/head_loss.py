@@ -1,12 +1,13 @@
 """Cross-entropy in chunks of tokens, so that no fp32 copy of all logits exists, nor all logits where the head allows.
 
-A line's logits in fp32, their log-probabilities and the gradients of both are the largest activation of a step. Here
-each chunk of tokens has its own and lets them go:
+A line is one long row of tokens, a forward pass of its own. Its logits in fp32, their log-probabilities and the
+gradients of both are the largest activation of a step. Here they exist for one chunk of tokens at a time:
 
 * :func:`cross_entropy` takes logits that exist, of any head, trained, tied or post-processed: two tensors of their size
-  and type remain of a pass, the logits and their gradient.
-* :class:`FrozenHead` forms them chunk by chunk: none remain. A token's loss depends on its own hidden state alone, so
-  that the gradient of the state is known with the loss, and is multiplied by that of the loss later.
+  and type are held for the backward pass, the logits and their gradient.
+* :class:`FrozenHead` forms logits chunk by chunk, and none are held. Since the head is frozen, the gradient is needed
+  for hidden states alone. A token's loss depends on its own hidden state, so the gradient of that is computed together
+  with the loss, and multiplied by the gradient of the loss in the backward pass.
 
 Values differ from ``torch.nn.functional.cross_entropy`` by rounding. Chunks divide a line evenly, so that a token is
 computed in the same shapes wherever it stands.
@@ -21,16 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Tokens of a chunk, at most: few enough for a CPU's cache; a GPU has kernels to save.
+#: Tokens of a chunk, at most, on a CPU (whose cache is small) and on other devices (where few kernels are wanted).
 _CPU_CHUNK, CHUNK = 64, 512
-#: A line whose length has no divisor from here on is one chunk.
+#: A line is not divided if its chunks would be smaller than this.
 _SMALLEST_CHUNK = 16
-#: Tokens that a head is tried on.
+#: Tokens that :class:`FrozenHead` is compared with the model on.
 _NUM_TRIED = 5
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return [tokens] fp32 -log p(target), each of its own row of [tokens, vocabulary] logits alone."""
+    """Return [tokens] fp32 losses -log p(target), each from its own row of the logits [tokens, vocabulary] alone."""
     return _OfLogits.apply(logits, targets)  # pyright: ignore[reportReturnType]
 
 
@@ -39,8 +40,8 @@ class FrozenHead:
     """A causal language model that is a decoder and then a frozen linear layer over its hidden states, nothing else.
 
     Attributes:
-        decoder: input ids and positions to hidden states.
-        head: from these to logits.
+        decoder: from input ids and positions to hidden states.
+        head: from hidden states to logits.
     """
 
     decoder: nn.Module
@@ -48,18 +49,19 @@ class FrozenHead:
 
     @classmethod
     def of(cls, model: Any) -> FrozenHead | None:
-        """Return the two parts of ``model``; ``None`` if it is not made so, or its head is trained or hooked.
+        """Return decoder and head of ``model``; ``None`` if it has more than these, or the head is trained or hooked.
 
-        That nothing comes between, or after (a scale, a cap), is seen from logits of a few tokens, bit for bit.
+        The model may scale hidden states, or cap logits, in code of its own. So logits of a few tokens are compared.
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = getattr(base, getattr(base, "base_model_prefix", None) or "", None)
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if not isinstance(decoder, nn.Module) or decoder is base or type(head) is not nn.Linear:
             return None
-        is_watched = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
-        is_whole = type(head.weight.data) is torch.Tensor and head.weight.dim() == 2  # not in parts over ranks
-        if is_watched or not is_whole or any(parameter.requires_grad for parameter in head.parameters()):
+        has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+        is_whole = type(head.weight.data) is torch.Tensor and head.weight.dim() == 2  # not divided among ranks
+        is_trained = any(parameter.requires_grad for parameter in head.parameters())
+        if has_hooks or not is_whole or is_trained:
             return None
         frozen = cls(decoder, head)
         return frozen if frozen._is_all_of(base) else None
@@ -81,8 +83,8 @@ class FrozenHead:
         """Return [tokens] fp32 -log p(target) of the tokens of a line.
 
         Args:
-            targets: [tokens]; the token that each is to predict.
-            inputs: of the decoder, [1, tokens].
+            targets: [tokens] ids: for each token the one to predict after it.
+            inputs: the decoder's inputs by name, each [1, tokens].
         """
         hidden = self.decoder(**inputs).last_hidden_state[0]
         return _OfHidden.apply(hidden, self.head, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
@@ -93,63 +95,73 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        parts = [_losses(own, wanted) for own, wanted in zip(*_chunks(logits, targets), strict=True)]
-        losses, normalisers = (torch.cat(side) for side in zip(*parts, strict=True))
+        parts = [_losses(*chunk) for chunk in zip(*_chunks(logits, targets), strict=True)]
+        losses, normalisers = (torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
         ctx.save_for_backward(logits, targets, normalisers)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        result = torch.empty_like(ctx.saved_tensors[0])
-        sides = _chunks(*ctx.saved_tensors, gradients[0], result)
-        for logits, targets, normalisers, gradient, out in zip(*sides, strict=True):
-            out.copy_(_gradient(logits, targets, normalisers).mul_(gradient[:, None]))
+        result = torch.empty_like(ctx.saved_tensors[0])  # as large as all logits, written chunk by chunk
+        chunks = _chunks(*ctx.saved_tensors, gradients[0], result)
+        for logits, targets, normalisers, gradient_of_loss, out in zip(*chunks, strict=True):
+            out.copy_(_gradient(logits, targets, normalisers).mul_(gradient_of_loss[:, None]))
         return result, None
 
 
 class _OfHidden(torch.autograd.Function):
-    """Cross-entropy of [tokens, width] hidden states under a frozen head: logits exist a chunk at a time."""
+    """Cross-entropy of [tokens, width] hidden states under a frozen head: logits exist a chunk at a time.
+
+    ``forward`` computes the gradients of hidden states too, where they are needed, while it has the logits.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, needs_gradient: bool
     ) -> torch.Tensor:
-        by_token = torch.empty_like(hidden)
-        kind, losses = hidden.device.type, []
-        is_cast = torch.is_autocast_enabled(kind)
-        # Once for all chunks, where autocast would cast the weight for each.
-        dtype = torch.get_autocast_dtype(kind) if is_cast else head.weight.dtype
-        weight, bias = (None if side is None else side.to(dtype) for side in (head.weight, head.bias))
-        assert weight is not None
-        for own, wanted, out in zip(*_chunks(hidden, targets, by_token), strict=True):
-            logits = nn.functional.linear(own.to(dtype), weight, bias)
-            loss, normalisers = _losses(logits, wanted)
-            losses.append(loss)
+        gradients_of_hidden = torch.empty_like(hidden)  # of each token's own loss
+        device_type, losses = hidden.device.type, []
+        # Cast once for all chunks; autocast would cast the weight for each.
+        is_autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_autocast else head.weight.dtype
+        weight = head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        for hidden_chunk, targets_chunk, out in zip(*_chunks(hidden, targets, gradients_of_hidden), strict=True):
+            logits = nn.functional.linear(hidden_chunk.to(dtype), weight, bias)
+            chunk_losses, normalisers = _losses(logits, targets_chunk)
+            losses.append(chunk_losses)
             if needs_gradient:
-                out.copy_(_gradient(logits, wanted, normalisers).to(dtype) @ weight)
-        ctx.save_for_backward(by_token)
+                out.copy_(_gradient(logits, targets_chunk, normalisers).to(dtype) @ weight)
+        ctx.save_for_backward(gradients_of_hidden)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (by_token,) = ctx.saved_tensors
-        return (by_token * gradients[0][:, None]).to(by_token.dtype), None, None, None
+        (gradients_of_hidden,) = ctx.saved_tensors
+        chained = (gradients_of_hidden * gradients[0][:, None]).to(gradients_of_hidden.dtype)
+        return chained, None, None, None  # nothing for head, targets and needs_gradient
 
 
 def _chunks(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Split each tensor along its first dimension, tokens, into equal chunks; return a list with each one's chunks.
+
+    The size of a chunk is a divisor of the number of tokens. Chunks are views, which can be written to.
+    """
     num_tokens, device = len(tensors[0]), tensors[0].device
     size = math.gcd(num_tokens, _CPU_CHUNK if device.type == "cpu" else CHUNK)
-    return [tensor.split(size if size >= _SMALLEST_CHUNK else num_tokens) for tensor in tensors]
+    if size < _SMALLEST_CHUNK:
+        size = num_tokens
+    return [tensor.split(size) for tensor in tensors]
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [tokens] losses, and the logarithms of Σ exp(logit)."""
+    """Return [tokens] losses, and [tokens] normalisers log Σ exp(logit), both fp32."""
     wide = logits.float()
     normalisers = wide.logsumexp(dim=1)
     return normalisers - wide.gather(1, targets[:, None])[:, 0], normalisers
 
 
 def _gradient(logits: torch.Tensor, targets: torch.Tensor, normalisers: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, vocabulary] fp32: of each loss by its logits."""
-    shares = logits.float().sub(normalisers[:, None]).exp_()
-    return shares.scatter_add_(1, targets[:, None], torch.full_like(shares[:, :1], -1.0))
+    """Return [tokens, vocabulary] fp32 gradients of each token's loss by its logits: softmax minus one-hot target."""
+    softmax = logits.float().sub(normalisers[:, None]).exp_()
+    return softmax.scatter_add_(1, targets[:, None], torch.full_like(softmax[:, :1], -1.0))

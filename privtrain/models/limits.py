@@ -15,7 +15,7 @@ from privtrain.run.base_model import locate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-#: How transformers' models name the table of learned positions, beside GPT-2's wpe.
+#: How names of learned position embeddings end in transformers' models, beside GPT-2's wpe.
 _POSITIONS = ("position_embeddings", "embed_positions", "position_embedding")
 
 
@@ -34,19 +34,20 @@ def num_ids_of(model: ModelSection) -> int:
 
 
 def num_positions_of(model: ModelSection) -> int | None:
-    """Return the most tokens that a base model says it can read, by its configuration alone; ``None`` if it is silent.
+    """Return the most tokens that a base model can read, as its configuration says; ``None`` if it does not say.
 
     Raises:
         ConfigError: if the configuration cannot be read.
     """
     config = _text_config(model)
     known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    # RoBERTa counts two of its positions from the padding id on.
+    # RoBERTa numbers positions from 2 on: padding id 1, plus one. So two of the stated number are never used.
     offset = 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
     return min((int(number) - offset for number in known if isinstance(number, int)), default=None)
 
 
 def _text_config(model: ModelSection) -> PretrainedConfig:
+    """Return the model's configuration; of a model that reads images too, the part for text."""
     from transformers import AutoConfig
 
     location = locate(model)
@@ -63,16 +64,16 @@ def learned_positions(model: torch.nn.Module) -> int | None:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Embedding) and (last == "wpe" or last.endswith(_POSITIONS)):
-            # OPT keeps two rows for itself; RoBERTa counts from the padding id on.
-            offset = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            # Rows before the first position: OPT has an ``offset`` of 2; RoBERTa counts from its padding id on.
+            offset = getattr(module, "offset", 0)
+            if not offset and module.padding_idx is not None:
+                offset = module.padding_idx + 1
             sizes.append(module.num_embeddings - int(offset))
     return min(sizes, default=None)
 
 
 def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise unless the model can read records of ``data.max_length`` and the marks that surround them.
-
-    Of a classification record the last place is the label's, which the model does not read.
+    """Raise unless the model can read records of ``data.max_length``, and has embeddings of begin and end mark.
 
     Raises:
         ConfigError: with every fault.
@@ -80,7 +81,8 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
     faults, size, longest = [], num_embedded(model), learned_positions(model)
     if config.training.has_virtual_tokens and longest is not None:
         longest -= config.prompt.num_virtual_tokens
-    most = None if longest is None else longest + config.data.is_classification
+    # The last place of a classification record is the label's, which the model does not read.
+    most = None if longest is None else longest + (1 if config.data.is_classification else 0)
     if most is not None and config.data.max_length > most:
         less_prompt = ", less prompt.num_virtual_tokens" if config.training.has_virtual_tokens else ""
         label = f"; with the label the most is {most}" if config.data.is_classification else ""
@@ -100,12 +102,12 @@ def check_limits(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase)
 
 
 def pad_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell a sequence classifier its padding id: decoders classify at the last token before it."""
+    """Set the padding id of a sequence classifier: a decoder classifies at the last token that is not padding."""
     model.config.get_text_config().pad_token_id = padding_id(model, tokenizer)
 
 
 def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that fills rows: the tokenizer's, or its end mark where the model embeds no such id."""
+    """Return the id that rows are padded with: the tokenizer's, or the end mark's if the model does not embed that."""
     number = tokenizer.pad_token_id
     if not isinstance(number, int) or number >= num_embedded(model):
         number = tokenizer.eos_token_id

@@ -51,12 +51,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.arguments)
     except LOADING_FAILURES as error:
         reason = _first_line(error)
-        place = pathlib.Path(location.path)
-        if (
-            place.is_dir()
-            and not any(any(place.glob(f"{name}*")) for name in _TOKENIZER_FILES)
-            and model.gguf_file is None
-        ):
+        directory = pathlib.Path(location.path)
+        has_tokenizer_file = any(any(directory.glob(f"{name}*")) for name in _TOKENIZER_FILES)
+        if directory.is_dir() and not has_tokenizer_file and model.gguf_file is None:
             reason = "it has no tokenizer.json, nor another tokenizer file; save the tokenizer beside the weights"
         raise ConfigError([Fault("model", f"cannot load a tokenizer from {location.path}: {reason}")]) from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
@@ -80,7 +77,7 @@ def load_base(model: ModelSection, dtype: torch.dtype = torch.float32) -> PreTra
 def load_classifier(
     model: ModelSection, dtype: torch.dtype, *, labels: Sequence[int | str], init_seed: int
 ) -> PreTrainedModel:
-    """Load the base as a sequence classifier, frozen; a head that its files lack is the same on every rank.
+    """Load the base as a sequence classifier, frozen. A head that its files lack is drawn by seed, equal on all ranks.
 
     Decoders classify at the last token before the padding id: see :func:`~privtrain.models.limits.pad_classifier`.
 
@@ -118,12 +115,12 @@ def _load(
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar a rank and stage is noise, not progress
+    logging.disable_progress_bar()  # every rank would show its own
     location = locate(model)
     if model.quantization is not None:
         options["quantization_config"] = _quantization(model.quantization, dtype)
     try:
-        # Weights of other shapes are looked at below, where their names are known.
+        # Weights of other shapes do not stop the loading: new_modules below refuses them, with all their names.
         base, info = auto_class.from_pretrained(
             location.path,
             dtype=dtype,
@@ -146,7 +143,7 @@ def _load(
             [Fault("model", f"{location.path} is an adapter, or holds one; merge it first: privtrain export --merge")]
         )
     base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
-    # A GGUF file is de-quantised on loading; the stale entry would stop the model from being saved.
+    # transformers has turned a GGUF file into plain weights; with this entry left the model could not be saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
         delattr(base.config, "quantization_config")
     switch_cache_off(base)
@@ -155,14 +152,14 @@ def _load(
 
 
 def switch_cache_off(base: PreTrainedModel) -> None:
-    """Keep no keys and values in training; :func:`saved_as_loaded` gives the config its own value back."""
+    """Switch the cache of keys and values off for training; :func:`saved_as_loaded` restores the config for saving."""
     base.privtrain_use_cache = getattr(base.config, "use_cache", None)  # type: ignore[assignment]
     base.config.use_cache = False
 
 
 @contextlib.contextmanager
 def saved_as_loaded(model: Any) -> Iterator[None]:
-    """Restore the config as it was loaded within the block, so that a released config serves as the base's does."""
+    """Within the block, give the model's config the ``use_cache`` that it was loaded with, e.g. to save it."""
     if not hasattr(model, "privtrain_use_cache"):
         yield
         return
@@ -178,10 +175,10 @@ def saved_as_loaded(model: Any) -> Iterator[None]:
 
 
 def _keep_packing(base: PreTrainedModel) -> None:
-    """Leave 4-bit weights as they were loaded.
+    """Keep bitsandbytes from repacking 4-bit weights.
 
-    On CPUs with AVX512-BF16, bitsandbytes packs them anew in the first pass without gradients, for a kernel that rounds
-    otherwise than training does; for widths that are no multiple of 64 it fails.
+    On CPUs with AVX512-BF16, bitsandbytes repacks them in the first pass without gradients, for a kernel that rounds
+    otherwise than training does, and that fails for widths that are no multiple of 64.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -192,7 +189,8 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        # A threshold above zero takes outlier columns over the whole batch: one unit would change the others.
+        # With a threshold above zero, columns with outliers anywhere in the batch are computed in higher precision for
+        # all rows: one unit would change the others.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -207,7 +205,7 @@ def load_adapter(base: PreTrainedModel, directory: pathlib.Path) -> torch.nn.Mod
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return ``"bf16"`` or ``"fp32"``: ``"auto"`` takes bf16 where the device multiplies in it."""
+    """Return ``"bf16"`` or ``"fp32"``: ``"auto"`` becomes bf16 where the device has instructions for it."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -216,10 +214,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what the frozen base is held in.
+    """Return the type that the frozen base's weights are held in, for passes in ``precision`` on a device.
 
-    On a CPU autocast over fp32 weights is the faster way to bf16 (measured: bf16 weights make the backward pass half as
-    slow again); on an accelerator bf16 weights save memory and the conversion.
+    On a CPU, autocast over fp32 weights is the faster way to compute in bf16 (measured: with bf16 weights the backward
+    pass takes half as long again). On an accelerator bf16 weights save memory and the conversion.
     """
     return torch.bfloat16 if precision == "bf16" and device.type != "cpu" else torch.float32
 

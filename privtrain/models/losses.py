@@ -2,6 +2,10 @@
 
 Everything between a record and its loss (units, microbatches, clipping, the self-test) sees tokens and a mask of the
 predicted ones. Only this module knows that a classifier's one predicted "token" is its label.
+
+``input_ids`` is [rows, tokens] int64, a record in each row, padded on the right. ``target_mask`` is [rows, tokens]
+bool: whether the token at this position is predicted, from those before it. A line (:mod:`privtrain.data.lines`) is one
+long row that holds several records.
 """
 
 from __future__ import annotations
@@ -21,15 +25,15 @@ from privtrain.models.head_loss import FrozenHead, cross_entropy
 
 
 class Objective(abc.ABC):
-    """What is learned of a record: the task that losses and accuracy are of."""
+    """The task that is learned: how the loss of a record, and accuracy, are computed."""
 
-    #: Whether :meth:`token_losses` exists.
+    #: Whether records may be packed into lines; then :meth:`token_losses` is there.
     takes_lines = False
 
     def token_losses(self, model: torch.nn.Module, line: Line) -> torch.Tensor:
         """Return [1, tokens] fp32: each predicted token's loss, from its record alone; zero elsewhere.
 
-        Within :func:`privtrain.clipping.attention.within_records`.
+        Call it within :func:`privtrain.clipping.attention.within_records`, which keeps attention inside each record.
         """
         raise NotImplementedError
 
@@ -39,19 +43,19 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def num_correct(self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """Return [] how many labels are the model's first choice; zero where accuracy has no meaning."""
+        """Return a scalar: for how many rows the label is the model's first choice; zero for a language model."""
 
     @abc.abstractmethod
     def plant(self, tokens: np.ndarray) -> Record:
-        """Return a record of arbitrary tokens for the start-up self-test."""
+        """Return a valid record of this task made of arbitrary tokens, for the start-up self-test."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
-    """The next token, wherever the mask asks for it.
+    """Predicting the next token, wherever the mask asks for it.
 
     Attributes:
-        head: the model's, where lines need not form all logits at once.
+        head: the model's decoder and head, if lines can be computed without forming all logits at once; else ``None``.
     """
 
     head: FrozenHead | None = None
@@ -77,12 +81,12 @@ class CausalLM(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
-    """The label of a sequence.
+    """Predicting the label of a sequence. A record is the text's tokens, then the label's number as a last "token".
 
     Attributes:
         num_labels: number of labels.
-        pad_id: what stands in the label's place when the model reads the row.
-        separator_id: the token between two texts, for models that mark the second one (BERT); otherwise ``None``.
+        pad_id: token id of padding, which the model reads in the label's place.
+        separator_id: token between two texts, for models that mark the second one (BERT); otherwise ``None``.
     """
 
     num_labels: int
@@ -91,7 +95,7 @@ class Classification(Objective):
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, *, num_labels: int, pad_id: int, is_pair: bool) -> Classification:
-        """Return the objective of a model: the second text is marked where the model has segments for it."""
+        """Return the objective of a model; ``is_pair``: records have two texts, and BERT's kind marks the second."""
         has_segments = is_pair and getattr(model.config, "type_vocab_size", 0) > 1
         return cls(num_labels, pad_id, tokenizer.sep_token_id if has_segments else None)
 
@@ -115,9 +119,9 @@ class Classification(Objective):
     def _read(
         self, model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return logits, labels, and which rows have one (padding rows have none)."""
+        """Run the model; return [rows, labels] logits, [rows] labels and [rows] whether a row has one (not padding)."""
         has_label = target_mask.any(dim=1)
-        place = target_mask.int().argmax(dim=1, keepdim=True)
+        place = target_mask.int().argmax(dim=1, keepdim=True)  # of the label in its row; 0 in a padding row
         labels = torch.where(has_label, input_ids.gather(1, place)[:, 0], 0)
         # The last place holds a label or padding. It is not read: the model may have no position for it.
         texts = input_ids[:, : max(1, input_ids.shape[1] - 1)]
@@ -125,9 +129,10 @@ class Classification(Objective):
         attended = torch.arange(texts.shape[1], device=input_ids.device) < place.clamp(min=1)
         ids = torch.where(attended, texts, self.pad_id)
         segments = None
-        if self.separator_id is not None:
+        if self.separator_id is not None:  # the second text begins after the first separator
             is_separator = (ids == self.separator_id).long()
-            segments = ((is_separator.cumsum(dim=1) - is_separator) > 0) & attended
+            num_separators_before = is_separator.cumsum(dim=1) - is_separator
+            segments = (num_separators_before > 0) & attended
         return label_logits(model, ids, attended, segments), labels, has_label
 
 
@@ -141,28 +146,29 @@ def token_log_probs(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Te
         model: a causal language model.
         input_ids: [rows, tokens].
     """
-    # Prompt tuning puts its virtual tokens before the row's own.
+    # With prompt tuning, logits of the virtual tokens come before those of the row: count from the end.
     logits = model(input_ids=input_ids).logits[:, -input_ids.shape[1] : -1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
     return -losses.view(input_ids.shape[0], -1)
 
 
 def row_losses(model: torch.nn.Module, input_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-    """Return [rows] fp32 sums of the negative log-likelihoods of predicted tokens, no term of another row."""
+    """Return [rows] fp32: for each row the sum of -log p over its predicted tokens, from that row alone."""
     log_probs = token_log_probs(model, input_ids)
     return -torch.where(target_mask[:, 1:], log_probs, 0.0).sum(dim=1)
 
 
 def token_losses(model: torch.nn.Module, line: Line, head: FrozenHead | None = None) -> torch.Tensor:
-    """Return [1, tokens] fp32 negative log-likelihoods of a line's predicted tokens, no term of another record."""
-    # For all tokens, the last for nothing: a slice of the logits would copy them.
+    """Return [1, tokens] fp32: -log p of each predicted token of a line, from its record alone; zero elsewhere."""
+    # Each token's successor. The last token has none and gets the first; its loss is masked. Leaving it out instead
+    # would copy the logits.
     targets = line.input_ids[0].roll(-1)
     if head is None:
         logits = model(input_ids=line.input_ids, position_ids=line.positions).logits[0]
         losses = cross_entropy(logits, targets)
     else:
         losses = head.losses(targets, input_ids=line.input_ids, position_ids=line.positions)
-    return torch.where(line.target_mask, losses.roll(1)[None], 0.0)
+    return torch.where(line.target_mask, losses.roll(1)[None], 0.0)  # rolled to the token that is predicted
 
 
 def label_logits(
@@ -171,7 +177,7 @@ def label_logits(
     attention_mask: torch.Tensor,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return logits of each row's label under a sequence classifier: [rows, labels], fp32, no term of another row.
+    """Return [rows, labels] fp32 logits of a sequence classifier, each row's from that row alone.
 
     Args:
         model: a sequence classification model.

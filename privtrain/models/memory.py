@@ -1,4 +1,6 @@
-"""Memory of one rank by part, from the configuration alone: the model is built on torch's meta device, without weights.
+"""Predict the memory of one rank, part by part, from the configuration alone.
+
+The model is built on torch's meta device, where tensors have shapes and no values.
 
 Activations are counted, not guessed: one forward pass on the meta device, and the sizes of the tensors that autograd
 saves. What a fused attention kernel would not keep (rows x heads x tokens x tokens) is left out. Allocator overhead,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from privtrain.data.lines import LinePacker
 
 _FP32_BYTES = 4
-#: The clipped sum is integers.
+#: The clipped sum over units is int64.
 _SUM_BYTES = 8
 #: AdamW keeps two moments a parameter, in fp32.
 _OPTIMIZER_BYTES = 8
@@ -30,13 +32,13 @@ _OPTIMIZER_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class LaunchLayout:
-    """What of the model is divided among ranks, from an accelerate config.
+    """What of the model is divided among ranks ("sharded"), from an accelerate config.
 
     Attributes:
         num_ranks: processes over all machines.
-        shards_parameters: ZeRO-3, FSDP2: base and trained weights are divided.
-        shards_gradients: ZeRO-2 and above.
-        shards_optimizer: ZeRO-1 and above.
+        shards_parameters: base and trained weights are divided: ZeRO-3, FSDP2.
+        shards_gradients: gradients and their sum are divided too: ZeRO-2 and above.
+        shards_optimizer: the optimizer's state is divided: ZeRO-1 and above.
         offloads_optimizer: optimizer state lies in the host's memory.
     """
 
@@ -73,11 +75,11 @@ class LaunchLayout:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """What the model of a run amounts to.
+    """How large the model of a run is.
 
     Attributes:
-        num_trained: trained parameters.
-        memory_bytes: part → bytes of device memory on one rank.
+        num_trained: number of trained parameters.
+        memory_bytes: part of the memory, in words → bytes of device memory on one rank.
     """
 
     num_trained: int
@@ -85,12 +87,12 @@ class ModelSize:
 
 
 def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> ModelSize:
-    """Return trained parameters, and device memory of one rank by part.
+    """Return the number of trained parameters, and the device memory of one rank by part.
 
     Args:
         config: a valid configuration; the model's own config must be at hand, its weights need not.
         layout: how the job is launched.
-        num_bands: of the noise; the history of correlated noise holds a sum for each band but one.
+        num_bands: steps that correlated noise is spread over (1: independent noise); one sum is kept for each but one.
 
     Raises:
         ConfigError: if the model's config cannot be loaded.
@@ -102,28 +104,35 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     model, base = meta_model(config, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    parameters = layout.num_ranks if layout.shards_parameters else 1
-    gradients = layout.num_ranks if layout.shards_gradients and is_full else 1
-    optimizer = layout.num_ranks if layout.shards_optimizer and is_full else 1
-    rows = config.performance.microbatch_size
-    if config.performance.packing == "lines":  # "auto" may keep rows
-        rows = max(num_slots for _, num_slots in _line_packer(config).slots())
-    in_parts = is_full and layout.shards_gradients
-    holds_no_unit = in_parts and config.performance.clipping_route == "two_pass"
-    units = 0 if holds_no_unit else 1 if is_full else rows
+    # Over how many ranks each is divided; an adapter is never divided, only its base.
+    num_weight_parts = layout.num_ranks if layout.shards_parameters else 1
+    num_gradient_parts = layout.num_ranks if layout.shards_gradients and is_full else 1
+    num_optimizer_parts = layout.num_ranks if layout.shards_optimizer and is_full else 1
+    has_sharded_gradients = is_full and layout.shards_gradients
+    # How many units' gradients are held at once: of an adapter those of a microbatch.
+    if has_sharded_gradients and config.performance.clipping_route == "two_pass":
+        num_units = 0
+    elif is_full:
+        num_units = 1
+    elif config.performance.packing == "lines":  # with "auto" rows may be chosen
+        num_units = max(num_slots for _, num_slots in _line_packer(config).slots())
+    else:
+        num_units = config.performance.microbatch_size
     state_bytes = _OPTIMIZER_BYTES + (_FP32_BYTES if config.training.num_averaged_steps else 0)
-    # Reduced into parts of its own where each rank has a whole one.
-    num_sums = 2 if layout.shards_optimizer and not in_parts else 1
+    # Each rank's whole sum is reduced into parts: where the optimizer alone is divided, both are there at once.
+    num_sums = 2 if layout.shards_optimizer and not has_sharded_gradients else 1
     parts = {
-        "frozen base": frozen // parameters,
-        "trained weights": trained * _FP32_BYTES // (parameters if is_full else 1),
-        "optimizer state": 0 if layout.offloads_optimizer else trained * state_bytes // optimizer,
-        "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // gradients,
-        "gradients of units": units * trained * _FP32_BYTES // gradients,
+        "frozen base": frozen // num_weight_parts,
+        "trained weights": trained * _FP32_BYTES // (num_weight_parts if is_full else 1),
+        "optimizer state": 0 if layout.offloads_optimizer else trained * state_bytes // num_optimizer_parts,
+        "clipped sum and noise": (num_sums * _SUM_BYTES + _FP32_BYTES) * trained // num_gradient_parts,
+        "gradients of units": num_units * trained * _FP32_BYTES // num_gradient_parts,
     }
-    if in_parts and config.performance.reduce_once:
+    if has_sharded_gradients and config.performance.reduce_once:
         parts["sum of own units"] = trained * _SUM_BYTES
-    elif in_parts:  # one tensor of the clipped sum is whole, until its parts are with their ranks
+    elif (
+        has_sharded_gradients
+    ):  # one tensor of the clipped sum at a time is whole, until its parts are with their ranks
         parts["tensor on its way"] = max(p.numel() for p in model.parameters() if p.requires_grad) * _SUM_BYTES
     if num_bands > 1:
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks
@@ -132,7 +141,10 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
 
 
 def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return the model of a configuration with what is trained of it, and its base, without values.
+    """Build the model of a configuration on the meta device.
+
+    Returns:
+        The model to train (with its adapter, if there is one), and the base model inside it.
 
     Raises:
         ConfigError: if the model's config cannot be loaded.
@@ -161,7 +173,13 @@ def meta_model(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
-    """Return bytes that a microbatch's forward pass keeps, and those of logits and their gradient."""
+    """Return the bytes that a microbatch's forward pass keeps for the backward pass, and those of the loss's logits.
+
+    Args:
+        config: the configuration.
+        model: the model to train, on the meta device.
+        base: its base model.
+    """
     import torch
 
     from privtrain.models.head_loss import CHUNK
@@ -170,11 +188,12 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
     is_line = config.performance.packing == "lines"
     if is_line:
         rows, tokens = 1, _line_packer(config).num_tokens
+    # Storages by address: several tensors may be views of one.
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        """Note a tensor that autograd saves, but for weights and attention matrices, which kernels do not keep."""
+        """Note a tensor that autograd saves, unless it is a weight or an attention matrix: fused kernels keep none."""
         storage = tensor.untyped_storage()
         is_attention = tensor.dim() >= 3 and tensor.shape[-2:] == (tokens, tokens)
         if storage._cdata not in weights and not is_attention:
@@ -188,18 +207,21 @@ def _activation_bytes(config: Config, model: Any, base: Any) -> tuple[int, int]:
         logits = model(input_ids=ids, attention_mask=mask).logits
     total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     if config.performance.gradient_checkpointing:
+        # Every layer's input is kept, and all else of one layer at a time.
         num_layers = int(base.config.num_hidden_layers)
         inputs = num_layers * rows * tokens * int(base.config.hidden_size) * base.dtype.itemsize
         total = inputs + total // num_layers
+    # How the loss of rows and lines holds logits: see privtrain.models.head_loss.
     if not is_line:  # log-probabilities in fp32 and their gradient
         return total, 2 * logits.numel() * _FP32_BYTES
     head = base.get_output_embeddings()
-    if head is None or any(p.requires_grad for p in head.parameters()):
+    if head is None or any(p.requires_grad for p in head.parameters()):  # logits and their gradient
         return total, 2 * logits.numel() * logits.element_size()
-    return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES
+    return total, 2 * min(tokens, CHUNK) * logits.shape[-1] * _FP32_BYTES  # of one chunk of tokens alone
 
 
 def _line_packer(config: Config) -> LinePacker:
+    """Return what packs records into lines for this configuration on a GPU; its padding id is of no account here."""
     from privtrain.data.lines import LinePacker
 
     performance = config.performance

@@ -1,8 +1,8 @@
-"""One model out of a released adapter and its base, proven by what it computes on fixed tokens.
+"""One model out of a released adapter and its base, checked by what it computes on fixed tokens.
 
-Merging adds the adapter to the weights that it stands on. Where embedding and head share one weight and the adapter
-touches one of them, they are untied first: the other keeps the base's values. Weights are fp32 until the end, so that
-merging rounds once.
+Merging adds the adapter's products to the base's weights. Where embedding and head share one weight and the adapter
+changes one of them, they get separate weights first: the other one keeps the base's values. Weights are fp32 until the
+end, so that merging rounds once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from privtrain.run.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Most that outputs may differ, relative to the largest of them: fp32 sums in another order, through many layers.
+#: Most that outputs may differ, relative to the largest of them: a merged model adds in another order, in fp32, through
+#: many layers.
 _TOLERANCE = 1e-3
+#: Tokens that outputs are compared on.
 _NUM_TOKENS = 16
 
 
@@ -55,7 +57,10 @@ def whole_model(run: RunDirectory, base_model: pathlib.Path | None) -> Any:
 
 
 def _base(config: Config, base_model: pathlib.Path | None) -> PreTrainedModel:
-    """Return the base as the run had it: a classifier with its labels, or a language model."""
+    """Return the run's base model in fp32: a classifier with its labels, or a language model.
+
+    ``base_model`` is its directory; ``None``: where the run had it.
+    """
     section = config.model
     if base_model is not None:
         section = ModelSection(name_or_path=str(base_model), gguf_file=section.gguf_file)
@@ -67,24 +72,24 @@ def _base(config: Config, base_model: pathlib.Path | None) -> PreTrainedModel:
 
 
 def _untie(base: PreTrainedModel, adapter: pathlib.Path) -> None:
-    """Give the head a weight of its own if the adapter changes the embedding alone, or the head alone."""
+    """Give the head a weight of its own if it shares the embedding's and the adapter changes either of them."""
     import peft
 
-    inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
-    if outer is None or inner.weight is not outer.weight:
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or embedding.weight is not head.weight:
         return
     settings: Any = peft.PeftConfig.from_pretrained(str(adapter))
-    changed = [*(settings.target_modules or ()), *(settings.modules_to_save or ())]
-    names = [name for name, module in base.named_modules() if module is inner or module is outer]
-    if not any(name == end or name.endswith(f".{end}") for name in names for end in changed):
+    adapted = [*(settings.target_modules or ()), *(settings.modules_to_save or ())]  # whole names, or their ends
+    names = [name for name, module in base.named_modules() if module is embedding or module is head]
+    if not any(name == end or name.endswith(f".{end}") for name in names for end in adapted):
         return
-    outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
 def rounded(model: Any, dtype: torch.dtype) -> Any:
-    """Return the model with its weights rounded to ``dtype``, held and computed in fp32."""
+    """Round the weights of an fp32 model to values that ``dtype`` has, and return it; they stay fp32."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype).float())
@@ -92,25 +97,30 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
 
 
 def save_weights(model: Any, directory: pathlib.Path) -> None:
-    """Save by ``save_pretrained``, with a config that serves as the base's does."""
+    """Save a model by ``save_pretrained``, with the config that it was loaded with: training changes a key of it."""
     with saved_as_loaded(model):
         model.save_pretrained(str(directory))
 
 
 def reopened(model: Any, directory: pathlib.Path) -> Any:
-    """Return what a directory holds, opened as others will open it, in fp32."""
+    """Load a model of the same class from a directory, as users of the release will, in fp32."""
     return type(model).from_pretrained(str(directory), dtype=torch.float32).eval()
 
 
 def outputs(model: Any) -> torch.Tensor:
-    """Return what a model computes on fixed tokens: logits in fp32."""
+    """Return the logits of a model on fixed tokens, in fp32, to compare with those of another model."""
     ids = torch.arange(_NUM_TOKENS)[None] * 7 % num_embedded(model)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
 def check_outputs(expected: torch.Tensor, given: torch.Tensor, place: pathlib.Path) -> None:
-    """Raise unless two models compute the same.
+    """Raise unless two models compute the same, up to rounding.
+
+    Args:
+        expected: :func:`outputs` of the base with its adapter.
+        given: those of the merged or re-opened model.
+        place: its directory, for the error.
 
     Raises:
         VerificationFailed: saying by how much they differ.

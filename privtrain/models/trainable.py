@@ -18,9 +18,6 @@ import torch
 from privtrain.config import Config
 from privtrain.config.model import LoraSection
 from privtrain.errors import ConfigError, Fault
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 from privtrain.models.load import _first_line
 
 if TYPE_CHECKING:
@@ -38,7 +35,12 @@ _HEADS = ("classifier", "score", "classification_head")
 
 
 def make_trainable(base: PreTrainedModel, config: Config, init_seed: int) -> torch.nn.Module:
-    """Return the model to train.
+    """Return the model to train: what ``training.method`` trains is unfrozen or added, everything else is frozen.
+
+    Args:
+        base: the frozen base model; it is changed in place, or wrapped.
+        config: says what is trained.
+        init_seed: public seed of the initial values of new tensors.
 
     Raises:
         ConfigError: if the model has nothing of the kind to train.
@@ -59,7 +61,7 @@ def make_trainable(base: PreTrainedModel, config: Config, init_seed: int) -> tor
 
 
 def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
-    """Unfreeze all biases, and a classifier's new modules."""
+    """Unfreeze all biases, and the head of a classifier."""
     biases = [p for name, p in base.named_parameters() if name.endswith("bias")]
     if not biases:
         problem = f"{type(base).__name__} has no bias to train; use lora"
@@ -67,13 +69,17 @@ def _train_biases(base: PreTrainedModel) -> PreTrainedModel:
     for parameter in biases:
         parameter.requires_grad_(True)
     modules = dict(base.named_modules())
+    # privtrain_new_modules: those that the base's files lack, as loading noted on the model.
     for name in modules.keys() & {*_HEADS, *getattr(base, "privtrain_new_modules", ())}:
         modules[name].requires_grad_(True)
     return base
 
 
 def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, init_seed: int, public_name: str) -> Any:
-    """Add virtual tokens, the same on every rank."""
+    """Wrap the base with trainable virtual tokens, whose initial values are the same on every rank.
+
+    ``public_name`` is what the saved adapter calls its base model.
+    """
     import peft
 
     kind = peft.PromptTuningConfig if method == "prompt_tuning" else peft.PrefixTuningConfig
@@ -88,21 +94,21 @@ def _add_prompt(base: PreTrainedModel, method: str, num_virtual_tokens: int, ini
 
 
 def _check_names(base: PreTrainedModel, lora: LoraSection) -> None:
-    """Raise for each name that matches no module of the model: PEFT is content if one of them does.
+    """Raise unless every name of ``lora`` matches a module of the model; PEFT would be content if one of them does.
 
     Raises:
-        ConfigError: with the nearest names that there are.
+        ConfigError: for each name that matches none, with similar names of modules.
     """
     modules = [name for name, _ in base.named_modules() if name]
-    known = {part for name in modules for part in _endings(name)}
-    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    known = {ending for name in modules for ending in _endings(name)}
+    last_parts = sorted({ending for ending in known if "." not in ending and not ending.isdigit()})
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules  # a str is "all-linear"
     faults = []
     for key, names in (("lora.target_modules", targets), ("lora.modules_to_save", lora.modules_to_save)):
         for name in names:
             if name in known:
                 continue
-            leaves = sorted({ending for ending in known if "." not in ending and not ending.isdigit()})
-            near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.5) or leaves[:_SHOWN_NAMES]
+            near = difflib.get_close_matches(name, last_parts, n=3, cutoff=0.5) or last_parts[:_SHOWN_NAMES]
             faults.append(Fault(key, f"no module of {type(base).__name__} is named {name}; near: {', '.join(near)}"))
         if key == "lora.target_modules" and lora.target_modules == []:
             faults.append(Fault(key, "names no module; give names, or all-linear"))
@@ -111,7 +117,7 @@ def _check_names(base: PreTrainedModel, lora: LoraSection) -> None:
 
 
 def _endings(name: str) -> list[str]:
-    """Return what PEFT takes for the name of a module: its whole name, and every end of it after a dot."""
+    """Return what PEFT takes for a name of a module: ``a.b.c`` → ``a.b.c``, ``b.c``, ``c``."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
@@ -134,11 +140,12 @@ def add_lora(
     import peft
 
     _check_names(base, lora)
-    # What is new with a classifier is trained and saved: elsewhere it would be new again, and other.
+    # A head that the base's files lack is trained and saved with the adapter: loaded elsewhere, the base would have
+    # another random one.
     modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *getattr(base, "privtrain_new_modules", ())]))
     config = peft.LoraConfig(
         r=lora.rank,
-        # Whole numbers as such, which is what other readers of adapter_config.json expect; PEFT accepts a float.
+        # 16, not 16.0, as other readers of adapter_config.json expect; PEFT accepts a float.
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,

@@ -32,14 +32,27 @@ PartReader = Callable[[str, int, int], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierHead:
-    """What makes a base model a sequence classifier; see :func:`~privtrain.models.load.load_classifier`."""
+    """What makes a base model a sequence classifier.
+
+    Attributes:
+        labels: names of the classes, in order.
+        init_seed: public seed of a head that the base's files lack.
+    """
 
     labels: tuple[int | str, ...]
     init_seed: int
 
 
 class BaseSource:
-    """A base model that can be had whole, empty, or in parts."""
+    """Where a base model comes from. It can be loaded whole, built without weights, or read in parts.
+
+    Args:
+        model: which model.
+        dtype: type of its weights.
+        head: for a sequence classifier; ``None`` for a language model.
+        method: ``training.method``.
+        lora: settings of the adapter, where ``method`` is lora.
+    """
 
     def __init__(
         self,
@@ -81,19 +94,19 @@ class BaseSource:
             delattr(config, "quantization_config")
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         switch_cache_off(model)
-        with contextlib.suppress(OSError):  # it has none; the whole model has that of its files
+        with contextlib.suppress(OSError):  # a model whose files have no generation config keeps its class's
             model.generation_config = GenerationConfig.from_pretrained(location.path, **_hub_only(location.arguments))
         return model.eval().requires_grad_(False)
 
     def _refuse_parts(self) -> None:
-        """Raise unless the training needs no values of the base's weights, of which a rank holds parts."""
+        """Raise if this model or method must see whole weights of the base, of which each rank holds only parts."""
         elsewhere = "a base that is sharded over ranks (ZeRO-3, FSDP2); launch with ddp, zero1 or zero2"
         faults = []
         if self.head is not None:
             faults.append(Fault("data.format", f"classification does not run on {elsewhere}"))
         if self.method not in ("lora", "full"):
             faults.append(Fault("training.method", f"{self.method} does not run on {elsewhere}"))
-        # Both take values of the base's weights when the adapter is made, of which a rank holds only a part.
+        # These two compute with, or copy, the base's weights when the adapter is made.
         if self.lora.use_dora:
             faults.append(Fault("lora.use_dora", f"does not run on {elsewhere}, or set false"))
         if self.lora.modules_to_save:
@@ -104,7 +117,10 @@ class BaseSource:
             raise ConfigError(faults)
 
     def reader(self, shapes: Mapping[str, tuple[int, ...]]) -> PartReader:
-        """Read parts of the tensors with these names and shapes."""
+        """Return a function that reads parts of the tensors with these names and shapes, in the type of the weights.
+
+        If the safetensors files do not have just these tensors, the whole model is loaded now, and read from memory.
+        """
         files = _SafetensorsParts.find(self.model, shapes)
         if files is not None:
             return lambda name, first, count: files.read(name, first, count).to(self.dtype)
@@ -113,7 +129,11 @@ class BaseSource:
 
 
 class _SafetensorsParts:
-    """The tensors in a model's safetensors files, of which any run of coordinates can be read."""
+    """The tensors in a model's safetensors files, of which any run of consecutive coordinates can be read.
+
+    Args:
+        file_of: name of a tensor → the file that holds it.
+    """
 
     def __init__(self, file_of: Mapping[str, pathlib.Path]) -> None:
         self._file_of = file_of
@@ -133,15 +153,16 @@ class _SafetensorsParts:
         return name in self._file_of and tuple(self._slice(name).get_shape()) == shape
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` coordinates from ``first`` on; no more rows are read than hold them."""
+        """Return ``count`` coordinates of the flattened tensor from ``first`` on; read only the rows that hold them."""
         stored = self._slice(name)
         shape = stored.get_shape()
-        if not shape:
+        if not shape:  # a scalar has no rows
             return stored[...].flatten()[first : first + count]
-        width = math.prod(shape[1:])
-        row = first // width
-        rows = stored[row : -(-(first + count) // width)].flatten()
-        return rows[first - row * width : first - row * width + count]
+        width = math.prod(shape[1:])  # coordinates of a row
+        first_row, end_row = first // width, -(-(first + count) // width)  # the second rounded up
+        rows = stored[first_row:end_row].flatten()
+        start = first - first_row * width
+        return rows[start : start + count]
 
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open
@@ -160,7 +181,10 @@ def _names(path: pathlib.Path) -> list[str]:
 
 
 def _weight_files(model: ModelSection) -> list[pathlib.Path]:
-    """Return every safetensors file of the model, on this machine."""
+    """Return every safetensors file of the model on this machine; none if it has only others.
+
+    Files of a hub model are downloaded. There is one file, or an index that names several.
+    """
     from transformers.utils import cached_file
 
     location = locate(model)
@@ -183,6 +207,7 @@ __all__ = ["BaseSource", "ClassifierHead", "PartReader"]
 
 
 def _hub_only(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that say where files are, without the one that GenerationConfig does not know."""
     return {name: value for name, value in arguments.items() if name != "gguf_file"}
 
 

@@ -1,7 +1,7 @@
-"""What one row costs to compute: operations, kernels and layers, counted on torch's meta device, without weights.
+"""What one row (one record) costs to compute: operations, kernels and layers, counted without weights.
 
-One forward and one backward pass of the real architecture are recorded there. Attention is counted whole, though
-kernels that know that it is causal leave half of it out.
+One forward and one backward pass of the real architecture are recorded on torch's meta device, where tensors have
+shapes and no values. Attention is counted whole, though kernels that know that it is causal leave half of it out.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Work:
 
     Attributes:
         num_tokens: tokens of the row.
-        forward_flops: of the forward pass; a multiplication and an addition are two.
-        activation_flops: of the backward pass without the gradients of weights.
-        weight_shapes: [outputs, inputs] of each trained matrix that tokens are multiplied by.
+        forward_flops: operations of the forward pass; a multiplication and an addition are two.
+        activation_flops: operations of the backward pass without those for gradients of weights.
+        weight_shapes: (outputs, inputs) of each trained matrix that tokens are multiplied by.
         num_trained: trained parameters.
         num_trained_tensors: trained tensors.
         num_frozen: parameters that are not trained.
-        num_kernels: of the forward and backward pass.
+        num_kernels: kernels that forward and backward pass launch.
     """
 
     num_tokens: int
@@ -44,7 +44,7 @@ class Work:
 
     @property
     def weight_flops(self) -> float:
-        """Operations for the gradients of trained matrices, each multiplied out once."""
+        """Operations for the gradients of trained matrices, if each is multiplied out once."""
         return 2.0 * self.num_tokens * sum(p * d for p, d in self.weight_shapes)
 
     @property
@@ -54,7 +54,7 @@ class Work:
 
 
 def count_work(config: Config) -> Work:
-    """Count one row of ``data.max_length`` tokens of a configuration's model.
+    """Count the work of one row of ``data.max_length`` tokens through a configuration's model.
 
     Raises:
         ConfigError: if the model's config cannot be loaded.
@@ -65,7 +65,10 @@ def count_work(config: Config) -> Work:
 
 
 def count_model(model: Any, dtype: torch.dtype, num_tokens: int) -> Work:
-    """Count one row of a model on the meta device."""
+    """Count the work of one row of ``num_tokens`` tokens through a model on the meta device.
+
+    ``dtype`` is that of the base, for the attention mask.
+    """
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     # A ready-made mask: transformers would look into the values of one that it makes itself.
     mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=dtype, device="meta")
@@ -96,6 +99,7 @@ def count_model(model: Any, dtype: torch.dtype, num_tokens: int) -> Work:
 
 
 def _multiplies(module: Any) -> bool:
+    """Return whether a module multiplies its input by a matrix; an embedding only looks rows up."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
 
