@@ -265,11 +265,11 @@ def _place(item: Any, tree: Any) -> strict_yaml.Path:
     node, place = tree, []
     for part in item["loc"]:
         is_key = isinstance(node, Mapping) and part in node
-        is_index = isinstance(node, list | tuple) and isinstance(part, int)
+        is_index = isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
         if is_key or is_index:
             node = node[part]
             place.append(part)
-    # A missing key is not in the tree either, but belongs to its place.
+    # A missing key, or item of a pair, is not in the tree either, but belongs to its place.
     if item["type"] == "missing" and (not place or place[-1] != last or len(place) <= len(parents)):
         place.append(last)
     return tuple(place)
@@ -283,6 +283,8 @@ def _fault(item: Any, place: strict_yaml.Path) -> Fault:
         near = difflib.get_close_matches(location[-1], sorted(_keys_beside(location[:-1])), n=1)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return Fault(path, f"unknown key{hint}")
+    if item["type"] == "missing" and isinstance(place[-1], int):
+        return Fault(path, "the list is too short: this item, counted from 0, is required")
     if item["type"] == "missing":
         return Fault(path, "this key is required")
     message, given = item["msg"].removeprefix("Value error, "), item["input"]

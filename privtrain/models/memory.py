@@ -130,9 +130,8 @@ def model_size(config: Config, layout: LaunchLayout, num_bands: int = 1) -> Mode
     }
     if has_sharded_gradients and config.performance.reduce_once:
         parts["sum of own units"] = trained * _SUM_BYTES
-    elif (
-        has_sharded_gradients
-    ):  # one tensor of the clipped sum at a time is whole, until its parts are with their ranks
+    elif has_sharded_gradients:
+        # One tensor of the clipped sum at a time is whole, until its parts are with their ranks.
         parts["tensor on its way"] = max(p.numel() for p in model.parameters() if p.requires_grad) * _SUM_BYTES
     if num_bands > 1:
         parts["history of noise"] = (num_bands - 1) * trained * _SUM_BYTES // layout.num_ranks

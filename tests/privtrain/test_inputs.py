@@ -315,10 +315,12 @@ def test_unreadable_hub_files_are_named_without_a_value(monkeypatch, error):
             "a label is empty or has white space at its ends",
         ),
         ("data", {"format": "classification", "labels": ["a", ""]}, "a label is empty or has white space"),
+        ("training", {"betas": [0.9]}, "training.betas.1: the list is too short"),
+        ("privacy", {"noised_metrics": {"loss_range": [1]}}, "noised_metrics.loss_range.1: the list is too short"),
     ],
 )
 def test_values_of_another_form_say_which_form(tree, section, values, said):
-    tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     with pytest.raises(ConfigError) as refused:
         validate(tree)
     (fault,) = refused.value.faults

@@ -90,7 +90,7 @@ def mauve(first: FloatArray, second: FloatArray) -> float:
     return float(np.trapezoid(y, x))
 
 
-def _shares(clusters: npt.NDArray[Any], num_clusters: int) -> FloatArray:
+def _shares(clusters: npt.NDArray[Any], num_clusters: int) -> npt.NDArray[Any]:
     """Return the share of a set's texts in each cluster, given the cluster of each text.
 
     Half a text is added to every cluster, so that chance alone leaves no divergence infinite (Krichevsky and Trofimov).
