@@ -122,6 +122,7 @@ def _versions() -> list[Finding]:
 
 
 def _accelerator() -> str:
+    """Return number and name of this machine's GPUs as torch sees them, e.g. ``8 x NVIDIA H100``, or ``cpu``."""
     if not torch.accelerator.is_available():
         return "cpu"
     kind = str(torch.accelerator.current_accelerator())
@@ -269,15 +270,15 @@ def _agreement(backend: Backend) -> Finding:
 
 def _network(backend: Backend) -> Finding:
     """Measure bandwidth and latency of one all-reduce in fp32, the only large thing that a step sends under DDP."""
-    large, small = (_reduce_seconds(backend, size) for size in (_BANDWIDTH_NUM_FLOATS, 1))
-    num_bytes = 4 * _BANDWIDTH_NUM_FLOATS
-    what = (
-        f"all-reduce of {num_bytes / 1e6:.1f} MB in {large * 1e3:.1f} ms ({num_bytes / large / 1e9:.2f} GB/s), "
-        f"of one number in {small * 1e3:.2f} ms"
-    )
     if backend.world_size == 1:
         return Finding("network", "ok", "one process, nothing to send")
-    return Finding("network", "ok", what, values={"bytes_per_second": num_bytes / large, "latency_seconds": small})
+    seconds, latency = _reduce_seconds(backend, _BANDWIDTH_NUM_FLOATS), _reduce_seconds(backend, 1)
+    num_bytes = 4 * _BANDWIDTH_NUM_FLOATS
+    what = (
+        f"all-reduce of {num_bytes / 1e6:.1f} MB in {seconds * 1e3:.1f} ms ({num_bytes / seconds / 1e9:.2f} GB/s), "
+        f"of one number in {latency * 1e3:.2f} ms"
+    )
+    return Finding("network", "ok", what, values={"bytes_per_second": num_bytes / seconds, "latency_seconds": latency})
 
 
 def _reduce_seconds(backend: Backend, num_floats: int) -> float:

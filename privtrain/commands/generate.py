@@ -173,6 +173,7 @@ def _check_prompts(prompts: pathlib.Path | None, data: DataSection) -> None:
 
 
 def _tokenizer(run: RunDirectory) -> Any:
+    """Return the released tokenizer, with an end mark."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(run.released))

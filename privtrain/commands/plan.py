@@ -335,7 +335,7 @@ def price_list(privacy: PrivacySection, plan: PrivacyPlan, training: TrainingSec
     return [
         _price(change, privacy, plan, training, noise_of_run, **values)
         for change, values in _changes(privacy, plan).items()
-        if 0 < values.get("sampling_prob", 1) <= 1
+        if 0 < values.get("sampling_prob", 1) <= 1  # a larger batch than all units is no plan
     ]
 
 

@@ -114,6 +114,7 @@ def _print(config: Config, corpus: Corpus, encoder: Encoder, look: Look, num_sho
 
 
 def _rows_table(corpus: Corpus) -> Table:
+    """Return a table of how many rows were kept, and how many dropped for which reason."""
     counts = corpus.counts
     table = Table("rows", f"{counts.num_rows:,}")
     table.add_row("kept", f"{corpus.num_records:,} of {len(corpus.records):,} users")
@@ -133,6 +134,7 @@ def _print_reasons(console: Console, reasons: Mapping[str, int]) -> None:
 
 
 def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
+    """Return a table of the lengths of the records that were looked at, and of how much of them is predicted."""
     num, lengths = len(look.lengths), look.lengths
     table = Table("tokens of a record", f"{num:,} looked at")
     middle, long, longest = (int(np.percentile(lengths, percent)) for percent in (50, 95, 100))
@@ -141,7 +143,7 @@ def _tokens_table(config: Config, encoder: Encoder, look: Look) -> Table:
     )
     table.add_row("cut at data.max_length", f"{look.num_truncated:,}")
     table.add_row("predicted", f"{look.num_predicted.sum() / max(1, lengths.sum()):.0%} of tokens")
-    table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")  # [records] counts
+    table.add_row("records that predict nothing", f"{int((look.num_predicted == 0).sum()):,}")
     for number, count in sorted(look.labels.items()):
         table.add_row(Text(f"label {(config.data.labels or [])[number]!r}"), f"{count:,}")
     begin, end = (encoder.tokenizer.decode([mark]) for mark in encoder.marks)

@@ -212,6 +212,7 @@ def _content_problems(directory: pathlib.Path, manifest: ReleaseManifest, place:
 
 
 def _statement(directory: pathlib.Path) -> dict[str, Any]:
+    """Return the content of ``privacy.json``; raise ValueError or OSError if it is no JSON object."""
     statement = strict_json.loads(bundle.text_of(directory / "privacy.json"))
     if not isinstance(statement, dict):
         raise ValueError("it holds no JSON object")

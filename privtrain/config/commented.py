@@ -86,6 +86,7 @@ def _shortened(line: str) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """Return a default of the schema as YAML can hold it: sections as mappings, tuples as lists, paths as texts."""
     if isinstance(value, pydantic.BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, tuple):

@@ -69,8 +69,9 @@ class Config(Section):
                 f"training.method: {method} does not train the head that data.format: classification needs; use lora, "
                 "bias or full"
             )
-        is_of_records = self.privacy.protects_records and self.privacy.noise_multiplier != 0
-        if is_of_records and self.data.deduplicate != "none":
+        # Without noise there is no ε whose unit could be contradicted.
+        has_epsilon_for_records = self.privacy.protects_records and self.privacy.noise_multiplier != 0
+        if has_epsilon_for_records and self.data.deduplicate != "none":
             yield (
                 f"data.deduplicate: {self.data.deduplicate} lets one record of a user take another one's place, which "
                 "ε for one record (privacy.unit: example) does not cover; set it to none, or deduplicate the rows "

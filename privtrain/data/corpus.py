@@ -192,11 +192,12 @@ def _visible(name: str) -> str:
 
 
 def load_corpus(data: DataSection, index_dir: pathlib.Path | None = None) -> Corpus:
-    """Read every row and group by owner.
+    """Read every row, drop the unusable ones, and group the others by user.
 
     Args:
-        data: source and rules.
-        index_dir: where an index of the records is kept, made if it is not there; without it they are in memory.
+        data: section that names the source, its columns and the rules.
+        index_dir: directory for an index of the records, from which they are read on access; it is built if it is not
+            there. None: all records are held in memory.
 
     Raises:
         ConfigError: if the source cannot be read or no row is left.
@@ -370,6 +371,7 @@ def owner_of(user: object, place: str = "") -> str:
 
 
 def _digest(records: Mapping[str, tuple[str, ...]]) -> str:
+    """Return the digest of all records by user; users must be in order."""
     digest = RecordDigest()
     for user, texts in records.items():
         digest.user(user.encode("utf-8", errors="surrogatepass"))

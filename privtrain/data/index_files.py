@@ -126,7 +126,14 @@ def map_checked(directory: pathlib.Path, description: Mapping[str, Any], remedy:
 
 
 def _mapped(path: pathlib.Path, kind: type[Any], facts: Mapping[str, Any], remedy: str) -> npt.NDArray[Any]:
-    """Map one file; raise unless its size, and its digest if there is one, are as described."""
+    """Map one file into memory; raise DamagedFile unless its size, and its digest if there is one, are as described.
+
+    Args:
+        path: the file.
+        kind: type of its elements.
+        facts: what ``index.json`` says of it: ``num_bytes``, and ``sha256`` unless it holds the texts.
+        remedy: what to do about a damaged file, for the error.
+    """
     with reading.opened(path, remedy=remedy, may_be_empty=True) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes != facts["num_bytes"]:
@@ -134,7 +141,7 @@ def _mapped(path: pathlib.Path, kind: type[Any], facts: Mapping[str, Any], remed
         try:
             if "sha256" in facts and reading.sha256_of(file, path) != facts["sha256"]:
                 raise DamagedFile(path, "is not as it was written: it was altered or damaged", remedy)
-            return np.memmap(file, dtype=kind, mode="r") if num_bytes else np.zeros(0, dtype=kind)
+            return np.memmap(file, dtype=kind, mode="r") if num_bytes else np.zeros(0, dtype=kind)  # empty: no map
         except (OSError, ValueError) as error:
             raise DamagedFile(path, f"cannot be read ({type(error).__name__})", remedy) from None
 

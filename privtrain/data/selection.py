@@ -85,7 +85,7 @@ class Selection:
             user: the user's id.
             indices: records that training may use, increasing.
             texts: all of the user's records.
-            losses: of these records, where the strategy needs them.
+            losses: loss of each of these records, where the strategy needs them (:meth:`to_score`).
         """
         assert self.max_records is not None
         if len(indices) <= self.max_records:

@@ -186,6 +186,7 @@ def _keep_packing(base: PreTrainedModel) -> None:
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    """Return transformers' settings for ``model.quantization``: nf4 or int8."""
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":

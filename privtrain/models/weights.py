@@ -165,6 +165,7 @@ class _SafetensorsParts:
         return rows[start : start + count]
 
     def _slice(self, name: str) -> Any:
+        """Return a stored tensor, of which nothing is read until it is indexed. Files are opened once."""
         from safetensors import safe_open
 
         path = self._file_of[name]

@@ -228,6 +228,7 @@ def _settle(values: dict[str, Any], needs: dict[str, str]) -> None:
 
 
 def _print(translation: Translation, output: pathlib.Path) -> None:
+    """Print what became of every foreign key, and what must still be decided."""
     console = Console(highlight=False)
     table = Table("their key", "ours")
     for key, names in translation.translated.items():
