@@ -388,7 +388,7 @@ def registry_refund(run: RunPath, registry: registry_commands.Url = None) -> Non
 
 @track_app.command("sync")
 def track_sync(run: RunPath) -> None:
-    """Replay a run's released metrics into one W&B run, whatever was resumed offline in between."""
+    """Send a run's released metrics to W&B as one run, however often the job was interrupted and resumed."""
     from privtrain.tracking.sync import sync_run
 
     typer.echo(sync_run(run))

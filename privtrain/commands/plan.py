@@ -227,6 +227,7 @@ def _accountants(plan: PrivacyPlan) -> list[dict[str, Any]]:
     event = plan.event_of_steps(plan.num_steps)
     if plan.tuning is not None:  # only RDP can account for choosing the best of several trials
         return [row.to_json() for row in compare(event, plan.delta, ["rdp"])]
+    # Most accountants know Poisson sampling alone; another scheme names those that know it.
     names = _COMPARED if plan.sampling in _PRICED else plan.scheme.accountants
     return [row.to_json() for row in compare(event, plan.delta, names)]
 

@@ -129,7 +129,7 @@ def _load(
             **options,
             **location.arguments,
         )
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError):  # no fault of the configuration
         raise
     except LOADING_FAILURES as error:
         reason = _first_line(error)
@@ -142,6 +142,7 @@ def _load(
         raise ConfigError(
             [Fault("model", f"{location.path} is an adapter, or holds one; merge it first: privtrain export --merge")]
         )
+    # Modules that the files lack, such as a classifier's head: what makes the model trainable reads this list.
     base.privtrain_new_modules = new_modules(base, info, location.path, is_classifier=is_classifier)
     # transformers has turned a GGUF file into plain weights; with this entry left the model could not be saved.
     if getattr(base.config, "quantization_config", None) is not None and model.gguf_file:
